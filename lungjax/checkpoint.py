@@ -1,0 +1,148 @@
+"""Checkpoints in a workdir: the last states to resume from, the best weights to test. Alone imports orbax.
+
+    WORKDIR/checkpoints/last/STEP   whole training state and the progress of early stopping, two kept
+    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validation, one kept
+
+Orbax writes into a temporary folder and renames it, so a folder that bears a step number is complete.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from lungjax import trees
+from lungjax.state import TrainState
+
+POLICIES = ocp.training.preservation_policies
+
+
+class Checkpoints:
+    """The two checkpoint folders of a workdir; use as a context manager."""
+
+    def __init__(self, workdir: Path):
+        """Opens or makes the folders and clears away what an interrupted save left half written."""
+        self.folder = workdir / "checkpoints"
+        self._last = _open(self.folder / "last", keep=2)
+        self._best = _open(self.folder / "best", keep=1)
+
+    def __enter__(self) -> "Checkpoints":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes both folders."""
+        self._last.close()
+        self._best.close()
+
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Writes the whole state. Raises ValueError if the disk is full; earlier checkpoints stay."""
+        step = int(state.step)
+        with _full_disk_explained(self.folder, {"state": state}, step):
+            self._last.save_checkpointables(step, {"state": state, "progress": progress}, overwrite=True)
+
+    def save_best(self, state: TrainState) -> None:
+        """Writes the weights as the best so far and drops the earlier best once they are safe."""
+        step = int(state.step)
+        with _full_disk_explained(self.folder, state.variables, step):
+            self._best.save_checkpointables(step, {"variables": state.variables}, overwrite=True)
+
+    def restore(self, like: TrainState, progress: dict[str, Any]) -> tuple[TrainState, dict[str, Any]] | None:
+        """Returns the newest state and progress, laid out as `like` (shapes with shardings), or None."""
+        if self._last.latest is None:
+            return None
+        found = self._last.load_checkpointables(None, {"state": like, "progress": progress})
+        return found["state"], found["progress"]
+
+    def restore_best(self, like: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Returns the best variables, laid out as `like`, and their step. Raises ValueError if there are none."""
+        if self._best.latest is None:
+            raise ValueError(f"{self.folder}: no best weights yet; train first (--mode=train)")
+        return self._best.load_checkpointables(None, {"variables": like})["variables"], self._best.latest.step
+
+
+def newest(workdir: Path, kind: str) -> int | None:
+    """Returns the newest step saved in a workdir, of kind "last" or "best"; None if there is none."""
+    folder = workdir / "checkpoints" / kind
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
+def check_source(weights: str) -> Path | None:
+    """Returns the workdir that `model.weights` names, None for "none".
+
+    Raises ValueError for anything else, or a run without trained weights.
+    """
+    if weights == "none":
+        return None
+    run = Path(weights.removeprefix("run:"))
+    if not weights.startswith("run:"):
+        raise ValueError(f"model.weights={weights!r}: allowed are none and run:WORKDIR")
+    if newest(run, "best") is None:
+        raise ValueError(f"model.weights={weights}: no trained run in {run} (no weights in checkpoints/best)")
+    return run
+
+
+def warm_start(variables: dict[str, Any], run: Path, fresh: str = r"^head/(dense|hidden)") -> dict[str, Any]:
+    """Returns `variables` with another run's best weights in all but the new layers of the head.
+
+    Args:
+      variables: {"params", "batch_stats"} of this run, arrays.
+      run: workdir of a lungjax run of the same architecture.
+      fresh: regex over parameter paths that keep this run's own start.
+
+    Raises ValueError listing every name without a counterpart and every unlike shape.
+    """
+    with Checkpoints(run) as checkpoints:
+        source = checkpoints._best.load_checkpointables(None)["variables"]
+    result, problems = {}, []
+    for collection in ("params", "batch_stats"):
+        ours, theirs = trees.flatten(variables[collection]), trees.flatten(source.get(collection) or {})
+        keep = {k for k in ours | theirs if trees.mask({k: 0}, fresh)[k]} if collection == "params" else set()
+        problems += [f"only in this network: {k}" for k in ours.keys() - theirs.keys() - keep]
+        problems += [f"only in the run: {k}" for k in theirs.keys() - ours.keys() - keep]
+        shared = (ours.keys() & theirs.keys()) - keep
+        problems += [
+            f"{k}: shape {np.shape(theirs[k])} in the run, {np.shape(ours[k])} here"
+            for k in shared
+            if np.shape(theirs[k]) != np.shape(ours[k])
+        ]
+        result[collection] = trees.unflatten({k: theirs[k] if k in shared else v for k, v in ours.items()})
+    if problems:
+        raise ValueError(f"model.weights=run:{run} does not fit:\n  " + "\n  ".join(sorted(problems)))
+    return result
+
+
+def _open(folder: Path, keep: int) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return ocp.training.Checkpointer(
+        folder.absolute(),
+        # We decide when to save; orbax decides only what to drop.
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=POLICIES.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+@contextmanager
+def _full_disk_explained(folder: Path, tree: Any, step: int) -> Iterator[None]:
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    where = f"saving the checkpoint of step {step} to {folder}"
+    kept = "; the earlier checkpoints are intact: free some space and run the same command again to resume"
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * size + 2**20:
+        raise ValueError(
+            f"{where}: it takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free{kept}"
+        )
+    try:
+        yield
+    except Exception as error:
+        # Orbax and tensorstore wrap ENOSPC in errors of several types; what is left on the disk tells.
+        if shutil.disk_usage(folder).free < size:
+            raise ValueError(f"{where}: the disk is full{kept}") from error
+        raise

@@ -1,0 +1,43 @@
+"""Cross-entropies over logits, and the probabilities the logits stand for. All shapes [B, C] or [B]."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    class_weights: jax.Array,
+    label_smoothing: float,
+    positive: int | None,
+) -> jax.Array:
+    """Returns the weighted loss of each example, [B] float32.
+
+    Args:
+      logits: [B, C] for softmax, or [B, 1] for one sigmoid logit.
+      labels: [B] int class numbers.
+      class_weights: [C]; each example's loss is multiplied by its class's weight and not divided by their
+        sum, which is what Keras's `class_weight` does (torch's `weight` divides).
+      label_smoothing: 0..1, the part of the target spread evenly over the classes (arXiv 1512.00567).
+      positive: the class that the sigmoid logit speaks for; None for softmax.
+    """
+    logits = logits.astype(jnp.float32)
+    classes = class_weights.shape[0]
+    targets = jax.nn.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
+    if positive is None:
+        log_p = jax.nn.log_softmax(logits)
+    else:
+        log_p = jnp.concatenate([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
+        log_p = log_p if positive == 1 else log_p[:, ::-1]
+    return -(targets * log_p).sum(-1) * class_weights[labels]
+
+
+def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
+    """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid logit."""
+    logits = logits.astype(jnp.float32)
+    if positive is None:
+        return jax.nn.softmax(logits)
+    p = jax.nn.sigmoid(logits)
+    pair = jnp.concatenate([1 - p, p], axis=-1)
+    return pair if positive == 1 else pair[:, ::-1]

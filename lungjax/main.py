@@ -1,0 +1,74 @@
+"""Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
+
+Only the flags are read here; `lungjax.train.run` does the work. Nothing imports jax until the flags are
+parsed and the configuration is complete, so a typing mistake is answered at once.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags
+
+from lungjax import config as configs
+from lungjax import experiment
+
+EXPERIMENT = flags.DEFINE_string(
+    "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
+)
+SET = flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ./runs/NAME.")
+DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
+LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where an error came from.")
+
+
+def main(argv: list[str]) -> None:
+    """Picks the experiment, applies the overrides, runs it and prints where the report is."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
+    if LIST.value:
+        print(experiment.listing())
+        return
+    if not EXPERIMENT.value:
+        raise app.UsageError("--experiment=NAME is missing; --list shows the names")
+    config = experiment.load(EXPERIMENT.value)
+    for assignment in SET.value:
+        config = configs.override(config, assignment)
+    configs.check(config)
+    workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    prepare_jax()
+    from lungjax import train  # here, after the flags, since it imports jax
+
+    report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value)
+    print(f"Report: {report}")
+
+
+def prepare_jax() -> None:
+    """Turns on the compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def run_cleanly(entry: object) -> None:
+    """Runs an absl entry function; a user's mistake ends in one line on stderr and exit code 2."""
+    try:
+        app.run(entry)
+    except (ValueError, OSError) as error:
+        if TRACEBACK.value or not _is_ours(error):
+            raise
+        print(f"lungjax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    # A ValueError that a file of lungjax raises is a message to the user; any other one is a bug to be seen.
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, OSError) or str(Path(__file__).parent) in frames[-1].filename
+
+
+if __name__ == "__main__":
+    run_cleanly(main)

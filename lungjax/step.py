@@ -1,0 +1,117 @@
+"""One training step and one prediction step: pure functions of state and batch, to be jitted by the caller.
+
+Imports neither grain, TFDS, orbax nor matplotlib, so the step runs and is measured wherever jax and flax are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from lungjax import losses
+from lungjax.config import Config, InputSpec
+from lungjax.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
+    """Turns uint8 [B, H, W, C] into the float32 that the network wants, (x / 255 - mean) / std."""
+    mean, std = jnp.asarray(spec.mean, jnp.float32), jnp.asarray(spec.std, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
+    """Returns the label number that a sigmoid head's logit speaks for, None for a softmax head.
+
+    Raises ValueError for a class name that the data set doesn't have.
+    """
+    name = config.model.head.positive_class
+    if not name:
+        return None
+    if name not in classes:
+        raise ValueError(f"model.head.positive_class={name!r}: the data set has {', '.join(classes)}")
+    return classes.index(name)
+
+
+def make_train_step(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    class_weights: jax.Array,
+    positive: int | None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, batch) -> (state, metrics)`.
+
+    The batch holds `image` uint8 [B, H, W, C] and `label` int32 [B]. With `train.accumulate` above one the
+    batch is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
+    BatchNorm is frozen or absent and dropout is off; otherwise statistics and dropout are per part.
+    """
+    parts = config.train.accumulate
+    trains_norm = not config.model.freeze_norm
+
+    def loss_fn(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        images = normalize(batch["image"], config.input)
+        (logits, _), updates = module.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"] if trains_norm else [],
+        )
+        each = losses.cross_entropy(
+            logits,
+            batch["label"],
+            class_weights=class_weights,
+            label_smoothing=config.optim.label_smoothing,
+            positive=positive,
+        )
+        predicted = losses.probabilities(logits, positive).argmax(-1)
+        metrics = {"loss": each.mean(), "accuracy": (predicted == batch["label"]).mean()}
+        return metrics["loss"], (metrics, updates.get("batch_stats", batch_stats))
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        if parts == 1:
+            grads, (metrics, batch_stats) = grad_fn(state.params, state.batch_stats, batch, key)
+        else:
+            # Every part takes each parts-th example, so that it stays spread over all devices.
+            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def one(carry: Any, xs: Any) -> tuple[Any, Metrics]:
+                sums, batch_stats = carry
+                number, part = xs
+                grads, (metrics, batch_stats) = grad_fn(
+                    state.params, batch_stats, part, jax.random.fold_in(key, number)
+                )
+                return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
+
+            start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+            (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
+            grads = jax.tree.map(lambda g: g / parts, grads)
+            metrics = jax.tree.map(jnp.mean, metrics)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return state, metrics
+
+    return train_step
+
+
+def make_predict_step(
+    module: nn.Module, config: Config, positive: int | None
+) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
+    """Returns `predict_step(variables, batch)` giving `probabilities` [B, C] and the batch's `row` [B]."""
+
+    def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        logits, _ = module.apply(variables, normalize(batch["image"], config.input), train=False)
+        return {"probabilities": losses.probabilities(logits, positive), "row": batch["row"]}
+
+    return predict_step

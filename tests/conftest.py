@@ -1,0 +1,71 @@
+"""What the tests share: a small in-memory data set, where real images lie, one compilation cache a session."""
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+# Sub-processes of the tests compile the same programs again; one throw-away cache serves them all.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+ROOT = Path(__file__).parent.parent
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real images for development; only tests that want it may skip."""
+    path = ROOT / os.environ.get("LUNGJAX_SHARED", "../shared")
+    if not path.is_dir():
+        pytest.skip("no real images here: LUNGJAX_SHARED names no folder")
+    return path
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_small_data():
+    """60 images of 40 x 40, three classes that a small network can tell apart: where the bright square is."""
+    from lungjax.data.prepared import Prepared
+
+    rng = np.random.default_rng(0)
+    n = 60
+    labels = np.arange(n) % 3
+    records = []
+    for i, label in enumerate(labels):
+        image = rng.integers(0, 60, (40, 40), dtype=np.uint8)
+        image[10:25, 2 + 12 * label : 12 + 12 * label] += 150
+        records.append({"image": png(image), "label": label, "file": f"{i}.png"})
+    split = np.asarray(["train"] * 36 + ["val"] * 11 + ["test"] * 13)
+    return Prepared(
+        name="small",
+        classes=("left", "middle", "right"),
+        columns={
+            "file": np.asarray([f"{i:02}.png" for i in range(n)]),
+            "label": labels.astype(np.int64),
+            "split": split,
+            "group": np.asarray([f"p{i // 3}" for i in range(n)]),
+            "source": np.asarray(["a", "b"] * (n // 2)),
+            "width": np.full(n, 40),
+            "height": np.full(n, 40),
+            "box": np.tile(np.asarray([0, 0, 40, 40], np.float32), (n, 1)),
+        },
+        records=records,
+        window=None,
+        fingerprint="0" * 64,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_data():
+    return make_small_data()

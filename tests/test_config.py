@@ -1,0 +1,126 @@
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lungjax import config as configs
+from lungjax.config import Config
+
+
+def test_override_reads_each_type_by_the_field():
+    config = Config()
+    for assignment in (
+        "optim.lr=3e-4",
+        "train.epochs=2",
+        "train.steps=1e3",
+        "input.size=96,128",
+        "train.maximize=false",
+        "model.head.hidden=64,32",
+        "model.head.dropout=0.5",
+        "model.padding=same",
+        "data.dataset=folder/mine",
+    ):
+        config = configs.override(config, assignment)
+    assert config.optim.lr == 3e-4
+    assert config.train.epochs == 2.0 and isinstance(config.train.epochs, float)
+    assert config.train.steps == 1000 and isinstance(config.train.steps, int)
+    assert config.input.size == (96, 128)
+    assert config.train.maximize is False
+    assert config.model.head.hidden == (64, 32)
+    assert config.model.head.dropout == 0.5
+    assert config.model.padding == "same"
+    assert config.data.dataset == "folder/mine"
+    assert configs.override(config, "model.padding=None").model.padding is None
+    assert configs.override(config, "input.size=64").input.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "optim.lr"]),
+        ("optimm.lr=1", ["optim.lr"]),
+        ("optim.lr=fast", ["optim.lr", "float", "fast"]),
+        ("train.batch_size=2.5", ["train.batch_size", "int", "2.5"]),
+        ("train.maximize=maybe", ["train.maximize", "bool"]),
+        ("input.size=1,2,3", ["input.size", "int, int"]),
+        ("optim=adam", ["section", "optim.name"]),
+        ("optim.lr.x=1", ["optim.lr"]),
+        ("optim.lr", ["path=value"]),
+    ],
+)
+def test_override_errors_name_field_value_and_what_is_allowed(assignment, words):
+    with pytest.raises(ValueError) as error:
+        configs.override(Config(), assignment)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_json_round_trip_is_complete_and_strict():
+    config = configs.override(Config(), "model.head.hidden=64")
+    config = configs.override(config, "input.mean=0.1,0.2,0.3")
+    config = configs.override(config, "model.head.positive_class=COVID, 19")
+    text = configs.to_json(config)
+    assert configs.from_json(text) == config
+    with pytest.raises(ValueError, match="optim.lrx.*nearest.*optim.lr"):
+        configs.from_json(text.replace('"lr"', '"lrx"'))
+    with pytest.raises(ValueError, match="optim.lr.*expected float"):
+        configs.from_json(text.replace('"lr": 0.001', '"lr": "x"'))
+    with pytest.raises(ValueError, match="not JSON"):
+        configs.from_json(text[:-5])
+
+
+def test_difference_names_each_changed_field():
+    other = configs.override(configs.override(Config(), "optim.lr=1"), "train.seed=4")
+    assert configs.difference(Config(), other) == ["optim.lr: 0.001 -> 1.0", "train.seed: 0 -> 4"]
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "input.crop=centre",
+        "optim.name=adan",
+        "train.batch_size=0",
+        "train.epochs=-1",
+        "train.accumulate=3",
+        "input.channels=2",
+        "input.std=0",
+        "input.mean=0.1,0.2",
+        "model.head.dropout=1",
+        "model.head.output=sigmoid",
+        "model.head.pool=mean",
+        "optim.lr=0",
+    ],
+)
+def test_check_refuses_nonsense_and_names_the_field(assignment):
+    config = configs.override(Config(), assignment)
+    with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])):
+        configs.check(config)
+
+
+def test_every_field_is_read_somewhere():
+    package = Path(configs.__file__).parent
+    code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    unread = [
+        path for path in configs.fields_of(Config()) if not re.search(rf"\.{path.split('.')[-1]}\b", code)
+    ]
+    assert not unread
+
+
+def test_sections_carry_a_comment_per_field():
+    source = Path(configs.__file__).read_text()
+    for section in (configs.InputSpec, configs.DataConfig, configs.ModelConfig, configs.OptimConfig):
+        for field in dataclasses.fields(section):
+            line = next(t for t in source.splitlines() if t.startswith(f"    {field.name}: "))
+            assert "#" in line or field.name == "std", line
+
+
+def test_config_and_experiments_import_no_jax():
+    code = (
+        "import sys; from lungjax import experiment, main; "
+        "[experiment.load(n) for n in experiment.names()]; "
+        "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

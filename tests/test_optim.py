@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+from lungjax import optim
+from lungjax.config import OptimConfig
+
+PARAMS = {
+    "stem_conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "head": {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
+}
+
+
+def updated(config: OptimConfig, grads=None, steps=1):
+    optimizer = optim.make_optimizer(config, optim.make_schedule(config, 10), PARAMS)
+    params, opt_state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(steps):
+        updates, opt_state = optimizer.update(grads or jax.tree.map(jnp.ones_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_schedules_by_hand():
+    warm = optim.make_schedule(OptimConfig(lr=1.0, schedule="cosine", warmup_steps=4, end_factor=0.1), 104)
+    np.testing.assert_allclose([warm(i) for i in range(5)], [0.25, 0.5, 0.75, 1.0, 1.0])
+    np.testing.assert_allclose(warm(54), 0.55, rtol=1e-6)  # half-way down from 1 to 0.1
+    np.testing.assert_allclose(warm(104), 0.1, rtol=1e-6)
+    one = optim.make_schedule(OptimConfig(lr=1.0, warmup_steps=1), 10)
+    np.testing.assert_allclose([one(0), one(5)], [1.0, 1.0])
+    falls = optim.make_schedule(OptimConfig(lr=1.0, schedule="step", decay_at=(0.5, 0.8)), 10)
+    np.testing.assert_allclose([falls(4), falls(5), falls(9)], [1.0, 0.1, 0.01], rtol=1e-6)
+    line = optim.make_schedule(OptimConfig(lr=1.0, schedule="linear"), 10)
+    np.testing.assert_allclose([line(0), line(5), line(10)], [1.0, 0.5, 0.0])
+
+
+def test_weight_decay_leaves_biases_alone():
+    config = OptimConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.5)
+    params = updated(config, grads=jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(params["stem_conv"]["kernel"], 0.95)
+    np.testing.assert_allclose(params["stem_conv"]["bias"], 1.0)
+
+
+def test_sgd_momentum_by_hand():
+    config = OptimConfig(name="sgd", lr=0.1, momentum=0.9)
+    np.testing.assert_allclose(updated(config, steps=2)["head"]["dense"]["bias"], 1 - 0.1 - 0.19, rtol=1e-6)
+
+
+def test_clip_norm_bounds_the_step():
+    params = updated(OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=0.5))
+    moved = jax.tree.map(lambda a, b: a - b, params, PARAMS)
+    np.testing.assert_allclose(optax.global_norm(moved), 0.5, rtol=1e-5)
+
+
+def test_freeze_moves_only_the_rest():
+    params = updated(OptimConfig(freeze=r"^(?!head/)"))
+    np.testing.assert_array_equal(params["stem_conv"]["kernel"], 1.0)
+    assert (np.asarray(params["head"]["dense"]["kernel"]) != 1.0).all()
+    with pytest.raises(ValueError, match="nothing is left"):
+        updated(OptimConfig(freeze="."))
+    with pytest.raises(ValueError, match="matches no parameter"):
+        updated(OptimConfig(freeze="block9"))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
+def test_every_optimizer_goes_downhill(name):
+    assert (np.asarray(updated(OptimConfig(name=name))["head"]["dense"]["kernel"]) < 1).all()
+
+
+def test_class_weights():
+    labels, classes = np.asarray([0, 0, 0, 1, 2, 2]), ("a", "b", "c")
+    want = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(optim.class_weights("balanced", labels, classes), want, rtol=1e-6)
+    np.testing.assert_allclose(optim.class_weights("1,2.5,0", labels, classes), [1, 2.5, 0])
+    np.testing.assert_allclose(optim.class_weights("none", labels, classes), 1)
+    for bad in ("1,2", "heavy", "1,2,-1"):
+        with pytest.raises(ValueError, match=r"optim.class_weights.*a, b, c"):
+            optim.class_weights(bad, labels, classes)

@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lungjax import config as configs
+from lungjax import logs, metrics, models, optim, predictions, state, step, train, trees
+from lungjax.checkpoint import Checkpoints, newest, warm_start
+from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+
+CONFIG = Config(
+    name="small",
+    input=InputSpec(size=(32, 32)),
+    model=ModelConfig(name="simple", head=HeadConfig(dropout=0.2)),
+    optim=OptimConfig(lr=3e-3),
+    train=TrainConfig(batch_size=8, steps=12, eval_steps=4, log_steps=2, monitor="slice.accuracy"),
+    eval=EvalConfig(batch_size=8, examples=2),
+)
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch, small_data):
+    monkeypatch.setattr(train, "open_dataset", lambda name, data_dir: small_data)
+
+
+def changed(config, *assignments):
+    for assignment in assignments:
+        config = configs.override(config, assignment)
+    return config
+
+
+def last_weights(workdir: Path, step_number: int) -> dict:
+    from orbax.checkpoint import v1 as ocp
+
+    found = ocp.load_checkpointables(workdir.absolute() / "checkpoints" / "last" / str(step_number))
+    tree = found["state"]
+    return {
+        k: np.asarray(v) for k, v in trees.flatten(tree if isinstance(tree, dict) else vars(tree)).items()
+    }
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path):
+    workdir = tmp_path / "run"
+    report_path = train.run(CONFIG, workdir, tmp_path)
+    report = json.loads((workdir / "report.json").read_text())
+    assert report_path == workdir / "report.md"
+    saved = predictions.read(workdir / "predictions_test.csv")
+    assert len(saved.ids) == 13
+    assert report["test"]["slice"]["accuracy"] == pytest.approx(
+        (saved.probabilities.argmax(1) == saved.labels).mean()
+    )
+    assert configs.from_json((workdir / "config.json").read_text()) == CONFIG
+    rows = logs.read(workdir / "metrics.jsonl")
+    assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
+    assert len(list((workdir / "plots").glob("*.png"))) >= 5
+
+    # The best step is the first with the best validation score, and its weights are those tested.
+    scores = {r["step"]: r["val.slice.accuracy"] for r in rows if "val.slice.loss" in r}
+    assert newest(workdir, "best") == max(scores, key=lambda s: (scores[s], -s))
+    val = predictions.read(workdir / "predictions_val.csv")
+    assert metrics.report_levels(val)["slice"]["accuracy"] == scores[newest(workdir, "best")]
+
+    # Evaluating again changes nothing.
+    before = (workdir / "predictions_test.csv").read_bytes()
+    train.run(CONFIG, workdir, tmp_path, mode="evaluate")
+    assert (workdir / "predictions_test.csv").read_bytes() == before
+
+
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch):
+    config = changed(CONFIG, "train.save_steps=3", "optim.schedule=cosine")
+    train.run(config, tmp_path / "whole", tmp_path)
+
+    judge = train.judge
+
+    def die_at_8(progress, scores, config, done):
+        if done == 8:
+            raise KeyboardInterrupt
+        return judge(progress, scores, config, done)
+
+    monkeypatch.setattr(train, "judge", die_at_8)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, tmp_path / "cut", tmp_path)
+    monkeypatch.setattr(train, "judge", judge)
+    train.run(config, tmp_path / "cut", tmp_path)
+
+    whole, cut = (last_weights(tmp_path / name, 12) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and len(whole) > 20
+    for name, array in whole.items():
+        np.testing.assert_array_equal(cut[name], array, err_msg=name)
+    assert newest(tmp_path / "whole", "best") == newest(tmp_path / "cut", "best")
+    a, b = (logs.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    assert [r.get("val.slice.loss") for r in a] == [r.get("val.slice.loss") for r in b]
+
+
+def test_patience_stops_and_stays_stopped(tmp_path):
+    config = changed(CONFIG, "train.patience=1", "optim.lr=1e-12", "train.eval_steps=2", "train.steps=40")
+    train.run(config, tmp_path / "run", tmp_path)
+    steps = [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")]
+    assert max(steps) == 4  # 2 is the best so far, 4 is no better
+    train.run(config, tmp_path / "run", tmp_path)
+    assert [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")] == steps
+
+
+def test_another_configuration_is_refused_but_for_free_fields(tmp_path):
+    train.run(CONFIG, tmp_path / "run", tmp_path)
+    with pytest.raises(ValueError, match=r"optim.lr: 0.003 -> 0.1(.|\n)*--workdir"):
+        train.run(changed(CONFIG, "optim.lr=0.1"), tmp_path / "run", tmp_path)
+    train.run(changed(CONFIG, "eval.batch_size=5", "data.threads=1"), tmp_path / "run", tmp_path)
+
+
+def test_other_data_or_a_foreign_folder_is_refused(tmp_path, monkeypatch, small_data):
+    train.run(CONFIG, tmp_path / "run", tmp_path)
+    other = dataclasses.replace(small_data, fingerprint="1" * 64)
+    monkeypatch.setattr(train, "open_dataset", lambda name, data_dir: other)
+    with pytest.raises(ValueError, match="prepared|other images"):
+        train.run(CONFIG, tmp_path / "run", tmp_path)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        train.run(CONFIG, tmp_path / "foreign", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("train.monitor=slice.auc", "slice.auc_macro"),
+        ("input.size=8", r"input.size.*too small for simple"),
+        ("optim.class_weights=1,2", "left, middle, right"),
+        ("model.name=simpel", "simple"),
+        ("optim.freeze=nothing", "matches no parameter"),
+        ("model.weights=run:nowhere", "no trained run"),
+    ],
+)
+def test_mistakes_end_before_training_and_leave_the_workdir_free(tmp_path, assignment, words):
+    with pytest.raises(ValueError, match=words):
+        train.run(changed(CONFIG, assignment), tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_step(tmp_path):
+    config = changed(CONFIG, "optim.lr=1e30", "optim.name=sgd", "train.log_steps=4")
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step [23]"):
+        train.run(config, tmp_path / "run", tmp_path)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
+    train.run(changed(CONFIG, "train.steps=4"), tmp_path / "run", tmp_path)
+    module = models.build(CONFIG.model, 3)
+    full = state.create(module, optim.make_optimizer(OptimConfig(), lambda s: 0.1, {}), (32, 32, 1), 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(ValueError, match="step 0.*intact"):
+        checkpoints.save(full, train.new_progress())
+    assert newest(tmp_path / "run", "best") == 4
+
+
+def make(config, classes=3):
+    module = models.build(config.model, classes, remat=config.train.remat)
+    shape = (*config.input.size, config.input.channels)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 10), shapes["params"])
+    first = state.create(module, optimizer, shape, config.train.seed)
+    return first, jax.jit(step.make_train_step(module, optimizer, config, jnp.ones(classes), None))
+
+
+def batch_of(n, size=40):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 255, (n, size, size, 1), dtype=np.uint8)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(rng.integers(0, 3, n), jnp.int32)}
+
+
+def assert_same_step(a, b, tolerance):
+    for name, value in trees.flatten(a.params).items():
+        np.testing.assert_allclose(trees.flatten(b.params)[name], value, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings", [["model.name=simple"], ["model.name=cbr_tiny", "model.freeze_norm=true", "input.size=64"]]
+)
+@pytest.mark.parametrize("variant", ["train.accumulate=4", "train.remat=true"])
+def test_accumulation_and_remat_make_the_plain_step(settings, variant):
+    config = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd", *settings)
+    batch = batch_of(8, config.input.size[0])
+    first, plain = make(config)
+    want, metrics_plain = plain(first, batch)
+    got, metrics_other = make(changed(config, variant))[1](first, batch)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(*map(jax.tree.leaves, (first.params, want.params)), strict=True)
+    )
+    assert_same_step(want, got, 2e-6)
+    np.testing.assert_allclose(metrics_other["loss"], metrics_plain["loss"], rtol=1e-5)
+
+
+def test_frozen_norm_keeps_its_statistics_and_training_ones_move():
+    config = changed(CONFIG, "model.name=cbr_tiny", "input.size=64")
+    batch = batch_of(8, 64)
+    for frozen in (True, False):
+        first, train_step = make(changed(config, f"model.freeze_norm={frozen}"))
+        after, _ = train_step(first, batch)
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (first.batch_stats, after.batch_stats)), strict=True)
+        ]
+        assert all(same) if frozen else not any(same)
+
+
+def test_dropout_keys_follow_seed_and_step():
+    first, train_step = make(changed(CONFIG, "model.head.dropout=0.5"))
+    batch = batch_of(8)
+    batch["image"] = batch["image"][:, :32, :32]
+    at_0, again = train_step(first, batch)[1]["loss"], train_step(first, batch)[1]["loss"]
+    at_1 = train_step(first.replace(step=jnp.ones((), jnp.int32)), batch)[1]["loss"]
+    assert at_0 == again and at_0 != at_1
+
+
+def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path):
+    train.run(CONFIG, tmp_path / "run", tmp_path)
+    module = models.build(CONFIG.model, 5)
+    fresh = module.init(jax.random.key(9), jnp.zeros((1, 32, 32, 1)), train=False)
+    fresh = {"params": fresh["params"], "batch_stats": fresh.get("batch_stats", {})}
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        source = trees.flatten(checkpoints.restore_best(None)[0]["params"])
+    ours = trees.flatten(warm_start(fresh, tmp_path / "run")["params"])
+    for name, value in trees.flatten(fresh["params"]).items():
+        expected = value if name.startswith(("head/dense", "head/hidden")) else source[name]
+        np.testing.assert_array_equal(ours[name], expected)
+    wrong = trees.flatten(fresh["params"])
+    wrong["extra/kernel"] = wrong.pop("stem_conv/kernel")
+    with pytest.raises(
+        ValueError, match=r"only in the run: stem_conv/kernel(.|\n)*only in this network: extra/kernel"
+    ):
+        warm_start({**fresh, "params": trees.unflatten(wrong)}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("devices", [8])
+def test_eight_devices_make_the_step_and_the_predictions_of_one(tmp_path, devices):
+    """13 test examples in batches of 8 on 8 CPU devices; BatchNorm sees the global batch."""
+    script = Path(__file__).parent / "run_small.py"
+    outcomes = []
+    for n in (1, devices):
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(n), "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, str(script), str(tmp_path / str(n))], env=env, check=True)
+        outcomes.append(np.load(tmp_path / f"{n}.npz"))
+    one, many = outcomes
+    assert (
+        many["devices"] == devices and one["ids"].tolist() == many["ids"].tolist() and len(one["ids"]) == 13
+    )
+    np.testing.assert_allclose(many["probabilities"], one["probabilities"], atol=1e-4)
+    np.testing.assert_allclose(many["mean"], one["mean"], atol=1e-5)
