@@ -8,11 +8,11 @@ Normal, Pneumonia and COVID-19 phantoms (`lungjax.data.phantom`), a small CNN, 2
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 
-def get_config(model: str = "cbr_tiny") -> Config:
-    """Arguments: model, any name of lungjax.models.MODELS that takes one channel."""
+def get_config(model: str = "cbr_tiny", dataset: str = "phantom_ct") -> Config:
+    """Arguments: model; dataset, phantom_ct or its tiny version phantom_ct/tiny."""
     return Config(
         name="phantom_demo",
-        data=DataConfig(dataset="phantom_ct"),
+        data=DataConfig(dataset=dataset),
         input=InputSpec(size=(96, 96), channels=1),
         model=ModelConfig(name=model),
         optim=OptimConfig(name="adam", lr=1e-3, schedule="cosine"),

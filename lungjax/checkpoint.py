@@ -41,7 +41,7 @@ class Checkpoints:
         self._best.close()
 
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Writes the whole state. Raises ValueError if the disk is full; earlier checkpoints stay."""
+        """Writes the whole state and `progress`, a dict of numbers. Raises ValueError if the disk is full; earlier checkpoints stay."""
         step = int(state.step)
         with _full_disk_explained(self.folder, {"state": state}, step):
             self._last.save_checkpointables(step, {"state": state, "progress": progress}, overwrite=True)
@@ -49,14 +49,16 @@ class Checkpoints:
     def save_best(self, state: TrainState) -> None:
         """Writes the weights as the best so far and drops the earlier best once they are safe."""
         step = int(state.step)
+        if self._best.latest is not None and self._best.latest.step == step:
+            return  # a resumed run came by here again; replacing would leave a moment without any best
         with _full_disk_explained(self.folder, state.variables, step):
-            self._best.save_checkpointables(step, {"variables": state.variables}, overwrite=True)
+            self._best.save_checkpointables(step, {"variables": state.variables})
 
-    def restore(self, like: TrainState, progress: dict[str, Any]) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns the newest state and progress, laid out as `like` (shapes with shardings), or None."""
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Returns the newest state, laid out as `like` (shapes with shardings), and its progress; or None."""
         if self._last.latest is None:
             return None
-        found = self._last.load_checkpointables(None, {"state": like, "progress": progress})
+        found = self._last.load_checkpointables(None, {"state": like, "progress": None})
         return found["state"], found["progress"]
 
     def restore_best(self, like: dict[str, Any]) -> tuple[dict[str, Any], int]:

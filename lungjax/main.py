@@ -5,14 +5,12 @@ parsed and the configuration is complete, so a typing mistake is answered at onc
 """
 
 import os
-import sys
-import traceback
 from pathlib import Path
 
 from absl import app, flags
 
 from lungjax import config as configs
-from lungjax import experiment
+from lungjax import entry, experiment
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
@@ -22,7 +20,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ./r
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
 LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where an error came from.")
+flags.adopt_module_key_flags(entry)
 
 
 def main(argv: list[str]) -> None:
@@ -53,22 +51,5 @@ def prepare_jax() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-def run_cleanly(entry: object) -> None:
-    """Runs an absl entry function; a user's mistake ends in one line on stderr and exit code 2."""
-    try:
-        app.run(entry)
-    except (ValueError, OSError) as error:
-        if TRACEBACK.value or not _is_ours(error):
-            raise
-        print(f"lungjax: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _is_ours(error: BaseException) -> bool:
-    # A ValueError that a file of lungjax raises is a message to the user; any other one is a bug to be seen.
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, OSError) or str(Path(__file__).parent) in frames[-1].filename
-
-
 if __name__ == "__main__":
-    run_cleanly(main)
+    entry.run(main)

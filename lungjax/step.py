@@ -52,7 +52,6 @@ def make_train_step(
     BatchNorm is frozen or absent and dropout is off; otherwise statistics and dropout are per part.
     """
     parts = config.train.accumulate
-    trains_norm = not config.model.freeze_norm
 
     def loss_fn(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         images = normalize(batch["image"], config.input)
@@ -61,7 +60,7 @@ def make_train_step(
             images,
             train=True,
             rngs={"dropout": key},
-            mutable=["batch_stats"] if trains_norm else [],
+            mutable=["batch_stats"],
         )
         each = losses.cross_entropy(
             logits,

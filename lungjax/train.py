@@ -82,7 +82,7 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> P
 
     with Checkpoints(workdir) as checkpoints:
         if mode == "train":
-            found = checkpoints.restore(like, new_progress())
+            found = checkpoints.restore(like)
             if found:
                 current, progress = found
                 print(f"Going on from step {int(current.step)} of {this.steps} in {workdir}")
@@ -252,14 +252,14 @@ def judge(progress: dict[str, Any], scores: dict[str, float | None], config: Con
             f"train.monitor={config.train.monitor} is not defined on the val split (a class is missing there); "
             "choose another, such as slice.accuracy"
         )
-    best = float(progress["best"])
+    best = progress["best"]
     better = math.isnan(best) or (score > best if config.train.maximize else score < best)
     if better:
-        progress |= {"best": np.float64(score), "best_step": np.int64(done), "waited": np.int64(0)}
+        progress |= {"best": float(score), "best_step": done, "waited": 0}
     else:
-        progress["waited"] = np.int64(progress["waited"] + 1)
+        progress["waited"] += 1
         if config.train.patience and progress["waited"] >= config.train.patience:
-            progress["stopped"] = np.int64(1)
+            progress["stopped"] = 1
     return better
 
 

@@ -1,0 +1,30 @@
+"""What the entry files share: a user's mistake ends in a message and exit code 2, a bug in its traceback."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags, runs `main` and ends the process with its exit code."""
+    try:
+        app.run(main)
+    except (ValueError, OSError) as error:
+        if TRACEBACK.value or not _for_the_user(error):
+            raise
+        print(f"lungjax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _for_the_user(error: ValueError | OSError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT)
+    # A ValueError raised in a file of ours is a message; one from a library below is a bug to be seen.
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lungjax import state, train
+from lungjax.checkpoint import Checkpoints, check_source, newest
+
+
+def make(step: int) -> state.TrainState:
+    kernel = jnp.full((3, 4), float(step))
+    return state.TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params={"dense": {"kernel": kernel}},
+        batch_stats={},
+        opt_state=({"dense": {"kernel": kernel * 2}}, {}),
+    )
+
+
+def like() -> state.TrainState:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make(0))
+
+
+def test_the_newest_state_comes_back_with_its_progress(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(like()) is None
+        for step in (1, 2, 3):
+            checkpoints.save(make(step), {**train.new_progress(), "best": 0.1 + step})
+    with Checkpoints(tmp_path) as checkpoints:
+        found, progress = checkpoints.restore(like())
+    assert int(found.step) == 3 and progress["best"] == 3.1
+    np.testing.assert_array_equal(found.opt_state[0]["dense"]["kernel"], 6.0)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints/last").iterdir())
+    assert kept == [2, 3]
+
+
+def test_only_the_newest_best_is_kept(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (4, 8, 12):
+            checkpoints.save_best(make(step))
+        found, step = checkpoints.restore_best(like().variables)
+    assert step == newest(tmp_path, "best") == 12
+    np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 12.0)
+    assert [p.name for p in (tmp_path / "checkpoints/best").iterdir()] == ["12"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(5), train.new_progress())
+        again = make(5).replace(params={"dense": {"kernel": jnp.zeros((3, 4))}})
+        checkpoints.save(again, train.new_progress())
+        found, _ = checkpoints.restore(like())
+    np.testing.assert_array_equal(found.params["dense"]["kernel"], 0.0)
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(5), train.new_progress())
+    saved = tmp_path / "checkpoints/last"
+    (saved / "6.orbax-checkpoint-tmp").mkdir()
+    (saved / "6.orbax-checkpoint-tmp" / "state").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        found, _ = checkpoints.restore(like())
+    assert int(found.step) == 5
+    assert newest(tmp_path, "last") == 5
+
+
+def test_a_source_without_weights_is_named(tmp_path):
+    assert check_source("none") is None
+    with pytest.raises(ValueError, match="allowed are none and run:WORKDIR"):
+        check_source("imagenett")
+    with pytest.raises(ValueError, match="no trained run"):
+        check_source(f"run:{tmp_path}")
+    with pytest.raises(ValueError, match="no best weights yet"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore_best({})

@@ -1,0 +1,56 @@
+import pytest
+
+from lungjax import config as configs
+from lungjax import experiment
+
+
+def test_every_experiment_loads_checks_and_is_listed():
+    listing = experiment.listing()
+    for name in experiment.names():
+        config = experiment.load(name)
+        configs.check(config)
+        assert config.name == name
+        assert f"\n{name} " in "\n" + listing
+
+
+def test_arguments_after_the_colon():
+    config = experiment.load("cbr_folder:dataset=folder/mine,model=cbr_tiny")
+    assert (config.data.dataset, config.model.name) == ("folder/mine", "cbr_tiny")
+
+
+def test_a_file_and_a_saved_configuration_work_too(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from lungjax.config import Config, TrainConfig\n"
+        "def get_config(epochs: float = 1.0) -> Config:\n"
+        "    return Config(name='mine', train=TrainConfig(epochs=epochs))\n"
+    )
+    config = experiment.load(f"{path}:epochs=2.5")
+    assert config.train.epochs == 2.5
+    saved = tmp_path / "config.json"
+    saved.write_text(configs.to_json(config))
+    assert experiment.load(str(saved)) == config
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("cbr_foldr", "nearest: cbr_folder"),
+        ("cbr_folder:modl=x", "no argument 'modl'; the nearest: model"),
+        ("cbr_folder:model", "not key=value"),
+        ("missing.py", "no such file"),
+        ("missing.json", "no such file"),
+    ],
+)
+def test_mistakes_are_named(choice, words):
+    with pytest.raises(ValueError, match=words):
+        experiment.load(choice)
+
+
+def test_an_argument_of_the_wrong_type_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config(epochs: float = 1.0): return epochs\n")
+    with pytest.raises(ValueError, match="epochs.*expected float"):
+        experiment.load(f"{path}:epochs=many")
+    with pytest.raises(ValueError, match="returned float, not a lungjax Config"):
+        experiment.load(str(path))
