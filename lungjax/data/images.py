@@ -1,0 +1,266 @@
+"""Encoded image files to network input: decode, window, crop, resize.
+
+8-bit images become uint8. A 16-bit image is mapped by its data set's window to float32 in 0..255 and
+rounded only after resizing; without a window it is refused, never divided by a guess. Transparency is laid
+over black, a palette is looked up, CMYK becomes RGB. An EXIF orientation is ignored: boxes are given in
+stored pixels, and CT exports carry none.
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lungjax.config import INTERPOLATIONS, InputSpec, nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+# What Pillow raises for a damaged file depends on the format and on where the damage is.
+BROKEN = (
+    OSError, SyntaxError, EOFError, ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error,
+    OverflowError, MemoryError, Image.DecompressionBombError,
+)  # fmt: skip
+KERNELS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+ALLOWED = "allowed are 8-bit gray or colour and unsigned 16-bit gray"
+RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the plain kernels, in source pixels
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A fully decoded image and what is stored of it."""
+
+    data: bytes  # the file's own bytes (8-bit JPEG, PNG), else a lossless PNG
+    width: int
+    height: int
+    pixels: str  # hex digest of the decoded pixels; equal for exact copies, also across file formats
+    histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
+
+
+def check(data: bytes) -> Checked:
+    """Decodes an image file completely and returns what a data set stores of it.
+
+    Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
+    8-bit nor unsigned 16-bit gray.
+    """
+    array, form = _pixels(data)
+    height, width = array.shape[:2]
+    gray = array[..., 0] if array.ndim == 3 and (array == array[..., :1]).all() else array
+    digest = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
+    digest.update(np.ascontiguousarray(gray).data)
+    deep = array.dtype == np.uint16
+    if deep or form not in ("JPEG", "PNG"):
+        out = io.BytesIO()
+        Image.fromarray(array).save(out, "PNG")
+        data = out.getvalue()
+    histogram = np.bincount(array.ravel(), minlength=1 << 16) if deep else None
+    return Checked(data, width, height, digest.hexdigest(), histogram)
+
+
+def decode(data: bytes, window: tuple[float, float] | None) -> np.ndarray:
+    """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB).
+
+    uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
+    Raises ValueError if the image can't be read, or has 16 bits and there is no window.
+    """
+    array, _ = _pixels(data)
+    if array.dtype == np.uint8:
+        return array
+    if window is None:
+        raise ValueError("a 16-bit image, and the data set has no window: prepare it with --window=low,high")
+    low, high = window
+    return np.clip((array.astype(np.float32) - low) * np.float32(255.0 / (high - low)), 0.0, 255.0)
+
+
+def to_input(image: np.ndarray, box: np.ndarray, spec: InputSpec, margin: float) -> np.ndarray:
+    """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
+
+    Args:
+        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255.
+        box: xmin, ymin, xmax, ymax in pixels, max exclusive; used where spec.crop is "box".
+        spec: size, channels, crop, interpolation and antialias.
+        margin: part of the box's side kept around it on each edge, clipped to the image.
+
+    Raises ValueError for an empty box, or an unknown crop or interpolation.
+    """
+    if spec.crop not in ("none", "box"):
+        raise ValueError(f"input.crop={spec.crop!r}: none or box")
+    if spec.interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}"
+        )
+    if spec.channels == 1 and image.ndim == 3:
+        image = np.asarray(Image.fromarray(image).convert("L"))
+    height, width = image.shape[:2]
+    region = (0.0, 0.0, float(width), float(height))
+    if spec.crop == "box":
+        region = grow(box, margin, width, height)
+    whole = region == (0.0, 0.0, width, height) and (height, width) == tuple(spec.size)
+    resized = image if whole else resize(image, region, spec.size, spec.interpolation, spec.antialias)
+    if resized.dtype != np.uint8:
+        resized = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    if resized.ndim == 2:
+        resized = np.repeat(resized[..., None], spec.channels, axis=-1)
+    return resized
+
+
+def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns `box` with `margin` of its sides added on each edge, clipped to the image; floats, in pixels.
+
+    Raises ValueError if less than one pixel of the image is in the box.
+    """
+    left, top, right, bottom = (float(v) for v in box)
+    dx, dy = margin * (right - left), margin * (bottom - top)
+    grown = (
+        max(left - dx, 0.0),
+        max(top - dy, 0.0),
+        min(right + dx, float(width)),
+        min(bottom + dy, float(height)),
+    )
+    if grown[2] - grown[0] < 1 or grown[3] - grown[1] < 1:
+        raise ValueError(
+            f"box {left:g} {top:g} {right:g} {bottom:g} holds no pixel of the {width} x {height} image"
+        )
+    return grown
+
+
+def resize(
+    image: np.ndarray,
+    region: tuple[float, float, float, float],
+    size: tuple[int, int],
+    kernel: str,
+    antialias: bool,
+) -> np.ndarray:
+    """Returns `region` (left, top, right, bottom) of `image` resized to `size` (height, width).
+
+    With `antialias` the kernel widens when shrinking (Pillow's resampling; it reads nothing outside the
+    region). Without, each output samples the plain kernel at its centre, the region's edge repeated, as
+    TensorFlow and torch resize with antialias=False. bicubic is Keys' kernel with a = -0.5 in both (torch
+    itself has -0.75); lanczos has 3 lobes. "nearest" takes the pixel under the output's centre either way.
+    """
+    if kernel == "nearest":
+        across, down = _nearest(region, size, image.shape)
+        return image[down[:, None], across[None, :]]
+    if antialias:
+        # Pillow's box alone would let the kernel reach over the region's edge.
+        left, top = int(region[0]), int(region[1])
+        cut = image[top : int(np.ceil(region[3])), left : int(np.ceil(region[2]))]
+        inside = (region[0] - left, region[1] - top, region[2] - left, region[3] - top)
+        picture = Image.fromarray(np.ascontiguousarray(cut))
+        return np.asarray(picture.resize((size[1], size[0]), KERNELS[kernel], box=inside))
+    across_at, across_by = _taps(region[0], region[2], size[1], image.shape[1], kernel)
+    down_at, down_by = _taps(region[1], region[3], size[0], image.shape[0], kernel)
+    values = image.astype(np.float32)
+    rows = sum(values[down_at[:, t]] * _column(down_by[:, t], image.ndim, 0) for t in range(down_at.shape[1]))
+    assert isinstance(rows, np.ndarray)
+    full = sum(
+        rows[:, across_at[:, t]] * _column(across_by[:, t], image.ndim, 1) for t in range(across_at.shape[1])
+    )
+    assert isinstance(full, np.ndarray)
+    return np.clip(np.rint(full), 0, 255).astype(np.uint8) if image.dtype == np.uint8 else full
+
+
+def _column(weights: np.ndarray, ndim: int, axis: int) -> np.ndarray:
+    return weights.reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def _nearest(
+    region: tuple[float, float, float, float], size: tuple[int, int], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    across = region[0] + (np.arange(size[1]) + 0.5) * (region[2] - region[0]) / size[1]
+    down = region[1] + (np.arange(size[0]) + 0.5) * (region[3] - region[1]) / size[0]
+    return (
+        np.clip(np.floor(across).astype(np.int64), 0, shape[1] - 1),
+        np.clip(np.floor(down).astype(np.int64), 0, shape[0] - 1),
+    )
+
+
+def _taps(low: float, high: float, count: int, limit: int, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns source places int64 [count, taps] and weights float32 [count, taps] of the plain kernel."""
+    centre = low + (np.arange(count) + 0.5) * (high - low) / count - 0.5  # pixel i has its centre at i
+    radius = RADIUS[kernel]
+    places = np.floor(centre)[:, None].astype(np.int64) + np.arange(1 - radius, radius + 1)
+    weights = _kernel(np.abs(centre[:, None] - places), kernel)
+    weights /= weights.sum(axis=1, keepdims=True)  # lanczos does not sum to one by itself
+    inside = (max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit) - 1)
+    return np.clip(places, *inside), weights.astype(np.float32)
+
+
+def _kernel(x: np.ndarray, name: str) -> np.ndarray:
+    if name == "bilinear":
+        return np.maximum(1 - x, 0.0)
+    if name == "bicubic":
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+
+
+def _pixels(data: bytes) -> tuple[np.ndarray, str]:
+    """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            problem = _unsupported(picture, data)
+            if problem is None:
+                picture.load()
+                return _array(picture), picture.format or ""
+    except Image.UnidentifiedImageError:
+        raise ValueError("not an image that can be read (PNG, JPEG, TIFF or BMP)") from None
+    except BROKEN as error:
+        raise ValueError(f"damaged or truncated image ({error})") from None
+    raise ValueError(problem)
+
+
+def _unsupported(picture: Image.Image, data: bytes) -> str | None:
+    pages = getattr(picture, "n_frames", 1)
+    if pages > 1:
+        return f"{pages} pages in one file: save one image per file"
+    bits: tuple[int, ...] = ()
+    if picture.format == "PNG":
+        bits = (data[24],)  # of the header chunk: Pillow itself cuts 16-bit colour down to 8 bits
+    if picture.format == "TIFF":
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        bits = tags.get(258, (1,))
+        if picture.mode.startswith("I;16") and tags.get(262) == 0:
+            return "a 16-bit TIFF in which 0 is white: save it with 0 as black"
+        if 2 in tags.get(339, ()):
+            return "signed pixel values: save it as unsigned 16-bit, such as Hounsfield units plus 1024"
+    if max(bits, default=8) > 8 and not picture.mode.startswith("I;16"):
+        return f"{max(bits)}-bit pixels of mode {picture.mode}; {ALLOWED}"
+    if picture.mode not in (
+        "1",
+        "L",
+        "LA",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "CMYK",
+        "YCbCr",
+        "I;16",
+        "I;16L",
+        "I;16B",
+    ):
+        return f"pixels of mode {picture.mode}; {ALLOWED}"
+    return None
+
+
+def _array(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I;16"):
+        return np.asarray(picture).astype(np.uint16)
+    clear = picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
+    if clear:
+        over = np.asarray(picture.convert("RGBA"), np.uint16)
+        array = ((over[..., :3] * over[..., 3:] + 127) // 255).astype(np.uint8)
+    elif picture.mode in ("1", "L"):
+        return np.asarray(picture.convert("L"))
+    else:
+        array = np.asarray(picture.convert("RGB"))
+    if picture.mode in ("L", "LA", "P", "PA") and (array == array[..., :1]).all():
+        return np.ascontiguousarray(array[..., 0])
+    return array

@@ -1,0 +1,95 @@
+"""Drawn chest CT slices of Normal, Pneumonia and COVID-19 patients as a TFDS data set: nothing to download.
+
+See `lungjax.data.phantom`. Patients are split 60 / 15 / 25 percent within each class, and each class has the
+same share of every scanner.
+"""
+
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from lungjax.config import nearest
+from lungjax.data import phantom, prepared
+from lungjax.datasets import Options, records
+from lungjax.datasets.records import Example, Listing
+
+SIZES = {"default": (240, 4), "tiny": (24, 2)}  # patients, slices of each
+SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the rest is test
+
+
+class Builder(tfds.core.ShardBasedBuilder):
+    """TFDS builder of the phantoms; `listing` says what goes into it."""
+
+    name = "phantom_ct"
+    VERSION = records.VERSION
+    BUILDER_CONFIGS = tuple(
+        tfds.core.BuilderConfig(name=name, description=f"{patients} patients, {slices} slices of each.")
+        for name, (patients, slices) in SIZES.items()
+    )
+
+    def __init__(self, *, classes: Sequence[str] = phantom.CLASSES, shards: Any = (), **kwargs: Any):
+        self._classes, self._shards = classes, shards
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return records.info(self, self._classes, "Drawn axial chest CT slices: Normal, Pneumonia, COVID-19.")
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+        return {prepared.SLICES: self._shards}
+
+
+def listing(source: Path | None, config: str, options: Options) -> Listing:
+    """Lists the slices of configuration `config`; each is drawn when its bytes are asked for.
+
+    Raises ValueError for an unknown configuration, or a source or pattern, which drawn data cannot use.
+    """
+    if config not in SIZES:
+        raise ValueError(f"unknown configuration {config!r} of phantom_ct; {nearest(config, SIZES)}")
+    given = [f"--{k}" for k in ("source_pattern", "group_pattern", "classes") if getattr(options, k)]
+    given += ["--source"] if source is not None else []
+    if given:
+        raise ValueError(f"{given[0]} is for images that exist: phantom_ct is drawn by lungjax; leave it out")
+    patients, slices = SIZES[config]
+    examples = []
+    for number, (label, scanner, split) in enumerate(_plan(patients, options.seed)):
+        group = f"patient{number:03}"
+        patient = phantom.new_patient(options.seed * 100_000 + number, phantom.CLASSES[label], scanner)
+        for place, level in enumerate(phantom.levels(patient, slices)):
+            xmin, ymin, xmax, ymax = phantom.body_box(patient, level)
+            examples.append(
+                Example(
+                    file=f"{group}_s{place:02}.png",
+                    image=functools.partial(_png, patient, level),
+                    label=label,
+                    split=split,
+                    group=group,
+                    source=scanner.name,
+                    box=(float(xmin), float(ymin), float(xmax), float(ymax)),
+                )
+            )
+    return Listing(phantom.CLASSES, examples)
+
+
+def _plan(patients: int, seed: int) -> list[tuple[int, phantom.Scanner, str]]:
+    """Returns label, scanner and split of each patient, in shuffled order."""
+    rng = np.random.default_rng([seed, 20])
+    plan: list[tuple[int, phantom.Scanner, str]] = []
+    for label in range(len(phantom.CLASSES)):
+        count = patients // len(phantom.CLASSES)
+        train, val = (round(share * count) for share in SHARES)
+        split = rng.permutation(["train"] * train + ["val"] * val + ["test"] * (count - train - val))
+        plan += [(label, phantom.SCANNERS[i % len(phantom.SCANNERS)], str(split[i])) for i in range(count)]
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def _png(patient: phantom.Patient, level: float) -> bytes:
+    out = io.BytesIO()
+    image = phantom.gray(phantom.draw_slice(patient, level).hu, patient.window)
+    Image.fromarray(image).save(out, "PNG", compress_level=1)  # noise hardly gets smaller with more
+    return out.getvalue()

@@ -1,0 +1,291 @@
+"""Preparing and opening: nothing half done, order kept, copies of the bytes, and the command itself."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lungjax import datasets
+from lungjax import prepare as command
+from lungjax.data import prepared
+from lungjax.datasets import Options, records
+
+
+def make_folder(root, count=24, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        path = root / "in" / ("train", "train", "val", "test")[i % 4] / "ab"[i // 4 % 2] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 20), dtype=np.uint8)).save(path)
+    return root / "in"
+
+
+def write(root, **how):
+    return datasets.write("folder", root / "in", root / "data", Options(), quiet=True, **how)
+
+
+def run(root, *arguments):
+    command = [sys.executable, "-m", "lungjax.prepare", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def assert_nothing_opens(root):
+    with pytest.raises(ValueError, match="not prepared"):
+        datasets.open_dataset("folder", root / "data")
+
+
+def test_the_command_prepares_without_tensorflow_or_jax(tmp_path):
+    make_folder(tmp_path)
+    code = (
+        "import sys; from absl import app; from lungjax import prepare\n"
+        "sys.argv = ['prepare', '--dataset=folder/mine', '--source=in', '--data_dir=out']\n"
+        "try: app.run(prepare.main)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "from lungjax import datasets; datasets.open_dataset('folder/mine', 'out').records[0]\n"
+        "print([m for m in ('tensorflow', 'jax', 'torch', 'grain') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "[]"
+    assert lines[0].startswith("24 images, about ") and lines[0].endswith(" free)")
+    assert "| train |" in result.stdout and "--set=data.dataset=folder/mine --data_dir=out" in result.stdout
+    assert "24/24" in result.stderr and "images/s" in result.stderr
+
+
+def test_help_answers_at_once_with_our_flags_first(tmp_path):
+    start = time.monotonic()
+    text = run(tmp_path, "--help").stdout
+    assert time.monotonic() - start < 5  # alone it takes a third of a second
+    assert 0 < text.index("--dataset") < text.index("--window")
+    code = (
+        "import sys; from lungjax import prepare; "
+        "print([m for m in sys.modules if m in ('jax', 'tensorflow_datasets')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+MISTAKES = [
+    (["--source=in"], 1, "--dataset=NAME is missing"),
+    (["--dataset=foldr", "--source=in"], 2, "unknown data set 'foldr'; the nearest: folder"),
+    (
+        ["--dataset=covidx_ct/4a", "--source=in"],
+        2,
+        "unknown configuration '4a' of covidx_ct; the nearest: 3a, 2a",
+    ),
+    (["--dataset=folder", "--source=none"], 2, "--source=none is no folder"),
+    (["--dataset=folder", "--source=in", "--window=5"], 2, "--window=5: wanted two numbers"),
+    (["--dataset=folder", "--source=in", "--on_bad_image=no"], 1, "on_bad_image"),
+    (["folder"], 1, "unexpected argument 'folder'"),
+    (["--dataset=folder", "--source=in"], 2, "b.png: damaged or truncated image"),
+]
+
+
+def test_a_window_is_two_rising_numbers():
+    assert command.read_window("-160, 240.5") == (-160, 240.5)
+    for text in ("9,5", "5,5", "1,2,3", "a,b", "nan,3"):
+        with pytest.raises(ValueError, match=f"--window={text}: "):
+            command.read_window(text)
+
+
+def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
+    folder = make_folder(tmp_path)
+    (folder / "train/a/b.png").write_bytes((folder / "train/a/000.png").read_bytes()[:150])
+    for arguments, code, words in MISTAKES:
+        result = run(tmp_path, *arguments)
+        said = result.stdout + result.stderr
+        assert result.returncode == code, said
+        assert words in said and "Traceback" not in said
+        if code == 2:
+            assert result.stderr.splitlines()[-1].startswith("lungjax: ")
+    assert_nothing_opens(tmp_path)
+
+
+def test_records_are_the_index_rows_over_many_shards(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
+    monkeypatch.setattr(records, "SHARD_BYTES", 1000)
+    write(tmp_path)
+    data = datasets.open_dataset("folder", tmp_path / "data")
+    assert len(list((tmp_path / "data/folder/default/1.0.0").glob("*.array_record*"))) > 5
+    files = data.columns["file"].tolist()
+    assert files == sorted(files) and len(files) == len(data.records) == 24
+    for i, file in enumerate(files):
+        assert data.records[i]["image"] == (folder / file).read_bytes()
+    again = pickle.loads(pickle.dumps(data))
+    assert again.records[23]["image"] == data.records[23]["image"]
+    assert data.rows("val").tolist() == [i for i, file in enumerate(files) if file.startswith("val")]
+
+
+def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
+    bad = ["train/a/000.png", "train/a/001.png", "train/b/004.png"]
+    for file in bad:
+        (folder / file).write_bytes((folder / file).read_bytes()[:200])
+    (folder / "train/a/zero.png").touch()
+    with pytest.raises(
+        ValueError, match=r"train/a/000.png: damaged or truncated image .*--on_bad_image=skip"
+    ):
+        write(tmp_path)
+    assert_nothing_opens(tmp_path)
+    assert not list((tmp_path / "data").rglob("*.array_record*"))
+    monkeypatch.setattr(records, "SHARD_BYTES", 200)  # so that some shards have no image at all
+    result = write(tmp_path, on_bad_image="skip")
+    assert [line.split(":")[0] for line in result["skipped"]] == [*bad[:2], "train/a/zero.png", bad[2]]
+    said = json.loads((tmp_path / "data/folder/default/1.0.0/summary.json").read_text())
+    assert said["skipped"] == result["skipped"] and "4 images were skipped" in said["warnings"]
+    data = datasets.open_dataset("folder", tmp_path / "data")
+    assert len(data.records) == 21 and not set(bad) & set(data.columns["file"])
+    for i, file in enumerate(data.columns["file"]):
+        assert data.records[i]["image"] == (folder / file).read_bytes()
+
+
+def test_no_image_left_and_a_class_that_lost_its_training_images(tmp_path):
+    folder = make_folder(tmp_path)
+    for path in folder.glob("train/a/*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no training example of a"):
+        write(tmp_path, on_bad_image="skip")
+    for path in folder.glob("*/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"no readable image is left; the first: test/a/\d+.png: not an image"
+    ):
+        write(tmp_path, on_bad_image="skip")
+    assert_nothing_opens(tmp_path)
+
+
+def test_a_prepared_set_is_kept_unless_asked_and_until_the_new_one_is_whole(tmp_path):
+    folder = make_folder(tmp_path)
+    write(tmp_path)
+    first = datasets.open_dataset("folder", tmp_path / "data")
+    with pytest.raises(ValueError, match=r"already prepared in .*; --overwrite replaces it"):
+        write(tmp_path)
+    image = folder / "test/a/003.png"
+    pixels = np.asarray(Image.open(image)).copy()
+    good = image.read_bytes()
+    image.write_bytes(good[:99])
+    with pytest.raises(ValueError, match="damaged"):
+        write(tmp_path, overwrite=True)
+    assert datasets.open_dataset("folder", tmp_path / "data").fingerprint == first.fingerprint
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(image)
+    write(tmp_path, overwrite=True)
+    second = datasets.open_dataset("folder", tmp_path / "data")
+    assert second.fingerprint != first.fingerprint, "one pixel makes another data set"
+    image.write_bytes(good)
+    write(tmp_path, overwrite=True)
+    assert datasets.open_dataset("folder", tmp_path / "data").fingerprint == first.fingerprint
+    assert write(tmp_path, keep=True) == {}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lungjax.datasets import folder, records
+good = Path(sys.argv[1]).read_bytes()
+def image(i):
+    if i == 40 and sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return good
+examples = [records.Example(f"{i}", lambda i=i: image(i), i % 2, "train", f"{i}") for i in range(50)]
+records.SHARD_BYTES = 1
+records.prepare(folder.Builder, "folder/default", records.Listing(("a", "b"), examples), Path("data"))
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_path):
+    image = next(make_folder(tmp_path).glob("train/a/*"))
+    for what, code in (("kill", -signal.SIGKILL), ("finish", 0)):
+        result = subprocess.run(
+            [sys.executable, "-c", KILLED, image, what], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == code, result.stderr
+        if what == "kill":
+            assert list((tmp_path / "data/.staging").rglob("*.array_record*")), "killed while writing"
+            assert_nothing_opens(tmp_path)
+    assert len(datasets.open_dataset("folder", tmp_path / "data").records) == 50
+    assert [path.name for path in (tmp_path / "data/.staging").iterdir()] == ["folder-default.lock"]
+
+
+def test_an_index_that_is_not_whole_does_not_open(tmp_path):
+    make_folder(tmp_path)
+    write(tmp_path)
+    index = tmp_path / "data/folder/default/1.0.0/index.csv"
+    text = index.read_text()
+    index.write_text("\n".join(text.splitlines()[:-3]) + "\n")
+    with pytest.raises(ValueError, match=r"index.csv has 21 rows, the records 24"):
+        datasets.open_dataset("folder", tmp_path / "data")
+    index.unlink()
+    assert_nothing_opens(tmp_path)
+
+
+def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr(records.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        ValueError, match=r"the records need about 67 MB, 1 MB are free; choose another --data_dir"
+    ):
+        write(tmp_path)
+
+
+def test_no_more_than_a_few_images_wait_in_memory(tmp_path):
+    data = next(make_folder(tmp_path).glob("*/*/*")).read_bytes()
+    read: list[int] = []
+    examples = [
+        records.Example(f"{i}", lambda i=i: read.append(i) or data, 0, "train", "p") for i in range(300)
+    ]
+    ahead = [len(read) - done for done, _ in enumerate(records._checked(examples))]
+    assert max(ahead) <= 4 * 8 + 1 + 8
+
+
+def test_records_in_another_order_than_the_index_are_noticed(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    right = records._run_tfds
+
+    def shuffled(builder, name, root, classes, shards):
+        right(builder, name, root, classes, shards)
+        calls.append(None)
+
+    calls: list[None] = []
+    monkeypatch.setattr(records, "_run_tfds", shuffled)
+    original = prepared.open_records
+    monkeypatch.setattr(prepared, "open_records", lambda path: list(reversed(list(original(path)))))
+    with pytest.raises(RuntimeError, match="not in the order of the index"):
+        write(tmp_path)
+    assert calls
+
+
+def test_names_are_resolved_and_what_is_missing_is_explained(tmp_path):
+    assert datasets.resolve("covidx_ct")[0] == "covidx_ct/3a"
+    assert datasets.resolve("folder/my-set_2.0")[0] == "folder/my-set_2.0"
+    with pytest.raises(ValueError) as error:
+        datasets.open_dataset("covidx_ct/2a", tmp_path / "data")
+    said = str(error.value)
+    for words in (
+        "https://www.kaggle.com/datasets/hgunraj/covidxct",
+        "GB",
+        f"python -m lungjax.prepare --dataset=covidx_ct/2a --source=FOLDER --data_dir={tmp_path / 'data'}",
+    ):
+        assert words in said
+    with pytest.raises(ValueError, match="unknown data set 'covid_ct'; the nearest: covidx_ct"):
+        datasets.open_dataset("covid_ct", tmp_path)
+    with pytest.raises(ValueError, match="--source=FOLDER is missing: covidx_ct/3a is made from https"):
+        datasets.write("covidx_ct", None, tmp_path, Options())
+    with pytest.raises(ValueError, match="may hold letters"):
+        datasets.open_dataset("folder/../x", tmp_path)
+
+
+def test_every_data_set_has_a_builder_whose_features_tfds_can_describe(tmp_path):
+    for name, entry in datasets.DATASETS.items():
+        module = __import__(entry.module, fromlist=["Builder"])
+        config = entry.default
+        builder = module.Builder(data_dir=tmp_path, config=config, classes=("a", "b"), shards=())
+        assert builder.name == name
+        assert {"image", "label", "file", "group", "source", "box"} <= set(builder.info.features)
