@@ -1,0 +1,145 @@
+"""What a network said about each example of a split, in memory and as a CSV that a spreadsheet opens.
+
+Columns of the CSV, one row an example: `id`, `group` (patient), `source`, `label` and `predicted` (class
+names), `p_CLASS` for each class in label order, `extra_NAME` for each further column of the data set.
+Every number of a report follows from this file alone.
+"""
+
+import csv
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("id", "group", "source", "label", "predicted")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """N examples and the probabilities of C classes. Raises ValueError if the parts don't fit together."""
+
+    ids: np.ndarray  # [N] str, unique in the data set
+    groups: np.ndarray  # [N] str, the patient; "" is a patient of its own
+    sources: np.ndarray  # [N] str, where the example comes from; "" is unknown
+    labels: np.ndarray  # [N] int64, 0..C-1
+    probabilities: np.ndarray  # [N, C] float32 or float64, each row sums to 1
+    classes: tuple[str, ...]  # C names in label order
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # further columns, each [N] str
+
+    def __post_init__(self) -> None:
+        """Checks lengths, labels and class names; the values of `probabilities` are left to the metrics."""
+        n, c = len(self.ids), len(self.classes)
+        if np.shape(self.probabilities) != (n, c):
+            raise ValueError(
+                f"probabilities have shape {np.shape(self.probabilities)}, expected {(n, c)}: "
+                "one row an example, one column a class"
+            )
+        columns = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
+        for name, values in columns.items():
+            if np.shape(values) != (n,):
+                raise ValueError(f"{name} have shape {np.shape(values)}, expected {(n,)}: one for each id")
+        twice = [name for name, times in Counter(self.classes).items() if times > 1]
+        if twice:
+            raise ValueError(f"class names must differ, given more than once: {', '.join(twice)}")
+        if n and not (np.min(self.labels) >= 0 and np.max(self.labels) < c):
+            bad = int(np.flatnonzero((self.labels < 0) | (self.labels >= c))[0])
+            raise ValueError(
+                f"{self.ids[bad]}: label {self.labels[bad]} is not a class number; there are {c} classes, "
+                f"0 to {c - 1}"
+            )
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.ids)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Returns [N] int64: the class of the highest probability, the first one of equals."""
+        return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
+
+
+def write(predictions: Predictions, path: Path) -> None:
+    """Writes the CSV, whole or not at all (a rename at the end).
+
+    Probabilities are kept as float32, in the fewest digits that read back the same.
+    """
+    names = np.asarray(predictions.classes, dtype=np.str_)
+    header = [
+        *COLUMNS,
+        *(f"p_{name}" for name in predictions.classes),
+        *(f"extra_{name}" for name in predictions.extra),
+    ]
+    # Numbers print alike in float32 in numpy only, so that "0.1" doesn't become 0.10000000149011612.
+    shown = np.asarray(predictions.probabilities, dtype=np.float32).astype(np.str_)
+    text = (predictions.ids, predictions.groups, predictions.sources)
+    columns = [*text, names[predictions.labels], names[predictions.predicted], *shown.T]
+    columns += predictions.extra.values()
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
+    try:
+        # File names may hold bytes that are no UTF-8; they go through unchanged.
+        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
+        Path(partial).chmod(0o644)  # mkstemp makes it readable to its owner only
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def read(path: Path) -> Predictions:
+    """Reads what `write` wrote; probabilities are float32.
+
+    Raises ValueError naming the file and the line for a missing column, a row of another length, an unknown
+    class or a probability that is no number.
+    """
+    path = Path(path)
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        lines = [(reader.line_num, row) for row in reader]
+    missing = [name for name in COLUMNS if name not in header]
+    classes = tuple(name.removeprefix("p_") for name in header if name.startswith("p_"))
+    if missing or not classes:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a file of predictions starts with "
+            f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
+        )
+    for line, row in lines:
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: {len(row)} values, expected {len(header)}")
+    number = {name: i for i, name in enumerate(classes)}
+    values = {name: [row[i] for _, row in lines] for i, name in enumerate(header)}
+    for (line, _), label in zip(lines, values["label"], strict=True):
+        if label not in number:
+            raise ValueError(
+                f"{path}, line {line}: label {label!r} is no class; they are {', '.join(classes)}"
+            )
+    scores = [_floats(path, lines, name, values[f"p_{name}"]) for name in classes]
+    return Predictions(
+        ids=np.asarray(values["id"], dtype=np.str_),
+        groups=np.asarray(values["group"], dtype=np.str_),
+        sources=np.asarray(values["source"], dtype=np.str_),
+        labels=np.asarray([number[name] for name in values["label"]], dtype=np.int64),
+        probabilities=np.stack(scores, axis=1),
+        classes=classes,
+        extra={
+            name.removeprefix("extra_"): np.asarray(column, dtype=np.str_)
+            for name, column in values.items()
+            if name.startswith("extra_")
+        },
+    )
+
+
+def _floats(path: Path, lines: list[tuple[int, list[str]]], name: str, texts: list[str]) -> np.ndarray:
+    numbers = np.empty(len(texts), np.float32)
+    for i, text in enumerate(texts):
+        try:
+            numbers[i] = float(text)
+        except ValueError:
+            raise ValueError(f"{path}, line {lines[i][0]}: p_{name} is {text!r}, expected a number") from None
+    return numbers

@@ -1,0 +1,399 @@
+"""What a run leaves behind: report.json for programs, report.md for people, predictions and pictures.
+
+`report.json`, version 1. A new key keeps the version; one that goes or changes meaning raises it.
+
+    version             1
+    name                of the experiment
+    classes             [names] in label order, as in rows and columns of every `confusion`
+    best                step, monitor (the validation metric that chose it), score (None if not logged)
+    warnings            [sentences], what to know before believing the numbers
+    facts               what the caller knows of data, network, machine and time: dataset, fingerprint,
+                        counts, parameters, steps, best_step, seconds, devices, hosts, python, versions, ...
+    test, val           the splits, each:
+      .slice            a level over all examples
+      .patient          a level over patients (mean probability over a patient's slices), and
+        .mixed_groups   patients left out because their slices have different labels
+      .by_source.NAME   a level over the examples of each source; no NAME if no source is known
+
+A level, with the definitions and what None means in `lungjax.metrics`:
+
+    n, loss, accuracy, balanced_accuracy,
+    precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,
+    precision_weighted, recall_weighted, f1_weighted, auc_weighted, average_precision_weighted,
+    auc_micro, average_precision_micro,
+    confusion           C lists of C counts, a row a true class
+    per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
+
+So `lookup(report, "test.slice.auc_macro")`, "test.patient.accuracy", "test.by_source.mosmed.confusion".
+Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.", and
+`train.monitor` is one of them without "val.".
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungjax import metrics, plots, predictions
+from lungjax.config import Config, fields_of, nearest
+from lungjax.predictions import Predictions
+
+VERSION = 1
+FEW = 20  # examples of a class below which its rates are warned about
+NOT_CLINICAL = (
+    "> **Not for clinical use.** These numbers describe one network on one data set. They say nothing "
+    "about patients from another hospital, scanner or time."
+)
+HEADLINE = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy (mean recall)",
+    "auc_macro": "AUC, mean over classes",
+    "auc_micro": "AUC, all pooled",
+    "average_precision_macro": "average precision, mean over classes",
+    "precision_macro": "precision, mean over classes",
+    "recall_macro": "recall (sensitivity), mean over classes",
+    "specificity_macro": "specificity, mean over classes",
+    "f1_macro": "F1, mean over classes",
+    "f1_weighted": "F1, weighted by class size",
+    "loss": "cross-entropy",
+}
+
+
+def write_report(
+    workdir: Path,
+    config: Config,
+    results: Mapping[str, Predictions],
+    history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    read_image: Callable[[int], np.ndarray],
+) -> dict[str, Any]:
+    """Writes predictions_SPLIT.csv, plots/*.png, report.json and report.md; returns what report.json holds.
+
+    Args:
+      workdir: exists. Each file appears whole or not at all, report.md last.
+      config: of the run; says the monitor and how many example images to draw.
+      results: predictions of "test", and of "val" where there are any.
+      history: rows of metrics.jsonl.
+      facts: JSON-ready; see the module's docstring for the known names. Any may be missing.
+      read_image: gives the uint8 [h, w, 1 or 3] image of a row of `results["test"]`.
+
+    Raises ValueError if "test" is missing or empty, or for probabilities that are none (see `metrics`).
+    """
+    if "test" not in results or not len(results["test"]):
+        raise ValueError("there are no predictions of the test split, so nothing to report")
+    report = assemble(config, results, history, facts)
+    for split, predicted in results.items():
+        predictions.write(predicted, workdir / f"predictions_{split}.csv")
+    drawn = draw(workdir / "plots", config, results["test"], history, report, read_image)
+    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=_plain_number)
+    _replace(workdir / "report.json", text + "\n")
+    _replace(workdir / "report.md", markdown(config, report, drawn))
+    return report
+
+
+def assemble(
+    config: Config,
+    results: Mapping[str, Predictions],
+    history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the content of report.json; arguments as in `write_report`."""
+    splits = {split: metrics.report_levels(results[split]) for split in ("test", "val") if split in results}
+    key, step = f"val.{config.train.monitor}", facts.get("best_step")
+    scores = [row[key] for row in history if row["step"] == step and key in row]
+    report = {
+        "version": VERSION,
+        "name": config.name,
+        "classes": list(results["test"].classes),
+        "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
+        "warnings": [],
+        "facts": dict(facts),
+        **splits,
+    }
+    report["warnings"] = list(warnings(config, results, splits, history, step))
+    return report
+
+
+def lookup(report: Mapping[str, Any], name: str) -> Any:
+    """Returns what `report` (a dict as in report.json, or a part of it) holds under a dotted name.
+
+    Names may have dots of their own, as in "test.by_source.radiopaedia.org.accuracy". Raises ValueError with
+    the nearest names if there is nothing.
+    """
+    found = list(_find(report, name))
+    if not found:
+        raise ValueError(f"no {name!r} in the report; {nearest(name, _names(report))}")
+    return found[0]
+
+
+def _find(tree: Any, name: str) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if key == name:
+                yield value
+            elif name.startswith(f"{key}."):
+                yield from _find(value, name[len(key) + 1 :])
+
+
+def _names(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in tree.items():
+        names += _names(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return names
+
+
+def warnings(
+    config: Config,
+    results: Mapping[str, Predictions],
+    splits: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    best_step: int | None,
+) -> Iterator[str]:
+    """Yields, as sentences, what a reader should know before believing the numbers of `splits`."""
+    for split, levels in splits.items():
+        level, patient = levels["slice"], levels["patient"]
+        counts = {name: values["n"] for name, values in level["per_class"].items()}
+        absent = [name for name, n in counts.items() if not n]
+        few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < FEW]
+        if absent:
+            yield f"The {split} split has no example of {_and(absent)}: means leave out what is undefined."
+        if few:
+            yield f"The {split} split has few examples of {_and(few)}: the rates there are rough."
+        if patient["mixed_groups"]:
+            mixed = _count(patient["mixed_groups"], "patient")
+            yield f"The {split} numbers per patient leave out {mixed} with slices of several classes."
+        never = [name for name, v in level["per_class"].items() if v["precision"] is None]
+        if never:
+            yield f"On the {split} split {_and(never)} is never predicted: its precision is undefined."
+    p, level = results["test"], splits["test"]["slice"]
+    most = max(v["n"] for v in level["per_class"].values()) / level["n"]
+    if level["accuracy"] <= most and len(p.classes) > 1:
+        yield (
+            f"The test accuracy of {level['accuracy']:.3f} is no better than always naming the most frequent "
+            f"class ({most:.3f})."
+        )
+    if level["n"] > 1 and splits["test"]["patient"]["n"] == level["n"]:
+        yield (
+            "No two test images share a patient, so the numbers per patient are those per slice; if patients "
+            "have several images, give the data set a group column."
+        )
+    if "val" in results:
+        both = set(results["val"].groups) & set(p.groups) - {""}
+        if both:
+            yield (
+                f"The val and the test split share {_count(len(both), 'patient')}, such as {min(both)}: the "
+                "weights were chosen with them in sight."
+            )
+    yield from _source_warnings(p, splits["test"]["by_source"])
+    scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
+    if len(scored) > 1 and best_step == scored[-1]:
+        yield "The last validation was the best one: longer training may give better weights."
+
+
+def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[str]:
+    if len(by_source) < 2:
+        return
+    held = {s: [c for c, v in level["per_class"].items() if v["n"]] for s, level in by_source.items()}
+    tied = [f"{source} ({named[0]})" for source, named in held.items() if len(named) == 1]
+    if tied and len(p.classes) > 1:
+        yield (
+            f"Sources with test examples of one class only: {_and(tied)}. The network may recognise the "
+            "source and not the finding."
+        )
+    for name in p.classes:
+        holders = [source for source, named in held.items() if name in named]
+        if len(holders) == 1:
+            yield f"All test examples of {name} come from one source, {holders[0]}."
+
+
+def shown_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the slice level, and the patient level where it tells something else."""
+    units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
+    return {unit: levels[unit] for unit in units}
+
+
+def draw(
+    folder: Path,
+    config: Config,
+    test: Predictions,
+    history: Sequence[Mapping[str, Any]],
+    report: Mapping[str, Any],
+    read_image: Callable[[int], np.ndarray],
+) -> dict[str, str]:
+    """Draws every picture into `folder`; returns {file name: what it shows} in the report's order."""
+    levels, drawn = report["test"], {}
+    for unit, level in shown_levels(levels).items():
+        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {_count(level['n'], unit)}"
+        plots.confusion(level["confusion"], test.classes, folder / name, title)
+        drawn[name] = f"Confusion matrix per {unit}"
+    plots.roc_curves(test.labels, test.probabilities, test.classes, folder / "roc.png")
+    plots.pr_curves(test.labels, test.probabilities, test.classes, folder / "pr.png")
+    drawn |= {"roc.png": "ROC curves, test slices", "pr.png": "Precision-recall curves, test slices"}
+    if config.eval.examples:
+        plots.example_sheet(test, read_image, config.eval.examples, folder / "examples.png")
+        drawn["examples.png"] = (
+            "Test images as the network sees them: right ones, an even choice, and wrong ones, the surest "
+            "mistakes first"
+        )
+    plots.training_curves(history, folder / "training.png", config.train.monitor, report["best"]["step"])
+    drawn["training.png"] = "Training: the train loss has class weights and label smoothing in it, if set"
+    return drawn
+
+
+def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
+    """Returns report.md; `drawn` are the files under plots/ with what they show."""
+    test, facts = report["test"], report["facts"]
+    level, patient = test["slice"], test["patient"]
+    columns = {
+        f"{s}, per {unit}": report[s][unit]
+        for s in ("test", "val")
+        if s in report
+        for unit in ("slice", "patient")
+    }
+    data = facts.get("dataset", config.data.dataset)
+    parts = [
+        f"# {report['name']}: {config.model.name} on {_cell(data)}",
+        f"On {_count(level['n'], 'test slice')} the network names the right one of "
+        f"{len(report['classes'])} classes in {_rate(level['accuracy'])} of the cases "
+        f"(AUC {_rate(level['auc_macro'])}); on {_count(patient['n'], 'test patient')} in "
+        f"{_rate(patient['accuracy'])} (AUC {_rate(patient['auc_macro'])}).",
+        NOT_CLINICAL,
+    ]
+    if report["warnings"]:
+        parts += ["## Before you believe it", "\n".join(f"- {_cell(text)}" for text in report["warnings"])]
+    rows = [[text, *(_rate(v[name]) for v in columns.values())] for name, text in HEADLINE.items()]
+    counts = ["examples", *(f"{v['n']:,}" for v in columns.values())]
+    parts += ["## Results", _table(["", *columns], [counts, *rows])]
+    parts.append(
+        "A dash is a number that has no definition there, such as the recall of a class without an example. "
+        "Per patient is the mean probability over a patient's slices."
+    )
+    for unit, values in shown_levels(test).items():
+        head = [f"class (test, per {unit})", "n", *map(_cell, metrics.PER_CLASS)]
+        body = [
+            [_cell(name), f"{v['n']:,}", *(_rate(v[key]) for key in metrics.PER_CLASS)]
+            for name, v in values["per_class"].items()
+        ]
+        parts += [f"### Classes, per {unit}", _table(head, body)]
+        body = [
+            [f"**{_cell(name)}**", *(f"{n:,}" for n in row)]
+            for name, row in zip(report["classes"], values["confusion"], strict=True)
+        ]
+        parts.append(_table(["true \\ predicted", *map(_cell, report["classes"])], body))
+    if test["by_source"]:
+        parts += ["### Sources", _source_table(test["by_source"], report["classes"])]
+    parts.append("## Pictures")
+    parts += [f"![{text.split(':')[0]}](plots/{name})\n\n*{text}.*" for name, text in drawn.items()]
+    parts += ["## How it was trained", _table(["", ""], _training_rows(config, report))]
+    parts += ["## Data", _data_text(facts, data)]
+    parts += [
+        "## Files",
+        "`report.json` has every number of this page and more (keys: `python -c 'import lungjax.report; "
+        "help(lungjax.report)'`), `predictions_test.csv` what the network said about each image, "
+        "`config.json` the whole configuration (`--experiment=config.json` repeats the run), "
+        "`metrics.jsonl` the training log.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source_table(by_source: Mapping[str, Any], classes: Sequence[str]) -> str:
+    # Neither F1 nor precision: a source without some class would get a zero for each mistaken naming of it.
+    names = ("accuracy", "balanced_accuracy", "auc_macro")
+    body = [
+        [_cell(source), f"{v['n']:,}", *(f"{v['per_class'][c]['n']:,}" for c in classes)]
+        + [_rate(v[name]) for name in names]
+        for source, v in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
+    ]
+    return _table(["source (test, per slice)", "n", *map(_cell, (*classes, *names))], body)
+
+
+def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]:
+    facts, best, leaves = report["facts"], report["best"], fields_of(config)
+    score = "" if best["score"] is None else f" {best['score']:.4f}"
+    size = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
+    height, width = config.input.size
+    best_text = f"step {best['step']} of {facts.get('steps', '?')}, by val {_cell(best['monitor'])}{score}"
+    rows = [
+        ["network", ", ".join(filter(None, [_cell(config.model.name), size]))],
+        ["first weights", "random" if config.model.weights == "none" else _cell(config.model.weights)],
+        ["input", f"{height} x {width} px, {_count(config.input.channels, 'channel')}"],
+        ["best weights", best_text],
+    ]
+    if "seconds" in facts:
+        rows.append(["time, last start to end", _duration(facts["seconds"])])
+    shown = ("devices", "hosts", "python", "versions")
+    rows += [[name, _words(facts[name])] for name in shown if name in facts]
+    usual = fields_of(Config())
+    own = [f"{_cell(k)}={_words(v)}" for k, v in leaves.items() if v != usual[k] and k != "name"]
+    return [*rows, ["fields that differ from the defaults", ", ".join(own) or "none"]]
+
+
+def _data_text(facts: Mapping[str, Any], data: str) -> str:
+    counts = facts.get("counts")
+    text = f"{_cell(data)}, fingerprint `{facts.get('fingerprint', '?')[:16]}`."
+    if not counts:
+        return text
+    classes = list(next(iter(counts.values())))
+    body = [
+        [split, *(f"{n.get(c, 0):,}" for c in classes), f"{sum(n.values()):,}"] for split, n in counts.items()
+    ]
+    return f"{text} Images:\n\n" + _table(["split", *map(_cell, classes), "all"], body)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)] if any(head) else ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _and(names: Sequence[str]) -> str:
+    """Returns "a, b and c"; of many the first eight."""
+    if len(names) > 8:
+        return ", ".join(names[:8]) + f" and {len(names) - 8} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{k} {v}" for k, v in value.items()]
+    return _cell(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+def _cell(text: str) -> str:
+    """Keeps a name from ending its table cell or turning into markup."""
+    text = " ".join(text.split())
+    for sign in ("\\", "|", "*", "_", "`", "<", "[", "$"):
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _plain_number(value: Any) -> Any:
+    """Turns numpy's numbers and arrays, and paths, into what JSON has."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
