@@ -6,6 +6,7 @@
 Orbax writes into a temporary folder and renames it, so a folder that bears a step number is complete.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,10 @@ class Checkpoints:
         self._best.close()
 
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Writes the whole state and `progress`, a dict of numbers. Raises ValueError if the disk is full; earlier checkpoints stay."""
+        """Writes the whole state and `progress`, a dict of numbers.
+
+        Raises ValueError if the disk is full; the earlier checkpoints stay.
+        """
         step = int(state.step)
         with _full_disk_explained(self.folder, {"state": state}, step):
             self._last.save_checkpointables(step, {"state": state, "progress": progress}, overwrite=True)
@@ -105,7 +109,7 @@ def warm_start(variables: dict[str, Any], run: Path, fresh: str = r"^head/(dense
     result, problems = {}, []
     for collection in ("params", "batch_stats"):
         ours, theirs = trees.flatten(variables[collection]), trees.flatten(source.get(collection) or {})
-        keep = {k for k in ours | theirs if trees.mask({k: 0}, fresh)[k]} if collection == "params" else set()
+        keep = {k for k in ours | theirs if re.search(fresh, k)}
         problems += [f"only in this network: {k}" for k in ours.keys() - theirs.keys() - keep]
         problems += [f"only in the run: {k}" for k in theirs.keys() - ours.keys() - keep]
         shared = (ours.keys() & theirs.keys()) - keep

@@ -80,7 +80,7 @@ class ModelConfig:
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
     freeze_norm: bool = False  # BatchNorm keeps its running statistics while training
     dtype: str = "float32"  # of the computation; parameters and statistics stay float32
-    head: HeadConfig = field(default_factory=HeadConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)  # what follows the last feature map
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
     """Returns every leaf field by dotted path, such as {"optim.lr": 0.001, ...}."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):

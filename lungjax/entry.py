@@ -6,15 +6,21 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses the flags, runs `main` and ends the process with its exit code."""
+
+    def quietly(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+        main(argv)
+
     try:
-        app.run(main)
+        app.run(quietly)
     except (ValueError, OSError) as error:
         if TRACEBACK.value or not _for_the_user(error):
             raise

@@ -95,7 +95,7 @@ def make_train_step(
             (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = jax.tree.map(jnp.mean, metrics)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)

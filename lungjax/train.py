@@ -236,12 +236,7 @@ def step_counts(config: Config, examples: int) -> tuple[int, int]:
 
 def new_progress() -> dict[str, Any]:
     """What early stopping remembers, saved with every checkpoint."""
-    return {
-        "best": np.float64(np.nan),
-        "best_step": np.int64(0),
-        "waited": np.int64(0),
-        "stopped": np.int64(0),
-    }
+    return {"best": math.nan, "best_step": 0, "waited": 0, "stopped": 0}
 
 
 def judge(progress: dict[str, Any], scores: dict[str, float | None], config: Config, done: int) -> bool:

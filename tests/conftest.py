@@ -3,6 +3,7 @@
 import io
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = Path(__file__).parent.parent
 flags.FLAGS.mark_as_parsed()
+
+
+def small_bn():
+    """The constructor of a network with BatchNorm that compiles in a second."""
+    from lungjax.models.transfusion import Transfusion
+
+    return partial(Transfusion, 3, (4, 8))
 
 
 @pytest.fixture(scope="session")

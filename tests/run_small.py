@@ -1,4 +1,4 @@
-"""Trains cbr_tiny three steps on the small data of conftest.py and saves the test predictions: OUT.npz."""
+"""Trains a small network with BatchNorm for three steps and saves its test predictions as OUT.npz."""
 
 import sys
 from pathlib import Path
@@ -9,15 +9,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
-from lungjax import predictions, train, trees
+from lungjax import models, predictions, train, trees
 from lungjax.checkpoint import Checkpoints
 from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 data = conftest.make_small_data()
+models.MODELS["small_bn"] = conftest.small_bn()
 train.open_dataset = lambda name, data_dir: data
 config = Config(
-    input=InputSpec(size=(64, 64)),
-    model=ModelConfig(name="cbr_tiny"),
+    input=InputSpec(size=(32, 32)),
+    model=ModelConfig(name="small_bn"),
     optim=OptimConfig(name="sgd", lr=1e-2),
     train=TrainConfig(batch_size=16, steps=3, eval_steps=3, monitor="slice.accuracy"),
     eval=EvalConfig(batch_size=8, examples=1),

@@ -51,7 +51,7 @@ def test_sgd_momentum_by_hand():
 def test_clip_norm_bounds_the_step():
     params = updated(OptimConfig(name="sgd", lr=1.0, momentum=0.0, clip_norm=0.5))
     moved = jax.tree.map(lambda a, b: a - b, params, PARAMS)
-    np.testing.assert_allclose(optax.global_norm(moved), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-5)
 
 
 def test_freeze_moves_only_the_rest():
