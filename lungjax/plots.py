@@ -63,9 +63,7 @@ def training_curves(
     axes[-1].set_xlabel("Step" + _epochs(history), color=INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(
-            frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3
-        )
+        axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
     _save(figure, path)
 
 
@@ -181,9 +179,7 @@ def _one_against_rest(labels: np.ndarray, probabilities: np.ndarray, classes: Se
     return [*curves, ("all pooled (micro)", is_class.ravel(), scores.ravel(), look)]
 
 
-def example_sheet(
-    predictions: Predictions, read_image: Callable[[int], np.ndarray], most: int, path: Path
-) -> None:
+def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], most: int, path: Path) -> None:
     """Draws up to `most` images each that were named rightly and, below, wrongly; see `choose_examples`.
 
     `read_image` gives a row's image, uint8 [h, w], [h, w, 1] or [h, w, 3].

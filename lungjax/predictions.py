@@ -47,8 +47,7 @@ class Predictions:
         if n and not (np.min(self.labels) >= 0 and np.max(self.labels) < c):
             bad = int(np.flatnonzero((self.labels < 0) | (self.labels >= c))[0])
             raise ValueError(
-                f"{self.ids[bad]}: label {self.labels[bad]} is not a class number; there are {c} classes, "
-                f"0 to {c - 1}"
+                f"{self.ids[bad]}: label {self.labels[bad]} is not a class number; there are {c} classes, 0 to {c - 1}"
             )
 
     def __len__(self) -> int:
@@ -116,9 +115,7 @@ def read(path: Path) -> Predictions:
     values = {name: [row[i] for _, row in lines] for i, name in enumerate(header)}
     for (line, _), label in zip(lines, values["label"], strict=True):
         if label not in number:
-            raise ValueError(
-                f"{path}, line {line}: label {label!r} is no class; they are {', '.join(classes)}"
-            )
+            raise ValueError(f"{path}, line {line}: label {label!r} is no class; they are {', '.join(classes)}")
     scores = [_floats(path, lines, name, values[f"p_{name}"]) for name in classes]
     return Predictions(
         ids=np.asarray(values["id"], dtype=np.str_),

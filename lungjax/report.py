@@ -248,10 +248,7 @@ def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]
     test, facts = report["test"], report["facts"]
     level, patient = test["slice"], test["patient"]
     columns = {
-        f"{s}, per {unit}": report[s][unit]
-        for s in ("test", "val")
-        if s in report
-        for unit in ("slice", "patient")
+        f"{s}, per {unit}": report[s][unit] for s in ("test", "val") if s in report for unit in ("slice", "patient")
     }
     data = facts.get("dataset", config.data.dataset)
     parts = [
@@ -337,9 +334,7 @@ def _data_text(facts: Mapping[str, Any], data: str) -> str:
     if not counts:
         return text
     classes = list(next(iter(counts.values())))
-    body = [
-        [split, *(f"{n.get(c, 0):,}" for c in classes), f"{sum(n.values()):,}"] for split, n in counts.items()
-    ]
+    body = [[split, *(f"{n.get(c, 0):,}" for c in classes), f"{sum(n.values()):,}"] for split, n in counts.items()]
     return f"{text} Images:\n\n" + _table(["split", *map(_cell, classes), "all"], body)
 
 

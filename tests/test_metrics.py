@@ -200,9 +200,7 @@ def test_patients_are_means_and_mixed_ones_are_left_out():
     assert mixed == 1
     rows = {
         (str(name), int(label)): (str(source), p)
-        for name, label, source, p in zip(
-            found.ids, found.labels, found.sources, found.probabilities, strict=True
-        )
+        for name, label, source, p in zip(found.ids, found.labels, found.sources, found.probabilities, strict=True)
     }
     # The slice "p1" without a patient is not patient p1.
     assert rows.keys() == {("p1", 1), ("p3", 0), ("p1", 2), ("s7", 0)}
@@ -229,9 +227,7 @@ def test_levels_hold_slices_patients_and_sources():
 
 
 def test_only_mixed_patients_leave_an_empty_level():
-    p = Predictions(
-        *np.array([["a", "b"], ["g", "g"], ["", ""]]), np.array([0, 1]), np.full((2, 2), 0.5), ("x", "y")
-    )
+    p = Predictions(*np.array([["a", "b"], ["g", "g"], ["", ""]]), np.array([0, 1]), np.full((2, 2), 0.5), ("x", "y"))
     level = metrics.report_levels(p)["patient"]
     assert level["n"] == 0 and level["mixed_groups"] == 1 and level["accuracy"] is None
 

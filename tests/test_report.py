@@ -15,7 +15,7 @@ from lungjax.predictions import Predictions
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
 LONG = (
-    *("Normal", "Community acquired pneumonia (bacterial)", "COVID-19", "a $x$ | _b_", "Tuberculosis"),
+    *("Normal", "Community acquired pneumonia (bacterial)" * 4, "COVID-19", "a $x^$ | _b_", "Tuberculosis"),
     *(
         "Viral pneumonia, other than COVID-19",
         "Emphysema",
@@ -177,9 +177,7 @@ def test_nothing_is_warned_about_without_cause():
 def test_what_to_know_before_believing_is_said():
     p = make()
     where = np.flatnonzero(p.labels < 2)
-    two = Predictions(
-        *(getattr(p, f)[where] for f in ("ids", "groups", "sources", "labels", "probabilities")), CLASSES
-    )
+    two = Predictions(*(getattr(p, f)[where] for f in ("ids", "groups", "sources", "labels", "probabilities")), CLASSES)
     assert "test split has no example of COVID-19" in warned(two)
     assert "few examples of Normal (15), Pneumonia (15) and COVID-19 (15)" in warned(make(n=45))
     mixed = changed(p, groups=np.where(p.groups == "t1", "t0", p.groups))
@@ -189,9 +187,7 @@ def test_what_to_know_before_believing_is_said():
     never /= never.sum(axis=1, keepdims=True)
     assert "COVID-19 is never predicted" in warned(changed(p, probabilities=never))
     constant = changed(p, probabilities=np.tile(np.float32([0.5, 0.3, 0.2]), (120, 1)))
-    assert "accuracy of 0.350 is no better than always naming the most frequent class (0.350)" in warned(
-        constant
-    )
+    assert "accuracy of 0.350 is no better than always naming the most frequent class (0.350)" in warned(constant)
     assert "No two test images share a patient" in warned(changed(p, groups=p.ids))
     shared = changed(make(1, tag="v"), groups=np.array(["t7"] + [f"v{i // 3}" for i in range(1, 120)]))
     assert "share 1 patient, such as t7" in warned(p, shared)
@@ -287,7 +283,11 @@ def test_no_text_lies_on_another_with_few_or_many_long_names(figures, tmp_path, 
         changed(p, ids=np.array([f"{'long-' * 12}{i}" for i in range(40 * c)])), image, 12, tmp_path / "e.png"
     )
     assert len(figures) == 4
+    for name in ("roc.png", "pr.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width < 1300, "a long name widens the legend"
     for figure in figures:
+        assert figure.get_figwidth() < 20
         for (a, box_a), (b, box_b) in itertools.combinations(texts_of(figure), 2):
             width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
             height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)

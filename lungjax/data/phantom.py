@@ -12,10 +12,11 @@ import numpy as np
 from scipy import ndimage
 
 from lungjax.data import phantom_anatomy as anatomy
+from lungjax.data import phantom_canvas as canvas
 from lungjax.data import phantom_findings as findings
 from lungjax.data import phantom_vessels as vessels
-from lungjax.data.phantom_findings import CLASSES
 
+CLASSES = findings.CLASSES
 LEVELS = (
     0.24,
     0.9,
@@ -134,7 +135,7 @@ def new_patient(seed: int, finding: str, scanner: Scanner | None = None) -> Pati
 
 
 def levels(patient: Patient, count: int) -> list[float]:
-    """Returns the levels of `count` slices of a patient, from top to base, evenly apart but not the same for all."""
+    """Returns the levels of `count` slices of a patient, top first, about evenly apart."""
     rng = np.random.default_rng([patient.seed, 4])
     apart = (LEVELS[1] - LEVELS[0]) / count
     return [LEVELS[0] + apart * (i + rng.uniform(0.1, 0.9)) for i in range(count)]
@@ -172,13 +173,13 @@ def _key(patient: Patient, level: float, part: int) -> list[int]:
     return [patient.seed, part, round(level * 1e6)]
 
 
-def _grid(patient: Patient, level: float) -> anatomy.Grid:
+def _grid(patient: Patient, level: float) -> canvas.Grid:
     bend = np.random.default_rng(_key(patient, level, 6))
-    return anatomy.grid(patient.size, patient.pixel, patient.shift, patient.turn, bend)
+    return canvas.grid(patient.size, patient.pixel, patient.shift, patient.turn, bend)
 
 
 def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
-    """Returns the box around trunk (arms not counted) as in `Phantom.box`, without drawing the slice."""
+    """Returns the box around the trunk (arms not counted) as in `Phantom.box`, without drawing the slice."""
     g = _grid(patient, level)
     coarse = replace(g, x=g.x[::2, ::2], y=g.y[::2, ::2])
     inside = anatomy.body(patient.build, anatomy.chest(patient.build, level), coarse) < 0
@@ -188,7 +189,7 @@ def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
 
 
 def _lung_hu(
-    patient: Patient, level: float, c: anatomy.Chest, g: anatomy.Grid, lung: anatomy.Lungs
+    patient: Patient, level: float, c: anatomy.Chest, g: canvas.Grid, lung: anatomy.Lungs
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what fills the lungs in HU, and the lesion field, float32 [H, W]."""
     rng, extras = np.random.default_rng(_key(patient, level, 7)), patient.extras
@@ -200,7 +201,7 @@ def _lung_hu(
     vessel, wall, lumen = vessels.cut(vessels.grow(patient.build), g, level, patient.thickness)
     if extras.fluid:
         depth = extras.fluid * rng.uniform(0.3, 1.1)
-        layer = anatomy.cover(lung.depth - depth * np.clip((g.y - 0.3 * c.depth) / (0.4 * c.depth), 0, 1), 2)
+        layer = canvas.cover(lung.depth - depth * np.clip((g.y - 0.3 * c.depth) / (0.4 * c.depth), 0, 1), 2)
         hu += layer * (lung.side == (1 if patient.seed % 2 else -1)) * (np.float32(8) - hu)
     field = findings.lesions(
         patient.finding, patient.foci, c, g, lung, np.random.default_rng(_key(patient, level, 8))
@@ -212,7 +213,7 @@ def _lung_hu(
     return hu.astype(np.float32), field
 
 
-def _scan(hu: np.ndarray, patient: Patient, g: anatomy.Grid, level: float) -> np.ndarray:
+def _scan(hu: np.ndarray, patient: Patient, g: canvas.Grid, level: float) -> np.ndarray:
     """Returns the slice as the scanner shows it: motion, blur, noise, round field of view."""
     rng = np.random.default_rng(_key(patient, level, 9))
     if patient.extras.moved:

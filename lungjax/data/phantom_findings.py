@@ -6,11 +6,13 @@ mostly one-sided, ends at a fissure and leaves bronchi air-filled; COVID-19 is p
 below the pleura, more often at the back (Chung et al. 2020, doi.org/10.1148/radiol.2020200230).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lungjax.data.phantom_anatomy import Chest, Grid, Lungs, at_wall, cover, ellipse, noise
+from lungjax.data.phantom_anatomy import Chest, Lungs, at_wall
+from lungjax.data.phantom_canvas import Grid, cover, ellipse, locate, noise, window
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
 SEVERITY = (0.4, 1.0)  # of the patients with a finding, uniform; the lower the mildest, the harder the task
@@ -109,51 +111,67 @@ def lesions(
         if i > 1 and rng.random() < 0.25:  # not every focus reaches every slice; the first two do
             continue
         angle = float(np.clip(focus.angle + rng.normal(0, 0.12), -1.2, 1.35))
-        size = focus.size * rng.uniform(0.7, 1.05)
-        draw = _lobar if finding == "Pneumonia" else _ground_glass
-        part = draw(focus, angle, size, c, g, lung, rng) * (lung.side == focus.side)
-        field = np.maximum(field, part * np.float32(focus.density))
+        size = focus.size * rng.uniform(0.75, 1.05)
+        if finding == "Pneumonia":
+            deep = size * rng.uniform(0.35, 0.7)
+            draw = _lobar
+        else:
+            deep = 0.3 * size + rng.uniform(0, 6)
+            draw = _ground_glass
+        *at, along = at_wall(c, focus.side, angle, deep)
+        near = window(g, at, 1.7 * size + 14)
+        part = replace(g, x=g.x[near], y=g.y[near])
+        if part.x.size:
+            turned = _turn_to(part, at, along + rng.normal(0, 0.2))
+            behind = _this_side(lung.fissure, g, at, near)
+            drawn = draw(focus, turned, size, part, behind, rng) * (lung.side[near] == focus.side)
+            field[near] = np.maximum(field[near], drawn * np.float32(focus.density))
     return (field * (lung.cover > 0)).astype(np.float32)
 
 
+def _this_side(fissure: np.ndarray, g: Grid, at: Sequence[float], near: tuple[slice, slice]) -> np.ndarray:
+    """Returns mm from the fissure, positive in the lobe that holds the point `at`."""
+    column, row = (int(v[0]) for v in locate(g, np.array([at])))
+    height, width = fissure.shape
+    here = fissure[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+    return fissure[near] if here > 0 else -fissure[near]
+
+
+def _turn_to(g: Grid, at: Sequence[float], angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns coordinates float32 [H, W] in mm around a point, the first along `angle`."""
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x, y = g.x - np.float32(at[0]), g.y - np.float32(at[1])
+    return c * x + s * y, c * y - s * x
+
+
+Place = tuple[np.ndarray, np.ndarray]  # coordinates around a lesion, the first along the pleura
+
+
 def _lobar(
-    focus: Focus, angle: float, size: float, c: Chest, g: Grid, lung: Lungs, rng: np.random.Generator
+    focus: Focus, place: Place, size: float, g: Grid, behind: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """One segment of a lobe, wide at the pleura, pointing to the hilum, cut off by the fissure."""
-    deep = 0.35 * size + rng.uniform(0, 0.35) * size
-    px, py, along = at_wall(c, focus.side, angle, deep)
-    q = ellipse(g.x - np.float32(px), g.y - np.float32(py), size, 0.75 * size + 5, along + rng.normal(0, 0.2))
+    """Consolidation from the pleura inwards, ending at the fissure."""
+    q = ellipse(*place, size, 0.75 * size + 5)
     q = q + 0.2 * size * noise(rng, g, 0.45 * size) + 2.5 * noise(rng, g, 6)
     soft = 2 + 10 * focus.patchy
-    solid = np.clip(0.5 - q / np.float32(soft), 0, 1)
-    row, column = _nearest(g, px, py)
-    behind = lung.fissure if lung.fissure[row, column] > 0 else -lung.fissure
-    solid = solid * cover(-behind, 2.5)  # the fissure holds it back
-    grain = noise(rng, g, 5) + 0.6 * noise(rng, g, 11)
-    holes = np.clip(0.75 + 0.6 * grain, 0, 1)
-    halo = 0.3 * np.clip(0.5 - (q - 7) / 14, 0, 1) * cover(-behind, 2.5)
-    return np.maximum(solid * (1 - focus.patchy * (1 - holes)), halo * holes).astype(np.float32)
+    lobe = cover(-behind, 2.5)
+    holes = np.clip(0.75 + 0.45 * noise(rng, g, 6), 0.15, 1)
+    solid = cover(q, soft) * (1 - np.float32(focus.patchy) * (1 - holes))
+    halo = 0.3 * np.clip(0.5 - (q - 7) / 14, 0, 1) * holes
+    return np.maximum(solid, halo) * lobe
 
 
 def _ground_glass(
-    focus: Focus, angle: float, size: float, c: Chest, g: Grid, lung: Lungs, rng: np.random.Generator
+    focus: Focus, place: Place, size: float, g: Grid, behind: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """One hazy patch that lies along the pleura, sometimes with a net of thickened septa."""
-    px, py, along = at_wall(c, focus.side, angle, 0.3 * size + rng.uniform(0, 6))
-    q = ellipse(g.x - np.float32(px), g.y - np.float32(py), size, 0.62 * size, along + rng.normal(0, 0.25))
+    """One hazy patch that lies along the pleura on both sides of a fissure, some with thickened septa."""
+    q = ellipse(*place, size, 0.62 * size)
     q = q + 0.22 * size * noise(rng, g, 0.5 * size) + 2 * noise(rng, g, 6)
-    patch = np.clip(0.5 - q / np.float32(5 + 0.4 * size), 0, 1)
-    mottle = np.clip(0.8 + focus.patchy * 0.35 * noise(rng, g, 7), 0.2, 1.2)
+    mottle = np.clip(0.8 + 0.35 * focus.patchy * noise(rng, g, 7), 0.2, 1.2)
     if focus.patchy > 0.65:  # crazy paving
         net = np.exp(-((noise(rng, g, 5) / 0.22) ** 2)) + np.exp(-((noise(rng, g, 6) / 0.22) ** 2))
-        mottle = mottle * 0.85 + 0.5 * np.minimum(net, 1)
-    return np.clip(patch * mottle, 0, 1).astype(np.float32)
-
-
-def _nearest(g: Grid, x: float, y: float) -> tuple[int, int]:
-    far = (g.x - np.float32(x)) ** 2 + (g.y - np.float32(y)) ** 2
-    row, column = np.unravel_index(int(far.argmin()), far.shape)
-    return int(row), int(column)
+        mottle = 0.85 * mottle + 0.5 * np.minimum(net, 1)
+    return np.clip(cover(q, 5 + 0.4 * size) * mottle, 0, 1)
 
 
 def background(extras: Extras, c: Chest, g: Grid, lung: Lungs, rng: np.random.Generator) -> np.ndarray:
@@ -162,13 +180,11 @@ def background(extras: Extras, c: Chest, g: Grid, lung: Lungs, rng: np.random.Ge
     middle, a, b = c.half
     if extras.dependent:
         # Gravity's layer follows the back wall, so it is as peripheral and posterior as COVID-19, but smooth.
-        for side in (-1, 1):
-            low = np.float32(extras.dependent * rng.uniform(0.4, 1.2))
-            layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / low, 0, 1)
-            back = np.clip((g.y - 0.35 * b) / (0.3 * b), 0, 1)
-            field = field + np.float32(extras.haze * rng.uniform(0.6, 1.2)) * layer * back * (
-                lung.side == side
-            )
+        left, right = extras.dependent * rng.uniform(0.4, 1.2, 2)
+        thick = np.where(lung.side > 0, np.float32(left), np.float32(right))
+        layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / thick, 0, 1)
+        back = np.clip((g.y - 0.35 * b) / (0.3 * b), 0, 1)
+        field = field + np.float32(extras.haze * rng.uniform(0.6, 1.2)) * layer * back
     if extras.blur:
         angle, side = rng.uniform(-1.2, 1.4), rng.choice((-1, 1))
         inward = rng.uniform(0, 0.6)

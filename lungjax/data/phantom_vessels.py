@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lungjax.data.phantom_anatomy import HILUM, LUNG_HEIGHT, Build, Grid, half_sizes, locate
+from lungjax.data.phantom_anatomy import HILUM, LUNG_HEIGHT, Build, half_sizes
+from lungjax.data.phantom_canvas import Grid, locate
 
 GENERATIONS = 9  # 2 ** 9 ends in each tree
 BRONCHI = 6  # generations that are wide enough to show air
@@ -24,7 +25,7 @@ class Tree:
 
 @functools.lru_cache(maxsize=8)  # the slices of a patient share it
 def grow(build: Build) -> Tree:
-    """Grows arteries and veins of both lungs from the hila to points all over the lungs, thinning on the way."""
+    """Grows arteries and veins of both lungs from the hila to points all over the lungs."""
     rng = np.random.default_rng([build.seed, 7])
     pieces: list[tuple[np.ndarray, ...]] = []
     for side in (-1, 1):

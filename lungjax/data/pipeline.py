@@ -66,7 +66,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this host's part of each global batch from `start_step` on, for ever.
 
-    Each batch has `image` uint8 [b, height, width, channels], `label` int32 [b] and `place` int64 [b], the
+    Each batch has `image` uint8 [b, height, width, channels], `label` int32 [b] and `place` uint32 [b], the
     example's place in the global sequence, from which later randomness for that example is derived.
     """
     reader = Reader(data, config.input, config.input.box_margin)
@@ -78,7 +78,7 @@ def train_batches(
         return {
             "image": reader(row),
             "label": np.asarray(labels[row], np.int32),
-            "place": np.asarray(place, np.int64),
+            "place": np.asarray(place % 2**32, np.uint32),
         }
 
     # Batches are made before the workers share them out, or each worker would batch every n-th example.

@@ -19,7 +19,7 @@ from lungjax.data import phantom, prepared
 from lungjax.datasets import Options, records
 from lungjax.datasets.records import Example, Listing
 
-SIZES = {"default": (240, 4), "tiny": (24, 2)}  # patients, slices of each
+SIZES = {"default": (360, 3), "tiny": (24, 2)}  # patients, slices of each
 SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the rest is test
 
 

@@ -1,0 +1,327 @@
+"""Convolution and max pooling, NHWC by HWIO, in forms that XLA compiles well on the platform they run on.
+
+The forms for the CPU are chosen when the function is lowered, so the same traced model runs the plain
+operation on an accelerator. `tests/benchmarks/README.md` has the measurements behind each choice. The choice
+sits inside gradient rules of our own (nothing is differentiated through it), so forward-mode derivatives
+(`jax.jvp`) of these functions are not defined; `jax.grad` and `jax.vjp` are.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]
+Padding = str | int | Sequence[int | Sequence[int]]
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+FEW_CHANNELS = 3  # up to so many (an image's), a forward convolution is a sum of scaled slices
+FUSED_TERMS = 27  # more terms than these in one loop spill the registers
+
+
+def pair(value: int | Sequence[int]) -> Pair:
+    """Returns (value, value) for a number, and a pair as it is."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
+    """Returns ((top, bottom), (left, right)) for "SAME", "VALID", a number or pairs, as lax would pad.
+
+    Raises ValueError for any other word.
+    """
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    if not isinstance(padding, str):
+        rows, columns = padding
+        return pair(rows), pair(columns)
+    if padding.upper() not in ("SAME", "VALID"):
+        raise ValueError(f"padding={padding!r}: allowed are SAME, VALID, a number or pairs of numbers")
+    rows, columns = lax.padtype_to_pads(size, kernel, strides, padding.upper())
+    return pair(rows), pair(columns)
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """Returns the options to give `jax.jit` where whole steps are compiled; empty but on the CPU.
+
+    XLA hands float32 convolutions to YNNPACK, which ran them on one core, and 7x7 ones without padding at a
+    sixth of its own speed; XLA's older convolution takes all cores. A jaxlib without the option is left alone.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, groups: int = 1) -> jax.Array:
+    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D] by the compiler's own convolution."""
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups
+    )
+
+
+def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """Convolves each channel of x [B, H, W, C] with its own kernel [h, w, 1, C] by the compiler's own."""
+    return plain_conv(x, kernel, strides, pads, x.shape[-1])
+
+
+def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves x [B, H, W, C] with kernel [1, 1, C, D] as one matrix product, and so its gradients."""
+    return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """Convolves each channel of x [B, H, W, C] with its own kernel [h, w, 1, C].
+
+    On the CPU all three pieces are sums of shifted slices, accumulated in float32 at least.
+    """
+    return _choose(_depthwise_forward, plain_depthwise, strides, pads)(x, kernel)
+
+
+def _depthwise_gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    plain_dx, plain_dkernel = _plain_gradients(plain_depthwise)
+    dx = _choose(_depthwise_dx, plain_dx, strides, pads)(*saved, dy)
+    return dx, _choose(_depthwise_dkernel, plain_dkernel, strides, pads)(*saved, dy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dense_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """Convolves x [B, H, W, C] with kernel [h, w, C, D].
+
+    On the CPU an image of few channels is convolved as scaled slices; the gradient to the input is a product
+    and a sum of slices where the plain one would mostly multiply zeros (strides, kernels as big as the map).
+    """
+    return _choose(_dense_forward, plain_conv, strides, pads)(x, kernel)
+
+
+def _dense_gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    plain_dx, plain_dkernel = _plain_gradients(plain_conv)
+    dx = _choose(_dense_dx, plain_dx, strides, pads)(*saved, dy)
+    return dx, plain_dkernel(*saved, dy, strides, pads)
+
+
+def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, of: Callable) -> tuple[jax.Array, Any]:
+    return of(x, kernel, strides, pads), (x, kernel)
+
+
+depthwise_conv.defvjp(partial(_save, of=depthwise_conv), _depthwise_gradients)
+dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
+
+
+def plain_max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    """Takes the maximum of each window of x [B, H, W, C] by the compiler's own reduction."""
+    lowest = np.array(-np.inf, x.dtype)
+    return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
+
+    The gradient goes to the first of equal maxima, in rows, then columns.
+    """
+    return plain_max_pool(x, window, strides, pads)
+
+
+def _max_pool_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
+    y = max_pool(x, window, strides, pads)
+    return y, (x, y)
+
+
+def _max_pool_gradient(
+    window: Pair, strides: Pair, pads: Pads, saved: Any, dy: jax.Array
+) -> tuple[jax.Array]:
+    def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain_max_pool(x, window, strides, pads), x)[1](dy)[0]
+
+    cpu = partial(_max_pool_dx, window=window, strides=strides, pads=pads)
+    return (lax.platform_dependent(*saved, dy, cpu=cpu, default=plain),)
+
+
+max_pool.defvjp(_max_pool_save, _max_pool_gradient)
+
+
+def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
+    forms = {"cpu": partial(cpu, strides=strides, pads=pads)}
+    return partial(lax.platform_dependent, default=partial(plain, strides=strides, pads=pads), **forms)
+
+
+def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
+    def dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+        return jax.vjp(lambda x: plain(x, kernel, strides, pads), x)[1](dy)[0]
+
+    def dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+        return jax.vjp(lambda kernel: plain(x, kernel, strides, pads), kernel)[1](dy)[0]
+
+    return dx, dkernel
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
+    """Pads the map, or crops it where a number is negative."""
+    rows, columns = pads
+    return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
+
+
+def _alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """Returns function(*args), computed once and from arguments in memory.
+
+    XLA's CPU fusion takes a sum of slices for cheap and recomputes it in everything that reads it (batch norm
+    and activation, forward and backward). It fuses neither into nor out of a conditional, so here is one,
+    always taken; the barrier hides that from the compiler.
+    """
+    result = jax.eval_shape(function, *args)
+    taken = lax.optimization_barrier(jnp.array(True))
+    return lax.cond(taken, function, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
+
+
+def _slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, jax.Array]]:
+    """Returns (i, j, slice) of a padded map for every tap of the window, in rows, then columns."""
+    height, width = ((n - k) // s for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
+    return [
+        (i, j, x[:, i : i + height * strides[0] + 1 : strides[0], j : j + width * strides[1] + 1 : strides[1]])
+        for i, j in itertools.product(range(window[0]), range(window[1]))
+    ]
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
+        total: Any = 0.0
+        for i, j, part in _slices(padded, kernel.shape[:2], strides):
+            total += _wide(part) * _wide(kernel[i, j, 0])
+        return total.astype(x.dtype)
+
+    return _alone(add_up, _pad(x, pads), kernel)
+
+
+def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    kh, kw, depth, _ = kernel.shape
+    if depth > FEW_CHANNELS:
+        return plain_conv(x, kernel, strides, pads)
+
+    def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
+        total: Any = 0.0
+        for i, j, part in _slices(padded, (kh, kw), strides):
+            if j == 0 and i > 0 and kh * kw * depth > FUSED_TERMS:
+                total = lax.optimization_barrier(total)  # one loop for each row of the kernel
+            for c in range(depth):
+                total += _wide(part[..., c : c + 1]) * _wide(kernel[i, j, c])
+        return total.astype(x.dtype)
+
+    return _alone(add_up, _pad(x, pads), kernel)
+
+
+def _spread(
+    arrays: list[jax.Array],
+    shape: tuple[int, ...],
+    window: Pair,
+    strides: Pair,
+    pads: Pads,
+    term: Callable[..., jax.Array],
+) -> jax.Array:
+    """Adds up for every cell of a map of `shape` the terms of the windows that cover it.
+
+    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *slices)` is what a window gives to its cell (i, j).
+    One sum for each phase of the stride: row s * q + a lies in row i = a + top (mod s) of the window at
+    q + (a + top - i) / s, so that no time goes into the zeros of a dilated map.
+    """
+    axes = list(zip(shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True))
+    counts = [-(-size // s) for size, _, s, _, _ in axes]
+    first = [(low - k + 1) // s for _, k, s, (low, _), _ in axes]
+    spare = [(-f, n + (low + s - 1) // s - h) for f, n, (_, _, s, (low, _), h) in zip(first, counts, axes, strict=True)]
+
+    def taps(axis: int, phase: int) -> list[Pair]:
+        whole = [(i, *divmod(phase + pads[axis][0] - i, strides[axis])) for i in range(window[axis])]
+        return [(i, offset - first[axis]) for i, offset, rest in whole if rest == 0]
+
+    def add_up(*padded: jax.Array) -> jax.Array:
+        def piece(a: int, b: int) -> jax.Array:
+            total: Any = jnp.zeros((shape[0], *counts, shape[3]), _wide(padded[0][:0]).dtype)
+            for (i, top), (j, left) in itertools.product(taps(0, a), taps(1, b)):
+                total += term(i, j, *(z[:, top : top + counts[0], left : left + counts[1]] for z in padded))
+            return total.astype(padded[0].dtype)
+
+        rows = [jnp.stack([piece(a, b) for b in range(strides[1])], 3) for a in range(strides[0])]
+        full = jnp.stack(rows, 2).reshape(shape[0], counts[0] * strides[0], counts[1] * strides[1], shape[3])
+        return full[:, : shape[1], : shape[2]]
+
+    return _alone(add_up, *(_pad(a, spare) for a in arrays))
+
+
+def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    def term(i: int, j: int, part: jax.Array) -> jax.Array:
+        return _wide(part) * _wide(kernel[i, j, 0])
+
+    return _spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
+
+
+def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """One reduction a tap, in a loop: the unrolled reductions fuse into something many times slower."""
+    kh, kw, _, channels = kernel.shape
+    batch, height, width, _ = dy.shape
+    padded = _pad(x, pads)
+    window = (batch, (height - 1) * strides[0] + 1, (width - 1) * strides[1] + 1, channels)
+
+    def tap(index: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice(padded, (0, index // kw, index % kw, 0), window)
+        product = _wide(part[:, :: strides[0], :: strides[1]]) * _wide(dy)
+        return product.sum((1, 2)).sum(0)
+
+    return lax.map(tap, jnp.arange(kh * kw)).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    kh, kw, depth, features = kernel.shape
+    batch, rows, columns, _ = dy.shape
+    if x.shape[1] * x.shape[2] < 2 * rows * columns:
+        return _plain_gradients(plain_conv)[0](x, kernel, dy, strides, pads)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    product = lax.dot_general(
+        dy.reshape(-1, features), kernel.reshape(-1, features), (((1,), (1,)), ((), ())), preferred_element_type=wide
+    )
+    product = product.reshape(batch, rows, columns, kh, kw, depth)
+
+    def add_up(product: jax.Array) -> jax.Array:
+        total: Any = 0.0
+        for i, j in itertools.product(range(kh), range(kw)):
+            config = [(0, 0, 0)] * 4
+            for axis, tap in ((1, i), (2, j)):
+                low, step = tap - pads[axis - 1][0], strides[axis - 1]
+                config[axis] = (low, x.shape[axis] - 1 - low - (dy.shape[axis] - 1) * step, step - 1)
+            total += lax.pad(product[:, :, :, i, j], jnp.zeros((), wide), config)
+        return total.astype(x.dtype)
+
+    return _alone(add_up, product)
+
+
+def _max_pool_dx(
+    x: jax.Array, y: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads
+) -> jax.Array:
+    def find(padded: jax.Array, y: jax.Array) -> jax.Array:
+        winner: Any = jnp.full(y.shape, -1, jnp.int16)
+        for i, j, part in reversed(_slices(padded, window, strides)):
+            winner = jnp.where(part == y, jnp.int16(i * window[1] + j), winner)
+        return winner
+
+    def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
+        return jnp.where(winner == i * window[1] + j, _wide(part), 0)
+
+    winner = _alone(find, _pad(x, pads, -jnp.inf), y)
+    return _spread([dy, winner], x.shape, window, strides, pads, term)

@@ -1,0 +1,106 @@
+"""What follows the last feature map: one module that says every head of the five studies and of the papers.
+
+It takes the map alone, so Grad-CAM applies it to `features["last"]` and differentiates.
+"""
+
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lungjax.config import HeadConfig
+from lungjax.models.layers import BatchNorm
+
+# Batch: Keras's defaults, which the studies' heads have. Group and layer: as in the code of BiT and ConvNeXt.
+BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
+GROUPS, GROUP_EPSILON = 32, 1e-5
+LAYER_EPSILON = 1e-6
+
+PLAIN = HeadConfig(
+    pool="avg",
+    norm_before_pool="none",
+    norm_after_pool="none",
+    hidden=(),
+    hidden_dropout=0.0,
+    dropout=0.0,
+    output="softmax",
+    zero_init=False,
+)
+
+
+def fill(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
+    """Returns `head` with each None taken from the network's published head, else from the plain one."""
+    for source in (published, PLAIN):
+        missing = {f.name: getattr(source, f.name) for f in fields(head) if getattr(head, f.name) is None}
+        head = replace(head, **missing)
+    return head
+
+
+def outputs(head: HeadConfig, classes: int) -> int:
+    """Returns the number of logits: one a class, or a single one for a sigmoid.
+
+    Raises ValueError for a sigmoid with any but two classes, and for fewer than two.
+    """
+    if classes < 2:
+        raise ValueError(f"{classes} class(es): a classifier needs at least 2")
+    if head.output != "sigmoid":
+        return classes
+    if classes != 2:
+        raise ValueError(
+            f"model.head.output=sigmoid is for two classes, the data set has {classes}; use softmax"
+        )
+    return 1
+
+
+def cells(head: HeadConfig) -> int:
+    """Returns how many cells a side the pool needs of the map."""
+    return 2 if head.pool == "avg2x2_flatten" else 1
+
+
+class Head(nn.Module):
+    """Norm and ReLU, pool, norm, dropout, hidden layers, logits. All of it in float32."""
+
+    config: HeadConfig  # a field left None is the plain head's
+    outputs: int  # logits
+    freeze_norm: bool = False
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
+        """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
+        config = fill(self.config)
+        norms = train and not self.freeze_norm
+        x = features.astype(jnp.float32)
+        if config.norm_before_pool != "none":
+            x = nn.relu(_norm(x, config.norm_before_pool, norms, "norm_before_pool"))
+        x = _pool(x, config.pool)
+        x = _norm(x, config.norm_after_pool, norms, "norm_after_pool")
+        x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
+        # Glorot uniform is the Keras default that all the studies' dense layers start from.
+        init = nn.initializers.glorot_uniform()
+        for i, width in enumerate(config.hidden or (), 1):
+            x = nn.relu(nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
+            x = nn.Dropout(config.hidden_dropout, deterministic=not train, name=f"hidden{i}_dropout")(x)
+        init = nn.initializers.zeros_init() if config.zero_init else init
+        return nn.Dense(self.outputs, kernel_init=init, name="dense")(x)
+
+
+def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
+    if kind == "batch":
+        return BatchNorm(momentum=BATCH_MOMENTUM, epsilon=BATCH_EPSILON, name=name)(x, train=train)
+    # The fast variance (mean of squares less square of mean) loses digits that parity tests see.
+    if kind == "layer":
+        return nn.LayerNorm(epsilon=LAYER_EPSILON, use_fast_variance=False, name=name)(x)
+    if kind == "group":
+        return nn.GroupNorm(GROUPS, epsilon=GROUP_EPSILON, use_fast_variance=False, name=name)(x)
+    return x
+
+
+def _pool(x: jax.Array, kind: str | None) -> jax.Array:
+    if kind == "avg":
+        return x.mean((1, 2))
+    if kind == "max":
+        return x.max((1, 2))
+    if kind == "avg2x2_flatten":
+        x = nn.avg_pool(x, (2, 2), (2, 2))  # an odd map loses its last row and column
+    return x.reshape(x.shape[0], -1)

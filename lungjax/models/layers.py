@@ -1,0 +1,130 @@
+"""The layers that the networks share: convolution, batch norm, squeeze-excite, stochastic depth.
+
+Layer names, parameter shapes and initial values are those of flax.linen, so weights and rules carry over.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lungjax.models.convolution import (
+    Padding,
+    dense_conv,
+    depthwise_conv,
+    explicit_pads,
+    pair,
+    plain_conv,
+    pointwise_conv,
+)
+
+Activation = Callable[[jax.Array], jax.Array]
+Initializer = Callable[..., jax.Array]
+LECUN_NORMAL = nn.initializers.lecun_normal()
+
+
+class Conv(nn.Module):
+    """Two-dimensional convolution with parameters `kernel` [h, w, C / groups, features] and `bias` [features].
+
+    Equal to flax.linen.Conv; a depthwise or 1x1 convolution takes the form that is fast on the platform.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "SAME"
+    groups: int = 1  # -1 is depthwise: as many as the input has channels
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = LECUN_NORMAL
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H', W', features] in `dtype`.
+
+        Raises ValueError where the channels can't be split into the groups.
+        """
+        size, strides = pair(self.kernel_size), pair(self.strides)
+        channels = x.shape[-1]
+        groups = channels if self.groups == -1 else self.groups
+        if channels % groups or self.features % groups:
+            raise ValueError(
+                f"Conv {self.name}: {channels} channels in and {self.features} out can't be split into "
+                f"groups={groups}; both must be multiples of it"
+            )
+        kernel = self.param("kernel", self.kernel_init, (*size, channels // groups, self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
+        if groups == channels == self.features and groups > 1:
+            x = depthwise_conv(x, kernel, strides, pads)
+        elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
+            x = pointwise_conv(x[:, :: strides[0], :: strides[1]], kernel)
+        elif groups == 1:
+            x = dense_conv(x, kernel, strides, pads)
+        else:
+            x = plain_conv(x, kernel, strides, pads, groups)
+        return x if bias is None else x + bias.astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel by the batch in training and by running statistics otherwise.
+
+    Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
+    float32 and of the whole batch, over all devices under jit. https://arxiv.org/abs/1502.03167
+    """
+
+    momentum: float  # part of the old running statistics that is kept at each step (torch's is 1 - this)
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Shares this module's scope with linen's own, so the parameters stand directly under its name."""
+        self.norm = nn.BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        nn.share_scope(self, self.norm)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [B, ..., C] to the same shape; `train` uses and updates with the batch's statistics."""
+        return self.norm(x, use_running_average=not train)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from the mean over the map: 1x1 `reduce`, then 1x1 `expand`.
+
+    https://arxiv.org/abs/1709.01507
+    """
+
+    reduced: int  # channels in the middle
+    activation: Activation = nn.silu
+    gate: Activation = nn.sigmoid
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = LECUN_NORMAL
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to the same shape."""
+        conv = {"kernel_size": 1, "use_bias": True, "dtype": self.dtype, "kernel_init": self.kernel_init}
+        mean = x.mean((1, 2), keepdims=True, dtype=jnp.float32).astype(self.dtype)
+        middle = self.activation(Conv(self.reduced, name="reduce", **conv)(mean))
+        return x * self.gate(Conv(x.shape[-1], name="expand", **conv)(middle))
+
+
+class DropPath(nn.Module):
+    """Drops whole examples of a residual branch in training and scales the kept by 1 / (1 - rate).
+
+    https://arxiv.org/abs/1603.09382
+    """
+
+    rate: float  # chance of an example to be dropped, 0..1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [B, ...] to the same shape; draws from the key collection `dropout` in training."""
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(kept, x / keep, 0).astype(x.dtype)

@@ -1,0 +1,124 @@
+"""The one head: every head of the studies by parameter count, its order and arithmetic against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lungjax.config import HeadConfig
+from lungjax.models.head import Head, outputs
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+# study, last map, head, logits, parameters with statistics (facts of the studies; Keras's summaries)
+HEADS = [
+    ("nccid", (2, 4, 1280), HeadConfig(dropout=0.2), 2, 2562),
+    ("ct_cov19 BiT", (7, 7, 2048), HeadConfig(zero_init=True), 3, 6147),
+    ("ct_cov19 EfficientNet-B0", (16, 16, 1280), HeadConfig(), 3, 3843),
+    ("ct_cov19 EfficientNet-B3", (16, 16, 1536), HeadConfig(), 3, 4611),
+    ("ct_cov19 EfficientNet-B7", (16, 16, 2560), HeadConfig(), 3, 7683),
+    ("ct_cov19 Simple", (62, 62, 64), HeadConfig(pool="max", hidden=(32,)), 3, 25475 - 160 - 4640 - 18496),
+    ("kaggle V2B0", (16, 16, 1280), HeadConfig(norm_after_pool="batch", dropout=0.2), 3, 5927699 - 5918736),
+    ("kaggle V2B2", (16, 16, 1408), HeadConfig(norm_after_pool="batch", dropout=0.2), 3, 8778657 - 8768798),
+    ("kaggle ConvNeXt-B", (16, 16, 1024), HeadConfig(norm_after_pool="batch", dropout=0.2), 3, 7171),
+    ("kaggle ResNet50V2", (16, 16, 2048), HeadConfig(norm_after_pool="batch", dropout=0.2), 3, 14339),
+    ("xray own", (7, 7, 32), HeadConfig(pool="flatten", hidden=(256,), output="sigmoid"), 2, 401664 + 257),
+    *(
+        (
+            f"xray {name}",
+            (8, 8, width),
+            HeadConfig(pool="avg2x2_flatten", hidden=(64,), hidden_dropout=0.5),
+            2,
+            n,
+        )
+        for name, width, n in (
+            ("MobileNetV2", 1280, 1310914),
+            ("ResNet101V2", 2048, 2097346),
+            ("DenseNet201", 1920, 1966274),
+        )
+    ),
+    ("covidx_ct DenseNet-201", (7, 7, 1920), HeadConfig(), 3, 5763),
+    (
+        "covidx_ct VGG",
+        (7, 7, 512),
+        HeadConfig(pool="flatten", hidden=(4096, 4096), hidden_dropout=0.5),
+        3,
+        119558147,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("study", "last", "config", "classes", "parameters"), HEADS, ids=lambda v: str(v)[:24]
+)
+def test_every_head_of_the_studies(study, last, config, classes, parameters):
+    head = Head(config, outputs(config, classes))
+    variables = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, *last)), train=False))
+    assert count(variables) == parameters
+    assert variables["params"]["dense"]["kernel"].shape[-1] == (1 if config.output == "sigmoid" else classes)
+
+
+def test_head_order_and_arithmetic():
+    """Norm, ReLU, 2x2 mean, flatten in (h, w, c) order, norm, hidden with ReLU, dense: as in plain numpy."""
+    config = HeadConfig(
+        pool="avg2x2_flatten", norm_before_pool="group", norm_after_pool="batch", hidden=(5,), dropout=0.5
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 4, 64)).astype(np.float32)  # the fifth row falls off the 2x2 means
+    head = Head(config, 3)
+    shape = jax.eval_shape(lambda: head.init(jax.random.key(0), x, train=False))
+    variables = jax.tree.map(lambda s: rng.uniform(0.5, 1.5, s.shape).astype(np.float32), shape)
+    params, stats = variables["params"], variables["batch_stats"]["norm_after_pool"]
+
+    groups = x.reshape(2, 20, 32, 2)
+    normed = groups - groups.mean((1, 3), keepdims=True)
+    normed = (normed / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+    y = np.maximum(normed * params["norm_before_pool"]["scale"] + params["norm_before_pool"]["bias"], 0)
+    y = y[:, :4].reshape(2, 2, 2, 2, 2, 64).mean((2, 4)).reshape(2, -1)
+    y = (y - stats["mean"]) / np.sqrt(stats["var"] + 1e-3)
+    y = y * params["norm_after_pool"]["scale"] + params["norm_after_pool"]["bias"]
+    y = np.maximum(y @ params["hidden1"]["kernel"] + params["hidden1"]["bias"], 0)
+    y = y @ params["dense"]["kernel"] + params["dense"]["bias"]
+    np.testing.assert_allclose(head.apply(variables, x, train=False), y, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_head_layer_norm_after_the_global_pool(pool):
+    config = HeadConfig(pool=pool, norm_after_pool="layer")
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 8)).astype(np.float32)
+    variables = Head(config, 8).init(jax.random.key(0), x, train=False)
+    variables["params"]["dense"]["kernel"] = np.eye(8)
+    y = x.mean((1, 2)) if pool == "avg" else x.max((1, 2))
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(Head(config, 8).apply(variables, x, train=False), y, atol=1e-5)
+
+
+def test_head_drops_pooled_features_and_hidden_ones_in_training_alone():
+    ones = jnp.ones((4, 2, 2, 64))
+    config = HeadConfig(dropout=0.5)
+    head = Head(config, 64)
+    variables = {"params": {"dense": {"kernel": jnp.eye(64), "bias": jnp.zeros(64)}}}
+    np.testing.assert_array_equal(head.apply(variables, ones, train=False), 1)
+    dropped = head.apply(variables, ones, train=True, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(dropped)) == {0, 2} and 0.35 < (dropped == 0).mean() < 0.65
+
+    config = HeadConfig(hidden=(64,), hidden_dropout=0.75)
+    variables["params"]["hidden1"] = variables["params"]["dense"]
+    dropped = Head(config, 64).apply(variables, ones, train=True, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(dropped)) == {0, 4} and 0.6 < (dropped == 0).mean() < 0.9
+
+
+def test_head_zero_init():
+    config = HeadConfig(zero_init=True)
+    params = Head(config, 3).init(jax.random.key(0), jnp.ones((1, 2, 2, 8)), train=False)["params"]
+    assert not np.any(params["dense"]["kernel"])
+
+
+def test_head_pools_bfloat16_maps_in_float32():
+    features = jnp.asarray([1, 1, 1, 1 + 2**-7], jnp.bfloat16).reshape(1, 2, 2, 1)
+    variables = {"params": {"dense": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
+    logits = Head(HeadConfig(), 1).apply(variables, features, train=False)
+    assert logits.item() == 1 + 2**-9  # bfloat16 has no number between 1 and 1 + 2**-7
