@@ -17,5 +17,5 @@ def get_config(dataset: str = "folder", model: str = "cbr_small") -> Config:
         input=InputSpec(size=(128, 128), channels=1),
         model=ModelConfig(name=model),
         optim=OptimConfig(name="adam", lr=1e-3, schedule="cosine", class_weights="balanced"),
-        train=TrainConfig(batch_size=32, epochs=12),
+        train=TrainConfig(batch_size=32, epochs=8),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 from lungjax import config as configs
-from lungjax import entry, experiment
+from lungjax import entry, experiment, memory
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
@@ -45,7 +45,11 @@ def main(argv: list[str]) -> None:
 
 
 def prepare_jax() -> None:
-    """Turns on the compilation cache, in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Sets what jax reads when it is imported: memory that stays, and the compilation cache.
+
+    The cache lies in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where.
+    """
+    memory.keep_freed()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -6,7 +6,6 @@ Everything random follows from `train.seed` and the step number, so a run killed
 ends with the very weights of the run that was left alone.
 """
 
-import json
 import math
 import platform
 import time
@@ -22,22 +21,14 @@ from tqdm import tqdm
 
 from lungjax import config as configs
 from lungjax import evaluate, logs, models, optim, report, sharding, state, step, trees
-from lungjax.checkpoint import Checkpoints, check_source, newest, warm_start
+from lungjax import workdir as workdirs
+from lungjax.checkpoint import Checkpoints, check_source, warm_start
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
+from lungjax.models import convolution
 from lungjax.predictions import Predictions
-
-# Fields that change neither the weights nor the data order: a run may go on with other values.
-FREE_FIELDS = (
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "train.log_steps",
-    "eval.batch_size",
-    "eval.examples",
-)
 
 
 @dataclass(frozen=True)
@@ -70,15 +61,15 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> P
     """
     started = time.time()
     configs.check(config)
-    check_workdir(workdir, config, mode)
+    workdirs.check(workdir, config, mode)
     data = open_dataset(config.data.dataset, str(data_dir))
-    check_same_data(workdir, data)
+    workdirs.check_same_data(workdir, data)
     this = set_up(config, workdir, data, started)
     shapes = jax.eval_shape(this.new_state)
     everywhere = sharding.replicated(this.mesh)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    if mode == "train":
-        write_down(this)
+    if mode == "train" and jax.process_index() == 0:
+        workdirs.claim(workdir, config, data)
 
     with Checkpoints(workdir) as checkpoints:
         if mode == "train":
@@ -138,11 +129,13 @@ def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run
             in_shardings=(everywhere, cut),
             out_shardings=everywhere,
             donate_argnums=0,
+            compiler_options=convolution.compiler_options(),
         ),
         predict_step=jax.jit(
             step.make_predict_step(module, config, positive),
             in_shardings=(everywhere, cut),
             out_shardings=everywhere,
+            compiler_options=convolution.compiler_options(),
         ),
         started=started,
     )
@@ -159,9 +152,7 @@ def first_state(this: Run) -> state.TrainState:
     return current
 
 
-def train_loop(
-    this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: dict[str, Any]
-) -> None:
+def train_loop(this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: dict[str, Any]) -> None:
     """Trains from `current` to the last step, or until validation has stopped getting better."""
     config, first = this.config, int(current.step)
     main_host = jax.process_index() == 0
@@ -179,47 +170,44 @@ def train_loop(
     batches = pipeline.train_batches(
         this.data, config, start_step=first, host=jax.process_index(), hosts=jax.process_count()
     )
-    bar = tqdm(total=this.steps, initial=first, unit="step", desc=config.name, disable=not main_host)
     waiting: list[Any] = []  # metrics of the steps since the last log line, still on the devices
     ready = [next_batch(batches, this.mesh) for _ in range(config.data.prefetch)]
     clock = time.perf_counter()
-    for done in range(first + 1, this.steps + 1):
-        ready.append(next_batch(batches, this.mesh))
-        current, values = this.train_step(current, ready.pop(0))
-        waiting.append(values)
-        bar.update()
-        at_eval = done % this.eval_steps == 0 or done == this.steps
-        if done == first + 1:
-            jax.block_until_ready(values)
-            tqdm.write(f"First step {time.time() - this.started:.1f} s after the start")
-        if done % config.train.log_steps == 0 or at_eval:
-            seen = {k: np.asarray([v[k] for v in jax.device_get(waiting)]) for k in values}
-            check_finite(seen["loss"], done, checkpoints)
-            rate = len(waiting) * config.train.batch_size / (time.perf_counter() - clock)
-            row = {f"train.{k}": float(v.mean()) for k, v in seen.items()}
-            log(done, {**row, "lr": float(this.schedule(done - 1)), "images_per_s": round(rate, 2)})
-            bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
-            waiting, clock = [], time.perf_counter()
-        if at_eval:
-            scored = evaluate.predict(
-                this.predict_step, current.variables, this.data, "val", config, this.mesh
-            )
-            scores = evaluate.flat_levels(scored)
-            log(done, {f"val.{k}": v for k, v in scores.items()})
-            better = judge(progress, scores, config, done)
-            tqdm.write(
-                f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
-                f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
-            )
-            if better:
-                checkpoints.save_best(current)
-        if at_eval or (config.train.save_steps and done % config.train.save_steps == 0):
-            checkpoints.save(current, progress)
-            clock = time.perf_counter()
-        if progress["stopped"]:
-            tqdm.write(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
-            break
-    bar.close()
+    with tqdm(total=this.steps, initial=first, unit="step", desc=config.name, disable=not main_host) as bar:
+        for done in range(first + 1, this.steps + 1):
+            ready.append(next_batch(batches, this.mesh))
+            current, values = this.train_step(current, ready.pop(0))
+            waiting.append(values)
+            bar.update()
+            at_eval = done % this.eval_steps == 0 or done == this.steps
+            if done == first + 1:
+                jax.block_until_ready(values)
+                tqdm.write(f"First step {time.time() - this.started:.1f} s after the start")
+            if done % config.train.log_steps == 0 or at_eval:
+                seen = {k: np.asarray([v[k] for v in jax.device_get(waiting)]) for k in values}
+                check_finite(seen["loss"], done, checkpoints)
+                rate = len(waiting) * config.train.batch_size / (time.perf_counter() - clock)
+                row = {f"train.{k}": float(v.mean()) for k, v in seen.items()}
+                log(done, {**row, "lr": float(this.schedule(done - 1)), "images_per_s": round(rate, 2)})
+                bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
+                waiting, clock = [], time.perf_counter()
+            if at_eval:
+                scored = evaluate.predict(this.predict_step, current.variables, this.data, "val", config, this.mesh)
+                scores = evaluate.flat_levels(scored)
+                log(done, {f"val.{k}": v for k, v in scores.items()})
+                better = judge(progress, scores, config, done)
+                tqdm.write(
+                    f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
+                    f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
+                )
+                if better:
+                    checkpoints.save_best(current)
+            if at_eval or (config.train.save_steps and done % config.train.save_steps == 0):
+                checkpoints.save(current, progress)
+                clock = time.perf_counter()
+            if progress["stopped"]:
+                tqdm.write(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
+                break
 
 
 def next_batch(batches: Any, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -269,55 +257,6 @@ def check_finite(losses: np.ndarray, done: int, checkpoints: Checkpoints) -> Non
         )
 
 
-def check_workdir(workdir: Path, config: Config, mode: str) -> None:
-    """Raises ValueError if the workdir holds a trained run of another configuration, or foreign files."""
-    path = workdir / "config.json"
-    if not path.exists():
-        if mode == "evaluate":
-            raise ValueError(
-                f"{workdir}: no config.json there, so no run to evaluate; train first (--mode=train)"
-            )
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-            raise ValueError(f"{workdir} is not empty and holds no lungjax run; choose another --workdir")
-        return
-    if newest(workdir, "last") is None:
-        return  # nothing was trained, so nothing can be lost
-    old = configs.from_json(path.read_text(), str(path))
-    changed = [line for line in configs.difference(old, config) if line.split(":")[0] not in FREE_FIELDS]
-    if changed:
-        raise ValueError(
-            f"{workdir} holds a run of another configuration:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another "
-            "--workdir, or delete that one to start over"
-        )
-
-
-def check_same_data(workdir: Path, data: Prepared) -> None:
-    """Raises ValueError if the data set was prepared anew since the run began."""
-    path = workdir / "data.json"
-    if path.exists() and newest(workdir, "last") is not None:
-        before = json.loads(path.read_text())
-        if before != data_facts(data):
-            raise ValueError(
-                f"{workdir}: this run began on {before['dataset']} with fingerprint {before['fingerprint'][:12]}, "
-                f"now it is {data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
-            )
-
-
-def data_facts(data: Prepared) -> dict[str, Any]:
-    """What data.json holds: which data, and the classes in label order."""
-    return {"dataset": data.name, "classes": list(data.classes), "fingerprint": data.fingerprint}
-
-
-def write_down(this: Run) -> None:
-    """Writes config.json and data.json once every check has passed (first host only)."""
-    if jax.process_index() == 0:
-        this.workdir.mkdir(parents=True, exist_ok=True)
-        (this.workdir / "config.json").write_text(configs.to_json(this.config))
-        (this.workdir / "data.json").write_text(json.dumps(data_facts(this.data), indent=2) + "\n")
-
-
 def check_monitor(config: Config, data: Prepared) -> None:
     """Raises ValueError before training if `train.monitor` is no validation metric."""
     n, classes = 2 * len(data.classes), len(data.classes)
@@ -332,9 +271,7 @@ def check_monitor(config: Config, data: Prepared) -> None:
     )
     known = evaluate.flat_levels(sample)
     if config.train.monitor not in known:
-        raise ValueError(
-            f"train.monitor={config.train.monitor!r}: {configs.nearest(config.train.monitor, known)}"
-        )
+        raise ValueError(f"train.monitor={config.train.monitor!r}: {configs.nearest(config.train.monitor, known)}")
 
 
 def describe(this: Run, params: Any) -> dict[str, Any]:
@@ -355,7 +292,7 @@ def describe(this: Run, params: Any) -> dict[str, Any]:
         "tensorflow-datasets",
     )
     return {
-        **data_facts(data),
+        **workdirs.data_facts(data),
         "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
         "parameters": sum(x.size for x in trees.flatten(params).values()),
         "steps": this.steps,

@@ -51,9 +51,7 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("study", "last", "config", "classes", "parameters"), HEADS, ids=lambda v: str(v)[:24]
-)
+@pytest.mark.parametrize(("study", "last", "config", "classes", "parameters"), HEADS, ids=lambda v: str(v)[:24])
 def test_every_head_of_the_studies(study, last, config, classes, parameters):
     head = Head(config, outputs(config, classes))
     variables = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, *last)), train=False))

@@ -12,9 +12,9 @@ PACKAGE = Path(lungjax.__file__).parent
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
     ["config", "trees", "losses", "predictions", "metrics", "logs", "sharding", "state"],
-    ["models", "data", "optim", "checkpoint", "plots", "step", "experiment", "entry"],
+    ["models", "data", "optim", "checkpoint", "plots", "step", "experiment", "entry", "memory"],
     ["datasets"],
-    ["report", "evaluate"],
+    ["report", "evaluate", "workdir"],
     ["train"],
     ["main", "prepare"],
 ]

@@ -31,9 +31,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
     open, and for a sigmoid with any but two classes.
     """
     if config.name not in MODELS:
-        raise ValueError(
-            f"model.name={config.name!r}: unknown network; {configs.nearest(config.name, MODELS)}"
-        )
+        raise ValueError(f"model.name={config.name!r}: unknown network; {configs.nearest(config.name, MODELS)}")
     if config.dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()

@@ -1,4 +1,4 @@
-"""Convolution and max pooling, NHWC by HWIO, in forms that XLA compiles well on the platform they run on.
+"""Convolutions and maxima over windows, NHWC by HWIO, in forms that XLA compiles well where they run.
 
 The forms for the CPU are chosen when the function is lowered, so the same traced model runs the plain
 operation on an accelerator. `tests/benchmarks/README.md` has the measurements behind each choice. The choice
@@ -53,12 +53,13 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 def compiler_options() -> dict[str, Any]:
     """Returns the options to give `jax.jit` where whole steps are compiled; empty but on the CPU.
 
-    XLA hands float32 convolutions to YNNPACK, which ran them on one core, and 7x7 ones without padding at a
-    sixth of its own speed; XLA's older convolution takes all cores. A jaxlib without the option is left alone.
+    Without them XLA hands float32 convolutions to YNNPACK, which runs them on one core, and those without
+    padding several times slower still; XLA's older convolution takes all cores. The options name what YNNPACK
+    keeps. A jaxlib that doesn't know them is left alone.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -122,37 +123,37 @@ depthwise_conv.defvjp(partial(_save, of=depthwise_conv), _depthwise_gradients)
 dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
 
 
-def plain_max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     """Takes the maximum of each window of x [B, H, W, C] by the compiler's own reduction."""
     lowest = np.array(-np.inf, x.dtype)
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def max_pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
 
     The gradient goes to the first of equal maxima, in rows, then columns.
     """
-    return plain_max_pool(x, window, strides, pads)
+    return plain_window_max(x, window, strides, pads)
 
 
-def _max_pool_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
-    y = max_pool(x, window, strides, pads)
+def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
+    y = window_max(x, window, strides, pads)
     return y, (x, y)
 
 
-def _max_pool_gradient(
+def _window_max_gradient(
     window: Pair, strides: Pair, pads: Pads, saved: Any, dy: jax.Array
 ) -> tuple[jax.Array]:
     def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: plain_max_pool(x, window, strides, pads), x)[1](dy)[0]
+        return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
 
-    cpu = partial(_max_pool_dx, window=window, strides=strides, pads=pads)
+    cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
     return (lax.platform_dependent(*saved, dy, cpu=cpu, default=plain),)
 
 
-max_pool.defvjp(_max_pool_save, _max_pool_gradient)
+window_max.defvjp(_window_max_save, _window_max_gradient)
 
 
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
@@ -194,11 +195,9 @@ def _alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
 
 def _slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, jax.Array]]:
     """Returns (i, j, slice) of a padded map for every tap of the window, in rows, then columns."""
-    height, width = ((n - k) // s for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
-    return [
-        (i, j, x[:, i : i + height * strides[0] + 1 : strides[0], j : j + width * strides[1] + 1 : strides[1]])
-        for i, j in itertools.product(range(window[0]), range(window[1]))
-    ]
+    (down, across), taps = strides, itertools.product(range(window[0]), range(window[1]))
+    height, width = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
+    return [(i, j, x[:, i : i + height : down, j : j + width : across]) for i, j in taps]
 
 
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -238,14 +237,17 @@ def _spread(
 ) -> jax.Array:
     """Adds up for every cell of a map of `shape` the terms of the windows that cover it.
 
-    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *slices)` is what a window gives to its cell (i, j).
+    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *parts)` is what windows give to their cell (i, j).
     One sum for each phase of the stride: row s * q + a lies in row i = a + top (mod s) of the window at
     q + (a + top - i) / s, so that no time goes into the zeros of a dilated map.
     """
-    axes = list(zip(shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True))
-    counts = [-(-size // s) for size, _, s, _, _ in axes]
-    first = [(low - k + 1) // s for _, k, s, (low, _), _ in axes]
-    spare = [(-f, n + (low + s - 1) // s - h) for f, n, (_, _, s, (low, _), h) in zip(first, counts, axes, strict=True)]
+    counts, first, spare = [], [], []
+    for size, k, s, (low, _), windows in zip(
+        shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True
+    ):
+        counts.append(-(-size // s))
+        first.append((low - k + 1) // s)  # the windows read run from here, for the first cell,
+        spare.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # to so many past the last one
 
     def taps(axis: int, phase: int) -> list[Pair]:
         whole = [(i, *divmod(phase + pads[axis][0] - i, strides[axis])) for i in range(window[axis])]
@@ -272,7 +274,9 @@ def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair,
     return _spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
 
 
-def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+def _depthwise_dkernel(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads
+) -> jax.Array:
     """One reduction a tap, in a loop: the unrolled reductions fuse into something many times slower."""
     kh, kw, _, channels = kernel.shape
     batch, height, width, _ = dy.shape
@@ -288,19 +292,15 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
 
 def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    kh, kw, depth, features = kernel.shape
-    batch, rows, columns, _ = dy.shape
-    if x.shape[1] * x.shape[2] < 2 * rows * columns:
+    if x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
         return _plain_gradients(plain_conv)[0](x, kernel, dy, strides, pads)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    product = lax.dot_general(
-        dy.reshape(-1, features), kernel.reshape(-1, features), (((1,), (1,)), ((), ())), preferred_element_type=wide
-    )
-    product = product.reshape(batch, rows, columns, kh, kw, depth)
+    contract = (((3,), (3,)), ((), ()))
+    product = lax.dot_general(dy, kernel, contract, preferred_element_type=wide)  # [B, h, w, kh, kw, C]
 
     def add_up(product: jax.Array) -> jax.Array:
         total: Any = 0.0
-        for i, j in itertools.product(range(kh), range(kw)):
+        for i, j in itertools.product(range(kernel.shape[0]), range(kernel.shape[1])):
             config = [(0, 0, 0)] * 4
             for axis, tap in ((1, i), (2, j)):
                 low, step = tap - pads[axis - 1][0], strides[axis - 1]
@@ -311,7 +311,7 @@ def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pad
     return _alone(add_up, product)
 
 
-def _max_pool_dx(
+def _window_max_dx(
     x: jax.Array, y: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads
 ) -> jax.Array:
     def find(padded: jax.Array, y: jax.Array) -> jax.Array:

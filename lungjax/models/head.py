@@ -47,9 +47,7 @@ def outputs(head: HeadConfig, classes: int) -> int:
     if head.output != "sigmoid":
         return classes
     if classes != 2:
-        raise ValueError(
-            f"model.head.output=sigmoid is for two classes, the data set has {classes}; use softmax"
-        )
+        raise ValueError(f"model.head.output=sigmoid is for two classes, the data set has {classes}; use softmax")
     return 1
 
 

@@ -1,4 +1,4 @@
-"""The layers that the networks share: convolution, batch norm, squeeze-excite, stochastic depth.
+"""The layers that the networks share: convolution, pooling, batch norm, squeeze-excite, stochastic depth.
 
 Layer names, parameter shapes and initial values are those of flax.linen, so weights and rules carry over.
 """
@@ -18,6 +18,7 @@ from lungjax.models.convolution import (
     pair,
     plain_conv,
     pointwise_conv,
+    window_max,
 )
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -26,7 +27,7 @@ LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 class Conv(nn.Module):
-    """Two-dimensional convolution with parameters `kernel` [h, w, C / groups, features] and `bias` [features].
+    """Two-dimensional convolution; parameters `kernel` [h, w, C / groups, features] and `bias` [features].
 
     Equal to flax.linen.Conv; a depthwise or 1x1 convolution takes the form that is fast on the platform.
     """
@@ -55,7 +56,8 @@ class Conv(nn.Module):
                 f"Conv {self.name}: {channels} channels in and {self.features} out can't be split into "
                 f"groups={groups}; both must be multiples of it"
             )
-        kernel = self.param("kernel", self.kernel_init, (*size, channels // groups, self.features), jnp.float32)
+        shape = (*size, channels // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
@@ -68,6 +70,14 @@ class Conv(nn.Module):
         else:
             x = plain_conv(x, kernel, strides, pads, groups)
         return x if bias is None else x + bias.astype(self.dtype)
+
+
+def max_pool(
+    x: jax.Array, window: int | Sequence[int], strides: int | Sequence[int], padding: Padding = "VALID"
+) -> jax.Array:
+    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win, as in flax.linen.max_pool."""
+    window, strides = pair(window), pair(strides)
+    return window_max(x, window, strides, explicit_pads(padding, (x.shape[1], x.shape[2]), window, strides))
 
 
 class BatchNorm(nn.Module):

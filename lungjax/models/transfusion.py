@@ -57,9 +57,7 @@ class Transfusion(nn.Module):
                 name=f"{name}_conv",
             )(x)
             if self.norm:
-                norm = BatchNorm(
-                    momentum=BN_MOMENTUM, epsilon=BN_EPSILON, dtype=self.dtype, name=f"{name}_bn"
-                )
+                norm = BatchNorm(momentum=BN_MOMENTUM, epsilon=BN_EPSILON, dtype=self.dtype, name=f"{name}_bn")
                 x = norm(x, train=train and not self.freeze_norm)
             x = nn.relu(x)
             if number < len(self.widths) or self.last_pool:
@@ -89,7 +87,5 @@ TRANSFUSION = {
     # What the CT-COV19 study calls LargeT is layer for layer the paper's Tiny.
     "cbr_larget_study": partial(Transfusion, 5, (64, 128, 256, 512)),
     # The same study's own "Simple": 3x3 convolutions, 2x2 pools, no norm.
-    "simple": partial(
-        Transfusion, 3, (16, 32, 64), pool=2, norm=False, head=HeadConfig(pool="max", hidden=(32,))
-    ),
+    "simple": partial(Transfusion, 3, (16, 32, 64), pool=2, norm=False, head=HeadConfig(pool="max", hidden=(32,))),
 }

@@ -1,0 +1,21 @@
+"""How the process keeps memory: on Linux, what XLA frees on the CPU stays with the process for the next step."""
+
+import ctypes
+import ctypes.util
+
+# glibc's malloc.h. Its defaults hand every large block back to the kernel, so each training step would fault its
+# buffers in again, page by page; that cost half of a small network's step.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
+
+
+def keep_freed() -> bool:
+    """Tells glibc to keep freed memory; returns whether it did. Call before jax is imported.
+
+    The process's peak does not grow by it, but it stays at its peak. Other C libraries are left alone.
+    """
+    name = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
+    if mallopt is None or not name or not name.endswith("libc.so.6"):
+        return False
+    return all(mallopt(option, value) == 1 for option, value in SETTINGS.items())

@@ -1,0 +1,176 @@
+"""Times the CPU forms of `lungjax.models.layers` against the plain operations, side by side in one process.
+
+    python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7]
+
+Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" is what flax.linen does
+(`nn.Conv`, `nn.max_pool`) under `jax.jit` as it comes; "ours" is compiled as training compiles it.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from lungjax import models
+from lungjax.config import ModelConfig
+from lungjax.models import convolution, layers
+from lungjax.models.efficientnet import EfficientNet, Stage
+
+# kind, batch, side, channels in, channels out, kernel, stride, padding
+LAYERS = [
+    ("depthwise", 8, 28, 144, 144, 3, 1, "SAME"),
+    ("depthwise", 8, 56, 144, 144, 3, 2, "SAME"),
+    ("depthwise", 8, 14, 672, 672, 5, 1, "SAME"),
+    ("depthwise", 8, 56, 96, 96, 7, 1, "SAME"),
+    ("pointwise", 8, 56, 64, 256, 1, 1, "SAME"),
+    ("pointwise", 8, 7, 1280, 320, 1, 1, "SAME"),
+    ("dense", 8, 224, 3, 24, 3, 2, "SAME"),
+    ("dense", 8, 112, 24, 24, 3, 1, "SAME"),
+    ("dense", 8, 112, 24, 96, 3, 2, "SAME"),
+    ("dense", 8, 56, 48, 192, 3, 1, "SAME"),
+    ("dense", 32, 128, 1, 32, 7, 1, "VALID"),
+    ("dense", 32, 60, 32, 64, 7, 1, "VALID"),
+    ("dense", 32, 26, 64, 128, 7, 1, "VALID"),
+    ("dense", 32, 9, 128, 256, 7, 1, "VALID"),
+    ("pool", 32, 122, 32, 32, 3, 2, "VALID"),
+]
+#       fused, repeats, width, expand, stride, kernel, squeeze
+EFFICIENTNET_B0 = (
+    Stage(False, 1, 16, 1, 1, 3, 0.25),
+    Stage(False, 2, 24, 6, 2, 3, 0.25),
+    Stage(False, 2, 40, 6, 2, 5, 0.25),
+    Stage(False, 3, 80, 6, 2, 3, 0.25),
+    Stage(False, 3, 112, 6, 1, 5, 0.25),
+    Stage(False, 4, 192, 6, 2, 5, 0.25),
+    Stage(False, 1, 320, 6, 1, 3, 0.25),
+)
+PLAIN = {
+    "depthwise_conv": convolution.plain_depthwise,
+    "pointwise_conv": lambda x, kernel: convolution.plain_conv(x, kernel, (1, 1), ((0, 0), (0, 0))),
+    "dense_conv": convolution.plain_conv,
+    "window_max": convolution.plain_window_max,
+}
+
+
+def plain_layers() -> Any:
+    """Returns a context in which the layers trace the plain operations."""
+    return mock.patch.multiple(layers, **PLAIN)
+
+
+def interleaved(ours: Callable, plain: Callable, args: tuple, rounds: int) -> tuple[float, float]:
+    """Returns the median milliseconds of two compiled functions, called in turns."""
+    times: tuple[list[float], list[float]] = [], []
+    for turn in range(rounds + 1):
+        for function, taken in zip((ours, plain), times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*args))
+            if turn:  # the first is a warm-up
+                taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def compiled(function: Callable, args: tuple, plain: bool) -> Callable:
+    """Compiles as nn.Conv would be (`plain`) or as training compiles."""
+    options = {} if plain else convolution.compiler_options()
+
+    def fresh(*args):  # jax remembers the trace of a function, and with it the layers of that time
+        return function(*args)
+
+    with plain_layers() if plain else nullcontext():
+        return jax.jit(fresh, compiler_options=options).lower(*args).compile()
+
+
+def row(name: str, what: str, function: Callable, args: tuple, rounds: int) -> None:
+    """Prints one line of the table."""
+    ours, plain = interleaved(*(compiled(function, args, plain) for plain in (False, True)), args, rounds)
+    print(f"| {name} | {what} | {plain:.1f} | {ours:.1f} | {plain / ours:.1f} |", flush=True)
+
+
+def layer_rows(rounds: int) -> None:
+    """Prints forward and gradients of single layers."""
+    draw = np.random.default_rng(0).normal
+    for kind, batch, side, channels, features, size, stride, padding in LAYERS:
+        depth = 1 if kind == "depthwise" else channels
+        x = jnp.asarray(draw(size=(batch, side, side, channels)), jnp.float32)
+        kernel = jnp.asarray(draw(size=(size, size, depth, features)), jnp.float32)
+        fields = {"kernel_size": size, "strides": stride, "padding": padding}
+        module = layers.Conv(features, groups=-1 if kind == "depthwise" else 1, **fields)
+
+        def forward(x, kernel, module=module, kind=kind, size=size, stride=stride, padding=padding):
+            if kind == "pool":
+                return layers.max_pool(x, size, stride, padding)
+            return module.apply({"params": {"kernel": kernel}}, x)
+
+        def gradients(x, kernel, dy, forward=forward, image=channels <= 3):
+            if image:  # nobody asks for the gradient to the image
+                return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](dy)
+            return jax.vjp(forward, x, kernel)[1](dy)
+
+        name = f"{kind} {size}x{size}/{stride} {padding}, {batch} x {side} px, {channels} -> {features}"
+        dy = jnp.asarray(draw(size=jax.eval_shape(forward, x, kernel).shape), jnp.float32)
+        row(name, "forward", forward, (x, kernel), rounds)
+        row(name, "gradients", gradients, (x, kernel, dy), rounds)
+
+
+def step_rows(rounds: int) -> None:
+    """Prints whole training steps: forward, gradients, SGD."""
+    b0 = EfficientNet(EFFICIENTNET_B0, stem=32, top=1280, outputs=3)
+    cases: list[tuple[str, nn.Module, int, int]] = [
+        ("efficientnetv2_b0", models.build(ModelConfig(name="efficientnetv2_b0"), 3), 8, 128),
+        ("EfficientNet-B0", b0, 8, 128),
+        ("cbr_small", models.build(ModelConfig(name="cbr_small"), 3), 32, 128),
+    ]
+    for name, module, batch, side in cases:
+        images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, side, side, 1)), jnp.float32)
+        labels = jnp.arange(batch) % 3
+        variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), images)
+
+        def step(variables, images, module=module, labels=labels):
+            def loss(params):
+                (logits, _), updates = module.apply(
+                    {**variables, "params": params},
+                    images,
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.key(1)},
+                )
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+            (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+            params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+            return value, {"params": params, **updates}
+
+        row(f"{name}, {batch} x {side} px", "training step", step, (variables, images), rounds)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--layers", action="store_true", help="single layers only")
+    only.add_argument("--steps", action="store_true", help="whole training steps only")
+    parser.add_argument("--rounds", type=int, default=7, help="calls of each, after one to warm up")
+    flags = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, float32\n")
+    print("| what | part | plain, ms | ours, ms | times faster |\n| --- | --- | ---: | ---: | ---: |")
+    if not flags.layers:
+        step_rows(flags.rounds)
+    if not flags.steps:
+        layer_rows(flags.rounds)
+
+
+if __name__ == "__main__":
+    main()
