@@ -142,9 +142,7 @@ def _full_disk_explained(folder: Path, tree: Any, step: int) -> Iterator[None]:
     kept = "; the earlier checkpoints are intact: free some space and run the same command again to resume"
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
-        raise ValueError(
-            f"{where}: it takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free{kept}"
-        )
+        raise ValueError(f"{where}: it takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free{kept}")
     try:
         yield
     except Exception as error:

@@ -75,7 +75,5 @@ def _call(get_config: object, text: str, choice: str) -> Config:
         arguments[key] = configs.parse(value, parameters[key].annotation, f"--experiment={choice}: {key}")
     config = get_config(**arguments)
     if not isinstance(config, Config):
-        raise ValueError(
-            f"--experiment={choice}: get_config returned {type(config).__name__}, not a lungjax Config"
-        )
+        raise ValueError(f"--experiment={choice}: get_config returned {type(config).__name__}, not a lungjax Config")
     return config

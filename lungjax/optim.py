@@ -30,9 +30,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, params: Any
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
     """Builds the optax chain. `params` may be shapes alone; only its paths are read.
 
     Raises ValueError if `optim.freeze` leaves nothing to train, or matches nothing.

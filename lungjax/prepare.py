@@ -10,21 +10,15 @@ from absl import app, flags
 from lungjax import datasets, entry
 from lungjax.data import summary
 
-DATASET = flags.DEFINE_string(
-    "dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME or NAME/CONFIGURATION."
-)
+DATASET = flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME or NAME/CONFIGURATION.")
 SOURCE = flags.DEFINE_string("source", None, "The folder that holds the images as they were downloaded.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets go.")
 WINDOW = flags.DEFINE_string("window", None, "low,high: 16-bit pixel values shown as black and as white.")
 BAD = flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "What a damaged or missing image does.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces a data set that is already prepared.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the splits that are made, and of drawn data sets.")
-GROUP = flags.DEFINE_string(
-    "group_pattern", "", "folder: regex; its (...) over the file name is the patient."
-)
-ORIGIN = flags.DEFINE_string(
-    "source_pattern", "", "folder: regex; its (...) over the file name is the source."
-)
+GROUP = flags.DEFINE_string("group_pattern", "", "folder: regex; its (...) over the file name is the patient.")
+ORIGIN = flags.DEFINE_string("source_pattern", "", "folder: regex; its (...) over the file name is the source.")
 CLASSES = flags.DEFINE_list("classes", [], "folder: the class names in label order; default sorted.")
 flags.adopt_module_key_flags(entry)
 

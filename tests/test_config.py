@@ -103,9 +103,7 @@ def test_check_refuses_nonsense_and_names_the_field(assignment):
 def test_every_field_is_read_somewhere():
     package = Path(configs.__file__).parent
     code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
-    unread = [
-        path for path in configs.fields_of(Config()) if not re.search(rf"\.{path.split('.')[-1]}\b", code)
-    ]
+    unread = [path for path in configs.fields_of(Config()) if not re.search(rf"\.{path.split('.')[-1]}\b", code)]
     assert not unread
 
 

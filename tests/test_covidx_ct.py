@@ -117,9 +117,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, words):
 def test_a_missing_image_is_named_with_its_line_or_skipped(tmp_path):
     folder = write(tmp_path)
     (folder / "COVIDCTMD-cap004-IM0063.png").unlink()
-    with pytest.raises(
-        ValueError, match=r"val_COVIDx_CT-3A.txt line 2: .*COVIDCTMD-cap004-IM0063.png: no such file"
-    ):
+    with pytest.raises(ValueError, match=r"val_COVIDx_CT-3A.txt line 2: .*COVIDCTMD-cap004-IM0063.png: no such file"):
         prepare(tmp_path)
     result = prepare(tmp_path, on_bad_image="skip")
     assert result["images"] == 6 and "COVIDCTMD-cap004-IM0063.png" in result["skipped"][0]
@@ -129,9 +127,7 @@ def test_a_missing_image_is_named_with_its_line_or_skipped(tmp_path):
 def test_missing_label_file_or_folder_names_what_was_looked_for(tmp_path):
     folder = write(tmp_path)
     (tmp_path / "val_COVIDx_CT-3A.txt").rename(tmp_path / "aside")
-    with pytest.raises(
-        ValueError, match=r"no val label file; looked for val_COVIDx_CT-3A.txt, .*val_COVIDx-CT.txt"
-    ):
+    with pytest.raises(ValueError, match=r"no val label file; looked for val_COVIDx_CT-3A.txt, .*val_COVIDx-CT.txt"):
         prepare(tmp_path)
     (tmp_path / "aside").rename(tmp_path / "val_COVIDx_CT-3A.txt")
     folder.rename(tmp_path / "pictures")
@@ -180,7 +176,5 @@ def test_a_difference_to_the_published_counts_is_reported(shared, tmp_path):
     lost = sum(line.startswith("NCP_341_") for line in lines)
     test = [line for line in said if " test has " in line]
     assert len(test) == 2 and len(said) == 6
-    assert f"17,922 / 7,965 / {7894 - lost:,} slices" in test[0] and test[0].endswith(
-        "17,922 / 7,965 / 7,894"
-    )
+    assert f"17,922 / 7,965 / {7894 - lost:,} slices" in test[0] and test[0].endswith("17,922 / 7,965 / 7,894")
     assert "164 / 138 / 200 patients" in test[1] and test[1].endswith("164 / 138 / 201")

@@ -118,9 +118,7 @@ def test_16_bit_takes_percentiles_of_the_train_split_and_says_so(tmp_path):
     assert any("8 of 10 images have 16 bits" in note for note in result["notes"])
     row = data.columns["file"].tolist().index("train/a/0.png")
     got = images.decode(data.records[row]["image"], data.window)
-    np.testing.assert_allclose(
-        got, np.clip((train[0] - float(want[0])) / (want[1] - want[0]), 0, 1) * 255, rtol=1e-4
-    )
+    np.testing.assert_allclose(got, np.clip((train[0] - float(want[0])) / (want[1] - want[0]), 0, 1) * 255, rtol=1e-4)
     row = data.columns["file"].tolist().index("val/b/y.png")
     assert images.decode(data.records[row]["image"], data.window).dtype == np.uint8
 

@@ -46,18 +46,14 @@ def test_one_changed_pixel_or_another_shape_is_no_equal_image():
     changed[3, 4] ^= 1
     digests = {images.check(encoded(x)).pixels for x in (GRAY, changed, GRAY.reshape(53, 37))}
     assert len(digests) == 3
-    assert images.check(encoded(np.stack([GRAY] * 3, -1))).pixels in digests, (
-        "gray saved as RGB is the same image"
-    )
+    assert images.check(encoded(np.stack([GRAY] * 3, -1))).pixels in digests, "gray saved as RGB is the same image"
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bit_goes_through_the_window_and_is_stored_without_loss(form):
     image = np.array([[0, 999, 1000], [1500, 3000, 65535]], np.uint16)
     checked = images.check(encoded(image, form))
-    np.testing.assert_allclose(
-        images.decode(checked.data, (1000, 3000)), [[0, 0, 0], [63.75, 255, 255]], rtol=1e-6
-    )
+    np.testing.assert_allclose(images.decode(checked.data, (1000, 3000)), [[0, 0, 0], [63.75, 255, 255]], rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(checked.data))), image)
     assert checked.histogram.sum() == 6 and checked.histogram[1500] == 1 and checked.histogram[65535] == 1
 
@@ -90,9 +86,7 @@ def test_palette_and_transparency():
     want = [[[255, 0, 0], [0, 255, 0]], [[9, 8, 7], [0, 255, 0]]]
     np.testing.assert_array_equal(images.decode(encoded(palette), None), want)
     clear = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-    np.testing.assert_array_equal(
-        images.decode(encoded(clear), None), [[[200, 100, 50], [0, 0, 0], [40, 20, 10]]]
-    )
+    np.testing.assert_array_equal(images.decode(encoded(clear), None), [[[200, 100, 50], [0, 0, 0], [40, 20, 10]]])
     gray = np.array([[[200, 255], [200, 0]]], np.uint8)
     np.testing.assert_array_equal(images.decode(encoded(gray), None), [[200, 0]])
     np.testing.assert_array_equal(
@@ -158,9 +152,7 @@ def test_what_cannot_be_used_is_refused_in_words(data, words):
         images.check(data)
 
 
-@pytest.mark.parametrize(
-    "box", [(0, 0, 53, 37), (5, 3, 40, 30), (0, 30, 9, 37), (52, 36, 53, 37), (20, 0, 21, 37)]
-)
+@pytest.mark.parametrize("box", [(0, 0, 53, 37), (5, 3, 40, 30), (0, 30, 9, 37), (52, 36, 53, 37), (20, 0, 21, 37)])
 @pytest.mark.parametrize("kernel", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_a_box_gives_the_same_as_cutting_it_out_first(box, kernel):
     for antialias in (True, False):
@@ -204,9 +196,7 @@ def test_nearest_takes_the_pixel_under_the_centre():
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize(
-    ("kernel", "theirs"), [("bilinear", "linear"), ("bicubic", "cubic"), ("lanczos", "lanczos3")]
-)
+@pytest.mark.parametrize(("kernel", "theirs"), [("bilinear", "linear"), ("bicubic", "cubic"), ("lanczos", "lanczos3")])
 def test_kernels_equal_those_of_jax(kernel, theirs, antialias):
     smooth = ndimage.gaussian_filter(GRAY.astype(np.float32), 1.5)
     for size in ((18, 23), (61, 77)):

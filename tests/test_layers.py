@@ -287,9 +287,7 @@ def test_batch_norm_bfloat16_has_float32_statistics():
     variables = module.init(jax.random.key(0), x, train=False)
     y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        updates["batch_stats"]["mean"], np.mean(x.astype("float32"), (0, 1, 2)), rtol=1e-5
-    )
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], np.mean(x.astype("float32"), (0, 1, 2)), rtol=1e-5)
 
 
 def test_squeeze_excite_by_hand():

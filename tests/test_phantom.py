@@ -176,14 +176,10 @@ def test_size_window_noise_and_brightness_do_not_give_the_class_away():
     features = []
     for example in examples:
         image = np.asarray(Image.open(io.BytesIO(example.image())), np.float64)
-        rough = (
-            image[1:-1, 1:-1] - (image[:-2, 1:-1] + image[2:, 1:-1] + image[1:-1, :-2] + image[1:-1, 2:]) / 4
-        )
+        rough = image[1:-1, 1:-1] - (image[:-2, 1:-1] + image[2:, 1:-1] + image[1:-1, :-2] + image[1:-1, 2:]) / 4
         window = example.image.args[0].window
         features.append([*image.shape, *window, np.median(np.abs(rough)), image.mean(), image.std()])
     labels, numbers = np.array([e.label for e in examples]), np.array(features)
     train = np.array([e.split == "train" for e in examples])
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
-        numbers[train], labels[train]
-    )
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(numbers[train], labels[train])
     assert balanced_accuracy_score(labels[~train], model.predict(numbers[~train])) < 0.6

@@ -7,9 +7,7 @@ import pytest
 from lungjax.config import Config, DataConfig, EvalConfig, InputSpec, TrainConfig
 from lungjax.data import pipeline
 
-CONFIG = Config(
-    input=InputSpec(size=(20, 20)), train=TrainConfig(batch_size=6, seed=3), eval=EvalConfig(batch_size=8)
-)
+CONFIG = Config(input=InputSpec(size=(20, 20)), train=TrainConfig(batch_size=6, seed=3), eval=EvalConfig(batch_size=8))
 
 
 def take(data, config, n, **kwargs):
@@ -59,9 +57,7 @@ def test_the_order_is_a_function_of_the_step_alone(small_data, sampling, hosts):
 
 def test_worker_processes_keep_the_order(small_data):
     config = dataclasses.replace(CONFIG, data=DataConfig(workers=2))
-    for a, b in zip(
-        take(small_data, config, 8, start_step=5), take(small_data, CONFIG, 8, start_step=5), strict=True
-    ):
+    for a, b in zip(take(small_data, config, 8, start_step=5), take(small_data, CONFIG, 8, start_step=5), strict=True):
         for k in a:
             np.testing.assert_array_equal(a[k], b[k])
 
@@ -88,9 +84,7 @@ def test_every_evaluation_row_comes_once_and_the_rest_is_padding(small_data):
     rows = small_data.rows("test")  # 13 rows, batches of 8
     for hosts in (1, 2):
         batches = [
-            b
-            for h in range(hosts)
-            for b in pipeline.eval_batches(small_data, rows, CONFIG, host=h, hosts=hosts)
+            b for h in range(hosts) for b in pipeline.eval_batches(small_data, rows, CONFIG, host=h, hosts=hosts)
         ]
         got = np.concatenate([b["row"] for b in batches])
         assert len(got) == 16

@@ -128,9 +128,7 @@ def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):
     for file in bad:
         (folder / file).write_bytes((folder / file).read_bytes()[:200])
     (folder / "train/a/zero.png").touch()
-    with pytest.raises(
-        ValueError, match=r"train/a/000.png: damaged or truncated image .*--on_bad_image=skip"
-    ):
+    with pytest.raises(ValueError, match=r"train/a/000.png: damaged or truncated image .*--on_bad_image=skip"):
         write(tmp_path)
     assert_nothing_opens(tmp_path)
     assert not list((tmp_path / "data").rglob("*.array_record*"))
@@ -153,9 +151,7 @@ def test_no_image_left_and_a_class_that_lost_its_training_images(tmp_path):
         write(tmp_path, on_bad_image="skip")
     for path in folder.glob("*/*/*"):
         path.write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"no readable image is left; the first: test/a/\d+.png: not an image"
-    ):
+    with pytest.raises(ValueError, match=r"no readable image is left; the first: test/a/\d+.png: not an image"):
         write(tmp_path, on_bad_image="skip")
     assert_nothing_opens(tmp_path)
 
@@ -229,18 +225,14 @@ def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
     make_folder(tmp_path)
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr(records.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(
-        ValueError, match=r"the records need about 67 MB, 1 MB are free; choose another --data_dir"
-    ):
+    with pytest.raises(ValueError, match=r"the records need about 67 MB, 1 MB are free; choose another --data_dir"):
         write(tmp_path)
 
 
 def test_no_more_than_a_few_images_wait_in_memory(tmp_path):
     data = next(make_folder(tmp_path).glob("*/*/*")).read_bytes()
     read: list[int] = []
-    examples = [
-        records.Example(f"{i}", lambda i=i: read.append(i) or data, 0, "train", "p") for i in range(300)
-    ]
+    examples = [records.Example(f"{i}", lambda i=i: read.append(i) or data, 0, "train", "p") for i in range(300)]
     ahead = [len(read) - done for done, _ in enumerate(records._checked(examples))]
     assert max(ahead) <= 4 * 8 + 1 + 8
 

@@ -53,9 +53,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     assert report_path == workdir / "report.md"
     saved = predictions.read(workdir / "predictions_test.csv")
     assert len(saved.ids) == 13
-    assert report["test"]["slice"]["accuracy"] == pytest.approx(
-        (saved.probabilities.argmax(1) == saved.labels).mean()
-    )
+    assert report["test"]["slice"]["accuracy"] == pytest.approx((saved.probabilities.argmax(1) == saved.labels).mean())
     assert configs.from_json((workdir / "config.json").read_text()) == CONFIG
     rows = logs.read(workdir / "metrics.jsonl")
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
@@ -182,9 +180,7 @@ def assert_same_step(a, b, tolerance):
         np.testing.assert_allclose(trees.flatten(b.params)[name], value, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "settings", [["model.name=simple"], ["model.name=small_bn", "model.freeze_norm=true"]]
-)
+@pytest.mark.parametrize("settings", [["model.name=simple"], ["model.name=small_bn", "model.freeze_norm=true"]])
 @pytest.mark.parametrize("variant", ["train.accumulate=4", "train.remat=true"])
 def test_accumulation_and_remat_make_the_plain_step(settings, variant):
     config = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd", *settings)
@@ -235,9 +231,7 @@ def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path)
         np.testing.assert_array_equal(ours[name], expected)
     wrong = trees.flatten(fresh["params"])
     wrong["extra/kernel"] = wrong.pop("stem_conv/kernel")
-    with pytest.raises(
-        ValueError, match=r"only in the run: stem_conv/kernel(.|\n)*only in this network: extra/kernel"
-    ):
+    with pytest.raises(ValueError, match=r"only in the run: stem_conv/kernel(.|\n)*only in this network: extra/kernel"):
         warm_start({**fresh, "params": trees.unflatten(wrong)}, tmp_path / "run")
 
 
@@ -251,8 +245,6 @@ def test_eight_devices_make_the_step_and_the_predictions_of_one(tmp_path, device
         subprocess.run([sys.executable, str(script), str(tmp_path / str(n))], env=env, check=True)
         outcomes.append(np.load(tmp_path / f"{n}.npz"))
     one, many = outcomes
-    assert (
-        many["devices"] == devices and one["ids"].tolist() == many["ids"].tolist() and len(one["ids"]) == 13
-    )
+    assert many["devices"] == devices and one["ids"].tolist() == many["ids"].tolist() and len(one["ids"]) == 13
     np.testing.assert_allclose(many["probabilities"], one["probabilities"], atol=1e-4)
     np.testing.assert_allclose(many["mean"], one["mean"], atol=1e-5)

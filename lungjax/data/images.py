@@ -92,9 +92,7 @@ def to_input(image: np.ndarray, box: np.ndarray, spec: InputSpec, margin: float)
     if spec.crop not in ("none", "box"):
         raise ValueError(f"input.crop={spec.crop!r}: none or box")
     if spec.interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}"
-        )
+        raise ValueError(f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}")
     if spec.channels == 1 and image.ndim == 3:
         image = np.asarray(Image.fromarray(image).convert("L"))
     height, width = image.shape[:2]
@@ -124,9 +122,7 @@ def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float
         min(bottom + dy, float(height)),
     )
     if grown[2] - grown[0] < 1 or grown[3] - grown[1] < 1:
-        raise ValueError(
-            f"box {left:g} {top:g} {right:g} {bottom:g} holds no pixel of the {width} x {height} image"
-        )
+        raise ValueError(f"box {left:g} {top:g} {right:g} {bottom:g} holds no pixel of the {width} x {height} image")
     return grown
 
 
@@ -159,9 +155,7 @@ def resize(
     values = image.astype(np.float32)
     rows = sum(values[down_at[:, t]] * _column(down_by[:, t], image.ndim, 0) for t in range(down_at.shape[1]))
     assert isinstance(rows, np.ndarray)
-    full = sum(
-        rows[:, across_at[:, t]] * _column(across_by[:, t], image.ndim, 1) for t in range(across_at.shape[1])
-    )
+    full = sum(rows[:, across_at[:, t]] * _column(across_by[:, t], image.ndim, 1) for t in range(across_at.shape[1]))
     assert isinstance(full, np.ndarray)
     return np.clip(np.rint(full), 0, 255).astype(np.uint8) if image.dtype == np.uint8 else full
 

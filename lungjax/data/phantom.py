@@ -203,9 +203,7 @@ def _lung_hu(
         depth = extras.fluid * rng.uniform(0.3, 1.1)
         layer = canvas.cover(lung.depth - depth * np.clip((g.y - 0.3 * c.depth) / (0.4 * c.depth), 0, 1), 2)
         hu += layer * (lung.side == (1 if patient.seed % 2 else -1)) * (np.float32(8) - hu)
-    field = findings.lesions(
-        patient.finding, patient.foci, c, g, lung, np.random.default_rng(_key(patient, level, 8))
-    )
+    field = findings.lesions(patient.finding, patient.foci, c, g, lung, np.random.default_rng(_key(patient, level, 8)))
     hu += field * (tissue - hu)
     hu += 0.6 * wall * np.maximum(-100 - hu, 0)
     hu += vessel * np.maximum(tissue + 0.7 * patient.build.contrast - hu, 0)

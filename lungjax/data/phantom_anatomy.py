@@ -179,9 +179,7 @@ def draw_table(hu: np.ndarray, c: Chest, build: Build, g: Grid, kind: int) -> No
     if kind == 0:
         return
     curve = g.y - top - 12 + (g.x / 34) ** 2 * (0.9 if kind < 3 else 0.15)
-    shells = (
-        ((0.0, 1.0, -150.0), (22.0, 1.6, 50.0)) if kind != 3 else ((0.0, 0.9, -300.0), (30.0, 3.0, 250.0))
-    )
+    shells = ((0.0, 1.0, -150.0), (22.0, 1.6, 50.0)) if kind != 3 else ((0.0, 0.9, -300.0), (30.0, 3.0, 250.0))
     for below, half, value in shells:
         line = np.maximum(np.abs(curve - below) - half, np.abs(g.x) - (230 if below == 0 else 130))
         hu += cover(line, g.pixel) * (np.float32(value) - hu)
@@ -193,18 +191,14 @@ def lungs(build: Build, c: Chest, g: Grid, rng: np.random.Generator) -> tuple[Lu
     middle, a, _ = c.half
     edge = wall(c, g)
     level, d = c.level, c.depth
-    core = ellipse(
-        x - 2, y + 0.02 * d, float(np.interp(level, (0.1, 0.35, 0.5, 1), (27, 25, 29, 27))), 0.66 * d
-    )
+    core = ellipse(x - 2, y + 0.02 * d, float(np.interp(level, (0.1, 0.35, 0.5, 1), (27, 25, 29, 27))), 0.66 * d)
     front = ellipse(x - 3, y + 0.78 * d, float(np.interp(level, (0.1, 0.35, 0.6), (20, 7, 5))), 0.42 * d)
     spine = np.minimum(
         ellipse(x, y - c.spine, 24, 21),
         np.maximum(np.abs(x) - 25 + 0.35 * np.maximum(c.spine + 24 - y, 0), c.spine - y),
     )
     middle_parts = [front, spine, np.abs(x - 3 + 0.05 * y) - 1.4]
-    grown = build.heart * float(
-        np.interp(level, (0.42, 0.52, 0.66, 0.82, 0.95, 1), (0, 0.72, 1, 1, 0.8, 0.6))
-    )
+    grown = build.heart * float(np.interp(level, (0.42, 0.52, 0.66, 0.82, 0.95, 1), (0, 0.72, 1, 1, 0.8, 0.6)))
     if grown > 0.05:
         at = 16 * grown, -0.22 * d
         middle_parts.append(ellipse(x - at[0], y - at[1], 56 * grown, 46 * grown, 0.6))
@@ -242,9 +236,7 @@ def draw_mediastinum(
     cavity = np.minimum(wall(c, g), ellipse(g.x, g.y, 0.6 * c.width, 0.9 * c.depth))
     hu += cover(np.maximum(cavity, pushed - 4), g.pixel) * (FAT + 15 + 10 * noise(rng, g, 7) - hu)
     blood, level, d = BLOOD + build.contrast, c.level, c.depth
-    grown = build.heart * float(
-        np.interp(level, (0.42, 0.52, 0.66, 0.82, 0.95, 1), (0, 0.72, 1, 1, 0.8, 0.6))
-    )
+    grown = build.heart * float(np.interp(level, (0.42, 0.52, 0.66, 0.82, 0.95, 1), (0, 0.72, 1, 1, 0.8, 0.6)))
     if grown > 0.05:
         at = 16 * grown, -0.22 * d
         paint(hu, g, at, 52 * grown, 42 * grown, 0.6, 55, 4)

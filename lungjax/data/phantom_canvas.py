@@ -64,9 +64,7 @@ def _taps(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     place = np.arange(count) * step
     knots = place.astype(int)[:, None] + np.arange(4)
     near = np.abs(place[:, None] + 1 - knots)
-    weight = np.where(
-        near < 1, (1.5 * near - 2.5) * near * near + 1, ((2.5 - 0.5 * near) * near - 4) * near + 2
-    )
+    weight = np.where(near < 1, (1.5 * near - 2.5) * near * near + 1, ((2.5 - 0.5 * near) * near - 4) * near + 2)
     weight /= np.sqrt((weight**2).sum(axis=1, keepdims=True))
     return knots, weight.astype(np.float32)
 

@@ -74,9 +74,7 @@ def new_foci(finding: str, rng: np.random.Generator) -> tuple[Focus, ...]:
                     side=(first, -first)[i] if i < 2 else int(rng.choice((-1, 1))),
                     angle=float(np.clip(rng.normal(0.75, 0.6), -1.0, 1.3)),
                     size=10 + 22 * severity * rng.uniform(0.5, 1.1),
-                    density=0.16
-                    + 0.34 * severity * rng.uniform(0.4, 1.1)
-                    + (0.2 if rng.random() < 0.15 else 0),
+                    density=0.16 + 0.34 * severity * rng.uniform(0.4, 1.1) + (0.2 if rng.random() < 0.15 else 0),
                     patchy=rng.uniform(0.3, 1.0),
                 )
             )
@@ -189,9 +187,7 @@ def background(extras: Extras, c: Chest, g: Grid, lung: Lungs, rng: np.random.Ge
         angle, side = rng.uniform(-1.2, 1.4), rng.choice((-1, 1))
         inward = rng.uniform(0, 0.6)
         at = side * (middle + inward * a * np.cos(angle)), inward * b * np.sin(angle)
-        spot = ellipse(
-            g.x - np.float32(at[0]), g.y - np.float32(at[1]), rng.uniform(5, 15), rng.uniform(5, 12), angle
-        )
+        spot = ellipse(g.x - np.float32(at[0]), g.y - np.float32(at[1]), rng.uniform(5, 15), rng.uniform(5, 12), angle)
         field = field + np.float32(extras.blur) * np.clip(0.4 - (spot + 3 * noise(rng, g, 9)) / 12, 0, 1)
     if extras.bubbles:
         holes = np.clip(noise(rng, g, 9) - np.float32(1.6 - 1.6 * extras.bubbles), 0, 1)

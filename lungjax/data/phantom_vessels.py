@@ -30,9 +30,7 @@ def grow(build: Build) -> Tree:
     pieces: list[tuple[np.ndarray, ...]] = []
     for side in (-1, 1):
         for artery in (True, False):
-            hilum = np.array(
-                [side * 29.0, 2.0 if artery else -8.0, LUNG_HEIGHT * (HILUM + (0 if artery else 0.04))]
-            )
+            hilum = np.array([side * 29.0, 2.0 if artery else -8.0, LUNG_HEIGHT * (HILUM + (0 if artery else 0.04))])
             ends = _ends(build, side, rng)
             at = hilum[None]
             for generation in range(1, GENERATIONS + 1):
@@ -44,9 +42,7 @@ def grow(build: Build) -> Tree:
                 # Murray's law: the cubes of the radii of two branches add up to that of their stem.
                 radius = 6.4 * 2 ** (-generation / 2.8) * rng.uniform(0.75, 1.15, len(at))
                 for start, stop in _bent(at, to, 4 if generation < 6 else 2, rng):
-                    pieces.append(
-                        (start, stop, radius, np.full(len(at), artery and 1 < generation <= BRONCHI))
-                    )
+                    pieces.append((start, stop, radius, np.full(len(at), artery and 1 < generation <= BRONCHI)))
                 at = to
     start, stop, radius, bronchus = (np.concatenate(p) for p in zip(*pieces, strict=True))
     return Tree(start.astype(np.float32), stop.astype(np.float32), radius.astype(np.float32), bronchus)
@@ -93,15 +89,11 @@ def cut(tree: Tree, g: Grid, level: float, thickness: float) -> tuple[np.ndarray
     start, stop, radius = tree.start[near], tree.stop[near], tree.radius[near]
     rise = stop[:, 2] - start[:, 2]
     safe = np.where(np.abs(rise) < 1e-3, 1e-3, rise)
-    ends = np.sort(
-        np.stack([(z - reach - start[:, 2]) / safe, (z + reach - start[:, 2]) / safe]), axis=0
-    ).clip(0, 1)
+    ends = np.sort(np.stack([(z - reach - start[:, 2]) / safe, (z + reach - start[:, 2]) / safe]), axis=0).clip(0, 1)
     a = start[:, :2] + ends[0][:, None] * (stop - start)[:, :2]
     b = start[:, :2] + ends[1][:, None] * (stop - start)[:, :2]
     # What a piece fills of the slice's thickness: tubes lying in a thick slice are fainter than upright ones.
-    filled = np.minimum(
-        1, np.maximum(2 * radius, np.abs(stop - start)[:, 2] * (ends[1] - ends[0])) / thickness
-    )
+    filled = np.minimum(1, np.maximum(2 * radius, np.abs(stop - start)[:, 2] * (ends[1] - ends[0])) / thickness)
     vessels = _stamp(g, a, b, radius, filled)
     airway = tree.bronchus[near]
     offset = np.stack([0.4 * np.sign(a[airway, 0]), -np.ones(airway.sum())], 1) * 1.75 * radius[airway, None]

@@ -61,9 +61,7 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
     return grain.MapDataset.mix(streams, weights=[1.0] * len(streams))
 
 
-def train_batches(
-    data: Prepared, config: Config, *, start_step: int, host: int = 0, hosts: int = 1
-) -> Iterator[Batch]:
+def train_batches(data: Prepared, config: Config, *, start_step: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
     """Yields this host's part of each global batch from `start_step` on, for ever.
 
     Each batch has `image` uint8 [b, height, width, channels], `label` int32 [b] and `place` uint32 [b], the
@@ -89,9 +87,7 @@ def train_batches(
     return iter(batches)
 
 
-def eval_batches(
-    data: Prepared, rows: np.ndarray, config: Config, *, host: int = 0, hosts: int = 1
-) -> Iterator[Batch]:
+def eval_batches(data: Prepared, rows: np.ndarray, config: Config, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
     """Yields this host's part of every batch over `rows`, each row exactly once.
 
     `row` int32 [b] names the row; the last batch is filled up with black images whose row is -1.

@@ -146,9 +146,7 @@ def write_index(
         "classes": list(classes),
         "window": window,
     }
-    (directory / "lungjax.json").write_text(
-        json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8"
-    )
+    (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial = directory / "index.csv.partial"
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -29,9 +29,7 @@ def summarize(
     def column(key: str) -> list[str]:
         return [row[place[key]] for row in rows]
 
-    files, labels, splits, groups, sources = (
-        column(k) for k in ("file", "label", "split", "group", "source")
-    )
+    files, labels, splits, groups, sources = (column(k) for k in ("file", "label", "split", "group", "source"))
     counts = Counter(zip(splits, labels, strict=True))
     group_sets = defaultdict(set)
     for split, label, group in zip(splits, labels, groups, strict=True):
@@ -46,9 +44,7 @@ def summarize(
         "groups": len(set(groups)),
         "splits": {s: {c: counts[s, c] for c in classes} for s in used},
         "groups_by_split": {s: {c: len(group_sets[s, c]) for c in classes} for s in used},
-        "sources": {
-            s: dict(sorted(Counter(_select(labels, sources, s)).items())) for s in sorted(set(sources))
-        },
+        "sources": {s: dict(sorted(Counter(_select(labels, sources, s)).items())) for s in sorted(set(sources))},
         "sizes": {
             "width": [int(v) for v in (width.min(), np.median(width), width.max())],
             "height": [int(v) for v in (height.min(), np.median(height), height.max())],
@@ -108,9 +104,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     warnings = []
     torn, copies, named = result["groups_in_several_splits"], result["duplicates"], result["group_name"]
     if torn["count"]:
-        warnings.append(
-            f"{torn['count']} {named} are in more than one split, so test scores will be too high"
-        )
+        warnings.append(f"{torn['count']} {named} are in more than one split, so test scores will be too high")
     if copies["sets_across_splits"]:
         warnings.append(f"{copies['sets_across_splits']} sets of equal images reach over two splits")
     if copies["sets_with_several_labels"]:
@@ -118,9 +112,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     if result["skipped"]:
         warnings.append(f"{len(result['skipped'])} images were skipped")
     for split in SPLITS:
-        empty = [
-            c for c, n in result["splits"].get(split, dict.fromkeys(result["classes"], 0)).items() if not n
-        ]
+        empty = [c for c, n in result["splits"].get(split, dict.fromkeys(result["classes"], 0)).items() if not n]
         if empty:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
     for source, found in result["sources"].items():
@@ -178,9 +170,7 @@ def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("| " + " | ".join(padded) + " |")
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return [lines[0], "| " + " | ".join(rule) + " |", *lines[1:]]

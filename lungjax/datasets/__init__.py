@@ -65,9 +65,7 @@ def resolve(name: str) -> tuple[str, Dataset]:
     if entry.configs and config not in entry.configs:
         raise ValueError(f"unknown configuration {config!r} of {base}; {nearest(config, entry.configs)}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
-        raise ValueError(
-            f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'"
-        )
+        raise ValueError(f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'")
     return f"{base}/{config}", entry
 
 
@@ -109,6 +107,4 @@ def write(name: str, source: Path | None, data_dir: Path, options: Options, **ho
 
 def _directory(data_dir: Path, full: str) -> Path | None:
     done = [path for path in (data_dir / full).glob("[0-9]*.*.*") if prepared.is_prepared(path)]
-    return max(
-        done, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()], default=None
-    )
+    return max(done, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()], default=None)

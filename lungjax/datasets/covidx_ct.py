@@ -131,8 +131,7 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
                 continue
             if len(fields) != 6:
                 raise ValueError(
-                    f"{where}: {line.strip()!r} has {len(fields)} fields, wanted 6: filename class xmin ymin "
-                    "xmax ymax"
+                    f"{where}: {line.strip()!r} has {len(fields)} fields, wanted 6: filename class xmin ymin xmax ymax"
                 )
             try:
                 label, xmin, ymin, xmax, ymax = (int(text) for text in fields[1:])

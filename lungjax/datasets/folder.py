@@ -83,23 +83,17 @@ def listing(source: Path, config: str, options: Options) -> Listing:
         )
         for row, label, split, group in zip(rows, labels, named, groups, strict=True)
     ]
-    return Listing(
-        classes, examples, extra, (*notes, *made), "patients" if grouped else "images without a group"
-    )
+    return Listing(classes, examples, extra, (*notes, *made), "patients" if grouped else "images without a group")
 
 
 def _classes(labels: Sequence[str], asked: tuple[str, ...]) -> tuple[str, ...]:
     found = set(labels)
     if asked:
         if set(asked) != found or len(set(asked)) != len(asked):
-            raise ValueError(
-                f"--classes={','.join(asked)}: the data has {', '.join(sorted(found))}, each once"
-            )
+            raise ValueError(f"--classes={','.join(asked)}: the data has {', '.join(sorted(found))}, each once")
         return asked
     if len(found) < 2:
-        raise ValueError(
-            f"only one class, {next(iter(found))!r}: at least two are needed. Allowed is {LAYOUTS}"
-        )
+        raise ValueError(f"only one class, {next(iter(found))!r}: at least two are needed. Allowed is {LAYOUTS}")
     numbers = all(re.fullmatch(r"-?\d+", name) for name in found)
     return tuple(sorted(found, key=int) if numbers else sorted(found))
 
@@ -129,9 +123,7 @@ def _from_folders(source: Path) -> tuple[list[dict[str, Any]], tuple[str, ...], 
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
         rest = ", ".join(sorted(tops - set(split_of)))
-        raise ValueError(
-            f"{source}: beside {', '.join(sorted(split_of))} there are the folders {rest}; {LAYOUTS}"
-        )
+        raise ValueError(f"{source}: beside {', '.join(sorted(split_of))} there are the folders {rest}; {LAYOUTS}")
     depth = 2 if split_of else 1
     rows = []
     for path in found:
@@ -194,9 +186,7 @@ def _check_header(header: Sequence[str], table: str) -> tuple[tuple[str, ...], b
         raise ValueError(f"{table} line 1: the column name {', '.join(taken)} is lungjax's own; rename it")
     box = [name for name in prepared.BOX if name in header]
     if box and len(box) < 4:
-        raise ValueError(
-            f"{table} line 1: a box needs all of {', '.join(prepared.BOX)}, found {', '.join(box)}"
-        )
+        raise ValueError(f"{table} line 1: a box needs all of {', '.join(prepared.BOX)}, found {', '.join(box)}")
     return extra, bool(box)
 
 

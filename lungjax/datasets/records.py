@@ -60,9 +60,7 @@ class _Seen:
 
     rows: list[list[str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    histogram: np.ndarray = field(
-        default_factory=lambda: np.zeros(1 << 16, np.int64)
-    )  # of 16-bit train images
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
     deep: int = 0  # images with 16 bits
 
 
@@ -82,9 +80,7 @@ def info(builder: Any, classes: Sequence[str], description: str) -> tfds.core.Da
             "box": tfds.features.BBoxFeature(),
         }
     )
-    return tfds.core.DatasetInfo(
-        builder=builder, description=description, features=features, disable_shuffling=True
-    )
+    return tfds.core.DatasetInfo(builder=builder, description=description, features=features, disable_shuffling=True)
 
 
 def directory(data_dir: Path, name: str) -> Path:
@@ -324,9 +320,7 @@ def _header(listing: Listing) -> list[str]:
     return [*names, *listing.extra]
 
 
-def _run_tfds(
-    builder: Callable[..., Any], name: str, root: Path, classes: Sequence[str], shards: Any
-) -> None:
+def _run_tfds(builder: Callable[..., Any], name: str, root: Path, classes: Sequence[str], shards: Any) -> None:
     tfds.disable_progress_bar()  # ours counts images over the whole data set
     with prepared.quiet_tfds():
         writer = builder(data_dir=root, config=name.partition("/")[2], classes=classes, shards=shards)
@@ -340,15 +334,11 @@ def _run_tfds(
 
 def _check_classes(seen: _Seen, classes: Sequence[str]) -> None:
     if not seen.rows:
-        raise ValueError(
-            "no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else "")
-        )
+        raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
     trained = {row[1] for row in seen.rows if row[2] == "train"}
     empty = [c for c in classes if c not in trained]
     if empty:
-        raise ValueError(
-            f"no training example of {', '.join(empty)}; every class needs an image in the train split"
-        )
+        raise ValueError(f"no training example of {', '.join(empty)}; every class needs an image in the train split")
 
 
 def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[float, float] | None, list[str]]:

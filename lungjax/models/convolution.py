@@ -69,9 +69,7 @@ def compiler_options() -> dict[str, Any]:
 
 def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, groups: int = 1) -> jax.Array:
     """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D] by the compiler's own convolution."""
-    return lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups
-    )
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups)
 
 
 def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -143,9 +141,7 @@ def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> t
     return y, (x, y)
 
 
-def _window_max_gradient(
-    window: Pair, strides: Pair, pads: Pads, saved: Any, dy: jax.Array
-) -> tuple[jax.Array]:
+def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array]:
     def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
 
@@ -242,9 +238,7 @@ def _spread(
     q + (a + top - i) / s, so that no time goes into the zeros of a dilated map.
     """
     counts, first, spare = [], [], []
-    for size, k, s, (low, _), windows in zip(
-        shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True
-    ):
+    for size, k, s, (low, _), windows in zip(shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True):
         counts.append(-(-size // s))
         first.append((low - k + 1) // s)  # the windows read run from here, for the first cell,
         spare.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # to so many past the last one
@@ -274,9 +268,7 @@ def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair,
     return _spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
 
 
-def _depthwise_dkernel(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads
-) -> jax.Array:
+def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     """One reduction a tap, in a loop: the unrolled reductions fuse into something many times slower."""
     kh, kw, _, channels = kernel.shape
     batch, height, width, _ = dy.shape
@@ -311,9 +303,7 @@ def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pad
     return _alone(add_up, product)
 
 
-def _window_max_dx(
-    x: jax.Array, y: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads
-) -> jax.Array:
+def _window_max_dx(x: jax.Array, y: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     def find(padded: jax.Array, y: jax.Array) -> jax.Array:
         winner: Any = jnp.full(y.shape, -1, jnp.int16)
         for i, j, part in reversed(_slices(padded, window, strides)):

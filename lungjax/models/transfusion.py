@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
-from lungjax.models.layers import BatchNorm, Conv
+from lungjax.models.layers import BatchNorm, Conv, max_pool
 from lungjax.models.sizes import Window, check_size, smallest
 
 BN_MOMENTUM, BN_EPSILON = 0.99, 1e-3
@@ -61,7 +61,7 @@ class Transfusion(nn.Module):
                 x = norm(x, train=train and not self.freeze_norm)
             x = nn.relu(x)
             if number < len(self.widths) or self.last_pool:
-                x = nn.max_pool(x, (self.pool, self.pool), (2, 2), pads)
+                x = max_pool(x, self.pool, 2, pads)
             return x
 
         if self.remat:

@@ -1,6 +1,6 @@
 """Times the CPU forms of `lungjax.models.layers` against the plain operations, side by side in one process.
 
-    python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7]
+    python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7] [--keep_freed]
 
 Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" is what flax.linen does
 (`nn.Conv`, `nn.max_pool`) under `jax.jit` as it comes; "ours" is compiled as training compiles it.
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from lungjax import models
+from lungjax import memory, models
 from lungjax.config import ModelConfig
 from lungjax.models import convolution, layers
 from lungjax.models.efficientnet import EfficientNet, Stage
@@ -130,6 +130,7 @@ def step_rows(rounds: int) -> None:
         ("efficientnetv2_b0", models.build(ModelConfig(name="efficientnetv2_b0"), 3), 8, 128),
         ("EfficientNet-B0", b0, 8, 128),
         ("cbr_small", models.build(ModelConfig(name="cbr_small"), 3), 32, 128),
+        ("simple", models.build(ModelConfig(name="simple"), 3), 32, 112),
     ]
     for name, module, batch, side in cases:
         images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, side, side, 1)), jnp.float32)
@@ -156,14 +157,15 @@ def step_rows(rounds: int) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--layers", action="store_true", help="single layers only")
     only.add_argument("--steps", action="store_true", help="whole training steps only")
     parser.add_argument("--rounds", type=int, default=7, help="calls of each, after one to warm up")
+    parser.add_argument("--keep_freed", action="store_true", help="freed memory stays, as when training")
     flags = parser.parse_args()
+    if flags.keep_freed:
+        memory.keep_freed()
     print(f"jax {jax.__version__}, {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, float32\n")
     print("| what | part | plain, ms | ours, ms | times faster |\n| --- | --- | ---: | ---: | ---: |")
     if not flags.layers:
