@@ -16,7 +16,9 @@ EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
 )
 SET = flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ./runs/NAME.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default ./runs/NAME, and with --mode=evaluate where config.json lies."
+)
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
 LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
@@ -36,7 +38,10 @@ def main(argv: list[str]) -> None:
     for assignment in SET.value:
         config = configs.override(config, assignment)
     configs.check(config)
-    workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    default = Path("runs") / config.name
+    if MODE.value == "evaluate" and EXPERIMENT.value.endswith("config.json"):
+        default = Path(EXPERIMENT.value).parent  # the run that this configuration was saved in
+    workdir = Path(WORKDIR.value) if WORKDIR.value else default
     prepare_jax()
     from lungjax import train  # here, after the flags, since it imports jax
 

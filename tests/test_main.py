@@ -69,5 +69,7 @@ def test_from_nothing_to_a_report_killed_on_the_way(tmp_path):
 
     refused = lungjax(tmp_path, *arguments, "--set=optim.lr=0.5")
     assert refused.returncode == 2 and "optim.lr: 0.003 -> 0.5" in refused.stderr
-    again = lungjax(tmp_path, "--experiment=runs/phantom_demo/config.json", "--mode=evaluate")
+    (tmp_path / "runs/phantom_demo").rename(tmp_path / "elsewhere")
+    again = lungjax(tmp_path, "--experiment=elsewhere/config.json", "--mode=evaluate")
     assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "Report: elsewhere/report.md"

@@ -8,11 +8,12 @@ import contextlib
 import fcntl
 import io
 import itertools
+import multiprocessing
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ def _checked(examples: Sequence[Example]) -> Iterator[tuple[Example, images.Chec
     """Yields each example with its checked image, or with what is wrong with it, in order."""
     workers = min(8, os.cpu_count() or 1)
     waiting: deque[Any] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with _pool(examples, workers) as pool:
         try:
             for example in examples:
                 waiting.append((example, pool.submit(_check, example)))
@@ -271,6 +272,15 @@ def _checked(examples: Sequence[Example]) -> Iterator[tuple[Example, images.Chec
         finally:
             for _, result in waiting:
                 result.cancel()
+
+
+def _pool(examples: Sequence[Example], workers: int) -> Executor:
+    # Decoding leaves Python's lock alone, so threads do; drawing holds it. Spawned, not forked: by now the
+    # process may have XLA's threads. Starting a process takes a second or two, which few images don't pay back.
+    drawn = sum(callable(example.image) for example in examples)
+    if drawn < 50 * workers or workers == 1:
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _check(example: Example) -> images.Checked | str:
