@@ -34,7 +34,7 @@ class Example:
     """One image of a data set before it is read."""
 
     file: str  # the name shown in reports; unique in the data set
-    image: str | Callable[[], bytes]  # a path, or a function that returns an encoded image
+    image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
     label: int
     split: str  # one of prepared.SPLITS
     group: str  # patient, or whatever must not be torn apart by a split
