@@ -21,6 +21,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     try:
         app.run(quietly)
+    except KeyboardInterrupt:
+        print("lungjax: stopped; give the same command again to go on", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if TRACEBACK.value or not _for_the_user(error):
             raise
