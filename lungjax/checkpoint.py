@@ -24,7 +24,7 @@ POLICIES = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """The two checkpoint folders of a workdir; use as a context manager."""
+    """The two checkpoint folders of a run that trains; use as a context manager."""
 
     def __init__(self, workdir: Path):
         """Opens or makes the folders and clears away what an interrupted save left half written."""
@@ -65,18 +65,24 @@ class Checkpoints:
         found = self._last.load_checkpointables(None, {"state": like, "progress": None})
         return found["state"], found["progress"]
 
-    def restore_best(self, like: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Returns the best variables, laid out as `like`, and their step. Raises ValueError if there are none."""
-        if self._best.latest is None:
-            raise ValueError(f"{self.folder}: no best weights yet; train first (--mode=train)")
-        return self._best.load_checkpointables(None, {"variables": like})["variables"], self._best.latest.step
-
 
 def newest(workdir: Path, kind: str) -> int | None:
     """Returns the newest step saved in a workdir, of kind "last" or "best"; None if there is none."""
     folder = workdir / "checkpoints" / kind
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
+
+
+def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
+    """Returns a run's best variables, laid out as `like` (None: as saved), and their step.
+
+    Only reads, so that it may be used on a run that is still training. Raises ValueError if there are none.
+    """
+    step = newest(workdir, "best")
+    if step is None:
+        raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
+    path = (workdir / "checkpoints" / "best" / str(step)).absolute()
+    return ocp.load_checkpointables(path, {"variables": like} if like else None)["variables"], step
 
 
 def check_source(weights: str) -> Path | None:
@@ -104,8 +110,7 @@ def warm_start(variables: dict[str, Any], run: Path, fresh: str = r"^head/(dense
 
     Raises ValueError listing every name without a counterpart and every unlike shape.
     """
-    with Checkpoints(run) as checkpoints:
-        source = checkpoints._best.load_checkpointables(None)["variables"]
+    source, _ = restore_best(run)
     result, problems = {}, []
     for collection in ("params", "batch_stats"):
         ours, theirs = trees.flatten(variables[collection]), trees.flatten(source.get(collection) or {})

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lungjax import config as configs
 from lungjax import evaluate, logs, models, optim, report, sharding, state, step, trees
 from lungjax import workdir as workdirs
-from lungjax.checkpoint import Checkpoints, check_source, warm_start
+from lungjax.checkpoint import Checkpoints, check_source, restore_best, warm_start
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
@@ -68,11 +68,10 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> P
     shapes = jax.eval_shape(this.new_state)
     everywhere = sharding.replicated(this.mesh)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    if mode == "train" and jax.process_index() == 0:
-        workdirs.claim(workdir, config, data)
-
-    with Checkpoints(workdir) as checkpoints:
-        if mode == "train":
+    if mode == "train":
+        if jax.process_index() == 0:
+            workdirs.claim(workdir, config, data)
+        with Checkpoints(workdir) as checkpoints:
             found = checkpoints.restore(like)
             if found:
                 current, progress = found
@@ -80,8 +79,8 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> P
             else:
                 current, progress = first_state(this), new_progress()
             train_loop(this, checkpoints, current, progress)
-        # The best weights meet the test split once, here.
-        variables, best_step = checkpoints.restore_best(like.variables)
+    # The best weights meet the test split once, here.
+    variables, best_step = restore_best(workdir, like.variables)
     results = {
         split: evaluate.predict(this.predict_step, variables, data, split, config, this.mesh, progress=True)
         for split in ("val", "test")

@@ -60,5 +60,12 @@ def data_facts(data: Prepared) -> dict[str, Any]:
 def claim(workdir: Path, config: Config, data: Prepared) -> None:
     """Writes config.json and data.json; to be called by the first host once every check has passed."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(configs.to_json(config))
-    (workdir / "data.json").write_text(json.dumps(data_facts(data), indent=2) + "\n")
+    _replace(workdir / "config.json", configs.to_json(config))
+    _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # Whole or not at all: a resumed run killed here must find the file that it had.
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
 from lungjax import models, predictions, train, trees
-from lungjax.checkpoint import Checkpoints
+from lungjax.checkpoint import restore_best
 from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 data = conftest.make_small_data()
@@ -26,8 +26,7 @@ config = Config(
 out = Path(sys.argv[1])
 train.run(config, out, out.parent)
 found = predictions.read(out / "predictions_test.csv")
-with Checkpoints(out) as checkpoints:
-    statistics = trees.flatten(checkpoints.restore_best(None)[0]["batch_stats"])
+statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
 np.savez(
     out.with_suffix(".npz"),
     ids=found.ids,

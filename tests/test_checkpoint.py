@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lungjax import state, train
-from lungjax.checkpoint import Checkpoints, check_source, newest
+from lungjax.checkpoint import Checkpoints, check_source, newest, restore_best, warm_start
 
 
 def make(step: int) -> state.TrainState:
@@ -39,7 +39,7 @@ def test_only_the_newest_best_is_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (4, 8, 12):
             checkpoints.save_best(make(step))
-        found, step = checkpoints.restore_best(like().variables)
+    found, step = restore_best(tmp_path, like().variables)
     assert step == newest(tmp_path, "best") == 12
     np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 12.0)
     assert [p.name for p in (tmp_path / "checkpoints/best").iterdir()] == ["12"]
@@ -72,5 +72,18 @@ def test_a_source_without_weights_is_named(tmp_path):
         check_source("imagenett")
     with pytest.raises(ValueError, match="no trained run"):
         check_source(f"run:{tmp_path}")
-    with pytest.raises(ValueError, match="no best weights yet"), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.restore_best({})
+    with pytest.raises(ValueError, match="no best weights there yet"):
+        restore_best(tmp_path)
+
+
+def test_reading_the_best_leaves_a_save_in_progress_alone(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_best(make(4))
+    unfinished = tmp_path / "checkpoints/best/8.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    for layout in (None, like().variables):
+        found, step = restore_best(tmp_path, layout)
+        assert step == 4
+        np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 4.0)
+    warm_start({"params": {"dense": {"kernel": np.zeros((3, 4))}}, "batch_stats": {}}, tmp_path)
+    assert unfinished.is_dir()

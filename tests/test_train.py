@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lungjax import config as configs
 from lungjax import logs, metrics, models, optim, predictions, state, step, train, trees
-from lungjax.checkpoint import Checkpoints, newest, warm_start
+from lungjax.checkpoint import Checkpoints, newest, restore_best, warm_start
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 CONFIG = Config(
@@ -223,8 +223,7 @@ def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path)
     module = models.build(CONFIG.model, 5)
     fresh = module.init(jax.random.key(9), jnp.zeros((1, 32, 32, 1)), train=False)
     fresh = {"params": fresh["params"], "batch_stats": fresh.get("batch_stats", {})}
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        source = trees.flatten(checkpoints.restore_best(None)[0]["params"])
+    source = trees.flatten(restore_best(tmp_path / "run")[0]["params"])
     ours = trees.flatten(warm_start(fresh, tmp_path / "run")["params"])
     for name, value in trees.flatten(fresh["params"]).items():
         expected = value if name.startswith(("head/dense", "head/hidden")) else source[name]
