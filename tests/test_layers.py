@@ -1,5 +1,6 @@
 """The layers against plain lax and linen: forward, gradients, and which form a platform gets."""
 
+from collections.abc import Callable
 from unittest import mock
 
 import jax
@@ -100,6 +101,37 @@ def test_max_pool_equals_plain(window):
     close(with_gradients(ours, x), with_gradients(plain, x), 1e-6)
     tied = jnp.maximum(jnp.round(x), 0)  # many windows have several equal maxima
     close(with_gradients(ours, tied), with_gradients(plain, tied), 1e-6)
+
+
+def test_max_pool_passes_the_gradient_on_whatever_the_compiler_recomputes():
+    """Under jit the norm before the pool is computed again for the gradient, with other roundings."""
+
+    class Stem(nn.Module):
+        pool: Callable
+
+        @nn.compact
+        def __call__(self, x):
+            x = layers.Conv(16, 7, 2, "SYMMETRIC", name="conv")(x)
+            x = nn.relu(layers.BatchNorm(momentum=0.9, epsilon=1e-5, name="bn")(x, train=True))
+            x = self.pool(x)
+            return x + layers.Conv(16, 3, padding="SYMMETRIC", name="after")(x)
+
+    images = np.random.default_rng(0).normal(size=(4, 97, 85, 3)).astype(np.float32)
+    ours = Stem(lambda x: layers.max_pool(x, 3, 2, "SYMMETRIC"))
+    plain = Stem(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+    variables = ours.init(jax.random.key(0), images)
+    weight = np.random.default_rng(1).normal(size=(4, 25, 22, 16)).astype(np.float32)
+
+    def grads(module):
+        def loss(params, x):
+            return (module.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0] * weight).sum()
+
+        return jax.jit(jax.grad(loss))(variables["params"], images)
+
+    got, expected = grads(ours), grads(plain)
+    for layer in ("conv", "bn"):
+        for leaf, value in expected[layer].items():
+            assert np.abs(got[layer][leaf] - value).max() <= 1e-3 * np.abs(value).max(), (layer, leaf)
 
 
 def test_max_pool_negative_values_and_bfloat16():

@@ -36,6 +36,8 @@ def pair(value: int | Sequence[int]) -> Pair:
 def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
     """Returns ((top, bottom), (left, right)) for "SAME", "VALID", a number or pairs, as lax would pad.
 
+    "SYMMETRIC" is torch's (kernel - 1) // 2 on every side, which differs from SAME on even maps at stride 2.
+
     Raises ValueError for any other word.
     """
     if isinstance(padding, int):
@@ -43,8 +45,11 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
     if not isinstance(padding, str):
         rows, columns = padding
         return pair(rows), pair(columns)
+    if padding.upper() == "SYMMETRIC":
+        rows, columns = ((side - 1) // 2 for side in kernel)
+        return pair(rows), pair(columns)
     if padding.upper() not in ("SAME", "VALID"):
-        raise ValueError(f"padding={padding!r}: allowed are SAME, VALID, a number or pairs of numbers")
+        raise ValueError(f"padding={padding!r}: allowed are SAME, VALID, SYMMETRIC, a number or pairs of numbers")
     rows, columns = lax.padtype_to_pads(size, kernel, strides, padding.upper())
     return pair(rows), pair(columns)
 
@@ -137,16 +142,15 @@ def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Arr
 
 
 def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
-    y = window_max(x, window, strides, pads)
-    return y, (x, y)
+    return window_max(x, window, strides, pads), x
 
 
-def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array]:
-    def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
 
     cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
-    return (lax.platform_dependent(*saved, dy, cpu=cpu, default=plain),)
+    return (lax.platform_dependent(x, dy, cpu=cpu, default=plain),)
 
 
 window_max.defvjp(_window_max_save, _window_max_gradient)
@@ -303,15 +307,20 @@ def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pad
     return _alone(add_up, product)
 
 
-def _window_max_dx(x: jax.Array, y: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    def find(padded: jax.Array, y: jax.Array) -> jax.Array:
-        winner: Any = jnp.full(y.shape, -1, jnp.int16)
-        for i, j, part in reversed(_slices(padded, window, strides)):
-            winner = jnp.where(part == y, jnp.int16(i * window[1] + j), winner)
+def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    # The winner is searched for anew. A comparison with the forward pass's maximum may find no cell: the compiler is
+    # free to recompute x for the gradient, and another fusion rounds otherwise.
+    def find(padded: jax.Array) -> jax.Array:
+        (_, _, best), *others = _slices(padded, window, strides)
+        winner = jnp.zeros(best.shape, jnp.int16)
+        for i, j, part in others:
+            better = part > best  # the first of equals stays
+            best = jnp.where(better, part, best)
+            winner = jnp.where(better, jnp.int16(i * window[1] + j), winner)
         return winner
 
     def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
         return jnp.where(winner == i * window[1] + j, _wide(part), 0)
 
-    winner = _alone(find, _pad(x, pads, -jnp.inf), y)
+    winner = _alone(find, _pad(x, pads, -jnp.inf))
     return _spread([dy, winner], x.shape, window, strides, pads, term)
