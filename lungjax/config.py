@@ -21,10 +21,13 @@ SAMPLINGS = ("natural", "balanced")
 POOLS = ("avg", "max", "flatten", "avg2x2_flatten")
 NORMS = ("none", "batch", "layer", "group")
 OUTPUTS = ("softmax", "sigmoid")
-PADDINGS = ("valid", "same")
+PADDINGS = ("valid", "same", "symmetric")
+ACTIVATIONS = ("relu", "hard_swish")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine", "linear", "step")
+GRAYS = ("repeat", "fold", "slice")
+BATCH_NORMS = ("with_layer", "update", "frozen")
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,20 @@ class InputSpec:
     """What the network is fed: `(pixel / 255 - mean) / std`, float32, [height, width, channels]."""
 
     size: tuple[int, int] = (224, 224)  # height, width in pixels
-    channels: int = 1  # 1 gray, or 3 (a gray image is repeated, a colour one kept)
+    channels: int = 1  # of the images that are read: 1 gray, or 3 (a gray image is repeated, a colour one kept)
     crop: str = "none"  # one of CROPS; "box" cuts the body box out of an image that has one
     box_margin: float = 0.0  # part of the box's side kept around it in training, for a later jitter
     interpolation: str = "bilinear"  # one of INTERPOLATIONS
     antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
-    mean: tuple[float, ...] = (0.0,)  # of pixel / 255; one number, or one a channel
-    std: tuple[float, ...] = (1.0,)
+    # Of pixel / 255; one number, or one a channel. Three for a gray image make three channels of it, on the device.
+    # None takes what the weights want (`model.weights`), and 0 and 1 without weights.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def network_channels(self) -> int:
+        """Returns how many channels the network gets, once mean and std are applied."""
+        return max(self.channels, len(self.mean or ()), len(self.std or ()))
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class HeadConfig:
     pool: str | None = None  # one of POOLS
     norm_before_pool: str | None = None  # one of NORMS, followed by ReLU (pre-activation networks)
     norm_after_pool: str | None = None  # one of NORMS (ConvNeXt: layer)
-    hidden: tuple[int, ...] | None = None  # widths of dense + ReLU layers before the last one
+    hidden: tuple[int, ...] | None = None  # widths of dense layers before the last one
+    activation: str | None = None  # one of ACTIVATIONS, after each hidden layer
     hidden_dropout: float | None = None  # after each hidden layer, 0..1
     dropout: float | None = None  # right after the pool (and its norm), 0..1
     output: str | None = None  # one of OUTPUTS; "sigmoid" is one logit for two classes
@@ -75,10 +86,21 @@ class ModelConfig:
     """The network. A field left None takes the architecture's own published value."""
 
     name: str = "cbr_small"  # a key of lungjax.models.MODELS
-    weights: str = "none"  # "none", or "run:WORKDIR" to start from any finished lungjax run
-    padding: str | None = None  # one of PADDINGS, for the networks that leave it open
+    # What the network starts from: "none" (random), "imagenet" (its first record), a record such as "aa_in1k" or
+    # "efficientnet_b0.aa_in1k" (python -m lungjax.weights --list), "file:PATH", "run:WORKDIR" of a lungjax run, or
+    # "meanvar:" and any of these: random, with each tensor's mean and variance.
+    weights: str = "none"
+    noncommercial: bool = False  # True accepts weights whose licence forbids commercial use
+    gray: str = "repeat"  # one of GRAYS: how gray images meet weights for three channels
+    padding: str | None = None  # one of PADDINGS, for the networks that leave it open; weights may demand one
+    epsilon: float | None = None  # of the norms, for the networks that leave it open; weights may demand one
+    # Part of its running statistics that BatchNorm keeps at each step; networks without any BatchNorm ignore it. A
+    # published 0.99 or 0.999 is too slow for a fine-tuning of some hundred steps.
+    momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
-    freeze_norm: bool = False  # BatchNorm keeps its running statistics while training
+    # One of BATCH_NORMS. "with_layer": frozen layers keep their running statistics and normalise with them (Keras);
+    # "update": every norm uses the batch and updates, also in frozen layers; "frozen": none does.
+    batch_norm: str = "with_layer"
     dtype: str = "float32"  # of the computation; parameters and statistics stay float32
     head: HeadConfig = field(default_factory=HeadConfig)  # what follows the last feature map
 
@@ -103,7 +125,11 @@ class OptimConfig:
     clip_norm: float = 0.0  # global gradient norm; 0 is off
     label_smoothing: float = 0.0  # 0..1
     class_weights: str = "none"  # "none", "balanced" (n / (classes * n_c)), or numbers "1,2.5,1"
-    freeze: str = ""  # regex over parameter paths that get no update, such as "^(?!head/)"
+    # What is trained: "all", "head", "blocks:K" or "stages:K" (the last K and all that follows them). Frozen
+    # parameters cost neither gradient nor optimiser memory.
+    tune: str = "all"
+    freeze: str = ""  # regex over parameter paths that are frozen as well, such as "^stem"
+    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" over parameter paths, the first that fits; such as "^head/=10"
 
 
 @dataclass(frozen=True)
@@ -225,7 +251,10 @@ def parse(text: str, hint: Any, what: str) -> Any:
             return False
         raise wrong
     if typing.get_origin(hint) is tuple:
-        items = [t.strip() for t in text.strip("()[] ").split(",") if t.strip()]
+        inside = text.strip()
+        if inside[:1] + inside[-1:] in ("()", "[]"):  # as a whole: a regular expression has brackets of its own
+            inside = inside[1:-1]
+        items = [t.strip() for t in inside.split(",") if t.strip()]
         kinds = typing.get_args(hint)
         if kinds[-1] is ...:
             return tuple(parse(t, kinds[0], what) for t in items)
@@ -302,7 +331,8 @@ def check(config: Config) -> None:
         "model.dtype": DTYPES, "model.padding": PADDINGS, "optim.name": OPTIMIZERS,
         "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
         "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
-        "model.head.output": OUTPUTS,
+        "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
+        "model.batch_norm": BATCH_NORMS,
     }  # fmt: skip
     for path, allowed in choices.items():
         if leaves[path] is not None and leaves[path] not in allowed:
@@ -318,6 +348,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{path}={leaves[path]}: must not be negative")
     for path in (
         "optim.label_smoothing",
+        "model.momentum",
         "model.head.dropout",
         "model.head.hidden_dropout",
         "model.drop_path",
@@ -334,10 +365,12 @@ def check(config: Config) -> None:
     if min(config.input.size) < 1:
         raise ValueError(f"input.size={config.input.size}: must be above zero")
     for path in ("input.mean", "input.std"):
-        if len(leaves[path]) not in (1, config.input.channels):
-            raise ValueError(f"{path}={leaves[path]}: give one number, or {config.input.channels}")
-    if min(config.input.std) <= 0:
+        if leaves[path] is not None and len(leaves[path]) not in (1, 3):
+            raise ValueError(f"{path}={leaves[path]}: give one number, or three")
+    if config.input.std is not None and min(config.input.std) <= 0:
         raise ValueError(f"input.std={config.input.std}: must be above zero")
+    if config.model.epsilon is not None and config.model.epsilon <= 0:
+        raise ValueError(f"model.epsilon={config.model.epsilon}: must be above zero")
     head = config.model.head
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")

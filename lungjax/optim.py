@@ -1,7 +1,11 @@
 """The optimiser of a run: learning-rate schedule, optax chain, decay and freezing by parameter path."""
 
+import math
+import re
+from collections.abc import Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,10 +34,69 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-    """Builds the optax chain. `params` may be shapes alone; only its paths are read.
+def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
+    """Returns the paths of the parameters that `optim.tune` and `optim.freeze` leave as they are.
 
-    Raises ValueError if `optim.freeze` leaves nothing to train, or matches nothing.
+    Blocks and stages are counted by the names that all networks share: stage2_block3, stage2_downsample before
+    the blocks of its stage, stage2_transition after them, top_conv after all, then the head.
+
+    Raises ValueError for an unknown `tune`, one that asks for more than there is, a `freeze` that matches
+    nothing, and if nothing is left to train.
+    """
+    paths = list(trees.flatten(params))
+    places: dict[str, tuple[int, ...]] = {path: _place(path) for path in paths}
+    kind, _, count = config.tune.partition(":")
+    first: tuple[int, ...] = (0, 0)
+    if config.tune == "head":
+        first = HEAD
+    elif kind in ("blocks", "stages") and count.isdecimal() and int(count) > 0:
+        inside = {place if kind == "blocks" else place[:1] for place in places.values() if 0 < place[0] < TOP[0]}
+        units = sorted(unit for unit in inside if kind == "stages" or 0 < unit[1] < LAST)
+        if int(count) > len(units):
+            raise ValueError(f"optim.tune={config.tune!r}: the network has {len(units)} {kind}")
+        first = units[-int(count)]
+    elif config.tune != "all":
+        raise ValueError(f"optim.tune={config.tune!r}: allowed are all, head, blocks:K and stages:K")
+    frozen = {path for path, place in places.items() if place < first}
+    if config.freeze:
+        frozen |= set(_matched(config.freeze, paths, f"optim.freeze={config.freeze!r}"))
+    if len(frozen) == len(paths):
+        raise ValueError(
+            f"optim.tune={config.tune!r}, optim.freeze={config.freeze!r} match every parameter: "
+            "nothing is left to train"
+        )
+    return frozenset(frozen)
+
+
+def _matched(pattern: str, paths: Collection[str], setting: str, what: str = "parameter") -> list[str]:
+    try:
+        found = [path for path in paths if re.search(pattern, path)]
+    except re.error as error:
+        raise ValueError(f"{setting}: not a regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"{setting} matches no {what}, such as {next(iter(paths))!r}")
+    return found
+
+
+# Places (stage, number in it) in the order in which a network runs.
+LAST = 10**6
+TOP, HEAD = (LAST, 0), (LAST, 1)
+
+
+def _place(path: str) -> tuple[int, int]:
+    stage = re.match(r"stage(\d+)_([a-z]+)(\d*)", path)
+    if stage:
+        alone = {"downsample": 0, "transition": LAST}.get(stage[2], 1)
+        return int(stage[1]), int(stage[3]) if stage[3] else alone
+    if path.startswith("head/"):
+        return HEAD
+    return TOP if path.startswith("top") else (0, 0)
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+    """Builds the optax chain for the trained `params`, which may be shapes alone; only their paths are read.
+
+    Raises ValueError for an `optim.lr_factors` that can't be read or matches nothing.
     """
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm:
@@ -47,19 +110,25 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -
         parts.append(optax.add_decayed_weights(config.weight_decay, trees.mask(params, r"kernel$")))
     if config.name in ("sgd", "rmsprop") and config.momentum:
         parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
-    chain = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
-    if not config.freeze:
-        return chain
-    frozen = trees.mask(params, config.freeze)
-    flags = list(trees.flatten(frozen).values())
-    if not any(flags):
-        raise ValueError(
-            f"optim.freeze={config.freeze!r} matches no parameter, such as {next(iter(trees.flatten(params)))!r}"
-        )
-    if all(flags):
-        raise ValueError(f"optim.freeze={config.freeze!r} matches every parameter: nothing is left to train")
-    labels = trees.unflatten({k: "frozen" if v else "trained" for k, v in trees.flatten(frozen).items()})
-    return optax.multi_transform({"frozen": optax.set_to_zero(), "trained": chain}, labels)
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.lr_factors:
+        factors = _factors(config.lr_factors, params)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)))
+    return optax.chain(*parts)
+
+
+def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
+    leaves = dict.fromkeys(trees.flatten(params), 1.0)
+    for setting in reversed(settings):  # so that the first that fits is written last
+        pattern, _, number = setting.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not pattern or not 0 <= factor < math.inf:
+            raise ValueError(f"optim.lr_factors={setting!r}: expected REGEX=FACTOR, such as ^head/=10")
+        leaves |= dict.fromkeys(_matched(pattern, leaves, f"optim.lr_factors={setting!r}", "trained parameter"), factor)
+    return trees.unflatten(leaves)
 
 
 def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) -> jnp.ndarray:

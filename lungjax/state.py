@@ -1,5 +1,6 @@
 """The training state: one plain struct of arrays, everything a step reads and writes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
+
+from lungjax import trees
 
 
 class TrainState(struct.PyTreeNode):
@@ -24,14 +27,39 @@ class TrainState(struct.PyTreeNode):
 
 
 def create(
-    module: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
+    frozen: frozenset[str] = frozenset(),
+    start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initialises a state for images of [height, width, channels]; pure, so it can be jitted."""
-    variables = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    params = variables["params"]
+    """Initialises a state; pure, so it can be jitted, and then makes no random numbers that `start` replaces.
+
+    Args:
+      module: the network.
+      optimizer: of the parameters that are trained.
+      image_shape: [height, width, channels] as the network gets it.
+      seed: of the random start.
+      frozen: paths of parameters that the optimiser doesn't keep anything for.
+      start: leaves by path ("stem_conv/kernel", "stem_bn/mean") that take the place of random ones.
+    """
+    variables = init(module, image_shape, seed, start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(trees.split(variables["params"], frozen)[0]),
     )
+
+
+def init(
+    module: nn.Module, image_shape: tuple[int, ...], seed: int, start: Mapping[str, jax.Array] | None = None
+) -> dict[str, Any]:
+    """Returns {"params", "batch_stats"} for images of [height, width, channels], the leaves of `start` put in."""
+    random = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    variables = {}
+    for collection in ("params", "batch_stats"):
+        leaves = trees.flatten(random.get(collection, {}))
+        variables[collection] = trees.unflatten({path: (start or {}).get(path, leaf) for path, leaf in leaves.items()})
+    return variables

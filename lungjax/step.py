@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from lungjax import losses
+from lungjax import losses, trees
 from lungjax.config import Config, InputSpec
+from lungjax.models.layers import BatchNorm
 from lungjax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -20,8 +21,12 @@ Metrics = dict[str, jax.Array]
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Turns uint8 [B, H, W, C] into the float32 that the network wants, (x / 255 - mean) / std."""
-    mean, std = jnp.asarray(spec.mean, jnp.float32), jnp.asarray(spec.std, jnp.float32)
+    """Turns uint8 [B, H, W, C] into the float32 that the network wants, (x / 255 - mean) / std.
+
+    A gray image becomes [B, H, W, 3] where mean or std have three numbers. 0 and 1 stand for None.
+    """
+    mean = jnp.asarray((0.0,) if spec.mean is None else spec.mean, jnp.float32)
+    std = jnp.asarray((1.0,) if spec.std is None else spec.std, jnp.float32)
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
@@ -38,14 +43,32 @@ def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
     return classes.index(name)
 
 
+def fixed_norms(choice: str, frozen: frozenset[str]) -> Any:
+    """Returns the context in which a network is applied, so that BatchNorms of frozen layers run as in evaluation.
+
+    Done from outside, so that no network has to pass it on. `choice` is `model.batch_norm`; `frozen` holds
+    parameter paths.
+    """
+
+    def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            scale = "/".join((*context.module.path, "scale"))
+            if choice == "frozen" or (choice == "with_layer" and scale in frozen):
+                kwargs = {**kwargs, "train": False}
+        return method(*args, **kwargs)
+
+    return nn.intercept_methods(call)
+
+
 def make_train_step(
     module: nn.Module,
     optimizer: optax.GradientTransformation,
     config: Config,
     class_weights: jax.Array,
     positive: int | None,
+    frozen: frozenset[str] = frozenset(),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch) -> (state, metrics)`.
+    """Returns `train_step(state, batch) -> (state, metrics)`; parameters whose paths are in `frozen` stay.
 
     The batch holds `image` uint8 [B, H, W, C] and `label` int32 [B]. With `train.accumulate` above one the
     batch is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
@@ -53,15 +76,16 @@ def make_train_step(
     """
     parts = config.train.accumulate
 
-    def loss_fn(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_fn(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         images = normalize(batch["image"], config.input)
-        (logits, _), updates = module.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
+        with fixed_norms(config.model.batch_norm, frozen):
+            (logits, _), updates = module.apply(
+                {"params": trees.merge(trained, kept), "batch_stats": batch_stats},
+                images,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
         each = losses.cross_entropy(
             logits,
             batch["label"],
@@ -77,8 +101,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        # Only what is trained is differentiated: below the lowest trained layer nothing runs backwards.
+        trained, kept = trees.split(state.params, frozen)
         if parts == 1:
-            grads, (metrics, batch_stats) = grad_fn(state.params, state.batch_stats, batch, key)
+            grads, (metrics, batch_stats) = grad_fn(trained, kept, state.batch_stats, batch, key)
         else:
             # Every part takes each parts-th example, so that it stays spread over all devices.
             micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -87,17 +113,17 @@ def make_train_step(
                 sums, batch_stats = carry
                 number, part = xs
                 grads, (metrics, batch_stats) = grad_fn(
-                    state.params, batch_stats, part, jax.random.fold_in(key, number)
+                    trained, kept, batch_stats, part, jax.random.fold_in(key, number)
                 )
                 return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
 
-            start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+            start = (jax.tree.map(jnp.zeros_like, trained), state.batch_stats)
             (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = jax.tree.map(jnp.mean, metrics)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = trees.merge(optax.apply_updates(trained, updates), kept)
         state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         return state, metrics
 

@@ -1,4 +1,4 @@
-"""Trains a small network with BatchNorm for three steps and saves its test predictions as OUT.npz."""
+"""Trains a small network with BatchNorm for three steps, then a new head on it; saves test predictions as OUT.npz."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
+from lungjax import config as configs
 from lungjax import models, predictions, train, trees
 from lungjax.checkpoint import restore_best
 from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -26,11 +27,17 @@ config = Config(
 out = Path(sys.argv[1])
 train.run(config, out, out.parent)
 found = predictions.read(out / "predictions_test.csv")
+tuned = config
+for assignment in (f"model.weights=run:{out}", "optim.tune=head"):
+    tuned = configs.override(tuned, assignment)
+then = out.with_name(out.name + "_tuned")
+train.run(tuned, then, out.parent)
 statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
 np.savez(
     out.with_suffix(".npz"),
     ids=found.ids,
     probabilities=found.probabilities,
+    tuned=predictions.read(then / "predictions_test.csv").probabilities,
     mean=next(v for k, v in statistics.items() if k.endswith("mean")),
     devices=jax.device_count(),
 )

@@ -22,6 +22,8 @@ def test_override_reads_each_type_by_the_field():
         "model.head.dropout=0.5",
         "model.padding=same",
         "data.dataset=folder/mine",
+        "input.mean=0.5",
+        "optim.lr_factors=(stem|stage1)=0.1, ^head/(dense|hidden1)=10",
     ):
         config = configs.override(config, assignment)
     assert config.optim.lr == 3e-4
@@ -33,7 +35,12 @@ def test_override_reads_each_type_by_the_field():
     assert config.model.head.dropout == 0.5
     assert config.model.padding == "same"
     assert config.data.dataset == "folder/mine"
+    assert config.input.mean == (0.5,)
+    assert config.optim.lr_factors == ("(stem|stage1)=0.1", "^head/(dense|hidden1)=10")
     assert configs.override(config, "model.padding=None").model.padding is None
+    assert configs.override(config, "input.mean=None").input.mean is None
+    assert configs.override(config, "input.size=(96, 128)").input.size == (96, 128)
+    assert configs.override(config, "model.head.hidden=[]").model.head.hidden == ()
     assert configs.override(config, "input.size=64").input.size == (64, 64)
 
 
@@ -91,6 +98,12 @@ def test_difference_names_each_changed_field():
         "model.head.dropout=1",
         "model.head.output=sigmoid",
         "model.head.pool=mean",
+        "model.head.activation=gelu",
+        "model.batch_norm=keras",
+        "model.gray=sum",
+        "model.padding=full",
+        "model.epsilon=0",
+        "input.std=0.2,0.2,0",
         "optim.lr=0",
     ],
 )
@@ -108,11 +121,18 @@ def test_every_field_is_read_somewhere():
 
 
 def test_sections_carry_a_comment_per_field():
-    source = Path(configs.__file__).read_text()
-    for section in (configs.InputSpec, configs.DataConfig, configs.ModelConfig, configs.OptimConfig):
+    """At its line's end, or on the lines above it, which may speak for two fields (mean and std)."""
+    lines = Path(configs.__file__).read_text().splitlines()
+    sections = (configs.InputSpec, configs.DataConfig, configs.ModelConfig, configs.HeadConfig)
+    for section in (*sections, configs.OptimConfig, configs.TrainConfig, configs.EvalConfig):
+        start = lines.index(f"class {section.__name__}:")
         for field in dataclasses.fields(section):
-            line = next(t for t in source.splitlines() if t.startswith(f"    {field.name}: "))
-            assert "#" in line or field.name == "std", line
+            number = next(i for i in range(start, len(lines)) if lines[i].startswith(f"    {field.name}: "))
+            above = [lines[number - 1].strip(), lines[number - 2].strip()]
+            plain = "#" not in above[0] and above[0].startswith(
+                tuple(f"{f.name}: " for f in dataclasses.fields(section))
+            )
+            assert "#" in lines[number] or above[0].startswith("#") or (plain and above[1].startswith("#")), field.name
 
 
 def test_config_and_experiments_import_no_jax():
@@ -122,3 +142,15 @@ def test_config_and_experiments_import_no_jax():
         "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_network_gets_as_many_channels_as_the_images_or_the_statistics_have():
+    for channels, mean, std, wanted in (
+        (1, None, None, 1),
+        (1, (0.5,), None, 1),
+        (3, None, None, 3),
+        (3, (0.5,), (1.0,), 3),
+    ):
+        assert configs.InputSpec(channels=channels, mean=mean, std=std).network_channels == wanted
+    assert configs.InputSpec(channels=1, mean=(0.1, 0.2, 0.3)).network_channels == 3
+    assert configs.InputSpec(channels=1, std=(0.1, 0.2, 0.3)).network_channels == 3

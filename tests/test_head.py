@@ -109,6 +109,17 @@ def test_head_drops_pooled_features_and_hidden_ones_in_training_alone():
     assert set(np.unique(dropped)) == {0, 4} and 0.6 < (dropped == 0).mean() < 0.9
 
 
+def test_head_hidden_layers_have_the_named_activation():
+    x = np.random.default_rng(0).normal(size=(2, 2, 2, 8)).astype(np.float32) * 4
+    eye = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
+    mean = x.mean((1, 2))
+    wanted = {"relu": np.maximum(mean, 0), "hard_swish": mean * np.clip(mean + 3, 0, 6) / 6}
+    for activation, y in {**wanted, None: wanted["relu"]}.items():
+        head = Head(HeadConfig(hidden=(8,), activation=activation), 8)
+        found = head.apply({"params": {"hidden1": eye, "dense": eye}}, x, train=False)
+        np.testing.assert_allclose(found, y, atol=1e-6, err_msg=str(activation))
+
+
 def test_head_zero_init():
     config = HeadConfig(zero_init=True)
     params = Head(config, 3).init(jax.random.key(0), jnp.ones((1, 2, 2, 8)), train=False)["params"]

@@ -12,14 +12,14 @@ PACKAGE = Path(lungjax.__file__).parent
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
     ["config", "trees", "losses", "predictions", "metrics", "logs", "sharding", "state"],
-    ["models", "data", "optim", "checkpoint", "plots", "step", "experiment", "entry", "memory"],
-    ["datasets"],
+    ["models", "data", "optim", "checkpoint", "plots", "experiment", "entry", "memory"],
+    ["datasets", "weights", "step"],
     ["report", "evaluate", "workdir"],
-    ["train"],
+    ["train", "api"],
     ["main", "prepare"],
 ]
-# Two leaves of row 0 that others of row 0 may use.
-LEAVES = {"config", "predictions"}
+# Leaves of row 0 that others of row 0 may use.
+LEAVES = {"config", "predictions", "trees"}
 
 
 def row(name: str) -> int:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import optax
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from lungjax import optim
+from lungjax import optim, trees
 from lungjax.config import OptimConfig
 
 PARAMS = {
@@ -14,13 +16,13 @@ PARAMS = {
 }
 
 
-def updated(config: OptimConfig, grads=None, steps=1):
-    optimizer = optim.make_optimizer(config, optim.make_schedule(config, 10), PARAMS)
-    params, opt_state = PARAMS, optimizer.init(PARAMS)
+def updated(config: OptimConfig, grads=None, steps=1, params=PARAMS, state=False):
+    optimizer = optim.make_optimizer(config, optim.make_schedule(config, 10), params)
+    opt_state = optimizer.init(params)
     for _ in range(steps):
         updates, opt_state = optimizer.update(grads or jax.tree.map(jnp.ones_like, params), opt_state, params)
         params = optax.apply_updates(params, updates)
-    return params
+    return (params, opt_state) if state else params
 
 
 def test_schedules_by_hand():
@@ -54,14 +56,61 @@ def test_clip_norm_bounds_the_step():
     np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-5)
 
 
-def test_freeze_moves_only_the_rest():
-    params = updated(OptimConfig(freeze=r"^(?!head/)"))
-    np.testing.assert_array_equal(params["stem_conv"]["kernel"], 1.0)
-    assert (np.asarray(params["head"]["dense"]["kernel"]) != 1.0).all()
+def test_the_optimizer_of_the_trained_part_keeps_nothing_for_the_rest():
+    config = OptimConfig(freeze=r"^(?!head/)", weight_decay=0.1)
+    frozen = optim.frozen_paths(config, PARAMS)
+    assert frozen == {"stem_conv/kernel", "stem_conv/bias"}
+    trained, kept = trees.split(PARAMS, frozen)
+    assert list(trained) == ["head"] and list(kept) == ["stem_conv"]
+    params, opt_state = updated(config, params=trained, state=True)
+    assert jax.tree.structure(params) == jax.tree.structure(trained)
+    assert all((np.asarray(leaf) != 1.0).all() for leaf in jax.tree.leaves(params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == 2 * (6 + 3)  # Adam's two of each
     with pytest.raises(ValueError, match="nothing is left"):
-        updated(OptimConfig(freeze="."))
-    with pytest.raises(ValueError, match="matches no parameter"):
-        updated(OptimConfig(freeze="block9"))
+        optim.frozen_paths(OptimConfig(freeze="."), PARAMS)
+    with pytest.raises(ValueError, match="optim.freeze='block9' matches no parameter, such as 'stem_conv/kernel'"):
+        optim.frozen_paths(OptimConfig(freeze="block9"), PARAMS)
+    with pytest.raises(ValueError, match="optim.freeze='\\(stem': not a regular expression"):
+        optim.frozen_paths(OptimConfig(freeze="(stem"), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_lr_factors_scale_the_step_and_the_first_that_fits_counts(name):
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), PARAMS)
+    factors = ("^head/dense/bias=0", "^head/=8", "kernel$=0.5")
+    plain, scaled = {}, {}
+    for result, given in ((plain, ()), (scaled, factors)):
+        chosen = dataclasses.replace(config, lr_factors=given)
+        optimizer = optim.make_optimizer(chosen, optim.make_schedule(chosen, 10), PARAMS)
+        opt_state = optimizer.init(PARAMS)
+        for _ in range(2):  # also where the optimiser remembers
+            updates, opt_state = optimizer.update(grads, opt_state, PARAMS)
+        result |= trees.flatten(updates)
+    wanted = {"stem_conv/kernel": 0.5, "stem_conv/bias": 1, "head/dense/kernel": 8, "head/dense/bias": 0}
+    for path, factor in wanted.items():
+        assert np.all(plain[path] != 0)
+        np.testing.assert_array_equal(scaled[path], plain[path] * np.float32(factor), err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("block9=2", "'block9=2' matches no trained parameter, such as 'stem_conv/kernel'"),
+        ("^head/", "'\\^head/': expected REGEX=FACTOR"),
+        ("^head/=fast", "'\\^head/=fast': expected REGEX=FACTOR"),
+        ("^head/=-1", "expected REGEX=FACTOR"),
+        ("^head/=nan", "expected REGEX=FACTOR"),
+        ("^head/=inf", "expected REGEX=FACTOR"),
+        ("=2", "expected REGEX=FACTOR"),
+        ("(head=2", "not a regular expression"),
+    ],
+)
+def test_lr_factors_that_cannot_be_read_or_match_nothing_are_named(setting, words):
+    config = OptimConfig(lr_factors=("^stem=1", setting))
+    with pytest.raises(ValueError, match=f"optim.lr_factors.*{words}"):
+        optim.make_optimizer(config, lambda step: 0.1, PARAMS)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])

@@ -1,3 +1,5 @@
+import pytest
+
 from lungjax import trees
 
 TREE = {"block1": {"conv": {"kernel": 1, "bias": 2}}, "head": {"dense": {"kernel": 3}}}
@@ -15,3 +17,13 @@ def test_mask_searches_the_whole_path():
         "block1/conv/bias": False,
         "head/dense/kernel": False,
     }
+
+
+@pytest.mark.parametrize("chosen", [(), ("block1/conv/bias",), ("block1/conv/kernel", "block1/conv/bias"), "all"])
+def test_split_and_merge_are_inverse_and_leave_no_empty_branch(chosen):
+    chosen = list(trees.flatten(TREE)) if chosen == "all" else chosen
+    rest, those = trees.split(TREE, frozenset(chosen))
+    assert set(trees.flatten(those)) == set(chosen)
+    assert set(trees.flatten(rest)) == set(trees.flatten(TREE)) - set(chosen)
+    assert all(branch for part in (rest, those) for branch in part.values())
+    assert trees.merge(rest, those) == trees.merge(those, rest) == TREE

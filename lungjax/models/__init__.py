@@ -1,6 +1,6 @@
 """Networks by name. Each is called as `module(images, train=...)` and returns (logits, features)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,12 +8,43 @@ from flax import linen as nn
 
 from lungjax import config as configs
 from lungjax.config import ModelConfig
-from lungjax.models.efficientnet import EFFICIENTNET
+from lungjax.models.bit import BIT
+from lungjax.models.convnext import CONVNEXT
+from lungjax.models.densenet import DENSENET
+from lungjax.models.efficientnet import EFFICIENTNET, EFFICIENTNETV2
 from lungjax.models.head import fill, outputs
+from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
+from lungjax.models.mobilenetv3 import MOBILENETV3
+from lungjax.models.resnet import RESNET
 from lungjax.models.transfusion import TRANSFUSION
+from lungjax.models.vgg import VGG
+from lungjax.models.xray_cnn import XRAY
 
-# Called without arguments, a constructor gives the published network with its 1000-class head.
-MODELS: dict[str, Callable[[], Any]] = {**TRANSFUSION, **EFFICIENTNET}
+# Called without arguments, a constructor gives the published network with its 1000-class head. A family's name is
+# that of its rules for weight files.
+FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
+    "transfusion": TRANSFUSION,
+    "xray_cnn": XRAY,
+    "efficientnet": EFFICIENTNET,
+    "efficientnetv2": EFFICIENTNETV2,
+    "resnet": RESNET,
+    "bit": BIT,
+    "convnext": CONVNEXT,
+    "densenet": DENSENET,
+    "vgg": VGG,
+    "mobilenet": MOBILENET,
+    "mobilenetv2": MOBILENETV2,
+    "mobilenetv3": MOBILENETV3,
+}
+MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values() for name, make in family.items()}
+
+
+def family_of(name: str) -> str:
+    """Returns the family of a network. Raises ValueError for an unknown one, with the nearest names."""
+    for family, names in FAMILIES.items():
+        if name in names:
+            return family
+    raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
@@ -31,20 +62,24 @@ def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
     open, and for a sigmoid with any but two classes.
     """
     if config.name not in MODELS:
-        raise ValueError(f"model.name={config.name!r}: unknown network; {configs.nearest(config.name, MODELS)}")
+        family_of(config.name)
     if config.dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options = {"padding": config.padding, "drop_path": config.drop_path}
+    options = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         if not hasattr(network, name):
             raise ValueError(f"model.{name}={value!r}: {config.name} has no such choice; leave it None")
+    if config.padding is not None and config.padding not in network.paddings:
+        allowed = ", ".join(network.paddings)
+        raise ValueError(f"model.padding={config.padding!r}: {config.name} allows {allowed}")
+    if config.momentum is not None and hasattr(network, "momentum"):
+        given["momentum"] = config.momentum
     head = fill(config.head, network.head)
     return network.clone(
         head=head,
         outputs=outputs(head, classes),
-        freeze_norm=config.freeze_norm,
         remat=remat,
         dtype=jnp.dtype(config.dtype),
         **given,

@@ -1,16 +1,14 @@
-"""EfficientNetV2 (Tan and Le, ICML 2021, arXiv 2104.00298): B0 to B3, S, M, L.
+"""EfficientNet (Tan and Le, ICML 2019, arXiv 1905.11946) B0 to B7, its Lite versions, and V2 (arXiv 2104.00298).
 
-Two kinds of block in a table of stages; width and depth scale the base to B0..B3. Layer names are those of
-Keras with a slash after the block, so that weight rules stay short.
-
-Batch norm: epsilon 1e-3, decay 0.9 (google/automl efficientnetv2/hparams.py, Keras). Padding: TF's SAME,
-which at stride 2 pads an even map by (0, 1). Input range and mean/std belong to the weights (`InputSpec`).
+Two kinds of block in a table of stages; width and depth scale a base. Batch norm: epsilon 1e-3 (torch-trained
+weights: 1e-5); decay 0.99, V2 0.9 (tensorflow/tpu, google/automl, Keras). Padding: TF's SAME, which at stride 2
+pads an even map by (0, 1); torch-trained weights want "symmetric". Lite (tensorflow/tpu efficientnet/lite): no
+squeeze-excite, ReLU6. Input range and mean/std belong to the weights (`InputSpec`).
 """
 
 import math
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from lungjax.models.head import Head, cells
 from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, SqueezeExcite
 from lungjax.models.sizes import check_size, smallest
 
-BN_EPSILON = 1e-3
 # Normal with variance 2 / fan_out (google/automl). An input pixel of a depthwise kernel [k, k, 1, C] has
 # k * k outputs, which is what jax counts as its fan_in.
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -47,8 +44,9 @@ class Block(nn.Module):
     stride: int
     drop_path: float
     momentum: float
+    epsilon: float
+    padding: str
     activation: Activation
-    freeze_norm: bool
     dtype: Any
 
     @nn.compact
@@ -56,11 +54,10 @@ class Block(nn.Module):
         """Maps [B, H, W, C] to [B, H / stride, W / stride, stage.width], rounded up."""
         stage, inputs, act, dtype = self.stage, x, self.activation, self.dtype
         middle = x.shape[-1] * stage.expand
-        conv = partial(Conv, padding="SAME", dtype=dtype, kernel_init=CONV_INIT)
+        conv = partial(Conv, padding=self.padding, dtype=dtype, kernel_init=CONV_INIT)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
-            bn = BatchNorm(momentum=self.momentum, epsilon=BN_EPSILON, dtype=dtype, name=name)
-            return bn(x, train=train and not self.freeze_norm)
+            return BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=dtype, name=name)(x, train=train)
 
         if stage.fused and stage.expand > 1:
             x = conv(middle, stage.kernel, strides=self.stride, name="expand_conv")(x)
@@ -68,16 +65,8 @@ class Block(nn.Module):
         elif stage.expand > 1:
             x = act(norm(conv(middle, 1, name="expand_conv")(x), "expand_bn"))
         if not stage.fused:
-            x = Conv(
-                middle,
-                stage.kernel,
-                strides=self.stride,
-                padding="SAME",
-                groups=middle,
-                dtype=dtype,
-                kernel_init=DEPTHWISE_INIT,
-                name="dwconv",
-            )(x)
+            depthwise = partial(conv, groups=-1, kernel_init=DEPTHWISE_INIT)
+            x = depthwise(middle, stage.kernel, strides=self.stride, name="dwconv")(x)
             x = act(norm(x, "bn"))
         if stage.squeeze:
             # A part of the block's own input channels, not of the expanded ones.
@@ -96,15 +85,18 @@ class Block(nn.Module):
 class EfficientNet(nn.Module):
     """Stem, stages of blocks, a 1x1 convolution to `top` channels, head."""
 
+    paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
+
     stages: tuple[Stage, ...]
     stem: int  # channels
     top: int  # channels of the last map
-    momentum: float = 0.9  # of batch norm: the part of the old statistics kept
+    momentum: float = 0.99  # of batch norm: the part of the old statistics kept
+    epsilon: float = 1e-3  # of batch norm
+    padding: str = "same"
     activation: Activation = nn.silu
     drop_path: float = 0.2  # block b of n is dropped with b / n of this, b = 0..n-1
     head: HeadConfig = HeadConfig(dropout=0.2)
     outputs: int = 1000
-    freeze_norm: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -115,9 +107,10 @@ class EfficientNet(nn.Module):
         Raises ValueError for images below `minimum_size`.
         """
         check_size(images, self.minimum_size())
-        conv = partial(Conv, padding="SAME", dtype=self.dtype, kernel_init=CONV_INIT)
-        norm = partial(BatchNorm, momentum=self.momentum, epsilon=BN_EPSILON, dtype=self.dtype)
-        norm_trains = train and not self.freeze_norm
+        shared = {"padding": self.padding, "dtype": self.dtype}
+        conv = partial(Conv, kernel_init=CONV_INIT, **shared)
+        bn = {"momentum": self.momentum, "epsilon": self.epsilon}
+        norm = partial(BatchNorm, dtype=self.dtype, **bn)
 
         def run(block: Block, x: jax.Array) -> jax.Array:
             return block(x, train=train)
@@ -125,7 +118,7 @@ class EfficientNet(nn.Module):
         if self.remat:
             run = nn.remat(run)
         x = conv(self.stem, 3, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = self.activation(norm(name="stem_bn")(x, train=norm_trains))
+        x = self.activation(norm(name="stem_bn")(x, train=train))
         total, done = sum(stage.repeats for stage in self.stages), 0
         for number, stage in enumerate(self.stages, 1):
             for i in range(stage.repeats):
@@ -133,17 +126,16 @@ class EfficientNet(nn.Module):
                     stage,
                     stride=stage.stride if i == 0 else 1,
                     drop_path=self.drop_path * done / total,
-                    momentum=self.momentum,
                     activation=self.activation,
-                    freeze_norm=self.freeze_norm,
-                    dtype=self.dtype,
-                    name=f"block{number}{chr(ord('a') + i)}",
+                    name=f"stage{number}_block{i + 1}",
+                    **bn,
+                    **shared,
                 )
                 x = run(block, x)  # [B, H / stride, W / stride, stage.width]
                 done += 1
         x = conv(self.top, 1, name="top_conv")(x)  # [B, H / 32, W / 32, top]
-        x = self.activation(norm(name="top_bn")(x, train=norm_trains))
-        logits = Head(self.head, self.outputs, self.freeze_norm, name="head")(x, train=train)
+        x = self.activation(norm(name="top_bn")(x, train=train))
+        logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 
     def minimum_size(self) -> tuple[int, int]:
@@ -153,65 +145,83 @@ class EfficientNet(nn.Module):
         return side, side
 
 
-def scale(stages: Iterable[Stage], stem: int, width: float, depth: float) -> dict[str, Any]:
-    """Returns the fields of a network `width` times as wide and `depth` times as deep.
-
-    Widths round to the nearest eight, without V1's guard against losing a tenth: B3's first stage has 16.
-    """
-
-    def eights(channels: int) -> int:
-        return max(8, int(channels * width + 4) // 8 * 8)
-
-    scaled = tuple(s._replace(width=eights(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages)
-    return {"stages": scaled, "stem": eights(stem), "top": eights(1280)}
+def eights(channels: float, guard: bool) -> int:
+    """Rounds to the nearest multiple of eight, at least 8; with `guard` never down by more than a tenth."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if guard and rounded < 0.9 * channels else rounded
 
 
-#         fused, repeats, width, expand, stride
-V2_BASE = (
-    Stage(True, 1, 16, 1, 1),
-    Stage(True, 2, 32, 4, 2),
-    Stage(True, 2, 48, 4, 2),
-    Stage(False, 3, 96, 4, 2, squeeze=0.25),
-    Stage(False, 5, 112, 6, 1, squeeze=0.25),
-    Stage(False, 8, 192, 6, 2, squeeze=0.25),
-)
-V2_S = (
-    Stage(True, 2, 24, 1, 1),
-    Stage(True, 4, 48, 4, 2),
-    Stage(True, 4, 64, 4, 2),
-    Stage(False, 6, 128, 4, 2, squeeze=0.25),
-    Stage(False, 9, 160, 6, 1, squeeze=0.25),
-    Stage(False, 15, 256, 6, 2, squeeze=0.25),
-)
-V2_M = (
-    Stage(True, 3, 24, 1, 1),
-    Stage(True, 5, 48, 4, 2),
-    Stage(True, 5, 80, 4, 2),
-    Stage(False, 7, 160, 4, 2, squeeze=0.25),
-    Stage(False, 14, 176, 6, 1, squeeze=0.25),
-    Stage(False, 18, 304, 6, 2, squeeze=0.25),
-    Stage(False, 5, 512, 6, 1, squeeze=0.25),
-)
-V2_L = (
-    Stage(True, 4, 32, 1, 1),
-    Stage(True, 7, 64, 4, 2),
-    Stage(True, 7, 96, 4, 2),
-    Stage(False, 10, 192, 4, 2, squeeze=0.25),
-    Stage(False, 19, 224, 6, 1, squeeze=0.25),
-    Stage(False, 25, 384, 6, 2, squeeze=0.25),
-    Stage(False, 7, 640, 6, 1, squeeze=0.25),
+def scale(
+    stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False, **fields: Any
+) -> partial[EfficientNet]:
+    """Returns the network `width` times as wide and `depth` times as deep as the base."""
+
+    def wide(channels: int) -> int:
+        return eights(channels * width, guard)
+
+    scaled = tuple(s._replace(width=wide(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages)
+    sizes = {"stages": scaled, "stem": wide(stem), "top": wide(1280)}
+    return partial(EfficientNet, **sizes, head=HeadConfig(dropout=dropout), **fields)
+
+
+def lite(width: float, depth: float, dropout: float) -> partial[EfficientNet]:
+    """Returns a Lite network: stem, top and the depth of the first and last stage stay as they are."""
+    stages = tuple(stage._replace(squeeze=0.0) for stage in V1)
+    scaled = scale(stages, 32, width, depth, dropout, guard=True, activation=nn.relu6)
+    first, *middle, last = scaled.keywords["stages"]
+    stages = (first._replace(repeats=1), *middle, last._replace(repeats=1))
+    return partial(scaled, stages=stages, stem=32, top=1280)
+
+
+#         fused, repeats, width, expand, stride, kernel, squeeze
+V1 = (
+    Stage(False, 1, 16, 1, 1, 3, 0.25),
+    Stage(False, 2, 24, 6, 2, 3, 0.25),
+    Stage(False, 2, 40, 6, 2, 5, 0.25),
+    Stage(False, 3, 80, 6, 2, 3, 0.25),
+    Stage(False, 3, 112, 6, 1, 5, 0.25),
+    Stage(False, 4, 192, 6, 2, 5, 0.25),
+    Stage(False, 1, 320, 6, 1, 3, 0.25),
 )
 
-# Dropout is Keras's 0.2 throughout; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L.
+
+def v2(repeats: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
+    """Returns the stages of a V2: three of fused blocks, then three or four of MBConv."""
+    kinds = ((True, 1, 1), (True, 4, 2), (True, 4, 2), (False, 4, 2), (False, 6, 1), (False, 6, 2), (False, 6, 1))
+    rows = zip(kinds, repeats, widths, strict=False)  # S and the base stop one stage earlier
+    return tuple(Stage(fused, n, w, e, s, 3, 0.0 if fused else 0.25) for (fused, e, s), n, w in rows)
+
+
+V2_BASE = v2((1, 2, 2, 3, 5, 8), (16, 32, 48, 96, 112, 192))
+V2_S = v2((2, 4, 4, 6, 9, 15), (24, 48, 64, 128, 160, 256))
+V2_M = v2((3, 5, 5, 7, 14, 18, 5), (24, 48, 80, 160, 176, 304, 512))
+V2_L = v2((4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640))
+V2_XL = v2((4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640))
+
 EFFICIENTNET = {
-    f"efficientnetv2_{name}": partial(EfficientNet, **scale(stages, stem, width, depth))
-    for name, stages, stem, width, depth in (
-        ("b0", V2_BASE, 32, 1.0, 1.0),
-        ("b1", V2_BASE, 32, 1.0, 1.1),
-        ("b2", V2_BASE, 32, 1.1, 1.2),
-        ("b3", V2_BASE, 32, 1.2, 1.4),
-        ("s", V2_S, 24, 1.0, 1.0),
-        ("m", V2_M, 24, 1.0, 1.0),
-        ("l", V2_L, 32, 1.0, 1.0),
-    )
+    "efficientnet_b0": scale(V1, 32, 1.0, 1.0, 0.2, guard=True),
+    "efficientnet_b1": scale(V1, 32, 1.0, 1.1, 0.2, guard=True),
+    "efficientnet_b2": scale(V1, 32, 1.1, 1.2, 0.3, guard=True),
+    "efficientnet_b3": scale(V1, 32, 1.2, 1.4, 0.3, guard=True),
+    "efficientnet_b4": scale(V1, 32, 1.4, 1.8, 0.4, guard=True),
+    "efficientnet_b5": scale(V1, 32, 1.6, 2.2, 0.4, guard=True),
+    "efficientnet_b6": scale(V1, 32, 1.8, 2.6, 0.5, guard=True),
+    "efficientnet_b7": scale(V1, 32, 2.0, 3.1, 0.5, guard=True),
+    "efficientnet_lite0": lite(1.0, 1.0, 0.2),
+    "efficientnet_lite1": lite(1.0, 1.1, 0.2),
+    "efficientnet_lite2": lite(1.1, 1.2, 0.3),
+    "efficientnet_lite3": lite(1.2, 1.4, 0.3),
+    "efficientnet_lite4": lite(1.4, 1.8, 0.3),
+}
+# V2's dropout is Keras's 0.2 throughout; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
+# Its widths round without the guard: B3's first stage has 16.
+EFFICIENTNETV2 = {
+    "efficientnetv2_b0": scale(V2_BASE, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_b1": scale(V2_BASE, 32, 1.0, 1.1, 0.2, momentum=0.9),
+    "efficientnetv2_b2": scale(V2_BASE, 32, 1.1, 1.2, 0.2, momentum=0.9),
+    "efficientnetv2_b3": scale(V2_BASE, 32, 1.2, 1.4, 0.2, momentum=0.9),
+    "efficientnetv2_s": scale(V2_S, 24, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_m": scale(V2_M, 24, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_l": scale(V2_L, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_xl": scale(V2_XL, 32, 1.0, 1.0, 0.2, momentum=0.9),
 }

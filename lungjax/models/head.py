@@ -16,12 +16,14 @@ from lungjax.models.layers import BatchNorm
 BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
 GROUPS, GROUP_EPSILON = 32, 1e-5
 LAYER_EPSILON = 1e-6
+ACTIVATIONS = {"relu": nn.relu, "hard_swish": nn.hard_swish}
 
 PLAIN = HeadConfig(
     pool="avg",
     norm_before_pool="none",
     norm_after_pool="none",
     hidden=(),
+    activation="relu",
     hidden_dropout=0.0,
     dropout=0.0,
     output="softmax",
@@ -57,27 +59,25 @@ def cells(head: HeadConfig) -> int:
 
 
 class Head(nn.Module):
-    """Norm and ReLU, pool, norm, dropout, hidden layers, logits. All of it in float32."""
+    """Norm and ReLU, pool, norm, dropout, hidden layers, logits. All of it in float32 at least."""
 
     config: HeadConfig  # a field left None is the plain head's
     outputs: int  # logits
-    freeze_norm: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
         """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
         config = fill(self.config)
-        norms = train and not self.freeze_norm
-        x = features.astype(jnp.float32)
+        x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         if config.norm_before_pool != "none":
-            x = nn.relu(_norm(x, config.norm_before_pool, norms, "norm_before_pool"))
+            x = nn.relu(_norm(x, config.norm_before_pool, train, "norm_before_pool"))
         x = _pool(x, config.pool)
-        x = _norm(x, config.norm_after_pool, norms, "norm_after_pool")
+        x = _norm(x, config.norm_after_pool, train, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
         # Glorot uniform is the Keras default that all the studies' dense layers start from.
         init = nn.initializers.glorot_uniform()
         for i, width in enumerate(config.hidden or (), 1):
-            x = nn.relu(nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
+            x = ACTIVATIONS[config.activation or "relu"](nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
             x = nn.Dropout(config.hidden_dropout, deterministic=not train, name=f"hidden{i}_dropout")(x)
         init = nn.initializers.zeros_init() if config.zero_init else init
         return nn.Dense(self.outputs, kernel_init=init, name="dense")(x)

@@ -7,7 +7,7 @@ defaults that the study's code (github.com/marta-0/covid-ct) has.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,22 @@ from lungjax.models.head import Head, cells
 from lungjax.models.layers import BatchNorm, Conv, max_pool
 from lungjax.models.sizes import Window, check_size, smallest
 
-BN_MOMENTUM, BN_EPSILON = 0.99, 1e-3
-
 
 class Transfusion(nn.Module):
     """Blocks of convolution, norm, ReLU, pool, one for each of `widths`."""
+
+    paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
 
     kernel: int  # side of every convolution
     widths: tuple[int, ...]
     pool: int = 3  # side of the max pool; its stride is 2
     last_pool: bool = True  # False: the last block goes straight to the head
     norm: bool = True
+    momentum: float = 0.99  # of batch norm: the part of the old statistics kept
+    epsilon: float = 1e-3  # of batch norm
     padding: str = "valid"  # of convolutions and pools; padded cells never win a pool
     head: HeadConfig = HeadConfig()
     outputs: int = 1000
-    freeze_norm: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -46,7 +47,7 @@ class Transfusion(nn.Module):
         pads = self.padding.upper()
 
         def block(module: nn.Module, x: jax.Array, number: int) -> jax.Array:
-            name = "stem" if number == 1 else f"block{number}"
+            name = "stem" if number == 1 else f"stage{number}"
             x = Conv(
                 self.widths[number - 1],
                 self.kernel,
@@ -57,8 +58,8 @@ class Transfusion(nn.Module):
                 name=f"{name}_conv",
             )(x)
             if self.norm:
-                norm = BatchNorm(momentum=BN_MOMENTUM, epsilon=BN_EPSILON, dtype=self.dtype, name=f"{name}_bn")
-                x = norm(x, train=train and not self.freeze_norm)
+                norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name=f"{name}_bn")
+                x = norm(x, train=train)
             x = nn.relu(x)
             if number < len(self.widths) or self.last_pool:
                 x = max_pool(x, self.pool, 2, pads)
@@ -69,7 +70,7 @@ class Transfusion(nn.Module):
         x = images
         for number in range(1, len(self.widths) + 1):
             x = block(self, x, number)  # [B, h, w, widths[number - 1]], half the side of the block before
-        logits = Head(self.head, self.outputs, self.freeze_norm, name="head")(x, train=train)
+        logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 
     def minimum_size(self) -> tuple[int, int]:
