@@ -4,6 +4,7 @@
 #   ./run.sh                                  train and test the embedded demo
 #   ./run.sh --experiment=NAME [--set=...]    any flag of python -m lungjax.main
 #   ./run.sh prepare --dataset=NAME ...       any flag of python -m lungjax.prepare
+#   ./run.sh weights --list                   any flag of python -m lungjax.weights
 #   ./run.sh test [pytest arguments]          the tests
 #
 # LUNGJAX_ACCEL=cpu|cuda|tpu chooses jax's packages (default: what the machine has); PYTHON the interpreter.
@@ -54,10 +55,11 @@ case ${1:-} in
     shift
     install "$accel,test"
     cd "$here" && exec "$venv/bin/python" -m pytest "$@" ;;
-  prepare)
+  prepare | weights)
+    command=$1
     shift
     install "$accel"
-    exec "$venv/bin/python" -m lungjax.prepare "$@" ;;
+    exec "$venv/bin/python" -m "lungjax.$command" "$@" ;;
   *)
     install "$accel"
     [ $# -gt 0 ] || set -- --experiment=phantom_demo

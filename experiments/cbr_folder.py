@@ -10,13 +10,13 @@ Any number of classes; CT slices or chest X-rays. 2 cores train on about 40 imag
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 
-def get_config(dataset: str = "folder", model: str = "cbr_small") -> Config:
-    """Arguments: dataset, as prepared (folder or folder/NAME); model."""
+def get_config(dataset: str = "folder", model: str = "cbr_small", weights: str = "none") -> Config:
+    """Arguments: dataset, as prepared (folder or folder/NAME); model; weights."""
     return Config(
         name="cbr_folder",
         data=DataConfig(dataset=dataset),
         input=InputSpec(size=(128, 128), channels=1),
-        model=ModelConfig(name=model),
+        model=ModelConfig(name=model, weights=weights),
         optim=OptimConfig(name="adam", lr=1e-3, schedule="cosine", class_weights="balanced"),
         train=TrainConfig(batch_size=32, epochs=8),
     )

@@ -6,7 +6,6 @@
 Orbax writes into a temporary folder and renames it, so a folder that bears a step number is complete.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from lungjax import trees
 from lungjax.state import TrainState
 
 POLICIES = ocp.training.preservation_policies
@@ -74,7 +72,7 @@ def newest(workdir: Path, kind: str) -> int | None:
 
 
 def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
-    """Returns a run's best variables, laid out as `like` (None: as saved), and their step.
+    """Returns a run's best variables, laid out as `like` (None: numpy arrays on this host), and their step.
 
     Only reads, so that it may be used on a run that is still training. Raises ValueError if there are none.
     """
@@ -82,51 +80,10 @@ def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dic
     if step is None:
         raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
     path = (workdir / "checkpoints" / "best" / str(step)).absolute()
-    return ocp.load_checkpointables(path, {"variables": like} if like else None)["variables"], step
-
-
-def check_source(weights: str) -> Path | None:
-    """Returns the workdir that `model.weights` names, None for "none".
-
-    Raises ValueError for anything else, or a run without trained weights.
-    """
-    if weights == "none":
-        return None
-    run = Path(weights.removeprefix("run:"))
-    if not weights.startswith("run:"):
-        raise ValueError(f"model.weights={weights!r}: allowed are none and run:WORKDIR")
-    if newest(run, "best") is None:
-        raise ValueError(f"model.weights={weights}: no trained run in {run} (no weights in checkpoints/best)")
-    return run
-
-
-def warm_start(variables: dict[str, Any], run: Path, fresh: str = r"^head/(dense|hidden)") -> dict[str, Any]:
-    """Returns `variables` with another run's best weights in all but the new layers of the head.
-
-    Args:
-      variables: {"params", "batch_stats"} of this run, arrays.
-      run: workdir of a lungjax run of the same architecture.
-      fresh: regex over parameter paths that keep this run's own start.
-
-    Raises ValueError listing every name without a counterpart and every unlike shape.
-    """
-    source, _ = restore_best(run)
-    result, problems = {}, []
-    for collection in ("params", "batch_stats"):
-        ours, theirs = trees.flatten(variables[collection]), trees.flatten(source.get(collection) or {})
-        keep = {k for k in ours | theirs if re.search(fresh, k)}
-        problems += [f"only in this network: {k}" for k in ours.keys() - theirs.keys() - keep]
-        problems += [f"only in the run: {k}" for k in theirs.keys() - ours.keys() - keep]
-        shared = (ours.keys() & theirs.keys()) - keep
-        problems += [
-            f"{k}: shape {np.shape(theirs[k])} in the run, {np.shape(ours[k])} here"
-            for k in shared
-            if np.shape(theirs[k]) != np.shape(ours[k])
-        ]
-        result[collection] = trees.unflatten({k: theirs[k] if k in shared else v for k, v in ours.items()})
-    if problems:
-        raise ValueError(f"model.weights=run:{run} does not fit:\n  " + "\n  ".join(sorted(problems)))
-    return result
+    if like is None:  # as saved would be on the devices of the run that saved them, which this machine may not have
+        saved = ocp.checkpointables_metadata(path).metadata["variables"]
+        like = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), saved)
+    return ocp.load_checkpointables(path, {"variables": like})["variables"], step
 
 
 def _open(folder: Path, keep: int) -> Any:

@@ -20,6 +20,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default ./runs/NAME, and with --mode=evaluate where config.json lies."
 )
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
+WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
 LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
 flags.adopt_module_key_flags(entry)
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> None:
     prepare_jax()
     from lungjax import train  # here, after the flags, since it imports jax
 
-    report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value)
+    weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
+    report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value, weights_dir)
     print(f"Report: {report}")
 
 

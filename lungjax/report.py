@@ -316,7 +316,7 @@ def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]
     rows = [
         ["network", ", ".join(filter(None, [_cell(config.model.name), size]))],
         ["first weights", "random" if config.model.weights == "none" else _cell(config.model.weights)],
-        ["input", f"{height} x {width} px, {_count(config.input.channels, 'channel')}"],
+        ["input", f"{height} x {width} px, {_count(config.input.network_channels, 'channel')}"],
         ["best weights", best_text],
     ]
     if "seconds" in facts:

@@ -10,6 +10,7 @@ import math
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from tqdm import tqdm
 from lungjax import config as configs
 from lungjax import evaluate, logs, models, optim, report, sharding, state, step, trees
 from lungjax import workdir as workdirs
-from lungjax.checkpoint import Checkpoints, check_source, restore_best, warm_start
+from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
 from lungjax.models import convolution
 from lungjax.predictions import Predictions
+from lungjax.weights import load
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Run:
     schedule: Any  # step -> learning rate
     steps: int
     eval_steps: int
-    new_state: Any  # () -> TrainState
+    module: Any
+    new_state: Any  # leaves to start from -> TrainState
     train_step: Any  # jitted
     predict_step: Any  # jitted
     started: float  # time.time() at the start
 
 
-def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> Path:
+def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None) -> Path:
     """Trains (or goes on), tests and reports. Returns the path of `report.md`.
 
     Args:
@@ -56,28 +59,33 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train") -> P
       workdir: made if missing; holds config.json, checkpoints, metrics.jsonl, predictions, report and plots.
       data_dir: where `lungjax.prepare` wrote the data sets.
       mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
+      weights_dir: where files of `model.weights` are looked for first.
 
     Raises ValueError for anything the user can put right, before training where possible.
     """
     started = time.time()
     configs.check(config)
+    config = load.resolve(config)
     workdirs.check(workdir, config, mode)
     data = open_dataset(config.data.dataset, str(data_dir))
     workdirs.check_same_data(workdir, data)
     this = set_up(config, workdir, data, started)
-    shapes = jax.eval_shape(this.new_state)
+    shapes = jax.eval_shape(this.new_state, {})
     everywhere = sharding.replicated(this.mesh)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     if mode == "train":
+        fresh = newest(workdir, "last") is None
+        start = first_leaves(this, weights_dir) if fresh else {}  # before anything is written
         if jax.process_index() == 0:
             workdirs.claim(workdir, config, data)
         with Checkpoints(workdir) as checkpoints:
-            found = checkpoints.restore(like)
+            found = None if fresh else checkpoints.restore(like)
             if found:
                 current, progress = found
                 print(f"Going on from step {int(current.step)} of {this.steps} in {workdir}")
             else:
-                current, progress = first_state(this), new_progress()
+                current = jax.jit(this.new_state, out_shardings=everywhere)(start)
+                progress = new_progress()
             train_loop(this, checkpoints, current, progress)
     # The best weights meet the test split once, here.
     variables, best_step = restore_best(workdir, like.variables)
@@ -104,14 +112,14 @@ def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run
             "(height, width) or more"
         )
     check_monitor(config, data)
-    check_source(config.model.weights)
     positive = step.positive_class(config, data.classes)
     train_rows = pipeline.train_rows(data)
     steps, eval_steps = step_counts(config, len(train_rows))
     schedule = optim.make_schedule(config.optim, steps)
-    image_shape = (*config.input.size, config.input.channels)
+    image_shape = (*config.input.size, config.input.network_channels)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    optimizer = optim.make_optimizer(config.optim, schedule, shapes["params"])
+    frozen = optim.frozen_paths(config.optim, shapes["params"])
+    optimizer = optim.make_optimizer(config.optim, schedule, trees.split(shapes["params"], frozen)[0])
     weights = optim.class_weights(config.optim.class_weights, data.columns["label"][train_rows], data.classes)
     everywhere, cut = sharding.replicated(mesh), sharding.split_batch(mesh)
     return Run(
@@ -122,9 +130,10 @@ def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run
         schedule=schedule,
         steps=steps,
         eval_steps=eval_steps,
-        new_state=lambda: state.create(module, optimizer, image_shape, config.train.seed),
+        module=module,
+        new_state=partial(state.create, module, optimizer, image_shape, config.train.seed, frozen),
         train_step=jax.jit(
-            step.make_train_step(module, optimizer, config, weights, positive),
+            step.make_train_step(module, optimizer, config, weights, positive, frozen),
             in_shardings=(everywhere, cut),
             out_shardings=everywhere,
             donate_argnums=0,
@@ -140,15 +149,14 @@ def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run
     )
 
 
-def first_state(this: Run) -> state.TrainState:
-    """Returns the state of step 0 on every device: random, or with another run's weights."""
-    everywhere = sharding.replicated(this.mesh)
-    current = jax.jit(this.new_state, out_shardings=everywhere)()
-    source = check_source(this.config.model.weights)
-    if source:
-        start = warm_start(current.variables, source)
-        current = current.replace(**jax.device_put(start, everywhere))
-    return current
+def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
+    """Returns what step 0 starts from other than random numbers, and says what that leaves at random."""
+    start = load.leaves(this.config, this.module, weights_dir)
+    if this.config.model.weights != "none" and jax.process_index() == 0:
+        paths = load.leaf_shapes(this.module, (*this.config.input.size, this.config.input.network_channels))
+        fresh = [path for path in paths if path not in start]
+        print(f"Starts from {this.config.model.weights}; at random: {', '.join(fresh[:8])}{' ...' * (len(fresh) > 8)}")
+    return start
 
 
 def train_loop(this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: dict[str, Any]) -> None:

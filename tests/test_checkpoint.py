@@ -2,9 +2,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from lungjax import config as configs
 from lungjax import state, train
-from lungjax.checkpoint import Checkpoints, check_source, newest, restore_best, warm_start
+from lungjax.checkpoint import Checkpoints, newest, restore_best
+from lungjax.config import Config, InputSpec, ModelConfig
+from lungjax.weights import load
+
+
+class OneLayer(nn.Module):
+    """The network whose state `make` gives."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(4, use_bias=False, name="dense")(images.mean((1, 2)))
 
 
 def make(step: int) -> state.TrainState:
@@ -67,13 +79,21 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
 
 
 def test_a_source_without_weights_is_named(tmp_path):
-    assert check_source("none") is None
-    with pytest.raises(ValueError, match="allowed are none and run:WORKDIR"):
-        check_source("imagenett")
+    assert load.parse(ModelConfig(weights="none")) == load.Source()
+    with pytest.raises(ValueError, match="model.weights='imagenett': allowed are none.*run:WORKDIR"):
+        load.parse(ModelConfig(weights="imagenett"))
     with pytest.raises(ValueError, match="no trained run"):
-        check_source(f"run:{tmp_path}")
+        load.parse(ModelConfig(weights=f"run:{tmp_path}"))
     with pytest.raises(ValueError, match="no best weights there yet"):
         restore_best(tmp_path)
+
+
+def test_the_best_without_a_layout_comes_as_numpy(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_best(make(4))
+    found, _ = restore_best(tmp_path)
+    assert isinstance(found["params"]["dense"]["kernel"], np.ndarray) and found["batch_stats"] == {}
+    np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 4.0)
 
 
 def test_reading_the_best_leaves_a_save_in_progress_alone(tmp_path):
@@ -85,5 +105,9 @@ def test_reading_the_best_leaves_a_save_in_progress_alone(tmp_path):
         found, step = restore_best(tmp_path, layout)
         assert step == 4
         np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 4.0)
-    warm_start({"params": {"dense": {"kernel": np.zeros((3, 4))}}, "batch_stats": {}}, tmp_path)
+    config = Config(input=InputSpec(size=(8, 8), channels=3), model=ModelConfig(weights=f"run:{tmp_path}"))
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    start = load.leaves(config, OneLayer())
+    assert list(start) == ["dense/kernel"]
+    np.testing.assert_array_equal(start["dense/kernel"], 4.0)
     assert unfinished.is_dir()

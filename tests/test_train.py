@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from orbax.checkpoint import v1 as ocp
 
 from lungjax import config as configs
 from lungjax import logs, metrics, models, optim, predictions, state, step, train, trees
-from lungjax.checkpoint import Checkpoints, newest, restore_best, warm_start
+from lungjax import workdir as workdirs
+from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax.weights import load
 
 CONFIG = Config(
     name="small",
@@ -135,7 +138,15 @@ def test_other_data_or_a_foreign_folder_is_refused(tmp_path, monkeypatch, small_
         ("optim.class_weights=1,2", "left, middle, right"),
         ("model.name=simpel", "simple"),
         ("optim.freeze=nothing", "matches no parameter"),
+        ("optim.freeze=.", "nothing is left to train"),
+        ("optim.tune=blocks:3", "the network has 2 blocks"),
+        ("optim.tune=stages:0", "allowed are all, head, blocks:K and stages:K"),
+        ("optim.lr_factors=nothing=2", "matches no trained parameter"),
         ("model.weights=run:nowhere", "no trained run"),
+        ("model.weights=imagenet", "no ImageNet weights of simple are public"),
+        ("model.weights=imagenett", "allowed are none, imagenet"),
+        ("model.weights=file:nowhere.h5", "no such file"),
+        ("model.padding=symmetric", "simple allows valid, same"),
     ],
 )
 def test_mistakes_end_before_training_and_leave_the_workdir_free(tmp_path, assignment, words):
@@ -162,7 +173,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
 
 def make(config, classes=3):
     module = models.build(config.model, classes, remat=config.train.remat)
-    shape = (*config.input.size, config.input.channels)
+    shape = (*config.input.size, config.input.network_channels)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
     optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 10), shapes["params"])
     first = state.create(module, optimizer, shape, config.train.seed)
@@ -180,7 +191,7 @@ def assert_same_step(a, b, tolerance):
         np.testing.assert_allclose(trees.flatten(b.params)[name], value, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [["model.name=simple"], ["model.name=small_bn", "model.freeze_norm=true"]])
+@pytest.mark.parametrize("settings", [["model.name=simple"], ["model.name=small_bn", "model.batch_norm=frozen"]])
 @pytest.mark.parametrize("variant", ["train.accumulate=4", "train.remat=true"])
 def test_accumulation_and_remat_make_the_plain_step(settings, variant):
     config = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd", *settings)
@@ -199,8 +210,8 @@ def test_accumulation_and_remat_make_the_plain_step(settings, variant):
 def test_frozen_norm_keeps_its_statistics_and_training_ones_move():
     config = changed(CONFIG, "model.name=small_bn")
     batch = batch_of(8, 32)
-    for frozen in (True, False):
-        first, train_step = make(changed(config, f"model.freeze_norm={frozen}"))
+    for choice, frozen in (("frozen", True), ("with_layer", False)):  # no layer is frozen here
+        first, train_step = make(changed(config, f"model.batch_norm={choice}"))
         after, _ = train_step(first, batch)
         same = [
             np.array_equal(a, b)
@@ -221,17 +232,49 @@ def test_dropout_keys_follow_seed_and_step():
 def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path):
     train.run(CONFIG, tmp_path / "run", tmp_path)
     module = models.build(CONFIG.model, 5)
-    fresh = module.init(jax.random.key(9), jnp.zeros((1, 32, 32, 1)), train=False)
-    fresh = {"params": fresh["params"], "batch_stats": fresh.get("batch_stats", {})}
+    optimizer = optim.make_optimizer(OptimConfig(), lambda s: 0.1, {})
+    fresh = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9).params)
     source = trees.flatten(restore_best(tmp_path / "run")[0]["params"])
-    ours = trees.flatten(warm_start(fresh, tmp_path / "run")["params"])
-    for name, value in trees.flatten(fresh["params"]).items():
-        expected = value if name.startswith(("head/dense", "head/hidden")) else source[name]
-        np.testing.assert_array_equal(ours[name], expected)
-    wrong = trees.flatten(fresh["params"])
-    wrong["extra/kernel"] = wrong.pop("stem_conv/kernel")
-    with pytest.raises(ValueError, match=r"only in the run: stem_conv/kernel(.|\n)*only in this network: extra/kernel"):
-        warm_start({**fresh, "params": trees.unflatten(wrong)}, tmp_path / "run")
+    config = load.resolve(changed(CONFIG, f"model.weights=run:{tmp_path / 'run'}"))
+    start = load.leaves(config, module)
+    ours = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9, start=start).params)
+    assert ours.keys() == fresh.keys() and set(fresh) - set(start) == {"head/dense/kernel", "head/dense/bias"}
+    for name, value in fresh.items():
+        np.testing.assert_array_equal(ours[name], value if name.startswith("head/dense") else source[name])
+        assert name.startswith("head/dense") or np.any(value != source[name])
+
+    # Another network: each name without a counterpart and each unlike shape, and nothing is loaded or written.
+    other = changed(config, "model.name=small_bn", "model.head.hidden=")
+    problems = (
+        r"only in the file: stage3_conv/kernel",
+        r"only in the network: stem_bn/scale",
+        r"only in the network: stem_bn/mean",
+        r"stem_conv/kernel: stem_conv/kernel \(3, 3, 1, 16\) gives \(3, 3, 1, 16\), wanted \(3, 3, 1, 4\)",
+    )
+    with pytest.raises(ValueError) as error:
+        train.run(other, tmp_path / "other", tmp_path)
+    for problem in (*problems, rf"model.weights=run:{tmp_path / 'run'}.* does not fit"):
+        assert re.search(problem, str(error.value)), error.value
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_from_another_run_ends_like_the_same_steps_in_one(tmp_path):
+    """Step 0 has the other run's best weights and statistics, a new classifier, and an optimiser that starts anew."""
+    config = changed(CONFIG, "model.name=small_bn", "train.steps=4", "input.mean=0.3", "input.std=0.2")
+    train.run(config, tmp_path / "one", tmp_path)
+    # Rate (almost) zero: what is saved is what it started from.
+    again = changed(
+        config, f"model.weights=run:{tmp_path / 'one'}", "optim.lr=1e-30", "input.mean=None", "input.std=None"
+    )
+    train.run(changed(again, "model.batch_norm=frozen"), tmp_path / "two", tmp_path)
+    saved = configs.from_json((tmp_path / "two/config.json").read_text())
+    assert (saved.input.mean, saved.input.std) == ((0.3,), (0.2,))
+    one, two = (trees.flatten(restore_best(tmp_path / name)[0]) for name in ("one", "two"))
+    assert one.keys() == two.keys() and any("batch_stats" in name for name in one)
+    for name in one:
+        assert np.array_equal(one[name], two[name]) != ("head/dense" in name), name
+    # The same command would go on, though its mean and std are still None.
+    workdirs.check(tmp_path / "two", load.resolve(changed(again, "model.batch_norm=frozen")), "train")
 
 
 @pytest.mark.parametrize("devices", [8])
@@ -247,3 +290,12 @@ def test_eight_devices_make_the_step_and_the_predictions_of_one(tmp_path, device
     assert many["devices"] == devices and one["ids"].tolist() == many["ids"].tolist() and len(one["ids"]) == 13
     np.testing.assert_allclose(many["probabilities"], one["probabilities"], atol=1e-4)
     np.testing.assert_allclose(many["mean"], one["mean"], atol=1e-5)
+    # The best weights of eight devices are read on this one, and start a run on it.
+    assert jax.device_count() < devices
+    config = configs.from_json((tmp_path / str(devices) / "config.json").read_text())
+    config = changed(config, f"model.weights=run:{tmp_path / str(devices)}")
+    start = load.leaves(config, models.build(config.model, 3))
+    assert all(isinstance(leaf, np.ndarray) for leaf in start.values())
+    np.testing.assert_array_equal(start["stage2_bn/mean"], many["mean"])
+    np.testing.assert_allclose(many["tuned"], one["tuned"], atol=1e-4)
+    assert np.abs(one["tuned"] - one["probabilities"]).max() > 1e-3

@@ -1,0 +1,32 @@
+"""Any network trained from random weights on your ImageNet folder, to start other runs from.
+
+    python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with a folder a class
+    python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
+    python -m lungjax.main --experiment=cbr_folder --set=model.weights=run:runs/imagenet_pretrain_cbr_small
+
+For the networks whose ImageNet weights nobody published: the CBR family of "Transfusion" (arXiv 1902.07208), which
+its authors pretrained themselves. Any prepared data set will do; `dataset=` names it. 90 epochs of 1.28 million
+images want an accelerator: some hours on one GPU for CBR-Small. Not run on ImageNet by us, who have none.
+"""
+
+from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config(model: str = "cbr_small", dataset: str = "folder/imagenet", size: int = 224) -> Config:
+    """Arguments: model; dataset as prepared; size of the images in pixels."""
+    return Config(
+        name=f"imagenet_pretrain_{model}",
+        data=DataConfig(dataset=dataset),
+        input=InputSpec(size=(size, size), channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        model=ModelConfig(name=model),
+        optim=OptimConfig(
+            name="sgd",
+            lr=0.1,
+            nesterov=True,
+            schedule="cosine",
+            warmup_steps=2000,
+            weight_decay=5e-5,
+            label_smoothing=0.1,
+        ),
+        train=TrainConfig(batch_size=256, epochs=90, monitor="slice.accuracy"),
+    )

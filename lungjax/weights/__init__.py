@@ -1,0 +1,1 @@
+"""ImageNet weights: where they are, how files are read, how their names become ours."""
