@@ -1,0 +1,1 @@
+"""Our networks beside the references, weights going through files in the released formats."""

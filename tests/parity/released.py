@@ -1,0 +1,64 @@
+"""How the released Keras files name what today's Keras names otherwise (keras-applications, 2017 to 2021)."""
+
+import re
+
+
+def released(network: str, layer: str, weights: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
+    """Returns a layer's name and its weights' names in the released file of `network`.
+
+    `weights` are today's names with the shapes of the arrays.
+    """
+    new = _layer(network, layer)
+    names = []
+    for weight, shape in weights.items():
+        *inner, leaf = weight.removesuffix(":0").split("/")
+        if network.startswith("VGG"):
+            names.append(f"{new}_{'W' if leaf == 'kernel' else 'b'}_1:0")
+        elif leaf.startswith("variable"):
+            names.append("Variable:0")
+        elif len(inner) > 1:  # of a Sequential
+            names.append(f"{inner[-1]}/{leaf}:0")
+        elif leaf == "kernel" and len(shape) == 4 and shape[3] == 1:
+            names.append(f"{new}/depthwise_kernel:0")
+        else:
+            names.append(f"{new}/{leaf}:0")
+    return new, names
+
+
+def _layer(network: str, layer: str) -> str:
+    if network == "MobileNetV2":
+        return _mobilenet_v2(layer)
+    if network.startswith("MobileNetV3"):
+        return _mobilenet_v3(layer)
+    if network.startswith("DenseNet"):
+        return {"conv1_conv": "conv1/conv", "conv1_bn": "conv1/bn", "predictions": "fc1000"}.get(layer, layer)
+    if network.startswith(("ResNet", "EfficientNetB")):
+        return {"predictions": "probs"}.get(layer, layer)
+    if network.startswith("EfficientNetV2"):
+        return re.sub("_dwconv$", "_dwconv2", layer)
+    return layer
+
+
+def _mobilenet_v2(layer: str) -> str:
+    if layer == "predictions":
+        return "Logits"
+    match = re.fullmatch(r"(expanded_conv|block_(\d+))_(expand|depthwise|project)(_BN)?", layer)
+    if not match:
+        return layer
+    number, part = int(match[2] or 0), match[3]
+    if match[4]:
+        return f"bn{number}_conv_{number}_bn_{part}"
+    return f"mobl{number}_conv_{number}_{part}"
+
+
+def _mobilenet_v3(layer: str) -> str:
+    fixed = {"conv": "Conv", "conv_bn": "Conv/BatchNorm", "conv_1": "Conv_1", "conv_1_bn": "Conv_1/BatchNorm",
+             "conv_2": "Conv_2", "logits": "Logits"}  # fmt: skip
+    if layer in fixed:
+        return fixed[layer]
+    match = re.fullmatch(r"(expanded_conv(?:_\d+)?)_(.+)", layer)
+    if not match:
+        return layer
+    part = match[2].replace("squeeze_excite_conv_1", "squeeze_excite/Conv_1")
+    part = re.sub("squeeze_excite_conv$", "squeeze_excite/Conv", part)
+    return f"{match[1]}/{re.sub('_bn$', '/BatchNorm', part)}"

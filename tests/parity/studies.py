@@ -1,0 +1,41 @@
+"""The studies' own small networks in Keras, written from the facts of their code; their layers bear our names.
+
+No weights of these were published, so there is no released file: ours are read from our own names.
+"""
+
+from typing import Any
+
+CBR = {  # kernel, widths, max pool after the last block
+    "cbr_larget": (7, (32, 64, 128, 256, 512), False),
+    "cbr_largew": (7, (64, 128, 256, 512), True),
+    "cbr_small": (7, (32, 64, 128, 256), True),
+    "cbr_tiny": (5, (64, 128, 256, 512), True),
+    "cbr_larget_study": (5, (64, 128, 256, 512), True),
+}
+
+
+def build(name: str, side: int) -> Any:
+    """Returns a Keras model with 1000 logits for images [side, side, 3]."""
+    from keras import Input, Sequential, layers
+
+    stack = [Input((side, side, 3))]
+    if name == "xray_cnn":
+        for at, width in (("stem", 64), ("stage2", 32)):
+            stack += [layers.Conv2D(width, (3, 3), strides=3, activation="relu", name=f"{at}_conv"),
+                      layers.MaxPooling2D(2, 2)]  # fmt: skip
+        stack += [layers.Flatten(), layers.Dense(256, activation="relu", name="head.hidden1")]
+    elif name == "simple":
+        for number, width in enumerate((16, 32, 64), 1):
+            at = "stem" if number == 1 else f"stage{number}"
+            stack += [layers.Conv2D(width, 3, activation="relu", name=f"{at}_conv"), layers.MaxPooling2D()]
+        stack += [layers.GlobalMaxPooling2D(), layers.Dense(32, activation="relu", name="head.hidden1")]
+    else:
+        kernel, widths, last_pool = CBR[name]
+        for number, width in enumerate(widths, 1):
+            at = "stem" if number == 1 else f"stage{number}"
+            stack += [layers.Conv2D(width, kernel, name=f"{at}_conv"), layers.BatchNormalization(name=f"{at}_bn"),
+                      layers.ReLU()]  # fmt: skip
+            if number < len(widths) or last_pool:
+                stack.append(layers.MaxPooling2D(3, 2))
+        stack.append(layers.GlobalAveragePooling2D())
+    return Sequential([*stack, layers.Dense(1000, name="head.dense")])
