@@ -8,7 +8,7 @@
 
 The weights bring their own mean and standard deviation. Gray images are repeated to three channels. What this gave
 on CT slices and chest X-rays, with and without ImageNet weights: experiments/README.md. 2 cores train Lite0 at 160 px
-on about 50 images a second, its head alone on about 200.
+on about 25 images a second, its head alone on about 100.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
