@@ -13,6 +13,10 @@ import optax
 from lungjax import trees
 from lungjax.config import OptimConfig
 
+# Places (stage, number in it) in the order in which a network runs.
+LAST = 10**6
+TOP, HEAD = (LAST, 0), (LAST, 1)
+
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up, then the named schedule over the rest of `steps`."""
@@ -76,11 +80,6 @@ def _matched(pattern: str, paths: Collection[str], setting: str, what: str = "pa
     if not found:
         raise ValueError(f"{setting} matches no {what}, such as {next(iter(paths))!r}")
     return found
-
-
-# Places (stage, number in it) in the order in which a network runs.
-LAST = 10**6
-TOP, HEAD = (LAST, 0), (LAST, 1)
 
 
 def _place(path: str) -> tuple[int, int]:

@@ -104,7 +104,7 @@ DOUBLE = (
 TRAIN = (
     "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ", "convnextv2_atto ",
     "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm", "xray_cnn ",
-    "cbr_small ", "simple ",
+    "cbr_small ", "simple ", "vgg16 torchvision",
 )  # fmt: skip
 
 
