@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax import checkpoint, losses, models, state, step, trees
+from lungjax import checkpoint, datasets, losses, models, overrides, state, step, trees
 from lungjax import config as configs
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig
 from lungjax.data import images as image_files
@@ -93,7 +93,7 @@ def create(
     if source.record:
         wanted, own_classes = source.record.input, source.record.classes
     elif source.run:
-        old = configs.from_json((source.run / "config.json").read_text())
+        old = overrides.from_json((source.run / "config.json").read_text())
         wanted, own_classes = old.input, len(json.loads((source.run / "data.json").read_text())["classes"])
         if classes is None and head is None:
             model = replace(model, head=old.model.head)
@@ -145,8 +145,13 @@ def preprocess(images: Images, spec: InputSpec, boxes: Sequence[Any] | None = No
     return np.asarray(step.normalize(jnp.asarray(read(images, spec, boxes)), spec))
 
 
-def read(images: Images, spec: InputSpec, boxes: Sequence[Any] | None = None) -> np.ndarray:
-    """As `preprocess`, without the normalisation: uint8 [B, H, W, channels]."""
+def read(
+    images: Images, spec: InputSpec, boxes: Sequence[Any] | None = None, trained_on: datasets.Name | None = None
+) -> np.ndarray:
+    """As `preprocess`, without the normalisation: uint8 [B, H, W, channels].
+
+    Each image first becomes what the data set `trained_on` keeps of it: its stage (lungs alone, ...) and size.
+    """
     # An array with few columns is one image with its channels last, not a stack of narrow gray ones.
     alone = isinstance(images, np.ndarray) and (images.ndim == 2 or (images.ndim == 3 and images.shape[-1] <= 4))
     if alone or isinstance(images, str | Path):
@@ -162,6 +167,12 @@ def read(images: Images, spec: InputSpec, boxes: Sequence[Any] | None = None) ->
             array = np.rint(array).astype(np.uint8)  # colours become gray as in the pipeline, which has 8 bits
         whole = (0, 0, array.shape[1], array.shape[0])
         box = np.asarray(whole if boxes is None else boxes[number], np.float32)
+        if trained_on and (trained_on.stage or trained_on.size):
+            from lungjax.datasets import treatment  # here: masks need scikit-image, which few runs do
+
+            array = image_files.gray(array) if trained_on.stage else array
+            array, moved, *_ = treatment.version(array, tuple(box.tolist()), trained_on.stage, trained_on.size)
+            box = np.asarray(moved, np.float32)
         found.append(image_files.to_input(array, box, spec, 0.0))
     return np.stack(found)
 
@@ -191,7 +202,7 @@ def load(workdir: str | Path) -> "Trained":
     path = Path(workdir)
     if checkpoint.newest(path, "best") is None:
         raise ValueError(f"{path}: no trained run there (no weights in checkpoints/best)")
-    config = configs.from_json((path / "config.json").read_text(), str(path / "config.json"))
+    config = overrides.from_json((path / "config.json").read_text(), str(path / "config.json"))
     classes = tuple(json.loads((path / "data.json").read_text())["classes"])
     variables, step_number = checkpoint.restore_best(path)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
@@ -219,7 +230,7 @@ class Trained:
         return maps.mean((1, 2)) if pool else maps
 
     def _run(self, images: Images, boxes: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
-        pixels = read(images, self.config.input, boxes)
+        pixels = read(images, self.config.input, boxes, datasets.resolve(self.config.data.dataset)[0])
         parts = []
         for at in range(0, len(pixels), BATCH):
             part = pixels[at : at + BATCH]

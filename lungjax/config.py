@@ -1,22 +1,24 @@
-"""What one run is: frozen dataclasses, typed overrides, checks that need no device.
+"""What one run is: frozen dataclasses, and checks that need no device.
 
-An experiment returns a `Config`; `--set=optim.lr=3e-4` changes a field through `override`, and a finished
-run's `config.json` reads back through `from_json`. Nothing here imports jax, so a typing mistake on the
-command line is answered at once.
+An experiment returns a `Config`; `lungjax.overrides` changes a field (`--set=optim.lr=3e-4`) and reads and writes
+`config.json`. Nothing here imports jax, so a typing mistake on the command line is answered at once.
 """
 
-import ast
 import dataclasses
 import difflib
-import json
-import types
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROPS = ("none", "box")
+# Versions of a slice that `lungjax.data.lungs` makes; study_* and features are the studies' own.
+STAGES = (
+    "nobackg", "crop", "lungs_nocrop", "lungs", "nolungs",
+    "study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features",
+)  # fmt: skip
+PROTOCOLS = ("sound", "study")
+FILLS = ("constant", "edge", "reflect")
 SAMPLINGS = ("natural", "balanced")
 POOLS = ("avg", "max", "flatten", "avg2x2_flatten")
 NORMS = ("none", "batch", "layer", "group")
@@ -55,11 +57,50 @@ class InputSpec:
 class DataConfig:
     """Where the examples come from and how often each is seen."""
 
-    dataset: str = "phantom_ct"  # name[/config] of a prepared data set
+    dataset: str = "phantom_ct"  # name[/config][-stage][-size] of a prepared data set
+    # One of PROTOCOLS: splits by patient without twins over two of them, or what the study did.
+    protocol: str = "sound"
     sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
     workers: int = 0  # reading processes; 0 reads in threads of this process
     threads: int = 4  # decoding threads of each process
     prefetch: int = 2  # batches read ahead
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to train images on the device, in this order; at its defaults a field does nothing.
+
+    Presets of the studies are in `lungjax.presets`: `--set=augment=covidnet_ct`, then single fields.
+    """
+
+    exterior: float = 0.0  # probability: what lies outside the body becomes the mean of the dark outside
+    # One warp, with `size` as its result.
+    flip_horizontal: float = 0.0  # probability
+    flip_vertical: float = 0.0  # probability
+    rotation: float = 0.0  # at most this part of a turn each way, as in Keras: 0.1 is 36 degrees
+    # Keras's RandomZoom: a number drawn from this range is added to the side that is seen, so -0.2 zooms in on 0.8 of
+    # it and 0.2 shows 1.2.
+    zoom: tuple[float, float] = (0.0, 0.0)
+    zoom_apart: bool = False  # draw height and width on their own
+    shear: float = 0.0  # at most this coefficient (tangent) each way, along x or along y
+    shift: tuple[float, float] = (0.0, 0.0)  # at most these parts of height and width each way
+    box_jitter: float = 0.0  # each edge of the box moves by at most this part of the box's side; needs input.crop=box
+    fill: str = "constant"  # one of FILLS, for what lies outside the image
+    fill_value: float = 0.0  # 0..255, for "constant"
+    # Then the intensities, of 0..255, clipped to that range in the end.
+    brightness: tuple[float, float] = (1.0, 1.0)  # the image times a number of this range
+    contrast: tuple[float, float] = (1.0, 1.0)  # the distance to the image's mean times a number of this range
+    gamma: tuple[float, float] = (1.0, 1.0)  # 255 * (x / 255) ** a number of this range, drawn log-evenly
+    intensity_shift: float = 0.0  # scale * (x + shift): shift at most this many gray levels each way
+    intensity_scale: float = 0.0  # scale 1 -/+ at most this
+    invert: float = 0.0  # probability of 255 - x
+    dropout: tuple[float, float] = (0.0, 0.0)  # part of the patches that become black, drawn from this range
+    dropout_grid: tuple[int, int] = (3, 8)  # patches along each side, drawn from this range (imgaug's size_px)
+    noise: float = 0.0  # Gaussian, its standard deviation drawn from 0 to this many gray levels
+    probability: float = 1.0  # that an image gets each of rotation, shear, box_jitter, zoom, shift and intensities
+    # Last, between two images of a batch; the loss is shared out in the same parts. Both: each half of the batches.
+    mixup: float = 0.0  # alpha of the beta distribution; 0 is off
+    cutmix: float = 0.0  # the same
 
 
 @dataclass(frozen=True)
@@ -165,6 +206,7 @@ class Config:
     name: str = "run"  # of the experiment; the default workdir is runs/NAME
     data: DataConfig = field(default_factory=DataConfig)
     input: InputSpec = field(default_factory=InputSpec)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -193,140 +235,32 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def override(config: Config, assignment: str) -> Config:
-    """Returns `config` with one "path=value" set, the value read by the field's own type.
-
-    Raises ValueError for a missing "=", an unknown path (with the nearest ones) or a value of another type.
-    """
-    path, equals, text = assignment.partition("=")
-    path = path.strip()
-    if not equals or not path:
-        raise ValueError(f"--set={assignment}: expected path=value, such as --set=optim.lr=3e-4")
-    return typing.cast(Config, _set(config, path.split("."), text.strip(), path))
-
-
-def _set(node: Any, parts: list[str], text: str, path: str) -> Any:
-    hints = typing.get_type_hints(type(node))
-    name, *rest = parts
-    unknown = f"--set={path}={text}: no field {path!r}; "
-    if name not in hints:
-        raise ValueError(unknown + nearest(path, _paths(Config)))
-    section = hints[name] if dataclasses.is_dataclass(hints[name]) else None
-    if rest:
-        if section is None:
-            raise ValueError(unknown + nearest(path, _paths(Config)))
-        value = _set(getattr(node, name), rest, text, path)
-    elif section is not None:
-        inside = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(section))
-        raise ValueError(f"--set={path}={text}: {path} is a section; set one of its fields: {inside}")
-    else:
-        value = parse(text, hints[name], path)
-    return dataclasses.replace(node, **{name: value})
-
-
-def _paths(section: Any, prefix: str = "") -> list[str]:
-    paths = []
-    for name, hint in typing.get_type_hints(section).items():
-        paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return paths
-
-
-def parse(text: str, hint: Any, what: str) -> Any:
-    """Reads `text` as the type `hint`: int, float, bool, str, None or a tuple of these.
-
-    Raises ValueError naming `what`, the text and the wanted type.
-    """
-    wanted = _type_name(hint)
-    wrong = ValueError(f"{what}={text}: expected {wanted}, got {text!r}")
-    if isinstance(hint, types.UnionType):
-        if text == "None":  # "none" in small letters is a choice of its own (norms, weights)
-            return None
-        hint = next(o for o in typing.get_args(hint) if o is not type(None))
-    if hint is str:
-        return text
-    if hint is bool:
-        if text.lower() in ("true", "yes", "1"):
-            return True
-        if text.lower() in ("false", "no", "0"):
-            return False
-        raise wrong
-    if typing.get_origin(hint) is tuple:
-        inside = text.strip()
-        if inside[:1] + inside[-1:] in ("()", "[]"):  # as a whole: a regular expression has brackets of its own
-            inside = inside[1:-1]
-        items = [t.strip() for t in inside.split(",") if t.strip()]
-        kinds = typing.get_args(hint)
-        if kinds[-1] is ...:
-            return tuple(parse(t, kinds[0], what) for t in items)
-        if len(items) == 1 and len(set(kinds)) == 1:
-            items *= len(kinds)  # --set=input.size=128 means 128, 128
-        if len(items) != len(kinds):
-            raise wrong
-        return tuple(parse(t, k, what) for t, k in zip(items, kinds, strict=True))
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise wrong from None
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint is int and type(value) in (int, float) and value == int(value):
-        return int(value)
-    raise wrong
-
-
-def _type_name(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_type_name(o) for o in typing.get_args(hint))
-    if hint is type(None):
-        return "None"
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if kinds[-1] is ...:
-            return f"{_type_name(kinds[0])}s with commas"
-        return ", ".join(_type_name(k) for k in kinds)
-    return getattr(hint, "__name__", str(hint))
-
-
-def to_json(config: Config) -> str:
-    """Returns the whole configuration as indented JSON; `from_json` gives the equal one back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, where: str = "config.json") -> Config:
-    """Rebuilds a `Config`. Raises ValueError naming `where` and the field for anything unknown or mistyped."""
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    return typing.cast(Config, _build(Config, tree, where, ""))
-
-
-def _build(section: Any, tree: Any, where: str, prefix: str) -> Any:
-    if not isinstance(tree, dict):
-        raise ValueError(f"{where}: {prefix or 'the file'} should be an object, got {tree!r}")
-    hints = typing.get_type_hints(section)
-    values = {}
-    for name, value in tree.items():
-        if name not in hints:
-            raise ValueError(f"{where}: no field {prefix + name!r}; {nearest(prefix + name, _paths(Config))}")
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, where, f"{prefix}{name}.")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            values[name] = parse(text, hints[name], f"{where}: {prefix + name}")
-    return section(**values)
-
-
-def difference(old: Config, new: Config) -> list[str]:
-    """Returns one "path: old -> new" line a differing field."""
-    a, b = fields_of(old), fields_of(new)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+def _check_augment(config: Config) -> None:
+    """Raises ValueError for the first field of `augment` that is out of its range; reversed ranges are named too."""
+    bounds = {
+        "exterior": (0, 1), "flip_horizontal": (0, 1), "flip_vertical": (0, 1), "rotation": (0, 0.5), "shear": (0, 1),
+        "shift": (0, 1), "box_jitter": (0, 0.4), "fill_value": (0, 255), "zoom": (-0.9, 1), "brightness": (0, 100),
+        "contrast": (0, 100), "gamma": (0.01, 100), "intensity_shift": (0, 255), "intensity_scale": (0, 1),
+        "invert": (0, 1), "dropout": (0, 1), "dropout_grid": (1, 256), "noise": (0, 255), "probability": (0, 1),
+        "mixup": (0, 100), "cutmix": (0, 100),
+    }  # fmt: skip
+    augment = config.augment
+    for name, (low, high) in bounds.items():
+        value = getattr(augment, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(low <= number <= high for number in numbers):  # so that nan fails too
+            raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
+        if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
+            raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
+    if augment.box_jitter and config.input.crop != "box":
+        raise ValueError(f"augment.box_jitter={augment.box_jitter}: needs input.crop=box")
 
 
 def check(config: Config) -> None:
     """Raises ValueError for the first field whose value makes no sense, before any device work."""
     leaves = fields_of(config)
     choices = {
+        "data.protocol": PROTOCOLS, "augment.fill": FILLS,
         "input.crop": CROPS, "input.interpolation": INTERPOLATIONS, "data.sampling": SAMPLINGS,
         "model.dtype": DTYPES, "model.padding": PADDINGS, "optim.name": OPTIMIZERS,
         "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
@@ -374,3 +308,4 @@ def check(config: Config) -> None:
     head = config.model.head
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
+    _check_augment(config)

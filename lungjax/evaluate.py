@@ -10,11 +10,9 @@ from tqdm import tqdm
 
 from lungjax import metrics, sharding
 from lungjax.config import Config
-from lungjax.data import pipeline
+from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import Prepared
 from lungjax.predictions import Predictions
-
-KNOWN_COLUMNS = ("file", "label", "split", "group", "source", "width", "height", "box")
 
 
 def predict(
@@ -48,7 +46,7 @@ def predict(
         labels=columns["label"],
         probabilities=np.stack([scores[int(r)] for r in rows]),
         classes=data.classes,
-        extra={name: values for name, values in columns.items() if name not in KNOWN_COLUMNS},
+        extra={name: values for name, values in columns.items() if name not in prepared.RESERVED},
     )
 
 

@@ -9,6 +9,7 @@ import inspect
 from pathlib import Path
 
 from lungjax import config as configs
+from lungjax import overrides
 from lungjax.config import Config
 
 PACKAGE = Path(__file__).parent
@@ -49,7 +50,7 @@ def load(choice: str) -> Config:
         path = Path(target)
         if not path.is_file():
             raise ValueError(f"--experiment={choice}: no such file")
-        return configs.from_json(path.read_text(), target)
+        return overrides.from_json(path.read_text(), target)
     path = Path(target) if target.endswith(".py") else names().get(target, Path())
     if not path.is_file():
         hint = "no such file" if target.endswith(".py") else configs.nearest(target, names())
@@ -72,7 +73,7 @@ def _call(get_config: object, text: str, choice: str) -> Config:
         if key not in parameters:
             takes = configs.nearest(key, parameters) if parameters else "it takes none"
             raise ValueError(f"--experiment={choice}: no argument {key!r}; {takes}")
-        arguments[key] = configs.parse(value, parameters[key].annotation, f"--experiment={choice}: {key}")
+        arguments[key] = overrides.parse(value, parameters[key].annotation, f"--experiment={choice}: {key}")
     config = get_config(**arguments)
     if not isinstance(config, Config):
         raise ValueError(f"--experiment={choice}: get_config returned {type(config).__name__}, not a lungjax Config")

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 from lungjax import config as configs
-from lungjax import entry, experiment, memory
+from lungjax import entry, experiment, memory, overrides
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
     config = experiment.load(EXPERIMENT.value)
     for assignment in SET.value:
-        config = configs.override(config, assignment)
+        config = overrides.override(config, assignment)
     configs.check(config)
     default = Path("runs") / config.name
     if MODE.value == "evaluate" and EXPERIMENT.value.endswith("config.json"):

@@ -1,8 +1,12 @@
 """Prepares images for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
-Only the flags are read here; `lungjax.datasets.write` does the work. TensorFlow and JAX are never imported.
+With --dataset=NAME --help: where to get that data set and what its folder must look like. With --cross=OTHER:
+patients and images that two prepared data sets share. Only the flags are read here; `lungjax.datasets.write` does
+the work. TensorFlow and JAX are never imported.
 """
 
+import itertools
+import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -10,16 +14,28 @@ from absl import app, flags
 from lungjax import datasets, entry
 from lungjax.data import summary
 
-DATASET = flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME or NAME/CONFIGURATION.")
+DATASET = flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME/CONFIGURATION-STAGE-SIZE.")
 SOURCE = flags.DEFINE_string("source", None, "The folder that holds the images as they were downloaded.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets go.")
 WINDOW = flags.DEFINE_string("window", None, "low,high: 16-bit pixel values shown as black and as white.")
 BAD = flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "What a damaged or missing image does.")
+NO_LUNG = flags.DEFINE_enum(
+    "on_no_lung", "keep", ["keep", "skip", "fail"], "An image in which a stage finds no lung: keep it one stage before."
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces a data set that is already prepared.")
+CROSS = flags.DEFINE_string("cross", None, "A prepared data set: lists patients and images that both hold.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the splits that are made, and of drawn data sets.")
 GROUP = flags.DEFINE_string("group_pattern", "", "folder: regex; its (...) over the file name is the patient.")
 ORIGIN = flags.DEFINE_string("source_pattern", "", "folder: regex; its (...) over the file name is the source.")
 CLASSES = flags.DEFINE_list("classes", [], "folder: the class names in label order; default sorted.")
+MODALITY = flags.DEFINE_enum(
+    "modality", "", ["", "ct", "xray"], "folder: ct keeps a mask of the body of each slice, for augment.exterior."
+)
+HU = flags.DEFINE_list(
+    "hu_window", ["-600/1500"], "DICOM, NIfTI: centre/width in HU; three with commas become three channels."
+)
+PLANE = flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: how volumes are cut.")
+POSITION = flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: every slice, or the middle one.")
 flags.adopt_module_key_flags(entry)
 
 
@@ -29,15 +45,39 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
     if not DATASET.value:
         raise app.UsageError(f"--dataset=NAME is missing; there are {', '.join(datasets.DATASETS)}")
-    options = datasets.Options(SEED.value, ORIGIN.value, GROUP.value, tuple(CLASSES.value))
+    data_dir = Path(DATA_DIR.value).expanduser()
+    if CROSS.value and not SOURCE.value:
+        print(cross(DATASET.value, CROSS.value, data_dir))
+        return
+    options = datasets.Options(
+        seed=SEED.value,
+        source_pattern=ORIGIN.value,
+        group_pattern=GROUP.value,
+        classes=tuple(CLASSES.value),
+        modality=MODALITY.value,
+        hu_windows=tuple(read_hu_window(text) for text in HU.value),
+        plane=PLANE.value,
+        position=POSITION.value,
+    )
     window = read_window(WINDOW.value) if WINDOW.value else None
     source = Path(SOURCE.value).expanduser() if SOURCE.value else None
-    data_dir = Path(DATA_DIR.value).expanduser()
-    how = {"window": window, "on_bad_image": BAD.value, "overwrite": OVERWRITE.value}
+    how = {"window": window, "on_bad_image": BAD.value, "on_no_lung": NO_LUNG.value, "overwrite": OVERWRITE.value}
     result = datasets.write(DATASET.value, source, data_dir, options, **how)
 
     print(summary.markdown(result))
+    if CROSS.value:
+        print(cross(DATASET.value, CROSS.value, data_dir))
     print(f"Train on it with --set=data.dataset={result['name']} --data_dir={data_dir}")
+
+
+def cross(name: str, other: str, data_dir: Path) -> str:
+    """Returns, as markdown, which patients and images two prepared data sets share.
+
+    Raises ValueError if one of them is not prepared.
+    """
+    from lungjax.datasets import twins  # here: with it come scikit-image and TFDS
+
+    return twins.cross(*(datasets.open_dataset(text, data_dir) for text in (name, other)))
 
 
 def read_window(text: str) -> tuple[float, float]:
@@ -51,5 +91,40 @@ def read_window(text: str) -> tuple[float, float]:
     return low, high
 
 
+def read_hu_window(text: str) -> tuple[float, float]:
+    """Returns centre and width of "centre/width". Raises ValueError for anything else."""
+    try:
+        centre, width = (float(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--hu_window={text}: wanted centre/width in HU such as -600/1500") from None
+    if width <= 0:
+        raise ValueError(f"--hu_window={text}: the width must be above zero")
+    return centre, width
+
+
+def help_page(arguments: list[str]) -> str | None:
+    """Returns the page of the data set if `arguments` ask for help and name one.
+
+    Raises ValueError for an unknown data set.
+    """
+    if not {"--help", "-h", "-help"} & set(arguments):
+        return None
+    named = [text.partition("=")[2] for text in arguments if text.startswith(("--dataset=", "-dataset="))]
+    named += [b for a, b in itertools.pairwise(arguments) if a in ("--dataset", "-dataset")]
+    return datasets.page(named[-1]) if named else None
+
+
+def run() -> None:
+    """Prints a data set's page where one is asked for, else reads the flags and prepares."""
+    try:
+        page = help_page(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"lungjax: {error}")
+    if page:
+        print(page)
+    else:
+        entry.run(main)
+
+
 if __name__ == "__main__":
-    entry.run(main)
+    run()

@@ -14,6 +14,7 @@
       .patient          a level over patients (mean probability over a patient's slices), and
         .mixed_groups   patients left out because their slices have different labels
       .by_source.NAME   a level over the examples of each source; no NAME if no source is known
+    nolungs             a level over the test slices with their lungs blacked out; only where those are prepared
 
 A level, with the definitions and what None means in `lungjax.metrics`:
 
@@ -37,29 +38,13 @@ from typing import Any
 
 import numpy as np
 
-from lungjax import metrics, plots, predictions
-from lungjax.config import Config, fields_of, nearest
+from lungjax import metrics, plots, predictions, report_page
+from lungjax.config import Config, nearest
 from lungjax.predictions import Predictions
 
 VERSION = 1
 FEW = 20  # examples of a class below which its rates are warned about
-NOT_CLINICAL = (
-    "> **Not for clinical use.** These numbers describe one network on one data set. They say nothing "
-    "about patients from another hospital, scanner or time."
-)
-HEADLINE = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy (mean recall)",
-    "auc_macro": "AUC, mean over classes",
-    "auc_micro": "AUC, all pooled",
-    "average_precision_macro": "average precision, mean over classes",
-    "precision_macro": "precision, mean over classes",
-    "recall_macro": "recall (sensitivity), mean over classes",
-    "specificity_macro": "specificity, mean over classes",
-    "f1_macro": "F1, mean over classes",
-    "f1_weighted": "F1, weighted by class size",
-    "loss": "cross-entropy",
-}
+TELLING = 0.6  # AUC without lungs from which on it is warned about; 0.5 is chance
 
 
 def write_report(
@@ -75,7 +60,8 @@ def write_report(
     Args:
       workdir: exists. Each file appears whole or not at all, report.md last.
       config: of the run; says the monitor and how many example images to draw.
-      results: predictions of "test", and of "val" where there are any.
+      results: predictions of "test", of "val" where there are any, and of "nolungs", the test split with its lungs
+        blacked out, where that is prepared.
       history: rows of metrics.jsonl.
       facts: JSON-ready; see the module's docstring for the known names. Any may be missing.
       read_image: gives the uint8 [h, w, 1 or 3] image of a row of `results["test"]`.
@@ -90,7 +76,7 @@ def write_report(
     drawn = draw(workdir / "plots", config, results["test"], history, report, read_image)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=_plain_number)
     _replace(workdir / "report.json", text + "\n")
-    _replace(workdir / "report.md", markdown(config, report, drawn))
+    _replace(workdir / "report.md", report_page.markdown(config, report, drawn))
     return report
 
 
@@ -113,8 +99,19 @@ def assemble(
         "facts": dict(facts),
         **splits,
     }
-    report["warnings"] = list(warnings(config, results, splits, history, step))
+    if "nolungs" in results:
+        report["nolungs"] = metrics.report_levels(results["nolungs"])["slice"]
+    report["warnings"] = [*warnings(config, results, splits, history, step), *_without_lungs(report)]
     return report
+
+
+def _without_lungs(report: Mapping[str, Any]) -> Iterator[str]:
+    whole, none = report["test"]["slice"]["auc_macro"], report.get("nolungs", {}).get("auc_macro")
+    if none is not None and none >= TELLING:
+        yield (
+            f"With the lungs blacked out the network still reaches a test AUC of {none:.3f} ({whole:.3f} with them): "
+            "part of what it reads is not in the lungs."
+        )
 
 
 def lookup(report: Mapping[str, Any], name: str) -> Any:
@@ -159,15 +156,16 @@ def warnings(
         absent = [name for name, n in counts.items() if not n]
         few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < FEW]
         if absent:
-            yield f"The {split} split has no example of {_and(absent)}: means leave out what is undefined."
+            named = report_page.listed(absent)
+            yield f"The {split} split has no example of {named}: means leave out what is undefined."
         if few:
-            yield f"The {split} split has few examples of {_and(few)}: the rates there are rough."
+            yield f"The {split} split has few examples of {report_page.listed(few)}: the rates there are rough."
         if patient["mixed_groups"]:
-            mixed = _count(patient["mixed_groups"], "patient")
+            mixed = report_page.count(patient["mixed_groups"], "patient")
             yield f"The {split} numbers per patient leave out {mixed} with slices of several classes."
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
-            yield f"On the {split} split {_and(never)} is never predicted: its precision is undefined."
+            yield f"On the {split} split {report_page.listed(never)} is never predicted: its precision is undefined."
     p, level = results["test"], splits["test"]["slice"]
     most = max(v["n"] for v in level["per_class"].values()) / level["n"]
     if level["accuracy"] <= most and len(p.classes) > 1:
@@ -184,7 +182,7 @@ def warnings(
         both = set(results["val"].groups) & set(p.groups) - {""}
         if both:
             yield (
-                f"The val and the test split share {_count(len(both), 'patient')}, such as {min(both)}: the "
+                f"The val and the test split share {report_page.count(len(both), 'patient')}, such as {min(both)}: the "
                 "weights were chosen with them in sight."
             )
     yield from _source_warnings(p, splits["test"]["by_source"])
@@ -200,19 +198,13 @@ def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[s
     tied = [f"{source} ({named[0]})" for source, named in held.items() if len(named) == 1]
     if tied and len(p.classes) > 1:
         yield (
-            f"Sources with test examples of one class only: {_and(tied)}. The network may recognise the "
+            f"Sources with test examples of one class only: {report_page.listed(tied)}. The network may recognise the "
             "source and not the finding."
         )
     for name in p.classes:
         holders = [source for source, named in held.items() if name in named]
         if len(holders) == 1:
             yield f"All test examples of {name} come from one source, {holders[0]}."
-
-
-def shown_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the slice level, and the patient level where it tells something else."""
-    units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
-    return {unit: levels[unit] for unit in units}
 
 
 def draw(
@@ -225,8 +217,8 @@ def draw(
 ) -> dict[str, str]:
     """Draws every picture into `folder`; returns {file name: what it shows} in the report's order."""
     levels, drawn = report["test"], {}
-    for unit, level in shown_levels(levels).items():
-        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {_count(level['n'], unit)}"
+    for unit, level in report_page.shown_levels(levels).items():
+        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {report_page.count(level['n'], unit)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
         drawn[name] = f"Confusion matrix per {unit}"
     plots.roc_curves(test.labels, test.probabilities, test.classes, folder / "roc.png")
@@ -241,141 +233,6 @@ def draw(
     plots.training_curves(history, folder / "training.png", config.train.monitor, report["best"]["step"])
     drawn["training.png"] = "Training: the train loss has class weights and label smoothing in it, if set"
     return drawn
-
-
-def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
-    """Returns report.md; `drawn` are the files under plots/ with what they show."""
-    test, facts = report["test"], report["facts"]
-    level, patient = test["slice"], test["patient"]
-    columns = {
-        f"{s}, per {unit}": report[s][unit] for s in ("test", "val") if s in report for unit in ("slice", "patient")
-    }
-    data = facts.get("dataset", config.data.dataset)
-    parts = [
-        f"# {report['name']}: {config.model.name} on {_cell(data)}",
-        f"On {_count(level['n'], 'test slice')} the network names the right one of "
-        f"{len(report['classes'])} classes in {_rate(level['accuracy'])} of the cases "
-        f"(AUC {_rate(level['auc_macro'])}); on {_count(patient['n'], 'test patient')} in "
-        f"{_rate(patient['accuracy'])} (AUC {_rate(patient['auc_macro'])}).",
-        NOT_CLINICAL,
-    ]
-    if report["warnings"]:
-        parts += ["## Before you believe it", "\n".join(f"- {_cell(text)}" for text in report["warnings"])]
-    rows = [[text, *(_rate(v[name]) for v in columns.values())] for name, text in HEADLINE.items()]
-    counts = ["examples", *(f"{v['n']:,}" for v in columns.values())]
-    parts += ["## Results", _table(["", *columns], [counts, *rows])]
-    parts.append(
-        "A dash is a number that has no definition there, such as the recall of a class without an example. "
-        "Per patient is the mean probability over a patient's slices."
-    )
-    for unit, values in shown_levels(test).items():
-        head = [f"class (test, per {unit})", "n", *map(_cell, metrics.PER_CLASS)]
-        body = [
-            [_cell(name), f"{v['n']:,}", *(_rate(v[key]) for key in metrics.PER_CLASS)]
-            for name, v in values["per_class"].items()
-        ]
-        parts += [f"### Classes, per {unit}", _table(head, body)]
-        body = [
-            [f"**{_cell(name)}**", *(f"{n:,}" for n in row)]
-            for name, row in zip(report["classes"], values["confusion"], strict=True)
-        ]
-        parts.append(_table(["true \\ predicted", *map(_cell, report["classes"])], body))
-    if test["by_source"]:
-        parts += ["### Sources", _source_table(test["by_source"], report["classes"])]
-    parts.append("## Pictures")
-    parts += [f"![{text.split(':')[0]}](plots/{name})\n\n*{text}.*" for name, text in drawn.items()]
-    parts += ["## How it was trained", _table(["", ""], _training_rows(config, report))]
-    parts += ["## Data", _data_text(facts, data)]
-    parts += [
-        "## Files",
-        "`report.json` has every number of this page and more (keys: `python -c 'import lungjax.report; "
-        "help(lungjax.report)'`), `predictions_test.csv` what the network said about each image, "
-        "`config.json` the whole configuration (`--experiment=config.json` repeats the run), "
-        "`metrics.jsonl` the training log.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _source_table(by_source: Mapping[str, Any], classes: Sequence[str]) -> str:
-    # Neither F1 nor precision: a source without some class would get a zero for each mistaken naming of it.
-    names = ("accuracy", "balanced_accuracy", "auc_macro")
-    body = [
-        [_cell(source), f"{v['n']:,}", *(f"{v['per_class'][c]['n']:,}" for c in classes)]
-        + [_rate(v[name]) for name in names]
-        for source, v in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
-    ]
-    return _table(["source (test, per slice)", "n", *map(_cell, (*classes, *names))], body)
-
-
-def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]:
-    facts, best, leaves = report["facts"], report["best"], fields_of(config)
-    score = "" if best["score"] is None else f" {best['score']:.4f}"
-    size = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
-    height, width = config.input.size
-    best_text = f"step {best['step']} of {facts.get('steps', '?')}, by val {_cell(best['monitor'])}{score}"
-    rows = [
-        ["network", ", ".join(filter(None, [_cell(config.model.name), size]))],
-        ["first weights", "random" if config.model.weights == "none" else _cell(config.model.weights)],
-        ["input", f"{height} x {width} px, {_count(config.input.network_channels, 'channel')}"],
-        ["best weights", best_text],
-    ]
-    if "seconds" in facts:
-        rows.append(["time, last start to end", _duration(facts["seconds"])])
-    shown = ("devices", "hosts", "python", "versions")
-    rows += [[name, _words(facts[name])] for name in shown if name in facts]
-    usual = fields_of(Config())
-    own = [f"{_cell(k)}={_words(v)}" for k, v in leaves.items() if v != usual[k] and k != "name"]
-    return [*rows, ["fields that differ from the defaults", ", ".join(own) or "none"]]
-
-
-def _data_text(facts: Mapping[str, Any], data: str) -> str:
-    counts = facts.get("counts")
-    text = f"{_cell(data)}, fingerprint `{facts.get('fingerprint', '?')[:16]}`."
-    if not counts:
-        return text
-    classes = list(next(iter(counts.values())))
-    body = [[split, *(f"{n.get(c, 0):,}" for c in classes), f"{sum(n.values()):,}"] for split, n in counts.items()]
-    return f"{text} Images:\n\n" + _table(["split", *map(_cell, classes), "all"], body)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)] if any(head) else ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _and(names: Sequence[str]) -> str:
-    """Returns "a, b and c"; of many the first eight."""
-    if len(names) > 8:
-        return ", ".join(names[:8]) + f" and {len(names) - 8} more"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = [f"{k} {v}" for k, v in value.items()]
-    return _cell(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
-
-
-def _cell(text: str) -> str:
-    """Keeps a name from ending its table cell or turning into markup."""
-    text = " ".join(text.split())
-    for sign in ("\\", "|", "*", "_", "`", "<", "[", "$"):
-        text = text.replace(sign, "\\" + sign)
-    return text
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _plain_number(value: Any) -> Any:

@@ -4,6 +4,7 @@ Imports neither grain, TFDS, orbax nor matplotlib, so the step runs and is measu
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from lungjax import losses, trees
+from lungjax import augment, losses, trees
 from lungjax.config import Config, InputSpec
 from lungjax.models.layers import BatchNorm
 from lungjax.state import TrainState
@@ -21,7 +22,7 @@ Metrics = dict[str, jax.Array]
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Turns uint8 [B, H, W, C] into the float32 that the network wants, (x / 255 - mean) / std.
+    """Turns [B, H, W, C] in 0..255 into the float32 that the network wants, (x / 255 - mean) / std.
 
     A gray image becomes [B, H, W, 3] where mean or std have three numbers. 0 and 1 stand for None.
     """
@@ -70,14 +71,37 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`; parameters whose paths are in `frozen` stay.
 
-    The batch holds `image` uint8 [B, H, W, C] and `label` int32 [B]. With `train.accumulate` above one the
-    batch is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
-    BatchNorm is frozen or absent and dropout is off; otherwise statistics and dropout are per part.
+    The batch is one of `pipeline.train_batches`; it is augmented here, on the device. With `train.accumulate` above
+    one it is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
+    BatchNorm is frozen or absent and dropout and mixing are off; otherwise those are per part.
     """
     parts = config.train.accumulate
+    loss = partial(
+        losses.cross_entropy,
+        class_weights=class_weights,
+        label_smoothing=config.optim.label_smoothing,
+        positive=positive,
+    )
+
+    def augmented(batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.Array | float]:
+        # Of the seed alone: a picture depends on its place in the sequence, not on step, batch or device.
+        pictures = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        images = augment.augment(
+            batch["image"],
+            batch.get("place"),
+            pictures,
+            config.augment,
+            config.input.size,
+            batch.get("box"),
+            batch.get("body"),
+        )
+        if not (config.augment.mixup or config.augment.cutmix):
+            return normalize(images, config.input), None, 1.0
+        images, mixed, share = augment.mix(images, batch["label"], batch.get("place"), pictures, config.augment)
+        return normalize(images, config.input), mixed, share
 
     def loss_fn(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        images = normalize(batch["image"], config.input)
+        images, mixed, share = augmented(batch)
         with fixed_norms(config.model.batch_norm, frozen):
             (logits, _), updates = module.apply(
                 {"params": trees.merge(trained, kept), "batch_stats": batch_stats},
@@ -86,13 +110,9 @@ def make_train_step(
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
-        each = losses.cross_entropy(
-            logits,
-            batch["label"],
-            class_weights=class_weights,
-            label_smoothing=config.optim.label_smoothing,
-            positive=positive,
-        )
+        each = loss(logits, batch["label"])
+        if mixed is not None:
+            each = share * each + (1 - share) * loss(logits, mixed)
         predicted = losses.probabilities(logits, positive).argmax(-1)
         metrics = {"loss": each.mean(), "accuracy": (predicted == batch["label"]).mean()}
         return metrics["loss"], (metrics, updates.get("batch_stats", batch_stats))

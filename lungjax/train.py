@@ -27,7 +27,7 @@ from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.datasets import open_dataset
+from lungjax.datasets import open_dataset, with_stage
 from lungjax.models import convolution
 from lungjax.predictions import Predictions
 from lungjax.weights import load
@@ -67,7 +67,7 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
     configs.check(config)
     config = load.resolve(config)
     workdirs.check(workdir, config, mode)
-    data = open_dataset(config.data.dataset, str(data_dir))
+    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
     workdirs.check_same_data(workdir, data)
     this = set_up(config, workdir, data, started)
     shapes = jax.eval_shape(this.new_state, {})
@@ -93,9 +93,22 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         split: evaluate.predict(this.predict_step, variables, data, split, config, this.mesh, progress=True)
         for split in ("val", "test")
     }
+    dark = without_lungs(data, config, data_dir)
+    if dark is not None:
+        results["nolungs"] = evaluate.predict(
+            this.predict_step, variables, dark, "test", config, this.mesh, progress=True
+        )
     facts = describe(this, shapes.params)
     facts |= {"best_step": best_step, "seconds": round(time.time() - started, 1)}
     return write_report(this, results, facts)
+
+
+def without_lungs(data: Prepared, config: Config, data_dir: Path) -> Prepared | None:
+    """Opens the version of `data` with the lungs blacked out, if that is prepared: what is scored there isn't lungs."""
+    try:
+        return open_dataset(with_stage(data.name, "nolungs"), data_dir, config.data.protocol, draw=False)
+    except ValueError:
+        return None
 
 
 def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run:
@@ -313,7 +326,7 @@ def describe(this: Run, params: Any) -> dict[str, Any]:
 def write_report(this: Run, results: dict[str, Predictions], facts: dict[str, Any]) -> Path:
     """Writes predictions, report.json, report.md and the plots (first host only)."""
     if jax.process_index() == 0:
-        reader = pipeline.Reader(this.data, this.config.input, 0.0)
+        reader = pipeline.Reader(this.data, this.config.input)
         rows = this.data.rows("test")
         history = logs.read(this.workdir / "metrics.jsonl")
         report.write_report(this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]))

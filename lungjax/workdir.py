@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lungjax import config as configs
+from lungjax import overrides
 from lungjax.checkpoint import newest
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
@@ -31,8 +31,8 @@ def check(workdir: Path, config: Config, mode: str) -> None:
         return
     if newest(workdir, "last") is None:
         return  # nothing was trained, so nothing can be lost
-    old = configs.from_json(path.read_text(), str(path))
-    changed = [line for line in configs.difference(old, config) if line.split(":")[0] not in FREE_FIELDS]
+    old = overrides.from_json(path.read_text(), str(path))
+    changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in FREE_FIELDS]
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
@@ -60,7 +60,7 @@ def data_facts(data: Prepared) -> dict[str, Any]:
 def claim(workdir: Path, config: Config, data: Prepared) -> None:
     """Writes config.json and data.json; to be called by the first host once every check has passed."""
     workdir.mkdir(parents=True, exist_ok=True)
-    _replace(workdir / "config.json", configs.to_json(config))
+    _replace(workdir / "config.json", overrides.to_json(config))
     _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
 
 

@@ -9,14 +9,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
-from lungjax import config as configs
-from lungjax import models, predictions, train, trees
+from lungjax import models, overrides, predictions, train, trees
 from lungjax.checkpoint import restore_best
 from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 data = conftest.make_small_data()
 models.MODELS["small_bn"] = conftest.small_bn()
-train.open_dataset = lambda name, data_dir: data
+train.open_dataset = lambda name, *_, **__: data
 config = Config(
     input=InputSpec(size=(32, 32)),
     model=ModelConfig(name="small_bn"),
@@ -29,7 +28,7 @@ train.run(config, out, out.parent)
 found = predictions.read(out / "predictions_test.csv")
 tuned = config
 for assignment in (f"model.weights=run:{out}", "optim.tune=head"):
-    tuned = configs.override(tuned, assignment)
+    tuned = overrides.override(tuned, assignment)
 then = out.with_name(out.name + "_tuned")
 train.run(tuned, then, out.parent)
 statistics = trees.flatten(restore_best(out)[0]["batch_stats"])

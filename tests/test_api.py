@@ -9,8 +9,7 @@ from conftest import png
 from weight_writers import CLASSES, HALVED, KERAS, SIDE, install, leaves, write
 
 import lungjax
-from lungjax import config as configs
-from lungjax import models, predictions, train, trees
+from lungjax import models, overrides, predictions, train, trees
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.weights import load as loading
 
@@ -36,7 +35,7 @@ def workdir(tmp_path_factory, small_data):
     folder = tmp_path_factory.mktemp("api") / "run"
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
-        patch.setattr(train, "open_dataset", lambda name, data_dir: small_data)
+        patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
         train.run(RUN, folder, folder.parent)
     return folder
 
@@ -187,7 +186,7 @@ def test_boxes_are_one_an_image():
 
 def test_a_run_predicts_as_its_report_says(zoo, workdir, small_data, tmp_path):
     run = lungjax.load(workdir)
-    assert run.classes == ("left", "middle", "right") and run.config == configs.from_json(
+    assert run.classes == ("left", "middle", "right") and run.config == overrides.from_json(
         (workdir / "config.json").read_text()
     )
     saved = predictions.read(workdir / "predictions_test.csv")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lungjax import config as configs
-from lungjax import state, train
+from lungjax import overrides, state, train
 from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config, InputSpec, ModelConfig
 from lungjax.weights import load
@@ -106,7 +105,7 @@ def test_reading_the_best_leaves_a_save_in_progress_alone(tmp_path):
         assert step == 4
         np.testing.assert_array_equal(found["params"]["dense"]["kernel"], 4.0)
     config = Config(input=InputSpec(size=(8, 8), channels=3), model=ModelConfig(weights=f"run:{tmp_path}"))
-    (tmp_path / "config.json").write_text(configs.to_json(config))
+    (tmp_path / "config.json").write_text(overrides.to_json(config))
     start = load.leaves(config, OneLayer())
     assert list(start) == ["dense/kernel"]
     np.testing.assert_array_equal(start["dense/kernel"], 4.0)

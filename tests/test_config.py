@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lungjax import config as configs
+from lungjax import overrides
 from lungjax.config import Config
 
 
@@ -25,7 +26,7 @@ def test_override_reads_each_type_by_the_field():
         "input.mean=0.5",
         "optim.lr_factors=(stem|stage1)=0.1, ^head/(dense|hidden1)=10",
     ):
-        config = configs.override(config, assignment)
+        config = overrides.override(config, assignment)
     assert config.optim.lr == 3e-4
     assert config.train.epochs == 2.0 and isinstance(config.train.epochs, float)
     assert config.train.steps == 1000 and isinstance(config.train.steps, int)
@@ -37,11 +38,11 @@ def test_override_reads_each_type_by_the_field():
     assert config.data.dataset == "folder/mine"
     assert config.input.mean == (0.5,)
     assert config.optim.lr_factors == ("(stem|stage1)=0.1", "^head/(dense|hidden1)=10")
-    assert configs.override(config, "model.padding=None").model.padding is None
-    assert configs.override(config, "input.mean=None").input.mean is None
-    assert configs.override(config, "input.size=(96, 128)").input.size == (96, 128)
-    assert configs.override(config, "model.head.hidden=[]").model.head.hidden == ()
-    assert configs.override(config, "input.size=64").input.size == (64, 64)
+    assert overrides.override(config, "model.padding=None").model.padding is None
+    assert overrides.override(config, "input.mean=None").input.mean is None
+    assert overrides.override(config, "input.size=(96, 128)").input.size == (96, 128)
+    assert overrides.override(config, "model.head.hidden=[]").model.head.hidden == ()
+    assert overrides.override(config, "input.size=64").input.size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -60,28 +61,28 @@ def test_override_reads_each_type_by_the_field():
 )
 def test_override_errors_name_field_value_and_what_is_allowed(assignment, words):
     with pytest.raises(ValueError) as error:
-        configs.override(Config(), assignment)
+        overrides.override(Config(), assignment)
     for word in words:
         assert word in str(error.value)
 
 
 def test_json_round_trip_is_complete_and_strict():
-    config = configs.override(Config(), "model.head.hidden=64")
-    config = configs.override(config, "input.mean=0.1,0.2,0.3")
-    config = configs.override(config, "model.head.positive_class=COVID, 19")
-    text = configs.to_json(config)
-    assert configs.from_json(text) == config
+    config = overrides.override(Config(), "model.head.hidden=64")
+    config = overrides.override(config, "input.mean=0.1,0.2,0.3")
+    config = overrides.override(config, "model.head.positive_class=COVID, 19")
+    text = overrides.to_json(config)
+    assert overrides.from_json(text) == config
     with pytest.raises(ValueError, match="optim.lrx.*nearest.*optim.lr"):
-        configs.from_json(text.replace('"lr"', '"lrx"'))
+        overrides.from_json(text.replace('"lr"', '"lrx"'))
     with pytest.raises(ValueError, match="optim.lr.*expected float"):
-        configs.from_json(text.replace('"lr": 0.001', '"lr": "x"'))
+        overrides.from_json(text.replace('"lr": 0.001', '"lr": "x"'))
     with pytest.raises(ValueError, match="not JSON"):
-        configs.from_json(text[:-5])
+        overrides.from_json(text[:-5])
 
 
 def test_difference_names_each_changed_field():
-    other = configs.override(configs.override(Config(), "optim.lr=1"), "train.seed=4")
-    assert configs.difference(Config(), other) == ["optim.lr: 0.001 -> 1.0", "train.seed: 0 -> 4"]
+    other = overrides.override(overrides.override(Config(), "optim.lr=1"), "train.seed=4")
+    assert overrides.difference(Config(), other) == ["optim.lr: 0.001 -> 1.0", "train.seed: 0 -> 4"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_difference_names_each_changed_field():
     ],
 )
 def test_check_refuses_nonsense_and_names_the_field(assignment):
-    config = configs.override(Config(), assignment)
+    config = overrides.override(Config(), assignment)
     with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])):
         configs.check(config)
 

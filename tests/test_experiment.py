@@ -1,7 +1,7 @@
 import pytest
 
 from lungjax import config as configs
-from lungjax import experiment
+from lungjax import experiment, overrides
 
 
 def test_every_experiment_loads_checks_and_is_listed():
@@ -28,7 +28,7 @@ def test_a_file_and_a_saved_configuration_work_too(tmp_path):
     config = experiment.load(f"{path}:epochs=2.5")
     assert config.train.epochs == 2.5
     saved = tmp_path / "config.json"
-    saved.write_text(configs.to_json(config))
+    saved.write_text(overrides.to_json(config))
     assert experiment.load(str(saved)) == config
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lungjax import datasets
-from lungjax.data import images
+from lungjax.data import images, prepared
 from lungjax.datasets import Options
 
 
@@ -48,7 +48,7 @@ def test_csv_with_everything(tmp_path):
     assert data.name == "folder/my_hospital" and data.classes == ("sick", "well") and data.window is None
     columns = {k: v.tolist() for k, v in data.columns.items()}
     assert columns["file"] == names
-    assert set(columns) == {"file", "label", "split", "group", "source", "width", "height", "box", "age"}
+    assert set(columns) == {*prepared.COLUMNS, "box", "age"} - {*prepared.BOX}
     assert columns["label"] == [0, 1, 0, 1]
     assert columns["split"] == ["train", "train", "val", "test"]
     assert columns["group"] == ["p1", "p2", "p3", "p4"] and columns["source"] == ["x", "y", "x", "y"]
@@ -134,7 +134,9 @@ def test_flat_16_bit_images_need_a_window(tmp_path):
     for split in ("train", "val", "test"):
         for label in "ab":
             (tmp_path / f"in/{split}/{label}").mkdir(parents=True)
-            Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / f"in/{split}/{label}/x.png")
+            flat = np.full((20, 20), 700, np.uint16)
+            flat[0, 0] = len(split) + 10 * "ab".index(label)  # so that no two are copies
+            Image.fromarray(flat).save(tmp_path / f"in/{split}/{label}/x.png")
     with pytest.raises(ValueError, match="nearly all their training pixels are 700: give --window"):
         prepare(tmp_path)
 
@@ -142,23 +144,29 @@ def test_flat_16_bit_images_need_a_window(tmp_path):
 def test_copies_torn_groups_and_one_class_sources_are_reported(tmp_path):
     rows = []
     for i in range(12):
-        save(tmp_path / f"in/{i}.png", 5 if i in (0, 7) else 100 + i)
+        save(tmp_path / f"in/{i:02}.png", 5 if i in (0, 7) else 100 + i)
         split = "train" if i < 6 else ("val", "test")[i % 2]
-        rows.append(f"{i}.png,{'ab'[i % 2]},{split},p{i % 11},{'xy'[i > 3]}{'' if i > 3 else i % 2}")
+        rows.append(f"{i:02}.png,{'ab'[i % 2]},{split},p{max(i - 1, 0) % 10},{'xy'[i > 3]}{'' if i > 3 else i % 2}")
     csv_file(tmp_path, "path,label,split,group,source\n" + "\n".join(rows))
-    result, _ = prepare(tmp_path)
-    assert result["duplicates"]["sets"] == 1 and result["duplicates"]["sets_across_splits"] == 1
-    assert result["duplicates"]["sets_with_several_labels"] == 1
-    assert result["duplicates"]["examples"] == [["0.png (train, a)", "7.png (test, b)"]]
-    assert result["groups_with_several_labels"] == 1  # p0: images 0 and 11
-    assert result["groups_in_several_splits"] == {"count": 1, "examples": ["p0"]}
-    text = (tmp_path / "data/folder/default/1.0.0/summary.md").read_text()
+    result, data = prepare(tmp_path)
+    assert result["duplicates"]["sets"] == 1 and result["duplicates"]["sets_with_several_labels"] == 1
+    assert result["groups_with_several_labels"] == 1  # p0: images 0, 1 and 11
+    assert result["twins"]["leaks"]["study"]["test"] == {
+        "images": 3, "exact_twin_in_train": 1, "near_twin_in_train": 0, "group_in_train": 1, "any": 2,
+        "exact_twin_in_val": 0,
+    }  # fmt: skip
+    assert result["twins"]["leaks"]["sound"]["test"]["any"] == 0
+    left = data.columns["file"][data.columns["split"] == ""].tolist()
+    assert left == ["00.png", "01.png", "07.png"], "of the patient in test too; then a copy with another label"
+    text = (tmp_path / "data/folder/default/2.0.0/summary.md").read_text()
     for words in (
-        "1 patients are in more than one split",
-        "0.png (train, a) = 7.png (test, b)",
+        "protocol=study: 2 of 3 test images are known from train",
+        "00.png (train, a) = 07.png (test, b)",
         "source x0 has one class",
     ):
         assert words in text
+    study = datasets.open_dataset("folder", tmp_path / "data", "study")
+    assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]
 
 
 CSV_MISTAKES = {
@@ -258,6 +266,6 @@ def test_real_folder(shared, tmp_path):
         writer.writerows(row | {"path": str((shared / "data/ct" / row["path"]).resolve())} for row in rows)
     result, data = prepare(tmp_path, options=Options(source_pattern="^([a-z0-9]+)_"))
     assert result["images"] == len(rows) == len(data.records)
-    assert result["groups_in_several_splits"]["count"] == 0
+    assert result["twins"]["leaks"]["sound"]["test"]["group_in_train"] == 0
     assert {"mosmed", "sarscov2", "ucsd"} <= set(result["sources"])
     assert data.records[7]["image"] == (shared / "data/ct" / rows[7]["path"]).read_bytes()

@@ -13,8 +13,11 @@ from PIL import Image
 
 from lungjax import datasets
 from lungjax import prepare as command
-from lungjax.data import prepared
+from lungjax.config import STAGES
+from lungjax.data import lungs, prepared
 from lungjax.datasets import Options, records
+from lungjax.datasets.listing import Example
+from lungjax.datasets.treatment import Treatment
 
 
 def make_folder(root, count=24, seed=0):
@@ -112,7 +115,7 @@ def test_records_are_the_index_rows_over_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 1000)
     write(tmp_path)
     data = datasets.open_dataset("folder", tmp_path / "data")
-    assert len(list((tmp_path / "data/folder/default/1.0.0").glob("*.array_record*"))) > 5
+    assert len(list((tmp_path / "data/folder/default/2.0.0").glob("*.array_record*"))) > 5
     files = data.columns["file"].tolist()
     assert files == sorted(files) and len(files) == len(data.records) == 24
     for i, file in enumerate(files):
@@ -135,7 +138,7 @@ def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 200)  # so that some shards have no image at all
     result = write(tmp_path, on_bad_image="skip")
     assert [line.split(":")[0] for line in result["skipped"]] == [*bad[:2], "train/a/zero.png", bad[2]]
-    said = json.loads((tmp_path / "data/folder/default/1.0.0/summary.json").read_text())
+    said = json.loads((tmp_path / "data/folder/default/2.0.0/summary.json").read_text())
     assert said["skipped"] == result["skipped"] and "4 images were skipped" in said["warnings"]
     data = datasets.open_dataset("folder", tmp_path / "data")
     assert len(data.records) == 21 and not set(bad) & set(data.columns["file"])
@@ -181,25 +184,27 @@ def test_a_prepared_set_is_kept_unless_asked_and_until_the_new_one_is_whole(tmp_
 
 
 KILLED = """
-import os, signal, sys
+import io, os, signal, sys
 from pathlib import Path
-from lungjax.datasets import folder, records
-good = Path(sys.argv[1]).read_bytes()
+import numpy as np
+from PIL import Image
+from lungjax.datasets import listing, records
 def image(i):
-    if i == 40 and sys.argv[2] == "kill":
+    if i == 40 and sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    return good
-examples = [records.Example(f"{i}", lambda i=i: image(i), i % 2, "train", f"{i}") for i in range(50)]
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+examples = [listing.Example(f"{i}", lambda i=i: image(i), i % 2, "train", f"{i}") for i in range(50)]
 records.SHARD_BYTES = 1
-records.prepare(folder.Builder, "folder/default", records.Listing(("a", "b"), examples), Path("data"))
+records.prepare("folder/default", listing.Listing(("a", "b"), examples), Path("data"))
 """
 
 
 def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_path):
-    image = next(make_folder(tmp_path).glob("train/a/*"))
     for what, code in (("kill", -signal.SIGKILL), ("finish", 0)):
         result = subprocess.run(
-            [sys.executable, "-c", KILLED, image, what], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-c", KILLED, what], cwd=tmp_path, capture_output=True, text=True
         )
         assert result.returncode == code, result.stderr
         if what == "kill":
@@ -212,7 +217,7 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_p
 def test_an_index_that_is_not_whole_does_not_open(tmp_path):
     make_folder(tmp_path)
     write(tmp_path)
-    index = tmp_path / "data/folder/default/1.0.0/index.csv"
+    index = tmp_path / "data/folder/default/2.0.0/index.csv"
     text = index.read_text()
     index.write_text("\n".join(text.splitlines()[:-3]) + "\n")
     with pytest.raises(ValueError, match=r"index.csv has 21 rows, the records 24"):
@@ -232,54 +237,83 @@ def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
 def test_no_more_than_a_few_images_wait_in_memory(tmp_path, monkeypatch):
     path = str(next(make_folder(tmp_path).glob("*/*/*")))
     read: list[str] = []
-    check = records._check
-    monkeypatch.setattr(records, "_check", lambda example: read.append(example.file) or check(example))
-    examples = [records.Example(f"{i}", path, 0, "train", "p") for i in range(300)]
-    ahead = [len(read) - done for done, _ in enumerate(records._checked(examples))]
+    treat = records.treat
+    monkeypatch.setattr(records, "treat", lambda example, how: read.append(example.file) or treat(example, how))
+    examples = [Example(f"{i}", path, 0, "train", "p") for i in range(300)]
+    ahead = [len(read) - done for done, _ in enumerate(records._treated(examples, Treatment()))]
     assert max(ahead) <= 4 * 8 + 1 + 8
 
 
 def test_records_in_another_order_than_the_index_are_noticed(tmp_path, monkeypatch):
     make_folder(tmp_path)
-    right = records._run_tfds
-
-    def shuffled(builder, name, root, classes, shards):
-        right(builder, name, root, classes, shards)
-        calls.append(None)
-
-    calls: list[None] = []
-    monkeypatch.setattr(records, "_run_tfds", shuffled)
     original = prepared.open_records
     monkeypatch.setattr(prepared, "open_records", lambda path: list(reversed(list(original(path)))))
     with pytest.raises(RuntimeError, match="not in the order of the index"):
         write(tmp_path)
-    assert calls
+    assert_nothing_opens(tmp_path)
 
 
-def test_names_are_resolved_and_what_is_missing_is_explained(tmp_path):
-    assert datasets.resolve("covidx_ct")[0] == "covidx_ct/3a"
-    assert datasets.resolve("folder/my-set_2.0")[0] == "folder/my-set_2.0"
+NAMES = {
+    "covidx_ct": "covidx_ct/3a",
+    "covidx_ct/2a-224": "covidx_ct/2a-224",
+    "covidx_ct/lungs-96x128": "covidx_ct/3a-lungs-96x128",
+    "ct_cov19/lungs_nocrop": "ct_cov19/lungs_nocrop",
+    "ct_cov19/original-crop-224": "ct_cov19/crop-224",
+    "folder/my-set_2.0": "folder/my-set_2.0",
+    "folder/mine-nolungs": "folder/mine-nolungs",
+    "folder/2020": "folder/2020",
+    "folder/default-224": "folder/default-224",
+    "phantom_ct/tiny-nolungs": "phantom_ct/tiny-nolungs",
+}
+
+
+def test_a_name_holds_configuration_stage_and_size(tmp_path):
+    for name, full in NAMES.items():
+        parts = datasets.resolve(name)[0]
+        assert parts.full == full and datasets.resolve(full)[0] == parts
+    assert datasets.resolve("covidx_ct/lungs-96x128")[0] == datasets.Name("covidx_ct", "3a", "lungs", (96, 128))
+    assert datasets.with_stage("ct_cov19/lungs-224", "nolungs") == "ct_cov19/nolungs-224"
+    with pytest.raises(ValueError, match="unknown configuration 'lung' of ct_cov19; the nearest: lungs"):
+        datasets.resolve("ct_cov19/lung")
+    assert lungs.STAGES == STAGES
+
+
+def test_names_that_mean_nothing_and_what_is_missing_are_explained(tmp_path):
     with pytest.raises(ValueError) as error:
         datasets.open_dataset("covidx_ct/2a", tmp_path / "data")
     said = str(error.value)
     for words in (
-        "https://www.kaggle.com/datasets/hgunraj/covidxct",
-        "GB",
+        "kaggle.com/datasets/hgunraj/covidxct",
         f"python -m lungjax.prepare --dataset=covidx_ct/2a --source=FOLDER --data_dir={tmp_path / 'data'}",
     ):
         assert words in said
-    with pytest.raises(ValueError, match="unknown data set 'covid_ct'; the nearest: covidx_ct"):
-        datasets.open_dataset("covid_ct", tmp_path)
-    with pytest.raises(ValueError, match="--source=FOLDER is missing: covidx_ct/3a is made from https"):
+    with pytest.raises(ValueError, match="unknown data set 'covidx'; the nearest: covidx_ct"):
+        datasets.open_dataset("covidx", tmp_path)
+    with pytest.raises(ValueError, match="--source=FOLDER is missing: covidx_ct/3a is made from"):
         datasets.write("covidx_ct", None, tmp_path, Options())
     with pytest.raises(ValueError, match="may hold letters"):
         datasets.open_dataset("folder/../x", tmp_path)
 
 
-def test_every_data_set_has_a_builder_whose_features_tfds_can_describe(tmp_path):
+def test_a_set_of_an_older_lungjax_is_refused(tmp_path):
+    make_folder(tmp_path)
+    write(tmp_path)
+    new = tmp_path / "data/folder/default/2.0.0"
+    new.rename(new.with_name("1.0.0"))
+    with pytest.raises(ValueError, match=r"prepared by an older lungjax \(version 1.0.0, this one reads 2.0.0\)"):
+        datasets.open_dataset("folder", tmp_path / "data")
+    write(tmp_path)
+    assert len(datasets.open_dataset("folder", tmp_path / "data").records) == 24
+
+
+def test_every_data_set_tells_where_to_get_it_and_what_to_cite(tmp_path):
     for name, entry in datasets.DATASETS.items():
-        module = __import__(entry.module, fromlist=["Builder"])
-        config = entry.default
-        builder = module.Builder(data_dir=tmp_path, config=config, classes=("a", "b"), shards=())
-        assert builder.name == name
-        assert {"image", "label", "file", "group", "source", "box"} <= set(builder.info.features)
+        page = datasets.page(name)
+        for word in ("Where to get it", "What the folder must look like", "Licence", "Cite", "--dataset=" + name):
+            assert word in page, name
+        expected = datasets.about(name).expected or {}
+        assert set(expected) <= set(entry.configs)
+    shown = run(tmp_path, "--dataset=ictcf", "--help")
+    assert shown.returncode == 0 and shown.stdout.startswith("ictcf: ") and "NiCT" in shown.stdout
+    wrong = run(tmp_path, "--dataset=ictfc", "--help")
+    assert wrong.returncode and "the nearest: ictcf" in wrong.stderr and "Traceback" not in wrong.stderr

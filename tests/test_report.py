@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lungjax import metrics, plots, predictions, report
+from lungjax import metrics, plots, predictions, report, report_page
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.predictions import Predictions
 
@@ -165,7 +165,7 @@ def warned(test: Predictions, val: Predictions | None = None, history=HISTORY, *
     results = {"test": test} if val is None else {"test": test, "val": val}
     found = report.assemble(CONFIG, results, history, FACTS | facts)
     assert not found["warnings"] or all(
-        report._cell(line) in report.markdown(CONFIG, found, {}) for line in found["warnings"]
+        report_page._cell(line) in report_page.markdown(CONFIG, found, {}) for line in found["warnings"]
     )
     return "\n".join(found["warnings"])
 

@@ -13,8 +13,7 @@ import pytest
 from conftest import small_bn
 from orbax.checkpoint import v1 as ocp
 
-from lungjax import config as configs
-from lungjax import logs, metrics, models, optim, predictions, state, step, train, trees
+from lungjax import logs, metrics, models, optim, overrides, predictions, state, step, train, trees
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -33,12 +32,12 @@ CONFIG = Config(
 @pytest.fixture(autouse=True)
 def opened(monkeypatch, small_data):
     monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
-    monkeypatch.setattr(train, "open_dataset", lambda name, data_dir: small_data)
+    monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
 
 
 def changed(config, *assignments):
     for assignment in assignments:
-        config = configs.override(config, assignment)
+        config = overrides.override(config, assignment)
     return config
 
 
@@ -57,7 +56,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     saved = predictions.read(workdir / "predictions_test.csv")
     assert len(saved.ids) == 13
     assert report["test"]["slice"]["accuracy"] == pytest.approx((saved.probabilities.argmax(1) == saved.labels).mean())
-    assert configs.from_json((workdir / "config.json").read_text()) == CONFIG
+    assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
     rows = logs.read(workdir / "metrics.jsonl")
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
@@ -121,7 +120,7 @@ def test_another_configuration_is_refused_but_for_free_fields(tmp_path):
 def test_other_data_or_a_foreign_folder_is_refused(tmp_path, monkeypatch, small_data):
     train.run(CONFIG, tmp_path / "run", tmp_path)
     other = dataclasses.replace(small_data, fingerprint="1" * 64)
-    monkeypatch.setattr(train, "open_dataset", lambda name, data_dir: other)
+    monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: other)
     with pytest.raises(ValueError, match="prepared|other images"):
         train.run(CONFIG, tmp_path / "run", tmp_path)
     (tmp_path / "foreign").mkdir()
@@ -267,7 +266,7 @@ def test_a_run_from_another_run_ends_like_the_same_steps_in_one(tmp_path):
         config, f"model.weights=run:{tmp_path / 'one'}", "optim.lr=1e-30", "input.mean=None", "input.std=None"
     )
     train.run(changed(again, "model.batch_norm=frozen"), tmp_path / "two", tmp_path)
-    saved = configs.from_json((tmp_path / "two/config.json").read_text())
+    saved = overrides.from_json((tmp_path / "two/config.json").read_text())
     assert (saved.input.mean, saved.input.std) == ((0.3,), (0.2,))
     one, two = (trees.flatten(restore_best(tmp_path / name)[0]) for name in ("one", "two"))
     assert one.keys() == two.keys() and any("batch_stats" in name for name in one)
@@ -292,7 +291,7 @@ def test_eight_devices_make_the_step_and_the_predictions_of_one(tmp_path, device
     np.testing.assert_allclose(many["mean"], one["mean"], atol=1e-5)
     # The best weights of eight devices are read on this one, and start a run on it.
     assert jax.device_count() < devices
-    config = configs.from_json((tmp_path / str(devices) / "config.json").read_text())
+    config = overrides.from_json((tmp_path / str(devices) / "config.json").read_text())
     config = changed(config, f"model.weights=run:{tmp_path / str(devices)}")
     start = load.leaves(config, models.build(config.model, 3))
     assert all(isinstance(leaf, np.ndarray) for leaf in start.values())

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from random_weights import random_variables
 
-from lungjax import config as configs
-from lungjax import models, optim, state, step, trees
+from lungjax import models, optim, overrides, state, step, trees
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.models.convnext import ConvNeXt
 from lungjax.models.densenet import DenseNet
@@ -71,7 +70,7 @@ def named(monkeypatch):
 
 def changed(config, *assignments):
     for assignment in assignments:
-        config = configs.override(config, assignment)
+        config = overrides.override(config, assignment)
     return config
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from lungjax import config as configs
-from lungjax import models, train, trees
+from lungjax import models, overrides, train, trees
 from lungjax.checkpoint import newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.models.transfusion import Transfusion
@@ -21,12 +20,12 @@ TINY = partial(Transfusion, 3, (4, 8, 8), pool=2)
 @pytest.fixture(autouse=True)
 def opened(monkeypatch, small_data):
     monkeypatch.setitem(models.MODELS, "tiny_cbr", TINY)
-    monkeypatch.setattr(train, "open_dataset", lambda name, data_dir: small_data)
+    monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
 
 
 def changed(config, *assignments):
     for assignment in assignments:
-        config = configs.override(config, assignment)
+        config = overrides.override(config, assignment)
     return config
 
 
@@ -53,7 +52,7 @@ def source(tmp_path_factory, small_data):
     folder = tmp_path_factory.mktemp("source") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "tiny_cbr", TINY)
-        patch.setattr(train, "open_dataset", lambda name, data_dir: small_data)
+        patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
         train.run(changed(SMALL, "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4"), folder, folder.parent)
     return folder
 
@@ -64,7 +63,7 @@ def test_a_head_on_another_run_s_network(tmp_path, source):
     assert (
         report.is_file() and 0 <= json.loads(report.with_suffix(".json").read_text())["test"]["slice"]["accuracy"] <= 1
     )
-    saved = configs.from_json((tmp_path / "run/config.json").read_text())
+    saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert (saved.input.mean, saved.input.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert saved == dataclasses.replace(config, input=saved.input)
     theirs, ours = (trees.flatten(restore_best(folder)[0]) for folder in (source, tmp_path / "run"))

@@ -10,7 +10,6 @@ import hashlib
 import io
 import struct
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -32,35 +31,42 @@ ALLOWED = "allowed are 8-bit gray or colour and unsigned 16-bit gray"
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the plain kernels, in source pixels
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A fully decoded image and what is stored of it."""
-
-    data: bytes  # the file's own bytes (8-bit JPEG, PNG), else a lossless PNG
-    width: int
-    height: int
-    pixels: str  # hex digest of the decoded pixels; equal for exact copies, also across file formats
-    histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
-
-
-def check(data: bytes) -> Checked:
-    """Decodes an image file completely and returns what a data set stores of it.
-
-    Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
-    8-bit nor unsigned 16-bit gray.
-    """
-    array, form = _pixels(data)
-    height, width = array.shape[:2]
+def digest(array: np.ndarray) -> str:
+    """Returns a hex digest of decoded pixels; equal for exact copies, also across file formats."""
     gray = array[..., 0] if array.ndim == 3 and (array == array[..., :1]).all() else array
-    digest = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
-    digest.update(np.ascontiguousarray(gray).data)
-    deep = array.dtype == np.uint16
-    if deep or form not in ("JPEG", "PNG"):
-        out = io.BytesIO()
-        Image.fromarray(array).save(out, "PNG")
-        data = out.getvalue()
-    histogram = np.bincount(array.ravel(), minlength=1 << 16) if deep else None
-    return Checked(data, width, height, digest.hexdigest(), histogram)
+    made = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
+    made.update(np.ascontiguousarray(gray).data)
+    return made.hexdigest()
+
+
+def encode(array: np.ndarray) -> bytes:
+    """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG that is quick to read.
+
+    Each row is kept as its difference to the row above, which is not packed: array_record packs its records itself,
+    to about the size that a packed PNG has, and unpacks them several times faster (tests/benchmarks/README.md).
+    """
+    samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
+    height, width = array.shape[:2]
+    rows = samples.view(np.uint8).reshape(height, -1)
+    lines = np.full((height, 1 + rows.shape[1]), 2, np.uint8)  # a row begins with its filter; 2 is "up"
+    lines[:, 1:] = rows
+    lines[1:, 1:] -= rows[:-1]
+    header = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, 2 if array.ndim == 3 else 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def gray(array: np.ndarray) -> np.ndarray:
+    """Returns an image as uint8 [H, W]: colours by their luminance, other numbers than uint8 by their own range."""
+    if array.ndim == 3:
+        array = np.asarray(Image.fromarray(array).convert("L"))
+    if array.dtype == np.uint8:
+        return array
+    low, high = np.percentile(array, (0.5, 99.5))
+    return np.rint(np.clip((array - low) * (255.0 / max(high - low, 1.0)), 0, 255)).astype(np.uint8)
 
 
 def decode(data: bytes, window: tuple[float, float] | None) -> np.ndarray:
@@ -69,11 +75,16 @@ def decode(data: bytes, window: tuple[float, float] | None) -> np.ndarray:
     uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
     Raises ValueError if the image can't be read, or has 16 bits and there is no window.
     """
-    array, _ = _pixels(data)
+    array, _ = read(data)
     if array.dtype == np.uint8:
         return array
     if window is None:
         raise ValueError("a 16-bit image, and the data set has no window: prepare it with --window=low,high")
+    return show(array, window)
+
+
+def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Returns 16-bit values as float32 in 0..255, those of `window` becoming 0 and 255."""
     low, high = window
     return np.clip((array.astype(np.float32) - low) * np.float32(255.0 / (high - low)), 0.0, 255.0)
 
@@ -94,18 +105,21 @@ def to_input(image: np.ndarray, box: np.ndarray, spec: InputSpec, margin: float)
     if spec.interpolation not in INTERPOLATIONS:
         raise ValueError(f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}")
     if spec.channels == 1 and image.ndim == 3:
-        image = np.asarray(Image.fromarray(image).convert("L"))
+        image = gray(image)
     height, width = image.shape[:2]
-    region = (0.0, 0.0, float(width), float(height))
-    if spec.crop == "box":
-        region = grow(box, margin, width, height)
+    region = view(box, spec, margin, width, height)
     whole = region == (0.0, 0.0, width, height) and (height, width) == tuple(spec.size)
     resized = image if whole else resize(image, region, spec.size, spec.interpolation, spec.antialias)
     if resized.dtype != np.uint8:
         resized = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
     if resized.ndim == 2:
-        resized = np.repeat(resized[..., None], spec.channels, axis=-1)
+        resized = resized[..., None] if spec.channels == 1 else np.repeat(resized[..., None], spec.channels, axis=-1)
     return resized
+
+
+def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns what of a width x height image `to_input` shows: left, top, right, bottom in pixels."""
+    return grow(box, margin, width, height) if spec.crop == "box" else (0.0, 0.0, float(width), float(height))
 
 
 def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
@@ -195,8 +209,12 @@ def _kernel(x: np.ndarray, name: str) -> np.ndarray:
     return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-def _pixels(data: bytes) -> tuple[np.ndarray, str]:
-    """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format."""
+def read(data: bytes) -> tuple[np.ndarray, str]:
+    """Decodes an image file completely: uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
+
+    Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
+    8-bit nor unsigned 16-bit gray.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             problem = _unsupported(picture, data)

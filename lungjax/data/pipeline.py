@@ -6,14 +6,14 @@ function of the step alone: a resumed run, also on another number of hosts, goes
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 
 from lungjax.config import Config, InputSpec
 from lungjax.data import images
-from lungjax.data.prepared import Prepared
+from lungjax.data.prepared import BODY_SIDE, Prepared
 
 Batch = dict[str, np.ndarray]
 
@@ -24,15 +24,41 @@ class Reader:
 
     data: Prepared
     spec: InputSpec
-    margin: float  # part of the box's side kept around it
+    margin: float = 0.0  # part of the box's side that is shown around it, at the box's own scale
+    body: bool = False  # deliver the mask of the body as well
 
     def __call__(self, row: int) -> np.ndarray:
         """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""
+        return self.example(row)["image"]
+
+    def example(self, row: int) -> Batch:
+        """Returns `image` and what the device needs to augment it.
+
+        `image` is uint8 [h, w, channels]: of the spec's size, larger by the margin on each side. With a margin there
+        is `box`, float32 [4]: xmin, ymin, xmax, ymax in parts of the image; with `body`, that mask, uint8 [h, w],
+        0 or 255. Raises ValueError naming the file if it can't be read.
+        """
+        spec, box = self.spec, self.data.columns["box"][row]
+        if self.margin:
+            spec = replace(spec, size=tuple(round(side * (1 + 2 * self.margin)) for side in spec.size))
         try:
             image = images.decode(self.data.records[int(row)]["image"], self.data.window)
-            return images.to_input(image, self.data.columns["box"][row], self.spec, self.margin)
+            height, width = image.shape[:2]
+            made = {"image": images.to_input(image, box, spec, self.margin)}
+            left, top, right, bottom = images.view(box, spec, self.margin, width, height)
         except ValueError as error:
             raise ValueError(f"{self.data.name}: {self.data.columns['file'][row]}: {error}") from None
+        if self.margin:
+            across, down = right - left, bottom - top
+            at = ((box[0] - left) / across, (box[1] - top) / down, (box[2] - left) / across, (box[3] - top) / down)
+            made["box"] = np.clip(np.asarray(at, np.float32), 0, 1)
+        if self.body:
+            mask = self.data.body_mask(row).astype(np.uint8) * 255
+            across, down = BODY_SIDE / width, BODY_SIDE / height
+            region = (left * across, top * down, right * across, bottom * down)
+            inside = images.resize(mask, region, spec.size, "bilinear", False) > 127
+            made["body"] = inside.astype(np.uint8) * 255
+        return made
 
 
 def train_rows(data: Prepared) -> np.ndarray:
@@ -64,17 +90,22 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
 def train_batches(data: Prepared, config: Config, *, start_step: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
     """Yields this host's part of each global batch from `start_step` on, for ever.
 
-    Each batch has `image` uint8 [b, height, width, channels], `label` int32 [b] and `place` uint32 [b], the
-    example's place in the global sequence, from which later randomness for that example is derived.
+    Each batch has what `Reader.example` makes, stacked, `label` int32 [b] and `place` uint32 [b], the example's
+    place in the global sequence, from which its augmentation is drawn. Raises ValueError if augment.exterior wants
+    masks of the body that the data set doesn't have.
     """
-    reader = Reader(data, config.input, config.input.box_margin)
+    if config.augment.exterior and not data.body:
+        raise ValueError(
+            f"augment.exterior={config.augment.exterior}: {data.name} has no masks of the body, CT sets do"
+        )
+    reader = Reader(data, config.input, config.input.box_margin, body=config.augment.exterior > 0)
     labels = data.columns["label"]
     local = config.train.batch_size // hosts
 
     def load(index: int, row: int) -> Batch:
         place = (start_step * local + index) * hosts + host
         return {
-            "image": reader(row),
+            **reader.example(row),
             "label": np.asarray(labels[row], np.int32),
             "place": np.asarray(place % 2**32, np.uint32),
         }
@@ -92,7 +123,7 @@ def eval_batches(data: Prepared, rows: np.ndarray, config: Config, *, host: int 
 
     `row` int32 [b] names the row; the last batch is filled up with black images whose row is -1.
     """
-    reader = Reader(data, config.input, 0.0)
+    reader = Reader(data, config.input)
     size = config.eval.batch_size
     padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,18 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-SPLITS = ("train", "val", "test")
+from lungjax.data import splits
+
+SPLITS = splits.SPLITS
 BOX = ("xmin", "ymin", "xmax", "ymax")
-RESERVED = ("file", "label", "split", "group", "source", "width", "height", *BOX, "box", "pixels")
-SLICES = "slices"  # the one TFDS split: train, val and test are a column, and "all" is TFDS's own word
-FORMAT = 1
+COLUMNS = (
+    "file", "label", "split", "split_study", "group", "source", "width", "height", *BOX,
+    "pixels", "phash", "mean", "std",
+)  # fmt: skip
+RESERVED = (*COLUMNS, "box")
+SLICES = "slices"  # the one TFDS split: train, val and test are columns, and "all" is TFDS's own word
+VERSION = "2.0.0"  # of the records and of what is kept beside them
+BODY_SIDE = 128  # the mask of a body is kept in this many rows and columns, whatever the image's size
 CHUNK = 20_000  # rows of an index read at a time, so that its text is never in memory as a whole
 
 
@@ -38,10 +46,29 @@ class Prepared:
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
+    protocol: str = "sound"  # which column of splits counts
+    body: bool = False  # records have a mask of the body
 
     def rows(self, split: str) -> np.ndarray:
-        """Returns the row numbers of a split, int64 [n], in record order."""
-        return np.flatnonzero(self.columns["split"] == split)
+        """Returns the row numbers of a split, int64 [n], in record order.
+
+        With protocol "study" a row may come several times, as the study drew it, and be in two splits.
+        """
+        if self.protocol == "sound":
+            return np.flatnonzero(self.columns["split"] == split)
+        cells, place = np.unique(self.columns["split_study"], return_inverse=True)
+        times = np.asarray([splits.parse_study(cell).get(split, 0) for cell in cells])
+        return np.repeat(np.arange(len(place)), times[place])
+
+    def body_mask(self, row: int) -> np.ndarray:
+        """Returns where the body is, bool [BODY_SIDE, BODY_SIDE] over the whole stored image."""
+        packed = np.asarray(self.records[int(row)]["body"], np.uint8)
+        return np.unpackbits(packed).reshape(BODY_SIDE, BODY_SIDE).astype(bool)
+
+
+def directory(data_dir: Path, name: str) -> Path:
+    """Returns where the data set `name`, such as "covidx_ct/3a", lies in `data_dir`."""
+    return data_dir / name / VERSION
 
 
 def is_prepared(directory: Path) -> bool:
@@ -49,17 +76,15 @@ def is_prepared(directory: Path) -> bool:
     return (directory / "index.csv").is_file()
 
 
-def load(directory: Path, name: str) -> Prepared:
-    """Opens the prepared data set in `directory`.
+def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
+    """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if it was written in another format or its index and records differ in length.
+    Raises ValueError if nobody gave it a study's splits and those are asked for, or if its index and records differ
+    in length.
     """
     described = json.loads((directory / "lungjax.json").read_text("utf-8"))
-    if described["format"] != FORMAT:
-        raise ValueError(
-            f"{directory} has index format {described['format']}, this lungjax reads {FORMAT}: prepare "
-            "it again with --overwrite"
-        )
+    if protocol == "study" and not described["study"]:
+        raise ValueError(f"data.protocol=study: {name} came with no splits; leave it at sound")
     classes = tuple(described["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
@@ -71,16 +96,49 @@ def load(directory: Path, name: str) -> Prepared:
     window = tuple(described["window"]) if described["window"] else None
     digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
     digest.update((directory / "index.csv").read_bytes())
-    return Prepared(name, classes, columns, records, window, digest.hexdigest())
+    return Prepared(name, classes, columns, records, window, digest.hexdigest(), protocol, described["body"])
 
 
-def open_records(directory: Path) -> Any:
-    """Returns the TFDS data source of a prepared data set; each record's image stays encoded."""
+class Records(Sequence[Any]):
+    """The records of a prepared data set, of which only what is asked for is decoded; picklable.
+
+    `records[row]["image"]` is the encoded image and `["file"]`, `["group"]`, `["source"]` a name, all bytes; `["body"]`
+    is uint8 [BODY_SIDE**2 / 8]. TFDS decodes every feature of a record, which takes as long as a small picture does.
+    """
+
+    def __init__(self, source: Any):
+        self._source = source  # source[row] is a serialized tf.train.Example
+
+    def __len__(self) -> int:
+        """Returns how many images there are."""
+        return len(self._source)
+
+    def __getitem__(self, row: Any) -> "_Record":
+        """Returns a record. Raises IndexError for a row that isn't there, negative ones too."""
+        from tensorflow_datasets.proto import tf_example_pb2  # see open_records
+
+        if not 0 <= row < len(self._source):
+            raise IndexError(f"record {row} of {len(self._source)}")
+        return _Record(tf_example_pb2.Example.FromString(self._source[row]).features.feature)
+
+
+class _Record:
+    def __init__(self, features: Mapping[str, Any]):
+        self._features = features
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._features[name].bytes_list.value[0]
+        return np.frombuffer(zlib.decompress(value), np.uint8) if name == "body" else value
+
+
+def open_records(directory: Path) -> Records:
+    """Returns the records of a prepared data set, in the order they were written."""
     import tensorflow_datasets as tfds  # here: it costs most of a second, and only opening needs it
 
     with quiet_tfds():
         builder = tfds.builder_from_directory(directory)
-        return builder.as_data_source(split=SLICES, decoders={"image": tfds.decode.SkipDecoding()})
+        source = builder.as_data_source(split=SLICES, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return Records(source.data_source)
 
 
 @contextlib.contextmanager
@@ -98,9 +156,9 @@ def quiet_tfds() -> Iterator[None]:
 def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
-    `file`, `split`, `group`, `source` and further columns are str, `label` is int64 (place in `classes`),
-    `width` and `height` int32 in pixels, `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
-    exclusive.
+    `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str, `label` is int64 (place
+    in `classes`), `width` and `height` int32 in pixels, `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
+    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}
@@ -117,7 +175,7 @@ def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     finally:
         if collecting:
             gc.enable()
-    columns = {name: np.concatenate(part) for name, part in parts.items() if name != "pixels"}
+    columns = {name: np.concatenate(part) for name, part in parts.items()}
     return columns | {"box": np.stack([columns.pop(name) for name in BOX], axis=1)}
 
 
@@ -126,26 +184,20 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
         return np.fromiter(map(number.__getitem__, values), np.int64)
     if name in ("width", "height"):
         return np.fromiter(map(int, values), np.int32)
-    if name in BOX:
+    if name in (*BOX, "mean", "std"):
         return np.fromiter(map(float, values), np.float32)
+    if name == "phash":
+        return np.fromiter((int(value, 16) for value in values), np.uint64)
     return np.array(values, dtype=np.str_)
 
 
 def write_index(
-    directory: Path,
-    name: str,
-    classes: Sequence[str],
-    window: tuple[float, float] | None,
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    directory: Path, described: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Writes lungjax.json and then, whole or not at all, index.csv; `label` holds class names."""
-    described: Mapping[str, Any] = {
-        "format": FORMAT,
-        "name": name,
-        "classes": list(classes),
-        "window": window,
-    }
+    """Writes lungjax.json and then, whole or not at all, index.csv; `label` holds class names.
+
+    `described` holds name, classes, window, study (what protocol=study is, in words) and body.
+    """
     (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial = directory / "index.csv.partial"
     with partial.open("w", newline="", encoding="utf-8") as file:

@@ -5,9 +5,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lungjax.data.prepared import SPLITS
-
+SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+
+
+def parse_study(cell: str) -> dict[str, int]:
+    """Returns how often each split of a cell such as "train", "train*3" or "val+test" counts its image.
+
+    Raises ValueError for anything else.
+    """
+    counts = {}
+    for part in cell.split("+") if cell else []:
+        split, _, times = part.partition("*")
+        if split not in SPLITS or not (times or "1").isdigit():
+            raise ValueError(f"{cell!r} is no list of splits such as train, train*3 or val+test")
+        counts[split] = int(times or 1)
+    return counts
 
 
 def make_splits(

@@ -2,48 +2,46 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lungjax.data.prepared import SPLITS
+from lungjax.data.splits import SPLITS, parse_study
 
 SHOWN = 20  # duplicates, skipped images and the like that are named; the counts are complete
 
 
 def summarize(
-    name: str,
-    classes: Sequence[str],
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    window: tuple[float, float] | None,
+    described: Mapping[str, Any],
+    rows: Sequence[Mapping[str, str]],
+    twins: Mapping[str, Any],
     skipped: Sequence[str],
+    unstaged: Sequence[str],
     notes: Sequence[str],
     group_name: str,
 ) -> dict[str, Any]:
-    """Returns the summary of index rows: counts, sizes, equal images, groups in several splits, warnings."""
-    place = {column: i for i, column in enumerate(header)}
+    """Returns the summary of index rows: counts, sizes, copies, what they do to each protocol, warnings.
+
+    `described` is the content of lungjax.json, `twins` what was found in `datasets.twins`.
+    """
+    classes = described["classes"]
 
     def column(key: str) -> list[str]:
-        return [row[place[key]] for row in rows]
+        return [row[key] for row in rows]
 
-    files, labels, splits, groups, sources = (column(k) for k in ("file", "label", "split", "group", "source"))
-    counts = Counter(zip(splits, labels, strict=True))
-    group_sets = defaultdict(set)
-    for split, label, group in zip(splits, labels, groups, strict=True):
-        group_sets[split, label].add(group)
-    used = [split for split in SPLITS if split in set(splits)]
+    labels, groups, sources = (column(k) for k in ("label", "group", "source"))
     width, height = (np.array(column(k), dtype=np.str_).astype(int) for k in ("width", "height"))
+    cells = {"sound": column("split")} | ({"study": column("split_study")} if described["study"] else {})
     result = {
-        "name": name,
+        "name": described["name"],
         "images": len(rows),
         "classes": list(classes),
         "group_name": group_name,
         "groups": len(set(groups)),
-        "splits": {s: {c: counts[s, c] for c in classes} for s in used},
-        "groups_by_split": {s: {c: len(group_sets[s, c]) for c in classes} for s in used},
+        "study": described["study"],
+        "protocols": {name: _counts(cells[name], labels, groups, classes) for name in cells},
         "sources": {s: dict(sorted(Counter(_select(labels, sources, s)).items())) for s in sorted(set(sources))},
         "sizes": {
             "width": [int(v) for v in (width.min(), np.median(width), width.max())],
@@ -53,46 +51,64 @@ def summarize(
                 for (w, h), n in Counter(zip(width.tolist(), height.tolist(), strict=True)).most_common(3)
             ],
         },
-        "window": window,
-        "duplicates": _duplicates(files, labels, splits, column("pixels")),
-        "groups_in_several_splits": _torn(groups, splits),
+        "pixels": _statistics(rows),
+        "window": described["window"],
+        "duplicates": _duplicates(labels, column("pixels")),
+        "twins": dict(twins),
         "groups_with_several_labels": _mixed(groups, labels),
         "skipped": list(skipped),
+        "unstaged": list(unstaged),
         "notes": list(notes),
     }
     result["warnings"] = _warnings(result)
     return result
 
 
+def _counts(
+    cells: Sequence[str], labels: Sequence[str], groups: Sequence[str], classes: Sequence[str]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns {split: {"images": {class: count}, "groups": {class: count}}} of a protocol's cells."""
+    images: Counter[tuple[str, str]] = Counter()
+    members = defaultdict(set)
+    parsed = {cell: parse_study(cell) for cell in set(cells)}
+    for cell, label, group in zip(cells, labels, groups, strict=True):
+        for split, times in parsed[cell].items():
+            images[split, label] += times
+            members[split, label].add(group)
+    used = {split for split, _ in images}
+    return {
+        split: {
+            "images": {c: images[split, c] for c in classes},
+            "groups": {c: len(members[split, c]) for c in classes},
+        }
+        for split in SPLITS
+        if split in used
+    }
+
+
+def _statistics(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Returns mean and standard deviation of pixel / 255 over the train images of the sound protocol, each alike."""
+    train = [row for row in rows if row["split"] == "train"]
+    mean, std = (np.array([row[key] for row in train], dtype=np.str_).astype(float) for key in ("mean", "std"))
+    whole = float(mean.mean())
+    return {"mean": round(whole, 4), "std": round(float(np.sqrt((std**2 + mean**2).mean() - whole**2)), 4)}
+
+
 def _select(values: Sequence[str], keys: Sequence[str], key: str) -> list[str]:
     return [value for value, k in zip(values, keys, strict=True) if k == key]
 
 
-def _duplicates(
-    files: Sequence[str], labels: Sequence[str], splits: Sequence[str], pixels: Sequence[str]
-) -> dict[str, Any]:
+def _duplicates(labels: Sequence[str], pixels: Sequence[str]) -> dict[str, int]:
     same = defaultdict(list)
     for i, digest in enumerate(pixels):
         same[digest].append(i)
     sets = [members for members in same.values() if len(members) > 1]
-    across = [m for m in sets if len({splits[i] for i in m}) > 1]
     conflicting = [m for m in sets if len({labels[i] for i in m}) > 1]
-    worst_first = sorted(sets, key=lambda m: (m not in conflicting, m not in across))
     return {
         "sets": len(sets),
         "images": sum(map(len, sets)),
-        "sets_across_splits": len(across),
         "sets_with_several_labels": len(conflicting),
-        "examples": [[f"{files[i]} ({splits[i]}, {labels[i]})" for i in m[:6]] for m in worst_first[:SHOWN]],
     }
-
-
-def _torn(groups: Sequence[str], splits: Sequence[str]) -> dict[str, Any]:
-    where = defaultdict(set)
-    for group, split in zip(groups, splits, strict=True):
-        where[group].add(split)
-    torn = sorted(group for group, found in where.items() if len(found) > 1)
-    return {"count": len(torn), "examples": torn[:SHOWN]}
 
 
 def _mixed(groups: Sequence[str], labels: Sequence[str]) -> int:
@@ -102,17 +118,22 @@ def _mixed(groups: Sequence[str], labels: Sequence[str]) -> int:
 
 def _warnings(result: dict[str, Any]) -> list[str]:
     warnings = []
-    torn, copies, named = result["groups_in_several_splits"], result["duplicates"], result["group_name"]
-    if torn["count"]:
-        warnings.append(f"{torn['count']} {named} are in more than one split, so test scores will be too high")
-    if copies["sets_across_splits"]:
-        warnings.append(f"{copies['sets_across_splits']} sets of equal images reach over two splits")
+    copies = result["duplicates"]
+    for split, found in result["twins"]["leaks"].get("study", {}).items():
+        if found["any"]:
+            warnings.append(
+                f"protocol=study: {found['any']} of {found['images']} {split} images are known from train, so its "
+                "scores will be too high"
+            )
     if copies["sets_with_several_labels"]:
         warnings.append(f"{copies['sets_with_several_labels']} sets of equal images have different labels")
+    if result["unstaged"]:
+        warnings.append(f"in {len(result['unstaged'])} images the stage found no body or lung")
     if result["skipped"]:
         warnings.append(f"{len(result['skipped'])} images were skipped")
     for split in SPLITS:
-        empty = [c for c, n in result["splits"].get(split, dict.fromkeys(result["classes"], 0)).items() if not n]
+        held = result["protocols"]["sound"].get(split, {"images": dict.fromkeys(result["classes"], 0)})
+        empty = [c for c, n in held["images"].items() if not n]
         if empty:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
     for source, found in result["sources"].items():
@@ -127,30 +148,33 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns a summary as markdown, also readable as it is on a terminal."""
     named, classes = result["group_name"], result["classes"]
     lines = [f"# {result['name']}", "", f"{result['images']:,} images, {result['groups']:,} {named}", ""]
-    head = ["split", *classes, "images", *(f"{c} {named}" for c in classes)]
-    table = [
-        [split, *counts.values(), sum(counts.values()), *result["groups_by_split"][split].values()]
-        for split, counts in result["splits"].items()
-    ]
-    lines += _table(head, table)
+    for protocol, splits in result["protocols"].items():
+        what = "protocol=sound, the default" if protocol == "sound" else f"protocol=study: {result['study']}"
+        table = [
+            [split, *held["images"].values(), sum(held["images"].values()), *held["groups"].values()]
+            for split, held in splits.items()
+        ]
+        lines += [what, "", *_table(["split", *classes, "images", *(f"{c} {named}" for c in classes)], table), ""]
     if len(result["sources"]) > 1:
-        lines += ["", *_table(["source", *classes], [
+        lines += [*_table(["source", *classes], [
             [source or "(none)", *(found.get(c, 0) for c in classes)]
             for source, found in result["sources"].items()
-        ])]  # fmt: skip
-    sizes, copies = result["sizes"], result["duplicates"]
+        ]), ""]  # fmt: skip
+    sizes, copies, pixels = result["sizes"], result["duplicates"], result["pixels"]
     common = ", ".join(f"{size} ({n:,})" for size, n in sizes["common"])
     lines += [
-        "",
         f"- Width {sizes['width'][0]} to {sizes['width'][2]} pixels, median {sizes['width'][1]}; height "
         f"{sizes['height'][0]} to {sizes['height'][2]}, median {sizes['height'][1]}; most common {common}",
-        f"- Equal images (same decoded pixels): {copies['images']} in {copies['sets']} sets; over two "
-        f"splits: {copies['sets_across_splits']} sets; with different labels: "
-        f"{copies['sets_with_several_labels']} sets",
-        *(f"  - {' = '.join(members)}" for members in copies["examples"]),
-        f"- {named.capitalize()} in more than one split: {result['groups_in_several_splits']['count']}"
-        + _listed(result["groups_in_several_splits"]["examples"]),
+        f"- Pixels of the train split, of 0..1: mean {pixels['mean']}, standard deviation {pixels['std']} "
+        f"(--set=input.mean={pixels['mean']} --set=input.std={pixels['std']} where no weights bring their own)",
+        f"- Equal images (same decoded pixels): {copies['images']} in {copies['sets']} sets; with "
+        f"different labels: {copies['sets_with_several_labels']} sets",
+        f"- Near twins (the same picture of different {named}): {result['twins']['near_pairs']} pairs",
+        *(f"  - {pair}" for pair in result["twins"]["pairs"]),
+        f"- protocol=sound leaves out {result['twins']['left_out']:,} of {result['images']:,} images",
         f"- {named.capitalize()} with images of several classes: {result['groups_with_several_labels']}",
+        f"- Images in which the stage found no body or lung: {len(result['unstaged'])}"
+        + (f": {', '.join(result['unstaged'][:SHOWN])}" if result["unstaged"] else ""),
         f"- Skipped images: {len(result['skipped'])}",
         *(f"  - {line}" for line in result["skipped"][:SHOWN]),
     ]
@@ -159,10 +183,6 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"- {note}" for note in result["notes"]]
     lines += [f"- WARNING: {warning}" for warning in result["warnings"]]
     return "\n".join(lines) + "\n"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f": {', '.join(names)}" if names else ""
 
 
 def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -1,44 +1,44 @@
-"""Data sets by name. Each has a file with `Builder` (TFDS) and `listing(source, config, options)`."""
+"""Data sets by name: NAME/CONFIGURATION, or a version of one, NAME/CONFIGURATION-STAGE-SIZE.
+
+Each data set has a module with `ABOUT` and `listing(source, config, options)`; `records.prepare` writes what is listed.
+"""
 
 import importlib
 import re
+import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lungjax.config import nearest
+from lungjax.config import STAGES, nearest
 from lungjax.data import prepared
 from lungjax.data.prepared import Prepared
+from lungjax.datasets.listing import About
+
+PLAIN = ("default", "original")  # configurations that a name leaves out where a stage or size follows
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """How a data set is found, named and got."""
+    """How a data set is found and named; the module is `lungjax.datasets.NAME`."""
 
-    module: str  # holds Builder and listing
     default: str  # configuration where the name has none
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
-    origin: str  # where the images come from and how big they are, for errors; "" if drawn by lungjax
+    drawn: bool = False  # lungjax draws it itself, on first use
 
 
 DATASETS: dict[str, Dataset] = {
-    "covidx_ct": Dataset(
-        "lungjax.datasets.covidx_ct",
-        "3a",
-        ("1", "2a", "2b", "3a", "3b"),
-        "https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024, "
-        "roughly 0.15 MB each, so up to about 65 GB, and as much again once prepared; 2b and 3b must be "
-        "built from their sources)",
-    ),
-    "folder": Dataset(
-        "lungjax.datasets.folder",
-        "default",
-        (),
-        "your own images: a folder with labels.csv (path,label[,split,group,source]), "
-        "{train,val,test}/{class}/... or {class}/...; the prepared copy is about as big as the folder",
-    ),
-    "phantom_ct": Dataset("lungjax.datasets.phantom_ct", "default", ("default", "tiny"), ""),
+    "ct_cov19": Dataset("original", ("original",)),
+    "nccid_whole_lung": Dataset("default", ("default",)),
+    "ictcf": Dataset("default", ("default", "oversampled")),
+    "covid_xray_5k": Dataset("default", ("default",)),
+    "covid_chestxray": Dataset("covid", ("covid", "findings")),
+    "coronahack": Dataset("default", ("default",)),
+    "covid_ct": Dataset("default", ("default",)),
+    "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
+    "folder": Dataset("default", ()),
+    "phantom_ct": Dataset("default", ("default", "tiny"), drawn=True),
 }
 
 
@@ -50,61 +50,148 @@ class Options:
     source_pattern: str = ""  # regex; its first group over the file name gives the source
     group_pattern: str = ""  # the same for the group (patient)
     classes: tuple[str, ...] = ()  # label order; () sorts the names
+    modality: str = ""  # "ct" or "xray" where a folder's images don't say; of CT slices masks of the body are kept
+    # DICOM and NIfTI volumes in a folder:
+    hu_windows: tuple[tuple[float, float], ...] = ((-600.0, 1500.0),)  # centre and width in HU; three make colours
+    plane: str = "axial"  # or coronal, sagittal
+    position: str = "all"  # every slice of a volume, or "mid": the one in its middle
+    salt: str = ""  # of the hash that stands for a patient id
+
+    def for_folders(self) -> list[str]:
+        """Returns the flags given here that only folders of one's own take."""
+        usual = Options()
+        own = [f.name for f in fields(self) if f.name not in ("seed", "salt")]
+        given = [name for name in own if getattr(self, name) != getattr(usual, name)]
+        return [f"--{'hu_window' if name == 'hu_windows' else name}" for name in given]
 
 
-def resolve(name: str) -> tuple[str, Dataset]:
-    """Returns the full name, such as "covidx_ct/3a" for "covidx_ct", and its entry.
+@dataclass(frozen=True)
+class Name:
+    """A data set's name in its parts."""
 
-    Raises ValueError for an unknown data set or configuration, with the nearest names.
+    base: str  # a key of DATASETS
+    config: str
+    stage: str = ""  # one of STAGES, "" for the images as they are
+    size: tuple[int, int] | None = None  # height, width of the stored copy
+
+    @property
+    def full(self) -> str:
+        """The name under which it is stored, such as "ct_cov19/lungs" or "covidx_ct/3a-crop-224"."""
+        size = "" if self.size is None else "x".join(map(str, dict.fromkeys(self.size)))
+        parts = [part for part in (self.config, self.stage, size) if part]
+        if len(parts) > 1 and self.config in PLAIN and self.stage:
+            del parts[0]
+        return f"{self.base}/{'-'.join(parts)}"
+
+
+def resolve(name: str) -> tuple[Name, Dataset]:
+    """Returns a name such as "covidx_ct", "covidx_ct/3a-224" or "ct_cov19/lungs" in its parts, and its entry.
+
+    Raises ValueError for an unknown data set, configuration or stage, with the nearest names.
     """
-    base, _, config = name.partition("/")
+    base, _, rest = name.partition("/")
     if base not in DATASETS:
         raise ValueError(f"unknown data set {base!r}; {nearest(base, DATASETS)}")
     entry = DATASETS[base]
-    config = config or entry.default
+    parts, size, stage = rest.split("-") if rest else [], None, ""
+    if len(parts) > 1 and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", parts[-1]):
+        height, _, width = parts.pop().partition("x")
+        size = (int(height), int(width or height))
+    if parts and parts[-1] in STAGES:
+        stage = parts.pop()
+    config = "-".join(parts) or entry.default
     if entry.configs and config not in entry.configs:
-        raise ValueError(f"unknown configuration {config!r} of {base}; {nearest(config, entry.configs)}")
+        raise ValueError(
+            f"unknown configuration {config!r} of {base}; {nearest(config, (*entry.configs, *STAGES))}. A name is "
+            "NAME/CONFIGURATION[-STAGE][-SIZE]"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
         raise ValueError(f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'")
-    return f"{base}/{config}", entry
+    return Name(base, config, stage, size), entry
 
 
-def open_dataset(name: str, data_dir: str | Path) -> Prepared:
-    """Opens a prepared data set; one that lungjax draws itself is made on first use.
+def with_stage(name: str, stage: str) -> str:
+    """Returns the name of the same data set in another stage, such as "ct_cov19/nolungs-224" for "ct_cov19/lungs-224".
 
-    Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared.
+    Raises ValueError for an unknown name.
     """
-    full, entry = resolve(name)
-    found = _directory(Path(data_dir), full)
-    if found is None and not entry.origin:
-        write(full, None, Path(data_dir), Options(), keep=True, quiet=True)
-        found = _directory(Path(data_dir), full)
-    if found is None:
+    return replace(resolve(name)[0], stage=stage).full
+
+
+def about(base: str) -> About:
+    """Returns what a person must know of the data set `base`, a key of DATASETS."""
+    found: About = importlib.import_module(f"lungjax.datasets.{base}").ABOUT
+    return found
+
+
+def page(name: str) -> str:
+    """Returns the help page of a data set. Raises ValueError for an unknown name."""
+    parts, entry = resolve(name)
+    base, told = parts.base, about(parts.base)
+    configs = ", ".join(f"{base}/{config}" for config in entry.configs) or f"{base}/ANY_NAME_OF_YOURS"
+    lines = [f"{base}: {told.title}", "", f"Names: {configs} (without one: {base}/{entry.default})", ""]
+    lines += [f"Versions: {base}/...-STAGE-SIZE, stages {', '.join(STAGES)}", ""]
+    lines += ["Where to get it:", told.origin, "", "What the folder must look like:", told.layout, ""]
+    for word, text in (("study", told.study), ("sound (the default)", told.sound)):
+        if text:
+            lines += [f"--set=data.protocol={word}:", text, ""]
+    for config, splits in (told.expected or {}).items():
+        lines += [f"Published images per class, {base}/{config}:"]
+        lines += [f"  {split:<6}{' / '.join(f'{n:,}' for n in counts)}" for split, counts in splits.items()] + [""]
+    lines += ["Licence:", told.licence, "", "Cite:", told.citation, ""]
+    source = "" if entry.drawn else " --source=FOLDER"
+    return "\n".join([*lines, f"python -m lungjax.prepare --dataset={parts.full}{source}"])
+
+
+def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound", draw: bool = True) -> Prepared:
+    """Opens a prepared data set; with `draw`, one that lungjax draws itself is made on first use.
+
+    Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared, was
+    prepared by an older lungjax, or has no such protocol.
+    """
+    parts, entry = resolve(name)
+    found = prepared.directory(Path(data_dir), parts.full)
+    if draw and not prepared.is_prepared(found) and entry.drawn:
+        write(parts.full, None, Path(data_dir), Options(), keep=True, quiet=True)
+    if prepared.is_prepared(found):
+        return prepared.load(found, parts.full, protocol)
+    command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
+    older = [path.name for path in found.parent.glob("[0-9]*.*.*") if prepared.is_prepared(path)]
+    if older:
         raise ValueError(
-            f"data set {full} is not prepared in {data_dir}. Get {entry.origin}. Then run: "
-            f"python -m lungjax.prepare --dataset={full} --source=FOLDER --data_dir={data_dir}"
+            f"data set {parts.full} in {data_dir} was prepared by an older lungjax (version {max(older)}, this one "
+            f"reads {prepared.VERSION}). Prepare it again: {command}"
         )
-    return prepared.load(found, full)
+    raise ValueError(f"data set {parts.full} is not prepared in {data_dir}. Get {_origin(parts.base)}. Then: {command}")
 
 
 def write(name: str, source: Path | None, data_dir: Path, options: Options, **how: Any) -> dict[str, Any]:
     """Prepares the data set `name` from the folder `source` (None where lungjax draws it).
 
-    `how` goes to `records.prepare`: window, on_bad_image, overwrite, keep, quiet. Returns the summary; raises
-    ValueError for what is wrong with the name, the folder or an image.
+    `how` goes to `records.prepare`: window, on_bad_image, on_no_lung, overwrite, keep, quiet. Returns the summary;
+    raises ValueError for what is wrong with the name, the folder or an image.
     """
-    full, entry = resolve(name)
-    if entry.origin and (source is None or not source.is_dir()):
+    parts, entry = resolve(name)
+    if not entry.drawn and (source is None or not source.is_dir()):
         given = f"--source={source} is no folder" if source else "--source=FOLDER is missing"
-        raise ValueError(f"{given}: {full} is made from {entry.origin}")
+        raise ValueError(f"{given}: {parts.full} is made from {_origin(parts.base)}")
     from lungjax.datasets import records  # here: it imports TFDS
 
-    module = importlib.import_module(entry.module)
-    make: Callable[..., Any] = module.listing
-    listing = make(source, full.partition("/")[2], options)
-    return records.prepare(module.Builder, full, listing, data_dir, **how)
+    make: Callable[..., Any] = importlib.import_module(f"lungjax.datasets.{parts.base}").listing
+    options = options if options.salt else _salted(options, data_dir)
+    listing = make(source, parts.config, options)
+    return records.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **how)
 
 
-def _directory(data_dir: Path, full: str) -> Path | None:
-    done = [path for path in (data_dir / full).glob("[0-9]*.*.*") if prepared.is_prepared(path)]
-    return max(done, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()], default=None)
+def _origin(base: str) -> str:
+    return f"{about(base).origin.rstrip('.')}; python -m lungjax.prepare --dataset={base} --help says more"
+
+
+def _salted(options: Options, data_dir: Path) -> Options:
+    """Returns `options` with the salt of this machine's patient hashes, which is drawn once and kept."""
+    file = data_dir / ".patient_salt"
+    if not file.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(16))
+    return replace(options, salt=file.read_text().strip())

@@ -1,4 +1,4 @@
-"""COVIDx CT 1, 2A, 2B, 3A and 3B from the official label files and PNG folder, as a TFDS data set.
+"""COVIDx CT 1, 2A, 2B, 3A and 3B from the official label files and PNG folder.
 
 Source: https://github.com/haydengunraj/COVIDNet-CT (docs/dataset.md); images from Kaggle, hgunraj/covidxct.
 The split is the official one, by patient. Patient and source of a slice follow from its file name.
@@ -7,17 +7,15 @@ The split is the official one, by patient. Patient and source of a slice follow 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import tensorflow_datasets as tfds
-
-from lungjax.data import prepared
-from lungjax.datasets import Options, records
-from lungjax.datasets.records import Example, Listing
+from lungjax.data import splits, study_splits
+from lungjax.datasets import Options
+from lungjax.datasets import source_files as files
+from lungjax.datasets.listing import About, Example, Listing
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")  # label numbers 0, 1, 2 of the official files
-CONFIGS = ("1", "2a", "2b", "3a", "3b")
 
 # Slices and patients per class of the official tables (CT-1, val and test: counted in the files).
 _VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
@@ -56,24 +54,37 @@ RULES = tuple(
 )
 
 
-class Builder(tfds.core.ShardBasedBuilder):
-    """TFDS builder of COVIDx CT; `listing` says what goes into it."""
+ABOUT = About(
+    title="axial chest CT slices: normal, pneumonia, COVID-19, from eleven sources",
+    origin=(
+        "https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024, roughly 0.15 "
+        "MB each, so up to about 65 GB, and as much again once prepared; 2b and 3b must be built from their sources)"
+    ),
+    layout=(
+        "The three label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
+        "3A_images with the PNG files; likewise for the other versions."
+    ),
+    licence=(
+        "By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
+        "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
+        "COVID-CT-MD unknown. So: no commercial use of the whole."
+    ),
+    citation=(
+        "Gunraj et al.: COVIDNet-CT: A Tailored Deep Convolutional Neural Network Design for Detection of COVID-19 "
+        "Cases from Chest CT Images, Frontiers in Medicine 7, 2020; Gunraj et al.: COVID-Net CT-2, Frontiers in "
+        "Medicine 8, 2022."
+    ),
+    study=(
+        "2a and 3a: the official split, resampled with replacement as AbdullahMakhdoom/COVIDNet-CT-Identification did "
+        "(seed 0): in train Normal and COVID-19 to the count of Pneumonia, in val Normal and Pneumonia to that of "
+        "COVID-19; test as it is. Other versions: the official split."
+    ),
+    sound="The official split, by patient; sources are unevenly spread over it.",
+    expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
+)
 
-    name = "covidx_ct"
-    VERSION = records.VERSION
-    BUILDER_CONFIGS = tuple(
-        tfds.core.BuilderConfig(name=name, description=f"COVIDx CT-{name.upper()}") for name in CONFIGS
-    )
-
-    def __init__(self, *, classes: Sequence[str] = CLASSES, shards: Any = (), **kwargs: Any):
-        self._classes, self._shards = classes, shards
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return records.info(self, self._classes, "Axial chest CT slices: Normal, Pneumonia, COVID-19.")
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
-        return {prepared.SLICES: self._shards}
+# Classes that the study resampled, and the class whose count they were resampled to.
+RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
 
 
 def listing(source: Path, config: str, options: Options) -> Listing:
@@ -82,29 +93,40 @@ def listing(source: Path, config: str, options: Options) -> Listing:
     Raises ValueError for a missing label file or image folder, with the names looked for, or for a malformed
     line, an unknown class, an empty box or a file listed twice, with file and line.
     """
-    given = [f"--{k}" for k in ("source_pattern", "group_pattern", "classes") if getattr(options, k)]
-    if given:
-        raise ValueError(f"{given[0]} is for folders: covidx_ct has official patients, sources and classes")
-    tables = {split: _label_file(source, split, config) for split in prepared.SPLITS}
+    files.refuse_flags(options, "covidx_ct")
+    tables = {split: _label_file(source, split, config) for split in splits.SPLITS}
     folder = _image_folder(source, config)
-    examples: list[Example] = []
-    first: dict[str, str] = {}
-    unknown: list[str] = []
-    for split, table in tables.items():
-        for example in read_labels(table, split, folder):
-            if example.file in first:
-                raise ValueError(f"{example.where}: {example.file} is already in {first[example.file]}")
-            first[example.file] = example.where
-            if not example.source:
-                unknown.append(example.file)
-            examples.append(example)
+    examples = [example for split, table in tables.items() for example in read_labels(table, split, folder)]
+    files.check_unique(examples)
+    unknown = [example.file for example in examples if not example.source]
     notes = differences(examples, config)
     if unknown:
         notes.append(
             f"{len(unknown)} file names follow none of the known rules, such as {unknown[0]}: what precedes "
             "the last '-' or '_' is taken as patient, and the source is left empty"
         )
-    return Listing(CLASSES, examples, notes=tuple(notes))
+    if config in ("2a", "3a"):
+        examples = resampled(examples)
+    return Listing(CLASSES, examples, notes=tuple(notes), study=ABOUT.study, body=True)
+
+
+def resampled(examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples with the study's cells: how often its resampling, seed 0, took each of them.
+
+    The rows of a class are drawn in the order of the label file, as sklearn.utils.resample does.
+    """
+    done = list(examples)
+    for split, (classes, model) in RESAMPLED.items():
+        rows: list[list[int]] = [[] for _ in CLASSES]
+        for i, example in enumerate(examples):
+            if example.split == split:
+                rows[example.label].append(i)
+        for label in classes:
+            times = study_splits.resample(len(rows[label]), len(rows[model]), seed=0) if rows[label] else ()
+            for i, count in zip(rows[label], times, strict=True):
+                cell = "" if not count else split if count == 1 else f"{split}*{count}"
+                done[i] = replace(examples[i], study=cell)
+    return done
 
 
 def patient(file: str) -> tuple[str, str]:
@@ -150,7 +172,7 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
             group, origin = patient(fields[0])
             box = (float(xmin), float(ymin), float(xmax), float(ymax))
             path = f"{folder}/{fields[0]}"
-            examples.append(Example(fields[0], path, label, split, group, origin, box, where=where))
+            examples.append(Example(fields[0], path, label, split, group, origin, box, where=where, study=split))
     if not examples:
         raise ValueError(f"{table} is empty")
     return examples

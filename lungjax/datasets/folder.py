@@ -1,4 +1,4 @@
-"""Anyone's images: labels.csv, {train,val,test}/{class}/... or {class}/... as a TFDS data set."""
+"""Anyone's images, DICOM series and NIfTI volumes: labels.csv, {train,val,test}/{class}/... or {class}/..."""
 
 import csv
 import os
@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from lungjax.config import nearest
 from lungjax.data import images, prepared, splits
-from lungjax.datasets import Options, records
-from lungjax.datasets.records import Example, Listing
+from lungjax.datasets import Options, folder_volumes
+from lungjax.datasets.listing import About, Example, Listing
 
 KNOWN = ("path", "label", "split", "group", "source", *prepared.BOX)
 SPLIT_NAMES = {
@@ -21,36 +19,52 @@ SPLIT_NAMES = {
 }  # fmt: skip
 LAYOUTS = (
     "a file labels.csv (path,label[,split,group,source]), or folders {train,val,test}/{class}/..., or "
-    f"{{class}}/... with images ({', '.join(images.SUFFIXES)})"
+    f"{{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI files"
 )
 
 
-class Builder(tfds.core.ShardBasedBuilder):
-    """TFDS builder of a folder; `listing` says what goes into it."""
+ABOUT = About(
+    title="your own CT slices, chest X-rays or CT volumes, in a folder",
+    origin="your own images, or any set that lies in one of the layouts below; the prepared copy is about as big as "
+    "the images (of a volume: as its pictures)",
+    layout="""One of three:
+  labels.csv with the columns path and label (paths are relative to it), and if you like split (train, val,
+    test), group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive);
+    any other column is kept
+  {train,val,test}/{class}/... (folders in a class folder don't matter; a missing val or test is cut from train)
+  {class}/... (splits are made by group, 70/15/15)
+Images are PNG, JPEG, TIFF or BMP, 8-bit gray or colour or unsigned 16-bit gray (see --window). Without a group
+(or --group_pattern over the file names), each image counts as its own patient.
 
-    name = "folder"
-    VERSION = records.VERSION
-
-    def __init__(self, *, config: str, classes: Sequence[str] = (), shards: Any = (), **kwargs: Any):
-        self._classes, self._shards = classes, shards
-        named = tfds.core.BuilderConfig(name=config, description="Images of a user's folder.")
-        super().__init__(config=named, **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return records.info(self, self._classes, "Images of a user's folder.")
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
-        return {prepared.SLICES: self._shards}
+DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) may lie there as images do, and a path of labels.csv
+may name such a file, or a folder that holds one or more series; pip install 'lungjax[dicom]'.
+  CT: the files of one SeriesInstanceUID are a volume, in the order of their positions. --plane=axial, coronal or
+    sagittal, --position=mid (one picture) or all; pixels are made square. --hu_window=-600/1500 (centre/width in
+    Hounsfield units) is the default; three windows, with commas, become red, green and blue. Axial and coronal
+    pictures have the patient's right on the left; the head is up. Localizers are left out.
+  X-rays (CR, DX): in the window of the file, with bone white.
+  NIfTI: Hounsfield units in three dimensions.
+  Of a person, only a hash of the patient id is kept, as group. DICOM files appear in the index as
+    series-HASH/0007 or image-HASH, never by their path; groups of labels.csv and paths of other files are
+    kept as they are. --on_bad_image=skip lists what it left out by path.
+The pictures of the NCCID study are --plane=coronal --position=mid in folder/NAME-64x128; the study's own files
+are stored upside down, these are not.""",
+    licence="that of your images",
+    citation="the origin of your images",
+    study="the splits as they were given; none if the folder gives none",
+    sound="the same splits (or the ones made by group), without images whose patient or twin is in a later split",
+)
 
 
 def listing(source: Path, config: str, options: Options) -> Listing:
-    """Lists the images of the folder `source`; see LAYOUTS.
+    """Lists the images of the folder `source`, and the pictures of its volumes; see ABOUT.
 
     Without a split, three are made by group, and a missing val or test split is cut from train. Without a
     group, each image is its own. Classes are sorted (as numbers if they all are), or as in options.classes.
 
     Raises ValueError, with the line number where there is one, for a folder in none of the layouts, a
-    malformed line, an unknown split, an unknown class or a pattern that matches nothing.
+    malformed line, an unknown split, an unknown class or a pattern that matches nothing. A DICOM or NIfTI file that
+    can't be used raises it when its example is read, see `folder_volumes.expand`.
     """
     table = source / "labels.csv"
     rows, extra, notes = _from_csv(table) if table.is_file() else _from_folders(source)
@@ -59,6 +73,8 @@ def listing(source: Path, config: str, options: Options) -> Listing:
     for column, pattern in (("group", options.group_pattern), ("source", options.source_pattern)):
         if pattern:
             _apply_pattern(rows, column, pattern)
+    rows, told, slices = folder_volumes.expand(rows, options)
+    notes += told
     alone = sum(1 for row in rows if not row["group"])
     grouped = alone < len(rows)
     if alone:
@@ -80,10 +96,19 @@ def listing(source: Path, config: str, options: Options) -> Listing:
             row["box"],
             row["extra"],
             row["where"],
+            row["split"],
         )
         for row, label, split, group in zip(rows, labels, named, groups, strict=True)
     ]
-    return Listing(classes, examples, extra, (*notes, *made), "patients" if grouped else "images without a group")
+    return Listing(
+        classes,
+        examples,
+        extra,
+        (*notes, *made),
+        "patients" if grouped else "images without a group",
+        "the splits as they were given" if any(row["split"] for row in rows) else "",
+        options.modality == "ct" if options.modality else slices,
+    )
 
 
 def _classes(labels: Sequence[str], asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -117,8 +142,8 @@ def _apply_pattern(rows: Sequence[dict[str, Any]], column: str, pattern: str) ->
 
 def _from_folders(source: Path) -> tuple[list[dict[str, Any]], tuple[str, ...], list[str]]:
     found = sorted(_walk(source))
-    others = sum(1 for path in found if not path.lower().endswith(images.SUFFIXES))
-    found = [path for path in found if path.lower().endswith(images.SUFFIXES)]
+    images_of = [path for path in found if folder_volumes.kind(str(source / path))]
+    others, found = len(found) - len(images_of), images_of
     tops = {path.split("/")[0] for path in found if "/" in path}
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
@@ -215,7 +240,10 @@ def _read_rows(
         row |= {"file": path, "image": str(table.parent / path), "split": SPLIT_NAMES.get(split.lower(), "")}
         row |= {"group": row.get("group", ""), "source": row.get("source", ""), "where": where}
         row |= {"box": _box(row, where) if boxed else None, "extra": tuple(row[name] for name in extra)}
-        rows.append(row)
+        if not path.lower().endswith(images.SUFFIXES) and os.path.isdir(row["image"]):
+            rows += folder_volumes.unfold(row, _walk(Path(row["image"])))
+        else:
+            rows.append(row)
     without = next((row["where"] for row in rows if not row["split"]), None)
     if without and any(row["split"] for row in rows):
         raise ValueError(f"{without}: no split, but other lines have one; give every line a split, or none")

@@ -1,4 +1,4 @@
-"""Drawn chest CT slices of Normal, Pneumonia and COVID-19 patients as a TFDS data set: nothing to download.
+"""Drawn chest CT slices of Normal, Pneumonia and COVID-19 patients: nothing to download.
 
 See `lungjax.data.phantom`. Patients are split 60 / 15 / 25 percent within each class, and each class has the
 same share of every scanner.
@@ -6,42 +6,28 @@ same share of every scanner.
 
 import functools
 import io
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from lungjax.config import nearest
-from lungjax.data import phantom, prepared
-from lungjax.datasets import Options, records
-from lungjax.datasets.records import Example, Listing
+from lungjax.data import phantom
+from lungjax.datasets import Options
+from lungjax.datasets.listing import About, Example, Listing
 
 SIZES = {"default": (360, 3), "tiny": (24, 2)}  # patients, slices of each
 SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the rest is test
 
 
-class Builder(tfds.core.ShardBasedBuilder):
-    """TFDS builder of the phantoms; `listing` says what goes into it."""
-
-    name = "phantom_ct"
-    VERSION = records.VERSION
-    BUILDER_CONFIGS = tuple(
-        tfds.core.BuilderConfig(name=name, description=f"{patients} patients, {slices} slices of each.")
-        for name, (patients, slices) in SIZES.items()
-    )
-
-    def __init__(self, *, classes: Sequence[str] = phantom.CLASSES, shards: Any = (), **kwargs: Any):
-        self._classes, self._shards = classes, shards
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return records.info(self, self._classes, "Drawn axial chest CT slices: Normal, Pneumonia, COVID-19.")
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
-        return {prepared.SLICES: self._shards}
+ABOUT = About(
+    title="drawn axial chest CT slices: normal, pneumonia, COVID-19; nothing to download",
+    origin="nowhere: lungjax draws it on first use",
+    layout="There is no folder; --seed draws other patients.",
+    licence="Of lungjax itself.",
+    citation="lungjax (lungjax/data/phantom.py).",
+    sound="60 / 15 / 25 percent of the patients of each class; each class has the same share of every scanner.",
+)
 
 
 def listing(source: Path | None, config: str, options: Options) -> Listing:
@@ -51,8 +37,7 @@ def listing(source: Path | None, config: str, options: Options) -> Listing:
     """
     if config not in SIZES:
         raise ValueError(f"unknown configuration {config!r} of phantom_ct; {nearest(config, SIZES)}")
-    given = [f"--{k}" for k in ("source_pattern", "group_pattern", "classes") if getattr(options, k)]
-    given += ["--source"] if source is not None else []
+    given = options.for_folders() + (["--source"] if source is not None else [])
     if given:
         raise ValueError(f"{given[0]} is for images that exist: phantom_ct is drawn by lungjax; leave it out")
     patients, slices = SIZES[config]
@@ -73,7 +58,7 @@ def listing(source: Path | None, config: str, options: Options) -> Listing:
                     box=(float(xmin), float(ymin), float(xmax), float(ymax)),
                 )
             )
-    return Listing(phantom.CLASSES, examples)
+    return Listing(phantom.CLASSES, examples, body=True)
 
 
 def _plan(patients: int, seed: int) -> list[tuple[int, phantom.Scanner, str]]:

@@ -6,7 +6,7 @@ opens, and with `overwrite` the old data set stays until the new one is whole.
 
 import contextlib
 import fcntl
-import io
+import functools
 import itertools
 import multiprocessing
 import os
@@ -19,84 +19,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from lungjax.data import images, prepared, summary
+from lungjax.data import duplicates, prepared, summary
+from lungjax.datasets import builder, twins
+from lungjax.datasets.listing import Example, Listing
+from lungjax.datasets.treatment import Problem, Treated, Treatment, treat
 
-VERSION = tfds.core.Version("1.0.0")  # of what `features` and the index hold
 SHARD_BYTES = 128 << 20  # TFDS keeps one shard's records in memory while it writes them
 SPARE_BYTES = 64 << 20  # disk that must stay free beside the images
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One image of a data set before it is read."""
-
-    file: str  # the name shown in reports; unique in the data set
-    image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
-    label: int
-    split: str  # one of prepared.SPLITS
-    group: str  # patient, or whatever must not be torn apart by a split
-    source: str = ""  # where the image comes from, for scores per source
-    box: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in pixels, max exclusive
-    extra: tuple[str, ...] = ()  # values of Listing.extra
-    where: str = ""  # such as "labels.csv line 7", for errors
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a data set consists of, before an image is read."""
-
-    classes: tuple[str, ...]  # in label order
-    examples: Sequence[Example]
-    extra: tuple[str, ...] = ()  # names of further columns
-    notes: tuple[str, ...] = ()  # what the summary should tell the user
-    group_name: str = "patients"  # what a group is, for the summary
+SKIP = "; --on_bad_image=skip leaves such images out"
 
 
 @dataclass
 class _Seen:
     """What the pass over the images finds out."""
 
-    rows: list[list[str]] = field(default_factory=list)
+    thumbnails: Path  # a file with one for each row: they are too many for memory
+    examples: list[Example] = field(default_factory=list)  # those that are stored, in order
+    rows: list[dict[str, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    unstaged: list[str] = field(default_factory=list)  # files in which a stage found no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
     deep: int = 0  # images with 16 bits
 
 
-def info(builder: Any, classes: Sequence[str], description: str) -> tfds.core.DatasetInfo:
-    """Returns the TFDS description every lungjax data set shares.
+@dataclass(frozen=True)
+class _Choices:
+    """What a user may choose about images that are not as they should be."""
 
-    `image` holds encoded bytes (uint8 or, for 16 bits, uint16 PNG); `box` is TFDS's ymin, xmin, ymax, xmax in
-    parts of the image, the whole image where the data set has no boxes.
-    """
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=list(classes)),
-            "file": tfds.features.Text(),
-            "group": tfds.features.Text(),
-            "source": tfds.features.Text(),
-            "box": tfds.features.BBoxFeature(),
-        }
-    )
-    return tfds.core.DatasetInfo(builder=builder, description=description, features=features, disable_shuffling=True)
-
-
-def directory(data_dir: Path, name: str) -> Path:
-    """Returns where the data set `name`, such as "covidx_ct/3a", lies in `data_dir`."""
-    return data_dir / name / str(VERSION)
+    on_bad_image: str
+    on_no_lung: str
 
 
 def prepare(
-    builder: Callable[..., Any],
     name: str,
     listing: Listing,
     data_dir: Path,
     *,
+    stage: str = "",
+    size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
     on_bad_image: str = "fail",
+    on_no_lung: str = "keep",
     overwrite: bool = False,
     keep: bool = False,
     quiet: bool = False,
@@ -104,12 +69,14 @@ def prepare(
     """Writes the data set `name` and returns its summary, which also lies beside it as summary.json and .md.
 
     Args:
-        builder: the TFDS builder class; called with data_dir, config, classes and shards.
         name: data set and configuration, such as "folder/my_hospital".
         listing: the examples, in the order they are stored.
         data_dir: the root of all prepared data sets.
+        stage: one of config.STAGES, "" for the images as they are.
+        size: height and width of the stored images; None leaves each as it is.
         window: 16-bit pixel values that become 0 and 255; None takes percentiles 0.5 and 99.5 of train.
         on_bad_image: "fail", or "skip" to leave unreadable and missing images out and list them.
+        on_no_lung: an image in which `stage` finds no body or lung: "keep" it one stage before, "skip" it or "fail".
         overwrite: replace a data set of that name.
         keep: be content with one that is there and return {}: two runs may both find drawn data missing.
         quiet: no progress bar and no words, for data sets that are generated on first use.
@@ -118,7 +85,9 @@ def prepare(
     disk, or a data set that is already there.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
-    final = directory(data_dir, name)
+    final = prepared.directory(data_dir, name)
+    treatment = Treatment(stage, size, listing.body, window)
+    choices = _Choices(on_bad_image, on_no_lung)
     with _locked(data_dir, name) as staging:
         if prepared.is_prepared(final) and keep:
             return {}
@@ -126,27 +95,39 @@ def prepare(
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
         sizes, missing = _sizes(listing.examples, on_bad_image)
         _check_disk(sum(max(size, 0) for size in sizes), data_dir, len(listing.examples), say)
-        seen = _Seen(skipped=missing)
+        seen = _Seen(staging / "thumbnails", skipped=missing)
         with tqdm(total=len(sizes), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             present = [e for e, size in zip(listing.examples, sizes, strict=True) if size >= 0]
-            shards = _shards(present, [s for s in sizes if s >= 0], listing, seen, on_bad_image, bar)
+            shards = _shards(present, [s for s in sizes if s >= 0], listing, treatment, seen, choices, bar)
             bar.total = len(present)
-            _run_tfds(builder, name, staging, listing.classes, shards)
-        written = directory(staging, name)
+            builder.write(name, staging, name, listing.classes, shards)
+        written = prepared.directory(staging, name)
+        _check_left(seen)
+        say("Looking for images that are there twice ...")
+        found = twins.search(seen.examples, seen.rows, listing, _thumbnails(seen))
+        for row, split in zip(seen.rows, found.sound, strict=True):
+            row["split"] = split
         _check_classes(seen, listing.classes)
         window, notes = _window(window, seen)
-        header = _header(listing)
-        prepared.write_index(written, name, listing.classes, window, header, seen.rows)
+        header = [*prepared.COLUMNS, *listing.extra]
+        described = {
+            "name": name,
+            "classes": list(listing.classes),
+            "window": window,
+            "study": listing.study,
+            "body": listing.body,
+        }
+        twins.write(found, seen.rows, written)
+        prepared.write_index(written, described, header, ([row[key] for key in header] for row in seen.rows))
         _check_order(written, name, seen)
         result = summary.summarize(
-            name,
-            listing.classes,
-            header,
+            described,
             seen.rows,
-            window,
-            seen.skipped,
-            [*listing.notes, *notes],
-            listing.group_name,
+            twins=found.told,
+            skipped=seen.skipped,
+            unstaged=seen.unstaged,
+            notes=[*listing.notes, *notes, *found.notes],
+            group_name=listing.group_name,
         )
         summary.write(result, written)
         _publish(written, final)
@@ -189,7 +170,7 @@ def _sizes(examples: Sequence[Example], on_bad_image: str) -> tuple[list[int], l
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
-                    raise ValueError(f"{line}; --on_bad_image=skip leaves such images out") from None
+                    raise ValueError(f"{line}{SKIP}") from None
                 missing.append(line)
                 size = -1
         sizes.append(size)
@@ -222,10 +203,11 @@ def _shards(
     examples: Sequence[Example],
     sizes: Sequence[int],
     listing: Listing,
+    treatment: Treatment,
     seen: _Seen,
-    on_bad_image: str,
+    choices: _Choices,
     bar: Any,
-) -> list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]:
+) -> builder.Shards:
     """Returns one generator function a shard; TFDS calls them in order, one after the other."""
     bounds, total = [0], 0
     for i, size in enumerate(sizes):
@@ -236,33 +218,42 @@ def _shards(
     bounds.append(len(examples))
 
     def shard(start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        for example, found in _checked(examples[start:stop]):
+        with seen.thumbnails.open("ab") as thumbnails:
+            for example, treated in kept(start, stop):
+                thumbnails.write(treated.thumbnail)
+                yield len(seen.rows), _record(example, treated, listing, seen)
+
+    def kept(start: int, stop: int) -> Iterator[tuple[Example, Treated]]:
+        for example, treated in _treated(examples[start:stop], treatment):
             bar.update()
-            problem = found if isinstance(found, str) else _outside(example, found)
-            if problem is not None:
-                line = f"{_place(example)}{example.file}: {problem}"
-                if on_bad_image == "fail" or not isinstance(found, str):
-                    hint = "; --on_bad_image=skip leaves such images out" if isinstance(found, str) else ""
-                    raise ValueError(line + hint)
+            if isinstance(treated, Problem):
+                line = f"{_place(example)}{example.file}: {treated.text}"
+                if choices.on_bad_image == "fail" or not treated.skippable:
+                    raise ValueError(line + (SKIP if treated.skippable else ""))
                 seen.skipped.append(line)
                 continue
-            assert isinstance(found, images.Checked)
-            yield len(seen.rows), _record(example, found, listing, seen)
+            if not treated.found:
+                seen.unstaged.append(example.file)
+                if choices.on_no_lung == "fail":
+                    raise ValueError(
+                        f"{_place(example)}{example.file}: the stage {treatment.stage} finds nothing in it; "
+                        "--on_no_lung=keep or skip goes on"
+                    )
+                if choices.on_no_lung == "skip":
+                    continue
+            yield example, treated
 
-    return [
-        lambda start=start, stop=stop: shard(start, stop)  # type: ignore[misc]
-        for start, stop in itertools.pairwise(bounds)
-    ]
+    return [functools.partial(shard, start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def _checked(examples: Sequence[Example]) -> Iterator[tuple[Example, images.Checked | str]]:
-    """Yields each example with its checked image, or with what is wrong with it, in order."""
-    workers = min(8, os.cpu_count() or 1)
+def _treated(examples: Sequence[Example], treatment: Treatment) -> Iterator[tuple[Example, Treated | Problem]]:
+    """Yields each example with what became of its image, in order."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Any] = deque()
-    with _pool(examples, workers) as pool:
+    with _pool(examples, treatment, workers) as pool:
         try:
             for example in examples:
-                waiting.append((example, pool.submit(_check, example)))
+                waiting.append((example, pool.submit(treat, example, treatment)))
                 if len(waiting) > 4 * workers:
                     done, result = waiting.popleft()
                     yield done, result.result()
@@ -274,81 +265,66 @@ def _checked(examples: Sequence[Example]) -> Iterator[tuple[Example, images.Chec
                 result.cancel()
 
 
-def _pool(examples: Sequence[Example], workers: int) -> Executor:
-    # Decoding leaves Python's lock alone, so threads do; drawing holds it. Spawned, not forked: by now the
+def _pool(examples: Sequence[Example], treatment: Treatment, workers: int) -> Executor:
+    # Decoding leaves Python's lock alone, so threads do; drawing and masks hold it. Spawned, not forked: by now the
     # process may have XLA's threads. Starting a process takes a second or two, which few images don't pay back.
-    drawn = sum(callable(example.image) for example in examples)
-    if drawn < 50 * workers or workers == 1:
+    masks = bool(treatment.stage) or treatment.body
+    slow = len(examples) if masks else sum(callable(example.image) for example in examples)
+    if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _check(example: Example) -> images.Checked | str:
-    try:
-        data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
-        return images.check(data)
-    except (ValueError, OSError) as error:
-        return str(error)
-
-
-def _outside(example: Example, found: images.Checked) -> str | None:
-    if example.box is None:
-        return None
-    xmin, ymin, xmax, ymax = example.box
-    if 0 <= xmin < xmax <= found.width and 0 <= ymin < ymax <= found.height:
-        return None
-    box = " ".join(f"{v:g}" for v in example.box)
-    return f"box {box} lies outside the image, which is {found.width} x {found.height} (width x height)"
-
-
-def _record(example: Example, found: images.Checked, listing: Listing, seen: _Seen) -> dict[str, Any]:
-    xmin, ymin, xmax, ymax = example.box or (0.0, 0.0, float(found.width), float(found.height))
+def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -> dict[str, Any]:
+    box = dict(zip(prepared.BOX, (f"{v:.9g}" for v in treated.box), strict=True))
+    seen.examples.append(example)
     seen.rows.append(
-        [example.file, listing.classes[example.label], example.split, example.group, example.source]
-        + [str(found.width), str(found.height), *(f"{v:.9g}" for v in (xmin, ymin, xmax, ymax)), found.pixels]
-        + list(example.extra)
+        {
+            "file": example.file,
+            "label": listing.classes[example.label],
+            "split": example.split,
+            "split_study": example.study if listing.study else "",
+            "group": example.group,
+            "source": example.source,
+            "width": str(treated.width),
+            "height": str(treated.height),
+            **box,
+            "pixels": treated.pixels,
+            "phash": f"{treated.phash:016x}",
+            "mean": f"{treated.mean:.5f}",
+            "std": f"{treated.std:.5f}",
+            **dict(zip(listing.extra, example.extra, strict=True)),
+        }
     )
-    if found.histogram is not None:
+    if treated.histogram is not None:
         seen.deep += 1
         if example.split == "train":
-            seen.histogram += found.histogram
-    box = tfds.features.BBox(
-        ymin=ymin / found.height, xmin=xmin / found.width, ymax=ymax / found.height, xmax=xmax / found.width
+            seen.histogram += treated.histogram
+    names = (example.file, example.group, example.source)
+    return builder.record(
+        treated.data, example.label, names, treated.box, (treated.width, treated.height), treated.body
     )
-    return {
-        "image": io.BytesIO(found.data),
-        "label": example.label,
-        "file": example.file,
-        "group": example.group,
-        "source": example.source,
-        "box": box,
-    }
 
 
-def _header(listing: Listing) -> list[str]:
-    names = ["file", "label", "split", "group", "source", "width", "height", *prepared.BOX, "pixels"]
-    return [*names, *listing.extra]
+def _thumbnails(seen: _Seen) -> np.ndarray:
+    shape = (len(seen.rows), duplicates.SIDE, duplicates.SIDE)
+    return np.memmap(seen.thumbnails, np.uint8, "r", shape=shape)
 
 
-def _run_tfds(builder: Callable[..., Any], name: str, root: Path, classes: Sequence[str], shards: Any) -> None:
-    tfds.disable_progress_bar()  # ours counts images over the whole data set
-    with prepared.quiet_tfds():
-        writer = builder(data_dir=root, config=name.partition("/")[2], classes=classes, shards=shards)
-        try:
-            writer.download_and_prepare(file_format="array_record")
-        except RuntimeError as error:  # array_record's own, without an errno
-            if "No space left" not in str(error):
-                raise
-            raise ValueError(f"the disk is full: {name} was not written; choose another --data_dir") from None
+def _check_left(seen: _Seen) -> None:
+    if not seen.rows:
+        raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
 
 
 def _check_classes(seen: _Seen, classes: Sequence[str]) -> None:
-    if not seen.rows:
-        raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
-    trained = {row[1] for row in seen.rows if row[2] == "train"}
+    trained = {row["label"] for row in seen.rows if row["split"] == "train"}
     empty = [c for c in classes if c not in trained]
     if empty:
-        raise ValueError(f"no training example of {', '.join(empty)}; every class needs an image in the train split")
+        given = {row["label"] for row, e in zip(seen.rows, seen.examples, strict=True) if e.split == "train"}
+        lost = " once patients and images of later splits are taken out" if set(empty) & given else ""
+        raise ValueError(
+            f"no training example of {', '.join(empty)}{lost}; every class needs an image in the train split"
+        )
 
 
 def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[float, float] | None, list[str]]:
@@ -375,6 +351,6 @@ def _check_order(written: Path, name: str, seen: _Seen) -> None:
     source = prepared.open_records(written)
     count = len(seen.rows)
     some = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}
-    wrong = [i for i in sorted(some) if source[i]["file"].decode() != seen.rows[i][0]]
+    wrong = [i for i in sorted(some) if source[i]["file"].decode() != seen.rows[i]["file"]]
     if len(source) != count or wrong:
         raise RuntimeError(f"{name}: the records are not in the order of the index, first at row {wrong[:1]}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax import checkpoint, models, trees
+from lungjax import checkpoint, models, overrides, trees
 from lungjax import config as configs
 from lungjax.config import Config, ModelConfig
 from lungjax.weights import catalogue, fetch
@@ -168,7 +168,7 @@ def resolve(config: Config) -> Config:
         model = _with_fields(model, dict(source.record.network), source.record.name)
     elif source.run:
         path = source.run / "config.json"
-        old = configs.from_json(path.read_text(), str(path))
+        old = overrides.from_json(path.read_text(), str(path))
         wanted, channels = old.input, old.input.network_channels
         fields = {"padding": old.model.padding, "epsilon": old.model.epsilon}
         model = _with_fields(model, fields, f"of {source.run}")
@@ -290,7 +290,7 @@ def _opened(
     else:
         assert source.run is not None
         saved, _ = checkpoint.restore_best(source.run)
-        old = configs.from_json((source.run / "config.json").read_text())
+        old = overrides.from_json((source.run / "config.json").read_text())
         leaves = {k: v for tree in saved.values() for k, v in trees.flatten(tree or {}).items()}
         yield leaves, SAME_NAMES, old.input.network_channels, f"model.weights=run:{source.run} ({old.model.name})"
 

@@ -1,0 +1,80 @@
+"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of the COVID-19 collection.
+
+Source: https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset.
+"""
+
+import re
+from pathlib import Path
+
+from lungjax.data import splits
+from lungjax.datasets import Options
+from lungjax.datasets import source_files as files
+from lungjax.datasets.listing import About, Example, Listing, differences
+
+CLASSES = ("Normal", "Pneumonia")
+TABLE = "Chest_xray_Corona_Metadata.csv"
+FOLDER = "Coronahack-Chest-XRay-Dataset"
+LABELS = {"Normal": "0", "Pnemonia": "1", "Pneumonia": "1"}  # the table misspells it
+SPLITS = {"TRAIN": "train", "TEST": "test"}
+COLUMNS = ("X_ray_image_name", "Label", "Dataset_type", "Label_1_Virus_category", "Label_2_Virus_category")
+
+ABOUT = About(
+    title="chest X-rays: normal or pneumonia (with the cause, COVID-19 among them, as further columns)",
+    origin="https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset (5,910 X-rays, about 1.2 GB)",
+    layout=f"{TABLE} and {FOLDER}/{FOLDER}/{{train,test}}/FILE, as in the archive.",
+    licence="CC BY 4.0 for Kermany's images; the COVID-19 images each their own, see covid_chestxray.",
+    citation=(
+        "P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al.: Identifying Medical Diagnoses and "
+        "Treatable Diseases by Image-Based Deep Learning, Cell 172, 2018."
+    ),
+    study="The split as shipped (column Dataset_type). It has no validation part: the test images serve for that too.",
+    sound=(
+        "Test as shipped; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the COVID-19 "
+        "collection the case or paper). Patients on both sides stay on the test's side."
+    ),
+    expected={"default": {"train": (1342, 3944), "test": (234, 390)}},
+)
+
+
+def listing(source: Path, config: str, options: Options) -> Listing:
+    """Lists the X-rays named in the table of the archive `source`.
+
+    Raises ValueError for a missing table, column or folder, an unknown label or split, or a file named twice.
+    """
+    files.refuse_flags(options, "coronahack")
+    table = files.find(source, (TABLE, f"{FOLDER}/{TABLE}"), "table")
+    names = (f"{FOLDER}/{FOLDER}/train/", f"{FOLDER}/train/", "train/")
+    root = files.find(source, names, "folder of training images").parent
+    rows = files.table(table, COLUMNS)
+    labels = [int(files.choose(row["Label"], LABELS, "Label", where)) for where, row in rows]
+    given = [files.choose(row["Dataset_type"], SPLITS, "Dataset_type", where) for where, row in rows]
+    groups = [patient(row["X_ray_image_name"]) for _, row in rows]
+    named, notes = splits.complete(given, labels, groups, options.seed)
+    examples = [
+        Example(
+            file=f"{shipped}/{row['X_ray_image_name']}",
+            image=str(root / shipped / row["X_ray_image_name"]),
+            label=label,
+            split=split,
+            group=group,
+            source="Kermany" if kermany(row["X_ray_image_name"]) else "COVID-19 image data collection",
+            extra=(row["Label_1_Virus_category"], row["Label_2_Virus_category"]),
+            where=where,
+            study="train" if shipped == "train" else "val+test",
+        )
+        for (where, row), label, shipped, split, group in zip(rows, labels, given, named, groups, strict=True)
+    ]
+    files.check_unique(examples)
+    notes += differences(examples, CLASSES, (ABOUT.expected or {})["default"], "CoronaHack")
+    return Listing(CLASSES, examples, ("cause", "agent"), tuple(notes), study=ABOUT.study)
+
+
+def kermany(file: str) -> str:
+    """Returns the patient in a file name of Kermany's, person123_virus_4.jpeg or NORMAL2-IM-0059-0001.jpeg; else ""."""
+    match = re.match(r"(person\d+)_|((?:NORMAL\d*-)?IM-\d+)-", file)
+    return match.group(0)[:-1] if match else ""
+
+
+def patient(file: str) -> str:
+    """Returns the patient of a file: Kermany's, else the case or paper of the COVID-19 collection."""
+    return kermany(file) or files.web_case(files.stem_of(file))

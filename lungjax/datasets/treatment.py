@@ -1,0 +1,143 @@
+"""What happens to one image on its way into a data set: decoded whole, checked, staged, shrunk, hashed, measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lungjax.data import duplicates, images, prepared
+from lungjax.datasets.listing import Example
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is to be made of every image of a data set."""
+
+    stage: str = ""  # one of config.STAGES, "" for the image as it is
+    size: tuple[int, int] | None = None  # height, width
+    body: bool = False  # keep a mask of the body
+    window: tuple[float, float] | None = None  # 16-bit values that become 0 and 255
+
+
+@dataclass(frozen=True)
+class Treated:
+    """What is stored of an image."""
+
+    data: bytes  # the file's own bytes where nothing was changed (8-bit JPEG, PNG), else a PNG
+    width: int
+    height: int
+    box: Box  # in pixels of the stored image, max exclusive; the whole image where there is no box
+    pixels: str  # digest of the decoded original
+    phash: int  # of the original, as the thumbnail: see data.duplicates
+    thumbnail: bytes  # of duplicates.SIDE rows and columns
+    mean: float  # of the stored image, gray, 0..1
+    std: float
+    histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
+    body: bytes  # packed bits, empty if not asked for
+    found: bool  # False if the stage found no body or no lung in it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an image can't be stored."""
+
+    text: str
+    skippable: bool  # by --on_bad_image=skip; what else is wrong, the user must put right
+
+
+def treat(example: Example, treatment: Treatment) -> Treated | Problem:
+    """Reads and treats one image; runs in a worker process, so nothing is raised for a bad image."""
+    try:
+        data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
+        array, form = images.read(data)
+    except (ValueError, OSError) as error:
+        return Problem(str(error), skippable=True)
+    height, width = array.shape[:2]
+    outside = _outside(example.box, width, height)
+    if outside:
+        return Problem(outside, skippable=False)
+    deep = array.dtype == np.uint16
+    if deep and treatment.stage and treatment.window is None:
+        return Problem(f"a 16-bit image: the stage {treatment.stage} needs --window=low,high", skippable=False)
+    shown = array
+    if deep and treatment.window:
+        shown = np.rint(images.show(array, treatment.window)).astype(np.uint8)
+    gray = images.gray(shown)
+    box = example.box or (0.0, 0.0, float(width), float(height))
+    stored, box, region, found = version(gray if treatment.stage else array, box, treatment.stage, treatment.size)
+    same = stored is array and not deep and form in ("JPEG", "PNG")
+    values = images.gray(shown if stored is array else stored) / 255.0
+    return Treated(
+        data=data if same else images.encode(stored),
+        width=stored.shape[1],
+        height=stored.shape[0],
+        box=box,
+        pixels=images.digest(array),
+        phash=duplicates.phash(gray),
+        thumbnail=duplicates.thumbnail(gray).tobytes(),
+        mean=float(values.mean()),
+        std=float(values.std()),
+        histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
+        body=_body(gray, region) if treatment.body else b"",
+        found=found,
+    )
+
+
+def version(array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None) -> tuple[np.ndarray, Box, Box, bool]:
+    """Returns an image in a stage (gray uint8 [H, W] then) and shrunk to a size, both or neither.
+
+    Also the box in its pixels, what of the original it shows (xmin, ymin, xmax, ymax), and whether the stage found
+    a body or lung.
+    """
+    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
+    region, found = whole, True
+    if stage:
+        from lungjax.data import lungs  # here: scikit-image takes a second, and most data sets need none of it
+
+        staged = lungs.apply(array, stage)
+        array, region, found = staged.image, staged.region, staged.found
+        box = _moved(box, region, array.shape)
+    if size:
+        box = _moved(box, (0.0, 0.0, float(array.shape[1]), float(array.shape[0])), size)
+        array = _shrunk(array, size)
+    return array, box, region, found
+
+
+def _outside(box: Box | None, width: int, height: int) -> str:
+    if box is None:
+        return ""
+    xmin, ymin, xmax, ymax = box
+    if 0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height:
+        return ""
+    text = " ".join(f"{v:g}" for v in box)
+    return f"box {text} lies outside the image, which is {width} x {height} (width x height)"
+
+
+def _moved(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
+    """Returns `box` in the pixels of a picture of `shape` (height, width) that shows `region`; all of it if apart."""
+    down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
+    # Clipped after scaling, since 256 * (224 / 256) may be a little more than 224, which TFDS refuses.
+    left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
+    top, bottom = (min(max((v - region[1]) * down, 0.0), float(shape[0])) for v in (box[1], box[3]))
+    if right - left < 1 or bottom - top < 1:
+        return (0.0, 0.0, float(shape[1]), float(shape[0]))
+    return (left, top, right, bottom)
+
+
+def _shrunk(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
+    if array.dtype == np.uint8:
+        return images.resize(array, whole, size, "bilinear", True)
+    return np.rint(images.resize(array.astype(np.float32), whole, size, "bilinear", True)).astype(np.uint16)
+
+
+def _body(gray: np.ndarray, region: Box) -> bytes:
+    from lungjax.data import lungs  # see treat
+
+    mask = Image.fromarray(lungs.body_mask(gray).astype(np.uint8) * 255)
+    side = prepared.BODY_SIDE
+    kept = np.asarray(mask.resize((side, side), Image.Resampling.BILINEAR, box=region)) > 127
+    return np.packbits(kept).tobytes()

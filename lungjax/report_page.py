@@ -1,0 +1,174 @@
+"""report.md, the page for people: what `report.json` says, in words and tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lungjax import metrics
+from lungjax.config import Config, fields_of
+
+NOT_CLINICAL = (
+    "> **Not for clinical use.** These numbers describe one network on one data set. They say nothing "
+    "about patients from another hospital, scanner or time."
+)
+HEADLINE = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy (mean recall)",
+    "auc_macro": "AUC, mean over classes",
+    "auc_micro": "AUC, all pooled",
+    "average_precision_macro": "average precision, mean over classes",
+    "precision_macro": "precision, mean over classes",
+    "recall_macro": "recall (sensitivity), mean over classes",
+    "specificity_macro": "specificity, mean over classes",
+    "f1_macro": "F1, mean over classes",
+    "f1_weighted": "F1, weighted by class size",
+    "loss": "cross-entropy",
+}
+
+
+def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
+    """Returns report.md; `drawn` are the files under plots/ with what they show."""
+    test, facts = report["test"], report["facts"]
+    level, patient = test["slice"], test["patient"]
+    columns = {
+        f"{s}, per {unit}": report[s][unit] for s in ("test", "val") if s in report for unit in ("slice", "patient")
+    }
+    data = facts.get("dataset", config.data.dataset)
+    parts = [
+        f"# {report['name']}: {config.model.name} on {_cell(data)}",
+        f"On {count(level['n'], 'test slice')} the network names the right one of "
+        f"{len(report['classes'])} classes in {_rate(level['accuracy'])} of the cases "
+        f"(AUC {_rate(level['auc_macro'])}); on {count(patient['n'], 'test patient')} in "
+        f"{_rate(patient['accuracy'])} (AUC {_rate(patient['auc_macro'])}).",
+        NOT_CLINICAL,
+    ]
+    if report["warnings"]:
+        parts += ["## Before you believe it", "\n".join(f"- {_cell(text)}" for text in report["warnings"])]
+    rows = [[text, *(_rate(v[name]) for v in columns.values())] for name, text in HEADLINE.items()]
+    counts = ["examples", *(f"{v['n']:,}" for v in columns.values())]
+    parts += ["## Results", _table(["", *columns], [counts, *rows])]
+    parts.append(
+        "A dash is a number that has no definition there, such as the recall of a class without an example. "
+        "Per patient is the mean probability over a patient's slices."
+    )
+    for unit, values in shown_levels(test).items():
+        head = [f"class (test, per {unit})", "n", *map(_cell, metrics.PER_CLASS)]
+        body = [
+            [_cell(name), f"{v['n']:,}", *(_rate(v[key]) for key in metrics.PER_CLASS)]
+            for name, v in values["per_class"].items()
+        ]
+        parts += [f"### Classes, per {unit}", _table(head, body)]
+        body = [
+            [f"**{_cell(name)}**", *(f"{n:,}" for n in row)]
+            for name, row in zip(report["classes"], values["confusion"], strict=True)
+        ]
+        parts.append(_table(["true \\ predicted", *map(_cell, report["classes"])], body))
+    if test["by_source"]:
+        parts += ["### Sources", _source_table(test["by_source"], report["classes"])]
+    if "nolungs" in report:
+        none = report["nolungs"]
+        parts += [
+            "### With the lungs blacked out",
+            f"The same {count(none['n'], 'test slice')}, every lung black: accuracy {_rate(none['accuracy'])}, AUC "
+            f"{_rate(none['auc_macro'])}. What is left of the score was not read in the lungs.",
+        ]
+    parts.append("## Pictures")
+    parts += [f"![{text.split(':')[0]}](plots/{name})\n\n*{text}.*" for name, text in drawn.items()]
+    parts += ["## How it was trained", _table(["", ""], _training_rows(config, report))]
+    parts += ["## Data", _data_text(facts, data)]
+    parts += [
+        "## Files",
+        "`report.json` has every number of this page and more (keys: `python -c 'import lungjax.report; "
+        "help(lungjax.report)'`), `predictions_test.csv` what the network said about each image, "
+        "`config.json` the whole configuration (`--experiment=config.json` repeats the run), "
+        "`metrics.jsonl` the training log.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source_table(by_source: Mapping[str, Any], classes: Sequence[str]) -> str:
+    # Neither F1 nor precision: a source without some class would get a zero for each mistaken naming of it.
+    names = ("accuracy", "balanced_accuracy", "auc_macro")
+    body = [
+        [_cell(source), f"{v['n']:,}", *(f"{v['per_class'][c]['n']:,}" for c in classes)]
+        + [_rate(v[name]) for name in names]
+        for source, v in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
+    ]
+    return _table(["source (test, per slice)", "n", *map(_cell, (*classes, *names))], body)
+
+
+def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]:
+    facts, best, leaves = report["facts"], report["best"], fields_of(config)
+    score = "" if best["score"] is None else f" {best['score']:.4f}"
+    size = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
+    height, width = config.input.size
+    best_text = f"step {best['step']} of {facts.get('steps', '?')}, by val {_cell(best['monitor'])}{score}"
+    rows = [
+        ["network", ", ".join(filter(None, [_cell(config.model.name), size]))],
+        ["first weights", "random" if config.model.weights == "none" else _cell(config.model.weights)],
+        ["input", f"{height} x {width} px, {count(config.input.network_channels, 'channel')}"],
+        ["best weights", best_text],
+    ]
+    if "seconds" in facts:
+        rows.append(["time, last start to end", _duration(facts["seconds"])])
+    shown = ("devices", "hosts", "python", "versions")
+    rows += [[name, _words(facts[name])] for name in shown if name in facts]
+    usual = fields_of(Config())
+    own = [f"{_cell(k)}={_words(v)}" for k, v in leaves.items() if v != usual[k] and k != "name"]
+    return [*rows, ["fields that differ from the defaults", ", ".join(own) or "none"]]
+
+
+def _data_text(facts: Mapping[str, Any], data: str) -> str:
+    counts = facts.get("counts")
+    text = f"{_cell(data)}, fingerprint `{facts.get('fingerprint', '?')[:16]}`."
+    if not counts:
+        return text
+    classes = list(next(iter(counts.values())))
+    body = [[split, *(f"{n.get(c, 0):,}" for c in classes), f"{sum(n.values()):,}"] for split, n in counts.items()]
+    return f"{text} Images:\n\n" + _table(["split", *map(_cell, classes), "all"], body)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)] if any(head) else ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def count(n: int, what: str) -> str:
+    """Returns "1 slice" or "2,000 slices"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns "a, b and c"; of many the first eight."""
+    if len(names) > 8:
+        return ", ".join(names[:8]) + f" and {len(names) - 8} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{k} {v}" for k, v in value.items()]
+    return _cell(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+def _cell(text: str) -> str:
+    """Keeps a name from ending its table cell or turning into markup."""
+    text = " ".join(text.split())
+    for sign in ("\\", "|", "*", "_", "`", "<", "[", "$"):
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def shown_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the slice level, and the patient level where it tells something else."""
+    units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
+    return {unit: levels[unit] for unit in units}

@@ -1,0 +1,108 @@
+"""Small scans for tests: a body whose every corner differs, as a DICOM series and as NIfTI, stored in many ways."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+HU = (-2048, 1)  # intercept and slope
+# How slices may be stored: axis and sign of z, y, x of the body for (slices, rows, columns).
+STORED = {
+    "head first": "+z+y+x",
+    "foot first": "-z+y+x",
+    "prone": "+z-y-x",
+    "mirrored": "+z+y-x",
+    "turned": "+z+x+y",
+    "coronal": "+y-z+x",
+    "sagittal": "-x-z+y",
+}
+VECTOR = {"x": np.array([1.0, 0, 0]), "y": np.array([0, 1.0, 0]), "z": np.array([0, 0, 1.0])}
+
+
+def body(shape=(6, 10, 8)):
+    """Hounsfield units, int16 [z, y, x]: foot to head, front to back, right to left; smooth, without symmetry."""
+    z, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
+    hu = -1000 + 700 * z + 450 * y * y + 250 * x**3
+    hu[0, 0, 0], hu[-1, -1, -1] = -1000, 300
+    return np.rint(hu).astype(np.int16)
+
+
+def dataset(pixels, modality, **tags):
+    """One DICOM file around unsigned 16-bit pixels; a tag that is None is left out."""
+    meta = pydicom.dataset.FileMetaDataset()
+    kind = CTImageStorage if modality == "CT" else DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
+    data.PatientName, data.PatientID, data.PatientBirthDate = "Doe^Jane", "ID-4711", "19700101"
+    data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.3", "1.2.3.4"
+    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = modality, "MONOCHROME2", 1
+    data.Rows, data.Columns = pixels.shape[:2]
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        if value is None:
+            data.pop(name, None)
+        else:
+            setattr(data, name, value)
+    return data
+
+
+def save(data, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
+    """Writes a body [z, y, x] of `spacing` mm as a series; InstanceNumbers are drawn. Returns the paths.
+
+    `change`: {number of the slice: tags that only it has}.
+    """
+    signs, letters = STORED[stored][::2], STORED[stored][1::2]
+    stack, mm = hu, dict(zip("zyx", spacing, strict=True))
+    stack = np.transpose(stack, ["zyx".index(letter) for letter in letters])
+    stack = stack[tuple(slice(None, None, -1 if sign == "-" else 1) for sign in signs)]
+    steps = [VECTOR[c] * mm[c] * (-1 if s == "-" else 1) for s, c in zip(signs, letters, strict=True)]
+    corner = sum(
+        VECTOR[c] * mm[c] * (hu.shape["zyx".index(c)] - 1) for s, c in zip(signs, letters, strict=True) if s == "-"
+    )
+    numbers = np.random.default_rng(1).permutation(len(stack))
+    paths = []
+    for i, slice_of in enumerate(stack):
+        if i in skip:
+            continue
+        known = {
+            "RescaleIntercept": HU[0],
+            "RescaleSlope": HU[1],
+            "PixelSpacing": [mm[letters[1]], mm[letters[2]]],
+            "ImageOrientationPatient": [*np.sign(steps[2]), *np.sign(steps[1])],
+            "ImagePositionPatient": list(np.asarray([-100.0, 50, 7]) + corner + i * steps[0]),
+            "InstanceNumber": int(numbers[i]),
+        }
+        pixels = ((slice_of.astype(np.int32) - HU[0]) // HU[1]).astype(np.uint16)
+        data = dataset(pixels, "CT", **(known | tags | (change or {}).get(i, {})))
+        paths.append(str(save(data, folder / f"IM{numbers[i]:04d}{suffix}")))
+    return paths
+
+
+def nifti(path: Path, hu, spacing=(1.0, 1.0, 1.0), axes="RAS", unit="mm", dtype=np.int16, code=1):
+    """Writes a body [z, y, x] as NIfTI whose array axes go to `axes`, such as RAS or LPS."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = hu.transpose(2, 1, 0)[::-1, ::-1]  # x to the right, y to the front, z to the head
+    affine = np.diag([spacing[2], spacing[1], spacing[0], 1.0])
+    image = nibabel.Nifti1Image(array.astype(dtype), affine)
+    ornt = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
+    )
+    image = image.as_reoriented(ornt)
+    image.header.set_xyzt_units(unit)
+    image.set_sform(image.affine, code)
+    image.set_qform(image.affine, code)
+    nibabel.save(image, path)
+    return str(path)
