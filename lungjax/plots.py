@@ -1,10 +1,4 @@
-"""The pictures of a report, each one function from numbers to a PNG file.
-
-Drawn with matplotlib's Figure alone: no pyplot, no state shared between pictures, no display; matplotlib is
-imported when the first picture is drawn. Every file appears whole, by a rename. The colours are those of
-Okabe and Ito ("Color Universal Design", 2008) without yellow, told apart by the colour-blind too, and line
-styles change where colours repeat.
-"""
+"""The pictures of a report, each one function from numbers to a PNG file."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lungjax import metrics
+from lungjax import figures, metrics
 from lungjax.predictions import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F5F3F")
-DASHES = (0, (5, 2))
-STYLES = ("-", DASHES, (0, (1, 1.2)))
-RIGHT, WRONG, INK, QUIET = "#009E73", "#D55E00", "#222222", "#767676"
-DPI = 130
 ANNOTATED = 16  # classes up to which each cell of a confusion matrix shows its number
 SMOOTHED = 60  # points from which the loss is drawn with a running mean
 
@@ -47,24 +36,24 @@ def training_curves(
     panels.append(("Learning rate", ["lr"]))
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8, 0.8 + 2.3 * len(panels))
+    figure = figures.figure(8, 0.8 + 2.3 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=[1.3] + [1] * (len(panels) - 1))
     for axis, (title, names) in zip(axes, panels, strict=True):
-        _style(axis)
-        axis.set_title(_plain(title), loc="left", fontsize=11, color=INK)
+        figures.style(axis)
+        axis.set_title(figures.plain(title), loc="left", fontsize=11, color=figures.INK)
         for name in names:
             _line(axis, history, name)
         if best_step is not None:
             label = f"best, step {best_step:,}" if axis is axes[0] else None
-            axis.axvline(best_step, color=QUIET, linewidth=1.2, linestyle=DASHES, zorder=1, label=label)
+            axis.axvline(best_step, color=figures.QUIET, linewidth=1.2, linestyle=figures.DASHES, zorder=1, label=label)
     axes[0].set_ylim(bottom=0)
     axes[-1].set_ylim(bottom=0)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
-    axes[-1].set_xlabel("Step" + _epochs(history), color=INK)
+    axes[-1].set_xlabel("Step" + _epochs(history), color=figures.INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None:
@@ -74,7 +63,7 @@ def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None
         return
     steps, values = np.asarray(points, dtype=np.float64).T
     train = name == "train.loss"
-    color = COLORS[0] if train or name == "lr" else COLORS[1]
+    color = figures.COLORS[0] if train or name == "lr" else figures.COLORS[1]
     label = "train" if train else "validation"
     marker = "o" if name.startswith("val.") or len(steps) < 3 else None
     if train and len(steps) >= SMOOTHED:
@@ -99,34 +88,34 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
     c = len(classes)
     whole = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, whole, out=np.full_like(counts, np.nan), where=whole > 0)
-    names = [_short(name, 22) for name in classes]
+    names = [figures.short(name, 22) for name in classes]
     longest = max(map(len, names))
     side = min(max(0.75 * c, 2.6), 12)
-    figure = _figure(2 * side + 0.085 * longest + 1.6, side + 0.06 * longest + 1.5, layout="compressed")
-    figure.suptitle(_plain(title), fontsize=12, color=INK)
+    figure = figures.figure(2 * side + 0.085 * longest + 1.6, side + 0.06 * longest + 1.5, layout="compressed")
+    figure.suptitle(figures.plain(title), fontsize=12, color=figures.INK)
     left, right = figure.subplots(1, 2)
     size = 10 if c <= 10 else 8
     for axis, values, what in ((left, counts, "Counts"), (right, shares, "Share of the true class")):
         highest = max(np.nanmax(values, initial=0), 1) if values is counts else 1
         axis.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="equal")
-        axis.set_title(what, fontsize=11, color=INK)
-        axis.set_xlabel("Predicted", color=INK)
+        axis.set_title(what, fontsize=11, color=figures.INK)
+        axis.set_xlabel("Predicted", color=figures.INK)
         turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if c > 3 or longest > 9 else {}
         axis.set_xticks(range(c), names, fontsize=9, **turned)
         axis.set_yticks(range(c), names if axis is left else [""] * c, fontsize=9)
         axis.set_xticks(np.arange(c + 1) - 0.5, minor=True)
         axis.set_yticks(np.arange(c + 1) - 0.5, minor=True)
         axis.grid(which="minor", color="white", linewidth=1.5)
-        axis.tick_params(which="both", length=0, colors=INK)
+        axis.tick_params(which="both", length=0, colors=figures.INK)
         axis.spines[:].set_visible(False)
         for i, j in np.ndindex(c, c) if c <= ANNOTATED else ():
             if not np.isnan(values[i, j]):
-                text = f"{values[i, j]:,.0f}" if values is counts else _percent(float(values[i, j]))
-                color = "white" if values[i, j] > 0.55 * highest else INK
+                text = f"{values[i, j]:,.0f}" if values is counts else figures.percent(float(values[i, j]))
+                color = "white" if values[i, j] > 0.55 * highest else figures.INK
                 small = min(size, 46 / max(len(text), 1) * min(side / c / 0.75, 1))
                 axis.text(j, i, text, ha="center", va="center", fontsize=small, color=color)
-    left.set_ylabel("True", color=INK)
-    _save(figure, path)
+    left.set_ylabel("True", color=figures.INK)
+    figures.save(figure, path)
 
 
 def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -140,10 +129,10 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
         area = metrics.auc(positive, scores)
         x, y, _ = metrics.roc_curve(positive, scores)
         axis.plot(x, y, label=f"{name}\nAUC {area:.3f}" if area == area else f"{name}\nno AUC", **look)
-    axis.set_xlabel("False positive rate (1 - specificity)", color=INK)
-    axis.set_ylabel("True positive rate (sensitivity)", color=INK)
-    _legend_beside(axis, len(classes))
-    _save(figure, path)
+    axis.set_xlabel("False positive rate (1 - specificity)", color=figures.INK)
+    axis.set_ylabel("True positive rate (sensitivity)", color=figures.INK)
+    figures.legend_beside(axis, len(classes))
+    figures.save(figure, path)
 
 
 def pr_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -159,10 +148,10 @@ def pr_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[s
         number = f"AP {area:.3f}, chance {positive.mean():.3f}" if area == area else "no AP"
         # Between two thresholds the precision of the next one holds, as the average precision counts it.
         axis.plot(x, y, drawstyle="steps-pre", label=f"{name}\n{number}", **look)
-    axis.set_xlabel("Recall (sensitivity)", color=INK)
-    axis.set_ylabel("Precision (positive predictive value)", color=INK)
-    _legend_beside(axis, len(classes))
-    _save(figure, path)
+    axis.set_xlabel("Recall (sensitivity)", color=figures.INK)
+    axis.set_ylabel("Precision (positive predictive value)", color=figures.INK)
+    figures.legend_beside(axis, len(classes))
+    figures.save(figure, path)
 
 
 def _one_against_rest(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> list[Any]:
@@ -172,10 +161,10 @@ def _one_against_rest(labels: np.ndarray, probabilities: np.ndarray, classes: Se
     is_class = np.asarray(labels)[:, None] == np.arange(len(classes))
     curves: list[Any] = []
     for i, name in enumerate(classes):
-        style = STYLES[i // len(COLORS) % len(STYLES)]
-        look = {"color": COLORS[i % len(COLORS)], "linestyle": style, "linewidth": 1.8}
-        curves.append((_short(name, 26), is_class[:, i], scores[:, i], look))
-    look = {"color": INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}
+        style = figures.STYLES[i // len(figures.COLORS) % len(figures.STYLES)]
+        look = {"color": figures.COLORS[i % len(figures.COLORS)], "linestyle": style, "linewidth": 1.8}
+        curves.append((figures.short(name, 26), is_class[:, i], scores[:, i], look))
+    look = {"color": figures.INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}
     return [*curves, ("all pooled (micro)", is_class.ravel(), scores.ravel(), look)]
 
 
@@ -194,9 +183,9 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
     tile = side * min(tall, 2.0) + text
     whole = columns * width + gap
     height = sum(head + math.ceil(len(rows) / columns) * tile for rows in (right, wrong)) + 0.1
-    figure = _figure(whole, height, layout="none")
+    figure = figures.figure(whole, height, layout="none")
     top = height
-    for what, color, rows in (("Right", RIGHT, right), ("Wrong", WRONG, wrong)):
+    for what, color, rows in (("Right", figures.RIGHT, right), ("Wrong", figures.WRONG, wrong)):
         title = f"{what} ({len(rows)} shown)" if rows else f"{what}: none"
         figure.text(gap / whole, (top - 0.3) / height, title, fontsize=13, color=color, weight="bold")
         top -= head
@@ -210,15 +199,15 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
             axis.spines[:].set(color=color, linewidth=2)
             said, probability = p.classes[predicted[row]], float(p.probabilities[row, predicted[row]])
             lines = (
-                _short(str(p.ids[row]), 27),
-                f"true: {_short(p.classes[p.labels[row]], 21)}",
-                f"predicted: {_short(said, 12)} {_percent(probability)}",
+                figures.short(str(p.ids[row]), 27),
+                f"true: {figures.short(p.classes[p.labels[row]], 21)}",
+                f"predicted: {figures.short(said, 12)} {figures.percent(probability)}",
             )
             for j, line in enumerate(lines):
                 place = (x / whole, (y - 0.17 - 0.155 * j) / height)
-                figure.text(*place, line, fontsize=8.2, color=INK if j else QUIET)
+                figure.text(*place, line, fontsize=8.2, color=figures.INK if j else figures.QUIET)
         top -= math.ceil(len(rows) / columns) * tile
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def choose_examples(predictions: Predictions, most: int) -> tuple[list[int], list[int]]:
@@ -248,61 +237,12 @@ def _take_turns(lists: Sequence[Sequence[int]], most: int) -> list[int]:
     return turns[:most]
 
 
-def _figure(width: float, height: float, layout: str = "constrained") -> "Figure":
-    from matplotlib.figure import Figure  # here, so that importing this file stays cheap
-
-    return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")  # type: ignore[arg-type]
-
-
 def _square(title: str) -> tuple["Figure", "Axes"]:
-    figure = _figure(8.4, 5.6, layout="compressed")
+    figure = figures.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
-    _style(axis)
-    axis.set_title(title, loc="left", fontsize=12, color=INK)
+    figures.style(axis)
+    axis.set_title(title, loc="left", fontsize=12, color=figures.INK)
     axis.set_xlim(-0.01, 1.01)
     axis.set_ylim(-0.01, 1.01)
     axis.set_aspect("equal")
     return figure, axis
-
-
-def _style(axis: "Axes") -> None:
-    axis.grid(color="#E4E4E4", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#999999")
-    axis.tick_params(colors=INK, labelsize=9)
-
-
-def _legend_beside(axis: "Axes", classes: int) -> None:
-    axis.legend(
-        frameon=False, fontsize=9 if classes <= 10 else 7, loc="upper left", bbox_to_anchor=(1.02, 1.0),
-        labelspacing=0.8, handlelength=2.8, borderaxespad=0, ncols=1 + classes // 14,
-    )  # fmt: skip
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
-    partial.replace(path)
-
-
-def _percent(share: float) -> str:
-    """Returns "93%", and "<1%" or ">99%" where rounding would hide the few exceptions."""
-    if 0 < share < 0.005:
-        return "<1%"
-    return ">99%" if 0.995 < share < 1 else f"{100 * share:.0f}%"
-
-
-def _short(text: str, most: int) -> str:
-    """Cuts out the middle of a name longer than `most`; file names differ at their ends."""
-    text = " ".join(text.split())
-    if len(text) > most:
-        end = (most - 1) // 2
-        text = text[: most - 1 - end] + "…" + text[-end:]
-    return _plain(text)
-
-
-def _plain(text: str) -> str:
-    """Keeps matplotlib from reading $ as mathematics."""
-    return text.replace("$", r"\$")

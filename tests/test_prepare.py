@@ -203,9 +203,7 @@ records.prepare("folder/default", listing.Listing(("a", "b"), examples), Path("d
 
 def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_path):
     for what, code in (("kill", -signal.SIGKILL), ("finish", 0)):
-        result = subprocess.run(
-            [sys.executable, "-c", KILLED, what], cwd=tmp_path, capture_output=True, text=True
-        )
+        result = subprocess.run([sys.executable, "-c", KILLED, what], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         if what == "kill":
             assert list((tmp_path / "data/.staging").rglob("*.array_record*")), "killed while writing"

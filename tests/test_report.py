@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lungjax import metrics, plots, predictions, report, report_page
+from lungjax import figures, metrics, plots, predictions, report, report_page
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.predictions import Predictions
 
@@ -249,16 +249,16 @@ def test_examples_take_turns_and_begin_with_the_surest_mistakes():
 
 
 @pytest.fixture
-def figures(monkeypatch, tmp_path):
+def drawn(monkeypatch, tmp_path):
     """Draws and keeps each picture's figure, for a look at what is where."""
     kept = []
-    save = plots._save
+    save = figures.save
 
     def keep(figure, path):
         save(figure, path)
         kept.append(figure)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return kept
 
 
@@ -273,7 +273,7 @@ def texts_of(figure):
 
 
 @pytest.mark.parametrize("c", [3, 10])
-def test_no_text_lies_on_another_with_few_or_many_long_names(figures, tmp_path, c):
+def test_no_text_lies_on_another_with_few_or_many_long_names(drawn, tmp_path, c):
     p = make(n=40 * c, classes=LONG[:c])
     matrix = metrics.summarize(p.labels, p.probabilities, p.classes)["confusion"]
     plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")
@@ -282,11 +282,11 @@ def test_no_text_lies_on_another_with_few_or_many_long_names(figures, tmp_path, 
     plots.example_sheet(
         changed(p, ids=np.array([f"{'long-' * 12}{i}" for i in range(40 * c)])), image, 12, tmp_path / "e.png"
     )
-    assert len(figures) == 4
+    assert len(drawn) == 4
     for name in ("roc.png", "pr.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width < 1300, "a long name widens the legend"
-    for figure in figures:
+    for figure in drawn:
         assert figure.get_figwidth() < 20
         for (a, box_a), (b, box_b) in itertools.combinations(texts_of(figure), 2):
             width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
@@ -294,22 +294,22 @@ def test_no_text_lies_on_another_with_few_or_many_long_names(figures, tmp_path, 
             assert width < 2 or height < 2, f"{a!r} on {b!r}"
 
 
-def test_confusion_shows_counts_and_shares(figures, tmp_path):
+def test_confusion_shows_counts_and_shares(drawn, tmp_path):
     plots.confusion([[3, 1], [0, 0]], ("a", "b"), tmp_path / "c.png", "title")
-    left, right = figures[0].axes
+    left, right = drawn[0].axes
     assert [t.get_text() for t in left.texts] == ["3", "1", "0", "0"]
     assert [t.get_text() for t in right.texts] == ["75%", "25%"], "a class without examples has no shares"
     plots.confusion([[999, 1], [1, 999]], ("a", "b"), tmp_path / "c.png", "title")
-    assert [t.get_text() for t in figures[1].axes[1].texts] == [">99%", "<1%", "<1%", ">99%"]
+    assert [t.get_text() for t in drawn[1].axes[1].texts] == [">99%", "<1%", "<1%", ">99%"]
 
 
-def test_curves_are_those_of_the_metrics(figures, tmp_path):
+def test_curves_are_those_of_the_metrics(drawn, tmp_path):
     p = make()
     labels = np.where(p.labels == 2, 1, p.labels)  # COVID-19 has no example
     plots.roc_curves(labels, p.probabilities, CLASSES, tmp_path / "roc.png")
     plots.pr_curves(labels, p.probabilities, CLASSES, tmp_path / "pr.png")
     for figure, curve, area in zip(
-        figures, (metrics.roc_curve, metrics.pr_curve), (metrics.auc, metrics.average_precision), strict=True
+        drawn, (metrics.roc_curve, metrics.pr_curve), (metrics.auc, metrics.average_precision), strict=True
     ):
         lines = {line.get_label().split("\n")[0]: line for line in figure.axes[0].lines}
         for i in (0, 1):
@@ -321,20 +321,20 @@ def test_curves_are_those_of_the_metrics(figures, tmp_path):
         assert "all pooled (micro)" in lines
 
 
-def test_training_curves_show_what_was_logged(figures, tmp_path):
+def test_training_curves_show_what_was_logged(drawn, tmp_path):
     plots.training_curves(HISTORY, tmp_path / "t.png", "slice.auc_macro", 40)
-    loss, monitor, lr = figures[0].axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
-    assert drawn["train"] == [[20, 1.0], [40, 0.5], [60, 0.4]]
-    assert drawn["validation"] == [[20, 0.9], [40, 0.6], [60, 0.7]]
+    loss, monitor, lr = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert lines["train"] == [[20, 1.0], [40, 0.5], [60, 0.4]]
+    assert lines["validation"] == [[20, 0.9], [40, 0.6], [60, 0.7]]
     assert monitor.lines[0].get_xydata().tolist() == [[40, 0.8125], [60, 0.75]], "None has no point"
     assert lr.lines[0].get_ydata().tolist() == [1e-3] * 3
-    assert {line.get_xdata()[0] for axis in figures[0].axes for line in axis.lines[-1:]} == {40}
+    assert {line.get_xdata()[0] for axis in drawn[0].axes for line in axis.lines[-1:]} == {40}
     plots.training_curves(HISTORY, tmp_path / "t.png", "slice.loss")
-    assert len(figures[1].axes) == 2
+    assert len(drawn[1].axes) == 2
     long = [{"step": s, "train.loss": float(s % 2)} for s in range(1, 201)]
     plots.training_curves(long, tmp_path / "t.png", "slice.loss")
-    noisy, smooth = figures[2].axes[0].lines
+    noisy, smooth = drawn[2].axes[0].lines
     assert len(noisy.get_xdata()) == len(smooth.get_xdata()) == 200
     assert np.ptp(smooth.get_ydata()[5:-5]) < 0.2 and np.ptp(noisy.get_ydata()) == 1
 

@@ -300,7 +300,7 @@ def _slices(labels: np.ndarray, keep: np.ndarray) -> list[tuple[slice, slice]]:
 
 def _windpipe(size: float, off: float, width: int) -> bool:
     """Air in the middle of the body that is small beside the larger lung: windpipe, main bronchus, gullet."""
-    return size < 0.2 and abs(off) < 0.1 * width
+    return size < 0.12 and abs(off) < 0.1 * width
 
 
 def _midline(lungs: np.ndarray, x0: int, width: int) -> float:
