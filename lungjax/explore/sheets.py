@@ -139,13 +139,13 @@ def stages(view: View) -> str:
 
 
 def _whole_and_bright(gray: np.ndarray) -> tuple[bool, bool, float]:
-    """Says whether lungs are found and the body lies inside the image, and how much of it the studies call bright."""
+    """Says whether lungs are found and the body is bright, as the studies take it; and less the more it is cut off."""
     from lungjax.data import lungs, study_masks
 
     body = lungs.body_mask(gray)
-    inside = not (body[0].any() or body[-1].any() or body[:, 0].any() or body[:, -1].any())
-    bright = float((gray[body] > study_masks.THRESHOLD).mean()) if body.any() else 0.0
-    return bool(lungs.lung_mask(gray).any()), inside, bright
+    cut = float(np.concatenate([body[0], body[-1], body[:, 0], body[:, -1]]).mean())
+    bright = bool(body.any()) and float((gray[body] > study_masks.THRESHOLD).mean()) > 0.3
+    return bool(lungs.lung_mask(gray).any()), bright, -cut
 
 
 def _outlined(view: View, row: int) -> Tile:
