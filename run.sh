@@ -4,6 +4,7 @@
 #   ./run.sh                                  train and test the embedded demo
 #   ./run.sh --experiment=NAME [--set=...]    any flag of python -m lungjax.main
 #   ./run.sh prepare --dataset=NAME ...       any flag of python -m lungjax.prepare
+#   ./run.sh explore --dataset=NAME           any flag of python -m lungjax.explore
 #   ./run.sh weights --list                   any flag of python -m lungjax.weights
 #   ./run.sh test [pytest arguments]          the tests
 #
@@ -55,7 +56,7 @@ case ${1:-} in
     shift
     install "$accel,test"
     cd "$here" && exec "$venv/bin/python" -m pytest "$@" ;;
-  prepare | weights)
+  prepare | explore | weights)
     command=$1
     shift
     install "$accel"

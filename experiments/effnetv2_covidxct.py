@@ -1,4 +1,4 @@
-"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A: body box, 224 px, classes drawn equally often.
+"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A: body box, 224 px, COVIDNet-CT's augmentation.
 
     python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
     python -m lungjax.main --experiment=effnetv2_covidxct
@@ -6,10 +6,12 @@
 Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. The weights are
 fetched once (`python -m lungjax.weights --fetch efficientnetv2_s.keras`, 88 MB) and bring their input range,
 x / 128 - 1; `--set=model.weights=none` starts at random, `run:WORKDIR` from any run.
+Classes are drawn equally often, slices augmented as COVIDNet-CT does (`lungjax.presets`).
 An epoch of 357,518 slices takes hours on a GPU, so validation comes every 2,000 steps, as COVID-Net CT's does.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax.presets import preset
 
 
 def get_config(version: str = "3a", model: str = "efficientnetv2_s", weights: str = "imagenet") -> Config:
@@ -17,7 +19,8 @@ def get_config(version: str = "3a", model: str = "efficientnetv2_s", weights: st
     return Config(
         name="effnetv2_covidxct",
         data=DataConfig(dataset=f"covidx_ct/{version}", sampling="balanced"),
-        input=InputSpec(size=(224, 224), channels=1, crop="box"),
+        input=InputSpec(size=(224, 224), channels=1, crop="box", box_margin=0.1),  # the margin is for the box's jitter
+        augment=preset("covidnet_ct"),
         model=ModelConfig(name=model, weights=weights),
         optim=OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup_steps=1000, weight_decay=1e-5),
         train=TrainConfig(batch_size=64, epochs=5, eval_steps=2000, patience=10),

@@ -49,9 +49,9 @@ def test_imports_run_one_way():
     assert not wrong
 
 
-def test_experiments_import_the_configuration_alone():
+def test_experiments_import_configuration_and_presets_alone():
     for path in (PACKAGE.parent / "experiments").glob("*.py"):
-        assert imported(path) <= {"config"}, path
+        assert imported(path) <= {"config", "presets"}, path
         assert len(path.read_text().splitlines()) <= 100, path
 
 

@@ -15,28 +15,25 @@ SHOWN = 20  # duplicates, skipped images and the like that are named; the counts
 
 def summarize(
     described: Mapping[str, Any],
-    rows: Sequence[Mapping[str, str]],
+    columns: Mapping[str, Sequence[str]],
     twins: Mapping[str, Any],
     skipped: Sequence[str],
     unstaged: Sequence[str],
     notes: Sequence[str],
     group_name: str,
 ) -> dict[str, Any]:
-    """Returns the summary of index rows: counts, sizes, copies, what they do to each protocol, warnings.
+    """Returns the summary of an index: counts, sizes, copies, what they do to each protocol, warnings.
 
     `described` is the content of lungjax.json, `twins` what was found in `datasets.twins`.
     """
     classes = described["classes"]
 
-    def column(key: str) -> list[str]:
-        return [row[key] for row in rows]
-
-    labels, groups, sources = (column(k) for k in ("label", "group", "source"))
-    width, height = (np.array(column(k), dtype=np.str_).astype(int) for k in ("width", "height"))
-    cells = {"sound": column("split")} | ({"study": column("split_study")} if described["study"] else {})
+    labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
+    width, height = (np.array(columns[k], dtype=np.str_).astype(int) for k in ("width", "height"))
+    cells = {"sound": columns["split"]} | ({"study": columns["split_study"]} if described["study"] else {})
     result = {
         "name": described["name"],
-        "images": len(rows),
+        "images": len(labels),
         "classes": list(classes),
         "group_name": group_name,
         "groups": len(set(groups)),
@@ -51,9 +48,9 @@ def summarize(
                 for (w, h), n in Counter(zip(width.tolist(), height.tolist(), strict=True)).most_common(3)
             ],
         },
-        "pixels": _statistics(rows),
+        "pixels": _statistics(columns),
         "window": described["window"],
-        "duplicates": _duplicates(labels, column("pixels")),
+        "duplicates": _duplicates(labels, columns["pixels"]),
         "twins": dict(twins),
         "groups_with_several_labels": _mixed(groups, labels),
         "skipped": list(skipped),
@@ -86,10 +83,10 @@ def _counts(
     }
 
 
-def _statistics(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Returns mean and standard deviation of pixel / 255 over the train images of the sound protocol, each alike."""
-    train = [row for row in rows if row["split"] == "train"]
-    mean, std = (np.array([row[key] for row in train], dtype=np.str_).astype(float) for key in ("mean", "std"))
+    train = np.array(columns["split"], dtype=np.str_) == "train"
+    mean, std = (np.array(columns[key], dtype=np.str_).astype(float)[train] for key in ("mean", "std"))
     whole = float(mean.mean())
     return {"mean": round(whole, 4), "std": round(float(np.sqrt((std**2 + mean**2).mean() - whole**2)), 4)}
 

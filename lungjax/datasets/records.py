@@ -11,7 +11,8 @@ import itertools
 import multiprocessing
 import os
 import shutil
-from collections import deque
+import sys
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class _Seen:
 
     thumbnails: Path  # a file with one for each row: they are too many for memory
     examples: list[Example] = field(default_factory=list)  # those that are stored, in order
-    rows: list[dict[str, str]] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
     skipped: list[str] = field(default_factory=list)
     unstaged: list[str] = field(default_factory=list)  # files in which a stage found no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
@@ -104,9 +105,8 @@ def prepare(
         written = prepared.directory(staging, name)
         _check_left(seen)
         say("Looking for images that are there twice ...")
-        found = twins.search(seen.examples, seen.rows, listing, _thumbnails(seen))
-        for row, split in zip(seen.rows, found.sound, strict=True):
-            row["split"] = split
+        found = twins.search(seen.examples, seen.columns, listing, _thumbnails(seen))
+        seen.columns["split"] = found.sound
         _check_classes(seen, listing.classes)
         window, notes = _window(window, seen)
         header = [*prepared.COLUMNS, *listing.extra]
@@ -117,12 +117,13 @@ def prepare(
             "study": listing.study,
             "body": listing.body,
         }
-        twins.write(found, seen.rows, written)
-        prepared.write_index(written, described, header, ([row[key] for key in header] for row in seen.rows))
+        twins.write(found, seen.columns["file"], written)
+        rows = zip(*(seen.columns[key] for key in header), strict=True)
+        prepared.write_index(written, described, header, rows)
         _check_order(written, name, seen)
         result = summary.summarize(
             described,
-            seen.rows,
+            seen.columns,
             twins=found.told,
             skipped=seen.skipped,
             unstaged=seen.unstaged,
@@ -221,7 +222,7 @@ def _shards(
         with seen.thumbnails.open("ab") as thumbnails:
             for example, treated in kept(start, stop):
                 thumbnails.write(treated.thumbnail)
-                yield len(seen.rows), _record(example, treated, listing, seen)
+                yield len(seen.examples), _record(example, treated, listing, seen)
 
     def kept(start: int, stop: int) -> Iterator[tuple[Example, Treated]]:
         for example, treated in _treated(examples[start:stop], treatment):
@@ -276,26 +277,25 @@ def _pool(examples: Sequence[Example], treatment: Treatment, workers: int) -> Ex
 
 
 def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -> dict[str, Any]:
-    box = dict(zip(prepared.BOX, (f"{v:.9g}" for v in treated.box), strict=True))
     seen.examples.append(example)
-    seen.rows.append(
-        {
-            "file": example.file,
-            "label": listing.classes[example.label],
-            "split": example.split,
-            "split_study": example.study if listing.study else "",
-            "group": example.group,
-            "source": example.source,
-            "width": str(treated.width),
-            "height": str(treated.height),
-            **box,
-            "pixels": treated.pixels,
-            "phash": f"{treated.phash:016x}",
-            "mean": f"{treated.mean:.5f}",
-            "std": f"{treated.std:.5f}",
-            **dict(zip(listing.extra, example.extra, strict=True)),
-        }
-    )
+    row = {
+        "file": example.file,
+        "label": listing.classes[example.label],
+        "split": example.split,
+        "split_study": example.study if listing.study else "",
+        "group": example.group,
+        "source": example.source,
+        "width": str(treated.width),
+        "height": str(treated.height),
+        **dict(zip(prepared.BOX, (f"{v:.9g}" for v in treated.box), strict=True)),
+        "pixels": treated.pixels,
+        "phash": f"{treated.phash:016x}",
+        "mean": f"{treated.mean:.5f}",
+        "std": f"{treated.std:.5f}",
+        **dict(zip(listing.extra, example.extra, strict=True)),
+    }
+    for name, text in row.items():
+        seen.columns[name].append(sys.intern(text))  # a set of 400,000 images has few different sizes
     if treated.histogram is not None:
         seen.deep += 1
         if example.split == "train":
@@ -307,20 +307,21 @@ def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -
 
 
 def _thumbnails(seen: _Seen) -> np.ndarray:
-    shape = (len(seen.rows), duplicates.SIDE, duplicates.SIDE)
+    shape = (len(seen.examples), duplicates.SIDE, duplicates.SIDE)
     return np.memmap(seen.thumbnails, np.uint8, "r", shape=shape)
 
 
 def _check_left(seen: _Seen) -> None:
-    if not seen.rows:
+    if not seen.examples:
         raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
 
 
 def _check_classes(seen: _Seen, classes: Sequence[str]) -> None:
-    trained = {row["label"] for row in seen.rows if row["split"] == "train"}
+    pairs = set(zip(seen.columns["label"], seen.columns["split"], strict=True))
+    trained = {label for label, split in pairs if split == "train"}
     empty = [c for c in classes if c not in trained]
     if empty:
-        given = {row["label"] for row, e in zip(seen.rows, seen.examples, strict=True) if e.split == "train"}
+        given = {classes[example.label] for example in seen.examples if example.split == "train"}
         lost = " once patients and images of later splits are taken out" if set(empty) & given else ""
         raise ValueError(
             f"no training example of {', '.join(empty)}{lost}; every class needs an image in the train split"
@@ -331,7 +332,7 @@ def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[floa
     """Returns the window to record, and what to say about it."""
     if not seen.deep:
         return None, ["--window was not used: no image has 16 bits"] if window else []
-    kinds = f"{seen.deep} of {len(seen.rows)} images have 16 bits"
+    kinds = f"{seen.deep} of {len(seen.examples)} images have 16 bits"
     if window:
         return window, [f"{kinds}; as asked, their values {window[0]:g} to {window[1]:g} become 0 to 255"]
     total = np.cumsum(seen.histogram)
@@ -349,8 +350,9 @@ def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[floa
 def _check_order(written: Path, name: str, seen: _Seen) -> None:
     # Training trusts that record i is row i of the index; a TFDS that shuffled would mislabel everything.
     source = prepared.open_records(written)
-    count = len(seen.rows)
+    files = seen.columns["file"]
+    count = len(files)
     some = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}
-    wrong = [i for i in sorted(some) if source[i]["file"].decode() != seen.rows[i]["file"]]
+    wrong = [i for i in sorted(some) if source[i]["file"].decode() != files[i]]
     if len(source) != count or wrong:
         raise RuntimeError(f"{name}: the records are not in the order of the index, first at row {wrong[:1]}")

@@ -27,20 +27,20 @@ class Twins:
 
 
 def search(
-    examples: Sequence[Example], rows: Sequence[Mapping[str, str]], listing: Listing, thumbnails: np.ndarray
+    examples: Sequence[Example], columns: Mapping[str, Sequence[str]], listing: Listing, thumbnails: np.ndarray
 ) -> Twins:
-    """Finds exact copies and near twins among the rows of an index, and what that means for each protocol.
+    """Finds exact copies and near twins among the columns of an index, and what that means for each protocol.
 
     `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], spare reading the images once more.
     """
-    files, groups, pixels, labels = ([row[key] for row in rows] for key in ("file", "group", "pixels", "label"))
-    hashes = np.asarray([int(row["phash"], 16) for row in rows], np.uint64)
+    files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
+    hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
     found = duplicates.near_twins(hashes, groups, pixels, thumbnails.__getitem__)
     numbers = [example.label for example in examples]
     sound, notes = protocols.sound(
         [e.split for e in examples], numbers, groups, pixels, found.pairs, listing.group_name
     )
-    cells = {"study": [row["split_study"] for row in rows]} if listing.study else {}
+    cells: dict[str, Sequence[str]] = {"study": columns["split_study"]} if listing.study else {}
     cells["sound"] = sound
     told: dict[str, Any] = {"near_pairs": len(found.pairs), "left_out": sound.count(""), "leaks": {}}
     for name, column in cells.items():
@@ -57,12 +57,12 @@ def _members(cells: Sequence[str], split: str) -> np.ndarray:
     return np.flatnonzero([holds[cell] for cell in cells])
 
 
-def write(found: Twins, rows: Sequence[Mapping[str, str]], directory: Path) -> None:
+def write(found: Twins, files: Sequence[str], directory: Path) -> None:
     """Writes the near twins into `directory`."""
     with (directory / FILE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "twin"])
-        writer.writerows([rows[i]["file"], rows[j]["file"]] for i, j in found.near.tolist())
+        writer.writerows([files[i], files[j]] for i, j in found.near.tolist())
 
 
 def read(data: Prepared, data_dir: Path) -> np.ndarray:
