@@ -3,11 +3,11 @@
     python tests/benchmarks/lungs.py [--patients=150] [--first=3000] [--slices=24] [--snakes=4]
         [--sheet=OUT.png --shared=FOLDER] [--seed=17]
 
-Prints a markdown table: Dice of `lung_mask` with the drawn lungs, per class and by where the lesions are (one slice of
-each phantom patient, levels in turn, at the phantoms' own size), and slices of 512 x 512 per second of one core for
-both masks and the CT-COV19 study's snake, in turns on the same slices. `--sheet` draws 60 real slices of FOLDER/data/ct with their
-contours (lungs red, body blue), 15 of each name prefix, on OUT-1.png and OUT-2.png; slices whose lungs were
-masked before (`nor_`) come on OUT-masked.png.
+Prints a markdown table: Dice of `lung_mask` with the drawn lungs, per class and by where the lesions are (one slice
+of each phantom patient, levels in turn, at the phantoms' own size), and slices of 512 x 512 per second of one core
+for both masks and the CT-COV19 study's snake, in turns on the same slices. `--sheet` draws 60 real slices of
+FOLDER/data/ct with their contours (lungs red, body blue), 15 of each name prefix, on OUT-1.png and OUT-2.png; slices
+whose lungs were masked before (`nor_`) come on OUT-masked.png.
 """
 
 import argparse
