@@ -273,6 +273,8 @@ def test_a_name_holds_configuration_stage_and_size(tmp_path):
     assert datasets.with_stage("ct_cov19/lungs-224", "nolungs") == "ct_cov19/nolungs-224"
     with pytest.raises(ValueError, match="unknown configuration 'lung' of ct_cov19; the nearest: lungs"):
         datasets.resolve("ct_cov19/lung")
+    with pytest.raises(ValueError, match="stages are for axial CT slices, which coronahack has none of"):
+        datasets.resolve("coronahack/lungs-224")
     assert lungs.STAGES == STAGES
 
 

@@ -26,15 +26,16 @@ class Dataset:
     default: str  # configuration where the name has none
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
     drawn: bool = False  # lungjax draws it itself, on first use
+    axial: bool = True  # axial CT slices, or maybe: they have stages
 
 
 DATASETS: dict[str, Dataset] = {
     "ct_cov19": Dataset("original", ("original",)),
-    "nccid_whole_lung": Dataset("default", ("default",)),
+    "nccid_whole_lung": Dataset("default", ("default",), axial=False),
     "ictcf": Dataset("default", ("default", "oversampled")),
-    "covid_xray_5k": Dataset("default", ("default",)),
-    "covid_chestxray": Dataset("covid", ("covid", "findings")),
-    "coronahack": Dataset("default", ("default",)),
+    "covid_xray_5k": Dataset("default", ("default",), axial=False),
+    "covid_chestxray": Dataset("covid", ("covid", "findings"), axial=False),
+    "coronahack": Dataset("default", ("default",), axial=False),
     "covid_ct": Dataset("default", ("default",)),
     "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
     "folder": Dataset("default", ()),
@@ -105,6 +106,8 @@ def resolve(name: str) -> tuple[Name, Dataset]:
             f"unknown configuration {config!r} of {base}; {nearest(config, (*entry.configs, *STAGES))}. A name is "
             "NAME/CONFIGURATION[-STAGE][-SIZE]"
         )
+    if stage and not entry.axial:
+        raise ValueError(f"{name}: stages are for axial CT slices, which {base} has none of; leave {stage} out")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
         raise ValueError(f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'")
     return Name(base, config, stage, size), entry
@@ -130,7 +133,8 @@ def page(name: str) -> str:
     base, told = parts.base, about(parts.base)
     configs = ", ".join(f"{base}/{config}" for config in entry.configs) or f"{base}/ANY_NAME_OF_YOURS"
     lines = [f"{base}: {told.title}", "", f"Names: {configs} (without one: {base}/{entry.default})", ""]
-    lines += [f"Versions: {base}/...-STAGE-SIZE, stages {', '.join(STAGES)}", ""]
+    stages = f"-STAGE-SIZE, stages {', '.join(STAGES)}" if entry.axial else "-SIZE"
+    lines += [f"Versions: {base}/...{stages}", ""]
     lines += ["Where to get it:", told.origin, "", "What the folder must look like:", told.layout, ""]
     for word, text in (("study", told.study), ("sound (the default)", told.sound)):
         if text:
