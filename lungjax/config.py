@@ -62,7 +62,7 @@ class DataConfig:
     protocol: str = "sound"
     sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
     workers: int = 0  # reading processes; 0 reads in threads of this process
-    threads: int = 4  # decoding threads of each process
+    threads: int = 0  # decoding threads of each process; 0 is one a core
     prefetch: int = 2  # batches read ahead
 
 
@@ -272,11 +272,11 @@ def check(config: Config) -> None:
         if leaves[path] is not None and leaves[path] not in allowed:
             raise ValueError(f"{path}={leaves[path]!r}: allowed are {', '.join(map(str, allowed))}")
     for path in ("train.batch_size", "eval.batch_size", "train.log_steps", "train.accumulate", "optim.lr",
-                 "data.threads", "data.prefetch", "optim.eps"):  # fmt: skip
+                 "data.prefetch", "optim.eps"):  # fmt: skip
         if leaves[path] <= 0:
             raise ValueError(f"{path}={leaves[path]}: must be above zero")
     for path in ("train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed",
-                 "data.workers", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
+                 "data.workers", "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
                  "input.box_margin", "eval.examples", "train.epochs"):  # fmt: skip
         if leaves[path] < 0:
             raise ValueError(f"{path}={leaves[path]}: must not be negative")

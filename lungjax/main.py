@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 from lungjax import config as configs
-from lungjax import entry, experiment, memory, overrides
+from lungjax import entry, experiment, machine, overrides
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
@@ -56,7 +56,7 @@ def prepare_jax() -> None:
 
     The cache lies in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where.
     """
-    memory.keep_freed()
+    machine.keep_freed_memory()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -12,8 +12,8 @@ PACKAGE = Path(lungjax.__file__).parent
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
     ["config", "predictions", "trees"],
-    ["presets", "losses", "metrics", "logs", "sharding", "state", "figures"],
-    ["overrides", "models", "data", "augment", "optim", "checkpoint", "plots", "report_page", "entry", "memory"],
+    ["presets", "losses", "metrics", "logs", "sharding", "state", "figures", "machine"],
+    ["overrides", "models", "data", "augment", "optim", "checkpoint", "plots", "report_page", "entry"],
     ["experiment", "datasets", "weights", "step"],
     ["report", "evaluate", "workdir"],
     ["train", "api"],

@@ -1,5 +1,6 @@
 """Preparing and opening: nothing half done, order kept, copies of the bytes, and the command itself."""
 
+import functools
 import json
 import pickle
 import signal
@@ -9,14 +10,15 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from lungjax import datasets
 from lungjax import prepare as command
 from lungjax.config import STAGES
-from lungjax.data import lungs, prepared
+from lungjax.data import images, lungs, phantom, prepared
 from lungjax.datasets import Options, records
-from lungjax.datasets.listing import Example
+from lungjax.datasets.listing import Example, Listing
 from lungjax.datasets.treatment import Treatment
 
 
@@ -123,6 +125,29 @@ def test_records_are_the_index_rows_over_many_shards(tmp_path, monkeypatch):
     again = pickle.loads(pickle.dumps(data))
     assert again.records[23]["image"] == data.records[23]["image"]
     assert data.rows("val").tolist() == [i for i, file in enumerate(files) if file.startswith("val")]
+
+
+def test_a_record_that_is_decoded_in_part_holds_what_tfds_reads(tmp_path):
+    slices = [Example(f"{i}", functools.partial(phantom_png, i), i % 2, "train", f"p{i}", "x") for i in range(3)]
+    records.prepare("folder/ct", Listing(("a", "b"), slices, body=True), tmp_path, quiet=True)
+    directory = prepared.directory(tmp_path, "folder/ct")
+    whole = tfds.builder_from_directory(directory).as_data_source(
+        split=prepared.SLICES, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    ours = prepared.open_records(directory)
+    assert len(ours) == len(whole) == 3
+    for i in range(3):
+        for name in ("image", "file", "group", "source"):
+            assert ours[i][name] == whole[i][name], name
+        np.testing.assert_array_equal(ours[i]["body"], whole[i]["body"])
+    assert 0.2 < np.unpackbits(ours[0]["body"]).mean() < 0.9
+    with pytest.raises(IndexError):
+        ours[3]
+
+
+def phantom_png(seed):
+    patient = phantom.new_patient(seed, "Normal")
+    return images.encode(phantom.gray(phantom.draw_slice(patient, 0.5).hu, patient.window))
 
 
 def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):

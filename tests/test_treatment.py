@@ -69,6 +69,13 @@ def test_a_smaller_copy_moves_the_box_with_it():
     assert found.phash == treated(encoded(np.repeat(np.repeat(GRAY, 2, 0), 2, 1))).phash, "of the original"
 
 
+@pytest.mark.parametrize("width", range(100, 600, 7))
+def test_the_box_of_a_whole_image_stays_the_whole_image_in_any_size(width):
+    """Rounding may not push it over the edge by a last bit: TFDS refuses that."""
+    found = treated(encoded(np.zeros((113, width), np.uint8)), box=(0, 0, width, 113), size=(224, 225))
+    assert found.box[2] <= 225 and found.box == pytest.approx((0, 0, 225, 224))
+
+
 def test_a_crop_keeps_the_box_on_the_same_pixels(slice_):
     image, drawn = slice_
     staged = lungs.apply(image, "crop")

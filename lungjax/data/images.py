@@ -8,6 +8,7 @@ stored pixels, and CT exports carry none.
 
 import hashlib
 import io
+import math
 import struct
 import zlib
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from lungjax.config import INTERPOLATIONS, InputSpec, nearest
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 # What Pillow raises for a damaged file depends on the format and on where the damage is.
 BROKEN = (
@@ -42,21 +44,19 @@ def digest(array: np.ndarray) -> str:
 def encode(array: np.ndarray) -> bytes:
     """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG that is quick to read.
 
-    Each row is kept as its difference to the row above, which is not packed: array_record packs its records itself,
-    to about the size that a packed PNG has, and unpacks them several times faster (tests/benchmarks/README.md).
+    Its rows are neither filtered nor packed. array_record packs each record itself, to about 1.4 times the size of a
+    packed PNG, and `read` needs a tenth of the time (tests/benchmarks/README.md).
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
     rows = samples.view(np.uint8).reshape(height, -1)
-    lines = np.full((height, 1 + rows.shape[1]), 2, np.uint8)  # a row begins with its filter; 2 is "up"
-    lines[:, 1:] = rows
-    lines[1:, 1:] -= rows[:-1]
+    lines = np.pad(rows, ((0, 0), (1, 0)))  # a row begins with the number of its filter; 0 is none
     header = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, 2 if array.ndim == 3 else 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
-    packed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.data, 0)), (b"IEND", b""))
+    whole = (
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in chunks
     )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return SIGNATURE + b"".join(whole)
 
 
 def gray(array: np.ndarray) -> np.ndarray:
@@ -75,12 +75,22 @@ def decode(data: bytes, window: tuple[float, float] | None) -> np.ndarray:
     uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
     Raises ValueError if the image can't be read, or has 16 bits and there is no window.
     """
-    array, _ = read(data)
-    if array.dtype == np.uint8:
-        return array
+    return np.asarray(load(data, window))
+
+
+def load(data: bytes, window: tuple[float, float] | None) -> np.ndarray | Image.Image:
+    """As `decode`, but gray 8-bit files stay Pillow's pictures, which spares `to_input` two copies."""
+    image, _ = _open(data)
+    if isinstance(image, Image.Image) or image.dtype == np.uint8:
+        return image
     if window is None:
         raise ValueError("a 16-bit image, and the data set has no window: prepare it with --window=low,high")
-    return show(array, window)
+    return show(image, window)
+
+
+def extent(image: np.ndarray | Image.Image) -> tuple[int, int]:
+    """Returns width and height."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
 def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -89,11 +99,11 @@ def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return np.clip((array.astype(np.float32) - low) * np.float32(255.0 / (high - low)), 0.0, 255.0)
 
 
-def to_input(image: np.ndarray, box: np.ndarray, spec: InputSpec, margin: float) -> np.ndarray:
+def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, margin: float) -> np.ndarray:
     """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
 
     Args:
-        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255.
+        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a picture that `load` returned.
         box: xmin, ymin, xmax, ymax in pixels, max exclusive; used where spec.crop is "box".
         spec: size, channels, crop, interpolation and antialias.
         margin: part of the box's side kept around it on each edge, clipped to the image.
@@ -104,12 +114,12 @@ def to_input(image: np.ndarray, box: np.ndarray, spec: InputSpec, margin: float)
         raise ValueError(f"input.crop={spec.crop!r}: none or box")
     if spec.interpolation not in INTERPOLATIONS:
         raise ValueError(f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}")
-    if spec.channels == 1 and image.ndim == 3:
+    if spec.channels == 1 and isinstance(image, np.ndarray) and image.ndim == 3:
         image = gray(image)
-    height, width = image.shape[:2]
+    width, height = extent(image)
     region = view(box, spec, margin, width, height)
     whole = region == (0.0, 0.0, width, height) and (height, width) == tuple(spec.size)
-    resized = image if whole else resize(image, region, spec.size, spec.interpolation, spec.antialias)
+    resized = np.asarray(image) if whole else resize(image, region, spec.size, spec.interpolation, spec.antialias)
     if resized.dtype != np.uint8:
         resized = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
     if resized.ndim == 2:
@@ -141,7 +151,7 @@ def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float
 
 
 def resize(
-    image: np.ndarray,
+    image: np.ndarray | Image.Image,
     region: tuple[float, float, float, float],
     size: tuple[int, int],
     kernel: str,
@@ -154,16 +164,18 @@ def resize(
     TensorFlow and torch resize with antialias=False. bicubic is Keys' kernel with a = -0.5 in both (torch
     itself has -0.75); lanczos has 3 lobes. "nearest" takes the pixel under the output's centre either way.
     """
+    if antialias and kernel != "nearest":
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+        left, top, right, bottom = region
+        edges = (int(left), int(top), math.ceil(right), math.ceil(bottom))
+        # Pillow's box alone would let the kernel reach over the region's edge.
+        cut = picture if edges == (0, 0, *picture.size) else picture.crop(edges)
+        inside = (left - edges[0], top - edges[1], right - edges[0], bottom - edges[1])
+        return np.asarray(cut.resize((size[1], size[0]), KERNELS[kernel], box=inside))
+    image = np.asarray(image)
     if kernel == "nearest":
         across, down = _nearest(region, size, image.shape)
         return image[down[:, None], across[None, :]]
-    if antialias:
-        # Pillow's box alone would let the kernel reach over the region's edge.
-        left, top = int(region[0]), int(region[1])
-        cut = image[top : int(np.ceil(region[3])), left : int(np.ceil(region[2]))]
-        inside = (region[0] - left, region[1] - top, region[2] - left, region[3] - top)
-        picture = Image.fromarray(np.ascontiguousarray(cut))
-        return np.asarray(picture.resize((size[1], size[0]), KERNELS[kernel], box=inside))
     across_at, across_by = _taps(region[0], region[2], size[1], image.shape[1], kernel)
     down_at, down_by = _taps(region[1], region[3], size[0], image.shape[0], kernel)
     values = image.astype(np.float32)
@@ -215,12 +227,18 @@ def read(data: bytes) -> tuple[np.ndarray, str]:
     Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
     8-bit nor unsigned 16-bit gray.
     """
+    image, form = _open(data)
+    return np.asarray(image), form
+
+
+def _open(data: bytes) -> tuple[np.ndarray | Image.Image, str]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             problem = _unsupported(picture, data)
             if problem is None:
                 picture.load()
-                return _array(picture), picture.format or ""
+                plain = picture.mode == "L" and "transparency" not in picture.info
+                return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
         raise ValueError("not an image that can be read (PNG, JPEG, TIFF or BMP)") from None
     except BROKEN as error:
@@ -269,7 +287,7 @@ def _array(picture: Image.Image) -> np.ndarray:
     if clear:
         over = np.asarray(picture.convert("RGBA"), np.uint16)
         array = ((over[..., :3] * over[..., 3:] + 127) // 255).astype(np.uint8)
-    elif picture.mode in ("1", "L"):
+    elif picture.mode == "1":
         return np.asarray(picture.convert("L"))
     else:
         array = np.asarray(picture.convert("RGB"))

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import grain
 import numpy as np
 
+from lungjax import machine
 from lungjax.config import Config, InputSpec
 from lungjax.data import images
 from lungjax.data.prepared import BODY_SIDE, Prepared
 
 Batch = dict[str, np.ndarray]
+MOST_THREADS = 16  # beyond these Python's lock is the limit, and processes help (data.workers)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Reader:
         """
         spec, box = self.spec, self.data.columns["box"][row]
         if self.margin:
-            spec = replace(spec, size=tuple(round(side * (1 + 2 * self.margin)) for side in spec.size))
+            rows, columns = (round(side * (1 + 2 * self.margin)) for side in spec.size)
+            spec = replace(spec, size=(rows, columns))
         try:
-            image = images.decode(self.data.records[int(row)]["image"], self.data.window)
-            height, width = image.shape[:2]
+            image = images.load(self.data.records[int(row)]["image"], self.data.window)
+            width, height = images.extent(image)
             made = {"image": images.to_input(image, box, spec, self.margin)}
             left, top, right, bottom = images.view(box, spec, self.margin, width, height)
         except ValueError as error:
@@ -78,13 +81,15 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
     """Returns the endless global sequence of rows of the train split."""
     rows, seed = train_rows(data), config.train.seed
     if config.data.sampling == "natural":
-        return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
+        return _shuffled(rows, seed)
     labels = data.columns["label"][rows]
-    streams = [
-        grain.MapDataset.source(rows[labels == label]).seed(seed + label).shuffle().repeat(None)
-        for label in range(len(data.classes))
-    ]
+    streams = [_shuffled(rows[labels == label], seed + label) for label in range(len(data.classes))]
     return grain.MapDataset.mix(streams, weights=[1.0] * len(streams))
+
+
+def _shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
+    # Not MapDataset.source(rows), which keeps metrics of each element as if it read a file.
+    return grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(None).map(rows.__getitem__)
 
 
 def train_batches(data: Prepared, config: Config, *, start_step: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
@@ -102,16 +107,14 @@ def train_batches(data: Prepared, config: Config, *, start_step: int, host: int 
     labels = data.columns["label"]
     local = config.train.batch_size // hosts
 
-    def load(index: int, row: int) -> Batch:
-        place = (start_step * local + index) * hosts + host
-        return {
-            **reader.example(row),
-            "label": np.asarray(labels[row], np.int32),
-            "place": np.asarray(place % 2**32, np.uint32),
-        }
+    def load(index: int, rows: np.ndarray) -> Batch:
+        places = ((start_step + index) * local + np.arange(local)) * hosts + host
+        batch = _stacked((reader.example(row) for row in rows.tolist()), local)
+        return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Batches are made before the workers share them out, or each worker would batch every n-th example.
-    mine = order(data, config)[host::hosts][start_step * local :].map_with_index(load).batch(local)
+    # Batches are made before the workers share them out, or each worker would batch every n-th example; of rows and
+    # not of examples, which are then still in the processor's cache when they are copied into their batch.
+    mine = order(data, config)[start_step * local * hosts + host :: hosts].batch(local).map_with_index(load)
     batches = mine.to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
@@ -128,12 +131,24 @@ def eval_batches(data: Prepared, rows: np.ndarray, config: Config, *, host: int 
     padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)
 
-    def load(row: int) -> Batch:
-        return {"image": empty if row < 0 else reader(row), "row": np.asarray(row, np.int32)}
+    def load(rows: np.ndarray) -> Batch:
+        images = ({"image": empty if row < 0 else reader(row)} for row in rows.tolist())
+        return {**_stacked(images, len(rows)), "row": rows.astype(np.int32)}
 
-    mine = grain.MapDataset.source(padded)[host::hosts].map(load).batch(size // hosts)
+    mine = grain.MapDataset.source(padded)[host::hosts].batch(size // hosts).map(load)
     return iter(mine.to_iter_dataset(_read_options(config)))
 
 
+def _stacked(examples: Iterator[Batch], count: int) -> Batch:
+    batch: Batch = {}
+    for i, example in enumerate(examples):
+        if not batch:
+            batch = {key: np.empty((count, *value.shape), value.dtype) for key, value in example.items()}
+        for key, value in example.items():
+            batch[key][i] = value
+    return batch
+
+
 def _read_options(config: Config) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.threads + 1)
+    threads = config.data.threads or min(machine.cores(), MOST_THREADS)  # more than cores only wait for each other
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

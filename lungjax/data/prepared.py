@@ -99,7 +99,7 @@ def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
     return Prepared(name, classes, columns, records, window, digest.hexdigest(), protocol, described["body"])
 
 
-class Records(Sequence[Any]):
+class Records:
     """The records of a prepared data set, of which only what is asked for is decoded; picklable.
 
     `records[row]["image"]` is the encoded image and `["file"]`, `["group"]`, `["source"]` a name, all bytes; `["body"]`
@@ -113,7 +113,7 @@ class Records(Sequence[Any]):
         """Returns how many images there are."""
         return len(self._source)
 
-    def __getitem__(self, row: Any) -> "_Record":
+    def __getitem__(self, row: int) -> "_Record":
         """Returns a record. Raises IndexError for a row that isn't there, negative ones too."""
         from tensorflow_datasets.proto import tf_example_pb2  # see open_records
 

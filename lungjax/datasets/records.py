@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from lungjax import machine
 from lungjax.data import duplicates, prepared, summary
 from lungjax.datasets import builder, twins
 from lungjax.datasets.listing import Example, Listing
@@ -249,7 +250,7 @@ def _shards(
 
 def _treated(examples: Sequence[Example], treatment: Treatment) -> Iterator[tuple[Example, Treated | Problem]]:
     """Yields each example with what became of its image, in order."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = machine.cores()
     waiting: deque[Any] = deque()
     with _pool(examples, treatment, workers) as pool:
         try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungjax import presets
+from lungjax import machine, presets
 from lungjax.config import PROTOCOLS, AugmentConfig
 from lungjax.data import survey
 from lungjax.data.prepared import Prepared
@@ -196,7 +195,7 @@ def _gray_levels(view: View) -> str:
     # Every class has as many images here, so an image of a big one stands for more in the mean of a source.
     stands_for = [len(a) / max(len(b), 1) for a, b in zip(by_class, drawn, strict=True)]
     weights = np.repeat(stands_for, [len(b) for b in drawn])
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(machine.cores(), 8)) as pool:
         found = np.stack(list(pool.map(lambda row: _histogram(view.gray(row)), rows)))
     named = np.asarray(classes)[labels[rows]]
     of = survey.mean_histograms(found, named, weights, len(classes))

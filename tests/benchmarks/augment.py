@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from keras import layers
 
-from lungjax import memory, models
+from lungjax import machine, models
 from lungjax.augment import affine, augment, warp
 from lungjax.config import AugmentConfig, ModelConfig
 from lungjax.models.convolution import compiler_options
@@ -209,7 +209,7 @@ def main() -> None:
     flags = parser.parse_args()
     if keras.backend.backend() != "jax":
         parser.error(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
-    memory.keep_freed()  # as training runs
+    machine.keep_freed_memory()  # as training runs
     cores = len(os.sched_getaffinity(0))
     print(f"jax {jax.__version__}, keras {keras.__version__}, {jax.default_backend()}, {cores} cores\n")
     rate_rows(flags.rounds)

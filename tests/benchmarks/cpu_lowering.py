@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lungjax import memory, models
+from lungjax import machine, models
 from lungjax.config import ModelConfig
 from lungjax.models import convolution, layers
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--keep_freed", action="store_true", help="freed memory stays, as when training")
     flags = parser.parse_args()
     if flags.keep_freed:
-        memory.keep_freed()
+        machine.keep_freed_memory()
     print(f"jax {jax.__version__}, {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, float32\n")
     print("| what | part | plain, ms | ours, ms | times faster |\n| --- | --- | ---: | ---: | ---: |")
     if not flags.layers:

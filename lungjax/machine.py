@@ -1,7 +1,8 @@
-"""How the process keeps memory: on Linux, what XLA frees on the CPU stays with the process for the next step."""
+"""The machine: how many cores the process has, and on Linux that memory freed by XLA stays for the next step."""
 
 import ctypes
 import ctypes.util
+import os
 
 # glibc's malloc.h. Its defaults hand every large block back to the kernel, so each training step would fault its
 # buffers in again, page by page; that cost half of a small network's step.
@@ -9,7 +10,13 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
 
 
-def keep_freed() -> bool:
+def cores() -> int:
+    """Returns how many processor cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory; returns whether it did. Call before jax is imported.
 
     The process's peak does not grow by it, but it stays at its peak. Other C libraries are left alone.

@@ -5,8 +5,8 @@ import sys
 COUNT = """
 import resource, sys
 import numpy as np
-from lungjax import memory
-print(memory.keep_freed() if sys.argv[1] == "keep" else False)
+from lungjax import machine
+print(machine.keep_freed_memory() if sys.argv[1] == "keep" else False)
 np.ones(4 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
