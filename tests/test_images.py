@@ -33,6 +33,38 @@ def test_lossless_formats_decode_to_the_same_pixels_and_are_equal_images(form, i
     np.testing.assert_array_equal(images.decode(images.encode(array), None), image)
 
 
+STORED = [GRAY, COLOUR, DEEP, GRAY[:1, :1], np.zeros((40, 300), np.uint8)]
+
+
+@pytest.mark.parametrize("image", STORED, ids=["gray", "colour", "deep", "one pixel", "flat"])
+def test_what_is_stored_is_a_png_for_everyone_and_read_here_without_pillow(image):
+    data = images.encode(image)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+    np.testing.assert_array_equal(images._unpacked(data), image)
+    array, form = images.read(data)
+    np.testing.assert_array_equal(array, image)
+    assert array.dtype == image.dtype and form == "PNG"
+    assert images._unpacked(encoded(image)) is None, "Pillow's own files are left to it"
+
+
+def test_no_changed_byte_of_a_stored_image_goes_unnoticed():
+    data = images.encode(GRAY[:9, :11])
+    for i in range(len(data)):
+        changed = bytearray(data)
+        changed[i] ^= 85
+        try:
+            array, _ = images.read(bytes(changed))
+        except ValueError:
+            continue
+        np.testing.assert_array_equal(array, GRAY[:9, :11], err_msg=f"byte {i}")
+    for length in range(len(data)):
+        try:
+            array, _ = images.read(data[:length])
+        except ValueError:
+            continue
+        np.testing.assert_array_equal(array, GRAY[:9, :11], err_msg=f"{length} bytes")
+
+
 def test_one_changed_pixel_or_another_shape_is_no_equal_image():
     changed = GRAY.copy()
     changed[3, 4] ^= 1
