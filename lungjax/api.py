@@ -170,6 +170,7 @@ def read(
         if trained_on and (trained_on.stage or trained_on.size):
             from lungjax.datasets import treatment  # here: masks need scikit-image, which few runs do
 
+            array = np.rint(array).astype(np.uint8)  # as its images were when it was prepared
             array = image_files.gray(array) if trained_on.stage else array
             array, moved, *_ = treatment.version(array, tuple(box.tolist()), trained_on.stage, trained_on.size)
             box = np.asarray(moved, np.float32)

@@ -252,8 +252,14 @@ def _check_augment(config: Config) -> None:
             raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
         if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
             raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
-    if augment.box_jitter and config.input.crop != "box":
-        raise ValueError(f"augment.box_jitter={augment.box_jitter}: needs input.crop=box")
+    margin = config.input.box_margin
+    if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
+        raise ValueError(
+            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin of at least as "
+            f"much, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
+        )
+    if margin and config.input.crop != "box":
+        raise ValueError(f"input.box_margin={margin} needs input.crop=box")
 
 
 def check(config: Config) -> None:

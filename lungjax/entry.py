@@ -8,6 +8,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+USER_ERRORS = (
+    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
+)  # fmt: skip
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.")
 
 
@@ -33,7 +36,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _for_the_user(error: ValueError | OSError) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT)
+        return error.errno in USER_ERRORS
     # A ValueError raised in a file of ours is a message; one from a library below is a bug to be seen.
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)

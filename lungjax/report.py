@@ -14,7 +14,7 @@
       .patient          a level over patients (mean probability over a patient's slices), and
         .mixed_groups   patients left out because their slices have different labels
       .by_source.NAME   a level over the examples of each source; no NAME if no source is known
-    nolungs             a level over the test slices with their lungs blacked out; only where those are prepared
+    nolungs             a level over the test slices in which lungs are found, blacked out; where prepared
 
 A level, with the definitions and what None means in `lungjax.metrics`:
 

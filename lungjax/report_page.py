@@ -68,8 +68,8 @@ def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]
         none = report["nolungs"]
         parts += [
             "### With the lungs blacked out",
-            f"The same {count(none['n'], 'test slice')}, every lung black: accuracy {_rate(none['accuracy'])}, AUC "
-            f"{_rate(none['auc_macro'])}. What is left of the score was not read in the lungs.",
+            f"{count(none['n'], 'test slice')} (those in which lungs are found), every lung black: accuracy "
+            f"{_rate(none['accuracy'])}, AUC {_rate(none['auc_macro'])}. What is left of the score was not read there.",
         ]
     parts.append("## Pictures")
     parts += [f"![{text.split(':')[0]}](plots/{name})\n\n*{text}.*" for name, text in drawn.items()]

@@ -27,7 +27,7 @@ from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.datasets import open_dataset, with_stage
+from lungjax.datasets import open_dataset, without_lungs
 from lungjax.models import convolution
 from lungjax.predictions import Predictions
 from lungjax.weights import load
@@ -93,7 +93,7 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         split: evaluate.predict(this.predict_step, variables, data, split, config, this.mesh, progress=True)
         for split in ("val", "test")
     }
-    dark = without_lungs(data, config, data_dir)
+    dark = without_lungs(data, data_dir)
     if dark is not None:
         results["nolungs"] = evaluate.predict(
             this.predict_step, variables, dark, "test", config, this.mesh, progress=True
@@ -101,14 +101,6 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
     facts = describe(this, shapes.params)
     facts |= {"best_step": best_step, "seconds": round(time.time() - started, 1)}
     return write_report(this, results, facts)
-
-
-def without_lungs(data: Prepared, config: Config, data_dir: Path) -> Prepared | None:
-    """Opens the version of `data` with the lungs blacked out, if that is prepared: what is scored there isn't lungs."""
-    try:
-        return open_dataset(with_stage(data.name, "nolungs"), data_dir, config.data.protocol, draw=False)
-    except ValueError:
-        return None
 
 
 def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run:

@@ -320,7 +320,7 @@ def test_mixup_and_cutmix_share_out_the_loss_as_they_share_out_pixels():
 def test_every_preset_is_allowed_and_runs(name):
     config = preset(name)
     boxes = np.tile(np.float32([0.1, 0.1, 0.9, 0.9]), (4, 1)) if config.box_jitter else None
-    check(Config(augment=config, input=InputSpec(crop="none" if boxes is None else "box")))
+    check(Config(augment=config, input=InputSpec() if boxes is None else InputSpec(crop="box", box_margin=0.1)))
     out = run(noise(4, 16, 16, 1), places(4), KEY, config, (12, 12), boxes, np.full((4, 16, 16), 255, np.uint8))
     assert out.shape == (4, 12, 12, 1) and out.min() >= 0 and out.max() <= 255 and out.std() > 1
 

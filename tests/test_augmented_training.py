@@ -126,6 +126,31 @@ def test_a_report_says_what_is_left_without_the_lungs(phantoms, tmp_path):
     assert bool(told) == (report["nolungs"]["auc_macro"] >= 0.6)
 
 
+def test_the_control_without_lungs_has_the_test_files_in_which_lungs_are_found(phantoms):
+    data = datasets.open_dataset("phantom_ct/tiny", phantoms)
+    tested = set(data.columns["file"][data.rows("test")])
+    dark = datasets.without_lungs(data, phantoms)
+    assert set(dark.columns["file"][dark.rows("test")]) == tested and not len(dark.rows("train"))
+    # Another split of the same files moves the control with it; other classes, stages and sets have none.
+    moved = replace(data, columns=data.columns | {"split": np.where(data.columns["split"] == "val", "test", "val")})
+    dark = datasets.without_lungs(moved, phantoms)
+    assert set(dark.columns["file"][dark.rows("test")]) == set(data.columns["file"][data.rows("val")])
+    for other in (
+        replace(data, classes=data.classes[::-1]), replace(data, name="phantom_ct/tiny-crop"),
+        replace(data, name="phantom_ct/default"), replace(data, name="small"),
+    ):  # fmt: skip
+        assert datasets.without_lungs(other, phantoms) is None
+    index = next(phantoms.glob("phantom_ct/tiny-nolungs/*/index.csv"))
+    lines = index.read_text().splitlines()
+    place = lines[0].split(",").index("found")
+    kept = [lines[0]] + [",".join([*c[:place], "0", *c[place + 1 :]]) for c in (line.split(",") for line in lines[1:])]
+    index.write_text("\n".join(kept) + "\n")
+    try:
+        assert not len(datasets.without_lungs(data, phantoms).rows("test"))
+    finally:
+        index.write_text("\n".join(lines) + "\n")
+
+
 def test_a_stage_and_a_size_are_versions_of_the_same_splits(phantoms):
     whole = datasets.open_dataset("phantom_ct/tiny", phantoms)
     dark = datasets.open_dataset("phantom_ct/tiny-nolungs", phantoms)

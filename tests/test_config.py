@@ -105,6 +105,8 @@ def test_difference_names_each_changed_field():
         "model.padding=full",
         "model.epsilon=0",
         "input.std=0.2,0.2,0",
+        "input.box_margin=0.1",
+        "augment.box_jitter=0.05",
         "optim.lr=0",
     ],
 )

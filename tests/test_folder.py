@@ -1,6 +1,7 @@
 """Anyone's folder: three layouts, 8 and 16 bits, splits and groups, and every mistake in words."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -167,6 +168,15 @@ def test_copies_torn_groups_and_one_class_sources_are_reported(tmp_path):
         assert words in text
     study = datasets.open_dataset("folder", tmp_path / "data", "study")
     assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]
+
+
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    for name in (b"x\xff.png", b"y.png"):
+        path = os.path.join(os.fsencode(tmp_path), b"in", b"ab"[:1] if name == b"y.png" else b"b", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(np.zeros((5, 5), np.uint8)).save(os.fsdecode(path), "PNG")
+    with pytest.raises(ValueError, match=r"the file name 'b/x\\udcff.png' is not plain UTF-8 text"):
+        prepare(tmp_path)
 
 
 CSV_MISTAKES = {

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ SPLITS = splits.SPLITS
 BOX = ("xmin", "ymin", "xmax", "ymax")
 COLUMNS = (
     "file", "label", "split", "split_study", "group", "source", "width", "height", *BOX,
-    "pixels", "phash", "mean", "std",
+    "pixels", "phash", "mean", "std", "found",
 )  # fmt: skip
 RESERVED = (*COLUMNS, "box")
 SLICES = "slices"  # the one TFDS split: train, val and test are columns, and "all" is TFDS's own word
@@ -71,6 +72,12 @@ def directory(data_dir: Path, name: str) -> Path:
     return data_dir / name / VERSION
 
 
+def older(data_dir: Path, name: str) -> list[str]:
+    """Returns the other versions of a data set that are prepared in `data_dir`."""
+    places = [path for path in (data_dir / name).glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    return sorted(path.name for path in places if path.name != VERSION and is_prepared(path))
+
+
 def is_prepared(directory: Path) -> bool:
     """Says whether `directory` holds a finished data set."""
     return (directory / "index.csv").is_file()
@@ -107,7 +114,16 @@ class Records:
     """
 
     def __init__(self, source: Any):
+        # Here, in the main thread of whatever process unpickles it: two reading threads that import TFDS at the same
+        # time wait for each other for ever.
+        from tensorflow_datasets.proto import tf_example_pb2
+
         self._source = source  # source[row] is a serialized tf.train.Example
+        self._parse = tf_example_pb2.Example.FromString
+
+    def __reduce__(self) -> Any:
+        """Pickles the source alone."""
+        return Records, (self._source,)
 
     def __len__(self) -> int:
         """Returns how many images there are."""
@@ -115,11 +131,9 @@ class Records:
 
     def __getitem__(self, row: int) -> "_Record":
         """Returns a record. Raises IndexError for a row that isn't there, negative ones too."""
-        from tensorflow_datasets.proto import tf_example_pb2  # see open_records
-
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} of {len(self._source)}")
-        return _Record(tf_example_pb2.Example.FromString(self._source[row]).features.feature)
+        return _Record(self._parse(self._source[row]).features.feature)
 
 
 class _Record:
@@ -158,7 +172,8 @@ def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
 
     `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str, `label` is int64 (place
     in `classes`), `width` and `height` int32 in pixels, `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
-    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255.
+    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False where a stage found no
+    body or lung.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}
@@ -186,6 +201,8 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
         return np.fromiter(map(int, values), np.int32)
     if name in (*BOX, "mean", "std"):
         return np.fromiter(map(float, values), np.float32)
+    if name == "found":
+        return np.array(values) == "1"
     if name == "phash":
         return np.fromiter((int(value, 16) for value in values), np.uint64)
     return np.array(values, dtype=np.str_)
@@ -196,7 +213,7 @@ def write_index(
 ) -> None:
     """Writes lungjax.json and then, whole or not at all, index.csv; `label` holds class names.
 
-    `described` holds name, classes, window, study (what protocol=study is, in words) and body.
+    `described` holds name, classes, window, study (what protocol=study is, in words), stage, size and body.
     """
     (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial = directory / "index.csv.partial"

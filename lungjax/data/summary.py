@@ -38,6 +38,8 @@ def summarize(
         "group_name": group_name,
         "groups": len(set(groups)),
         "study": described["study"],
+        "stage": described["stage"],
+        "size": described["size"],
         "protocols": {name: _counts(cells[name], labels, groups, classes) for name in cells},
         "sources": {s: dict(sorted(Counter(_select(labels, sources, s)).items())) for s in sorted(set(sources))},
         "sizes": {
@@ -145,6 +147,9 @@ def markdown(result: dict[str, Any]) -> str:
     """Returns a summary as markdown, also readable as it is on a terminal."""
     named, classes = result["group_name"], result["classes"]
     lines = [f"# {result['name']}", "", f"{result['images']:,} images, {result['groups']:,} {named}", ""]
+    made = [f"in the stage {result['stage']}"] if result["stage"] else []
+    made += ["{} x {} pixels (height x width)".format(*result["size"])] if result["size"] else []
+    lines += [f"Stored {', '.join(made)}.", ""] if made else []
     for protocol, splits in result["protocols"].items():
         what = "protocol=sound, the default" if protocol == "sound" else f"protocol=study: {result['study']}"
         table = [

@@ -3,7 +3,10 @@
 Each data set has a module with `ABOUT` and `listing(source, config, options)`; `records.prepare` writes what is listed.
 """
 
+import contextlib
+import difflib
 import importlib
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -11,12 +14,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lungjax.config import STAGES, nearest
 from lungjax.data import prepared
 from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
-PLAIN = ("default", "original")  # configurations that a name leaves out where a stage or size follows
+PLAIN = ("default", "original")  # a data set's only or usual configuration, left out where a stage follows
+LARGEST = 4096  # pixels a side of a stored copy
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,9 @@ class Name:
     def full(self) -> str:
         """The name under which it is stored, such as "ct_cov19/lungs" or "covidx_ct/3a-crop-224"."""
         size = "" if self.size is None else "x".join(map(str, dict.fromkeys(self.size)))
-        parts = [part for part in (self.config, self.stage, size) if part]
-        if len(parts) > 1 and self.config in PLAIN and self.stage:
-            del parts[0]
+        plain = self.config in PLAIN and self.config == DATASETS[self.base].default
+        config = "" if plain and self.stage else self.config
+        parts = [part for part in (config, self.stage, size) if part]
         return f"{self.base}/{'-'.join(parts)}"
 
 
@@ -98,9 +104,13 @@ def resolve(name: str) -> tuple[Name, Dataset]:
     if len(parts) > 1 and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", parts[-1]):
         height, _, width = parts.pop().partition("x")
         size = (int(height), int(width or height))
+        if max(size) > LARGEST:
+            raise ValueError(f"{name}: stored copies have at most {LARGEST} pixels a side")
     if parts and parts[-1] in STAGES:
         stage = parts.pop()
     config = "-".join(parts) or entry.default
+    if parts and not entry.configs and (parts[-1] in STAGES or difflib.get_close_matches(parts[-1], STAGES, 1, 0.8)):
+        raise ValueError(f"{name}: {parts[-1]!r} looks like a stage ({', '.join(STAGES)}); one of them may end a name")
     if entry.configs and config not in entry.configs:
         raise ValueError(
             f"unknown configuration {config!r} of {base}; {nearest(config, (*entry.configs, *STAGES))}. A name is "
@@ -111,14 +121,6 @@ def resolve(name: str) -> tuple[Name, Dataset]:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
         raise ValueError(f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'")
     return Name(base, config, stage, size), entry
-
-
-def with_stage(name: str, stage: str) -> str:
-    """Returns the name of the same data set in another stage, such as "ct_cov19/nolungs-224" for "ct_cov19/lungs-224".
-
-    Raises ValueError for an unknown name.
-    """
-    return replace(resolve(name)[0], stage=stage).full
 
 
 def about(base: str) -> About:
@@ -147,26 +149,45 @@ def page(name: str) -> str:
     return "\n".join([*lines, f"python -m lungjax.prepare --dataset={parts.full}{source}"])
 
 
-def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound", draw: bool = True) -> Prepared:
-    """Opens a prepared data set; with `draw`, one that lungjax draws itself is made on first use.
+def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound") -> Prepared:
+    """Opens a prepared data set; one that lungjax draws itself is made on first use.
 
     Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared, was
     prepared by an older lungjax, or has no such protocol.
     """
     parts, entry = resolve(name)
     found = prepared.directory(Path(data_dir), parts.full)
-    if draw and not prepared.is_prepared(found) and entry.drawn:
+    if not prepared.is_prepared(found) and entry.drawn:
         write(parts.full, None, Path(data_dir), Options(), keep=True, quiet=True)
     if prepared.is_prepared(found):
         return prepared.load(found, parts.full, protocol)
     command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
-    older = [path.name for path in found.parent.glob("[0-9]*.*.*") if prepared.is_prepared(path)]
+    older = prepared.older(Path(data_dir), parts.full)
     if older:
         raise ValueError(
             f"data set {parts.full} in {data_dir} was prepared by an older lungjax (version {max(older)}, this one "
             f"reads {prepared.VERSION}). Prepare it again: {command}"
         )
     raise ValueError(f"data set {parts.full} is not prepared in {data_dir}. Get {_origin(parts.base)}. Then: {command}")
+
+
+def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
+    """Returns the test images of `data` with their lungs blacked out, as another data set's test split.
+
+    Images in which no lung was found are left out. None where NAME-nolungs isn't prepared, where `data` is a stage
+    itself, whose networks never saw what is around the lungs, or where both don't hold the same classes and files.
+    """
+    parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
+    name = replace(parts, stage="nolungs").full if parts and not parts.stage else ""
+    if not name or not prepared.is_prepared(prepared.directory(data_dir, name)):
+        return None
+    dark = prepared.load(prepared.directory(data_dir, name), name)
+    tested = np.isin(dark.columns["file"], data.columns["file"][data.rows("test")])
+    if dark.classes != data.classes or not tested.any():
+        print(f"{name} holds other classes or files than {data.name}: prepare both from the same source")
+        return None
+    split = np.where(tested & dark.columns["found"], "test", "")
+    return replace(dark, columns=dark.columns | {"split": split})
 
 
 def write(name: str, source: Path | None, data_dir: Path, options: Options, **how: Any) -> dict[str, Any]:
@@ -182,7 +203,8 @@ def write(name: str, source: Path | None, data_dir: Path, options: Options, **ho
     from lungjax.datasets import records  # here: it imports TFDS
 
     make: Callable[..., Any] = importlib.import_module(f"lungjax.datasets.{parts.base}").listing
-    options = options if options.salt else _salted(options, data_dir)
+    if parts.base == "folder" and not options.salt:
+        options = _salted(options, data_dir)
     listing = make(source, parts.config, options)
     return records.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **how)
 
@@ -192,10 +214,17 @@ def _origin(base: str) -> str:
 
 
 def _salted(options: Options, data_dir: Path) -> Options:
-    """Returns `options` with the salt of this machine's patient hashes, which is drawn once and kept."""
+    """Returns `options` with the salt of this folder's patient hashes, which is drawn once and kept."""
     file = data_dir / ".patient_salt"
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_hex(16))
-    return replace(options, salt=file.read_text().strip())
+        drawn = file.with_name(f"{file.name}.{os.getpid()}")
+        drawn.touch(mode=0o600)
+        drawn.write_text(secrets.token_hex(16))
+        with contextlib.suppress(FileExistsError):  # another process was quicker: its salt counts
+            os.link(drawn, file)
+        drawn.unlink()
+    salt = file.read_text().strip()
+    if not salt:
+        raise ValueError(f"{file} is empty: without a salt patient ids could be guessed; delete it")
+    return replace(options, salt=salt)

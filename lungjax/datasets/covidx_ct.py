@@ -13,7 +13,7 @@ from pathlib import Path
 from lungjax.data import splits, study_splits
 from lungjax.datasets import Options
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing
+from lungjax.datasets.listing import About, Example, Listing, in_words
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")  # label numbers 0, 1, 2 of the official files
 
@@ -193,14 +193,10 @@ def differences(examples: Sequence[Example], config: str) -> list[str]:
             if have == wanted or (config != "1" and (what, split, have) == ("patients", "train", scans)):
                 continue
             lines.append(
-                f"differs from the publication: {split} has {_counts(have)} {what} of {', '.join(CLASSES)}; "
-                f"COVIDx CT-{config.upper()} has {_counts(wanted)}"
+                f"differs from the publication: {split} has {in_words(have)} {what} of {', '.join(CLASSES)}; "
+                f"COVIDx CT-{config.upper()} has {in_words(wanted)}"
             )
     return lines or [f"all slices and patients per class are as published for COVIDx CT-{config.upper()}"]
-
-
-def _counts(numbers: Sequence[int]) -> str:
-    return " / ".join(f"{number:,}" for number in numbers)
 
 
 def _label_file(source: Path, split: str, config: str) -> Path:

@@ -77,11 +77,12 @@ def differences(
         if have != tuple(wanted):
             which = "the data set" if split == "all" else split
             lines.append(
-                f"differs from the publication: {which} has {_counts(have)} images of {', '.join(classes)}; "
-                f"{name} has {_counts(wanted)}"
+                f"differs from the publication: {which} has {in_words(have)} images of {', '.join(classes)}; "
+                f"{name} has {in_words(wanted)}"
             )
     return lines or [f"all images per class are as published for {name}"]
 
 
-def _counts(numbers: Sequence[int]) -> str:
+def in_words(numbers: Sequence[int]) -> str:
+    """Returns counts such as "1,000 / 20"."""
     return " / ".join(f"{number:,}" for number in numbers)

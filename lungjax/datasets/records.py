@@ -4,14 +4,12 @@ All of it happens in a staging directory that is renamed at the end, so an inter
 opens, and with `overwrite` the old data set stays until the new one is whole.
 """
 
-import contextlib
-import fcntl
 import functools
 import itertools
 import multiprocessing
 import os
-import shutil
 import sys
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -24,12 +22,12 @@ from tqdm import tqdm
 
 from lungjax import machine
 from lungjax.data import duplicates, prepared, summary
-from lungjax.datasets import builder, twins
+from lungjax.datasets import builder, staging, twins
 from lungjax.datasets.listing import Example, Listing
 from lungjax.datasets.treatment import Problem, Treated, Treatment, treat
 
 SHARD_BYTES = 128 << 20  # TFDS keeps one shard's records in memory while it writes them
-SPARE_BYTES = 64 << 20  # disk that must stay free beside the images
+DRAWN_BYTES = 512 * 512  # of an image that is made or changed on the way, about: it is stored unpacked
 SKIP = "; --on_bad_image=skip leaves such images out"
 
 
@@ -44,6 +42,7 @@ class _Seen:
     unstaged: list[str] = field(default_factory=list)  # files in which a stage found no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
     deep: int = 0  # images with 16 bits
+    raw: list[int] = field(default_factory=list)  # rows whose mean and std are of 16-bit values
 
 
 @dataclass(frozen=True)
@@ -90,32 +89,35 @@ def prepare(
     final = prepared.directory(data_dir, name)
     treatment = Treatment(stage, size, listing.body, window)
     choices = _Choices(on_bad_image, on_no_lung)
-    with _locked(data_dir, name) as staging:
+    with staging.locked(data_dir, name) as root:
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
-        sizes, missing = _sizes(listing.examples, on_bad_image)
-        _check_disk(sum(max(size, 0) for size in sizes), data_dir, len(listing.examples), say)
-        seen = _Seen(staging / "thumbnails", skipped=missing)
+        sizes, missing = _sizes(listing.examples, treatment, on_bad_image)
+        staging.check_disk(sum(max(size, 0) for size in sizes), data_dir, len(listing.examples), say)
+        seen = _Seen(root / "thumbnails", skipped=missing)
         with tqdm(total=len(sizes), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             present = [e for e, size in zip(listing.examples, sizes, strict=True) if size >= 0]
             shards = _shards(present, [s for s in sizes if s >= 0], listing, treatment, seen, choices, bar)
             bar.total = len(present)
-            builder.write(name, staging, name, listing.classes, shards)
-        written = prepared.directory(staging, name)
+            builder.write(name, root, name, listing.classes, shards)
+        written = prepared.directory(root, name)
         _check_left(seen)
         say("Looking for images that are there twice ...")
         found = twins.search(seen.examples, seen.columns, listing, _thumbnails(seen))
         seen.columns["split"] = found.sound
-        _check_classes(seen, listing.classes)
+        _check_classes(seen, listing)
         window, notes = _window(window, seen)
+        _scale(seen, window)
         header = [*prepared.COLUMNS, *listing.extra]
         described = {
             "name": name,
             "classes": list(listing.classes),
             "window": window,
             "study": listing.study,
+            "stage": stage,
+            "size": size,
             "body": listing.body,
         }
         twins.write(found, seen.columns["file"], written)
@@ -132,69 +134,30 @@ def prepare(
             group_name=listing.group_name,
         )
         summary.write(result, written)
-        _publish(written, final)
+        staging.publish(written, final)
     return result
 
 
-@contextlib.contextmanager
-def _locked(data_dir: Path, name: str) -> Iterator[Path]:
-    """Yields an empty staging directory on the same disk; a second process that wants the same name waits."""
-    root = data_dir / ".staging" / name.replace("/", "-")
-    root.mkdir(parents=True, exist_ok=True)
-    with (root.parent / f"{root.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            shutil.rmtree(root, ignore_errors=True)  # what a killed run left
-            root.mkdir(parents=True)
-            yield root
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
-
-
-def _publish(written: Path, final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    written.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sizes(examples: Sequence[Example], on_bad_image: str) -> tuple[list[int], list[str]]:
-    """Returns bytes of each file (-1 if it is missing, 0 if drawn) and a line for each missing one."""
+def _sizes(examples: Sequence[Example], treatment: Treatment, on_bad_image: str) -> tuple[list[int], list[str]]:
+    """Returns about how many bytes each image takes (-1 if it is missing) and a line for each missing one."""
     sizes, missing = [], []
+    height, width = treatment.size or (0, 0)
     for example in examples:
-        size = 0
+        if not example.file.isprintable():
+            raise ValueError(f"{_place(example)}the file name {example.file!r} is not plain UTF-8 text: rename it")
+        size = DRAWN_BYTES
         if isinstance(example.image, str):
             try:
                 size = os.stat(example.image).st_size
+                size = max(size, DRAWN_BYTES) if treatment.stage else size
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
                     raise ValueError(f"{line}{SKIP}") from None
                 missing.append(line)
                 size = -1
-        sizes.append(size)
+        sizes.append(height * width if height and size >= 0 else size)
     return sizes, missing
-
-
-def _check_disk(needed: int, data_dir: Path, count: int, say: Callable[[str], None]) -> None:
-    free = shutil.disk_usage(data_dir).free
-    say(f"{count:,} images, about {_human(needed)} to write into {data_dir} ({_human(free)} free)")
-    if needed + SPARE_BYTES > free:
-        raise ValueError(
-            f"{data_dir}: the records need about {_human(needed + SPARE_BYTES)}, {_human(free)} are free; "
-            "choose another --data_dir"
-        )
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _place(example: Example) -> str:
@@ -274,7 +237,19 @@ def _pool(examples: Sequence[Example], treatment: Treatment, workers: int) -> Ex
     slow = len(examples) if masks else sum(callable(example.image) for example in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_the_parent)
+
+
+def _end_with_the_parent() -> None:
+    """Ends this worker when its parent is killed, which would leave it waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -> dict[str, Any]:
@@ -293,12 +268,14 @@ def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -
         "phash": f"{treated.phash:016x}",
         "mean": f"{treated.mean:.5f}",
         "std": f"{treated.std:.5f}",
+        "found": str(int(treated.found)),
         **dict(zip(listing.extra, example.extra, strict=True)),
     }
     for name, text in row.items():
         seen.columns[name].append(sys.intern(text))  # a set of 400,000 images has few different sizes
     if treated.histogram is not None:
         seen.deep += 1
+        seen.raw += [len(seen.examples) - 1] if treated.raw else []
         if example.split == "train":
             seen.histogram += treated.histogram
     names = (example.file, example.group, example.source)
@@ -317,12 +294,15 @@ def _check_left(seen: _Seen) -> None:
         raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
 
 
-def _check_classes(seen: _Seen, classes: Sequence[str]) -> None:
+def _check_classes(seen: _Seen, listing: Listing) -> None:
+    classes = listing.classes
     pairs = set(zip(seen.columns["label"], seen.columns["split"], strict=True))
     trained = {label for label, split in pairs if split == "train"}
     empty = [c for c in classes if c not in trained]
     if empty:
         given = {classes[example.label] for example in seen.examples if example.split == "train"}
+        if set(empty) <= given and listing.study:
+            return  # the study's splits can still be used; the summary warns
         lost = " once patients and images of later splits are taken out" if set(empty) & given else ""
         raise ValueError(
             f"no training example of {', '.join(empty)}{lost}; every class needs an image in the train split"
@@ -346,6 +326,15 @@ def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[floa
         f"{kinds}; the percentiles 0.5 and 99.5 of the train split were taken as window: {low:g} to {high:g} "
         "become 0 to 255; --window=low,high sets it"
     ]
+
+
+def _scale(seen: _Seen, window: tuple[float, float] | None) -> None:
+    """Turns mean and standard deviation of 16-bit values into those of what the window shows, without its clipping."""
+    low, high = window or (0.0, 1.0)
+    for row in seen.raw:
+        mean, std = (float(seen.columns[key][row]) for key in ("mean", "std"))
+        seen.columns["mean"][row] = f"{(mean - low) / (high - low):.5f}"
+        seen.columns["std"][row] = f"{std / (high - low):.5f}"
 
 
 def _check_order(written: Path, name: str, seen: _Seen) -> None:

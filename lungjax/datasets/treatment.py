@@ -33,8 +33,9 @@ class Treated:
     pixels: str  # digest of the decoded original
     phash: int  # of the original, as the thumbnail: see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
-    mean: float  # of the stored image, gray, 0..1
+    mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
     std: float
+    raw: bool
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not asked for
     found: bool  # False if the stage found no body or no lung in it
@@ -69,7 +70,11 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
     box = example.box or (0.0, 0.0, float(width), float(height))
     stored, box, region, found = version(gray if treatment.stage else array, box, treatment.stage, treatment.size)
     same = stored is array and not deep and form in ("JPEG", "PNG")
-    values = images.gray(shown if stored is array else stored) / 255.0
+    raw = stored.dtype == np.uint16 and treatment.window is None
+    if stored.dtype == np.uint16 and treatment.window:
+        values = images.show(stored, treatment.window) / 255.0
+    else:
+        values = stored.astype(np.float64) if raw else images.gray(stored) / 255.0
     return Treated(
         data=data if same else images.encode(stored),
         width=stored.shape[1],
@@ -80,6 +85,7 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
         thumbnail=duplicates.thumbnail(gray).tobytes(),
         mean=float(values.mean()),
         std=float(values.std()),
+        raw=raw,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=_body(gray, region) if treatment.body else b"",
         found=found,
