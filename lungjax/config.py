@@ -62,7 +62,7 @@ class DataConfig:
     protocol: str = "sound"
     sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
     workers: int = 0  # reading processes; 0 reads in threads of this process
-    threads: int = 0  # decoding threads of each process; 0 is one a core
+    threads: int = 0  # decoding threads of each process; 0 is one more than cores
     prefetch: int = 2  # batches read ahead
 
 

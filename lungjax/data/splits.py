@@ -40,7 +40,9 @@ def make_splits(
     part = np.array(list(shares.values()))
     wanted = part[:, None] * counts.sum(axis=0)  # [splits, classes + 1]
     scale = 1 / np.maximum(wanted, 1e-9)
-    drawn = [hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest() for name in names]
+    drawn = [
+        hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest() for name in names
+    ]
     order = sorted(range(len(names)), key=lambda i: (-counts[i, -1], drawn[i]))
     left = wanted.copy()
     chosen = np.zeros(len(names), np.int64)

@@ -300,7 +300,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--cores", default="0,1")
-    parser.add_argument("--threads", type=int, default=0, help="data.threads of lungjax; 0, its default, is one a core")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="data.threads of lungjax; 0, its default, is one more than cores"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the contenders say")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
