@@ -3,13 +3,13 @@ import sys
 
 import pytest
 
-RUN = "import json; from lungjax import config, entry\ndef main(argv):\n    {body}\nentry.run(main)"
+RUN = "import json; from lungjax import entry, overrides\ndef main(argv):\n    {body}\nentry.run(main)"
 
 
 @pytest.mark.parametrize(
     ("body", "code", "words", "traceback"),
     [
-        ("config.parse('x', int, 'train.steps')", 2, "lungjax: train.steps=x: expected int", False),
+        ("overrides.parse('x', int, 'train.steps')", 2, "lungjax: train.steps=x: expected int", False),
         ("open('/nowhere/at/all')", 2, "No such file", False),
         ("raise KeyboardInterrupt", 130, "give the same command again", False),
         ("json.loads('{')", 1, "JSONDecodeError", True),  # a library's ValueError is a bug of ours
@@ -24,5 +24,5 @@ def test_a_mistake_is_a_message_and_a_bug_is_a_traceback(body, code, words, trac
 
 
 def test_the_traceback_flag_shows_where_a_message_came_from():
-    command = [sys.executable, "-c", RUN.format(body="config.parse('x', int, 'train.steps')"), "--traceback"]
-    assert "config.py" in subprocess.run(command, capture_output=True, text=True).stderr
+    command = [sys.executable, "-c", RUN.format(body="overrides.parse('x', int, 'train.steps')"), "--traceback"]
+    assert "overrides.py" in subprocess.run(command, capture_output=True, text=True).stderr

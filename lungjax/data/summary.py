@@ -189,7 +189,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
     cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
