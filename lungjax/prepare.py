@@ -25,7 +25,9 @@ NO_LUNG = flags.DEFINE_enum(
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces a data set that is already prepared.")
 CROSS = flags.DEFINE_string("cross", None, "A prepared data set: lists patients and images that both hold.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the splits that are made, and of drawn data sets.")
-GROUP = flags.DEFINE_string("group_pattern", "", "folder: regex; its (...) over the file name is the patient.")
+GROUP = flags.DEFINE_string(
+    "group_pattern", "", "folder: regex; its (...) over the file name is the patient, as it is."
+)
 ORIGIN = flags.DEFINE_string("source_pattern", "", "folder: regex; its (...) over the file name is the source.")
 CLASSES = flags.DEFINE_list("classes", [], "folder: the class names in label order; default sorted.")
 MODALITY = flags.DEFINE_enum(
