@@ -146,17 +146,25 @@ def _warnings(result: dict[str, Any]) -> list[str]:
 def markdown(result: dict[str, Any]) -> str:
     """Returns a summary as markdown, also readable as it is on a terminal."""
     named, classes = result["group_name"], result["classes"]
-    lines = [f"# {result['name']}", "", f"{result['images']:,} images, {result['groups']:,} {named}", ""]
+    grouped = result["groups"] < result["images"]
+    many = f", {result['groups']:,} {named}" if grouped else ""
+    lines = [f"# {result['name']}", "", f"{result['images']:,} images{many}", ""]
     made = [f"in the stage {result['stage']}"] if result["stage"] else []
     made += ["{} x {} pixels (height x width)".format(*result["size"])] if result["size"] else []
     lines += [f"Stored {', '.join(made)}.", ""] if made else []
     for protocol, splits in result["protocols"].items():
         what = "protocol=sound, the default" if protocol == "sound" else f"protocol=study: {result['study']}"
         table = [
-            [split, *held["images"].values(), sum(held["images"].values()), *held["groups"].values()]
+            [
+                split,
+                *held["images"].values(),
+                sum(held["images"].values()),
+                *(held["groups"].values() if grouped else ()),
+            ]
             for split, held in splits.items()
         ]
-        lines += [what, "", *_table(["split", *classes, "images", *(f"{c} {named}" for c in classes)], table), ""]
+        head = ["split", *classes, "images", *(f"{c} {named}" for c in classes if grouped)]
+        lines += [what, "", *_table(head, table), ""]
     if len(result["sources"]) > 1:
         lines += [*_table(["source", *classes], [
             [source or "(none)", *(found.get(c, 0) for c in classes)]
