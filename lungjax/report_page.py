@@ -69,7 +69,8 @@ def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]
         parts += [
             "### With the lungs blacked out",
             f"{count(none['n'], 'test slice')} (those in which lungs are found), every lung black: accuracy "
-            f"{_rate(none['accuracy'])}, AUC {_rate(none['auc_macro'])}. What is left of the score was not read there.",
+            f"{_rate(none['accuracy'])}, AUC {_rate(none['auc_macro'])}. What is left of the score was not read inside "
+            "them, though their outline, and lesions that the mask missed, can still be seen.",
         ]
     parts.append("## Pictures")
     parts += [f"![{text.split(':')[0]}](plots/{name})\n\n*{text}.*" for name, text in drawn.items()]
