@@ -15,11 +15,13 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an err
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, runs `main` and ends the process with its exit code."""
+    """Parses the flags, of which nothing may be left over, runs `main` and ends the process with its exit code."""
 
     def quietly(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+        if argv[1:]:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
         main(argv)
 
     try:

@@ -26,10 +26,8 @@ LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
 flags.adopt_module_key_flags(entry)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Picks the experiment, applies the overrides, runs it and prints where the report is."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
     if LIST.value:
         print(experiment.listing())
         return

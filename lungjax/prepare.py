@@ -41,10 +41,8 @@ POSITION = flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: e
 flags.adopt_module_key_flags(entry)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prepares the data set and prints its summary."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
     if not DATASET.value:
         raise app.UsageError(f"--dataset=NAME is missing; there are {', '.join(datasets.DATASETS)}")
     data_dir = Path(DATA_DIR.value).expanduser()

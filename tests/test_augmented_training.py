@@ -146,7 +146,7 @@ def test_the_control_without_lungs_has_the_test_files_in_which_lungs_are_found(p
     kept = [lines[0]] + [",".join([*c[:place], "0", *c[place + 1 :]]) for c in (line.split(",") for line in lines[1:])]
     index.write_text("\n".join(kept) + "\n")
     try:
-        assert not len(datasets.without_lungs(data, phantoms).rows("test"))
+        assert datasets.without_lungs(data, phantoms) is None, "else a finished run would fail on an empty split"
     finally:
         index.write_text("\n".join(lines) + "\n")
 

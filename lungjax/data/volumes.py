@@ -23,7 +23,6 @@ from lungjax.data import images
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` that a plane is cut across
 POSITIONS = ("mid", "all")
-LUNG_WINDOW = (-600.0, 1500.0)  # centre and width in Hounsfield units
 KEPT = 2  # volumes in memory: reading threads may be at the end of one and the start of the next
 
 Windows = tuple[tuple[float, float], ...]

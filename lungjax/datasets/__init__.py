@@ -175,7 +175,7 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as another data set's test split.
 
     Images in which no lung was found are left out. None where NAME-nolungs isn't prepared, where `data` is a stage
-    itself, whose networks never saw what is around the lungs, or where both don't hold the same classes and files.
+    itself, whose networks never saw what is around the lungs, and where classes or files differ or no lung was found.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="nolungs").full if parts and not parts.stage else ""
@@ -183,11 +183,11 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
         return None
     dark = prepared.load(prepared.directory(data_dir, name), name)
     tested = np.isin(dark.columns["file"], data.columns["file"][data.rows("test")])
-    if dark.classes != data.classes or not tested.any():
-        print(f"{name} holds other classes or files than {data.name}: prepare both from the same source")
+    shown = tested & dark.columns["found"]
+    if dark.classes != data.classes or not shown.any():
+        print(f"{name} has other classes or files than {data.name}, or no lung was found in any: no control is made")
         return None
-    split = np.where(tested & dark.columns["found"], "test", "")
-    return replace(dark, columns=dark.columns | {"split": split})
+    return replace(dark, columns=dark.columns | {"split": np.where(shown, "test", "")})
 
 
 def write(name: str, source: Path | None, data_dir: Path, options: Options, **how: Any) -> dict[str, Any]:

@@ -25,10 +25,8 @@ SAMPLES = flags.DEFINE_integer("samples", 12, "Images shown of each class.", low
 flags.adopt_module_key_flags(entry)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Writes the page and says where it is."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
     if not DATASET.value:
         raise app.UsageError(f"--dataset=NAME is missing; there are {', '.join(datasets.DATASETS)}")
     chosen = {name: presets.preset(name) for name in AUGMENT.value}

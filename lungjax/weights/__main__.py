@@ -19,10 +19,8 @@ WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where files lie and down
 flags.adopt_module_key_flags(entry)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Does what the flags ask for, in the order list, fetch, check, verify."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
     if not (LIST.value or FETCH.value or CHECK.value or VERIFY.value):
         raise app.UsageError("one of --list, --fetch=NAME, --check=FILE, --verify is missing")
     folder = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
