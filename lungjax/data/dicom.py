@@ -230,7 +230,7 @@ def _decodes(syntax: Any) -> bool:
 
     try:
         return bool(syntax.is_deflated or get_decoder(syntax).is_available)
-    except NotImplementedError:
+    except NotImplementedError:  # pydicom's word for a transfer syntax that it does not know
         return False
 
 

@@ -172,7 +172,7 @@ def _zip(path: Path) -> Tensors:
     try:
         archive = zipfile.ZipFile(path)
         members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # the last: zipfile on a damaged header
         size = path.stat().st_size
         raise ValueError(
             f"{path}: truncated or damaged: {size} bytes without a whole zip directory ({error})"

@@ -259,7 +259,7 @@ def _archive(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarr
                 else:
                     arrays[key] = _numbers(np.frombuffer(archive.read(member), np.uint8), 0, storage, order)
             return tree, arrays
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # all of zipfile
         raise Refused(f"truncated or damaged zip of {data.size} bytes: {error}") from None
 
 
