@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax import checkpoint, datasets, losses, models, overrides, state, step, trees
+from lungjax import checkpoint, datasets, inference, losses, models, overrides, state, step, trees
 from lungjax import config as configs
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig
 from lungjax.data import images as image_files
@@ -34,7 +34,6 @@ from lungjax.weights import catalogue
 from lungjax.weights import load as loading
 
 Images = Sequence[Any] | np.ndarray | str | Path
-BATCH = 32  # images that `Run` computes at once
 
 
 def list_models(match: str = "*", weights: bool | None = None) -> list[str]:
@@ -232,20 +231,29 @@ class Trained:
 
     def _run(self, images: Images, boxes: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
         pixels = read(images, self.config.input, boxes, datasets.resolve(self.config.data.dataset)[0])
-        parts = []
-        for at in range(0, len(pixels), BATCH):
-            part = pixels[at : at + BATCH]
-            filled = np.concatenate([part, np.zeros((-len(part) % min(BATCH, len(pixels)), *part.shape[1:]), np.uint8)])
-            parts.append([np.asarray(x)[: len(part)] for x in self._compiled(self.variables, filled)])
+        parts, size = [], min(inference.batch_size(self.config, 1, jax.default_backend()), len(pixels))
+        for at in range(0, len(pixels), size):
+            part = pixels[at : at + size]
+            filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.uint8)])
+            parts.append([np.asarray(x)[: len(part)] for x in self._compiled(self._folded, filled)])
         probabilities, maps = zip(*parts, strict=True)
         return np.concatenate(probabilities), np.concatenate(maps)
+
+    @cached_property
+    def _network(self) -> inference.Folded:
+        shape = (*self.config.input.size, self.config.input.network_channels)
+        return inference.Folded(self.module, self.variables, shape)
+
+    @cached_property
+    def _folded(self) -> dict[str, Any]:
+        return self._network.prepare(self.variables)
 
     @cached_property
     def _compiled(self) -> Any:
         positive = step.positive_class(self.config, self.classes)
 
-        def run(variables: dict[str, Any], pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits, features = self.module.apply(variables, step.normalize(pixels, self.config.input), train=False)
+        def run(folded: dict[str, Any], pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits, features = self._network(folded, step.normalize(pixels, self.config.input))
             return losses.probabilities(logits, positive), features["last"]
 
         return jax.jit(run, compiler_options=convolution.compiler_options())

@@ -30,6 +30,8 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine", "linear", "step")
 GRAYS = ("repeat", "fold", "slice")
 BATCH_NORMS = ("with_layer", "update", "frozen")
+STATISTICS = ("global", "per_device")
+ON_NAN = ("stop", "skip", "rewind")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ class ModelConfig:
     # One of BATCH_NORMS. "with_layer": frozen layers keep their running statistics and normalise with them (Keras);
     # "update": every norm uses the batch and updates, also in frozen layers; "frozen": none does.
     batch_norm: str = "with_layer"
-    dtype: str = "float32"  # of the computation; parameters and statistics stay float32
+    # Of the computation, one of DTYPES; parameters, statistics, pooling and logits stay float32. None is bfloat16 on
+    # GPU and TPU, and float32 on the CPU.
+    dtype: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)  # what follows the last feature map
 
 
@@ -182,6 +186,9 @@ class TrainConfig:
     steps: int = 0  # above zero it replaces epochs
     eval_steps: int = 0  # steps between validations; 0 is once an epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
+    # One of ON_NAN, for a loss or gradient that is no number. "stop" keeps the state from before it; "skip" leaves that
+    # step out; "rewind" returns to the last checkpoint and goes on with the examples after the bad batch.
+    on_nan: str = "stop"
     log_steps: int = 10  # steps between lines of metrics.jsonl
     seed: int = 0  # of weights, data order and dropout
     monitor: str = "slice.auc_macro"  # validation metric that picks the best weights
@@ -189,13 +196,17 @@ class TrainConfig:
     patience: int = 0  # validations without a better one before stopping; 0 never stops early
     accumulate: int = 1  # micro-batches a step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    devices: int = 0  # to train on, of this one host; 0 is all, of all hosts
+    # One of STATISTICS: BatchNorm sees the whole batch, or each device its own part (as under pmap, and in torch).
+    batch_norm: str = "global"
+    shard_params: bool = False  # cut parameters and optimiser state over the devices instead of a copy on each
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """How the best weights are tested."""
 
-    batch_size: int = 64  # global
+    batch_size: int = 0  # global; 0 chooses by image size and machine
     examples: int = 12  # right and wrong test images on the sheet, each
 
 
@@ -272,18 +283,19 @@ def check(config: Config) -> None:
         "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
         "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
         "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
-        "model.batch_norm": BATCH_NORMS,
+        "model.batch_norm": BATCH_NORMS, "train.batch_norm": STATISTICS, "train.on_nan": ON_NAN,
     }  # fmt: skip
     for path, allowed in choices.items():
         if leaves[path] is not None and leaves[path] not in allowed:
             raise ValueError(f"{path}={leaves[path]!r}: allowed are {', '.join(map(str, allowed))}")
-    for path in ("train.batch_size", "eval.batch_size", "train.log_steps", "train.accumulate", "optim.lr",
+    for path in ("train.batch_size", "train.log_steps", "train.accumulate", "optim.lr",
                  "data.prefetch", "optim.eps"):  # fmt: skip
         if leaves[path] <= 0:
             raise ValueError(f"{path}={leaves[path]}: must be above zero")
     for path in ("train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed",
                  "data.workers", "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
-                 "input.box_margin", "eval.examples", "train.epochs"):  # fmt: skip
+                 "input.box_margin", "eval.examples", "train.epochs",
+                 "train.devices", "eval.batch_size"):  # fmt: skip
         if leaves[path] < 0:
             raise ValueError(f"{path}={leaves[path]}: must not be negative")
     for path in (
@@ -297,6 +309,11 @@ def check(config: Config) -> None:
             raise ValueError(f"{path}={leaves[path]}: must be at least 0 and below 1")
     if config.train.epochs == 0 and config.train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
+    if config.train.batch_norm == "per_device" and config.train.shard_params:
+        raise ValueError(
+            "train.batch_norm=per_device and train.shard_params=True: devices with statistics of their own hold whole "
+            "parameters; give up one of the two"
+        )
     if config.train.batch_size % config.train.accumulate:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is not a multiple of "

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from lungjax import interrupt
+
 USER_ERRORS = (
     errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
 )  # fmt: skip
@@ -26,6 +28,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     try:
         app.run(quietly)
+    except interrupt.Interrupted as stop:  # saved, and said so
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("lungjax: stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lungjax import metrics, sharding
+from lungjax import inference, sharding
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import Prepared
@@ -23,21 +23,35 @@ def predict(
     config: Config,
     mesh: Mesh,
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """Returns the predictions for every example of a split, in record order.
 
-    `predict_step` is jitted with its output on every device (`sharding.replicated`), so each host ends up with
-    all predictions. Raises ValueError for an empty split.
+    `predict_step` takes `variables`, and is jitted with its output on every device (`sharding.replicated`), so each
+    host ends up with all predictions. `check` is called between batches and may raise. Raises ValueError for an empty
+    split.
     """
     rows = data.rows(split)
     if not len(rows):
         raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
-    batches = pipeline.eval_batches(data, rows, config, host=jax.process_index(), hosts=jax.process_count())
+    size = inference.batch_size(config, mesh.size, sharding.platform(mesh))
+    batches = pipeline.eval_batches(data, rows, config, size, host=jax.process_index(), hosts=jax.process_count())
     scores: dict[int, np.ndarray] = {}
-    total = -(-len(rows) // config.eval.batch_size)
+
+    def keep(out: dict[str, jax.Array]) -> None:
+        found = jax.device_get(out)
+        scores.update((int(r), p) for r, p in zip(found["row"], found["probabilities"], strict=True) if r >= 0)
+
+    ahead = None  # computed while the next batch is read and sent
+    total = -(-len(rows) // size)
     for batch in tqdm(batches, f"predicting {split}", total, disable=not progress, leave=False):
-        out = jax.device_get(predict_step(variables, sharding.to_devices(batch, mesh)))
-        scores.update((int(r), p) for r, p in zip(out["row"], out["probabilities"], strict=True) if r >= 0)
+        check()
+        out = predict_step(variables, sharding.to_devices(batch, mesh))
+        if ahead is not None:
+            keep(ahead)
+        ahead = out
+    if ahead is not None:
+        keep(ahead)
     columns = {name: values[rows] for name, values in data.columns.items()}
     return Predictions(
         ids=columns["file"],
@@ -48,14 +62,3 @@ def predict(
         classes=data.classes,
         extra={name: values for name, values in columns.items() if name not in prepared.RESERVED},
     )
-
-
-def flat_levels(predictions: Predictions) -> dict[str, float | None]:
-    """Returns the numbers of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
-    levels = metrics.report_levels(predictions)
-    return {
-        f"{level}.{name}": value
-        for level in ("slice", "patient")
-        for name, value in levels[level].items()
-        if value is None or isinstance(value, (int, float))
-    }

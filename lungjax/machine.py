@@ -10,6 +10,21 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
 
 
+def without_tpu() -> None:
+    """Lets the TPU compiler be loaded where there is no TPU, or another process has it. Call before jax is imported.
+
+    It then asks no metadata server what machine this is and takes no lock, jax itself runs on the CPU, and no program
+    goes into the compilation cache, from which jax can't read it back without TPUs.
+    """
+    settings = {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }  # fmt: skip
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def cores() -> int:
     """Returns how many processor cores this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux

@@ -94,13 +94,7 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
     Raises ValueError as `summarize` does.
     """
     p = predictions
-    patients, mixed = by_patient(p)
-    levels: dict[str, Any] = {
-        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids),
-        "patient": summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
-        | {"mixed_groups": mixed},
-        "by_source": {},
-    }
+    levels: dict[str, Any] = {**whole_levels(p), "by_source": {}}
     if (p.sources != "").any():
         names, member = np.unique(np.where(p.sources == "", "unknown", p.sources), return_inverse=True)
         order = np.argsort(member, kind="stable")
@@ -110,6 +104,27 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
             for name, rows in zip(names, rows_of, strict=True)
         }
     return levels
+
+
+def whole_levels(predictions: Predictions) -> dict[str, Any]:
+    """Returns the levels `slice` and `patient` of `report_levels` alone."""
+    p = predictions
+    patients, mixed = by_patient(p)
+    return {
+        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids),
+        "patient": summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
+        | {"mixed_groups": mixed},
+    }
+
+
+def flat_levels(predictions: Predictions) -> dict[str, float | None]:
+    """Returns the numbers of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
+    return {
+        f"{level}.{name}": value
+        for level, values in whole_levels(predictions).items()
+        for name, value in values.items()
+        if value is None or isinstance(value, (int, float))
+    }
 
 
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:

@@ -8,7 +8,8 @@
     best                step, monitor (the validation metric that chose it), score (None if not logged)
     warnings            [sentences], what to know before believing the numbers
     facts               what the caller knows of data, network, machine and time: dataset, fingerprint,
-                        counts, parameters, steps, best_step, seconds, devices, hosts, python, versions, ...
+                        counts, parameters, steps, best_step, seconds, compute_type, devices, device_kind,
+                        hosts, python, versions, commit (of git, "" if unknown), code (digest of lungjax's files)
     test, val           the splits, each:
       .slice            a level over all examples
       .patient          a level over patients (mean probability over a patient's slices), and

@@ -111,7 +111,7 @@ def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]
     ]
     if "seconds" in facts:
         rows.append(["time, last start to end", _duration(facts["seconds"])])
-    shown = ("devices", "hosts", "python", "versions")
+    shown = ("compute_type", "device_kind", "devices", "hosts", "python", "versions", "commit", "code")
     rows += [[name, _words(facts[name])] for name in shown if name in facts]
     usual = fields_of(Config())
     own = [f"{_cell(k)}={_words(v)}" for k, v in leaves.items() if v != usual[k] and k != "name"]

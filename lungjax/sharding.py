@@ -1,38 +1,104 @@
-"""The device mesh: parameters on every device, each batch cut over all of them.
+"""The device mesh: each batch cut over the devices, parameters on every one or cut as well.
 
 One axis, "data", over all devices of all hosts. Under `jit` XLA puts in the collectives, so BatchNorm sees
 the global batch and a step on eight devices equals the step on one.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AXIS = "data"
+LEAST_CUT = 2**14  # numbers of an array that is worth cutting; smaller ones would cost a collective each
 
-def make_mesh() -> Mesh:
-    """Returns the mesh over every device of every host."""
+
+def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh over `devices` (None: all of all hosts), or the first `count` of them.
+
+    Raises ValueError if there are not so many, or if some host would be left without one.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if count > len(devices):
+        raise ValueError(f"train.devices={count}: there are {len(devices)}; allowed is 1 to that, or 0 for all")
+    if count and count < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"train.devices={count}: {jax.process_count()} hosts work together with all their devices; 0")
+    devices = devices[: count or None]
     # Auto axes: linen layers carry no output shardings, which explicit axes would ask for.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """Returns "cpu", "gpu" or "tpu": what the mesh's devices are, which may not be this machine's."""
+    return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters and metrics: a whole copy on each device."""
+    """The sharding of metrics, and of parameters by default: a whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its first axis cut over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def of_state(shapes: Any, mesh: Mesh, cut: bool) -> Any:
+    """Returns a tree like `shapes` of shardings: copies, or with `cut` each large array cut along its longest axis.
+
+    Only an axis that the devices divide evenly is cut; an array without one is copied.
+    """
+
+    def one(leaf: Any) -> NamedSharding:
+        sides = [(side, axis) for axis, side in enumerate(leaf.shape) if side % mesh.size == 0]
+        if not cut or not sides or leaf.size < LEAST_CUT:
+            return replicated(mesh)
+        axis = max(sides)[1]
+        return NamedSharding(mesh, PartitionSpec(*(AXIS if i == axis else None for i in range(leaf.ndim))))
+
+    return jax.tree.map(one, shapes)
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises ValueError if a global batch can't be cut evenly over the mesh."""
     if batch_size % mesh.size:
-        raise ValueError(
-            f"{field}={batch_size} can't be cut over {mesh.size} devices; set it to a multiple of {mesh.size}"
-        )
+        below = batch_size // mesh.size * mesh.size
+        near = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
+        raise ValueError(f"{field}={batch_size} can't be cut over {mesh.size} devices; set it to {near}")
+
+
+def on_each_device(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Makes each device work on its own part of the batch, and averages all results: what `jax.pmap` was for.
+
+    `gradients(trained, kept, batch_stats, batch, key)` is that of the training step. Each device has a key of its own.
+    """
+
+    def local(trained: Any, kept: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
+        key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+        return jax.lax.pmean(gradients(trained, kept, batch_stats, batch, key), AXIS)
+
+    whole, part = PartitionSpec(), PartitionSpec(AXIS)
+    # Unchecked: differentiation would otherwise add up the parameters' gradients by itself, before the mean does.
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, whole, part, whole), out_specs=whole, check_vma=False
+    )
+
+
+def gathered(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Has every device gather parameters that are cut, and keep its own share of their gradients.
+
+    Said here, since the compiler might cut the convolutions themselves instead.
+    """
+
+    def wrapped(trained: Any, kept: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
+        whole = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), (trained, kept))
+        grads, batch_stats, metrics = gradients(*whole, batch_stats, batch, key)
+        shares = of_state(grads, mesh, cut=True)
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, shares), batch_stats, metrics
+
+    return wrapped
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from lungjax import trees
 class TrainState(struct.PyTreeNode):
     """Arrays of one run. Random keys are not here: they follow from the seed and `step`."""
 
-    step: jax.Array  # int32 scalar, steps done
+    step: jax.Array  # int32 scalar, steps done, the left out ones too
+    skipped: jax.Array  # int32 scalar, steps that changed nothing: loss or gradient was no number
     params: Any
     batch_stats: Any  # BatchNorm means and variances; {} for networks without
     opt_state: Any
@@ -47,6 +48,7 @@ def create(
     variables = init(module, image_shape, seed, start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(trees.split(variables["params"], frozen)[0]),
@@ -63,3 +65,8 @@ def init(
         leaves = trees.flatten(random.get(collection, {}))
         variables[collection] = trees.unflatten({path: (start or {}).get(path, leaf) for path, leaf in leaves.items()})
     return variables
+
+
+def size(tree: Any) -> int:
+    """Returns the bytes of a tree of arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

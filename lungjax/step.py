@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from lungjax import augment, losses, trees
+from lungjax import augment, losses, sharding, trees
 from lungjax.config import Config, InputSpec
 from lungjax.models.layers import BatchNorm
 from lungjax.state import TrainState
@@ -68,12 +69,18 @@ def make_train_step(
     class_weights: jax.Array,
     positive: int | None,
     frozen: frozenset[str] = frozenset(),
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`; parameters whose paths are in `frozen` stay.
 
     The batch is one of `pipeline.train_batches`; it is augmented here, on the device. With `train.accumulate` above
     one it is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
     BatchNorm is frozen or absent and dropout and mixing are off; otherwise those are per part.
+
+    A step whose loss or gradient is no number changes nothing but the counters `step` and `skipped`; unless
+    `train.on_nan` is "skip", neither do all steps after it, so that the state stays the last good one.
+
+    `mesh` is needed for `train.batch_norm=per_device` and `train.shard_params`.
     """
     parts = config.train.accumulate
     loss = partial(
@@ -119,44 +126,65 @@ def make_train_step(
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
+    def gradients(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
+        if parts == 1:
+            grads, (metrics, batch_stats) = grad_fn(trained, kept, batch_stats, batch, key)
+            return grads, batch_stats, metrics
+        # Every part takes each parts-th example, so that it stays spread over all devices.
+        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def one(carry: Any, xs: Any) -> tuple[Any, Metrics]:
+            sums, batch_stats = carry
+            number, part = xs
+            grads, (metrics, batch_stats) = grad_fn(trained, kept, batch_stats, part, jax.random.fold_in(key, number))
+            return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
+
+        start = (jax.tree.map(jnp.zeros_like, trained), batch_stats)
+        (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
+        return jax.tree.map(lambda g: g / parts, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
+
+    if config.train.batch_norm == "per_device":
+        assert mesh is not None
+        gradients = sharding.on_each_device(gradients, mesh)
+    elif config.train.shard_params:
+        assert mesh is not None
+        gradients = sharding.gathered(gradients, mesh)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         # Only what is trained is differentiated: below the lowest trained layer nothing runs backwards.
         trained, kept = trees.split(state.params, frozen)
-        if parts == 1:
-            grads, (metrics, batch_stats) = grad_fn(trained, kept, state.batch_stats, batch, key)
-        else:
-            # Every part takes each parts-th example, so that it stays spread over all devices.
-            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-            def one(carry: Any, xs: Any) -> tuple[Any, Metrics]:
-                sums, batch_stats = carry
-                number, part = xs
-                grads, (metrics, batch_stats) = grad_fn(
-                    trained, kept, batch_stats, part, jax.random.fold_in(key, number)
-                )
-                return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
-
-            start = (jax.tree.map(jnp.zeros_like, trained), state.batch_stats)
-            (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
-            grads = jax.tree.map(lambda g: g / parts, grads)
-            metrics = jax.tree.map(jnp.mean, metrics)
+        grads, batch_stats, metrics = gradients(trained, kept, state.batch_stats, batch, key)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite if config.train.on_nan == "skip" else finite & (state.skipped == 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = trees.merge(optax.apply_updates(trained, updates), kept)
-        state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        return state, metrics
+        changed = (optax.apply_updates(trained, updates), batch_stats, opt_state)
+        trained, batch_stats, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), changed, (trained, state.batch_stats, state.opt_state)
+        )
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~good,
+            params=trees.merge(trained, kept),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        return state, {**metrics, "finite": finite}
 
     return train_step
 
 
 def make_predict_step(
-    module: nn.Module, config: Config, positive: int | None
+    network: Callable[[dict[str, Any], jax.Array], tuple[jax.Array, Any]], config: Config, positive: int | None
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """Returns `predict_step(variables, batch)` giving `probabilities` [B, C] and the batch's `row` [B]."""
+    """Returns `predict_step(variables, batch)` giving `probabilities` [B, C] and the batch's `row` [B].
+
+    `network(variables, images)` gives logits first: an `inference.Folded`, or a module's `apply` with train=False.
+    """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        logits, _ = module.apply(variables, normalize(batch["image"], config.input), train=False)
+        logits, _ = network(variables, normalize(batch["image"], config.input))
         return {"probabilities": losses.probabilities(logits, positive), "row": batch["row"]}
 
     return predict_step

@@ -1,36 +1,49 @@
 """The run, from configuration to report: read this file first.
 
-`run` opens the data, builds the network, goes on from the newest checkpoint if there is one, trains under
-`jit` over every device, keeps the best weights by a validation metric, tests those and writes the report.
-Everything random follows from `train.seed` and the step number, so a run killed anywhere and started again
+`run` opens the data, builds the network, goes on from the newest good checkpoint if there is one, trains under
+`jit` over every device of every host, keeps the best weights by a validation metric, tests those and writes the
+report. Everything random follows from `train.seed` and the step number, so a run killed anywhere and started again
 ends with the very weights of the run that was left alone.
 """
 
-import math
-import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from lungjax import config as configs
-from lungjax import evaluate, logs, models, optim, report, sharding, state, step, trees
+from lungjax import (
+    evaluate,
+    hosts,
+    interrupt,
+    logs,
+    metrics,
+    overrides,
+    program,
+    provenance,
+    report,
+    sharding,
+    state,
+    trees,
+)
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset, without_lungs
-from lungjax.models import convolution
 from lungjax.predictions import Predictions
+from lungjax.program import Program
+from lungjax.progress import Progress, check_monitor
 from lungjax.weights import load
+
+MOST_REWINDS = 5  # of train.on_nan=rewind; a run that needs more has another problem than a bad batch
+MOST_SKIPPED = 50  # steps in a row that train.on_nan=skip leaves out before it gives up
 
 
 @dataclass(frozen=True)
@@ -40,15 +53,16 @@ class Run:
     config: Config
     workdir: Path
     data: Prepared
-    mesh: jax.sharding.Mesh
-    schedule: Any  # step -> learning rate
-    steps: int
-    eval_steps: int
-    module: Any
-    new_state: Any  # leaves to start from -> TrainState
-    train_step: Any  # jitted
-    predict_step: Any  # jitted
+    program: Program
     started: float  # time.time() at the start
+
+
+class NotFinite(Exception):
+    """A loss or gradient was no number at `step`; `what` says where, the message also what to do."""
+
+    def __init__(self, step: int, what: str, advice: str):
+        super().__init__(f"{what}. {advice}")
+        self.step, self.what = step, what
 
 
 def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None) -> Path:
@@ -61,265 +75,261 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
       mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
       weights_dir: where files of `model.weights` are looked for first.
 
-    Raises ValueError for anything the user can put right, before training where possible.
+    Raises ValueError for anything the user can put right, before training where possible, and
+    `interrupt.Interrupted` once the state is saved if the process was asked to end.
     """
     started = time.time()
     configs.check(config)
-    config = load.resolve(config)
-    workdirs.check(workdir, config, mode)
-    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
-    workdirs.check_same_data(workdir, data)
-    this = set_up(config, workdir, data, started)
-    shapes = jax.eval_shape(this.new_state, {})
-    everywhere = sharding.replicated(this.mesh)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    if mode == "train":
-        fresh = newest(workdir, "last") is None
-        start = first_leaves(this, weights_dir) if fresh else {}  # before anything is written
-        if jax.process_index() == 0:
-            workdirs.claim(workdir, config, data)
-        with Checkpoints(workdir) as checkpoints:
-            found = None if fresh else checkpoints.restore(like)
-            if found:
-                current, progress = found
-                print(f"Going on from step {int(current.step)} of {this.steps} in {workdir}")
-            else:
-                current = jax.jit(this.new_state, out_shardings=everywhere)(start)
-                progress = new_progress()
-            train_loop(this, checkpoints, current, progress)
-    # The best weights meet the test split once, here.
-    variables, best_step = restore_best(workdir, like.variables)
-    results = {
-        split: evaluate.predict(this.predict_step, variables, data, split, config, this.mesh, progress=True)
-        for split in ("val", "test")
-    }
-    dark = without_lungs(data, data_dir)
-    if dark is not None:
-        results["nolungs"] = evaluate.predict(
-            this.predict_step, variables, dark, "test", config, this.mesh, progress=True
-        )
-    facts = describe(this, shapes.params)
-    facts |= {"best_step": best_step, "seconds": round(time.time() - started, 1)}
+    this = hosts.together(lambda: set_up(load.resolve(config), workdir, data_dir, mode, started))
+    hosts.check_same(
+        {
+            "the configuration": overrides.to_json(this.config),
+            "lungjax's code": provenance.code(),
+            "package versions": str(provenance.versions()),
+            "the prepared data": this.data.fingerprint,
+            "--mode": mode,
+        }
+    )
+    with program.memory_explained(this.config):
+        if mode == "train":
+            train(this, weights_dir)
+        # The best weights meet the test split once, here.
+        variables, best_step = restore_best(workdir, this.program.like.variables)
+        results = {split: predict(this, variables, this.data, split) for split in ("val", "test")}
+        dark = without_lungs(this.data, data_dir)
+        if dark is not None:
+            results["nolungs"] = predict(this, variables, dark, "test")
+    facts = describe(this) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
     return write_report(this, results, facts)
 
 
-def set_up(config: Config, workdir: Path, data: Prepared, started: float) -> Run:
-    """Builds network, optimiser and compiled steps on shapes alone; raises ValueError for what doesn't fit."""
-    mesh = sharding.make_mesh()
-    micro = config.train.batch_size // config.train.accumulate
-    sharding.check_batch(micro, mesh, "train.batch_size / train.accumulate")
-    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
-    module = models.build(config.model, len(data.classes), remat=config.train.remat)
-    smallest = models.minimum_size(config.model)
-    if any(have < need for have, need in zip(config.input.size, smallest, strict=True)):
-        raise ValueError(
-            f"input.size={config.input.size} is too small for {config.model.name}: it takes {smallest} "
-            "(height, width) or more"
-        )
+def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
+    """Opens the data and builds what will be compiled; raises ValueError for what doesn't fit together."""
+    workdirs.check(workdir, config, mode)
+    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
+    workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
-    positive = step.positive_class(config, data.classes)
-    train_rows = pipeline.train_rows(data)
-    steps, eval_steps = step_counts(config, len(train_rows))
-    schedule = optim.make_schedule(config.optim, steps)
-    image_shape = (*config.input.size, config.input.network_channels)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    frozen = optim.frozen_paths(config.optim, shapes["params"])
-    optimizer = optim.make_optimizer(config.optim, schedule, trees.split(shapes["params"], frozen)[0])
-    weights = optim.class_weights(config.optim.class_weights, data.columns["label"][train_rows], data.classes)
-    everywhere, cut = sharding.replicated(mesh), sharding.split_batch(mesh)
-    return Run(
-        config=config,
-        workdir=workdir,
-        data=data,
-        mesh=mesh,
-        schedule=schedule,
-        steps=steps,
-        eval_steps=eval_steps,
-        module=module,
-        new_state=partial(state.create, module, optimizer, image_shape, config.train.seed, frozen),
-        train_step=jax.jit(
-            step.make_train_step(module, optimizer, config, weights, positive, frozen),
-            in_shardings=(everywhere, cut),
-            out_shardings=everywhere,
-            donate_argnums=0,
-            compiler_options=convolution.compiler_options(),
-        ),
-        predict_step=jax.jit(
-            step.make_predict_step(module, config, positive),
-            in_shardings=(everywhere, cut),
-            out_shardings=everywhere,
-            compiler_options=convolution.compiler_options(),
-        ),
-        started=started,
-    )
+    labels = data.columns["label"][pipeline.train_rows(data)]
+    mesh = sharding.make_mesh(config.train.devices)
+    return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)
+
+
+def train(this: Run, weights_dir: Path | None) -> None:
+    """Trains from the newest good checkpoint, or from the start, until the last step or until patience ends."""
+    compiled, workdir, config = this.program, this.workdir, this.config
+    fresh = hosts.agree(newest(workdir, "last") is None)
+    start = hosts.together(lambda: first_leaves(this, weights_dir)) if fresh else {}  # before anything is written
+    workdirs.claim(workdir, config, this.data, state.size(compiled.like))
+    with workdirs.alone(workdir), Checkpoints(workdir) as checkpoints, interrupt.watching(hosts.preempted()) as watch:
+        found = checkpoints.restore(compiled.like)
+        if found:
+            current, progress = found[0], Progress.restored(found[1])
+            tell(f"Going on from step {int(current.step)} of {compiled.steps} in {workdir}")
+        else:
+            current, progress = compiled.new_state(start), Progress()
+            if config.train.on_nan == "rewind":  # there must be something to go back to
+                checkpoints.save(current, progress.saved())
+        while True:
+            try:
+                return train_loop(this, checkpoints, current, progress, watch)
+            except NotFinite as bad:
+                if config.train.on_nan != "rewind":
+                    raise ValueError(str(bad)) from None
+                current, progress = rewind(checkpoints, compiled.like, progress, bad)
 
 
 def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
     """Returns what step 0 starts from other than random numbers, and says what that leaves at random."""
-    start = load.leaves(this.config, this.module, weights_dir)
-    if this.config.model.weights != "none" and jax.process_index() == 0:
-        paths = load.leaf_shapes(this.module, (*this.config.input.size, this.config.input.network_channels))
+    config, module = this.config, this.program.module
+    start = load.leaves(config, module, weights_dir)
+    if config.model.weights != "none":
+        paths = load.leaf_shapes(module, (*config.input.size, config.input.network_channels))
         fresh = [path for path in paths if path not in start]
-        print(f"Starts from {this.config.model.weights}; at random: {', '.join(fresh[:8])}{' ...' * (len(fresh) > 8)}")
+        tell(f"Starts from {config.model.weights}; at random: {', '.join(fresh[:8])}{' ...' * (len(fresh) > 8)}")
     return start
 
 
-def train_loop(this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: dict[str, Any]) -> None:
-    """Trains from `current` to the last step, or until validation has stopped getting better."""
-    config, first = this.config, int(current.step)
-    main_host = jax.process_index() == 0
-    log_path = this.workdir / "metrics.jsonl"
+def train_loop(
+    this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: Progress, watch: interrupt.Watch
+) -> None:
+    """Trains from `current` to the last step, or until validation has stopped getting better.
+
+    Only a state that losses and gradients up to it speak for is saved. Raises NotFinite and Interrupted, both with
+    the last good state saved.
+    """
+    config, compiled, path = this.config, this.program, this.workdir / "metrics.jsonl"
+    done = first = saved = int(current.step)
     epoch_steps = len(pipeline.train_rows(this.data)) / config.train.batch_size
-    if main_host:
-        logs.rewind(log_path, first)
-    if first >= this.steps or progress["stopped"]:
-        return
-
-    def log(done: int, row: dict[str, Any]) -> None:
-        if main_host:
-            logs.append(log_path, {"step": done, "epoch": round(done / epoch_steps, 4), **row})
-
-    batches = pipeline.train_batches(
-        this.data, config, start_step=first, host=jax.process_index(), hosts=jax.process_count()
-    )
+    if hosts.first():
+        logs.rewind(path, first)
+    if config.train.on_nan != "skip":
+        current = current.replace(skipped=current.skipped * 0)  # of a run that was told to skip before
     waiting: list[Any] = []  # metrics of the steps since the last log line, still on the devices
-    ready = [next_batch(batches, this.mesh) for _ in range(config.data.prefetch)]
     clock = time.perf_counter()
-    with tqdm(total=this.steps, initial=first, unit="step", desc=config.name, disable=not main_host) as bar:
-        for done in range(first + 1, this.steps + 1):
-            ready.append(next_batch(batches, this.mesh))
-            current, values = this.train_step(current, ready.pop(0))
-            waiting.append(values)
-            bar.update()
-            at_eval = done % this.eval_steps == 0 or done == this.steps
-            if done == first + 1:
-                jax.block_until_ready(values)
-                tqdm.write(f"First step {time.time() - this.started:.1f} s after the start")
-            if done % config.train.log_steps == 0 or at_eval:
-                seen = {k: np.asarray([v[k] for v in jax.device_get(waiting)]) for k in values}
-                check_finite(seen["loss"], done, checkpoints)
-                rate = len(waiting) * config.train.batch_size / (time.perf_counter() - clock)
-                row = {f"train.{k}": float(v.mean()) for k, v in seen.items()}
-                log(done, {**row, "lr": float(this.schedule(done - 1)), "images_per_s": round(rate, 2)})
-                bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
-                waiting, clock = [], time.perf_counter()
-            if at_eval:
-                scored = evaluate.predict(this.predict_step, current.variables, this.data, "val", config, this.mesh)
-                scores = evaluate.flat_levels(scored)
-                log(done, {f"val.{k}": v for k, v in scores.items()})
-                better = judge(progress, scores, config, done)
-                tqdm.write(
-                    f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
-                    f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
-                )
-                if better:
-                    checkpoints.save_best(current)
-            if at_eval or (config.train.save_steps and done % config.train.save_steps == 0):
-                checkpoints.save(current, progress)
-                clock = time.perf_counter()
-            if progress["stopped"]:
-                tqdm.write(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
-                break
+
+    def due(every: int) -> bool:
+        return every > 0 and done > 0 and (done % every == 0 or done == compiled.steps)
+
+    def log(row: dict[str, Any]) -> None:
+        if hosts.first():
+            logs.append(path, {"step": done, "epoch": round(done / epoch_steps, 4), **row})
+
+    def catch_up() -> None:
+        """Waits for the devices, checks the steps since the last time and logs their means."""
+        nonlocal waiting, clock
+        seen, waiting = jax.device_get(waiting), []
+        rate = len(seen) * config.train.batch_size / (time.perf_counter() - clock)
+        good = check_finite(this, seen, done, progress)
+        if good:
+            row = {f"train.{name}": float(np.mean([values[name] for values in good])) for name in good[0]}
+            log({**row, "lr": float(compiled.schedule(done - 1)), "images_per_s": round(rate, 2)})
+            bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
+        clock = time.perf_counter()
+
+    with tqdm(total=compiled.steps, initial=first, unit="step", desc=config.name, disable=not hosts.first()) as bar:
+        try:
+            batches = device_batches(this, first + progress.passed_over)
+            while True:
+                if due(compiled.eval_steps) and progress.validated < done:
+                    scored = predict(this, current.variables, this.data, "val", watch)
+                    scores = metrics.flat_levels(scored)
+                    better = progress.judge(scores, config, done)
+                    log({f"val.{name}": value for name, value in scores.items()})
+                    tell(
+                        f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
+                        f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
+                    )
+                    checkpoints.save(current, progress.saved(), best=better)
+                    saved, clock = done, time.perf_counter()
+                elif due(config.train.save_steps) and saved < done:
+                    checkpoints.save(current, progress.saved())
+                    saved = done
+                if progress.stopped:
+                    tell(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
+                if progress.stopped or done == compiled.steps:
+                    break
+                if watch.asked(done):
+                    if waiting:
+                        catch_up()
+                    watch.check()
+                current, values = compiled.train_step(current, next(batches))
+                waiting.append(values)
+                done += 1
+                bar.update()
+                if done == first + 1:
+                    jax.block_until_ready(values)
+                    tell(f"First step {time.time() - this.started:.1f} s after the start")
+                if due(config.train.log_steps) or due(compiled.eval_steps) or due(config.train.save_steps):
+                    catch_up()
+        except interrupt.Interrupted as stop:
+            if saved < done:
+                checkpoints.save(current, progress.saved())
+            checkpoints.wait()
+            tell(f"{stop} at step {done}, which is saved; the same command goes on from there")
+            raise
+        except NotFinite as bad:
+            if saved < bad.step - 1 and config.train.on_nan == "stop":  # the state has stood still since then
+                checkpoints.save(current.replace(step=current.step * 0 + bad.step - 1), progress.saved())
+            raise
 
 
-def next_batch(batches: Any, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Takes the next host batch and starts its way to the devices."""
-    return sharding.to_devices(next(batches), mesh)
+def check_finite(this: Run, seen: list[dict[str, Any]], done: int, progress: Progress) -> list[dict[str, Any]]:
+    """Returns the metrics of the steps up to `done` that were numbers, without their flag.
 
-
-def step_counts(config: Config, examples: int) -> tuple[int, int]:
-    """Returns the steps of the run and the steps between validations."""
-    epoch = max(round(examples / config.train.batch_size), 1)
-    steps = config.train.steps or max(round(config.train.epochs * examples / config.train.batch_size), 1)
-    return steps, min(config.train.eval_steps or epoch, steps)
-
-
-def new_progress() -> dict[str, Any]:
-    """What early stopping remembers, saved with every checkpoint."""
-    return {"best": math.nan, "best_step": 0, "waited": 0, "stopped": 0}
-
-
-def judge(progress: dict[str, Any], scores: dict[str, float | None], config: Config, done: int) -> bool:
-    """Compares a validation with the best so far, in place; returns whether it is better."""
-    score = scores[config.train.monitor]
-    if score is None:
-        raise ValueError(
-            f"train.monitor={config.train.monitor} is not defined on the val split (a class is missing there); "
-            "choose another, such as slice.accuracy"
+    Raises NotFinite for the first other one, naming its batch; with train.on_nan=skip for MOST_SKIPPED in a row.
+    """
+    config, before = this.config, done - len(seen)
+    for step, values in enumerate(seen, before + 1):
+        progress.bad_run = 0 if values["finite"] else progress.bad_run + 1
+        if values["finite"]:
+            continue
+        rows = pipeline.batch_rows(this.data, config, step - 1 + progress.passed_over)
+        names = this.data.columns["file"][rows]
+        what = (
+            f"the loss is {values['loss']}, the gradient's norm {values['grad_norm']} at step {step}; its batch: "
+            f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
         )
-    best = progress["best"]
-    better = math.isnan(best) or (score > best if config.train.maximize else score < best)
-    if better:
-        progress |= {"best": float(score), "best_step": done, "waited": 0}
-    else:
-        progress["waited"] += 1
-        if config.train.patience and progress["waited"] >= config.train.patience:
-            progress["stopped"] = 1
-    return better
-
-
-def check_finite(losses: np.ndarray, done: int, checkpoints: Checkpoints) -> None:
-    """Raises ValueError naming the first step whose loss is not a number."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if len(bad):
-        raise ValueError(
-            f"the loss is {losses[bad[0]]} at step {done - len(losses) + 1 + int(bad[0])}; the checkpoints in "
-            f"{checkpoints.folder} are from before. A smaller optim.lr or optim.clip_norm=1 may help; "
-            "start in another --workdir"
+        if config.train.on_nan == "skip" and progress.bad_run < MOST_SKIPPED:
+            tell(f"Left out: {what}")
+            continue
+        raise NotFinite(
+            step,
+            what,
+            f"The last good state is kept in {this.workdir}. Look at these examples; a smaller optim.lr or "
+            "optim.clip_norm=1 may help (in another --workdir), or --set=train.on_nan=skip or rewind in this one",
         )
+    return [{k: v for k, v in values.items() if k != "finite"} for values in seen if values["finite"]]
 
 
-def check_monitor(config: Config, data: Prepared) -> None:
-    """Raises ValueError before training if `train.monitor` is no validation metric."""
-    n, classes = 2 * len(data.classes), len(data.classes)
-    sample = Predictions(
-        ids=np.arange(n).astype(str),
-        groups=np.arange(n).astype(str),
-        sources=np.full(n, ""),
-        labels=np.arange(n) % classes,
-        probabilities=np.full((n, classes), 1 / classes),
-        classes=data.classes,
-        extra={},
+def rewind(
+    checkpoints: Checkpoints, like: state.TrainState, progress: Progress, bad: NotFinite
+) -> tuple[state.TrainState, Progress]:
+    """Returns the last checkpoint's state, with the data moved on past the bad batch. Raises ValueError if in vain."""
+    if progress.rewinds == MOST_REWINDS:
+        raise ValueError(f"{bad}. The run went back {MOST_REWINDS} times already")
+    found = checkpoints.restore(like)
+    assert found is not None  # there is one from the start with train.on_nan=rewind
+    current, then = found[0], Progress.restored(found[1])
+    then.rewinds = progress.rewinds + 1
+    then.passed_over = progress.passed_over + bad.step - int(current.step)
+    tell(f"{bad.what}. Going back to step {int(current.step)}, and on with the examples after that batch")
+    return current, then
+
+
+def device_batches(this: Run, start: int) -> Iterator[dict[str, jax.Array]]:
+    """Yields global batches from number `start` on, `data.prefetch` further ones already on their way."""
+    place = {"host": jax.process_index(), "hosts": jax.process_count()}
+    ready = []
+    for batch in pipeline.train_batches(this.data, this.config, start=start, **place):
+        ready.append(sharding.to_devices(batch, this.program.mesh))
+        if len(ready) > this.config.data.prefetch:
+            yield ready.pop(0)
+
+
+def predict(
+    this: Run, variables: dict[str, Any], data: Prepared, split: str, watch: interrupt.Watch | None = None
+) -> Predictions:
+    """Returns predictions of a split; between batches `watch` may end it."""
+    return evaluate.predict(
+        this.program.predict_step,
+        this.program.network.prepare(variables),
+        data,
+        split,
+        this.config,
+        this.program.mesh,
+        progress=watch is None,
+        check=watch.check if watch else lambda: None,
     )
-    known = evaluate.flat_levels(sample)
-    if config.train.monitor not in known:
-        raise ValueError(f"train.monitor={config.train.monitor!r}: {configs.nearest(config.train.monitor, known)}")
 
 
-def describe(this: Run, params: Any) -> dict[str, Any]:
+def describe(this: Run) -> dict[str, Any]:
     """Returns what the report says of machine, software, data and network."""
     data = this.data
     counts = {
         split: np.bincount(data.columns["label"][data.rows(split)], minlength=len(data.classes)).tolist()
         for split in ("train", "val", "test")
     }
-    packages = (
-        "lungjax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "tensorflow-datasets",
-    )
     return {
         **workdirs.data_facts(data),
         "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
-        "parameters": sum(x.size for x in trees.flatten(params).values()),
-        "steps": this.steps,
-        "devices": [str(d) for d in jax.devices()],
-        "hosts": jax.process_count(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "parameters": sum(x.size for x in trees.flatten(this.program.like.params).values()),
+        "steps": this.program.steps,
+        "compute_type": str(np.dtype(this.program.module.dtype)),
+        **provenance.facts(),
     }
 
 
 def write_report(this: Run, results: dict[str, Predictions], facts: dict[str, Any]) -> Path:
     """Writes predictions, report.json, report.md and the plots (first host only)."""
-    if jax.process_index() == 0:
+    if hosts.first():
         reader = pipeline.Reader(this.data, this.config.input)
         rows = this.data.rows("test")
         history = logs.read(this.workdir / "metrics.jsonl")
         report.write_report(this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]))
     return this.workdir / "report.md"
+
+
+def tell(line: str) -> None:
+    """Prints a line above the progress bar, on the first host."""
+    if hosts.first():
+        tqdm.write(line)

@@ -1,10 +1,15 @@
 """A run's folder: whose it is, and which data the run began on."""
 
+import errno
+import fcntl
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lungjax import overrides
+from lungjax import hosts, overrides
 from lungjax.checkpoint import newest
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
@@ -15,6 +20,10 @@ FREE_FIELDS = (
     "data.threads",
     "data.prefetch",
     "train.log_steps",
+    "train.save_steps",
+    "train.devices",
+    "train.shard_params",
+    "train.on_nan",
     "eval.batch_size",
     "eval.examples",
 )
@@ -57,11 +66,55 @@ def data_facts(data: Prepared) -> dict[str, Any]:
     return {"dataset": data.name, "classes": list(data.classes), "fingerprint": data.fingerprint}
 
 
-def claim(workdir: Path, config: Config, data: Prepared) -> None:
-    """Writes config.json and data.json; to be called by the first host once every check has passed."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    _replace(workdir / "config.json", overrides.to_json(config))
-    _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
+def claim(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> None:
+    """Writes config.json and data.json, on the first host; called by every host once every check has passed.
+
+    Raises ValueError if the folder can't be written, has no room for the checkpoints (two states of `state_bytes`, two
+    of best weights, and another of each while it is written), or is another folder on another host.
+    """
+    hosts.together(lambda: _claim(workdir, config, data, state_bytes) if hosts.first() else None)
+    hosts.together(lambda: _check_shared(workdir))
+
+
+def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _replace(workdir / "config.json", overrides.to_json(config))
+        _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
+    needed = 4 * state_bytes
+    free = shutil.disk_usage(workdir).free
+    if newest(workdir, "last") is None and free < needed:
+        raise ValueError(
+            f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there; "
+            "free some space or choose another --workdir"
+        )
+
+
+@contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keeps a second run from training in the folder. Raises ValueError, on every host, if there is a first one."""
+    with (workdir / "lock").open("a") as file:
+        hosts.together(lambda: _lock(file, workdir) if hosts.first() else None)
+        yield
+
+
+def _lock(file: IO[str], workdir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{workdir}: another run is training there; wait, or choose another --workdir") from None
+    except OSError as error:  # a file system without locks, such as a mounted bucket: nobody is kept out there
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
+
+
+def _check_shared(workdir: Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise ValueError(
+            f"{workdir}: what host 0 wrote there is not here; --workdir must lie on storage all hosts share"
+        )
 
 
 def _replace(path: Path, text: str) -> None:

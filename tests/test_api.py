@@ -9,7 +9,7 @@ from conftest import png
 from weight_writers import CLASSES, HALVED, KERAS, SIDE, install, leaves, write
 
 import lungjax
-from lungjax import models, overrides, predictions, train, trees
+from lungjax import models, overrides, predictions, program, sharding, train, trees
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.weights import load as loading
 
@@ -201,9 +201,9 @@ def test_a_run_predicts_as_its_report_says(zoo, workdir, small_data, tmp_path):
     np.testing.assert_allclose(run.predict(paths[:1]), found[:1], atol=2e-6)
 
 
-def test_a_run_gives_features_of_any_number_of_images(zoo, workdir, monkeypatch):
-    monkeypatch.setattr(lungjax.api, "BATCH", 3)
+def test_a_run_gives_features_of_any_number_of_images(zoo, workdir):
     run = lungjax.load(str(workdir))
+    run = replace(run, config=replace(run.config, eval=EvalConfig(batch_size=3)))
     images = np.random.default_rng(0).integers(0, 256, (7, 40, 40), dtype=np.uint8)
     pooled, maps = run.features(images), run.features(images, pool=False)
     assert pooled.shape == (7, 8) and maps.shape == (7, 8, 8, 8) and pooled.dtype == np.float32
@@ -253,10 +253,13 @@ def test_training_starts_from_the_same_numbers(zoo, small_data):
     ours = leaves()
     write(zoo, "safetensors", ours)
     config = replace(RUN, model=ModelConfig(name="tiny", weights="half"), input=InputSpec(size=(SIDE, SIDE)))
-    this = train.set_up(loading.resolve(config), zoo / "run", small_data, 0.0)
+    config = loading.resolve(config)
+    labels = small_data.columns["label"][small_data.rows("train")]
+    compiled = program.build(config, small_data.classes, labels, sharding.make_mesh())
+    this = train.Run(config, zoo / "run", small_data, compiled, 0.0)
     assert this.config.input.mean == HALVED.input.mean and this.config.input.network_channels == 3
     start = train.first_leaves(this, zoo)
-    current = jax.eval_shape(this.new_state, start)
+    current = jax.eval_shape(compiled.new_state, start)
     assert current.params["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
     assert ours.keys() - start.keys() == {"head/dense/kernel", "head/dense/bias"}
     for path, array in start.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,10 @@ def test_only_train_images_are_changed(small_data):
     first, _ = make(config)
     batch = {"image": batch_of(8, 32)["image"], "row": jnp.arange(8)}
     module = models.build(config.model, 3)
-    seen = [step.make_predict_step(module, c, None)(first.variables, batch) for c in (config, CONFIG)]
+    seen = [
+        step.make_predict_step(partial(module.apply, train=False), c, None)(first.variables, batch)
+        for c in (config, CONFIG)
+    ]
     np.testing.assert_array_equal(seen[0]["probabilities"], seen[1]["probabilities"])
 
 
@@ -80,7 +84,12 @@ def test_an_augmented_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, 
     config = changed(CONFIG, "augment=xray_covid_online", "augment.cutmix=1.0", "train.steps=8")
     train.run(config, tmp_path / "whole", tmp_path)
     half = train.set_up
-    monkeypatch.setattr(train, "set_up", lambda *args: dataclasses.replace(half(*args), steps=4))
+
+    def set_up(*args):
+        this = half(*args)
+        return dataclasses.replace(this, program=dataclasses.replace(this.program, steps=4))
+
+    monkeypatch.setattr(train, "set_up", set_up)
     train.run(config, tmp_path / "parts", tmp_path)
     monkeypatch.setattr(train, "set_up", half)
     train.run(config, tmp_path / "parts", tmp_path)
@@ -94,14 +103,14 @@ def test_box_jitter_gets_a_margin_and_the_box_in_it(small_data):
     columns = small_data.columns | {"box": np.tile(np.asarray([10, 5, 30, 35], np.float32), (60, 1))}
     data = replace(small_data, columns=columns)
     config = changed(CONFIG, "input.crop=box", "input.box_margin=0.25", "augment.box_jitter=0.2")
-    batch = next(pipeline.train_batches(data, config, start_step=0))
+    batch = next(pipeline.train_batches(data, config, start=0))
     assert batch["image"].shape == (8, 48, 48, 1)
     # 10 of the 30 rows above and below would be kept: 5 and 5 are there.
     np.testing.assert_allclose(batch["box"][0], [5 / 30, 5 / 40, 25 / 30, 35 / 40], rtol=1e-6)
     first, train_step = make(config)
     assert np.isfinite(train_step(first, batch)[1]["loss"])
     with pytest.raises(ValueError, match=r"augment.exterior=0.5: small has no masks of the body"):
-        next(pipeline.train_batches(data, changed(config, "augment.exterior=0.5"), start_step=0))
+        next(pipeline.train_batches(data, changed(config, "augment.exterior=0.5"), start=0))
 
 
 @pytest.fixture(scope="module")

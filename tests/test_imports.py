@@ -12,11 +12,24 @@ PACKAGE = Path(lungjax.__file__).parent
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
     ["config", "predictions", "trees"],
-    ["presets", "losses", "metrics", "logs", "sharding", "state", "figures", "machine"],
+    [
+        "presets",
+        "losses",
+        "metrics",
+        "logs",
+        "sharding",
+        "state",
+        "figures",
+        "machine",
+        "hosts",
+        "interrupt",
+        "provenance",
+        "hlo",
+    ],
     ["overrides", "models", "data", "augment", "optim", "checkpoint", "plots", "report_page", "entry"],
-    ["experiment", "datasets", "weights", "step"],
-    ["report", "evaluate", "workdir"],
-    ["train", "api"],
+    ["experiment", "datasets", "weights", "step", "inference"],
+    ["report", "evaluate", "workdir", "program", "progress"],
+    ["train", "api", "pod"],
     ["main", "prepare", "explore"],
 ]
 

@@ -26,7 +26,7 @@ def test_a_studys_repeats_are_rows_that_come_several_times(small_data):
     config = Config()
     drawn = [int(row) for _, row in zip(range(41), pipeline.order(study, config), strict=False)]
     assert Counter(drawn) == Counter(study.rows("train").tolist()), "an epoch has each as often as the study"
-    batch = next(iter(pipeline.eval_batches(study, study.rows("train"), config)))
+    batch = next(iter(pipeline.eval_batches(study, study.rows("train"), config, 64)))
     assert np.bincount(batch["row"][batch["row"] >= 0])[:3].tolist() == [3, 0, 1]
 
 

@@ -1,8 +1,9 @@
 """From a prepared data set to batches of uint8 images: decode, crop, resize, in a reproducible order.
 
 The order of training examples is one endless global sequence fixed by the seed; batch `s` holds its places
-`s * B .. (s + 1) * B - 1`, and host `h` of `n` reads the places `h, h + n, ...`. The position is therefore a
-function of the step alone: a resumed run, also on another number of hosts, goes on where it would have been.
+`s * B .. (s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts, so that each device gets the
+same examples on any number of hosts. The position is a function of the step alone: a resumed run, also on another
+number of hosts, goes on where it would have been.
 """
 
 import functools
@@ -89,6 +90,12 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
     return grain.MapDataset.mix(streams, weights=[1.0] * len(streams))
 
 
+def batch_rows(data: Prepared, config: Config, batch: int) -> np.ndarray:
+    """Returns the rows of global batch number `batch`, of all hosts."""
+    size, sequence = config.train.batch_size, order(data, config)
+    return np.asarray([sequence[i] for i in range(batch * size, (batch + 1) * size)])
+
+
 def _shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(partial(_row_of, rows, seed))
 
@@ -104,8 +111,8 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count).astype(np.uint32)
 
 
-def train_batches(data: Prepared, config: Config, *, start_step: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-    """Yields this host's part of each global batch from `start_step` on, for ever.
+def train_batches(data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+    """Yields this host's part of each global batch from number `start` on, for ever.
 
     Each batch has what `Reader.example` makes, stacked, `label` int32 [b] and `place` uint32 [b], the example's
     place in the global sequence, from which its augmentation is drawn. Raises ValueError if augment.exterior wants
@@ -119,27 +126,31 @@ def train_batches(data: Prepared, config: Config, *, start_step: int, host: int 
     labels = data.columns["label"]
     local = config.train.batch_size // hosts
 
-    def load(index: int, rows: np.ndarray) -> Batch:
-        places = ((start_step + index) * local + np.arange(local)) * hosts + host
+    sequence, size = order(data, config), config.train.batch_size
+
+    def load(index: int, _: int) -> Batch:
+        places = (start + index) * size + host * local + np.arange(local)
+        rows = np.asarray([sequence[place] for place in places.tolist()])
         batch = _stacked((reader.example(row) for row in rows.tolist()), local)
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Batches are made before the workers share them out, or each worker would batch every n-th example; of rows and
-    # not of examples, which are then still in the processor's cache when they are copied into their batch.
-    mine = order(data, config)[start_step * local * hosts + host :: hosts].batch(local).map_with_index(load)
+    # Whole batches are numbered, or each worker would read every n-th example; and a batch is filled while its
+    # examples are still in the processor's cache.
+    mine = grain.MapDataset.range(1).repeat(None).map_with_index(load)
     batches = mine.to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return iter(batches)
 
 
-def eval_batches(data: Prepared, rows: np.ndarray, config: Config, *, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-    """Yields this host's part of every batch over `rows`, each row exactly once.
+def eval_batches(
+    data: Prepared, rows: np.ndarray, config: Config, size: int, *, host: int = 0, hosts: int = 1
+) -> Iterator[Batch]:
+    """Yields this host's part of every batch of `size` over `rows`, each row exactly once.
 
     `row` int32 [b] names the row; the last batch is filled up with black images whose row is -1.
     """
     reader = Reader(data, config.input)
-    size = config.eval.batch_size
     padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)
 

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,16 @@ def about(base: str) -> About:
     """Returns what a person must know of the data set `base`, a key of DATASETS."""
     found: About = importlib.import_module(f"lungjax.datasets.{base}").ABOUT
     return found
+
+
+def classes(name: str) -> tuple[str, ...]:
+    """Returns the classes of a data set that need not be here, in label order; () if only its images say (folder).
+
+    Raises ValueError for an unknown name.
+    """
+    parts, _ = resolve(name)
+    found: Any = getattr(importlib.import_module(f"lungjax.datasets.{parts.base}"), "CLASSES", ())
+    return tuple(found[parts.config] if isinstance(found, Mapping) else found)
 
 
 def page(name: str) -> str:

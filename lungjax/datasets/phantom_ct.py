@@ -16,6 +16,7 @@ from lungjax.data import phantom
 from lungjax.datasets import Options
 from lungjax.datasets.listing import About, Example, Listing
 
+CLASSES = phantom.CLASSES
 SIZES = {"default": (360, 3), "tiny": (24, 2)}  # patients, slices of each
 SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the rest is test
 
@@ -58,7 +59,7 @@ def listing(source: Path | None, config: str, options: Options) -> Listing:
                     box=(float(xmin), float(ymin), float(xmax), float(ymax)),
                 )
             )
-    return Listing(phantom.CLASSES, examples, body=True)
+    return Listing(CLASSES, examples, body=True)
 
 
 def _plan(patients: int, seed: int) -> list[tuple[int, phantom.Scanner, str]]:

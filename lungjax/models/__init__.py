@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -47,13 +48,14 @@ def family_of(name: str) -> str:
     raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
 
 
-def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
+def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
     """Returns the network of `config` with one output a class, or one logit for a sigmoid head.
 
     Args:
       config: what it is; a field left None takes the architecture's published value.
       classes: of the data set, at least 2.
       remat: recompute each block's activations in the backward pass.
+      platform: "cpu", "gpu" or "tpu", which decides a dtype left None; None is this process's.
 
     The module maps images [B, H, W, C], normalised float32, to (logits [B, outputs] in float32, features);
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` turns into the logits.
@@ -63,7 +65,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
     """
     if config.name not in MODELS:
         family_of(config.name)
-    if config.dtype not in configs.DTYPES:
+    dtype = config.dtype or compute_type(platform or jax.default_backend())
+    if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
     options = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
@@ -81,9 +84,14 @@ def build(config: ModelConfig, classes: int, remat: bool = False) -> nn.Module:
         head=head,
         outputs=outputs(head, classes),
         remat=remat,
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(dtype),
         **given,
     )
+
+
+def compute_type(platform: str) -> str:
+    """Returns the type that a platform computes in by default: bfloat16 where it has units for it."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def minimum_size(config: ModelConfig) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
-from lungjax.models.layers import Conv, DropPath
+from lungjax.models.layers import Conv, DropPath, dense_product
 from lungjax.models.sizes import check_size, smallest
 
 EPSILON = 1e-6  # of layer norm and global response norm
@@ -52,7 +52,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to the same shape."""
         inputs, channels = x, x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=KERNEL_INIT)
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=KERNEL_INIT, dot_general=dense_product)
         conv = partial(Conv, groups=-1, use_bias=True, dtype=self.dtype, kernel_init=KERNEL_INIT)
         x = conv(channels, 7, padding="SAME", name="dwconv")(x)
         x = norm(self.dtype, "norm")(x)

@@ -1,4 +1,4 @@
-"""Convolutions and maxima over windows, NHWC by HWIO, in forms that XLA compiles well where they run.
+"""Convolutions, NHWC by HWIO, in forms that XLA compiles well where they run.
 
 The forms for the CPU are chosen when the function is lowered, so the same traced model runs the plain
 operation on an accelerator. `tests/benchmarks/README.md` has the measurements behind each choice. The choice
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 Pair = tuple[int, int]
@@ -23,6 +22,8 @@ Padding = str | int | Sequence[int | Sequence[int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 3  # up to so many (an image's), a forward convolution is a sum of scaled slices
 FUSED_TERMS = 27  # more terms than these in one loop spill the registers
+SLICED_TERMS = 49  # and with more than these the compiler's own convolution is faster
+SUMMED_CELLS = 8, 4  # rows and columns of cells that one element of the kernel's gradient adds up
 
 
 def pair(value: int | Sequence[int]) -> Pair:
@@ -55,16 +56,21 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 
 
 @functools.cache
-def compiler_options() -> dict[str, Any]:
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Returns the options to give `jax.jit` where whole steps are compiled; empty but on the CPU.
+
+    `platform` is the one compiled for; None is this process's.
 
     Without them XLA hands float32 convolutions to YNNPACK, which runs them on one core, and those without
     padding several times slower still; XLA's older convolution takes all cores. The options name what YNNPACK
     keeps. A jaxlib that doesn't know them is left alone.
     """
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_cpu_prefer_vector_width": 512,
+    }
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -83,8 +89,34 @@ def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) 
 
 
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves x [B, H, W, C] with kernel [1, 1, C, D] as one matrix product, and so its gradients."""
-    return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    """Convolves x [B, H, W, C] with kernel [1, 1, C, D] as one matrix product."""
+    return product(x, kernel[0, 0])
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiplies x [..., C] with kernel [C, D].
+
+    XLA copies the first factor of the kernel's gradient to another layout, so the narrower map comes first there;
+    autodiff has x second always.
+    """
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_save(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return product(x, kernel), (x, kernel)
+
+
+def _product_gradients(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    cells = tuple(range(x.ndim - 1))
+    if x.shape[-1] <= dy.shape[-1]:
+        return dx, lax.dot_general(x, dy, ((cells, cells), ((), ())))
+    return dx, lax.dot_general(dy, x, ((cells, cells), ((), ()))).T
+
+
+product.defvjp(_product_save, _product_gradients)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -126,36 +158,6 @@ depthwise_conv.defvjp(partial(_save, of=depthwise_conv), _depthwise_gradients)
 dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
 
 
-def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Takes the maximum of each window of x [B, H, W, C] by the compiler's own reduction."""
-    lowest = np.array(-np.inf, x.dtype)
-    return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
-
-    The gradient goes to the first of equal maxima, in rows, then columns.
-    """
-    return plain_window_max(x, window, strides, pads)
-
-
-def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
-    return window_max(x, window, strides, pads), x
-
-
-def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
-
-    cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
-    return (lax.platform_dependent(x, dy, cpu=cpu, default=plain),)
-
-
-window_max.defvjp(_window_max_save, _window_max_gradient)
-
-
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
     forms = {"cpu": partial(cpu, strides=strides, pads=pads)}
     return partial(lax.platform_dependent, default=partial(plain, strides=strides, pads=pads), **forms)
@@ -171,17 +173,18 @@ def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
     return dx, dkernel
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+    """Returns x as float32, or as what it is where that has more digits."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
+def pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
     """Pads the map, or crops it where a number is negative."""
     rows, columns = pads
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
 
 
-def _alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+def alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """Returns function(*args), computed once and from arguments in memory.
 
     XLA's CPU fusion takes a sum of slices for cheap and recomputes it in everything that reads it (batch norm
@@ -193,7 +196,7 @@ def _alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     return lax.cond(taken, function, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
 
 
-def _slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, jax.Array]]:
+def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, jax.Array]]:
     """Returns (i, j, slice) of a padded map for every tap of the window, in rows, then columns."""
     (down, across), taps = strides, itertools.product(range(window[0]), range(window[1]))
     height, width = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
@@ -203,31 +206,31 @@ def _slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, j
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
-        for i, j, part in _slices(padded, kernel.shape[:2], strides):
-            total += _wide(part) * _wide(kernel[i, j, 0])
+        for i, j, part in slices(padded, kernel.shape[:2], strides):
+            total += wide(part) * wide(kernel[i, j, 0])
         return total.astype(x.dtype)
 
-    return _alone(add_up, _pad(x, pads), kernel)
+    return alone(add_up, pad(x, pads), kernel)
 
 
 def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     kh, kw, depth, _ = kernel.shape
-    if depth > FEW_CHANNELS:
+    if depth > FEW_CHANNELS or kh * kw * depth > SLICED_TERMS:
         return plain_conv(x, kernel, strides, pads)
 
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
-        for i, j, part in _slices(padded, (kh, kw), strides):
+        for i, j, part in slices(padded, (kh, kw), strides):
             if j == 0 and i > 0 and kh * kw * depth > FUSED_TERMS:
                 total = lax.optimization_barrier(total)  # one loop for each row of the kernel
             for c in range(depth):
-                total += _wide(part[..., c : c + 1]) * _wide(kernel[i, j, c])
+                total += wide(part[..., c : c + 1]) * wide(kernel[i, j, c])
         return total.astype(x.dtype)
 
-    return _alone(add_up, _pad(x, pads), kernel)
+    return alone(add_up, pad(x, pads), kernel)
 
 
-def _spread(
+def spread(
     arrays: list[jax.Array],
     shape: tuple[int, ...],
     window: Pair,
@@ -253,7 +256,7 @@ def _spread(
 
     def add_up(*padded: jax.Array) -> jax.Array:
         def piece(a: int, b: int) -> jax.Array:
-            total: Any = jnp.zeros((shape[0], *counts, shape[3]), _wide(padded[0][:0]).dtype)
+            total: Any = jnp.zeros((shape[0], *counts, shape[3]), wide(padded[0][:0]).dtype)
             for (i, top), (j, left) in itertools.product(taps(0, a), taps(1, b)):
                 total += term(i, j, *(z[:, top : top + counts[0], left : left + counts[1]] for z in padded))
             return total.astype(padded[0].dtype)
@@ -262,37 +265,62 @@ def _spread(
         full = jnp.stack(rows, 2).reshape(shape[0], counts[0] * strides[0], counts[1] * strides[1], shape[3])
         return full[:, : shape[1], : shape[2]]
 
-    return _alone(add_up, *(_pad(a, spare) for a in arrays))
+    return alone(add_up, *(pad(a, spare) for a in arrays))
 
 
 def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     def term(i: int, j: int, part: jax.Array) -> jax.Array:
-        return _wide(part) * _wide(kernel[i, j, 0])
+        return wide(part) * wide(kernel[i, j, 0])
 
-    return _spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
+    return spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """One reduction a tap, in a loop: the unrolled reductions fuse into something many times slower."""
-    kh, kw, _, channels = kernel.shape
-    batch, height, width, _ = dy.shape
-    padded = _pad(x, pads)
-    window = (batch, (height - 1) * strides[0] + 1, (width - 1) * strides[1] + 1, channels)
+    """A loop over the map for all taps of a 3x3 kernel, or of one row of a bigger one (those compile too long).
 
-    def tap(index: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice(padded, (0, index // kw, index % kw, 0), window)
-        product = _wide(part[:, :: strides[0], :: strides[1]]) * _wide(dy)
-        return product.sum((1, 2)).sum(0)
+    An element of the loop's result adds up a handful of cells; with one product for each, memory would be the limit.
+    """
+    kh, kw, _, _ = kernel.shape
+    rows, columns = (_parts(n, most) for n, most in zip(dy.shape[1:3], SUMMED_CELLS, strict=True))
+    dy = pad(dy, [(0, -n % parts) for n, parts in zip(dy.shape[1:3], (rows, columns), strict=True)])
+    height, width = dy.shape[1:3]
+    block = width // columns
+    (down, across), span = strides, (height - 1) * strides[0] + 1
+    # What is read past the padded map's end meets the zeros added to dy.
+    reach = [(n - 1) * s + k for n, s, k in zip((height, width), strides, (kh, kw), strict=True)]
+    padded = pad(x, [(low, most - low - n) for (low, _), most, n in zip(pads, reach, x.shape[1:3], strict=True)])
+    together = kh if kh * kw <= 9 else 1
 
-    return lax.map(tap, jnp.arange(kh * kw)).reshape(kernel.shape).astype(kernel.dtype)
+    def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
+        def tap(i: int, j: int) -> jax.Array:
+            total: Any = 0.0
+            for row, column in itertools.product(range(rows), range(0, width, block)):
+                left = j + column * across
+                x = part[:, i + row * down : i + span : rows * down, left : left + (block - 1) * across + 1 : across]
+                total += wide(x) * wide(dy[:, row::rows, column : column + block])
+            return total
+
+        return jnp.stack([tap(i, j) for i, j in itertools.product(range(together), range(kw))])
+
+    def kernel_rows(i: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(padded, i, span + together - 1, 1)
+        return alone(add_up, part, dy).sum((2, 3)).sum(1)
+
+    sums = kernel_rows(jnp.array(0)) if together == kh else lax.map(kernel_rows, jnp.arange(kh))
+    return sums.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _parts(cells: int, most: int) -> int:
+    """Returns into how many parts to cut an axis: many, and with few cells to fill up the last one."""
+    return min(range(1, most + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
 def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     if x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
         return _plain_gradients(plain_conv)[0](x, kernel, dy, strides, pads)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     contract = (((3,), (3,)), ((), ()))
-    product = lax.dot_general(dy, kernel, contract, preferred_element_type=wide)  # [B, h, w, kh, kw, C]
+    product = lax.dot_general(dy, kernel, contract, preferred_element_type=dtype)  # [B, h, w, kh, kw, C]
 
     def add_up(product: jax.Array) -> jax.Array:
         total: Any = 0.0
@@ -301,26 +329,7 @@ def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pad
             for axis, tap in ((1, i), (2, j)):
                 low, step = tap - pads[axis - 1][0], strides[axis - 1]
                 config[axis] = (low, x.shape[axis] - 1 - low - (dy.shape[axis] - 1) * step, step - 1)
-            total += lax.pad(product[:, :, :, i, j], jnp.zeros((), wide), config)
+            total += lax.pad(product[:, :, :, i, j], jnp.zeros((), dtype), config)
         return total.astype(x.dtype)
 
-    return _alone(add_up, product)
-
-
-def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    # The winner is searched for anew. A comparison with the forward pass's maximum may find no cell: the compiler is
-    # free to recompute x for the gradient, and another fusion rounds otherwise.
-    def find(padded: jax.Array) -> jax.Array:
-        (_, _, best), *others = _slices(padded, window, strides)
-        winner = jnp.zeros(best.shape, jnp.int16)
-        for i, j, part in others:
-            better = part > best  # the first of equals stays
-            best = jnp.where(better, part, best)
-            winner = jnp.where(better, jnp.int16(i * window[1] + j), winner)
-        return winner
-
-    def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
-        return jnp.where(winner == i * window[1] + j, _wide(part), 0)
-
-    winner = _alone(find, _pad(x, pads, -jnp.inf))
-    return _spread([dy, winner], x.shape, window, strides, pads, term)
+    return alone(add_up, product)

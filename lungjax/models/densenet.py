@@ -15,6 +15,7 @@ from flax import linen as nn
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
 from lungjax.models.layers import BatchNorm, Conv, max_pool
+from lungjax.models.pooling import halve
 from lungjax.models.sizes import check_size, smallest
 
 BOTTLENECK = 4  # channels of a layer's 1x1 convolution, times the growth
@@ -34,9 +35,9 @@ class DenseLayer(nn.Module):
         """Maps [B, H, W, C] to the new channels alone, [B, H, W, growth]."""
         conv = partial(Conv, dtype=self.dtype, kernel_init=KERNEL_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
-        x = nn.relu(norm(name="bn1")(x, train=train))
+        x = norm(name="bn1")(x, train=train, activation=nn.relu)
         x = conv(BOTTLENECK * self.growth, 1, name="conv1")(x)
-        x = nn.relu(norm(name="bn2")(x, train=train))
+        x = norm(name="bn2")(x, train=train, activation=nn.relu)
         return conv(self.growth, 3, padding=1, name="conv2")(x)
 
 
@@ -51,9 +52,9 @@ class Transition(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H // 2, W // 2, C // 2]."""
         norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name="bn")
-        x = nn.relu(norm(x, train=train))
+        x = norm(x, train=train, activation=nn.relu)
         x = Conv(x.shape[-1] // 2, 1, dtype=self.dtype, kernel_init=KERNEL_INIT, name="conv")(x)
-        return nn.avg_pool(x, (2, 2), (2, 2))
+        return halve(x)
 
 
 class DenseNet(nn.Module):
@@ -86,7 +87,7 @@ class DenseNet(nn.Module):
             run = nn.remat(run)
         conv = partial(Conv, padding=3, dtype=self.dtype, kernel_init=KERNEL_INIT)
         x = conv(2 * self.growth, 7, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, 2 * growth]
-        x = nn.relu(BatchNorm(name="stem_bn", **shared)(x, train=train))
+        x = BatchNorm(name="stem_bn", **shared)(x, train=train, activation=nn.relu)
         x = max_pool(x, 3, 2, 1)
         for number, depth in enumerate(self.depths, 1):
             maps = [x]
@@ -94,8 +95,7 @@ class DenseNet(nn.Module):
                 maps.append(run(DenseLayer(self.growth, name=f"stage{number}_block{i}", **shared), maps))
             if number < len(self.depths):
                 x = run(Transition(name=f"stage{number}_transition", **shared), maps)
-        x = BatchNorm(name="top_bn", **shared)(jnp.concatenate(maps, -1), train=train)
-        x = nn.relu(x)
+        x = BatchNorm(name="top_bn", **shared)(jnp.concatenate(maps, -1), train=train, activation=nn.relu)
         logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 

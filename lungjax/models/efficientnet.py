@@ -56,25 +56,26 @@ class Block(nn.Module):
         middle = x.shape[-1] * stage.expand
         conv = partial(Conv, padding=self.padding, dtype=dtype, kernel_init=CONV_INIT)
 
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=dtype, name=name)(x, train=train)
+        def norm(x: jax.Array, name: str, activation: Activation | None = None) -> jax.Array:
+            layer = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=dtype, name=name)
+            return layer(x, train=train, activation=activation)
 
         if stage.fused and stage.expand > 1:
             x = conv(middle, stage.kernel, strides=self.stride, name="expand_conv")(x)
-            x = act(norm(x, "expand_bn"))
+            x = norm(x, "expand_bn", act)
         elif stage.expand > 1:
-            x = act(norm(conv(middle, 1, name="expand_conv")(x), "expand_bn"))
+            x = norm(conv(middle, 1, name="expand_conv")(x), "expand_bn", act)
         if not stage.fused:
             depthwise = partial(conv, groups=-1, kernel_init=DEPTHWISE_INIT)
             x = depthwise(middle, stage.kernel, strides=self.stride, name="dwconv")(x)
-            x = act(norm(x, "bn"))
+            x = norm(x, "bn", act)
         if stage.squeeze:
             # A part of the block's own input channels, not of the expanded ones.
             reduced = max(1, int(inputs.shape[-1] * stage.squeeze))
             x = SqueezeExcite(reduced, act, kernel_init=CONV_INIT, dtype=dtype, name="se")(x)
         if stage.fused and stage.expand == 1:  # the one k x k convolution is the whole block
             x = conv(stage.width, stage.kernel, strides=self.stride, name="project_conv")(x)
-            x = act(norm(x, "project_bn"))
+            x = norm(x, "project_bn", act)
         else:
             x = norm(conv(stage.width, 1, name="project_conv")(x), "project_bn")
         if inputs.shape == x.shape:
@@ -118,7 +119,7 @@ class EfficientNet(nn.Module):
         if self.remat:
             run = nn.remat(run)
         x = conv(self.stem, 3, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = self.activation(norm(name="stem_bn")(x, train=train))
+        x = norm(name="stem_bn")(x, train=train, activation=self.activation)
         total, done = sum(stage.repeats for stage in self.stages), 0
         for number, stage in enumerate(self.stages, 1):
             for i in range(stage.repeats):
@@ -134,7 +135,7 @@ class EfficientNet(nn.Module):
                 x = run(block, x)  # [B, H / stride, W / stride, stage.width]
                 done += 1
         x = conv(self.top, 1, name="top_conv")(x)  # [B, H / 32, W / 32, top]
-        x = self.activation(norm(name="top_bn")(x, train=train))
+        x = norm(name="top_bn")(x, train=train, activation=self.activation)
         logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 

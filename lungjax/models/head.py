@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.layers import BatchNorm
+from lungjax.models.pooling import halve
 
 # Batch: Keras's defaults, which the studies' heads have. Group and layer: as in the code of BiT and ConvNeXt.
 BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
@@ -100,5 +101,5 @@ def _pool(x: jax.Array, kind: str | None) -> jax.Array:
     if kind == "max":
         return x.max((1, 2))
     if kind == "avg2x2_flatten":
-        x = nn.avg_pool(x, (2, 2), (2, 2))  # an odd map loses its last row and column
+        x = halve(x)  # an odd map loses its last row and column
     return x.reshape(x.shape[0], -1)

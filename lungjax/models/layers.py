@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from lungjax.models.convolution import (
     Padding,
@@ -18,10 +19,11 @@ from lungjax.models.convolution import (
     pair,
     plain_conv,
     pointwise_conv,
-    window_max,
+    product,
 )
+from lungjax.models.norm import Activation, batch_norm, normalize, statistics
+from lungjax.models.pooling import window_max
 
-Activation = Callable[[jax.Array], jax.Array]
 Initializer = Callable[..., jax.Array]
 LECUN_NORMAL = nn.initializers.lecun_normal()
 
@@ -78,6 +80,11 @@ class Conv(nn.Module):
         return x if bias is None else x + bias.astype(self.dtype)
 
 
+def dense_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """Multiplies x [..., C] with kernel [C, D]; the `dot_general` to give to `flax.linen.Dense` on whole maps."""
+    return product(x, kernel)
+
+
 def max_pool(
     x: jax.Array, window: int | Sequence[int], strides: int | Sequence[int], padding: Padding = "VALID"
 ) -> jax.Array:
@@ -90,21 +97,38 @@ class BatchNorm(nn.Module):
     """Normalises each channel by the batch in training and by running statistics otherwise.
 
     Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
-    float32 and of the whole batch, over all devices under jit. https://arxiv.org/abs/1502.03167
+    float32 and of the whole batch, over all devices under jit. Equal to flax.linen.BatchNorm, which in training keeps
+    more of the map for the gradient. https://arxiv.org/abs/1502.03167
     """
 
     momentum: float  # part of the old running statistics that is kept at each step (torch's is 1 - this)
     epsilon: float
     dtype: Any = jnp.float32
 
-    def setup(self) -> None:
-        """Shares this module's scope with linen's own, so the parameters stand directly under its name."""
-        self.norm = nn.BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
-        nn.share_scope(self, self.norm)
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
+        """Maps [B, ..., C] to the same shape; `train` uses and updates with the batch's statistics.
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, ..., C] to the same shape; `train` uses and updates with the batch's statistics."""
-        return self.norm(x, use_running_average=not train)
+        An `activation` of single elements follows in the same pass over the map.
+        """
+        channels = x.shape[-1:]
+        running = [
+            self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32),
+            self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32),
+        ]
+        scale = self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
+        if train and activation is not None and x.ndim == 4:
+            x, mean, var = batch_norm(x, scale, bias, self.epsilon, activation, self.dtype)
+        else:
+            mean, var = statistics(x) if train else [statistic.value for statistic in running]
+            x = normalize(x, mean, var, scale, bias, self.epsilon, self.dtype)
+            x = x if activation is None else activation(x)
+        if train and not self.is_initializing():
+            for statistic, value in zip(running, (mean, var), strict=True):
+                old = self.momentum * statistic.value
+                statistic.value = old + (1 - self.momentum) * lax.stop_gradient(value)
+        return x
 
 
 class SqueezeExcite(nn.Module):

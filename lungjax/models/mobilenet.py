@@ -42,9 +42,9 @@ class Block(nn.Module):
         if self.padding == "same" and self.stride == 2:
             pads = (0, 1), (0, 1)  # Keras's on every map; SAME would pad an odd one by (1, 1)
         x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
-        x = nn.relu6(norm(name="dwconv_bn")(x, train=train))
+        x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
         x = conv(self.width, 1, name="conv")(x)
-        return nn.relu6(norm(name="bn")(x, train=train))
+        return norm(name="bn")(x, train=train, activation=nn.relu6)
 
 
 class MobileNet(nn.Module):
@@ -79,7 +79,7 @@ class MobileNet(nn.Module):
             run = nn.remat(run)
         stem = partial(Conv, strides=2, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
         x = stem(int(self.stem * self.width), 3, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = nn.relu6(BatchNorm(name="stem_bn", **bn)(x, train=train))
+        x = BatchNorm(name="stem_bn", **bn)(x, train=train, activation=nn.relu6)
         for number, (repeats, channels) in enumerate(self.stages, 1):
             for i in range(1, repeats + 1):
                 stride = 2 if number > 1 and i == 1 else 1

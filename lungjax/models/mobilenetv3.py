@@ -50,9 +50,10 @@ class Block(nn.Module):
         conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         if row.middle != x.shape[-1]:
-            x = act(norm(name="expand_bn")(conv(row.middle, 1, name="expand_conv")(x), train=train))
+            x = conv(row.middle, 1, name="expand_conv")(x)
+            x = norm(name="expand_bn")(x, train=train, activation=act)
         x = conv(row.middle, row.kernel, strides=row.stride, groups=-1, name="dwconv")(x)
-        x = act(norm(name="bn")(x, train=train))
+        x = norm(name="bn")(x, train=train, activation=act)
         if row.squeeze:
             squeeze = partial(SqueezeExcite, gate=nn.hard_sigmoid, dtype=self.dtype, kernel_init=CONV_INIT)
             x = squeeze(row.squeeze, nn.relu, name="se")(x)
@@ -92,13 +93,13 @@ class MobileNetV3(nn.Module):
         if self.remat:
             run = nn.remat(run)
         x = conv(self.stem, 3, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = nn.hard_swish(BatchNorm(name="stem_bn", **bn)(x, train=train))
+        x = BatchNorm(name="stem_bn", **bn)(x, train=train, activation=nn.hard_swish)
         for number, rows in enumerate(self.stages, 1):
             for i, row in enumerate(rows, 1):
                 block = Block(row, padding=self.padding, name=f"stage{number}_block{i}", **bn)
                 x = run(block, x)  # [B, H / stride, W / stride, row.width]
         x = conv(self.top, 1, name="top_conv")(x)  # [B, H / 32, W / 32, top]
-        x = nn.hard_swish(BatchNorm(name="top_bn", **bn)(x, train=train))
+        x = BatchNorm(name="top_bn", **bn)(x, train=train, activation=nn.hard_swish)
         logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 

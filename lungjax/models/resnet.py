@@ -52,21 +52,20 @@ class Block(nn.Module):
         """Maps [B, H, W, C] to [B, H / stride, W / stride, D], rounded up; D is 4 * width in a bottleneck."""
         middle, wide = self.width, self.width * EXPANSION
 
-        def conv_bn(x: jax.Array, features: int, size: int, stride: int, conv: str, bn: str) -> jax.Array:
+        def conv_bn(x: jax.Array, features: int, size: int, stride: int, conv: str, bn: str, relu: bool) -> jax.Array:
             options = {"padding": "SYMMETRIC", "kernel_init": self.kernel_init, "dtype": self.dtype, "name": conv}
             x = Conv(features, size, stride, use_bias=conv in self.biased, **options)(x)
             norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name=bn)
-            return norm(x, train=train)
+            return norm(x, train=train, activation=nn.relu if relu else None)
 
         layers = [(middle, 1), (middle, 3), (wide, 1)] if self.bottleneck else [(middle, 3), (middle, 3)]
         shortcut, out = x, layers[-1][0]
         if self.stride != 1 or x.shape[-1] != out:
-            shortcut = conv_bn(x, out, 1, self.stride, "shortcut_conv", "shortcut_bn")
+            shortcut = conv_bn(x, out, 1, self.stride, "shortcut_conv", "shortcut_bn", relu=False)
         for i, (features, size) in enumerate(layers, 1):
             stride = self.stride if i == self.stride_conv else 1
-            x = conv_bn(x, features, size, stride, f"conv{i}", f"bn{i}")
-            x = nn.relu(x if i < len(layers) else x + shortcut)
-        return x
+            x = conv_bn(x, features, size, stride, f"conv{i}", f"bn{i}", relu=i < len(layers))
+        return nn.relu(x + shortcut)
 
 
 class PreactBlock(nn.Module):
@@ -92,7 +91,7 @@ class PreactBlock(nn.Module):
 
         def norm_relu(x: jax.Array, name: str) -> jax.Array:
             norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name=name)
-            return nn.relu(norm(x, train=train))
+            return norm(x, train=train, activation=nn.relu)
 
         preact = norm_relu(x, "preact_bn")
         if x.shape[-1] == wide:
@@ -156,7 +155,8 @@ class ResNet(nn.Module):
         if self.preact:
             x = pool_zeros(x)
         else:
-            x = max_pool(nn.relu(BatchNorm(**bn, name="stem_bn")(x, train=train)), 3, 2, "SYMMETRIC")
+            x = BatchNorm(**bn, name="stem_bn")(x, train=train, activation=nn.relu)
+            x = max_pool(x, 3, 2, "SYMMETRIC")
         for number, repeats in enumerate(self.repeats, 1):
             if self.stride_last:
                 stride, strided = 2 if number < len(self.repeats) else 1, repeats
@@ -167,7 +167,7 @@ class ResNet(nn.Module):
                 block = make(width, stride=stride if i == strided else 1, name=f"stage{number}_block{i}")
                 x = run(block, x)
         if self.preact:
-            x = nn.relu(BatchNorm(**bn, name="top_bn")(x, train=train))
+            x = BatchNorm(**bn, name="top_bn")(x, train=train, activation=nn.relu)
         logits = Head(self.head, self.outputs, name="head")(x, train=train)
         return logits, {"last": x}
 

@@ -59,8 +59,9 @@ class Transfusion(nn.Module):
             )(x)
             if self.norm:
                 norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name=f"{name}_bn")
-                x = norm(x, train=train)
-            x = nn.relu(x)
+                x = norm(x, train=train, activation=nn.relu)
+            else:
+                x = nn.relu(x)
             if number < len(self.widths) or self.last_pool:
                 x = max_pool(x, self.pool, 2, pads)
             return x

@@ -1,0 +1,79 @@
+"""What training remembers beside the state: the best validation so far, and where it is in the data.
+
+Saved with every checkpoint, so that a resumed run decides as the untouched one would have.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lungjax import config as configs
+from lungjax import metrics
+from lungjax.config import Config
+from lungjax.data.prepared import Prepared
+from lungjax.predictions import Predictions
+
+
+@dataclass
+class Progress:
+    """Numbers only, changed in place as the run goes."""
+
+    best: float = math.nan  # value of train.monitor
+    best_step: int = 0
+    waited: int = 0  # validations since the best one
+    stopped: int = 0  # 1 once patience has ended the run
+    validated: int = 0  # step of the last validation
+    passed_over: int = 0  # batches left out by train.on_nan=rewind: step s takes batch s - 1 + this
+    rewinds: int = 0
+    bad_run: int = 0  # steps in a row that train.on_nan=skip has left out
+
+    def saved(self) -> dict[str, float | int]:
+        """Returns what goes into a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> "Progress":
+        """The inverse of `saved`."""
+        fresh = dataclasses.asdict(cls())
+        return cls(**{name: type(start)(saved.get(name, start)) for name, start in fresh.items()})
+
+    def judge(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
+        """Compares the validation of `step` with the best so far; returns whether it is better.
+
+        Raises ValueError if the monitored metric has no value on this split.
+        """
+        score = scores[config.train.monitor]
+        if score is None:
+            raise ValueError(
+                f"train.monitor={config.train.monitor} is not defined on the val split (a class is missing there); "
+                "choose another, such as slice.accuracy"
+            )
+        self.validated = step
+        better = math.isnan(self.best) or (score > self.best if config.train.maximize else score < self.best)
+        if better:
+            self.best, self.best_step, self.waited = float(score), step, 0
+        else:
+            self.waited += 1
+            self.stopped = int(0 < config.train.patience <= self.waited)
+        return better
+
+
+def check_monitor(config: Config, data: Prepared) -> None:
+    """Raises ValueError before training if `train.monitor` is no validation metric."""
+    n, classes = 2 * len(data.classes), len(data.classes)
+    sample = Predictions(
+        ids=np.arange(n).astype(str),
+        groups=np.arange(n).astype(str),
+        sources=np.full(n, ""),
+        labels=np.arange(n) % classes,
+        probabilities=np.full((n, classes), 1 / classes),
+        classes=data.classes,
+        extra={},
+    )
+    known = metrics.flat_levels(sample)
+    if config.train.monitor not in known:
+        raise ValueError(f"train.monitor={config.train.monitor!r}: {configs.nearest(config.train.monitor, known)}")

@@ -1,0 +1,48 @@
+"""Two steps of a small network in each way of using eight devices: python tests/run_steps.py OUT.npz"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import conftest
+
+from lungjax import models, overrides, program, sharding, trees
+from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax.data import pipeline
+from lungjax.models.transfusion import Transfusion
+
+WAYS = {
+    "global": [],
+    "per_device": ["train.batch_norm=per_device"],
+    "cut": ["train.shard_params=True"],
+    "live": ["model.batch_norm=with_layer"],
+    "live_per_device": ["model.batch_norm=with_layer", "train.batch_norm=per_device"],
+}
+models.MODELS["wide"] = lambda: Transfusion(3, (64, 128))
+data = conftest.make_small_data()
+CONFIG = Config(
+    input=InputSpec(size=(32, 32)),
+    model=ModelConfig(name="wide", batch_norm="frozen"),
+    optim=OptimConfig(name="sgd", lr=0.1),
+    train=TrainConfig(batch_size=16, steps=2),
+)
+mesh = sharding.make_mesh()
+arrays = {}
+for name, assignments in WAYS.items():
+    config = CONFIG
+    for assignment in assignments:
+        config = overrides.override(config, assignment)
+    compiled = program.build(config, data.classes, data.columns["label"][data.rows("train")], mesh)
+    state = compiled.new_state({})
+    if name in ("global", "cut"):
+        on_one = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
+        arrays["bytes_whole" if name == "global" else "bytes_cut"] = sum(on_one)
+    if name == "global":
+        arrays |= {f"first/{path}": np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
+    for _, batch in zip(range(2), pipeline.train_batches(data, config, start=0), strict=False):
+        state, _ = compiled.train_step(state, sharding.to_devices(batch, mesh))
+    arrays |= {f"{name}/{path}": np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
+np.savez(sys.argv[1], **arrays)

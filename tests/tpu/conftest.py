@@ -1,0 +1,5 @@
+"""Before jax is imported: the TPU compiler without TPUs."""
+
+from lungjax import machine
+
+machine.without_tpu()
