@@ -23,7 +23,7 @@ import optax
 
 from lungjax import machine, models
 from lungjax.config import ModelConfig
-from lungjax.models import convolution, layers
+from lungjax.models import convolution, layers, pooling
 
 # kind, batch, side, channels in, channels out, kernel, stride, padding
 LAYERS = [
@@ -47,7 +47,7 @@ PLAIN = {
     "depthwise_conv": convolution.plain_depthwise,
     "pointwise_conv": lambda x, kernel: convolution.plain_conv(x, kernel, (1, 1), ((0, 0), (0, 0))),
     "dense_conv": convolution.plain_conv,
-    "window_max": convolution.plain_window_max,
+    "window_max": pooling.plain_window_max,
 }
 
 

@@ -105,7 +105,7 @@ def lungjax_batches(name: str, work: Path, threads: int, steps: bool = False) ->
         return time_steps(data, config)
     rows, reader = data.rows("train"), pipeline.Reader(data, config.input)
     versions = f"lungjax, grain {grain.__version__}, Pillow {PIL.__version__}"
-    return versions, lambda i: reader(rows[i]), pipeline.train_batches(data, config, start_step=0)
+    return versions, lambda i: reader(rows[i]), pipeline.train_batches(data, config, start=0)
 
 
 def time_steps(data: Any, config: Any, count: int = 512) -> dict[str, float]:
