@@ -129,16 +129,11 @@ class Checkpoints:
             return None
         path = _place(folder, step)
         _check_same(path, "state", like)
-        if (path / PROGRESS).exists():
-            progress = json.loads((path / PROGRESS).read_text())
-        else:  # earlier versions let orbax write it
-            progress = ocp.load_checkpointables(path.absolute(), {"progress": None})["progress"]
+        progress = json.loads((path / PROGRESS).read_text())
         found = ocp.load_checkpointables(path.absolute(), {"state": like})["state"]
         if hosts.first():
             for bad in damaged:
                 _set_aside(bad)
-            if not (path / SUMS).exists():  # of an earlier version; the next ones will have checksums
-                _seal(path)
             self._drop_bests_after(step, bool(progress.get("best_step")))
         return found, progress
 
@@ -220,11 +215,9 @@ def _choose(folder: Path) -> tuple[int, list[Path]]:
 
 def _look(folder: Path) -> tuple[int, list[Path]]:
     paths = [_place(folder, step) for step in sorted(_found(folder), reverse=True)]
-    # Earlier versions wrote no checksums. Where others have them, one without was tampered with.
-    unsealed = not any((path / SUMS).exists() for path in paths)
     damaged: dict[Path, str] = {}
     for path in paths:
-        wrong = None if unsealed else _damage(path)
+        wrong = _damage(path)
         if wrong is None:
             for bad, why in damaged.items():
                 print(f"{bad} is damaged ({why}): taking {path} instead")

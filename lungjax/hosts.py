@@ -1,14 +1,26 @@
 """Several hosts in one run: starting them, and what they must agree on. On a single host all of it is free."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lungjax import interrupt
+
 T = TypeVar("T")
+
+
+class Agreed(ValueError):
+    """An error that every host raises at once."""
+
+
 LONGEST = 2000  # bytes of an error message that the other hosts get to see
 
 
@@ -64,7 +76,7 @@ def together(work: Callable[[], T]) -> T:
     """Runs `work` on every host and returns its result; if one of them fails, all do.
 
     Without this a host with a missing file would end, and the others wait for it until a timeout kills them.
-    Raises ValueError on every host with the first failing host's message, if it was a ValueError or OSError there.
+    Raises Agreed on every host with the first failing host's message, if it was a ValueError or OSError there.
     """
     if jax.process_count() == 1:
         return work()
@@ -78,12 +90,32 @@ def together(work: Callable[[], T]) -> T:
     for number, row in enumerate(everyone.reshape(-1, LONGEST)):
         said = row.tobytes().rstrip(b"\0").decode(errors="replace")
         if said:
-            raise ValueError(f"host {number} of {len(everyone)}: {said}") from cause
+            raise Agreed(f"host {number} of {len(everyone)}: {said}") from cause
     return result  # type: ignore[return-value]
 
 
+@contextmanager
+def none_left_behind() -> Iterator[None]:
+    """Ends this process at once, with its message, if it alone of several hosts fails.
+
+    A usual exit would wait five minutes for the others, which wait for this host's part of a step. Without it jax's
+    heartbeat ends them sooner.
+    """
+    try:
+        yield
+    except (Agreed, interrupt.Interrupted):
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, ValueError | OSError):
+            traceback.print_exc()
+        print(f"lungjax: host {jax.process_index()} of {jax.process_count()}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises ValueError on every host, naming fact and hosts, if `facts` (same keys everywhere) are not all equal."""
+    """Raises Agreed on every host, naming fact and hosts, if `facts` (same keys everywhere) are not all equal."""
     if jax.process_count() == 1:
         return
     mine = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
@@ -95,6 +127,6 @@ def check_same(facts: Mapping[str, str]) -> None:
         if differ[:, i].any()
     ]
     if lines:
-        raise ValueError(
+        raise Agreed(
             f"the hosts differ in {'; '.join(lines)}. Give every host the same command, code and prepared data"
         )

@@ -4,6 +4,7 @@ Schedulers send SIGTERM some seconds before they kill (SLURM, Kubernetes, preemp
 entry files read this one.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -42,20 +43,26 @@ class Watch:
 def watching(shared: Callable[[int], bool] | None = None) -> Iterator[Watch]:
     """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C does.
 
-    With several hosts, `shared` tells of a signal that reached any of them, and nothing is caught here. Neither is it
-    outside the main thread, where Python allows no handlers.
+    With several hosts, `shared` tells of a SIGTERM that reached any of them; Ctrl-C is turned into one here. Outside
+    the main thread, where Python allows no handlers, nothing is caught.
     """
-    watch = Watch(shared)
+    watch, twice = Watch(shared), False
 
     def note(number: int, _: FrameType | None) -> None:
-        if watch.number and number == signal.SIGINT:
+        nonlocal twice
+        if number == signal.SIGINT and twice:
             raise KeyboardInterrupt
-        watch.number = number
+        twice = True
+        if shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            watch.number = number
 
-    if shared or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield watch
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    caught = (signal.SIGINT,) if shared else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in caught}
     try:
         yield watch
     finally:

@@ -58,11 +58,14 @@ def main(_: list[str]) -> None:
     prepare_jax()
     from lungjax import hosts, train  # here, after the flags, since they import jax
 
-    if MULTIHOST.value or COORDINATOR.value or PROCESSES.value or PROCESS.value:
-        hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    address = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if MULTIHOST.value or any(part is not None for part in address):
+        hosts.start(*address)
     weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
-    report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value, weights_dir)
-    print(f"Report: {report}")
+    with hosts.none_left_behind():
+        report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value, weights_dir)
+    if hosts.first():
+        print(f"Report: {report}")
 
 
 def prepare_jax() -> None:

@@ -291,22 +291,17 @@ def does_not_fit(said: str, config: Config, topology: str, chips: int, needs: di
 
 def _advice(config: Config, topology: str, chips: int, held: int) -> str:
     """Returns what may make a step fit, in the order of what it costs; `held` is a chip's bytes of state."""
-    train, tips = config.train, []
-    memory = parse(topology)[0].memory * GIB
-    if not train.shard_params and chips > 1 and held > WORTH_CUTTING * memory:
-        tips.append("train.shard_params=True (parameters and optimiser state cut over the chips)")
-    if train.batch_size % (2 * train.accumulate * chips) == 0:
-        tips.append(f"train.accumulate={2 * train.accumulate} (the same batch in smaller parts)")
-    if not train.remat:
-        tips.append("train.remat=True (less memory, more time)")
-    half = train.batch_size // 2 // (chips * train.accumulate) * chips * train.accumulate
-    if half:
-        tips.append(f"train.batch_size={half}")
+    tips = program.smaller(config, chips)
+    cut = "train.shard_params=True"
+    if cut in tips:  # what it is worth depends on how much of the memory the state takes
+        tips.remove(cut)
+        tips = [cut, *tips] if held > WORTH_CUTTING * parse(topology)[0].memory * GIB else tips
+    tips = [f"--set={tip}" for tip in tips]
     name, _, shape = topology.partition(":")
     shapes = GENERATIONS[name].shapes
     if shape in shapes[:-1]:
         tips.append(f"more chips (--compile_for={name}:{shapes[shapes.index(shape) + 1]})")
-    return "; ".join(f"--set={tip}" if tip.startswith("train.") else tip for tip in tips) or "a smaller network"
+    return "; ".join(tips) or "a smaller network"
 
 
 def _data(config: Config, data_dir: Path) -> Prepared:

@@ -46,8 +46,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
 
     Raises ValueError for what doesn't fit together.
     """
-    micro = config.train.batch_size // config.train.accumulate
-    sharding.check_batch(micro, mesh, "train.batch_size / train.accumulate")
+    sharding.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
         sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     platform = sharding.platform(mesh)
@@ -102,8 +101,22 @@ def step_counts(config: Config, examples: int) -> tuple[int, int]:
     return steps, min(config.train.eval_steps or epoch, steps)
 
 
+def smaller(config: Config, devices: int) -> list[str]:
+    """Returns assignments that make a training step take less memory, the cheapest first; all are allowed ones."""
+    train = config.train
+    together = devices * train.accumulate
+    tips = [f"train.accumulate={2 * train.accumulate}"] if train.batch_size % (2 * together) == 0 else []
+    tips += [] if train.remat else ["train.remat=True"]
+    tips += ["model.dtype=bfloat16"] if config.model.dtype == "float32" else []
+    half = train.batch_size // 2 // together * together
+    tips += [f"train.batch_size={half}"] if half else []
+    if devices > 1 and not train.shard_params and train.batch_norm == "global":
+        tips.append("train.shard_params=True")
+    return tips
+
+
 @contextmanager
-def memory_explained(config: Config) -> Iterator[None]:
+def memory_explained(config: Config, devices: int) -> Iterator[None]:
     """Turns a device's out-of-memory error into a ValueError that says what may help."""
     try:
         yield
@@ -111,18 +124,10 @@ def memory_explained(config: Config) -> Iterator[None]:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
             raise
-        train, batch = config.train, config.train.batch_size
-        tips = [f"train.accumulate={2 * train.accumulate} (the same batch in smaller parts)"]
-        tips += [] if train.remat else ["train.remat=True (less memory, more time)"]
-        tips += [f"train.batch_size={batch // 2}"] if batch > 1 else []
-        tips += ["model.dtype=bfloat16"] if config.model.dtype == "float32" else []
-        tips += [] if train.shard_params or jax.device_count() == 1 else ["train.shard_params=True"]
-        tips += [
-            f"eval.batch_size={jax.device_count()} (if it was predicting)",
-            f"input.size={config.input.size[0] * 3 // 4},{config.input.size[1] * 3 // 4}",
-        ]
+        tips = [*smaller(config, devices), f"input.size={', '.join(str(n * 3 // 4) for n in config.input.size)}"]
         raise ValueError(
-            f"out of memory with train.batch_size={batch}, input.size={config.input.size} and {config.model.name} on "
-            f"{jax.device_count()} device(s). Try, in this order: {'; '.join(tips)}. The checkpoints are intact. "
-            f"The device said: {text.splitlines()[0][:300]}"
+            f"out of memory with train.batch_size={config.train.batch_size}, input.size={config.input.size} and "
+            f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (or eval.batch_size="
+            f"{devices}, if it was predicting). The checkpoints are intact. The device said: "
+            f"{text.splitlines()[0][:300]}"
         ) from error

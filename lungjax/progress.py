@@ -42,16 +42,9 @@ class Progress:
         return cls(**{name: type(start)(saved.get(name, start)) for name, start in fresh.items()})
 
     def judge(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
-        """Compares the validation of `step` with the best so far; returns whether it is better.
-
-        Raises ValueError if the monitored metric has no value on this split.
-        """
+        """Compares the validation of `step` with the best so far; returns whether it is better."""
         score = scores[config.train.monitor]
-        if score is None:
-            raise ValueError(
-                f"train.monitor={config.train.monitor} is not defined on the val split (a class is missing there); "
-                "choose another, such as slice.accuracy"
-            )
+        assert score is not None  # `check_monitor` has seen to that
         self.validated = step
         better = math.isnan(self.best) or (score > self.best if config.train.maximize else score < self.best)
         if better:
@@ -63,17 +56,24 @@ class Progress:
 
 
 def check_monitor(config: Config, data: Prepared) -> None:
-    """Raises ValueError before training if `train.monitor` is no validation metric."""
-    n, classes = 2 * len(data.classes), len(data.classes)
-    sample = Predictions(
-        ids=np.arange(n).astype(str),
-        groups=np.arange(n).astype(str),
-        sources=np.full(n, ""),
-        labels=np.arange(n) % classes,
-        probabilities=np.full((n, classes), 1 / classes),
+    """Raises ValueError before training if there is nothing to validate or test on, or no `train.monitor` there."""
+    for split in ("val", "test"):
+        if not len(data.rows(split)):
+            raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
+    rows, classes = data.rows("val"), len(data.classes)
+    guess = Predictions(
+        ids=data.columns["file"][rows],
+        groups=data.columns["group"][rows],
+        sources=data.columns["source"][rows],
+        labels=data.columns["label"][rows],
+        probabilities=np.full((len(rows), classes), 1 / classes),
         classes=data.classes,
-        extra={},
     )
-    known = metrics.flat_levels(sample)
-    if config.train.monitor not in known:
-        raise ValueError(f"train.monitor={config.train.monitor!r}: {configs.nearest(config.train.monitor, known)}")
+    known, name = metrics.flat_levels(guess), config.train.monitor
+    if name not in known:
+        raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, known)}")
+    if known[name] is None:
+        raise ValueError(
+            f"train.monitor={name} is not defined on the val split (a class is missing there); choose another, such as "
+            "slice.accuracy"
+        )

@@ -34,7 +34,13 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Returns the version of every package that decides a number."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # lungjax itself, run from a checkout
+            found[name] = "not installed"
+    return found
 
 
 def facts() -> dict[str, Any]:

@@ -61,18 +61,21 @@ def of_state(shapes: Any, mesh: Mesh, cut: bool) -> Any:
     return jax.tree.map(one, shapes)
 
 
-def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Raises ValueError if a global batch can't be cut evenly over the mesh."""
-    if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        near = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
-        raise ValueError(f"{field}={batch_size} can't be cut over {mesh.size} devices; set it to {near}")
+def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+    """Raises ValueError if a global batch, worked off in `parts`, can't be cut evenly over the mesh."""
+    unit = mesh.size * parts
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        over = f"{mesh.size} devices" + (f" in train.accumulate={parts} parts" if parts > 1 else "")
+        raise ValueError(f"{field}={batch_size} can't be cut over {over}; set it to {near}")
 
 
 def on_each_device(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Makes each device work on its own part of the batch, and averages all results: what `jax.pmap` was for.
 
-    `gradients(trained, kept, batch_stats, batch, key)` is that of the training step. Each device has a key of its own.
+    `gradients(trained, kept, batch_stats, batch, key)` is that of the training step. Each device has a key of its own,
+    and mixes (mixup, cutmix) its own images alone.
     """
 
     def local(trained: Any, kept: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:

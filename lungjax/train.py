@@ -90,7 +90,7 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
             "--mode": mode,
         }
     )
-    with program.memory_explained(this.config):
+    with program.memory_explained(this.config, this.program.mesh.size):
         if mode == "train":
             train(this, weights_dir)
         # The best weights meet the test split once, here.
@@ -119,8 +119,8 @@ def train(this: Run, weights_dir: Path | None) -> None:
     compiled, workdir, config = this.program, this.workdir, this.config
     fresh = hosts.agree(newest(workdir, "last") is None)
     start = hosts.together(lambda: first_leaves(this, weights_dir)) if fresh else {}  # before anything is written
-    workdirs.claim(workdir, config, this.data, state.size(compiled.like))
-    with workdirs.alone(workdir), Checkpoints(workdir) as checkpoints, interrupt.watching(hosts.preempted()) as watch:
+    mine = workdirs.claimed(workdir, config, this.data, state.size(compiled.like))
+    with mine, Checkpoints(workdir) as checkpoints, interrupt.watching(hosts.preempted()) as watch:
         found = checkpoints.restore(compiled.like)
         if found:
             current, progress = found[0], Progress.restored(found[1])
@@ -221,11 +221,12 @@ def train_loop(
                     tell(f"First step {time.time() - this.started:.1f} s after the start")
                 if due(config.train.log_steps) or due(compiled.eval_steps) or due(config.train.save_steps):
                     catch_up()
+            watch.check()  # of a signal during the last validation; what it left is saved
         except interrupt.Interrupted as stop:
             if saved < done:
                 checkpoints.save(current, progress.saved())
             checkpoints.wait()
-            tell(f"{stop} at step {done}, which is saved; the same command goes on from there")
+            tell(f"{stop} at step {done}{', which is saved' * (done > 0)}; the same command goes on from there")
             raise
         except NotFinite as bad:
             if saved < bad.step - 1 and config.train.on_nan == "stop":  # the state has stood still since then
@@ -279,11 +280,15 @@ def rewind(
 def device_batches(this: Run, start: int) -> Iterator[dict[str, jax.Array]]:
     """Yields global batches from number `start` on, `data.prefetch` further ones already on their way."""
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
+    batches = pipeline.train_batches(this.data, this.config, start=start, **place)
     ready = []
-    for batch in pipeline.train_batches(this.data, this.config, start=start, **place):
-        ready.append(sharding.to_devices(batch, this.program.mesh))
-        if len(ready) > this.config.data.prefetch:
-            yield ready.pop(0)
+    try:
+        for batch in batches:
+            ready.append(sharding.to_devices(batch, this.program.mesh))
+            if len(ready) > this.config.data.prefetch:
+                yield ready.pop(0)
+    finally:
+        batches.close()  # ends its threads and processes
 
 
 def predict(
@@ -321,11 +326,14 @@ def describe(this: Run) -> dict[str, Any]:
 
 def write_report(this: Run, results: dict[str, Predictions], facts: dict[str, Any]) -> Path:
     """Writes predictions, report.json, report.md and the plots (first host only)."""
-    if hosts.first():
+
+    def write() -> None:
         reader = pipeline.Reader(this.data, this.config.input)
         rows = this.data.rows("test")
         history = logs.read(this.workdir / "metrics.jsonl")
         report.write_report(this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]))
+
+    hosts.together(lambda: write() if hosts.first() else None)
     return this.workdir / "report.md"
 
 

@@ -3,9 +3,10 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ FREE_FIELDS = (
     "eval.examples",
 )
 
+BEGUN = ("lock", "config.partial", "data.partial")  # what is left where a run was claimed by half
+
 
 def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir holds a trained run of another configuration, or foreign files."""
@@ -35,7 +38,7 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json there, so no run to evaluate; train first (--mode=train)")
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(p.name not in BEGUN for p in workdir.iterdir())):
             raise ValueError(f"{workdir} is not empty and holds no lungjax run; choose another --workdir")
         return
     if newest(workdir, "last") is None:
@@ -66,19 +69,26 @@ def data_facts(data: Prepared) -> dict[str, Any]:
     return {"dataset": data.name, "classes": list(data.classes), "fingerprint": data.fingerprint}
 
 
-def claim(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> None:
-    """Writes config.json and data.json, on the first host; called by every host once every check has passed.
+@contextmanager
+def claimed(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> Iterator[None]:
+    """Makes the folder this run's for a while: nobody else trains there, config.json and data.json are written.
 
-    Raises ValueError if the folder can't be written, has no room for the checkpoints (two states of `state_bytes`, two
-    of best weights, and another of each while it is written), or is another folder on another host.
+    To be entered by every host once all else has been checked. Raises ValueError, on every host, if another run is
+    training there, if the folder can't be written or has no room for the checkpoints (at most two states of
+    `state_bytes`, two of best weights, and another of each while it is written), or is not the same on all hosts.
     """
-    hosts.together(lambda: _claim(workdir, config, data, state_bytes) if hosts.first() else None)
-    hosts.together(lambda: _check_shared(workdir))
+    with ExitStack() as held:
+        hosts.together(lambda: _claim(workdir, config, data, state_bytes, held) if hosts.first() else None)
+        hosts.together(lambda: _check_shared(workdir))
+        yield
 
 
-def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> None:
+def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int, held: ExitStack) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        _lock(held.enter_context((workdir / "lock").open("a")), workdir)
+        check(workdir, config, "train")  # again: between the first time and the lock another run may have been here
+        check_same_data(workdir, data)
         _replace(workdir / "config.json", overrides.to_json(config))
         _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
@@ -90,14 +100,6 @@ def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> N
             f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there; "
             "free some space or choose another --workdir"
         )
-
-
-@contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Keeps a second run from training in the folder. Raises ValueError, on every host, if there is a first one."""
-    with (workdir / "lock").open("a") as file:
-        hosts.together(lambda: _lock(file, workdir) if hosts.first() else None)
-        yield
 
 
 def _lock(file: IO[str], workdir: Path) -> None:
@@ -115,6 +117,8 @@ def _check_shared(workdir: Path) -> None:
         raise ValueError(
             f"{workdir}: what host 0 wrote there is not here; --workdir must lie on storage all hosts share"
         )
+    if not os.access(workdir, os.W_OK):
+        raise ValueError(f"{workdir} can't be written from here; every host writes its part of the checkpoints there")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -20,66 +20,73 @@ from lungjax import hosts, interrupt, logs, models, overrides, predictions, trai
 from lungjax.checkpoint import restore_best
 from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
-parser = argparse.ArgumentParser()
-parser.add_argument("out", type=Path)
-parser.add_argument("fields", nargs="*")
-parser.add_argument("--pause", type=float, default=0.0)
-parser.add_argument("--tune", action="store_true")
-parser.add_argument("--host", type=int, default=0)
-parser.add_argument("--hosts", type=int, default=1)
-parser.add_argument("--port", type=int)
-flags = parser.parse_intermixed_args()
-if flags.hosts > 1:
-    hosts.start(f"localhost:{flags.port}", flags.hosts, flags.host)
-elif "SLURM_JOB_ID" in os.environ:
-    hosts.start()
 
-data = conftest.make_small_data()
-models.MODELS["small_bn"] = conftest.small_bn()
-train.open_dataset = lambda name, *_, **__: data
-config = Config(
-    input=InputSpec(size=(32, 32)),
-    model=ModelConfig(name="small_bn"),
-    optim=OptimConfig(name="sgd", lr=1e-2),
-    train=TrainConfig(batch_size=16, steps=3, eval_steps=3, log_steps=1, monitor="slice.accuracy"),
-    eval=EvalConfig(batch_size=8, examples=1),
-)
-if flags.pause:
-    real = train.device_batches
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("fields", nargs="*")
+    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--host", type=int, default=0)
+    parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--port", type=int)
+    flags = parser.parse_intermixed_args()
+    if flags.hosts > 1:
+        hosts.start(f"localhost:{flags.port}", flags.hosts, flags.host)
+    elif "SLURM_JOB_ID" in os.environ:
+        hosts.start()
 
-    def slowly(this, start):
-        for batch in real(this, start):
-            time.sleep(flags.pause)
-            yield batch
-
-    train.device_batches = slowly
-for assignment in flags.fields:
-    config = overrides.override(config, assignment)
-
-out = flags.out
-try:
-    train.run(config, out, out.parent)
-except ValueError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
-except interrupt.Interrupted as stop:
-    sys.exit(128 + stop.number)
-found = predictions.read(out / "predictions_test.csv")
-tuned = None
-if flags.tune:
-    then = out.with_name(out.name + "_tuned")
-    for assignment in (f"model.weights=run:{out}", "optim.tune=head"):
-        config = overrides.override(config, assignment)
-    train.run(config, then, out.parent)
-    tuned = predictions.read(then / "predictions_test.csv").probabilities
-statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
-if hosts.first():
-    np.savez(
-        out.with_suffix(".npz"),
-        ids=found.ids,
-        probabilities=found.probabilities,
-        tuned=np.zeros(0) if tuned is None else tuned,
-        losses=[row["train.loss"] for row in logs.read(out / "metrics.jsonl") if "train.loss" in row],
-        mean=next(v for k, v in statistics.items() if k.endswith("mean")),
-        devices=jax.device_count(),
+    data = conftest.make_small_data()
+    models.MODELS["small_bn"] = conftest.small_bn()
+    train.open_dataset = lambda name, *_, **__: data
+    config = Config(
+        input=InputSpec(size=(32, 32)),
+        model=ModelConfig(name="small_bn"),
+        optim=OptimConfig(name="sgd", lr=1e-2),
+        train=TrainConfig(batch_size=16, steps=3, eval_steps=3, log_steps=1, monitor="slice.accuracy"),
+        eval=EvalConfig(batch_size=8, examples=1),
     )
+    if flags.pause:
+        real = train.device_batches
+
+        def slowly(this, start):
+            for batch in real(this, start):
+                time.sleep(flags.pause)
+                yield batch
+
+        train.device_batches = slowly
+    for assignment in flags.fields:
+        config = overrides.override(config, assignment)
+
+    out = flags.out
+    try:
+        with hosts.none_left_behind():
+            train.run(config, out, out.parent)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except interrupt.Interrupted as stop:
+        sys.exit(128 + stop.number)
+    found = predictions.read(out / "predictions_test.csv")
+    tuned = None
+    if flags.tune:
+        then = out.with_name(out.name + "_tuned")
+        for assignment in (f"model.weights=run:{out}", "optim.tune=head"):
+            config = overrides.override(config, assignment)
+        train.run(config, then, out.parent)
+        tuned = predictions.read(then / "predictions_test.csv").probabilities
+    statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
+    if hosts.first():
+        np.savez(
+            out.with_suffix(".npz"),
+            ids=found.ids,
+            probabilities=found.probabilities,
+            tuned=np.zeros(0) if tuned is None else tuned,
+            losses=[row["train.loss"] for row in logs.read(out / "metrics.jsonl") if "train.loss" in row],
+            mean=next(v for k, v in statistics.items() if k.endswith("mean")),
+            devices=jax.device_count(),
+        )
+
+
+if __name__ == "__main__":  # reading processes import this file as well
+    main()

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -248,21 +247,6 @@ def test_killed_at_any_moment_of_saving_a_good_one_is_left(workdir, moment, monk
         assert kernel(found) == (80 if moment == "old deleted" else 8)
         checkpoints.save(make(12), {})
     assert folder_steps(workdir) == [8, 12]
-
-
-def test_one_that_earlier_versions_saved_is_taken_and_sealed(workdir):
-    for kind in ("last", "best"):
-        for step in "48":
-            lose_the_checksums(workdir / "checkpoints" / kind / step)
-    assert restore_best(workdir)[1] == 8
-    for _ in range(2):
-        with Checkpoints(workdir) as checkpoints:
-            assert int(checkpoints.restore(like())[0].step) == 8
-    sums = json.loads((workdir / "checkpoints/last/8/checksums.json").read_text())
-    assert len(sums) > 10 and not (workdir / "checkpoints/last/4/checksums.json").exists()
-    flip(workdir / "checkpoints/last/8")
-    with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match="8: the checksum of"):
-        checkpoints.restore(like())
 
 
 @pytest.mark.parametrize(

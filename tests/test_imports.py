@@ -11,7 +11,7 @@ PACKAGE = Path(lungjax.__file__).parent
 
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
-    ["config", "predictions", "trees"],
+    ["config", "predictions", "trees", "interrupt"],
     [
         "presets",
         "losses",

@@ -1,5 +1,7 @@
 """What a run survives: signals, kills, numbers that are none, full disks. The end is that of the untouched run."""
 
+import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -236,18 +238,80 @@ def test_a_folder_that_cannot_be_written_or_has_no_room_is_refused_before_traini
         train.run(CONFIG, tmp_path / "run", tmp_path)
 
 
-def test_two_runs_at_once_in_one_folder_are_refused(tmp_path, untouched):
-    with (untouched / "lock").open("a") as other:
+def test_two_runs_at_once_in_one_folder_are_refused_and_the_first_is_left_alone(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / "lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
+        (workdir / "config.json").write_text(overrides.to_json(CONFIG))  # of a run that has saved nothing yet
         with pytest.raises(ValueError, match="another run is training there"):
-            train.run(CONFIG, untouched, tmp_path)
+            train.run(changed(CONFIG, "optim.lr=0.5"), workdir, tmp_path)
+        assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
+
+
+def test_a_claim_cut_short_by_a_full_disk_does_not_lock_the_folder(tmp_path, monkeypatch):
+    def full(path, text):
+        path.with_suffix(".partial").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdirs, "_replace", full)
+        with pytest.raises(ValueError, match="can't be written .No space left"):
+            train.run(CONFIG, tmp_path / "run", tmp_path)
+    workdirs.check(tmp_path / "run", CONFIG, "train")
+
+
+def test_reading_processes_outlive_a_signal_but_not_the_run(tmp_path, untouched):
+    """Ctrl-C and SIGTERM go to the whole process group: the run still saves. After SIGKILL no process is left."""
+    script = str(Path(__file__).parent / "run_small.py")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        out = tmp_path / str(code)
+        fields = ["--pause=0.2", "data.workers=1", "train.steps=200"]
+        process = subprocess.Popen([sys.executable, script, str(out), *fields], start_new_session=True)
+        deadline = time.time() + 120
+        while len(logs.read(out / "metrics.jsonl")) < 3 and time.time() < deadline:
+            time.sleep(0.02)
+        group = os.getpgid(process.pid)
+        (os.killpg if number == signal.SIGTERM else os.kill)(group, number)
+        assert process.wait(60) == code
+        deadline = time.time() + 30
+        while group_lives(group) and time.time() < deadline:
+            time.sleep(0.05)
+        assert not group_lives(group)
+        assert (newest(out, "last") is not None) == (number == signal.SIGTERM)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_empty_split_is_refused_before_training(tmp_path, monkeypatch, small_data, split):
+    columns = small_data.columns | {
+        "split": np.where(small_data.columns["split"] == split, "", small_data.columns["split"])
+    }
+    monkeypatch.setattr(train, "open_dataset", lambda *_, **__: dataclasses.replace(small_data, columns=columns))
+    with pytest.raises(ValueError, match=f"the {split} split is empty"):
+        train.run(CONFIG, tmp_path / "run", tmp_path)
+
+
+def test_a_monitor_without_a_value_on_val_is_refused_before_training(tmp_path, monkeypatch, small_data):
+    labels = np.where(small_data.columns["split"] == "val", 0, small_data.columns["label"])
+    columns = small_data.columns | {"label": labels}
+    monkeypatch.setattr(train, "open_dataset", lambda *_, **__: dataclasses.replace(small_data, columns=columns))
+    with pytest.raises(ValueError, match=r"slice.auc_macro is not defined on the val split"):
+        train.run(changed(CONFIG, "train.monitor=slice.auc_macro"), tmp_path / "run", tmp_path)
 
 
 def test_out_of_memory_says_what_to_try():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
     said = r"batch_size=8.*32, 32.*accumulate=2.*remat=True.*batch_size=4.*99 bytes"
-    with pytest.raises(ValueError, match=said), program.memory_explained(CONFIG):
+    with pytest.raises(ValueError, match=said), program.memory_explained(CONFIG, 1):
         raise error
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(jax.errors.JaxRuntimeError), program.memory_explained(CONFIG):
+    with pytest.raises(jax.errors.JaxRuntimeError), program.memory_explained(CONFIG, 1):
         raise other

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import small_bn
 
+from lungjax import config as configs
 from lungjax import hosts, logs, models, overrides, program, sharding
 from lungjax.checkpoint import newest
 from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -126,9 +127,26 @@ def test_a_mesh_that_does_not_fit_is_refused(monkeypatch):
         sharding.check_batch(12, mesh, "train.batch_size")
     with pytest.raises(ValueError, match="set it to 8$"):
         sharding.check_batch(4, mesh, "train.batch_size")
+    with pytest.raises(ValueError, match="over 8 devices in train.accumulate=3 parts; set it to 48 or 72"):
+        sharding.check_batch(64, mesh, "train.batch_size", 3)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="2 hosts work together with all their devices"):
         sharding.make_mesh(1, devices=[jax.devices()[0]] * 2)
+
+
+def test_what_to_try_when_memory_is_short_is_allowed():
+    """Each tip, taken alone, passes the checks of the configuration and of the mesh."""
+    for assignments in ([], ["train.batch_norm=per_device"], ["train.accumulate=3", "train.remat=True"]):
+        config = Config(train=TrainConfig(batch_size=24))
+        for assignment in assignments:
+            config = overrides.override(config, assignment)
+        tips = program.smaller(config, 4)
+        assert tips
+        for tip in tips:
+            tried = overrides.override(config, tip)
+            configs.check(tried)
+            mesh = jax.sharding.AbstractMesh((4,), ("data",))
+            sharding.check_batch(tried.train.batch_size, mesh, "train.batch_size", tried.train.accumulate)
 
 
 def test_large_arrays_are_cut_along_their_longest_even_axis():

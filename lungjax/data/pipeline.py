@@ -7,6 +7,10 @@ number of hosts, goes on where it would have been.
 """
 
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,7 +115,9 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count).astype(np.uint32)
 
 
-def train_batches(data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+def train_batches(
+    data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1
+) -> grain.DatasetIterator:
     """Yields this host's part of each global batch from number `start` on, for ever.
 
     Each batch has what `Reader.example` makes, stacked, `label` int32 [b] and `place` uint32 [b], the example's
@@ -139,8 +145,22 @@ def train_batches(data: Prepared, config: Config, *, start: int, host: int = 0, 
     mine = grain.MapDataset.range(1).repeat(None).map_with_index(load)
     batches = mine.to_iter_dataset(_read_options(config))
     if config.data.workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
     return iter(batches)
+
+
+def _begin_worker(*_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group: the run saves, and needs its batches until then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def eval_batches(

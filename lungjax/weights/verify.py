@@ -95,7 +95,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
 
 def classify(record: Record, found: dict[str, np.ndarray], image: np.ndarray, count: int = 5) -> list[int]:
     """Returns the `count` likeliest classes of a photograph [H, W, 3], uint8, as the record wants it prepared."""
-    module = models.build(ModelConfig(name=record.model, **dict(record.network)), record.classes)
+    module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
     side, spec = record.input.size[0], record.input
     picture = Image.fromarray(image)
     scale = side / record.crop / min(picture.size)

@@ -1,6 +1,6 @@
 """Kills a run at random moments and compares its end with the untouched run's: python -m tests.benchmarks.kills
 
-Each kill is a SIGKILL to a process of its own that trains a small network (tests/run_small.py: 60 steps, a
+Each kill is a SIGKILL to a process of its own that trains a small network (tests/run_small.py: 150 steps, a
 validation every 6, a checkpoint every 2), some time after it has made at least one further step. Prints where each kill
 came and whether weights, optimiser, best score and validation scores at the end are the same bits.
 """
@@ -41,19 +41,19 @@ def main() -> None:
     draw = random.Random(flags.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")
-        fields = ["model.head.dropout=0.3", "train.steps=60", "train.eval_steps=6", "train.save_steps=2"]
-        command = [sys.executable, str(SCRIPT), "--pause=0.03"]
+        fields = ["model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2"]
+        command = [sys.executable, str(SCRIPT), "--pause=0.08"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run([*command, str(whole), *fields], check=True, **quiet)
         moments = []
         while len(moments) < flags.kills:
             process = subprocess.Popen([*command, str(cut), *fields], **quiet)
             # Half of the kills come while it trains, the other half anywhere from its start on.
-            before = newest(cut, "last") or 0
-            deadline = time.time() + (120 if len(moments) % 2 else draw.uniform(0, 12))
+            reached = (newest(cut, "last") or 0) + draw.randint(1, 12)
+            deadline = time.time() + (120 if len(moments) % 2 else draw.uniform(0, 8))
             while process.poll() is None and time.time() < deadline:
                 rows = logs.read(cut / "metrics.jsonl")
-                if len(moments) % 2 and rows and rows[-1]["step"] > before + draw.randint(0, 3):
+                if len(moments) % 2 and rows and rows[-1]["step"] >= reached:
                     break
                 time.sleep(0.005)
             time.sleep(draw.random() / 20)
