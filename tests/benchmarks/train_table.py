@@ -7,8 +7,8 @@ from typing import Any
 
 PEAK = {"bfloat16": 989e12}  # operations a second: dense bfloat16 of an H200, as its maker gives it
 WANTED = {
-    "cpu": "wanted beside Keras: 4 for the first two, 3 for efficientnetv2_s, 2.5 for convnext_tiny, 1.1 for resnet50v2 and "
-    "densenet121, 1 for cbr_larget; beside torch: 0.45, hoped for: 1",
+    "cpu": "wanted beside Keras: 4 for the first two, 3 for efficientnetv2_s, 2.5 for convnext_tiny, 1.1 for "
+    "resnet50v2 and densenet121, 1 for cbr_larget; beside torch: 0.45, hoped for: 1",
     "gpu": "wanted: at least the speed of both, augmentation below 3 % of the step",
 }
 Cell = dict[str, Any]
