@@ -230,7 +230,8 @@ def train_loop(
             raise
         except NotFinite as bad:
             if saved < bad.step - 1 and config.train.on_nan == "stop":  # the state has stood still since then
-                checkpoints.save(current.replace(step=current.step * 0 + bad.step - 1), progress.saved())
+                step = current.step * 0 + bad.step - 1  # in the layout that it has
+                checkpoints.save(current.replace(step=step), progress.saved())
             raise
 
 

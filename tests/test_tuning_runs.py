@@ -13,6 +13,7 @@ from lungjax import models, overrides, train, trees
 from lungjax.checkpoint import newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.models.transfusion import Transfusion
+from lungjax.progress import Progress
 
 TINY = partial(Transfusion, 3, (4, 8, 8), pool=2)
 
@@ -90,18 +91,18 @@ def test_three_unlike_channels_cannot_be_folded_into_one(tmp_path, source):
 def test_a_tuning_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch, source):
     config = changed(SMALL, f"model.weights=run:{source}", "optim.tune=head", "optim.schedule=cosine")
     train.run(config, tmp_path / "whole", tmp_path)
-    judge = train.judge
+    judge = Progress.judge
 
     def die_at_4(progress, scores, config, done):
         if done == 4:
             raise KeyboardInterrupt
         return judge(progress, scores, config, done)
 
-    monkeypatch.setattr(train, "judge", die_at_4)
+    monkeypatch.setattr(Progress, "judge", die_at_4)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path / "cut", tmp_path)
     assert newest(tmp_path / "cut", "last") == 2
-    monkeypatch.setattr(train, "judge", judge)
+    monkeypatch.setattr(Progress, "judge", judge)
     train.run(config, tmp_path / "cut", tmp_path)
     whole, cut = (restore_whole(tmp_path / name) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
