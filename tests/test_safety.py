@@ -16,45 +16,19 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_bn
-from orbax.checkpoint import v1 as ocp
+from test_train import CONFIG as PLAIN
+from test_train import changed, last_weights, opened  # noqa: F401  (the last one is a fixture)
 
 from lungjax import interrupt, logs, models, overrides, program, train, trees
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import newest
-from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.data import pipeline
 
-CONFIG = Config(
-    name="small",
-    input=InputSpec(size=(32, 32)),
-    model=ModelConfig(name="small_bn", head=HeadConfig(dropout=0.2)),
-    optim=OptimConfig(lr=3e-3),
-    train=TrainConfig(batch_size=8, steps=12, eval_steps=4, log_steps=2, save_steps=3, monitor="slice.accuracy"),
-    eval=EvalConfig(batch_size=8, examples=2),
-)
-
-
-@pytest.fixture(autouse=True)
-def opened(monkeypatch, small_data):
-    monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
-    monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
-
-
-def changed(config, *assignments):
-    for assignment in assignments:
-        config = overrides.override(config, assignment)
-    return config
-
-
-def saved_state(workdir: Path, number: int) -> dict[str, np.ndarray]:
-    """Every array of a saved state by path, read without lungjax."""
-    found = ocp.load_checkpointables((workdir / "checkpoints/last" / str(number)).absolute())
-    leaves = jax.tree_util.tree_leaves_with_path(found["state"])
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+CONFIG = changed(PLAIN, "model.name=small_bn", "train.save_steps=3")
 
 
 def assert_same_end(a: Path, b: Path, number: int) -> None:
-    ends = [saved_state(workdir, number) for workdir in (a, b)]
+    ends = [last_weights(workdir, number) for workdir in (a, b)]
     assert ends[0].keys() == ends[1].keys() and len(ends[0]) > 20
     for name, array in ends[0].items():
         np.testing.assert_array_equal(ends[1][name], array, err_msg=name)
@@ -193,7 +167,7 @@ def test_skip_leaves_the_step_out_and_changes_nothing_else(tmp_path, monkeypatch
     monkeypatch.setattr(train, "device_batches", broken_at({3}))
     train.run(changed(CONFIG, "train.on_nan=skip", "train.steps=4"), tmp_path / "run", tmp_path)
     assert "Left out: the loss is nan" in capsys.readouterr().out
-    end = saved_state(tmp_path / "run", 4)
+    end = last_weights(tmp_path / "run", 4)
     assert end["['skipped']"] == 1 and end["['step']"] == 4
     # By hand: the step function itself, without the third batch but with the keys of steps 1, 2 and 4.
     compiled = program.build(CONFIG, small_data.classes, small_data.columns["label"][:36], train.sharding.make_mesh())
@@ -217,7 +191,7 @@ def test_rewind_goes_back_and_on_with_other_examples(tmp_path, monkeypatch, caps
     # Batches 1 and 2 were passed over, then the broken 7th of the sequence: step 5 reads number 7, from 0.
     progress = json.loads((tmp_path / "run/checkpoints/last/8/progress.json").read_text())
     assert progress["passed_over"] == 3 and progress["rewinds"] == 2
-    assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path / "run", 8).values())
+    assert all(np.isfinite(leaf).all() for leaf in last_weights(tmp_path / "run", 8).values())
     steps = [row["step"] for row in logs.read(tmp_path / "run/metrics.jsonl") if "train.loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == 8
 
