@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
@@ -12,6 +14,7 @@ import conftest
 from lungjax import models, overrides, program, sharding, trees
 from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.data import pipeline
+from lungjax.models import norm
 from lungjax.models.transfusion import Transfusion
 
 WAYS = {
@@ -45,4 +48,16 @@ for name, assignments in WAYS.items():
     for _, batch in zip(range(2), pipeline.train_batches(data, config, start=0), strict=False):
         state, _ = compiled.train_step(state, sharding.to_devices(batch, mesh))
     arrays |= {f"{name}/{path}": np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
+
+
+def both(x, dy):
+    y, pull = jax.vjp(lambda x: norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
+    return y, pull(dy)[0]
+
+
+draw = np.random.default_rng(0).normal
+x, dy = draw(size=(2, 8, 6, 5, 3)).astype(np.float32)
+x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # so that a device's own statistics would be others
+spread = (jax.device_put(part, sharding.split_batch(mesh)) for part in (x, dy))
+arrays |= {"norm/alone": np.stack(jax.jit(both)(x, dy)), "norm/spread": np.stack(jax.jit(both)(*spread))}
 np.savez(sys.argv[1], **arrays)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_layers import close, draw
 
-from lungjax.models import layers, norm
+from lungjax.models import layers
 
 
 def test_batch_norm_by_hand():
@@ -85,20 +84,6 @@ def test_batch_norm_in_evaluation_applies_the_activation():
         nn.silu(module.apply(variables, x, train=False)),
         rtol=1e-6,
     )
-
-
-def test_batch_norm_over_several_devices_has_the_statistics_of_the_whole_batch():
-    x, dy = draw(0, 4, 6, 5, 3) * np.arange(1, 5).reshape(4, 1, 1, 1), draw(1, 4, 6, 5, 3)
-
-    def both(x, dy):
-        y, pull = jax.vjp(lambda x: norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
-        return y, pull(dy)[0]
-
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    cut = NamedSharding(mesh, PartitionSpec("data"))
-    alone, spread = jax.jit(both)(x, dy), jax.jit(both)(jax.device_put(x, cut), jax.device_put(dy, cut))
-    for a, b in zip(alone, spread, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
 def test_batch_norm_bfloat16_has_float32_statistics():

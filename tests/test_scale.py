@@ -117,6 +117,7 @@ def test_each_device_alone_and_parameters_cut_make_the_global_step(tmp_path):
     # With live statistics a device's own ones make another step; here is why the two are not the same thing.
     assert np.abs(found["live_per_device/stage2_conv/kernel"] - found["live/stage2_conv/kernel"]).max() > 1e-4
     assert found["bytes_cut"] < 0.3 * found["bytes_whole"]
+    np.testing.assert_allclose(found["norm/spread"], found["norm/alone"], rtol=2e-5, atol=2e-6)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(monkeypatch):
