@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("fields", nargs="*")
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--fail_at", type=int, default=0)  # step whose batch can't be read on this host
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=1)
@@ -46,12 +47,14 @@ def main() -> None:
         train=TrainConfig(batch_size=16, steps=3, eval_steps=3, log_steps=1, monitor="slice.accuracy"),
         eval=EvalConfig(batch_size=8, examples=1),
     )
-    if flags.pause:
+    if flags.pause or flags.fail_at:
         real = train.device_batches
 
         def slowly(this, start):
-            for batch in real(this, start):
+            for step, batch in enumerate(real(this, start), start + 1):
                 time.sleep(flags.pause)
+                if step == flags.fail_at:
+                    raise ValueError("7.png can't be read")
                 yield batch
 
         train.device_batches = slowly

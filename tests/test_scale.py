@@ -102,6 +102,14 @@ def test_hosts_that_differ_or_fail_end_all_with_the_reason(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_host_that_fails_alone_while_training_ends_at_once_and_holds_nobody(tmp_path):
+    """A usual exit waits five minutes for the others, which wait for this host's part of the step."""
+    begun = time.time()
+    errors = finish(start_hosts(tmp_path / "run", "train.steps=50", "train.steps=50 --fail_at=4"), code=2)
+    assert time.time() - begun < 120
+    assert "lungjax: host 1 of 2: 7.png can't be read" in errors[1] and "host 0 of 2" in errors[0]
+
+
 def test_each_device_alone_and_parameters_cut_make_the_global_step(tmp_path):
     """On 8 devices, with frozen BatchNorm and without dropout all three are the same step; see run_steps.py."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
