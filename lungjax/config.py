@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-CROPS = ("none", "box")
+CROPS = ("none", "box", "center")
 # Versions of a slice that `lungjax.data.lungs` makes; study_* and features are the studies' own.
 STAGES = (
     "nobackg", "crop", "lungs_nocrop", "lungs", "nolungs",
@@ -32,6 +32,7 @@ GRAYS = ("repeat", "fold", "slice")
 BATCH_NORMS = ("with_layer", "update", "frozen")
 STATISTICS = ("global", "per_device")
 ON_NAN = ("stop", "skip", "rewind")
+KEEPS = ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class InputSpec:
 
     size: tuple[int, int] = (224, 224)  # height, width in pixels
     channels: int = 1  # of the images that are read: 1 gray, or 3 (a gray image is repeated, a colour one kept)
-    crop: str = "none"  # one of CROPS; "box" cuts the body box out of an image that has one
+    # One of CROPS; "box" cuts the body box out of an image that has one, "center" a window around the middle.
+    crop: str = "none"
+    crop_size: tuple[int, int] = (0, 0)  # height, width of the "center" crop in pixels of the stored image
     box_margin: float = 0.0  # part of the box's side kept around it in training, for a later jitter
     interpolation: str = "bilinear"  # one of INTERPOLATIONS
     antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
@@ -63,6 +66,9 @@ class DataConfig:
     # One of PROTOCOLS: splits by patient without twins over two of them, or what the study did.
     protocol: str = "sound"
     sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
+    # Cross-validation: all images are dealt into so many parts by patient; part `fold` is test, the next one val.
+    folds: int = 0  # 0 keeps the data set's own splits
+    fold: int = 0  # 0 to folds - 1
     workers: int = 0  # reading processes; 0 reads in threads of this process
     threads: int = 0  # decoding threads of each process; 0 is one more than cores
     prefetch: int = 2  # batches read ahead
@@ -159,6 +165,7 @@ class OptimConfig:
     schedule: str = "constant"  # one of SCHEDULES, after the warm-up
     warmup_steps: int = 0  # linear from zero
     end_factor: float = 0.0  # cosine and linear end at lr * end_factor
+    schedule_steps: int = 0  # the schedule is through after so many steps; 0 is those of the run
     decay_at: tuple[float, ...] = ()  # schedule "step": parts of the run (0..1) where lr falls
     decay_factor: float = 0.1  # schedule "step": by this factor each time
     momentum: float = 0.9  # sgd and rmsprop
@@ -184,6 +191,7 @@ class TrainConfig:
     batch_size: int = 32  # global, over all devices and hosts
     epochs: float = 10.0  # passes over the train split
     steps: int = 0  # above zero it replaces epochs
+    fraction: float = 1.0  # of the train patients that are used, for learning curves
     eval_steps: int = 0  # steps between validations; 0 is once an epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
     # One of ON_NAN, for a loss or gradient that is no number. "stop" keeps the state from before it; "skip" leaves that
@@ -194,6 +202,7 @@ class TrainConfig:
     monitor: str = "slice.auc_macro"  # validation metric that picks the best weights
     maximize: bool = True  # False where smaller is better, as for "slice.loss"
     patience: int = 0  # validations without a better one before stopping; 0 never stops early
+    keep: str = "best"  # one of KEEPS: the weights that are tested, the best by `monitor` or those of the last step
     accumulate: int = 1  # micro-batches a step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     devices: int = 0  # to train on, of this one host; 0 is all, of all hosts
@@ -208,6 +217,9 @@ class EvalConfig:
 
     batch_size: int = 0  # global; 0 chooses by image size and machine
     examples: int = 12  # right and wrong test images on the sheet, each
+    draws: int = 2000  # of patients, for the 95 % intervals (bootstrap); 0 leaves them out
+    sensitivity: float = 0.95  # of the operating point that is chosen on val for it
+    prevalence: float = 0.0  # 0..1, at which predictive values are given as well; 0 is the test split's own alone
 
 
 @dataclass(frozen=True)
@@ -283,7 +295,7 @@ def check(config: Config) -> None:
         "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
         "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
         "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
-        "model.batch_norm": BATCH_NORMS, "train.batch_norm": STATISTICS, "train.on_nan": ON_NAN,
+        "model.batch_norm": BATCH_NORMS, "train.batch_norm": STATISTICS, "train.on_nan": ON_NAN, "train.keep": KEEPS,
     }  # fmt: skip
     for path, allowed in choices.items():
         if leaves[path] is not None and leaves[path] not in allowed:
@@ -295,7 +307,7 @@ def check(config: Config) -> None:
     for path in ("train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed",
                  "data.workers", "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
                  "input.box_margin", "eval.examples", "train.epochs",
-                 "train.devices", "eval.batch_size"):  # fmt: skip
+                 "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws"):  # fmt: skip
         if leaves[path] < 0:
             raise ValueError(f"{path}={leaves[path]}: must not be negative")
     for path in (
@@ -307,6 +319,14 @@ def check(config: Config) -> None:
     ):
         if leaves.get(path) is not None and not 0 <= leaves[path] < 1:
             raise ValueError(f"{path}={leaves[path]}: must be at least 0 and below 1")
+    for path in ("eval.sensitivity", "eval.prevalence"):
+        if not 0 <= leaves[path] <= 1:
+            raise ValueError(f"{path}={leaves[path]}: must be from 0 to 1")
+    if (config.input.crop == "center") != (min(config.input.crop_size) > 0):
+        raise ValueError(
+            f"input.crop={config.input.crop} and input.crop_size={config.input.crop_size}: a center crop needs its "
+            "height and width in pixels, others have none"
+        )
     if config.train.epochs == 0 and config.train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
     if config.train.batch_norm == "per_device" and config.train.shard_params:

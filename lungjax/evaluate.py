@@ -36,11 +36,12 @@ def predict(
         raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
     size = inference.batch_size(config, mesh.size, sharding.platform(mesh))
     batches = pipeline.eval_batches(data, rows, config, size, host=jax.process_index(), hosts=jax.process_count())
-    scores: dict[int, np.ndarray] = {}
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def keep(out: dict[str, jax.Array]) -> None:
         found = jax.device_get(out)
-        scores.update((int(r), p) for r, p in zip(found["row"], found["probabilities"], strict=True) if r >= 0)
+        each = zip(found["row"], found["probabilities"], found["logits"], strict=True)
+        scores.update((int(r), (p, z)) for r, p, z in each if r >= 0)
 
     ahead = None  # computed while the next batch is read and sent
     total = -(-len(rows) // size)
@@ -58,7 +59,8 @@ def predict(
         groups=columns["group"],
         sources=columns["source"],
         labels=columns["label"],
-        probabilities=np.stack([scores[int(r)] for r in rows]),
+        probabilities=np.stack([scores[int(r)][0] for r in rows]),
+        logits=np.stack([scores[int(r)][1] for r in rows]),
         classes=data.classes,
         extra={name: values for name, values in columns.items() if name not in prepared.RESERVED},
     )

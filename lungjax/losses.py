@@ -33,6 +33,18 @@ def cross_entropy(
     return -(targets * log_p).sum(-1) * class_weights[labels]
 
 
+def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
+    """Returns one logit a class, [B, C] float32 in label order, whose softmax are the probabilities.
+
+    A sigmoid logit stands against a zero. `positive` is the class that it speaks for; None for softmax.
+    """
+    logits = logits.astype(jnp.float32)
+    if positive is None:
+        return logits
+    pair = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+    return pair if positive == 1 else pair[:, ::-1]
+
+
 def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
     """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid logit."""
     logits = logits.astype(jnp.float32)

@@ -19,8 +19,11 @@ TOP, HEAD = (LAST, 0), (LAST, 1)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up, then the named schedule over the rest of `steps`."""
-    rest = max(steps - config.warmup_steps, 1)
+    """Returns step -> learning rate: a linear warm-up, then the named schedule over the rest of `steps`.
+
+    Where `optim.schedule_steps` is above zero, it takes their place, and the last rate stays.
+    """
+    rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.lr, rest, alpha=config.end_factor)

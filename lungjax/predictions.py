@@ -1,7 +1,8 @@
 """What a network said about each example of a split, in memory and as a CSV that a spreadsheet opens.
 
 Columns of the CSV, one row an example: `id`, `group` (patient), `source`, `label` and `predicted` (class
-names), `p_CLASS` for each class in label order, `extra_NAME` for each further column of the data set.
+names), `p_CLASS` and, where the network's logits are known, `logit_CLASS` for each class in label order,
+`extra_NAME` for each further column of the data set.
 Every number of a report follows from this file alone.
 """
 
@@ -28,6 +29,7 @@ class Predictions:
     probabilities: np.ndarray  # [N, C] float32 or float64, each row sums to 1
     classes: tuple[str, ...]  # C names in label order
     extra: dict[str, np.ndarray] = field(default_factory=dict)  # further columns, each [N] str
+    logits: np.ndarray | None = None  # [N, C], whose softmax are the probabilities; None where nobody kept them
 
     def __post_init__(self) -> None:
         """Checks lengths, labels and class names; the values of `probabilities` are left to the metrics."""
@@ -37,6 +39,8 @@ class Predictions:
                 f"probabilities have shape {np.shape(self.probabilities)}, expected {(n, c)}: "
                 "one row an example, one column a class"
             )
+        if self.logits is not None and np.shape(self.logits) != (n, c):
+            raise ValueError(f"logits have shape {np.shape(self.logits)}, expected {(n, c)} as the probabilities")
         columns = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
         for name, values in columns.items():
             if np.shape(values) != (n,):
@@ -63,16 +67,18 @@ class Predictions:
 def write(predictions: Predictions, path: Path) -> None:
     """Writes the CSV, whole or not at all (a rename at the end).
 
-    Probabilities are kept as float32, in the fewest digits that read back the same.
+    Probabilities and logits are kept as float32, in the fewest digits that read back the same.
     """
     names = np.asarray(predictions.classes, dtype=np.str_)
     header = [
         *COLUMNS,
         *(f"p_{name}" for name in predictions.classes),
+        *(f"logit_{name}" for name in predictions.classes if predictions.logits is not None),
         *(f"extra_{name}" for name in predictions.extra),
     ]
+    numbers = [predictions.probabilities, *([] if predictions.logits is None else [predictions.logits])]
     # Numbers print alike in float32 in numpy only, so that "0.1" doesn't become 0.10000000149011612.
-    shown = np.asarray(predictions.probabilities, dtype=np.float32).astype(np.str_)
+    shown = np.concatenate(numbers, axis=1).astype(np.float32).astype(np.str_)
     text = (predictions.ids, predictions.groups, predictions.sources)
     columns = [*text, names[predictions.labels], names[predictions.predicted], *shown.T]
     columns += predictions.extra.values()
@@ -91,10 +97,10 @@ def write(predictions: Predictions, path: Path) -> None:
 
 
 def read(path: Path) -> Predictions:
-    """Reads what `write` wrote; probabilities are float32.
+    """Reads what `write` wrote; probabilities and logits are float32.
 
     Raises ValueError naming the file and the line for a missing column, a row of another length, an unknown
-    class or a probability that is no number.
+    class, a probability that is no number, or logits of some classes only.
     """
     path = Path(path)
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -103,6 +109,9 @@ def read(path: Path) -> Predictions:
         lines = [(reader.line_num, row) for row in reader]
     missing = [name for name in COLUMNS if name not in header]
     classes = tuple(name.removeprefix("p_") for name in header if name.startswith("p_"))
+    given = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]
+    if given and tuple(given) != classes:
+        raise ValueError(f"{path}: logits of {', '.join(given)}, but probabilities of {', '.join(classes)}")
     if missing or not classes:
         raise ValueError(
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a file of predictions starts with "
@@ -116,7 +125,10 @@ def read(path: Path) -> Predictions:
     for (line, _), label in zip(lines, values["label"], strict=True):
         if label not in number:
             raise ValueError(f"{path}, line {line}: label {label!r} is no class; they are {', '.join(classes)}")
-    scores = [_floats(path, lines, name, values[f"p_{name}"]) for name in classes]
+    scores, logits = (
+        [_floats(path, lines, kind + name, values[kind + name]) for name in names]
+        for kind, names in (("p_", classes), ("logit_", given))
+    )
     return Predictions(
         ids=np.asarray(values["id"], dtype=np.str_),
         groups=np.asarray(values["group"], dtype=np.str_),
@@ -124,6 +136,7 @@ def read(path: Path) -> Predictions:
         labels=np.asarray([number[name] for name in values["label"]], dtype=np.int64),
         probabilities=np.stack(scores, axis=1),
         classes=classes,
+        logits=np.stack(logits, axis=1) if given else None,
         extra={
             name.removeprefix("extra_"): np.asarray(column, dtype=np.str_)
             for name, column in values.items()
@@ -138,5 +151,5 @@ def _floats(path: Path, lines: list[tuple[int, list[str]]], name: str, texts: li
         try:
             numbers[i] = float(text)
         except ValueError:
-            raise ValueError(f"{path}, line {lines[i][0]}: p_{name} is {text!r}, expected a number") from None
+            raise ValueError(f"{path}, line {lines[i][0]}: {name} is {text!r}, expected a number") from None
     return numbers

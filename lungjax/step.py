@@ -178,13 +178,17 @@ def make_train_step(
 def make_predict_step(
     network: Callable[[dict[str, Any], jax.Array], tuple[jax.Array, Any]], config: Config, positive: int | None
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """Returns `predict_step(variables, batch)` giving `probabilities` [B, C] and the batch's `row` [B].
+    """Returns `predict_step(variables, batch)` giving `probabilities` and `logits` [B, C] and the batch's `row` [B].
 
     `network(variables, images)` gives logits first: an `inference.Folded`, or a module's `apply` with train=False.
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         logits, _ = network(variables, normalize(batch["image"], config.input))
-        return {"probabilities": losses.probabilities(logits, positive), "row": batch["row"]}
+        return {
+            "probabilities": losses.probabilities(logits, positive),
+            "logits": losses.class_logits(logits, positive),
+            "row": batch["row"],
+        }
 
     return predict_step

@@ -199,7 +199,8 @@ def train_loop(
                         f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
                         f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
                     )
-                    checkpoints.save(current, progress.saved(), best=better)
+                    # What is tested lies with the best weights; with keep="last" that is the newest of them.
+                    checkpoints.save(current, progress.saved(), best=better or config.train.keep == "last")
                     saved, clock = done, time.perf_counter()
                 elif due(config.train.save_steps) and saved < done:
                     checkpoints.save(current, progress.saved())

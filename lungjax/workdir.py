@@ -27,6 +27,9 @@ FREE_FIELDS = (
     "train.on_nan",
     "eval.batch_size",
     "eval.examples",
+    "eval.draws",
+    "eval.sensitivity",
+    "eval.prevalence",
 )
 
 BEGUN = ("lock", "config.partial", "data.partial")  # what is left where a run was claimed by half

@@ -11,26 +11,28 @@ PACKAGE = Path(lungjax.__file__).parent
 
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
-    ["config", "predictions", "trees", "interrupt"],
+    ["config", "predictions", "trees", "interrupt", "html"],
     [
         "presets",
         "losses",
         "metrics",
+        "study_metrics",
         "logs",
         "sharding",
         "state",
         "figures",
         "machine",
         "hosts",
-        "interrupt",
         "provenance",
         "hlo",
     ],
-    ["overrides", "models", "data", "augment", "optim", "checkpoint", "plots", "report_page", "entry"],
-    ["experiment", "datasets", "weights", "step", "inference"],
-    ["report", "evaluate", "workdir", "program", "progress"],
+    ["bootstrap", "calibration", "overrides", "models", "data", "augment", "optim", "checkpoint", "entry"],
+    ["decisions", "plots", "plots_decisions", "report_page", "experiment", "datasets", "weights", "step", "inference"],
+    ["report_html", "controls", "evaluate", "workdir", "program", "progress", "saliency"],
+    ["report", "saliency_quality"],
     ["train", "api", "pod"],
-    ["main", "prepare", "explore"],
+    ["crossval", "external", "tables"],
+    ["main", "prepare", "explore", "compare", "explain"],
 ]
 
 

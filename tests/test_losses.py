@@ -50,3 +50,13 @@ def test_sigmoid_speaks_for_the_named_class():
 
 def test_sigmoid_loss_is_finite_at_extreme_logits():
     assert np.isfinite(loss([[500.0], [-500.0]], [0, 1], positive=1, classes=2)).all()
+
+
+def test_the_softmax_of_class_logits_are_the_probabilities():
+    pair, one = jnp.asarray([[3.0, -1.0], [0.5, 2.0]]), jnp.asarray([[4.0], [-1.5]])
+    for logits, positive in ((pair, None), (one, 0), (one, 1)):
+        found = np.exp(losses.class_logits(logits, positive))
+        np.testing.assert_allclose(
+            found / found.sum(1, keepdims=True), losses.probabilities(logits, positive), rtol=1e-5
+        )
+    assert losses.class_logits(one, 0)[0].tolist() == [4.0, 0.0], "the sigmoid's own logit is the positive class's"

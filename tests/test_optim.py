@@ -34,6 +34,8 @@ def test_schedules_by_hand():
     np.testing.assert_allclose([one(0), one(5)], [1.0, 1.0])
     falls = optim.make_schedule(OptimConfig(lr=1.0, schedule="step", decay_at=(0.5, 0.8)), 10)
     np.testing.assert_allclose([falls(4), falls(5), falls(9)], [1.0, 0.1, 0.01], rtol=1e-6)
+    early = optim.make_schedule(OptimConfig(lr=1.0, schedule="cosine", end_factor=0.3, schedule_steps=416), 424)
+    np.testing.assert_allclose([early(208), early(416), early(423)], [0.65, 0.3, 0.3], rtol=1e-6)  # NCCID's last 8
     line = optim.make_schedule(OptimConfig(lr=1.0, schedule="linear"), 10)
     np.testing.assert_allclose([line(0), line(5), line(10)], [1.0, 0.5, 0.0])
 

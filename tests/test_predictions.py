@@ -28,12 +28,16 @@ def test_what_is_written_reads_back_the_same(tmp_path):
     n = len(exact)
     ids = np.array([f"{i}.png" for i in range(n)])
     many = Predictions(ids, ids, ids, rng.integers(0, 2, n), exact, ("a", "b"), {})
-    for given in (make(), many):
+    with_logits = make(logits=np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]], np.float32)) + 7)
+    for given in (make(), many, with_logits):
         predictions.write(given, tmp_path / "p.csv")
         found = predictions.read(tmp_path / "p.csv")
         np.testing.assert_array_equal(found.probabilities, given.probabilities)
         assert found.probabilities.dtype == np.float32 and found.labels.dtype == np.int64
         assert found.classes == given.classes
+        assert (found.logits is None) == (given.logits is None)
+        if given.logits is not None:
+            np.testing.assert_array_equal(found.logits, given.logits)
         for name in ("ids", "groups", "sources", "labels"):
             np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
         assert found.extra.keys() == given.extra.keys()
@@ -50,6 +54,9 @@ def test_the_columns_are_those_a_person_expects(tmp_path):
         *("id", "group", "source", "label", "predicted", "p_Normal", "p_COVID-19, severe"),
         *("extra_id", "extra_p_value"),
     ]
+    predictions.write(make(logits=np.zeros((3, 2), np.float32)), tmp_path / "q.csv")
+    with (tmp_path / "q.csv").open(newline="") as file:
+        assert next(csv.reader(file))[7:9] == ["logit_Normal", "logit_COVID-19, severe"]
     assert rows[2][3:7] == ["COVID-19, severe", "COVID-19, severe", "0.2", "0.8"]
     assert rows[3][4] == "Normal", "of equal probabilities the first class"
 
@@ -88,6 +95,7 @@ def test_a_failing_write_keeps_the_earlier_file(tmp_path, monkeypatch):
         ({"classes": ("a", "b", "c")}, r"shape \(3, 2\), expected \(3, 3\)"),
         ({"classes": ("a", "a")}, "more than once: a"),
         ({"extra": {"age": np.array(["1"])}}, "age have shape"),
+        ({"logits": np.zeros((3, 3))}, r"logits have shape \(3, 3\), expected \(3, 2\)"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, words):
@@ -104,6 +112,7 @@ def test_parts_that_do_not_fit_are_refused(changes, words):
         ("id,group,source,label,predicted,p_a\nx,,,a,a\n", "line 2: 5 values, expected 6"),
         ("id,group,source,label,predicted,p_a\nx,,,b,a,1\n", "line 2: label 'b' is no class; they are a"),
         ("id,group,source,label,predicted,p_a\nx,,,a,a,1\ny,,,a,a,high\n", "line 3: p_a is 'high'"),
+        ("id,group,source,label,predicted,p_a,p_b,logit_b\nx,,,a,a,1,0,1\n", "logits of b, but probabilities of a, b"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, text, words):

@@ -56,6 +56,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     assert report_path == workdir / "report.md"
     saved = predictions.read(workdir / "predictions_test.csv")
     assert len(saved.ids) == 13
+    np.testing.assert_allclose(jax.nn.softmax(saved.logits), saved.probabilities, atol=1e-6)
     assert report["test"]["slice"]["accuracy"] == pytest.approx((saved.probabilities.argmax(1) == saved.labels).mean())
     assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
     rows = logs.read(workdir / "metrics.jsonl")
@@ -103,10 +104,13 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
 
 
 def test_patience_stops_and_stays_stopped(tmp_path):
-    config = changed(CONFIG, "train.patience=1", "optim.lr=1e-12", "train.eval_steps=2", "train.steps=40")
+    settings = ("train.patience=1", "optim.lr=1e-12", "train.eval_steps=2", "train.steps=40", "train.keep=last")
+    config = changed(CONFIG, *settings)
     train.run(config, tmp_path / "run", tmp_path)
     steps = [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")]
     assert max(steps) == 4  # 2 is the best so far, 4 is no better
+    assert restore_best(tmp_path / "run")[1] == 4, "keep=last tests the last weights, not the best"
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)
     assert [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")] == steps
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lungjax import machine, presets
+from lungjax import html, machine, presets
 from lungjax.config import PROTOCOLS, AugmentConfig
 from lungjax.data import survey
 from lungjax.data.prepared import Prepared
-from lungjax.explore import charts, html, sheets
+from lungjax.explore import charts, sheets
 from lungjax.explore.sheets import View
 
 MOST = 2000  # images that the histograms read

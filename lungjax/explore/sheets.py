@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lungjax import datasets
+from lungjax import datasets, html
 from lungjax.config import AugmentConfig, InputSpec
 from lungjax.data import images, prepared, survey
 from lungjax.data.prepared import Prepared
-from lungjax.explore import charts, html
+from lungjax.explore import charts
 from lungjax.explore.charts import Tile
 
 PAIRS = 12  # of each kind, side by side
