@@ -1,9 +1,13 @@
 """What the studies did to their train images, as configurations: `--set=augment=NAME`.
 
 The units are those of `AugmentConfig`. Where a study changed things in another order, its comment says what differs.
+At the end is what the experiments of these studies check and name their arguments with.
 """
 
 import math
+import re
+import zlib
+from collections.abc import Iterable
 
 from lungjax.config import AugmentConfig, nearest
 
@@ -80,3 +84,24 @@ def preset(name: str) -> AugmentConfig:
     if name not in PRESETS:
         raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
     return PRESETS[name]
+
+
+def one_of(argument: str, value: str, known: Iterable[str]) -> str:
+    """Returns `value`; raises ValueError with the nearest of `known` if it is none of them."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{argument}={value}: {nearest(value, known)}; allowed are {', '.join(known)}")
+    return value
+
+
+def slug(*parts: str) -> str:
+    """Returns the parts that are not empty as the name of a run: a-z, 0-9, _ and -.
+
+    A slash becomes a "-". A part that loses anything else gets a checksum, which keeps apart what would be equal.
+    """
+    made = []
+    for part in filter(None, parts):
+        text = part.replace("/", "-")
+        plain = re.sub("[^a-z0-9_-]+", "-", text.lower())
+        made.append(plain if plain == text else f"{plain}-{zlib.crc32(part.encode()):08x}")
+    return "_".join(made)

@@ -94,6 +94,16 @@ def test_head_layer_norm_after_the_global_pool(pool):
     np.testing.assert_allclose(Head(config, 8).apply(variables, x, train=False), y, atol=1e-5)
 
 
+def test_a_layer_norm_before_the_pool_has_no_relu_behind_it():
+    """So ends Keras's ConvNeXt without its top; of normed channels the mean is zero, cut at zero it would not be."""
+    config = HeadConfig(norm_before_pool="layer")
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 8)).astype(np.float32)
+    variables = Head(config, 8).init(jax.random.key(0), x, train=False)
+    variables["params"]["dense"]["kernel"] = np.eye(8)
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(Head(config, 8).apply(variables, x, train=False), y.mean((1, 2)), atol=1e-5)
+
+
 def test_head_drops_pooled_features_and_hidden_ones_in_training_alone():
     ones = jnp.ones((4, 2, 2, 64))
     config = HeadConfig(dropout=0.5)

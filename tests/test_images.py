@@ -202,6 +202,35 @@ def test_a_box_without_a_pixel_is_an_error():
             images.to_input(GRAY, np.array(box), InputSpec(size=(8, 8), crop="box"), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("image", "window", "corner"),
+    [
+        ((512, 512), (340, 380), (86, 66)),
+        ((768, 1024), (340, 380), (214, 322)),
+        # Half a pixel over: int(round(x)) of torchvision's CenterCrop goes to the even side.
+        ((37, 53), (10, 12), (14, 20)),  # 13.5 and 20.5
+        ((37, 53), (8, 10), (14, 22)),  # 14.5 and 21.5
+        ((37, 53), (37, 53), (0, 0)),
+    ],
+)
+def test_the_center_crop_begins_where_torchvision_begins_it(image, window, corner):
+    (top, left), (height, width) = corner, window
+    assert images.center(window, image[1], image[0]) == (left, top, left + width, top + height)
+    if image == (37, 53):
+        spec = InputSpec(size=(16, 24), crop="center", crop_size=window)
+        cut = GRAY[top : top + height, left : left + width]
+        want = images.to_input(cut, WHOLE, InputSpec(size=(16, 24)), 0.0)
+        np.testing.assert_array_equal(images.to_input(GRAY, np.zeros(4), spec, 0.0), want)
+
+
+def test_a_center_crop_stays_inside_the_image_and_has_a_size():
+    assert images.center((40, 20), 53, 37) == (16, 0, 36, 37)
+    whole = images.to_input(GRAY, WHOLE, InputSpec(size=(37, 53), crop="center", crop_size=(99, 99)), 0.0)
+    np.testing.assert_array_equal(whole[..., 0], GRAY)
+    with pytest.raises(ValueError, match=r"input.crop_size=\(0, 0\)"):
+        images.to_input(GRAY, WHOLE, InputSpec(size=(8, 8), crop="center"), 0.0)
+
+
 @pytest.mark.parametrize("size", [(16, 24), (80, 100), (37, 53)])
 def test_plain_bilinear_samples_at_pixel_centres(size):
     got = images.resize(GRAY, (0, 0, 53, 37), size, "bilinear", antialias=False)

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from lungjax.config import INTERPOLATIONS, InputSpec, nearest
+from lungjax.config import CROPS, INTERPOLATIONS, InputSpec, nearest
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -132,13 +132,13 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     Args:
         image: [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a picture that `load` returned.
         box: xmin, ymin, xmax, ymax in pixels, max exclusive; used where spec.crop is "box".
-        spec: size, channels, crop, interpolation and antialias.
+        spec: size, channels, crop, crop_size, interpolation and antialias.
         margin: part of the box's side kept around it on each edge, clipped to the image.
 
     Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
-    if spec.crop not in ("none", "box"):
-        raise ValueError(f"input.crop={spec.crop!r}: none or box")
+    if spec.crop not in CROPS:
+        raise ValueError(f"input.crop={spec.crop!r}: allowed are {', '.join(CROPS)}")
     if spec.interpolation not in INTERPOLATIONS:
         raise ValueError(f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}")
     if spec.channels == 1 and isinstance(image, np.ndarray) and image.ndim == 3:
@@ -156,7 +156,24 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
 
 def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
     """Returns what of a width x height image `to_input` shows: left, top, right, bottom in pixels."""
+    if spec.crop == "center":
+        return center(spec.crop_size, width, height)
     return grow(box, margin, width, height) if spec.crop == "box" else (0.0, 0.0, float(width), float(height))
+
+
+def center(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns the window of `size` (height, width) pixels around the middle of an image, clipped to it.
+
+    Left, top, right, bottom in pixels. Where the rest is odd it goes as in torchvision's CenterCrop: half of it,
+    rounded to even. torchvision pads an image that is smaller than the window; here the window shrinks to it.
+
+    Raises ValueError for a size below one pixel.
+    """
+    if min(size) < 1:
+        raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
+    rows, columns = min(size[0], height), min(size[1], width)
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    return float(left), float(top), float(left + columns), float(top + rows)
 
 
 def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float, float, float, float]:

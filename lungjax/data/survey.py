@@ -34,23 +34,33 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
     return names[order], counts[order]
 
 
+def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
+    """Returns what `keys` alone say of the class of each test image, float64 [n, C], rows sum to 1.
+
+    The share of each class among the train images of the same key, smoothed by `classes` images more that are shared
+    out as the whole train split is (Laplace's rule, where classes are even). So a key that train has not gets the
+    shares of train. `keys` [N] of any kind, `labels` int [N], `train` and `test` rows; train must not be empty.
+    """
+    names, at = np.unique(keys[train], return_inverse=True)
+    counts = np.zeros((len(names) + 1, classes))  # the last row is for keys that train has not
+    np.add.at(counts, (at, labels[train]), 1)
+    place = np.minimum(np.searchsorted(names, keys[test]), len(names) - 1)
+    counts = counts[np.where(names[place] == keys[test], place, len(names))] + classes * counts.sum(axis=0) / len(train)
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
     """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
 
-    Each test image is given the class that holds the largest share of its images with this key in train; a key that
-    train has not counts as a guess by chance. `keys` and `labels` int [N], `train` and `test` rows.
+    Each test image is given the class that holds the largest share of its images with this key in train (of equal
+    ones by chance, so of all of them for a key that train has not). Arguments as in `frequencies`.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
-    names = np.unique(keys[train])
-    counts = np.zeros((len(names), classes))
-    np.add.at(counts, (np.searchsorted(names, keys[train]), labels[train]), 1)
-    shares = counts / counts.sum(axis=0)
-    at = np.minimum(np.searchsorted(names, keys[test]), len(names) - 1)
-    best = shares[at] == shares[at].max(axis=1, keepdims=True)
-    chance = best / best.sum(axis=1, keepdims=True)
-    chance[names[at] != keys[test]] = 1 / classes
-    right = chance[np.arange(len(test)), labels[test]]
+    # Divided by the classes' own shares, smoothed frequencies are in the order of the parts of each class.
+    shares = frequencies(keys, labels, train, test, classes) / np.bincount(labels[train], minlength=classes)
+    best = np.isclose(shares, shares.max(axis=1, keepdims=True), rtol=1e-9, atol=0)
+    right = (best / best.sum(axis=1, keepdims=True))[np.arange(len(test)), labels[test]]
     return float(np.mean([right[labels[test] == label].mean() for label in range(classes)]))
 
 

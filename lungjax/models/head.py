@@ -70,8 +70,8 @@ class Head(nn.Module):
         """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
         config = fill(self.config)
         x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        if config.norm_before_pool != "none":
-            x = nn.relu(_norm(x, config.norm_before_pool, train, "norm_before_pool"))
+        x = _norm(x, config.norm_before_pool, train, "norm_before_pool")
+        x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
         x = _pool(x, config.pool)
         x = _norm(x, config.norm_after_pool, train, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)

@@ -1,0 +1,98 @@
+"""COVIDx CT by transfer: torchvision's VGG, ResNet and DenseNet from ImageNet, all frozen but the last few layers.
+
+    python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
+    python -m lungjax.main --experiment=covidx_ct
+    python -m lungjax.main --experiment=covidx_ct:protocol=study
+    python -m lungjax.main --experiment=covidx_ct:model=densenet161,version=2a,protocol=study
+
+Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. Published, DenseNet-201, k = 4: 3A test accuracy .8696
+(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, of val. Cost there: 7 minutes an
+epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores some hours an epoch (tests/benchmarks/README.md: DenseNet-121
+trained whole takes 0.2 s a slice). Not run by us on the real set, which we don't have.
+
+| | study | sound |
+| --- | --- | --- |
+| train | Normal and COVID drawn once with replacement, down to the count of Pneumonia | all, each class equally often |
+| val | balanced by repeating slices | as it is |
+| shown | the middle 340 x 380 pixels, whatever the size of the image | the body box |
+| flips | upside down too | left and right |
+| unfreeze=k | torchvision's children 0, -1, ..., 1-k: the first block, then the last ones; VGG: k - 1 convolutions | the last k blocks, and the norm after them |
+| weights tested | last epoch (the "best" ones were overwritten) | best macro F1 on val |
+
+Not to be trusted: val scores against test's, as val repeats slices and has other shares; single-run differences below
+a point; "the last three layers" of the README; the drawn confusion matrices, whose numbers are transposed. COVID slices
+of train are in large part from sources that test doesn't have.
+Not repeatable: val and test were normalised with the statistics of test (here: of train); the standard deviation of 3A
+isn't printed (here 2A's). Small images were padded to the window, here the window is cut to them. The warp turns the
+cut-out, theirs the whole image.
+"""  # noqa: E501 a table row
+
+from dataclasses import replace
+
+from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax.presets import one_of, preset, slug
+
+# The network here (torchvision's ResNet has its strides on the 3x3) and how many blocks its last stage has.
+MODELS = {
+    "vgg16": ("vgg16", 3), "vgg19": ("vgg19", 4),
+    "resnet50": ("resnet50_v15", 3), "resnet101": ("resnet101_v15", 3), "resnet152": ("resnet152_v15", 3),
+    "densenet121": ("densenet121", 16), "densenet161": ("densenet161", 24), "densenet201": ("densenet201", 32),
+}  # fmt: skip
+PNEUMONIA = {
+    "1": 22061,
+    "2a": 25496,
+    "2b": 25496,
+    "3a": 26970,
+    "3b": 26970,
+}  # train slices; an epoch has three times these
+
+
+def trained_blocks(model: str, unfreeze: int) -> list[int]:
+    """Returns the numbers of the last stage's blocks that the study trained."""
+    count = MODELS[model][1]
+    if model.startswith("vgg"):  # entries -1, -3, -5, -7 of its features; -1 is a pool
+        return list(range(count, count - unfreeze + 1, -1))
+    return sorted({1 if i == 0 else count - i + 1 for i in range(unfreeze)})
+
+
+def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a", protocol: str = "sound") -> Config:
+    """Arguments: model; unfreeze, 0 to 4; version of COVIDx CT (study: 2a or 3a); protocol, sound or study."""
+    study = one_of("protocol", protocol, PROTOCOLS) == "study"
+    one_of("version", version, ("2a", "3a") if study else PNEUMONIA)
+    name, family = MODELS[one_of("model", model, MODELS)][0], model.rstrip("0123456789")
+    one_of("unfreeze", str(unfreeze), "01234")
+    blocks, stage = trained_blocks(model, unfreeze), 5 if family == "vgg" else 4
+    opened = f"|stage{stage}_block({'|'.join(map(str, blocks))})/" if blocks else ""
+    tune = f"blocks:{unfreeze}" if unfreeze else "head"
+    frozen = OptimConfig(tune="all", freeze=f"^(?!head/{opened})") if study else OptimConfig(tune=tune)
+    epochs = 3 if study and version == "2a" else 10
+    augment = preset("covidx_transfer")
+    return Config(
+        name=slug("covidx_ct", model, f"k{unfreeze}", version, "study" if study else ""),
+        data=DataConfig(dataset=f"covidx_ct/{version}", protocol=protocol, sampling="natural" if study else "balanced"),
+        input=InputSpec(
+            size=(224, 224),
+            channels=1,
+            crop="center" if study else "box",
+            crop_size=(340, 380) if study else (0, 0),
+            mean=(0.65474,) if version.startswith("3") else (0.6349431,),
+            std=(0.32605055,),
+        ),
+        augment=augment if study else replace(augment, flip_vertical=0.0),
+        model=ModelConfig(
+            name=name,
+            weights="torchvision_v1",
+            gray="slice",  # the green slice of the first kernel
+            momentum=0.9,
+            batch_norm="update",  # the statistics of frozen norms follow the batch, in torch's training mode
+            head=HeadConfig(hidden_dropout=0.5) if family == "vgg" else HeadConfig(),
+        ),
+        optim=replace(frozen, name="adam", lr=1e-4, eps=1e-8),
+        train=TrainConfig(
+            batch_size=64,
+            steps=round(epochs * 3 * PNEUMONIA[version] / 64),
+            eval_steps=round(3 * PNEUMONIA[version] / 64),
+            monitor="slice.f1_macro",
+            keep="last" if study else "best",
+        ),
+    )

@@ -1,0 +1,86 @@
+"""iCTCF: CT slices of COVID-negative, COVID-positive, or no lung at all; nine networks from random weights, 512 px.
+
+    python -m lungjax.prepare --dataset=ictcf/features --source=DIR
+    python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
+    python -m lungjax.prepare --dataset=ictcf/oversampled-features --source=DIR
+    python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
+
+Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. Published test accuracy: EfficientNetV2-B0
+.9575, B1 .9367, B2 .9460, ConvNeXt-Tiny .4310, Small .9410, Base .9596, ResNet50V2 .9571, 101 .9299, 152 .5911. Cost
+there, an epoch of 19,585 slices: 110 s (B0, RTX 4090) to 1,239 s (ConvNeXt-Base, A100), ten epochs. Days on a CPU: a
+slice of 512 px is 5.2 times one of 224, and tests/benchmarks/README.md has those. Not run by us on the real set.
+
+| | study | sound |
+| --- | --- | --- |
+| images | 19,685 and 8,294 turned copies, drawn before the split | the real ones, turned and shifted in training |
+| balance | 9,979 / 9,000 / 9,000, val and test too | train draws each class equally often; val and test as they are |
+| splits | by slice | by blocks of neighbouring slices |
+| ConvNeXt, ResNetV2 | fed 0..255 | fed -1..1, as EfficientNetV2 |
+| weights tested | last of 10 epochs | best AUC on val of at most 20 epochs, patience 5 |
+
+Both read the stage `features`, the study's own picture of the lungs; `--set=data.dataset=ictcf` takes plain slices.
+
+Not to be trusted: all test scores. Copies of a slice, and its neighbours, are on both sides of the split. Of the test
+images of pCT about 56 % are made up, of niCT 37 %. The last epoch was tested while validation jumped: ConvNeXt-Tiny
+(.93 on val at best) and ResNet152V2 (.84) would rank elsewhere. Published confusion matrices come from rounded
+probabilities. "Early stopping" with patience 10 in 10 epochs never acts.
+Not repeatable: which copies were drawn (unseeded), and Keras's AdamW, which decays norms and biases as well.
+"""
+
+from lungjax.config import (
+    PROTOCOLS,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    HeadConfig,
+    InputSpec,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from lungjax.presets import one_of, preset, slug
+
+BATCHES = {  # derived from the steps of the published logs
+    "efficientnetv2_b0": 32, "efficientnetv2_b1": 32, "efficientnetv2_b2": 64,
+    "convnext_tiny": 32, "convnext_small": 16, "convnext_base": 12,
+    "resnet50v2": 16, "resnet101v2": 16, "resnet152v2": 14,
+}  # fmt: skip
+
+
+def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol: str = "sound") -> Config:
+    """Arguments: model; weights, none as in the study or imagenet (then each brings its own range); protocol."""
+    study = one_of("protocol", protocol, PROTOCOLS) == "study"
+    one_of("model", model, BATCHES)
+    one_of("weights", weights, ("none",) if study else ("none", "imagenet"))
+    resnet, convnext = model.startswith("resnet"), model.startswith("convnext")
+    half = (128 / 255,)  # pixel / 128 - 1
+    # For one channel Keras's ConvNeXt has no normaliser, and its ResNetV2 never has one.
+    raw = study and (resnet or convnext)
+    mean, std = ((0.0,), (1 / 255,)) if raw else (half, half)
+    # Without its top, Keras's ConvNeXt ends in a norm before the pool. Weights have a norm of their own.
+    top = HeadConfig(norm_before_pool="layer" if convnext else None, norm_after_pool="batch", dropout=0.2)
+    head = top if weights == "none" else HeadConfig(dropout=0.2)
+    return Config(
+        name=slug("ictcf", model, weights if weights != "none" else "", "study" if study else ""),
+        data=DataConfig(
+            dataset="ictcf/oversampled-features" if study else "ictcf/features",
+            protocol=protocol,
+            sampling="natural" if study else "balanced",
+        ),
+        input=InputSpec(
+            size=(512, 512),
+            channels=1,
+            interpolation="bicubic",  # only larger slices are resized at all, by PIL
+            mean=mean if weights == "none" else None,
+            std=std if weights == "none" else None,
+        ),
+        augment=AugmentConfig() if study else preset("ictcf"),
+        model=ModelConfig(name=model, weights=weights, drop_path=0.0 if convnext else None, head=head),
+        optim=OptimConfig(name="adamw", lr=0.01, weight_decay=1e-3) if resnet else OptimConfig(name="adam", lr=1e-3),
+        train=TrainConfig(
+            batch_size=BATCHES[model],
+            epochs=10 if study else 20,
+            patience=0 if study else 5,
+            keep="last" if study else "best",
+        ),
+    )
