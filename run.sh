@@ -6,6 +6,9 @@
 #   ./run.sh prepare --dataset=NAME ...       any flag of python -m lungjax.prepare
 #   ./run.sh explore --dataset=NAME           any flag of python -m lungjax.explore
 #   ./run.sh weights --list                   any flag of python -m lungjax.weights
+#   ./run.sh tables --list                    any flag of python -m lungjax.tables
+#   ./run.sh explain --workdir=RUN ...        any flag of python -m lungjax.explain
+#   ./run.sh compare RUN_A RUN_B              python -m lungjax.compare
 #   ./run.sh test [pytest arguments]          the tests
 #
 # LUNGJAX_ACCEL=cpu|cuda|tpu chooses jax's packages (default: what the machine has); PYTHON the interpreter.
@@ -56,7 +59,7 @@ case ${1:-} in
     shift
     install "$accel,test"
     cd "$here" && exec "$venv/bin/python" -m pytest "$@" ;;
-  prepare | explore | weights)
+  prepare | explore | weights | tables | explain | compare)
     command=$1
     shift
     install "$accel"

@@ -119,7 +119,8 @@ class HeadConfig:
     """
 
     pool: str | None = None  # one of POOLS
-    norm_before_pool: str | None = None  # one of NORMS, followed by ReLU (pre-activation networks)
+    # One of NORMS; ReLU follows batch and group (pre-activation networks), not layer (Keras's ConvNeXt without top).
+    norm_before_pool: str | None = None
     norm_after_pool: str | None = None  # one of NORMS (ConvNeXt: layer)
     hidden: tuple[int, ...] | None = None  # widths of dense layers before the last one
     activation: str | None = None  # one of ACTIVATIONS, after each hidden layer
@@ -172,7 +173,9 @@ class OptimConfig:
     nesterov: bool = False  # sgd
     b1: float = 0.9  # adam, adamw
     b2: float = 0.999  # adam, adamw
-    eps: float = 1e-7  # adam, adamw, rmsprop (Keras's value; torch has 1e-8)
+    # adam, adamw, rmsprop. Keras's number (torch has 1e-8), added as in the paper, after the moments are corrected for
+    # their start at zero; Keras adds it before, where it weighs 32 times as much at the first step.
+    eps: float = 1e-7
     weight_decay: float = 0.0  # decoupled; kernels only, never norms or biases
     clip_norm: float = 0.0  # global gradient norm; 0 is off
     label_smoothing: float = 0.0  # 0..1
@@ -239,7 +242,8 @@ class Config:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the end of an error message: the nearest known names, or all of a few."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    begun = [other for other in known if name and other.startswith(name)]  # half a name before one that looks alike
+    close = [*begun, *(n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in begun)][:3]
     if close:
         return f"the nearest: {', '.join(close)}"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
@@ -283,6 +287,25 @@ def _check_augment(config: Config) -> None:
         )
     if margin and config.input.crop != "box":
         raise ValueError(f"input.box_margin={margin} needs input.crop=box")
+
+
+def _check_splits(config: Config) -> None:
+    """Raises ValueError for folds that there can't be, or an empty fraction of train."""
+    data, fraction = config.data, config.train.fraction
+    if data.folds and data.folds < 3:
+        raise ValueError(f"data.folds={data.folds}: 3 or more (test, val and train take one part each), or 0")
+    if not 0 <= data.fold < max(data.folds, 1):
+        there = (
+            f"the parts of data.folds={data.folds} are 0 to {data.folds - 1}" if data.folds else "there are no folds"
+        )
+        raise ValueError(f"data.fold={data.fold}: {there}")
+    if data.folds and data.protocol != "sound":
+        raise ValueError(
+            f"data.folds={data.folds} and data.protocol={data.protocol}: a study's splits are what they are; leave one "
+            "of the two out"
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
 
 def check(config: Config) -> None:
@@ -352,3 +375,4 @@ def check(config: Config) -> None:
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
     _check_augment(config)
+    _check_splits(config)

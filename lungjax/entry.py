@@ -3,7 +3,7 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -16,14 +16,22 @@ USER_ERRORS = (
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, of which nothing may be left over, runs `main` and ends the process with its exit code."""
+def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> None:
+    """Parses the flags, runs `main` and ends the process with its exit code.
+
+    `arguments` are the names of what must stand there besides flags, in order; `main` gets it after the program's name,
+    and nothing may be left over.
+    """
 
     def quietly(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
-        if argv[1:]:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}: every flag starts with --")
+        given = argv[1:]
+        if given[len(arguments) :]:
+            what = f"{' '.join(arguments)} and flags, which start with --" if arguments else "every flag starts with --"
+            raise app.UsageError(f"unexpected argument {given[len(arguments)]!r}: {what}")
+        if len(given) < len(arguments):
+            raise app.UsageError(f"{' '.join(arguments[len(given) :])} missing: give {' '.join(arguments)}")
         main(argv)
 
     try:

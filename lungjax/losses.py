@@ -22,7 +22,7 @@ def cross_entropy(
       label_smoothing: 0..1, the part of the target spread evenly over the classes (arXiv 1512.00567).
       positive: the class that the sigmoid logit speaks for; None for softmax.
     """
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     classes = class_weights.shape[0]
     targets = jax.nn.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
     if positive is None:
@@ -38,7 +38,7 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
 
     A sigmoid logit stands against a zero. `positive` is the class that it speaks for; None for softmax.
     """
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if positive is None:
         return logits
     pair = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
@@ -47,7 +47,7 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
 
 def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
     """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid logit."""
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if positive is None:
         return jax.nn.softmax(logits)
     p = jax.nn.sigmoid(logits)

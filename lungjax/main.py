@@ -22,6 +22,14 @@ WORKDIR = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
+FOLDS = flags.DEFINE_integer(
+    "folds", None, "Cross-validation: a run for each of so many parts of the data, and a report over all of them."
+)
+DATASET = flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test the run on.")
+LABEL_MAP = flags.DEFINE_string(
+    "label_map", "", "With --dataset: THEIRS=OURS+OURS,THEIRS=-,... where the class names differ; - leaves one out."
+)
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: what of it is tested.")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "One of several hosts; the same command runs on each.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster is detected.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.")
@@ -38,15 +46,17 @@ def main(_: list[str]) -> None:
     if LIST.value:
         print(experiment.listing())
         return
-    if not EXPERIMENT.value:
+    check_flags()
+    chosen = EXPERIMENT.value or (f"{WORKDIR.value}/config.json" if DATASET.value and WORKDIR.value else "")
+    if not chosen:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
-    config = experiment.load(EXPERIMENT.value)
+    config = experiment.load(chosen)
     for assignment in SET.value:
         config = overrides.override(config, assignment)
     configs.check(config)
-    default = Path("runs") / config.name
-    if MODE.value == "evaluate" and EXPERIMENT.value.endswith("config.json"):
-        default = Path(EXPERIMENT.value).parent  # the run that this configuration was saved in
+    default = Path("runs") / (config.name + (f"_folds{FOLDS.value}" if FOLDS.value is not None else ""))
+    if MODE.value == "evaluate" and chosen.endswith("config.json"):
+        default = Path(chosen).parent  # the run that this configuration was saved in
     workdir = Path(WORKDIR.value) if WORKDIR.value else default
     if COMPILE_FOR.value:
         machine.without_tpu()
@@ -56,16 +66,33 @@ def main(_: list[str]) -> None:
         print(pod.compile_for(config, COMPILE_FOR.value, Path(DATA_DIR.value)).text())
         return
     prepare_jax()
-    from lungjax import hosts, train  # here, after the flags, since they import jax
+    from lungjax import crossval, external, hosts, train  # here, after the flags, since they import jax
 
     address = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if MULTIHOST.value or any(part is not None for part in address):
         hosts.start(*address)
     weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
+    data_dir = Path(DATA_DIR.value)
     with hosts.none_left_behind():
-        report = train.run(config, workdir, Path(DATA_DIR.value), MODE.value, weights_dir)
+        if DATASET.value:
+            report = external.evaluate(config, workdir, data_dir, DATASET.value, LABEL_MAP.value, SPLIT.value)
+        elif FOLDS.value is not None:
+            report = crossval.run(config, FOLDS.value, workdir, data_dir, MODE.value, weights_dir)
+        else:
+            report = train.run(config, workdir, data_dir, MODE.value, weights_dir)
     if hosts.first():
         print(f"Report: {report}")
+
+
+def check_flags() -> None:
+    """Raises UsageError for flags that say nothing together."""
+    if DATASET.value and (MODE.value != "evaluate" or FOLDS.value is not None):
+        raise app.UsageError("--dataset=OTHER tests a run that is there: it needs --mode=evaluate, and not --folds")
+    if DATASET.value and WORKDIR.value and not Path(WORKDIR.value, "config.json").is_file():
+        raise app.UsageError(f"--workdir={WORKDIR.value}: no config.json there, so no run to test")
+    given = [f"--{flag.name}" for flag in (LABEL_MAP, SPLIT) if flag.present]
+    if given and not DATASET.value:
+        raise app.UsageError(f"{given[0]} is of another data set: it needs --dataset=OTHER and --mode=evaluate")
 
 
 def prepare_jax() -> None:

@@ -14,7 +14,15 @@ the one of the highest probability (the first of equals):
 `_macro` is the plain mean over the classes, `_weighted` the mean weighted by the classes' true counts, and
 `_micro` pools all example-class pairs into one two-class problem. `balanced_accuracy` is the mean recall, so
 it equals `recall_macro`. `loss` is the mean of -log(probability of the true class) in nats, probabilities no
-smaller than 2.2e-16.
+smaller than 2.2e-16. Of calibration:
+
+    ece      expected calibration error: the examples in 15 bins of equal width by their highest probability, and
+             the mean over the examples of |mean probability - share of right ones| of their bin, 0..1 (Guo et al.,
+             arXiv 1706.04599; a bin has its upper edge and not its lower one)
+    brier    mean over the examples of the sum over all classes of (probability - 1 or 0)^2, 0..2 (Brier, Monthly
+             Weather Review 78:1, 1950; half of it is what two classes are often given)
+
+`study` holds what the studies call by these names, see `lungjax.study_metrics`.
 
 A number that has no definition is None and never a made-up one: the recall of a class with no example, the
 precision of a class never predicted, an AUC or average precision without both sides. Means are over the
@@ -23,11 +31,13 @@ classes where the number is defined, and None where it is for none. These are sc
 draws their means down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lungjax import study_metrics
 from lungjax.predictions import Predictions
 
 Level = dict[str, Any]
@@ -35,22 +45,41 @@ Level = dict[str, Any]
 # Per class, in the report's order; each gets a mean over classes with _macro after its name.
 PER_CLASS = ("precision", "recall", "specificity", "npv", "f1", "auc", "average_precision")
 WEIGHTED = ("precision", "recall", "f1", "auc", "average_precision")
+BINS = 15  # of the expected calibration error
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What each of N examples adds to the sums from which a level follows, its areas under curves apart."""
+
+    cells: np.ndarray  # [N] int, label * C + predicted class: its place in the confusion matrix
+    loss: np.ndarray  # [N] float64
+    brier: np.ndarray  # [N] float64
+    bins: np.ndarray  # [N] int, 0..BINS-1, of its highest probability
+    gaps: np.ndarray  # [N] float64, highest probability - (1 if right else 0)
+    named: np.ndarray  # [N, C] bool, the classes of the highest output, as TensorFlow Addons takes them
+    rounded: np.ndarray  # [N] bool, right by rounded probabilities
 
 
 def summarize(
-    labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], ids: np.ndarray | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    ids: np.ndarray | None = None,
+    logits: np.ndarray | None = None,
 ) -> Level:
     """Returns all numbers of one set of examples, JSON-ready: one "level" of the report.
 
-    Keys: `n`, `loss`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of WEIGHTED with
-    `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, a row a true
-    class), `per_class`: {class name: {`n`, ...PER_CLASS}}. Rates are 0..1 or None, see the top of the file.
+    Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
+    WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, a row a true
+    class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, see the top of the file.
 
     Args:
       labels: [N] int, 0..C-1. N may be 0.
       probabilities: [N, C], each row summing to 1.
       classes: C names.
       ids: [N] names for the error messages.
+      logits: [N, C] whose softmax the probabilities are, for `study.auc_micro_logits`.
 
     Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
     """
@@ -58,32 +87,99 @@ def summarize(
     scores = np.asarray(probabilities, dtype=np.float64).reshape(len(labels), len(classes))
     check_probabilities(scores, ids)
     n, c = scores.shape
-    predicted = scores.argmax(axis=1) if n else labels
-    confusion = confusion_matrix(labels, predicted, c)
-    counts = confusion.sum(axis=1)
+    each = terms(labels, scores, logits)
     is_class = labels[:, None] == np.arange(c)  # [N, C]
-    rates = confusion_rates(confusion)
-    rates["auc"] = np.array([auc(is_class[:, i], scores[:, i]) for i in range(c)])
-    rates["average_precision"] = np.array([average_precision(is_class[:, i], scores[:, i]) for i in range(c)])
-    true_score = scores[np.arange(n), labels]
+    confusion = np.bincount(each.cells, minlength=c**2).reshape(c, c)
+    sums = {
+        "confusion": confusion,
+        "loss": each.loss.sum(),
+        "brier": each.brier.sum(),
+        "gaps": np.bincount(each.bins, weights=each.gaps, minlength=BINS),
+        "named": each.named.sum(axis=0),
+        "named_right": (each.named & is_class).sum(axis=0),
+        "rounded": each.rounded.sum(),
+    }
+    areas = {
+        "auc": np.array([auc(is_class[:, i], scores[:, i]) for i in range(c)]),
+        "average_precision": np.array([average_precision(is_class[:, i], scores[:, i]) for i in range(c)]),
+        "auc_micro": auc(is_class.ravel(), scores.ravel()),
+        "average_precision_micro": average_precision(is_class.ravel(), scores.ravel()),
+        "auc_micro_logits": np.nan if logits is None else auc(is_class.ravel(), np.asarray(logits).ravel()),
+    }
+    found = _plain(values(sums, areas, classes))
+    counts = confusion.sum(axis=1)
+    per_class = {name: {"n": int(counts[i]), **found["per_class"][name]} for i, name in enumerate(classes)}
+    return {"n": n, **found, "confusion": confusion.tolist(), "per_class": per_class}
+
+
+def terms(labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None) -> Terms:
+    """Returns what each example adds; `labels` [N] int, `probabilities` [N, C] float64, `logits` [N, C] or None."""
+    n, c = probabilities.shape
+    rows = np.arange(n)
+    predicted = probabilities.argmax(axis=1) if n else labels
+    top = probabilities[rows, predicted]
+    true = probabilities[rows, labels]
+    return Terms(
+        cells=labels * c + predicted,
+        loss=-np.log(np.maximum(true, np.finfo(np.float64).eps)),
+        brier=((probabilities - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1),
+        bins=confidence_bins(top),
+        gaps=top - (predicted == labels),
+        named=study_metrics.named(probabilities if logits is None else np.asarray(logits)),
+        rounded=study_metrics.rounded(probabilities) == labels,
+    )
+
+
+def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
+    """Returns which of `count` equal bins of 0..1 each confidence [N] lies in, [N] int; an edge is the lower bin's."""
+    return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
+
+
+def values(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
+    """Returns the numbers of a level but `n` and `confusion`, NaN where undefined, for any leading axes [...].
+
+    One definition for a set of examples and for each draw of a bootstrap.
+
+    Args:
+      sums: over the examples: "confusion" [..., C, C] counts, "loss", "brier" and "rounded" [...], "gaps" [..., BINS],
+        "named" [..., C], and "named_right" [..., C], of the class's own examples; see `Terms`.
+      areas: "auc" and "average_precision" [..., C]; "auc_micro", "average_precision_micro", "auc_micro_logits" [...].
+      classes: C names.
+    """
+    confusion = sums["confusion"]
+    counts = confusion.sum(axis=-1)
+    n = counts.sum(axis=-1)
+    rates = {**confusion_rates(confusion), "auc": areas["auc"], "average_precision": areas["average_precision"]}
     level: Level = {
-        "n": n,
-        "loss": float(-np.log(np.maximum(true_score, np.finfo(np.float64).eps)).mean()) if n else None,
-        "accuracy": float(confusion.trace() / n) if n else None,
+        "loss": _ratio(sums["loss"], n),
+        "ece": _ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
+        "brier": _ratio(sums["brier"], n),
+        "accuracy": _ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
         "balanced_accuracy": _mean(rates["recall"]),
     }
     for name in PER_CLASS:
         level[f"{name}_macro"] = _mean(rates[name])
         if name in WEIGHTED:
             level[f"{name}_weighted"] = _mean(rates[name], counts)
-    level["auc_micro"] = _number(auc(is_class.ravel(), scores.ravel()))
-    level["average_precision_micro"] = _number(average_precision(is_class.ravel(), scores.ravel()))
-    level["confusion"] = confusion.tolist()
-    level["per_class"] = {
-        name: {"n": int(counts[i]), **{rate: _number(rates[rate][i]) for rate in PER_CLASS}}
-        for i, name in enumerate(classes)
-    }
+    level["auc_micro"] = areas["auc_micro"]
+    level["average_precision_micro"] = areas["average_precision_micro"]
+    level["per_class"] = {name: {rate: rates[rate][..., i] for rate in PER_CLASS} for i, name in enumerate(classes)}
+    level["study"] = study_metrics.values(sums, rates, areas["auc_micro_logits"])
     return level
+
+
+def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
+
+    Counts (`n`, `confusion`, `mixed_groups`) are none, nor are `intervals`.
+    """
+    found: dict[str, Any] = {}
+    for name, value in level.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}.") if prefix or name != "intervals" else {}
+        elif name not in ("n", "confusion", "mixed_groups"):
+            found[prefix + name] = value
+    return found
 
 
 def report_levels(predictions: Predictions) -> dict[str, Any]:
@@ -100,7 +196,13 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
         order = np.argsort(member, kind="stable")
         rows_of = np.split(order, np.cumsum(np.bincount(member))[:-1])
         levels["by_source"] = {
-            str(name): summarize(p.labels[rows], p.probabilities[rows], p.classes, p.ids[rows])
+            str(name): summarize(
+                p.labels[rows],
+                p.probabilities[rows],
+                p.classes,
+                p.ids[rows],
+                None if p.logits is None else p.logits[rows],
+            )
             for name, rows in zip(names, rows_of, strict=True)
         }
     return levels
@@ -111,7 +213,7 @@ def whole_levels(predictions: Predictions) -> dict[str, Any]:
     p = predictions
     patients, mixed = by_patient(p)
     return {
-        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids),
+        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits),
         "patient": summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
         | {"mixed_groups": mixed},
     }
@@ -136,9 +238,8 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """
     p = predictions
     check_probabilities(np.asarray(p.probabilities, dtype=np.float64), p.ids)
-    # A group's name and an example's id live apart: id "7" without a group is not patient "7".
     alone = p.groups == ""
-    keys = np.where(alone, np.char.add("1", p.ids), np.char.add("0", p.groups))
+    keys = patient_keys(p)
     names, first, member, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     n = len(names)
     mixed = np.zeros(n, bool)
@@ -165,6 +266,13 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     return patients, int(mixed.sum())
 
 
+def patient_keys(predictions: Predictions) -> np.ndarray:
+    """Returns [N] str, equal for two examples exactly where they are of one patient."""
+    p = predictions
+    # A group's name and an example's id live apart: id "7" without a group is not patient "7".
+    return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))
+
+
 def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None) -> None:
     """Raises ValueError naming the examples whose row [N, C] is not made of probabilities."""
     p = probabilities
@@ -183,26 +291,20 @@ def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None
             )
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Returns counts [C, C] int64: entry i, j is the number of examples of class i taken for class j."""
-    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall, specificity, npv and f1 of each class, [C] each, NaN where undefined."""
-    hits = np.diag(confusion).astype(np.float64)
-    true, taken, n = confusion.sum(axis=1), confusion.sum(axis=0), confusion.sum()
+    """Returns precision, recall, specificity, npv and f1 of each class, [..., C] each, NaN where undefined.
+
+    `confusion` [..., C, C]: counts, entry i, j of examples of class i taken for class j.
+    """
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
+    true, taken, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
     true_negative = n - true - taken + hits
-    pairs = {
-        "precision": (hits, taken),
-        "recall": (hits, true),
-        "specificity": (true_negative, n - true),
-        "npv": (true_negative, n - taken),
-        "f1": (2 * hits, true + taken),
-    }
     return {
-        name: np.divide(part, whole, out=np.full(len(hits), np.nan), where=whole > 0)
-        for name, (part, whole) in pairs.items()
+        "precision": _ratio(hits, taken),
+        "recall": _ratio(hits, true),
+        "specificity": _ratio(true_negative, n - true),
+        "npv": _ratio(true_negative, n - taken),
+        "f1": _ratio(2 * hits, true + taken),
     }
 
 
@@ -269,13 +371,21 @@ def _cumulated(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np
     return np.append(0.0, hits), np.append(0.0, alarms), np.append(np.inf, ranked[ends])
 
 
-def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None:
-    """Returns the (weighted) mean over the defined values; None if there is none, or no weight on them."""
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole, NaN where the whole is zero."""
+    part = np.asarray(part, dtype=np.float64)
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=np.asarray(whole) != 0)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Returns the (weighted) mean over the last axis's defined values; NaN if there is none, or no weight on them."""
     defined = ~np.isnan(values)
-    weights = np.ones(len(values)) if weights is None else weights
-    whole = weights[defined].sum()
-    return float((values[defined] * weights[defined]).sum() / whole) if whole > 0 else None
+    weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
+    return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
 
 
-def _number(value: float) -> float | None:
+def _plain(value: Any) -> Any:
+    """Turns the numbers of a tree into Python's, NaN into None."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     return None if np.isnan(value) else float(value)

@@ -191,12 +191,7 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
         top -= head
         for k, row in enumerate(rows):
             x, y = gap + k % columns * width, top - k // columns * tile - (tile - text)
-            axis = figure.add_axes((x / whole, y / height, side / whole, (tile - text) / height), anchor="S")
-            image = images[row][..., 0] if images[row].shape[-1:] == (1,) else images[row]
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set(color=color, linewidth=2)
+            _picture(figure, (x / whole, y / height, side / whole, (tile - text) / height), images[row], color)
             said, probability = p.classes[predicted[row]], float(p.probabilities[row, predicted[row]])
             lines = (
                 figures.short(str(p.ids[row]), 27),
@@ -208,6 +203,57 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
                 figure.text(*place, line, fontsize=8.2, color=figures.INK if j else figures.QUIET)
         top -= math.ceil(len(rows) / columns) * tile
     figures.save(figure, path)
+
+
+def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
+    """Draws wrongly named images, each beside itself under a map of where the network looked.
+
+    Args:
+      predictions: of all examples.
+      rows: the M of them to draw, in this order, at least one; see `choose_examples`.
+      images: uint8 [M, h, w, 1 or 3], as the network gets them.
+      heats: [M, h, w], 0..1, how much each pixel spoke for the class that was named.
+      path: the PNG to write.
+    """
+    p = predictions
+    pairs = min(len(rows), 2)  # side by side
+    width, text, gap = 2.05, 0.68, 0.1  # inches: a tile, three lines of text below, between
+    side, pair = width - gap, 2 * width + gap
+    tall = side * min(images.shape[1] / images.shape[2], 2.0)
+    whole = pairs * pair
+    height = math.ceil(len(rows) / pairs) * (tall + text) + 0.1
+    figure = figures.figure(whole, height, layout="none")
+    for k, row in enumerate(rows):
+        x, y = gap + k % pairs * pair, height - 0.1 - k // pairs * (tall + text) - tall
+        for j in range(2):
+            corner = ((x + j * width) / whole, y / height)
+            axis = _picture(figure, (*corner, side / whole, tall / height), images[k], figures.WRONG)
+            if j:
+                axis.imshow(heats[k], cmap="viridis", vmin=0, vmax=1, alpha=0.5)  # as `saliency.overlay`
+        said, true = int(p.predicted[row]), int(p.labels[row])
+        lines = (
+            figures.short(str(p.ids[row]), 54),
+            f"predicted: {_with_share(p, row, said)}",
+            f"true: {_with_share(p, row, true)}",
+        )
+        for j, line in enumerate(lines):
+            place = (x / whole, (y - 0.17 - 0.155 * j) / height)
+            figure.text(*place, line, fontsize=8.2, color=figures.INK if j else figures.QUIET)
+    figures.save(figure, path)
+
+
+def _with_share(p: Predictions, row: int, label: int) -> str:
+    return f"{figures.short(p.classes[label], 36)} {figures.percent(float(p.probabilities[row, label]))}"
+
+
+def _picture(figure: "Figure", place: tuple[float, float, float, float], image: np.ndarray, color: str) -> "Axes":
+    """Puts an image, uint8 [h, w], [h, w, 1] or [h, w, 3], at (left, bottom, width, height) in parts of the figure."""
+    axis = figure.add_axes(place, anchor="S")
+    axis.imshow(image[..., 0] if image.shape[-1:] == (1,) else image, cmap="gray", vmin=0, vmax=255)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set(color=color, linewidth=2)
+    return axis
 
 
 def choose_examples(predictions: Predictions, most: int) -> tuple[list[int], list[int]]:

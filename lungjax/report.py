@@ -1,4 +1,4 @@
-"""What a run leaves behind: report.json for programs, report.md for people, predictions and pictures.
+"""What a run leaves behind: report.json for programs, report.html and report.md for people, predictions, pictures.
 
 `report.json`, version 1. A new key keeps the version; one that goes or changes meaning raises it.
 
@@ -9,22 +9,38 @@
     warnings            [sentences], what to know before believing the numbers
     facts               what the caller knows of data, network, machine and time: dataset, fingerprint,
                         counts, parameters, steps, best_step, seconds, compute_type, devices, device_kind,
-                        hosts, python, versions, commit (of git, "" if unknown), code (digest of lungjax's files)
+                        hosts, python, versions, commit (of git, "" if unknown), code (digest of lungjax's files);
+                        notes, sentences that come first among the warnings; folds and external of the commands
+                        of these names (`lungjax.crossval`, `lungjax.external`)
     test, val           the splits, each:
       .slice            a level over all examples
       .patient          a level over patients (mean probability over a patient's slices), and
         .mixed_groups   patients left out because their slices have different labels
       .by_source.NAME   a level over the examples of each source; no NAME if no source is known
     nolungs             a level over the test slices in which lungs are found, blacked out; where prepared
+    controls            n, accuracy, balanced_accuracy, auc_macro, intervals of nolungs, and of source_only: what the
+                        source of a test image alone tells of its class, where train has several (see
+                        `lungjax.controls`)
+    calibration         where there is a val split: temperature, fitted_on ("val"); test and test_scaled, by that
+                        temperature, with ece, brier, loss each; bins and bins_scaled of the reliability diagram: low,
+                        high, n, confidence, accuracy (see `lungjax.calibration`)
+    operating_points    where there is a val split: CLASS.RULE, RULE being youden or sensitivity_X, with threshold,
+                        chosen on val, and of the test split: sensitivity, specificity, ppv, npv, ppv_at and npv_at at
+                        at_prevalence, tp, fp, fn, tn, intervals (see `lungjax.decisions`); none for a class that val
+                        lacks
+    mistakes            the worst of the test split: id, true, predicted (class names), probability (of that class)
 
 A level, with the definitions and what None means in `lungjax.metrics`:
 
-    n, loss, accuracy, balanced_accuracy,
+    n, loss, ece, brier, accuracy, balanced_accuracy,
     precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,
     precision_weighted, recall_weighted, f1_weighted, auc_weighted, average_precision_weighted,
     auc_micro, average_precision_micro,
     confusion           C lists of C counts, a row a true class
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
+    study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
+    intervals           NAME: [low, high], 95 % by bootstrap over patients (`lungjax.bootstrap`), NAME being such as
+                        accuracy or per_class.CLASS.recall; without what has none. By source only up to 30 sources
 
 So `lookup(report, "test.slice.auc_macro")`, "test.patient.accuracy", "test.by_source.mosmed.confusion".
 Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.", and
@@ -39,13 +55,27 @@ from typing import Any
 
 import numpy as np
 
-from lungjax import metrics, plots, predictions, report_page
+from lungjax import (
+    bootstrap,
+    calibration,
+    controls,
+    decisions,
+    metrics,
+    plots,
+    plots_decisions,
+    predictions,
+    report_html,
+    report_page,
+)
 from lungjax.config import Config, nearest
 from lungjax.predictions import Predictions
 
 VERSION = 1
 FEW = 20  # examples of a class below which its rates are warned about
-TELLING = 0.6  # AUC without lungs from which on it is warned about; 0.5 is chance
+FEW_PATIENTS = 10  # below which intervals are warned about
+SOURCES = 30  # up to which each has intervals
+CONTROL = ("n", "accuracy", "balanced_accuracy", "auc_macro")  # of a level, what is kept of a control
+Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]  # see write_report
 
 
 def write_report(
@@ -55,8 +85,11 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
+    explain: Explain | None = None,
+    summary: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes predictions_SPLIT.csv, plots/*.png, report.json and report.md; returns what report.json holds.
+    """Writes predictions_SPLIT.csv, plots/*.png, report.json, .html and .md; returns what report.json holds.
 
     Args:
       workdir: exists. Each file appears whole or not at all, report.md last.
@@ -66,6 +99,10 @@ def write_report(
       history: rows of metrics.jsonl.
       facts: JSON-ready; see the module's docstring for the known names. Any may be missing.
       read_image: gives the uint8 [h, w, 1 or 3] image of a row of `results["test"]`.
+      explain: gives the heat maps, float32 [B, h, w] of 0..1, of uint8 images [B, h, w, 1 or 3], all of one size, for
+        the classes int [B]; None leaves mistakes.png out.
+      summary: summary.json of the prepared data, and
+      about: what is known of the data set (the fields of `datasets.About`), for report.html.
 
     Raises ValueError if "test" is missing or empty, or for probabilities that are none (see `metrics`).
     """
@@ -74,9 +111,10 @@ def write_report(
     report = assemble(config, results, history, facts)
     for split, predicted in results.items():
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    drawn = draw(workdir / "plots", config, results["test"], history, report, read_image)
+    drawn = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=_plain_number)
     _replace(workdir / "report.json", text + "\n")
+    _replace(workdir / "report.html", report_html.page(config, report, drawn, workdir / "plots", summary, about))
     _replace(workdir / "report.md", report_page.markdown(config, report, drawn))
     return report
 
@@ -88,7 +126,7 @@ def assemble(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the content of report.json; arguments as in `write_report`."""
-    splits = {split: metrics.report_levels(results[split]) for split in ("test", "val") if split in results}
+    splits = {split: _levels(results[split], config) for split in ("test", "val") if split in results}
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {
@@ -100,19 +138,58 @@ def assemble(
         "facts": dict(facts),
         **splits,
     }
-    if "nolungs" in results:
-        report["nolungs"] = metrics.report_levels(results["nolungs"])["slice"]
-    report["warnings"] = [*warnings(config, results, splits, history, step), *_without_lungs(report)]
+    levels = {name: _slice_level(results[name], config) for name in controls.TELLING if name in results}
+    if "nolungs" in levels:
+        report["nolungs"] = levels["nolungs"]
+    report["mistakes"] = _mistakes(results["test"], config.eval.examples)
+    report["controls"] = {
+        name: {key: level[key] for key in CONTROL}
+        | {"intervals": {key: ends for key, ends in level["intervals"].items() if key in CONTROL}}
+        for name, level in levels.items()
+    }
+    if len(results.get("val", ())):
+        chosen = config.eval
+        report["calibration"] = calibration.summary(results["val"], results["test"])
+        report["operating_points"] = decisions.points(
+            results["val"], results["test"], chosen.sensitivity, chosen.prevalence, chosen.draws
+        )
+    told = warnings(config, results, splits, history, step)
+    report["warnings"] = [*facts.get("notes", ()), *told, *controls.warnings(report)]
     return report
 
 
-def _without_lungs(report: Mapping[str, Any]) -> Iterator[str]:
-    whole, none = report["test"]["slice"]["auc_macro"], report.get("nolungs", {}).get("auc_macro")
-    if none is not None and none >= TELLING:
-        yield (
-            f"With the lungs blacked out the network still reaches a test AUC of {none:.3f} ({whole:.3f} with them): "
-            "part of what it reads is not in the lungs."
-        )
+def _levels(p: Predictions, config: Config) -> dict[str, Any]:
+    """Returns `metrics.report_levels` with `intervals` in each level."""
+    levels = metrics.report_levels(p)
+    for unit in bootstrap.UNITS:
+        levels[unit]["intervals"] = _intervals(p, config, unit)
+    if len(levels["by_source"]) <= SOURCES:
+        sources = np.where(p.sources == "", "unknown", p.sources)
+        for name, level in levels["by_source"].items():
+            level["intervals"] = _intervals(bootstrap.taken(p, np.flatnonzero(sources == name)), config)
+    return levels
+
+
+def _slice_level(p: Predictions, config: Config) -> dict[str, Any]:
+    level = metrics.summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits)
+    return level | {"intervals": _intervals(p, config)}
+
+
+def _intervals(p: Predictions, config: Config, unit: str = "slice") -> dict[str, list[float]]:
+    return {name: list(ends) for name, ends in bootstrap.intervals(p, config.eval.draws, unit=unit).items()}
+
+
+def _mistakes(test: Predictions, most: int) -> list[dict[str, Any]]:
+    said = test.predicted
+    return [
+        {
+            "id": str(test.ids[row]),
+            "true": test.classes[test.labels[row]],
+            "predicted": test.classes[said[row]],
+            "probability": float(test.probabilities[row, said[row]]),
+        }
+        for row in plots.choose_examples(test, most)[1]
+    ]
 
 
 def lookup(report: Mapping[str, Any], name: str) -> Any:
@@ -186,6 +263,13 @@ def warnings(
                 f"The val and the test split share {report_page.count(len(both), 'patient')}, such as {min(both)}: the "
                 "weights were chosen with them in sight."
             )
+        yield from decisions.lacking(results["val"])
+    patients = len(np.unique(metrics.patient_keys(p)))
+    if config.eval.draws and patients < FEW_PATIENTS:
+        yield (
+            f"The test images are of {report_page.count(patients, 'patient')}: intervals from so few are too narrow, "
+            "and from one there are none."
+        )
     yield from _source_warnings(p, splits["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if len(scored) > 1 and best_step == scored[-1]:
@@ -215,6 +299,7 @@ def draw(
     history: Sequence[Mapping[str, Any]],
     report: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
+    explain: Explain | None = None,
 ) -> dict[str, str]:
     """Draws every picture into `folder`; returns {file name: what it shows} in the report's order."""
     levels, drawn = report["test"], {}
@@ -225,14 +310,33 @@ def draw(
     plots.roc_curves(test.labels, test.probabilities, test.classes, folder / "roc.png")
     plots.pr_curves(test.labels, test.probabilities, test.classes, folder / "pr.png")
     drawn |= {"roc.png": "ROC curves, test slices", "pr.png": "Precision-recall curves, test slices"}
+    scaled = report.get("calibration", {}).get("bins_scaled")
+    plots_decisions.reliability(calibration.bins(test), scaled, folder / "reliability.png")
+    plots_decisions.decision_curves(test, folder / "decision_curve.png")
+    drawn |= {
+        "reliability.png": "Reliability, test slices: how often a network this sure of itself is right",
+        "decision_curve.png": "Decision curves, test slices: what acting on a probability gains, a class against the "
+        "rest",
+    }
     if config.eval.examples:
         plots.example_sheet(test, read_image, config.eval.examples, folder / "examples.png")
         drawn["examples.png"] = (
             "Test images as the network sees them: right ones, an even choice, and wrong ones, the surest "
             "mistakes first"
         )
-    plots.training_curves(history, folder / "training.png", config.train.monitor, report["best"]["step"])
-    drawn["training.png"] = "Training: the train loss has class weights and label smoothing in it, if set"
+    wrong = plots.choose_examples(test, config.eval.examples)[1]
+    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier report
+    if wrong and explain is not None:
+        images = np.stack([read_image(row) for row in wrong])
+        heats = explain(images, test.predicted[wrong])
+        plots.mistakes(test, wrong, images, heats, folder / "mistakes.png")
+        drawn["mistakes.png"] = (
+            "The worst mistakes on the test split: each image, and where the network looked for the class that it "
+            "named (Grad-CAM: from violet, nothing, to yellow, most of what spoke for that class)"
+        )
+    if history:  # there is none of several runs, or of a run on another data set
+        plots.training_curves(history, folder / "training.png", config.train.monitor, report["best"]["step"])
+        drawn["training.png"] = "Training: the train loss has class weights and label smoothing in it, if set"
     return drawn
 
 

@@ -29,7 +29,7 @@ def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
     """
     mean = jnp.asarray((0.0,) if spec.mean is None else spec.mean, jnp.float32)
     std = jnp.asarray((1.0,) if spec.std is None else spec.std, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    return (images.astype(jnp.promote_types(images.dtype, jnp.float32)) / 255.0 - mean) / std
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from lungjax import config as configs
 from lungjax import (
+    controls,
+    datasets,
     evaluate,
     hosts,
     interrupt,
@@ -27,6 +29,7 @@ from lungjax import (
     program,
     provenance,
     report,
+    saliency,
     sharding,
     state,
     trees,
@@ -34,12 +37,13 @@ from lungjax import (
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import Checkpoints, newest, restore_best
 from lungjax.config import Config
-from lungjax.data import pipeline
+from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.datasets import open_dataset, without_lungs
+from lungjax.datasets import open_dataset, twins, without_lungs
 from lungjax.predictions import Predictions
 from lungjax.program import Program
 from lungjax.progress import Progress, check_monitor
+from lungjax.step import positive_class
 from lungjax.weights import load
 
 MOST_REWINDS = 5  # of train.on_nan=rewind; a run that needs more has another problem than a bad batch
@@ -99,19 +103,29 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         dark = without_lungs(this.data, data_dir)
         if dark is not None:
             results["nolungs"] = predict(this, variables, dark, "test")
+        alone = controls.source_only(this.data)
+        if alone is not None:
+            results["source_only"] = alone
     facts = describe(this) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
-    return write_report(this, results, facts)
+    return write_report(this, results, facts, explainer(this, variables), datasets.told(this.data, data_dir))
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
     """Opens the data and builds what will be compiled; raises ValueError for what doesn't fit together."""
     workdirs.check(workdir, config, mode)
-    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
+    data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
     labels = data.columns["label"][pipeline.train_rows(data)]
     mesh = sharding.make_mesh(config.train.devices)
     return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)
+
+
+def open_data(config: Config, data_dir: Path) -> Prepared:
+    """Returns the run's data set with the splits that its configuration asks for; raises ValueError as its parts do."""
+    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
+    near = twins.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
+    return folds.apply(data, config, near)
 
 
 def train(this: Run, weights_dir: Path | None) -> None:
@@ -326,14 +340,29 @@ def describe(this: Run) -> dict[str, Any]:
     }
 
 
-def write_report(this: Run, results: dict[str, Predictions], facts: dict[str, Any]) -> Path:
-    """Writes predictions, report.json, report.md and the plots (first host only)."""
+def explainer(this: Run, variables: dict[str, Any]) -> report.Explain | None:
+    """Returns what draws Grad-CAM heat maps of images for classes; None if no device holds the whole network."""
+    if this.config.train.shard_params and this.program.mesh.size > 1:
+        return None
+    mine = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
+    positive = positive_class(this.config, this.data.classes)
+    made = saliency.Explainer(this.program.module, mine, this.config.input, positive, this.config.eval.batch_size)
+    return lambda images, targets: made.maps(images, targets)[0]
+
+
+def write_report(
+    this: Run, results: dict[str, Predictions], facts: dict[str, Any], explain: report.Explain | None, told: Any
+) -> Path:
+    """Writes predictions, report.json, .html and .md and the plots (first host only); `told` is of `datasets.told`."""
 
     def write() -> None:
-        reader = pipeline.Reader(this.data, this.config.input)
-        rows = this.data.rows("test")
+        reader, rows = pipeline.Reader(this.data, this.config.input), this.data.rows("test")
         history = logs.read(this.workdir / "metrics.jsonl")
-        report.write_report(this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]))
+        said = report.write_report(
+            this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]), explain, **told
+        )
+        for line in controls.warnings(said):
+            tell(line)
 
     hosts.together(lambda: write() if hosts.first() else None)
     return this.workdir / "report.md"

@@ -1,7 +1,9 @@
 """What the tests share: a small in-memory data set, where real images lie, one compilation cache a session."""
 
+import atexit
 import io
 import os
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,27 @@ from PIL import Image
 
 # Sub-processes of the tests compile the same programs again; one throw-away cache serves them all.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = Path(__file__).parent.parent
 flags.FLAGS.mark_as_parsed()
+
+
+def _shared(registry, name, flag, define=flags.FlagValues.__setitem__):
+    flag.allow_override = True  # each command has its own --workdir; here several are imported into one process
+    define(registry, name, flag)
+
+
+flags.FlagValues.__setitem__ = _shared
+
+
+def without_pictures(patch) -> None:
+    """Reports without pictures, which take half of a small run; for tests that look at weights and numbers alone."""
+    from lungjax import report
+
+    patch.setattr(report, "draw", lambda *_, **__: {})
 
 
 def small_bn():
@@ -56,7 +74,7 @@ def make_small_data():
         records.append({"image": png(image), "label": label, "file": f"{i}.png"})
     split = np.asarray(["train"] * 36 + ["val"] * 11 + ["test"] * 13)
     return Prepared(
-        name="small",
+        name="folder/small",
         classes=("left", "middle", "right"),
         columns={
             "file": np.asarray([f"{i:02}.png" for i in range(n)]),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import png
+from conftest import png, without_pictures
 from weight_writers import CLASSES, HALVED, KERAS, SIDE, install, leaves, write
 
 import lungjax
@@ -18,7 +18,7 @@ RUN = Config(
     model=ModelConfig(name="small", padding="same", epsilon=2e-3, head=HeadConfig(hidden=(6,), dropout=0.0)),
     optim=OptimConfig(lr=3e-3),
     train=TrainConfig(batch_size=8, steps=3, eval_steps=3, monitor="slice.accuracy"),
-    eval=EvalConfig(batch_size=8, examples=1),
+    eval=EvalConfig(batch_size=8, examples=1, draws=0),
 )
 
 
@@ -36,6 +36,7 @@ def workdir(tmp_path_factory, small_data):
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
         patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+        without_pictures(patch)
         train.run(RUN, folder, folder.parent)
     return folder
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import without_pictures
 from test_train import CONFIG, assert_same_step, batch_of, changed, last_weights, make
 
 from lungjax import datasets, losses, models, overrides, step, train
@@ -81,6 +82,7 @@ def test_the_loss_of_mixed_images_is_shared_out_between_their_labels(mixing, mon
 
 def test_an_augmented_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch, small_data):
     monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+    without_pictures(monkeypatch)
     config = changed(CONFIG, "augment=xray_covid_online", "augment.cutmix=1.0", "train.steps=8")
     train.run(config, tmp_path / "whole", tmp_path)
     half = train.set_up
@@ -121,7 +123,8 @@ def phantoms(tmp_path_factory):
     return root
 
 
-def test_a_report_says_what_is_left_without_the_lungs(phantoms, tmp_path):
+def test_a_report_says_what_is_left_without_the_lungs(phantoms, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
     config = changed(
         CONFIG, "data.dataset=phantom_ct/tiny", "input.crop=box", "input.box_margin=0.1", "train.steps=2",
         "train.monitor=slice.loss", "augment=covidnet_ct",

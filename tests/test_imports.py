@@ -11,12 +11,11 @@ PACKAGE = Path(lungjax.__file__).parent
 
 # The first matching prefix counts. Files of one row don't import each other, but for a folder's own files.
 ROWS = [
-    ["config", "predictions", "trees", "interrupt", "html"],
+    ["config", "predictions", "trees", "interrupt", "html", "study_metrics"],
     [
         "presets",
         "losses",
         "metrics",
-        "study_metrics",
         "logs",
         "sharding",
         "state",
@@ -26,9 +25,20 @@ ROWS = [
         "provenance",
         "hlo",
     ],
-    ["bootstrap", "calibration", "overrides", "models", "data", "augment", "optim", "checkpoint", "entry"],
-    ["decisions", "plots", "plots_decisions", "report_page", "experiment", "datasets", "weights", "step", "inference"],
-    ["report_html", "controls", "evaluate", "workdir", "program", "progress", "saliency"],
+    [
+        "bootstrap",
+        "calibration",
+        "overrides",
+        "models",
+        "data",
+        "augment",
+        "optim",
+        "checkpoint",
+        "entry",
+        "report_page",
+    ],
+    ["decisions", "plots", "report_card", "experiment", "datasets", "weights", "step", "inference"],
+    ["plots_decisions", "report_html", "controls", "evaluate", "workdir", "program", "progress", "saliency"],
     ["report", "saliency_quality"],
     ["train", "api", "pod"],
     ["crossval", "external", "tables"],

@@ -200,7 +200,7 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
         def body(module, x):
-            x = layers.Conv(8, 5, groups=-1, strides=2, name="depth")(x)
+            x = layers.Conv(8, 3, groups=-1, strides=2, name="depth")(x)
             return layers.max_pool(layers.Conv(12, 3, padding="VALID", name="dense")(x), 3, 2)
 
         x = pooling.halve(layers.Conv(8, 3, name="stem")(x))

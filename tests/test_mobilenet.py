@@ -1,7 +1,7 @@
 """MobileNet V1, V2 and V3: sizes, what is easy to get wrong by hand, and rules for their weights."""
 
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ V1 = MOBILENET["mobilenet"]
 MODELS = {**MOBILENET, **MOBILENETV2, **MOBILENETV3}
 
 
+@cache
 def leaves(module):
     found = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
     return {c: {path: leaf.shape for path, leaf in flatten(tree).items()} for c, tree in found.items()}

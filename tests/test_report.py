@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import re
@@ -9,7 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lungjax import figures, metrics, plots, predictions, report, report_page
+from lungjax import (
+    bootstrap,
+    calibration,
+    decisions,
+    figures,
+    metrics,
+    plots,
+    plots_decisions,
+    predictions,
+    report,
+    report_page,
+)
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.predictions import Predictions
 
@@ -24,7 +36,9 @@ LONG = (
         "Lung cancer, adenocarcinoma",
     ),
 )
-CONFIG = Config(name="small", train=TrainConfig(monitor="slice.auc_macro"), eval=EvalConfig(examples=3))
+CONFIG = Config(
+    name="small", train=TrainConfig(monitor="slice.auc_macro"), eval=EvalConfig(examples=3, draws=40, prevalence=0.02)
+)
 FACTS = {
     "dataset": "folder/my_hospital",
     "fingerprint": "ab" * 32,
@@ -83,8 +97,19 @@ def test_the_numbers_stand_under_their_documented_names(run):
     saved = json.loads((workdir / "report.json").read_text())
     assert saved["version"] == 1 and saved["classes"] == list(CLASSES)
     for split, p in results.items():
+        held = {**saved[split], **saved[split]["by_source"]}
+        for level in [held.pop("slice"), held.pop("patient"), *saved[split]["by_source"].values()]:
+            assert level.pop("intervals").keys() <= metrics.numbers(level).keys()
         assert saved[split] == json.loads(json.dumps(metrics.report_levels(p)))
+    saved = json.loads((workdir / "report.json").read_text())
     test = results["test"]
+    for unit in ("slice", "patient"):
+        for name, ends in bootstrap.intervals(test, 40, unit=unit).items():
+            assert report.lookup(saved, f"test.{unit}.intervals")[name] == list(ends)
+    mosmed = bootstrap.taken(test, np.flatnonzero(test.sources == "mosmed"))
+    assert report.lookup(saved, "test.by_source.mosmed.intervals")["accuracy"] == list(
+        bootstrap.intervals(mosmed, 40)["accuracy"]
+    )
     at_mosmed = test.sources == "mosmed"
     hits = test.probabilities.argmax(axis=1) == test.labels
     assert report.lookup(saved, "test.slice.accuracy") == pytest.approx(hits.mean())
@@ -99,9 +124,45 @@ def test_the_numbers_stand_under_their_documented_names(run):
     text = report.__doc__.split("A level")[1].split("So `lookup")[0]
     documented = set(re.findall(r"\b[a-z]\w+\b|\bn\b", text.split("None means in `lungjax.metrics`:")[1]))
     level = saved["test"]["slice"]
-    known = {*level, *level["per_class"]["Normal"]}
+    known = {*level, *level["per_class"]["Normal"], *level["study"]}
     assert known <= documented
-    assert documented - known <= {"lists", "of", "counts", "row", "true", "class"}
+    words = """lists of counts row true class as the studies define them low high by bootstrap over patients lungjax
+    being such or without what has none source only up to sources"""
+    assert documented - known <= set(words.split())
+
+
+def test_calibration_and_operating_points_are_chosen_on_val(run):
+    workdir, results = run
+    saved = json.loads((workdir / "report.json").read_text())
+    val, test = results["val"], results["test"]
+    assert saved["calibration"] == calibration.summary(val, test)
+    assert saved["operating_points"] == decisions.points(val, test, 0.95, 0.02, draws=40)
+    point = report.lookup(saved, "operating_points.COVID-19.youden")
+    assert point["threshold"] == decisions.choose(val, 2, "youden") and point["tp"] + point["fn"] == 39
+    text = (workdir / "report.md").read_text()
+    found = {tuple(row[:2]): row[2:] for table in tables(text) for row in table}
+    low, high = point["intervals"]["npv_at"]
+    assert found["COVID-19", "youden"][0] == f"{point['threshold']:.3g}"
+    assert found["COVID-19", "youden"][-1] == f"{point['npv_at']:.3f} ({low:.3f} to {high:.3f})"
+    assert "NPV, at 2 % prevalence" in text and found["COVID-19", "sensitivity 0.95"]
+    assert f"after temperature {saved['calibration']['temperature']:.3f}" in text
+    alone = report.assemble(CONFIG, {"test": test}, HISTORY, FACTS)
+    assert not {"calibration", "operating_points"} & alone.keys()
+    assert "Calibration" not in report_page.markdown(CONFIG, alone, {})
+
+
+def test_controls_have_intervals_and_without_draws_there_are_none():
+    test = make()
+    source = changed(test, probabilities=np.tile(np.float32([0.2, 0.3, 0.5]), (120, 1)))
+    found = report.assemble(CONFIG, {"test": test, "source_only": source, "nolungs": test}, HISTORY, FACTS)
+    assert found["controls"]["source_only"]["intervals"]["auc_macro"] == [0.5, 0.5]
+    assert found["controls"]["nolungs"]["auc_macro"] == found["test"]["slice"]["auc_macro"]
+    assert found["nolungs"]["intervals"] == found["test"]["slice"]["intervals"]
+    assert "AUC 0.500 (0.500 to 0.500)" in report_page.markdown(CONFIG, found, {})
+    config = dataclasses.replace(CONFIG, eval=EvalConfig(draws=0))
+    bare = report.assemble(config, {"test": test, "val": make(1, tag="v")}, HISTORY, FACTS)
+    assert bare["test"]["slice"]["intervals"] == bare["operating_points"]["Normal"]["youden"]["intervals"] == {}
+    assert " to " not in report_page.markdown(config, bare, {}).split("## Results")[1].split("A dash")[0]
 
 
 def test_lookup_names_the_nearest():
@@ -124,7 +185,7 @@ def test_predictions_and_pictures_lie_beside_the_page(run):
     text = (workdir / "report.md").read_text()
     linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert sorted(linked) == sorted(f"plots/{path.name}" for path in (workdir / "plots").iterdir())
-    assert len(linked) == 6
+    assert len(linked) == 8
     for name in linked:
         with Image.open(workdir / name) as picture:
             pixels = np.asarray(picture.convert("L"))
@@ -149,12 +210,14 @@ def test_the_page_says_what_the_numbers_say(run):
     assert all(len({len(row) for row in table}) == 1 for table in found), "a table with ragged rows"
     cells = {row[0]: row[1:] for table in found for row in table}
     columns = [saved[split][level] for split in ("test", "val") for level in ("slice", "patient")]
-    assert cells["accuracy"] == [f"{level['accuracy']:.3f}" for level in columns]
-    assert cells["AUC, mean over classes"] == [f"{level['auc_macro']:.3f}" for level in columns]
+    for name, words in (("accuracy", "accuracy"), ("auc_macro", "AUC, mean over classes"), ("ece", "expected")):
+        wanted = [(level[name], *level["intervals"][name]) for level in columns]
+        shown = next(values for key, values in cells.items() if key.startswith(words))
+        assert shown == [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in wanted]
     confusion = [row[1:] for row in found[2][2:]]
     assert confusion == [[str(n) for n in row] for row in saved["test"]["slice"]["confusion"]]
     mosmed = saved["test"]["by_source"]["mosmed"]
-    assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1] == f"{mosmed['auc_macro']:.3f}"
+    assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
     assert cells["train"] == ["1,234", "30", "40", "1,304"]
     assert "step 40 of 60" in cells["best weights"][0] and "0.8125" in cells["best weights"][0]
     assert cells["time, last start to end"] == ["1 h 2 min"]
@@ -189,6 +252,9 @@ def test_what_to_know_before_believing_is_said():
     constant = changed(p, probabilities=np.tile(np.float32([0.5, 0.3, 0.2]), (120, 1)))
     assert "accuracy of 0.350 is no better than always naming the most frequent class (0.350)" in warned(constant)
     assert "No two test images share a patient" in warned(changed(p, groups=p.ids))
+    assert "of 6 patients: intervals from so few" in warned(make(n=18))
+    lacking = warned(p, changed(make(1, tag="v"), labels=np.arange(120) // 3 % 2))
+    assert "no operating point for COVID-19: the split that thresholds are chosen on has no example" in lacking
     shared = changed(make(1, tag="v"), groups=np.array(["t7"] + [f"v{i // 3}" for i in range(1, 120)]))
     assert "share 1 patient, such as t7" in warned(p, shared)
     tied = warned(changed(p, sources=np.where(p.labels == 2, "mosmed", "cncb")))
@@ -319,6 +385,32 @@ def test_curves_are_those_of_the_metrics(drawn, tmp_path):
             assert f"{area(labels == i, p.probabilities[:, i]):.3f}" in lines[CLASSES[i]].get_label()
         assert re.search("no A(UC|P)$", lines["COVID-19"].get_label())
         assert "all pooled (micro)" in lines
+
+
+def test_reliability_and_decision_curves_show_their_numbers(drawn, tmp_path):
+    p = make(n=40 * 5, classes=LONG[:5])
+    bins = calibration.bins(p)
+    scaled = calibration.bins(calibration.scaled(p, 2.0))
+    plots_decisions.reliability(bins, scaled, tmp_path / "r.png")
+    upper, lower = drawn[0].axes
+    for line, found in zip(upper.lines[1:], (bins, scaled), strict=True):
+        assert line.get_xydata().tolist() == [[b["confidence"], b["accuracy"]] for b in found if b["n"]]
+    assert [bar.get_height() for bar in lower.patches] == [b["n"] for found in (bins, scaled) for b in found]
+    plots_decisions.decision_curves(p, tmp_path / "d.png")
+    plots_decisions.decision_curves(make(), tmp_path / "d.png")
+    for figure, many in ((drawn[1], p), (drawn[2], make())):
+        shown = [axis for axis in figure.axes if axis.get_visible()]
+        assert len(shown) == len(many.classes)
+        for i, axis in enumerate(shown):
+            curve = decisions.net_benefit(many, i)
+            lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+            assert lines["the network"] == curve["model"] and lines["call all"] == curve["all"]
+    for figure in drawn:
+        # The numbers at ticks beyond an axis's end are texts too, though nobody sees them.
+        texts = [(text, box) for text, box in texts_of(figure) if not re.fullmatch("[\u2212\\d.]+", text)]
+        assert len(texts) > 5
+        for (a, box_a), (b, box_b) in itertools.combinations(texts, 2):
+            assert not box_a.overlaps(box_b), f"{a!r} on {b!r}"
 
 
 def test_training_curves_show_what_was_logged(drawn, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import small_bn
+from conftest import small_bn, without_pictures
 from test_train import CONFIG as PLAIN
 from test_train import changed, last_weights, opened  # noqa: F401  (the last one is a fixture)
 
@@ -47,6 +47,7 @@ def untouched(tmp_path_factory, small_data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "small_bn", small_bn())
         patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+        without_pictures(patch)
         train.run(CONFIG, folder / "run", folder)
     return folder / "run"
 

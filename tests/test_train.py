@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_bn
+from conftest import small_bn, without_pictures
 from orbax.checkpoint import v1 as ocp
 
-from lungjax import logs, metrics, models, optim, overrides, predictions, state, step, train, trees
+from lungjax import logs, metrics, models, optim, overrides, predictions, report, state, step, train, trees
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -26,7 +27,7 @@ CONFIG = Config(
     model=ModelConfig(name="simple", head=HeadConfig(dropout=0.2)),
     optim=OptimConfig(lr=3e-3),
     train=TrainConfig(batch_size=8, steps=12, eval_steps=4, log_steps=2, monitor="slice.accuracy"),
-    eval=EvalConfig(batch_size=8, examples=2),
+    eval=EvalConfig(batch_size=8, examples=2, draws=0),
 )
 
 
@@ -34,6 +35,22 @@ CONFIG = Config(
 def opened(monkeypatch, small_data):
     monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
     monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+    without_pictures(monkeypatch)
+
+
+draw = report.draw
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_data):
+    """The folder of a whole run, with every picture; copy it to go on in it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+        patch.setattr(report, "draw", draw)
+        report_path = train.run(CONFIG, folder / "run", folder)
+    assert report_path == folder / "run/report.md" and report_path.is_file()
+    return folder / "run"
 
 
 def changed(config, *assignments):
@@ -49,11 +66,10 @@ def last_weights(workdir: Path, step_number: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_a_run_leaves_everything_it_promises(tmp_path):
+def test_a_run_leaves_everything_it_promises(tmp_path, whole):
     workdir = tmp_path / "run"
-    report_path = train.run(CONFIG, workdir, tmp_path)
+    shutil.copytree(whole, workdir)
     report = json.loads((workdir / "report.json").read_text())
-    assert report_path == workdir / "report.md"
     saved = predictions.read(workdir / "predictions_test.csv")
     assert len(saved.ids) == 13
     np.testing.assert_allclose(jax.nn.softmax(saved.logits), saved.probabilities, atol=1e-6)
@@ -115,15 +131,15 @@ def test_patience_stops_and_stays_stopped(tmp_path):
     assert [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")] == steps
 
 
-def test_another_configuration_is_refused_but_for_free_fields(tmp_path):
-    train.run(CONFIG, tmp_path / "run", tmp_path)
+def test_another_configuration_is_refused_but_for_free_fields(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(ValueError, match=r"optim.lr: 0.003 -> 0.1(.|\n)*--workdir"):
         train.run(changed(CONFIG, "optim.lr=0.1"), tmp_path / "run", tmp_path)
     train.run(changed(CONFIG, "eval.batch_size=5", "data.threads=1"), tmp_path / "run", tmp_path)
 
 
-def test_other_data_or_a_foreign_folder_is_refused(tmp_path, monkeypatch, small_data):
-    train.run(CONFIG, tmp_path / "run", tmp_path)
+def test_other_data_or_a_foreign_folder_is_refused(tmp_path, monkeypatch, small_data, whole):
+    shutil.copytree(whole, tmp_path / "run")
     other = dataclasses.replace(small_data, fingerprint="1" * 64)
     monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: other)
     with pytest.raises(ValueError, match="prepared|other images"):
@@ -217,13 +233,12 @@ def test_dropout_keys_follow_seed_and_step():
     assert at_0 == again and at_0 != at_1
 
 
-def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path):
-    train.run(CONFIG, tmp_path / "run", tmp_path)
+def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path, whole):
     module = models.build(CONFIG.model, 5)
     optimizer = optim.make_optimizer(OptimConfig(), lambda s: 0.1, {})
     fresh = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9).params)
-    source = trees.flatten(restore_best(tmp_path / "run")[0]["params"])
-    config = load.resolve(changed(CONFIG, f"model.weights=run:{tmp_path / 'run'}"))
+    source = trees.flatten(restore_best(whole)[0]["params"])
+    config = load.resolve(changed(CONFIG, f"model.weights=run:{whole}"))
     start = load.leaves(config, module)
     ours = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9, start=start).params)
     assert ours.keys() == fresh.keys() and set(fresh) - set(start) == {"head/dense/kernel", "head/dense/bias"}
@@ -241,7 +256,7 @@ def test_warm_start_takes_all_but_the_head_and_accounts_for_every_name(tmp_path)
     )
     with pytest.raises(ValueError) as error:
         train.run(other, tmp_path / "other", tmp_path)
-    for problem in (*problems, rf"model.weights=run:{tmp_path / 'run'}.* does not fit"):
+    for problem in (*problems, rf"model.weights=run:{whole}.* does not fit"):
         assert re.search(problem, str(error.value)), error.value
     assert not (tmp_path / "other").exists()
 
@@ -269,12 +284,12 @@ def test_a_run_from_another_run_ends_like_the_same_steps_in_one(tmp_path):
 def test_eight_devices_make_the_step_and_the_predictions_of_one(tmp_path, devices):
     """13 test examples in batches of 8 on 8 CPU devices; BatchNorm sees the global batch."""
     script = Path(__file__).parent / "run_small.py"
-    outcomes = []
+    runs = []
     for n in (1, devices):
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(n), "JAX_PLATFORMS": "cpu"}
-        subprocess.run([sys.executable, str(script), str(tmp_path / str(n)), "--tune"], env=env, check=True)
-        outcomes.append(np.load(tmp_path / f"{n}.npz"))
-    one, many = outcomes
+        runs.append(subprocess.Popen([sys.executable, str(script), str(tmp_path / str(n)), "--tune"], env=env))
+    assert [run.wait(300) for run in runs] == [0, 0]
+    one, many = (np.load(tmp_path / f"{n}.npz") for n in (1, devices))
     assert many["devices"] == devices and one["ids"].tolist() == many["ids"].tolist() and len(one["ids"]) == 13
     np.testing.assert_allclose(many["probabilities"], one["probabilities"], atol=1e-4)
     np.testing.assert_allclose(many["mean"], one["mean"], atol=1e-5)

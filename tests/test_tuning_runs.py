@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from conftest import without_pictures
 from orbax.checkpoint import v1 as ocp
 
 from lungjax import models, overrides, train, trees
@@ -22,6 +23,7 @@ TINY = partial(Transfusion, 3, (4, 8, 8), pool=2)
 def opened(monkeypatch, small_data):
     monkeypatch.setitem(models.MODELS, "tiny_cbr", TINY)
     monkeypatch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+    without_pictures(monkeypatch)
 
 
 def changed(config, *assignments):
@@ -43,7 +45,7 @@ SMALL = Config(
     model=ModelConfig(name="tiny_cbr", head=HeadConfig(dropout=0.2)),
     optim=OptimConfig(lr=3e-3),
     train=TrainConfig(batch_size=8, steps=6, eval_steps=2, log_steps=2, monitor="slice.accuracy"),
-    eval=EvalConfig(batch_size=8, examples=1),
+    eval=EvalConfig(batch_size=8, examples=1, draws=0),
 )
 
 
@@ -54,6 +56,7 @@ def source(tmp_path_factory, small_data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "tiny_cbr", TINY)
         patch.setattr(train, "open_dataset", lambda name, *_, **__: small_data)
+        without_pictures(patch)
         train.run(changed(SMALL, "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4"), folder, folder.parent)
     return folder
 

@@ -101,9 +101,14 @@ def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
             "prepare it again with --overwrite"
         )
     window = tuple(described["window"]) if described["window"] else None
+    return Prepared(name, classes, columns, records, window, fingerprint(directory), protocol, described["body"])
+
+
+def fingerprint(directory: Path) -> str:
+    """Returns the hex digest of what the data set in `directory` is, without opening its records."""
     digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
     digest.update((directory / "index.csv").read_bytes())
-    return Prepared(name, classes, columns, records, window, digest.hexdigest(), protocol, described["body"])
+    return digest.hexdigest()
 
 
 class Records:

@@ -6,6 +6,7 @@ Each data set has a module with `ABOUT` and `listing(source, config, options)`; 
 import contextlib
 import difflib
 import importlib
+import json
 import os
 import re
 import secrets
@@ -33,6 +34,7 @@ class Dataset:
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
     drawn: bool = False  # lungjax draws it itself, on first use
     axial: bool = True  # axial CT slices, or maybe: they have stages
+    collection: str = ""  # the name by which other data sets give this one as their source
 
 
 DATASETS: dict[str, Dataset] = {
@@ -40,7 +42,9 @@ DATASETS: dict[str, Dataset] = {
     "nccid_whole_lung": Dataset("default", ("default",), axial=False),
     "ictcf": Dataset("default", ("default", "oversampled")),
     "covid_xray_5k": Dataset("default", ("default",), axial=False),
-    "covid_chestxray": Dataset("covid", ("covid", "findings"), axial=False),
+    "covid_chestxray": Dataset(
+        "covid", ("covid", "findings"), axial=False, collection="COVID-19 image data collection"
+    ),
     "coronahack": Dataset("default", ("default",), axial=False),
     "covid_ct": Dataset("default", ("default",)),
     "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
@@ -127,6 +131,19 @@ def about(base: str) -> About:
     """Returns what a person must know of the data set `base`, a key of DATASETS."""
     found: About = importlib.import_module(f"lungjax.datasets.{base}").ABOUT
     return found
+
+
+def told(data: Prepared, data_dir: Path) -> dict[str, Any]:
+    """Returns what a report says of a prepared data set: its `summary`, and `about`, the fields of its `About`.
+
+    Each is None where there is none: folders of one's own have nothing published about them.
+    """
+    file = prepared.directory(Path(data_dir), data.name) / "summary.json"
+    base = resolve(data.name)[0].base
+    return {
+        "summary": json.loads(file.read_text("utf-8")) if file.exists() else None,
+        "about": None if base == "folder" else vars(about(base)),
+    }
 
 
 def classes(name: str) -> tuple[str, ...]:

@@ -81,16 +81,17 @@ def cross(one: Prepared, other: Prepared) -> str:
     for data in (one, other):
         if resolve(data.name)[0].stage:
             raise ValueError(f"--cross compares whole images, and {data.name} is a stage: give it without")
-    found = protocols.cross(_side(one), _side(other))
+    found = protocols.cross(side(one), side(other))
     lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in found["lines"])]
     return "\n".join([*lines, *(f"  - {pair}" for pair in found["examples"])]) + "\n"
 
 
-def _side(data: Prepared) -> protocols.Side:
-    columns = data.columns
-    files, groups, pixels = (columns[key].tolist() for key in ("file", "group", "pixels"))
+def side(data: Prepared, rows: np.ndarray | None = None) -> protocols.Side:
+    """Returns what `protocols.cross` compares of a prepared data set: all of it, or some of its `rows` [n]."""
+    rows = np.arange(len(data.columns["file"])) if rows is None else rows
+    files, groups, pixels = (data.columns[key][rows].tolist() for key in ("file", "group", "pixels"))
 
-    def read(row: int) -> np.ndarray:
-        return images.gray(images.decode(data.records[row]["image"], data.window))
+    def read(place: int) -> np.ndarray:
+        return images.gray(images.decode(data.records[int(rows[place])]["image"], data.window))
 
-    return protocols.Side(data.name, files, groups, pixels, columns["phash"], read)
+    return protocols.Side(data.name, files, groups, pixels, data.columns["phash"][rows], read)

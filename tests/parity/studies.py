@@ -14,11 +14,11 @@ CBR = {  # kernel, widths, max pool after the last block
 }
 
 
-def build(name: str, side: int) -> Any:
-    """Returns a Keras model with 1000 logits for images [side, side, 3]."""
+def build(name: str, side: int, channels: int = 3, outputs: int = 1000) -> Any:
+    """Returns a Keras model with `outputs` logits for images [side, side, channels]."""
     from keras import Input, Sequential, layers
 
-    stack = [Input((side, side, 3))]
+    stack = [Input((side, side, channels))]
     if name == "xray_cnn":
         for at, width in (("stem", 64), ("stage2", 32)):
             stack += [layers.Conv2D(width, (3, 3), strides=3, activation="relu", name=f"{at}_conv"),
@@ -38,4 +38,4 @@ def build(name: str, side: int) -> Any:
             if number < len(widths) or last_pool:
                 stack.append(layers.MaxPooling2D(3, 2))
         stack.append(layers.GlobalAveragePooling2D())
-    return Sequential([*stack, layers.Dense(1000, name="head.dense")])
+    return Sequential([*stack, layers.Dense(outputs, name="head.dense")])

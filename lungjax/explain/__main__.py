@@ -1,0 +1,84 @@
+"""Shows what a trained network looked at: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
+
+For each image original, heat map and both in one, as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws sheets of a
+whole split, the surest answers first, and `--quality` measures what the maps are worth (`lungjax.saliency_quality`).
+An image that can't be read is named, the rest is done, and the exit code is 1.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from lungjax import api, entry, train
+from lungjax.config import nearest
+from lungjax.data.prepared import SPLITS
+from lungjax.explain import pictures
+from lungjax.saliency import METHODS
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
+IMAGES = flags.DEFINE_list("images", [], "Files and folders: PNG, JPEG, TIFF, BMP, DICOM.")
+SPLIT = flags.DEFINE_enum("split", None, SPLITS, "Draws sheets of this split of the run's data set.")
+QUALITY = flags.DEFINE_bool("quality", False, "Measures the maps: pointing game, deletion curve, sanity check.")
+METHOD = flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, and all for --quality.")
+CLASS = flags.DEFINE_string("class", None, "The class that the maps are about; default each image's predicted one.")
+COUNT = flags.DEFINE_integer("count", None, "Images of --split (default all) or --quality (100).", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/explain.")
+SAVE_MAPS = flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 [H, W] in 0..1, as .npy.")
+DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
+WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
+HU_WINDOW = flags.DEFINE_string("hu_window", "-600/1500", "centre/width in HU for CT in DICOM.")
+flags.adopt_module_key_flags(entry)
+
+
+def main(_: list[str]) -> None:
+    """Checks what was asked for, does it, and names what could not be read."""
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
+    if not (IMAGES.value or SPLIT.value or QUALITY.value):
+        raise app.UsageError("nothing to explain: give --images=FILE,FOLDER, --split=test or --quality")
+    for method in METHOD.value:
+        if method not in METHODS:
+            raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
+    window = _numbers("window", WINDOW.value, ",") if WINDOW.value else None
+    hu_window = _numbers("hu_window", HU_WINDOW.value, "/")
+    run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
+    target = pictures.class_number(run, CLASS.value)
+    explainer, out = pictures.make_explainer(run), Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    methods, bad = METHOD.value or ["gradcam"], []
+    if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
+        print("The last map is one cell: only occlusion and integrated_gradients can tell places apart here.")
+    if IMAGES.value:
+        if run.config.input.crop == "box":
+            print("The network was trained on the box of the body or chest; files bring none, so it gets whole images.")
+        windows = (window or pictures.trained_window(run, data_dir), hu_window)
+        bad += pictures.explain_files(run, explainer, IMAGES.value, methods, target, out, windows, SAVE_MAPS.value)
+    if SPLIT.value:
+        data = train.open_data(run.config, data_dir)
+        for method in methods:
+            folder = out / f"{SPLIT.value}_{method}"
+            bad += pictures.explain_split(run, explainer, data, SPLIT.value, method, target, folder, COUNT.value)
+    if QUALITY.value:
+        count = COUNT.value or pictures.TO_MEASURE
+        bad += pictures.measure_quality(run, explainer, data_dir, METHOD.value or METHODS, target, out, count)
+    print(f"Written to {out}")
+    for problem in dict.fromkeys(bad):
+        print(f"lungjax: left out: {problem}", file=sys.stderr)
+    if bad:
+        sys.exit(1)
+
+
+def _numbers(flag: str, text: str, sign: str) -> tuple[float, float]:
+    wanted = {"window": "low,high with low below high", "hu_window": "centre/width with a width above 0"}[flag]
+    try:
+        first, second = (float(part) for part in text.split(sign))
+    except ValueError:
+        raise ValueError(f"--{flag}={text}: wanted {wanted}") from None
+    if not (second > first if flag == "window" else second > 0):
+        raise ValueError(f"--{flag}={text}: wanted {wanted}")
+    return first, second
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,106 @@
+"""How much processor time 95 % intervals of all numbers take, beside a loop over scikit-learn that resamples rows.
+
+    OPENBLAS_NUM_THREADS=1 python tests/benchmarks/bootstrap.py [--draws=2000] [--peer_draws=5]
+
+The peer computes, for each draw, the accuracy, log loss, Brier score, precision, recall, F1, and AUC and average
+precision of each class and pooled: fewer numbers than ours. Its time is scaled from `peer_draws` to `draws`. Both are
+asked for the same draws and must agree.
+"""
+
+import argparse
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn import metrics as sk
+
+from lungjax import bootstrap
+from lungjax.predictions import Predictions
+
+CASES = ((500, 500), (500, 60), (35_000, 35_000), (35_000, 700))  # examples, patients
+CLASSES = ("a", "b", "c")
+
+
+def made(examples: int, patients: int) -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(CLASSES), examples)
+    logits = rng.normal(size=(examples, len(CLASSES))).astype(np.float32)
+    logits[np.arange(examples), labels] += 1.5
+    p = np.exp(logits.astype(np.float64))
+    of = np.arange(examples) if patients == examples else rng.integers(0, patients, examples)
+    return Predictions(
+        ids=np.array([f"i{i}" for i in range(examples)]),
+        groups=np.array([f"p{i}" for i in of]),
+        sources=np.full(examples, ""),
+        labels=labels,
+        probabilities=(p / p.sum(axis=1, keepdims=True)).astype(np.float32),
+        classes=CLASSES,
+        logits=logits,
+    )
+
+
+def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
+    """Intervals by a plain loop."""
+    names, member = np.unique(p.groups, return_inverse=True)
+    rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    probabilities = p.probabilities.astype(np.float64)
+    found: dict[str, list[float]] = {}
+    for counts in np.concatenate(list(bootstrap.patient_draws(len(names), draws, 0, 64)), axis=1).T.astype(int):
+        rows = np.concatenate([rows_of[i] for i in np.repeat(np.arange(len(names)), counts)])
+        labels, s = p.labels[rows], probabilities[rows]
+        said, one_hot = s.argmax(axis=1), np.eye(len(CLASSES))[labels]
+        precision, recall, f1, _ = sk.precision_recall_fscore_support(labels, said, average="macro", zero_division=0)
+        values = {
+            "accuracy": sk.accuracy_score(labels, said),
+            "loss": sk.log_loss(labels, s / s.sum(axis=1, keepdims=True)),
+            "brier": ((s - one_hot) ** 2).sum(axis=1).mean(),
+            "precision_macro": precision,
+            "recall_macro": recall,
+            "f1_macro": f1,
+            "auc_macro": sk.roc_auc_score(one_hot, s),
+            "auc_micro": sk.roc_auc_score(one_hot, s, average="micro"),
+            "average_precision_macro": sk.average_precision_score(one_hot, s),
+            "average_precision_micro": sk.average_precision_score(one_hot, s, average="micro"),
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in found.items()}
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns processor seconds and the result."""
+    start = time.process_time()
+    result = call()
+    return time.process_time() - start, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--peer_draws", type=int, default=5)
+    args = parser.parse_args()
+    print("| examples | patients | numbers | ours, s | memory, MB | loop over scikit-learn, s | ratio |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for examples, patients in CASES:
+        p = made(examples, patients)
+        seconds, found = timed(lambda p=p: bootstrap.intervals(p, args.draws))
+        tracemalloc.start()
+        bootstrap.intervals(p, min(args.draws, 300))
+        memory = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+        peer, wanted = timed(lambda p=p: by_loop(p, args.peer_draws))
+        same = bootstrap.intervals(p, args.peer_draws)
+        for name, ends in wanted.items():
+            np.testing.assert_allclose(same[name], ends, atol=1e-6, err_msg=name)
+        peer *= args.draws / args.peer_draws
+        print(
+            f"| {examples:,} | {patients:,} | {len(found)} | {seconds:.2f} | {memory:.0f} | {peer:.0f} | "
+            f"{peer / seconds:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

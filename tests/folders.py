@@ -1,0 +1,60 @@
+"""Small folders of images for tests: a bright square whose place is the class, prepared as anyone's data set is."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lungjax import datasets
+from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+
+CONFIG = Config(
+    name="small",
+    input=InputSpec(size=(32, 32)),
+    model=ModelConfig(name="small_bn"),
+    optim=OptimConfig(lr=3e-2),
+    train=TrainConfig(batch_size=8, steps=2, eval_steps=2, log_steps=1, monitor="slice.accuracy"),
+    eval=EvalConfig(batch_size=8, examples=1, draws=40),
+)
+
+
+def picture(place: int, seed: int) -> np.ndarray:
+    """A 40 x 40 image of coarse noise, alike to no other seed's, with a square at `place` 0, 1 or 2."""
+    noise = np.random.default_rng(seed).integers(0, 90, (10, 10), dtype=np.uint8)
+    image = np.kron(noise, np.ones((4, 4), np.uint8))
+    image[10:25, 2 + 12 * place : 12 + 12 * place] += 150
+    return image
+
+
+def rows(classes, patients, images=2, splits=None, prefix="p", seed=0):
+    """Rows of labels.csv with their pictures: `patients` of each class, so many images each, two sources."""
+    made = []
+    for place, name in enumerate(classes):
+        for p in range(patients):
+            for i in range(images):
+                number = (place * patients + p) * images + i
+                split = splits[p] if splits else ""
+                made.append(
+                    {"path": f"{prefix}{number:03}.png", "label": name, "split": split,
+                     "group": f"{prefix}{place}_{p}", "source": ("north", "south")[p % 2],
+                     "image": picture(place % 3, 1000 * seed + number)}
+                )  # fmt: skip
+    return made
+
+
+def prepare(root: Path, name: str, made) -> None:
+    """Writes the images of `made` (arrays, or encoded bytes) and prepares them in root/data as folder/NAME."""
+    folder = root / f"in_{name}"
+    folder.mkdir()
+    for row in made:
+        if isinstance(row["image"], bytes):
+            (folder / row["path"]).write_bytes(row["image"])
+        else:
+            Image.fromarray(row["image"]).save(folder / row["path"])
+    with (folder / "labels.csv").open("w", newline="") as file:
+        columns = ["path", "label", "split", "group", "source"]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(made)
+    datasets.write(f"folder/{name}", folder, root / "data", datasets.Options(), quiet=True)
