@@ -81,7 +81,7 @@ def main(_: list[str]) -> None:
         else:
             report = train.run(config, workdir, data_dir, MODE.value, weights_dir)
     if hosts.first():
-        print(f"Report: {report}")
+        print(f"Report: {report.with_suffix('.html')}")
 
 
 def check_flags() -> None:

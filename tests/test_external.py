@@ -69,7 +69,7 @@ def test_another_data_set_is_tested_and_the_run_stays_as_it_is(root, monkeypatch
     with flagsaver.flagsaver(workdir=str(root / "run"), **given):
         main.main([])
     folder = root / "run/external/folder_other"
-    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {folder / 'report.md'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {folder / 'report.html'}"
     assert digests(root / "run") == before
 
     found = predictions.read(folder / "predictions_test.csv")

@@ -65,7 +65,7 @@ def test_from_nothing_to_a_report_killed_on_the_way(tmp_path):
     result = lungjax(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
     assert "Going on from step" in result.stdout
-    assert result.stdout.splitlines()[-1] == "Report: runs/phantom_demo/report.md"
+    assert result.stdout.splitlines()[-1] == "Report: runs/phantom_demo/report.html"
     report = json.loads((tmp_path / "runs/phantom_demo/report.json").read_text())
     assert 0 <= report["test"]["slice"]["accuracy"] <= 1
 
@@ -74,4 +74,4 @@ def test_from_nothing_to_a_report_killed_on_the_way(tmp_path):
     (tmp_path / "runs/phantom_demo").rename(tmp_path / "elsewhere")
     again = lungjax(tmp_path, "--experiment=elsewhere/config.json", "--mode=evaluate")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[-1] == "Report: elsewhere/report.md"
+    assert again.stdout.splitlines()[-1] == "Report: elsewhere/report.html"

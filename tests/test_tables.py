@@ -217,6 +217,26 @@ def test_ours_is_the_mean_over_seeds_and_is_compared_with_what_was_published(tri
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and "not run" in text and found[3].commands[0] in text
 
 
+def test_only_the_sound_protocol_may_lack_a_few_images_of_a_published_split(trial, options, monkeypatch):
+    sound = runs.plan(trial, options)[0]
+    study = replace(
+        sound,
+        folder=sound.folder.with_name("study"),
+        config=overrides.override(sound.config, "data.protocol=study"),
+    )
+    for run in (sound, study):
+        fabricate(run)
+    monkeypatch.setattr(runs, "SPARE", 0.3)
+    for run, counts, kind in (
+        (sound, (10, 6, 5), "finished"),
+        (sound, (10, 6, 6), "other data"),  # a third is too much
+        (sound, (10, 6, 3), "other data"),  # and it never has more
+        (study, (10, 6, 4), "finished"),
+        (study, (10, 6, 5), "other data"),
+    ):
+        assert runs.check(run, options.data_dir, {"val": counts}).kind == kind
+
+
 def test_a_stand_in_never_stands_in_a_study_s_table(trial, options):
     """Whether put there by an override, by other counts, or by a run in the wrong folder."""
     study = f"{trial}:dataset=ct_cov19"
