@@ -81,7 +81,8 @@ def intervals(
     """
     p = _level_of(predictions, draws, unit)
     drawn = _over_draws([p], None, draws, seed)
-    found = {name: interval(values) for name, values in drawn[0].items()}
+    points = _points(p)
+    found = {name: _ends(name, values, points[name]) for name, values in drawn[0].items()}
     return {name: ends for name, ends in found.items() if ends is not None}
 
 
@@ -116,7 +117,7 @@ def over_runs(
         defined = [v for v in values if v is not None]
         mean = float(np.mean(defined)) if len(defined) == k else None
         each = np.stack([found[name] for found in drawn], axis=1)  # [draws, runs]
-        ends = interval(np.where(chosen > 0, chosen * each, 0.0).sum(axis=1) / k)
+        ends = _ends(name, np.where(chosen > 0, chosen * each, 0.0).sum(axis=1) / k, mean)
         result[name] = (mean, *(ends or (None, None)))
     return result
 
@@ -237,6 +238,18 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
         return None
     low, high = np.percentile(defined, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
+    """Returns the interval of a number from its draws; of the calibration error the reflected one.
+
+    A draw repeats examples, which moves the mean of a bin away from its confidence: percentiles of ECE lie too high,
+    often above ECE itself. Reflected at the point (Efron and Tibshirani, ch. 13.4, "basic") they lie as far below.
+    """
+    ends = interval(values)
+    if ends is None or name != "ece" or point is None:
+        return ends
+    return max(0.0, 2 * point - ends[1]), max(0.0, 2 * point - ends[0])
 
 
 def _p_value(differences: np.ndarray) -> float:

@@ -83,6 +83,10 @@ def compare(
         wanted = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
         differences = bootstrap.paired(a, b, wanted, draws, seed, unit) if wanted else {}
         found |= {f"{unit}.{name}": difference for name, difference in differences.items()}
+    if any(".study." in name for name in names):
+        without = [str(run) for run, p in zip((run_a, run_b), splits, strict=True) if p.logits is None]
+        if without:
+            note = f"{note} No logits in {' and '.join(without)}: test again (--mode=evaluate).".strip()
     head = [
         f"- A: `{run_a}` ({reports[0]['name']}, {reports[0]['facts'].get('dataset', '?')})",
         f"- B: `{run_b}` ({reports[1]['name']}, {reports[1]['facts'].get('dataset', '?')})",

@@ -78,8 +78,13 @@ def run(
 
 
 def finished(folder: Path, config: Config, data: Prepared) -> bool:
-    """Returns whether a fold's run was reported; raises ValueError if it is one of another configuration or data."""
+    """Returns whether a fold was trained to its end and reported; ValueError if it is of another configuration or data.
+
+    A report alone says less: --mode=evaluate writes one of an interrupted run.
+    """
     if not (folder / "report.md").exists():  # the file that a run writes last
+        return False
+    if not workdirs.is_trained(folder, json.loads((folder / "report.json").read_text())["facts"]["steps"]):
         return False
     workdirs.check(folder, load.resolve(config), "train")
     workdirs.check_same_data(folder, data)

@@ -1,6 +1,8 @@
 """What the entry files share: a user's mistake ends in a message and exit code 2, a bug in its traceback."""
 
 import errno
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,6 +43,9 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> Non
     except KeyboardInterrupt:
         print("lungjax: stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         if TRACEBACK.value or not _for_the_user(error):
             raise

@@ -47,7 +47,8 @@ def main(_: list[str]) -> None:
         print(experiment.listing())
         return
     check_flags()
-    chosen = EXPERIMENT.value or (f"{WORKDIR.value}/config.json" if DATASET.value and WORKDIR.value else "")
+    saved = f"{WORKDIR.value}/config.json" if MODE.value == "evaluate" and WORKDIR.value else ""
+    chosen = EXPERIMENT.value or saved
     if not chosen:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
     config = experiment.load(chosen)
@@ -88,8 +89,8 @@ def check_flags() -> None:
     """Raises UsageError for flags that say nothing together."""
     if DATASET.value and (MODE.value != "evaluate" or FOLDS.value is not None):
         raise app.UsageError("--dataset=OTHER tests a run that is there: it needs --mode=evaluate, and not --folds")
-    if DATASET.value and WORKDIR.value and not Path(WORKDIR.value, "config.json").is_file():
-        raise app.UsageError(f"--workdir={WORKDIR.value}: no config.json there, so no run to test")
+    if MODE.value == "evaluate" and WORKDIR.value and not Path(WORKDIR.value, "config.json").is_file():
+        raise ValueError(f"--workdir={WORKDIR.value}: no config.json there, so no run to test")
     given = [f"--{flag.name}" for flag in (LABEL_MAP, SPLIT) if flag.present]
     if given and not DATASET.value:
         raise app.UsageError(f"{given[0]} is of another data set: it needs --dataset=OTHER and --mode=evaluate")

@@ -5,7 +5,8 @@
     version             1
     name                of the experiment
     classes             [names] in label order, as in rows and columns of every `confusion`
-    best                step, monitor (the validation metric that chose it), score (None if not logged)
+    best                step of the weights that were tested, monitor (the validation metric that chose it, unless
+                        train.keep is "last"), score (None if not logged)
     warnings            [sentences], what to know before believing the numbers
     facts               what the caller knows of data, network, machine and time: dataset, fingerprint,
                         counts, parameters, steps, best_step, seconds, compute_type, devices, device_kind,
@@ -272,7 +273,7 @@ def warnings(
         )
     yield from _source_warnings(p, splits["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
-    if len(scored) > 1 and best_step == scored[-1]:
+    if config.train.keep == "best" and len(scored) > 1 and best_step == scored[-1]:
         yield "The last validation was the best one: longer training may give better weights."
 
 
@@ -335,7 +336,8 @@ def draw(
             "named (Grad-CAM: from violet, nothing, to yellow, most of what spoke for that class)"
         )
     if history:  # there is none of several runs, or of a run on another data set
-        plots.training_curves(history, folder / "training.png", config.train.monitor, report["best"]["step"])
+        chosen = report["best"]["step"] if config.train.keep == "best" else None
+        plots.training_curves(history, folder / "training.png", config.train.monitor, chosen)
         drawn["training.png"] = "Training: the train loss has class weights and label smoothing in it, if set"
     return drawn
 

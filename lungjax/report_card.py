@@ -58,7 +58,7 @@ def _own_splits(config: Config, facts: Mapping[str, Any]) -> bool:
 def _splits_text(config: Config, facts: Mapping[str, Any]) -> str:
     text = ""
     if "external" in facts:
-        return f"None of it was used in training. Tested ({facts['external']['split']}):"
+        return f"None of the tested images was used in training. Tested ({facts['external']['split']}):"
     if "folds" in facts:
         text = f"Dealt by patient into {config.data.folds} parts, each of which was test once. "
     elif config.data.folds:
@@ -284,7 +284,8 @@ def _evaluation(config: Config, report: Mapping[str, Any], summary: Mapping[str,
     tested = f"{count(test['slice']['n'], 'slice')} of {count(test['patient']['n'], 'patient')}"
     name = facts.get("dataset", config.data.dataset)
     if "external" in facts:
-        return [f"{tested} of {name} ({facts['external']['split']}), which is not the data set of the training images."]
+        other = "the data set" if facts["external"]["trained_on"] == name else "not the data set"
+        return [f"{tested} of {name} ({facts['external']['split']}), which is {other} of the training images."]
     what = "All parts" if "folds" in facts else "A part" if config.data.folds else "The test split"
     how = "of a cross-validation by patient" if config.data.folds or "folds" in facts else f"of protocol {protocol}"
     lines = [

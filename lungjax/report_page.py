@@ -167,12 +167,16 @@ def _training_rows(config: Config, report: Mapping[str, Any]) -> list[list[str]]
     score = "" if best["score"] is None else f" {best['score']:.4f}"
     size = f"{facts['parameters']:,} parameters" if "parameters" in facts else ""
     height, width = config.input.size
-    best_text = f"step {best['step']} of {facts.get('steps', '?')}, by val {_cell(best['monitor'])}{score}"
+    last = config.train.keep == "last"
+    why = (
+        f"the last; val {_cell(best['monitor'])}{score}" if last else f"the best by val {_cell(best['monitor'])}{score}"
+    )
+    tested = f"step {best['step']} of {facts.get('steps', '?')}, {why}"
     rows = [
         ["network", ", ".join(filter(None, [_cell(config.model.name), size]))],
         ["first weights", "random" if config.model.weights == "none" else _cell(config.model.weights)],
         ["input", f"{height} x {width} px, {count(config.input.network_channels, 'channel')}"],
-        ["best weights", "those of each fold" if "folds" in facts else best_text],
+        ["tested weights", "those of each fold" if "folds" in facts else tested],
     ]
     if "seconds" in facts:
         rows.append(["time, last start to end", duration(facts["seconds"])])

@@ -143,6 +143,8 @@ def train(this: Run, weights_dir: Path | None) -> None:
             current, progress = compiled.new_state(start), Progress()
             if config.train.on_nan == "rewind":  # there must be something to go back to
                 checkpoints.save(current, progress.saved())
+        if int(current.step) < compiled.steps and not progress.stopped and hosts.first():
+            workdirs.drop_reports(workdir)
         while True:
             try:
                 return train_loop(this, checkpoints, current, progress, watch)

@@ -83,6 +83,14 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
         pictures.explain_files(run, explainer, [str(tmp_path / "in/cut.png")], ["gradcam"], None, out)
 
 
+def test_no_picture_takes_the_place_of_another(tmp_path):
+    for name in ("x/a.png", "y/a.png", "z/a_2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    given = [str(tmp_path / name) for name in ("x/a.png", "y/a.png", "z/a_2.png")]
+    assert [name for name, _ in pictures.listed(given, [])] == ["a", "a_2", "a_2_2"]
+
+
 def test_dicom_is_read_as_hounsfield_units(run, tmp_path):
     pytest.importorskip("pydicom")
     import scans

@@ -219,14 +219,14 @@ def test_the_page_says_what_the_numbers_say(run):
     mosmed = saved["test"]["by_source"]["mosmed"]
     assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
     assert cells["train"] == ["1,234", "30", "40", "1,304"]
-    assert "step 40 of 60" in cells["best weights"][0] and "0.8125" in cells["best weights"][0]
+    assert "step 40 of 60" in cells["tested weights"][0] and "0.8125" in cells["tested weights"][0]
     assert cells["time, last start to end"] == ["1 h 2 min"]
     assert "eval.examples=3" in cells["fields that differ from the defaults"][0]
 
 
-def warned(test: Predictions, val: Predictions | None = None, history=HISTORY, **facts) -> str:
+def warned(test: Predictions, val: Predictions | None = None, history=HISTORY, config=CONFIG, **facts) -> str:
     results = {"test": test} if val is None else {"test": test, "val": val}
-    found = report.assemble(CONFIG, results, history, FACTS | facts)
+    found = report.assemble(config, results, history, FACTS | facts)
     assert not found["warnings"] or all(
         report_page._cell(line) in report_page.markdown(CONFIG, found, {}) for line in found["warnings"]
     )
@@ -261,6 +261,8 @@ def test_what_to_know_before_believing_is_said():
     assert "one class only: mosmed (COVID-19)." in tied
     assert "All test examples of COVID-19 come from one source, mosmed." in tied
     assert "All test examples of Normal come from one source, cncb." in tied
+    last = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, keep="last"))
+    assert "longer training" not in warned(p, config=last, best_step=60), "the last weights always end the run"
     assert "longer training" in warned(p, best_step=60) and "longer training" not in warned(p, best_step=40)
 
 

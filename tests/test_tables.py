@@ -223,6 +223,7 @@ def test_only_the_sound_protocol_may_lack_a_few_images_of_a_published_split(tria
         sound,
         folder=sound.folder.with_name("study"),
         config=overrides.override(sound.config, "data.protocol=study"),
+        protocol="study",
     )
     for run in (sound, study):
         fabricate(run)
@@ -249,6 +250,12 @@ def test_a_stand_in_never_stands_in_a_study_s_table(trial, options):
 
     for run in runs.plan(trial, options):
         fabricate(run)
+    shorter = replace(options, sets=("train.steps=2", "optim.lr=0.5"), workdir=options.workdir / "shorter")
+    for run in runs.plan(trial, shorter):
+        fabricate(run, 3.0)
+    changed = table(cell(trial))
+    found = results.evaluate(changed, {}, results.Reader(changed, shorter))[0]
+    assert found.ours is not None and found.verdict == "", "another experiment: the published number says nothing of it"
     for counts, kind in (((10, 6, 4), "finished"), ((10, 6, 5), "other data")):
         made = table(cell(trial), counts={"val": counts})
         assert results.Reader(made, options).group(trial).states[0].kind == kind

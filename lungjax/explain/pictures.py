@@ -1,6 +1,7 @@
 """Pictures of what a network looked at, for files and for a whole split, and what its maps are worth."""
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,7 @@ def listed(given: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Path]]:
 
     What is not there, and volumes, are added to `bad`. Two files never get the same name.
     """
-    used: dict[str, int] = {}
+    used: set[str] = set()
     for text in given:
         path = Path(text).expanduser()
         if not path.exists():
@@ -117,8 +118,10 @@ def listed(given: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Path]]:
                 inside = file.relative_to(path) if file != path else Path(file.name)
                 name = "_".join(inside.parts)
                 name = name.removesuffix(inside.suffix) if kind == "image" else name
-                used[name] = used.get(name, 0) + 1
-                yield name if used[name] == 1 else f"{name}_{used[name]}", file
+                free = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+                name = next(other for other in free if other not in used)
+                used.add(name)
+                yield name, file
 
 
 def read_file(path: Path, run: Trained, window: Pair | None, hu_window: Pair) -> np.ndarray:

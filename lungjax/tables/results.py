@@ -147,7 +147,9 @@ class Reader:
             return Result(cell, "not defined", f"{cell.metric} has no value for these predictions", group=group)
         ours, low, high = value
         difference = None if cell.published is None else ours - cell.published
-        verdict = "" if self._table.elsewhere else judge(cell, low, high)
+        # What was overridden is another experiment, which the published number says nothing about.
+        other = self._table.elsewhere or any(run.changed for run in group.runs)
+        verdict = "" if other else judge(cell, low, high)
         return Result(cell, "finished", "", ours, low, high, len(group.runs), difference, verdict, group=group)
 
     def _unfinished(self, cell: Cell, group: Group) -> Result:

@@ -57,6 +57,13 @@ class Run:
     dataset: str  # full name of the data set that the experiment is about, whatever the overrides say
     folder: Path
     arguments: tuple[str, ...]  # of lungjax.main
+    protocol: str = "study"  # of the experiment itself, whatever the overrides say
+    sets: tuple[str, ...] = ()  # the overrides
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Returns the overrides that make another experiment of it; those of speed and memory don't."""
+        return tuple(s for s in self.sets if s.partition("=")[0].strip() not in workdir.FREE_FIELDS)
 
     @property
     def command(self) -> str:
@@ -89,7 +96,7 @@ def plan(name: str, options: Options) -> tuple[Run, ...]:
         arguments += [f"--set={assignment}" for assignment in options.sets]
         arguments += [f"--workdir={folder}", f"--data_dir={options.data_dir}"]
         arguments += [f"--weights_dir={options.weights_dir}"] if options.weights_dir else []
-        runs.append(Run(name, seed, config, dataset, folder, tuple(arguments)))
+        runs.append(Run(name, seed, config, dataset, folder, tuple(arguments), base.data.protocol, tuple(options.sets)))
     return tuple(runs)
 
 
@@ -141,7 +148,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
             f"{now[:12]}: other images, labels or splits",
         )
     # The sound protocol takes the published split but for exact copies, of which a real set has few.
-    spare = SPARE if run.config.data.protocol == "sound" else 0.0
+    spare = SPARE if run.protocol == "sound" else 0.0
     for split, published in counts.items():
         own = held.get(split, [])
         if len(own) != len(published) or any(
