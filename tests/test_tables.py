@@ -345,6 +345,14 @@ def test_missing_runs_are_made_and_one_that_fails_stops_no_other(trial, options,
     assert "Report:" in capfd.readouterr().out
 
 
+def test_what_is_not_prepared_is_said_once_and_not_tried(trial, options):
+    made, said = table(cell(trial, arguments=":dataset=ct_cov19/lungs")), []
+    failures = results.run_missing(made, {}, options, said.append)
+    assert len(failures) == options.seeds and all("ct_cov19/lungs is not prepared" in why for why in failures.values())
+    (line,) = said
+    assert "python -m lungjax.prepare --dataset=ct_cov19/lungs --help" in line
+
+
 def test_ctrl_c_reaches_the_run_once_and_waits_for_it(tmp_path, options, trial, monkeypatch, capfd):
     script = tmp_path / "python"
     script.write_text(

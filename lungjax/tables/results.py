@@ -224,11 +224,18 @@ def run_missing(
     end has saved.
     """
     failures: dict[str, str] = {}
+    lacking: set[str] = set()  # data sets that were said to be
     names = cells.experiments(table, tables)
     for number, name in enumerate(names, 1):
         group = Reader(table, options).group(name)
         for run, state in zip(group.runs, group.states, strict=False):
-            if state.kind in runs.BY_RUNNING:
+            needed = runs.unprepared(run, options.data_dir)
+            if needed and state.kind in runs.BY_RUNNING:
+                failures[run.command] = f"{needed} is not prepared in {options.data_dir}"
+                if needed not in lacking:
+                    say(f"Left out, {failures[run.command]}: python -m lungjax.prepare --dataset={needed} --help")
+                lacking.add(needed)
+            elif state.kind in runs.BY_RUNNING:
                 say(f"[{number}/{len(names)}] {run.command}")
                 code, tail = runs.execute(run)
                 if code:
@@ -352,6 +359,11 @@ def _missing(found: Sequence[Result]) -> list[str]:
         lines.append(f"- {'; '.join(places[:3])}{more}: {text}")
     commands = list(dict.fromkeys(command for r in found for command in r.commands))
     if commands:
+        sets = sorted({run.config.data.dataset for r in found if r.commands and r.group for run in r.group.runs})
+        lines += [
+            "",
+            f"They need these data sets (python -m lungjax.prepare --dataset=NAME --help): {', '.join(sets)}.",
+        ]
         lines += ["", f"## Not run: {len(commands)} commands", "", *[f"    {command}" for command in commands]]
     return lines
 

@@ -196,6 +196,12 @@ def prepared_fingerprint(data_dir: Path, dataset: str) -> str:
     return prepared.fingerprint(where) if prepared.is_prepared(where) else ""
 
 
+def unprepared(run: Run, data_dir: Path) -> str:
+    """Returns the name of the run's data set if it must be prepared first, "" if it is there or is drawn."""
+    parts, entry = datasets.resolve(run.config.data.dataset)
+    return "" if entry.drawn or prepared.is_prepared(prepared.directory(data_dir, parts.full)) else parts.full
+
+
 def listed(numbers: Sequence[int]) -> str:
     """Returns "908 / 388 / 45", or "no"."""
     return " / ".join(f"{n:,}" for n in numbers) or "no"
