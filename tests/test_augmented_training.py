@@ -111,7 +111,7 @@ def test_box_jitter_gets_a_margin_and_the_box_in_it(small_data):
     np.testing.assert_allclose(batch["box"][0], [5 / 30, 5 / 40, 25 / 30, 35 / 40], rtol=1e-6)
     first, train_step = make(config)
     assert np.isfinite(train_step(first, batch)[1]["loss"])
-    with pytest.raises(ValueError, match=r"augment.exterior=0.5: small has no masks of the body"):
+    with pytest.raises(ValueError, match=r"augment.exterior=0.5: folder/small has no masks of the body"):
         next(pipeline.train_batches(data, changed(config, "augment.exterior=0.5"), start=0))
 
 

@@ -144,7 +144,7 @@ def test_quality_of_drawn_and_of_other_data(run, explainer, small_data, tmp_path
     said = []
     pictures.measure_quality(run, explainer, tmp_path, ["gradcam"], None, tmp_path, 5, said.append)
     found = json.loads((tmp_path / "quality.json").read_text())
-    assert "5 images of the test split of small" in found["images"] and found["step"] == 7
+    assert "5 images of the test split of folder/small" in found["images"] and found["step"] == 7
     assert found["methods"].keys() == {"gradcam"} and found["methods"]["gradcam"].keys() == {"deletion", "sanity"}
     assert "lesion?" not in (tmp_path / "quality.md").read_text() and "sanity" in " ".join(said)
     drawn = replace(run, classes=("COVID-19", "Normal", "Pneumonia"), config=overrides.override(

@@ -195,7 +195,8 @@ def test_a_pass_over_a_split_takes_batches_of_the_rule(small_data):
 
     def predict_step(variables, batch):
         seen.append(batch["image"].shape)
-        return {"probabilities": np.full((len(batch["row"]), 3), 1 / 3), "row": batch["row"]}
+        size = len(batch["row"])
+        return {"probabilities": np.full((size, 3), 1 / 3), "logits": np.zeros((size, 3)), "row": batch["row"]}
 
     mesh = sharding.make_mesh()
     evaluate.predict(predict_step, {}, small_data, "test", Config(input=InputSpec(size=(16, 16))), mesh)
