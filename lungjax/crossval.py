@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lungjax import bootstrap, datasets, hosts, metrics, predictions, provenance, report, train
+from lungjax import bootstrap, datasets, hosts, metrics, predictions, progress, provenance, report, train
 from lungjax import config as configs
 from lungjax import workdir as workdirs
 from lungjax.config import Config
@@ -84,7 +84,8 @@ def finished(folder: Path, config: Config, data: Prepared) -> bool:
     """
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
-    if not workdirs.is_trained(folder, json.loads((folder / "report.json").read_text())["facts"]["steps"]):
+    steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]
+    if not progress.ended(folder, load.resolve(config), steps):
         return False
     workdirs.check(folder, load.resolve(config), "train")
     workdirs.check_same_data(folder, data)

@@ -7,12 +7,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lungjax import config as configs
-from lungjax import metrics
+from lungjax import logs, metrics
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
 from lungjax.predictions import Predictions
@@ -53,6 +54,25 @@ class Progress:
             self.waited += 1
             self.stopped = int(0 < config.train.patience <= self.waited)
         return better
+
+
+def logged(workdir: Path) -> int:
+    """Returns the last step in a run's log."""
+    return max((int(row["step"]) for row in logs.read(workdir / "metrics.jsonl")), default=0)
+
+
+def ended(workdir: Path, config: Config, steps: int) -> bool:
+    """Says whether a run was trained to the last of its `steps`, or until its patience ended it; by its log alone.
+
+    A report says less: --mode=evaluate writes one of an interrupted run too.
+    """
+    if logged(workdir) >= steps:
+        return True
+    progress, key = Progress(), f"val.{config.train.monitor}"
+    for row in logs.read(workdir / "metrics.jsonl"):
+        if row.get(key) is not None:
+            progress.judge({config.train.monitor: row[key]}, config, int(row["step"]))
+    return bool(progress.stopped)
 
 
 def check_monitor(config: Config, data: Prepared) -> None:

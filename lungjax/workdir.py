@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lungjax import hosts, overrides
-from lungjax.checkpoint import PROGRESS, newest
+from lungjax.checkpoint import newest
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
 
@@ -70,16 +70,6 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
 def data_facts(data: Prepared) -> dict[str, Any]:
     """What data.json holds: which data, and the classes in label order."""
     return {"dataset": data.name, "classes": list(data.classes), "fingerprint": data.fingerprint}
-
-
-def is_trained(workdir: Path, steps: int) -> bool:
-    """Returns whether training ended there, at the last of `steps` or by patience; a report says nothing of that."""
-    last = newest(workdir, "last")
-    if last is None:
-        return False
-    return last >= steps or bool(
-        json.loads((workdir / "checkpoints/last" / str(last) / PROGRESS).read_text())["stopped"]
-    )
 
 
 def drop_reports(workdir: Path) -> None:

@@ -54,7 +54,8 @@ def quick(config, workdir, data_dir, *_):
         predicted = replace(predicted, logits=np.log(predicted.probabilities))
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
     predictions.write(controls.source_only(data), workdir / "predictions_source_only.csv")
-    (workdir / "report.json").write_text(json.dumps({"facts": {"parameters": 7}}))
+    (workdir / "report.json").write_text(json.dumps({"facts": {"parameters": 7, "steps": 2}}))
+    (workdir / "metrics.jsonl").write_text('{"step": 2}\n')
     (workdir / "report.md").write_text("")
 
 
@@ -107,6 +108,9 @@ def test_folds_are_run_once_each_and_pooled(root, monkeypatch, capsys):
         crossval.run(changed(), 4, workdir, root / "data")
     crossval.run(changed(), 3, workdir, root / "data", mode="evaluate")
     assert begun == [0, 1, 1, 2, 0, 1, 2]
+    (workdir / "fold2/metrics.jsonl").write_text('{"step": 1}\n')  # interrupted, and then evaluated: it has a report
+    crossval.run(changed(), 3, workdir, root / "data")
+    assert begun[7:] == [2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lungjax import logs, metrics, models, optim, overrides, predictions, report
 from lungjax import workdir as workdirs
 from lungjax.checkpoint import newest, restore_best
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
-from lungjax.progress import Progress
+from lungjax.progress import Progress, ended
 from lungjax.weights import load
 
 CONFIG = Config(
@@ -106,7 +106,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
     monkeypatch.setattr(Progress, "judge", die_at_8)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path / "cut", tmp_path)
-    assert not workdirs.is_trained(tmp_path / "cut", 12)
+    assert not ended(tmp_path / "cut", config, 12)
     (tmp_path / "cut/report.json").write_text("of an evaluation in between")
 
     def judge_again(progress, *rest):
@@ -115,7 +115,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
 
     monkeypatch.setattr(Progress, "judge", judge_again)
     train.run(config, tmp_path / "cut", tmp_path)
-    assert workdirs.is_trained(tmp_path / "cut", 12)
+    assert ended(tmp_path / "cut", config, 12)
 
     whole, cut = (last_weights(tmp_path / name, 12) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and len(whole) > 20
@@ -133,7 +133,7 @@ def test_patience_stops_and_stays_stopped(tmp_path):
     train.run(config, tmp_path / "run", tmp_path)
     steps = [r["step"] for r in logs.read(tmp_path / "run" / "metrics.jsonl")]
     assert max(steps) == 4  # 2 is the best so far, 4 is no better
-    assert workdirs.is_trained(tmp_path / "run", 40), "patience ended it"
+    assert ended(tmp_path / "run", config, 40), "patience ended it"
     assert restore_best(tmp_path / "run")[1] == 4, "keep=last tests the last weights, not the best"
     assert json.loads((tmp_path / "run" / "report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)

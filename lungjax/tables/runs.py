@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from lungjax import config as configs
-from lungjax import datasets, experiment, interrupt, logs, overrides, predictions, workdir
+from lungjax import datasets, experiment, interrupt, overrides, predictions, progress, workdir
 from lungjax.checkpoint import newest
 from lungjax.config import Config
 from lungjax.data import prepared
 from lungjax.predictions import Predictions
-from lungjax.progress import Progress
 from lungjax.weights import load
 
 # What a run can be. Only the last one gives numbers.
@@ -133,9 +132,8 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         steps, dataset, fingerprint = facts["steps"], facts["dataset"], facts["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         return State("damaged", f"{report} can't be read: {type(error).__name__} {error}")
-    done = trained(run.folder)
-    if done < steps and not ended_early(run.folder, have):
-        return State("unfinished", f"{run.folder} stopped at step {done} of {steps}")
+    if not progress.ended(run.folder, have, steps):
+        return State("unfinished", f"{run.folder} stopped at step {progress.logged(run.folder)} of {steps}")
     if dataset != run.dataset:
         return State("other data", f"{run.folder} was trained on {dataset}, this table is about {run.dataset}")
     if list(datasets.classes(dataset) or classes) != list(classes):
@@ -173,20 +171,6 @@ def agree(states: Sequence[State]) -> list[State]:
             state = State("other data", f"{why}: they were trained on different images, labels or splits")
         agreed.append(state)
     return agreed
-
-
-def trained(folder: Path) -> int:
-    """Returns how many steps a run has logged."""
-    return max((int(row["step"]) for row in logs.read(folder / "metrics.jsonl")), default=0)
-
-
-def ended_early(folder: Path, config: Config) -> bool:
-    """Says whether a run's validations let its patience end it, as training itself decides."""
-    progress, key = Progress(), f"val.{config.train.monitor}"
-    for row in logs.read(folder / "metrics.jsonl"):
-        if row.get(key) is not None:
-            progress.judge({config.train.monitor: row[key]}, config, int(row["step"]))
-    return bool(progress.stopped)
 
 
 @lru_cache(maxsize=64)
