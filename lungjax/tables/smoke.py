@@ -25,6 +25,7 @@ from lungjax.tables.cells import Cell, Table
 from lungjax.weights import load
 
 LABELS = 64  # of a train split that isn't there
+RATE = 1e-6  # of the two steps
 BATCH = 2  # images of the two steps
 UNKNOWN = ("a", "b")  # classes of a data set whose images say which (folder)
 
@@ -184,7 +185,10 @@ def smallest(config: Config) -> Config:
             config.input, size=models.minimum_size(config.model), crop="none", crop_size=(0, 0), box_margin=0.0
         ),
         model=replace(config.model, weights="none"),
-        optim=replace(config.optim, class_weights="none", schedule="constant", warmup_steps=0, schedule_steps=0),
+        # Images of the smallest size make maps of one cell, whose batch norms give gradients of any size: a small rate.
+        optim=replace(
+            config.optim, lr=RATE, class_weights="none", schedule="constant", warmup_steps=0, schedule_steps=0
+        ),
         train=configs.TrainConfig(batch_size=BATCH, steps=2),
     )
 

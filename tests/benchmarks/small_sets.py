@@ -2,7 +2,7 @@
 
 Two small real sets, prepared as `folder/ct`, `folder/ct-nolungs` and `folder/xray` (experiments/README.md has the
 commands), five starts, three seeds. Runs what is missing, each in a process of its own, then prints the tables; without
---run it prints those of the runs that are there, and the commands of the others. About two hours on 2 cores.
+--run it prints those of the runs that are there, and the commands of the others. Hours on 2 cores.
 """
 
 import argparse
