@@ -26,7 +26,7 @@ from lungjax.weights import load
 
 LABELS = 64  # of a train split that isn't there
 RATE = 1e-6  # of the two steps
-BATCH = 2  # images of the two steps
+BATCH = 8  # images of the two steps: fewer, and norms over single cells blow up a deep network
 UNKNOWN = ("a", "b")  # classes of a data set whose images say which (folder)
 
 
