@@ -9,6 +9,9 @@
 #   ./run.sh tables --list                    any flag of python -m lungjax.tables
 #   ./run.sh explain --workdir=RUN ...        any flag of python -m lungjax.explain
 #   ./run.sh compare RUN_A RUN_B              python -m lungjax.compare
+#   ./run.sh predict --model=RUN PATH...      any flag of python -m lungjax.predict
+#   ./run.sh export --workdir=RUN ...         any flag of python -m lungjax.export; installs the extra `export`
+#   ./run.sh serve --model=RUN                any flag of python -m lungjax.serve; installs the extra `serve`
 #   ./run.sh test [pytest arguments]          the tests
 #
 # LUNGJAX_ACCEL=cpu|cuda|tpu chooses jax's packages (default: what the machine has); PYTHON the interpreter.
@@ -59,10 +62,14 @@ case ${1:-} in
     shift
     install "$accel,test"
     cd "$here" && exec "$venv/bin/python" -m pytest "$@" ;;
-  prepare | explore | weights | tables | explain | compare)
+  prepare | explore | weights | tables | explain | compare | predict | export | serve)
     command=$1
     shift
-    install "$accel"
+    case $command in
+      export | serve) install "$accel,$command" ;;
+      predict) install "$accel,dicom" ;;
+      *) install "$accel" ;;
+    esac
     exec "$venv/bin/python" -m "lungjax.$command" "$@" ;;
   *)
     install "$accel"

@@ -164,17 +164,31 @@ def read(
         array = _pixels(image, f"image {number}")
         if spec.channels == 1 and array.ndim == 3:
             array = np.rint(array).astype(np.uint8)  # colours become gray as in the pipeline, which has 8 bits
-        whole = (0, 0, array.shape[1], array.shape[0])
-        box = np.asarray(whole if boxes is None else boxes[number], np.float32)
-        if trained_on and (trained_on.stage or trained_on.size):
-            from lungjax.datasets import treatment  # here: masks need scikit-image, which few runs do
-
-            array = np.rint(array).astype(np.uint8)  # as its images were when it was prepared
-            array = image_files.gray(array) if trained_on.stage else array
-            array, moved, *_ = treatment.version(array, tuple(box.tolist()), trained_on.stage, trained_on.size)
-            box = np.asarray(moved, np.float32)
-        found.append(image_files.to_input(array, box, spec, 0.0))
+        box = None if boxes is None else boxes[number]
+        stage, size = (trained_on.stage, trained_on.size) if trained_on else ("", None)
+        array, place, _ = keep(array, box, stage, size)
+        found.append(image_files.to_input(array, place, spec, 0.0))
     return np.stack(found)
+
+
+def keep(array: np.ndarray, box: Any, stage: str, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns what a data set keeps of an image: the image, a box in its pixels, and whether its stage was found.
+
+    Args:
+      array: [H, W] or [H, W, 3], uint8, or float32 in 0..255.
+      box: xmin, ymin, xmax, ymax in pixels; None is the whole image.
+      stage: such as "lungs" (`datasets.treatment`); "" is the image as it is.
+      size: height and width of the stored copy; None leaves it.
+    """
+    place = (0.0, 0.0, float(array.shape[1]), float(array.shape[0])) if box is None else tuple(map(float, box))
+    found = True
+    if stage or size:
+        from lungjax.datasets import treatment  # here: masks need scikit-image, which few runs do
+
+        array = np.rint(array).astype(np.uint8)  # as its images were when it was prepared
+        array = image_files.gray(array) if stage else array
+        array, place, _, found = treatment.version(array, place, stage, size)  # type: ignore[arg-type]
+    return array, np.asarray(place, np.float32), found
 
 
 def _pixels(image: Any, what: str) -> np.ndarray:

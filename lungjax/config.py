@@ -33,6 +33,7 @@ BATCH_NORMS = ("with_layer", "update", "frozen")
 STATISTICS = ("global", "per_device")
 ON_NAN = ("stop", "skip", "rewind")
 KEEPS = ("best", "last")
+EXPLANATIONS = ("gradcam", "gradcam_guided", "gradcam++", "integrated_gradients", "occlusion")
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,15 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> Non
     """Parses the flags, runs `main` and ends the process with its exit code.
 
     `arguments` are the names of what must stand there besides flags, in order; `main` gets it after the program's name,
-    and nothing may be left over.
+    and nothing may be left over, unless the last name ends with "..." and stands for one or more.
     """
+    many = bool(arguments) and arguments[-1].endswith("...")
 
     def quietly(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
         given = argv[1:]
-        if given[len(arguments) :]:
+        if given[len(arguments) :] and not many:
             what = f"{' '.join(arguments)} and flags, which start with --" if arguments else "every flag starts with --"
             raise app.UsageError(f"unexpected argument {given[len(arguments)]!r}: {what}")
         if len(given) < len(arguments):
@@ -51,6 +52,28 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> Non
             raise
         print(f"lungjax: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def read_window(text: str) -> tuple[float, float]:
+    """Returns low and high of "low,high". Raises ValueError for anything else."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--window={text}: wanted two numbers low,high such as --window=-160,240") from None
+    if not low < high:
+        raise ValueError(f"--window={text}: low must be below high")
+    return low, high
+
+
+def read_hu_window(text: str) -> tuple[float, float]:
+    """Returns centre and width of "centre/width". Raises ValueError for anything else."""
+    try:
+        centre, width = (float(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--hu_window={text}: wanted centre/width in HU such as -600/1500") from None
+    if width <= 0:
+        raise ValueError(f"--hu_window={text}: the width must be above zero")
+    return centre, width
 
 
 def _for_the_user(error: ValueError | OSError) -> bool:

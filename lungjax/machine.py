@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import os
+from pathlib import Path
 
 # glibc's malloc.h. Its defaults hand every large block back to the kernel, so each training step would fault its
 # buffers in again, page by page; that cost half of a small network's step.
@@ -41,3 +42,19 @@ def keep_freed_memory() -> bool:
     if mallopt is None or not name or not name.endswith("libc.so.6"):
         return False
     return all(mallopt(option, value) == 1 for option, value in SETTINGS.items())
+
+
+def prepare_jax() -> None:
+    """Sets what jax reads when it is imported: memory that stays, the compilation cache, and repeatable GPU sums.
+
+    The cache lies in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where. With it a GPU's choice of
+    kernels is kept as well, so that the next run of this machine computes the same.
+    """
+    keep_freed_memory()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    if "xla_gpu_exclude_nondeterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_exclude_nondeterministic_ops=true".strip()
+        )

@@ -4,7 +4,6 @@ Only the flags are read here; `lungjax.train.run` does the work. Nothing imports
 parsed and the configuration is complete, so a typing mistake is answered at once.
 """
 
-import os
 from pathlib import Path
 
 from absl import app, flags
@@ -61,12 +60,12 @@ def main(_: list[str]) -> None:
     workdir = Path(WORKDIR.value) if WORKDIR.value else default
     if COMPILE_FOR.value:
         machine.without_tpu()
-        prepare_jax()
+        machine.prepare_jax()
         from lungjax import pod
 
         print(pod.compile_for(config, COMPILE_FOR.value, Path(DATA_DIR.value)).text())
         return
-    prepare_jax()
+    machine.prepare_jax()
     from lungjax import crossval, external, hosts, train  # here, after the flags, since they import jax
 
     address = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -94,22 +93,6 @@ def check_flags() -> None:
     given = [f"--{flag.name}" for flag in (LABEL_MAP, SPLIT) if flag.present]
     if given and not DATASET.value:
         raise app.UsageError(f"{given[0]} is of another data set: it needs --dataset=OTHER and --mode=evaluate")
-
-
-def prepare_jax() -> None:
-    """Sets what jax reads when it is imported: memory that stays, the compilation cache, and repeatable GPU sums.
-
-    The cache lies in the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where. With it a GPU's choice of
-    kernels is kept as well, so that the next run of this machine computes the same.
-    """
-    machine.keep_freed_memory()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-    if "xla_gpu_exclude_nondeterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_exclude_nondeterministic_ops=true".strip()
-        )
 
 
 if __name__ == "__main__":

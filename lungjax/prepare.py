@@ -55,11 +55,11 @@ def main(_: list[str]) -> None:
         group_pattern=GROUP.value,
         classes=tuple(CLASSES.value),
         modality=MODALITY.value,
-        hu_windows=tuple(read_hu_window(text) for text in HU.value),
+        hu_windows=tuple(entry.read_hu_window(text) for text in HU.value),
         plane=PLANE.value,
         position=POSITION.value,
     )
-    window = read_window(WINDOW.value) if WINDOW.value else None
+    window = entry.read_window(WINDOW.value) if WINDOW.value else None
     source = Path(SOURCE.value).expanduser() if SOURCE.value else None
     how = {"window": window, "on_bad_image": BAD.value, "on_no_lung": NO_LUNG.value, "overwrite": OVERWRITE.value}
     result = datasets.write(DATASET.value, source, data_dir, options, **how)
@@ -78,28 +78,6 @@ def cross(name: str, other: str, data_dir: Path) -> str:
     from lungjax.datasets import twins  # here: with it come scikit-image and TFDS
 
     return twins.cross(*(datasets.open_dataset(text, data_dir) for text in (name, other)))
-
-
-def read_window(text: str) -> tuple[float, float]:
-    """Returns low and high of "low,high". Raises ValueError for anything else."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--window={text}: wanted two numbers low,high such as --window=-160,240") from None
-    if not low < high:
-        raise ValueError(f"--window={text}: low must be below high")
-    return low, high
-
-
-def read_hu_window(text: str) -> tuple[float, float]:
-    """Returns centre and width of "centre/width". Raises ValueError for anything else."""
-    try:
-        centre, width = (float(part) for part in text.split("/"))
-    except ValueError:
-        raise ValueError(f"--hu_window={text}: wanted centre/width in HU such as -600/1500") from None
-    if width <= 0:
-        raise ValueError(f"--hu_window={text}: the width must be above zero")
-    return centre, width
 
 
 def help_page(arguments: list[str]) -> str | None:

@@ -11,6 +11,8 @@
     facts               what the caller knows of data, network, machine and time: dataset, fingerprint,
                         counts, parameters, steps, best_step, seconds, compute_type, devices, device_kind,
                         hosts, python, versions, commit (of git, "" if unknown), code (digest of lungjax's files);
+                        familiarity, of what share of val and test images it is wrongly said that they are unlike the
+                        training images (`lungjax.familiarity`);
                         notes, sentences that come first among the warnings; folds and external of the commands
                         of these names (`lungjax.crossval`, `lungjax.external`)
     test, val           the splits, each:

@@ -269,6 +269,12 @@ def _metrics(config: Config, report: Mapping[str, Any]) -> list[str]:
     ]
     if report.get("operating_points"):
         lines.append("Thresholds of single classes were chosen on val and tested on test: see Operating points.")
+    false = report["facts"].get("familiarity", {}).get("test")
+    if false:
+        lines.append(
+            "Images unlike the training images are warned about in prediction; wrongly so for "
+            f"{false['alarms']:,} of {false['n']:,} test images."
+        )
     if report["test"]["slice"].get("intervals"):
         lines.append(
             f"95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws. They are of one run "

@@ -5,15 +5,15 @@ need one forward pass and the gradient of the head alone; nothing in them knows 
 logit; of a sigmoid head z for the positive class and -z for the other.
 
 Under valid padding a map shows the inner part of the image, and is laid there (`models.geometry`). The papers and the
-study stretch it over the whole image instead, and so does gradcam_guided. A map says where the
-score came from and not whether it is right to look there: `saliency_quality` measures what a method is worth on a
-trained network. A map without evidence (constant but for rounding, also where the last map is a single cell) is all
-zeros, never noise stretched to 0..1.
+study stretch it over the whole image instead, and so does gradcam_guided. A map says where the score came from and not
+whether it is right to look there: `saliency_quality` measures what a method is worth on a trained network. A map
+without evidence (constant but for rounding, also where the last map is a single cell) is all zeros, never noise
+stretched to 0..1.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -22,11 +22,11 @@ import numpy as np
 from flax import linen as nn
 
 from lungjax import inference, losses, step
-from lungjax.config import Config, InputSpec, nearest
+from lungjax.config import EXPLANATIONS, Config, InputSpec, nearest
 from lungjax.models import convolution, geometry
 from lungjax.models.head import Head
 
-METHODS = ("gradcam", "gradcam_guided", "gradcam++", "integrated_gradients", "occlusion")
+METHODS = EXPLANATIONS
 BASELINES = ("black", "gray", "both")
 EVEN = 1e-5  # of what is added up in a map: its highest and lowest value are no further apart through rounding alone
 EPSILON = 1e-8  # of the CT-COV19 study's min-max
@@ -134,7 +134,7 @@ class Explainer:
             raise ValueError(f"method={method!r}: {nearest(method, METHODS)}")
         images, wanted = self._checked(images, targets)
         if method in CAMS:
-            program = self._program(method, lambda: self._cam(method))
+            program = self._program(method, lambda: self.cam(method))
             return self._over(images, wanted, lambda x, t: program(self._folded, self._head, x, t), 2)
         probabilities = self.probabilities(images)
         wanted = np.where(wanted < 0, probabilities.argmax(-1) if len(images) else wanted, wanted)
@@ -221,9 +221,7 @@ class Explainer:
         if method in CAMS:
             return self.map_size
         height, width = self.spec.size
-        if method == "occlusion":
-            return -(-height // self._stride), -(-width // self._stride)
-        return height, width
+        return (-(-height // self._stride), -(-width // self._stride)) if method == "occlusion" else (height, width)
 
     @property
     def classes(self) -> int:
@@ -251,8 +249,7 @@ class Explainer:
         return {}
 
     @property
-    def _head(self) -> dict[str, Any]:
-        # Unfolded: no norm of the head follows a convolution.
+    def _head(self) -> dict[str, Any]:  # unfolded: no norm of the head follows a convolution
         return {name: (self.variables.get(name) or {}).get("head", {}) for name in ("params", "batch_stats")}
 
     def _program(self, name: str, make: Callable[[], Any]) -> Any:
@@ -266,7 +263,9 @@ class Explainer:
     def _logits(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return self._run(folded, pixels)[0].astype(jnp.float32)
 
-    def _cam(self, method: str) -> Any:
+    def cam(self, method: str, probabilities_of: Callable[[jax.Array], jax.Array] | None = None) -> Any:
+        """Returns one of CAMS as a function of folded and head variables, pixels, targets (-1: the most probable)."""
+        told = probabilities_of or partial(losses.probabilities, positive=self.positive)
         head, guided = Head(self.module.head, self.module.outputs), method == "gradcam_guided"
         places = geometry.places(self._last, self.variables, self._image) if self.align and not guided else None
         places = geometry.over(places, self.spec.size, self.map_size)
@@ -274,7 +273,7 @@ class Explainer:
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._run(folded, pixels)
-            probabilities = losses.probabilities(logits, self.positive)
+            probabilities = told(logits)
             chosen = jnp.where(targets < 0, probabilities.argmax(-1), targets)
             last = features["last"].astype(jnp.float32)
 

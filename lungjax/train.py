@@ -20,10 +20,12 @@ from lungjax import config as configs
 from lungjax import (
     controls,
     datasets,
+    deployment,
     evaluate,
     hosts,
     interrupt,
     logs,
+    metadata,
     metrics,
     overrides,
     program,
@@ -355,14 +357,21 @@ def explainer(this: Run, variables: dict[str, Any]) -> report.Explain | None:
 def write_report(
     this: Run, results: dict[str, Predictions], facts: dict[str, Any], explain: report.Explain | None, told: Any
 ) -> Path:
-    """Writes predictions, report.json, .html and .md and the plots (first host only); `told` is of `datasets.told`."""
+    """Writes predictions, report.json, .html and .md, the plots and model.json (first host only).
+
+    `told` is of `datasets.told`.
+    """
 
     def write() -> None:
         reader, rows = pipeline.Reader(this.data, this.config.input), this.data.rows("test")
         history = logs.read(this.workdir / "metrics.jsonl")
+        known = deployment.look(this.data)
+        found = facts | ({} if known is None else {"familiarity": known.false_alarms})
         said = report.write_report(
-            this.workdir, this.config, results, history, facts, lambda i: reader(rows[i]), explain, **told
+            this.workdir, this.config, results, history, found, lambda i: reader(rows[i]), explain, **told
         )
+        described = deployment.describe(this.config, this.data, results, said, known, told)
+        workdirs.replace(this.workdir / metadata.FILE, described.to_json())
         for line in controls.warnings(said):
             tell(line)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lungjax import hosts, overrides
+from lungjax import hosts, metadata, overrides
 from lungjax.checkpoint import newest
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
@@ -74,7 +74,7 @@ def data_facts(data: Prepared) -> dict[str, Any]:
 
 def drop_reports(workdir: Path) -> None:
     """Removes what was reported of weights that are about to be trained further: nobody must take it for the end's."""
-    for name in ("report.json", "report.html", "report.md"):
+    for name in ("report.json", "report.html", "report.md", metadata.FILE):
         (workdir / name).unlink(missing_ok=True)
 
 
@@ -98,8 +98,8 @@ def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int, held
         _lock(held.enter_context((workdir / "lock").open("a")), workdir)
         check(workdir, config, "train")  # again: between the first time and the lock another run may have been here
         check_same_data(workdir, data)
-        _replace(workdir / "config.json", overrides.to_json(config))
-        _replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
+        replace(workdir / "config.json", overrides.to_json(config))
+        replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
     needed = 4 * state_bytes
@@ -130,8 +130,8 @@ def _check_shared(workdir: Path) -> None:
         raise ValueError(f"{workdir} can't be written from here; every host writes its part of the checkpoints there")
 
 
-def _replace(path: Path, text: str) -> None:
-    # Whole or not at all: a resumed run killed here must find the file that it had.
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all: a resumed run killed here must find the file that it had."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, "utf-8")
     partial.replace(path)

@@ -12,10 +12,11 @@ from conftest import png, small_bn
 from PIL import Image
 from random_weights import random_variables
 
-from lungjax import overrides, train
+from lungjax import intake, overrides, panels, train
 from lungjax.api import Trained
 from lungjax.config import Config, DataConfig, EvalConfig, InputSpec
 from lungjax.explain import pictures
+from lungjax.metadata import Metadata
 from lungjax.models import convolution
 
 CLASSES = ("left", "middle", "right")
@@ -43,6 +44,11 @@ def explainer(run):
     return pictures.make_explainer(run)
 
 
+def found(run, *given, **windows):
+    told = Metadata(run.config.name, run.classes, run.config.input, run.config.data.dataset, **windows)
+    return intake.gather(given, told)
+
+
 def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_path):
     for name, data in {
         "in/a.png": png(PICTURE),
@@ -59,7 +65,7 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     out = tmp_path / "out"
     out.mkdir()
     given = [str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png", "in/notes.txt")]
-    bad = pictures.explain_files(run, explainer, given, ["gradcam"], None, out, save_maps=True)
+    bad = pictures.explain_files(run, explainer, found(run, *given), ["gradcam"], None, out, save_maps=True)
     drawn = sorted(path.name for path in out.glob("*.png"))
     assert drawn == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
     assert len(bad) == 4
@@ -67,7 +73,7 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
         "cut.png": "truncated",
         "gone.png": "no such",
         "deep.png": "16-bit",
-        "notes.txt": "not an",
+        "notes.txt": "can be read",
     }.items():
         assert any(str(tmp_path) in line and name in line and why in line for line in bad), (name, bad)
     # The map is that of the network's input, as prediction reads it.
@@ -77,30 +83,17 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     with Image.open(out / "a_gradcam.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert (pixels.max(-1) - pixels.min(-1) > 60).any()  # colours of a heat map
-    windowed = pictures.explain_files(run, explainer, [given[3]], ["gradcam"], 0, out, ((0.0, 51000.0), (-600, 1500)))
+    deep = found(run, given[3], window=(0.0, 51000.0))
+    windowed = pictures.explain_files(run, explainer, deep, ["gradcam"], 0, out)
     assert not windowed and (out / "deep_gradcam.png").exists()
     with pytest.raises(ValueError, match=r"no image could be read(.|\n)*cut.png"):
-        pictures.explain_files(run, explainer, [str(tmp_path / "in/cut.png")], ["gradcam"], None, out)
+        pictures.explain_files(run, explainer, found(run, str(tmp_path / "in/cut.png")), ["gradcam"], None, out)
 
 
-def test_no_picture_takes_the_place_of_another(tmp_path):
-    for name in ("x/a.png", "y/a.png", "z/a_2.png"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    given = [str(tmp_path / name) for name in ("x/a.png", "y/a.png", "z/a_2.png")]
-    assert [name for name, _ in pictures.listed(given, [])] == ["a", "a_2", "a_2_2"]
-
-
-def test_dicom_is_read_as_hounsfield_units(run, tmp_path):
-    pytest.importorskip("pydicom")
-    import scans
-
-    stored = np.where(PICTURE > 127, 150, -1350) + 2000
-    slice_of = scans.dataset(stored.astype(np.uint16), "CT", RescaleSlope=1, RescaleIntercept=-2000)
-    scans.save(slice_of, tmp_path / "one.dcm")
-    pixels = pictures.read_file(tmp_path / "one.dcm", run, None, (-600.0, 1500.0))
-    whole = pictures.api.read(np.where(PICTURE > 127, 255, 0).astype(np.uint8), SPEC)[0]
-    np.testing.assert_array_equal(pixels, whole)
+def test_no_picture_takes_the_place_of_another():
+    used = set()
+    names = [panels.file_name(name, used) for name in ("a.png", "a.jpg", "a_2.png", "sub/a.png", "../weird name?.png")]
+    assert names == ["a", "a_2", "a_2_2", "sub_a", "weird_name_"]
 
 
 def test_an_unknown_class_gets_the_nearest(run):

@@ -13,7 +13,7 @@ from conftest import small_bn, without_pictures
 from folders import CONFIG, prepare, rows
 from PIL import Image
 
-from lungjax import api, datasets, external, main, models, overrides, predictions, train
+from lungjax import api, datasets, external, machine, main, models, overrides, predictions, train
 from lungjax.datasets import overlap
 from lungjax.predictions import Predictions
 
@@ -64,7 +64,7 @@ def digests(folder):
 
 def test_another_data_set_is_tested_and_the_run_stays_as_it_is(root, monkeypatch, capsys):
     before = digests(root / "run")
-    monkeypatch.setattr(main, "prepare_jax", lambda: None)
+    monkeypatch.setattr(machine, "prepare_jax", lambda: None)
     given = {"mode": "evaluate", "dataset": "folder/other", "label_map": MAP, "data_dir": str(root / "data")}
     with flagsaver.flagsaver(workdir=str(root / "run"), **given):
         main.main([])

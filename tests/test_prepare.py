@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lungjax import datasets
+from lungjax import datasets, entry
 from lungjax import prepare as command
 from lungjax.data import images, phantom, prepared
 from lungjax.datasets import Options, records, staging
@@ -95,10 +95,10 @@ MISTAKES = [
 
 
 def test_a_window_is_two_rising_numbers():
-    assert command.read_window("-160, 240.5") == (-160, 240.5)
+    assert entry.read_window("-160, 240.5") == (-160, 240.5)
     for text in ("9,5", "5,5", "1,2,3", "a,b", "nan,3"):
         with pytest.raises(ValueError, match=f"--window={text}: "):
-            command.read_window(text)
+            entry.read_window(text)
 
 
 def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):

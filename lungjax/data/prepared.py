@@ -49,6 +49,7 @@ class Prepared:
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
     protocol: str = "sound"  # which column of splits counts
     body: bool = False  # records have a mask of the body
+    volumes: Mapping[str, Any] | None = None  # how CT volumes became pictures: hu_windows, plane, position
 
     def rows(self, split: str) -> np.ndarray:
         """Returns the row numbers of a split, int64 [n], in record order.
@@ -101,7 +102,8 @@ def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
             "prepare it again with --overwrite"
         )
     window = tuple(described["window"]) if described["window"] else None
-    return Prepared(name, classes, columns, records, window, fingerprint(directory), protocol, described["body"])
+    known = (name, classes, columns, records, window, fingerprint(directory), protocol, described["body"])
+    return Prepared(*known, described.get("volumes"))
 
 
 def fingerprint(directory: Path) -> str:
@@ -218,7 +220,8 @@ def write_index(
 ) -> None:
     """Writes lungjax.json and then, whole or not at all, index.csv; `label` holds class names.
 
-    `described` holds name, classes, window, study (what protocol=study is, in words), stage, size and body.
+    `described` holds name, classes, window, study (what protocol=study is, in words), stage, size and body, and
+    volumes if some pictures were cut from CT volumes (hu_windows, plane, position).
     """
     (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial = directory / "index.csv.partial"

@@ -73,6 +73,7 @@ def listing(source: Path, config: str, options: Options) -> Listing:
     for column, pattern in (("group", options.group_pattern), ("source", options.source_pattern)):
         if pattern:
             _apply_pattern(rows, column, pattern)
+    cut = any(folder_volumes.kind(row["image"]) in ("dicom", "nifti") for row in rows)
     rows, told, slices = folder_volumes.expand(rows, options)
     notes += told
     alone = sum(1 for row in rows if not row["group"])
@@ -108,6 +109,7 @@ def listing(source: Path, config: str, options: Options) -> Listing:
         "patients" if grouped else "images without a group",
         "the splits as they were given" if any(row["split"] for row in rows) else "",
         options.modality == "ct" if options.modality else slices,
+        {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if cut else None,
     )
 
 

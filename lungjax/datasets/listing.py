@@ -7,6 +7,7 @@ folder as they were downloaded. Nothing here imports TFDS, so help and mistakes 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lungjax.data.splits import parse_study as parse_study
 
@@ -42,6 +43,7 @@ class Listing:
     group_name: str = "patients"  # what a group is, for the summary
     study: str = ""  # what protocol=study is, in words; "" if nobody published or gave a split
     body: bool = False  # CT slices: keep a mask of the body for each, see `lungs.body_mask`
+    volumes: Mapping[str, Any] | None = None  # how CT volumes became pictures: hu_windows, plane, position
 
 
 @dataclass(frozen=True)

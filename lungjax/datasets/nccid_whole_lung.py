@@ -17,6 +17,8 @@ from lungjax.datasets.listing import About, Example, Listing, differences
 CLASSES = ("Others", "WholeLung")  # 0, 1 of the label file
 TABLE = "whole_lung_label.csv"
 SEED = 42  # of both draws of the study
+# How its pictures were cut from the scans; the lung window is the usual one, the study does not say which it took.
+CUT = {"hu_windows": ((-600.0, 1500.0),), "plane": "coronal", "position": "mid"}
 
 ABOUT = About(
     title="mid-coronal CT pictures: the whole lung, or not",
@@ -69,7 +71,9 @@ def listing(source: Path, config: str, options: Options) -> Listing:
     ]
     files.check_unique(examples)
     notes = differences(examples, CLASSES, (ABOUT.expected or {})["default"], "the study")
-    return Listing(CLASSES, examples, notes=tuple(notes), group_name="series by file name", study=ABOUT.study)
+    return Listing(
+        CLASSES, examples, notes=tuple(notes), group_name="series by file name", study=ABOUT.study, volumes=CUT
+    )
 
 
 def series(file: str) -> str:

@@ -119,6 +119,7 @@ def prepare(
             "stage": stage,
             "size": size,
             "body": listing.body,
+            **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
         }
         twins.write(found, seen.columns["file"], written)
         rows = zip(*(seen.columns[key] for key in header), strict=True)

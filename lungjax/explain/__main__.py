@@ -6,19 +6,21 @@ An image that can't be read is named, the rest is done, and the exit code is 1.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
-from lungjax import api, entry, train
+from lungjax import entry, machine, metadata
+from lungjax.config import EXPLANATIONS as METHODS
 from lungjax.config import nearest
-from lungjax.data.prepared import SPLITS
-from lungjax.explain import pictures
-from lungjax.saliency import METHODS
+from lungjax.metadata import Metadata
+
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
-IMAGES = flags.DEFINE_list("images", [], "Files and folders: PNG, JPEG, TIFF, BMP, DICOM.")
-SPLIT = flags.DEFINE_enum("split", None, SPLITS, "Draws sheets of this split of the run's data set.")
+IMAGES = flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
+SPLIT = flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draws sheets of this split of the run's data set.")
 QUALITY = flags.DEFINE_bool("quality", False, "Measures the maps: pointing game, deletion curve, sanity check.")
 METHOD = flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, and all for --quality.")
 CLASS = flags.DEFINE_string("class", None, "The class that the maps are about; default each image's predicted one.")
@@ -27,7 +29,7 @@ OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/
 SAVE_MAPS = flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 [H, W] in 0..1, as .npy.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
-HU_WINDOW = flags.DEFINE_string("hu_window", "-600/1500", "centre/width in HU for CT in DICOM.")
+HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the run's.")
 flags.adopt_module_key_flags(entry)
 
 
@@ -40,8 +42,12 @@ def main(_: list[str]) -> None:
     for method in METHOD.value:
         if method not in METHODS:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
-    window = _numbers("window", WINDOW.value, ",") if WINDOW.value else None
-    hu_window = _numbers("hu_window", HU_WINDOW.value, "/")
+    windows: dict[str, Any] = {"window": entry.read_window(WINDOW.value)} if WINDOW.value else {}
+    windows |= {"hu_windows": (entry.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
+    machine.prepare_jax()
+    from lungjax import api, intake, train  # here, after the flags, since they import jax
+    from lungjax.explain import pictures
+
     run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
     target = pictures.class_number(run, CLASS.value)
     explainer, out = pictures.make_explainer(run), Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
@@ -52,8 +58,11 @@ def main(_: list[str]) -> None:
     if IMAGES.value:
         if run.config.input.crop == "box":
             print("The network was trained on the box of the body or chest; files bring none, so it gets whole images.")
-        windows = (window or pictures.trained_window(run, data_dir), hu_window)
-        bad += pictures.explain_files(run, explainer, IMAGES.value, methods, target, out, windows, SAVE_MAPS.value)
+        file = Path(WORKDIR.value) / metadata.FILE
+        known = (run.config.name, run.classes, run.config.input, run.config.data.dataset)
+        told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
+        found = intake.gather(IMAGES.value, replace(told, **windows))
+        bad += pictures.explain_files(run, explainer, found, methods, target, out, SAVE_MAPS.value)
     if SPLIT.value:
         data = train.open_data(run.config, data_dir)
         for method in methods:
@@ -67,17 +76,6 @@ def main(_: list[str]) -> None:
         print(f"lungjax: left out: {problem}", file=sys.stderr)
     if bad:
         sys.exit(1)
-
-
-def _numbers(flag: str, text: str, sign: str) -> tuple[float, float]:
-    wanted = {"window": "low,high with low below high", "hu_window": "centre/width with a width above 0"}[flag]
-    try:
-        first, second = (float(part) for part in text.split(sign))
-    except ValueError:
-        raise ValueError(f"--{flag}={text}: wanted {wanted}") from None
-    if not (second > first if flag == "window" else second > 0):
-        raise ValueError(f"--{flag}={text}: wanted {wanted}")
-    return first, second
 
 
 if __name__ == "__main__":

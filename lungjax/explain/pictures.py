@@ -1,7 +1,6 @@
 """Pictures of what a network looked at, for files and for a whole split, and what its maps are worth."""
 
 import csv
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,21 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lungjax import api, datasets, figures, saliency, saliency_quality, step, train
+from lungjax import api, datasets, figures, panels, saliency, saliency_quality, step, train
 from lungjax.api import Trained
 from lungjax.config import nearest
-from lungjax.data import dicom, images, pipeline, prepared
+from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.datasets import folder_volumes
-from lungjax.saliency import METHODS, Explainer
+from lungjax.intake import Intake
+from lungjax.saliency import Explainer
 
-TITLES = dict(
-    zip(METHODS, ("Grad-CAM", "Guided weights", "Grad-CAM++", "Integrated gradients", "Occlusion"), strict=True)
-)
 TILES = (4, 7)  # columns and rows of a sheet
 READ = 64  # images of a split in memory at a time
 TO_MEASURE = 100  # images, for --quality
-Pair = tuple[float, float]
 
 
 def make_explainer(run: Trained) -> Explainer:
@@ -40,22 +35,13 @@ def class_number(run: Trained, name: str | None) -> int | None:
     return None if name is None else run.classes.index(name)
 
 
-def trained_window(run: Trained, data_dir: Path) -> Pair | None:
-    """Returns the window of 16-bit images of the run's data set, None where it has none or is not prepared here."""
-    name = datasets.resolve(run.config.data.dataset)[0].full
-    file = prepared.directory(data_dir, name) / "lungjax.json"
-    found = json.loads(file.read_text("utf-8"))["window"] if file.is_file() else None
-    return tuple(found) if found else None
-
-
 def explain_files(
     run: Trained,
     explainer: Explainer,
-    given: Sequence[str],
+    found: Intake,
     methods: Sequence[str],
     target: int | None,
     out: Path,
-    windows: tuple[Pair | None, Pair] = (None, (-600.0, 1500.0)),
     save_maps: bool = False,
 ) -> list[str]:
     """Writes a picture of each image and method; returns what could not be read and why.
@@ -63,25 +49,25 @@ def explain_files(
     Args:
       run: whose network, input and classes they are.
       explainer: of that network.
-      given: files, and folders of which every image is taken.
+      found: the images.
       methods: of METHODS.
       target: number of the class explained, None for the predicted one.
       out: a folder that is there.
-      windows: of 16-bit images (low and high), and of CT in DICOM (centre and width in HU).
       save_maps: writes NAME_METHOD.npy too.
 
     Raises ValueError if no image is left.
     """
-    bad: list[str] = []
-    done = 0
-    for names in _chunks(list(listed(given, bad))):
+    bad = [f"{name}: {why}" for name, why in found.bad]
+    used: set[str] = set()
+    trained_on = datasets.resolve(run.config.data.dataset)[0]
+    for items in _chunks(found.items):
         pixels, kept = [], []
-        for name, path in names:
+        for item in items:
             try:
-                pixels.append(read_file(path, run, *windows))
-                kept.append(name)
+                pixels.append(api.read([item.read()], run.config.input, None, trained_on)[0])
+                kept.append(panels.file_name(item.short, used))
             except (ValueError, OSError) as error:
-                bad.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+                bad.append(str(error) if item.name in str(error) else f"{item.name}: {error}")
         if not kept:
             continue
         stack = np.stack(pixels)
@@ -90,85 +76,12 @@ def explain_files(
             maps, probabilities = explainer.maps(stack, targets, method)
             for name, image, heat, p in zip(kept, stack, maps, probabilities, strict=True):
                 about = int(p.argmax()) if target is None else target
-                panel(out / f"{name}_{method}.png", name, image, heat, p, run.classes, about, method)
+                panels.draw(out / f"{name}_{method}.png", name, image, heat, p, run.classes, about, method)
                 if save_maps:
                     np.save(out / f"{name}_{method}.npy", heat)
-        done += len(kept)
-    if not done:
+    if not used:
         raise ValueError("no image could be read:\n  " + "\n  ".join(bad or ["there is none in the folders given"]))
     return bad
-
-
-def listed(given: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Path]]:
-    """Yields a plain name for the picture, and the path, of each file, and of each image in each folder.
-
-    What is not there, and volumes, are added to `bad`. Two files never get the same name.
-    """
-    used: set[str] = set()
-    for text in given:
-        path = Path(text).expanduser()
-        if not path.exists():
-            bad.append(f"{path}: no such file or folder")
-        files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-        for file in files:
-            kind = folder_volumes.kind(str(file)) if file.is_file() else ""
-            if kind == "nifti":
-                bad.append(f"{file}: a NIfTI volume; prepare it as a data set (lungjax.prepare), then --split")
-            elif file.is_file() and (kind or file == path):
-                inside = file.relative_to(path) if file != path else Path(file.name)
-                name = "_".join(inside.parts)
-                name = name.removesuffix(inside.suffix) if kind == "image" else name
-                free = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
-                name = next(other for other in free if other not in used)
-                used.add(name)
-                yield name, file
-
-
-def read_file(path: Path, run: Trained, window: Pair | None, hu_window: Pair) -> np.ndarray:
-    """Returns an image file as the network's input, uint8 [H, W, C]. Raises ValueError if it can't be read."""
-    if folder_volumes.kind(str(path)) == "dicom":
-        header = dicom.header(str(path))
-        if header.aside:
-            raise ValueError(f"{path}: shows nothing of the patient ({header.aside})")
-        data = dicom.xray(str(path)) if header.modality in dicom.XRAYS else dicom.picture(str(path), (hu_window,))
-    else:
-        data = path.read_bytes()
-    trained_on = datasets.resolve(run.config.data.dataset)[0]
-    pixels: np.ndarray = api.read([images.decode(data, window)], run.config.input, None, trained_on)[0]
-    return pixels
-
-
-def panel(
-    path: Path,
-    name: str,
-    image: np.ndarray,
-    heat: np.ndarray,
-    probabilities: np.ndarray,
-    classes: Sequence[str],
-    about: int,
-    method: str,
-) -> None:
-    """Draws original, heat map and overlay of one image in a row, with what the network said."""
-    shown = visible(heat, method)
-    heading = f"{_said(probabilities, classes)}  ·  {figures.short(name, 60)}"
-    empty = "" if heat.any() else ": no evidence"
-    titles = ("Original", f"{TITLES[method]} for {figures.short(classes[about], 22)}{empty}", "Both")
-    tall = image.shape[0] / image.shape[1]
-    figure = figures.figure(10.2, 3.2 * tall + 0.9, layout="compressed")
-    figure.suptitle(heading, fontsize=11, color=figures.INK)
-    pictures = (_gray(image), saliency.heat_colors(shown), saliency.overlay(image, shown))
-    for axis, picture, title in zip(figure.subplots(1, 3), pictures, titles, strict=True):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(title, fontsize=9.5, color=figures.INK)
-        axis.set_axis_off()
-    figures.save(figure, path)
-
-
-def visible(heat: np.ndarray, method: str) -> np.ndarray:
-    """Returns the map as it is drawn: single pixels of integrated gradients outshine all else, so they are clipped."""
-    if method != "integrated_gradients" or not heat.any():
-        return heat
-    return np.minimum(heat / np.percentile(heat[heat > 0], 98), 1)
 
 
 def explain_split(
@@ -217,9 +130,11 @@ def explain_split(
                 wrong = "yes" if said != label else "no"
                 chances = [f"{p:.6g}" for p in found[row]]
                 writer.writerow([*place, *told, run.classes[label], run.classes[said], wrong, *chances])
-                tiles.append((told[0], pixels[i], visible(maps[i], method), label, found[row]))
+                tiles.append((told[0], pixels[i], panels.visible(maps[i], method), label, found[row]))
             about = "the predicted class" if target is None else run.classes[target]
-            heading = f"{data.name}, {split}: {TITLES[method]} for {about}, page {page + 1} of {pages}, surest first"
+            heading = (
+                f"{data.name}, {split}: {panels.TITLES[method]} for {about}, page {page + 1} of {pages}, surest first"
+            )
             sheet(out / f"page_{page + 1:03}.png", heading, tiles, run.classes)
     return bad
 
@@ -239,7 +154,9 @@ def sheet(path: Path, heading: str, tiles: Sequence[tuple[Any, ...]], classes: S
         axis.imshow(both)
         color = figures.WRONG if wrong else figures.INK
         last = f"wrong, true: {figures.short(classes[label], 24)}" if wrong else "right"
-        axis.set_title(f"{figures.short(name, 34)}\n{_said(p, classes)}\n{last}", fontsize=7.5, color=color, loc="left")
+        axis.set_title(
+            f"{figures.short(name, 34)}\n{panels.said(p, classes)}\n{last}", fontsize=7.5, color=color, loc="left"
+        )
         if wrong:
             axis.set_axis_on()
             axis.set_xticks([])
@@ -301,12 +218,3 @@ def _read_rows(reader: pipeline.Reader, rows: Sequence[int], bad: list[str]) -> 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for at in range(0, len(items), READ):
         yield items[at : at + READ]
-
-
-def _said(probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    said = int(probabilities.argmax())
-    return f"{figures.short(classes[said], 24)} {figures.percent(float(probabilities[said]))}"
-
-
-def _gray(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image

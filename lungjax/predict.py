@@ -1,0 +1,252 @@
+"""Predicts images with a trained network: python -m lungjax.predict --model=runs/my_run scan.png more_scans
+
+PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
+volumes. Written to --out: predictions.csv and predictions.jsonl with a line an image, series.csv and series.jsonl with
+one for each series or patient (`lungjax.answers` says what is in them), and with --explain a picture of each heat map.
+What can't be read is named in the files and at the end, the rest is done, and the exit code is 1.
+"""
+
+import contextlib
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from absl import app, flags
+
+from lungjax import answers, entry, machine
+from lungjax.config import nearest
+from lungjax.metadata import NOTICE, Metadata
+
+MODEL = flags.DEFINE_string("model", None, "A finished run's folder, or a model.pyz or model.onnx of lungjax.export.")
+OUT = flags.DEFINE_string("out", "predictions", "The folder to write to.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces predictions that lie in --out.")
+RULE = flags.DEFINE_string("rule", answers.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
+EXPLAIN = flags.DEFINE_bool("explain", False, "Draws heat maps too.")
+METHOD = flags.DEFINE_string("method", "gradcam", "Of the heat maps; see lungjax.explain.")
+GATE = flags.DEFINE_string("gate", None, "A model that first says of each series whether it may be predicted.")
+GATE_CLASS = flags.DEFINE_string("gate_class", "WholeLung", "The class of --gate that a series must have.")
+GROUP_PATTERN = flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
+WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
+HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
+flags.adopt_module_key_flags(entry)
+
+CHUNK = 64  # images in memory at a time
+SHOWN = 12  # lines on the screen
+
+
+def main(argv: list[str]) -> None:
+    """Checks what was asked for, predicts, and names what could not be read."""
+    if not MODEL.value:
+        raise app.UsageError("--model=RUN is missing: the folder of a finished run, or an exported model")
+    out = Path(OUT.value).expanduser()
+    if not OVERWRITE.value and (out / "predictions.csv").exists():
+        raise ValueError(f"{out} holds predictions already; choose another --out, or replace them with --overwrite")
+    machine.prepare_jax()
+    from lungjax import intake, predictor  # here, after the flags, since they import jax
+
+    model = predictor.open_model(MODEL.value)
+    if EXPLAIN.value and METHOD.value not in model.methods:
+        known = nearest(METHOD.value, model.methods) if model.methods else f"a {model.source} model has no heat maps"
+        raise ValueError(f"--method={METHOD.value}: {known}")
+    answers.check_rule(model.metadata, RULE.value)
+    gate = predictor.open_model(GATE.value) if GATE.value else None
+    if gate is not None and GATE_CLASS.value not in gate.metadata.classes:
+        raise ValueError(f"--gate_class={GATE_CLASS.value}: {nearest(GATE_CLASS.value, gate.metadata.classes)}")
+    found = intake.gather(argv[1:], windowed(model.metadata), GROUP_PATTERN.value)
+    out.mkdir(parents=True, exist_ok=True)
+    failures = predict(model, found, out, gate)
+    print(f"Written to {out}. {NOTICE}")
+    if failures:
+        print(f"{len(failures)} could not be predicted:", file=sys.stderr)
+        for name, why in failures[:SHOWN]:
+            print(f"  {name}: {why}", file=sys.stderr)
+        if len(failures) > SHOWN:
+            print(f"  and {len(failures) - SHOWN} more, in {out / 'predictions.csv'}", file=sys.stderr)
+        sys.exit(1)
+
+
+def windowed(told: Metadata) -> Metadata:
+    """Returns what the model says of itself with the windows that the user gave instead."""
+    if WINDOW.value:
+        told = replace(told, window=entry.read_window(WINDOW.value))
+    return replace(told, hu_windows=(entry.read_hu_window(HU_WINDOW.value),)) if HU_WINDOW.value else told
+
+
+def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
+    """Writes all files into `out`; returns the name of each image and series that got no answer, and why.
+
+    Args:
+      model: `predictor.Predictor`.
+      found: `intake.Intake`.
+      out: a folder that is there.
+      gate: another predictor, which decides which series are predicted.
+    """
+    told = model.metadata
+    failures: list[tuple[str, str]] = list(found.bad)
+    shut, judged = _gate(gate, found) if gate else ({}, {})
+    failures += [(name, record["error"]) for name, record in shut.items()]
+    counts: Counter[str] = Counter()
+    chances: dict[str, list[np.ndarray]] = {}
+    warned: Counter[str] = Counter()
+    used: set[str] = set()
+    classes = told.classes
+    columns = ["file", "series", "predicted", *(f"p_{name}" for name in classes)]
+    columns += [*(f"called_{name}" for name in classes), "unlike", "warnings", "error"]
+    with _both(out / "predictions", columns) as write:
+        for name, why in found.bad:
+            write(answers.failure(name, why))
+        for item, picture, p in _answered(model, [i for i in found.items if i.series not in shut], failures, write):
+            record = answers.record(told, item.name, p, picture.unlike, picture.warnings, RULE.value)
+            write({**record, "series": item.series})
+            counts[record["predicted"]] += 1
+            if item.series:
+                chances.setdefault(item.series, []).append(p)
+                warned[item.series] += bool(picture.warnings)
+            if EXPLAIN.value:
+                _draw(model, item.short, picture, out / "explain", used)
+            if sum(counts.values()) <= SHOWN:
+                print(_line(item.name, record))
+    total = sum(counts.values())
+    if total > SHOWN:
+        print(f"... and {total - SHOWN:,} more")
+    if counts:
+        print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+    if found.beside:
+        print(f"{found.beside} DICOM files show nothing of the patient and were left out")
+    if found.middle:
+        with _both(out / "series", ["series", "files", *columns[2:-3], "gate", "warnings", "error"]) as write:
+            for series in found.middle:
+                if series in shut:
+                    write(shut[series])
+                elif series in chances:
+                    rows = np.stack(chances[series])
+                    notes = found.notes.get(series, [])
+                    record = answers.summary(told, series, rows, warned[series], notes, RULE.value)
+                    write(record | ({"gate": judged[series]} if series in judged else {}))
+                    print(_line(f"{series} ({len(rows)} slices)", record))
+    return failures
+
+
+def _answered(model: Any, items: Sequence[Any], failures: list[tuple[str, str]], write: Any) -> Iterator[Any]:
+    """Yields each readable item with its picture and probabilities; the others are written as failures."""
+
+    def read(item: Any) -> Any:
+        try:
+            return model.picture(item.read())
+        except (ValueError, OSError) as error:
+            return str(error).removeprefix(f"{item.name}: ")
+
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        for at in range(0, len(items), CHUNK):
+            part = items[at : at + CHUNK]
+            pictures = list(pool.map(read, part))
+            good = [
+                (item, picture) for item, picture in zip(part, pictures, strict=True) if not isinstance(picture, str)
+            ]
+            for item, why in zip(part, pictures, strict=True):
+                if isinstance(why, str):
+                    failures.append((item.name, why))
+                    write({**answers.failure(item.name, why), "series": item.series})
+            if good:
+                probabilities = model(np.stack([picture.pixels for _, picture in good]))
+                for (item, picture), p in zip(good, probabilities, strict=True):
+                    yield item, picture, p
+
+
+def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Returns the series that the gate shuts out, with their records, and what it says of all that it has seen."""
+    from lungjax.data import images  # here, since it imports Pillow, and most runs have no gate
+
+    told = gate.metadata
+    shut: dict[str, dict[str, Any]] = {}
+    judged: dict[str, Any] = {}
+    number = told.classes.index(GATE_CLASS.value)
+    for series, middle in found.middle.items():
+        if middle is None:
+            continue  # pictures of one patient, and no volume: there is nothing to cut
+        try:
+            picture = gate.picture(images.decode(middle(told.plane, told.hu_windows), None))
+        except ValueError as error:
+            shut[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            continue
+        p = gate(picture.pixels[None])[0]
+        said = answers.record(told, series, p, picture.unlike, picture.warnings)
+        point = said["decisions"].get(GATE_CLASS.value)
+        passed = point["called"] if point else said["predicted"] == GATE_CLASS.value
+        judged[series] = {"class": GATE_CLASS.value, "probability": round(float(p[number]), 6), "passed": passed}
+        if not passed:
+            why = f"left out by the gate: {GATE_CLASS.value} has a probability of {p[number]:.3f}"
+            shut[series] = {"series": series, "error": why, "gate": judged[series]}
+    if not any(found.middle.values()):
+        print("--gate: there is no volume among the images, so nothing was held back")
+    return shut, judged
+
+
+def _draw(model: Any, name: str, picture: Any, folder: Path, used: set[str]) -> None:
+    from lungjax import panels  # here, since most runs draw nothing
+
+    maps, p = model.explain(picture.pixels[None], method=METHOD.value)
+    path = folder / f"{panels.file_name(name, used)}_{METHOD.value}.png"
+    best = int(p[0].argmax())
+    panels.draw(path, name, picture.pixels, maps[0], p[0], model.metadata.classes, best, METHOD.value)
+
+
+@contextlib.contextmanager
+def _both(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """Yields what writes a record into STEM.csv and STEM.jsonl, which appear whole at the end, or not at all."""
+    paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
+    partials = [path.with_name(path.name + ".partial") for path in paths]
+    try:
+        with contextlib.ExitStack() as stack:
+            table, lines = (stack.enter_context(_opened(path)) for path in partials)
+            writer = csv.writer(table, lineterminator="\n")
+            writer.writerow(columns)
+
+            def write(record: dict[str, Any]) -> None:
+                lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                writer.writerow([_cell(record, column) for column in columns])
+
+            yield write
+        for partial, path in zip(partials, paths, strict=True):
+            partial.replace(path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> IO[str]:
+    return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")  # file names may be no UTF-8
+
+
+def _cell(record: dict[str, Any], column: str) -> Any:
+    kind, _, name = column.partition("_")
+    if kind == "p":
+        return record.get("probabilities", {}).get(name, "")
+    if kind == "called":
+        point = record.get("decisions", {}).get(name)
+        return "" if point is None else "yes" if point["called"] else "no"
+    value = record.get(column, "")
+    if column == "warnings":
+        return "; ".join(value or ())
+    if column == "gate" and value:
+        return "passed" if value["passed"] else "held back"
+    return "" if value is None else value
+
+
+def _line(name: str, record: dict[str, Any]) -> str:
+    told = record["probabilities"]
+    called = [other for other, point in record["decisions"].items() if point["called"]]
+    said = f"{name}: {record['predicted']} {told[record['predicted']]:.3f}"
+    said += f", called {' and '.join(called)}" if called else ""
+    return said + "".join(f"\n  warning: {line}" for line in record["warnings"])
+
+
+if __name__ == "__main__":
+    entry.run(main, ("PATH...",))
