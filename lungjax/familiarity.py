@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
+from lungjax import bootstrap
+
 VERSION = 1
 SIDE = 64  # pixels a picture is measured in
 LARGE = 256  # pixels: a side of twice as many is first shrunk by a whole factor and in whole gray levels, which is fast
@@ -32,7 +34,7 @@ POWER = 4
 AXES = 40  # of the training images' variation are kept; along all others only the tolerance counts
 CLIP = 3.5  # in standard deviations: a few odd training images shall not make the strange familiar
 FEW = 500  # with fewer validation images the threshold also follows the normal distribution of the logarithms
-NEAR = 0.5  # of the level, which is at least one tolerance: nothing this near is strange, were all images the same
+NEAR = 0.5  # nothing is strange with distances below half of a tolerance in each measurement
 LEAST = {"training": 20, "validation": 5}
 
 PARTS = ("light", "form", "layout")
@@ -52,7 +54,7 @@ GRAY = np.asarray([0.299, 0.587, 0.114], np.float32)
 EMPTY = 4  # gray levels from the darkest to the brightest parts
 PALE = 2  # gray levels between the colour channels: gray images saved in colour
 CLEAR = 6  # standard deviations: a reader sees that colour
-PLAIN = 1  # standard deviation: what is nearer than this does not explain a warning
+PLAIN = 2.5  # standard deviations: what is nearer than this does not explain a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +65,13 @@ class Part:
     tolerance: np.ndarray  # [D], the unit of the distance
     spread: np.ndarray  # [D], standard deviations of the training images, at least the fixed tolerance
     pulls: np.ndarray  # [K, D]: what the training images' variation takes off a distance along its K axes
-    level: float  # the distance that counts as 1
+    level: float  # the distance that counts as 1, at least what one tolerance in each measurement makes
 
     def distance(self, measured: np.ndarray) -> float:
         """Returns the Mahalanobis distance of measurements [D] to the training images, in units of `level`."""
         z = (measured - self.centre) / self.tolerance
         taken = self.pulls @ z
         return math.sqrt(max(float(z @ z - taken @ taken), 0.0)) / self.level
-
-    def shares(self, measured: np.ndarray) -> np.ndarray:
-        """Returns what each measurement adds to the square of the distance, [D], in no unit of use; may be negative."""
-        z = (measured - self.centre) / self.tolerance
-        return z * (z - (self.pulls @ z) @ self.pulls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,24 +92,24 @@ class Familiarity:
     def why(self, picture: np.ndarray | Image.Image) -> str:
         """Returns in a few words what is strangest about a picture, whether it is above 1 or not.
 
-        Such as "in colour, the training images are gray". Raises ValueError for an array that is no picture.
+        Such as "in colour, and they are gray". Raises ValueError for an array that is no picture.
         """
         measured = measure(picture)
         if measured["light"][len(QUANTILES) - 1] - measured["light"][0] < EMPTY:
             return "almost empty: nearly one gray all over"
         form = self.parts["form"]
         if form.centre[COLOUR] < PALE and measured["form"][COLOUR] - form.centre[COLOUR] > CLEAR * form.spread[COLOUR]:
-            return "in colour, the training images are gray"
+            return "in colour, and they are gray"
         distances = {name: part.distance(measured[name]) for name, part in self.parts.items()}
         worst = max(distances, key=lambda name: distances[name])
         part = self.parts[worst]
         away = (measured[worst] - part.centre) / part.spread
-        place = int(part.shares(measured[worst]).argmax())
+        place = int(np.abs(away).argmax())
         if worst == "layout":
-            return "things lie elsewhere than in the training images: another view, organ or kind of image"
+            return "things lie elsewhere in it: another view, organ or kind of image"
         if abs(away[place]) < PLAIN:
             mix = "mix of gray levels is" if worst == "light" else "detail and proportions are"
-            return f"its {mix} unlike the training images"
+            return f"its {mix} unusual"
         above = bool(away[place] > 0)
         return _light(place, above) if worst == "light" else _form(place, above)
 
@@ -164,7 +161,12 @@ def fit(
     alarms, n = int((of_test > threshold).sum()), len(of_test)
     false_alarms: dict[str, dict[str, Any]] = {
         "val": {"n": len(of_val), "alarms": int((of_val > threshold).sum())},
-        "test": {"n": n, "alarms": alarms, "rate": alarms / n if n else None, "interval": interval(alarms, n)},
+        "test": {
+            "n": n,
+            "alarms": alarms,
+            "rate": alarms / n if n else None,
+            "interval": bootstrap.of_share(alarms, n),
+        },
     }
     return Familiarity(parts, threshold, false_alarms)
 
@@ -214,14 +216,6 @@ def measure(picture: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
     }
 
 
-def interval(count: int, n: int) -> list[float]:
-    """Returns Wilson's 95 % interval of the share count / n (Wilson 1927); [0, 1] of none."""
-    if not n:
-        return [0.0, 1.0]
-    found = stats.binomtest(count, n).proportion_ci(0.95, "wilson")
-    return [float(found.low), float(found.high)]
-
-
 def _shrunk(picture: np.ndarray | Image.Image) -> tuple[np.ndarray, float, float]:
     """Gray float32 [SIDE, SIDE] in 0..255, mean difference of the colour channels, and width / height."""
     if isinstance(picture, Image.Image):
@@ -244,7 +238,8 @@ def _shrunk(picture: np.ndarray | Image.Image) -> tuple[np.ndarray, float, float
     if len(small) == 1:
         return small[0], 0.0, width / height
     pixels = np.stack(small, axis=-1)
-    return pixels @ GRAY, float(np.ptp(pixels, axis=-1).mean()), width / height
+    coarse = np.stack([_pooled(band, 16) for band in small], axis=-1)  # in which colour noise is nearly gone
+    return pixels @ GRAY, float(np.ptp(coarse, axis=-1).mean()), width / height
 
 
 def _reduced(image: Image.Image) -> np.ndarray:
@@ -302,7 +297,7 @@ def _part(name: str, known: np.ndarray, chosen: np.ndarray) -> Part:
     pulls = _rounded(np.sqrt(variance / (1 + variance))[:, None] * vectors[:, ::-1][:, :kept].T)
     part = Part(centre, tolerance, _rounded(np.hypot(least, deviation)), pulls, 1.0)
     level = _exceeded_by(np.asarray([part.distance(one) for one in chosen]), BEYOND)
-    return Part(centre, tolerance, part.spread, pulls, float(_rounded(max(level, 1.0))))
+    return Part(centre, tolerance, part.spread, pulls, float(_rounded(max(level, math.sqrt(len(least))))))
 
 
 def _joined(distances: list[float]) -> float:
@@ -342,20 +337,20 @@ def _rounded(values: Any) -> np.ndarray:
 
 def _light(place: int, above: bool) -> str:
     if place == len(QUANTILES):
-        return f"{'more' if above else 'less'} of it is black than of the training images"
+        return f"{'more' if above else 'less'} of it is black"
     if place == len(QUANTILES) + 1:
-        return f"{'more' if above else 'less'} of it is white than of the training images"
+        return f"{'more' if above else 'less'} of it is white"
     more = "brighter" if above else "darker"
     if place > len(QUANTILES):
-        return f"its {BORDERS[place - len(QUANTILES) - 2]} border is {more} than in the training images"
+        return f"its {BORDERS[place - len(QUANTILES) - 2]} border is {more}"
     if QUANTILES[place] == 0.5:
-        return f"{more} than the training images"
-    return f"its {'dark' if QUANTILES[place] < 0.5 else 'bright'} parts are {more} than in the training images"
+        return f"{more} as a whole"
+    return f"its {'dark' if QUANTILES[place] < 0.5 else 'bright'} parts are {more}"
 
 
 def _form(place: int, above: bool) -> str:
     if place == COLOUR:
-        return f"{'more' if above else 'less'} colourful than the training images"
+        return f"{'more' if above else 'less'} colourful"
     if place == ASPECT:
-        return f"{'wider' if above else 'narrower'} for its height than the training images"
-    return "more fine detail or noise than the training images" if above else "smoother than the training images"
+        return f"{'wider' if above else 'narrower'} for its height"
+    return "more fine detail or noise" if above else "smoother"

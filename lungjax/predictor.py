@@ -208,7 +208,7 @@ def _of_run(workdir: Path) -> Predictor:
         logits, _ = network(folded, step.normalize(pixels, spec))
         return jax.nn.softmax(losses.class_logits(logits, positive) / told.temperature)
 
-    compiled = jax.jit(forward, compiler_options=convolution.compiler_options())
+    compiled = jax.jit(forward, compiler_options=convolution.compiler_options(train=False))
     explainer = saliency.Explainer(trained.module, trained.variables, spec, positive)
     return Predictor(
         told,

@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 from scipy import ndimage, stats
 
-from lungjax import trees
+from lungjax import bootstrap, trees
 from lungjax.config import InputSpec
 from lungjax.data import images as image_files
 from lungjax.data import phantom
@@ -225,13 +225,6 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
     return {"n": len(images), "draws": draws, "stages": stages, "empty": blank, "passed": not any(stays) and blank < 1}
 
 
-def wilson(share: float, n: int) -> list[float]:
-    """Returns Wilson's 95 % interval of a share of n."""
-    z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)]
-
-
 def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     """Returns the pointing game of `maps` on `slices`, strictly and with TOLERANCE, beside chance and random maps.
 
@@ -244,7 +237,7 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
     return {
         "n": len(maps),
         "hit_rate": float(found.mean()),
-        "interval": wilson(float(found.mean()), len(found)),
+        "interval": bootstrap.of_share(int(found.sum()), len(found)),
         "chance": float(slices.lesions.mean()),
         "chance_in_lungs": float(lungs.mean()),
         "random": float(hits(random, slices.lesions).mean()),

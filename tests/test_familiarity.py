@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from lungjax import familiarity
+from lungjax import bootstrap, familiarity
 from lungjax.data import images
 
 
@@ -23,7 +23,7 @@ def chest(seed: int, size: int = 128) -> np.ndarray:
     image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
     for side in (-1, 1):
         image[((x - 0.45 * wide * side) / (0.35 * wide)) ** 2 + (y / (0.7 * high)) ** 2 < 1] = 50
-    for _ in range(20):
+    for _ in range(12):
         cy, cx, r = *rng.uniform(-0.4, 0.4, 2), rng.uniform(0.01, 0.04)
         image += rng.uniform(30, 80) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / r**2)
     return np.clip(image + rng.normal(0, rng.uniform(1, 5), image.shape), 0, 255).astype(np.uint8)
@@ -48,12 +48,12 @@ STRANGERS = {
     "black": (np.zeros((90, 90), np.uint8), "almost empty"),
     "white": (np.full((90, 90), 255, np.uint8), "almost empty"),
     "noise": (NOISE, ""),
-    "astronaut": (photographs.astronaut(), "in colour, the training images are gray"),
+    "astronaut": (photographs.astronaut(), "in colour, and they are gray"),
     "gray astronaut": (images.gray(photographs.astronaut()), ""),
     "camera": (photographs.camera(), ""),
     "text": (photographs.page(), ""),
-    "grainy": (np.clip(chest(900) + 0.1 * (NOISE - 128.0), 0, 255), "more fine detail or noise"),
-    "heat map": (HEAT, "in colour, the training images are gray"),
+    "grainy": (np.clip(chest(900) + 0.3 * (NOISE - 128.0), 0, 255), "more fine detail or noise"),
+    "heat map": (HEAT, "in colour, and they are gray"),
     "inverted": (255 - chest(900), ""),
     "turned": (np.rot90(chest(900)), "elsewhere"),
     "dark": (chest(900) // 3, "more of it is black"),
@@ -120,11 +120,13 @@ def test_size_and_type_do_not_matter(fitted, seed):
     assert fitted.unlike(colours(large)) == pytest.approx(score, rel=0.01)
 
 
-def test_colour_noise_is_not_colour(fitted):
+@pytest.mark.parametrize("seed", [906, 907])
+def test_colour_noise_is_not_colour(fitted, seed):
+    """Noise of the three channels counts as the noise that it makes of the gray, and hardly more."""
     rng = np.random.default_rng(2)
-    noisy = np.clip(colours(chest(906)) + rng.normal(0, 3, (128, 128, 3)), 0, 255).astype(np.uint8)
+    noisy = np.clip(colours(chest(seed)) + rng.normal(0, 3, (128, 128, 3)), 0, 255)
     assert np.ptp(noisy, axis=-1).mean() > 4
-    assert fitted.unlike(noisy) < 1
+    assert fitted.unlike(noisy) == pytest.approx(fitted.unlike(noisy @ familiarity.GRAY), rel=0.1)
 
 
 def test_measurements_of_a_known_picture():
@@ -151,10 +153,23 @@ def test_measurements_of_a_known_picture():
     np.testing.assert_allclose(edges[0, :, [0, 3]], 0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "degrees, shares", [(0, [1, 0, 0, 0]), (45, [0, 1, 0, 0]), (67.5, [0, 0.5, 0.5, 0]), (157.5, [0.5, 0, 0, 0.5])]
+)
+def test_edges_of_ramps(degrees, shares):
+    """A ramp of 5 gray levels a pixel in a direction: its two nearest directions share it, in each cell alike."""
+    down, across = np.mgrid[:64, :64]
+    turned = np.deg2rad(degrees)
+    found = familiarity._edges(5 * (across * np.cos(turned) + down * np.sin(turned)))
+    expected = 20 * np.log(3 + 5 * np.asarray(shares))
+    np.testing.assert_allclose(found, np.broadcast_to(expected[:, None, None], (4, 4, 4)), atol=1e-6)
+
+
 def test_distance_is_mahalanobis():
-    """Against the formula with the whole covariance; 6 measurements, so that every axis is kept."""
+    """Against the formula with the whole covariance; 7 measurements, so that every axis is kept."""
     rng = np.random.default_rng(3)
     known = rng.normal(0, 3, (400, 7)) @ rng.normal(0, 1, (7, 7)) + 40
+    known[:4, 2] += 900  # which is clipped
     part = familiarity._part("form", known, known[:50])
     z = (known - np.median(known, axis=0)) / part.tolerance
     z = np.clip(z, *np.array([[-1], [1]]) * (3.5 * np.sqrt((z**2).mean(0)) + 1))
@@ -189,12 +204,12 @@ def test_thresholds():
 )
 def test_interval_is_wilsons(count, n, low, high):
     """Newcombe 1998's formula, by hand."""
-    assert familiarity.interval(count, n) == pytest.approx([low, high], abs=5e-5)
+    assert bootstrap.of_share(count, n) == pytest.approx([low, high], abs=5e-5)
     if n:
         z, p = 1.959964, count / n
         half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
         by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
-        assert familiarity.interval(count, n) == pytest.approx(by_hand, abs=1e-6)
+        assert bootstrap.of_share(count, n) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_written_and_read_again(fitted):
@@ -229,6 +244,13 @@ def test_damaged_descriptions_are_refused(fitted, change):
         familiarity.from_dict(written)
 
 
+def test_rounding_makes_no_alarm(monkeypatch):
+    """Without the tail the threshold is the largest of few validation images, which is not above itself."""
+    monkeypatch.setattr(familiarity, "FEW", 0)
+    for first in range(0, 80, 10):
+        assert familiarity.fit(chests(0, 20), chests(200 + first, 10), []).false_alarms["val"]["alarms"] == 0
+
+
 def test_few_images():
     few = familiarity.fit(chests(0, 20), chests(200, 5), [])
     assert few.false_alarms["test"] == {"n": 0, "alarms": 0, "rate": None, "interval": [0.0, 1.0]}
@@ -245,6 +267,7 @@ def test_one_and_the_same_image_everywhere():
     assert same.false_alarms["test"]["alarms"] == 0
     for picture in (chest(0), chest(1), NOISE, photographs.astronaut()):
         assert np.isfinite(same.unlike(picture))
+    assert same.unlike(chest(0) + 1) < 1  # a gray level brighter
     assert same.unlike(photographs.astronaut()) > same.unlike(chest(1)) > 1 >= same.unlike(chest(0))
     blank = familiarity.fit([np.zeros((8, 8), np.uint8)] * 30, [np.zeros((8, 8), np.uint8)] * 10, [])
     assert 1 < blank.unlike(chest(0)) < np.inf
@@ -253,8 +276,8 @@ def test_one_and_the_same_image_everywhere():
 def test_colourful_training_images():
     tinted = [np.clip(colours(p) * np.asarray([1.0, 0.7, 0.6]), 0, 255).astype(np.uint8) for p in chests(0, 60)]
     fitted = familiarity.fit(tinted[:40], tinted[40:], [])
-    assert fitted.unlike(tinted[50]) <= 1 < fitted.unlike(chest(908))
-    assert fitted.why(chest(908)) == "less colourful than the training images"
+    assert fitted.unlike(tinted[50]) <= 1 < fitted.unlike(images.gray(tinted[50]))
+    assert fitted.why(images.gray(tinted[50])) == "less colourful"
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (4, 4, 2), (4, 4, 4), (2, 4, 4, 3)])
@@ -293,6 +316,6 @@ def test_real_slices_and_chests(shared):
             found[kind, split] = [images.load(path.read_bytes(), None) for path in files]
     for kind, other, told in (("ct", "xray", 0.7), ("xray", "ct", 0.7)):
         fitted = familiarity.fit(*(found[kind, split] for split in ("train", "val", "test")))
-        assert fitted.false_alarms["test"]["rate"] <= 0.04
+        assert fitted.false_alarms["test"]["rate"] <= 0.1
         assert np.mean([fitted.unlike(picture) > 1 for picture in found[other, "test"]]) > told
         assert min(fitted.unlike(p) for p in (photographs.astronaut(), NOISE, np.zeros((64, 64), np.uint8))) > 1

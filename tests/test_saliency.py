@@ -13,7 +13,7 @@ from flax import linen as nn
 from PIL import Image
 from random_weights import random_variables
 
-from lungjax import datasets, models, saliency, saliency_quality
+from lungjax import bootstrap, datasets, models, saliency, saliency_quality
 from lungjax.config import HeadConfig, InputSpec
 from lungjax.models import convolution, geometry
 from lungjax.models.head import Head
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.
 def quick():
     """Each program runs a few times: compiled quickly, not well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "compiler_options", lambda: {"xla_backend_optimization_level": 0})
+        patch.setattr(convolution, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
         yield
 
 
@@ -262,7 +262,7 @@ def test_the_pointing_game():
     np.testing.assert_array_equal(saliency_quality.hits(maps, saliency_quality.near(masks, 3)), [1, 1, 0.5, 0])
     np.testing.assert_array_equal(saliency_quality.hits(maps, saliency_quality.near(masks, 2.9)), [1, 0, 0.5, 0])
     # Of 10 of 100: Wilson's interval as published in tables.
-    np.testing.assert_allclose(saliency_quality.wilson(0.1, 100), (0.0552, 0.1744), atol=1e-4)
+    np.testing.assert_allclose(bootstrap.of_share(10, 100), (0.0552, 0.1744), atol=1e-4)
 
 
 def test_a_random_map_hits_by_area():

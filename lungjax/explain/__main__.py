@@ -17,7 +17,6 @@ from lungjax.config import EXPLANATIONS as METHODS
 from lungjax.config import nearest
 from lungjax.metadata import Metadata
 
-
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
 IMAGES = flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
 SPLIT = flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draws sheets of this split of the run's data set.")
