@@ -270,4 +270,4 @@ class Trained:
             logits, features = self._network(folded, step.normalize(pixels, self.config.input))
             return losses.probabilities(logits, positive), features["last"]
 
-        return jax.jit(run, compiler_options=convolution.compiler_options())
+        return jax.jit(run, compiler_options=convolution.compiler_options(train=False))

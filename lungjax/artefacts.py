@@ -18,6 +18,7 @@ open files of people you trust. This file imports jax, numpy and the metadata al
 import io
 import json
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from lungjax.metadata import Metadata, from_json
 
 FORMAT = 1
 ABOUT, MODEL, WEIGHTS = "artefact.json", "model.json", "weights.npz"
-PROGRAMS = ("predict", "gradcam")
+PROGRAMS = {"predict": ("logits", "probabilities"), "gradcam": ("maps", "probabilities")}  # and what they return
 PLATFORMS = ("cpu", "cuda", "tpu")
 # What a file may ask of the compiler. Others could write files, so they are left out, whoever wrote them.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
@@ -43,7 +44,7 @@ HARMLESS = {"shape_assertion"}  # that the batch has at least one image
 METADATA_KEY = "lungjax"  # of an ONNX file's metadata_props
 # What numpy, zipfile and jax raise for bytes that are not what they should be.
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RuntimeError, MemoryError,
-          zipfile.BadZipFile, zlib.error, NotImplementedError, AssertionError)  # fmt: skip
+          zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, AssertionError)  # fmt: skip
 
 
 def member(program: str) -> str:
@@ -204,10 +205,13 @@ def _check_fits(programs: Mapping[str, Any], weights: Mapping[str, np.ndarray], 
     shape = (*told.input.size, told.input.channels)
     for name, program in programs.items():
         try:
-            (given, pixels, *_), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+            (given, pixels, *rest), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+            outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
             wanted = {key: (tuple(array.shape), array.dtype) for key, array in given.items()}
             fits = wanted == {key: (array.shape, array.dtype) for key, array in weights.items()}
             fits = fits and tuple(pixels.shape[1:]) == shape and pixels.dtype == np.uint8
+            fits = fits and len(rest) == (name == "gradcam") and sorted(outputs) == list(PROGRAMS[name])
+            fits = fits and outputs["probabilities"].shape[1:] == (len(told.classes),)
         except BROKEN:
             fits = False
         if not fits:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 
 from lungjax import metrics
 from lungjax.config import nearest
@@ -29,14 +29,6 @@ UNITS = ("slice", "patient")
 LEVEL = 95  # per cent
 ROUNDING = 1e-12  # what the order of rows may change in a sum; a smaller difference is none
 BLOCK = 400_000  # ranked places x draws at a time
-
-
-def of_share(count: int, n: int) -> list[float]:
-    """Returns Wilson's interval of the share count / n (Wilson, J. Am. Stat. Assoc. 22:209, 1927); [0, 1] of none."""
-    if not n:
-        return [0.0, 1.0]
-    found = stats.binomtest(count, n).proportion_ci(LEVEL / 100, "wilson")
-    return [float(found.low), float(found.high)]
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def describe(
         points=points,
         scores={level: _scores(report["test"][level], report) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
+        patients=_patients(data),
         familiarity=None if known is None else known.to_dict(),
         about={
             "notice": NOTICE,
@@ -94,6 +95,17 @@ def describe(
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
+
+
+def _patients(data: Prepared) -> dict[str, dict[str, int]]:
+    columns, found = data.columns, {}
+    if len(np.unique(columns["group"])) == len(columns["group"]):
+        return {}
+    for split in ("train", "val", "test"):
+        rows = np.unique(data.rows(split))
+        labels, groups = columns["label"][rows], columns["group"][rows]
+        found[split] = {name: len(np.unique(groups[labels == i])) for i, name in enumerate(data.classes)}
+    return found
 
 
 def _box(config: Config, data: Prepared) -> str:

@@ -23,8 +23,6 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from lungjax import bootstrap
-
 VERSION = 1
 SIDE = 64  # pixels a picture is measured in
 LARGE = 256  # pixels: a side of twice as many is first shrunk by a whole factor and in whole gray levels, which is fast
@@ -165,7 +163,7 @@ def fit(
             "n": n,
             "alarms": alarms,
             "rate": alarms / n if n else None,
-            "interval": bootstrap.of_share(alarms, n),
+            "interval": interval(alarms, n),
         },
     }
     return Familiarity(parts, threshold, false_alarms)
@@ -214,6 +212,14 @@ def measure(picture: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
         "form": np.asarray([*detail, 20 * math.log(aspect), colour], np.float64),
         "layout": np.concatenate([thumbnail.ravel(), _edges(g).ravel(), symmetry]).astype(np.float64),
     }
+
+
+def interval(count: int, n: int) -> list[float]:
+    """Returns Wilson's 95 % interval of the share count / n (J. Am. Stat. Assoc. 22:209, 1927); [0, 1] of none."""
+    if not n:
+        return [0.0, 1.0]
+    found = stats.binomtest(count, n).proportion_ci(0.95, "wilson")
+    return [float(found.low), float(found.high)]
 
 
 def _shrunk(picture: np.ndarray | Image.Image) -> tuple[np.ndarray, float, float]:

@@ -20,6 +20,7 @@ nowhere else, so nothing has to be given by hand, and nothing is normalised twic
                         on val, and sensitivity, specificity, ppv, npv, intervals of the test split
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
     counts              SPLIT.CLASS: images
+    patients            SPLIT.CLASS: patients; {} where each image counts as its own
     familiarity         what training images look like (`lungjax.familiarity`); null where that is not known
     about               network, weights, licence, step, commit, versions: what a reader may want to know
 """
@@ -60,6 +61,7 @@ class Metadata:
     points: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
+    patients: Mapping[str, Any] = field(default_factory=dict)
     familiarity: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,7 +137,12 @@ def _problem(found: Metadata) -> str:
         return f"`temperature` {found.temperature}: must be above zero"
     if found.positive is not None and found.positive not in range(len(names)):
         return f"`positive` {found.positive}: there are {len(names)} classes"
-    for name, value in (("points", found.points), ("scores", found.scores), ("about", found.about)):
+    for name, value in (
+        ("points", found.points),
+        ("scores", found.scores),
+        ("counts", found.counts),
+        ("about", found.about),
+    ):
         if not isinstance(value, dict):
             return f"`{name}` should be an object"
     return ""

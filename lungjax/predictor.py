@@ -210,12 +210,14 @@ def _of_run(workdir: Path) -> Predictor:
 
     compiled = jax.jit(forward, compiler_options=convolution.compiler_options(train=False))
     explainer = saliency.Explainer(trained.module, trained.variables, spec, positive)
+    # One cell can't be told from another: those methods would show an even gray.
+    blind = saliency.CAMS if max(explainer.map_size) == 1 else ()
     return Predictor(
         told,
         "run",
         jax.default_backend(),
         inference.batch_size(trained.config, 1, jax.default_backend()),
-        saliency.METHODS,
+        tuple(method for method in saliency.METHODS if method not in blind),
         lambda pixels: np.asarray(compiled(folded, pixels)),
         lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0],
     )

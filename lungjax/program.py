@@ -70,7 +70,6 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     network = inference.Folded(module, first.variables, image_shape)
     everywhere, cut = sharding.replicated(mesh), sharding.split_batch(mesh)
     lies = sharding.of_state(first, mesh, config.train.shard_params)
-    compile_as = partial(jax.jit, compiler_options=convolution.compiler_options(platform))
     return Program(
         mesh=mesh,
         module=module,
@@ -79,17 +78,19 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         eval_steps=eval_steps,
         new_state=jax.jit(new_state, out_shardings=lies),
         like=jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), first, lies),
-        train_step=compile_as(
+        train_step=jax.jit(
             step.make_train_step(module, optimizer, config, weights, positive, frozen, mesh),
             in_shardings=(lies, cut),
             out_shardings=(lies, everywhere),
             donate_argnums=0,
+            compiler_options=convolution.compiler_options(platform),
         ),
         network=network,
-        predict_step=compile_as(
+        predict_step=jax.jit(
             step.make_predict_step(network, config, positive),
             in_shardings=(None, cut),  # prepared variables lie as the state's do
             out_shardings=everywhere,
+            compiler_options=convolution.compiler_options(platform, train=False),
         ),
     )
 

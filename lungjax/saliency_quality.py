@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 from scipy import ndimage, stats
 
-from lungjax import bootstrap, trees
+from lungjax import familiarity, trees
 from lungjax.config import InputSpec
 from lungjax.data import images as image_files
 from lungjax.data import phantom
@@ -237,7 +237,7 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
     return {
         "n": len(maps),
         "hit_rate": float(found.mean()),
-        "interval": bootstrap.of_share(int(found.sum()), len(found)),
+        "interval": familiarity.interval(int(found.sum()), len(found)),
         "chance": float(slices.lesions.mean()),
         "chance_in_lungs": float(lungs.mean()),
         "random": float(hits(random, slices.lesions).mean()),

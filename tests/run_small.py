@@ -87,7 +87,7 @@ def main() -> None:
             probabilities=found.probabilities,
             tuned=np.zeros(0) if tuned is None else tuned,
             losses=[row["train.loss"] for row in logs.read(out / "metrics.jsonl") if "train.loss" in row],
-            mean=next(v for k, v in statistics.items() if k.endswith("mean")),
+            mean=next((v for k, v in statistics.items() if k.endswith("mean")), np.zeros(0)),
             devices=jax.device_count(),
         )
 

@@ -28,7 +28,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
 def quick():
     """Each program runs a few times: compiled quickly, not well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "compiler_options", lambda: {"xla_backend_optimization_level": 0})
+        patch.setattr(convolution, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
         yield
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from lungjax import bootstrap, familiarity
+from lungjax import familiarity
 from lungjax.data import images
 
 
@@ -204,12 +204,12 @@ def test_thresholds():
 )
 def test_interval_is_wilsons(count, n, low, high):
     """Newcombe 1998's formula, by hand."""
-    assert bootstrap.of_share(count, n) == pytest.approx([low, high], abs=5e-5)
+    assert familiarity.interval(count, n) == pytest.approx([low, high], abs=5e-5)
     if n:
         z, p = 1.959964, count / n
         half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
         by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
-        assert bootstrap.of_share(count, n) == pytest.approx(by_hand, abs=1e-6)
+        assert familiarity.interval(count, n) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_written_and_read_again(fitted):

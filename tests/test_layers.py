@@ -258,6 +258,19 @@ def test_compiler_options_are_accepted_and_change_nothing():
         assert "ynn_fusion" not in compiled.as_text()
 
 
+def test_prediction_keeps_a_product_apart_from_what_follows():
+    x, kernel, bias = draw(0, 49, 192), draw(1, 192, 320), draw(2, 320)
+
+    def layer(x, kernel, bias):
+        return jax.nn.silu(convolution.product(x, kernel) + bias)
+
+    options = convolution.compiler_options(train=False)
+    compiled = jax.jit(layer, compiler_options=options).lower(x, kernel, bias).compile()
+    np.testing.assert_allclose(compiled(x, kernel, bias), layer(x, kernel, bias), rtol=1e-4, atol=1e-4)
+    if options:
+        assert "ynn_fusion" not in compiled.as_text()
+
+
 LINEN = [
     {"features": 7, "kernel_size": 3},
     {"features": 7, "kernel_size": (3, 5), "strides": (2, 1), "padding": "VALID", "use_bias": True},

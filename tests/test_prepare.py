@@ -16,7 +16,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lungjax import datasets, entry
-from lungjax import prepare as command
 from lungjax.data import images, phantom, prepared
 from lungjax.datasets import Options, records, staging
 from lungjax.datasets.listing import Example, Listing

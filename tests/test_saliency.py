@@ -13,7 +13,7 @@ from flax import linen as nn
 from PIL import Image
 from random_weights import random_variables
 
-from lungjax import bootstrap, datasets, models, saliency, saliency_quality
+from lungjax import datasets, familiarity, models, saliency, saliency_quality
 from lungjax.config import HeadConfig, InputSpec
 from lungjax.models import convolution, geometry
 from lungjax.models.head import Head
@@ -262,7 +262,7 @@ def test_the_pointing_game():
     np.testing.assert_array_equal(saliency_quality.hits(maps, saliency_quality.near(masks, 3)), [1, 1, 0.5, 0])
     np.testing.assert_array_equal(saliency_quality.hits(maps, saliency_quality.near(masks, 2.9)), [1, 0, 0.5, 0])
     # Of 10 of 100: Wilson's interval as published in tables.
-    np.testing.assert_allclose(bootstrap.of_share(10, 100), (0.0552, 0.1744), atol=1e-4)
+    np.testing.assert_allclose(familiarity.interval(10, 100), (0.0552, 0.1744), atol=1e-4)
 
 
 def test_a_random_map_hits_by_area():

@@ -1,4 +1,7 @@
-"""DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window."""
+"""DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window.
+
+A file is a path, or `Held` in memory.
+"""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lungjax.data import images, volumes
+from lungjax.data import frames, images, volumes
+from lungjax.data.held import File, Held, quote
 from lungjax.data.volumes import PLANES, Volume, Windows
 
 SUFFIXES = (".dcm", ".dicom")
@@ -23,13 +27,18 @@ STEADY = 0.01  # how far direction cosines of one series may differ: about half 
 SHEARED = 0.09  # sine of 5 degrees, by which the stack may lean without being a sheared volume
 UNEVEN = 0.1  # of the usual distance between slices
 AS_STORED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+OTHERS = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # modalities that a message may name
+
+
+class Unreadable(ValueError):
+    """What this module says of a file. Errors of pydicom don't get out: they quote values, which may be a person's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
     """What one DICOM file says of itself. Of the person there is nothing in it but `patient`."""
 
-    path: str
+    path: File
     series: str  # SeriesInstanceUID
     image: str  # SOPInstanceUID
     patient: str  # PatientID, or the study's UID where there is none
@@ -62,7 +71,7 @@ def is_dicom(path: str) -> bool:
         return False
 
 
-def header(path: str) -> Header:
+def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
     Raises ValueError, with the file, if it is no DICOM file, another modality than CT or X-ray, without pixels,
@@ -82,17 +91,17 @@ def header(path: str) -> Header:
         _check(data, path, modality)
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
-        raise ValueError(f"{path}: a PixelSpacing of {spacing[0]:g} x {spacing[1]:g} mm")
+        raise Unreadable(f"{path}: a PixelSpacing of {quote(path, f'{spacing[0]:g} x {spacing[1]:g} mm', 'zero')}")
     orientation = _numbers(data, "ImageOrientationPatient", 6, path)
     if orientation:
         across, down = np.reshape(orientation, (2, 3))
         if max(abs(across @ down), abs(across @ across - 1), abs(down @ down - 1)) > STEADY:
-            raise ValueError(f"{path}: an ImageOrientationPatient that is not two unit vectors at a right angle")
+            raise Unreadable(f"{path}: an ImageOrientationPatient that is not two unit vectors at a right angle")
     return Header(
         path=path,
-        series=str(data.get("SeriesInstanceUID", "")) or path,
-        image=str(data.get("SOPInstanceUID", "")) or path,
-        patient=str(data.get("PatientID", "") or "").strip() or str(data.get("StudyInstanceUID", "")) or path,
+        series=str(data.get("SeriesInstanceUID", "")) or str(path),
+        image=str(data.get("SOPInstanceUID", "")) or str(path),
+        patient=str(data.get("PatientID", "") or "").strip() or str(data.get("StudyInstanceUID", "")) or str(path),
         modality=modality,
         aside=aside,
         size=(int(data.get("Rows", 0) or 0), int(data.get("Columns", 0) or 0)),
@@ -126,7 +135,7 @@ def series(headers: Sequence[Header]) -> Series:
     ordered, along, places = tuple(headers[i] for i in ranks), along[ranks], places[ranks]
     steps = np.diff(along)
     for i in np.flatnonzero(steps < 0.01)[:1]:
-        raise ValueError(
+        raise Unreadable(
             f"{ordered[i].path} and {ordered[i + 1].path} have the same series and position: copies, or several "
             "scans in one series; keep one of them"
         )
@@ -137,7 +146,7 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, next(p for p, a in PLANES.items() if a == axis), shape, step, flaw, notes)
 
 
-def picture(path: str, windows: Windows) -> bytes:
+def picture(path: File, windows: Windows) -> bytes:
     """Returns the CT slice of one file as a PNG file, turned as `volumes` says; only this file is read.
 
     Raises ValueError as `header` does, and for pixels that can't be decoded.
@@ -147,7 +156,7 @@ def picture(path: str, windows: Windows) -> bytes:
     return volumes.picture(_volume([slice_of], one.step), one.plane, 0, windows)
 
 
-def cut(paths: tuple[str, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
+def cut(paths: tuple[File, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a series as a PNG file; the volume stays in memory for the next plane.
 
     `paths` are in the order of `Series.headers`, `step` is its `step`. Raises ValueError as `picture` does.
@@ -156,12 +165,12 @@ def cut(paths: tuple[str, ...], step: float, plane: str, index: int, windows: Wi
 
 
 @volumes.remembered
-def volume(paths: tuple[str, ...], step: float) -> Volume:
+def volume(paths: tuple[File, ...], step: float) -> Volume:
     """Reads a sorted series whose slices lie `step` mm apart. Raises ValueError as `picture` does."""
     return _volume([header(path) for path in paths], step)
 
 
-def xray(path: str) -> bytes:
+def xray(path: File) -> bytes:
     """Returns an X-ray as an 8-bit PNG file in which bone is white, also where the file has MONOCHROME1.
 
     The window is the file's own (WindowCenter and WindowWidth, else its VOI LUT), because every maker has its
@@ -174,7 +183,7 @@ def xray(path: str) -> bytes:
     pixels = _pixels(data, path)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
-            raise ValueError(f"{path}: colour pixels of {pixels.dtype}, wanted uint8")
+            raise Unreadable(f"{path}: colour pixels of {pixels.dtype}, wanted uint8")
         return images.encode(pixels)
     padding = _padding(data, pixels)
     shown = _windowed(data, apply_modality_lut(pixels, data), ~padding)
@@ -184,44 +193,49 @@ def xray(path: str) -> bytes:
     return images.encode(np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8))
 
 
-def _read(path: str, header_only: bool = False) -> Any:
+def _read(path: File, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
+    source = path.open() if isinstance(path, Held) else path
     try:
         if header_only:
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-        return pydicom.dcmread(path)
+            return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=TAGS)
+        return pydicom.dcmread(source)
     except OSError as error:
-        raise ValueError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
-        raise ValueError(f"{path}: no DICOM file (the letters DICM are not at byte 128)") from None
+        raise Unreadable(f"{path}: no DICOM file (the letters DICM are not at byte 128)") from None
     except Exception as error:  # a damaged element may fail anywhere in the parser
-        raise ValueError(f"{path}: a damaged DICOM file ({error})") from None
+        raise Unreadable(f"{path}: a damaged DICOM file {quote(path, f'({error})')}") from None
 
 
-def _check(data: Any, path: str, modality: str) -> None:
+def _check(data: Any, path: File, modality: str) -> None:
     if modality != "CT" and modality not in XRAYS:
-        raise ValueError(f"{path}: modality {modality or 'unknown'}; allowed are CT and the X-rays {', '.join(XRAYS)}")
+        named = modality if modality in OTHERS else quote(path, modality)
+        raise Unreadable(f"{path}: modality {named or 'unknown'}; allowed are CT and the X-rays {', '.join(XRAYS)}")
     if not data.get("Rows") or not data.get("Columns"):
-        raise ValueError(f"{path}: a DICOM file without pixels")
+        raise Unreadable(f"{path}: a DICOM file without pixels")
     if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:
-        raise ValueError(
+        raise Unreadable(
             f"{path}: several frames in one file (an enhanced or multi-frame object): convert it to one file a "
             "slice, or to NIfTI"
         )
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
-        raise ValueError(f"{path}: a CT without RescaleSlope and RescaleIntercept: no Hounsfield units can be had")
+        raise Unreadable(f"{path}: a CT without RescaleSlope and RescaleIntercept: no Hounsfield units can be had")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is not None and syntax.is_compressed and not _decodes(syntax):
-        raise ValueError(f"{path}: its pixels are compressed ({syntax.name}) and {_advice(syntax)}")
+        named = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
+        raise Unreadable(f"{path}: its pixels are compressed ({named}) and {_advice(syntax)}")
 
 
-def _numbers(data: Any, name: str, count: int, path: str) -> tuple[float, ...] | None:
+def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:
     try:
         numbers = tuple(float(value) for value in data.get(name) or ())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {name} can't be read ({error})") from None
+        raise Unreadable(f"{path}: {name} can't be read {quote(path, f'({error})')}") from None
     if numbers and (len(numbers) != count or not np.isfinite(numbers).all()):
-        raise ValueError(f"{path}: {name} has the values {numbers}, wanted {count} numbers")
+        raise Unreadable(
+            f"{path}: {name} has {quote(path, f'the values {numbers}', 'other values')}, wanted {count} numbers"
+        )
     return numbers or None
 
 
@@ -242,19 +256,22 @@ def _advice(syntax: Any) -> str:
     return f"nothing installed decodes that: pip install pylibjpeg pylibjpeg-{part}"
 
 
-def _pixels(data: Any, path: str) -> np.ndarray:
+def _pixels(data: Any, path: File) -> np.ndarray:
     """Returns the stored values, [rows, columns] or, in colour, [rows, columns, 3] RGB."""
     if "PixelData" not in data:
-        raise ValueError(f"{path}: a DICOM file without pixels")
+        raise Unreadable(f"{path}: a DICOM file without pixels")
     try:
+        if isinstance(path, Held):
+            frames.check(data)
         pixels: np.ndarray = data.pixel_array
     except Exception as error:  # decoders raise what they like
         syntax = data.file_meta.get("TransferSyntaxUID", None)
         squeezed = syntax is not None and syntax.is_compressed
         hint = f"; if the file is whole, {_advice(syntax)}" if squeezed else "; the file may be truncated"
-        raise ValueError(f"{path}: its pixels can't be decoded ({' '.join(str(error).split())}){hint}") from None
+        said = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
+        raise Unreadable(f"{path}: {said}{hint}") from None
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
-        raise ValueError(f"{path}: pixels of shape {pixels.shape}, wanted one gray or RGB picture")
+        raise Unreadable(f"{path}: pixels of shape {pixels.shape}, wanted one gray or RGB picture")
     return pixels
 
 
@@ -268,7 +285,7 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
     return (pixels >= low) & (pixels <= high)
 
 
-def _hu(path: str) -> np.ndarray:
+def _hu(path: File) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; what was not scanned is air."""
     data = _read(path)
     pixels = _pixels(data, path)
@@ -301,17 +318,17 @@ def _check_alike(first: Header, other: Header) -> None:
     for header in (first, other):
         for name, value in (("ImageOrientationPatient", header.orientation), ("ImagePositionPatient", header.position)):
             if value is None:
-                raise ValueError(f"{header.path}: no {name}, so its series can't be put in order")
+                raise Unreadable(f"{header.path}: no {name}, so its series can't be put in order")
     assert first.orientation is not None and other.orientation is not None
     if np.abs(np.subtract(first.orientation, other.orientation)).max() > STEADY:
-        raise ValueError(f"{pair}, but have different orientations; give each orientation its own folder and series")
+        raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
     if first.size != other.size:
         sizes = " and ".join(f"{rows} x {columns}" for rows, columns in (first.size, other.size))
-        raise ValueError(f"{pair}, but have different sizes, {sizes} (rows x columns)")
+        raise Unreadable(f"{pair}, but have different sizes, {sizes} (rows x columns)")
     mm, others = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
     if not np.allclose(mm, others, rtol=1e-3):
         spacings = " and ".join(f"{down:g} x {across:g}" for down, across in (mm, others))
-        raise ValueError(f"{pair}, but have different pixel spacings, {spacings} mm")
+        raise Unreadable(f"{pair}, but have different pixel spacings, {spacings} mm")
 
 
 def _flaws(
@@ -329,7 +346,7 @@ def _flaws(
     if not len(odd):
         return (), ""
     i = int(odd[0])
-    between = f"between {os.path.basename(ordered[i].path)} and {os.path.basename(ordered[i + 1].path)}"
+    between = f"between {os.path.basename(str(ordered[i].path))} and {os.path.basename(str(ordered[i + 1].path))}"
     missing = int(np.rint(steps[odd] / step - 1).clip(min=0).sum())
     if missing:
         flaw = f"about {missing} missing slices, the first {between} ({steps[i]:g} mm, else {step:g} mm)"

@@ -96,18 +96,21 @@ def gray(array: np.ndarray) -> np.ndarray:
     return np.rint(np.clip((array - low) * (255.0 / max(high - low, 1.0)), 0, 255)).astype(np.uint8)
 
 
-def decode(data: bytes, window: tuple[float, float] | None) -> np.ndarray:
+def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB).
 
     uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
-    Raises ValueError if the image can't be read, or has 16 bits and there is no window.
+    `formats` are Pillow's names of those that may be tried; None tries all. Raises ValueError if the image can't be
+    read, or has 16 bits and there is no window.
     """
-    return np.asarray(load(data, window))
+    return np.asarray(load(data, window, formats))
 
 
-def load(data: bytes, window: tuple[float, float] | None) -> np.ndarray | Image.Image:
+def load(
+    data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
+) -> np.ndarray | Image.Image:
     """As `decode`, but gray 8-bit files stay Pillow's pictures, which spares `to_input` two copies."""
-    image, _ = _open(data)
+    image, _ = _open(data, formats)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
     if window is None:
@@ -275,12 +278,12 @@ def read(data: bytes) -> tuple[np.ndarray, str]:
     return np.asarray(image), form
 
 
-def _open(data: bytes) -> tuple[np.ndarray | Image.Image, str]:
+def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
     stored = _unpacked(data)
     if stored is not None:
         return stored, "PNG"
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
             problem = _unsupported(picture, data)
             if problem is None:
                 picture.load()

@@ -110,7 +110,7 @@ def _from_dicom(rows: Sequence[Row], options: Options, notes: Notes) -> tuple[li
             copy = ValueError(f"{header.path} has the SOPInstanceUID of {seen[name]}: keep one of them")
             made.append(_refused(row, row["file"], copy))
             continue
-        seen[name] = header.path
+        seen[name] = str(header.path)
         made.append(row | {"file": name, "image": partial(dicom.xray, header.path)})
     xrays = len(seen)
     if xrays + len(by_series) > 1 and len(patients) == 1:

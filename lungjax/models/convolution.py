@@ -9,6 +9,7 @@ sits inside gradient rules of our own (nothing is differentiated through it), so
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,23 @@ FEW_CHANNELS = 3  # up to so many (an image's), a forward convolution is a sum o
 FUSED_TERMS = 27  # more terms than these in one loop spill the registers
 SLICED_TERMS = 49  # and with more than these the compiler's own convolution is faster
 SUMMED_CELLS = 8, 4  # rows and columns of cells that one element of the kernel's gradient adds up
+
+
+# A value that jit's caches know of, so that a program traced in one form is never taken for the other.
+_PLAIN: Any = jax.make_user_context(False)
+
+
+def plain_forms() -> AbstractContextManager[None]:
+    """Returns a context in which networks are traced with the compiler's plain operations, as exports want them.
+
+    No form for a single platform is then in the program, and 1x1 convolutions are convolutions.
+    """
+    return _PLAIN(True)
+
+
+def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """Returns cpu(*args) where the program is lowered for a CPU and default(*args) elsewhere or in `plain_forms`."""
+    return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 def pair(value: int | Sequence[int]) -> Pair:
@@ -56,19 +74,22 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 
 
 @functools.cache
-def compiler_options(platform: str | None = None) -> dict[str, Any]:
+def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
     """Returns the options to give `jax.jit` where whole steps are compiled; empty but on the CPU.
 
-    `platform` is the one compiled for; None is this process's.
+    `platform` is the one compiled for; None is this process's. `train` is False for prediction alone.
 
     Without them XLA hands float32 convolutions to YNNPACK, which runs them on one core, and those without
     padding several times slower still; XLA's older convolution takes all cores. The options name what YNNPACK
-    keeps. A jaxlib that doesn't know them is left alone.
+    keeps: in training products and reductions; in prediction reductions alone, since with a product it takes in the
+    bias, the gate and the next product, and is slower at that than one loop and one product each. A jaxlib that
+    doesn't know them is left alone.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
+    kept = ("DOT", "REDUCE") if train else ("REDUCE",)
     options = {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kept),
         "xla_cpu_prefer_vector_width": 512,
     }
     try:
@@ -88,9 +109,11 @@ def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) 
     return plain_conv(x, kernel, strides, pads, x.shape[-1])
 
 
-def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def pointwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array:
     """Convolves x [B, H, W, C] with kernel [1, 1, C, D] as one matrix product."""
-    return product(x, kernel[0, 0])
+    if _PLAIN.value:
+        return plain_conv(x, kernel, strides, ((0, 0), (0, 0)))
+    return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
 
 
 @jax.custom_vjp
@@ -160,7 +183,7 @@ dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
 
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
     forms = {"cpu": partial(cpu, strides=strides, pads=pads)}
-    return partial(lax.platform_dependent, default=partial(plain, strides=strides, pads=pads), **forms)
+    return partial(by_platform, default=partial(plain, strides=strides, pads=pads), **forms)
 
 
 def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:

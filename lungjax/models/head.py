@@ -4,12 +4,14 @@ It takes the map alone, so Grad-CAM applies it to `features["last"]` and differe
 """
 
 from dataclasses import fields, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
+from lungjax.models.convolution import alone, by_platform
 from lungjax.models.layers import BatchNorm
 from lungjax.models.pooling import halve
 
@@ -72,7 +74,7 @@ class Head(nn.Module):
         x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         x = _norm(x, config.norm_before_pool, train, "norm_before_pool")
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
-        x = _pool(x, config.pool)
+        x = _pool(x, config.pool, train)
         x = _norm(x, config.norm_after_pool, train, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
         # Glorot uniform is the Keras default that all the studies' dense layers start from.
@@ -95,11 +97,17 @@ def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
     return x
 
 
-def _pool(x: jax.Array, kind: str | None) -> jax.Array:
+def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
+    if kind == "avg" and not train:  # apart from the activation before it, which takes long inside the CPU's sums
+        return by_platform(x, cpu=partial(alone, _mean), default=_mean)
     if kind == "avg":
-        return x.mean((1, 2))
+        return _mean(x)
     if kind == "max":
         return x.max((1, 2))
     if kind == "avg2x2_flatten":
         x = halve(x)  # an odd map loses its last row and column
     return x.reshape(x.shape[0], -1)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean((1, 2))

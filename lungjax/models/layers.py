@@ -72,7 +72,7 @@ class Conv(nn.Module):
         if groups == channels == self.features and groups > 1:
             x = depthwise_conv(x, kernel, strides, pads)
         elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-            x = pointwise_conv(x[:, :: strides[0], :: strides[1]], kernel)
+            x = pointwise_conv(x, kernel, strides)
         elif groups == 1:
             x = dense_conv(x, kernel, strides, pads)
         else:

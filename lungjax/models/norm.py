@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.convolution import alone
+from lungjax.models.convolution import alone, by_platform
 
 Activation = Callable[[jax.Array], jax.Array]
 Normed = tuple[jax.Array, jax.Array, jax.Array]
@@ -57,7 +57,7 @@ def batch_norm(
     Returns the activated map, and mean and biased variance [C] in float32, through which no gradient flows.
     """
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
-    return lax.platform_dependent(x, scale, bias, cpu=cpu, default=plain)
+    return by_platform(x, scale, bias, cpu=cpu, default=plain)
 
 
 def _save(
@@ -69,7 +69,7 @@ def _save(
 
 def _gradients(epsilon: float, activation: Activation, dtype: Any, saved: Any, dy: Normed) -> Any:
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_backward, _plain_backward))
-    return lax.platform_dependent(*saved, dy[0], cpu=cpu, default=plain)
+    return by_platform(*saved, dy[0], cpu=cpu, default=plain)
 
 
 batch_norm.defvjp(_save, _gradients)

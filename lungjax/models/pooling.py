@@ -1,5 +1,6 @@
 """Pooling of maps [B, H, W, C], in forms that XLA compiles well where they run; see `lungjax.models.convolution`."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.convolution import Pads, Pair, alone, pad, slices, spread, wide
+from lungjax.models.convolution import Pads, Pair, alone, by_platform, pad, slices, spread, wide
 
 
 def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
@@ -22,9 +23,15 @@ def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> j
 def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
 
-    The gradient goes to the first of equal maxima, in rows, then columns.
+    The gradient goes to the first of equal maxima, in rows, then columns. On the CPU the maximum is one of shifted
+    slices: one loop, which takes in the bias and the activation before it as well.
     """
-    return plain_window_max(x, window, strides, pads)
+    forms = {"cpu": _window_max, "default": plain_window_max}
+    return by_platform(x, **{name: partial(f, window=window, strides=strides, pads=pads) for name, f in forms.items()})
+
+
+def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    return functools.reduce(lax.max, [part for _, _, part in slices(pad(x, pads, -jnp.inf), window, strides)])
 
 
 def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
@@ -36,7 +43,7 @@ def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, 
         return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
 
     cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
-    return (lax.platform_dependent(x, dy, cpu=cpu, default=plain),)
+    return (by_platform(x, dy, cpu=cpu, default=plain),)
 
 
 window_max.defvjp(_window_max_save, _window_max_gradient)
@@ -64,12 +71,12 @@ def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pad
 @jax.custom_vjp
 def halve(x: jax.Array) -> jax.Array:
     """Takes the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
-    return lax.platform_dependent(x, cpu=_halve, default=plain_halve)
+    return by_platform(x, cpu=_halve, default=plain_halve)
 
 
 def plain_halve(x: jax.Array) -> jax.Array:
     """Takes the mean of each 2 x 2 cells by the compiler's own reduction."""
-    return nn.avg_pool(x, (2, 2), (2, 2))
+    return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
 
 
 def _halve(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
@@ -32,6 +33,11 @@ def pool_zeros(x: jax.Array) -> jax.Array:
     The border wins where all of a window is negative: in V2 and BiT no ReLU comes before this pool.
     """
     return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
+
+
+def every(x: jax.Array, stride: int) -> jax.Array:
+    """Returns every `stride`-th row and column of x [B, H, W, C]: one slice also where B is left open."""
+    return x if stride == 1 else lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
 
 
 class Block(nn.Module):
@@ -94,10 +100,7 @@ class PreactBlock(nn.Module):
             return norm(x, train=train, activation=nn.relu)
 
         preact = norm_relu(x, "preact_bn")
-        if x.shape[-1] == wide:
-            shortcut = x[:, :: self.stride, :: self.stride]
-        else:
-            shortcut = conv(preact, wide, 1, self.stride, "shortcut_conv")
+        shortcut = every(x, self.stride) if x.shape[-1] == wide else conv(preact, wide, 1, self.stride, "shortcut_conv")
         x = preact
         for i, (features, size) in enumerate([(middle, 1), (middle, 3), (wide, 1)], 1):
             x = conv(x, features, size, self.stride if i == self.stride_conv else 1, f"conv{i}")

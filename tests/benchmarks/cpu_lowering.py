@@ -45,7 +45,7 @@ LAYERS = [
 ]
 PLAIN = {
     "depthwise_conv": convolution.plain_depthwise,
-    "pointwise_conv": lambda x, kernel: convolution.plain_conv(x, kernel, (1, 1), ((0, 0), (0, 0))),
+    "pointwise_conv": lambda x, kernel, strides: convolution.plain_conv(x, kernel, strides, ((0, 0), (0, 0))),
     "dense_conv": convolution.plain_conv,
     "window_max": pooling.plain_window_max,
 }

@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any
 
 CLASSES = 3
-CBR = {"cbr_larget": (7, (32, 64, 128, 256, 512), False)}  # kernel, widths, a pool after the last block
+CBR = {  # kernel, widths, a pool after the last block
+    "cbr_larget": (7, (32, 64, 128, 256, 512), False),
+    "cbr_small": (7, (32, 64, 128, 256), True),
+}
 KERAS = {
     "efficientnet_b0": "EfficientNetB0",
     "mobilenetv2": "MobileNetV2",

@@ -1,0 +1,63 @@
+"""Writes a finished run as files that need no lungjax: python -m lungjax.export --workdir=runs/my_run --format=jax,onnx
+
+    jax          model.pyz: StableHLO for CPU, CUDA and TPU; python model.pyz scan.png needs jax, numpy and pillow alone
+    onnx         model.onnx, for onnxruntime and others (extra `export`)
+    savedmodel   savedmodel/, for TensorFlow, which must be installed
+    triton       triton/NAME, a model of a Triton Inference Server's repository, from the ONNX file (extra `export`)
+
+Each has weights, normalisation, calibration and metadata in it, takes any number of images, and is compared with the
+network before it is kept: logits equal to 1e-5 of their range. What lies there from before is replaced.
+"""
+
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from lungjax import entry, machine
+from lungjax.config import nearest
+from lungjax.metadata import NOTICE
+
+FORMATS = ("jax", "onnx", "savedmodel", "triton")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
+FORMAT = flags.DEFINE_list("format", ["jax"], f"Of {', '.join(FORMATS)}; several with commas.")
+OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
+flags.adopt_module_key_flags(entry)
+
+
+def main(_: list[str]) -> None:
+    """Checks what was asked for, then writes one format after the other and says how near each is to the network."""
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
+    if not FORMAT.value:
+        raise app.UsageError(f"--format is empty: give some of {', '.join(FORMATS)}")
+    for name in FORMAT.value:
+        if name not in FORMATS:
+            raise ValueError(f"--format={name}: {nearest(name, FORMATS)}")
+    machine.prepare_jax()
+    from lungjax.export import onnx_file, programs, savedmodel, stablehlo, triton  # here, since they import jax
+
+    modules = {"jax": stablehlo, "onnx": onnx_file, "savedmodel": savedmodel, "triton": triton}
+    chosen = [name for name in FORMATS if name in FORMAT.value]
+    for name in chosen:
+        modules[name].load_packages()  # before a minute of work for the other formats
+    workdir = Path(WORKDIR.value).expanduser()
+    made = programs.of_run(workdir)
+    out = Path(OUT.value).expanduser() if OUT.value else workdir / "export"
+    out.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        start = time.monotonic()
+        path, found = modules[name].write(made, out)
+        seconds = time.monotonic() - start
+        print(f"{path}: {_size(path)} in {seconds:.0f} s; logits within {found:.0e} of their range of the network's")
+    print(NOTICE)
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,45 @@
+"""Files and folders that are there whole or not at all: written beside their place, then put into it."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; after the body the file replaces `path`, after an error it is removed.
+
+    It ends as `path` does, for readers that look at that.
+    """
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; after the body it replaces `path`, after an error it is removed.
+
+    The old folder stays in a hidden place while the new one moves in, so that one of them is always whole.
+    """
+    token = uuid.uuid4().hex
+    partial, old = path.with_name(f".{token}"), path.with_name(f".{token}.old")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

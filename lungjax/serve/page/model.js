@@ -1,0 +1,151 @@
+// What the page says of the model: what it was trained on, what it expects, and how well it did on test images.
+import { limit } from "./service.js";
+import { at, count, interval, make, percent, plural, ruleWords, size } from "./words.js";
+
+const SCORES = {
+  accuracy: "Accuracy",
+  balanced_accuracy: "Balanced accuracy",
+  auc_macro: "AUC, mean of classes",
+  ece: "Calibration error",
+};
+const SPLITS = ["train", "val", "test"];
+const LEVELS = { slice: "image", patient: "patient" };
+const FEW = 4; // warnings that are shown unasked
+
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+const small = (words) => make("small", {}, words);
+const quiet = (words) => make("p", { className: "quiet" }, words);
+
+// Rows are lists of cells, a cell is one child or a list of them; the first cell of a row is its head.
+function table(head, rows) {
+  const cell = (words, i, tag, scope) => make(i ? tag : "th", i && tag === "td" ? {} : { scope }, ...[words].flat());
+  const row = (cells, tag, scope) => make("tr", {}, ...cells.map((words, i) => cell(words, i, tag, scope)));
+  const above = make("thead", {}, row(head, "th", "col"));
+  const body = make("tbody", {}, ...rows.map((cells) => row(cells, "td", "row")));
+  return make("div", { className: "wide", tabIndex: 0 }, make("table", {}, above, body));
+}
+
+function unfold(words, open, ...parts) {
+  return make("details", { open }, make("summary", {}, words), ...parts);
+}
+
+function facts(pairs) {
+  const known = pairs.filter(([, value]) => value);
+  return make("dl", {}, ...known.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+}
+
+const under = (words) => (words ? [small(words)] : []);
+const measured = (value, pair) => [percent(value), ...under(interval(pair))];
+const plainly = (value, pair) => [value.toFixed(3), ...under(pair?.map((p) => p.toFixed(3)).join(" to "))];
+
+export const isDrawn = (model) => /^phantom_ct\b/.test(model.dataset ?? "");
+
+// One line for the head of the page.
+export function summary(model) {
+  const images = Object.values(model.counts?.train ?? {}).filter(isNumber).reduce((a, b) => a + b, 0);
+  const from = images ? `${plural(images, "image")} of ${model.dataset}` : model.dataset;
+  const names = `${model.classes.slice(0, -1).join(", ")} and ${model.classes.at(-1)}`;
+  return `A network that tells ${names} apart, trained on ${from}.`;
+}
+
+function intended(model) {
+  const [height, width] = model.input.size;
+  const windows = (model.hu_windows ?? []).map(([centre, wide]) => `${centre} / ${wide} HU`).join(", ");
+  return [
+    ["Input", `${width} x ${height} pixels, ${model.input.channels === 1 ? "gray" : "colour"}`],
+    ["Plane", model.position === "mid" ? `${model.plane}, the middle one` : model.plane],
+    ["Stage", model.stage || "images as they are"],
+    ["CT window", windows && `${windows} (centre / width, for DICOM)`],
+    ["16-bit window", model.window ? `${model.window[0]} to ${model.window[1]}` : "none: 8-bit images only"],
+  ];
+}
+
+function countTable(model) {
+  const { counts = {}, patients = {} } = model;
+  const splits = SPLITS.filter((split) => counts[split]);
+  if (!splits.length) return [];
+  const cell = (split, name) => {
+    const people = patients?.[split]?.[name];
+    return [count(counts[split][name] ?? 0), ...(isNumber(people) ? [small(plural(people, "patient"))] : [])];
+  };
+  const rows = model.classes.map((name) => [name, ...splits.map((split) => cell(split, name))]);
+  return [make("h3", {}, "Images of each class"), table(["", ...splits], rows)];
+}
+
+function scoreTable(model) {
+  const levels = Object.keys(LEVELS).filter((level) => model.scores?.[level]);
+  const names = Object.keys(SCORES).filter((name) => levels.some((level) => isNumber(model.scores[level][name])));
+  if (!names.length) return [];
+  const cell = (scores, name) => {
+    if (!isNumber(scores[name])) return "";
+    return (name.endsWith("accuracy") ? measured : plainly)(scores[name], scores.intervals?.[name]);
+  };
+  const rows = names.map((name) => [SCORES[name], ...levels.map((level) => cell(model.scores[level], name))]);
+  const head = levels.map((level) => {
+    const n = model.scores[level].n;
+    return isNumber(n) ? plural(n, LEVELS[level]) : `${LEVELS[level]}s`;
+  });
+  return [make("h3", {}, "Scores on test"), table(["", ...head], rows), quiet("Below each: its 95 % interval.")];
+}
+
+function pointTables(model) {
+  const parts = [];
+  for (const rule of rules(model)) {
+    const known = model.classes.filter((name) => model.points.slice?.[name]?.[rule]);
+    const rows = known.map((name) => {
+      const { threshold, sensitivity, specificity, intervals = {} } = model.points.slice[name][rule];
+      const from = [name, small(`from ${percent(threshold)}`)];
+      return [from, measured(sensitivity, intervals.sensitivity), measured(specificity, intervals.specificity)];
+    });
+    const title = ruleWords(rule)[1];
+    parts.push(make("p", {}, `${title[0].toUpperCase()}${title.slice(1)}`));
+    parts.push(table(["threshold", "sensitivity", "specificity"], rows));
+  }
+  if (!parts.length) return [];
+  const words = "Thresholds were chosen on the validation images; the rates are those of the test images.";
+  return [unfold("Operating points", false, ...parts, quiet(words))];
+}
+
+// Names of the rules of the model's operating points, Youden's first.
+export function rules(model) {
+  const names = new Set(Object.values(model.points?.slice ?? {}).flatMap((points) => Object.keys(points)));
+  return [...names].sort((a, b) => (b === "youden") - (a === "youden") || a.localeCompare(b));
+}
+
+function plain(value) {
+  if (value === null || value === undefined || value === "") return "";
+  if (Array.isArray(value)) return value.map(plain).filter(Boolean).join(", ");
+  if (typeof value !== "object") return String(value);
+  return Object.entries(value).map(([name, inner]) => `${name} ${plain(inner)}`).join(", ");
+}
+
+export function describe(model) {
+  const { warnings = [], notice, data_title, data_licence, ...rest } = model.about ?? {};
+  const about = Object.entries(rest).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
+  const caveats = make("ul", { className: "caveats" }, ...warnings.map((line) => make("li", {}, line)));
+  const alarms = model.familiarity?.false_alarms?.test?.rate;
+  const alarm = isNumber(alarms) ? ` It does so for ${percent(alarms)} of the test images too.` : "";
+  at("model").replaceChildren(
+    facts([
+      ["Name", model.name],
+      ["Classes", model.classes.join(", ")],
+      ["Trained on", data_title ? `${model.dataset}: ${data_title}` : model.dataset],
+      ["Its licence", data_licence],
+      ...intended(model),
+    ]),
+    ...countTable(model),
+    ...scoreTable(model),
+    ...(warnings.length ? [unfold("Before believing the numbers", warnings.length < FEW, caveats)] : []),
+    ...pointTables(model),
+    ...(model.familiarity ? [quiet(`The page warns of images unlike those of the training.${alarm}`)] : []),
+    ...(about.length ? [unfold("More about it", false, facts(about))] : []),
+  );
+}
+
+// The limits of a file in words, as far as the service states them.
+export function limits() {
+  const [bytes, pixels] = [limit("file_bytes"), limit("pixels")];
+  const parts = Number.isFinite(bytes) ? [`${size(bytes)} a file`] : [];
+  if (Number.isFinite(pixels)) parts.push(`${+(pixels / 1e6).toFixed(1)} megapixels an image`);
+  return parts.length ? `At most ${parts.join(", ")}.` : "";
+}

@@ -1,0 +1,191 @@
+"""What `serve_load` sends, good requests and garbage, and networks with random weights to send it to."""
+
+import gzip
+import io
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 512
+EDGE = b"edge-of-a-part"
+
+
+def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
+    """Returns a whole HTTP request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + EDGE + b"--\r\n") -> bytes:
+    """Returns a request with files in a form."""
+    head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % EDGE
+    return request(
+        b"".join(head + file + b"\r\n" for file in files) + end, f"multipart/form-data; boundary={EDGE.decode()}", path
+    )
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Returns an image file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
+    """Returns gray slices of 512 px: of the files in `folder`, else drawn."""
+    if folder is not None:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
+        return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8)).resize(
+            (SIDE, SIDE), Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(coarse, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
+        made.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
+    return made
+
+
+def scan(picture: Image.Image, series: str, **tags: Any) -> Any:
+    """Returns a CT slice as a pydicom data set."""
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = pydicom.Dataset()
+    data.file_meta, data.SOPClassUID, data.SOPInstanceUID = meta, CTImageStorage, meta.MediaStorageSOPInstanceUID
+    data.PatientName, data.PatientID, data.SeriesInstanceUID, data.StudyInstanceUID = "Doe^Jane", "7", series, "1.2.3"
+    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "CT", "MONOCHROME2", 1
+    data.Columns, data.Rows = picture.size
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+    data.RescaleSlope, data.RescaleIntercept = 1, -1024
+    data.PixelData = (np.asarray(picture, np.uint16) * 6).tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return data
+
+
+def written(data: Any) -> bytes:
+    """Returns the data set as a file."""
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    """Returns a chunk of a PNG."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
+    """Returns a gray PNG by hand."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(pixels, 9))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + body + chunk(b"IEND", b"")
+
+
+def good(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
+    """Returns weight and requests of each kind of good request."""
+    one = [encoded(image) for image in images]
+    slices = [written(scan(image, "1.2.3.4")) for image in images[:6]]
+    jpegs = [encoded(image, "JPEG", quality=90) for image in images[:6]]
+    return {
+        "PNG": (6, [request(data, "image/png") for data in one]),
+        "JPEG": (2, [form(data) for data in jpegs]),
+        "TIFF, BMP": (1, [form(encoded(images[0], "TIFF", compression="tiff_lzw")), form(encoded(images[1], "BMP"))]),
+        "DICOM": (1, [request(data, "application/dicom") for data in slices]),
+        "DICOM series of 6": (0.5, [form(*slices)]),
+        "four PNGs, one bad": (0.5, [form(*one[:3], b"no image")]),
+        "explain": (0.5, [form(data, path="/explain") for data in one[:4]]),
+    }
+
+
+def garbage(images: list[Image.Image]) -> dict[str, list[bytes]]:
+    """Returns requests of each kind of bad request; b"slow" and b"chunked" stand for what is sent by hand."""
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+
+    whole, small = encoded(images[0]), Image.fromarray(np.zeros((40, 40), np.uint8))
+    jpeg, slice_of = encoded(images[0], "JPEG"), written(scan(images[0], "1.2"))
+    zeros = zlib.compress(bytes(200 * 2**20), 9)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(100 * 2**20))
+    deflated = scan(small, "1.2")
+    deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    deflated.add_new((0x0009, 0x0010), "LO", "X")
+    deflated.add_new((0x0009, 0x1001), "OB", bytes(200 * 2**20))
+    runs = scan(small, "1.2")
+    runs.compress(RLELossless, generate_instance_uid=False)
+    runs.PixelData = encapsulate([struct.pack("<16I", 2, 64, 64 + 10_000_000, *[0] * 13) + b"\x81\0" * 10_000_000])
+    claims = bytearray(jpeg)
+    at = claims.index(b"\xff\xc0") + 5
+    claims[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    tags = [struct.pack("<HHII", 40_000 + i, 7, 10**6, 8) for i in range(300)]
+    sides = struct.pack("<HHIIHHII", 256, 4, 1, 40, 257, 4, 1, 40)
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags) + 2) + sides + b"".join(tags) + bytes(2 * 10**6)
+    wide = np.zeros((10, 60_000), np.uint8)
+    cuts = [(whole, "image/png"), (jpeg, "image/jpeg"), (slice_of, "application/dicom")]
+    elements = slice_of + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    return {
+        "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
+        "huge, said so": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
+        "huge, not said": [b"chunked"],
+        "ZIP bomb": [form(packed.getvalue())],
+        "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
+        "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],
+        "PNG profile bomb": [form(png(40, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=bytes(40 * 41)))],
+        "PNG of 900 megapixels": [form(png(30_000, 30_000, pixels=bytes(10**6)))],
+        "JPEG that claims 60,000 px": [form(bytes(claims))],
+        "60,000 px wide": [form(encoded(Image.fromarray(wide))), form(encoded(Image.fromarray(wide), "TIFF"))],
+        "one pixel": [form(encoded(Image.fromarray(np.zeros((1, 1), np.uint8))))],
+        "TIFF of overlapping tags": [form(tiff)],
+        "deflated DICOM bomb": [form(written(deflated))],
+        "run-length DICOM bomb": [form(written(runs))],
+        "DICOM of many elements": [form(elements)],
+        "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
+        "wrong type": [
+            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n", encoded(small, "GIF"))),
+            request(b"{}", "application/json"),
+        ],
+        "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
+        "empty": [form(b""), form(), request(b"", "image/png")],
+        "bad multipart": [
+            form(whole, end=b""),
+            request(b"--other\r\n\r\n", f"multipart/form-data; boundary={EDGE.decode()}"),
+            request(whole, "multipart/form-data"),
+        ],
+        "slow body": [b"slow"],
+    }  # fmt: skip
+
+
+def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
+    """Makes a run whose weights are random, as fast as a trained one; returns its folder."""
+    from lungjax import checkpoint, familiarity, models, overrides, state
+    from lungjax.config import Config, DataConfig, InputSpec, ModelConfig
+    from lungjax.metadata import Metadata
+
+    workdir, classes = folder / name, ("Normal", "Pneumonia", "COVID-19")
+    size = InputSpec(size=(224, 224), channels=1, mean=(0.4,) * 3, std=(0.3,) * 3)
+    config = Config(name=name, data=DataConfig(dataset="phantom_ct"), input=size, model=ModelConfig(name=name))
+    variables = state.init(models.build(config.model, len(classes)), (224, 224, 3), 0)
+    made = state.TrainState(np.asarray(1), np.asarray(0), variables["params"], variables["batch_stats"], {})
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(overrides.to_json(config))
+    (workdir / "data.json").write_text(json.dumps({"classes": classes}))
+    known = familiarity.fit(images, images[:8], []).to_dict()
+    (workdir / "model.json").write_text(Metadata(name, classes, size, "phantom_ct", familiarity=known).to_json())
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(made, {"step": 1, "best_step": 1}, best=True)
+    return str(workdir)

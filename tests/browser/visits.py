@@ -1,0 +1,141 @@
+"""The service, and what a visit to its page does and sees, in words that the tests read like."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chromium import Page
+
+ROOT = Path(__file__).parent.parent.parent
+READY = "!document.getElementById('layout').hidden"
+# Ahead of the page's own scripts: what the policy forbids, and what moves by itself.
+WATCH = """window.violations = []; window.shift = 0;
+addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + event.blockedURI));
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) shift += entry.value;
+}).observe({type: "layout-shift", buffered: true});"""
+# What sticks out of the window; what scrolls in a box of its own may be wider.
+OUT = """(() => {
+  const width = document.documentElement.clientWidth;
+  const out = (node) => { const b = node.getBoundingClientRect(); return b.right > width + 1 || b.left < -1; };
+  return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() && out(node)
+    && !node.closest(".wide, .unseen, .skip")).map((node) => node.outerHTML.slice(0, 150));
+})()"""
+# Controls and pictures without a name, of which a screen reader says nothing.
+NAMELESS = """[...document.querySelectorAll("img, button, input, select")].filter((node) => node.checkVisibility()
+  && !node.getAttribute("alt") && !node.innerText?.trim() && !node.getAttribute("aria-label") && !node.labels?.length)
+  .map((node) => node.outerHTML)"""
+CARD = """(() => {
+  const cards = [...document.querySelectorAll("#cards > .card")];
+  const node = cards.find((one) => one.querySelector(".name").textContent == %s);
+  const text = (selector) => node.querySelector(selector)?.innerText ?? null;
+  const wide = (row, selector) => row.querySelector(selector).getBoundingClientRect().width;
+  return {warning: text(".warning"), best: text(".top-class"), problem: text(".problem"), words: node.innerText,
+    inside: node.querySelectorAll("h3 *").length,
+    bars: [...node.querySelectorAll(".bars li")].map((row) => [row.children[0].textContent,
+      parseFloat(row.children[1].textContent), row.children[2].textContent.includes("positive"),
+      row.querySelector(".track b") ? 100 * wide(row, ".track b") / wide(row, ".track") : null])};
+})()"""
+
+
+@contextmanager
+def served(run: Path, folder: Path, token: str = "") -> Iterator[str]:
+    """The service of a run on a free port; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    environment = os.environ | ({"LUNGJAX_TOKEN": token} if token else {})
+    log = folder / f"serve_{port}.log"
+    command = [sys.executable, "-m", "lungjax.serve", f"--model={run}", f"--port={port}"]
+    with log.open("w") as lines:
+        process = subprocess.Popen(command, stdout=lines, stderr=lines, env=environment, cwd=ROOT)
+    try:
+        end = time.monotonic() + 120
+        while not answers(f"{address}health"):
+            assert process.poll() is None, f"the service ended: {log.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"the service did not begin: {log.read_text()[-2000:]}"
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(address: str) -> bool:
+    """Whether an address answers 200."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def post(address: str, path: Path) -> Any:
+    """What the service answers to a program that sends the file as the whole body."""
+    request = urllib.request.Request(address, path.read_bytes(), {"Content-Type": "application/octet-stream"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def drop(page: Page, *paths: Path) -> None:
+    """Drops files on the page, and waits until each has an answer."""
+    page.until(READY)
+    page.run("scrollTo(0, 0)")
+    before = page.run("document.querySelectorAll('#cards > .card').length")
+    box = "document.getElementById('drop').getBoundingClientRect()"
+    middle = page.run(f"(() => {{ const b = {box}; return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
+    page.drop(middle, list(paths))
+    finished(page, before + len(paths))
+
+
+def finished(page: Page, count: int) -> None:
+    """Waits until there are so many cards, and all have an answer."""
+    page.until(f"document.querySelectorAll('#cards > .card').length == {count}")
+    page.until("document.getElementById('progress').value == document.getElementById('progress').max")
+
+
+def card(page: Page, path: Path) -> dict[str, Any]:
+    """What the card of a file shows; `bars` has class, number in per cent, called positive, width in per cent."""
+    return page.run(CARD % json.dumps(path.name))
+
+
+def change(page: Page, selector: str, value: str, event: str = "change") -> None:
+    """Sets a control, as a person does."""
+    page.run(f"""(() => {{ const node = document.querySelector({json.dumps(selector)});
+      node.value = {json.dumps(value)}; node.dispatchEvent(new Event("{event}")); }})()""")
+
+
+def click(page: Page, selector: str) -> None:
+    """Clicks what a selector finds first."""
+    page.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def heat_is_there(page: Page) -> None:
+    """Waits for the first heat map."""
+    page.until("[...document.querySelectorAll('.heat')].some((image) => image.complete && image.naturalWidth)")
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Waits until a function says true."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def picture(page: Page, name: str) -> None:
+    """Keeps a screenshot where somebody wants them."""
+    folder = os.environ.get("LUNGJAX_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(Path(folder) / f"{name}.png")
