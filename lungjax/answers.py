@@ -3,9 +3,9 @@
     file            its name
     predicted       the class of the highest probability
     probabilities   {class: p}, calibrated, adding up to 1
-    decisions       {class: {called, rule, threshold, sensitivity, specificity}}: whether p is at least the threshold
-                    that `rule` chose on the validation split, and how often that was right on the test split; {} for a
-                    class without such a point
+    decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p is at least the
+                    threshold that `rule` chose on the validation split, for slices or patients (`level`), and how often
+                    that was right on the test split; without a class that has no such point
     unlike          how unlike the training images it is; above 1 is more so than 99 % of the validation images; None
                     where the model can't tell
     warnings        [sentences]
@@ -90,7 +90,7 @@ def _said(metadata: Metadata, probabilities: np.ndarray, rule: str, level: str) 
         point = points.get(name, {}).get(rule)
         if point:
             called = value >= point["threshold"]
-            decisions[name] = {"called": called, "rule": rule, **{key: point.get(key) for key in SHOWN}}
+            decisions[name] = {"called": called, "rule": rule, "level": level, **{key: point.get(key) for key in SHOWN}}
     return {
         "predicted": metadata.classes[int(np.argmax(p))],
         "probabilities": {name: round(value, 6) for name, value in zip(metadata.classes, p, strict=True)},

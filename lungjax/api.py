@@ -29,6 +29,7 @@ from lungjax import checkpoint, datasets, inference, losses, models, overrides, 
 from lungjax import config as configs
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig
 from lungjax.data import images as image_files
+from lungjax.data import kept
 from lungjax.models import convolution
 from lungjax.weights import catalogue
 from lungjax.weights import load as loading
@@ -166,29 +167,9 @@ def read(
             array = np.rint(array).astype(np.uint8)  # colours become gray as in the pipeline, which has 8 bits
         box = None if boxes is None else boxes[number]
         stage, size = (trained_on.stage, trained_on.size) if trained_on else ("", None)
-        array, place, _ = keep(array, box, stage, size)
+        array, place, _ = kept.keep(array, box, stage, size)
         found.append(image_files.to_input(array, place, spec, 0.0))
     return np.stack(found)
-
-
-def keep(array: np.ndarray, box: Any, stage: str, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns what a data set keeps of an image: the image, a box in its pixels, and whether its stage was found.
-
-    Args:
-      array: [H, W] or [H, W, 3], uint8, or float32 in 0..255.
-      box: xmin, ymin, xmax, ymax in pixels; None is the whole image.
-      stage: such as "lungs" (`datasets.treatment`); "" is the image as it is.
-      size: height and width of the stored copy; None leaves it.
-    """
-    place = (0.0, 0.0, float(array.shape[1]), float(array.shape[0])) if box is None else tuple(map(float, box))
-    found = True
-    if stage or size:
-        from lungjax.datasets import treatment  # here: masks need scikit-image, which few runs do
-
-        array = np.rint(array).astype(np.uint8)  # as its images were when it was prepared
-        array = image_files.gray(array) if stage else array
-        array, place, _, found = treatment.version(array, place, stage, size)  # type: ignore[arg-type]
-    return array, np.asarray(place, np.float32), found
 
 
 def _pixels(image: Any, what: str) -> np.ndarray:

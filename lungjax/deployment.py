@@ -14,6 +14,10 @@ from lungjax.predictions import Predictions
 from lungjax.step import positive_class
 
 MOST = 1000  # images of a split that are looked at for `familiarity`
+BOXED = (
+    "The scores are of the body's box as the data set gives it; in prediction it is found in each image, which may "
+    "differ by some pixels and change an answer."
+)
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
@@ -62,7 +66,7 @@ def describe(
     if val is not None and len(val):
         temperature = calibration.fit_temperature(val)
         points = _points(config, calibration.scaled(val, temperature), calibration.scaled(test, temperature))
-    facts = report["facts"]
+    facts, box = report["facts"], _box(config, data)
     about = told.get("about") or {}
     return Metadata(
         name=config.name,
@@ -71,7 +75,7 @@ def describe(
         dataset=data.name,
         stage=name.stage,
         stored=name.size,
-        box=_box(config, data),
+        box=box,
         window=data.window,
         hu_windows=tuple(tuple(map(float, window)) for window in volumes.get("hu_windows", HU_WINDOWS)),  # type: ignore[misc]
         plane=volumes.get("plane", "axial"),
@@ -91,7 +95,7 @@ def describe(
             "data_licence": about.get("licence", ""),
             "data_title": about.get("title", ""),
             "protocol": config.data.protocol,
-            "warnings": list(report["warnings"]),
+            "warnings": [*report["warnings"], *([BOXED] if box == "body" else [])],
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
@@ -110,9 +114,11 @@ def _patients(data: Prepared) -> dict[str, dict[str, int]]:
 
 def _box(config: Config, data: Prepared) -> str:
     name, entry = datasets.resolve(data.name)
-    if config.input.crop != "box":
-        return ""
-    return "body" if entry.axial and (data.body or name.base != "folder") else "given"
+    columns = data.columns
+    whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
+    if config.input.crop != "box" or (columns["box"] == whole).all():
+        return ""  # also where the data set has none, and whole images were shown
+    return "body" if entry.axial and name.base != "folder" else "given"  # a user's boxes may be of anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:

@@ -69,5 +69,5 @@ def short(text: str, most: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Keeps matplotlib from reading $ as mathematics."""
-    return text.replace("$", r"\$")
+    """Keeps matplotlib from reading $ as mathematics, and from bytes of a file's name that are no text."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")

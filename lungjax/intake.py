@@ -24,7 +24,7 @@ from lungjax.metadata import Metadata
 PATH_COLUMNS = ("path", "file", "image")
 GROUP_COLUMNS = ("group", "patient", "series")
 
-Decoded = Callable[[], np.ndarray]  # reads and decodes; raises ValueError or OSError
+Decoded = Callable[[], np.ndarray]  # reads and decodes; raises what decoders raise
 Cut = Callable[[str, Windows], bytes]  # (plane, windows) -> the volume's middle picture as a PNG file
 
 
@@ -33,7 +33,7 @@ class Item:
     """One image to predict."""
 
     name: str  # the file, and which plane of it where it has several
-    read: Decoded  # uint8, or float32 in 0..255, [H, W] or [H, W, 3]
+    read: Decoded  # uint8 or uint16, [H, W] or [H, W, 3]
     series: str = ""  # of Intake.middle, "" for an image of its own
     short: str = ""  # the name below the folder that was given
 
@@ -65,37 +65,40 @@ def gather(given: Sequence[str], told: Metadata, group_pattern: str = "") -> Int
         raise ValueError(f"--group_pattern={group_pattern}: not a regular expression ({error})") from None
     if pattern is not None and pattern.groups < 1:
         raise ValueError(f"--group_pattern={group_pattern}: put parentheses around the part that names the patient")
-    found, seen = Intake(), set()
+    found = Intake()
+    seen: dict[str, str] = {}
     headers: dict[str, list[dicom.Header]] = {}
-    shorts: dict[str, str] = {}
+    names: dict[str, tuple[str, str]] = {}  # of DICOM slices by path: group and short name
     for path, group, short in _listed(given, found):
-        if str(path) in seen:
-            continue
-        seen.add(str(path))
-        kind = folder_volumes.kind(str(path))
         match = pattern.search(str(path)) if pattern and not group else None
-        series = group or (match.group(1) if match else "")
+        series = group or (match.group(1) or "" if match else "")
         try:
+            place = os.path.realpath(path)
+            if place in seen:
+                if seen[place] != series:
+                    found.bad.append((str(path), f"given before, then of {seen[place] or 'no patient'!r}"))
+                continue
+            seen[place] = series
+            kind = folder_volumes.kind(str(path))
             if kind == "dicom":
                 header = dicom.header(str(path))
                 if header.aside:
                     found.beside += 1
                 elif header.modality in dicom.XRAYS:
-                    read = partial(_decoded, partial(dicom.xray, str(path)), None)
-                    _add(found, Item(str(path), read, series, short))
+                    _add(found, Item(str(path), partial(_decoded, partial(dicom.xray, str(path))), series, short))
                 else:
                     headers.setdefault(header.series, []).append(header)
-                    shorts[str(path)] = short
+                    names[str(path)] = (series, short)
             elif kind == "nifti":
-                _add_nifti(found, str(path), short, told)
+                _add_nifti(found, str(path), series, short, told)
             elif kind == "image":
-                _add(found, Item(str(path), partial(_decoded, path.read_bytes, told.window), series, short))
+                _add(found, Item(str(path), partial(_decoded, path.read_bytes), series, short))
             else:
                 found.bad.append((str(path), f"{images_allowed()} can be read"))
         except (ValueError, OSError) as error:
-            found.bad.append((str(path), _plain(error, path)))
+            found.bad.append((str(path), plain(error, str(path))))
     for slices in headers.values():
-        _add_series(found, slices, shorts, told)
+        _add_series(found, slices, names, told)
     return found
 
 
@@ -106,37 +109,57 @@ def images_allowed() -> str:
 
 def _listed(given: Sequence[str], found: Intake) -> Iterator[tuple[Path, str, str]]:
     """Yields each file, its group, "" where there is none, and its short name."""
+    lists = [text for text in given if text.lower().endswith(".csv")]
     for text in given:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            known = [file for file in inside if folder_volumes.kind(str(file))]
-            if not known:
-                found.bad.append((text, f"no image in this folder; {images_allowed()} can be read"))
-            yield from ((file, "", str(file.relative_to(path))) for file in known)
-        elif path.suffix.lower() == ".csv":
-            try:
-                yield from _rows(path)
-            except (ValueError, OSError) as error:
-                found.bad.append((text, _plain(error, path)))
-        elif path.exists():
-            yield path, "", path.name
-        else:
-            found.bad.append((text, "no such file or folder"))
+        try:
+            path = Path(text).expanduser()
+            if path.is_dir():
+                yield from _inside(path, text, found)
+            elif text in lists:
+                # The same name in two lists need not be the same person.
+                start = f"{text}: " if len(set(lists)) > 1 else ""
+                yield from ((file, f"{start}{group}" if group else "", name) for file, group, name in _rows(path))
+            elif path.exists():
+                yield path, "", path.name
+            else:
+                found.bad.append((text, "no such file or folder"))
+        except (ValueError, OSError, RuntimeError, csv.Error) as error:  # RuntimeError: ~ of nobody
+            found.bad.append((text, plain(error, text)))
 
 
-def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
+def _inside(folder: Path, text: str, found: Intake) -> Iterator[tuple[Path, str, str]]:
+    """Yields the images below a folder; links to folders and what can't be entered are told."""
+    known = 0
+
+    def told(error: OSError) -> None:
+        found.bad.append((str(error.filename), error.strerror or "can't be read"))
+
+    for where, folders, files in os.walk(folder, onerror=told):
+        folders.sort()
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                found.bad.append((os.path.join(where, name), "a link to a folder: give that folder itself"))
+        for name in sorted(files):
+            path = Path(where, name)
+            if not path.exists():
+                found.bad.append((str(path), "a link to what is not there"))
+            elif path.is_file() and folder_volumes.kind(str(path)):
+                known += 1
+                yield path, "", str(path.relative_to(folder))
+    if not known:
+        found.bad.append((text, f"no image in this folder; {images_allowed()} can be read"))
+
+
+def _rows(path: Path) -> list[tuple[Path, str, str]]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         own = next((name for name in PATH_COLUMNS if name in columns), None)
         if own is None:
-            raise ValueError(f"no column {', '.join(PATH_COLUMNS)}; it has {', '.join(columns) or 'nothing'}")
+            raise ValueError(f"no column {', '.join(PATH_COLUMNS)}; it has {', '.join(columns)[:200] or 'nothing'}")
         group = next((name for name in GROUP_COLUMNS if name in columns), None)
         rows = [(row[own] or "", (row[group] or "") if group else "") for row in reader]
-    for name, patient in rows:
-        if name:
-            yield path.parent / Path(name).expanduser(), patient, name
+    return [(path.parent / Path(name).expanduser(), patient, name) for name, patient in rows if name]
 
 
 def _add(found: Intake, item: Item) -> None:
@@ -145,25 +168,32 @@ def _add(found: Intake, item: Item) -> None:
     found.items.append(item)
 
 
-def _add_series(found: Intake, headers: Sequence[dicom.Header], shorts: dict[str, str], told: Metadata) -> None:
+def _add_volume(found: Intake, name: str, group: str, notes: Sequence[str], middle: Cut) -> str:
+    """Enters a volume into its group, or as a series of its own; returns the series' name."""
+    series = group or _free(found, name)
+    found.notes.setdefault(series, []).extend(notes)
+    if found.middle.get(series) is None:
+        found.middle[series] = middle
+    return series
+
+
+def _add_series(
+    found: Intake, headers: Sequence[dicom.Header], names: dict[str, tuple[str, str]], told: Metadata
+) -> None:
     """Adds a DICOM series: its slices, or planes cut through them."""
     first = str(headers[0].path)
+    group, short = names[first]
     try:
         series = dicom.series(headers)
         paths = tuple(header.path for header in series.headers)
         if len(paths) == 1 and told.plane == series.plane:
-            _add(
-                found,
-                Item(first, partial(_decoded, partial(dicom.picture, first, told.hu_windows), None), "", shorts[first]),
-            )
+            _add(found, Item(first, partial(_decoded, partial(dicom.picture, first, told.hu_windows)), group, short))
             return
         if series.flaw and told.plane != series.plane:
             raise ValueError(f"no {told.plane} plane can be cut: {series.flaw}")
     except ValueError as error:
-        found.bad.append((first, _plain(error, Path(first))))
+        found.bad.append((first, plain(error, first)))
         return
-    name = _free(found, os.path.dirname(first) or first)
-    found.notes[name] = list(series.notes)
 
     def middle(plane: str, windows: Windows) -> bytes:
         if series.flaw and plane != series.plane:
@@ -171,31 +201,31 @@ def _add_series(found: Intake, headers: Sequence[dicom.Header], shorts: dict[str
         count = series.shape[volumes.PLANES[plane]]
         return dicom.cut(paths, series.step, plane, volumes.middle(count), windows)
 
-    found.middle[name] = middle
+    folder = os.path.dirname(first) or first
+    name = _add_volume(found, folder, group, series.notes, middle)
     if told.plane == series.plane:  # slice by slice: the volume need not be in memory
         for i in _places(len(paths), told.position):
-            read = partial(dicom.picture, paths[i], told.hu_windows)
-            found.items.append(Item(str(paths[i]), partial(_decoded, read, None), name, shorts[str(paths[i])]))
+            read = partial(_decoded, partial(dicom.picture, paths[i], told.hu_windows))
+            found.items.append(Item(str(paths[i]), read, name, names[str(paths[i])][1]))
         return
+    short = os.path.dirname(short) or os.path.basename(folder)
     for i in _places(series.shape[volumes.PLANES[told.plane]], told.position):
-        read = partial(dicom.cut, paths, series.step, told.plane, i, told.hu_windows)
-        short = f"{os.path.dirname(shorts[first]) or os.path.basename(name)}#{told.plane}-{i:04d}"
-        found.items.append(Item(f"{name}#{told.plane}-{i:04d}", partial(_decoded, read, None), name, short))
+        read = partial(_decoded, partial(dicom.cut, paths, series.step, told.plane, i, told.hu_windows))
+        place = f"#{told.plane}-{i:04d}"
+        found.items.append(Item(folder + place, read, name, short + place))
 
 
-def _add_nifti(found: Intake, path: str, short: str, told: Metadata) -> None:
+def _add_nifti(found: Intake, path: str, group: str, short: str, told: Metadata) -> None:
     header = nifti.header(path)
-    name = _free(found, path)
-    found.notes[name] = list(header.notes)
 
     def middle(plane: str, windows: Windows) -> bytes:
         return nifti.picture(path, plane, volumes.middle(header.shape[volumes.PLANES[plane]]), windows)
 
-    found.middle[name] = middle
+    name = _add_volume(found, path, group, header.notes, middle)
     for i in _places(header.shape[volumes.PLANES[told.plane]], told.position):
-        read = partial(nifti.picture, path, told.plane, i, told.hu_windows)
+        read = partial(_decoded, partial(nifti.picture, path, told.plane, i, told.hu_windows))
         place = f"#{told.plane}-{i:04d}"
-        found.items.append(Item(path + place, partial(_decoded, read, None), name, short + place))
+        found.items.append(Item(path + place, read, name, short + place))
 
 
 def _places(count: int, position: str) -> Sequence[int]:
@@ -211,20 +241,12 @@ def _free(found: Intake, name: str) -> str:
     return free
 
 
-def _decoded(read: Callable[[], bytes], window: tuple[float, float] | None) -> np.ndarray:
-    try:
-        return images.decode(read(), window)
-    except ValueError as error:
-        if "16-bit image, and" in str(error):
-            raise ValueError(
-                "a 16-bit image, and the model was trained on 8-bit ones: say with --window=low,high which values "
-                "become black and white"
-            ) from None
-        raise
+def _decoded(read: Callable[[], bytes]) -> np.ndarray:
+    return images.read(read())[0]
 
 
-def _plain(error: Exception, path: Path) -> str:
-    """Returns an error's words without the path, which is told beside it."""
+def plain(error: Exception, name: str) -> str:
+    """Returns an error's words without the name of the file, which is told beside it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).removeprefix(f"{path}: ")
+    return str(error).removeprefix(f"{name}: ") or type(error).__name__

@@ -27,12 +27,13 @@ nowhere else, so nothing has to be given by hand, and nothing is normalised twic
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lungjax.config import InputSpec
+from lungjax.config import STAGES, InputSpec
 
 FILE = "model.json"
 FORMAT = 1
@@ -110,7 +111,10 @@ def read(path: Path) -> Metadata:
     """Reads a model.json. Raises ValueError if it is not there, or as `from_json`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return from_json(path.read_text("utf-8"), str(path))
+    try:
+        return from_json(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: no text in UTF-8") from None
 
 
 _FIELDS = {f.name for f in dataclasses.fields(Metadata)}
@@ -125,24 +129,58 @@ def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(found: Metadata) -> str:
-    """Says what can't be true of a file that somebody sent; "" if nothing is wrong."""
-    names, size = found.classes, found.input.size
+    """Says what can't be true of a file that somebody sent or changed; "" if nothing is wrong."""
+    names, size, spec = found.classes, found.input.size, found.input
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"
-    if not (isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)):
+    if len(set(names)) < len(names):
+        return f"`classes` {', '.join(names)}: a name comes twice"
+    if not _side_lengths(size):
         return f"`input.size` {size}: wanted height and width in pixels"
-    if found.input.channels not in (1, 3):
-        return f"`input.channels` {found.input.channels}: allowed are 1 and 3"
-    if not (isinstance(found.temperature, int | float) and 0 < found.temperature < float("inf")):
+    if spec.channels not in (1, 3):
+        return f"`input.channels` {spec.channels}: allowed are 1 and 3"
+    for name, value in (("mean", spec.mean), ("std", spec.std)):
+        if value is not None and not (_numbers(value) and len(value) in (1, 3)):
+            return f"`input.{name}` {value}: wanted one number or three"
+    if found.stored is not None and not _side_lengths(found.stored):
+        return f"`stored` {found.stored}: wanted height and width in pixels, or null"
+    if found.window is not None and not (_numbers(found.window, 2) and found.window[0] < found.window[1]):
+        return f"`window` {found.window}: wanted two rising numbers, or null"
+    windows = found.hu_windows
+    if not (
+        isinstance(windows, tuple) and len(windows) in (1, 3) and all(_numbers(w, 2) and w[1] > 0 for w in windows)
+    ):
+        return f"`hu_windows` {windows}: wanted one or three of centre and width"
+    for name, word, allowed in (
+        ("plane", found.plane, ("axial", "coronal", "sagittal")),
+        ("position", found.position, ("all", "mid")),
+        ("box", found.box, ("", "body", "given")),
+        ("stage", found.stage, ("", *STAGES)),
+    ):
+        if word not in allowed:
+            return f"`{name}` {word!r}: allowed are {', '.join(map(repr, allowed))}"
+    if not (_numbers((found.temperature,)) and found.temperature > 0):
         return f"`temperature` {found.temperature}: must be above zero"
     if found.positive is not None and found.positive not in range(len(names)):
         return f"`positive` {found.positive}: there are {len(names)} classes"
-    for name, value in (
-        ("points", found.points),
-        ("scores", found.scores),
-        ("counts", found.counts),
-        ("about", found.about),
-    ):
-        if not isinstance(value, dict):
+    for name in ("points", "scores", "counts", "patients", "about"):
+        if not isinstance(getattr(found, name), dict):
             return f"`{name}` should be an object"
-    return ""
+    if found.familiarity is not None and not isinstance(found.familiarity, dict):
+        return "`familiarity` should be an object or null"
+    try:
+        points = [p for level in found.points.values() for rules in level.values() for p in rules.values()]
+        fine = all(_numbers((point["threshold"],)) for point in points)
+    except (AttributeError, KeyError, TypeError):
+        fine = False
+    return "" if fine else "`points` should be LEVEL.CLASS.RULE with a threshold each"
+
+
+def _numbers(values: Any, count: int = 0) -> bool:
+    if not isinstance(values, tuple) or (count and len(values) != count):
+        return False
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _side_lengths(size: Any) -> bool:
+    return isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)

@@ -3,19 +3,21 @@
 PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
 volumes. Written to --out: predictions.csv and predictions.jsonl with a line an image, series.csv and series.jsonl with
 one for each series or patient (`lungjax.answers` says what is in them), and with --explain a picture of each heat map.
-What can't be read is named in the files and at the end, the rest is done, and the exit code is 1.
+What can't be read is named in the files and at the end, the rest is done, and the exit code is 1. The files appear when
+all is done; of a run that was stopped, the answers so far stay in files that end in .partial.
 """
 
 import contextlib
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -37,6 +39,7 @@ WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default
 HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
 flags.adopt_module_key_flags(entry)
 
+WRITTEN = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 SHOWN = 12  # lines on the screen
 
@@ -46,8 +49,10 @@ def main(argv: list[str]) -> None:
     if not MODEL.value:
         raise app.UsageError("--model=RUN is missing: the folder of a finished run, or an exported model")
     out = Path(OUT.value).expanduser()
-    if not OVERWRITE.value and (out / "predictions.csv").exists():
+    if not OVERWRITE.value and any((out / name).exists() for name in WRITTEN):
         raise ValueError(f"{out} holds predictions already; choose another --out, or replace them with --overwrite")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
     machine.prepare_jax()
     from lungjax import intake, predictor  # here, after the flags, since they import jax
 
@@ -59,8 +64,11 @@ def main(argv: list[str]) -> None:
     gate = predictor.open_model(GATE.value) if GATE.value else None
     if gate is not None and GATE_CLASS.value not in gate.metadata.classes:
         raise ValueError(f"--gate_class={GATE_CLASS.value}: {nearest(GATE_CLASS.value, gate.metadata.classes)}")
-    found = intake.gather(argv[1:], windowed(model.metadata), GROUP_PATTERN.value)
+    model = replace(model, metadata=windowed(model.metadata))
+    found = intake.gather(argv[1:], model.metadata, GROUP_PATTERN.value)
     out.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)  # that nothing of another run lies beside this one's
     failures = predict(model, found, out, gate)
     print(f"Written to {out}. {NOTICE}")
     if failures:
@@ -95,6 +103,7 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
     counts: Counter[str] = Counter()
     chances: dict[str, list[np.ndarray]] = {}
     warned: Counter[str] = Counter()
+    missed: Counter[str] = Counter()  # slices of a series that can't be read
     used: set[str] = set()
     classes = told.classes
     columns = ["file", "series", "predicted", *(f"p_{name}" for name in classes)]
@@ -102,7 +111,12 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
     with _both(out / "predictions", columns) as write:
         for name, why in found.bad:
             write(answers.failure(name, why))
-        for item, picture, p in _answered(model, [i for i in found.items if i.series not in shut], failures, write):
+        for item, picture, p in _answered(model, [i for i in found.items if i.series not in shut]):
+            if isinstance(picture, str):
+                failures.append((item.name, picture))
+                write({**answers.failure(item.name, picture), "series": item.series})
+                missed[item.series] += 1
+                continue
             record = answers.record(told, item.name, p, picture.unlike, picture.warnings, RULE.value)
             write({**record, "series": item.series})
             counts[record["predicted"]] += 1
@@ -127,37 +141,36 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
                     write(shut[series])
                 elif series in chances:
                     rows = np.stack(chances[series])
-                    notes = found.notes.get(series, [])
+                    lost = [f"{missed[series]} slices could not be read"] if missed[series] else []
+                    notes = [*found.notes.get(series, []), *lost]
                     record = answers.summary(told, series, rows, warned[series], notes, RULE.value)
                     write(record | ({"gate": judged[series]} if series in judged else {}))
                     print(_line(f"{series} ({len(rows)} slices)", record))
+                else:
+                    write({"series": series, "error": "none of its slices could be read"})
     return failures
 
 
-def _answered(model: Any, items: Sequence[Any], failures: list[tuple[str, str]], write: Any) -> Iterator[Any]:
-    """Yields each readable item with its picture and probabilities; the others are written as failures."""
+def _answered(model: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """Yields each item with its picture and probabilities, or why it can't be read, a text, and None."""
+    from lungjax.intake import plain  # here, since it imports what reads images
 
     def read(item: Any) -> Any:
         try:
             return model.picture(item.read())
         except (ValueError, OSError) as error:
-            return str(error).removeprefix(f"{item.name}: ")
+            return plain(error, item.name)
+        except Exception as error:  # decoders raise what they like, and one file must not cost the others their answer
+            return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(machine.cores()) as pool:
         for at in range(0, len(items), CHUNK):
             part = items[at : at + CHUNK]
             pictures = list(pool.map(read, part))
-            good = [
-                (item, picture) for item, picture in zip(part, pictures, strict=True) if not isinstance(picture, str)
-            ]
-            for item, why in zip(part, pictures, strict=True):
-                if isinstance(why, str):
-                    failures.append((item.name, why))
-                    write({**answers.failure(item.name, why), "series": item.series})
-            if good:
-                probabilities = model(np.stack([picture.pixels for _, picture in good]))
-                for (item, picture), p in zip(good, probabilities, strict=True):
-                    yield item, picture, p
+            good = [picture.pixels for picture in pictures if not isinstance(picture, str)]
+            answered = iter(model(np.stack(good)) if good else ())
+            for item, picture in zip(part, pictures, strict=True):
+                yield item, picture, None if isinstance(picture, str) else next(answered)
 
 
 def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -172,8 +185,8 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
         if middle is None:
             continue  # pictures of one patient, and no volume: there is nothing to cut
         try:
-            picture = gate.picture(images.decode(middle(told.plane, told.hu_windows), None))
-        except ValueError as error:
+            picture = gate.picture(images.read(middle(told.plane, told.hu_windows))[0])
+        except (ValueError, OSError) as error:
             shut[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
             continue
         p = gate(picture.pixels[None])[0]
@@ -184,8 +197,9 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
         if not passed:
             why = f"left out by the gate: {GATE_CLASS.value} has a probability of {p[number]:.3f}"
             shut[series] = {"series": series, "error": why, "gate": judged[series]}
-    if not any(found.middle.values()):
-        print("--gate: there is no volume among the images, so nothing was held back")
+    loose = sum(found.middle.get(item.series) is None for item in found.items)
+    if loose:
+        print(f"--gate: {loose} of {len(found.items)} images are of no volume, so the gate can't judge them")
     return shut, judged
 
 
@@ -200,29 +214,25 @@ def _draw(model: Any, name: str, picture: Any, folder: Path, used: set[str]) -> 
 
 @contextlib.contextmanager
 def _both(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields what writes a record into STEM.csv and STEM.jsonl, which appear whole at the end, or not at all."""
+    """Yields what writes a record into STEM.csv and STEM.jsonl, which bear these names once they are whole."""
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    try:
-        with contextlib.ExitStack() as stack:
-            table, lines = (stack.enter_context(_opened(path)) for path in partials)
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(columns)
+    partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
+    with contextlib.ExitStack() as stack:
+        # Names of files may be no UTF-8: in the table they stay the bytes that they are, in JSON they are escaped.
+        table, lines = (
+            stack.enter_context(path.open("w", buffering=1, newline="", encoding="utf-8", errors=errors))
+            for path, errors in zip(partials, ("surrogateescape", "backslashreplace"), strict=True)
+        )
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(columns)
 
-            def write(record: dict[str, Any]) -> None:
-                lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-                writer.writerow([_cell(record, column) for column in columns])
+        def write(record: dict[str, Any]) -> None:
+            lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            writer.writerow([_cell(record, column) for column in columns])
 
-            yield write
-        for partial, path in zip(partials, paths, strict=True):
-            partial.replace(path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-
-
-def _opened(path: Path) -> IO[str]:
-    return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")  # file names may be no UTF-8
+        yield write
+    for partial, path in zip(partials, paths, strict=True):
+        partial.replace(path)
 
 
 def _cell(record: dict[str, Any], column: str) -> Any:

@@ -4,6 +4,7 @@ Everything that its input and output mean comes from its own `metadata.Metadata`
 of a few fixed sizes, so that nothing is compiled again once `warm` has been called.
 """
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from lungjax import api, artefacts, familiarity, inference, losses, metadata, saliency, step
 from lungjax.config import nearest
-from lungjax.data import images
+from lungjax.data import kept
 from lungjax.familiarity import Familiarity
 from lungjax.metadata import Metadata
 from lungjax.models import convolution
@@ -65,32 +66,29 @@ class Predictor:
 
     def warm(self, explain: bool = False) -> None:
         """Compiles what will be run, or reads it from the compilation cache: every batch size, and one heat map."""
-        shape = (*self.metadata.input.size, self.metadata.input.channels)
         for size in self.sizes:
-            self(np.zeros((size, *shape), np.uint8))
+            self(np.repeat(self.blank(), size, axis=0))
         if explain and self.methods:
-            self.explain(np.zeros((1, *shape), np.uint8), method=self.methods[0])
+            self.explain(self.blank(), method=self.methods[0])
+
+    def blank(self) -> np.ndarray:
+        """Returns an empty image, uint8 [1, H, W, C]."""
+        return np.zeros((1, *self.metadata.input.size, self.metadata.input.channels), np.uint8)
 
     def picture(self, decoded: Any, box: tuple[float, float, float, float] | None = None) -> Picture:
         """Returns a decoded image as the network's input, and whether it looks like the training images.
 
         Args:
-          decoded: uint8, or float32 in 0..255, [H, W] or [H, W, 3], as `images.decode` gives it.
-          box: xmin, ymin, xmax, ymax of the body in pixels, for networks that were trained on it; None is all.
+          decoded: [H, W] or [H, W, 3], uint8 or uint16 as `images.read` gives it, or float32 in 0..255.
+          box: xmin, ymin, xmax, ymax of the body in pixels; None finds it, for networks that were trained on it.
+
+        Raises ValueError for a 16-bit image if the model knows no window for it.
         """
-        told, warnings = self.metadata, []
-        array = np.asarray(decoded)
-        if box is None and told.box:
-            box = _body_box(array) if told.box == "body" else None
-            if box is None:
-                warnings.append("the network was trained on the body's box, which is not known here: it gets all of it")
-        kept, place, found = api.keep(array, box, told.stage, told.stored)
-        if not found:
-            warnings.append(f"no body or lung was found in it, so it is shown as it is and not as {told.stage!r}")
-        unlike = None if self._familiar is None else self._familiar.unlike(kept)
+        pixels, stored, warnings = kept.picture(np.asarray(decoded), self.metadata, box)
+        unlike = None if self._familiar is None else self._familiar.unlike(stored)
         if self._familiar is not None and unlike is not None and unlike > 1:
-            warnings.append(f"unlike the training images: {self._familiar.why(kept)}")
-        return Picture(images.to_input(kept, place, told.input, 0.0), unlike, tuple(warnings))
+            warnings.append(f"unlike the training images: {self._familiar.why(stored)}")
+        return Picture(pixels, unlike, tuple(warnings))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Returns calibrated probabilities float32 [B, classes] of uint8 [B, H, W, C] as `picture` makes them.
@@ -123,9 +121,7 @@ class Predictor:
         Raises ValueError for another method, and where the model has none.
         """
         if self.maps is None:
-            raise ValueError(
-                f"a model of the kind {self.source} has no heat maps: give the run's folder or a model.pyz"
-            )
+            raise ValueError(f"model.{self.source} has no heat maps: give the run's folder or a model.pyz")
         if method not in self.methods:
             raise ValueError(f"method={method!r}: {nearest(method, self.methods)}")
         maps, probabilities = self.maps, self(pixels)
@@ -174,22 +170,15 @@ def open_model(path: str | Path) -> Predictor:
     raise ValueError(f"--model={path}: wanted a run's folder, or a model.pyz or model.onnx of lungjax.export")
 
 
-def _body_box(array: np.ndarray) -> tuple[float, float, float, float] | None:
-    """Returns the box around the body in a CT slice, in pixels, max exclusive; None if nothing stands out."""
-    from lungjax.data import lungs  # here: scikit-image takes a second, and most networks need none of it
-
-    found = np.argwhere(lungs.body_mask(images.gray(array)))
-    if not len(found):
-        return None
-    (top, left), (bottom, right) = found.min(0), found.max(0) + 1
-    return float(left), float(top), float(right), float(bottom)
-
-
 def _largest(told: Metadata) -> int:
     return inference.batch_size(inference.Config(input=told.input), 1, jax.default_backend())
 
 
-def _of_run(workdir: Path) -> Predictor:
+def load_run(workdir: Path) -> tuple[api.Trained, Metadata]:
+    """Returns a finished run's best network and what it says of itself.
+
+    Raises ValueError if there is no trained run, or no model.json of it, which runs of an older lungjax lack.
+    """
     trained = api.load(workdir)
     file = workdir / metadata.FILE
     if not file.exists():
@@ -198,8 +187,17 @@ def _of_run(workdir: Path) -> Predictor:
             f"python -m lungjax.main --mode=evaluate --workdir={workdir} tests it and writes the file"
         )
     told = metadata.read(file)
-    if told.classes != trained.classes or told.input != trained.config.input:
-        raise ValueError(f"{file} is not of the run in {workdir}: test it again with --mode=evaluate")
+    data = json.loads((workdir / "data.json").read_text("utf-8"))
+    own = (trained.classes, trained.config.input, trained.step, data.get("fingerprint"))
+    if own != (told.classes, told.input, told.about.get("best_step"), told.about.get("fingerprint")):
+        raise ValueError(
+            f"{file} is not of these weights: python -m lungjax.main --mode=evaluate --workdir={workdir} writes it anew"
+        )
+    return trained, told
+
+
+def _of_run(workdir: Path) -> Predictor:
+    trained, told = load_run(workdir)
     spec, positive = trained.config.input, told.positive
     network = inference.Folded(trained.module, trained.variables, (*spec.size, spec.network_channels))
     folded = network.prepare(trained.variables)

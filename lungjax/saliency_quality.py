@@ -27,8 +27,8 @@ from scipy import ndimage, stats
 from lungjax import familiarity, trees
 from lungjax.config import InputSpec
 from lungjax.data import images as image_files
-from lungjax.data import phantom
-from lungjax.datasets import Name, treatment
+from lungjax.data import kept, phantom
+from lungjax.datasets import Name
 from lungjax.saliency import Explainer
 
 FIRST_SEED = 2**40  # of patients that no data set has: those of phantom_ct are --seed * 100,000 and what follows
@@ -86,7 +86,7 @@ def _as_input(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     left, top, right, bottom = (float(side) for side in drawn.box)
     shown = phantom.gray(drawn.hu, window)
-    stored, box, region, _ = treatment.version(shown, (left, top, right, bottom), name.stage, name.size)
+    stored, box, region, _ = kept.version(shown, (left, top, right, bottom), name.stage, name.size)
     one = InputSpec(spec.size, 1, spec.crop, spec.crop_size, spec.box_margin, spec.interpolation, spec.antialias)
 
     def mask(of: np.ndarray) -> np.ndarray:

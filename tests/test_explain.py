@@ -12,7 +12,7 @@ from conftest import png, small_bn
 from PIL import Image
 from random_weights import random_variables
 
-from lungjax import intake, overrides, panels, train
+from lungjax import api, intake, overrides, panels, train
 from lungjax.api import Trained
 from lungjax.config import Config, DataConfig, EvalConfig, InputSpec
 from lungjax.explain import pictures
@@ -46,7 +46,7 @@ def explainer(run):
 
 def found(run, *given, **windows):
     told = Metadata(run.config.name, run.classes, run.config.input, run.config.data.dataset, **windows)
-    return intake.gather(given, told)
+    return intake.gather(given, told), told
 
 
 def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_path):
@@ -65,7 +65,7 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     out = tmp_path / "out"
     out.mkdir()
     given = [str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png", "in/notes.txt")]
-    bad = pictures.explain_files(run, explainer, found(run, *given), ["gradcam"], None, out, save_maps=True)
+    bad = pictures.explain_files(run, explainer, *found(run, *given), ["gradcam"], None, out, save_maps=True)
     drawn = sorted(path.name for path in out.glob("*.png"))
     assert drawn == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
     assert len(bad) == 4
@@ -77,17 +77,17 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     }.items():
         assert any(str(tmp_path) in line and name in line and why in line for line in bad), (name, bad)
     # The map is that of the network's input, as prediction reads it.
-    wanted, p = explainer.maps(pictures.api.read(str(tmp_path / "in/a.png"), SPEC))
+    wanted, p = explainer.maps(api.read(str(tmp_path / "in/a.png"), SPEC))
     np.testing.assert_allclose(np.load(out / "a_gradcam.npy"), wanted[0], atol=1e-5)
     np.testing.assert_allclose(run.predict(str(tmp_path / "in/a.png")), p, atol=1e-6)
     with Image.open(out / "a_gradcam.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert (pixels.max(-1) - pixels.min(-1) > 60).any()  # colours of a heat map
     deep = found(run, given[3], window=(0.0, 51000.0))
-    windowed = pictures.explain_files(run, explainer, deep, ["gradcam"], 0, out)
+    windowed = pictures.explain_files(run, explainer, *deep, ["gradcam"], 0, out)
     assert not windowed and (out / "deep_gradcam.png").exists()
     with pytest.raises(ValueError, match=r"no image could be read(.|\n)*cut.png"):
-        pictures.explain_files(run, explainer, found(run, str(tmp_path / "in/cut.png")), ["gradcam"], None, out)
+        pictures.explain_files(run, explainer, *found(run, str(tmp_path / "in/cut.png")), ["gradcam"], None, out)
 
 
 def test_no_picture_takes_the_place_of_another():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,22 @@ from conftest import png, small_bn, without_pictures
 from folders import CONFIG, prepare, rows
 from scipy import special
 
-from lungjax import answers, intake, machine, metadata, models, overrides, predict, predictions, predictor, train
+from lungjax import (
+    answers,
+    datasets,
+    deployment,
+    intake,
+    machine,
+    metadata,
+    models,
+    overrides,
+    predict,
+    predictions,
+    predictor,
+    train,
+)  # fmt: skip
 from lungjax.config import InputSpec
+from lungjax.data import images, kept, pipeline
 from lungjax.metadata import Metadata
 
 CLASSES = ("left", "middle", "right")
@@ -45,7 +60,7 @@ def command(*paths, **given):
 
 
 def table(path):
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -215,6 +230,89 @@ def test_the_gate_holds_series_back(tmp_path, capsys):
     assert {row["series"].rpartition("/")[2] for row in table(tmp_path / "predictions.csv")} == {"bright.nii", ""}
 
 
+def test_a_list_names_the_patient_of_volumes_too_and_lists_are_apart(tmp_path):
+    hu = scans.body((4, 10, 8))
+    paths = scans.series(tmp_path / "scan", hu)
+    scans.nifti(tmp_path / "v.nii", hu)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
+    rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
+    (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
+    found = intake.gather([str(tmp_path / "a.csv")], TOLD)
+    assert {item.series for item in found.items} == {"anna", "bert", "1"} and len(found.items) == 9
+    (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
+    both = intake.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], TOLD)
+    ones = [series for series in both.middle if series.endswith(": 1")]
+    assert len(ones) == 2  # two patients of that name
+    assert len(both.bad) == 1 and "given before" in both.bad[0][1]  # one.png, then of somebody else
+
+
+def test_slices_that_can_not_be_read_are_told_of_their_series(tmp_path, capsys):
+    hu = scans.body((5, 10, 8))
+    for name, broken in (("some", 2), ("all", 5)):
+        for path in scans.series(tmp_path / name, hu, SeriesInstanceUID=f"1.2.{broken}")[:broken]:
+            with open(path, "r+b") as file:
+                file.truncate(os.path.getsize(path) - 30)
+    out = tmp_path / "out"
+    out.mkdir()
+    failures = predict.predict(brightness(), intake.gather([str(tmp_path)], TOLD), out)
+    assert len(failures) == 7
+    series = {row["series"].rpartition("/")[2]: row for row in table(out / "series.csv")}
+    assert "2 slices could not be read" in series["some"]["warnings"] and series["some"]["files"] == "3"
+    assert "none of its slices" in series["all"]["error"]
+
+
+def test_one_odd_path_costs_nothing_else(root, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes((root / "in_mine/p000.png").read_bytes())
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "again").symlink_to(root / "in_mine")
+    (tmp_path / "list.csv").write_text('path\n"' + "x" * 200_000)
+    given = [tmp_path, odd, "~nobodyatall/x.png", "x" * 300, tmp_path / "list.csv"]
+    with pytest.raises(SystemExit):
+        command(*given, model=root / "run", out=tmp_path / "out", explain=True)
+    rows = table(tmp_path / "out/predictions.csv")
+    assert sum(bool(row["predicted"]) for row in rows) == 1  # odd, given twice
+    assert {row["file"].rpartition("/")[2][:12] for row in rows if row["error"]} == {
+        "dangling.png", "again", "x.png", "x" * 12, "list.csv"
+    }  # fmt: skip
+    lines(tmp_path / "out/predictions.jsonl")  # each is JSON
+    assert len(list((tmp_path / "out/explain").iterdir())) == 1
+
+
+def test_sixteen_bits_become_what_the_prepared_copy_has(tmp_path):
+    made = rows(("a", "b"), 3, splits=("train", "val", "test"))
+    for i, row in enumerate(made):
+        rng = np.random.default_rng(i)
+        row["image"] = png(rng.integers(0, 4000, (40, 40), dtype=np.uint16))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for row in made:
+        (folder / row["path"]).write_bytes(row["image"])
+    lines_ = ["path,label,split,group", *(f"{r['path']},{r['label']},{r['split']},{r['group']}" for r in made)]
+    (folder / "labels.csv").write_text("\n".join(lines_))
+    options = datasets.Options()
+    datasets.write("folder/deep-16", folder, tmp_path / "data", options, quiet=True, window=(500.0, 1500.0))
+    data = datasets.open_dataset("folder/deep-16", tmp_path / "data")
+    spec = InputSpec(size=(16, 16))
+    told = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=(500.0, 1500.0))
+    reader = pipeline.Reader(data, spec)
+    for number, name in enumerate(data.columns["file"].tolist()):
+        pixels, *_ = kept.picture(images.read((folder / name).read_bytes())[0], told)
+        np.testing.assert_array_equal(pixels, reader(number))
+    with pytest.raises(ValueError, match="16-bit image.*--window=low,high"):
+        kept.picture(np.zeros((20, 20), np.uint16), replace(told, window=None))
+
+
+def test_where_boxes_come_from(small_data):
+    config = replace(CONFIG, input=InputSpec(size=(32, 32), crop="box"))
+    assert deployment._box(config, small_data) == ""  # all boxes are whole images
+    boxed = replace(small_data, columns=small_data.columns | {"box": small_data.columns["box"] * 0.5})
+    assert deployment._box(config, boxed) == "given"  # a user's, of anything
+    assert deployment._box(CONFIG, boxed) == ""
+    assert deployment._box(config, replace(boxed, name="covidx_ct/3a")) == "body"
+
+
 def test_images_are_cut_to_the_body_where_the_training_images_were():
     spec = InputSpec(size=(40, 30), crop="box")
     y, x = np.mgrid[:200, :260]
@@ -247,7 +345,7 @@ def test_records_decide_by_the_operating_point():
     told = replace(TOLD, points={"slice": {"bright": {"youden": point}, "dark": {}}})
     record = answers.record(told, "a.png", np.asarray([0.6, 0.4]), 1.25, ["strange"])
     assert record["predicted"] == "dark" and record["decisions"] == {
-        "bright": {"called": True, "rule": "youden", **point}
+        "bright": {"called": True, "rule": "youden", "level": "slice", **point}
     }
     assert record["unlike"] == 1.25 and record["warnings"] == ["strange"]
     series = answers.summary(told, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
@@ -265,6 +363,13 @@ def test_metadata_reads_back_and_refuses_what_it_is_not():
         ({"format": None}, "no number `format`"),
         ({"classes": ["one"]}, "two or more names"),
         ({"temperature": 0}, "`temperature` 0"),
+        ({"classes": ["a", "a"]}, "a name comes twice"),
+        ({"window": [5, 5]}, "`window`"),
+        ({"hu_windows": [[0, 0]]}, "`hu_windows`"),
+        ({"box": "foo"}, "`box` 'foo'"),
+        ({"stage": "lung"}, "`stage` 'lung'"),
+        ({"points": {"slice": {"bright": {"youden": {"threshold": "a"}}}}}, "`points`"),
+        ({"familiarity": "x"}, "`familiarity`"),
         ({"positive": 2}, "there are 2 classes"),
         ({"input": {"size": [8, 8], "colours": 3}}, "missing or unknown"),
         ({"input": {"size": [8, 100000]}}, "`input.size`"),

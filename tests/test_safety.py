@@ -230,7 +230,7 @@ def test_a_claim_cut_short_by_a_full_disk_does_not_lock_the_folder(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdirs, "_replace", full)
+        patch.setattr(workdirs, "replace", full)
         with pytest.raises(ValueError, match="can't be written .No space left"):
             train.run(CONFIG, tmp_path / "run", tmp_path)
     workdirs.check(tmp_path / "run", CONFIG, "train")

@@ -55,7 +55,7 @@ def written(data):
 
 
 def read(data, **limits):
-    return uploads.read(data, Limits(**(vars(LIMITS) | limits)), window=(0, 65535))
+    return uploads.read(data, Limits(**(vars(LIMITS) | limits)))
 
 
 def refused(data, **limits):
@@ -94,10 +94,21 @@ def test_images_are_read_as_pillow_reads_them(name):
     assert found.kind == form and found.series == ""
 
 
-def test_sixteen_bits_go_through_the_window():
+def test_sixteen_bits_stay_what_they_are():
     array = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30
-    found = uploads.read(saved(array, "PNG"), LIMITS, window=(1000, 11000))
-    np.testing.assert_allclose(found.pixels, np.clip((array - 1000.0) * 255 / 10000, 0, 255), atol=1e-3)
+    found = uploads.read(saved(array, "PNG"), LIMITS)
+    assert found.pixels.dtype == np.uint16
+    np.testing.assert_array_equal(found.pixels, array)
+
+
+def test_series_are_of_one_patient_and_files_without_one_stand_alone():
+    def series(**tags):
+        return read(written(scan("CT", **tags))).series
+
+    one = series(SeriesInstanceUID="1.2.3.77", PatientID="a")
+    assert one and one == series(SeriesInstanceUID="1.2.3.77", PatientID="a")
+    assert one != series(SeriesInstanceUID="1.2.3.77", PatientID="b")
+    assert series(SeriesInstanceUID=None) == ""
 
 
 @pytest.mark.parametrize("modality", ["CT", "DX"])
@@ -107,7 +118,7 @@ def test_dicom_in_memory_is_read_as_from_disk(modality, tmp_path):
     wanted = dicom.picture(path, ((-600.0, 1500.0),)) if modality == "CT" else dicom.xray(path)
     found = read(written(data))
     np.testing.assert_array_equal(found.pixels, images.decode(wanted, None))
-    assert found.kind == "DICOM" and found.series == ("1.2.3.77" if modality == "CT" else "")
+    assert found.kind == "DICOM" and found.series == ("1.2.3.77 ID-4711" if modality == "CT" else "")
     assert dicom.header(held.Held("in memory", written(data))).series == dicom.header(path).series
 
 

@@ -268,13 +268,13 @@ def _kernel(x: np.ndarray, name: str) -> np.ndarray:
     return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-def read(data: bytes) -> tuple[np.ndarray, str]:
+def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
     """Decodes an image file completely: uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
     Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
     8-bit nor unsigned 16-bit gray.
     """
-    image, form = _open(data)
+    image, form = _open(data, formats)
     return np.asarray(image), form
 
 

@@ -65,9 +65,9 @@ class Limits:
 class Upload:
     """One decoded file."""
 
-    pixels: np.ndarray  # uint8, or float32 in 0..255, [H, W] or [H, W, 3]
+    pixels: np.ndarray  # uint8 or uint16, [H, W] or [H, W, 3]
     kind: str  # PNG, JPEG, TIFF, BMP or DICOM
-    series: str = ""  # SeriesInstanceUID of a CT slice; to group by, never to be shown
+    series: str = ""  # SeriesInstanceUID and PatientID of a CT slice; to group by, never to be shown
 
 
 def quiet() -> None:
@@ -96,7 +96,6 @@ def kind_of(data: bytes) -> str:
 def read(
     data: bytes,
     limits: Limits,
-    window: tuple[float, float] | None = None,
     hu_windows: Windows = ((-600.0, 1500.0),),
     plane: str = "axial",
 ) -> Upload:
@@ -105,7 +104,6 @@ def read(
     Args:
       data: the file.
       limits: of it.
-      window: of 16-bit images, as for `images.decode`.
       hu_windows: of CT slices, as for `dicom.picture`.
       plane: of the network's training images; CT slices of another one are refused.
 
@@ -120,7 +118,7 @@ def read(
         data = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp}[kind](data, limits)
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:  # reads the header alone
             check_size(*opened.size, limits)
-        return Upload(images.decode(data, window, (kind,)), kind)
+        return Upload(images.read(data, (kind,))[0], kind)
     except Refused:
         raise
     except Image.DecompressionBombError:
@@ -261,7 +259,9 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         if header.orientation is not None and own != plane:
             words = f"a slice in the {own} plane, and this model is for the {plane} one"
             raise Refused(422, "plane", f"{words}: lungjax.predict cuts it from a series")
-        return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), "DICOM", header.series)
+        # Files without a series stand alone, and the same series of two patients is two.
+        series = "" if header.series == str(file) else f"{header.series} {header.patient}"
+        return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), "DICOM", series)
     except dicom.Unreadable as error:
         raise Refused(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except Refused:

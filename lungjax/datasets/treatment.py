@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lungjax.data import duplicates, images, prepared
+from lungjax.data import duplicates, images, kept, prepared
+from lungjax.data.kept import Box
 from lungjax.datasets.listing import Example
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
         shown = np.rint(images.show(array, treatment.window)).astype(np.uint8)
     gray = images.gray(shown)
     box = example.box or (0.0, 0.0, float(width), float(height))
-    stored, box, region, found = version(gray if treatment.stage else array, box, treatment.stage, treatment.size)
+    stored, box, region, found = kept.version(gray if treatment.stage else array, box, treatment.stage, treatment.size)
     same = stored is array and not deep and form in ("JPEG", "PNG")
     raw = stored.dtype == np.uint16 and treatment.window is None
     if stored.dtype == np.uint16 and treatment.window:
@@ -92,26 +91,6 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
     )
 
 
-def version(array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None) -> tuple[np.ndarray, Box, Box, bool]:
-    """Returns an image in a stage (gray uint8 [H, W] then) and shrunk to a size, both or neither.
-
-    Also the box in its pixels, what of the original it shows (xmin, ymin, xmax, ymax), and whether the stage found
-    a body or lung.
-    """
-    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-    region, found = whole, True
-    if stage:
-        from lungjax.data import lungs  # here: scikit-image takes a second, and most data sets need none of it
-
-        staged = lungs.apply(array, stage)
-        array, region, found = staged.image, staged.region, staged.found
-        box = _moved(box, region, array.shape)
-    if size:
-        box = _moved(box, (0.0, 0.0, float(array.shape[1]), float(array.shape[0])), size)
-        array = _shrunk(array, size)
-    return array, box, region, found
-
-
 def _outside(box: Box | None, width: int, height: int) -> str:
     if box is None:
         return ""
@@ -120,24 +99,6 @@ def _outside(box: Box | None, width: int, height: int) -> str:
         return ""
     text = " ".join(f"{v:g}" for v in box)
     return f"box {text} lies outside the image, which is {width} x {height} (width x height)"
-
-
-def _moved(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
-    """Returns `box` in the pixels of a picture of `shape` (height, width) that shows `region`; all of it if apart."""
-    down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
-    # Clipped after scaling, since 256 * (224 / 256) may be a little more than 224, which TFDS refuses.
-    left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
-    top, bottom = (min(max((v - region[1]) * down, 0.0), float(shape[0])) for v in (box[1], box[3]))
-    if right - left < 1 or bottom - top < 1:
-        return (0.0, 0.0, float(shape[1]), float(shape[0]))
-    return (left, top, right, bottom)
-
-
-def _shrunk(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-    if array.dtype == np.uint8:
-        return images.resize(array, whole, size, "bilinear", True)
-    return np.rint(images.resize(array.astype(np.float32), whole, size, "bilinear", True)).astype(np.uint16)
 
 
 def _body(gray: np.ndarray, region: Box) -> bytes:

@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
     windows: dict[str, Any] = {"window": entry.read_window(WINDOW.value)} if WINDOW.value else {}
     windows |= {"hu_windows": (entry.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
     machine.prepare_jax()
-    from lungjax import api, intake, train  # here, after the flags, since they import jax
+    from lungjax import api, datasets, intake, train  # here, after the flags, since they import jax
     from lungjax.explain import pictures
 
     run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
@@ -55,13 +55,13 @@ def main(_: list[str]) -> None:
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
         print("The last map is one cell: only occlusion and integrated_gradients can tell places apart here.")
     if IMAGES.value:
-        if run.config.input.crop == "box":
-            print("The network was trained on the box of the body or chest; files bring none, so it gets whole images.")
         file = Path(WORKDIR.value) / metadata.FILE
-        known = (run.config.name, run.classes, run.config.input, run.config.data.dataset)
+        parts = datasets.resolve(run.config.data.dataset)[0]
+        known = (run.config.name, run.classes, run.config.input, parts.full, parts.stage, parts.size)
         told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
-        found = intake.gather(IMAGES.value, replace(told, **windows))
-        bad += pictures.explain_files(run, explainer, found, methods, target, out, SAVE_MAPS.value)
+        told = replace(told, **windows)
+        found = intake.gather(IMAGES.value, told)
+        bad += pictures.explain_files(run, explainer, found, told, methods, target, out, SAVE_MAPS.value)
     if SPLIT.value:
         data = train.open_data(run.config, data_dir)
         for method in methods:

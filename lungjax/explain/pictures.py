@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lungjax import api, datasets, figures, panels, saliency, saliency_quality, step, train
+from lungjax import datasets, figures, panels, saliency, saliency_quality, step, train
 from lungjax.api import Trained
 from lungjax.config import nearest
-from lungjax.data import pipeline
+from lungjax.data import kept, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.intake import Intake
+from lungjax.metadata import Metadata
 from lungjax.saliency import Explainer
 
 TILES = (4, 7)  # columns and rows of a sheet
@@ -39,6 +40,7 @@ def explain_files(
     run: Trained,
     explainer: Explainer,
     found: Intake,
+    told: Metadata,
     methods: Sequence[str],
     target: int | None,
     out: Path,
@@ -50,6 +52,7 @@ def explain_files(
       run: whose network, input and classes they are.
       explainer: of that network.
       found: the images.
+      told: what the network says of itself, or what is known of that.
       methods: of METHODS.
       target: number of the class explained, None for the predicted one.
       out: a folder that is there.
@@ -59,22 +62,21 @@ def explain_files(
     """
     bad = [f"{name}: {why}" for name, why in found.bad]
     used: set[str] = set()
-    trained_on = datasets.resolve(run.config.data.dataset)[0]
     for items in _chunks(found.items):
-        pixels, kept = [], []
+        pixels, names = [], []
         for item in items:
             try:
-                pixels.append(api.read([item.read()], run.config.input, None, trained_on)[0])
-                kept.append(panels.file_name(item.short, used))
+                pixels.append(kept.picture(item.read(), told)[0])
+                names.append(panels.file_name(item.short, used))
             except (ValueError, OSError) as error:
                 bad.append(str(error) if item.name in str(error) else f"{item.name}: {error}")
-        if not kept:
+        if not names:
             continue
         stack = np.stack(pixels)
         targets = None if target is None else np.full(len(stack), target)
         for method in methods:
             maps, probabilities = explainer.maps(stack, targets, method)
-            for name, image, heat, p in zip(kept, stack, maps, probabilities, strict=True):
+            for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
                 about = int(p.argmax()) if target is None else target
                 panels.draw(out / f"{name}_{method}.png", name, image, heat, p, run.classes, about, method)
                 if save_maps:

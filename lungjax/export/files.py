@@ -25,11 +25,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def replaced_folder(path: Path, mark: str) -> Iterator[Path]:
     """Yields an empty folder to fill; after the body it replaces `path`, after an error it is removed.
 
-    The old folder stays in a hidden place while the new one moves in, so that one of them is always whole.
+    Raises ValueError for a folder that is there without the file `mark`, so that nobody's files are lost. The old
+    folder stays in a hidden place while the new one moves in, so that one of them is always whole.
     """
+    if path.exists() and not (path / mark).exists():
+        raise ValueError(f"{path} is there and has no {mark}, so it is no export: choose another --out")
     token = uuid.uuid4().hex
     partial, old = path.with_name(f".{token}"), path.with_name(f".{token}.old")
     partial.mkdir()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax import api, inference, losses, metadata, models, saliency, step, trees
+from lungjax import inference, losses, models, predictor, saliency, step, trees
 from lungjax.metadata import Metadata
 from lungjax.models import convolution
 
@@ -158,18 +158,9 @@ def worst_difference(found: list[Any], wanted: list[Any]) -> float:
 def of_run(workdir: Path) -> Programs:
     """Returns the programs of a finished run.
 
-    Raises ValueError if there is no trained run, or no model.json, which runs of an older lungjax lack.
+    Raises ValueError as `predictor.load_run`.
     """
-    trained = api.load(workdir)
-    file = workdir / metadata.FILE
-    if not file.exists():
-        raise ValueError(
-            f"{workdir}: no {metadata.FILE} there: the run isn't finished, or is of an older lungjax. "
-            f"Run python -m lungjax.main --mode=evaluate --workdir={workdir} once, which writes it"
-        )
-    told = metadata.read(file)
-    if told.classes != trained.classes or told.input != trained.config.input:
-        raise ValueError(f"{file} is not of the run in {workdir}: test it again with --mode=evaluate")
+    trained, told = predictor.load_run(workdir)
     module = models.build(replace(trained.config.model, dtype="float32"), len(told.classes))
     return Programs(told, module, trained.variables)
 

@@ -23,7 +23,7 @@ SCRIPT = "__main__.py"
 # Files of lungjax that the script reads images and words answers with, the same code and not another like it.
 SHIPPED = (
     "config.py", "metadata.py", "answers.py", "artefacts.py", "familiarity.py",
-    "data/images.py", "data/lungs.py", "data/lung_outline.py", "data/study_masks.py",
+    "data/images.py", "data/kept.py", "data/lungs.py", "data/lung_outline.py", "data/study_masks.py",
 )  # fmt: skip
 PACKAGE = "shipped"
 # jax reads serialised programs with flatbuffers, which it doesn't install: a small package of Python alone travels too.
@@ -113,5 +113,5 @@ def _arrays(weights: dict[str, np.ndarray]) -> bytes:
 def _shipped(name: str) -> bytes:
     """Returns a file of lungjax whose imports of others are turned to their copies in the zip."""
     text = (Path(lungjax.__file__).parent / name).read_text("utf-8")
-    text = re.sub(r"^from lungjax(?:\.data)? import ", f"from {PACKAGE} import ", text, flags=re.M)
+    text = re.sub(r"^( *)from lungjax(?:\.data)? import ", rf"\1from {PACKAGE} import ", text, flags=re.M)
     return re.sub(r"^from lungjax(?:\.data)?\.(\w+) import ", rf"from {PACKAGE}.\1 import ", text, flags=re.M).encode()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from shipped import answers, artefacts, familiarity, images, metadata
+from shipped import answers, artefacts, familiarity, images, kept, metadata
 
 BATCH = 8
 
@@ -55,7 +55,7 @@ def ask(flags: argparse.Namespace) -> int:
         raise ValueError(f"--batch={flags.batch}: at least 1")
     answers.check_rule(told, flags.rule)
     if (told.stage or told.box == "body") and not flags.prepared:
-        masks()  # before any image is read
+        need_masks()  # before any image is read
     known = None if told.familiarity is None else familiarity.from_dict(told.familiarity)
     files = gather(flags.paths)
     write = line_writer(told, flags.json)
@@ -107,16 +107,15 @@ def gather(paths: list[str]) -> list[str]:
     return found
 
 
-def masks() -> Any:
-    """Returns the module that finds bodies and lungs. Raises ValueError where scikit-image is missing."""
+def need_masks() -> None:
+    """Raises ValueError where scikit-image, which finds bodies and lungs, is missing."""
     try:
-        from shipped import lungs
+        from shipped import lungs  # noqa: F401
     except ImportError as error:
         raise ValueError(
             f"this network was trained on cut-out bodies or lungs, and finding them takes the package {error.name}: "
             "pip install scikit-image, or give images that are cut out already, with --prepared"
         ) from None
-    return lungs
 
 
 def picture(path: Path, told: Any, known: Any, prepared: bool) -> tuple[np.ndarray, float | None, list[str]]:
@@ -124,47 +123,11 @@ def picture(path: Path, told: Any, known: Any, prepared: bool) -> tuple[np.ndarr
 
     The steps are those of `lungjax.predictor.Predictor.picture`. Raises ValueError if the file can't be read.
     """
-    array, box, warnings = images.decode(path.read_bytes(), told.window), None, []
-    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-    stage, stored = ("", None) if prepared else (told.stage, told.stored)
-    if told.box and not prepared:
-        box = body_box(array) if told.box == "body" else None
-        if box is None:
-            warnings.append("the network was trained on the body's box, which is not known here: it gets all of it")
-    box = box or whole
-    if stage or stored:
-        array = np.rint(array).astype(np.uint8)
-    if stage:
-        staged = masks().apply(images.gray(array), stage)
-        array, box = staged.image, moved(box, staged.region, staged.image.shape)
-        if not staged.found:
-            warnings.append(f"no body or lung was found in it, so it is shown as it is and not as {stage!r}")
-    if stored:
-        whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-        array, box = images.resize(array, whole, stored, "bilinear", True), moved(box, whole, stored)
-    unlike = None if known is None else known.unlike(array)
+    pixels, stored, warnings = kept.picture(images.read(path.read_bytes())[0], told, None, prepared)
+    unlike = None if known is None else known.unlike(stored)
     if known is not None and unlike is not None and unlike > 1:
-        warnings.append(f"unlike the training images: {known.why(array)}")
-    return images.to_input(array, np.asarray(box, np.float32), told.input, 0.0), unlike, warnings
-
-
-def body_box(array: np.ndarray) -> tuple[float, float, float, float] | None:
-    """Returns xmin, ymin, xmax, ymax of the body in a CT slice, max exclusive; None if nothing stands out."""
-    found = np.argwhere(masks().body_mask(images.gray(array)))
-    if not len(found):
-        return None
-    (top, left), (bottom, right) = found.min(0), found.max(0) + 1
-    return float(left), float(top), float(right), float(bottom)
-
-
-def moved(box: Any, region: Any, shape: Any) -> tuple[float, float, float, float]:
-    """Returns `box` in the pixels of a picture of `shape` (height, width) that shows `region`; all of it if apart."""
-    down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
-    left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
-    top, bottom = (min(max((v - region[1]) * down, 0.0), float(shape[0])) for v in (box[1], box[3]))
-    if right - left < 1 or bottom - top < 1:
-        return 0.0, 0.0, float(shape[1]), float(shape[0])
-    return left, top, right, bottom
+        warnings.append(f"unlike the training images: {known.why(stored)}")
+    return pixels, unlike, warnings
 
 
 def line_writer(told: Any, as_json: bool) -> Any:

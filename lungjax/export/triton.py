@@ -4,7 +4,7 @@
     triton/NAME/1/model.onnx     version 1
     triton/NAME/labels.txt       the classes, so that a client may ask for the k best by name
     triton/NAME/model.json       `metadata.Metadata`
-    triton/README.md             how to start the server and how to ask
+    triton/NAME/README.md             how to start the server and how to ask
 
 Field names are those of Triton's model configuration (github.com/triton-inference-server/server, model_configuration).
 """
@@ -84,20 +84,20 @@ Images are cropped and resized by the client, as `input` of model.json says (siz
 
 
 def write(programs: Programs, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER into `folder`; its model.onnx is checked as `onnx_file.write` does.
+    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as `onnx_file.write` does.
 
     Returns its path, and the largest difference of the logits by their range. Raises ValueError as that does.
     """
     path, told = folder / FOLDER, programs.metadata
-    with replaced_folder(path) as partial_folder:
-        model = partial_folder / model_name(told)
-        (model / "1").mkdir(parents=True)
+    path.mkdir(exist_ok=True)
+    with replaced_folder(path / model_name(told), FILE) as model:  # other models of the repository stay
+        (model / "1").mkdir()
         _, found = onnx_file.write(programs, model / "1")
         (model / "config.pbtxt").write_text(config(told), "utf-8")
         (model / "labels.txt").write_text("".join(f"{name}\n" for name in told.classes), "utf-8")
         (model / FILE).write_text(told.to_json(), "utf-8")
-        (partial_folder / "README.md").write_text(readme(told), "utf-8")
-    return path, found
+        (model / "README.md").write_text(readme(told), "utf-8")
+    return path / model_name(told), found
 
 
 def load_packages() -> Any:

@@ -7,6 +7,7 @@ the extra `serve`. SIGTERM and Ctrl-C let it finish what it is computing.
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,7 +24,9 @@ LEAST_TOKEN = 16  # characters
 MODEL = flags.DEFINE_string("model", None, "A run's folder, or a model.pyz or model.onnx of lungjax.export.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; others than loopback are open to others.")
 PORT = flags.DEFINE_integer("port", 8000, "The port; 0 takes a free one.", 0, 65535)
-ALLOWED = flags.DEFINE_list("allowed_hosts", [], "Further names by which it may be called, as a proxy in front has.")
+ALLOWED = flags.DEFINE_list(
+    "allowed_hosts", [], "Further names by which it may be called; a proxy in front must pass Host on."
+)
 TOKEN = flags.DEFINE_string("token_file", None, "A file with the token that requests must bring; or LUNGJAX_TOKEN.")
 MAX_MB = flags.DEFINE_float("max_mb", 64, "MiB of one file.", 0.001)
 MAX_REQUEST_MB = flags.DEFINE_float("max_request_mb", 256, "MiB of one request.", 0.001)
@@ -48,6 +51,7 @@ def main(_: list[str]) -> None:
         raise ValueError(f"{', '.join(missing)} not installed: pip install 'lungjax[serve]'")
     # The decoding threads share the cores out; numpy's own threads would wait for each other, at five times the cost.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave uploads in a core file
     from lungjax import machine
 
     machine.prepare_jax()
@@ -104,7 +108,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.requests + 64,  # the guard answers with words before that
+        limit_concurrency=settings.requests + 1024,  # the guard answers with words before that
         backlog=256,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(settings.seconds) + 5,
@@ -142,10 +146,11 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise ValueError(f"--host={host}: no such address") from None
-    made = socket.socket(found[0], socket.SOCK_STREAM)
+    made = socket.socket(*found[:3])  # with the protocol, by which asyncio knows that it may send at once
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind(found[4])
+        made.listen(256)  # so that nobody else gets the port while the model is opened
     except OSError as error:
         made.close()
         why = (error.strerror or str(error)).lower()

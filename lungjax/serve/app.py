@@ -40,6 +40,8 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
 }
+LARGE = 4 * 2**20  # bytes of a decoded image that are worth giving back
+DECODERS = 4  # threads at most: each may hold some 600 MB for the largest image that is allowed
 LIMITED = (400, 401, 403, 408, 413, 415, 421, 422, 500, 503, 504)
 WORDS = (
     "A trained network for lung images over HTTP. Images stay in memory while they are answered, and are written "
@@ -54,6 +56,7 @@ class _Read:
     name: str
     picture: Any = None
     series: str = ""
+    size: int = 0  # bytes of the decoded image
     refused: Refused | None = None
 
 
@@ -68,7 +71,7 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
     uploads.quiet()
     told, meters = predictor.metadata, Meters()
     device = Device(predictor, meters, settings.queue, settings.explains, failed)
-    pool = ThreadPoolExecutor(_cores(), "decode")
+    pool = ThreadPoolExecutor(min(_cores(), DECODERS), "decode")
     pages = _pages()
 
     def trim_soon() -> None:
@@ -87,6 +90,7 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
         title="lungjax",
         description=f"{WORDS} {NOTICE}",
         version=__version__,
+        redirect_slashes=False,  # an upload would be sent twice
         openapi_url=None,  # our own routes, under our own headers
         docs_url=None,
         redoc_url=None,
@@ -107,11 +111,11 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
     def decode(file: File) -> _Read:
         try:
             try:
-                found = uploads.read(file.data, settings.file, told.window, told.hu_windows, told.plane)
+                found = uploads.read(file.data, settings.file, told.hu_windows, told.plane)
             finally:
                 file.data = b""
             try:
-                return _Read(file.name, predictor.picture(found.pixels), found.series)
+                return _Read(file.name, predictor.picture(found.pixels), found.series, found.pixels.nbytes)
             except ValueError as error:  # what such a picture can't be turned into
                 raise Refused(422, "content", str(error)) from None
         except Refused as error:
@@ -129,6 +133,8 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
                 for one in read:
                     if one.refused is not None:
                         meters.refused.labels(one.refused.reason).inc()
+                    if one.size > LARGE:  # of a file that may have been small
+                        budget.went(one.size)
                 yield read
         except TimeoutError:
             raise Refused(504, "time", f"it took more than {settings.seconds:g} seconds") from None

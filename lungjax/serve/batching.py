@@ -30,6 +30,9 @@ class Model(Protocol):
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Returns probabilities [B, classes]."""
 
+    def blank(self) -> np.ndarray:
+        """Returns an empty image, [1, H, W, C]."""
+
     def explain(self, pixels: np.ndarray, targets: np.ndarray | None = None, method: str = "gradcam") -> Any:
         """Returns maps [B, H, W] and probabilities [B, classes]."""
 
@@ -110,8 +113,11 @@ class Device:
             self.failed(error)
             return
         self.ready.set()
-        turn = "predict"
+        turn, cold = "predict", list(self.model.methods)[1:]
         while True:
+            # The other heat maps are compiled while nobody asks for anything.
+            while cold and not self._stopping and not any(self._lines.values()):
+                self._warm(cold.pop())
             with self._change:
                 while not any(self._lines.values()):
                     if self._stopping:
@@ -124,6 +130,12 @@ class Device:
             if entries:
                 self._compute(turn, entries)
             turn = _other(turn)
+
+    def _warm(self, method: str) -> None:
+        try:
+            self.model.explain(self.model.blank(), method=method)
+        except Exception as error:
+            self.failed(error)
 
     def _take(self, kind: str) -> list[_Entry]:
         """Takes one heat map, or as many images as fill the largest batch that those waiting can fill."""

@@ -55,6 +55,10 @@ class Budget:
         """Counts bytes that are gone."""
         self.now -= count
         self.seen(self.now)
+        self.went(count)
+
+    def went(self, count: int) -> None:
+        """Counts bytes that were freed, of files or of what they were decoded to."""
         self.gone += count
         if self.gone >= TRIM:
             self.gone = 0

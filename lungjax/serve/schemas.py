@@ -18,6 +18,7 @@ class Decision(Strict):
 
     called: bool
     rule: str
+    level: str = Field(description="slice or patient: whose threshold it is")
     threshold: float
     sensitivity: float | None = Field(description="on the test split")
     specificity: float | None = Field(description="on the test split")
