@@ -183,9 +183,11 @@ def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
     made = state.TrainState(np.asarray(1), np.asarray(0), variables["params"], variables["batch_stats"], {})
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
-    (workdir / "data.json").write_text(json.dumps({"classes": classes}))
+    (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
     known = familiarity.fit(images, images[:8], []).to_dict()
-    (workdir / "model.json").write_text(Metadata(name, classes, size, "phantom_ct", familiarity=known).to_json())
+    about = {"best_step": 1, "fingerprint": ""}
+    told = Metadata(name, classes, size, "phantom_ct", familiarity=known, about=about)
+    (workdir / "model.json").write_text(told.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(made, {"step": 1, "best_step": 1}, best=True)
     return str(workdir)

@@ -154,10 +154,12 @@ TYPES = {"TYPE_UINT8": onnx.TensorProto.UINT8, "TYPE_FP32": onnx.TensorProto.FLO
 def test_tritons_configuration_is_of_the_model_beside_it(tmp_path):
     programs = make("xray_cnn")
     programs = replace(programs, metadata=replace(programs.metadata, name="x rays"))
-    path, _ = triton.write(programs, tmp_path)
-    folder = path / "x_rays"
-    assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
-        "README.md", "x_rays/1/model.onnx", "x_rays/config.pbtxt", "x_rays/labels.txt", "x_rays/model.json",
+    other = tmp_path / "triton/somebody_elses/1"
+    other.mkdir(parents=True)
+    folder, _ = triton.write(programs, tmp_path)
+    assert other.is_dir() and folder == tmp_path / "triton/x_rays"
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        "1/model.onnx", "README.md", "config.pbtxt", "labels.txt", "model.json",
     ]  # fmt: skip
     config = parse((folder / "config.pbtxt").read_text())
     assert config["name"] == folder.name and config["backend"] == "onnxruntime"
