@@ -216,7 +216,11 @@ class Trained:
     step: int  # at which validation was best
 
     def predict(self, images: Images, boxes: Sequence[Any] | None = None) -> np.ndarray:
-        """Returns the probability of each class, float32 [B, classes]; `images` and `boxes` as in `preprocess`."""
+        """Returns the probability of each class, float32 [B, classes]; `images` and `boxes` as in `preprocess`.
+
+        As the network has them, so not calibrated, and of whole images without `boxes`; `lungjax.open_model` answers as
+        the commands do.
+        """
         return self._run(images, boxes)[0]
 
     def features(self, images: Images, boxes: Sequence[Any] | None = None, pool: bool = True) -> np.ndarray:

@@ -6,7 +6,7 @@ of a few fixed sizes, so that nothing is compiled again once `warm` has been cal
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from lungjax import api, artefacts, familiarity, inference, losses, metadata, saliency, step
 from lungjax.config import nearest
+from lungjax.data import images as image_files
 from lungjax.data import kept
 from lungjax.familiarity import Familiarity
 from lungjax.metadata import Metadata
@@ -63,6 +64,17 @@ class Predictor:
     def _familiar(self) -> Familiarity | None:
         known = self.metadata.familiarity
         return None if known is None else familiarity.from_dict(known)
+
+    def predict(self, images: Sequence[Any]) -> np.ndarray:
+        """Returns calibrated probabilities float32 [B, classes], as `python -m lungjax.predict` has them.
+
+        Args:
+          images: files' paths (PNG, JPEG, TIFF, BMP), or arrays as `picture` takes.
+
+        Raises ValueError for an image that can't be read.
+        """
+        found = [self.picture(_read(image) if isinstance(image, str | Path) else image).pixels for image in images]
+        return self(np.stack(found) if found else self.blank()[:0])
 
     def warm(self, explain: bool = False) -> None:
         """Compiles what will be run, or reads it from the compilation cache: every batch size, and one heat map."""
@@ -168,6 +180,13 @@ def open_model(path: str | Path) -> Predictor:
         session = artefacts.read_onnx(place)
         return Predictor(session.metadata, "onnx", "cpu", inference.CPU_BATCH, (), session.predict)
     raise ValueError(f"--model={path}: wanted a run's folder, or a model.pyz or model.onnx of lungjax.export")
+
+
+def _read(path: str | Path) -> np.ndarray:
+    try:
+        return image_files.read(Path(path).read_bytes())[0]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _largest(told: Metadata) -> int:

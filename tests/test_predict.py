@@ -14,6 +14,7 @@ from conftest import png, small_bn, without_pictures
 from folders import CONFIG, prepare, rows
 from scipy import special
 
+import lungjax
 from lungjax import (
     answers,
     datasets,
@@ -103,6 +104,15 @@ def test_files_get_the_runs_own_answers_calibrated(root, tmp_path, capsys):
     assert [record["file"] for record in lines(tmp_path / "out/predictions.jsonl")] == [
         row["file"] for row in table(tmp_path / "out/predictions.csv")
     ]
+
+
+def test_python_gets_what_the_command_gets(root, tmp_path):
+    names = [root / "in_mine/p000.png", root / "in_mine/p033.png"]
+    command(*names, model=root / "run", out=tmp_path / "out")
+    wanted = [[float(row[f"p_{name}"]) for name in CLASSES] for row in table(tmp_path / "out/predictions.csv")]
+    np.testing.assert_allclose(lungjax.open_model(root / "run").predict(names), wanted, atol=2e-6)
+    with pytest.raises(ValueError, match="gone.png"):
+        lungjax.open_model(root / "run").predict(["gone.png"])
 
 
 def test_what_is_there_is_not_lost(root, tmp_path):
