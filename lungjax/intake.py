@@ -76,7 +76,8 @@ def gather(given: Sequence[str], told: Metadata, group_pattern: str = "") -> Int
             place = os.path.realpath(path)
             if place in seen:
                 if seen[place] != series:
-                    found.bad.append((str(path), f"given before, then of {seen[place] or 'no patient'!r}"))
+                    before = f"of {seen[place]!r}" if seen[place] else "without a patient"
+                    found.bad.append((str(path), f"given before, {before}: it was predicted as that"))
                 continue
             seen[place] = series
             kind = folder_volumes.kind(str(path))
