@@ -76,12 +76,10 @@ class Predictor:
         found = [self.picture(_read(image) if isinstance(image, str | Path) else image).pixels for image in images]
         return self(np.stack(found) if found else self.blank()[:0])
 
-    def warm(self, explain: bool = False) -> None:
-        """Compiles what will be run, or reads it from the compilation cache: every batch size, and one heat map."""
+    def warm(self) -> None:
+        """Compiles every batch size, or reads it from the compilation cache. Heat maps are compiled at their first use."""
         for size in self.sizes:
             self(np.repeat(self.blank(), size, axis=0))
-        if explain and self.methods:
-            self.explain(self.blank(), method=self.methods[0])
 
     def blank(self) -> np.ndarray:
         """Returns an empty image, uint8 [1, H, W, C]."""

@@ -66,7 +66,7 @@ class Brightness:
         self.gate.set()
         self.done, self.error = [], None  # what was computed, in order
 
-    def warm(self, explain=False):
+    def warm(self):
         self.gate.wait(10)
 
     def blank(self):

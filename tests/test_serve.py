@@ -223,7 +223,7 @@ def test_an_error_of_the_model_has_a_number_and_the_service_lives_on(caplog):
 
 def test_a_model_that_can_not_be_compiled_says_so():
     model, told = Brightness(), []
-    model.warm = lambda explain: 1 / 0
+    model.warm = lambda: 1 / 0
     app = build(model, Settings(), told.append)
     app.state.device.start()
     app.state.device.stop()

@@ -24,7 +24,7 @@ class Model(Protocol):
     sizes: Any  # batch sizes, ascending
     methods: Any
 
-    def warm(self, explain: bool = False) -> None:
+    def warm(self) -> None:
         """Compiles."""
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -107,15 +107,15 @@ class Device:
 
     def _work(self) -> None:
         try:
-            self.model.warm(explain=bool(self.model.methods))
+            self.model.warm()
         except BaseException as error:
             self.failure = error
             self.failed(error)
             return
         self.ready.set()
-        turn, cold = "predict", list(self.model.methods)[1:]
+        turn, cold = "predict", list(self.model.methods)[::-1]
         while True:
-            # The other heat maps are compiled while nobody asks for anything.
+            # Heat maps are compiled while nobody asks for anything, the usual one first.
             while cold and not self._stopping and not any(self._lines.values()):
                 self._warm(cold.pop())
             with self._change:
