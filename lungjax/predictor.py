@@ -77,7 +77,7 @@ class Predictor:
         return self(np.stack(found) if found else self.blank()[:0])
 
     def warm(self) -> None:
-        """Compiles every batch size, or reads it from the compilation cache. Heat maps are compiled at their first use."""
+        """Compiles every batch size, or reads it from the compilation cache; heat maps only at their first use."""
         for size in self.sizes:
             self(np.repeat(self.blank(), size, axis=0))
 
