@@ -40,7 +40,7 @@ SPEC = InputSpec(
 POINT = {"youden": {"threshold": 0.3, "sensitivity": 0.9, "specificity": 0.8}}
 TOLD = Metadata(
     "small", ("left", "middle", "right"), SPEC, "folder/small", window=(0.0, 4000.0), temperature=1.7,
-    points={"slice": {"left": POINT, "right": POINT}},
+    points={"slice": {"left": POINT, "right": POINT}}, about={"best_step": 1, "fingerprint": "0f"},
 )  # fmt: skip
 
 
@@ -305,18 +305,23 @@ def test_an_export_that_differs_is_not_kept_and_an_old_one_stays(small, tmp_path
 def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     place = tmp_path / "out"
     for text in ("one", "two"):
-        with files.replaced_folder(place) as new:
+        with files.replaced_folder(place, "mark") as new:
             (new / text).write_text(text)
-        assert [p.name for p in place.iterdir()] == [text]
-    with pytest.raises(KeyError), files.replaced_folder(place) as new:
+            (new / "mark").write_text("")
+        assert sorted(p.name for p in place.iterdir()) == ["mark", text]
+    with pytest.raises(KeyError), files.replaced_folder(place, "mark") as new:
         (new / "three").write_text("")
         raise KeyError
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/two"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/mark", "out/two"]
+    with pytest.raises(ValueError, match="has no another, so it is no export"), files.replaced_folder(place, "another"):
+        pass
+    assert (place / "two").exists()
 
 
 def run_of(programs, folder):
     """A run's folder as far as exports look at it, and what `api.load` makes of it."""
     (folder / metadata.FILE).write_text(TOLD.to_json())
+    (folder / "data.json").write_text(json.dumps({"fingerprint": TOLD.about["fingerprint"]}))
     config = Config(name="small", input=SPEC, model=ModelConfig(name="small_bn", padding="same", dtype="bfloat16"))
     return api.Trained(config, TOLD.classes, programs.module, programs.variables, 1)
 
@@ -333,7 +338,10 @@ def test_the_command_writes_what_the_run_was_trained_to_do_in_float32(small, tmp
     assert exported.metadata == TOLD
     wanted = own_logits(small, images(3))
     np.testing.assert_allclose(exported.outputs(images(3))["logits"], wanted, atol=1e-5)
-    for content, message in [(None, "--mode=evaluate"), (replace(TOLD, classes=("a", "b", "c")), "is not of the run")]:
+    for content, message in [
+        (None, "--mode=evaluate"),
+        (replace(TOLD, classes=("a", "b", "c")), "is not of these weights"),
+    ]:
         (tmp_path / metadata.FILE).unlink(missing_ok=True)
         if content:
             (tmp_path / metadata.FILE).write_text(content.to_json())
