@@ -13,7 +13,6 @@ A finished run:
 """
 
 import fnmatch
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from flax import linen as nn
 
 from lungjax import checkpoint, datasets, inference, losses, models, overrides, state, step, trees
 from lungjax import config as configs
+from lungjax import workdir as workdirs
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig
 from lungjax.data import images as image_files
 from lungjax.data import kept
@@ -94,7 +94,7 @@ def create(
         wanted, own_classes = source.record.input, source.record.classes
     elif source.run:
         old = overrides.from_json((source.run / "config.json").read_text())
-        wanted, own_classes = old.input, len(json.loads((source.run / "data.json").read_text())["classes"])
+        wanted, own_classes = old.input, len(workdirs.read_data(source.run)["classes"])
         if classes is None and head is None:
             model = replace(model, head=old.model.head)
     sides = (size, size) if isinstance(size, int) else size
@@ -198,7 +198,7 @@ def load(workdir: str | Path) -> "Trained":
     if checkpoint.newest(path, "best") is None:
         raise ValueError(f"{path}: no trained run there (no weights in checkpoints/best)")
     config = overrides.from_json((path / "config.json").read_text(), str(path / "config.json"))
-    classes = tuple(json.loads((path / "data.json").read_text())["classes"])
+    classes = tuple(workdirs.read_data(path)["classes"])
     variables, step_number = checkpoint.restore_best(path)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
     variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call

@@ -193,6 +193,16 @@ def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dic
     return ocp.load_checkpointables(path.absolute(), {"variables": like})["variables"], step
 
 
+def check_network(workdir: Path, abstract_state: TrainState) -> None:
+    """Raises ValueError if the newest intact checkpoint of a workdir has other names or shapes than `abstract_state`.
+
+    For the first host alone.
+    """
+    folder = workdir / "checkpoints" / "last"
+    step, _ = _look(folder)
+    _check_same(_place(folder, step), "state", abstract_state)
+
+
 def _found(folder: Path) -> set[int]:
     """Returns the steps that a folder has a checkpoint of, good or damaged."""
     names = [p.name.removesuffix(".old") for p in folder.iterdir()] if folder.is_dir() else []
@@ -277,7 +287,7 @@ def _seal(path: Path) -> None:
         os.fsync(file.fileno())
     partial.rename(path / SUMS)
     for folder in (*(p for p in path.rglob("*") if p.is_dir()), path):
-        _sync(folder)
+        sync_folder(folder)
 
 
 def _commit(folder: Path, step: int) -> None:
@@ -287,12 +297,12 @@ def _commit(folder: Path, step: int) -> None:
     if final.exists():
         final.rename(final.with_suffix(".old"))
     partial.rename(final)
-    _sync(folder)
+    sync_folder(folder)
     _clear(folder)
 
 
-def _sync(folder: Path) -> None:
-    """Has the names in a folder on the disk, not only the files that they name."""
+def sync_folder(folder: Path) -> None:
+    """Writes the entries of a folder to the disk, so that a new or renamed file survives a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

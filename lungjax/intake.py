@@ -1,6 +1,6 @@
 """What a user gives to a trained network: files, folders, lists and scans, as decoded images by name.
 
-Allowed are PNG, JPEG, TIFF and BMP files, DICOM files, NIfTI volumes (both with the extra `dicom`), folders of these,
+Allowed are images (`images.FORMATS`), DICOM files, NIfTI volumes (both with the extra `dicom`), folders of these,
 and CSV lists with a column `path` (relative to the list), and `group` where rows of one patient belong together. The
 slices of one DICOM series, of one NIfTI volume and of one group form a series. Volumes are cut as the network's
 training images were. What can't be used is named, and the rest goes on.
@@ -105,7 +105,7 @@ def gather(given: Sequence[str], told: Metadata, group_pattern: str = "") -> Int
 
 def images_allowed() -> str:
     """Returns the kinds of files, in words."""
-    return "PNG, JPEG, TIFF and BMP images, DICOM files, NIfTI volumes, folders and CSV lists"
+    return f"images ({images.FORMAT_NAMES}), DICOM files, NIfTI volumes, folders and CSV lists"
 
 
 def _listed(given: Sequence[str], found: Intake) -> Iterator[tuple[Path, str, str]]:

@@ -4,7 +4,6 @@ Everything that its input and output mean comes from its own `metadata.Metadata`
 of a few fixed sizes, so that nothing is compiled again once `warm` has been called.
 """
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from lungjax import api, artefacts, familiarity, inference, losses, metadata, saliency, step
+from lungjax import workdir as workdirs
 from lungjax.config import nearest
 from lungjax.data import images as image_files
 from lungjax.data import kept
@@ -69,7 +69,7 @@ class Predictor:
         """Returns calibrated probabilities float32 [B, classes], as `python -m lungjax.predict` has them.
 
         Args:
-          images: files' paths (PNG, JPEG, TIFF, BMP), or arrays as `picture` takes.
+          images: paths of image files (`images.FORMATS`), or arrays as `picture` takes.
 
         Raises ValueError for an image that can't be read.
         """
@@ -204,7 +204,7 @@ def load_run(workdir: Path) -> tuple[api.Trained, Metadata]:
             f"python -m lungjax.main --mode=evaluate --workdir={workdir} tests it and writes the file"
         )
     told = metadata.read(file)
-    data = json.loads((workdir / "data.json").read_text("utf-8"))
+    data = workdirs.read_data(workdir)
     own = (trained.classes, trained.config.input, trained.step, data.get("fingerprint"))
     if own != (told.classes, told.input, told.about.get("best_step"), told.about.get("fingerprint")):
         raise ValueError(

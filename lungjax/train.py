@@ -135,7 +135,7 @@ def train(this: Run, weights_dir: Path | None) -> None:
     compiled, workdir, config = this.program, this.workdir, this.config
     fresh = hosts.agree(newest(workdir, "last") is None)
     start = hosts.together(lambda: first_leaves(this, weights_dir)) if fresh else {}  # before anything is written
-    mine = workdirs.claimed(workdir, config, this.data, state.size(compiled.like))
+    mine = workdirs.claimed(workdir, config, this.data, compiled.like)
     with mine, Checkpoints(workdir) as checkpoints, interrupt.watching(hosts.preempted()) as watch:
         found = checkpoints.restore(compiled.like)
         if found:

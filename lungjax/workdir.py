@@ -1,4 +1,8 @@
-"""A run's folder: whose it is, and which data the run began on."""
+"""A run's folder: whose it is, and which data the run began on.
+
+A power loss may leave config.json or data.json empty or missing while the checkpoints are intact. Such a run is not
+lost: where the checkpoint has the parameters of the configured network, both files are written anew from the command.
+"""
 
 import errno
 import fcntl
@@ -10,10 +14,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lungjax import hosts, metadata, overrides
-from lungjax.checkpoint import newest
+from lungjax import hosts, metadata, overrides, state
+from lungjax.checkpoint import check_network, newest, sync_folder
 from lungjax.config import Config
 from lungjax.data.prepared import Prepared
+from lungjax.state import TrainState
 
 # Fields that change neither the weights nor the data order: a run may go on with other values.
 FREE_FIELDS = (
@@ -35,9 +40,37 @@ FREE_FIELDS = (
 BEGUN = ("lock", "config.partial", "data.partial")  # what is left where a run was claimed by half
 
 
+def unreadable(workdir: Path) -> list[str]:
+    """Returns which of config.json and data.json are missing or damaged in a workdir that holds checkpoints."""
+    if newest(workdir, "last") is None:
+        return []
+    return [name for name in ("config.json", "data.json") if _read_json(workdir / name) is None]
+
+
+def read_data(workdir: Path) -> dict[str, Any]:
+    """Returns a run's data.json: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
+    content = _read_json(workdir / "data.json")
+    if content is None:
+        raise ValueError(
+            f"{workdir / 'data.json'} is missing or damaged; the command that trained the run writes it anew"
+        )
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file, None if the file is missing or holds anything else."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir holds a trained run of another configuration, or foreign files."""
     path = workdir / "config.json"
+    if "config.json" in unreadable(workdir):
+        return  # nothing to compare with; before it is written anew, the checkpoint's parameters are compared
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json there, so no run to evaluate; train first (--mode=train)")
@@ -57,14 +90,15 @@ def check(workdir: Path, config: Config, mode: str) -> None:
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
     """Raises ValueError if the data set was prepared anew since the run began."""
-    path = workdir / "data.json"
-    if path.exists() and newest(workdir, "last") is not None:
-        before = json.loads(path.read_text())
-        if before != data_facts(data):
-            raise ValueError(
-                f"{workdir}: this run began on {before['dataset']} with fingerprint {before['fingerprint'][:12]}, "
-                f"now it is {data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
-            )
+    if newest(workdir, "last") is None or "data.json" in unreadable(workdir):
+        return
+    before = read_data(workdir)
+    if before != data_facts(data):
+        name, fingerprint = before.get("dataset"), str(before.get("fingerprint"))[:12]
+        raise ValueError(
+            f"{workdir}: this run began on {name} with fingerprint {fingerprint}, "
+            f"now it is {data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
+        )
 
 
 def data_facts(data: Prepared) -> dict[str, Any]:
@@ -79,30 +113,38 @@ def drop_reports(workdir: Path) -> None:
 
 
 @contextmanager
-def claimed(workdir: Path, config: Config, data: Prepared, state_bytes: int) -> Iterator[None]:
+def claimed(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
     """Makes the folder this run's for a while: nobody else trains there, config.json and data.json are written.
 
     To be entered by every host once all else has been checked. Raises ValueError, on every host, if another run is
-    training there, if the folder can't be written or has no room for the checkpoints (at most two states of
-    `state_bytes`, two of best weights, and another of each while it is written), or is not the same on all hosts.
+    training there, if the folder can't be written or has no room for the checkpoints (at most two states like
+    `abstract_state`, two of best weights, and another of each while it is written), or is not the same on all hosts.
     """
     with ExitStack() as held:
-        hosts.together(lambda: _claim(workdir, config, data, state_bytes, held) if hosts.first() else None)
+        hosts.together(lambda: _claim(workdir, config, data, abstract_state, held) if hosts.first() else None)
         hosts.together(lambda: _check_shared(workdir))
         yield
 
 
-def _claim(workdir: Path, config: Config, data: Prepared, state_bytes: int, held: ExitStack) -> None:
+def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState, held: ExitStack) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _lock(held.enter_context((workdir / "lock").open("a")), workdir)
         check(workdir, config, "train")  # again: between the first time and the lock another run may have been here
         check_same_data(workdir, data)
+        lost = unreadable(workdir)
+        if lost:
+            check_network(workdir, abstract_state)
+        for name in lost:
+            print(
+                f"{workdir / name} was missing or damaged, as after a power loss: written anew from this command. The "
+                "checkpoint has the parameters of this network; other settings and the data can't be compared"
+            )
         replace(workdir / "config.json", overrides.to_json(config))
         replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
-    needed = 4 * state_bytes
+    needed = 4 * state.size(abstract_state)
     free = shutil.disk_usage(workdir).free
     if newest(workdir, "last") is None and free < needed:
         raise ValueError(
@@ -131,7 +173,11 @@ def _check_shared(workdir: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all: a resumed run killed here must find the file that it had."""
+    """Replaces a file atomically and durably: after a kill or a power loss it has the old content or the new one."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)

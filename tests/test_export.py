@@ -166,7 +166,7 @@ import sys, zipimport
 sys.modules.update(dict.fromkeys(
     ["lungjax", "flax", "absl", "skimage", "tensorflow_datasets", "orbax", "grain", "matplotlib"]))  # can't be imported
 path, out, *names = sys.argv[1:]
-sys.path[:] = [path, *(p for p in sys.path if p and "lungjax" not in p)]
+sys.path.insert(0, path)
 sys.argv = [path, *names, "--maps", out, "--batch=2"]
 code = compile(zipimport.zipimporter(path).get_source("__main__"), path + "/__main__.py", "exec")
 space = {"__name__": "stranger", "__file__": path + "/__main__.py"}

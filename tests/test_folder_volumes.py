@@ -1,6 +1,7 @@
 """DICOM and NIfTI in the layouts of `folder`: what is listed, what is kept of the person, what is refused."""
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -210,6 +211,23 @@ def test_a_volume_takes_no_box(tmp_path):
     for example in listing(tmp_path).examples:
         with pytest.raises(ValueError, match="no box can be given for it"):
             example.image()
+
+
+def test_damaged_dicom_header_can_be_skipped(tmp_path):
+    rng, paths = np.random.default_rng(0), []
+    for i in range(8):
+        place = tmp_path / "in" / ("train", "train", "val", "test")[i // 2] / "ab"[i % 2] / str(i)
+        paths += scans.series(place, rng.integers(-1000, 300, (2, 10, 8), np.int16), **uids(i, f"ID-{i}"))
+    with open(paths[0], "rb") as file:
+        data = file.read()
+    with open(paths[0], "wb") as file:
+        file.write(data.replace(b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"))
+    how = {"source": tmp_path / "in", "data_dir": tmp_path / "data", "options": Options(salt="s"), "quiet": True}
+    with pytest.raises(ValueError, match=os.path.basename(paths[0])):
+        datasets.write("folder/x-12x16", **how)
+    skipped = datasets.write("folder/x-12x16", on_bad_image="skip", **how)["skipped"]
+    assert len(skipped) == 1 and os.path.basename(paths[0]) in skipped[0]
+    assert len(datasets.open_dataset("folder/x-12x16", tmp_path / "data").records) == 15
 
 
 def test_prepared_volumes_open_and_bad_ones_can_be_skipped(tmp_path):

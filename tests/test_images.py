@@ -1,6 +1,7 @@
 """Decoding and resizing against hand-made pixels, scipy's sampling and jax.image.resize."""
 
 import io
+import os
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+import lungjax
 from lungjax.config import InputSpec
 from lungjax.data import images
 
@@ -296,3 +298,31 @@ def test_unknown_crop_and_kernel_are_errors():
         images.to_input(GRAY, WHOLE, InputSpec(size=(8, 8), interpolation="bilinar"), 0.0)
     with pytest.raises(ValueError, match="crop"):
         images.to_input(GRAY, WHOLE, InputSpec(size=(8, 8), crop="lung"), 0.0)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_postscript_named_png_starts_no_program(tmp_path, monkeypatch):
+    """Pillow's EPS plugin runs Ghostscript, found on PATH, on any file that begins like PostScript."""
+    from PIL import EpsImagePlugin
+
+    gs, trace = tmp_path / "gs", tmp_path / "started"
+    gs.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / "a.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(ValueError, match="not an image"):
+        images.read(POSTSCRIPT)
+    with pytest.raises(ValueError, match="not an image"):
+        lungjax.preprocess([tmp_path / "a.png"], InputSpec(size=(8, 8)))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("form", sorted(set(images.FORMATS.values())))
+def test_every_format_is_read_as_pillow_reads_it(form):
+    data = encoded(GRAY, form, **({"lossless": True} if form == "WEBP" else {}))
+    array, name = images.read(data)
+    assert name == form
+    np.testing.assert_array_equal(array, Image.open(io.BytesIO(data)).convert("L" if array.ndim == 2 else "RGB"))

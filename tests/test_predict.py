@@ -272,6 +272,26 @@ def test_slices_that_can_not_be_read_are_told_of_their_series(tmp_path, capsys):
     assert "none of its slices" in series["all"]["error"]
 
 
+def test_damaged_dicom_header_is_one_named_failure(tmp_path):
+    """Elements are converted when they are used: a changed value representation fails late, and with any type."""
+    paths = scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")
+    for path, old, new in (
+        (paths[0], b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"),
+        (paths[1], b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00FD"),
+    ):
+        with open(path, "rb") as file:
+            data = file.read()
+        assert data.count(old) == 1
+        with open(path, "wb") as file:
+            file.write(data.replace(old, new))
+    out = tmp_path / "out"
+    out.mkdir()
+    failures = predict.predict(brightness(), intake.gather([str(tmp_path / "in")], TOLD), out)
+    assert {os.path.basename(name) for name, _ in failures} == {os.path.basename(path) for path in paths[:2]}
+    assert all("damaged" in why for _, why in failures)
+    assert sum(bool(row["predicted"]) for row in table(out / "predictions.csv")) == 2
+
+
 def test_one_odd_path_costs_nothing_else(root, tmp_path, capsys):
     odd = tmp_path / os.fsdecode(b"caf\xe9.png")
     odd.write_bytes((root / "in_mine/p000.png").read_bytes())

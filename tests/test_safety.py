@@ -224,6 +224,29 @@ def test_two_runs_at_once_in_one_folder_are_refused_and_the_first_is_left_alone(
         assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"), [("config.json", "empty"), ("config.json", "missing"), ("data.json", "half")]
+)
+def test_run_files_lost_in_a_power_cut(name, damage, tmp_path, monkeypatch, capsys, untouched):
+    with monkeypatch.context() as patch:
+        asks_to_end(signal.SIGTERM, 4, patch)
+        with pytest.raises(interrupt.Interrupted):
+            train.run(CONFIG, tmp_path / "run", tmp_path)
+    file = tmp_path / "run" / name
+    whole = file.read_text()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text(whole[: len(whole) // 2] if damage == "half" else "")
+    if name == "config.json":
+        with pytest.raises(ValueError, match="another network"):
+            train.run(changed(CONFIG, "model.head.hidden=8"), tmp_path / "run", tmp_path)
+        assert not file.exists() or not file.read_text()
+    train.run(CONFIG, tmp_path / "run", tmp_path)
+    assert str(file) in capsys.readouterr().out and file.read_text() == whole
+    assert_same_end(untouched, tmp_path / "run", CONFIG.train.steps)
+
+
 def test_a_claim_cut_short_by_a_full_disk_does_not_lock_the_folder(tmp_path, monkeypatch):
     def full(path, text):
         path.with_suffix(".partial").write_text("")

@@ -3,6 +3,8 @@
 import io
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -82,6 +84,10 @@ GOOD = {
     "TIFF": (picture(), "TIFF", {}),
     "deflated TIFF": (picture((40, 50, 3)), "TIFF", {"compression": "tiff_adobe_deflate"}),
     "BMP": (picture((40, 50, 3)), "BMP", {}),
+    "GIF": (picture(), "GIF", {}),
+    "WebP": (picture((40, 50, 3)), "WEBP", {"lossless": True}),
+    "JPEG 2000": (picture((40, 50, 3)), "JPEG2000", {}),
+    "JPEG 2000 codestream": (picture(), "JPEG2000", {"no_jp2": True}),
 }
 
 
@@ -90,7 +96,8 @@ def test_images_are_read_as_pillow_reads_them(name):
     array, form, options = GOOD[name]
     data = saved(array, form, **options)
     found = read(data)
-    np.testing.assert_array_equal(found.pixels, np.asarray(Image.open(io.BytesIO(data))))
+    decoded = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(found.pixels, np.asarray(decoded.convert("L") if form == "GIF" else decoded))
     assert found.kind == form and found.series == ""
 
 
@@ -144,9 +151,8 @@ STRANGERS = {
     "PDF": b"%PDF-1.7\n",
     "HTML": b"\n  <!DOCTYPE html><html></html>",
     "text file": b"path,label\na.png,Normal\n",
-    "GIF": saved(picture(), "GIF"),
-    "WebP": b"RIFF\x10\0\0\0WEBPVP8 ",
-    "JPEG 2000": b"\xff\x4f\xff\x51" + b"\0" * 100,
+    "RIFF": b"RIFF\x10\0\0\0WAVEfmt ",
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n",
     "NIfTI": b"\x5c\x01\0\0" + b"\0" * 344,
     "no image": bytes(range(256)),
 }
@@ -156,7 +162,7 @@ STRANGERS = {
 def test_other_files_are_named_and_never_decoded(name, monkeypatch):
     monkeypatch.setattr(uploads.Image, "open", None)
     status, reason, message = refused(STRANGERS[name])
-    assert (status, reason) == (415, "type") and name in message and "PNG, JPEG, TIFF, BMP and DICOM" in message
+    assert (status, reason) == (415, "type") and name in message and images.FORMAT_NAMES in message
 
 
 def test_a_file_goes_to_the_decoder_of_its_kind_alone(monkeypatch):
@@ -175,6 +181,12 @@ def resized(form, width, height):
     if form == "JPEG":
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = struct.pack(">HH", height, width)
+    if form == "GIF":
+        at = data.index(b"\x2c", 13 + 768) + 5  # of the image descriptor, behind header and palette
+        data[6:10] = data[at : at + 4] = struct.pack("<HH", width, height)
+    if form == "JPEG2000":
+        at = data.index(b"\xff\x4f\xff\x51") + 8
+        data[at : at + 8] = struct.pack(">II", width, height)
     if form == "BMP":
         data[18:26] = struct.pack("<ii", width, height)
     if form == "TIFF":
@@ -186,7 +198,7 @@ def resized(form, width, height):
     return bytes(data)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "DICOM"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "GIF", "JPEG2000", "DICOM"])
 def test_sizes_are_refused_by_the_header_alone(form, monkeypatch):
     monkeypatch.setattr(images, "decode", None)  # would be called by whoever decodes
     monkeypatch.setattr(dicom, "_pixels", None)
@@ -269,8 +281,39 @@ def test_animations_and_several_pictures_in_a_file():
     first.save(buffer, "PNG", save_all=True, append_images=[second])
     assert refused(buffer.getvalue())[:2] == (422, "frames")
     buffer = io.BytesIO()
-    first.save(buffer, "MPO", save_all=True, append_images=[second])
-    assert refused(buffer.getvalue())[:2] == (422, "frames")
+    first.save(buffer, "WEBP", save_all=True, append_images=[second], lossless=True)
+    assert refused(buffer.getvalue())[:2] == (422, "damaged")
+
+
+@pytest.mark.parametrize("form", ["GIF", "MPO"])
+def test_first_frame_of_gif_and_mpo(form):
+    buffer = io.BytesIO()
+    first, second = Image.fromarray(picture()), Image.fromarray(255 - picture())
+    first.save(buffer, form, save_all=True, append_images=[second])
+    frame = Image.open(io.BytesIO(buffer.getvalue())).convert("L")
+    np.testing.assert_array_equal(read(buffer.getvalue()).pixels, frame)
+    np.testing.assert_array_equal(images.read(buffer.getvalue())[0], frame)
+
+
+QUIET = """
+import logging, sys
+from lungjax.data import uploads
+logging.basicConfig()  # a handler, as a server has one
+uploads.quiet()
+assert "pydicom" not in sys.modules
+print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).kind)
+"""
+
+
+def test_first_dicom_of_a_process_logs_no_value(tmp_path):
+    """In a fresh process, since importing pydicom resets the level of its logger."""
+    uid = "1.2.826.01.3680043.77"  # a part with a leading zero, which pydicom warns of
+    data = scan(SeriesInstanceUID="1.2.826.91.3680043.77")
+    (tmp_path / "scan.dcm").write_bytes(written(data).replace(b"1.2.826.91.", b"1.2.826.01."))
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, tmp_path / "scan.dcm"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "DICOM\n" and done.stderr == "" and uid not in done.stdout
 
 
 def test_jpegs_that_keep_a_decoder_busy():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.data import frames, images, volumes
-from lungjax.data.held import File, Held, quote
+from lungjax.data.held import File, Held, Unreadable, named_errors, quote
 from lungjax.data.volumes import PLANES, Volume, Windows
 
 SUFFIXES = (".dcm", ".dicom")
@@ -28,10 +28,6 @@ SHEARED = 0.09  # sine of 5 degrees, by which the stack may lean without being a
 UNEVEN = 0.1  # of the usual distance between slices
 AS_STORED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 OTHERS = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # modalities that a message may name
-
-
-class Unreadable(ValueError):
-    """What this module says of a file. Errors of pydicom don't get out: they quote values, which may be a person's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +67,7 @@ def is_dicom(path: str) -> bool:
         return False
 
 
+@named_errors("DICOM")
 def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
@@ -146,6 +143,7 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, next(p for p, a in PLANES.items() if a == axis), shape, step, flaw, notes)
 
 
+@named_errors("DICOM")
 def picture(path: File, windows: Windows) -> bytes:
     """Returns the CT slice of one file as a PNG file, turned as `volumes` says; only this file is read.
 
@@ -170,6 +168,7 @@ def volume(paths: tuple[File, ...], step: float) -> Volume:
     return _volume([header(path) for path in paths], step)
 
 
+@named_errors("DICOM")
 def xray(path: File) -> bytes:
     """Returns an X-ray as an 8-bit PNG file in which bone is white, also where the file has MONOCHROME1.
 
@@ -204,8 +203,6 @@ def _read(path: File, header_only: bool = False) -> Any:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
         raise Unreadable(f"{path}: no DICOM file (the letters DICM are not at byte 128)") from None
-    except Exception as error:  # a damaged element may fail anywhere in the parser
-        raise Unreadable(f"{path}: a damaged DICOM file {quote(path, f'({error})')}") from None
 
 
 def _check(data: Any, path: File, modality: str) -> None:
@@ -285,6 +282,7 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
     return (pixels >= low) & (pixels <= high)
 
 
+@named_errors("DICOM")
 def _hu(path: File) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; what was not scanned is air."""
     data = _read(path)

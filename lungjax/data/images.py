@@ -18,12 +18,16 @@ from PIL import Image
 from lungjax.config import CROPS, INTERPOLATIONS, InputSpec, nearest
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-# What Pillow raises for a damaged file depends on the format and on where the damage is.
-BROKEN = (
-    OSError, SyntaxError, EOFError, ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error,
-    OverflowError, MemoryError, Image.DecompressionBombError,
-)  # fmt: skip
+# Pillow's names of the formats that are decoded, by file suffix. Its other plugins are never tried: some start programs
+# on the file (EPS starts Ghostscript), whatever its suffix.
+FORMATS = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".mpo": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
+    ".gif": "GIF", ".webp": "WEBP", ".jp2": "JPEG2000", ".j2k": "JPEG2000",
+}  # fmt: skip
+SUFFIXES = tuple(FORMATS)
+FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
+# Formats whose first frame is taken; other files of several pages are refused. MPO is a JPEG with further pictures.
+FIRST_FRAME = ("GIF", "MPO")
 KERNELS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -100,8 +104,8 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB).
 
     uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
-    `formats` are Pillow's names of those that may be tried; None tries all. Raises ValueError if the image can't be
-    read, or has 16 bits and there is no window.
+    `formats` are Pillow's names of those that may be tried; None tries all of FORMATS. Raises ValueError if the image
+    can't be read, or has 16 bits and there is no window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -283,21 +287,21 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     if stored is not None:
         return stored, "PNG"
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as picture:
+        with Image.open(io.BytesIO(data), formats=formats or tuple(FORMATS.values())) as picture:
             problem = _unsupported(picture, data)
             if problem is None:
                 picture.load()
                 plain = picture.mode == "L" and "transparency" not in picture.info
                 return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
-        raise ValueError("not an image that can be read (PNG, JPEG, TIFF or BMP)") from None
-    except BROKEN as error:
+        raise ValueError(f"not an image that can be read; allowed are {FORMAT_NAMES}") from None
+    except Exception as error:  # what Pillow raises for a damaged file depends on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)
 
 
 def _unsupported(picture: Image.Image, data: bytes) -> str | None:
-    pages = getattr(picture, "n_frames", 1)
+    pages = 1 if picture.format in FIRST_FRAME else getattr(picture, "n_frames", 1)
     if pages > 1:
         return f"{pages} pages in one file: save one image per file"
     bits: tuple[int, ...] = ()

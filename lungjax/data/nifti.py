@@ -1,12 +1,12 @@
 """NIfTI volumes in Hounsfield units, read with nibabel (extra `dicom`)."""
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lungjax.data import volumes
+from lungjax.data.held import Unreadable, named_errors
 from lungjax.data.volumes import Volume, Windows
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -23,6 +23,7 @@ class Header:
     notes: tuple[str, ...] = ()
 
 
+@named_errors("NIfTI")
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file, without its values.
 
@@ -37,18 +38,18 @@ def header(path: str) -> Header:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 1:
         given = " x ".join(str(side) for side in image.shape)
-        raise ValueError(f"{path}: {given} voxels, wanted one volume with three dimensions: save each as its own file")
+        raise Unreadable(f"{path}: {given} voxels, wanted one volume with three dimensions: save each as its own file")
     try:
         unit = image.header.get_xyzt_units()[0]
     except KeyError:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETRES:
-        raise ValueError(f"{path}: the unit of length is {unit}; allowed are mm, meter, micron and unknown (mm)")
+        raise Unreadable(f"{path}: the unit of length is {unit}; allowed are mm, meter, micron and unknown (mm)")
     # The file holds 32-bit numbers: rounded, 0.8 mm is 0.8 mm, as in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETRES[unit], 5)
     if not all(PLAUSIBLE[0] <= size <= PLAUSIBLE[1] for size in sizes):
         given = " x ".join(f"{size:g}" for size in sizes)
-        raise ValueError(
+        raise Unreadable(
             f"{path}: voxels of {given} mm (unit in the file: {unit}) can't be a chest CT, which has "
             f"{PLAUSIBLE[0]:g} to {PLAUSIBLE[1]:g} mm: correct the unit (xyzt_units) or the affine"
         )
@@ -68,6 +69,7 @@ def header(path: str) -> Header:
     )
 
 
+@named_errors("NIfTI")
 def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a NIfTI volume as a PNG file; the volume stays in memory for the next plane.
 
@@ -77,15 +79,13 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 
 
 @volumes.remembered
+@named_errors("NIfTI")
 def volume(path: str) -> Volume:
     """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture` does."""
     found = header(path)
     nibabel = volumes.need("nibabel", "NIfTI volumes")
-    try:
-        image = nibabel.as_closest_canonical(_open(nibabel, path))
-        values: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path}: a damaged or truncated NIfTI file ({error})") from None
+    image = nibabel.as_closest_canonical(_open(nibabel, path))
+    values: np.ndarray = image.get_fdata(dtype=np.float32, caching="unchanged")
     values = values.reshape(values.shape[:3])
     np.nan_to_num(values, copy=False, nan=volumes.AIR)
     low, high = float(values.min()), float(values.max())
@@ -95,26 +95,19 @@ def volume(path: str) -> Volume:
             if low >= 0 and high <= 255
             else "a CT of the chest has air at -1000 and tissue above 0: convert the scan anew from DICOM"
         )
-        raise ValueError(f"{path}: its values are {low:g} to {high:g}, which are no Hounsfield units; {hint}")
+        raise Unreadable(f"{path}: its values are {low:g} to {high:g}, which are no Hounsfield units; {hint}")
     np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place: half a gigabyte is usual
     # nibabel's canonical axes go to the right, to the front and to the head.
     return Volume(values.astype(np.int16)[::-1, ::-1].transpose(2, 1, 0), found.spacing)
 
 
 def _open(nibabel: Any, path: str) -> Any:
-    broken: tuple[type[Exception], ...] = (
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.spatialimages.HeaderDataError,
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    )
     try:
         image = nibabel.load(path)
-    except broken as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"no NIfTI file that can be read ({error})"
-        raise ValueError(f"{path}: {reason}") from None
+    except FileNotFoundError:
+        raise Unreadable(f"{path}: no such file") from None
+    except Exception as error:  # of its many parsers, for whatever the suffix promises
+        raise Unreadable(f"{path}: no NIfTI file that can be read ({error})") from None
     if not isinstance(image, nibabel.Nifti1Image):  # NIfTI-2 derives from it
-        raise ValueError(f"{path}: a {type(image).__name__}, wanted NIfTI")
+        raise Unreadable(f"{path}: a {type(image).__name__}, wanted NIfTI")
     return image

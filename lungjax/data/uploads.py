@@ -1,9 +1,9 @@
 """Images from strangers: bytes in memory to pixels, with every limit checked before what it limits is done.
 
-Allowed are PNG, JPEG, TIFF, BMP and, with the extra `dicom`, DICOM; what a file is, its first bytes say. Sizes are read
-from the header, compressed parts are inflated up to a limit, and each file goes to the one decoder of its kind. A file
-of several pages or frames is refused: the first one need not be the one that was meant. Nothing is written anywhere,
-and no message quotes what a DICOM file holds.
+Allowed are the formats of `images.FORMATS` and, with the extra `dicom`, DICOM; the first bytes say which one a file is.
+Sizes are read from the header, compressed parts are inflated up to a limit, and each file goes to the one decoder of
+its kind. An animated PNG or WebP and a TIFF of several pages are refused: the first one need not be the one that was
+meant. Nothing is written anywhere, and no message quotes what a DICOM file holds.
 """
 
 import io
@@ -21,17 +21,18 @@ from lungjax.data.held import Held
 from lungjax.data.volumes import Windows
 
 MIB = 2**20
-ALLOWED = "allowed are PNG, JPEG, TIFF, BMP and DICOM, one image in a file"
+ALLOWED = f"allowed are {images.FORMAT_NAMES}, and DICOM; one image per file"
 MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"), (b"BM", "BMP"),
+    (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"), (b"BM", "BMP"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"), (b"\xff\x4f\xff\x51", "JPEG2000"),
 )  # fmt: skip
 STRANGERS = (
     (b"PK\x03\x04", "a ZIP archive"), (b"PK\x05\x06", "a ZIP archive"), (b"\x1f\x8b", "gzip data"),
-    (b"%PDF", "a PDF document"), (b"GIF8", "a GIF image"), (b"RIFF", "a WebP image or other RIFF data"),
+    (b"%PDF", "a PDF document"), (b"%!PS", "a PostScript file"), (b"RIFF", "RIFF data that is no WebP image"),
     (b"7z\xbc\xaf", "a 7-Zip archive"), (b"Rar!", "a RAR archive"), (b"\xfd7zXZ", "xz data"), (b"BZh", "bzip2 data"),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"), (b"\xff\x4f\xff\x51", "a JPEG 2000 image"), (b"\x7fELF", "a program"),
-    (b"MZ", "a program"), (b"\x5c\x01\0\0", "a NIfTI volume"), (b"<", "a text file (HTML, XML or SVG)"),
+    (b"\x7fELF", "a program"), (b"MZ", "a program"), (b"\x5c\x01\0\0", "a NIfTI volume"),
+    (b"<", "a text file (HTML, XML or SVG)"),
 )  # fmt: skip
 TEXT_BYTES = MIB  # that text chunks and colour profile of a PNG may inflate to, together
 CHUNKS = 50_000  # of a PNG
@@ -66,23 +67,31 @@ class Upload:
     """One decoded file."""
 
     pixels: np.ndarray  # uint8 or uint16, [H, W] or [H, W, 3]
-    kind: str  # PNG, JPEG, TIFF, BMP or DICOM
+    kind: str  # Pillow's name of the format, or DICOM
     series: str = ""  # SeriesInstanceUID and PatientID of a CT slice; to group by, never to be shown
 
 
 def quiet() -> None:
-    """Silences what the decoders would log or warn of: their words quote the files."""
+    """Silences the loggers and warnings of the decoders: their messages quote values of the files.
+
+    A level would not do: pydicom resets the level of its logger when it is first imported.
+    """
     for name in ("PIL", "pydicom", "python_multipart"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        logger = logging.getLogger(name)
+        logger.disabled = True
+        logger.propagate = False  # nor what child loggers pass up
+        logger.handlers = [logging.NullHandler()]  # without a handler, Python prints warnings to stderr
     warnings.simplefilter("ignore")
 
 
 def kind_of(data: bytes) -> str:
-    """Returns PNG, JPEG, TIFF, BMP or DICOM. Raises Refused for all else, with what it is if that can be told."""
+    """Returns Pillow's name of the format, or DICOM. Raises Refused for anything else, naming it where it is known."""
     if not data:
         raise Refused(422, "empty", "an empty file")
     if data[128:132] == b"DICM":
         return "DICOM"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
     for magic, kind in MAGIC:
         if data.startswith(magic):
             return kind
@@ -115,7 +124,9 @@ def read(
     try:
         if kind == "DICOM":
             return _dicom(data, limits, hu_windows, plane)
-        data = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp}[kind](data, limits)
+        check = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp, "JPEG2000": _jpeg2000}.get(kind)
+        if check is not None:
+            data = check(data, limits)
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:  # reads the header alone
             check_size(*opened.size, limits)
         return Upload(images.read(data, (kind,))[0], kind)
@@ -182,12 +193,10 @@ def _inflated(chunk: bytes) -> int:
 
 
 def _jpeg(data: bytes, limits: Limits) -> bytes:
-    """Returns a JPEG without the segments that say nothing of its pixels: Exif, profiles, previews, comments."""
+    """Returns a JPEG without the segments that do not affect its pixels: Exif, profiles, further pictures, comments."""
     segments, scan = frames.jpeg_segments(data)
     kept = [b"\xff\xd8"]
     for marker, start, end in segments:
-        if marker == 0xE2 and data[start + 4 : start + 8] == b"MPF\0":
-            raise Refused(422, "frames", "several pictures in one JPEG: save one as a file of its own")
         if marker in frames.FRAMES:
             height, width = struct.unpack(">HH", data[start + 5 : start + 9])
             check_size(width, height, limits)
@@ -239,6 +248,17 @@ def _bmp(data: bytes, limits: Limits) -> bytes:
         check_size(abs(width), abs(height), limits)
         if packed in (1, 2):
             raise Refused(422, "damaged", "a BMP with run lengths: save it as PNG")
+    return data
+
+
+def _jpeg2000(data: bytes, limits: Limits) -> bytes:
+    """Checks the size of image and tiles in the codestream, which decoders follow, whatever the boxes around it say."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(data) < start + 40:
+        raise Refused(422, "damaged", "a damaged or truncated JPEG 2000 file")
+    right, bottom, left, top, wide, high = struct.unpack(">6I", data[start + 8 : start + 32])
+    check_size(right - left, bottom - top, limits)
+    check_size(max(min(wide, right), limits.least), max(min(high, bottom), limits.least), limits)
     return data
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from lungjax.config import nearest
 from lungjax.data import images
+from lungjax.data.held import MissingPackage
 
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` that a plane is cut across
@@ -51,11 +52,11 @@ def check_options(plane: str, position: str, windows: Windows) -> None:
 
 
 def need(package: str, what: str) -> Any:
-    """Returns an optional package. Raises ValueError, saying how to install it, if it is not there."""
+    """Returns an optional package. Raises MissingPackage, saying how to install it, if it is not there."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(
+        raise MissingPackage(
             f"{what} need the package {package}, which is not installed: pip install 'lungjax[dicom]'"
         ) from None
 

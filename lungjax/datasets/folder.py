@@ -33,8 +33,8 @@ ABOUT = About(
     any other column is kept
   {train,val,test}/{class}/... (folders in a class folder don't matter; a missing val or test is cut from train)
   {class}/... (splits are made by group, 70/15/15)
-Images are PNG, JPEG, TIFF or BMP, 8-bit gray or colour or unsigned 16-bit gray (see --window). Without a group
-(or --group_pattern over the file names), each image counts as its own patient.
+Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or colour or unsigned 16-bit gray
+(see --window). Without a group (or --group_pattern over the file names), each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) may lie there as images do, and a path of labels.csv
 may name such a file, or a folder that holds one or more series; pip install 'lungjax[dicom]'.

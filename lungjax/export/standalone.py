@@ -2,8 +2,8 @@
 
 Needs Python 3.11, jax, numpy and pillow; scikit-image too where the network was trained on cut-out bodies or lungs.
 Prints CSV: each image's class probabilities (calibrated) and whether the operating point of each class is reached.
-PNG, JPEG, TIFF and BMP; 16-bit images go through the window that the network was trained with. For research use only.
-Not a medical device, not for diagnosis.
+PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000; 16-bit images go through the window that the network was
+trained with. For research use only. Not a medical device, not for diagnosis.
 """
 
 import argparse

@@ -15,8 +15,8 @@ from lungjax.data.uploads import Refused
 from lungjax.serve.settings import Settings
 
 RAW = (
-    "image/png", "image/jpeg", "image/tiff", "image/bmp", "image/x-ms-bmp", "application/dicom",
-    "application/octet-stream",
+    "image/png", "image/jpeg", "image/tiff", "image/bmp", "image/x-ms-bmp", "image/gif", "image/webp", "image/jp2",
+    "application/dicom", "application/octet-stream",
 )  # fmt: skip
 FORM = "multipart/form-data"
 FIELDS = ("files", "file")

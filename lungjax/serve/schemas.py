@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lungjax.data.images import FORMAT_NAMES
 from lungjax.serve.multipart import FORM, RAW
 
 
@@ -106,7 +107,7 @@ BINARY = {"type": "string", "format": "binary"}
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "PNG, JPEG, TIFF, BMP or DICOM files in the form field `files`, or one file as the whole body.",
+        "description": f"{FORMAT_NAMES}, or DICOM: files in the form field `files`, or one file as the whole body.",
         "content": {
             FORM: {
                 "schema": {
