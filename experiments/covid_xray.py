@@ -41,7 +41,7 @@ from lungjax.config import (
     OptimConfig,
     TrainConfig,
 )
-from lungjax.presets import one_of, preset, slug
+from lungjax.config.presets import one_of, preset, slug
 
 FROZEN = ("mobilenetv2", "resnet101v2", "densenet201", "vgg16")
 

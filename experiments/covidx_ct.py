@@ -30,7 +30,7 @@ cut-out, theirs the whole image.
 from dataclasses import replace
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
-from lungjax.presets import one_of, preset, slug
+from lungjax.config.presets import one_of, preset, slug
 
 # The network here (torchvision's ResNet has its strides on the 3x3) and how many blocks its last stage has.
 MODELS = {

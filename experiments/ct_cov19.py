@@ -38,7 +38,7 @@ from lungjax.config import (
     OptimConfig,
     TrainConfig,
 )
-from lungjax.presets import one_of, preset, slug
+from lungjax.config.presets import one_of, preset, slug
 
 # Weights that a network may start from; the first is the usual.
 FAMILIES = {

@@ -6,7 +6,7 @@
 Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. The weights are
 fetched once (`python -m lungjax.weights --fetch efficientnetv2_s.keras`, 88 MB) and bring their input range,
 x / 128 - 1; `weights=none` starts at random, `run:WORKDIR` from any run.
-Classes are drawn equally often, slices augmented as COVIDNet-CT does (`lungjax.presets`).
+Classes are drawn equally often, slices augmented as COVIDNet-CT does (`lungjax.config.presets`).
 An epoch of 357,518 slices takes hours on a GPU, so validation comes every 2,000 steps, as COVID-Net CT's does. Nobody
 published this network on this data; not run by us on the real set, which we don't have.
 
@@ -16,7 +16,7 @@ table. `sound`, the default, takes all slices of the official split and the best
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
-from lungjax.presets import one_of, preset, slug
+from lungjax.config.presets import one_of, preset, slug
 
 VERSIONS = ("1", "2a", "2b", "3a", "3b")
 

@@ -38,7 +38,7 @@ from lungjax.config import (
     OptimConfig,
     TrainConfig,
 )
-from lungjax.presets import one_of, preset, slug
+from lungjax.config.presets import one_of, preset, slug
 
 BATCHES = {  # derived from the steps of the published logs
     "efficientnetv2_b0": 32, "efficientnetv2_b1": 32, "efficientnetv2_b2": 64,

@@ -2,7 +2,7 @@
 
     python -m lungjax.main --experiment=phantom_demo
 
-Normal, Pneumonia and COVID-19 phantoms (`lungjax.data.phantom`, 1,080 slices of 360 patients) and the 25,000
+Normal, Pneumonia and COVID-19 phantoms (`lungjax.datasets.phantom.slices`, 1,080 slices of 360 patients) and the 25,000
 parameters of the CT-COV19 study's "Simple" CNN, on the body box at 112 px. On 2 cores about two minutes; test
 accuracy is 0.86 a slice and 0.89 a patient with seed 0. What the network sees is drawn: the score says that the
 machinery works, and nothing about lungs.

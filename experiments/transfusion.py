@@ -22,7 +22,7 @@ copies and by patient; nothing else differs, and a folder of one's own has no st
 """  # noqa: E501 a command
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
-from lungjax.presets import one_of, slug
+from lungjax.config.presets import one_of, slug
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; three numbers make three channels
 

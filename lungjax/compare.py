@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lungjax import bootstrap, entry, metrics, predictions
-from lungjax.bootstrap import Difference
+from lungjax import cli
 from lungjax.config import nearest
-from lungjax.predictions import Predictions
+from lungjax.evaluation import bootstrap, metrics, predictions
+from lungjax.evaluation.bootstrap import Difference
+from lungjax.evaluation.predictions import Predictions
 
 SPLIT = flags.DEFINE_string("split", "test", "Of which split: compares the runs' predictions_SPLIT.csv.")
 METRICS = flags.DEFINE_list(
@@ -25,7 +26,7 @@ METRICS = flags.DEFINE_list(
 DRAWS = flags.DEFINE_integer("draws", 2000, "Draws of the bootstrap.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 OUT = flags.DEFINE_string("out", None, "A file to write the table to as well.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 NOTE = (
     "p is twice the smaller share of the draws in which B - A is at most, or at least, zero (each counted with one "
@@ -146,4 +147,4 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main, ("RUN_A", "RUN_B"))
+    cli.run(main, ("RUN_A", "RUN_B"))

@@ -1,6 +1,6 @@
 """Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
 
-Only the flags are read here; `lungjax.train.run` does the work. Nothing imports jax until the flags are
+Only the flags are read here; `lungjax.training.train.run` does the work. Nothing imports jax until the flags are
 parsed and the configuration is complete, so a typing mistake is answered at once.
 """
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 from absl import app, flags
 
+from lungjax import cli
 from lungjax import config as configs
-from lungjax import entry, experiment, machine, overrides
+from lungjax.config import experiments, overrides
+from lungjax.runtime import environment
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list."
@@ -37,20 +39,20 @@ COMPILE_FOR = flags.DEFINE_string(
     "compile_for", None, "Only compiles the training step, for TPUs that need not be here, such as v5e:4x4."
 )
 LIST = flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
     """Picks the experiment, applies the overrides, runs it and prints where the report is."""
     if LIST.value:
-        print(experiment.listing())
+        print(experiments.listing())
         return
     check_flags()
     saved = f"{WORKDIR.value}/config.json" if MODE.value == "evaluate" and WORKDIR.value else ""
     chosen = EXPERIMENT.value or saved
     if not chosen:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
-    config = experiment.load(chosen)
+    config = experiments.load(chosen)
     for assignment in SET.value:
         config = overrides.override(config, assignment)
     configs.check(config)
@@ -59,28 +61,29 @@ def main(_: list[str]) -> None:
         default = Path(chosen).parent  # the run that this configuration was saved in
     workdir = Path(WORKDIR.value) if WORKDIR.value else default
     if COMPILE_FOR.value:
-        machine.without_tpu()
-        machine.prepare_jax()
-        from lungjax import pod
+        environment.without_tpu()
+        environment.prepare_jax()
+        from lungjax.training import aot_compile
 
-        print(pod.compile_for(config, COMPILE_FOR.value, Path(DATA_DIR.value)).text())
+        print(aot_compile.compile_for(config, COMPILE_FOR.value, Path(DATA_DIR.value)).text())
         return
-    machine.prepare_jax()
-    from lungjax import crossval, external, hosts, train  # here, after the flags, since they import jax
+    environment.prepare_jax()
+    from lungjax.runtime import distributed  # here, after the flags, since they import jax
+    from lungjax.training import cross_validation, external_test, train
 
     address = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if MULTIHOST.value or any(part is not None for part in address):
-        hosts.start(*address)
+        distributed.start(*address)
     weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
     data_dir = Path(DATA_DIR.value)
-    with hosts.none_left_behind():
+    with distributed.none_left_behind():
         if DATASET.value:
-            report = external.evaluate(config, workdir, data_dir, DATASET.value, LABEL_MAP.value, SPLIT.value)
+            report = external_test.evaluate(config, workdir, data_dir, DATASET.value, LABEL_MAP.value, SPLIT.value)
         elif FOLDS.value is not None:
-            report = crossval.run(config, FOLDS.value, workdir, data_dir, MODE.value, weights_dir)
+            report = cross_validation.run(config, FOLDS.value, workdir, data_dir, MODE.value, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, MODE.value, weights_dir)
-    if hosts.first():
+    if distributed.first():
         print(f"Report: {report.with_suffix('.html')}")
 
 
@@ -96,4 +99,4 @@ def check_flags() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

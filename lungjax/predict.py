@@ -2,7 +2,7 @@
 
 PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
 volumes. Written to --out: predictions.csv and predictions.jsonl with a line an image, series.csv and series.jsonl with
-one for each series or patient (`lungjax.answers` says what is in them), and with --explain a picture of each heat map.
+one for each series or patient (`lungjax.inference.records` says what is in them), and with --explain a picture of each heat map.
 What can't be read is named in the files and at the end, the rest is done, and the exit code is 1. The files appear when
 all is done; of a run that was stopped, the answers so far stay in files that end in .partial.
 """
@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from lungjax import answers, entry, machine
+from lungjax import cli
 from lungjax.config import nearest
-from lungjax.metadata import NOTICE, Metadata
+from lungjax.config.metadata import NOTICE, Metadata
+from lungjax.inference import records
+from lungjax.runtime import environment
 
 MODEL = flags.DEFINE_string("model", None, "A finished run's folder, or a model.pyz or model.onnx of lungjax.export.")
 OUT = flags.DEFINE_string("out", "predictions", "The folder to write to.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces predictions that lie in --out.")
-RULE = flags.DEFINE_string("rule", answers.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
+RULE = flags.DEFINE_string("rule", records.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
 EXPLAIN = flags.DEFINE_bool("explain", False, "Draws heat maps too.")
 METHOD = flags.DEFINE_string("method", "gradcam", "Of the heat maps; see lungjax.explain.")
 GATE = flags.DEFINE_string("gate", None, "A model that first says of each series whether it may be predicted.")
@@ -37,7 +39,7 @@ GATE_CLASS = flags.DEFINE_string("gate_class", "WholeLung", "The class of --gate
 GROUP_PATTERN = flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
 WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
 HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 WRITTEN = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
@@ -53,19 +55,19 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{out} holds predictions already; choose another --out, or replace them with --overwrite")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
-    machine.prepare_jax()
-    from lungjax import intake, predictor  # here, after the flags, since they import jax
+    environment.prepare_jax()
+    from lungjax.inference import inputs, predictor  # here, after the flags, since they import jax
 
     model = predictor.open_model(MODEL.value)
     if EXPLAIN.value and METHOD.value not in model.methods:
         known = nearest(METHOD.value, model.methods) if model.methods else f"a {model.source} model has no heat maps"
         raise ValueError(f"--method={METHOD.value}: {known}")
-    answers.check_rule(model.metadata, RULE.value)
+    records.check_rule(model.metadata, RULE.value)
     gate = predictor.open_model(GATE.value) if GATE.value else None
     if gate is not None and GATE_CLASS.value not in gate.metadata.classes:
         raise ValueError(f"--gate_class={GATE_CLASS.value}: {nearest(GATE_CLASS.value, gate.metadata.classes)}")
     model = replace(model, metadata=windowed(model.metadata))
-    found = intake.gather(argv[1:], model.metadata, GROUP_PATTERN.value)
+    found = inputs.gather(argv[1:], model.metadata, GROUP_PATTERN.value)
     out.mkdir(parents=True, exist_ok=True)
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)  # that nothing of another run lies beside this one's
@@ -83,8 +85,8 @@ def main(argv: list[str]) -> None:
 def windowed(told: Metadata) -> Metadata:
     """Returns what the model says of itself with the windows that the user gave instead."""
     if WINDOW.value:
-        told = replace(told, window=entry.read_window(WINDOW.value))
-    return replace(told, hu_windows=(entry.read_hu_window(HU_WINDOW.value),)) if HU_WINDOW.value else told
+        told = replace(told, window=cli.read_window(WINDOW.value))
+    return replace(told, hu_windows=(cli.read_hu_window(HU_WINDOW.value),)) if HU_WINDOW.value else told
 
 
 def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
@@ -92,7 +94,7 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
 
     Args:
       model: `predictor.Predictor`.
-      found: `intake.Intake`.
+      found: `inputs.Intake`.
       out: a folder that is there.
       gate: another predictor, which decides which series are predicted.
     """
@@ -110,14 +112,14 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
     columns += [*(f"called_{name}" for name in classes), "unlike", "warnings", "error"]
     with _both(out / "predictions", columns) as write:
         for name, why in found.bad:
-            write(answers.failure(name, why))
+            write(records.failure(name, why))
         for item, picture, p in _answered(model, [i for i in found.items if i.series not in shut]):
             if isinstance(picture, str):
                 failures.append((item.name, picture))
-                write({**answers.failure(item.name, picture), "series": item.series})
+                write({**records.failure(item.name, picture), "series": item.series})
                 missed[item.series] += 1
                 continue
-            record = answers.record(told, item.name, p, picture.unlike, picture.warnings, RULE.value)
+            record = records.record(told, item.name, p, picture.unlike, picture.warnings, RULE.value)
             write({**record, "series": item.series})
             counts[record["predicted"]] += 1
             if item.series:
@@ -143,7 +145,7 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
                     rows = np.stack(chances[series])
                     lost = [f"{missed[series]} slices could not be read"] if missed[series] else []
                     notes = [*found.notes.get(series, []), *lost]
-                    record = answers.summary(told, series, rows, warned[series], notes, RULE.value)
+                    record = records.summary(told, series, rows, warned[series], notes, RULE.value)
                     write(record | ({"gate": judged[series]} if series in judged else {}))
                     print(_line(f"{series} ({len(rows)} slices)", record))
                 else:
@@ -153,7 +155,7 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
 
 def _answered(model: Any, items: Sequence[Any]) -> Iterator[Any]:
     """Yields each item with its picture and probabilities, or why it can't be read, a text, and None."""
-    from lungjax.intake import plain  # here, since it imports what reads images
+    from lungjax.inference.inputs import plain  # here, since it imports what reads images
 
     def read(item: Any) -> Any:
         try:
@@ -163,7 +165,7 @@ def _answered(model: Any, items: Sequence[Any]) -> Iterator[Any]:
         except Exception as error:  # decoders raise what they like, and one file must not cost the others their answer
             return f"can't be read ({type(error).__name__}: {error})"
 
-    with ThreadPoolExecutor(machine.cores()) as pool:
+    with ThreadPoolExecutor(environment.cores()) as pool:
         for at in range(0, len(items), CHUNK):
             part = items[at : at + CHUNK]
             pictures = list(pool.map(read, part))
@@ -175,7 +177,7 @@ def _answered(model: Any, items: Sequence[Any]) -> Iterator[Any]:
 
 def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Returns the series that the gate shuts out, with their records, and what it says of all that it has seen."""
-    from lungjax.data import images  # here, since it imports Pillow, and most runs have no gate
+    from lungjax.data.imaging import images  # here, since it imports Pillow, and most runs have no gate
 
     told = gate.metadata
     shut: dict[str, dict[str, Any]] = {}
@@ -190,7 +192,7 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
             shut[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
             continue
         p = gate(picture.pixels[None])[0]
-        said = answers.record(told, series, p, picture.unlike, picture.warnings)
+        said = records.record(told, series, p, picture.unlike, picture.warnings)
         point = said["decisions"].get(GATE_CLASS.value)
         passed = point["called"] if point else said["predicted"] == GATE_CLASS.value
         judged[series] = {"class": GATE_CLASS.value, "probability": round(float(p[number]), 6), "passed": passed}
@@ -204,7 +206,7 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
 
 
 def _draw(model: Any, name: str, picture: Any, folder: Path, used: set[str]) -> None:
-    from lungjax import panels  # here, since most runs draw nothing
+    from lungjax.explain import panels  # here, since most runs draw nothing
 
     maps, p = model.explain(picture.pixels[None], method=METHOD.value)
     path = folder / f"{panels.file_name(name, used)}_{METHOD.value}.png"
@@ -259,4 +261,4 @@ def _line(name: str, record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main, ("PATH...",))
+    cli.run(main, ("PATH...",))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from lungjax import datasets, entry
+from lungjax import cli, datasets
 from lungjax.data import summary
 
 DATASET = flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME/CONFIGURATION-STAGE-SIZE.")
@@ -38,7 +38,7 @@ HU = flags.DEFINE_list(
 )
 PLANE = flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: how volumes are cut.")
 POSITION = flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: every slice, or the middle one.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
@@ -55,11 +55,11 @@ def main(_: list[str]) -> None:
         group_pattern=GROUP.value,
         classes=tuple(CLASSES.value),
         modality=MODALITY.value,
-        hu_windows=tuple(entry.read_hu_window(text) for text in HU.value),
+        hu_windows=tuple(cli.read_hu_window(text) for text in HU.value),
         plane=PLANE.value,
         position=POSITION.value,
     )
-    window = entry.read_window(WINDOW.value) if WINDOW.value else None
+    window = cli.read_window(WINDOW.value) if WINDOW.value else None
     source = Path(SOURCE.value).expanduser() if SOURCE.value else None
     how = {"window": window, "on_bad_image": BAD.value, "on_no_lung": NO_LUNG.value, "overwrite": OVERWRITE.value}
     result = datasets.write(DATASET.value, source, data_dir, options, **how)
@@ -75,9 +75,9 @@ def cross(name: str, other: str, data_dir: Path) -> str:
 
     Raises ValueError if one of them is not prepared.
     """
-    from lungjax.datasets import twins  # here: with it come scikit-image and TFDS
+    from lungjax.datasets.build import near_duplicates  # here: with it come scikit-image and TFDS
 
-    return twins.cross(*(datasets.open_dataset(text, data_dir) for text in (name, other)))
+    return near_duplicates.cross(*(datasets.open_dataset(text, data_dir) for text in (name, other)))
 
 
 def help_page(arguments: list[str]) -> str | None:
@@ -101,7 +101,7 @@ def run() -> None:
     if page:
         print(page)
     else:
-        entry.run(main)
+        cli.run(main)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ flags.FlagValues.__setitem__ = _shared
 
 def without_pictures(patch) -> None:
     """Reports without pictures, which take half of a small run; for tests that look at weights and numbers alone."""
-    from lungjax import report
+    from lungjax.report import write
 
-    patch.setattr(report, "draw", lambda *_, **__: {})
+    patch.setattr(write, "draw", lambda *_, **__: {})
 
 
 def small_bn():

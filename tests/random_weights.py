@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax.trees import flatten, unflatten
+from lungjax.models.trees import flatten, unflatten
 
 SCALES = r"(scale|gamma|weight|variable(_\d+)?|var|running_var|moving_variance)$"
 

@@ -16,9 +16,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
-from lungjax import hosts, interrupt, logs, models, overrides, predictions, report, train, trees
-from lungjax.checkpoint import restore_best
-from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax import models
+from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
+from lungjax.evaluation import predictions
+from lungjax.models import trees
+from lungjax.report import write
+from lungjax.runtime import distributed, signals
+from lungjax.runtime.checkpoint import restore_best
+from lungjax.training import metrics_log, train
 
 
 def main() -> None:
@@ -33,14 +38,14 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     flags = parser.parse_intermixed_args()
     if flags.hosts > 1:
-        hosts.start(f"localhost:{flags.port}", flags.hosts, flags.host)
+        distributed.start(f"localhost:{flags.port}", flags.hosts, flags.host)
     elif "SLURM_JOB_ID" in os.environ:
-        hosts.start()
+        distributed.start()
 
     data = conftest.make_small_data()
     models.MODELS["small_bn"] = conftest.small_bn()
     train.open_dataset = lambda name, *_, **__: data
-    report.draw = lambda *_, **__: {}  # half of the time of so small a run
+    write.draw = lambda *_, **__: {}  # half of the time of so small a run
     config = Config(
         input=InputSpec(size=(32, 32)),
         model=ModelConfig(name="small_bn"),
@@ -64,12 +69,12 @@ def main() -> None:
 
     out = flags.out
     try:
-        with hosts.none_left_behind():
+        with distributed.none_left_behind():
             train.run(config, out, out.parent)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         sys.exit(128 + stop.number)
     found = predictions.read(out / "predictions_test.csv")
     tuned = None
@@ -80,13 +85,13 @@ def main() -> None:
         train.run(config, then, out.parent)
         tuned = predictions.read(then / "predictions_test.csv").probabilities
     statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
-    if hosts.first():
+    if distributed.first():
         np.savez(
             out.with_suffix(".npz"),
             ids=found.ids,
             probabilities=found.probabilities,
             tuned=np.zeros(0) if tuned is None else tuned,
-            losses=[row["train.loss"] for row in logs.read(out / "metrics.jsonl") if "train.loss" in row],
+            losses=[row["train.loss"] for row in metrics_log.read(out / "metrics.jsonl") if "train.loss" in row],
             mean=next((v for k, v in statistics.items() if k.endswith("mean")), np.zeros(0)),
             devices=jax.device_count(),
         )

@@ -11,11 +11,14 @@ from flax import linen as nn
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 
-from lungjax import models, overrides, program, sharding, trees
-from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax import models
+from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
 from lungjax.data import pipeline
-from lungjax.models import norm
+from lungjax.models import trees
+from lungjax.models.ops import batch_norm
 from lungjax.models.transfusion import Transfusion
+from lungjax.runtime import mesh as meshes
+from lungjax.training import program
 
 WAYS = {
     "global": [],
@@ -32,7 +35,7 @@ CONFIG = Config(
     optim=OptimConfig(name="sgd", lr=0.1),
     train=TrainConfig(batch_size=16, steps=2),
 )
-mesh = sharding.make_mesh()
+mesh = meshes.make_mesh()
 arrays = {}
 for name, assignments in WAYS.items():
     config = CONFIG
@@ -46,18 +49,18 @@ for name, assignments in WAYS.items():
     if name == "global":
         arrays |= {f"first/{path}": np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
     for _, batch in zip(range(2), pipeline.train_batches(data, config, start=0), strict=False):
-        state, _ = compiled.train_step(state, sharding.to_devices(batch, mesh))
+        state, _ = compiled.train_step(state, meshes.to_devices(batch, mesh))
     arrays |= {f"{name}/{path}": np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
 
 
 def both(x, dy):
-    y, pull = jax.vjp(lambda x: norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
+    y, pull = jax.vjp(lambda x: batch_norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
     return y, pull(dy)[0]
 
 
 draw = np.random.default_rng(0).normal
 x, dy = draw(size=(2, 8, 6, 5, 3)).astype(np.float32)
 x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # so that a device's own statistics would be others
-spread = (jax.device_put(part, sharding.split_batch(mesh)) for part in (x, dy))
+spread = (jax.device_put(part, meshes.split_batch(mesh)) for part in (x, dy))
 arrays |= {"norm/alone": np.stack(jax.jit(both)(x, dy)), "norm/spread": np.stack(jax.jit(both)(*spread))}
 np.savez(sys.argv[1], **arrays)

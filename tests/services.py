@@ -20,11 +20,11 @@ from PIL import Image
 from test_uploads import written
 
 from lungjax.config import InputSpec
-from lungjax.data import kept
-from lungjax.metadata import Metadata
-from lungjax.predictor import Picture
+from lungjax.config.metadata import Metadata
+from lungjax.data import preprocess
+from lungjax.inference.predictor import Picture
 from lungjax.serve import __main__ as command
-from lungjax.serve import connections
+from lungjax.serve import protocol
 from lungjax.serve.app import build
 from lungjax.serve.settings import Settings
 
@@ -74,7 +74,7 @@ class Brightness:
 
     def picture(self, decoded, box=None):
         dark = decoded.mean() < 1
-        pixels, *_ = kept.picture(decoded, self.metadata, box)
+        pixels, *_ = preprocess.picture(decoded, self.metadata, box)
         return Picture(pixels, 2.5 if dark else 0.5, ("blank",) if dark else ())
 
     def __call__(self, pixels):
@@ -136,7 +136,7 @@ def form(*files):
 def running(model=None, warm=True, **settings):
     model = model or Brightness()
     app = build(model, Settings(**settings))
-    config = uvicorn.Config(app, log_config=None, access_log=False, http=connections.Patient, lifespan="on", ws="none")
+    config = uvicorn.Config(app, log_config=None, access_log=False, http=protocol.Patient, lifespan="on", ws="none")
     server, listening = uvicorn.Server(config), command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -13,12 +13,14 @@ from PIL import Image
 from sklearn.metrics import recall_score
 from sklearn.utils import compute_class_weight
 
-from lungjax import datasets, presets
-from lungjax.data import phantom, study_masks, survey
+from lungjax import datasets
+from lungjax.config import presets
+from lungjax.data import statistics
+from lungjax.data.imaging import study_masks
 from lungjax.datasets import Options
-from lungjax.explore import charts
-from lungjax.explore import page as pages
-from lungjax.explore.charts import Tile
+from lungjax.datasets.phantom import slices as phantom
+from lungjax.report import dataset_charts, dataset_page
+from lungjax.report.dataset_charts import Tile
 
 SECTIONS = [
     "Before you train on it", "Classes and patients", "Sources", "Image sizes", "Gray levels", "Samples",
@@ -62,7 +64,7 @@ def page(prepared):
     data = datasets.open_dataset("folder/mine", prepared, "study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_masks, "STAGES", ("study_crop", "features"))
-        index = pages.write(data, prepared, prepared.parent / "page", {}, stages=True, samples=5)
+        index = dataset_page.write(data, prepared, prepared.parent / "page", {}, stages=True, samples=5)
     return index.parent, index.read_text("utf-8")
 
 
@@ -118,24 +120,24 @@ def test_twins_are_named(page):
 
 def test_what_is_left_out_is_said(prepared, tmp_path, monkeypatch):
     data = datasets.open_dataset("folder/mine", prepared)
-    view = pages.View(data, prepared, tmp_path, 0, masks=False)
-    assert "Left out" in pages.sheets.stages(view)
-    view = pages.View(replace(data, name="folder/mine-lungs"), prepared, tmp_path, 0, masks=True)
-    assert "in the stage lungs already" in pages.sheets.stages(view)
-    monkeypatch.setattr(pages, "MOST", 4)
-    view = pages.View(data, prepared, tmp_path, 0, masks=False)
-    assert "From 4 of 12 images, drawn by seed" in pages._gray_levels(view)
+    view = dataset_page.View(data, prepared, tmp_path, 0, masks=False)
+    assert "Left out" in dataset_page.dataset_sheets.stages(view)
+    view = dataset_page.View(replace(data, name="folder/mine-lungs"), prepared, tmp_path, 0, masks=True)
+    assert "in the stage lungs already" in dataset_page.dataset_sheets.stages(view)
+    monkeypatch.setattr(dataset_page, "MOST", 4)
+    view = dataset_page.View(data, prepared, tmp_path, 0, masks=False)
+    assert "From 4 of 12 images, drawn by seed" in dataset_page._gray_levels(view)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gray_levels.png"]
 
 
 def test_mistakes_are_told_before_work_begins(prepared, tmp_path):
     data = datasets.open_dataset("folder/mine", prepared)
     with pytest.raises(ValueError, match="covidnet_ct needs masks of the body"):
-        pages.write(data, prepared, tmp_path / "out", {"covidnet_ct": presets.preset("covidnet_ct")})
+        dataset_page.write(data, prepared, tmp_path / "out", {"covidnet_ct": presets.preset("covidnet_ct")})
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="full is not empty"):
-        pages.write(data, prepared, tmp_path / "full", {})
+        dataset_page.write(data, prepared, tmp_path / "full", {})
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
 
 
@@ -170,24 +172,24 @@ def test_guess_is_the_mean_recall_of_the_most_typical_class():
     labels = np.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0])
     train, test = np.arange(6), np.arange(6, 10)
     # Key 0: half of the zeros, half of the ones: a tie. Key 1 alike. So everything is chance.
-    assert survey.guess(keys, labels, train, test, 2) == 0.5
+    assert statistics.guess(keys, labels, train, test, 2) == 0.5
     keys[4] = 0  # now key 0 has 3/4 of the zeros and 1/2 of the ones, key 1 has 1/4 and 1/2
-    assert survey.guess(keys, labels, train, test, 2) == recall_score(labels[test], keys[test], average="macro")
+    assert statistics.guess(keys, labels, train, test, 2) == recall_score(labels[test], keys[test], average="macro")
     alone = np.array([6, 8, 10])  # a key that train hasn't is a guess by chance
-    assert survey.guess(keys, labels, train, alone, 2) == pytest.approx(((1 + 0.5) / 2 + 1) / 2)
-    assert survey.guess(keys, labels, train, np.array([6]), 2) is None
+    assert statistics.guess(keys, labels, train, alone, 2) == pytest.approx(((1 + 0.5) / 2 + 1) / 2)
+    assert statistics.guess(keys, labels, train, np.array([6]), 2) is None
 
 
 def test_spread_lets_sources_and_groups_take_turns(small_data):
     sources = np.asarray(["big"] * 50 + ["small"] * 4 + ["tiny"] * 6)
     data = replace(small_data, columns=small_data.columns | {"source": sources})
-    rows = survey.spread(np.arange(60), data, 12, np.random.default_rng(1))
+    rows = statistics.spread(np.arange(60), data, 12, np.random.default_rng(1))
     assert len(set(rows)) == 12
     assert sorted(sources[rows[:3]]) == ["big", "small", "tiny"]
     assert [int((sources[rows] == s).sum()) for s in ("big", "small", "tiny")] == [4, 4, 4]
     assert len(set(data.columns["group"][[r for r in rows if sources[r] == "big"]])) == 4
-    assert rows == survey.spread(np.arange(60), data, 12, np.random.default_rng(1))
-    assert sorted(survey.spread(np.arange(5), data, 12, np.random.default_rng(1))) == [0, 1, 2, 3, 4]
+    assert rows == statistics.spread(np.arange(60), data, 12, np.random.default_rng(1))
+    assert sorted(statistics.spread(np.arange(5), data, 12, np.random.default_rng(1))) == [0, 1, 2, 3, 4]
 
 
 def test_copies_start_from_an_image_that_is_in_a_split(small_data):
@@ -198,12 +200,12 @@ def test_copies_start_from_an_image_that_is_in_a_split(small_data):
     split[3] = ""
     columns = small_data.columns | {"pixels": pixels, "split": split, "split_study": np.full(n, "")}
     data = replace(small_data, columns=columns)
-    pairs = survey.copies(data)
+    pairs = statistics.copies(data)
     assert pairs.tolist() == [[20, 50], [20, 3]]
-    worst, across, labels = survey.worst_first(pairs[::-1], data)
+    worst, across, labels = statistics.worst_first(pairs[::-1], data)
     assert across == 1 and labels == 1  # rows 3, 20 and 50 have the labels 0, 2 and 2
     assert worst.tolist() == [[20, 3], [20, 50]]
-    assert survey.copies(replace(data, columns=columns | {"pixels": np.arange(n).astype(str)})).shape == (0, 2)
+    assert statistics.copies(replace(data, columns=columns | {"pixels": np.arange(n).astype(str)})).shape == (0, 2)
 
 
 def test_names_stay_within_their_tile_and_contours_are_seen(tmp_path):
@@ -211,13 +213,13 @@ def test_names_stay_within_their_tile_and_contours_are_seen(tmp_path):
     mask = np.zeros((40, 50), bool)
     mask[10:30] = True  # reaches both sides
     tile = Tile(image, ("short",), "head", {"body": mask})
-    charts.sheet([tile] * 2, tmp_path / "short.png", 2)
+    dataset_charts.sheet([tile] * 2, tmp_path / "short.png", 2)
     long = replace(tile, lines=("WWWW_$100_a very long name of a file " * 3, "x" * 90), head="M" * 60)
-    charts.sheet([long] * 2, tmp_path / "long.png", 2)
+    dataset_charts.sheet([long] * 2, tmp_path / "long.png", 2)
     short, other = (Image.open(tmp_path / f"{name}.png") for name in ("short", "long"))
     assert abs(short.width - other.width) <= 2
-    orange = np.asarray([int(charts.CONTOURS[0][0][i : i + 2], 16) for i in (1, 3, 5)])
+    orange = np.asarray([int(dataset_charts.CONTOURS[0][0][i : i + 2], 16) for i in (1, 3, 5)])
     seen = (np.abs(np.asarray(short.convert("RGB")).astype(int) - orange).sum(axis=-1) < 30).sum(axis=0)
     left, right = np.array_split(seen, 2)
     assert left.sum() > 300 and right.sum() > 300
-    assert charts.fit("name.png", 2.0, 8.0) == "name.png"
+    assert dataset_charts.fit("name.png", 2.0, 8.0) == "name.png"

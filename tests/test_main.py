@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lungjax.checkpoint import newest
+from lungjax.runtime.checkpoint import newest
 
 DEMO = ["--experiment=phantom_demo:dataset=phantom_ct/tiny", "--set=input.size=64", "--set=train.batch_size=8"]
 

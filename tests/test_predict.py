@@ -15,23 +15,16 @@ from folders import CONFIG, prepare, rows
 from scipy import special
 
 import lungjax
-from lungjax import (
-    answers,
-    datasets,
-    deployment,
-    intake,
-    machine,
-    metadata,
-    models,
-    overrides,
-    predict,
-    predictions,
-    predictor,
-    train,
-)  # fmt: skip
-from lungjax.config import InputSpec
-from lungjax.data import images, kept, pipeline
-from lungjax.metadata import Metadata
+from lungjax import datasets, models, predict
+from lungjax.config import InputSpec, metadata, overrides
+from lungjax.config.metadata import Metadata
+from lungjax.data import pipeline, preprocess
+from lungjax.data.imaging import images
+from lungjax.evaluation import predictions
+from lungjax.inference import inputs, predictor, records
+from lungjax.report import model_json
+from lungjax.runtime import environment
+from lungjax.training import train  # fmt: skip
 
 CLASSES = ("left", "middle", "right")
 TOLD = Metadata("mine", ("dark", "bright"), InputSpec(size=(8, 8)), "folder/mine", hu_windows=((-500.0, 1000.0),))
@@ -52,7 +45,7 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def network(monkeypatch):
     monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
-    monkeypatch.setattr(machine, "prepare_jax", lambda: None)
+    monkeypatch.setattr(environment, "prepare_jax", lambda: None)
 
 
 def command(*paths, **given):
@@ -187,7 +180,7 @@ def test_a_series_is_cut_as_the_training_images_were(tmp_path):
     scans.series(tmp_path / "scan", hu)
     scans.nifti(tmp_path / "volume.nii.gz", hu)
     level = np.clip((hu.astype(float) + 1000) * 255 / 1000, 0, 255).round()  # window -500/1000
-    axial = intake.gather([str(tmp_path)], TOLD)
+    axial = inputs.gather([str(tmp_path)], TOLD)
     assert not axial.bad and len(axial.items) == 12 and set(axial.middle) == {
         str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")
     }  # fmt: skip
@@ -201,7 +194,7 @@ def test_a_series_is_cut_as_the_training_images_were(tmp_path):
         (replace(TOLD, plane="sagittal", position="mid"), level[::-1, :, 4]),
         (replace(TOLD, position="mid"), level[3]),
     ):
-        found = intake.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], told)
+        found = inputs.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], told)
         assert len(found.items) == 2 and not found.bad
         for item in found.items:
             np.testing.assert_array_equal(item.read(), wanted)
@@ -213,7 +206,7 @@ def test_series_of_one_folder_have_names_of_their_own_and_no_identity(tmp_path):
     for path in scans.series(tmp_path / "two", hu, SeriesInstanceUID="1.2.3.6"):
         name = path.rpartition("/")[2]
         (tmp_path / "two" / name).rename(tmp_path / "all" / f"other_{name}")
-    found = intake.gather([str(tmp_path / "all")], TOLD)
+    found = inputs.gather([str(tmp_path / "all")], TOLD)
     assert sorted(found.middle) == [str(tmp_path / "all"), f"{tmp_path / 'all'} (series 2)"]
     out = tmp_path / "out"
     out.mkdir()
@@ -229,7 +222,7 @@ def test_the_gate_holds_series_back(tmp_path, capsys):
     for name, hu in (("bright", whole), ("dark", whole - 850)):
         scans.nifti(tmp_path / f"{name}.nii", np.concatenate([hu, np.full((1, 8, 8), 40), np.full((1, 8, 8), -1000)]))
     (tmp_path / "plain.png").write_bytes(png(np.full((8, 8), 200, np.uint8)))
-    found = intake.gather([str(tmp_path)], TOLD)
+    found = inputs.gather([str(tmp_path)], TOLD)
     gate = brightness(plane="coronal", position="mid")
     with flagsaver.flagsaver(gate_class="bright"):
         failures = predict.predict(brightness(), found, tmp_path, gate)
@@ -248,10 +241,10 @@ def test_a_list_names_the_patient_of_volumes_too_and_lists_are_apart(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
     rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
     (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
-    found = intake.gather([str(tmp_path / "a.csv")], TOLD)
+    found = inputs.gather([str(tmp_path / "a.csv")], TOLD)
     assert {item.series for item in found.items} == {"anna", "bert", "1"} and len(found.items) == 9
     (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
-    both = intake.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], TOLD)
+    both = inputs.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], TOLD)
     ones = [series for series in both.middle if series.endswith(": 1")]
     assert len(ones) == 2  # two patients of that name
     assert len(both.bad) == 1 and "given before" in both.bad[0][1]  # one.png, then of somebody else
@@ -265,7 +258,7 @@ def test_slices_that_can_not_be_read_are_told_of_their_series(tmp_path, capsys):
                 file.truncate(os.path.getsize(path) - 30)
     out = tmp_path / "out"
     out.mkdir()
-    failures = predict.predict(brightness(), intake.gather([str(tmp_path)], TOLD), out)
+    failures = predict.predict(brightness(), inputs.gather([str(tmp_path)], TOLD), out)
     assert len(failures) == 7
     series = {row["series"].rpartition("/")[2]: row for row in table(out / "series.csv")}
     assert "2 slices could not be read" in series["some"]["warnings"] and series["some"]["files"] == "3"
@@ -286,7 +279,7 @@ def test_damaged_dicom_header_is_one_named_failure(tmp_path):
             file.write(data.replace(old, new))
     out = tmp_path / "out"
     out.mkdir()
-    failures = predict.predict(brightness(), intake.gather([str(tmp_path / "in")], TOLD), out)
+    failures = predict.predict(brightness(), inputs.gather([str(tmp_path / "in")], TOLD), out)
     assert {os.path.basename(name) for name, _ in failures} == {os.path.basename(path) for path in paths[:2]}
     assert all("damaged" in why for _, why in failures)
     assert sum(bool(row["predicted"]) for row in table(out / "predictions.csv")) == 2
@@ -328,19 +321,19 @@ def test_sixteen_bits_become_what_the_prepared_copy_has(tmp_path):
     told = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=(500.0, 1500.0))
     reader = pipeline.Reader(data, spec)
     for number, name in enumerate(data.columns["file"].tolist()):
-        pixels, *_ = kept.picture(images.read((folder / name).read_bytes())[0], told)
+        pixels, *_ = preprocess.picture(images.read((folder / name).read_bytes())[0], told)
         np.testing.assert_array_equal(pixels, reader(number))
     with pytest.raises(ValueError, match="16-bit image.*--window=low,high"):
-        kept.picture(np.zeros((20, 20), np.uint16), replace(told, window=None))
+        preprocess.picture(np.zeros((20, 20), np.uint16), replace(told, window=None))
 
 
 def test_where_boxes_come_from(small_data):
     config = replace(CONFIG, input=InputSpec(size=(32, 32), crop="box"))
-    assert deployment._box(config, small_data) == ""  # all boxes are whole images
+    assert model_json._box(config, small_data) == ""  # all boxes are whole images
     boxed = replace(small_data, columns=small_data.columns | {"box": small_data.columns["box"] * 0.5})
-    assert deployment._box(config, boxed) == "given"  # a user's, of anything
-    assert deployment._box(CONFIG, boxed) == ""
-    assert deployment._box(config, replace(boxed, name="covidx_ct/3a")) == "body"
+    assert model_json._box(config, boxed) == "given"  # a user's, of anything
+    assert model_json._box(CONFIG, boxed) == ""
+    assert model_json._box(config, replace(boxed, name="covidx_ct/3a")) == "body"
 
 
 def test_images_are_cut_to_the_body_where_the_training_images_were():
@@ -373,12 +366,12 @@ def test_batches_of_every_size_give_the_same():
 def test_records_decide_by_the_operating_point():
     point = {"threshold": 0.3, "sensitivity": 0.9, "specificity": 0.8}
     told = replace(TOLD, points={"slice": {"bright": {"youden": point}, "dark": {}}})
-    record = answers.record(told, "a.png", np.asarray([0.6, 0.4]), 1.25, ["strange"])
+    record = records.record(told, "a.png", np.asarray([0.6, 0.4]), 1.25, ["strange"])
     assert record["predicted"] == "dark" and record["decisions"] == {
         "bright": {"called": True, "rule": "youden", "level": "slice", **point}
     }
     assert record["unlike"] == 1.25 and record["warnings"] == ["strange"]
-    series = answers.summary(told, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
+    series = records.summary(told, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
     assert series["probabilities"] == {"dark": 0.75, "bright": 0.25} and not series["decisions"]["bright"]["called"]
     assert series["files"] == 2 and "1 of 2 slices" in series["warnings"][0]
     json.dumps([record, series], allow_nan=False)

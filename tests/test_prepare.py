@@ -15,11 +15,14 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lungjax import datasets, entry
-from lungjax.data import images, phantom, prepared
-from lungjax.datasets import Options, records, staging
+from lungjax import cli, datasets
+from lungjax.data import prepared
+from lungjax.data.imaging import images
+from lungjax.datasets import Options
+from lungjax.datasets.build import staging, writer
+from lungjax.datasets.build.process_image import Treatment
 from lungjax.datasets.listing import Example, Listing
-from lungjax.datasets.treatment import Treatment
+from lungjax.datasets.phantom import slices
 
 
 def make_folder(root, count=24, seed=0):
@@ -94,10 +97,10 @@ MISTAKES = [
 
 
 def test_a_window_is_two_rising_numbers():
-    assert entry.read_window("-160, 240.5") == (-160, 240.5)
+    assert cli.read_window("-160, 240.5") == (-160, 240.5)
     for text in ("9,5", "5,5", "1,2,3", "a,b", "nan,3"):
         with pytest.raises(ValueError, match=f"--window={text}: "):
-            entry.read_window(text)
+            cli.read_window(text)
 
 
 def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
@@ -115,7 +118,7 @@ def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
 
 def test_records_are_the_index_rows_over_many_shards(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
-    monkeypatch.setattr(records, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1000)
     write(tmp_path)
     data = datasets.open_dataset("folder", tmp_path / "data")
     assert len(list((tmp_path / "data/folder/default/2.0.0").glob("*.array_record*"))) > 5
@@ -130,7 +133,7 @@ def test_records_are_the_index_rows_over_many_shards(tmp_path, monkeypatch):
 
 def test_a_record_that_is_decoded_in_part_holds_what_tfds_reads(tmp_path):
     slices = [Example(f"{i}", functools.partial(phantom_png, i), i % 2, "train", f"p{i}", "x") for i in range(3)]
-    records.prepare("folder/ct", Listing(("a", "b"), slices, body=True), tmp_path, quiet=True)
+    writer.prepare("folder/ct", Listing(("a", "b"), slices, body=True), tmp_path, quiet=True)
     directory = prepared.directory(tmp_path, "folder/ct")
     whole = tfds.builder_from_directory(directory).as_data_source(
         split=prepared.SLICES, decoders={"image": tfds.decode.SkipDecoding()}
@@ -147,8 +150,8 @@ def test_a_record_that_is_decoded_in_part_holds_what_tfds_reads(tmp_path):
 
 
 def phantom_png(seed):
-    patient = phantom.new_patient(seed, "Normal")
-    return images.encode(phantom.gray(phantom.draw_slice(patient, 0.5).hu, patient.window))
+    patient = slices.new_patient(seed, "Normal")
+    return images.encode(slices.gray(slices.draw_slice(patient, 0.5).hu, patient.window))
 
 
 def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):
@@ -161,7 +164,7 @@ def test_bad_images_fail_or_are_skipped_and_listed(tmp_path, monkeypatch):
         write(tmp_path)
     assert_nothing_opens(tmp_path)
     assert not list((tmp_path / "data").rglob("*.array_record*"))
-    monkeypatch.setattr(records, "SHARD_BYTES", 200)  # so that some shards have no image at all
+    monkeypatch.setattr(writer, "SHARD_BYTES", 200)  # so that some shards have no image at all
     result = write(tmp_path, on_bad_image="skip")
     assert [line.split(":")[0] for line in result["skipped"]] == [*bad[:2], "train/a/zero.png", bad[2]]
     said = json.loads((tmp_path / "data/folder/default/2.0.0/summary.json").read_text())
@@ -214,7 +217,8 @@ import io, os, signal, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from lungjax.datasets import listing, records
+from lungjax.datasets import listing
+from lungjax.datasets.build import writer
 def image(i):
     if i == 40 and sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -222,8 +226,8 @@ def image(i):
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40), np.uint8)).save(out, "PNG")
     return out.getvalue()
 examples = [listing.Example(f"{i}", lambda i=i: image(i), i % 2, "train", f"{i}") for i in range(50)]
-records.SHARD_BYTES = 1
-records.prepare("folder/default", listing.Listing(("a", "b"), examples), Path("data"))
+writer.SHARD_BYTES = 1
+writer.prepare("folder/default", listing.Listing(("a", "b"), examples), Path("data"))
 """
 
 
@@ -261,10 +265,10 @@ def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
 def test_no_more_than_a_few_images_wait_in_memory(tmp_path, monkeypatch):
     path = str(next(make_folder(tmp_path).glob("*/*/*")))
     read: list[str] = []
-    treat = records.treat
-    monkeypatch.setattr(records, "treat", lambda example, how: read.append(example.file) or treat(example, how))
+    treat = writer.treat
+    monkeypatch.setattr(writer, "treat", lambda example, how: read.append(example.file) or treat(example, how))
     examples = [Example(f"{i}", path, 0, "train", "p") for i in range(300)]
-    ahead = [len(read) - done for done, _ in enumerate(records._treated(examples, Treatment()))]
+    ahead = [len(read) - done for done, _ in enumerate(writer._treated(examples, Treatment()))]
     assert max(ahead) <= 4 * 8 + 1 + 8
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 from conftest import small_bn
 from random_weights import draw
-from test_torch_file import ordered, view_metadata, whole, write_stream, write_zip
+from test_torch_pickle import ordered, view_metadata, whole, write_stream, write_zip
 from test_weight_files import h5_of, write_npz, write_safetensors
 
 from lungjax import models

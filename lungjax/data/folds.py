@@ -29,7 +29,7 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     Args:
       data: as `open_dataset` gives it, with the splits of its protocol.
       config: of the run; `config.check` has seen it.
-      near: int64 [P, 2], rows of near twins in different groups (`twins.read`); only read with folds.
+      near: int64 [P, 2], rows of near twins in different groups (`near_duplicates.read`); only read with folds.
 
     Raises ValueError for folds of a study's protocol, and if a part would lack a class.
     """

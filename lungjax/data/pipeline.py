@@ -18,10 +18,10 @@ from functools import partial
 import grain
 import numpy as np
 
-from lungjax import machine
 from lungjax.config import Config, InputSpec
-from lungjax.data import images
+from lungjax.data.imaging import images
 from lungjax.data.prepared import BODY_SIDE, Prepared
+from lungjax.runtime import environment
 
 Batch = dict[str, np.ndarray]
 MOST_THREADS = 16  # beyond these Python's lock is the limit, and processes help (data.workers)
@@ -194,5 +194,5 @@ def _stacked(examples: Iterator[Batch], count: int) -> Batch:
 
 def _read_options(config: Config) -> grain.ReadOptions:
     # One more than cores: while it waits for Python's lock, the others decode.
-    threads = config.data.threads or min(machine.cores() + 1, MOST_THREADS)
+    threads = config.data.threads or min(environment.cores() + 1, MOST_THREADS)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

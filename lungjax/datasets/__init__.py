@@ -1,6 +1,6 @@
 """Data sets by name: NAME/CONFIGURATION, or a version of one, NAME/CONFIGURATION-STAGE-SIZE.
 
-Each data set has a module with `ABOUT` and `listing(source, config, options)`; `records.prepare` writes what is listed.
+Each data set has a module with `ABOUT` and `listing(source, config, options)`; `writer.prepare` writes what is listed.
 """
 
 import contextlib
@@ -220,20 +220,20 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
 def write(name: str, source: Path | None, data_dir: Path, options: Options, **how: Any) -> dict[str, Any]:
     """Prepares the data set `name` from the folder `source` (None where lungjax draws it).
 
-    `how` goes to `records.prepare`: window, on_bad_image, on_no_lung, overwrite, keep, quiet. Returns the summary;
+    `how` goes to `writer.prepare`: window, on_bad_image, on_no_lung, overwrite, keep, quiet. Returns the summary;
     raises ValueError for what is wrong with the name, the folder or an image.
     """
     parts, entry = resolve(name)
     if not entry.drawn and (source is None or not source.is_dir()):
         given = f"--source={source} is no folder" if source else "--source=FOLDER is missing"
         raise ValueError(f"{given}: {parts.full} is made from {_origin(parts.base)}")
-    from lungjax.datasets import records  # here: it imports TFDS
+    from lungjax.datasets.build import writer  # here: it imports TFDS
 
     make: Callable[..., Any] = importlib.import_module(f"lungjax.datasets.{parts.base}").listing
     if parts.base == "folder" and not options.salt:
         options = _salted(options, data_dir)
     listing = make(source, parts.config, options)
-    return records.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **how)
+    return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **how)
 
 
 def _origin(base: str) -> str:

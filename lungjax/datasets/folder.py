@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lungjax.config import nearest
-from lungjax.data import images, prepared, splits
+from lungjax.data import prepared, splits
+from lungjax.data.imaging import images
 from lungjax.datasets import Options, folder_volumes
 from lungjax.datasets.listing import About, Example, Listing
 

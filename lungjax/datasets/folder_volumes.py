@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from lungjax.data import dicom, images, nifti, volumes
+from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.datasets import Options
 
 Row = dict[str, Any]  # of `folder`: file, image, label, split, group, source, box, extra, where

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from lungjax.data import images, splits, study_splits
+from lungjax.data import splits, study_splits
+from lungjax.data.imaging import images
 from lungjax.datasets import Options
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences

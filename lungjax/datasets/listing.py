@@ -42,7 +42,7 @@ class Listing:
     notes: tuple[str, ...] = ()  # what the summary should tell the user
     group_name: str = "patients"  # what a group is, for the summary
     study: str = ""  # what protocol=study is, in words; "" if nobody published or gave a split
-    body: bool = False  # CT slices: keep a mask of the body for each, see `lungs.body_mask`
+    body: bool = False  # CT slices: keep a mask of the body for each, see `lung_masks.body_mask`
     volumes: Mapping[str, Any] | None = None  # how CT volumes became pictures: hu_windows, plane, position
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lungjax.data import prepared, protocols
+from lungjax.data import leakage, prepared
 from lungjax.data.prepared import Prepared
-from lungjax.datasets import DATASETS, resolve, twins
+from lungjax.datasets import DATASETS, resolve
+from lungjax.datasets.build import near_duplicates
 
 SHOWN = 5  # patients, sources or pairs that a refusal names
 PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all folders prepared in one data_dir
@@ -51,7 +52,7 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
     elif stages[0] != stages[1]:
         lacking = own.name if wholes[0] is None else other.name
         doubts.append(f"Near twins can't be told in different stages; prepare {lacking} without its stage as well.")
-    found = protocols.cross(twins.side(own, seen), twins.side(other, rows))
+    found = leakage.cross(near_duplicates.side(own, seen), near_duplicates.side(other, rows))
     exact, near = found["exact"][1], found["near"][1]
     if exact or near:
         raise ValueError(

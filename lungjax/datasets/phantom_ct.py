@@ -1,6 +1,6 @@
 """Drawn chest CT slices of Normal, Pneumonia and COVID-19 patients: nothing to download.
 
-See `lungjax.data.phantom`. Patients are split 60 / 15 / 25 percent within each class, and each class has the
+See `lungjax.datasets.phantom.slices`. Patients are split 60 / 15 / 25 percent within each class, and each class has the
 same share of every scanner.
 """
 
@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from lungjax.config import nearest
-from lungjax.data import phantom
 from lungjax.datasets import Options
 from lungjax.datasets.listing import About, Example, Listing
+from lungjax.datasets.phantom import slices as phantom
 
 CLASSES = phantom.CLASSES
 SIZES = {"default": (360, 3), "tiny": (24, 2)}  # patients, slices of each
@@ -26,7 +26,7 @@ ABOUT = About(
     origin="nowhere: lungjax draws it on first use",
     layout="There is no folder; --seed draws other patients.",
     licence="Of lungjax itself.",
-    citation="lungjax (lungjax/data/phantom.py).",
+    citation="lungjax (lungjax/datasets/phantom/slices.py).",
     sound="60 / 15 / 25 percent of the patients of each class; each class has the same share of every scanner.",
 )
 

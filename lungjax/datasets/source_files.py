@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lungjax.config import nearest
-from lungjax.data import images
+from lungjax.data.imaging import images
 from lungjax.datasets import Options
 from lungjax.datasets.listing import Example
 

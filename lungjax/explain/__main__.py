@@ -1,7 +1,7 @@
 """Shows what a trained network looked at: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
 For each image original, heat map and both in one, as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws sheets of a
-whole split, the surest answers first, and `--quality` measures what the maps are worth (`lungjax.saliency_quality`).
+whole split, the surest answers first, and `--quality` measures what the maps are worth (`lungjax.explain.quality`).
 An image that can't be read is named, the rest is done, and the exit code is 1.
 """
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from absl import app, flags
 
-from lungjax import entry, machine, metadata
+from lungjax import cli
 from lungjax.config import EXPLANATIONS as METHODS
-from lungjax.config import nearest
-from lungjax.metadata import Metadata
+from lungjax.config import metadata, nearest
+from lungjax.config.metadata import Metadata
+from lungjax.runtime import environment
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
 IMAGES = flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
@@ -29,7 +30,7 @@ SAVE_MAPS = flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
 HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the run's.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
@@ -41,15 +42,17 @@ def main(_: list[str]) -> None:
     for method in METHOD.value:
         if method not in METHODS:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
-    windows: dict[str, Any] = {"window": entry.read_window(WINDOW.value)} if WINDOW.value else {}
-    windows |= {"hu_windows": (entry.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
-    machine.prepare_jax()
-    from lungjax import api, datasets, intake, train  # here, after the flags, since they import jax
-    from lungjax.explain import pictures
+    windows: dict[str, Any] = {"window": cli.read_window(WINDOW.value)} if WINDOW.value else {}
+    windows |= {"hu_windows": (cli.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
+    environment.prepare_jax()
+    from lungjax import datasets
+    from lungjax.explain import sheets
+    from lungjax.inference import api, inputs
+    from lungjax.training import train  # here, after the flags, since they import jax
 
     run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
-    target = pictures.class_number(run, CLASS.value)
-    explainer, out = pictures.make_explainer(run), Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
+    target = sheets.class_number(run, CLASS.value)
+    explainer, out = sheets.make_explainer(run), Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
     out.mkdir(parents=True, exist_ok=True)
     methods, bad = METHOD.value or ["gradcam"], []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
@@ -60,16 +63,16 @@ def main(_: list[str]) -> None:
         known = (run.config.name, run.classes, run.config.input, parts.full, parts.stage, parts.size)
         told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
         told = replace(told, **windows)
-        found = intake.gather(IMAGES.value, told)
-        bad += pictures.explain_files(run, explainer, found, told, methods, target, out, SAVE_MAPS.value)
+        found = inputs.gather(IMAGES.value, told)
+        bad += sheets.explain_files(run, explainer, found, told, methods, target, out, SAVE_MAPS.value)
     if SPLIT.value:
         data = train.open_data(run.config, data_dir)
         for method in methods:
             folder = out / f"{SPLIT.value}_{method}"
-            bad += pictures.explain_split(run, explainer, data, SPLIT.value, method, target, folder, COUNT.value)
+            bad += sheets.explain_split(run, explainer, data, SPLIT.value, method, target, folder, COUNT.value)
     if QUALITY.value:
-        count = COUNT.value or pictures.TO_MEASURE
-        bad += pictures.measure_quality(run, explainer, data_dir, METHOD.value or METHODS, target, out, count)
+        count = COUNT.value or sheets.TO_MEASURE
+        bad += sheets.measure_quality(run, explainer, data_dir, METHOD.value or METHODS, target, out, count)
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: left out: {problem}", file=sys.stderr)
@@ -78,4 +81,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

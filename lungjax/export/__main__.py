@@ -14,16 +14,17 @@ from pathlib import Path
 
 from absl import app, flags
 
-from lungjax import entry, machine
+from lungjax import cli
 from lungjax.config import nearest
-from lungjax.metadata import NOTICE
+from lungjax.config.metadata import NOTICE
+from lungjax.runtime import environment
 
 FORMATS = ("jax", "onnx", "savedmodel", "triton")
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
 FORMAT = flags.DEFINE_list("format", ["jax"], f"Of {', '.join(FORMATS)}; several with commas.")
 OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
@@ -35,15 +36,15 @@ def main(_: list[str]) -> None:
     for name in FORMAT.value:
         if name not in FORMATS:
             raise ValueError(f"--format={name}: {nearest(name, FORMATS)}")
-    machine.prepare_jax()
-    from lungjax.export import onnx_file, programs, savedmodel, stablehlo, triton  # here, since they import jax
+    environment.prepare_jax()
+    from lungjax.export import functions, onnx, savedmodel, stablehlo, triton  # here, since they import jax
 
-    modules = {"jax": stablehlo, "onnx": onnx_file, "savedmodel": savedmodel, "triton": triton}
+    modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
     chosen = [name for name in FORMATS if name in FORMAT.value]
     for name in chosen:
         modules[name].load_packages()  # before a minute of work for the other formats
     workdir = Path(WORKDIR.value).expanduser()
-    made = programs.of_run(workdir)
+    made = functions.of_run(workdir)
     out = Path(OUT.value).expanduser() if OUT.value else workdir / "export"
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
@@ -60,4 +61,4 @@ def _size(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

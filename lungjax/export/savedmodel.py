@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lungjax.export.files import replaced_folder
-from lungjax.export.programs import Programs, without_places
-from lungjax.metadata import FILE
+from lungjax.config.metadata import FILE
+from lungjax.export.functions import Programs, without_places
+from lungjax.runtime.files import replaced_folder
 
 FOLDER = "savedmodel"
 PLATFORMS = ("cpu", "cuda", "tpu")

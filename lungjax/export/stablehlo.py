@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,24 @@ import numpy as np
 from jax import export
 
 import lungjax
-from lungjax import artefacts
-from lungjax.export.files import replaced_file
-from lungjax.export.programs import Programs, without_places
-from lungjax.models import convolution
+from lungjax.export.functions import Programs, without_places
+from lungjax.inference import artifacts
+from lungjax.models.ops import conv
+from lungjax.runtime.files import replaced_file
 
 FILE = "model.pyz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models are equal files
 SCRIPT = "__main__.py"
-# Files of lungjax that the script reads images and words answers with, the same code and not another like it.
-SHIPPED = (
-    "config.py", "metadata.py", "answers.py", "artefacts.py", "familiarity.py",
-    "data/images.py", "data/kept.py", "data/lungs.py", "data/lung_outline.py", "data/study_masks.py",
+# Files of lungjax that the script reads images and words answers with, under their own names.
+PACKED = (
+    "config/__init__.py", "config/metadata.py", "config/schema.py",
+    "data/__init__.py", "data/imaging/__init__.py", "data/imaging/images.py", "data/imaging/lung_masks.py",
+    "data/imaging/lung_outline.py", "data/imaging/study_masks.py", "data/preprocess.py",
+    "evaluation/__init__.py", "evaluation/novelty.py",
+    "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip
-PACKAGE = "shipped"
 # jax reads serialised programs with flatbuffers, which it doesn't install: a small package of Python alone travels too.
-LICENCES = b"""\"\"\"Copies of files that the script needs, unchanged but for their imports.
+LICENCES = b"""\"\"\"Copies of files that the script needs.
 
 lungjax: Apache-2.0. flatbuffers, in the folder beside this one: Copyright Google Inc., Apache-2.0,
 https://github.com/google/flatbuffers. The licence: https://www.apache.org/licenses/LICENSE-2.0
@@ -46,7 +47,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in members(programs).items():
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
-        found = programs.check(artefacts.read_pyz(partial_file).outputs, FILE)
+        found = programs.check(artifacts.read_pyz(partial_file).outputs, FILE)
     return path, found
 
 
@@ -61,26 +62,27 @@ def load_packages() -> Any:
 
 def members(programs: Programs) -> dict[str, bytes]:
     """Returns the files in the zip, by name."""
+    package = Path(lungjax.__file__).parent
     about = {
         "artefact": "lungjax",
-        "format": artefacts.FORMAT,
+        "format": artifacts.FORMAT,
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
-        "platforms": artefacts.PLATFORMS,
-        "compiler_options": convolution.compiler_options("cpu", train=False),
+        "platforms": artifacts.PLATFORMS,
+        "compiler_options": conv.compiler_options("cpu", train=False),
     }
     return {
         SCRIPT: Path(__file__).with_name("standalone.py").read_bytes(),
-        f"{PACKAGE}/__init__.py": LICENCES,
-        **{f"{PACKAGE}/{Path(name).name}": _shipped(name) for name in SHIPPED},
+        "lungjax/__init__.py": LICENCES,
+        **{f"lungjax/{name}": (package / name).read_bytes() for name in PACKED},
         **{
             f"flatbuffers/{file.name}": file.read_bytes()
             for file in sorted(Path(load_packages().__file__).parent.glob("*.py"))
         },
-        artefacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
-        artefacts.MODEL: programs.metadata.to_json().encode(),
-        artefacts.WEIGHTS: _arrays(programs.weights),
-        **{artefacts.member(name): program for name, program in serialized(programs).items()},
+        artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
+        artifacts.MODEL: programs.metadata.to_json().encode(),
+        artifacts.WEIGHTS: _arrays(programs.weights),
+        **{artifacts.member(name): program for name, program in serialized(programs).items()},
     }
 
 
@@ -94,7 +96,7 @@ def serialized(programs: Programs) -> dict[str, bytes]:
     with without_places():
         return {
             name: bytes(
-                export.export(jax.jit(getattr(programs, name)), platforms=artefacts.PLATFORMS)(*given).serialize()
+                export.export(jax.jit(getattr(programs, name)), platforms=artifacts.PLATFORMS)(*given).serialize()
             )
             for name, given in arguments.items()
         }
@@ -108,10 +110,3 @@ def _arrays(weights: dict[str, np.ndarray]) -> bytes:
             np.lib.format.write_array(one, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", EPOCH), one.getbuffer())
     return buffer.getvalue()
-
-
-def _shipped(name: str) -> bytes:
-    """Returns a file of lungjax whose imports of others are turned to their copies in the zip."""
-    text = (Path(lungjax.__file__).parent / name).read_text("utf-8")
-    text = re.sub(r"^( *)from lungjax(?:\.data)? import ", rf"\1from {PACKAGE} import ", text, flags=re.M)
-    return re.sub(r"^from lungjax(?:\.data)?\.(\w+) import ", rf"from {PACKAGE}.\1 import ", text, flags=re.M).encode()

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from shipped import answers, artefacts, familiarity, images, kept, metadata
+
+from lungjax.config import metadata
+from lungjax.data import preprocess
+from lungjax.data.imaging import images
+from lungjax.evaluation import novelty
+from lungjax.inference import artifacts, records
 
 BATCH = 8
 
@@ -27,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders of them, or patterns")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of CSV")
-    parser.add_argument("--rule", default=answers.RULE, help="operating point that decides (default %(default)s)")
+    parser.add_argument("--rule", default=records.RULE, help="operating point that decides (default %(default)s)")
     parser.add_argument("--maps", metavar="FOLDER", help="also writes Grad-CAM maps, 8-bit gray PNG")
     parser.add_argument("--batch", type=int, default=BATCH, help="images at once (default %(default)s)")
     parser.add_argument(
@@ -44,7 +49,7 @@ def main() -> int:
 
 def ask(flags: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
-    model = artefacts.read_pyz(Path(__file__).parent)  # the zip itself
+    model = artifacts.read_pyz(Path(__file__).parent)  # the zip itself
     told = model.metadata
     if flags.about:
         print(json.dumps(told.public(), indent=1, ensure_ascii=False))
@@ -53,10 +58,10 @@ def ask(flags: argparse.Namespace) -> int:
         raise ValueError("give image files or folders; --help says more")
     if flags.batch < 1:
         raise ValueError(f"--batch={flags.batch}: at least 1")
-    answers.check_rule(told, flags.rule)
+    records.check_rule(told, flags.rule)
     if (told.stage or told.box == "body") and not flags.prepared:
         need_masks()  # before any image is read
-    known = None if told.familiarity is None else familiarity.from_dict(told.familiarity)
+    known = None if told.familiarity is None else novelty.from_dict(told.familiarity)
     files = gather(flags.paths)
     write = line_writer(told, flags.json)
     batch, failed = min(flags.batch, len(files)), 0
@@ -69,7 +74,7 @@ def ask(flags: argparse.Namespace) -> int:
             except (ValueError, OSError) as error:
                 failed += 1
                 print(f"model.pyz: {name}: {error}", file=sys.stderr)
-                write(answers.failure(name, str(error)))
+                write(records.failure(name, str(error)))
         if not good:
             continue
         pixels = np.stack([one for _, one, *_ in good])
@@ -77,7 +82,7 @@ def ask(flags: argparse.Namespace) -> int:
         full = np.concatenate([pixels, fill])
         probabilities = model.predict(full)
         for (name, _, unlike, warnings), p in zip(good, probabilities, strict=False):
-            write(answers.record(told, name, p, unlike, warnings, flags.rule))
+            write(records.record(told, name, p, unlike, warnings, flags.rule))
         if flags.maps:
             heat, _ = model.gradcam(full, np.full(batch, -1, np.int32))
             for (name, *_), one in zip(good, heat, strict=False):
@@ -110,7 +115,7 @@ def gather(paths: list[str]) -> list[str]:
 def need_masks() -> None:
     """Raises ValueError where scikit-image, which finds bodies and lungs, is missing."""
     try:
-        from shipped import lungs  # noqa: F401
+        from lungjax.data.imaging import lung_masks  # noqa: F401
     except ImportError as error:
         raise ValueError(
             f"this network was trained on cut-out bodies or lungs, and finding them takes the package {error.name}: "
@@ -121,9 +126,9 @@ def need_masks() -> None:
 def picture(path: Path, told: Any, known: Any, prepared: bool) -> tuple[np.ndarray, float | None, list[str]]:
     """Returns an image file as the network's input uint8 [H, W, C], how unlike the training images it is, and warnings.
 
-    The steps are those of `lungjax.predictor.Predictor.picture`. Raises ValueError if the file can't be read.
+    The steps are those of `lungjax.inference.predictor.Predictor.picture`. Raises ValueError if the file can't be read.
     """
-    pixels, stored, warnings = kept.picture(images.read(path.read_bytes())[0], told, None, prepared)
+    pixels, stored, warnings = preprocess.picture(images.read(path.read_bytes())[0], told, None, prepared)
     unlike = None if known is None else known.unlike(stored)
     if known is not None and unlike is not None and unlike > 1:
         warnings.append(f"unlike the training images: {known.why(stored)}")

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lungjax.export import onnx_file
-from lungjax.export.files import replaced_folder
-from lungjax.export.programs import Programs
-from lungjax.metadata import FILE, NOTICE, Metadata
+from lungjax.config.metadata import FILE, NOTICE, Metadata
+from lungjax.export import onnx
+from lungjax.export.functions import Programs
+from lungjax.runtime.files import replaced_folder
 
 FOLDER = "triton"
 MAX_BATCH = 64
@@ -79,12 +79,12 @@ and, in Python (pip install tritonclient[http] numpy):
 
 Images are cropped and resized by the client, as `input` of model.json says (size {height} x {width}, crop "{crop}",
 {interpolation}, antialias {antialias}); normalisation and calibration are inside the model. With lungjax installed,
-`lungjax.predictor.open_model("{name}/1/model.onnx").picture(image).pixels` does it.
+`lungjax.inference.predictor.open_model("{name}/1/model.onnx").picture(image).pixels` does it.
 """
 
 
 def write(programs: Programs, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as `onnx_file.write` does.
+    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as `onnx.write` does.
 
     Returns its path, and the largest difference of the logits by their range. Raises ValueError as that does.
     """
@@ -92,7 +92,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
     path.mkdir(exist_ok=True)
     with replaced_folder(path / model_name(told), FILE) as model:  # other models of the repository stay
         (model / "1").mkdir()
-        _, found = onnx_file.write(programs, model / "1")
+        _, found = onnx.write(programs, model / "1")
         (model / "config.pbtxt").write_text(config(told), "utf-8")
         (model / "labels.txt").write_text("".join(f"{name}\n" for name in told.classes), "utf-8")
         (model / FILE).write_text(told.to_json(), "utf-8")
@@ -101,8 +101,8 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
 
 
 def load_packages() -> Any:
-    """As `onnx_file.load_packages`: the server itself is not needed to write for it."""
-    return onnx_file.load_packages()
+    """As `onnx.load_packages`: the server itself is not needed to write for it."""
+    return onnx.load_packages()
 
 
 def model_name(told: Metadata) -> str:

@@ -14,9 +14,9 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import Conv
 from lungjax.models.resnet import EXPANSION, KERAS_INIT, R50, R101, R152, pool_zeros
-from lungjax.models.sizes import Window, check_size, smallest
 
 GROUPS = 32  # of GroupNorm, whatever the width
 

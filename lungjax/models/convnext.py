@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Conv, DropPath, dense_product
-from lungjax.models.sizes import check_size, smallest
 
 EPSILON = 1e-6  # of layer norm and global response norm
 LAYER_SCALE = 1e-6  # at the start

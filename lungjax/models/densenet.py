@@ -14,9 +14,9 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, max_pool
-from lungjax.models.pooling import halve
-from lungjax.models.sizes import check_size, smallest
+from lungjax.models.ops.pooling import halve
 
 BOTTLENECK = 4  # channels of a layer's 1x1 convolution, times the growth
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # torchvision, after the authors' code

@@ -16,8 +16,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, SqueezeExcite
-from lungjax.models.sizes import check_size, smallest
 
 # Normal with variance 2 / fan_out (google/automl). An input pixel of a depthwise kernel [k, k, 1, C] has
 # k * k outputs, which is what jax counts as its fan_in.

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.convolution import alone, by_platform
 from lungjax.models.layers import BatchNorm
-from lungjax.models.pooling import halve
+from lungjax.models.ops.conv import alone, by_platform
+from lungjax.models.ops.pooling import halve
 
 # Batch: Keras's defaults, which the studies' heads have. Group and layer: as in the code of BiT and ConvNeXt.
 BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3

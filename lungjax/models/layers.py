@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.convolution import (
+from lungjax.models.ops.batch_norm import Activation, batch_norm, normalize, statistics
+from lungjax.models.ops.conv import (
     Padding,
     dense_conv,
     depthwise_conv,
@@ -21,8 +22,7 @@ from lungjax.models.convolution import (
     pointwise_conv,
     product,
 )
-from lungjax.models.norm import Activation, batch_norm, normalize, statistics
-from lungjax.models.pooling import window_max
+from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
 LECUN_NORMAL = nn.initializers.lecun_normal()

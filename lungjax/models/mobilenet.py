@@ -16,8 +16,8 @@ from flax import linen as nn
 from lungjax.config import HeadConfig
 from lungjax.models.efficientnet import EfficientNet, Stage, eights, scale
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, Padding
-from lungjax.models.sizes import check_size, smallest
 
 # That of the authors' code (tensorflow/models, slim); V2 starts like EfficientNet instead (torchvision's choice).
 CONV_INIT = nn.initializers.truncated_normal(0.09)

@@ -16,8 +16,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Activation, BatchNorm, Conv, SqueezeExcite
-from lungjax.models.sizes import check_size, smallest
 
 CONV_INIT = nn.initializers.truncated_normal(0.09)  # that of the authors' code (tensorflow/models, slim)
 RE, HS = nn.relu, nn.hard_swish

@@ -17,8 +17,8 @@ from jax import lax
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, Initializer, max_pool
-from lungjax.models.sizes import Window, check_size, smallest
 
 KERAS_INIT = nn.initializers.glorot_uniform()
 TORCH_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -15,8 +15,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, max_pool
-from lungjax.models.sizes import Window, check_size, smallest
 
 
 class Transfusion(nn.Module):

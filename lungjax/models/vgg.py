@@ -15,8 +15,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.head import Head, cells
+from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Conv, max_pool
-from lungjax.models.sizes import check_size, smallest
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the stages
 

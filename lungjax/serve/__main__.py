@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
-from lungjax import entry
+from lungjax import cli
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LEAST_TOKEN = 16  # characters
@@ -39,7 +39,7 @@ MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Images that may wait for the
 MAX_EXPLAINS = flags.DEFINE_integer("max_explains", 32, "Heat maps that may wait for the device.", 1)
 MAX_SECONDS = flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute one request.", 0.01)
 READ_SECONDS = flags.DEFINE_float("read_seconds", 10, "Seconds for a body, and one more for each 64 KiB of it.", 0.01)
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
@@ -52,11 +52,11 @@ def main(_: list[str]) -> None:
     # The decoding threads share the cores out; numpy's own threads would wait for each other, at five times the cost.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave uploads in a core file
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.prepare_jax()
-    from lungjax.data.uploads import MIB, Limits
+    environment.prepare_jax()
     from lungjax.serve.settings import Settings
+    from lungjax.serve.uploads import MIB, Limits
 
     settings = Settings(
         host=HOST.value,
@@ -80,10 +80,10 @@ def serve(settings: Any, listening: socket.socket) -> int:
     """Serves until a signal; returns the exit code."""
     import uvicorn
 
-    from lungjax import predictor
+    from lungjax.inference import predictor
     from lungjax.serve.app import build
-    from lungjax.serve.connections import Patient
-    from lungjax.serve.guard import LOG, describe
+    from lungjax.serve.middleware import LOG, describe
+    from lungjax.serve.protocol import Patient
 
     LOG.setLevel(logging.INFO)
     handler = logging.StreamHandler()
@@ -125,7 +125,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
 
 def greet(told: Any, settings: Any, listening: socket.socket) -> None:
     """Prints where it is, what it is, and who can reach it."""
-    from lungjax.metadata import NOTICE
+    from lungjax.config.metadata import NOTICE
 
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -176,4 +176,4 @@ def read_token(file: str | None) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

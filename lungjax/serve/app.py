@@ -1,6 +1,6 @@
 """The routes of the service.
 
-A request's files are read into memory under limits (`multipart`), decoded by a few threads (`lungjax.data.uploads`),
+A request's files are read into memory under limits (`multipart`), decoded by a few threads (`lungjax.serve.uploads`),
 computed by one (`batching`), and gone once the answer is sent.
 """
 
@@ -23,17 +23,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from lungjax import __version__, answers, panels, saliency
+from lungjax import __version__
 from lungjax.config import nearest
-from lungjax.data import uploads
-from lungjax.data.uploads import Refused
-from lungjax.metadata import NOTICE
-from lungjax.serve import docs, schemas
+from lungjax.config.metadata import NOTICE
+from lungjax.explain import panels, saliency
+from lungjax.inference import records as answers
+from lungjax.serve import docs, schemas, uploads
 from lungjax.serve.batching import Device
-from lungjax.serve.guard import Guard, refusal
-from lungjax.serve.meters import Meters
+from lungjax.serve.metrics import Meters
+from lungjax.serve.middleware import Guard, refusal
 from lungjax.serve.multipart import Budget, File, discard, receive
 from lungjax.serve.settings import Settings
+from lungjax.serve.uploads import Refused
 
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -64,7 +65,7 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
     """Returns the service as an ASGI application.
 
     Args:
-      predictor: of `lungjax.predictor`; it is compiled when the application starts.
+      predictor: of `lungjax.inference.predictor`; it is compiled when the application starts.
       settings: limits, and who may ask.
       failed: called, in another thread, with the error if compiling fails.
     """
@@ -323,7 +324,7 @@ def _pages() -> dict[str, tuple[bytes, str]]:
 
 
 def _trim() -> None:
-    """Gives the memory of large uploads back, which `machine.keep_freed_memory` keeps with what networks use again."""
+    """Gives the memory of large uploads back, which `environment.keep_freed_memory` keeps with what networks use again."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lungjax.data.uploads import Refused
-from lungjax.serve.meters import Meters
+from lungjax.serve.metrics import Meters
+from lungjax.serve.uploads import Refused
 
 
 class Model(Protocol):
-    """What is asked of a `lungjax.predictor.Predictor`."""
+    """What is asked of a `lungjax.inference.predictor.Predictor`."""
 
     sizes: Any  # batch sizes, ascending
     methods: Any

@@ -11,8 +11,8 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from lungjax.data.uploads import Refused
 from lungjax.serve.settings import Settings
+from lungjax.serve.uploads import Refused
 
 RAW = (
     "image/png", "image/jpeg", "image/tiff", "image/bmp", "image/x-ms-bmp", "image/gif", "image/webp", "image/jp2",

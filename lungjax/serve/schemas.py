@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lungjax.data.images import FORMAT_NAMES
+from lungjax.data.imaging.images import FORMAT_NAMES
 from lungjax.serve.multipart import FORM, RAW
 
 

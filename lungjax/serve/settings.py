@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lungjax.data.uploads import MIB, Limits
+from lungjax.serve.uploads import MIB, Limits
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from absl import app, flags
 
+from lungjax import cli, datasets
 from lungjax import config as configs
-from lungjax import datasets, entry, experiment
+from lungjax.config import experiments as experiment_files
 from lungjax.tables import cells, published
 
 LIST = flags.DEFINE_bool("list", False, "Prints every table with its title, its cells and its networks, and ends.")
@@ -28,7 +29,7 @@ WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where downloaded weight 
 SET = flags.DEFINE_multi_string("set", [], "Overrides one field in every run, such as train.devices=1; repeatable.")
 DRAWS = flags.DEFINE_integer("draws", 2000, "Bootstrap draws of patients and seeds.", lower_bound=100)
 SMOKE = flags.DEFINE_bool("smoke", False, "Tries every cell of every table (or of --table) without data, and ends.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 # The smoke run's programs run two steps each, so their compilation is what costs: without LLVM's expensive passes it
 # takes a fraction of the time.
@@ -89,7 +90,7 @@ def listing() -> str:
             one.experiment for cell in table.cells for one in cells.candidates(table, cell, published.TABLES)
         ]
         for name in dict.fromkeys(experiments):
-            config = experiment.load(name)
+            config = experiment_files.load(name)
             names[config.model.name] = None
             data[datasets.resolve(config.data.dataset)[0].base] = None
         lines += [f"{table.name}", f"    {table.title}"]
@@ -98,4 +99,4 @@ def listing() -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lungjax import figures, metrics
-from lungjax.predictions import Predictions
+from lungjax.evaluation import metrics
+from lungjax.evaluation.predictions import Predictions
+from lungjax.report import style
 from lungjax.tables.cells import Table
 from lungjax.tables.results import Group, Reader, Result
 
@@ -20,7 +21,7 @@ FEW_BARS = 28  # cells up to which all bars share one axis
 ACROSS = 5  # panels a line
 SHORT = 14  # letters of a class's name
 GRID = np.linspace(0, 1, 501)  # where the classes' curves are averaged
-SHADES = {"inside": figures.COLORS[0], "above": figures.RIGHT, "below": figures.WRONG, "": "#8C8C8C"}
+SHADES = {"inside": style.COLORS[0], "above": style.RIGHT, "below": style.WRONG, "": "#8C8C8C"}
 WORDS = {
     "inside": "ours, published number inside the interval",
     "above": "ours, above it",
@@ -59,7 +60,7 @@ def bars(table: Table, found: Sequence[Result], path: Path) -> None:
     verdict. Losses and other numbers above 1 are left out.
     """
     shown = [r for r in found if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
-    if len(shown) <= FEW_BARS and len(table.columns) <= len(figures.COLORS):
+    if len(shown) <= FEW_BARS and len(table.columns) <= len(style.COLORS):
         _one_axis(table, shown, path)
     else:
         _panels(table, shown, path)
@@ -67,23 +68,23 @@ def bars(table: Table, found: Sequence[Result], path: Path) -> None:
 
 def _one_axis(table: Table, shown: Sequence[Result], path: Path) -> None:
     columns = [name for name in table.columns if any(r.cell.column == name for r in shown)]
-    color = {name: figures.COLORS[i] for i, name in enumerate(columns)}
-    figure = figures.figure(9, 1.3 + 0.2 * len(shown) + 0.14 * len(table.rows))
+    color = {name: style.COLORS[i] for i, name in enumerate(columns)}
+    figure = style.figure(9, 1.3 + 0.2 * len(shown) + 0.14 * len(table.rows))
     axis = figure.subplots()
-    figures.style(axis)
+    style.style(axis)
     place, ticks, labels = 0.0, [], []
     for row in table.rows:
         own = [r for r in shown if r.cell.row == row]
         for i, r in enumerate(own):
             _bar(axis, place + i, r, color[r.cell.column])
         ticks.append(place + (len(own) - 1) / 2)
-        labels.append(figures.short(row, 34))
+        labels.append(style.short(row, 34))
         place += len(own) + 0.7
     axis.set_yticks(ticks, labels)
     axis.set_ylim(place - 0.7, -0.8)
     from matplotlib.patches import Patch
 
-    known = [Patch(color=color[name], label=figures.short(name, 30)) for name in columns]
+    known = [Patch(color=color[name], label=style.short(name, 30)) for name in columns]
     _finish(figure, axis, table, shown, path, known)
 
 
@@ -97,19 +98,19 @@ def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
     across = min(ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
     left = 0.075 * min(max(map(len, lines)), 34)
-    figure = figures.figure(left + 2.35 * across + 0.4, 1.4 + down * (0.55 + 0.17 * len(lines)))
+    figure = style.figure(left + 2.35 * across + 0.4, 1.4 + down * (0.55 + 0.17 * len(lines)))
     axes = np.atleast_1d(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)).ravel()
     at = {name: i for i, name in enumerate(lines)}
     for axis, panel in zip(axes, panels, strict=False):
-        figures.style(axis)
-        axis.set_title(figures.short(panel, 30), loc="left", fontsize=10, color=figures.INK)
+        style.style(axis)
+        axis.set_title(style.short(panel, 30), loc="left", fontsize=10, color=style.INK)
         for r in shown:
             name, line = (r.cell.column, r.cell.row) if turned else (r.cell.row, r.cell.column)
             if name == panel:
                 _bar(axis, at[line], r, SHADES[r.verdict])
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    axes[0].set_yticks(range(len(lines)), [figures.short(line, 34) for line in lines])
+    axes[0].set_yticks(range(len(lines)), [style.short(line, 34) for line in lines])
     axes[0].set_ylim(len(lines) - 0.4, -0.6)
     for axis in axes[: len(panels)]:
         axis.tick_params(labelsize=7.5, labelbottom=True)
@@ -124,7 +125,7 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
     if result.ours is not None:
         axis.barh(y, result.ours, height=0.72, color=color, alpha=0.75, zorder=2)
     if result.low is not None and result.high is not None:
-        axis.plot([result.low, result.high], [y, y], color=figures.INK, linewidth=1, zorder=3, solid_capstyle="butt")
+        axis.plot([result.low, result.high], [y, y], color=style.INK, linewidth=1, zorder=3, solid_capstyle="butt")
     if result.cell.published is not None:
         axis.plot([result.cell.published] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, zorder=4,
                   solid_capstyle="butt")  # fmt: skip
@@ -137,15 +138,13 @@ def _finish(figure: Any, axis: "Axes", table: Table, shown: Sequence[Result], pa
     axis.set_xlim(0, 1)
     axis.xaxis.set_major_locator(MultipleLocator(0.2))
     marks = [Line2D([], [], color="black", linewidth=2, label="published")]
-    marks += (
-        [Line2D([], [], color=figures.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
-    )
-    figure.suptitle(figures.plain(table.title), fontsize=12, color=figures.INK)
+    marks += [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
+    figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
     figure.legend(
         handles=[*marks, *known], loc="outside lower center", ncols=min(len(marks) + len(known), 4), frameon=False,
         fontsize=9,
     )  # fmt: skip
-    figures.save(figure, path)
+    style.save(figure, path)
 
 
 def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
@@ -164,7 +163,7 @@ def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path)
     matrices = list(found.values())
     each = [reader.predictions(group, split) for _, group, split in matrices]
     classes = each[0][0].classes
-    longest = max(len(figures.short(name, SHORT)) for name in classes)
+    longest = max(len(style.short(name, SHORT)) for name in classes)
     across = min(len(matrices), 10 if len(matrices) > 40 else ACROSS)
     down = math.ceil(len(matrices) / across)
     # Inches: a matrix, its title, the space between two, and around all. Placed by hand: with a hundred axes the
@@ -173,7 +172,7 @@ def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path)
     left, below, above = 0.2 + 0.065 * longest, 0.15 + 0.055 * longest, 0.55
     width = max(left + across * (side + gap), 5.0)
     height = above + down * (side + head) + below
-    figure = figures.figure(width, height, layout="none")
+    figure = style.figure(width, height, layout="none")
     for number, ((title, _, split), made) in enumerate(zip(matrices, each, strict=True)):
         x = left + number % across * (side + gap)
         y = height - above - (number // across + 1) * (side + head)
@@ -181,14 +180,14 @@ def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path)
         _matrix(axis, made, number % across == 0, number + across >= len(matrices))
         lines = [*title.split("\n"), *[split] * both]
         most = int((side + gap) / 0.062)
-        text = "\n".join(figures.short(line, most) for line in lines)
-        axis.set_title(text, fontsize=7.5, color=figures.INK, pad=3)
+        text = "\n".join(style.short(line, most) for line in lines)
+        axis.set_title(text, fontsize=7.5, color=style.INK, pad=3)
     seeds = len(each[0])
     what = f"{table.title}: share of each true class (rows), mean over {seeds} seed{'s' * (seeds != 1)}"
     what += "" if both else f", {matrices[0][2]} split"
-    figure.text(0.5, 1 - 0.05 / height, figures.plain("\n".join(textwrap.wrap(what, max(int(width * 13), 40)))),
-                fontsize=10, color=figures.INK, ha="center", va="top")  # fmt: skip
-    figures.save(figure, path)
+    figure.text(0.5, 1 - 0.05 / height, style.plain("\n".join(textwrap.wrap(what, max(int(width * 13), 40)))),
+                fontsize=10, color=style.INK, ha="center", va="top")  # fmt: skip
+    style.save(figure, path)
 
 
 def _matrix(axis: "Axes", each: Sequence[Predictions], left: bool, bottom: bool) -> None:
@@ -198,16 +197,16 @@ def _matrix(axis: "Axes", each: Sequence[Predictions], left: bool, bottom: bool)
     whole = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, whole, out=np.full_like(counts, np.nan), where=whole > 0)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    names = [figures.short(name, SHORT) for name in classes]
+    names = [style.short(name, SHORT) for name in classes]
     axis.set_xticks(range(c), names if bottom else [""] * c, fontsize=7, rotation=40, ha="right",
                     rotation_mode="anchor")  # fmt: skip
     axis.set_yticks(range(c), names if left else [""] * c, fontsize=7)
-    axis.tick_params(length=0, colors=figures.INK)
+    axis.tick_params(length=0, colors=style.INK)
     axis.spines[:].set_visible(False)
     for i, j in np.ndindex(c, c):
         if not np.isnan(shares[i, j]):
-            color = "white" if shares[i, j] > 0.55 else figures.INK
-            axis.text(j, i, figures.percent(float(shares[i, j])), ha="center", va="center", fontsize=7, color=color)
+            color = "white" if shares[i, j] > 0.55 else style.INK
+            axis.text(j, i, style.percent(float(shares[i, j])), ha="center", va="center", fontsize=7, color=color)
 
 
 def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
@@ -215,18 +214,18 @@ def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> 
 
     Networks are told apart by name, weights and what is trained. Curves are pooled as `table.pooling` says.
     """
-    figure = figures.figure(12.6, 5.2)
+    figure = style.figure(12.6, 5.2)
     left, right = figure.subplots(1, 2)
     for axis in (left, right):
-        figures.style(axis)
+        style.style(axis)
         axis.set_xlim(-0.01, 1.01)
         axis.set_ylim(-0.01, 1.01)
         axis.set_box_aspect(1)
     left.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
     for i, (name, result, seed, predictions) in enumerate(best_runs(done, reader)):
         look: dict[str, Any] = {
-            "color": figures.COLORS[i % len(figures.COLORS)],
-            "linestyle": figures.STYLES[i // len(figures.COLORS) % len(figures.STYLES)],
+            "color": style.COLORS[i % len(style.COLORS)],
+            "linestyle": style.STYLES[i // len(style.COLORS) % len(style.STYLES)],
             "linewidth": 1.7,
         }
         (x, y, area), (recall, precision, mean) = pooled(predictions, table.pooling)
@@ -240,11 +239,11 @@ def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> 
         "macro": "mean of the classes' curves (macro)",
         "micro_logits": "raw logits of all example-class pairs pooled (micro), as the study did",
     }[table.pooling]
-    left.set_title(figures.plain(table.title), loc="left", fontsize=11, color=figures.INK, pad=24)
-    left.text(0, 1.03, f"Each network's best run, {how}", transform=left.transAxes, fontsize=9, color=figures.QUIET)
+    left.set_title(style.plain(table.title), loc="left", fontsize=11, color=style.INK, pad=24)
+    left.text(0, 1.03, f"Each network's best run, {how}", transform=left.transAxes, fontsize=9, color=style.QUIET)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelspacing=0.8)
-    figures.save(figure, path)
+    style.save(figure, path)
 
 
 def best_runs(done: Sequence[Result], reader: Reader) -> list[tuple[str, Result, int, Predictions]]:
@@ -266,7 +265,7 @@ def best_runs(done: Sequence[Result], reader: Reader) -> list[tuple[str, Result,
             places = [best.chosen.row, best.chosen.column]
         elif len({r.cell.metric for r in done}) > 1:  # columns are metrics
             places = places[:1]
-        name = figures.short(", ".join(places), 44)
+        name = style.short(", ".join(places), 44)
         found.append((name, best, best.group.runs[seed].seed, reader.predictions(best.group, best.cell.split)[seed]))
     return found
 

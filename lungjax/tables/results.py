@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lungjax import bootstrap
 from lungjax.config import Config
-from lungjax.predictions import Predictions
+from lungjax.evaluation import bootstrap
+from lungjax.evaluation.predictions import Predictions
 from lungjax.tables import cells, runs
 from lungjax.tables.cells import Cell, Table
 from lungjax.tables.runs import Options, Run, State
@@ -220,7 +220,7 @@ def run_missing(
 ) -> dict[str, str]:
     """Makes every run that is missing, unfinished or damaged, one after the other; the others are left alone.
 
-    Returns how each that failed did, by its command line. Raises `interrupt.Interrupted` once a run that was asked to
+    Returns how each that failed did, by its command line. Raises `signals.Interrupted` once a run that was asked to
     end has saved.
     """
     failures: dict[str, str] = {}

@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 
 from lungjax import config as configs
-from lungjax import datasets, experiment, interrupt, overrides, predictions, progress, workdir
-from lungjax.checkpoint import newest
-from lungjax.config import Config
+from lungjax import datasets
+from lungjax.config import Config, experiments, overrides
 from lungjax.data import prepared
-from lungjax.predictions import Predictions
+from lungjax.evaluation import predictions
+from lungjax.evaluation.predictions import Predictions
+from lungjax.runtime import signals
+from lungjax.runtime.checkpoint import newest
+from lungjax.training import early_stopping, workdir
 from lungjax.weights import load
 
 # What a run can be. Only the last one gives numbers.
@@ -82,7 +85,7 @@ class State:
 @lru_cache(maxsize=1024)
 def plan(name: str, options: Options) -> tuple[Run, ...]:
     """Returns the runs of an experiment, one a seed. Raises ValueError if it can't be loaded or makes no sense."""
-    base = experiment.load(name)
+    base = experiments.load(name)
     dataset = datasets.resolve(base.data.dataset)[0].full
     runs = []
     for seed in range(options.seeds):
@@ -132,8 +135,8 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         steps, dataset, fingerprint = facts["steps"], facts["dataset"], facts["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         return State("damaged", f"{report} can't be read: {type(error).__name__} {error}")
-    if not progress.ended(run.folder, have, steps):
-        return State("unfinished", f"{run.folder} stopped at step {progress.logged(run.folder)} of {steps}")
+    if not early_stopping.ended(run.folder, have, steps):
+        return State("unfinished", f"{run.folder} stopped at step {early_stopping.logged(run.folder)} of {steps}")
     if dataset != run.dataset:
         return State("other data", f"{run.folder} was trained on {dataset}, this table is about {run.dataset}")
     if list(datasets.classes(dataset) or classes) != list(classes):
@@ -215,7 +218,7 @@ def execute(run: Run) -> tuple[int, str]:
     """Makes a run, or goes on with it, in a process of its own; its output goes to ours as it comes.
 
     Returns its exit code and the last lines that it wrote. Ctrl-C and SIGTERM are passed on once, so that the run
-    saves; when it has, `interrupt.Interrupted` is raised. A second Ctrl-C ends it at once.
+    saves; when it has, `signals.Interrupted` is raised. A second Ctrl-C ends it at once.
     """
     command = [sys.executable, "-m", "lungjax.main", *run.arguments]
     tail = b""
@@ -223,7 +226,7 @@ def execute(run: Run) -> tuple[int, str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     assert process.stdout is not None
     try:
-        with interrupt.watching() as watch, selectors.DefaultSelector() as waiting:
+        with signals.watching() as watch, selectors.DefaultSelector() as waiting:
             waiting.register(process.stdout, selectors.EVENT_READ)
             told = False
             while True:

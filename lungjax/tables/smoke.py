@@ -17,11 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lungjax import augment, bootstrap, datasets, experiment, models, optim, program, sharding, trees
 from lungjax import config as configs
-from lungjax.config import AugmentConfig, Config
-from lungjax.predictions import Predictions
+from lungjax import datasets, models
+from lungjax.config import AugmentConfig, Config, experiments
+from lungjax.data import augment
+from lungjax.evaluation import bootstrap
+from lungjax.evaluation.predictions import Predictions
+from lungjax.models import trees
+from lungjax.runtime import mesh as meshes
 from lungjax.tables.cells import Cell, Table
+from lungjax.training import optim, program
 from lungjax.weights import load
 
 LABELS = 64  # of a train split that isn't there
@@ -99,7 +104,7 @@ def complete(name: str) -> tuple[Config, tuple[str, ...]]:
 
     Weights of a run that is yet to be made are taken for none. Raises ValueError for what a run would refuse.
     """
-    config = experiment.load(name)
+    config = experiments.load(name)
     configs.check(config)
     classes = datasets.classes(config.data.dataset) or UNKNOWN
     if config.model.weights.removeprefix("meanvar:").startswith("run:"):
@@ -165,7 +170,7 @@ def shapes(config: Config, classes: tuple[str, ...]) -> int:
 
 @lru_cache(maxsize=1024)
 def _shapes(config: Config, classes: tuple[str, ...]) -> int:
-    mesh = sharding.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     labels = np.arange(LABELS) % len(classes)
     return count(program.build(config, classes, labels, mesh).like.params)
 
@@ -207,7 +212,7 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
     small = smallest(config)
     try:
         labels = np.arange(LABELS) % len(classes)
-        compiled = program.build(small, classes, labels, sharding.make_mesh(1))
+        compiled = program.build(small, classes, labels, meshes.make_mesh(1))
         state = compiled.new_state(random_leaves(compiled.like.variables))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (BATCH, *small.input.size, small.input.channels), dtype=np.uint8)

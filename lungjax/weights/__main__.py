@@ -7,8 +7,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from lungjax import entry
-from lungjax.weights import catalogue, fetch
+from lungjax import cli
+from lungjax.weights import catalogue, download
 
 LIST = flags.DEFINE_bool("list", False, "Prints every record; with --match those whose name holds it.")
 MATCH = flags.DEFINE_string("match", "", "Regex over the names of records, for --list and --verify.")
@@ -16,7 +16,7 @@ FETCH = flags.DEFINE_multi_string("fetch", [], "Downloads a record, such as effi
 CHECK = flags.DEFINE_string("check", None, "Says which record a file is, or which network it fits.")
 VERIFY = flags.DEFINE_bool("verify", False, "Downloads small records and checks that they agree and see a cat.")
 WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where files lie and downloads go, in place of the cache.")
-flags.adopt_module_key_flags(entry)
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
@@ -28,13 +28,13 @@ def main(_: list[str]) -> None:
         print(catalogue.listing(MATCH.value))
     wanted = [catalogue.find(name) for name in FETCH.value]  # all names are looked at before anything is fetched
     for record in wanted:
-        path = fetch.download(record, folder)
+        path = download.download(record, folder)
         note = " (not for commercial use)" if record.noncommercial else ""
         print(f"{record.name}: {path}, licence {record.licence}{note}")
     if CHECK.value:
-        from lungjax.weights import check  # brings jax
+        from lungjax.weights import identify  # brings jax
 
-        print(check.identify(CHECK.value))
+        print(identify.identify(CHECK.value))
     if VERIFY.value:
         from lungjax.weights import verify
 
@@ -43,4 +43,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lungjax import checkpoint, models, overrides, trees
 from lungjax import config as configs
-from lungjax.config import Config, ModelConfig
-from lungjax.weights import catalogue, fetch
+from lungjax import models
+from lungjax.config import Config, ModelConfig, overrides
+from lungjax.models import trees
+from lungjax.runtime import checkpoint
+from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import Record
 from lungjax.weights.convert import SAME_NAMES, Rules, convert, target
 from lungjax.weights.readers import Tensors, open_tensors
@@ -134,17 +136,17 @@ def _identify(path: Path, model: str, *stamp: int) -> Record:
 
 def by_checksum(path: Path) -> list[Record]:
     """Returns the records whose published checksum the file has."""
-    found = {kind: fetch.digest(path, kind) for kind in ("md5", "sha256")}
+    found = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
     checksums = [(record, record.checksum.partition(":")) for record in catalogue.records() if record.checksum]
     return [record for record, (kind, _, digits) in checksums if found[kind].startswith(digits)]
 
 
 def _fits(path: Path) -> str:
     """Returns the end of an error: what a file of another network fits."""
-    from lungjax.weights import check  # late: it asks us for shapes
+    from lungjax.weights import identify  # late: it asks us for shapes
 
     try:
-        return f"python -m lungjax.weights --check says: {check.identify(path).removeprefix(f'{path}: ')}"
+        return f"python -m lungjax.weights --check says: {identify.identify(path).removeprefix(f'{path}: ')}"
     except ValueError:
         return f"python -m lungjax.weights --check {path} says what is nearest"
 
@@ -284,7 +286,7 @@ def _opened(
 ) -> Iterator[tuple[Mapping[str, np.ndarray], Rules, int, str]]:
     """Yields a source's tensors, the rules for them, the channels that they are for, and what errors call it."""
     if source.record:
-        path = source.file or fetch.locate(source.record, weights_dir)
+        path = source.file or download.locate(source.record, weights_dir)
         with open_tensors(path) as tensors:
             yield tensors, rules_for(model, source.record.layout), 3, f"{path} ({source.record.name})"
     else:

@@ -18,7 +18,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from lungjax.weights import torch_file
+from lungjax.weights import torch_pickle
 
 FORMATS = "safetensors, .npz, .h5 of keras.applications (the legacy format), PyTorch's .pth, .pt and .bin"
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, as in the format's own library
@@ -79,7 +79,7 @@ def open_tensors(path: str | Path) -> Tensors:
         return _h5(path)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip(path)
-    if torch_file.is_stream(start):
+    if torch_pickle.is_stream(start):
         return _pth(path)
     if start[8:9] == b"{":
         return _safetensors(path)
@@ -105,7 +105,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _pth(path: Path) -> Tensors:
-    arrays = torch_file.load(path)  # views of the mapped file
+    arrays = torch_pickle.load(path)  # views of the mapped file
 
     def entry(array: np.ndarray) -> Entry:
         return Entry(array.shape, lambda: array)

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from lungjax import models, trees
+from lungjax import models
 from lungjax.config import ModelConfig
-from lungjax.weights import catalogue, fetch
+from lungjax.models import trees
+from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import Record
 from lungjax.weights.convert import convert
 from lungjax.weights.load import shapes
@@ -73,9 +74,9 @@ def leaves(name: str, weights_dir: Path | None = None) -> dict[str, np.ndarray]:
     """Returns our leaves of a record, from its file; downloads it if need be."""
     record = catalogue.find(name)
     try:
-        path = fetch.locate(record, weights_dir)
+        path = download.locate(record, weights_dir)
     except ValueError:
-        path = fetch.download(record, weights_dir)
+        path = download.download(record, weights_dir)
     with open_tensors(path) as tensors:
         wanted = shapes(record.model, record.classes)
         return convert(tensors, rules_for(record.model, record.layout), wanted, where=str(path))

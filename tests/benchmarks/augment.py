@@ -1,4 +1,4 @@
-"""Times `lungjax.augment` against the preprocessing layers of Keras on its JAX backend, in one process.
+"""Times `lungjax.data.augment` against the preprocessing layers of Keras on its JAX backend, in one process.
 
     KERAS_BACKEND=jax python tests/benchmarks/augment.py [--rounds=5] [--no_step] [--forms]
 
@@ -24,10 +24,11 @@ import numpy as np
 import optax
 from keras import layers
 
-from lungjax import machine, models
-from lungjax.augment import affine, augment, warp
+from lungjax import models
 from lungjax.config import AugmentConfig, ModelConfig
-from lungjax.models.convolution import compiler_options
+from lungjax.data.augment import affine, augment, warp
+from lungjax.models.ops.conv import compiler_options
+from lungjax.runtime import environment
 
 BATCH, SIDE = 64, 224
 CONFIG = AugmentConfig(flip_horizontal=0.5, rotation=0.1, zoom=(-0.2, 0.2), shift=(0.1, 0.1))
@@ -209,7 +210,7 @@ def main() -> None:
     flags = parser.parse_args()
     if keras.backend.backend() != "jax":
         parser.error(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
-    machine.keep_freed_memory()  # as training runs
+    environment.keep_freed_memory()  # as training runs
     cores = len(os.sched_getaffinity(0))
     print(f"jax {jax.__version__}, keras {keras.__version__}, {jax.default_backend()}, {cores} cores\n")
     rate_rows(flags.rounds)

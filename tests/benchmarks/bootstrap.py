@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
-from lungjax import bootstrap
-from lungjax.predictions import Predictions
+from lungjax.evaluation import bootstrap
+from lungjax.evaluation.predictions import Predictions
 
 CASES = ((500, 500), (500, 60), (35_000, 35_000), (35_000, 700))  # examples, patients
 CLASSES = ("a", "b", "c")

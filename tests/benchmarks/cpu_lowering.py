@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lungjax import machine, models
+from lungjax import models
 from lungjax.config import ModelConfig
-from lungjax.models import convolution, layers, pooling
+from lungjax.models import layers
+from lungjax.models.ops import conv, pooling
+from lungjax.runtime import environment
 
 # kind, batch, side, channels in, channels out, kernel, stride, padding
 LAYERS = [
@@ -44,9 +46,9 @@ LAYERS = [
     ("pool", 32, 122, 32, 32, 3, 2, "VALID"),
 ]
 PLAIN = {
-    "depthwise_conv": convolution.plain_depthwise,
-    "pointwise_conv": lambda x, kernel, strides: convolution.plain_conv(x, kernel, strides, ((0, 0), (0, 0))),
-    "dense_conv": convolution.plain_conv,
+    "depthwise_conv": conv.plain_depthwise,
+    "pointwise_conv": lambda x, kernel, strides: conv.plain_conv(x, kernel, strides, ((0, 0), (0, 0))),
+    "dense_conv": conv.plain_conv,
     "window_max": pooling.plain_window_max,
 }
 
@@ -70,7 +72,7 @@ def interleaved(ours: Callable, plain: Callable, args: tuple, rounds: int) -> tu
 
 def compiled(function: Callable, args: tuple, plain: bool) -> Callable:
     """Compiles as nn.Conv would be (`plain`) or as training compiles."""
-    options = {} if plain else convolution.compiler_options()
+    options = {} if plain else conv.compiler_options()
 
     def fresh(*args):  # jax remembers the trace of a function, and with it the layers of that time
         return function(*args)
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--keep_freed", action="store_true", help="freed memory stays, as when training")
     flags = parser.parse_args()
     if flags.keep_freed:
-        machine.keep_freed_memory()
+        environment.keep_freed_memory()
     print(f"jax {jax.__version__}, {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, float32\n")
     print("| what | part | plain, ms | ours, ms | times faster |\n| --- | --- | ---: | ---: | ---: |")
     if not flags.layers:

@@ -4,7 +4,7 @@
         [--batch=16] [--rounds=3] [--seconds=10] [--drawn=1000]
 
 FOLDER of --source holds a folder of JPEG or PNG files for each class; without it 512 x 512 PNG slices are drawn. They
-are prepared as they are ("source") and as a copy at 224 x 224 ("copy"). The loop is what `lungjax.train` runs:
+are prepared as they are ("source") and as a copy at 224 x 224 ("copy"). The loop is what `lungjax.training.train` runs:
 `train.device_batches`, the step, and metrics fetched every `train.log_steps`; the third contender is the same but for
 one batch over and over. All are called in turns in one process, with one compiled step; a turn starts with steps that
 don't count, so that batches read ahead during the others' turns are used up. Prints markdown: images per second
@@ -35,8 +35,8 @@ class Loop:
     def __init__(self, network: str, batch: int, work: Path):
         import jax
 
-        from lungjax import train
         from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, TrainConfig
+        from lungjax.training import train
 
         config = Config(
             data=DataConfig(dataset=NAME),
@@ -72,17 +72,17 @@ class Loop:
 
     def turn(self, name: str, seconds: float) -> tuple[float, float]:
         """Returns images a second over at least so long, and the share of the cores that others took."""
-        from lungjax import machine
+        from lungjax.runtime import environment
 
         log_steps = self.config.train.log_steps
-        ahead = machine.cores() + 2 + self.config.data.prefetch  # what reading threads and the devices hold
+        ahead = environment.cores() + 2 + self.config.data.prefetch  # what reading threads and the devices hold
         self.steps(name, ahead + 1)
         busy, used, start, count = busy_seconds(), time.process_time(), time.perf_counter(), 0
         while not count or time.perf_counter() - start < seconds:
             self.steps(name, log_steps)
             count += log_steps
         wall = time.perf_counter() - start
-        others = (busy_seconds() - busy - (time.process_time() - used)) / wall / machine.cores()
+        others = (busy_seconds() - busy - (time.process_time() - used)) / wall / environment.cores()
         return count * self.config.train.batch_size / wall, max(others, 0.0)
 
 
@@ -98,9 +98,9 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=1000)
     args = parser.parse_args()
 
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as lungjax.main does, before jax is imported
+    environment.keep_freed_memory()  # as lungjax.main does, before jax is imported
     with tempfile.TemporaryDirectory() as made:
         work = args.work or Path(made)
         source = args.source or work / "drawn"

@@ -20,11 +20,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from random_weights import random_variables
 
-from lungjax import artefacts, losses, models
+from lungjax import models
 from lungjax.config import InputSpec, ModelConfig
-from lungjax.export import onnx_file, savedmodel, stablehlo
-from lungjax.export.programs import Programs
-from lungjax.metadata import Metadata
+from lungjax.config.metadata import Metadata
+from lungjax.export import onnx, savedmodel, stablehlo
+from lungjax.export.functions import Programs
+from lungjax.inference import artifacts
+from lungjax.training import losses
 
 NETWORKS = (
     "cbr_small:224", "xray_cnn:256", "efficientnet_b0:224", "efficientnetv2_s:128", "convnext_tiny:128",
@@ -56,10 +58,10 @@ def exact(programs: Programs, pixels: np.ndarray) -> np.ndarray:
 def runner(form: str, path: Path):
     """Returns the function from pixels to logits of a written export."""
     if form == "jax":
-        exported = artefacts.read_pyz(path)
+        exported = artifacts.read_pyz(path)
         return lambda pixels: np.asarray(exported.outputs(pixels)["logits"])
     if form == "onnx":
-        session = artefacts.read_onnx(path)
+        session = artifacts.read_onnx(path)
         return lambda pixels: session.outputs(pixels)["logits"]
     tf = savedmodel.load_packages()
     loaded = tf.saved_model.load(str(path))
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--formats", default="jax,onnx,savedmodel")
     parser.add_argument("--exact", action="store_true")
     flags = parser.parse_args()
-    writers = {"jax": stablehlo, "onnx": onnx_file, "savedmodel": savedmodel}
+    writers = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel}
     forms = []
     for form in flags.formats.split(","):
         try:

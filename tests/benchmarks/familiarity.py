@@ -1,4 +1,4 @@
-"""What `lungjax.familiarity` and simpler scores warn of, on real slices and X-rays and on drawn slices.
+"""What `lungjax.evaluation.novelty` and simpler scores warn of, on real slices and X-rays and on drawn slices.
 
     python -m tests.benchmarks.familiarity --shared=FOLDER [--sets=ct,xray,phantom] [--network] [--parts=all]
 
@@ -23,9 +23,9 @@ import numpy as np
 import skimage
 from PIL import Image, ImageDraw
 
-from lungjax import familiarity
-from lungjax.data import images
+from lungjax.data.imaging import images
 from lungjax.datasets import Options, phantom_ct
+from lungjax.evaluation import novelty
 
 Picture = np.ndarray
 MOST, EACH = 2000, 150  # training images; strangers of a kind
@@ -184,7 +184,7 @@ Score = Callable[[Sequence[Picture]], np.ndarray]
 
 
 def ours(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
-    fitted = familiarity.fit(train, val, [])
+    fitted = novelty.fit(train, val, [])
     return lambda pictures: np.asarray([fitted.unlike(p) for p in pictures])
 
 
@@ -216,7 +216,7 @@ def residual(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
 
 
 def calibrated(score: Score, val: Sequence[Picture]) -> Score:
-    threshold = familiarity._threshold(score(val))
+    threshold = novelty._threshold(score(val))
     return lambda pictures: score(pictures) / threshold
 
 
@@ -226,12 +226,12 @@ def thumbnails(pictures: Sequence[Picture]) -> np.ndarray:
 
 
 def statistics(pictures: Sequence[Picture]) -> np.ndarray:
-    found = [familiarity.measure(p) for p in pictures]
+    found = [novelty.measure(p) for p in pictures]
     return np.asarray([np.concatenate([f["light"], f["form"]]) for f in found])
 
 
 def everything(pictures: Sequence[Picture]) -> np.ndarray:
-    found = [familiarity.measure(p) for p in pictures]
+    found = [novelty.measure(p) for p in pictures]
     return np.asarray([np.concatenate(list(f.values())) for f in found])
 
 
@@ -290,12 +290,12 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
     for left in sorted({source for pairs in data.values() for _, source in pairs}):
         parts = {split: [p for p, source in data[split] if source != left] for split in SPLITS}
         away = [p for split in SPLITS for p, source in data[split] if source == left]
-        at_home = familiarity.fit(*([p for p, _ in data[split]] for split in SPLITS))
+        at_home = novelty.fit(*([p for p, _ in data[split]] for split in SPLITS))
         own = np.asarray([at_home.unlike(p) for p, source in data["test"] if source == left])
         if min(map(len, parts.values())) < 30:
             rows.append([left, len(away), "too few of the others", "", f"{100 * (own > 1).mean():.1f}"])
             continue
-        fitted = familiarity.fit(*parts.values())
+        fitted = novelty.fit(*parts.values())
         seen = np.asarray([fitted.unlike(p) for p in away])
         rest = fitted.false_alarms["test"]
         rows.append(
@@ -321,14 +321,14 @@ def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
         for draw in range(6):
             rng = np.random.default_rng(draw)
             chosen = [rng.permutation(len(data[s]))[:n] for s, n in (("train", n_train), ("val", n_val))]
-            fitted = familiarity.fit(*([data[s][i][0] for i in c] for s, c in zip(SPLITS, chosen, strict=False)), test)
+            fitted = novelty.fit(*([data[s][i][0] for i in c] for s, c in zip(SPLITS, chosen, strict=False)), test)
             alarms.append(100 * fitted.false_alarms["test"]["rate"])
             told.append(np.mean([100 * (fitted.unlike(p) > 1) for p in other[:100]]))
         rows.append([f"{n_train} + {n_val}", f"{np.mean(alarms):.1f} ({max(alarms):.1f})", f"{np.mean(told):.0f}"])
     print_table((f"{name}: training + validation images", "false alarms, % (worst of 6)", "other modality, %"), rows)
 
 
-def cost(fitted: familiarity.Familiarity) -> None:
+def cost(fitted: novelty.Familiarity) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for shape in ((60, 60), (512, 512), (512, 512, 3), (4000, 4000)):
@@ -373,7 +373,7 @@ def main() -> None:
         if "few" in parts:
             few(name, data, other)
         if "cost" in parts:
-            fitted = familiarity.fit(*([p for p, _ in data[split]] for split in SPLITS))
+            fitted = novelty.fit(*([p for p, _ in data[split]] for split in SPLITS))
             print(f"{name}: {fitted.threshold=:.3f} {fitted.false_alarms}\n")
             cost(fitted)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungjax import predictions
+from lungjax.evaluation import predictions
 
 SCRIPT = Path(__file__).parent.parent / "run_small.py"
 

@@ -121,13 +121,14 @@ class Network:
         import jax
         import jax.numpy as jnp
 
-        from lungjax import inference, models
+        from lungjax import models
+        from lungjax.models import folding
         from tests.random_weights import random_variables
 
         self.side, self.module = side, models.MODELS[name]()
         self.variables = jax.tree.map(jnp.asarray, random_variables(self.module, (side, side, 3)))
         start = time.perf_counter()
-        self.folded = inference.Folded(self.module, self.variables, (side, side, 3))
+        self.folded = folding.Folded(self.module, self.variables, (side, side, 3))
         self.count = len(self.folded.pairs)
         self.trace = time.perf_counter() - start
         start = time.perf_counter()
@@ -142,13 +143,13 @@ class Network:
         import jax
         import numpy as np
 
-        from lungjax.models import convolution
+        from lungjax.models.ops import conv
 
         function = partial(self.module.apply, train=False) if plain else self.folded
         variables = self.variables if plain else self.prepared
         images = np.random.default_rng(0).normal(size=(size, self.side, self.side, 3)).astype(np.float32)
         images = jax.device_put(images)
-        lowered = jax.jit(function, compiler_options=convolution.compiler_options()).lower(variables, images)
+        lowered = jax.jit(function, compiler_options=conv.compiler_options()).lower(variables, images)
         start = time.perf_counter()
         program = lowered.compile()
         compiling = time.perf_counter() - start
@@ -232,9 +233,9 @@ def main() -> None:
         torch_side(args.serve, args.side, cores)
         return
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as when predicting
+    environment.keep_freed_memory()  # as when predicting
     import jax
 
     print(f"jax {jax.__version__}, {jax.default_backend()}, {cores} cores, float32\n")

@@ -87,9 +87,9 @@ def tf_batches(files: list[str], threads: int) -> tuple[str, Callable[[int], np.
 
 def lungjax_batches(name: str, work: Path, threads: int, steps: bool = False) -> Any:
     """lungjax's pipeline from the data set `name`."""
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as lungjax.main does
+    environment.keep_freed_memory()  # as lungjax.main does
 
     import grain
     import PIL
@@ -110,7 +110,8 @@ def lungjax_batches(name: str, work: Path, threads: int, steps: bool = False) ->
 
 def time_steps(data: Any, config: Any, count: int = 512) -> dict[str, float]:
     """Returns microseconds of processor time that each step takes for an image, in one thread."""
-    from lungjax.data import images, pipeline
+    from lungjax.data import pipeline
+    from lungjax.data.imaging import images
 
     rows = np.random.default_rng(0).permutation(data.rows("train"))[:count].tolist()
     boxes, reader = data.columns["box"], pipeline.Reader(data, config.input)
@@ -195,13 +196,13 @@ def draw(folder: Path, count: int) -> None:
     """Writes `count` drawn slices as 512 x 512 gray PNG, a folder for each class."""
     from PIL import Image
 
-    from lungjax.data import phantom
+    from lungjax.datasets.phantom import slices
 
     for seed in range(count):
-        finding = phantom.CLASSES[seed % len(phantom.CLASSES)]
-        patient = phantom.new_patient(seed, finding)
-        slice_ = phantom.draw_slice(patient, phantom.levels(patient, 5)[seed % 5])
-        picture = Image.fromarray(phantom.gray(slice_.hu, patient.window))
+        finding = slices.CLASSES[seed % len(slices.CLASSES)]
+        patient = slices.new_patient(seed, finding)
+        slice_ = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
+        picture = Image.fromarray(slices.gray(slice_.hu, patient.window))
         (folder / finding).mkdir(parents=True, exist_ok=True)
         picture.resize((512, 512), Image.Resampling.BICUBIC).save(folder / finding / f"p{seed:05}.png")
 

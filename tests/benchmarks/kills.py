@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from lungjax import logs
-from lungjax.checkpoint import newest
+from lungjax.runtime.checkpoint import newest
+from lungjax.training import metrics_log
 
 SCRIPT = Path(__file__).parent.parent / "run_small.py"
 
@@ -52,7 +52,7 @@ def main() -> None:
             reached = (newest(cut, "last") or 0) + draw.randint(1, 12)
             deadline = time.time() + (120 if len(moments) % 2 else draw.uniform(0, 8))
             while process.poll() is None and time.time() < deadline:
-                rows = logs.read(cut / "metrics.jsonl")
+                rows = metrics_log.read(cut / "metrics.jsonl")
                 if len(moments) % 2 and rows and rows[-1]["step"] >= reached:
                     break
                 time.sleep(0.005)
@@ -61,7 +61,7 @@ def main() -> None:
                 break  # it came to its end
             process.kill()
             process.wait()
-            rows = logs.read(cut / "metrics.jsonl")
+            rows = metrics_log.read(cut / "metrics.jsonl")
             moments.append((rows[-1]["step"] if rows else 0, newest(cut, "last")))
         subprocess.run([*command, str(cut), *fields], check=True, **quiet)
         print(f"{len(moments)} kills; (last logged step, newest checkpoint) at each: {moments}")
@@ -72,7 +72,7 @@ def main() -> None:
             for w in (whole, cut)
         ]
         scores = [
-            [row["val.slice.loss"] for row in logs.read(w / "metrics.jsonl") if "val.slice.loss" in row]
+            [row["val.slice.loss"] for row in metrics_log.read(w / "metrics.jsonl") if "val.slice.loss" in row]
             for w in (whole, cut)
         ]
         print(

@@ -46,7 +46,7 @@ class Process:
             "PYTHONSAFEPATH": "1",  # this folder's own names must not hide a library's
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # as lungjax.entry sets it
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # as lungjax.cli sets it
             "CUDA_VISIBLE_DEVICES": "",
         }
         command = [python, str(Path(__file__).with_name("latency_peers.py")), f"--folder={folder}"]

@@ -1,7 +1,7 @@
 """The contenders of `latency.py`: one network each in a process of its own, which works only when it is told to.
 
     --task=make   writes a network's weights and its ONNX file (torch, timm, onnxscript)
-    --task=ours   answers with lungjax, as `lungjax.predictor` compiles it
+    --task=ours   answers with lungjax, as `lungjax.inference.predictor` compiles it
     --task=onnx   answers with onnxruntime
 
 Started by `latency.py`, by path. The answering ones load, compile and warm up, write one line of JSON, and then answer
@@ -115,17 +115,19 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     """
     del threads  # all cores that the process may use
     start = time.perf_counter()
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as every command does
+    environment.keep_freed_memory()  # as every command does
 
     import jax
     import jax.numpy as jnp
 
     import lungjax
-    from lungjax import inference, models, step, trees
+    from lungjax import models
     from lungjax.config import InputSpec
-    from lungjax.models import convolution
+    from lungjax.models import folding, trees
+    from lungjax.models.ops import conv
+    from lungjax.training import step
 
     spec = InputSpec(size=(SIDE, SIDE), channels=channels(network), mean=(0.5,), std=(0.5,))
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".npz", ".pth")]
@@ -139,7 +141,7 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     else:
         module, variables, _ = lungjax.create(network, weights=f"file:{files[0]}")
     variables = jax.tree.map(jnp.asarray, variables)
-    built = inference.Folded(module, variables, (SIDE, SIDE, channels(network)))
+    built = folding.Folded(module, variables, (SIDE, SIDE, channels(network)))
     folded = built.prepare(variables)
 
     def logits(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
@@ -148,7 +150,7 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return jax.nn.softmax(logits(folded, pixels))
 
-    options = convolution.compiler_options(train=False)
+    options = conv.compiler_options(train=False)
     compiled = jax.jit(forward, compiler_options=options)
     ready = time.perf_counter()
 

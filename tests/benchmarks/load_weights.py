@@ -20,7 +20,7 @@ DEPTHS, WIDTHS = (3, 3, 27, 3), (192, 384, 768, 1536)
 CHILD = """
 import os, sys, time
 os.environ["JAX_PLATFORMS"] = "cpu"
-import jax, lungjax.api, lungjax
+import jax, lungjax.inference.api, lungjax
 
 def peak():
     text = open("/proc/self/status").read()

@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage import morphology
 
-from lungjax.data import lungs, phantom, study_masks
+from lungjax.data.imaging import lung_masks, study_masks
+from lungjax.datasets.phantom import slices
 
 PREFIXES = ("mosmed_", "sarscov2_", "seg20_", "ucsd_")
 MASKED = "nor_"
@@ -35,13 +36,13 @@ def phantoms(finding: str, first: int, patients: int) -> list[tuple[np.ndarray, 
     """Returns one slice of each patient: image uint8 and lungs bool, [H, W], and where its lesions are."""
     out = []
     for seed in range(first, first + patients):
-        patient = phantom.new_patient(seed, finding)
-        drawn = phantom.draw_slice(patient, phantom.levels(patient, 5)[seed % 5])
-        out.append((phantom.gray(drawn.hu, patient.window), drawn.lung, where(drawn)))
+        patient = slices.new_patient(seed, finding)
+        drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
+        out.append((slices.gray(drawn.hu, patient.window), drawn.lung, where(drawn)))
     return out
 
 
-def where(drawn: phantom.Phantom) -> str:
+def where(drawn: slices.Phantom) -> str:
     """Says whether a slice has lesions, and whether one touches the chest wall over 8 pixels or more."""
     if not drawn.lesion.any():
         return "no lesion in the slice"
@@ -64,12 +65,12 @@ def seconds(function: Callable[[np.ndarray], object], image: np.ndarray) -> floa
 def speeds(images: list[np.ndarray], snakes: int) -> list[tuple[str, float, int]]:
     """Returns name, slices per second (median of the slices) and slices measured."""
     times: dict[str, list[float]] = {"body_mask": [], "lung_mask": [], "the study's snake": []}
-    lungs.lung_mask(images[0])
+    lung_masks.lung_mask(images[0])
     for i, image in enumerate(images):
-        times["body_mask"].append(seconds(lungs.body_mask, image))
-        times["lung_mask"].append(seconds(lungs.lung_mask, image))
+        times["body_mask"].append(seconds(lung_masks.body_mask, image))
+        times["lung_mask"].append(seconds(lung_masks.lung_mask, image))
         if i < snakes:
-            bare = np.where(lungs.body_mask(image), image, 0).astype(np.uint8)
+            bare = np.where(lung_masks.body_mask(image), image, 0).astype(np.uint8)
             times["the study's snake"].append(seconds(study_masks.snake_mask, bare))
     return [(name, 1 / statistics.median(taken), len(taken)) for name, taken in times.items() if taken]
 
@@ -82,7 +83,7 @@ def contours(path: Path) -> Image.Image:
     """Returns a slice with the outlines of its masks, a tile of the sheet."""
     image = np.asarray(Image.open(path).convert("L"))
     rgb = np.repeat(image[..., None], 3, 2)
-    for mask, colour in [(lungs.body_mask(image), (0, 160, 255)), (lungs.lung_mask(image), (255, 0, 0))]:
+    for mask, colour in [(lung_masks.body_mask(image), (0, 160, 255)), (lung_masks.lung_mask(image), (255, 0, 0))]:
         rgb[mask & ~ndimage.binary_erosion(mask)] = colour
     tile = Image.new("RGB", (TILE, TILE), (40, 40, 80))
     drawn = Image.fromarray(rgb)
@@ -117,9 +118,9 @@ def main() -> None:
     print("| lung_mask, Dice | mean | 5th percentile | slices |\n| --- | --- | --- | --- |")
     timed = []
     scores = defaultdict(list)
-    for finding in phantom.CLASSES:
+    for finding in slices.CLASSES:
         for number, (image, lung, place) in enumerate(phantoms(finding, args.first, args.patients)):
-            score = dice(lungs.lung_mask(image), lung)
+            score = dice(lung_masks.lung_mask(image), lung)
             scores[finding].append(score)
             scores[f"of all: {place}"].append(score)
             timed += [square(image)] if number < -(-args.slices // 3) else []

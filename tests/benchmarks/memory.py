@@ -1,4 +1,4 @@
-"""Shows that a long run's memory stays flat: `lungjax.train.run` of a tiny network, validations and checkpoints on.
+"""Shows that a long run's memory stays flat: `lungjax.training.train.run` of a tiny network, validations and checkpoints on.
 
     python -m tests.benchmarks.memory [--steps=2000] [--eval_steps=100] [--save_steps=50]
 
@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=50)
     args = parser.parse_args()
 
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as lungjax.main does, before jax is imported
-    from lungjax import logs, train
+    environment.keep_freed_memory()  # as lungjax.main does, before jax is imported
     from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+    from lungjax.training import metrics_log, train
 
     config = Config(
         name="memory",
@@ -52,18 +52,20 @@ def main() -> None:
         ),
     )
     held: dict[int, tuple[float, float]] = {}  # step -> what `resident` said
-    append = logs.append
+    append = metrics_log.append
 
     def watch(path: Path, row: dict[str, Any]) -> None:
         held[row["step"]] = resident()
         append(path, row)
 
-    with tempfile.TemporaryDirectory() as made, mock.patch.object(logs, "append", watch):
+    with tempfile.TemporaryDirectory() as made, mock.patch.object(metrics_log, "append", watch):
         start = time.perf_counter()
         train.run(config, Path(made) / "run", Path(made) / "data")
         seconds = time.perf_counter() - start
     if args.steps not in held:
-        raise SystemExit("the run's log lines were not seen: lungjax.train no longer writes them by logs.append")
+        raise SystemExit(
+            "the run's log lines were not seen: lungjax.training.train no longer writes them by metrics_log.append"
+        )
 
     def at(step: float) -> tuple[float, float]:
         return held[max(known for known in held if known <= max(step, min(held)))]

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lungjax import machine, models, state
+from lungjax import models
 from lungjax.config import InputSpec, ModelConfig
-from lungjax.saliency import Explainer
+from lungjax.explain.saliency import Explainer
+from lungjax.runtime import environment
+from lungjax.training import state
 
 NETWORKS = "efficientnet_b0,resnet50v2,cbr_small"
 METHODS = "gradcam,gradcam_guided,gradcam++"
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     methods = options.methods.split(",")
-    print(f"{options.images} images of {options.side} px, {jax.default_backend()}, {machine.cores()} cores\n")
+    print(f"{options.images} images of {options.side} px, {jax.default_backend()}, {environment.cores()} cores\n")
     print("| network | one prediction | " + " | ".join(methods) + " |")
     print("| --- | --- |" + " --- |" * len(methods), flush=True)
     for name in options.networks.split(","):

@@ -172,9 +172,12 @@ def garbage(images: list[Image.Image]) -> dict[str, list[bytes]]:
 
 def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
     """Makes a run whose weights are random, as fast as a trained one; returns its folder."""
-    from lungjax import checkpoint, familiarity, models, overrides, state
-    from lungjax.config import Config, DataConfig, InputSpec, ModelConfig
-    from lungjax.metadata import Metadata
+    from lungjax import models
+    from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, overrides
+    from lungjax.config.metadata import Metadata
+    from lungjax.evaluation import novelty
+    from lungjax.runtime import checkpoint
+    from lungjax.training import state
 
     workdir, classes = folder / name, ("Normal", "Pneumonia", "COVID-19")
     size = InputSpec(size=(224, 224), channels=1, mean=(0.4,) * 3, std=(0.3,) * 3)
@@ -184,7 +187,7 @@ def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
-    known = familiarity.fit(images, images[:8], []).to_dict()
+    known = novelty.fit(images, images[:8], []).to_dict()
     about = {"best_step": 1, "fingerprint": ""}
     told = Metadata(name, classes, size, "phantom_ct", familiarity=known, about=about)
     (workdir / "model.json").write_text(told.to_json())

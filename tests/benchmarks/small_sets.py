@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lungjax import bootstrap, predictions
-from lungjax.predictions import Predictions
+from lungjax.evaluation import bootstrap, predictions
+from lungjax.evaluation.predictions import Predictions
 
 EPOCHS = {"ct": 4, "xray": 6}
 # Padding is valid, as in the study, so that the networks want different sizes for a last map of a few cells.

@@ -93,20 +93,22 @@ def matmul_rate(side: int, dtype: Any) -> float:
 
 
 def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
-    """lungjax, compiled as `lungjax.train` does it; contender "augmented" has the preset covidnet_ct as well."""
+    """lungjax, compiled as `lungjax.training.train` does it; contender "augmented" has the preset covidnet_ct as well."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
-    from lungjax import machine
+    from lungjax.runtime import environment
 
-    machine.keep_freed_memory()  # as lungjax.main does
+    environment.keep_freed_memory()  # as lungjax.main does
 
     import flax
     import jax
     import optax
 
-    from lungjax import program, sharding, trees
     from lungjax.config import AugmentConfig, Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
-    from lungjax.presets import preset
+    from lungjax.config.presets import preset
+    from lungjax.models import trees
+    from lungjax.runtime import mesh as meshes
+    from lungjax.training import program
 
     network, side, batch = cell["network"], cell["size"], cell["batch"]
     augmented, margin = cell["contender"] == "augmented", 0.1
@@ -119,7 +121,7 @@ def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
         optim=OptimConfig(name="adam", lr=LR),
         train=TrainConfig(batch_size=batch, steps=10**6),
     )
-    mesh = sharding.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     labels = (np.arange(batch) % CLASSES).astype(np.int32)
     built_for = program.build(config, tuple("abc"), labels, mesh)
     stored = round(side * (1 + 2 * margin)) if augmented else side
@@ -133,7 +135,7 @@ def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
         edge = margin / (1 + 2 * margin)
         examples["box"] = np.tile(np.asarray([edge, edge, 1 - edge, 1 - edge], np.float32), (batch, 1))
         examples["body"] = np.full((batch, stored, stored), 255, np.uint8)
-    on_device = sharding.to_devices(examples, mesh)
+    on_device = meshes.to_devices(examples, mesh)
     built, seconds, facts = compiled(built_for.train_step, built_for.like, on_device)
     current = built_for.new_state({})
     if cell["contender"] == "ours":

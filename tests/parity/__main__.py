@@ -98,8 +98,8 @@ def ours(case: Case, folder: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from lungjax import trees
-    from lungjax.models import convolution
+    from lungjax.models import trees
+    from lungjax.models.ops import conv
 
     expected = np.load(folder / "logits.npz")
     facts = json.loads((folder / "facts.json").read_text())
@@ -115,9 +115,7 @@ def ours(case: Case, folder: Path) -> dict[str, Any]:
         if double:
             net = net.clone(dtype=jnp.float64)
             variables, images = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (variables, images))
-        apply = jax.jit(
-            lambda v, x, net=net: net.apply(v, x, train=False)[0], compiler_options=convolution.compiler_options()
-        )
+        apply = jax.jit(lambda v, x, net=net: net.apply(v, x, train=False)[0], compiler_options=conv.compiler_options())
         row[what] = difference(np.asarray(apply(variables, images)), expected[what])
         if what == "default size":
             row["parameters"] = sum(x.size for x in trees.flatten(variables["params"]).values())
@@ -167,8 +165,9 @@ def load(case: Case, folder: Path, side: int) -> tuple[Any, dict[str, Any]]:
     import jax.numpy as jnp
 
     import lungjax
-    from lungjax import models, trees
+    from lungjax import models
     from lungjax.config import ModelConfig
+    from lungjax.models import trees
     from lungjax.weights.convert import SAME_NAMES, convert
     from lungjax.weights.load import leaf_shapes
     from lungjax.weights.readers import open_tensors
@@ -201,7 +200,7 @@ def control(variables: dict[str, Any], run: Any, expected: np.ndarray) -> float 
 
     Mean and variance of one norm swapped; the two biases of a network without running statistics reversed.
     """
-    from lungjax import trees
+    from lungjax.models import trees
 
     stats, params = trees.flatten(variables["batch_stats"]), trees.flatten(variables["params"])
     if stats:
@@ -219,8 +218,8 @@ def training(case: Case, folder: Path, expected: np.ndarray) -> float:
     import jax
     import jax.numpy as jnp
 
-    from lungjax import trees
-    from lungjax.models import convolution
+    from lungjax.models import trees
+    from lungjax.models.ops import conv
     from lungjax.weights.convert import SAME_NAMES, convert
     from lungjax.weights.rules import layouts
 
@@ -236,7 +235,7 @@ def training(case: Case, folder: Path, expected: np.ndarray) -> float:
                            rngs={"dropout": jax.random.key(0)})  # fmt: skip
         return jnp.square(out[0]).mean(), out[0]
 
-    options = {"compiler_options": convolution.compiler_options()}
+    options = {"compiler_options": conv.compiler_options()}
     grads, got = jax.jit(jax.grad(loss, has_aux=True), **options)(variables["params"])
     grads = trees.flatten(grads)
     stored = np.load(folder / "gradients.npz")

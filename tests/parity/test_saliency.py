@@ -82,7 +82,7 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
 def test_maps_are_torchs(key: str, tmp_path: Any) -> None:
     import lungjax
     from lungjax.config import InputSpec
-    from lungjax.saliency import METHODS, Explainer
+    from lungjax.explain.saliency import METHODS, Explainer
 
     case = CASES[key]
     model = ref.make(case, SIDE)

@@ -60,8 +60,7 @@ def prepared(folder: Path) -> Any:
 
 def configured(run: str, kind: str) -> Any:
     """Returns the run's configuration; all that is not named here is lungjax's default."""
-    from lungjax import overrides
-    from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
+    from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
     from lungjax.weights import load
 
     model, assignments = RUNS[run]
@@ -123,8 +122,11 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     import keras
 
-    from lungjax import models, program, sharding, step, trees
+    from lungjax import models
     from lungjax.data import pipeline
+    from lungjax.models import trees
+    from lungjax.runtime import mesh as meshes
+    from lungjax.training import program, step
     from tests.parity import studies
 
     data, config = prepared(folder), configured(run, kind)
@@ -155,14 +157,14 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
     if config.optim.class_weights == "balanced":
         weights = {number: len(labels) / (len(data.classes) * n) for number, n in enumerate(np.bincount(labels))}
 
-    mesh = sharding.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     compiled = program.build(config, data.classes, labels, mesh)
     state = compiled.new_state({path: array.astype(kind) for path, array in arrays(theirs).items()})
     table = []
     for batch in batches:
         theirs.reset_metrics()
         want = theirs.train_on_batch(batch["image"].astype(kind), batch["label"], class_weight=weights)
-        state, metrics = compiled.train_step(state, sharding.to_devices(batch, mesh))
+        state, metrics = compiled.train_step(state, meshes.to_devices(batch, mesh))
         table.append((float(want), float(metrics["loss"])))
 
     ours, keras_s = {**trees.flatten(state.params), **trees.flatten(state.batch_stats)}, arrays(theirs)

@@ -1,5 +1,5 @@
 """Before jax is imported: the TPU compiler without TPUs."""
 
-from lungjax import machine
+from lungjax.runtime import environment
 
-machine.without_tpu()
+environment.without_tpu()

@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 
-from lungjax import hlo, models, overrides, pod
-from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
+from lungjax import models
+from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
 from lungjax.models.transfusion import Transfusion
+from lungjax.training import aot_compile, hlo
 
 # Two blocks for gray images of 32 x 32 and three classes.
 STEM, KERNEL = 3 * 3 * 1 * 64, 3 * 3 * 64 * 128
@@ -41,7 +42,7 @@ def whole(tmp_path_factory):
     texts, costs = [], hlo.costs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hlo, "costs", lambda text: texts.append(text) or costs(text))
-        return pod.compile_for(CONFIG, "v5e:2x2", tmp_path_factory.mktemp("data")), texts[0]
+        return aot_compile.compile_for(CONFIG, "v5e:2x2", tmp_path_factory.mktemp("data")), texts[0]
 
 
 def test_copies_of_parameters_and_adam_on_each_chip(whole):
@@ -78,7 +79,7 @@ def test_operations_are_those_of_the_layers(whole):
 
 def test_cut_parameters_take_their_share_of_a_chip(whole, tmp_path):
     config = overrides.override(CONFIG, "train.shard_params=True")
-    plan = pod.compile_for(config, "v5e:2x2", tmp_path)
+    plan = aot_compile.compile_for(config, "v5e:2x2", tmp_path)
     assert plan.state == 4 * (3 * (PARAMETERS - KERNEL + KERNEL // 4) + STATISTICS + COUNTERS)  # the others are small
     assert plan.arguments < whole[0].arguments
     assert plan.costs.collectives["all-gather"].bytes >= 2 * KERNEL
@@ -103,11 +104,11 @@ def test_a_step_too_large_ends_in_a_message(tmp_path):
      ("v4:2x2x2", 8, 2)],
 )  # fmt: skip
 def test_a_chip_is_a_device(topology, chips, hosts):
-    found = pod.devices(topology)
+    found = aot_compile.devices(topology)
     assert len(found) == len({tuple(device.coords) for device in found}) == chips
     assert len({device.process_index for device in found}) == hosts
 
 
 def test_a_shape_that_hosts_do_not_fill_is_the_compilers_to_refuse():
     with pytest.raises(ValueError, match="v5p:3x1x1: the TPU compiler says: .*divisible"):
-        pod.devices("v5p:3x1x1")
+        aot_compile.devices("v5p:3x1x1")

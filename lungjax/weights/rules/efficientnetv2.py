@@ -1,14 +1,7 @@
 """EfficientNetV2: files of Keras, timm and torchvision. Stages 1 to 3 are of fused blocks in every variant."""
 
 from lungjax.weights.convert import Rules
-from lungjax.weights.rules.efficientnet import (
-    KERAS,
-    TIMM_BLOCK,
-    TIMM_TOP,
-    TORCHVISION_BLOCK,
-    TORCHVISION_TOP,
-    at,
-)
+from lungjax.weights.rules.efficientnet import KERAS, TIMM_BLOCK, TIMM_TOP, TORCHVISION_BLOCK, TORCHVISION_TOP, at
 
 FIRST, FUSED = r"blocks\.(0)\.(\d+)\.", r"blocks\.([12])\.(\d+)\."
 TIMM_FUSED = (

@@ -1,0 +1,79 @@
+"""Experiments by name: each is a file with `get_config(**arguments) -> Config`, read without importing jax.
+
+The files lie in `experiments/` beside the package in a checkout and inside the package once installed.
+"""
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+from lungjax.config import overrides, schema
+from lungjax.config.schema import Config
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """Returns the folder of the experiment files."""
+    installed = PACKAGE / "experiments"
+    return installed if installed.is_dir() else PACKAGE.parent / "experiments"
+
+
+def names() -> dict[str, Path]:
+    """Returns every experiment's file by name."""
+    return {path.stem: path for path in sorted(folder().glob("*.py")) if not path.stem.startswith("_")}
+
+
+def listing() -> str:
+    """Returns one line an experiment: its name and the first line of its docstring."""
+    found = names()
+    width = max(map(len, found), default=0)
+    lines = []
+    for name, path in found.items():
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines.append(f"{name:{width}}  {doc.partition(chr(10))[0]}")
+    return "\n".join(lines)
+
+
+def load(choice: str) -> Config:
+    """Returns the configuration that `--experiment` names.
+
+    Args:
+      choice: NAME, NAME:key=value,key=value, a path to a .py file (arguments as well), or to a config.json.
+
+    Raises ValueError for an unknown name (with the nearest), a missing file or arguments it doesn't take.
+    """
+    target, _, text = choice.partition(":")
+    if target.endswith(".json"):
+        path = Path(target)
+        if not path.is_file():
+            raise ValueError(f"--experiment={choice}: no such file")
+        return overrides.from_json(path.read_text(), target)
+    path = Path(target) if target.endswith(".py") else names().get(target, Path())
+    if not path.is_file():
+        hint = "no such file" if target.endswith(".py") else schema.nearest(target, names())
+        raise ValueError(f"--experiment={choice}: unknown experiment {target!r}; {hint}")
+    spec = importlib.util.spec_from_file_location(f"lungjax_experiment_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return _call(module.get_config, text, choice)
+
+
+def _call(get_config: object, text: str, choice: str) -> Config:
+    assert callable(get_config)
+    parameters = inspect.signature(get_config).parameters
+    arguments = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--experiment={choice}: {item!r} is not key=value")
+        if key not in parameters:
+            takes = schema.nearest(key, parameters) if parameters else "it takes none"
+            raise ValueError(f"--experiment={choice}: no argument {key!r}; {takes}")
+        arguments[key] = overrides.parse(value, parameters[key].annotation, f"--experiment={choice}: {key}")
+    config = get_config(**arguments)
+    if not isinstance(config, Config):
+        raise ValueError(f"--experiment={choice}: get_config returned {type(config).__name__}, not a lungjax Config")
+    return config

@@ -1,0 +1,143 @@
+"""From text to configuration and back: `--set=path=value`, `config.json`, and what two of them differ in."""
+
+import ast
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from lungjax.config import presets
+from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest
+
+
+def override(config: Config, assignment: str) -> Config:
+    """Returns `config` with one "path=value" set, the value read by the field's own type.
+
+    Raises ValueError for a missing "=", an unknown path (with the nearest ones) or a value of another type.
+    """
+    path, equals, text = assignment.partition("=")
+    path = path.strip()
+    if not equals or not path:
+        raise ValueError(f"--set={assignment}: expected path=value, such as --set=optim.lr=3e-4")
+    return typing.cast(Config, _set(config, path.split("."), text.strip(), path))
+
+
+def _set(node: Any, parts: list[str], text: str, path: str) -> Any:
+    hints = typing.get_type_hints(type(node))
+    name, *rest = parts
+    unknown = f"--set={path}={text}: no field {path!r}; "
+    if name not in hints:
+        raise ValueError(unknown + nearest(path, _paths(Config)))
+    section = hints[name] if dataclasses.is_dataclass(hints[name]) else None
+    if rest:
+        if section is None:
+            raise ValueError(unknown + nearest(path, _paths(Config)))
+        value = _set(getattr(node, name), rest, text, path)
+    elif section is AugmentConfig:
+        value = presets.preset(text)
+    elif section is not None:
+        inside = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(section))
+        raise ValueError(f"--set={path}={text}: {path} is a section; set one of its fields: {inside}")
+    else:
+        value = parse(text, hints[name], path)
+    return dataclasses.replace(node, **{name: value})
+
+
+def _paths(section: Any, prefix: str = "") -> list[str]:
+    paths = []
+    for name, hint in typing.get_type_hints(section).items():
+        paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return paths
+
+
+def parse(text: str, hint: Any, what: str) -> Any:
+    """Reads `text` as the type `hint`: int, float, bool, str, None or a tuple of these.
+
+    Raises ValueError naming `what`, the text and the wanted type.
+    """
+    wanted = _type_name(hint)
+    wrong = ValueError(f"{what}={text}: expected {wanted}, got {text!r}")
+    if isinstance(hint, types.UnionType):
+        if text == "None":  # "none" in small letters is a choice of its own (norms, weights)
+            return None
+        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+    if hint is str:
+        return text
+    if hint is bool:
+        if text.lower() in ("true", "yes", "1"):
+            return True
+        if text.lower() in ("false", "no", "0"):
+            return False
+        raise wrong
+    if typing.get_origin(hint) is tuple:
+        inside = text.strip()
+        if inside[:1] + inside[-1:] in ("()", "[]"):  # as a whole: a regular expression has brackets of its own
+            inside = inside[1:-1]
+        items = [t.strip() for t in inside.split(",") if t.strip()]
+        kinds = typing.get_args(hint)
+        if kinds[-1] is ...:
+            return tuple(parse(t, kinds[0], what) for t in items)
+        if len(items) == 1 and len(set(kinds)) == 1:
+            items *= len(kinds)  # --set=input.size=128 means 128, 128
+        if len(items) != len(kinds):
+            raise wrong
+        return tuple(parse(t, k, what) for t, k in zip(items, kinds, strict=True))
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise wrong from None
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint is int and type(value) in (int, float) and value == int(value):
+        return int(value)
+    raise wrong
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(o) for o in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if kinds[-1] is ...:
+            return f"{_type_name(kinds[0])}s with commas"
+        return ", ".join(_type_name(k) for k in kinds)
+    return getattr(hint, "__name__", str(hint))
+
+
+def to_json(config: Config) -> str:
+    """Returns the whole configuration as indented JSON; `from_json` gives the equal one back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """Rebuilds a `Config`. Raises ValueError naming `where` and the field for anything unknown or mistyped."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    return typing.cast(Config, _build(Config, tree, where, ""))
+
+
+def _build(section: Any, tree: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: {prefix or 'the file'} should be an object, got {tree!r}")
+    hints = typing.get_type_hints(section)
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise ValueError(f"{where}: no field {prefix + name!r}; {nearest(prefix + name, _paths(Config))}")
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, where, f"{prefix}{name}.")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            values[name] = parse(text, hints[name], f"{where}: {prefix + name}")
+    return section(**values)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """Returns one "path: old -> new" line a differing field."""
+    a, b = fields_of(old), fields_of(new)
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]

@@ -1,0 +1,107 @@
+"""What the studies did to their train images, as configurations: `--set=augment=NAME`.
+
+The units are those of `AugmentConfig`. Where a study changed things in another order, its comment says what differs.
+At the end is what the experiments of these studies check and name their arguments with.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterable
+
+from lungjax.config.schema import AugmentConfig, nearest
+
+
+def _turn(degrees: float) -> float:
+    return degrees / 360
+
+
+def _tangent(degrees: float) -> float:
+    return math.tan(math.radians(degrees))
+
+
+def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
+    """CT-COV19 study, layers of Keras: flip, rotation, zoom, translation; black outside.
+
+    It gave the zoom as one negative number, which Keras takes as a range both ways: in and out.
+    """
+    return AugmentConfig(flip_horizontal=0.5, rotation=rotation, zoom=(-zoom, zoom), shift=(shift, shift))
+
+
+def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scale: float) -> AugmentConfig:
+    """COVIDNet-CT (arXiv:2009.05383), each change with probability 0.5; needs input.crop=box.
+
+    It turns and shears about the box's middle before it crops and resizes, and moves gray levels by whole numbers.
+    """
+    return AugmentConfig(
+        probability=0.5,
+        exterior=0.5,
+        flip_horizontal=0.5,
+        rotation=_turn(degrees),
+        shear=shear,
+        box_jitter=jitter,
+        intensity_shift=shift,
+        intensity_scale=scale,
+    )
+
+
+PRESETS: dict[str, AugmentConfig] = {
+    "none": AugmentConfig(),
+    # Whole-lung NCCID study: imgaug's CoarseDropout and Invert, then Keras layers. There the dropped patches are
+    # inverted with the image and turn with it; here they are black and upright, and what a turn brings in is inverted.
+    "nccid": AugmentConfig(
+        rotation=0.05, zoom=(-0.2, 0.0), contrast=(0.8, 1.2), invert=0.5, dropout=(0.0, 0.1), dropout_grid=(3, 8)
+    ),
+    # One for each image stage of the CT-COV19 study.
+    "ct_cov19_original": _ct_cov19(0.1, 0.2, 0.1),
+    "ct_cov19_nobackg": _ct_cov19(0.1, 0.2, 0.1),
+    "ct_cov19_crop": _ct_cov19(0.07, 0.1, 0.07),
+    "ct_cov19_lungs_nocrop": _ct_cov19(0.1, 0.2, 0.15),
+    "ct_cov19_lungs": _ct_cov19(0.05, 0.1, 0.05),
+    # iCTCF study (non-informative slices): Keras's generator, offline, 15 degrees; "nearest" is edge.
+    "ictcf": AugmentConfig(rotation=_turn(15), shift=(0.1, 0.1), fill="edge"),
+    # COVID X-ray study, Keras's generator: offline for the COVID class, and on-line. Its shear of 0.2 is in degrees,
+    # next to nothing; its generator draws the zoom of height and width apart.
+    "xray_covid_offline": AugmentConfig(
+        flip_horizontal=0.5, rotation=_turn(5), zoom=(-0.3, 0.3), zoom_apart=True, shear=_tangent(0.2), fill="edge",
+        brightness=(0.2, 1.0),
+    ),
+    "xray_covid_online": AugmentConfig(
+        flip_horizontal=0.5, rotation=_turn(40), zoom=(-0.2, 0.2), zoom_apart=True, shear=_tangent(0.2),
+        shift=(0.2, 0.2), fill="edge", brightness=(0.2, 1.0),
+    ),
+    # COVIDx CT transfer-learning study, torchvision: flips, then 30 degrees about the middle of the whole image, with
+    # nearest pixels, before its centre crop.
+    "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=_turn(30)),
+    # The defaults of COVIDNet-CT's training script, and those of its class.
+    "covidnet_ct": _covidnet_ct(15, shear=0.2, jitter=0.075, shift=15, scale=0.15),
+    "covidnet_ct_class": _covidnet_ct(10, shear=0.15, jitter=0.025, shift=10, scale=0.2),
+}  # fmt: skip
+
+
+def preset(name: str) -> AugmentConfig:
+    """Returns the named augmentation; raises ValueError with the nearest names for one that isn't there."""
+    if name not in PRESETS:
+        raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def one_of(argument: str, value: str, known: Iterable[str]) -> str:
+    """Returns `value`; raises ValueError with the nearest of `known` if it is none of them."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{argument}={value}: {nearest(value, known)}; allowed are {', '.join(known)}")
+    return value
+
+
+def slug(*parts: str) -> str:
+    """Returns the parts that are not empty as the name of a run: a-z, 0-9, _ and -.
+
+    A slash becomes a "-". A part that loses anything else gets a checksum, which keeps apart what would be equal.
+    """
+    made = []
+    for part in filter(None, parts):
+        text = part.replace("/", "-")
+        plain = re.sub("[^a-z0-9_-]+", "-", text.lower())
+        made.append(plain if plain == text else f"{plain}-{zlib.crc32(part.encode()):08x}")
+    return "_".join(made)

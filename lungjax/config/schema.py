@@ -1,0 +1,379 @@
+"""What one run is: frozen dataclasses, and checks that need no device.
+
+An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`) and reads and writes
+`config.json`. Nothing here imports jax, so a typing mistake on the command line is answered at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+CROPS = ("none", "box", "center")
+# Versions of a slice that `lungjax.data.imaging.lung_masks` makes; study_* and features are the studies' own.
+STAGES = (
+    "nobackg", "crop", "lungs_nocrop", "lungs", "nolungs",
+    "study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features",
+)  # fmt: skip
+PROTOCOLS = ("sound", "study")
+FILLS = ("constant", "edge", "reflect")
+SAMPLINGS = ("natural", "balanced")
+POOLS = ("avg", "max", "flatten", "avg2x2_flatten")
+NORMS = ("none", "batch", "layer", "group")
+OUTPUTS = ("softmax", "sigmoid")
+PADDINGS = ("valid", "same", "symmetric")
+ACTIVATIONS = ("relu", "hard_swish")
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
+SCHEDULES = ("constant", "cosine", "linear", "step")
+GRAYS = ("repeat", "fold", "slice")
+BATCH_NORMS = ("with_layer", "update", "frozen")
+STATISTICS = ("global", "per_device")
+ON_NAN = ("stop", "skip", "rewind")
+KEEPS = ("best", "last")
+EXPLANATIONS = ("gradcam", "gradcam_guided", "gradcam++", "integrated_gradients", "occlusion")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network is fed: `(pixel / 255 - mean) / std`, float32, [height, width, channels]."""
+
+    size: tuple[int, int] = (224, 224)  # height, width in pixels
+    channels: int = 1  # of the images that are read: 1 gray, or 3 (a gray image is repeated, a colour one kept)
+    # One of CROPS; "box" cuts the body box out of an image that has one, "center" a window around the middle.
+    crop: str = "none"
+    crop_size: tuple[int, int] = (0, 0)  # height, width of the "center" crop in pixels of the stored image
+    box_margin: float = 0.0  # part of the box's side kept around it in training, for a later jitter
+    interpolation: str = "bilinear"  # one of INTERPOLATIONS
+    antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
+    # Of pixel / 255; one number, or one a channel. Three for a gray image make three channels of it, on the device.
+    # None takes what the weights want (`model.weights`), and 0 and 1 without weights.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def network_channels(self) -> int:
+        """Returns how many channels the network gets, once mean and std are applied."""
+        return max(self.channels, len(self.mean or ()), len(self.std or ()))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from and how often each is seen."""
+
+    dataset: str = "phantom_ct"  # name[/config][-stage][-size] of a prepared data set
+    # One of PROTOCOLS: splits by patient without twins over two of them, or what the study did.
+    protocol: str = "sound"
+    sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
+    # Cross-validation: all images are dealt into so many parts by patient; part `fold` is test, the next one val.
+    folds: int = 0  # 0 keeps the data set's own splits
+    fold: int = 0  # 0 to folds - 1
+    workers: int = 0  # reading processes; 0 reads in threads of this process
+    threads: int = 0  # decoding threads of each process; 0 is one more than cores
+    prefetch: int = 2  # batches read ahead
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to train images on the device, in this order; at its defaults a field does nothing.
+
+    Presets of the studies are in `lungjax.config.presets`: `--set=augment=covidnet_ct`, then single fields.
+    """
+
+    exterior: float = 0.0  # probability: what lies outside the body becomes the mean of the dark outside
+    # One warp, with `size` as its result.
+    flip_horizontal: float = 0.0  # probability
+    flip_vertical: float = 0.0  # probability
+    rotation: float = 0.0  # at most this part of a turn each way, as in Keras: 0.1 is 36 degrees
+    # Keras's RandomZoom: a number drawn from this range is added to the side that is seen, so -0.2 zooms in on 0.8 of
+    # it and 0.2 shows 1.2.
+    zoom: tuple[float, float] = (0.0, 0.0)
+    zoom_apart: bool = False  # draw height and width on their own
+    shear: float = 0.0  # at most this coefficient (tangent) each way, along x or along y
+    shift: tuple[float, float] = (0.0, 0.0)  # at most these parts of height and width each way
+    box_jitter: float = 0.0  # each edge of the box moves by at most this part of the box's side; needs input.crop=box
+    fill: str = "constant"  # one of FILLS, for what lies outside the image
+    fill_value: float = 0.0  # 0..255, for "constant"
+    # Then the intensities, of 0..255, clipped to that range in the end.
+    brightness: tuple[float, float] = (1.0, 1.0)  # the image times a number of this range
+    contrast: tuple[float, float] = (1.0, 1.0)  # the distance to the image's mean times a number of this range
+    gamma: tuple[float, float] = (1.0, 1.0)  # 255 * (x / 255) ** a number of this range, drawn log-evenly
+    intensity_shift: float = 0.0  # scale * (x + shift): shift at most this many gray levels each way
+    intensity_scale: float = 0.0  # scale 1 -/+ at most this
+    invert: float = 0.0  # probability of 255 - x
+    dropout: tuple[float, float] = (0.0, 0.0)  # part of the patches that become black, drawn from this range
+    dropout_grid: tuple[int, int] = (3, 8)  # patches along each side, drawn from this range (imgaug's size_px)
+    noise: float = 0.0  # Gaussian, its standard deviation drawn from 0 to this many gray levels
+    probability: float = 1.0  # that an image gets each of rotation, shear, box_jitter, zoom, shift and intensities
+    # Last, between two images of a batch; the loss is shared out in the same parts. Both: each half of the batches.
+    mixup: float = 0.0  # alpha of the beta distribution; 0 is off
+    cutmix: float = 0.0  # the same
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What follows the last feature map: norm, pool, norm, hidden layers, dropout, dense.
+
+    A field left None takes the network's published head; `models.build` fills it in.
+    """
+
+    pool: str | None = None  # one of POOLS
+    # One of NORMS; ReLU follows batch and group (pre-activation networks), not layer (Keras's ConvNeXt without top).
+    norm_before_pool: str | None = None
+    norm_after_pool: str | None = None  # one of NORMS (ConvNeXt: layer)
+    hidden: tuple[int, ...] | None = None  # widths of dense layers before the last one
+    activation: str | None = None  # one of ACTIVATIONS, after each hidden layer
+    hidden_dropout: float | None = None  # after each hidden layer, 0..1
+    dropout: float | None = None  # right after the pool (and its norm), 0..1
+    output: str | None = None  # one of OUTPUTS; "sigmoid" is one logit for two classes
+    positive_class: str = ""  # with sigmoid: the class whose probability the logit gives
+    zero_init: bool | None = None  # start the last kernel at zero
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. A field left None takes the architecture's own published value."""
+
+    name: str = "cbr_small"  # a key of lungjax.models.MODELS
+    # What the network starts from: "none" (random), "imagenet" (its first record), a record such as "aa_in1k" or
+    # "efficientnet_b0.aa_in1k" (python -m lungjax.weights --list), "file:PATH", "run:WORKDIR" of a lungjax run, or
+    # "meanvar:" and any of these: random, with each tensor's mean and variance.
+    weights: str = "none"
+    noncommercial: bool = False  # True accepts weights whose licence forbids commercial use
+    gray: str = "repeat"  # one of GRAYS: how gray images meet weights for three channels
+    padding: str | None = None  # one of PADDINGS, for the networks that leave it open; weights may demand one
+    epsilon: float | None = None  # of the norms, for the networks that leave it open; weights may demand one
+    # Part of its running statistics that BatchNorm keeps at each step; networks without any BatchNorm ignore it. A
+    # published 0.99 or 0.999 is too slow for a fine-tuning of some hundred steps.
+    momentum: float | None = None
+    drop_path: float | None = None  # stochastic depth of the last block, 0..1
+    # One of BATCH_NORMS. "with_layer": frozen layers keep their running statistics and normalise with them (Keras);
+    # "update": every norm uses the batch and updates, also in frozen layers; "frozen": none does.
+    batch_norm: str = "with_layer"
+    # Of the computation, one of DTYPES; parameters, statistics, pooling and logits stay float32. None is bfloat16 on
+    # GPU and TPU, and float32 on the CPU.
+    dtype: str | None = None
+    head: HeadConfig = field(default_factory=HeadConfig)  # what follows the last feature map
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Loss, optimiser and schedule."""
+
+    name: str = "adam"  # one of OPTIMIZERS
+    lr: float = 1e-3  # peak learning rate
+    schedule: str = "constant"  # one of SCHEDULES, after the warm-up
+    warmup_steps: int = 0  # linear from zero
+    end_factor: float = 0.0  # cosine and linear end at lr * end_factor
+    schedule_steps: int = 0  # the schedule is through after so many steps; 0 is those of the run
+    decay_at: tuple[float, ...] = ()  # schedule "step": parts of the run (0..1) where lr falls
+    decay_factor: float = 0.1  # schedule "step": by this factor each time
+    momentum: float = 0.9  # sgd and rmsprop
+    nesterov: bool = False  # sgd
+    b1: float = 0.9  # adam, adamw
+    b2: float = 0.999  # adam, adamw
+    # adam, adamw, rmsprop. Keras's number (torch has 1e-8), added as in the paper, after the moments are corrected for
+    # their start at zero; Keras adds it before, where it weighs 32 times as much at the first step.
+    eps: float = 1e-7
+    weight_decay: float = 0.0  # decoupled; kernels only, never norms or biases
+    clip_norm: float = 0.0  # global gradient norm; 0 is off
+    label_smoothing: float = 0.0  # 0..1
+    class_weights: str = "none"  # "none", "balanced" (n / (classes * n_c)), or numbers "1,2.5,1"
+    # What is trained: "all", "head", "blocks:K" or "stages:K" (the last K and all that follows them). Frozen
+    # parameters cost neither gradient nor optimiser memory.
+    tune: str = "all"
+    freeze: str = ""  # regex over parameter paths that are frozen as well, such as "^stem"
+    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" over parameter paths, the first that fits; such as "^head/=10"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how often, and what counts as best."""
+
+    batch_size: int = 32  # global, over all devices and hosts
+    epochs: float = 10.0  # passes over the train split
+    steps: int = 0  # above zero it replaces epochs
+    fraction: float = 1.0  # of the train patients that are used, for learning curves
+    eval_steps: int = 0  # steps between validations; 0 is once an epoch
+    save_steps: int = 0  # steps between checkpoints; 0 is at each validation
+    # One of ON_NAN, for a loss or gradient that is no number. "stop" keeps the state from before it; "skip" leaves that
+    # step out; "rewind" returns to the last checkpoint and goes on with the examples after the bad batch.
+    on_nan: str = "stop"
+    log_steps: int = 10  # steps between lines of metrics.jsonl
+    seed: int = 0  # of weights, data order and dropout
+    monitor: str = "slice.auc_macro"  # validation metric that picks the best weights
+    maximize: bool = True  # False where smaller is better, as for "slice.loss"
+    patience: int = 0  # validations without a better one before stopping; 0 never stops early
+    keep: str = "best"  # one of KEEPS: the weights that are tested, the best by `monitor` or those of the last step
+    accumulate: int = 1  # micro-batches a step; BatchNorm statistics are then per micro-batch
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    devices: int = 0  # to train on, of this one host; 0 is all, of all hosts
+    # One of STATISTICS: BatchNorm sees the whole batch, or each device its own part (as under pmap, and in torch).
+    batch_norm: str = "global"
+    shard_params: bool = False  # cut parameters and optimiser state over the devices instead of a copy on each
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the best weights are tested."""
+
+    batch_size: int = 0  # global; 0 chooses by image size and machine
+    examples: int = 12  # right and wrong test images on the sheet, each
+    draws: int = 2000  # of patients, for the 95 % intervals (bootstrap); 0 leaves them out
+    sensitivity: float = 0.95  # of the operating point that is chosen on val for it
+    prevalence: float = 0.0  # 0..1, at which predictive values are given as well; 0 is the test split's own alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, complete: with the data set and the code it is everything needed to repeat it."""
+
+    name: str = "run"  # of the experiment; the default workdir is runs/NAME
+    data: DataConfig = field(default_factory=DataConfig)
+    input: InputSpec = field(default_factory=InputSpec)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message: the nearest known names, or all of a few."""
+    known = sorted(known)
+    begun = [other for other in known if name and other.startswith(name)]  # half a name before one that looks alike
+    close = [*begun, *(n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in begun)][:3]
+    if close:
+        return f"the nearest: {', '.join(close)}"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"known: {shown}" if known else "none is known"
+
+
+def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns every leaf field by dotted path, such as {"optim.lr": 0.001, ...}."""
+    leaves: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= fields_of(value, f"{prefix}{f.name}.")
+        else:
+            leaves[prefix + f.name] = value
+    return leaves
+
+
+def _check_augment(config: Config) -> None:
+    """Raises ValueError for the first field of `augment` that is out of its range; reversed ranges are named too."""
+    bounds = {
+        "exterior": (0, 1), "flip_horizontal": (0, 1), "flip_vertical": (0, 1), "rotation": (0, 0.5), "shear": (0, 1),
+        "shift": (0, 1), "box_jitter": (0, 0.4), "fill_value": (0, 255), "zoom": (-0.9, 1), "brightness": (0, 100),
+        "contrast": (0, 100), "gamma": (0.01, 100), "intensity_shift": (0, 255), "intensity_scale": (0, 1),
+        "invert": (0, 1), "dropout": (0, 1), "dropout_grid": (1, 256), "noise": (0, 255), "probability": (0, 1),
+        "mixup": (0, 100), "cutmix": (0, 100),
+    }  # fmt: skip
+    augment = config.augment
+    for name, (low, high) in bounds.items():
+        value = getattr(augment, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(low <= number <= high for number in numbers):  # so that nan fails too
+            raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
+        if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
+            raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
+    margin = config.input.box_margin
+    if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
+        raise ValueError(
+            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin of at least as "
+            f"much, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
+        )
+    if margin and config.input.crop != "box":
+        raise ValueError(f"input.box_margin={margin} needs input.crop=box")
+
+
+def _check_splits(config: Config) -> None:
+    """Raises ValueError for folds that there can't be, or an empty fraction of train."""
+    data, fraction = config.data, config.train.fraction
+    if data.folds and data.folds < 3:
+        raise ValueError(f"data.folds={data.folds}: 3 or more (test, val and train take one part each), or 0")
+    if not 0 <= data.fold < max(data.folds, 1):
+        there = (
+            f"the parts of data.folds={data.folds} are 0 to {data.folds - 1}" if data.folds else "there are no folds"
+        )
+        raise ValueError(f"data.fold={data.fold}: {there}")
+    if data.folds and data.protocol != "sound":
+        raise ValueError(
+            f"data.folds={data.folds} and data.protocol={data.protocol}: a study's splits are what they are; leave one "
+            "of the two out"
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first field whose value makes no sense, before any device work."""
+    leaves = fields_of(config)
+    choices = {
+        "data.protocol": PROTOCOLS, "augment.fill": FILLS,
+        "input.crop": CROPS, "input.interpolation": INTERPOLATIONS, "data.sampling": SAMPLINGS,
+        "model.dtype": DTYPES, "model.padding": PADDINGS, "optim.name": OPTIMIZERS,
+        "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
+        "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
+        "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
+        "model.batch_norm": BATCH_NORMS, "train.batch_norm": STATISTICS, "train.on_nan": ON_NAN, "train.keep": KEEPS,
+    }  # fmt: skip
+    for path, allowed in choices.items():
+        if leaves[path] is not None and leaves[path] not in allowed:
+            raise ValueError(f"{path}={leaves[path]!r}: allowed are {', '.join(map(str, allowed))}")
+    for path in ("train.batch_size", "train.log_steps", "train.accumulate", "optim.lr",
+                 "data.prefetch", "optim.eps"):  # fmt: skip
+        if leaves[path] <= 0:
+            raise ValueError(f"{path}={leaves[path]}: must be above zero")
+    for path in ("train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed",
+                 "data.workers", "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
+                 "input.box_margin", "eval.examples", "train.epochs",
+                 "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws"):  # fmt: skip
+        if leaves[path] < 0:
+            raise ValueError(f"{path}={leaves[path]}: must not be negative")
+    for path in (
+        "optim.label_smoothing",
+        "model.momentum",
+        "model.head.dropout",
+        "model.head.hidden_dropout",
+        "model.drop_path",
+    ):
+        if leaves.get(path) is not None and not 0 <= leaves[path] < 1:
+            raise ValueError(f"{path}={leaves[path]}: must be at least 0 and below 1")
+    for path in ("eval.sensitivity", "eval.prevalence"):
+        if not 0 <= leaves[path] <= 1:
+            raise ValueError(f"{path}={leaves[path]}: must be from 0 to 1")
+    if (config.input.crop == "center") != (min(config.input.crop_size) > 0):
+        raise ValueError(
+            f"input.crop={config.input.crop} and input.crop_size={config.input.crop_size}: a center crop needs its "
+            "height and width in pixels, others have none"
+        )
+    if config.train.epochs == 0 and config.train.steps == 0:
+        raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
+    if config.train.batch_norm == "per_device" and config.train.shard_params:
+        raise ValueError(
+            "train.batch_norm=per_device and train.shard_params=True: devices with statistics of their own hold whole "
+            "parameters; give up one of the two"
+        )
+    if config.train.batch_size % config.train.accumulate:
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} is not a multiple of "
+            f"train.accumulate={config.train.accumulate}"
+        )
+    if min(config.input.size) < 1:
+        raise ValueError(f"input.size={config.input.size}: must be above zero")
+    for path in ("input.mean", "input.std"):
+        if leaves[path] is not None and len(leaves[path]) not in (1, 3):
+            raise ValueError(f"{path}={leaves[path]}: give one number, or three")
+    if config.input.std is not None and min(config.input.std) <= 0:
+        raise ValueError(f"input.std={config.input.std}: must be above zero")
+    if config.model.epsilon is not None and config.model.epsilon <= 0:
+        raise ValueError(f"model.epsilon={config.model.epsilon}: must be above zero")
+    head = config.model.head
+    if head.output == "sigmoid" and not head.positive_class:
+        raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
+    _check_augment(config)
+    _check_splits(config)

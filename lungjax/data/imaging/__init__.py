@@ -1,0 +1,1 @@
+"""Image files and scans: decoding, volumes, masks."""

@@ -1,0 +1,1 @@
+"""Drawn CT slices with known findings."""

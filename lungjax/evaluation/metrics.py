@@ -1,0 +1,391 @@
+"""The numbers of a report, from labels and probabilities, in numpy alone and in float64.
+
+Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix and the predicted class
+the one of the highest probability (the first of equals):
+
+    precision (positive predictive value)  TP / (TP + FP)      recall (sensitivity)  TP / (TP + FN)
+    npv (negative predictive value)        TN / (TN + FN)      specificity           TN / (TN + FP)
+    f1                                     2 TP / (2 TP + FP + FN)
+    auc                 area under the ROC curve: the chance that an example of the class has a higher
+                        probability for it than one of the rest, ties one half (Hanley and McNeil,
+                        Radiology 143:29, 1982)
+    average_precision   sum over thresholds of (recall step) x precision, without interpolation
+
+`_macro` is the plain mean over the classes, `_weighted` the mean weighted by the classes' true counts, and
+`_micro` pools all example-class pairs into one two-class problem. `balanced_accuracy` is the mean recall, so
+it equals `recall_macro`. `loss` is the mean of -log(probability of the true class) in nats, probabilities no
+smaller than 2.2e-16. Of calibration:
+
+    ece      expected calibration error: the examples in 15 bins of equal width by their highest probability, and
+             the mean over the examples of |mean probability - share of right ones| of their bin, 0..1 (Guo et al.,
+             arXiv 1706.04599; a bin has its upper edge and not its lower one)
+    brier    mean over the examples of the sum over all classes of (probability - 1 or 0)^2, 0..2 (Brier, Monthly
+             Weather Review 78:1, 1950; half of it is what two classes are often given)
+
+`study` holds what the studies call by these names, see `lungjax.evaluation.study_metrics`.
+
+A number that has no definition is None and never a made-up one: the recall of a class with no example, the
+precision of a class never predicted, an AUC or average precision without both sides. Means are over the
+classes where the number is defined, and None where it is for none. These are scikit-learn's definitions with
+`zero_division=nan`. By them a class without examples has precision and F1 zero once it is predicted, which
+draws their means down.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lungjax.evaluation import study_metrics
+from lungjax.evaluation.predictions import Predictions
+
+Level = dict[str, Any]
+
+# Per class, in the report's order; each gets a mean over classes with _macro after its name.
+PER_CLASS = ("precision", "recall", "specificity", "npv", "f1", "auc", "average_precision")
+WEIGHTED = ("precision", "recall", "f1", "auc", "average_precision")
+BINS = 15  # of the expected calibration error
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What each of N examples adds to the sums from which a level follows, its areas under curves apart."""
+
+    cells: np.ndarray  # [N] int, label * C + predicted class: its place in the confusion matrix
+    loss: np.ndarray  # [N] float64
+    brier: np.ndarray  # [N] float64
+    bins: np.ndarray  # [N] int, 0..BINS-1, of its highest probability
+    gaps: np.ndarray  # [N] float64, highest probability - (1 if right else 0)
+    named: np.ndarray  # [N, C] bool, the classes of the highest output, as TensorFlow Addons takes them
+    rounded: np.ndarray  # [N] bool, right by rounded probabilities
+
+
+def summarize(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    ids: np.ndarray | None = None,
+    logits: np.ndarray | None = None,
+) -> Level:
+    """Returns all numbers of one set of examples, JSON-ready: one "level" of the report.
+
+    Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
+    WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, a row a true
+    class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, see the top of the file.
+
+    Args:
+      labels: [N] int, 0..C-1. N may be 0.
+      probabilities: [N, C], each row summing to 1.
+      classes: C names.
+      ids: [N] names for the error messages.
+      logits: [N, C] whose softmax the probabilities are, for `study.auc_micro_logits`.
+
+    Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    scores = np.asarray(probabilities, dtype=np.float64).reshape(len(labels), len(classes))
+    check_probabilities(scores, ids)
+    n, c = scores.shape
+    each = terms(labels, scores, logits)
+    is_class = labels[:, None] == np.arange(c)  # [N, C]
+    confusion = np.bincount(each.cells, minlength=c**2).reshape(c, c)
+    sums = {
+        "confusion": confusion,
+        "loss": each.loss.sum(),
+        "brier": each.brier.sum(),
+        "gaps": np.bincount(each.bins, weights=each.gaps, minlength=BINS),
+        "named": each.named.sum(axis=0),
+        "named_right": (each.named & is_class).sum(axis=0),
+        "rounded": each.rounded.sum(),
+    }
+    areas = {
+        "auc": np.array([auc(is_class[:, i], scores[:, i]) for i in range(c)]),
+        "average_precision": np.array([average_precision(is_class[:, i], scores[:, i]) for i in range(c)]),
+        "auc_micro": auc(is_class.ravel(), scores.ravel()),
+        "average_precision_micro": average_precision(is_class.ravel(), scores.ravel()),
+        "auc_micro_logits": np.nan if logits is None else auc(is_class.ravel(), np.asarray(logits).ravel()),
+    }
+    found = _plain(values(sums, areas, classes))
+    counts = confusion.sum(axis=1)
+    per_class = {name: {"n": int(counts[i]), **found["per_class"][name]} for i, name in enumerate(classes)}
+    return {"n": n, **found, "confusion": confusion.tolist(), "per_class": per_class}
+
+
+def terms(labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None) -> Terms:
+    """Returns what each example adds; `labels` [N] int, `probabilities` [N, C] float64, `logits` [N, C] or None."""
+    n, c = probabilities.shape
+    rows = np.arange(n)
+    predicted = probabilities.argmax(axis=1) if n else labels
+    top = probabilities[rows, predicted]
+    true = probabilities[rows, labels]
+    return Terms(
+        cells=labels * c + predicted,
+        loss=-np.log(np.maximum(true, np.finfo(np.float64).eps)),
+        brier=((probabilities - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1),
+        bins=confidence_bins(top),
+        gaps=top - (predicted == labels),
+        named=study_metrics.named(probabilities if logits is None else np.asarray(logits)),
+        rounded=study_metrics.rounded(probabilities) == labels,
+    )
+
+
+def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
+    """Returns which of `count` equal bins of 0..1 each confidence [N] lies in, [N] int; an edge is the lower bin's."""
+    return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
+
+
+def values(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
+    """Returns the numbers of a level but `n` and `confusion`, NaN where undefined, for any leading axes [...].
+
+    One definition for a set of examples and for each draw of a bootstrap.
+
+    Args:
+      sums: over the examples: "confusion" [..., C, C] counts, "loss", "brier" and "rounded" [...], "gaps" [..., BINS],
+        "named" [..., C], and "named_right" [..., C], of the class's own examples; see `Terms`.
+      areas: "auc" and "average_precision" [..., C]; "auc_micro", "average_precision_micro", "auc_micro_logits" [...].
+      classes: C names.
+    """
+    confusion = sums["confusion"]
+    counts = confusion.sum(axis=-1)
+    n = counts.sum(axis=-1)
+    rates = {**confusion_rates(confusion), "auc": areas["auc"], "average_precision": areas["average_precision"]}
+    level: Level = {
+        "loss": _ratio(sums["loss"], n),
+        "ece": _ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
+        "brier": _ratio(sums["brier"], n),
+        "accuracy": _ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
+        "balanced_accuracy": _mean(rates["recall"]),
+    }
+    for name in PER_CLASS:
+        level[f"{name}_macro"] = _mean(rates[name])
+        if name in WEIGHTED:
+            level[f"{name}_weighted"] = _mean(rates[name], counts)
+    level["auc_micro"] = areas["auc_micro"]
+    level["average_precision_micro"] = areas["average_precision_micro"]
+    level["per_class"] = {name: {rate: rates[rate][..., i] for rate in PER_CLASS} for i, name in enumerate(classes)}
+    level["study"] = study_metrics.values(sums, rates, areas["auc_micro_logits"])
+    return level
+
+
+def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
+
+    Counts (`n`, `confusion`, `mixed_groups`) are none, nor are `intervals`.
+    """
+    found: dict[str, Any] = {}
+    for name, value in level.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}.") if prefix or name != "intervals" else {}
+        elif name not in ("n", "confusion", "mixed_groups"):
+            found[prefix + name] = value
+    return found
+
+
+def report_levels(predictions: Predictions) -> dict[str, Any]:
+    """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
+
+    `slice` is over all examples, `patient` over the groups (see `by_patient`), `by_source` over the examples
+    of each source; it is empty if no source is known, and examples without one are "unknown" otherwise.
+    Raises ValueError as `summarize` does.
+    """
+    p = predictions
+    levels: dict[str, Any] = {**whole_levels(p), "by_source": {}}
+    if (p.sources != "").any():
+        names, member = np.unique(np.where(p.sources == "", "unknown", p.sources), return_inverse=True)
+        order = np.argsort(member, kind="stable")
+        rows_of = np.split(order, np.cumsum(np.bincount(member))[:-1])
+        levels["by_source"] = {
+            str(name): summarize(
+                p.labels[rows],
+                p.probabilities[rows],
+                p.classes,
+                p.ids[rows],
+                None if p.logits is None else p.logits[rows],
+            )
+            for name, rows in zip(names, rows_of, strict=True)
+        }
+    return levels
+
+
+def whole_levels(predictions: Predictions) -> dict[str, Any]:
+    """Returns the levels `slice` and `patient` of `report_levels` alone."""
+    p = predictions
+    patients, mixed = by_patient(p)
+    return {
+        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits),
+        "patient": summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
+        | {"mixed_groups": mixed},
+    }
+
+
+def flat_levels(predictions: Predictions) -> dict[str, float | None]:
+    """Returns the numbers of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
+    return {
+        f"{level}.{name}": value
+        for level, values in whole_levels(predictions).items()
+        for name, value in values.items()
+        if value is None or isinstance(value, (int, float))
+    }
+
+
+def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
+    """Returns one prediction a group, and the number of groups left out because their labels are mixed.
+
+    The probability is the mean over the group's examples, in float64; ids and groups are the group's name,
+    sources its source ("several" if it has more), rows sorted by name, no extra columns. An example with the
+    group "" is a group of its own, named by its id. Raises ValueError for NaN probabilities, as `summarize`.
+    """
+    p = predictions
+    check_probabilities(np.asarray(p.probabilities, dtype=np.float64), p.ids)
+    alone = p.groups == ""
+    keys = patient_keys(p)
+    names, first, member, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    n = len(names)
+    mixed = np.zeros(n, bool)
+    mixed[member[p.labels != p.labels[first][member]]] = True
+    several = np.zeros(n, bool)
+    several[member[p.sources != p.sources[first][member]]] = True
+    means = np.stack(
+        [
+            np.bincount(member, weights=p.probabilities[:, i], minlength=n) / np.maximum(counts, 1)
+            for i in range(len(p.classes))
+        ],
+        axis=1,
+    )
+    kept = ~mixed
+    shown = np.where(alone, p.ids, p.groups)[first][kept]
+    patients = Predictions(
+        ids=shown,
+        groups=shown,
+        sources=np.where(several, "several", p.sources[first])[kept],
+        labels=p.labels[first][kept],
+        probabilities=means[kept],
+        classes=p.classes,
+    )
+    return patients, int(mixed.sum())
+
+
+def patient_keys(predictions: Predictions) -> np.ndarray:
+    """Returns [N] str, equal for two examples exactly where they are of one patient."""
+    p = predictions
+    # A group's name and an example's id live apart: id "7" without a group is not patient "7".
+    return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))
+
+
+def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None) -> None:
+    """Raises ValueError naming the examples whose row [N, C] is not made of probabilities."""
+    p = probabilities
+    for what, bad in (
+        ("are NaN or infinite", ~np.isfinite(p).all(axis=1)),
+        ("are outside 0..1", ((p < -1e-6) | (p > 1 + 1e-6)).any(axis=1)),
+        ("don't sum to 1", np.abs(p.sum(axis=1) - 1) > 1e-3),
+    ):
+        if bad.any():
+            rows = np.flatnonzero(bad)
+            named = [f"row {row}" if ids is None else str(ids[row]) for row in rows[:5]]
+            more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+            raise ValueError(
+                f"the probabilities of {len(rows)} of {len(p)} examples {what}: {', '.join(named)}{more}; "
+                "the weights that made them have probably diverged"
+            )
+
+
+def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns precision, recall, specificity, npv and f1 of each class, [..., C] each, NaN where undefined.
+
+    `confusion` [..., C, C]: counts, entry i, j of examples of class i taken for class j.
+    """
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
+    true, taken, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
+    true_negative = n - true - taken + hits
+    return {
+        "precision": _ratio(hits, taken),
+        "recall": _ratio(hits, true),
+        "specificity": _ratio(true_negative, n - true),
+        "npv": _ratio(true_negative, n - taken),
+        "f1": _ratio(2 * hits, true + taken),
+    }
+
+
+def auc(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Returns the area under the ROC curve by ranks (Mann-Whitney), ties one half; NaN without both sides.
+
+    `positive` [N] bool, `scores` [N], higher meaning more likely positive.
+    """
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        return float("nan")
+    _, member, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = last - (counts - 1) / 2  # from 1; the mean rank of each set of ties
+    above = ranks[member[positive]].sum() - positives * (positives + 1) / 2
+    return float(above / positives / negatives)
+
+
+def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Returns the sum of (recall step) x precision over the thresholds; NaN without both sides.
+
+    Without negatives it would be 1 for any scores, and say nothing. `positive` [N] bool, `scores` [N].
+    """
+    if positive.all() or not positive.any():
+        return float("nan")
+    recall, precision, _ = pr_curve(positive, scores)
+    return float((np.diff(recall) * precision[1:]).sum())
+
+
+def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns false positive rate, true positive rate and threshold, one point a distinct score.
+
+    The first point is (0, 0) at threshold infinity; an example counts as positive if its score is at least
+    the threshold. NaN where a side is empty. `positive` [N] bool, `scores` [N].
+    """
+    hits, alarms, thresholds = _cumulated(positive, scores)
+    with np.errstate(invalid="ignore"):
+        return alarms / alarms[-1], hits / hits[-1], thresholds
+
+
+def pr_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns recall (rising from 0), precision and threshold, one point a distinct score.
+
+    The first point is (0, 1) at threshold infinity, where nothing is called positive. Recall is NaN without a
+    positive example. `positive` [N] bool, `scores` [N].
+    """
+    hits, alarms, thresholds = _cumulated(positive, scores)
+    with np.errstate(invalid="ignore"):
+        recall = hits / hits[-1]
+        precision = hits / (hits + alarms)
+    precision[0] = 1.0
+    return recall, precision, thresholds
+
+
+def _cumulated(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns true and false positives [T + 1] at the T distinct scores, falling, after a start of none."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    is_end = np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)]  # the last of each set of ties
+    ends = np.flatnonzero(is_end)
+    hits = np.cumsum(positive[order], dtype=np.float64)[ends]
+    alarms = ends + 1 - hits
+    return np.append(0.0, hits), np.append(0.0, alarms), np.append(np.inf, ranked[ends])
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole, NaN where the whole is zero."""
+    part = np.asarray(part, dtype=np.float64)
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=np.asarray(whole) != 0)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Returns the (weighted) mean over the last axis's defined values; NaN if there is none, or no weight on them."""
+    defined = ~np.isnan(values)
+    weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
+    return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
+
+
+def _plain(value: Any) -> Any:
+    """Turns the numbers of a tree into Python's, NaN into None."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return None if np.isnan(value) else float(value)

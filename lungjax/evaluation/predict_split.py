@@ -1,0 +1,67 @@
+"""One pass over a split with given weights: each example once, predictions gathered on the host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lungjax.config import Config
+from lungjax.data import pipeline, prepared
+from lungjax.data.prepared import Prepared
+from lungjax.evaluation.predictions import Predictions
+from lungjax.models import folding
+from lungjax.runtime import mesh as meshes
+
+
+def predict(
+    predict_step: Callable[..., dict[str, jax.Array]],
+    variables: dict[str, Any],
+    data: Prepared,
+    split: str,
+    config: Config,
+    mesh: Mesh,
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """Returns the predictions for every example of a split, in record order.
+
+    `predict_step` takes `variables`, and is jitted with its output on every device (`mesh.replicated`), so each
+    host ends up with all predictions. `check` is called between batches and may raise. Raises ValueError for an empty
+    split.
+    """
+    rows = data.rows(split)
+    if not len(rows):
+        raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
+    size = folding.batch_size(config, mesh.size, meshes.platform(mesh))
+    batches = pipeline.eval_batches(data, rows, config, size, host=jax.process_index(), hosts=jax.process_count())
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def keep(out: dict[str, jax.Array]) -> None:
+        found = jax.device_get(out)
+        each = zip(found["row"], found["probabilities"], found["logits"], strict=True)
+        scores.update((int(r), (p, z)) for r, p, z in each if r >= 0)
+
+    ahead = None  # computed while the next batch is read and sent
+    total = -(-len(rows) // size)
+    for batch in tqdm(batches, f"predicting {split}", total, disable=not progress, leave=False):
+        check()
+        out = predict_step(variables, meshes.to_devices(batch, mesh))
+        if ahead is not None:
+            keep(ahead)
+        ahead = out
+    if ahead is not None:
+        keep(ahead)
+    columns = {name: values[rows] for name, values in data.columns.items()}
+    return Predictions(
+        ids=columns["file"],
+        groups=columns["group"],
+        sources=columns["source"],
+        labels=columns["label"],
+        probabilities=np.stack([scores[int(r)][0] for r in rows]),
+        logits=np.stack([scores[int(r)][1] for r in rows]),
+        classes=data.classes,
+        extra={name: values for name, values in columns.items() if name not in prepared.RESERVED},
+    )

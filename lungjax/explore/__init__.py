@@ -1,1 +1,0 @@
-"""What is in a prepared data set, as a page with pictures: `python -m lungjax.explore`."""

@@ -1,0 +1,170 @@
+"""Writes `model.onnx` by jax2onnx: the `predict` program in opset 23, any number of images, normalisation inside.
+
+    pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes]
+
+`metadata_props` has model.json under the key "lungjax". The graph is mended where jax2onnx 0.13 takes all four axes
+of a max pool for places, which no runtime computes, and where onnxruntime 1.31 would compute something else.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lungjax.export.functions import Programs
+from lungjax.inference import artifacts
+from lungjax.runtime.files import replaced_file
+
+FILE = "model.onnx"
+MOST = 2**31 - 2**20  # bytes: a protobuf holds no more
+TINY = float(np.finfo(np.float32).tiny)
+TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def write(programs: Programs, folder: Path) -> tuple[Path, float]:
+    """Writes FILE into `folder`, checks it with onnx, runs it with onnxruntime and compares it with the network.
+
+    Returns its path, and the largest difference of the logits by their range. Raises ValueError, and leaves no file, if
+    that is too large, a package is missing, or the network is too big for the format.
+    """
+    onnx = load_packages()
+    size = sum(array.nbytes for array in programs.weights.values())
+    if size > MOST:
+        raise ValueError(
+            f"{FILE}: the weights take {size / 2**30:.1f} GiB, and ONNX holds 2 in a file; use --format=jax"
+        )
+    model = convert(programs)
+    path = folder / FILE
+    with replaced_file(path) as partial_file:
+        onnx.save(model, str(partial_file))
+        onnx.checker.check_model(str(partial_file), full_check=True)
+        found = programs.check(artifacts.read_onnx(partial_file).outputs, FILE)
+    return path, found
+
+
+def load_packages() -> Any:
+    """Returns onnx. Raises ValueError where a package of the extra `export` is missing."""
+    try:
+        import jax2onnx  # noqa: F401
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{FILE} needs the package {error.name}: pip install -e '.[export]' installs what ONNX files are made with"
+        ) from None
+    return onnx
+
+
+def convert(programs: Programs) -> Any:
+    """Returns the `onnx.ModelProto` of the `predict` program."""
+    weights = programs.weights  # before the trace, in which they would be no numbers
+    with _quiet():
+        from jax2onnx import to_onnx
+
+        def predict(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = programs.predict(weights, pixels)
+            return found["probabilities"], found["logits"]
+
+        model = to_onnx(
+            predict,
+            [jax.ShapeDtypeStruct(("B", *programs.image_shape), np.uint8)],
+            model_name="lungjax",
+            input_names=["pixels"],
+            output_names=["probabilities", "logits"],
+        )
+    mend_pools(model)
+    mend_borders(model)
+    drop_unused(model)
+    told = model.metadata_props.add()
+    told.key, told.value = artifacts.METADATA_KEY, programs.metadata.to_json()
+    model.producer_name = "lungjax"
+    return model
+
+
+def mend_pools(model: Any) -> None:
+    """Turns each max pool over four places, Unsqueeze twice around and Squeeze after it, into one over two."""
+    from onnx import helper
+
+    graph = model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    gone: set[str] = set()
+    nodes = []
+    for node in graph.node:
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        window = list(options.get("kernel_shape", ()))
+        if node.op_type != "MaxPool" or len(window) != 4:
+            nodes.append(node)
+            continue
+        outer = made[node.input[0]]
+        inner = made[outer.input[0]]
+        after = [other for other in graph.node if node.output[0] in other.input]
+        if (outer.op_type, inner.op_type, *(o.op_type for o in after)) != ("Unsqueeze", "Unsqueeze", "Squeeze"):
+            raise ValueError(f"{FILE}: jax2onnx wrote the max pool {node.name} in an unknown way; report its version")
+        pads = list(options.get("pads", [0] * 8))
+        strides = list(options.get("strides", [1] * 4))
+        assert window[0] == window[3] == strides[0] == strides[3] == 1 and not any(pads[::4] + pads[3::4])
+        names = [f"{node.name}_{part}" for part in ("nchw", "pooled")]
+        nodes += [
+            helper.make_node("Transpose", [inner.input[0]], names[:1], f"{node.name}_in", perm=TO_NCHW),
+            helper.make_node(
+                "MaxPool", names[:1], names[1:], node.name, kernel_shape=window[1:3], strides=strides[1:3],
+                pads=[pads[1], pads[2], pads[5], pads[6]],
+            ),
+            helper.make_node("Transpose", names[1:], list(after[0].output), f"{node.name}_out", perm=TO_NHWC),
+        ]  # fmt: skip
+        gone |= {outer.name, inner.name, after[0].name}
+        shapes = {node.output[0], outer.output[0], inner.output[0]}
+        kept = [value for value in graph.value_info if value.name not in shapes]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if node.name not in gone)
+
+
+def mend_borders(model: Any) -> None:
+    """Keeps onnxruntime 1.31 from merging a border of zeros into the max pool after it, where no padded cell ever wins.
+
+    It does so for zeros alone, so the border becomes the smallest number above zero.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.op_type == "MaxPool" else None
+        while source is not None and source.op_type == "Transpose":
+            source = made.get(source.input[0])
+        if source is not None and source.op_type == "Pad" and len(source.input) > 2:
+            values = [array for array in graph.initializer if array.name == source.input[2]]
+            if values and not numpy_helper.to_array(values[0]).any():
+                name = f"{source.name}_border"
+                graph.initializer.append(numpy_helper.from_array(np.array(TINY, np.float32), name))
+                source.input[2] = name
+
+
+def drop_unused(model: Any) -> None:
+    """Takes out the constants that no node reads any more."""
+    graph = model.graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    kept = [array for array in graph.initializer if array.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps jax2onnx from telling of each plugin whose package is not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

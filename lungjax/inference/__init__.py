@@ -1,0 +1,1 @@
+"""A trained model applied to files and scans; the Python API."""

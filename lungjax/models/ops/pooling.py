@@ -1,0 +1,101 @@
+"""Pooling of maps [B, H, W, C], in forms that XLA compiles well where they run; see `lungjax.models.ops.conv`."""
+
+import functools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from lungjax.models.ops.conv import Pads, Pair, alone, by_platform, pad, slices, spread, wide
+
+
+def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    """Takes the maximum of each window of x [B, H, W, C] by the compiler's own reduction."""
+    lowest = np.array(-np.inf, x.dtype)
+    return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
+
+    The gradient goes to the first of equal maxima, in rows, then columns. On the CPU the maximum is one of shifted
+    slices: one loop, which takes in the bias and the activation before it as well.
+    """
+    forms = {"cpu": _window_max, "default": plain_window_max}
+    return by_platform(x, **{name: partial(f, window=window, strides=strides, pads=pads) for name, f in forms.items()})
+
+
+def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    return functools.reduce(lax.max, [part for _, _, part in slices(pad(x, pads, -jnp.inf), window, strides)])
+
+
+def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
+    return window_max(x, window, strides, pads), x
+
+
+def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
+
+    cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
+    return (by_platform(x, dy, cpu=cpu, default=plain),)
+
+
+window_max.defvjp(_window_max_save, _window_max_gradient)
+
+
+def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
+    # The winner is searched for anew. A comparison with the forward pass's maximum may find no cell: the compiler is
+    # free to recompute x for the gradient, and another fusion rounds otherwise.
+    def find(padded: jax.Array) -> jax.Array:
+        (_, _, best), *others = slices(padded, window, strides)
+        winner = jnp.zeros(best.shape, jnp.int16)
+        for i, j, part in others:
+            better = part > best  # the first of equals stays
+            best = jnp.where(better, part, best)
+            winner = jnp.where(better, jnp.int16(i * window[1] + j), winner)
+        return winner
+
+    def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
+        return jnp.where(winner == i * window[1] + j, wide(part), 0)
+
+    winner = alone(find, pad(x, pads, -jnp.inf))
+    return spread([dy, winner], x.shape, window, strides, pads, term)
+
+
+@jax.custom_vjp
+def halve(x: jax.Array) -> jax.Array:
+    """Takes the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
+    return by_platform(x, cpu=_halve, default=plain_halve)
+
+
+def plain_halve(x: jax.Array) -> jax.Array:
+    """Takes the mean of each 2 x 2 cells by the compiler's own reduction."""
+    return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    total = sum(wide(part) for _, _, part in slices(x, (2, 2), (2, 2)))
+    return (total / 4).astype(x.dtype)
+
+
+def _halve_save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return halve(x), (x[:, :1], x[:, :, :1])  # of which the shapes are read
+
+
+def _halve_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    height, width = saved[1].shape[1], saved[0].shape[2]
+    batch, rows, columns, channels = dy.shape
+    each = jnp.broadcast_to(
+        (wide(dy) / 4).astype(dy.dtype)[:, :, None, :, None], (batch, rows, 2, columns, 2, channels)
+    )
+    full = each.reshape(batch, 2 * rows, 2 * columns, channels)
+    return (pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
+
+
+halve.defvjp(_halve_save, _halve_gradient)

@@ -1,0 +1,1 @@
+"""Numbers and data sets to pages and figures."""

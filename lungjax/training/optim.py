@@ -1,0 +1,155 @@
+"""The optimiser of a run: learning-rate schedule, optax chain, decay and freezing by parameter path."""
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lungjax.config import OptimConfig
+from lungjax.models import trees
+
+# Places (stage, number in it) in the order in which a network runs.
+LAST = 10**6
+TOP, HEAD = (LAST, 0), (LAST, 1)
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Returns step -> learning rate: a linear warm-up, then the named schedule over the rest of `steps`.
+
+    Where `optim.schedule_steps` is above zero, it takes their place, and the last rate stays.
+    """
+    rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
+    main: optax.Schedule
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.lr, rest, alpha=config.end_factor)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(config.lr, config.lr * config.end_factor, rest)
+    elif config.schedule == "step":
+        falls = {round(part * rest): config.decay_factor for part in config.decay_at}
+        main = optax.piecewise_constant_schedule(config.lr, falls)
+    else:
+        main = optax.constant_schedule(config.lr)
+    if not config.warmup_steps:
+        return main
+    # Step 0 already learns: a first step at rate zero would be wasted.
+    warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
+    """Returns the paths of the parameters that `optim.tune` and `optim.freeze` leave as they are.
+
+    Blocks and stages are counted by the names that all networks share: stage2_block3, stage2_downsample before
+    the blocks of its stage, stage2_transition after them, top_conv after all, then the head.
+
+    Raises ValueError for an unknown `tune`, one that asks for more than there is, a `freeze` that matches
+    nothing, and if nothing is left to train.
+    """
+    paths = list(trees.flatten(params))
+    places: dict[str, tuple[int, ...]] = {path: _place(path) for path in paths}
+    kind, _, count = config.tune.partition(":")
+    first: tuple[int, ...] = (0, 0)
+    if config.tune == "head":
+        first = HEAD
+    elif kind in ("blocks", "stages") and count.isdecimal() and int(count) > 0:
+        inside = {place if kind == "blocks" else place[:1] for place in places.values() if 0 < place[0] < TOP[0]}
+        units = sorted(unit for unit in inside if kind == "stages" or 0 < unit[1] < LAST)
+        if int(count) > len(units):
+            raise ValueError(f"optim.tune={config.tune!r}: the network has {len(units)} {kind}")
+        first = units[-int(count)]
+    elif config.tune != "all":
+        raise ValueError(f"optim.tune={config.tune!r}: allowed are all, head, blocks:K and stages:K")
+    frozen = {path for path, place in places.items() if place < first}
+    if config.freeze:
+        frozen |= set(_matched(config.freeze, paths, f"optim.freeze={config.freeze!r}"))
+    if len(frozen) == len(paths):
+        raise ValueError(
+            f"optim.tune={config.tune!r}, optim.freeze={config.freeze!r} match every parameter: "
+            "nothing is left to train"
+        )
+    return frozenset(frozen)
+
+
+def _matched(pattern: str, paths: Collection[str], setting: str, what: str = "parameter") -> list[str]:
+    try:
+        found = [path for path in paths if re.search(pattern, path)]
+    except re.error as error:
+        raise ValueError(f"{setting}: not a regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"{setting} matches no {what}, such as {next(iter(paths))!r}")
+    return found
+
+
+def _place(path: str) -> tuple[int, int]:
+    stage = re.match(r"stage(\d+)_([a-z]+)(\d*)", path)
+    if stage:
+        alone = {"downsample": 0, "transition": LAST}.get(stage[2], 1)
+        return int(stage[1]), int(stage[3]) if stage[3] else alone
+    if path.startswith("head/"):
+        return HEAD
+    return TOP if path.startswith("top") else (0, 0)
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+    """Builds the optax chain for the trained `params`, which may be shapes alone; only their paths are read.
+
+    Raises ValueError for an `optim.lr_factors` that can't be read or matches nothing.
+    """
+    parts: list[optax.GradientTransformation] = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.name in ("adam", "adamw"):
+        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    elif config.name == "rmsprop":
+        parts.append(optax.scale_by_rms(decay=0.9, eps=config.eps))
+    if config.weight_decay:
+        # Norm scales, offsets and biases are left alone, as every recipe of these networks does.
+        parts.append(optax.add_decayed_weights(config.weight_decay, trees.mask(params, r"kernel$")))
+    if config.name in ("sgd", "rmsprop") and config.momentum:
+        parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.lr_factors:
+        factors = _factors(config.lr_factors, params)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)))
+    return optax.chain(*parts)
+
+
+def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
+    leaves = dict.fromkeys(trees.flatten(params), 1.0)
+    for setting in reversed(settings):  # so that the first that fits is written last
+        pattern, _, number = setting.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not pattern or not 0 <= factor < math.inf:
+            raise ValueError(f"optim.lr_factors={setting!r}: expected REGEX=FACTOR, such as ^head/=10")
+        leaves |= dict.fromkeys(_matched(pattern, leaves, f"optim.lr_factors={setting!r}", "trained parameter"), factor)
+    return trees.unflatten(leaves)
+
+
+def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) -> jnp.ndarray:
+    """Returns [C] float32 loss weights from `optim.class_weights` and the train labels.
+
+    "balanced" is n / (C * n_c), scikit-learn's rule. Raises ValueError for a wrong count of numbers.
+    """
+    if setting == "none":
+        return jnp.ones(len(classes), jnp.float32)
+    if setting == "balanced":
+        counts = np.bincount(labels, minlength=len(classes))
+        return jnp.asarray(len(labels) / (len(classes) * counts), jnp.float32)
+    try:
+        numbers = [float(t) for t in setting.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(classes) or min(numbers) < 0:
+        raise ValueError(
+            f"optim.class_weights={setting!r}: expected none, balanced, or {len(classes)} numbers with commas "
+            f"for {', '.join(classes)}"
+        )
+    return jnp.asarray(numbers, jnp.float32)

@@ -1,0 +1,171 @@
+"""The command that explains: pictures of files and splits, what can't be read, and the page of quality."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import png, small_bn
+from PIL import Image
+from random_weights import random_variables
+
+from lungjax.config import Config, DataConfig, EvalConfig, InputSpec, overrides
+from lungjax.config.metadata import Metadata
+from lungjax.explain import panels, sheets
+from lungjax.inference import api, inputs
+from lungjax.inference.api import Trained
+from lungjax.models.ops import conv
+from lungjax.training import train
+
+CLASSES = ("left", "middle", "right")
+SPEC = InputSpec(size=(24, 32), channels=1)
+PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Each program runs a few times: compiled quickly, not well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def run():
+    module = small_bn()(outputs=3, padding="same")
+    config = Config(input=SPEC, data=DataConfig(dataset="folder/small"), eval=EvalConfig(batch_size=8))
+    return Trained(config, CLASSES, module, random_variables(module, (24, 32, 1)), 7)
+
+
+@pytest.fixture(scope="module")
+def explainer(run):
+    return sheets.make_explainer(run)
+
+
+def found(run, *given, **windows):
+    told = Metadata(run.config.name, run.classes, run.config.input, run.config.data.dataset, **windows)
+    return inputs.gather(given, told), told
+
+
+def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_path):
+    for name, data in {
+        "in/a.png": png(PICTURE),
+        "in/deep/a.png": png(PICTURE[:, ::-1]),
+        "in/cut.png": png(PICTURE)[:200],
+        "in/notes.txt": b"nothing to see",
+        "b.jpg": b"",
+        "deep.png": png((PICTURE * np.uint16(200)).astype(np.uint16)),
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    Image.fromarray(PICTURE).save(tmp_path / "b.jpg")
+    Image.fromarray(PICTURE).save(tmp_path / "in/a.tiff")
+    out = tmp_path / "out"
+    out.mkdir()
+    given = [str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png", "in/notes.txt")]
+    bad = sheets.explain_files(run, explainer, *found(run, *given), ["gradcam"], None, out, save_maps=True)
+    drawn = sorted(path.name for path in out.glob("*.png"))
+    assert drawn == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
+    assert len(bad) == 4
+    for name, why in {
+        "cut.png": "truncated",
+        "gone.png": "no such",
+        "deep.png": "16-bit",
+        "notes.txt": "can be read",
+    }.items():
+        assert any(str(tmp_path) in line and name in line and why in line for line in bad), (name, bad)
+    # The map is that of the network's input, as prediction reads it.
+    wanted, p = explainer.maps(api.read(str(tmp_path / "in/a.png"), SPEC))
+    np.testing.assert_allclose(np.load(out / "a_gradcam.npy"), wanted[0], atol=1e-5)
+    np.testing.assert_allclose(run.predict(str(tmp_path / "in/a.png")), p, atol=1e-6)
+    with Image.open(out / "a_gradcam.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert (pixels.max(-1) - pixels.min(-1) > 60).any()  # colours of a heat map
+    deep = found(run, given[3], window=(0.0, 51000.0))
+    windowed = sheets.explain_files(run, explainer, *deep, ["gradcam"], 0, out)
+    assert not windowed and (out / "deep_gradcam.png").exists()
+    with pytest.raises(ValueError, match=r"no image could be read(.|\n)*cut.png"):
+        sheets.explain_files(run, explainer, *found(run, str(tmp_path / "in/cut.png")), ["gradcam"], None, out)
+
+
+def test_no_picture_takes_the_place_of_another():
+    used = set()
+    names = [panels.file_name(name, used) for name in ("a.png", "a.jpg", "a_2.png", "sub/a.png", "../weird name?.png")]
+    assert names == ["a", "a_2", "a_2_2", "sub_a", "weird_name_"]
+
+
+def test_an_unknown_class_gets_the_nearest(run):
+    assert sheets.class_number(run, "middle") == 1 and sheets.class_number(run, None) is None
+    with pytest.raises(ValueError, match="--class=midle: the nearest: middle"):
+        sheets.class_number(run, "midle")
+
+
+def test_a_split_is_drawn_in_order_of_confidence_and_the_rest_where_one_is_broken(
+    run, explainer, small_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sheets, "TILES", (2, 3))
+    broken = [dict(record) for record in small_data.records]
+    row = int(small_data.rows("test")[4])
+    broken[row]["image"] = broken[row]["image"][:100]
+    data = replace(small_data, records=broken)
+    bad = sheets.explain_split(run, explainer, data, "test", "gradcam", None, tmp_path / "sheets")
+    assert len(bad) == 1 and data.columns["file"][row] in bad[0]
+    with (tmp_path / "sheets/index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    reader = sheets.pipeline.Reader(data, SPEC)
+    kept = [r for r in data.rows("test") if r != row]
+    p = run.predict([reader(r)[..., 0] for r in kept])
+    said = {str(data.columns["file"][r]): (CLASSES[one.argmax()], one.max()) for r, one in zip(kept, p, strict=True)}
+    assert [line["file"] for line in rows] == sorted(said, key=lambda name: -said[name][1])
+    for line in rows:
+        assert line["predicted"] == said[line["file"]][0]
+        assert (line["wrong"] == "yes") == (line["predicted"] != line["label"])
+        np.testing.assert_allclose(float(line[f"p_{line['predicted']}"]), said[line["file"]][1], rtol=1e-4)
+    assert [line["page"] for line in rows[5:7]] == ["page_001.png", "page_002.png"]
+    assert sorted(path.name for path in (tmp_path / "sheets").glob("*.png")) == ["page_001.png", "page_002.png"]
+    few = tmp_path / "few"
+    sheets.explain_split(run, explainer, small_data, "test", "gradcam", 2, few, count=3)
+    with (few / "index.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+def test_quality_of_drawn_and_of_other_data(run, explainer, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_data", lambda config, folder: small_data)
+    monkeypatch.setattr(sheets.quality, "DELETIONS", 3)
+    said = []
+    sheets.measure_quality(run, explainer, tmp_path, ["gradcam"], None, tmp_path, 5, said.append)
+    found = json.loads((tmp_path / "quality.json").read_text())
+    assert "5 images of the test split of folder/small" in found["images"] and found["step"] == 7
+    assert found["methods"].keys() == {"gradcam"} and found["methods"]["gradcam"].keys() == {"deletion", "sanity"}
+    assert "lesion?" not in (tmp_path / "quality.md").read_text() and "sanity" in " ".join(said)
+    drawn = replace(run, classes=("COVID-19", "Normal", "Pneumonia"), config=overrides.override(
+        run.config, "data.dataset=phantom_ct/tiny"))  # fmt: skip
+    sheets.measure_quality(drawn, explainer, tmp_path, ["gradcam"], None, tmp_path, 4, said.append)
+    game = json.loads((tmp_path / "quality.json").read_text())["methods"]["gradcam"]["pointing"]
+    assert game["n"] == 4 and 0 < game["chance"] < game["chance_in_lungs"] < 1
+    assert game["chance"] < game["chance_tolerant"] and "| gradcam |" in (tmp_path / "quality.md").read_text()
+
+
+COMMAND = """
+import sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/explain"]
+import test_explain
+from lungjax.inference import api
+from lungjax import cli
+from lungjax.explain import __main__ as command
+api.load = lambda workdir: test_explain.run.__wrapped__()
+cli.run(command.main)
+"""
+
+
+def test_the_command_says_what_it_left_out(tmp_path):
+    (tmp_path / "good.png").write_bytes(png(PICTURE))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    code = COMMAND.format(tests=str(sheets.Path(__file__).parents[1]))
+    given = (f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", f"--images={tmp_path}/good.png,{tmp_path}/bad.png")
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.returncode == 1 and "left out" in done.stderr and "bad.png" in done.stderr, done.stderr
+    assert "good.png" not in done.stderr and (tmp_path / "out/good_gradcam.png").exists()

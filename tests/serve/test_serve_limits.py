@@ -1,0 +1,290 @@
+"""What the service refuses, who may ask it, and that nothing of an upload stays."""
+
+import http.client
+import io
+import json
+import logging
+import re
+import socket
+import tempfile
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import png
+from PIL import Image
+from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
+from test_uploads import SECRETS, scan, secret, written
+
+from lungjax.serve import app as serve_app
+from lungjax.serve import multipart, protocol, uploads
+from lungjax.serve.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def service():
+    with running() as made:
+        yield made
+
+
+# Limits
+
+
+@pytest.fixture(scope="module")
+def strict():
+    file = uploads.Limits(bytes=5000, pixels=10_000, side=500)
+    with running(file=file, request_bytes=9000, held_bytes=12_000, files=3, read_seconds=0.4) as made:
+        yield made
+
+
+def test_bytes_are_counted_before_and_while_they_come(strict):
+    status, said = raw(strict, HEAD + b"Content-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n")
+    assert status == 413 and "1000000000" in said["error"]
+    chunk = b"1000\r\n" + bytes(4096) + b"\r\n"
+    status, said = raw(strict, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk, b"0\r\n\r\n")
+    assert status == 413 and "more than" in said["error"]
+    status, said, _ = strict.post("/predict", ("a", bytes(6000)))
+    assert status == 413 and "a file of more than 5000" in said["error"]
+    body, kind = form(*[("a", bytes(3300))] * 3)
+    connection = http.client.HTTPConnection("127.0.0.1", strict.port, timeout=9)
+    connection.request(
+        "POST", "/predict", iter([body[:4000], body[4000:]]), {"content-type": kind}, encode_chunked=True
+    )
+    assert b"a request of more than 9000" in connection.getresponse().read()
+    connection.close()
+    noise = np.random.default_rng(0).bytes(3000)
+    assert strict.post("/predict", ("a", noise), ("b", noise), ("c", noise))[0] == 413
+    assert strict.post("/predict", *[("a", flat(1))] * 4)[:2] == (413, {"error": "more than 3 files in one request"})
+    assert strict.post("/predict", *[("a", flat(1))] * 3)[0] == 200
+    wide = png(np.zeros((2, 2), np.uint8))
+    assert strict.post("/predict", ("a", wide))[0] == 422
+    assert strict.post("/predict", ("a", flat(1, (10, 600))))[0] == 413
+    assert strict.metric("lungjax_held_bytes") == 0
+    assert strict.metric('lungjax_refused_total{reason="bytes"}') >= 3
+
+
+def test_a_large_body_hears_why_although_it_is_still_sending(strict):
+    status, said = raw(strict, HEAD + b"Content-Length: 4000000\r\n\r\n" + bytes(2_000_000), bytes(2_000_000))
+    assert status == 413 and "4000000" in said["error"]
+
+
+def test_slow_bodies_end(strict):
+    started = time.monotonic()
+    status, said = raw(strict, HEAD + b"Content-Length: 500\r\n\r\n", *[b"x"] * 12, pause=0.05)
+    assert status == 408 and "slowly" in said["error"] and time.monotonic() - started < 3
+    assert strict.metric("lungjax_held_bytes") == 0
+
+
+def test_who_still_sends_is_not_cut_off_from_the_answer(strict, monkeypatch):
+    monkeypatch.setattr(multipart, "DISCARD", (0.05, 2**25))
+    for linger, part, count in (((0.8, 2**20), b"x", 12), ((30.0, 10_000), b"x" * 500, 12)):
+        monkeypatch.setattr(protocol, "LINGER", linger)
+        with socket.create_connection(("127.0.0.1", strict.port), timeout=9) as one:
+            one.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n")  # too many: 413, after a moment
+            time.sleep(0.2)
+            for _ in range(count):  # without a lingering close the second one finds the connection reset
+                one.sendall(part)
+                time.sleep(0.03)
+            answer = http.client.HTTPResponse(one)
+            answer.begin()
+            assert answer.status == 413 and "1000000" in json.loads(answer.read())["error"]
+            assert one.recv(1) == b""  # and then the answer's end
+            with pytest.raises(OSError):  # not for ever
+                for _ in range(60):
+                    one.sendall(part)
+                    time.sleep(0.03)
+    assert strict.ask("GET", "/health")[0] == 200
+
+
+def test_half_a_head_ends(service, monkeypatch):
+    monkeypatch.setattr(protocol, "SECONDS", 0.3)
+    for first in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        for half in (b"", b"POST /pre"):
+            with socket.create_connection(("127.0.0.1", service.port), timeout=9) as one:
+                one.sendall(first)
+                while first and not one.recv(4096).endswith(b"}"):
+                    pass
+                if first and not half:
+                    continue  # it may stay
+                one.sendall(half)
+                started = time.monotonic()
+                assert one.recv(4096) == b"" and time.monotonic() - started < 3
+    monkeypatch.undo()
+    assert service.post("/predict", ("a", flat(1)))[0] == 200
+
+
+def test_memory_of_all_requests_together(strict):
+    with socket.create_connection(("127.0.0.1", strict.port)) as first:
+        first.sendall(
+            HEAD.replace(b"image/png", b"multipart/form-data; boundary=edge") + b"Content-Length: 8900\r\n\r\n"
+        )
+        head = form(("a", b""))[0].partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+        first.sendall(head + bytes(4900))
+        second = b"\r\n--edge" + head.removeprefix(b"--edge") + bytes(3000)
+        first.sendall(second)
+        wait_for(lambda: strict.metric("lungjax_held_bytes") > 7900)
+        noise = np.random.default_rng(0).bytes(4990)
+        status, said, headers = strict.post("/predict", ("a", noise))
+        assert status == 503 and "once" in said["error"] and headers["retry-after"]
+    wait_for(lambda: strict.metric("lungjax_held_bytes") == 0)
+
+
+FORMS = {
+    "no boundary": (b"x", "multipart/form-data", 400),
+    "cut short": (form(("a", flat(1)))[0][:-30], "multipart/form-data; boundary=edge", 400),
+    "another boundary": (form(("a", flat(1)))[0], "multipart/form-data; boundary=other", 400),
+    "no file": (b"--edge--\r\n", "multipart/form-data; boundary=edge", 422),
+    "another field": (
+        form(("a", flat(1)))[0].replace(b'"files"', b'"other"'),
+        "multipart/form-data; boundary=edge",
+        422,
+    ),
+    "long headers": (
+        b"--edge\r\n" + b"X-A: " + b"a" * 20_000 + b"\r\n\r\n\r\n--edge--\r\n",
+        "multipart/form-data; boundary=edge",
+        400,
+    ),
+    "bad header": (b"--edge\r\n\x00\x01: a\r\n\r\n\r\n--edge--\r\n", "multipart/form-data; boundary=edge", 400),
+    "JSON": (b"{}", "application/json", 415),
+    "nothing": (b"", "image/png", 422),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bodies_that_are_none(service, name):
+    body, kind, status = FORMS[name]
+    found, said, _ = service.ask("POST", "/predict", body, content_type=kind)
+    assert found == status and said["error"]
+    assert service.app.state.budget.now == 0
+
+
+def test_a_packed_body_is_not_unpacked(service):
+    assert service.ask("POST", "/predict", b"x", content_type="image/png", content_encoding="gzip")[0] == 415
+
+
+def test_who_leaves_early_leaves_nothing(service):
+    for end in (b"", b"abc"):
+        with socket.create_connection(("127.0.0.1", service.port)) as one:
+            one.sendall(HEAD + b"Content-Length: 500\r\n\r\n" + end)
+    wait_for(lambda: service.metric("lungjax_running_requests") == 1)  # the one that asks
+    assert service.app.state.budget.now == 0 and service.post("/predict", ("a", flat(1)))[0] == 200
+
+
+# Who may ask
+
+
+def test_the_token():
+    with running(token=TOKEN) as service:
+        right = {"authorization": f"Bearer {TOKEN}"}
+        for path in ("/model", "/metrics"):
+            status, said, headers = service.ask("GET", path)
+            assert status == 401 and headers["www-authenticate"] == "Bearer" and TOKEN not in json.dumps(said)
+            for wrong in ("Bearer ", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \xff"):
+                assert service.ask("GET", path, authorization=wrong)[0] == 401
+            assert service.ask("GET", path, **right)[0] == 200
+        assert service.post("/predict", ("a", flat(1)))[0] == 401
+        assert service.post("/predict", ("a", bytes(3 * 2**20)))[0] == 401  # heard, although the body was not read
+        assert service.post("/predict", ("a", flat(1)), **right)[0] == 200
+        assert service.model.done == [1]
+        for path in ("/", "/health", "/page/page.js", "/docs"):
+            assert service.ask("GET", path)[0] == 200
+        tree = service.ask("GET", "/openapi.json")[1]
+        assert tree["paths"]["/predict"]["post"]["security"] == [{"token": []}]
+    assert TOKEN not in repr(Settings(token=TOKEN))
+
+
+def test_names_and_other_sites(service):
+    for host in ("evil.example", "localhost.evil.example", "10.0.0.7", "", "[::1", "127.0.0.1.nip.io:80"):
+        assert service.ask("GET", "/model", host=host)[0] == 421, host
+    for host in ("localhost", "LOCALHOST:99", "127.0.0.1", "[::1]:8000"):
+        assert service.ask("GET", "/model", host=host)[0] == 200, host
+    own = f"127.0.0.1:{service.port}"
+    foreign = [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}]
+    foreign += [{"sec_fetch_site": "same-site"}, {"origin": "http://127.0.0.1:1"}]
+    for headers in foreign:
+        status, _, answer = service.post("/predict", ("a", flat(1)), **headers)
+        assert status == 403 and "access-control-allow-origin" not in answer, headers
+    assert service.post("/predict", ("a", flat(1)), origin=f"http://{own}", sec_fetch_site="same-origin")[0] == 200
+    assert service.ask("OPTIONS", "/predict", origin="http://evil.example")[0] == 403
+
+
+def test_open_to_others_it_may_be_called_by_numbers_and_given_names():
+    from lungjax.serve.metrics import Meters
+    from lungjax.serve.middleware import Guard
+
+    guard = Guard(None, Settings(host="0.0.0.0", names=("scanner.example",)), Meters(), frozenset())
+    assert [guard.called(host) for host in ("10.0.0.7:8000", "scanner.example", "evil.example")] == [True, True, False]
+
+
+# Nothing stays
+
+
+def test_memory_of_large_uploads_is_given_back(monkeypatch):
+    trimmed = threading.Event()
+    monkeypatch.setattr(serve_app, "_trim", trimmed.set)
+    monkeypatch.setattr(multipart, "TRIM", 2000)
+    with running() as service:
+        for _ in range(3):
+            assert not trimmed.is_set()
+            service.post("/predict", ("a", np.random.default_rng(0).bytes(600)))
+        assert trimmed.wait(5)
+
+
+def test_memory_of_a_small_file_that_decodes_to_much_is_given_back(monkeypatch):
+    trimmed = threading.Event()
+    monkeypatch.setattr(serve_app, "_trim", trimmed.set)
+    monkeypatch.setattr(multipart, "TRIM", 2**22)
+    with running() as service:
+        assert service.post("/predict", ("a", flat(100, (2100, 2100))))[0] == 200
+        assert trimmed.wait(5)
+
+
+def test_nothing_of_an_upload_is_logged_said_or_written(caplog, capfd, monkeypatch):
+    """Also of files over the megabyte from which Starlette's own form parser writes them to the disk."""
+    caplog.set_level(logging.DEBUG)
+
+    def fail(*_, **__):
+        raise AssertionError("a temporary file")
+
+    for name in ("SpooledTemporaryFile", "TemporaryFile", "NamedTemporaryFile", "mkstemp", "mkdtemp"):
+        monkeypatch.setattr(tempfile, name, fail)
+    whole = secret(scan(shape=(1100, 1100)))
+    big = written(whole)
+    assert len(big) > 2**21
+    tiff = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1500, 1500), np.uint8)).save(
+        tiff, "TIFF", compression="tiff_lzw"
+    )
+    for decoder in ("pydicom", "PIL", "python_multipart"):
+        logging.getLogger(decoder).setLevel(logging.NOTSET)
+    with running() as service:
+        for decoder in ("pydicom", "PIL.PngImagePlugin", "python_multipart.multipart"):
+            logging.getLogger(decoder).error("found %s", SECRETS[2])  # such as they would
+        service.post("/explain", ("warm.png", flat(9)))  # matplotlib's own files
+        DISK["written"], DISK["watched"] = [], True
+        name = "Zentinel^Otto.dcm"
+        found = [
+            service.post("/predict?rule=SECRET-4711", (name, big)),
+            service.post("/explain?class=Zentinel", (name, big)),
+            service.post("/predict", (name, big[:-5000])),
+            service.post("/predict", (name, big[:600])),
+            service.ask("POST", "/Zentinel?SECRET-4711", big, content_type="application/dicom"),
+            service.ask("Zentinel", "/predict"),
+        ]
+        good = [
+            service.post("/predict", ("1", big), ("2", big)),
+            service.ask("POST", "/predict", big, content_type="application/dicom"),
+            service.post("/explain", ("1", big)),
+            service.post("/predict", ("3", tiff.getvalue())),
+        ]
+        metrics = service.ask("GET", "/metrics")[1].decode()
+        DISK["watched"] = False
+    assert [answer[0] for answer in good] == [200] * 4 and all(answer[0] >= 400 for answer in found)
+    assert DISK["written"] == []
+    logged = caplog.text + "".join(capfd.readouterr()) + metrics
+    said = json.dumps([[answer[1], list(answer[2].items())] for answer in good])
+    assert [word for word in SECRETS if word in logged + said] == []
+    assert [word for word in SECRETS[2:] if word in json.dumps([answer[1] for answer in found])] == []
+    lines = [record.getMessage() for record in caplog.records if record.name == "lungjax.serve"]
+    assert sum(bool(re.fullmatch(r"(POST|other|GET) [/\w.]+ \d{3} \d+ ms \d images", line)) for line in lines) == 12
