@@ -22,10 +22,10 @@ import numpy as np
 from flax import linen as nn
 
 from lungjax.config import EXPLANATIONS, Config, InputSpec, nearest
-from lungjax.models import folding, receptive_field
+from lungjax.models import folding, outputs, receptive_field
 from lungjax.models.head import Head
+from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
-from lungjax.training import losses, step
 
 METHODS = EXPLANATIONS
 BASELINES = ("black", "gray", "both")
@@ -153,7 +153,7 @@ class Explainer:
 
         def make() -> Any:
             def predict(folded: Any, pixels: jax.Array) -> jax.Array:
-                return losses.probabilities(self._logits(folded, pixels), self.positive)
+                return outputs.probabilities(self._logits(folded, pixels), self.positive)
 
             return predict
 
@@ -259,14 +259,14 @@ class Explainer:
         return self._compiled[name]
 
     def _run(self, folded: dict[str, Any], pixels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self._network(folded, step.normalize(pixels, self.spec))
+        return self._network(folded, normalize(pixels, self.spec))
 
     def _logits(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return self._run(folded, pixels)[0].astype(jnp.float32)
 
     def cam(self, method: str, probabilities_of: Callable[[jax.Array], jax.Array] | None = None) -> Any:
         """Returns one of CAMS as a function of folded and head variables, pixels, targets (-1: the most probable)."""
-        told = probabilities_of or partial(losses.probabilities, positive=self.positive)
+        told = probabilities_of or partial(outputs.probabilities, positive=self.positive)
         head, guided = Head(self.module.head, self.module.outputs), method == "gradcam_guided"
         places = receptive_field.places(self._last, self.variables, self._image) if self.align and not guided else None
         places = receptive_field.over(places, self.spec.size, self.map_size)

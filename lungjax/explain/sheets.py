@@ -18,8 +18,9 @@ from lungjax.explain import panels, quality, saliency
 from lungjax.explain.saliency import Explainer
 from lungjax.inference.api import Trained
 from lungjax.inference.inputs import Intake
+from lungjax.models import outputs
 from lungjax.report import style
-from lungjax.training import step, train
+from lungjax.training import train
 
 TILES = (4, 7)  # columns and rows of a sheet
 READ = 64  # images of a split in memory at a time
@@ -28,7 +29,7 @@ TO_MEASURE = 100  # images, for --quality
 
 def make_explainer(run: Trained) -> Explainer:
     """Returns the maps' maker for a trained run."""
-    positive = step.positive_class(run.config, run.classes)
+    positive = outputs.positive_class(run.config, run.classes)
     return Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
 
 

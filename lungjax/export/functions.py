@@ -23,9 +23,9 @@ from lungjax import models
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
 from lungjax.inference import predictor
-from lungjax.models import folding, trees
+from lungjax.models import folding, outputs, trees
+from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
-from lungjax.training import losses, step
 
 TOLERANCE = 1e-5  # of the logits' range: how far an export may be from the network
 ROUNDINGS = 4  # times a network's own rounding are allowed where that is more
@@ -53,8 +53,8 @@ class Programs:
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         """The first program; see above."""
         with conv.plain_forms():
-            logits, _ = self._network(_tree(weights), step.normalize(pixels, self.metadata.input))
-            logits = losses.class_logits(logits, self.metadata.positive)
+            logits, _ = self._network(_tree(weights), normalize(pixels, self.metadata.input))
+            logits = outputs.class_logits(logits, self.metadata.positive)
             return {"probabilities": jax.nn.softmax(logits / self._temperature), "logits": logits}
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -84,7 +84,7 @@ class Programs:
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns what the network itself gives, unfolded and in the forms of this platform, each image on its own."""
         each = [self._own(self.variables, pixels[i : i + 1]) for i in range(len(pixels))]  # one size compiles once
-        logits = losses.class_logits(jnp.concatenate(each), self.metadata.positive)
+        logits = outputs.class_logits(jnp.concatenate(each), self.metadata.positive)
         return {"probabilities": np.asarray(jax.nn.softmax(logits / self._temperature)), "logits": np.asarray(logits)}
 
     def check(self, run: Any, what: str) -> float:
@@ -127,16 +127,14 @@ class Programs:
         spec, positive = self.metadata.input, self.metadata.positive
 
         def calibrated(logits: jax.Array) -> jax.Array:
-            return jax.nn.softmax(losses.class_logits(logits, positive) / self._temperature)
+            return jax.nn.softmax(outputs.class_logits(logits, positive) / self._temperature)
 
         return saliency.Explainer(self.module, self.variables, spec, positive).cam("gradcam", calibrated)
 
     @cached_property
     def _own(self) -> Any:
         def run(variables: Any, pixels: jax.Array) -> jax.Array:
-            logits: jax.Array = self.module.apply(variables, step.normalize(pixels, self.metadata.input), train=False)[
-                0
-            ]
+            logits: jax.Array = self.module.apply(variables, normalize(pixels, self.metadata.input), train=False)[0]
             return logits
 
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))
@@ -149,10 +147,10 @@ def worst_difference(found: list[Any], wanted: list[Any]) -> float:
     """
     worst = 0.0
     for name in ("logits", "probabilities"):
-        values = [np.asarray(outputs[name], np.float64) for outputs in wanted]
+        values = [np.asarray(result[name], np.float64) for result in wanted]
         span = max(v.max() for v in values) - min(v.min() for v in values) if name == "logits" else 1.0
-        for outputs, value in zip(found, values, strict=True):
-            given = np.asarray(outputs[name], np.float64)
+        for result, value in zip(found, values, strict=True):
+            given = np.asarray(result[name], np.float64)
             if given.shape != value.shape or not np.isfinite(given).all():
                 return float("inf")
             worst = max(worst, float(np.abs(given - value).max() / (span or 1.0)))

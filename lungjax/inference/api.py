@@ -29,10 +29,11 @@ from lungjax import datasets, models
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig, overrides
 from lungjax.data import preprocess as kept
 from lungjax.data.imaging import images as image_files
-from lungjax.models import folding, trees
+from lungjax.models import folding, outputs, trees
+from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 from lungjax.runtime import checkpoint
-from lungjax.training import losses, state, step
+from lungjax.training import state
 from lungjax.training import workdir as workdirs
 from lungjax.weights import catalogue
 from lungjax.weights import load as loading
@@ -145,7 +146,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Sequence[Any] | None = No
 
     Raises ValueError for an image that can't be read, or of another kind.
     """
-    return np.asarray(step.normalize(jnp.asarray(read(images, spec, boxes)), spec))
+    return np.asarray(normalize(jnp.asarray(read(images, spec, boxes)), spec))
 
 
 def read(
@@ -252,10 +253,10 @@ class Trained:
 
     @cached_property
     def _compiled(self) -> Any:
-        positive = step.positive_class(self.config, self.classes)
+        positive = outputs.positive_class(self.config, self.classes)
 
         def run(folded: dict[str, Any], pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits, features = self._network(folded, step.normalize(pixels, self.config.input))
-            return losses.probabilities(logits, positive), features["last"]
+            logits, features = self._network(folded, normalize(pixels, self.config.input))
+            return outputs.probabilities(logits, positive), features["last"]
 
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))

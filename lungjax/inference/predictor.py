@@ -22,9 +22,9 @@ from lungjax.evaluation import novelty
 from lungjax.evaluation.novelty import Familiarity
 from lungjax.explain import saliency
 from lungjax.inference import api, artifacts
-from lungjax.models import folding
+from lungjax.models import folding, outputs
+from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
-from lungjax.training import losses, step
 from lungjax.training import workdir as workdirs
 
 Predict = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, C] -> calibrated probabilities float32 [B, classes]
@@ -224,8 +224,8 @@ def _of_run(workdir: Path) -> Predictor:
     folded = network.prepare(trained.variables)
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        logits, _ = network(folded, step.normalize(pixels, spec))
-        return jax.nn.softmax(losses.class_logits(logits, positive) / told.temperature)
+        logits, _ = network(folded, normalize(pixels, spec))
+        return jax.nn.softmax(outputs.class_logits(logits, positive) / told.temperature)
 
     compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
     explainer = saliency.Explainer(trained.module, trained.variables, spec, positive)

@@ -13,7 +13,7 @@ from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
 from lungjax.models.densenet import DENSENET
 from lungjax.models.efficientnet import EFFICIENTNET, EFFICIENTNETV2
-from lungjax.models.head import fill, outputs
+from lungjax.models.head import fill, output_count
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
 from lungjax.models.resnet import RESNET
@@ -82,7 +82,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     head = fill(config.head, network.head)
     return network.clone(
         head=head,
-        outputs=outputs(head, classes),
+        outputs=output_count(head, classes),
         remat=remat,
         dtype=jnp.dtype(dtype),
         **given,

@@ -42,7 +42,7 @@ def fill(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
     return head
 
 
-def outputs(head: HeadConfig, classes: int) -> int:
+def output_count(head: HeadConfig, classes: int) -> int:
     """Returns the number of logits: one a class, or a single one for a sigmoid.
 
     Raises ValueError for a sigmoid with any but two classes, and for fewer than two.

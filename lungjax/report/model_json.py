@@ -12,7 +12,7 @@ from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation import calibration, metrics, novelty, operating_points
 from lungjax.evaluation.predictions import Predictions
-from lungjax.training.step import positive_class
+from lungjax.models.outputs import positive_class
 
 MOST = 1000  # images of a split that are looked at for `familiarity`
 BOXED = (

@@ -1,4 +1,4 @@
-"""Cross-entropies over logits, and the probabilities the logits stand for. All shapes [B, C] or [B]."""
+"""Cross-entropies over logits. All shapes [B, C] or [B]."""
 
 import jax
 import jax.numpy as jnp
@@ -31,25 +31,3 @@ def cross_entropy(
         log_p = jnp.concatenate([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
         log_p = log_p if positive == 1 else log_p[:, ::-1]
     return -(targets * log_p).sum(-1) * class_weights[labels]
-
-
-def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns one logit a class, [B, C] float32 in label order, whose softmax are the probabilities.
-
-    A sigmoid logit stands against a zero. `positive` is the class that it speaks for; None for softmax.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if positive is None:
-        return logits
-    pair = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
-    return pair if positive == 1 else pair[:, ::-1]
-
-
-def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid logit."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if positive is None:
-        return jax.nn.softmax(logits)
-    p = jax.nn.sigmoid(logits)
-    pair = jnp.concatenate([1 - p, p], axis=-1)
-    return pair if positive == 1 else pair[:, ::-1]

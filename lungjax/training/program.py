@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from lungjax import models
 from lungjax.config import Config
-from lungjax.models import folding, trees
+from lungjax.models import folding, outputs, trees
 from lungjax.models.ops import conv
 from lungjax.runtime import mesh as meshes
 from lungjax.training import optim, state, step
@@ -60,7 +60,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
             f"input.size={config.input.size} is too small for {config.model.name}: it takes {smallest} "
             "(height, width) or more"
         )
-    positive = step.positive_class(config, classes)
+    positive = outputs.positive_class(config, classes)
     steps, eval_steps = step_counts(config, len(labels))
     schedule = optim.make_schedule(config.optim, steps)
     image_shape = (*config.input.size, config.input.network_channels)

@@ -13,9 +13,10 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lungjax.config import Config, InputSpec
+from lungjax.config import Config
 from lungjax.data import augment
-from lungjax.models import trees
+from lungjax.models import outputs, trees
+from lungjax.models.inputs import normalize
 from lungjax.models.layers import BatchNorm
 from lungjax.runtime import mesh as meshes
 from lungjax.training import losses
@@ -23,29 +24,6 @@ from lungjax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Turns [B, H, W, C] in 0..255 into the float32 that the network wants, (x / 255 - mean) / std.
-
-    A gray image becomes [B, H, W, 3] where mean or std have three numbers. 0 and 1 stand for None.
-    """
-    mean = jnp.asarray((0.0,) if spec.mean is None else spec.mean, jnp.float32)
-    std = jnp.asarray((1.0,) if spec.std is None else spec.std, jnp.float32)
-    return (images.astype(jnp.promote_types(images.dtype, jnp.float32)) / 255.0 - mean) / std
-
-
-def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label number that a sigmoid head's logit speaks for, None for a softmax head.
-
-    Raises ValueError for a class name that the data set doesn't have.
-    """
-    name = config.model.head.positive_class
-    if not name:
-        return None
-    if name not in classes:
-        raise ValueError(f"model.head.positive_class={name!r}: the data set has {', '.join(classes)}")
-    return classes.index(name)
 
 
 def fixed_norms(choice: str, frozen: frozenset[str]) -> Any:
@@ -123,7 +101,7 @@ def make_train_step(
         each = loss(logits, batch["label"])
         if mixed is not None:
             each = share * each + (1 - share) * loss(logits, mixed)
-        predicted = losses.probabilities(logits, positive).argmax(-1)
+        predicted = outputs.probabilities(logits, positive).argmax(-1)
         metrics = {"loss": each.mean(), "accuracy": (predicted == batch["label"]).mean()}
         return metrics["loss"], (metrics, updates.get("batch_stats", batch_stats))
 
@@ -189,8 +167,8 @@ def make_predict_step(
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         logits, _ = network(variables, normalize(batch["image"], config.input))
         return {
-            "probabilities": losses.probabilities(logits, positive),
-            "logits": losses.class_logits(logits, positive),
+            "probabilities": outputs.probabilities(logits, positive),
+            "logits": outputs.class_logits(logits, positive),
             "row": batch["row"],
         }
 

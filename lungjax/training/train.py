@@ -27,6 +27,7 @@ from lungjax.evaluation import baselines, metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.explain import saliency
 from lungjax.models import trees
+from lungjax.models.outputs import positive_class
 from lungjax.report import model_json
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance, signals
@@ -36,7 +37,6 @@ from lungjax.training import metrics_log, program, state
 from lungjax.training import workdir as workdirs
 from lungjax.training.early_stopping import Progress, check_monitor
 from lungjax.training.program import Program
-from lungjax.training.step import positive_class
 from lungjax.weights import load
 
 MOST_REWINDS = 5  # of train.on_nan=rewind; a run that needs more has another problem than a bad batch

@@ -26,7 +26,7 @@ from lungjax.config.metadata import Metadata
 from lungjax.export import onnx, savedmodel, stablehlo
 from lungjax.export.functions import Programs
 from lungjax.inference import artifacts
-from lungjax.training import losses
+from lungjax.models import outputs
 
 NETWORKS = (
     "cbr_small:224", "xray_cnn:256", "efficientnet_b0:224", "efficientnetv2_s:128", "convnext_tiny:128",
@@ -52,7 +52,7 @@ def exact(programs: Programs, pixels: np.ndarray) -> np.ndarray:
         variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), programs.variables)
         normal = (pixels / 255.0 - np.asarray(spec.mean)) / np.asarray(spec.std)
         each = [np.asarray(module.apply(variables, normal[i : i + 1], train=False)[0]) for i in range(len(pixels))]
-    return np.asarray(losses.class_logits(np.concatenate(each), None))
+    return np.asarray(outputs.class_logits(np.concatenate(each), None))
 
 
 def runner(form: str, path: Path):

@@ -126,8 +126,8 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     from lungjax import models
     from lungjax.config import InputSpec
     from lungjax.models import folding, trees
+    from lungjax.models.inputs import normalize
     from lungjax.models.ops import conv
-    from lungjax.training import step
 
     spec = InputSpec(size=(SIDE, SIDE), channels=channels(network), mean=(0.5,), std=(0.5,))
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".npz", ".pth")]
@@ -145,7 +145,7 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     folded = built.prepare(variables)
 
     def logits(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        return built(folded, step.normalize(pixels, spec))[0]
+        return built(folded, normalize(pixels, spec))[0]
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return jax.nn.softmax(logits(folded, pixels))

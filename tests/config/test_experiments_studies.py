@@ -11,8 +11,9 @@ import pytest
 from lungjax import config as configs
 from lungjax import models
 from lungjax.config import PROTOCOLS, experiments
-from lungjax.models import trees
-from lungjax.training import losses, optim, program, step
+from lungjax.models import outputs, trees
+from lungjax.models.inputs import normalize
+from lungjax.training import optim, program
 from lungjax.weights import load
 
 XRAY = ("xray_cnn", "mobilenetv2", "resnet101v2", "densenet201", "vgg16", "resnet18")
@@ -210,7 +211,7 @@ def test_covidx_ct_sound_opens_the_last_dense_layers():
 def test_the_networks_are_fed_the_studies_numbers(choice, shown):
     spec = load.resolve(experiments.load(choice)).input
     pixels = jnp.asarray([0, 128, 255], jnp.uint8).reshape(1, 1, 3, 1)
-    fed = step.normalize(jnp.repeat(pixels, spec.channels, axis=-1), spec)
+    fed = normalize(jnp.repeat(pixels, spec.channels, axis=-1), spec)
     np.testing.assert_allclose(fed[0, 0, :, 0], shown, atol=2e-5)
 
 
@@ -259,8 +260,8 @@ def test_the_other_studies_train_for_as_many_images():
 
 def test_the_sigmoid_of_the_xray_cnn_speaks_for_non():
     config = experiments.load("covid_xray")
-    positive = step.positive_class(config, ("covid", "non"))
-    np.testing.assert_allclose(losses.probabilities(jnp.asarray([[3.0]]), positive), [[0.0474, 0.9526]], atol=1e-4)
+    positive = outputs.positive_class(config, ("covid", "non"))
+    np.testing.assert_allclose(outputs.probabilities(jnp.asarray([[3.0]]), positive), [[0.0474, 0.9526]], atol=1e-4)
 
 
 def test_protocols_take_their_data_and_their_weights():

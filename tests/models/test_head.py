@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, outputs
+from lungjax.models.head import Head, output_count
 
 
 def count(tree) -> int:
@@ -53,7 +53,7 @@ HEADS = [
 
 @pytest.mark.parametrize(("study", "last", "config", "classes", "parameters"), HEADS, ids=lambda v: str(v)[:24])
 def test_every_head_of_the_studies(study, last, config, classes, parameters):
-    head = Head(config, outputs(config, classes))
+    head = Head(config, output_count(config, classes))
     variables = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, *last)), train=False))
     assert count(variables) == parameters
     assert variables["params"]["dense"]["kernel"].shape[-1] == (1 if config.output == "sigmoid" else classes)

@@ -17,6 +17,7 @@ from lungjax.config import AugmentConfig, Config, overrides
 from lungjax.config.presets import PRESETS
 from lungjax.data import pipeline
 from lungjax.datasets import Options
+from lungjax.models.inputs import normalize
 from lungjax.training import losses, step, train
 
 MOVED = ["augment=ct_cov19_original", "augment.contrast=0.5,1.5", "model.head.dropout=0", "optim.name=sgd"]
@@ -73,7 +74,7 @@ def test_the_loss_of_mixed_images_is_shared_out_between_their_labels(mixing, mon
         batch["image"].astype(jnp.float32), batch["label"], batch["place"], key, config.augment
     )
     assert float(share.min()) < 0.9 and float(share.min()) >= 0 and float(share.max()) <= 1
-    logits, _ = models.build(config.model, 3).apply(first.variables, step.normalize(images, config.input), train=False)
+    logits, _ = models.build(config.model, 3).apply(first.variables, normalize(images, config.input), train=False)
     parts = [
         losses.cross_entropy(logits, labels, class_weights=jnp.ones(3), label_smoothing=0.0, positive=None)
         for labels in (batch["label"], other)

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import log_loss
 
+from lungjax.models import outputs
 from lungjax.training import losses
 
 
@@ -21,7 +22,7 @@ def loss(logits, labels, weights=None, smoothing=0.0, positive=None, classes=3):
 def test_softmax_loss_equals_scikit_learn():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(0, 3, 20)
-    p = np.asarray(losses.probabilities(jnp.asarray(logits), None), np.float64)
+    p = np.asarray(outputs.probabilities(jnp.asarray(logits), None), np.float64)
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(loss(logits, labels).mean(), log_loss(labels, p, labels=[0, 1, 2]), rtol=1e-5)
 
@@ -41,8 +42,8 @@ def test_label_smoothing_by_hand():
 def test_sigmoid_speaks_for_the_named_class():
     logits = np.asarray([[3.0], [-1.0]], np.float32)
     p = 1 / (1 + np.exp(-logits[:, 0]))
-    np.testing.assert_allclose(losses.probabilities(jnp.asarray(logits), 1), np.stack([1 - p, p], 1), rtol=1e-5)
-    np.testing.assert_allclose(losses.probabilities(jnp.asarray(logits), 0), np.stack([p, 1 - p], 1), rtol=1e-5)
+    np.testing.assert_allclose(outputs.probabilities(jnp.asarray(logits), 1), np.stack([1 - p, p], 1), rtol=1e-5)
+    np.testing.assert_allclose(outputs.probabilities(jnp.asarray(logits), 0), np.stack([p, 1 - p], 1), rtol=1e-5)
     for positive in (0, 1):
         got = loss(logits, [positive, 1 - positive], positive=positive, classes=2)
         np.testing.assert_allclose(got, -np.log([p[0], 1 - p[1]]), rtol=1e-5)
@@ -55,8 +56,8 @@ def test_sigmoid_loss_is_finite_at_extreme_logits():
 def test_the_softmax_of_class_logits_are_the_probabilities():
     pair, one = jnp.asarray([[3.0, -1.0], [0.5, 2.0]]), jnp.asarray([[4.0], [-1.5]])
     for logits, positive in ((pair, None), (one, 0), (one, 1)):
-        found = np.exp(losses.class_logits(logits, positive))
+        found = np.exp(outputs.class_logits(logits, positive))
         np.testing.assert_allclose(
-            found / found.sum(1, keepdims=True), losses.probabilities(logits, positive), rtol=1e-5
+            found / found.sum(1, keepdims=True), outputs.probabilities(logits, positive), rtol=1e-5
         )
-    assert losses.class_logits(one, 0)[0].tolist() == [4.0, 0.0], "the sigmoid's own logit is the positive class's"
+    assert outputs.class_logits(one, 0)[0].tolist() == [4.0, 0.0], "the sigmoid's own logit is the positive class's"

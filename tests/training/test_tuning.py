@@ -14,6 +14,7 @@ from lungjax.models import trees
 from lungjax.models.convnext import ConvNeXt
 from lungjax.models.densenet import DenseNet
 from lungjax.models.efficientnet import EfficientNet, Stage
+from lungjax.models.inputs import normalize
 from lungjax.models.resnet import ResNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.training import optim, state, step
@@ -316,7 +317,7 @@ def test_norms_that_keep_their_statistics_normalise_with_them(name, remat):
 
     @partial(jax.jit, static_argnums=0)
     def loss(by_batch):
-        images = step.normalize(batch["image"], config.input)
+        images = normalize(batch["image"], config.input)
         (logits, _), _ = module.apply(first.variables, images, train=by_batch, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(8), batch["label"]].mean()
 
