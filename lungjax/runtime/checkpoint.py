@@ -20,14 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lungjax.runtime import distributed
-from lungjax.training.state import TrainState
 
 PROGRESS = "progress.json"
 SUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
@@ -36,6 +35,20 @@ NOTHING = -1  # in place of a step
 FULL = (errno.ENOSPC, errno.EDQUOT)
 KEPT_NOTE = "the earlier checkpoints are intact: {} and run the same command again to resume"
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+StateT = TypeVar("StateT")
+
+
+class State(Protocol):
+    """A tree of arrays that knows its step and what of it predicts."""
+
+    @property
+    def step(self) -> Any:
+        """Steps done, a scalar."""
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Parameters and statistics, what prediction takes."""
 
 
 class Checkpoints:
@@ -80,7 +93,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
 
-    def save(self, state: TrainState, progress: dict[str, Any], best: bool = False) -> None:
+    def save(self, state: State, progress: dict[str, Any], best: bool = False) -> None:
         """Starts to write the whole state and `progress`, numbers by name; `best`: the weights as the best too.
 
         Returns as soon as the values are safe: the next step may overwrite the state. Waits for the save before and
@@ -115,7 +128,7 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: StateT) -> tuple[StateT, dict[str, Any]] | None:
         """Returns the newest good state, laid out as `like` (shapes with shardings), and its progress.
 
         None if nothing was saved yet. Newer ones that are damaged are named and set aside as STEP.damaged, and best
@@ -193,7 +206,7 @@ def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dic
     return ocp.load_checkpointables(path.absolute(), {"variables": like})["variables"], step
 
 
-def check_network(workdir: Path, abstract_state: TrainState) -> None:
+def check_network(workdir: Path, abstract_state: State) -> None:
     """Raises ValueError if the newest intact checkpoint of a workdir has other names or shapes than `abstract_state`.
 
     For the first host alone.
