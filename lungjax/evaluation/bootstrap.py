@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, stats
 
 from lungjax.config import nearest
 from lungjax.evaluation import metrics
@@ -229,6 +229,14 @@ def _check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"no number {name!r}; {nearest(name, known)}")
+
+
+def wilson(count: int, n: int) -> list[float]:
+    """Returns Wilson's 95 % interval of the share count / n (J. Am. Stat. Assoc. 22:209, 1927); [0, 1] of none."""
+    if not n:
+        return [0.0, 1.0]
+    found = stats.binomtest(count, n).proportion_ci(0.95, "wilson")
+    return [float(found.low), float(found.high)]
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:

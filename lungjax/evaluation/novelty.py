@@ -145,6 +145,8 @@ def fit(
 
     Raises ValueError for fewer than 20 training or 5 validation images, or an array that is no picture.
     """
+    from lungjax.evaluation import bootstrap  # here: model.pyz packs this file, and predicts without intervals
+
     known, chosen = _measured(train), _measured(val)
     counts = {"training": len(known["light"]), "validation": len(chosen["light"])}
     if any(counts[name] < least for name, least in LEAST.items()):
@@ -163,7 +165,7 @@ def fit(
             "n": n,
             "alarms": alarms,
             "rate": alarms / n if n else None,
-            "interval": interval(alarms, n),
+            "interval": bootstrap.wilson(alarms, n),
         },
     }
     return Familiarity(parts, threshold, false_alarms)
@@ -212,14 +214,6 @@ def measure(picture: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
         "form": np.asarray([*detail, 20 * math.log(aspect), colour], np.float64),
         "layout": np.concatenate([thumbnail.ravel(), _edges(g).ravel(), symmetry]).astype(np.float64),
     }
-
-
-def interval(count: int, n: int) -> list[float]:
-    """Returns Wilson's 95 % interval of the share count / n (J. Am. Stat. Assoc. 22:209, 1927); [0, 1] of none."""
-    if not n:
-        return [0.0, 1.0]
-    found = stats.binomtest(count, n).proportion_ci(0.95, "wilson")
-    return [float(found.low), float(found.high)]
 
 
 def _shrunk(picture: np.ndarray | Image.Image) -> tuple[np.ndarray, float, float]:

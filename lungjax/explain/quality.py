@@ -29,7 +29,7 @@ from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
 from lungjax.datasets import Name
 from lungjax.datasets.phantom import slices
-from lungjax.evaluation import novelty
+from lungjax.evaluation import bootstrap
 from lungjax.explain.saliency import Explainer
 from lungjax.models import trees
 
@@ -239,7 +239,7 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
     return {
         "n": len(maps),
         "hit_rate": float(found.mean()),
-        "interval": novelty.interval(int(found.sum()), len(found)),
+        "interval": bootstrap.wilson(int(found.sum()), len(found)),
         "chance": float(slices.lesions.mean()),
         "chance_in_lungs": float(lungs.mean()),
         "random": float(hits(random, slices.lesions).mean()),

@@ -269,3 +269,23 @@ def test_wrong_arguments_are_named():
     p.probabilities[3] = np.nan
     with pytest.raises(ValueError, match="i3"):
         bootstrap.intervals(p)
+
+
+@pytest.mark.parametrize(
+    "count, n, low, high",
+    [
+        (0, 10, 0.0, 0.2775),
+        (1, 10, 0.0179, 0.4042),
+        (5, 100, 0.0215, 0.1118),
+        (100, 100, 0.9630, 1.0),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_interval_is_wilsons(count, n, low, high):
+    """Newcombe 1998's formula, by hand."""
+    assert bootstrap.wilson(count, n) == pytest.approx([low, high], abs=5e-5)
+    if n:
+        z, p = 1.959964, count / n
+        half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+        by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
+        assert bootstrap.wilson(count, n) == pytest.approx(by_hand, abs=1e-6)

@@ -192,26 +192,6 @@ def test_thresholds():
     assert 0.002 < np.mean(above) < 0.018
 
 
-@pytest.mark.parametrize(
-    "count, n, low, high",
-    [
-        (0, 10, 0.0, 0.2775),
-        (1, 10, 0.0179, 0.4042),
-        (5, 100, 0.0215, 0.1118),
-        (100, 100, 0.9630, 1.0),
-        (0, 0, 0.0, 1.0),
-    ],
-)
-def test_interval_is_wilsons(count, n, low, high):
-    """Newcombe 1998's formula, by hand."""
-    assert novelty.interval(count, n) == pytest.approx([low, high], abs=5e-5)
-    if n:
-        z, p = 1.959964, count / n
-        half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
-        by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
-        assert novelty.interval(count, n) == pytest.approx(by_hand, abs=1e-6)
-
-
 def test_written_and_read_again(fitted):
     written = json.dumps(fitted.to_dict())
     assert len(written) < 150_000

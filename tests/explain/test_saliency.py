@@ -15,7 +15,7 @@ from random_weights import random_variables
 
 from lungjax import datasets, models
 from lungjax.config import HeadConfig, InputSpec
-from lungjax.evaluation import novelty
+from lungjax.evaluation import bootstrap
 from lungjax.explain import quality, saliency
 from lungjax.explain.saliency import Explainer
 from lungjax.models import receptive_field
@@ -267,7 +267,7 @@ def test_the_pointing_game():
     np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 3)), [1, 1, 0.5, 0])
     np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 2.9)), [1, 0, 0.5, 0])
     # Of 10 of 100: Wilson's interval as published in tables.
-    np.testing.assert_allclose(novelty.interval(10, 100), (0.0552, 0.1744), atol=1e-4)
+    np.testing.assert_allclose(bootstrap.wilson(10, 100), (0.0552, 0.1744), atol=1e-4)
 
 
 def test_a_random_map_hits_by_area():
