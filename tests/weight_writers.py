@@ -11,11 +11,11 @@ from test_weight_files import h5_of, write_npz, write_safetensors
 
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig
+from lungjax.models import leaf_shapes
 from lungjax.models.efficientnet import EfficientNet, Stage
 from lungjax.models.transfusion import Transfusion
 from lungjax.weights import catalogue
 from lungjax.weights.catalogue.record import HALF, IMAGENET, Record, spec
-from lungjax.weights.load import leaf_shapes
 
 CLASSES, SIDE = 5, 32
 

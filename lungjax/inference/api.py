@@ -118,7 +118,7 @@ def create(
 def fill(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
     """Returns variables with the leaves of `start`, which is emptied on the way; only what is missing is drawn."""
     shape = (*spec.size, spec.network_channels)
-    wanted = loading.leaf_shapes(module, shape)
+    wanted = models.leaf_shapes(module, shape)
     leaves = {path: jnp.asarray(start.pop(path)) for path in list(start)}  # so that each is held once
     if len(leaves) < len(wanted):
 

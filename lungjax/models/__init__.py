@@ -1,6 +1,7 @@
 """Networks by name. Each is called as `module(images, train=...)` and returns (logits, features)."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from lungjax import config as configs
 from lungjax.config import ModelConfig
+from lungjax.models import trees
 from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
 from lungjax.models.densenet import DENSENET
@@ -97,3 +99,10 @@ def compute_type(platform: str) -> str:
 def minimum_size(config: ModelConfig) -> tuple[int, int]:
     """Returns the least height and width in pixels that the network and its head work on."""
     return build(config, classes=2).minimum_size()
+
+
+@cache  # tracing a deep network takes seconds
+def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
+    """Returns the shape of every leaf of a network for images of [height, width, channels]."""
+    found = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
+    return {path: leaf.shape for tree in found.values() for path, leaf in trees.flatten(tree).items()}

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lungjax import config as configs
-from lungjax import datasets
+from lungjax import datasets, models
 from lungjax.config import Config, metadata, overrides
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
@@ -152,7 +152,7 @@ def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
     config, module = this.config, this.program.module
     start = load.leaves(config, module, weights_dir)
     if config.model.weights != "none":
-        paths = load.leaf_shapes(module, (*config.input.size, config.input.network_channels))
+        paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
         fresh = [path for path in paths if path not in start]
         tell(f"Starts from {config.model.weights}; at random: {', '.join(fresh[:8])}{' ...' * (len(fresh) > 8)}")
     return start

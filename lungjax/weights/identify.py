@@ -2,19 +2,77 @@
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lungjax import models
+from lungjax.config import ModelConfig
+from lungjax.weights import download
 from lungjax.weights.catalogue import Record, records
 from lungjax.weights.convert import convert, target
-from lungjax.weights.load import DENSE, by_checksum, shapes
 from lungjax.weights.readers import Tensors, open_tensors
 from lungjax.weights.rules import layouts
 
+DENSE = r"^head/dense/"  # the classifier: new for every data set
+NAMED = 0.5  # part of a file's tensors that a network's rules know, for it to be a file of that network
 TRIED = 3  # networks whose shapes are compared if the best guesses don't fit
 SHOWN = 12  # lines of what differs
+
+
+def record_of(path: Path, model: str) -> Record:
+    """Returns the record of `model` that a file is: by its own name, its checksum, or its tensors' names.
+
+    Raises ValueError if the network's family has no such names, with what they fit, and if several records have
+    them whose networks or inputs differ.
+    """
+    stat = path.stat()
+    return _record_of(path, model, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(16)  # asked for again with every step from a configuration to leaves
+def _record_of(path: Path, model: str, *stamp: int) -> Record:
+    known = records(model)
+    for record in known:
+        # All of the hub's are called model.safetensors, so there the folder has to say which.
+        hub = Path(record.filename).stem, record.url.rpartition("/")[2]
+        if path.name == record.filename or (path.parent.name, path.name) == hub:
+            return record
+    with open_tensors(path) as tensors:
+        shapes = tensors.shapes
+    for record in by_checksum(path):
+        if record.model == model:
+            return record
+    share, outputs = {}, {}
+    for record in known:
+        rules = layouts(model).get(record.layout)
+        if rules:
+            paths = {target(name, rules, len(shape)): shape for name, shape in shapes.items()}
+            named = sum(target(name, rules, len(shape)) is not None for name, shape in shapes.items())
+            share[record], outputs[record] = named / max(len(shapes), 1), paths.get("head/dense/bias")
+    best = max(share.values(), default=0.0)
+    if best < NAMED:
+        raise ValueError(
+            f"{path}: its tensors ({', '.join(list(shapes)[:3])}, ...) are not named as in any weights of {model}; "
+            f"{fits(path)}"
+        )
+    fit = [record for record in share if share[record] == best]
+    fit = [record for record in fit if outputs[record] == (record.classes,)] or fit
+    if len({(record.network, record.input) for record in fit}) > 1:
+        raise ValueError(
+            f"{path} may be any of {', '.join(record.name for record in fit)}, which want other numbers of the "
+            f"network or its input: rename it as what it is, {' or '.join(record.filename for record in fit)}"
+        )
+    return fit[0]
+
+
+def by_checksum(path: Path) -> list[Record]:
+    """Returns the records whose published checksum the file has."""
+    found = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
+    checksums = [(record, record.checksum.partition(":")) for record in records() if record.checksum]
+    return [record for record, (kind, _, digits) in checksums if found[kind].startswith(digits)]
 
 
 def identify(path: str | Path) -> str:
@@ -61,6 +119,28 @@ def by_content(tensors: Tensors) -> str:
         names = ", ".join(list(hollow)[:3])
         raise ValueError(f"{path}: its tensors ({names}, ...) are not named as in any file that is known here")
     raise ValueError(f"{path}: fits no network; the nearest is {nearest[1]}, but\n{nearest[2]}")
+
+
+def fits(path: Path) -> str:
+    """Returns the end of an error: what a file of another network fits."""
+    try:
+        return f"python -m lungjax.weights --check says: {identify(path).removeprefix(f'{path}: ')}"
+    except ValueError:
+        return f"python -m lungjax.weights --check {path} says what is nearest"
+
+
+def shapes(
+    model: str | ModelConfig, classes: int, size: tuple[int, int] | None = None, channels: int = 3
+) -> Mapping[str, Any]:
+    """Returns the shape of every leaf by path, without the collection; computes nothing.
+
+    `size` (height, width) defaults to the input of the network's weights, or 224; only a head that flattens
+    depends on it.
+    """
+    config = ModelConfig(name=model) if isinstance(model, str) else model
+    known = records(config.name)
+    size = size or (known[0].input.size if known else (224, 224))
+    return models.leaf_shapes(models.build(config, classes), (*size, channels))
 
 
 def _named(record: Record) -> str:

@@ -1,16 +1,12 @@
 """What a network starts from: `model.weights` resolved to a source, its input and its leaves."""
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -21,13 +17,12 @@ from lungjax.models import trees
 from lungjax.runtime import checkpoint
 from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import Record
-from lungjax.weights.convert import SAME_NAMES, Rules, convert, target
+from lungjax.weights.convert import SAME_NAMES, Rules, convert
+from lungjax.weights.identify import DENSE, fits, record_of
 from lungjax.weights.readers import Tensors, open_tensors
-from lungjax.weights.rules import layouts, rules_for
+from lungjax.weights.rules import rules_for
 
-DENSE = r"^head/dense/"  # the classifier: new for every data set
 HEAD = r"^head/"  # kept where it fits
-NAMED = 0.5  # part of a file's tensors that a network's rules know, for it to be a file of that network
 FEW = 8  # problems of a damaged file; with more of them it is rather another network's
 ALLOWED = "none, imagenet, a record's name, file:PATH, run:WORKDIR, or meanvar: and one of these"
 
@@ -61,7 +56,7 @@ def parse(model: ModelConfig) -> Source:
     file = Path(rest).expanduser() if kind == "file" else None
     if file and not file.is_file():
         raise ValueError(f"model.weights={model.weights}: no such file")
-    record = identify(file, model.name) if file else _named(model, text)
+    record = record_of(file, model.name) if file else _named(model, text)
     if record.noncommercial and not model.noncommercial:
         raise ValueError(
             f"{record.name}: licence {record.licence} forbids commercial use; --set=model.noncommercial=True accepts it"
@@ -86,69 +81,6 @@ def _named(model: ModelConfig, text: str) -> Record:
             f"model.weights={model.weights!r}: allowed are {ALLOWED}; {configs.nearest(text, [*names, 'none'])}"
         )
     return names[text]
-
-
-def identify(path: Path, model: str) -> Record:
-    """Returns the record of `model` that a file is: by its own name, its checksum, or its tensors' names.
-
-    Raises ValueError if the network's family has no such names, with what they fit, and if several records have
-    them whose networks or inputs differ.
-    """
-    stat = path.stat()
-    return _identify(path, model, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(16)  # asked for again with every step from a configuration to leaves
-def _identify(path: Path, model: str, *stamp: int) -> Record:
-    known = catalogue.records(model)
-    for record in known:
-        # All of the hub's are called model.safetensors, so there the folder has to say which.
-        hub = Path(record.filename).stem, record.url.rpartition("/")[2]
-        if path.name == record.filename or (path.parent.name, path.name) == hub:
-            return record
-    with open_tensors(path) as tensors:
-        shapes = tensors.shapes
-    for record in by_checksum(path):
-        if record.model == model:
-            return record
-    share, outputs = {}, {}
-    for record in known:
-        rules = layouts(model).get(record.layout)
-        if rules:
-            paths = {target(name, rules, len(shape)): shape for name, shape in shapes.items()}
-            named = sum(target(name, rules, len(shape)) is not None for name, shape in shapes.items())
-            share[record], outputs[record] = named / max(len(shapes), 1), paths.get("head/dense/bias")
-    best = max(share.values(), default=0.0)
-    if best < NAMED:
-        raise ValueError(
-            f"{path}: its tensors ({', '.join(list(shapes)[:3])}, ...) are not named as in any weights of {model}; "
-            f"{_fits(path)}"
-        )
-    fit = [record for record in share if share[record] == best]
-    fit = [record for record in fit if outputs[record] == (record.classes,)] or fit
-    if len({(record.network, record.input) for record in fit}) > 1:
-        raise ValueError(
-            f"{path} may be any of {', '.join(record.name for record in fit)}, which want other numbers of the "
-            f"network or its input: rename it as what it is, {' or '.join(record.filename for record in fit)}"
-        )
-    return fit[0]
-
-
-def by_checksum(path: Path) -> list[Record]:
-    """Returns the records whose published checksum the file has."""
-    found = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
-    checksums = [(record, record.checksum.partition(":")) for record in catalogue.records() if record.checksum]
-    return [record for record, (kind, _, digits) in checksums if found[kind].startswith(digits)]
-
-
-def _fits(path: Path) -> str:
-    """Returns the end of an error: what a file of another network fits."""
-    from lungjax.weights import identify  # late: it asks us for shapes
-
-    try:
-        return f"python -m lungjax.weights --check says: {identify.identify(path).removeprefix(f'{path}: ')}"
-    except ValueError:
-        return f"python -m lungjax.weights --check {path} says what is nearest"
 
 
 def resolve(config: Config) -> Config:
@@ -223,27 +155,6 @@ def gray_input(
     return mean, std
 
 
-def shapes(
-    model: str | ModelConfig, classes: int, size: tuple[int, int] | None = None, channels: int = 3
-) -> Mapping[str, Any]:
-    """Returns the shape of every leaf by path, without the collection; computes nothing.
-
-    `size` (height, width) defaults to the input of the network's weights, or 224; only a head that flattens
-    depends on it.
-    """
-    config = ModelConfig(name=model) if isinstance(model, str) else model
-    known = catalogue.records(config.name)
-    size = size or (known[0].input.size if known else (224, 224))
-    return leaf_shapes(models.build(config, classes), (*size, channels))
-
-
-@functools.cache  # tracing a deep network takes seconds
-def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Returns the shape of every leaf of a network for images of [height, width, channels]."""
-    found = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    return {path: leaf.shape for tree in found.values() for path, leaf in trees.flatten(tree).items()}
-
-
 def leaves(
     config: Config, module: nn.Module, weights_dir: Path | None = None, keep_head: bool = False
 ) -> dict[str, np.ndarray]:
@@ -260,15 +171,15 @@ def leaves(
     source = parse(config.model)
     if not source.record and not source.run:
         return {}
-    ours = leaf_shapes(module, (*config.input.size, config.input.network_channels))
+    ours = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
     with _opened(source, config.model.name, weights_dir) as (tensors, rules, channels, where):
-        theirs = leaf_shapes(module, (*config.input.size, channels))
+        theirs = models.leaf_shapes(module, (*config.input.size, channels))
         fresh = {} if keep_head else {"fresh": DENSE, "optional": HEAD}
         try:
             found = convert(tensors, rules, theirs, where=where, **fresh)
         except ValueError as error:
             if isinstance(tensors, Tensors) and len(str(error).splitlines()) > FEW + 1:
-                raise ValueError(f"{error}\n{tensors.path}: {_fits(tensors.path)}") from None
+                raise ValueError(f"{error}\n{tensors.path}: {fits(tensors.path)}") from None
             raise
     if not keep_head:
         found = {path: found[path] for path in kept(found, theirs)}

@@ -17,7 +17,7 @@ from lungjax.models import trees
 from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import Record
 from lungjax.weights.convert import convert
-from lungjax.weights.load import shapes
+from lungjax.weights.identify import shapes
 from lungjax.weights.readers import open_tensors
 from lungjax.weights.rules import rules_for
 

@@ -95,7 +95,7 @@ def leaves(choice, classes):
     """Returns (all leaves, those that are trained) of the network of an experiment: shapes by path."""
     config = load.resolve(experiments.load(choice))
     network = models.build(config.model, classes)
-    shapes = load.leaf_shapes(network, (*config.input.size, config.input.network_channels))
+    shapes = models.leaf_shapes(network, (*config.input.size, config.input.network_channels))
     params = {path: shape for path, shape in shapes.items() if not path.endswith(("/mean", "/var"))}
     frozen = optim.frozen_paths(config.optim, trees.unflatten(params))
     return shapes, {path: shape for path, shape in params.items() if path not in frozen}

@@ -17,7 +17,6 @@ from lungjax.config import ModelConfig
 from lungjax.models import trees
 from lungjax.models.ops import conv
 from lungjax.weights.convert import convert
-from lungjax.weights.load import leaf_shapes
 from lungjax.weights.rules import rules_for
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.npz"))
@@ -40,7 +39,7 @@ def golden(path: Path):
 def test_logits_equal_the_reference(path):
     facts, tensors, images, expected = golden(path)
     module = models.build(ModelConfig(name=facts["model"], **facts["network"]), 1000)
-    shapes = leaf_shapes(module, images.shape[1:])
+    shapes = models.leaf_shapes(module, images.shape[1:])
     leaves = convert(tensors, rules_for(facts["model"], facts["layout"]), shapes)
     stats = {k: v for k, v in leaves.items() if k.endswith(("/mean", "/var"))}
     params = {k: v for k, v in leaves.items() if k not in stats}

@@ -167,9 +167,8 @@ def load(case: Case, folder: Path, side: int) -> tuple[Any, dict[str, Any]]:
     import lungjax
     from lungjax import models
     from lungjax.config import ModelConfig
-    from lungjax.models import trees
+    from lungjax.models import leaf_shapes, trees
     from lungjax.weights.convert import SAME_NAMES, convert
-    from lungjax.weights.load import leaf_shapes
     from lungjax.weights.readers import open_tensors
 
     path = folder / filename(case)

@@ -13,7 +13,7 @@ from weight_writers import FORMATS, HALVED, KERAS, TORCH, install, leaves, write
 import lungjax
 from lungjax.config import Config, InputSpec, ModelConfig
 from lungjax.models import trees
-from lungjax.weights import catalogue, load
+from lungjax.weights import catalogue, identify, load
 
 ALL = pytest.mark.parametrize("form", FORMATS)
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
@@ -139,19 +139,19 @@ def test_a_published_checksum_names_a_renamed_file(zoo, monkeypatch):
     path = write(zoo, "safetensors", leaves(), "weights.safetensors")
     known = replace(TORCH, checksum=f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
     monkeypatch.setattr(catalogue, "RECORDS", (KERAS, HALVED, known))
-    assert load.identify(path, "tiny") == known
+    assert identify.record_of(path, "tiny") == known
 
 
 def test_the_real_zoo_tells_or_asks(tmp_path, monkeypatch):
-    shapes = load.shapes("efficientnet_b0", 1000)
+    shapes = identify.shapes("efficientnet_b0", 1000)
     names = {f"blocks.{i}.0.bn1.weight": (4,) for i in range(7)} | {
         "conv_stem.weight": shapes["stem_conv/kernel"][::-1]
     }
     path = tmp_path / "mine.safetensors"
     FORMATS["safetensors"][0](path, {name: np.ones(shape, np.float32) for name, shape in names.items()})
     with pytest.raises(ValueError, match=r"efficientnet_b0.aa_in1k.*efficientnet_b0.ra_in1k.*rename it"):
-        load.identify(path, "efficientnet_b0")
-    assert load.identify(path, "efficientnet_lite3").name == "efficientnet_lite3.in1k"  # its only one
+        identify.record_of(path, "efficientnet_b0")
+    assert identify.record_of(path, "efficientnet_lite3").name == "efficientnet_lite3.in1k"  # its only one
 
 
 def test_a_wrong_checksum_is_refused(zoo, monkeypatch):
