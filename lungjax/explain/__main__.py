@@ -6,16 +6,20 @@ An image that can't be read is named, the rest is done, and the exit code is 1.
 """
 
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
-from lungjax import cli
+from lungjax import cli, datasets
 from lungjax.config import EXPLANATIONS as METHODS
 from lungjax.config import metadata, nearest
 from lungjax.config.metadata import Metadata
+from lungjax.data import preprocess
+from lungjax.inference.inputs import Item, gather
 from lungjax.runtime import environment
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
@@ -45,16 +49,21 @@ def main(_: list[str]) -> None:
     windows: dict[str, Any] = {"window": cli.read_window(WINDOW.value)} if WINDOW.value else {}
     windows |= {"hu_windows": (cli.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
     environment.prepare_jax()
-    from lungjax import datasets
+    # Here, after the flags, since they import jax.
     from lungjax.explain import sheets
-    from lungjax.inference import api, inputs
-    from lungjax.training import train  # here, after the flags, since they import jax
+    from lungjax.explain.saliency import Explainer
+    from lungjax.inference import api
+    from lungjax.models import outputs
+    from lungjax.training import train
 
     run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
-    target = sheets.class_number(run, CLASS.value)
-    explainer, out = sheets.make_explainer(run), Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
+    target = class_number(run.classes, CLASS.value)
+    positive = outputs.positive_class(run.config, run.classes)
+    explainer = Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
+    out = Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    methods, bad = METHOD.value or ["gradcam"], []
+    methods = METHOD.value or ["gradcam"]
+    bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
         print("The last map is one cell: only occlusion and integrated_gradients can tell places apart here.")
     if IMAGES.value:
@@ -63,21 +72,45 @@ def main(_: list[str]) -> None:
         known = (run.config.name, run.classes, run.config.input, parts.full, parts.stage, parts.size)
         told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
         told = replace(told, **windows)
-        found = inputs.gather(IMAGES.value, told)
-        bad += sheets.explain_files(run, explainer, found, told, methods, target, out, SAVE_MAPS.value)
+        found = gather(IMAGES.value, told)
+        bad += [f"{name}: {why}" for name, why in found.bad]
+        pictures = read(found.items, told, bad)
+        if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, SAVE_MAPS.value):
+            reasons = "\n  ".join(bad or ["there is none in the folders given"])
+            raise ValueError(f"no image could be read:\n  {reasons}")
     if SPLIT.value:
         data = train.open_data(run.config, data_dir)
         for method in methods:
             folder = out / f"{SPLIT.value}_{method}"
-            bad += sheets.explain_split(run, explainer, data, SPLIT.value, method, target, folder, COUNT.value)
+            bad += sheets.explain_split(explainer, data, SPLIT.value, method, target, folder, COUNT.value)
     if QUALITY.value:
         count = COUNT.value or sheets.TO_MEASURE
-        bad += sheets.measure_quality(run, explainer, data_dir, METHOD.value or METHODS, target, out, count)
+        drawn = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
+        images = None if drawn else train.open_data(run.config, data_dir)
+        bad += sheets.measure_quality(
+            explainer, run.config, run.classes, run.step, images, METHOD.value or METHODS, target, out, count
+        )
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: left out: {problem}", file=sys.stderr)
     if bad:
         sys.exit(1)
+
+
+def class_number(classes: Sequence[str], name: str | None) -> int | None:
+    """Returns the number of a class, None for None. Raises ValueError for an unknown one, with the nearest."""
+    if name is not None and name not in classes:
+        raise ValueError(f"--class={name}: {nearest(name, classes)}")
+    return None if name is None else classes.index(name)
+
+
+def read(items: Iterable[Item], told: Metadata, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and pixels of each image; what can't be read goes to `bad`, with the reason."""
+    for item in items:
+        try:
+            yield item.short, preprocess.picture(item.read(), told)[0]
+        except (ValueError, OSError) as error:
+            bad.append(str(error) if item.name in str(error) else f"{item.name}: {error}")
 
 
 if __name__ == "__main__":

@@ -3,95 +3,64 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lungjax import datasets
-from lungjax.config import nearest
-from lungjax.config.metadata import Metadata
-from lungjax.data import pipeline, preprocess
+from lungjax.config import Config
+from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.explain import panels, quality, saliency
 from lungjax.explain.saliency import Explainer
-from lungjax.inference.api import Trained
-from lungjax.inference.inputs import Intake
-from lungjax.models import outputs
 from lungjax.report import style
-from lungjax.training import train
 
 TILES = (4, 7)  # columns and rows of a sheet
 READ = 64  # images of a split in memory at a time
 TO_MEASURE = 100  # images, for --quality
 
 
-def make_explainer(run: Trained) -> Explainer:
-    """Returns the maps' maker for a trained run."""
-    positive = outputs.positive_class(run.config, run.classes)
-    return Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
-
-
-def class_number(run: Trained, name: str | None) -> int | None:
-    """Returns the number of a class, None for None. Raises ValueError for an unknown one, with the nearest."""
-    if name is not None and name not in run.classes:
-        raise ValueError(f"--class={name}: {nearest(name, run.classes)}")
-    return None if name is None else run.classes.index(name)
-
-
-def explain_files(
-    run: Trained,
+def explain_images(
     explainer: Explainer,
-    found: Intake,
-    told: Metadata,
+    pictures: Iterable[tuple[str, np.ndarray]],
+    classes: Sequence[str],
     methods: Sequence[str],
     target: int | None,
     out: Path,
     save_maps: bool = False,
-) -> list[str]:
-    """Writes a picture of each image and method; returns what could not be read and why.
+) -> int:
+    """Writes a picture of each image and method; returns the number of images.
 
     Args:
-      run: whose network, input and classes they are.
-      explainer: of that network.
-      found: the images.
-      told: what the network says of itself, or what is known of that.
+      explainer: of the network.
+      pictures: name and pixels, uint8 [H, W, C] as the network gets them, of each image.
+      classes: of the network.
       methods: of METHODS.
       target: number of the class explained, None for the predicted one.
       out: a folder that is there.
       save_maps: writes NAME_METHOD.npy too.
-
-    Raises ValueError if no image is left.
     """
-    bad = [f"{name}: {why}" for name, why in found.bad]
     used: set[str] = set()
-    for items in _chunks(found.items):
-        pixels, names = [], []
-        for item in items:
-            try:
-                pixels.append(preprocess.picture(item.read(), told)[0])
-                names.append(panels.file_name(item.short, used))
-            except (ValueError, OSError) as error:
-                bad.append(str(error) if item.name in str(error) else f"{item.name}: {error}")
-        if not names:
-            continue
-        stack = np.stack(pixels)
+    count, rest = 0, iter(pictures)
+    while chunk := list(islice(rest, READ)):
+        names = [panels.file_name(name, used) for name, _ in chunk]
+        stack = np.stack([pixels for _, pixels in chunk])
         targets = None if target is None else np.full(len(stack), target)
         for method in methods:
             maps, probabilities = explainer.maps(stack, targets, method)
             for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
                 about = int(p.argmax()) if target is None else target
-                panels.draw(out / f"{name}_{method}.png", name, image, heat, p, run.classes, about, method)
+                panels.draw(out / f"{name}_{method}.png", name, image, heat, p, classes, about, method)
                 if save_maps:
                     np.save(out / f"{name}_{method}.npy", heat)
-    if not used:
-        raise ValueError("no image could be read:\n  " + "\n  ".join(bad or ["there is none in the folders given"]))
-    return bad
+        count += len(chunk)
+    return count
 
 
 def explain_split(
-    run: Trained,
     explainer: Explainer,
     data: Prepared,
     split: str,
@@ -106,7 +75,7 @@ def explain_split(
     Raises ValueError if the split has no image that can be read.
     """
     bad: list[str] = []
-    reader = pipeline.Reader(data, run.config.input)
+    reader = pipeline.Reader(data, explainer.spec)
     found: dict[int, np.ndarray] = {}
     for rows in _chunks(np.unique(data.rows(split)).tolist()):
         pixels, kept = _read_rows(reader, rows, bad)
@@ -122,7 +91,9 @@ def explain_split(
     pages = math.ceil(len(order) / size)
     with (out / "index.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rank", "page", *names, "label", "predicted", "wrong", *(f"p_{name}" for name in run.classes)])
+        writer.writerow(
+            ["rank", "page", *names, "label", "predicted", "wrong", *(f"p_{name}" for name in data.classes)]
+        )
         for page in range(pages):
             rows = order[page * size : (page + 1) * size]
             pixels = [reader(row) for row in rows]
@@ -135,13 +106,13 @@ def explain_split(
                 place = [page * size + i + 1, f"page_{page + 1:03}.png"]
                 wrong = "yes" if said != label else "no"
                 chances = [f"{p:.6g}" for p in found[row]]
-                writer.writerow([*place, *told, run.classes[label], run.classes[said], wrong, *chances])
+                writer.writerow([*place, *told, data.classes[label], data.classes[said], wrong, *chances])
                 tiles.append((told[0], pixels[i], panels.visible(maps[i], method), label, found[row]))
-            about = "the predicted class" if target is None else run.classes[target]
+            about = "the predicted class" if target is None else data.classes[target]
             heading = (
                 f"{data.name}, {split}: {panels.TITLES[method]} for {about}, page {page + 1} of {pages}, surest first"
             )
-            sheet(out / f"page_{page + 1:03}.png", heading, tiles, run.classes)
+            sheet(out / f"page_{page + 1:03}.png", heading, tiles, data.classes)
     return bad
 
 
@@ -172,9 +143,11 @@ def sheet(path: Path, heading: str, tiles: Sequence[tuple[Any, ...]], classes: S
 
 
 def measure_quality(
-    run: Trained,
     explainer: Explainer,
-    data_dir: Path,
+    config: Config,
+    classes: Sequence[str],
+    step: int,
+    data: Prepared | None,
     methods: Sequence[str],
     target: int | None,
     out: Path,
@@ -183,28 +156,28 @@ def measure_quality(
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns what could not be read.
 
-    A network of phantom_ct is measured on `count` new drawn patients with true lesion masks, any other on images of
-    its test split, at even distances, and then without the pointing game.
+    Measured is on `count` images of the test split of `data`, at even distances, without the pointing game; where
+    `data` is None, for a network of phantom_ct, on as many new drawn patients with true lesion masks. `config`,
+    `classes` and `step` are those of the run.
     """
     bad: list[str] = []
-    name = datasets.resolve(run.config.data.dataset)[0]
-    if name.base == "phantom_ct":
-        slices = quality.draw_slices(run.classes, run.config.input, name, count)
+    if data is None:
+        name = datasets.resolve(config.data.dataset)[0]
+        slices = quality.draw_slices(classes, explainer.spec, name, count)
         found = quality.measure(explainer, slices.images, None, methods, slices, say=say)
         what = f"{count} drawn slices with a lesion, each of a new patient"
     else:
-        data = train.open_data(run.config, data_dir)
         rows = np.unique(data.rows("test"))
         rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
-        pixels, _ = _read_rows(pipeline.Reader(data, run.config.input), rows.tolist(), bad)
+        pixels, _ = _read_rows(pipeline.Reader(data, explainer.spec), rows.tolist(), bad)
         if not pixels:
             raise ValueError(f"{data.name}: no image of the test split could be read\n  " + "\n  ".join(bad))
         targets = None if target is None else np.full(len(pixels), target)
         found = quality.measure(explainer, np.stack(pixels), targets, methods, say=say)
         what = f"{len(pixels)} images of the test split of {data.name}, whose lesions nobody marked"
-    content = {"name": run.config.name, "step": run.step, "images": what, "methods": found}
+    content = {"name": config.name, "step": step, "images": what, "methods": found}
     (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
-    page = quality.markdown(run.config.name, what, found)
+    page = quality.markdown(config.name, what, found)
     (out / "quality.md").write_text(page, "utf-8")
     say(page)
     return bad

@@ -14,11 +14,12 @@ from random_weights import random_variables
 
 from lungjax.config import Config, DataConfig, EvalConfig, InputSpec, overrides
 from lungjax.config.metadata import Metadata
+from lungjax.explain import __main__ as command
 from lungjax.explain import panels, sheets
+from lungjax.explain.saliency import Explainer
 from lungjax.inference import api, inputs
 from lungjax.inference.api import Trained
 from lungjax.models.ops import conv
-from lungjax.training import train
 
 CLASSES = ("left", "middle", "right")
 SPEC = InputSpec(size=(24, 32), channels=1)
@@ -42,12 +43,17 @@ def run():
 
 @pytest.fixture(scope="module")
 def explainer(run):
-    return sheets.make_explainer(run)
+    return Explainer(run.module, run.variables, SPEC, None, run.config.eval.batch_size)
 
 
-def found(run, *given, **windows):
+def explain(run, explainer, out, *given, target=None, save_maps=False, **windows):
+    """Explains files as the command does; returns what could not be read."""
     told = Metadata(run.config.name, run.classes, run.config.input, run.config.data.dataset, **windows)
-    return inputs.gather(given, told), told
+    found = inputs.gather(given, told)
+    bad = [f"{name}: {why}" for name, why in found.bad]
+    pictures = command.read(found.items, told, bad)
+    sheets.explain_images(explainer, pictures, run.classes, ["gradcam"], target, out, save_maps)
+    return bad
 
 
 def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_path):
@@ -66,7 +72,7 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     out = tmp_path / "out"
     out.mkdir()
     given = [str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png", "in/notes.txt")]
-    bad = sheets.explain_files(run, explainer, *found(run, *given), ["gradcam"], None, out, save_maps=True)
+    bad = explain(run, explainer, out, *given, save_maps=True)
     drawn = sorted(path.name for path in out.glob("*.png"))
     assert drawn == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
     assert len(bad) == 4
@@ -84,11 +90,8 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
     with Image.open(out / "a_gradcam.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert (pixels.max(-1) - pixels.min(-1) > 60).any()  # colours of a heat map
-    deep = found(run, given[3], window=(0.0, 51000.0))
-    windowed = sheets.explain_files(run, explainer, *deep, ["gradcam"], 0, out)
+    windowed = explain(run, explainer, out, given[3], target=0, window=(0.0, 51000.0))
     assert not windowed and (out / "deep_gradcam.png").exists()
-    with pytest.raises(ValueError, match=r"no image could be read(.|\n)*cut.png"):
-        sheets.explain_files(run, explainer, *found(run, str(tmp_path / "in/cut.png")), ["gradcam"], None, out)
 
 
 def test_no_picture_takes_the_place_of_another():
@@ -98,9 +101,9 @@ def test_no_picture_takes_the_place_of_another():
 
 
 def test_an_unknown_class_gets_the_nearest(run):
-    assert sheets.class_number(run, "middle") == 1 and sheets.class_number(run, None) is None
+    assert command.class_number(CLASSES, "middle") == 1 and command.class_number(CLASSES, None) is None
     with pytest.raises(ValueError, match="--class=midle: the nearest: middle"):
-        sheets.class_number(run, "midle")
+        command.class_number(CLASSES, "midle")
 
 
 def test_a_split_is_drawn_in_order_of_confidence_and_the_rest_where_one_is_broken(
@@ -111,7 +114,7 @@ def test_a_split_is_drawn_in_order_of_confidence_and_the_rest_where_one_is_broke
     row = int(small_data.rows("test")[4])
     broken[row]["image"] = broken[row]["image"][:100]
     data = replace(small_data, records=broken)
-    bad = sheets.explain_split(run, explainer, data, "test", "gradcam", None, tmp_path / "sheets")
+    bad = sheets.explain_split(explainer, data, "test", "gradcam", None, tmp_path / "sheets")
     assert len(bad) == 1 and data.columns["file"][row] in bad[0]
     with (tmp_path / "sheets/index.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -127,23 +130,21 @@ def test_a_split_is_drawn_in_order_of_confidence_and_the_rest_where_one_is_broke
     assert [line["page"] for line in rows[5:7]] == ["page_001.png", "page_002.png"]
     assert sorted(path.name for path in (tmp_path / "sheets").glob("*.png")) == ["page_001.png", "page_002.png"]
     few = tmp_path / "few"
-    sheets.explain_split(run, explainer, small_data, "test", "gradcam", 2, few, count=3)
+    sheets.explain_split(explainer, small_data, "test", "gradcam", 2, few, count=3)
     with (few / "index.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3
 
 
 def test_quality_of_drawn_and_of_other_data(run, explainer, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_data", lambda config, folder: small_data)
     monkeypatch.setattr(sheets.quality, "DELETIONS", 3)
     said = []
-    sheets.measure_quality(run, explainer, tmp_path, ["gradcam"], None, tmp_path, 5, said.append)
+    sheets.measure_quality(explainer, run.config, CLASSES, 7, small_data, ["gradcam"], None, tmp_path, 5, said.append)
     found = json.loads((tmp_path / "quality.json").read_text())
     assert "5 images of the test split of folder/small" in found["images"] and found["step"] == 7
     assert found["methods"].keys() == {"gradcam"} and found["methods"]["gradcam"].keys() == {"deletion", "sanity"}
     assert "lesion?" not in (tmp_path / "quality.md").read_text() and "sanity" in " ".join(said)
-    drawn = replace(run, classes=("COVID-19", "Normal", "Pneumonia"), config=overrides.override(
-        run.config, "data.dataset=phantom_ct/tiny"))  # fmt: skip
-    sheets.measure_quality(drawn, explainer, tmp_path, ["gradcam"], None, tmp_path, 4, said.append)
+    drawn, classes = overrides.override(run.config, "data.dataset=phantom_ct/tiny"), ("COVID-19", "Normal", "Pneumonia")
+    sheets.measure_quality(explainer, drawn, classes, 7, None, ["gradcam"], None, tmp_path, 4, said.append)
     game = json.loads((tmp_path / "quality.json").read_text())["methods"]["gradcam"]["pointing"]
     assert game["n"] == 4 and 0 < game["chance"] < game["chance_in_lungs"] < 1
     assert game["chance"] < game["chance_tolerant"] and "| gradcam |" in (tmp_path / "quality.md").read_text()
@@ -169,3 +170,7 @@ def test_the_command_says_what_it_left_out(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
     assert done.returncode == 1 and "left out" in done.stderr and "bad.png" in done.stderr, done.stderr
     assert "good.png" not in done.stderr and (tmp_path / "out/good_gradcam.png").exists()
+    given = (*given[:2], f"--images={tmp_path}/bad.png")
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.returncode == 2 and "no image could be read" in done.stderr and "bad.png" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
