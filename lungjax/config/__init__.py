@@ -30,7 +30,7 @@ from lungjax.config.schema import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    check,
     fields_of,
     nearest,
 )
+from lungjax.config.validate import check

@@ -21,7 +21,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models are equal 
 SCRIPT = "__main__.py"
 # Files of lungjax that the script reads images and words answers with, under their own names.
 PACKED = (
-    "config/__init__.py", "config/metadata.py", "config/schema.py",
+    "config/__init__.py", "config/metadata.py", "config/schema.py", "config/validate.py",
     "data/__init__.py", "data/imaging/__init__.py", "data/imaging/images.py", "data/imaging/lung_masks.py",
     "data/imaging/lung_outline.py", "data/imaging/study_masks.py", "data/preprocess.py",
     "evaluation/__init__.py", "evaluation/novelty.py",
