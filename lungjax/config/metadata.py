@@ -128,7 +128,7 @@ def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tupled(value) if key in _LISTS else value for key, value in tree.items()}
 
 
-def _problem(found: Metadata) -> str:
+def _problem(found: Metadata) -> str:  # noqa: C901, PLR0912
     """Says what can't be true of a file that somebody sent or changed; "" if nothing is wrong."""
     names, size, spec = found.classes, found.input.size, found.input
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):

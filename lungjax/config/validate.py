@@ -70,7 +70,7 @@ def _check_splits(config: Config) -> None:
         raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> None:  # noqa: C901, PLR0912
     """Raises ValueError for the first field whose value makes no sense, before any device work."""
     leaves = fields_of(config)
     choices = {

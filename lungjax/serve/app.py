@@ -61,7 +61,7 @@ class _Read:
     refused: Refused | None = None
 
 
-def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], None] = lambda _: None) -> FastAPI:
+def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], None] = lambda _: None) -> FastAPI:  # noqa: C901, PLR0915
     """Returns the service as an ASGI application.
 
     Args:

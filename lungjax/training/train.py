@@ -158,7 +158,7 @@ def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
     return start
 
 
-def train_loop(
+def train_loop(  # noqa: C901, PLR0912, PLR0915
     this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: Progress, watch: signals.Watch
 ) -> None:
     """Trains from `current` to the last step, or until validation has stopped getting better.
