@@ -22,9 +22,9 @@ us on the real set.
 
 Both take the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. Of 2a and 3a `study` is
 another study's resampling (covidx_ct.py), so these take `sound`, which leaves out the twins that `prepare` names.
-Their order of changes and Otsu's threshold differ a little from ours (`lungjax.config.presets`). Slices were chosen by an
-earlier network in most of train and by experts in val and test, and STOIC, iCTCF and Stony Brook are in train alone:
-the scores say little about other hospitals.
+Their order of changes and Otsu's threshold differ a little from ours (`lungjax.config.presets`). Slices were chosen by
+an earlier network in most of train and by experts in val and test, and STOIC, iCTCF and Stony Brook are in train
+alone: the scores say little about other hospitals.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

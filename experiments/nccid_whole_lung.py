@@ -20,8 +20,8 @@ have not run this on them.
 Not to be trusted: the published test scores, as a series (and a patient) may be on both sides of the split. The README
 says dropout 0.3, the published run has 0.2. TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root of
 ImageNet's standard deviations (tensorflow issue 49930); the run had about 2.3. The order in which pictures are
-changed differs: `lungjax.config.presets`. Inversion (half of the train pictures) is unusual for CT, but no mistake: it stays;
-`--set=augment.invert=0` leaves it out.
+changed differs: `lungjax.config.presets`. Inversion (half of the train pictures) is unusual for CT, but no mistake: it
+stays; `--set=augment.invert=0` leaves it out.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -2,9 +2,9 @@
 
 PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
 volumes. Written to --out: predictions.csv and predictions.jsonl with a line an image, series.csv and series.jsonl with
-one for each series or patient (`lungjax.inference.records` says what is in them), and with --explain a picture of each heat map.
-What can't be read is named in the files and at the end, the rest is done, and the exit code is 1. The files appear when
-all is done; of a run that was stopped, the answers so far stay in files that end in .partial.
+one for each series or patient (`lungjax.inference.records` says what is in them), and with --explain a picture of each
+heat map. What can't be read is named in the files and at the end, the rest is done, and the exit code is 1. The files
+appear when all is done; of a run that was stopped, the answers so far stay in files that end in .partial.
 """
 
 import contextlib

@@ -3,7 +3,12 @@ import sys
 
 import pytest
 
-RUN = "import json; from lungjax import cli; from lungjax.config import overrides\ndef main(argv):\n    {body}\ncli.run(main)"
+RUN = """import json
+from lungjax import cli
+from lungjax.config import overrides
+def main(argv):
+    {body}
+cli.run(main)"""
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ nowhere else, so nothing has to be given by hand, and nothing is normalised twic
     name, dataset       of the experiment and of the data set it was trained on
     classes             [names] in label order, as in every list of probabilities
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
-    stage, stored       what the data set keeps of an image before that (`datasets.treatment`): a stage such as "lungs",
-                        and [height, width] of the stored copy, or null
+    stage, stored       what the data set keeps of an image before that (`datasets.build.process_image`): a stage
+                        such as "lungs", and [height, width] of the stored copy, or null
     box                 with input.crop "box", where the box of an image comes from: "body", found as the box around the
                         body in a CT slice, or "given", known to the data set alone; "" otherwise
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit

@@ -168,7 +168,7 @@ def near_twins(
     """Returns the confirmed near duplicates across groups.
 
     Exact copies (equal `pixels`) are no near duplicates, and of the copies in a group only the first is looked at:
-    `protocols` gives its twins to all copies. Arguments as in `near_pairs` and `confirm`, with group names in
+    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `confirm`, with group names in
     place of numbers; `distance` None takes 8 bits for up to 20,000 images, 6 for up to 100,000, else 4.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]

@@ -24,7 +24,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the summary of an index: counts, sizes, copies, what they do to each protocol, warnings.
 
-    `described` is the content of lungjax.json, `twins` what was found in `datasets.twins`.
+    `described` is the content of lungjax.json, `twins` what was found in `datasets.build.near_duplicates`.
     """
     classes = described["classes"]
 

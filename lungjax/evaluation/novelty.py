@@ -135,9 +135,9 @@ def fit(
 ) -> Familiarity:
     """Fits the score on training images, chooses its threshold on validation images, counts false alarms on test.
 
-    Pictures are what `lungjax.data.imaging.images.load` gives, uint8 or float32 in 0..255, [H, W] or [H, W, 3], of any size;
-    each is measured and let go. 2,000 training and 1,000 validation images are enough; images of one patient in two of
-    the three make the count too good.
+    Pictures are what `lungjax.data.imaging.images.load` gives, uint8 or float32 in 0..255, [H, W] or [H, W, 3], of any
+    size; each is measured and let go. 2,000 training and 1,000 validation images are enough; images of one patient in
+    two of the three make the count too good.
 
     The threshold is the value that at most one validation image in a hundred exceeds. Of fewer than 500 it is at least
     the value that the next image exceeds once in a hundred times if logarithms are normal (Student's t): the largest of

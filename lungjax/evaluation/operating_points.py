@@ -56,7 +56,8 @@ def at(
 
     Keys: `threshold`; `sensitivity`, `specificity`, `ppv`, `npv`, 0..1 or None where undefined; `ppv_at` and `npv_at`
     at `at_prevalence`, all three None where that is not stated (0); the counts `tp`, `fp`, `fn`, `tn`; `intervals`,
-    {name: [low, high]} of the rates, 95 % by bootstrap over patients (see `lungjax.evaluation.bootstrap`), without what has none.
+    {name: [low, high]} of the rates, 95 % by bootstrap over patients (`lungjax.evaluation.bootstrap`), without what
+    has none.
 
     Raises ValueError for a prevalence outside 0..1.
     """

@@ -4,11 +4,11 @@ Every network returns its last map and has one submodule `head` that turns it in
 need one forward pass and the gradient of the head alone; nothing in them knows a family. The score of a class is its
 logit; of a sigmoid head z for the positive class and -z for the other.
 
-Under valid padding a map shows the inner part of the image, and is laid there (`models.geometry`). The papers and the
-study stretch it over the whole image instead, and so does gradcam_guided. A map says where the score came from and not
-whether it is right to look there: `saliency_quality` measures what a method is worth on a trained network. A map
-without evidence (constant but for rounding, also where the last map is a single cell) is all zeros, never noise
-stretched to 0..1.
+Under valid padding a map shows the inner part of the image, and is laid there (`models.receptive_field`). The papers
+and the study stretch it over the whole image instead, and so does gradcam_guided. A map says where the score came from
+and not whether it is right to look there: `quality` measures what a method is worth on a trained network. A map without
+evidence (constant but for rounding, also where the last map is a single cell) is all zeros, never noise stretched to
+0..1.
 """
 
 from collections.abc import Callable, Iterator

@@ -136,7 +136,7 @@ def picture(path: Path, told: Any, known: Any, prepared: bool) -> tuple[np.ndarr
 
 
 def line_writer(told: Any, as_json: bool) -> Any:
-    """Returns the function that prints a record of `answers`."""
+    """Returns the function that prints a record of `records`."""
     if as_json:
         return lambda record: print(json.dumps(record, ensure_ascii=False), flush=True)
     columns = ["file", "predicted", *(f"p_{name}" for name in told.classes)]

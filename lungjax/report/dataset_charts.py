@@ -1,7 +1,7 @@
 """The pictures of a data set's page, each one function from arrays to a PNG file.
 
-Drawn in the style of a report's pictures, see `lungjax.report.style`. Images are shown in their own gray levels, 0 black and
-255 white, never stretched: a source that is darker than another must look darker.
+Drawn in the style of a report's pictures, see `lungjax.report.style`. Images are shown in their own gray levels, 0
+black and 255 white, never stretched: a source that is darker than another must look darker.
 """
 
 import math

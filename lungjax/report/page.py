@@ -1,7 +1,8 @@
 """report.html: everything a run has to say on one page that needs no other file, no network and no script.
 
 A function of the report and the pictures. What an older report lacks is left out, and no text of the user's (names of
-classes, files and sources) can become markup: `lungjax.report.html` escapes all of it, and the page itself forbids scripts.
+classes, files and sources) can become markup: `lungjax.report.html` escapes all of it, and the page itself forbids
+scripts.
 """
 
 from collections.abc import Mapping, Sequence

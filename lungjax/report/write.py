@@ -29,8 +29,8 @@
                         high, n, confidence, accuracy (see `lungjax.evaluation.calibration`)
     operating_points    where there is a val split: CLASS.RULE, RULE being youden or sensitivity_X, with threshold,
                         chosen on val, and of the test split: sensitivity, specificity, ppv, npv, ppv_at and npv_at at
-                        at_prevalence, tp, fp, fn, tn, intervals (see `lungjax.evaluation.operating_points`); none for a class that val
-                        lacks
+                        at_prevalence, tp, fp, fn, tn, intervals (`lungjax.evaluation.operating_points`); none
+                        for a class that val lacks
     mistakes            the worst of the test split: id, true, predicted (class names), probability (of that class)
 
 A level, with the definitions and what None means in `lungjax.evaluation.metrics`:
@@ -42,8 +42,9 @@ A level, with the definitions and what None means in `lungjax.evaluation.metrics
     confusion           C lists of C counts, a row a true class
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
-    intervals           NAME: [low, high], 95 % by bootstrap over patients (`lungjax.evaluation.bootstrap`), NAME being such as
-                        accuracy or per_class.CLASS.recall; without what has none. By source only up to 30 sources
+    intervals           NAME: [low, high], 95 % by bootstrap over patients (`lungjax.evaluation.bootstrap`), NAME being
+                        such as accuracy or per_class.CLASS.recall; without what has none. By source only up to 30
+                        sources
 
 So `lookup(report, "test.slice.auc_macro")`, "test.patient.accuracy", "test.by_source.mosmed.confusion".
 Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.", and

@@ -324,7 +324,7 @@ def _pages() -> dict[str, tuple[bytes, str]]:
 
 
 def _trim() -> None:
-    """Gives the memory of large uploads back, which `environment.keep_freed_memory` keeps with what networks use again."""
+    """Gives the memory of large uploads back, which `environment.keep_freed_memory` keeps with what networks use."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:

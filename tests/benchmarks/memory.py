@@ -1,4 +1,4 @@
-"""Shows that a long run's memory stays flat: `lungjax.training.train.run` of a tiny network, validations and checkpoints on.
+"""Memory of a long `lungjax.training.train.run` of a tiny network stays flat, validations and checkpoints on.
 
     python -m tests.benchmarks.memory [--steps=2000] [--eval_steps=100] [--save_steps=50]
 

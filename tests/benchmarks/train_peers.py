@@ -93,7 +93,7 @@ def matmul_rate(side: int, dtype: Any) -> float:
 
 
 def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
-    """lungjax, compiled as `lungjax.training.train` does it; contender "augmented" has the preset covidnet_ct as well."""
+    """lungjax, compiled as `lungjax.training.train` does it; contender "augmented" has the preset covidnet_ct too."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
     from lungjax.runtime import environment

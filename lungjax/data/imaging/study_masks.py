@@ -1,4 +1,4 @@
-"""The masks of two studies as they published them, for `protocol=study`; the robust ones are in `lungs`.
+"""The masks of two studies as they published them, for `protocol=study`; the robust ones are in `lung_masks`.
 
 CT-COV19 (github.com/marta-0/covid-ct): body mask by OpenCV contours and lung mask by a snake, both at 512 x 512.
 iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): the "preprocessed" pictures, by a
