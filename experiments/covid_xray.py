@@ -9,7 +9,7 @@ Study: github.com/Mithunjack/covid-19-xay-image-classification; ResNet18: github
 ResNet101V2 .9750, DenseNet201 .9625. xray_cnn trains in minutes on 2 cores and the heads of the others in tens of
 minutes (tests/benchmarks/README.md has step times). Not run by us on the real set, which we don't have.
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | splits | test is val too, generated images in train | val cut from train by patient, no copies, none generated |
 | few COVID images | generated ones fill them up | class weights |
@@ -46,8 +46,8 @@ from lungjax.config.presets import one_of, preset, slug
 FROZEN = ("mobilenetv2", "resnet101v2", "densenet201", "vgg16")
 
 
-def get_config(model: str = "xray_cnn", protocol: str = "sound") -> Config:
-    """Arguments: model; protocol, sound or study."""
+def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
+    """Arguments: model; protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("model", model, ("xray_cnn", *FROZEN, "resnet18"))
     size, ranged, augment = (256, 256), model == "xray_cnn" or study, AugmentConfig()
@@ -59,10 +59,17 @@ def get_config(model: str = "xray_cnn", protocol: str = "sound") -> Config:
             train = TrainConfig(batch_size=32, steps=300, eval_steps=30, keep="last")
     elif model == "resnet18":
         size, ranged = (224, 224), False
-        # torch's training mode lets frozen norms follow the batch.
-        network = ModelConfig(name=model, weights="torchvision_v1", batch_norm="update")
+        network = ModelConfig(name=model, weights="torchvision_v1")
         falls = tuple(epoch / 100 for epoch in range(7, 100, 7))
-        optim = OptimConfig(name="sgd", lr=1e-4, momentum=0.9, schedule="step", decay_at=falls, tune="head")
+        optim = OptimConfig(
+            name="sgd",
+            lr=1e-4,
+            momentum=0.9,
+            schedule="step",
+            decay_at=falls,
+            tune="head",
+            frozen_batch_norm="update",  # frozen norms follow the batch in torch's training mode
+        )
         augment = AugmentConfig(zoom=(-0.7, 0.0), shift=(0.15, 0.15), fill="edge")
         train = TrainConfig(batch_size=20, epochs=100, monitor="slice.accuracy" if study else "slice.auc_macro")
     else:

@@ -15,13 +15,13 @@ which each class is repeated until all are about as long, validation every 2,000
 cannot run; the published networks' own recipe is not known for certain (CT-1: perhaps 5e-3 and 17 epochs). Not run by
 us on the real set.
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | weights tested | last step | best macro F1 on val, patience 20 validations |
 | resizing | without antialias (OpenCV) | with it |
 
 Both take the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. Of 2a and 3a `study` is
-another study's resampling (covidx_ct.py), so these take `sound`, which leaves out the twins that `prepare` names.
+another study's resampling (covidx_ct.py), so these take `clean`, which leaves out the twins that `prepare` names.
 Their order of changes and Otsu's threshold differ a little from ours (`lungjax.config.presets`). Slices were chosen by
 an earlier network in most of train and by experts in val and test, and STOIC, iCTCF and Stony Brook are in train
 alone: the scores say little about other hospitals.
@@ -41,9 +41,9 @@ SLICES = {  # of train: Normal, Pneumonia, COVID-19
 
 
 def get_config(
-    model: str = "efficientnet_b0", version: str = "2a", weights: str = "none", protocol: str = "sound"
+    model: str = "efficientnet_b0", version: str = "2a", weights: str = "none", protocol: str = "clean"
 ) -> Config:
-    """Arguments: model, any; version of COVIDx CT; weights; protocol, sound or study."""
+    """Arguments: model, any; version of COVIDx CT; weights; protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     slices = SLICES[one_of("version", version, SLICES)]
     # An epoch of theirs: each class repeated a whole number of times, about up to the largest.
@@ -52,7 +52,7 @@ def get_config(
         name=slug("covidnet_ct", version, model, weights, "study" if study else ""),
         data=DataConfig(
             dataset=f"covidx_ct/{version}",
-            protocol="study" if study and version in ("1", "2b", "3b") else "sound",
+            protocol="study" if study and version in ("1", "2b", "3b") else "clean",
             sampling="balanced",
         ),
         input=InputSpec(size=(512, 512), channels=1, crop="box", box_margin=0.1, antialias=not study),

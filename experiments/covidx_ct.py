@@ -10,7 +10,7 @@ Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. Published, DenseN
 epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores some hours an epoch (tests/benchmarks/README.md: DenseNet-121
 trained whole takes 0.2 s a slice). Not run by us on the real set, which we don't have.
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | train | Normal and COVID drawn once with replacement, down to the count of Pneumonia | all, each class equally often |
 | val | balanced by repeating slices | as it is |
@@ -55,8 +55,8 @@ def trained_blocks(model: str, unfreeze: int) -> list[int]:
     return sorted({1 if i == 0 else count - i + 1 for i in range(unfreeze)})
 
 
-def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a", protocol: str = "sound") -> Config:
-    """Arguments: model; unfreeze, 0 to 4; version of COVIDx CT (study: 2a or 3a); protocol, sound or study."""
+def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a", protocol: str = "clean") -> Config:
+    """Arguments: model; unfreeze, 0 to 4; version of COVIDx CT (study: 2a or 3a); protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("version", version, ("2a", "3a") if study else PNEUMONIA)
     name, family = MODELS[one_of("model", model, MODELS)][0], model.rstrip("0123456789")
@@ -84,10 +84,10 @@ def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a
             weights="torchvision_v1",
             gray="slice",  # the green slice of the first kernel
             momentum=0.9,
-            batch_norm="update",  # the statistics of frozen norms follow the batch, in torch's training mode
             head=HeadConfig(hidden_dropout=0.5) if family == "vgg" else HeadConfig(),
         ),
-        optim=replace(frozen, name="adam", lr=1e-4, eps=1e-8),
+        # Frozen norms follow the batch in torch's training mode.
+        optim=replace(frozen, name="adam", lr=1e-4, eps=1e-8, frozen_batch_norm="update"),
         train=TrainConfig(
             batch_size=64,
             steps=round(epochs * 3 * PNEUMONIA[version] / 64),

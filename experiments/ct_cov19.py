@@ -11,7 +11,7 @@ LargeT .888 / .577, BiT .766 / .711, EfficientNet-B3 from ImageNet .768 / .629, 
 by us on the real set, which we don't have. 4,404 slices of 512 px are five times the pixels of 224: the frozen networks
 and Simple are for a CPU, the rest wants a GPU (tests/benchmarks/README.md has step times).
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | splits | as shipped, blocks of neighbours torn apart | by patient or block, without twins |
 | nobackg, crop, lungs | the study's contours and snake | lungjax's masks |
@@ -57,9 +57,9 @@ def get_config(
     class_weight: bool = False,
     augment: bool = False,
     weights: str = "",
-    protocol: str = "sound",
+    protocol: str = "clean",
 ) -> Config:
-    """Arguments: model; images, a stage; class_weight; augment; weights, imagenet or none; protocol, sound or study."""
+    """Arguments: model; images, a stage; class_weight; augment; weights, imagenet or none; protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     size = SIZES[one_of("images", images, SIZES)]
     allowed = FAMILIES[one_of("model", model, FAMILIES)]

@@ -12,7 +12,7 @@ published this network on this data; not run by us on the real set, which we don
 
 `protocol=study` (2a, 3a) trains and tests as the transfer study of `covidx_ct` did: on its draw of the slices, balanced
 with replacement once and for all, in val too, and with the last weights. It is for a comparison with that study's
-table. `sound`, the default, takes all slices of the official split and the best AUC on val.
+table. `clean`, the default, takes all slices of the official split and the best AUC on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -22,9 +22,9 @@ VERSIONS = ("1", "2a", "2b", "3a", "3b")
 
 
 def get_config(
-    version: str = "3a", model: str = "efficientnetv2_s", weights: str = "imagenet", protocol: str = "sound"
+    version: str = "3a", model: str = "efficientnetv2_s", weights: str = "imagenet", protocol: str = "clean"
 ) -> Config:
-    """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol, sound or study."""
+    """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("version", version, ("2a", "3a") if study else VERSIONS)
     return Config(

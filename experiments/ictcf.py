@@ -10,7 +10,7 @@ Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. Pu
 there, an epoch of 19,585 slices: 110 s (B0, RTX 4090) to 1,239 s (ConvNeXt-Base, A100), ten epochs. Days on a CPU: a
 slice of 512 px is 5.2 times one of 224, and tests/benchmarks/README.md has those. Not run by us on the real set.
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | images | 19,685 and 8,294 turned copies, drawn before the split | the real ones, turned and shifted in training |
 | balance | 9,979 / 9,000 / 9,000, val and test too | train draws each class equally often; val and test as they are |
@@ -47,7 +47,7 @@ BATCHES = {  # derived from the steps of the published logs
 }  # fmt: skip
 
 
-def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol: str = "sound") -> Config:
+def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol: str = "clean") -> Config:
     """Arguments: model; weights, none as in the study or imagenet (then each brings its own range); protocol."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("model", model, BATCHES)

@@ -10,7 +10,7 @@ confusion [512, 10; 3, 191]. Cost there: 8 epochs of 9 s on a GPU; on 2 cores ab
 of EfficientNet-B0 (tests/benchmarks/README.md). The pictures are given out on application only; we have none, and
 have not run this on them.
 
-| | study | sound |
+| | study | clean |
 | --- | --- | --- |
 | splits | by picture, seed 42 | by series |
 | weights tested | last epoch | best AUC on val |
@@ -31,8 +31,8 @@ EPOCH = 53  # steps: 3,341 pictures in batches of 64
 ROOTS = (0.229**0.5, 0.224**0.5, 0.225**0.5)
 
 
-def get_config(protocol: str = "sound") -> Config:
-    """Arguments: protocol, sound or study."""
+def get_config(protocol: str = "clean") -> Config:
+    """Arguments: protocol, clean or study."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     return Config(
         name=slug("nccid_whole_lung", "study" if study else ""),

@@ -16,7 +16,7 @@ on 2 cores (tests/benchmarks/README.md).
 Adam at 1e-3, as in the paper for the retina; everything is trained, three channels for every start, so that networks
 of one name have equal parameters. Epochs, batch and weights tested (best AUC on val) are ours: the paper has other data.
 
-protocol=study takes the splits that a study's data set came with (`data.protocol`), sound (the default) those without
+protocol=study takes the splits that a study's data set came with (`data.protocol`), clean (the default) those without
 copies and by patient; nothing else differs, and a folder of one's own has no study. The paper's count of CBR-Tiny
 (1,076,480) doesn't fit its definition (5x5, 64 to 512: 4,303,360 by the same rule); `cbr_tiny` follows the definition.
 """  # noqa: E501 a command
@@ -28,7 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; three nu
 
 
 def get_config(
-    model: str = "cbr_small", start: str = "random", dataset: str = "folder", protocol: str = "sound"
+    model: str = "cbr_small", start: str = "random", dataset: str = "folder", protocol: str = "clean"
 ) -> Config:
     """Arguments: model, any; start: random, imagenet, run:DIR, meanvar: and one of these; dataset; protocol."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"

@@ -66,7 +66,7 @@ def compare(
     splits = [_predictions(run, split) for run in (run_a, run_b)]
     try:
         note = _check_same_data(reports[0]["facts"], reports[1]["facts"])
-        a, b = splits[0], bootstrap.aligned(*splits)
+        a, b = splits[0], bootstrap.align(*splits)
     except ValueError as error:
         raise ValueError(f"{run_a} and {run_b} can't be compared: {error}") from error
     known = [f"{unit}.{name}" for unit, level in metrics.whole_levels(a).items() for name in metrics.numbers(level)]
@@ -82,7 +82,7 @@ def compare(
     found: dict[str, Difference] = {}
     for unit in bootstrap.UNITS:
         wanted = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
-        differences = bootstrap.paired(a, b, wanted, draws, seed, unit) if wanted else {}
+        differences = bootstrap.paired_difference(a, b, wanted, draws, seed, unit) if wanted else {}
         found |= {f"{unit}.{name}": difference for name, difference in differences.items()}
     if any(".study." in name for name in names):
         without = [str(run) for run, p in zip((run_a, run_b), splits, strict=True) if p.logits is None]

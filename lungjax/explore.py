@@ -15,7 +15,7 @@ from lungjax.report import dataset_page
 DATASET = flags.DEFINE_string("dataset", None, "A prepared data set, as NAME/CONFIGURATION-STAGE-SIZE.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
 OUT = flags.DEFINE_string("out", None, "The folder of the page, new or empty; default explore/NAME.")
-PROTOCOL = flags.DEFINE_enum("protocol", "sound", PROTOCOLS, "Whose train, val and test the page describes.")
+PROTOCOL = flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "Whose train, val and test the page describes.")
 AUGMENT = flags.DEFINE_list(
     "augment", [], "Presets to show, with commas; default covidnet_ct for CT and xray_covid_online for X-rays."
 )

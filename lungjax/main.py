@@ -76,14 +76,14 @@ def main(_: list[str]) -> None:
         distributed.start(*address)
     weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
     data_dir = Path(DATA_DIR.value)
-    with distributed.none_left_behind():
+    with distributed.abort_all_on_error():
         if DATASET.value:
             report = external_test.evaluate(config, workdir, data_dir, DATASET.value, LABEL_MAP.value, SPLIT.value)
         elif FOLDS.value is not None:
             report = cross_validation.run(config, FOLDS.value, workdir, data_dir, MODE.value, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, MODE.value, weights_dir)
-    if distributed.first():
+    if distributed.is_first_host():
         print(f"Report: {report.with_suffix('.html')}")
 
 

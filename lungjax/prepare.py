@@ -49,7 +49,7 @@ def main(_: list[str]) -> None:
     if CROSS.value and not SOURCE.value:
         print(cross(DATASET.value, CROSS.value, data_dir))
         return
-    options = datasets.Options(
+    options = datasets.PrepareOptions(
         seed=SEED.value,
         source_pattern=ORIGIN.value,
         group_pattern=GROUP.value,
@@ -89,7 +89,7 @@ def help_page(arguments: list[str]) -> str | None:
         return None
     named = [text.partition("=")[2] for text in arguments if text.startswith(("--dataset=", "-dataset="))]
     named += [b for a, b in itertools.pairwise(arguments) if a in ("--dataset", "-dataset")]
-    return datasets.page(named[-1]) if named else None
+    return datasets.help_text(named[-1]) if named else None
 
 
 def run() -> None:

@@ -57,4 +57,4 @@ def prepare(root: Path, name: str, made) -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(made)
-    datasets.write(f"folder/{name}", folder, root / "data", datasets.Options(), quiet=True)
+    datasets.write(f"folder/{name}", folder, root / "data", datasets.PrepareOptions(), quiet=True)

@@ -69,7 +69,7 @@ def main() -> None:
 
     out = flags.out
     try:
-        with distributed.none_left_behind():
+        with distributed.abort_all_on_error():
             train.run(config, out, out.parent)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -85,7 +85,7 @@ def main() -> None:
         train.run(config, then, out.parent)
         tuned = predictions.read(then / "predictions_test.csv").probabilities
     statistics = trees.flatten(restore_best(out)[0]["batch_stats"])
-    if distributed.first():
+    if distributed.is_first_host():
         np.savez(
             out.with_suffix(".npz"),
             ids=found.ids,

@@ -22,17 +22,17 @@ from lungjax.training import program
 
 WAYS = {
     "global": [],
-    "per_device": ["train.batch_norm=per_device"],
+    "per_device": ["train.sync_batch_norm=False"],
     "cut": ["train.shard_params=True"],
-    "live": ["model.batch_norm=with_layer"],
-    "live_per_device": ["model.batch_norm=with_layer", "train.batch_norm=per_device"],
+    "live": ["optim.frozen_batch_norm=with_layer"],
+    "live_per_device": ["optim.frozen_batch_norm=with_layer", "train.sync_batch_norm=False"],
 }
 models.MODELS["wide"] = lambda: Transfusion(3, (64, 128))
 data = conftest.make_small_data()
 CONFIG = Config(
     input=InputSpec(size=(32, 32)),
-    model=ModelConfig(name="wide", batch_norm="frozen"),
-    optim=OptimConfig(name="sgd", lr=0.1),
+    model=ModelConfig(name="wide"),
+    optim=OptimConfig(name="sgd", lr=0.1, frozen_batch_norm="frozen"),
     train=TrainConfig(batch_size=16, steps=2),
 )
 mesh = meshes.make_mesh()
@@ -61,6 +61,6 @@ def both(x, dy):
 draw = np.random.default_rng(0).normal
 x, dy = draw(size=(2, 8, 6, 5, 3)).astype(np.float32)
 x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # so that a device's own statistics would be others
-spread = (jax.device_put(part, meshes.split_batch(mesh)) for part in (x, dy))
+spread = (jax.device_put(part, meshes.batch_sharding(mesh)) for part in (x, dy))
 arrays |= {"norm/alone": np.stack(jax.jit(both)(x, dy)), "norm/spread": np.stack(jax.jit(both)(*spread))}
 np.savez(sys.argv[1], **arrays)

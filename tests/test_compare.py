@@ -45,14 +45,14 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_the_table_holds_the_paired_bootstrap(tmp_path):
     a, b = make(0, 0.5), make(1, 3.0)
-    other = bootstrap.taken(b, np.random.default_rng(0).permutation(60))
+    other = bootstrap.take(b, np.random.default_rng(0).permutation(60))
     folders = save(tmp_path / "a", a), save(tmp_path / "b", other, "large")
     text = compare.compare(*folders, draws=300, seed=2)
     found = rows(text)
     assert "(tiny, folder/ct)" in text and "(large, folder/ct)" in text
     assert "60 examples of test, 20 patients; 300 draws of patients, seed 2" in text
     for unit in ("slice", "patient"):
-        wanted = bootstrap.paired(a, b, draws=300, seed=2, unit=unit)
+        wanted = bootstrap.paired_difference(a, b, draws=300, seed=2, unit=unit)
         for name in ("accuracy", "auc_macro", "brier", "per_class.COVID|x.recall"):
             d = wanted[name]
             cells = [f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}", f"{d.p:.3f}"]
@@ -66,7 +66,7 @@ def test_the_table_holds_the_paired_bootstrap(tmp_path):
 def test_runs_that_cannot_be_compared_are_refused_with_the_reason(tmp_path):
     p = make(0, 1.0)
     a = save(tmp_path / "a", p)
-    half = bootstrap.taken(p, np.arange(30))
+    half = bootstrap.take(p, np.arange(30))
     labels = np.where(p.ids == "i07", 1 - p.labels, p.labels)
     for changed, facts, words in (
         (p, {"fingerprint": "cd" * 32}, "other versions of folder/ct, fingerprints abababababab and cdcdcdcdcdcd"),

@@ -17,7 +17,7 @@ from lungjax import datasets
 from lungjax.config import presets
 from lungjax.data import statistics
 from lungjax.data.imaging import study_masks
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets.phantom import slices as phantom
 from lungjax.report import dataset_charts, dataset_page
 from lungjax.report.dataset_charts import Tile
@@ -54,7 +54,7 @@ def prepared(tmp_path_factory):
                 image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
             image.save(root / f"{i:02}.png")
             table.writerow([f"{i:02}.png", label, split, group, source])
-    datasets.write("folder/mine", root, root / "data", Options(), quiet=True)
+    datasets.write("folder/mine", root, root / "data", PrepareOptions(), quiet=True)
     return root / "data"
 
 
@@ -90,7 +90,7 @@ def test_every_section_is_there_and_every_picture_shows_something(page):
 
 def test_the_counts_are_the_datas_own(page):
     by_first = {table[0][0]: table for table in reversed(tables(page[1]))}
-    sound, study = (table for table in tables(page[1]) if table[0][0] == "split")
+    clean, study = (table for table in tables(page[1]) if table[0][0] == "split")
     head = ["split", "covid", "normal", "images", "covid, patients", "normal, patients", "patients"]
     assert study == [
         head,
@@ -98,7 +98,7 @@ def test_the_counts_are_the_datas_own(page):
         ["val", "1", "1", "2", "1", "1", "2"],
         ["test", "2", "2", "4", "2", "2", "4"],
     ]
-    assert sound == [head, ["train", "3", "1", "4", "2", "1", "3"], *study[2:]]  # without the copies of test images
+    assert clean == [head, ["train", "3", "1", "4", "2", "1", "3"], *study[2:]]  # without the copies of test images
     assert "2 of 12 images are in no split of this protocol" in page[1]
     assert by_first["source"] == [
         ["source", "covid", "normal"], ["north", "6", "0"], ["east", "0", "4"], ["south", "1", "1"],
@@ -109,7 +109,7 @@ def test_the_counts_are_the_datas_own(page):
     expected = compute_class_weight("balanced", classes=np.arange(2), y=[0, 0, 0, 0, 1, 1])
     assert weights[1:] == [["train images", "4", "2"], ["class weight", *(f"{w:.3f}" for w in expected)]]
     leaks = {row[0]: row[1:] for row in by_first["protocol, split"][1:]}
-    assert leaks["study, test"] == ["4", "1", "1", "0", "2"] and leaks["sound, test"] == ["4", "0", "0", "0", "0"]
+    assert leaks["study, test"] == ["4", "1", "1", "0", "2"] and leaks["clean, test"] == ["4", "0", "0", "0", "0"]
 
 
 def test_twins_are_named(page):
@@ -158,7 +158,7 @@ def test_the_command_ends_mistakes_in_one_line(prepared, arguments, words):
             path = prepared.parent / "unsplit" / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(path)
-        datasets.write("folder/unsplit", prepared.parent / "unsplit", prepared, Options(), quiet=True)
+        datasets.write("folder/unsplit", prepared.parent / "unsplit", prepared, PrepareOptions(), quiet=True)
     command = [sys.executable, "-m", "lungjax.explore", f"--data_dir={prepared}", *arguments]
     result = subprocess.run(command, cwd=prepared.parent, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr

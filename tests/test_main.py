@@ -27,7 +27,7 @@ def lungjax(folder, *arguments, **kwargs):
         (["--experiment=phantom_demo", "--set=optim.lrr=1"], "nearest: optim.lr"),
         (["--experiment=phantom_demo", "--set=optim.lr=fast"], "expected float"),
         (["--experiment=phantom_demo", "--set=model.weights=imagenet"], "no ImageNet weights of"),
-        (["--experiment=phantom_demo", "--set=model.batch_norm=keras"], "with_layer, update, frozen"),
+        (["--experiment=phantom_demo", "--set=optim.frozen_batch_norm=keras"], "with_layer, update, frozen"),
         (["--experiment=phantom_demo", "--mode=tset"], "train"),
         (["--experiment=cbr_folder"], "python -m lungjax.prepare --dataset=folder"),
         (["--experiment=cbr_folder:dataset=covidx_ct/4a"], "nearest|known"),

@@ -314,7 +314,7 @@ def test_sixteen_bits_become_what_the_prepared_copy_has(tmp_path):
         (folder / row["path"]).write_bytes(row["image"])
     lines_ = ["path,label,split,group", *(f"{r['path']},{r['label']},{r['split']},{r['group']}" for r in made)]
     (folder / "labels.csv").write_text("\n".join(lines_))
-    options = datasets.Options()
+    options = datasets.PrepareOptions()
     datasets.write("folder/deep-16", folder, tmp_path / "data", options, quiet=True, window=(500.0, 1500.0))
     data = datasets.open_dataset("folder/deep-16", tmp_path / "data")
     spec = InputSpec(size=(16, 16))

@@ -18,7 +18,7 @@ from PIL import Image
 from lungjax import cli, datasets
 from lungjax.data import prepared
 from lungjax.data.imaging import images
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets.build import staging, writer
 from lungjax.datasets.build.process_image import Treatment
 from lungjax.datasets.listing import Example, Listing
@@ -35,7 +35,7 @@ def make_folder(root, count=24, seed=0):
 
 
 def write(root, **how):
-    return datasets.write("folder", root / "in", root / "data", Options(), quiet=True, **how)
+    return datasets.write("folder", root / "in", root / "data", PrepareOptions(), quiet=True, **how)
 
 
 def run(root, *arguments):
@@ -324,7 +324,7 @@ def test_mean_and_deviation_of_16_bits_are_those_of_the_window(tmp_path):
         ("folder/found", {}),
         ("folder/given-15", {"window": (0, 4000)}),
     ):
-        datasets.write(name, tmp_path / "in", tmp_path / "data", Options(), quiet=True, **flags)
+        datasets.write(name, tmp_path / "in", tmp_path / "data", PrepareOptions(), quiet=True, **flags)
         data = datasets.open_dataset(name, tmp_path / "data")
         low, high = data.window
         for i, row in enumerate(data.records[i]["image"] for i in range(8)):

@@ -15,7 +15,7 @@ from lungjax.models import leaf_shapes
 from lungjax.models.efficientnet import EfficientNet, Stage
 from lungjax.models.transfusion import Transfusion
 from lungjax.weights import catalogue
-from lungjax.weights.catalogue.record import HALF, IMAGENET, Record, spec
+from lungjax.weights.catalogue.record import HALF, IMAGENET, PretrainedWeights, spec
 
 CLASSES, SIDE = 5, 32
 
@@ -26,7 +26,7 @@ def tiny(width=8):
     return EfficientNet(stages, stem=8, top=2 * width, head=HeadConfig(dropout=0.2))
 
 
-KERAS = Record(
+KERAS = PretrainedWeights(
     name="tiny.keras", model="tiny", layout="keras", url="", filename="tiny.h5", checksum="", classes=CLASSES,
     input=spec(SIDE, IMAGENET, "bicubic"), crop=0.9, top1=None, licence="apache-2.0", megabytes=1,
 )  # fmt: skip

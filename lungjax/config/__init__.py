@@ -2,11 +2,11 @@
 
 from lungjax.config.schema import (
     ACTIVATIONS,
-    BATCH_NORMS,
     CROPS,
     DTYPES,
     EXPLANATIONS,
     FILLS,
+    FROZEN_BATCH_NORMS,
     GRAYS,
     INTERPOLATIONS,
     KEEPS,
@@ -20,7 +20,6 @@ from lungjax.config.schema import (
     SAMPLINGS,
     SCHEDULES,
     STAGES,
-    STATISTICS,
     AugmentConfig,
     Config,
     DataConfig,

@@ -14,10 +14,10 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROPS = ("none", "box", "center")
 # Versions of a slice that `lungjax.data.imaging.lung_masks` makes; study_* and features are the studies' own.
 STAGES = (
-    "nobackg", "crop", "lungs_nocrop", "lungs", "nolungs",
+    "nobackg", "crop", "lungs_nocrop", "lungs", "no_lungs",
     "study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features",
 )  # fmt: skip
-PROTOCOLS = ("sound", "study")
+PROTOCOLS = ("clean", "study")
 FILLS = ("constant", "edge", "reflect")
 SAMPLINGS = ("natural", "balanced")
 POOLS = ("avg", "max", "flatten", "avg2x2_flatten")
@@ -29,11 +29,10 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine", "linear", "step")
 GRAYS = ("repeat", "fold", "slice")
-BATCH_NORMS = ("with_layer", "update", "frozen")
-STATISTICS = ("global", "per_device")
+FROZEN_BATCH_NORMS = ("with_layer", "update", "frozen")
 ON_NAN = ("stop", "skip", "rewind")
 KEEPS = ("best", "last")
-EXPLANATIONS = ("gradcam", "gradcam_guided", "gradcam++", "integrated_gradients", "occlusion")
+EXPLANATIONS = ("gradcam", "gradcam_positive", "gradcam++", "integrated_gradients", "occlusion")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class DataConfig:
 
     dataset: str = "phantom_ct"  # name[/config][-stage][-size] of a prepared data set
     # One of PROTOCOLS: splits by patient without twins over two of them, or what the study did.
-    protocol: str = "sound"
+    protocol: str = "clean"
     sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
     # Cross-validation: all images are dealt into so many parts by patient; part `fold` is test, the next one val.
     folds: int = 0  # 0 keeps the data set's own splits
@@ -149,9 +148,6 @@ class ModelConfig:
     # published 0.99 or 0.999 is too slow for a fine-tuning of some hundred steps.
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
-    # One of BATCH_NORMS. "with_layer": frozen layers keep their running statistics and normalise with them (Keras);
-    # "update": every norm uses the batch and updates, also in frozen layers; "frozen": none does.
-    batch_norm: str = "with_layer"
     # Of the computation, one of DTYPES; parameters, statistics, pooling and logits stay float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None
@@ -184,6 +180,10 @@ class OptimConfig:
     # What is trained: "all", "head", "blocks:K" or "stages:K" (the last K and all that follows them). Frozen
     # parameters cost neither gradient nor optimiser memory.
     tune: str = "all"
+    # One of FROZEN_BATCH_NORMS, what BatchNorm does in training. "with_layer": in frozen layers it keeps its running
+    # statistics and normalizes with them (Keras); "update": it uses and updates those of the batch in all layers;
+    # "frozen": in none.
+    frozen_batch_norm: str = "with_layer"
     freeze: str = ""  # regex over parameter paths that are frozen as well, such as "^stem"
     lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" over parameter paths, the first that fits; such as "^head/=10"
 
@@ -210,8 +210,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     devices: int = 0  # to train on, of this one host; 0 is all, of all hosts
-    # One of STATISTICS: BatchNorm sees the whole batch, or each device its own part (as under pmap, and in torch).
-    batch_norm: str = "global"
+    sync_batch_norm: bool = True  # statistics of the global batch; False: of each device's part (as in torch)
     shard_params: bool = False  # cut parameters and optimiser state over the devices instead of a copy on each
 
 

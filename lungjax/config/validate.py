@@ -2,10 +2,10 @@
 
 from lungjax.config.schema import (
     ACTIVATIONS,
-    BATCH_NORMS,
     CROPS,
     DTYPES,
     FILLS,
+    FROZEN_BATCH_NORMS,
     GRAYS,
     INTERPOLATIONS,
     KEEPS,
@@ -18,7 +18,6 @@ from lungjax.config.schema import (
     PROTOCOLS,
     SAMPLINGS,
     SCHEDULES,
-    STATISTICS,
     Config,
     fields_of,
 )
@@ -61,7 +60,7 @@ def _check_splits(config: Config) -> None:
             f"the parts of data.folds={data.folds} are 0 to {data.folds - 1}" if data.folds else "there are no folds"
         )
         raise ValueError(f"data.fold={data.fold}: {there}")
-    if data.folds and data.protocol != "sound":
+    if data.folds and data.protocol != "clean":
         raise ValueError(
             f"data.folds={data.folds} and data.protocol={data.protocol}: a study's splits are what they are; leave one "
             "of the two out"
@@ -80,7 +79,7 @@ def check(config: Config) -> None:  # noqa: C901, PLR0912
         "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
         "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
         "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
-        "model.batch_norm": BATCH_NORMS, "train.batch_norm": STATISTICS, "train.on_nan": ON_NAN, "train.keep": KEEPS,
+        "optim.frozen_batch_norm": FROZEN_BATCH_NORMS, "train.on_nan": ON_NAN, "train.keep": KEEPS,
     }  # fmt: skip
     for path, allowed in choices.items():
         if leaves[path] is not None and leaves[path] not in allowed:
@@ -114,9 +113,9 @@ def check(config: Config) -> None:  # noqa: C901, PLR0912
         )
     if config.train.epochs == 0 and config.train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
-    if config.train.batch_norm == "per_device" and config.train.shard_params:
+    if not config.train.sync_batch_norm and config.train.shard_params:
         raise ValueError(
-            "train.batch_norm=per_device and train.shard_params=True: devices with statistics of their own hold whole "
+            "train.sync_batch_norm=False and train.shard_params=True: devices with statistics of their own hold whole "
             "parameters; give up one of the two"
         )
     if config.train.batch_size % config.train.accumulate:

@@ -21,7 +21,7 @@ LEAST = 3  # parts: one to test on, one to validate on, one to train on
 def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` ask for.
 
-    With folds, every image that is in a split of the sound protocol is dealt into that many parts by patient, where
+    With folds, every image that is in a split of the clean protocol is dealt into that many parts by patient, where
     patients with near twins count as one; part `fold` is test, the next one val, the rest train. With a fraction,
     only that part of the train patients remains, of each class, and those of a smaller fraction are among those of a
     greater one. Name, fingerprint and images stay those of the prepared copy; `data` itself is not changed.
@@ -34,7 +34,7 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     Raises ValueError for folds of a study's protocol, and if a part would lack a class.
     """
     if config.data.folds:
-        if data.protocol != "sound":
+        if data.protocol != "clean":
             raise ValueError(f"data.folds={config.data.folds}: {data.protocol} splits can't be dealt anew")
         part = deal(data, config.data.folds, near)
         test, val = config.data.fold, (config.data.fold + 1) % config.data.folds
@@ -44,7 +44,7 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the part of each image, int64 [N] in 0 to `count` - 1, -1 for those in no split of the sound protocol.
+    """Returns the part of each image, int64 [N] in 0 to `count` - 1, -1 for those in no split of the clean protocol.
 
     No group, exact copy or near twin lies in two parts, and every part has every class, in shares and numbers as even
     as the groups allow.
@@ -136,7 +136,7 @@ def _fewer(data: Prepared, fraction: float) -> Prepared:
         least = sum(i in core for i in line)
         kept += line[: max(least, int(fraction * len(line) + 0.5))]
     gone = ~np.isin(data.columns["group"], names[kept])
-    column = "split" if data.protocol == "sound" else "split_study"
+    column = "split" if data.protocol == "clean" else "split_study"
     cells = data.columns[column].copy()
     for cell in np.unique(cells[gone]):
         cells[gone & (cells == cell)] = _without_train(str(cell))  # never longer than before

@@ -1,6 +1,6 @@
 """Which images a protocol keeps, and how far a split leaks: exact copies, near twins and shared patients.
 
-A published split ("study") is kept as it is and counted; the sound protocol leaves images out until no test image
+A published split ("study") is kept as it is and counted; the clean protocol leaves images out until no test image
 has a twin or its patient in train or val. Everything here works on columns and doesn't touch an image.
 """
 
@@ -17,7 +17,7 @@ SHOWN = 20  # pairs that are named; the counts are complete
 TRAIN = SPLITS[0]
 
 
-def sound(
+def clean(
     splits: Sequence[str],
     labels: Sequence[int],
     groups: Sequence[str],
@@ -25,7 +25,7 @@ def sound(
     near: np.ndarray,
     group_name: str = "patients",
 ) -> tuple[list[str], list[str]]:
-    """Returns the splits of the sound protocol, with "" for images left out, and what was left out, in words.
+    """Returns the splits of the clean protocol, with "" for images left out, and what was left out, in words.
 
     Test goes before val and val before train: an image goes if its group is also in a later split, if an equal
     image is kept already (the copy in the latest split stays; with different labels none does), or if a near
@@ -83,7 +83,7 @@ def sound(
         (twins, "near twins of an image in a later split"),
     ):
         if lost.any():
-            notes.append(f"left out of the sound protocol: {_many(int(lost.sum()), 'image')} ({why})")
+            notes.append(f"left out of the clean protocol: {_many(int(lost.sum()), 'image')} ({why})")
     if len(remain):
         notes.append(f"{_many(len(remain) // 2, 'near pair')} in one split with different labels stay: look at them")
     return [SPLITS[r] if r >= 0 else "" for r in rank], notes

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from absl import logging
 
 from lungjax.data import splits
+from lungjax.runtime.files import atomic_file
 
 SPLITS = splits.SPLITS
 BOX = ("xmin", "ymin", "xmax", "ymax")
@@ -47,7 +47,7 @@ class Prepared:
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
-    protocol: str = "sound"  # which column of splits counts
+    protocol: str = "clean"  # which column of splits counts
     body: bool = False  # records have a mask of the body
     volumes: Mapping[str, Any] | None = None  # how CT volumes became pictures: hu_windows, plane, position
 
@@ -56,7 +56,7 @@ class Prepared:
 
         With protocol "study" a row may come several times, as the study drew it, and be in two splits.
         """
-        if self.protocol == "sound":
+        if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
         cells, place = np.unique(self.columns["split_study"], return_inverse=True)
         times = np.asarray([splits.parse_study(cell).get(split, 0) for cell in cells])
@@ -84,7 +84,7 @@ def is_prepared(directory: Path) -> bool:
     return (directory / "index.csv").is_file()
 
 
-def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
+def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
     Raises ValueError if nobody gave it a study's splits and those are asked for, or if its index and records differ
@@ -92,7 +92,7 @@ def load(directory: Path, name: str, protocol: str = "sound") -> Prepared:
     """
     described = json.loads((directory / "lungjax.json").read_text("utf-8"))
     if protocol == "study" and not described["study"]:
-        raise ValueError(f"data.protocol=study: {name} came with no splits; leave it at sound")
+        raise ValueError(f"data.protocol=study: {name} came with no splits; leave it at clean")
     classes = tuple(described["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
@@ -218,17 +218,13 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
 def write_index(
     directory: Path, described: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Writes lungjax.json and then, whole or not at all, index.csv; `label` holds class names.
+    """Writes lungjax.json and then, atomically, index.csv; `label` holds class names.
 
     `described` holds name, classes, window, study (what protocol=study is, in words), stage, size and body, and
     volumes if some pictures were cut from CT volumes (hu_windows, plane, position).
     """
     (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial = directory / "index.csv.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / "index.csv")

@@ -117,7 +117,7 @@ def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int
 
 def cells(data: Prepared) -> np.ndarray:
     """Returns where each image is in the set's protocol, str [N], such as "train" or "val+test"; "" is left out."""
-    return data.columns["split" if data.protocol == "sound" else "split_study"]
+    return data.columns["split" if data.protocol == "clean" else "split_study"]
 
 
 def mean_histograms(

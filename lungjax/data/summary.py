@@ -30,7 +30,7 @@ def summarize(
 
     labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
     width, height = (np.array(columns[k], dtype=np.str_).astype(int) for k in ("width", "height"))
-    cells = {"sound": columns["split"]} | ({"study": columns["split_study"]} if described["study"] else {})
+    cells = {"clean": columns["split"]} | ({"study": columns["split_study"]} if described["study"] else {})
     result = {
         "name": described["name"],
         "images": len(labels),
@@ -86,7 +86,7 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the train images of the sound protocol, each alike."""
+    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol, each alike."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
     mean, std = (np.array(columns[key], dtype=np.str_).astype(float)[train] for key in ("mean", "std"))
     whole = float(mean.mean())
@@ -131,7 +131,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     if result["skipped"]:
         warnings.append(f"{len(result['skipped'])} images were skipped")
     for split in SPLITS:
-        held = result["protocols"]["sound"].get(split, {"images": dict.fromkeys(result["classes"], 0)})
+        held = result["protocols"]["clean"].get(split, {"images": dict.fromkeys(result["classes"], 0)})
         empty = [c for c, n in held["images"].items() if not n]
         if empty:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
@@ -153,7 +153,7 @@ def markdown(result: dict[str, Any]) -> str:
     made += ["{} x {} pixels (height x width)".format(*result["size"])] if result["size"] else []
     lines += [f"Stored {', '.join(made)}.", ""] if made else []
     for protocol, splits in result["protocols"].items():
-        what = "protocol=sound, the default" if protocol == "sound" else f"protocol=study: {result['study']}"
+        what = "protocol=clean, the default" if protocol == "clean" else f"protocol=study: {result['study']}"
         table = [
             [
                 split,
@@ -181,7 +181,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"different labels: {copies['sets_with_several_labels']} sets",
         f"- Near twins (the same picture of different {named}): {result['twins']['near_pairs']} pairs",
         *(f"  - {pair}" for pair in result["twins"]["pairs"]),
-        f"- protocol=sound leaves out {result['twins']['left_out']:,} of {result['images']:,} images",
+        f"- protocol=clean leaves out {result['twins']['left_out']:,} of {result['images']:,} images",
         f"- {named.capitalize()} with images of several classes: {result['groups_with_several_labels']}",
         f"- Images in which the stage found no body or lung: {len(result['unstaged'])}"
         + (f": {', '.join(result['unstaged'][:SHOWN])}" if result["unstaged"] else ""),

@@ -54,7 +54,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """What a user may say about the images of a data set."""
 
     seed: int = 0  # of splits that are made, and of drawn data sets
@@ -70,14 +70,14 @@ class Options:
 
     def for_folders(self) -> list[str]:
         """Returns the flags given here that only folders of one's own take."""
-        usual = Options()
+        usual = PrepareOptions()
         own = [f.name for f in fields(self) if f.name not in ("seed", "salt")]
         given = [name for name in own if getattr(self, name) != getattr(usual, name)]
         return [f"--{'hu_window' if name == 'hu_windows' else name}" for name in given]
 
 
 @dataclass(frozen=True)
-class Name:
+class DatasetName:
     """A data set's name in its parts."""
 
     base: str  # a key of DATASETS
@@ -95,7 +95,7 @@ class Name:
         return f"{self.base}/{'-'.join(parts)}"
 
 
-def resolve(name: str) -> tuple[Name, Dataset]:
+def resolve(name: str) -> tuple[DatasetName, Dataset]:
     """Returns a name such as "covidx_ct", "covidx_ct/3a-224" or "ct_cov19/lungs" in its parts, and its entry.
 
     Raises ValueError for an unknown data set, configuration or stage, with the nearest names.
@@ -124,7 +124,7 @@ def resolve(name: str) -> tuple[Name, Dataset]:
         raise ValueError(f"{name}: stages are for axial CT slices, which {base} has none of; leave {stage} out")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
         raise ValueError(f"data set {name!r}: the name after {base}/ may hold letters, digits, '_', '-' and '.'")
-    return Name(base, config, stage, size), entry
+    return DatasetName(base, config, stage, size), entry
 
 
 def about(base: str) -> About:
@@ -133,7 +133,7 @@ def about(base: str) -> About:
     return found
 
 
-def told(data: Prepared, data_dir: Path) -> dict[str, Any]:
+def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
     """Returns what a report says of a prepared data set: its `summary`, and `about`, the fields of its `About`.
 
     Each is None where there is none: folders of one's own have nothing published about them.
@@ -156,7 +156,7 @@ def classes(name: str) -> tuple[str, ...]:
     return tuple(found[parts.config] if isinstance(found, Mapping) else found)
 
 
-def page(name: str) -> str:
+def help_text(name: str) -> str:
     """Returns the help page of a data set. Raises ValueError for an unknown name."""
     parts, entry = resolve(name)
     base, told = parts.base, about(parts.base)
@@ -165,7 +165,7 @@ def page(name: str) -> str:
     stages = f"-STAGE-SIZE, stages {', '.join(STAGES)}" if entry.axial else "-SIZE"
     lines += [f"Versions: {base}/...{stages}", ""]
     lines += ["Where to get it:", told.origin, "", "What the folder must look like:", told.layout, ""]
-    for word, text in (("study", told.study), ("sound (the default)", told.sound)):
+    for word, text in (("study", told.study), ("clean (the default)", told.clean)):
         if text:
             lines += [f"--set=data.protocol={word}:", text, ""]
     for config, splits in (told.expected or {}).items():
@@ -176,7 +176,7 @@ def page(name: str) -> str:
     return "\n".join([*lines, f"python -m lungjax.prepare --dataset={parts.full}{source}"])
 
 
-def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound") -> Prepared:
+def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
     """Opens a prepared data set; one that lungjax draws itself is made on first use.
 
     Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared, was
@@ -185,7 +185,7 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound") -> Pr
     parts, entry = resolve(name)
     found = prepared.directory(Path(data_dir), parts.full)
     if not prepared.is_prepared(found) and entry.drawn:
-        write(parts.full, None, Path(data_dir), Options(), keep=True, quiet=True)
+        write(parts.full, None, Path(data_dir), PrepareOptions(), keep=True, quiet=True)
     if prepared.is_prepared(found):
         return prepared.load(found, parts.full, protocol)
     command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
@@ -201,11 +201,11 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "sound") -> Pr
 def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as another data set's test split.
 
-    Images in which no lung was found are left out. None where NAME-nolungs isn't prepared, where `data` is a stage
+    Images in which no lung was found are left out. None where NAME-no_lungs isn't prepared, where `data` is a stage
     itself, whose networks never saw what is around the lungs, and where classes or files differ or no lung was found.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
-    name = replace(parts, stage="nolungs").full if parts and not parts.stage else ""
+    name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""
     if not name or not prepared.is_prepared(prepared.directory(data_dir, name)):
         return None
     dark = prepared.load(prepared.directory(data_dir, name), name)
@@ -217,7 +217,7 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     return replace(dark, columns=dark.columns | {"split": np.where(shown, "test", "")})
 
 
-def write(name: str, source: Path | None, data_dir: Path, options: Options, **how: Any) -> dict[str, Any]:
+def write(name: str, source: Path | None, data_dir: Path, options: PrepareOptions, **how: Any) -> dict[str, Any]:
     """Prepares the data set `name` from the folder `source` (None where lungjax draws it).
 
     `how` goes to `writer.prepare`: window, on_bad_image, on_no_lung, overwrite, keep, quiet. Returns the summary;
@@ -240,7 +240,7 @@ def _origin(base: str) -> str:
     return f"{about(base).origin.rstrip('.')}; python -m lungjax.prepare --dataset={base} --help says more"
 
 
-def _salted(options: Options, data_dir: Path) -> Options:
+def _salted(options: PrepareOptions, data_dir: Path) -> PrepareOptions:
     """Returns `options` with the salt of this folder's patient hashes, which is drawn once and kept."""
     file = data_dir / ".patient_salt"
     if not file.exists():

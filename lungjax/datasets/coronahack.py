@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lungjax.data import splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -28,7 +28,7 @@ ABOUT = About(
         "Treatable Diseases by Image-Based Deep Learning, Cell 172, 2018."
     ),
     study="The split as shipped (column Dataset_type). It has no validation part: the test images serve for that too.",
-    sound=(
+    clean=(
         "Test as shipped; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the COVID-19 "
         "collection the case or paper). Patients on both sides stay on the test's side."
     ),
@@ -36,7 +36,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the X-rays named in the table of the archive `source`.
 
     Raises ValueError for a missing table, column or folder, an unknown label or split, or a file named twice.

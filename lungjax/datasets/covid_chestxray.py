@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 from lungjax.config import nearest
 from lungjax.data import splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -35,13 +35,13 @@ ABOUT = About(
         "CC BY-NC-SA 4.0."
     ),
     citation="Cohen et al.: COVID-19 Image Data Collection: Prospective Predictions Are the Future, MELBA, 2020.",
-    sound="Three new splits by patient (70/15/15). The collection has none of its own, so there is no protocol=study.",
+    clean="Three new splits by patient (70/15/15). The collection has none of its own, so there is no protocol=study.",
     # The README's table, which counts PA, AP and AP Supine views.
     expected={"covid": {"all": (203, 451)}, "findings": {"all": (17, 451, 24, 40, 24)}},
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the frontal X-rays of the repository `source`; `config` is "covid" or "findings".
 
     Raises ValueError for a missing metadata.csv or column, an unknown finding, a row without patient or file, or a

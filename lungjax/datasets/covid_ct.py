@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lungjax.data import splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -27,7 +27,7 @@ ABOUT = About(
     licence="None is stated for the images, which are figures of papers and web pages, each with its own terms.",
     citation="Yang et al.: COVID-CT-Dataset: a CT image dataset about COVID-19, arXiv 2003.13865, 2020.",
     study="The authors' split lists, by patient.",
-    sound=(
+    clean=(
         "The authors' split lists. A COVID slice's group is its paper, which is coarser than the patient, for figures "
         "may come from one scan; a paper in two lists, and twins, stay on the test's side."
     ),
@@ -35,7 +35,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices that the split lists of the repository `source` name.
 
     Raises ValueError for a missing list or image folder, with the names looked for, or a file named twice.

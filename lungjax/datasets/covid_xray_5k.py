@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from lungjax.data import splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -46,7 +46,7 @@ ABOUT = About(
         "Train with the generated images; the test images are the validation set too. In the study's repository 37 of "
         "the 100 COVID-19 test images are also training images, and all generated ones come from one X-ray."
     ),
-    sound=(
+    clean=(
         "Test as shipped; val is cut from train by patient (CheXpert's patient; for COVID-19 the case or paper in the "
         "file name, else the image itself). Generated images, and training images with a twin in test, are left out."
     ),
@@ -54,7 +54,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the X-rays of the archive or repository `source`.
 
     Raises ValueError for a missing split or class folder, with the names looked for, or one without images.

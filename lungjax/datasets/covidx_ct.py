@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lungjax.data import splits, study_splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, in_words
 
@@ -79,7 +79,7 @@ ABOUT = About(
         "(seed 0): in train Normal and COVID-19 to the count of Pneumonia, in val Normal and Pneumonia to that of "
         "COVID-19; test as it is. Other versions: the official split."
     ),
-    sound="The official split, by patient; sources are unevenly spread over it.",
+    clean="The official split, by patient; sources are unevenly spread over it.",
     expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
 )
 
@@ -87,7 +87,7 @@ ABOUT = About(
 RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of version `config` in the folder `source`.
 
     Raises ValueError for a missing label file or image folder, with the names looked for, or for a malformed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lungjax.config import nearest
 from lungjax.data import splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -27,7 +27,7 @@ ABOUT = About(
     licence="None is stated in the repository: ask its author before you share images or use them commercially.",
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The splits as shipped. They part neighbouring slices of one scan, and the same file names occur in several.",
-    sound=(
+    clean=(
         "Test as shipped. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks of "
         f"{files.BLOCK} consecutive file numbers of a folder stay together. The shipped validation images of "
         "OtherPneumonia are strays from the training folder, so that class's validation part is cut anew, by block. "
@@ -37,7 +37,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of the repository folder `source`; `config` is "original".
 
     Raises ValueError for a missing split or class folder, a folder of no known class, or a folder without images.

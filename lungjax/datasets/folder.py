@@ -10,7 +10,7 @@ from typing import Any
 from lungjax.config import nearest
 from lungjax.data import prepared, splits
 from lungjax.data.imaging import images
-from lungjax.datasets import Options, folder_volumes
+from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.listing import About, Example, Listing
 
 KNOWN = ("path", "label", "split", "group", "source", *prepared.BOX)
@@ -53,11 +53,11 @@ are stored upside down, these are not.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the splits as they were given; none if the folder gives none",
-    sound="the same splits (or the ones made by group), without images whose patient or twin is in a later split",
+    clean="the same splits (or the ones made by group), without images whose patient or twin is in a later split",
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images of the folder `source`, and the pictures of its volumes; see ABOUT.
 
     Without a split, three are made by group, and a missing val or test split is cut from train. Without a

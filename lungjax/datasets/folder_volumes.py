@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from lungjax.data.imaging import dicom, images, nifti, volumes
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 
 Row = dict[str, Any]  # of `folder`: file, image, label, split, group, source, box, extra, where
 Notes = dict[str, list[str]]  # what is to be said, and of which files or series; "" for one without a name
@@ -46,7 +46,7 @@ def unfold(row: Row, files: Sequence[str]) -> list[Row]:
     ]
 
 
-def expand(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[str], bool]:
+def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], bool]:
     """Replaces each row of a DICOM or NIfTI file by the pictures that `options` want of it.
 
     Of DICOM files, the index gets no path and no name, but "series-HASH/0007" (or "series-HASH/coronal-0031",
@@ -76,8 +76,8 @@ def expand(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[str],
         raise ValueError(f"{twice['where']}: {twice['file']} is named by another line too")
     for row in scans.values():
         made += _from_nifti(row, options, notes)
-    bad = [row for row in made if row["image"].func is volumes.refuse]
-    good = [row for row in made if row["image"].func is not volumes.refuse]
+    bad = [row for row in made if row["image"].func is volumes.raise_error]
+    good = [row for row in made if row["image"].func is not volumes.raise_error]
     said = [f"{len(names)} {what}{f', such as {names[0]}' if names[0] else ''}" for what, names in notes.items()]
     windows = " and ".join(f"{centre:g} +/- {width / 2:g}" for centre, width in options.hu_windows)
     if len(good) > xrays:
@@ -85,7 +85,7 @@ def expand(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[str],
     return [*bad, *plain, *good], said, not plain and not xrays and options.plane == "axial"
 
 
-def _from_dicom(rows: Sequence[Row], options: Options, notes: Notes) -> tuple[list[Row], int]:
+def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> tuple[list[Row], int]:
     """Returns the rows of all DICOM files, and how many of them are X-rays."""
     made: list[Row] = []
     seen: dict[str, str] = {}
@@ -128,7 +128,9 @@ def _from_dicom(rows: Sequence[Row], options: Options, notes: Notes) -> tuple[li
     return made, xrays
 
 
-def _from_series(name: str, found: Sequence[tuple[dicom.Header, Row]], options: Options, notes: Notes) -> list[Row]:
+def _from_series(
+    name: str, found: Sequence[tuple[dicom.Header, Row]], options: PrepareOptions, notes: Notes
+) -> list[Row]:
     series = dicom.series([header for header, _ in found])
     row_of = {header.path: row for header, row in found}
     rows = [row_of[header.path] for header in series.headers]
@@ -142,7 +144,7 @@ def _from_series(name: str, found: Sequence[tuple[dicom.Header, Row]], options: 
         for i, row in enumerate(rows):
             units.setdefault((row["label"], row["split"], row["where"]), []).append(i)
         if options.position == "mid":
-            places = [unit[volumes.middle(len(unit))] for unit in units.values()]
+            places = [unit[volumes.middle_slice(len(unit))] for unit in units.values()]
         else:
             places = list(range(len(rows)))
         if len(rows) == 1:
@@ -170,7 +172,7 @@ def _from_series(name: str, found: Sequence[tuple[dicom.Header, Row]], options: 
     ]
 
 
-def _from_nifti(row: Row, options: Options, notes: Notes) -> list[Row]:
+def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
     try:
         header = nifti.header(row["image"])
         if row["box"] is not None:
@@ -192,7 +194,7 @@ def _from_nifti(row: Row, options: Options, notes: Notes) -> list[Row]:
 
 
 def _places(count: int, position: str) -> Sequence[int]:
-    return [volumes.middle(count)] if position == "mid" else range(count)
+    return [volumes.middle_slice(count)] if position == "mid" else range(count)
 
 
 def _name(volume: str, plane: str, index: int) -> str:
@@ -204,5 +206,5 @@ def _refused(row: Row, name: str, error: Exception) -> Row:
         "file": name,
         "group": row["group"] or name,
         "box": None,
-        "image": partial(volumes.refuse, str(error)),
+        "image": partial(volumes.raise_error, str(error)),
     }

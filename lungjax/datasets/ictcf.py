@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from lungjax.data import splits, study_splits
 from lungjax.data.imaging import images
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -45,7 +45,7 @@ ABOUT = About(
         "without them): copies of one slice are on both sides. The study's file order and its copies are not "
         "published: the draw is of the names in order of their numbers."
     ),
-    sound=(
+    clean=(
         f"Three new splits (70/15/15) by blocks of {files.BLOCK} consecutive file numbers of a class, for there are no "
         "patients in the names. Generated copies are left out. A block's border, or a scan in two classes, may still "
         "part slices of a patient. iCTCF is also in COVIDx CT: do not test one with the other."
@@ -57,7 +57,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the original slices in `source`; with `config` "oversampled" the generated copies as well.
 
     Raises ValueError for a missing class folder, with the names looked for, or one without images.

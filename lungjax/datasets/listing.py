@@ -16,14 +16,14 @@ from lungjax.data.splits import parse_study as parse_study
 class Example:
     """One image of a data set before it is read.
 
-    `split` is the start of the sound protocol, which loses what has a twin in a later split; `study` says where
+    `split` is the start of the clean protocol, which loses what has a twin in a later split; `study` says where
     the study had the image, and how often: "train", "train*3", "val+test" or "" for left out.
     """
 
     file: str  # the name shown in reports; unique in the data set
     image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
     label: int
-    split: str  # train, val or test; "" leaves the image out of the sound protocol
+    split: str  # train, val or test; "" leaves the image out of the clean protocol
     group: str  # patient, or whatever must not be torn apart by a split
     source: str = ""  # where the image comes from, for scores per source
     box: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in pixels, max exclusive
@@ -56,7 +56,7 @@ class About:
     licence: str  # and who may not use it
     citation: str
     study: str = ""  # what protocol=study repeats
-    sound: str = ""  # what protocol=sound does in its place
+    clean: str = ""  # what protocol=clean does in its place
     # Images per class, in label order, of the publication: {configuration: {split: counts}}.
     expected: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lungjax.data import splits, study_splits
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, differences
 
@@ -34,7 +34,7 @@ ABOUT = About(
         "Chest Imaging Database, GigaScience 10, 2021."
     ),
     study="Scikit-learn's train_test_split twice (seed 42, 70/15/15), by picture; a series may be on both sides.",
-    sound=(
+    clean=(
         "Three new splits by group (70/15/15). A group is the file name without its last two numbers, which seems to "
         "be the series; the names are pseudonyms, so that two series of a patient can't be told."
     ),
@@ -42,7 +42,7 @@ ABOUT = About(
 )
 
 
-def listing(source: Path, config: str, options: Options) -> Listing:
+def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the pictures named in the label file of `source`.
 
     Raises ValueError for a missing label file or column, a label that is not 0 or 1, or a file named twice.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lungjax.config import nearest
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets.listing import About, Example, Listing
 from lungjax.datasets.phantom import slices as phantom
 
@@ -27,11 +27,11 @@ ABOUT = About(
     layout="There is no folder; --seed draws other patients.",
     licence="Of lungjax itself.",
     citation="lungjax (lungjax/datasets/phantom/slices.py).",
-    sound="60 / 15 / 25 percent of the patients of each class; each class has the same share of every scanner.",
+    clean="60 / 15 / 25 percent of the patients of each class; each class has the same share of every scanner.",
 )
 
 
-def listing(source: Path | None, config: str, options: Options) -> Listing:
+def listing(source: Path | None, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of configuration `config`; each is drawn when its bytes are asked for.
 
     Raises ValueError for an unknown configuration, or a source or pattern, which drawn data cannot use.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from lungjax.config import nearest
 from lungjax.data.imaging import images
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets.listing import Example
 
 BLOCK = 40  # consecutive file numbers in a block: about a scan's slices, as they were picked for these data sets
 
 
-def refuse_flags(options: Options, name: str) -> None:
+def refuse_flags(options: PrepareOptions, name: str) -> None:
     """Raises ValueError for an option that only folders of one's own take."""
     for flag in options.for_folders():
         raise ValueError(f"{flag} is for folders: {name} has its own groups, sources and classes; leave it out")

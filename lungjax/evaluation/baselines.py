@@ -12,7 +12,7 @@ from lungjax.evaluation.predictions import Predictions
 # AUC from which on a control is warned about; 0.5 is chance. Without lungs nothing should be left, so a little above
 # chance tells. The classes' shares differ between hospitals that are honestly mixed, too: two sources of one size, of
 # which one has 60 % of a class and the other 40 %, give 0.6. With 70 and 30 % they give 0.7.
-TELLING = {"nolungs": 0.6, "source_only": 0.7}
+TELLING = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
@@ -45,9 +45,10 @@ def warnings(report: Mapping[str, Any]) -> Iterator[str]:
     high = {name: auc[name] for name in TELLING if auc.get(name) is not None and auc[name] >= TELLING[name]}
     whole = report["test"]["slice"]["auc_macro"]
     reached = "none" if whole is None else f"{whole:.3f}"
-    if "nolungs" in high:
+    if "no_lungs" in high:
         yield (
-            f"With the lungs blacked out the network still reaches a test AUC of {high['nolungs']:.3f} ({reached} with "
+            f"With the lungs blacked out the network still reaches a test AUC of "
+            f"{high['no_lungs']:.3f} ({reached} with "
             "them): part of what it reads is not in the lungs."
         )
     if "source_only" in high:

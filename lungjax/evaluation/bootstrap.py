@@ -40,7 +40,7 @@ class Difference:
     difference: float | None  # b - a
     low: float | None  # of the 95 % interval of the difference
     high: float | None
-    p: float | None  # two-sided, see `paired`
+    p: float | None  # two-sided, see `paired_difference`
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def over_runs(
     """
     if not runs:
         raise ValueError("no runs to average over")
-    levels = [_level_of(p, draws, unit) for p in [runs[0], *(aligned(runs[0], run) for run in runs[1:])]]
+    levels = [_level_of(p, draws, unit) for p in [runs[0], *(align(runs[0], run) for run in runs[1:])]]
     points = [_points(p) for p in levels]
     _check_names(names, points[0])
     drawn = _over_draws(levels, set(names), draws, seed)
@@ -122,7 +122,7 @@ def over_runs(
     return result
 
 
-def paired(
+def paired_difference(
     a: Predictions,
     b: Predictions,
     names: Sequence[str] | None = None,
@@ -144,7 +144,7 @@ def paired(
 
     Raises ValueError for other examples, an unknown name, and as `intervals`.
     """
-    levels = [_level_of(p, draws, unit) for p in (a, aligned(a, b))]
+    levels = [_level_of(p, draws, unit) for p in (a, align(a, b))]
     points = [_points(p) for p in levels]
     names = list(points[0]) if names is None else names
     _check_names(names, points[0])
@@ -162,7 +162,7 @@ def paired(
     return result
 
 
-def aligned(a: Predictions, b: Predictions) -> Predictions:
+def align(a: Predictions, b: Predictions) -> Predictions:
     """Returns b with its rows in a's order. Raises ValueError saying what differs if they are not of one test set."""
     if a.classes != b.classes:
         raise ValueError(f"they have other classes: {', '.join(a.classes)} and {', '.join(b.classes)}")
@@ -177,7 +177,7 @@ def aligned(a: Predictions, b: Predictions) -> Predictions:
         raise ValueError(f"they are of other examples, {len(a)} and {len(b)}: {'; '.join(parts) or 'some come twice'}")
     rows = np.empty(len(a), np.int64)
     rows[order_a] = order_b
-    b = taken(b, rows)
+    b = take(b, rows)
     for what, one, other in (("labels", a.labels, b.labels), ("patients", a.groups, b.groups)):
         differ = np.flatnonzero(one != other)
         if len(differ):
@@ -190,7 +190,7 @@ def aligned(a: Predictions, b: Predictions) -> Predictions:
     return b
 
 
-def taken(predictions: Predictions, rows: np.ndarray) -> Predictions:
+def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
     """Returns the predictions of some rows, in that order; `rows` [M] int, with repetition if wanted."""
     p = predictions
     columns = {name: getattr(p, name)[rows] for name in ("ids", "groups", "sources", "labels", "probabilities")}
@@ -198,7 +198,7 @@ def taken(predictions: Predictions, rows: np.ndarray) -> Predictions:
     return replace(p, **columns, logits=logits, extra={name: values[rows] for name, values in p.extra.items()})
 
 
-def patient_draws(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
+def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
     """Yields how often each patient came, float64 [patients, up to `block`], `draws` columns in all.
 
     The draws don't depend on `block`.
@@ -276,7 +276,7 @@ def _over_draws(
     plans = [_plan(p, member, len(keys), names) for p in levels]
     block = max(8, min(512, BLOCK // max(len(keys), *(plan.places for plan in plans))))
     found: list[list[dict[str, np.ndarray]]] = [[] for _ in plans]
-    for counts in patient_draws(len(keys), draws, seed, block) if len(keys) > 1 else ():
+    for counts in resample_patients(len(keys), draws, seed, block) if len(keys) > 1 else ():
         for plan, kept in zip(plans, found, strict=True):
             kept.append(metrics.numbers(_numbers(plan, counts)))
     nothing = {name: np.full(draws, np.nan) for name in names or ()}
@@ -286,7 +286,7 @@ def _over_draws(
 def _plan(p: Predictions, member: np.ndarray, patients: int, names: set[str] | None) -> _Plan:
     n, c = len(p), len(p.classes)
     labels, scores = np.asarray(p.labels, dtype=np.int64), np.asarray(p.probabilities, dtype=np.float64)
-    each = metrics.terms(labels, scores, p.logits)
+    each = metrics.sufficient_statistics(labels, scores, p.logits)
     example, named = np.nonzero(each.named)
     hit = labels[example] == named
     everyone = np.arange(n)
@@ -367,7 +367,7 @@ def _numbers(plan: _Plan, counts: np.ndarray) -> metrics.Level:
         "average_precision_micro": both.get("micro", none)[1],
         "auc_micro_logits": both.get("logits", none)[0],
     }
-    return metrics.values(shaped, areas, plan.classes)
+    return metrics.metrics_from_statistics(shaped, areas, plan.classes)
 
 
 def _areas(ranking: _Ranking, counts: np.ndarray, precision: bool) -> tuple[np.ndarray, np.ndarray]:

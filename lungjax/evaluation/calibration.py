@@ -15,7 +15,7 @@ from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; a split without mistakes would want zero
-SHOWN = ("ece", "brier", "loss")
+SCORES = ("ece", "brier", "loss")
 
 
 def fit_temperature(predictions: Predictions) -> float:
@@ -40,7 +40,7 @@ def fit_temperature(predictions: Predictions) -> float:
     return float(np.exp(found.x)) if found.fun <= min(ends) else ends[min(ends)]
 
 
-def scaled(predictions: Predictions, temperature: float) -> Predictions:
+def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
     """Returns the predictions with their logits divided by the temperature, in float64, probabilities to match.
 
     Raises ValueError for a temperature that is not above zero, or probabilities that are none.
@@ -87,7 +87,7 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
     `bins_scaled` of the test split. Raises as `fit_temperature`.
     """
     temperature = fit_temperature(val)
-    after = scaled(test, temperature)
+    after = apply_temperature(test, temperature)
     levels = {
         name: metrics.summarize(p.labels, p.probabilities, p.classes, p.ids)
         for name, p in (("test", test), ("test_scaled", after))
@@ -95,7 +95,7 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
     return {
         "temperature": temperature,
         "fitted_on": "val",
-        **{name: {key: level[key] for key in SHOWN} for name, level in levels.items()},
+        **{name: {key: level[key] for key in SCORES} for name, level in levels.items()},
         "bins": bins(test),
         "bins_scaled": bins(after),
     }

@@ -49,7 +49,7 @@ BINS = 15  # of the expected calibration error
 
 
 @dataclass(frozen=True)
-class Terms:
+class Statistics:
     """What each of N examples adds to the sums from which a level follows, its areas under curves apart."""
 
     cells: np.ndarray  # [N] int, label * C + predicted class: its place in the confusion matrix
@@ -87,7 +87,7 @@ def summarize(
     scores = np.asarray(probabilities, dtype=np.float64).reshape(len(labels), len(classes))
     check_probabilities(scores, ids)
     n, c = scores.shape
-    each = terms(labels, scores, logits)
+    each = sufficient_statistics(labels, scores, logits)
     is_class = labels[:, None] == np.arange(c)  # [N, C]
     confusion = np.bincount(each.cells, minlength=c**2).reshape(c, c)
     sums = {
@@ -106,20 +106,22 @@ def summarize(
         "average_precision_micro": average_precision(is_class.ravel(), scores.ravel()),
         "auc_micro_logits": np.nan if logits is None else auc(is_class.ravel(), np.asarray(logits).ravel()),
     }
-    found = _plain(values(sums, areas, classes))
+    found = _plain(metrics_from_statistics(sums, areas, classes))
     counts = confusion.sum(axis=1)
     per_class = {name: {"n": int(counts[i]), **found["per_class"][name]} for i, name in enumerate(classes)}
     return {"n": n, **found, "confusion": confusion.tolist(), "per_class": per_class}
 
 
-def terms(labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None) -> Terms:
+def sufficient_statistics(
+    labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None
+) -> Statistics:
     """Returns what each example adds; `labels` [N] int, `probabilities` [N, C] float64, `logits` [N, C] or None."""
     n, c = probabilities.shape
     rows = np.arange(n)
     predicted = probabilities.argmax(axis=1) if n else labels
     top = probabilities[rows, predicted]
     true = probabilities[rows, labels]
-    return Terms(
+    return Statistics(
         cells=labels * c + predicted,
         loss=-np.log(np.maximum(true, np.finfo(np.float64).eps)),
         brier=((probabilities - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1),
@@ -135,14 +137,14 @@ def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
     return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
 
 
-def values(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
+def metrics_from_statistics(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
     """Returns the numbers of a level but `n` and `confusion`, NaN where undefined, for any leading axes [...].
 
     One definition for a set of examples and for each draw of a bootstrap.
 
     Args:
       sums: over the examples: "confusion" [..., C, C] counts, "loss", "brier" and "rounded" [...], "gaps" [..., BINS],
-        "named" [..., C], and "named_right" [..., C], of the class's own examples; see `Terms`.
+        "named" [..., C], and "named_right" [..., C], of the class's own examples; see `Statistics`.
       areas: "auc" and "average_precision" [..., C]; "auc_micro", "average_precision_micro", "auc_micro_logits" [...].
       classes: C names.
     """

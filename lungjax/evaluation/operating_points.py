@@ -44,7 +44,7 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     return float(thresholds[np.argmax(tpr >= _wanted(rule))])
 
 
-def at(
+def metrics_at_threshold(
     predictions: Predictions,
     class_index: int,
     threshold: float,
@@ -72,9 +72,9 @@ def points(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report: {class: {rule: what `at` gives}}, for every class.
+    """Returns `operating_points` of the report: {class: {rule: what `metrics_at_threshold` gives}}, for every class.
 
-    A class that val can't choose for has {}; `lacking` says why. Raises as `choose` and `at`.
+    A class that val can't choose for has {}; `missing_rules` says why. Raises as `choose` and `metrics_at_threshold`.
     """
     rules = ("youden", f"sensitivity_{sensitivity:g}")
     found: dict[str, dict[str, Any]] = {}
@@ -90,7 +90,7 @@ def points(
     return found
 
 
-def lacking(val: Predictions) -> list[str]:
+def missing_rules(val: Predictions) -> list[str]:
     """Returns a sentence for each class without an operating point."""
     reasons = {name: _lacking(val, i) for i, name in enumerate(val.classes)}
     return [f"There is no operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
@@ -160,7 +160,7 @@ def _scores(p: Predictions, class_index: int) -> np.ndarray:
 def _at_all(
     p: Predictions, wanted: Sequence[tuple[int, float]], prevalence: float, draws: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Returns `at` of several (class, threshold), with one set of draws for all."""
+    """Returns `metrics_at_threshold` of several (class, threshold), with one set of draws for all."""
     if not 0 <= prevalence <= 1:
         raise ValueError(f"prevalence={prevalence}: allowed is 0 to 1")
     if not wanted:
@@ -171,7 +171,7 @@ def _at_all(
     shape = (len(wanted), 4, -1)
     drawn = [
         (of_patient @ counts).reshape(shape)
-        for counts in (bootstrap.patient_draws(len(keys), draws, seed, 256) if len(keys) > 1 else ())
+        for counts in (bootstrap.resample_patients(len(keys), draws, seed, 256) if len(keys) > 1 else ())
     ]
     rates = _rates(np.moveaxis(np.concatenate(drawn, axis=2), 1, 0), prevalence) if drawn else {}
     sums = cells.sum(axis=2)

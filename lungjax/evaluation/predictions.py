@@ -7,13 +7,13 @@ Every number of a report follows from this file alone.
 """
 
 import csv
-import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from lungjax.runtime.files import atomic_file
 
 COLUMNS = ("id", "group", "source", "label", "predicted")
 
@@ -82,18 +82,14 @@ def write(predictions: Predictions, path: Path) -> None:
     text = (predictions.ids, predictions.groups, predictions.sources)
     columns = [*text, names[predictions.labels], names[predictions.predicted], *shown.T]
     columns += predictions.extra.values()
-    path = Path(path)
-    handle, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
-    try:
-        # File names may hold bytes that are no UTF-8; they go through unchanged.
-        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
-        Path(partial).chmod(0o644)  # mkstemp makes it readable to its owner only
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with (
+        atomic_file(Path(path)) as partial,
+        # File names may hold bytes that are not UTF-8; they go through unchanged.
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
 
 
 def read(path: Path) -> Predictions:

@@ -27,7 +27,7 @@ from scipy import ndimage, stats
 from lungjax.config import InputSpec
 from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
-from lungjax.datasets import Name
+from lungjax.datasets import DatasetName
 from lungjax.datasets.phantom import slices
 from lungjax.evaluation import bootstrap
 from lungjax.explain.saliency import Explainer
@@ -55,7 +55,7 @@ class Slices:
 
 
 def draw_slices(
-    classes: Sequence[str], spec: InputSpec, name: Name, count: int, first_seed: int = FIRST_SEED
+    classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int, first_seed: int = FIRST_SEED
 ) -> Slices:
     """Draws `count` slices of new patients, the findings in turns, and puts their masks through the same cut and size.
 
@@ -84,7 +84,7 @@ def draw_slices(
 
 
 def _as_input(
-    drawn: slices.Phantom, window: tuple[float, float], spec: InputSpec, name: Name
+    drawn: slices.Phantom, window: tuple[float, float], spec: InputSpec, name: DatasetName
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     left, top, right, bottom = (float(side) for side in drawn.box)
     shown = slices.gray(drawn.hu, window)

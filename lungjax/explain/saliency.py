@@ -5,8 +5,8 @@ need one forward pass and the gradient of the head alone; nothing in them knows 
 logit; of a sigmoid head z for the positive class and -z for the other.
 
 Under valid padding a map shows the inner part of the image, and is laid there (`models.receptive_field`). The papers
-and the study stretch it over the whole image instead, and so does gradcam_guided. A map says where the score came from
-and not whether it is right to look there: `quality` measures what a method is worth on a trained network. A map without
+and the study stretch it over the whole image instead, and so does gradcam_positive. A map says where the score came
+from, not whether it is right to look there: `quality` measures the worth of a method on a trained run. A map with no
 evidence (constant but for rounding, also where the last map is a single cell) is all zeros, never noise stretched to
 0..1.
 """
@@ -45,7 +45,7 @@ def gradcam(last: jax.Array, gradient: jax.Array) -> Maps:
     return nn.relu(raw), size
 
 
-def gradcam_guided(last: jax.Array, gradient: jax.Array) -> Maps:
+def gradcam_positive(last: jax.Array, gradient: jax.Array) -> Maps:
     """The CT-COV19 study's form (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
 
     A channel's weight is the mean of its gradient where both activation and gradient are positive, 0 elsewhere; there
@@ -76,7 +76,7 @@ def _weighted(last: jax.Array, weights: jax.Array) -> Maps:
 
 CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
     "gradcam": gradcam,
-    "gradcam_guided": gradcam_guided,
+    "gradcam_positive": gradcam_positive,
     "gradcam++": gradcam_plus_plus,
 }
 
@@ -127,7 +127,7 @@ class Explainer:
           method: one of METHODS.
 
         Maps of the last layer are interpolated linearly to the input's size. The highest value is 1: maps are divided
-        by their maximum, so that 0 stays "nothing for this class"; gradcam_guided is min-max scaled, as in the study.
+        by their maximum, so that 0 stays "nothing for this class"; gradcam_positive is min-max scaled, as in the study.
 
         Raises ValueError for an unknown method, images of another shape or dtype, and targets that are no classes.
         """
@@ -238,8 +238,8 @@ class Explainer:
         return self.stride or max(self._patch // 2, 1)
 
     @cached_property
-    def _network(self) -> folding.Folded:
-        return folding.Folded(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
+    def _network(self) -> folding.FoldedModel:
+        return folding.FoldedModel(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
 
     @cached_property
     def _folded(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Explainer:
     def cam(self, method: str, probabilities_of: Callable[[jax.Array], jax.Array] | None = None) -> Any:
         """Returns one of CAMS as a function of folded and head variables, pixels, targets (-1: the most probable)."""
         told = probabilities_of or partial(outputs.probabilities, positive=self.positive)
-        head, guided = Head(self.module.head, self.module.outputs), method == "gradcam_guided"
+        head, guided = Head(self.module.head, self.module.outputs), method == "gradcam_positive"
         places = receptive_field.places(self._last, self.variables, self._image) if self.align and not guided else None
         places = receptive_field.over(places, self.spec.size, self.map_size)
         down, across = map(receptive_field.taps, places, self.spec.size, self.map_size)

@@ -118,9 +118,9 @@ class Programs:
         return np.float32(self.metadata.temperature)
 
     @cached_property
-    def _network(self) -> folding.Folded:
+    def _network(self) -> folding.FoldedModel:
         spec = self.metadata.input
-        return folding.Folded(self.module, self.variables, (*spec.size, spec.network_channels))
+        return folding.FoldedModel(self.module, self.variables, (*spec.size, spec.network_channels))
 
     @cached_property
     def _cam(self) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lungjax.export.functions import Programs
 from lungjax.inference import artifacts
-from lungjax.runtime.files import replaced_file
+from lungjax.runtime.files import atomic_file
 
 FILE = "model.onnx"
 MOST = 2**31 - 2**20  # bytes: a protobuf holds no more
@@ -41,7 +41,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
         )
     model = convert(programs)
     path = folder / FILE
-    with replaced_file(path) as partial_file:
+    with atomic_file(path) as partial_file:
         onnx.save(model, str(partial_file))
         onnx.checker.check_model(str(partial_file), full_check=True)
         found = programs.check(artifacts.read_onnx(partial_file).outputs, FILE)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lungjax.config.metadata import FILE
 from lungjax.export.functions import Programs, without_places
-from lungjax.runtime.files import replaced_folder
+from lungjax.runtime.files import atomic_folder
 
 FOLDER = "savedmodel"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -42,7 +42,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
 
     given = tf.TensorSpec((None, *programs.image_shape), tf.uint8, name="pixels")
     module.predict = tf.function(predict, input_signature=[given], autograph=False)
-    with replaced_folder(path, f"assets.extra/{FILE}") as partial_folder, without_places():
+    with atomic_folder(path, f"assets.extra/{FILE}") as partial_folder, without_places():
         tf.saved_model.save(module, str(partial_folder), signatures=module.predict)
         extra = partial_folder / "assets.extra"
         extra.mkdir()

@@ -14,7 +14,7 @@ import lungjax
 from lungjax.export.functions import Programs, without_places
 from lungjax.inference import artifacts
 from lungjax.models.ops import conv
-from lungjax.runtime.files import replaced_file
+from lungjax.runtime.files import atomic_file
 
 FILE = "model.pyz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models are equal files
@@ -43,7 +43,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
     that is too large.
     """
     path = folder / FILE
-    with replaced_file(path) as partial_file:
+    with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in members(programs).items():
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), data)

@@ -17,7 +17,7 @@ from typing import Any
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
 from lungjax.export.functions import Programs
-from lungjax.runtime.files import replaced_folder
+from lungjax.runtime.files import atomic_folder
 
 FOLDER = "triton"
 MAX_BATCH = 64
@@ -90,7 +90,7 @@ def write(programs: Programs, folder: Path) -> tuple[Path, float]:
     """
     path, told = folder / FOLDER, programs.metadata
     path.mkdir(exist_ok=True)
-    with replaced_folder(path / model_name(told), FILE) as model:  # other models of the repository stay
+    with atomic_folder(path / model_name(told), FILE) as model:  # other models of the repository stay
         (model / "1").mkdir()
         _, found = onnx.write(programs, model / "1")
         (model / "config.pbtxt").write_text(config(told), "utf-8")

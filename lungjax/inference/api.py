@@ -150,7 +150,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Sequence[Any] | None = No
 
 
 def read(
-    images: Images, spec: InputSpec, boxes: Sequence[Any] | None = None, trained_on: datasets.Name | None = None
+    images: Images, spec: InputSpec, boxes: Sequence[Any] | None = None, trained_on: datasets.DatasetName | None = None
 ) -> np.ndarray:
     """As `preprocess`, without the normalisation: uint8 [B, H, W, channels].
 
@@ -243,9 +243,9 @@ class Trained:
         return np.concatenate(probabilities), np.concatenate(maps)
 
     @cached_property
-    def _network(self) -> folding.Folded:
+    def _network(self) -> folding.FoldedModel:
         shape = (*self.config.input.size, self.config.input.network_channels)
-        return folding.Folded(self.module, self.variables, shape)
+        return folding.FoldedModel(self.module, self.variables, shape)
 
     @cached_property
     def _folded(self) -> dict[str, Any]:

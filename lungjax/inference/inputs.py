@@ -200,7 +200,7 @@ def _add_series(
         if series.flaw and plane != series.plane:
             raise ValueError(f"no {plane} plane can be cut: {series.flaw}")
         count = series.shape[volumes.PLANES[plane]]
-        return dicom.cut(paths, series.step, plane, volumes.middle(count), windows)
+        return dicom.cut(paths, series.step, plane, volumes.middle_slice(count), windows)
 
     folder = os.path.dirname(first) or first
     name = _add_volume(found, folder, group, series.notes, middle)
@@ -220,7 +220,7 @@ def _add_nifti(found: Intake, path: str, group: str, short: str, told: Metadata)
     header = nifti.header(path)
 
     def middle(plane: str, windows: Windows) -> bytes:
-        return nifti.picture(path, plane, volumes.middle(header.shape[volumes.PLANES[plane]]), windows)
+        return nifti.picture(path, plane, volumes.middle_slice(header.shape[volumes.PLANES[plane]]), windows)
 
     name = _add_volume(found, path, group, header.notes, middle)
     for i in _places(header.shape[volumes.PLANES[told.plane]], told.position):
@@ -230,7 +230,7 @@ def _add_nifti(found: Intake, path: str, group: str, short: str, told: Metadata)
 
 
 def _places(count: int, position: str) -> Sequence[int]:
-    return [volumes.middle(count)] if position == "mid" else range(count)
+    return [volumes.middle_slice(count)] if position == "mid" else range(count)
 
 
 def _free(found: Intake, name: str) -> str:

@@ -220,7 +220,7 @@ def load_run(workdir: Path) -> tuple[api.Trained, Metadata]:
 def _of_run(workdir: Path) -> Predictor:
     trained, told = load_run(workdir)
     spec, positive = trained.config.input, told.positive
-    network = folding.Folded(trained.module, trained.variables, (*spec.size, spec.network_channels))
+    network = folding.FoldedModel(trained.module, trained.variables, (*spec.size, spec.network_channels))
     folded = network.prepare(trained.variables)
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:

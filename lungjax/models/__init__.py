@@ -15,7 +15,7 @@ from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
 from lungjax.models.densenet import DENSENET
 from lungjax.models.efficientnet import EFFICIENTNET, EFFICIENTNETV2
-from lungjax.models.head import fill, output_count
+from lungjax.models.head import output_count, with_defaults
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
 from lungjax.models.resnet import RESNET
@@ -67,7 +67,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     """
     if config.name not in MODELS:
         family_of(config.name)
-    dtype = config.dtype or compute_type(platform or jax.default_backend())
+    dtype = config.dtype or default_dtype(platform or jax.default_backend())
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
@@ -81,7 +81,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
         raise ValueError(f"model.padding={config.padding!r}: {config.name} allows {allowed}")
     if config.momentum is not None and hasattr(network, "momentum"):
         given["momentum"] = config.momentum
-    head = fill(config.head, network.head)
+    head = with_defaults(config.head, network.head)
     return network.clone(
         head=head,
         outputs=output_count(head, classes),
@@ -91,7 +91,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     )
 
 
-def compute_type(platform: str) -> str:
+def default_dtype(platform: str) -> str:
     """Returns the type that a platform computes in by default: bfloat16 where it has units for it."""
     return "float32" if platform == "cpu" else "bfloat16"
 

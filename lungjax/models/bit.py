@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import Conv
 from lungjax.models.resnet import EXPANSION, KERAS_INIT, R50, R101, R152, pool_zeros
@@ -93,7 +93,7 @@ class BiT(nn.Module):
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
         windows: list[Window] = [(7, 2), (3, 2)] + [(3, 2)] * (len(self.repeats) - 1)
-        side = smallest(windows, "same", cells(self.head))
+        side = smallest(windows, "same", min_cells(self.head))
         return side, side
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Conv, DropPath, dense_product
 
@@ -125,7 +125,7 @@ class ConvNeXt(nn.Module):
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
-        side = smallest([(4, 4)] + [(2, 2)] * (len(self.depths) - 1), "valid", cells(self.head))
+        side = smallest([(4, 4)] + [(2, 2)] * (len(self.depths) - 1), "valid", min_cells(self.head))
         return side, side
 
 

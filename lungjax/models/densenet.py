@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, max_pool
-from lungjax.models.ops.pooling import halve
+from lungjax.models.ops.pooling import avg_pool_2x2
 
 BOTTLENECK = 4  # channels of a layer's 1x1 convolution, times the growth
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # torchvision, after the authors' code
@@ -54,7 +54,7 @@ class Transition(nn.Module):
         norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name="bn")
         x = norm(x, train=train, activation=nn.relu)
         x = Conv(x.shape[-1] // 2, 1, dtype=self.dtype, kernel_init=KERNEL_INIT, name="conv")(x)
-        return halve(x)
+        return avg_pool_2x2(x)
 
 
 class DenseNet(nn.Module):
@@ -101,7 +101,7 @@ class DenseNet(nn.Module):
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
-        side = smallest([(7, 2), (3, 2)] + [(2, 2)] * (len(self.depths) - 1), "same", cells(self.head))
+        side = smallest([(7, 2), (3, 2)] + [(2, 2)] * (len(self.depths) - 1), "same", min_cells(self.head))
         return side, side
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, SqueezeExcite
 
@@ -142,23 +142,23 @@ class EfficientNet(nn.Module):
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
         windows = [(3, 2)] + [(stage.kernel, stage.stride) for stage in self.stages]
-        side = smallest(windows, "same", cells(self.head))
+        side = smallest(windows, "same", min_cells(self.head))
         return side, side
 
 
-def eights(channels: float, guard: bool) -> int:
+def make_divisible(channels: float, guard: bool) -> int:
     """Rounds to the nearest multiple of eight, at least 8; with `guard` never down by more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if guard and rounded < 0.9 * channels else rounded
 
 
-def scale(
+def compound_scale(
     stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False, **fields: Any
 ) -> partial[EfficientNet]:
     """Returns the network `width` times as wide and `depth` times as deep as the base."""
 
     def wide(channels: int) -> int:
-        return eights(channels * width, guard)
+        return make_divisible(channels * width, guard)
 
     scaled = tuple(s._replace(width=wide(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages)
     sizes = {"stages": scaled, "stem": wide(stem), "top": wide(1280)}
@@ -168,7 +168,7 @@ def scale(
 def lite(width: float, depth: float, dropout: float) -> partial[EfficientNet]:
     """Returns a Lite network: stem, top and the depth of the first and last stage stay as they are."""
     stages = tuple(stage._replace(squeeze=0.0) for stage in V1)
-    scaled = scale(stages, 32, width, depth, dropout, guard=True, activation=nn.relu6)
+    scaled = compound_scale(stages, 32, width, depth, dropout, guard=True, activation=nn.relu6)
     first, *middle, last = scaled.keywords["stages"]
     stages = (first._replace(repeats=1), *middle, last._replace(repeats=1))
     return partial(scaled, stages=stages, stem=32, top=1280)
@@ -200,14 +200,14 @@ V2_L = v2((4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640))
 V2_XL = v2((4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640))
 
 EFFICIENTNET = {
-    "efficientnet_b0": scale(V1, 32, 1.0, 1.0, 0.2, guard=True),
-    "efficientnet_b1": scale(V1, 32, 1.0, 1.1, 0.2, guard=True),
-    "efficientnet_b2": scale(V1, 32, 1.1, 1.2, 0.3, guard=True),
-    "efficientnet_b3": scale(V1, 32, 1.2, 1.4, 0.3, guard=True),
-    "efficientnet_b4": scale(V1, 32, 1.4, 1.8, 0.4, guard=True),
-    "efficientnet_b5": scale(V1, 32, 1.6, 2.2, 0.4, guard=True),
-    "efficientnet_b6": scale(V1, 32, 1.8, 2.6, 0.5, guard=True),
-    "efficientnet_b7": scale(V1, 32, 2.0, 3.1, 0.5, guard=True),
+    "efficientnet_b0": compound_scale(V1, 32, 1.0, 1.0, 0.2, guard=True),
+    "efficientnet_b1": compound_scale(V1, 32, 1.0, 1.1, 0.2, guard=True),
+    "efficientnet_b2": compound_scale(V1, 32, 1.1, 1.2, 0.3, guard=True),
+    "efficientnet_b3": compound_scale(V1, 32, 1.2, 1.4, 0.3, guard=True),
+    "efficientnet_b4": compound_scale(V1, 32, 1.4, 1.8, 0.4, guard=True),
+    "efficientnet_b5": compound_scale(V1, 32, 1.6, 2.2, 0.4, guard=True),
+    "efficientnet_b6": compound_scale(V1, 32, 1.8, 2.6, 0.5, guard=True),
+    "efficientnet_b7": compound_scale(V1, 32, 2.0, 3.1, 0.5, guard=True),
     "efficientnet_lite0": lite(1.0, 1.0, 0.2),
     "efficientnet_lite1": lite(1.0, 1.1, 0.2),
     "efficientnet_lite2": lite(1.1, 1.2, 0.3),
@@ -217,12 +217,12 @@ EFFICIENTNET = {
 # V2's dropout is Keras's 0.2 throughout; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
 # Its widths round without the guard: B3's first stage has 16.
 EFFICIENTNETV2 = {
-    "efficientnetv2_b0": scale(V2_BASE, 32, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_b1": scale(V2_BASE, 32, 1.0, 1.1, 0.2, momentum=0.9),
-    "efficientnetv2_b2": scale(V2_BASE, 32, 1.1, 1.2, 0.2, momentum=0.9),
-    "efficientnetv2_b3": scale(V2_BASE, 32, 1.2, 1.4, 0.2, momentum=0.9),
-    "efficientnetv2_s": scale(V2_S, 24, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_m": scale(V2_M, 24, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_l": scale(V2_L, 32, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_xl": scale(V2_XL, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_b0": compound_scale(V2_BASE, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_b1": compound_scale(V2_BASE, 32, 1.0, 1.1, 0.2, momentum=0.9),
+    "efficientnetv2_b2": compound_scale(V2_BASE, 32, 1.1, 1.2, 0.2, momentum=0.9),
+    "efficientnetv2_b3": compound_scale(V2_BASE, 32, 1.2, 1.4, 0.2, momentum=0.9),
+    "efficientnetv2_s": compound_scale(V2_S, 24, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_m": compound_scale(V2_M, 24, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_l": compound_scale(V2_L, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_xl": compound_scale(V2_XL, 32, 1.0, 1.0, 0.2, momentum=0.9),
 }

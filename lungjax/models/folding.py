@@ -57,7 +57,7 @@ def batch_size(config: Config, devices: int, platform: str) -> int:
     return devices * (images // EIGHT * EIGHT or max(images, 1))
 
 
-class Pair(NamedTuple):
+class ConvNorm(NamedTuple):
     """A convolution (or dense layer) and the batch norm that alone reads its output."""
 
     layer: str  # path of the module, such as "stage1_block1/conv1"
@@ -70,7 +70,7 @@ def _path(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
-def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[Pair, ...]:
+def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[ConvNorm, ...]:
     """Returns the norms of a network that can be folded, from one trace on shapes.
 
     Args:
@@ -117,7 +117,7 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
             if id(mark.invars[0]) in names and reads[id(mark.invars[0])] == 1
         ]
     return tuple(
-        Pair(layer, norm, found[norm].epsilon, found[layer].use_bias)
+        ConvNorm(layer, norm, found[norm].epsilon, found[layer].use_bias)
         for layer, norm in edges
         if isinstance(found[norm], BatchNorm)
         and not isinstance(found[layer], BatchNorm)
@@ -134,7 +134,7 @@ def _jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
                 yield from _jaxprs(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
-def fold(variables: Variables, pairs: tuple[Pair, ...]) -> Variables:
+def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
     """Returns variables with the norms of `pairs` folded, in the parameters' own dtype, float32.
 
     Of each pair remain the layer's `kernel`, scaled, and the norm's `bias`, now all that is added. A computation
@@ -152,7 +152,7 @@ def fold(variables: Variables, pairs: tuple[Pair, ...]) -> Variables:
 
 
 @dataclass(frozen=True, eq=False)
-class Folded:
+class FoldedModel:
     """A network whose norms are folded: `network(network.prepare(variables), images)` are its logits and features."""
 
     module: nn.Module
@@ -160,7 +160,7 @@ class Folded:
     image_shape: tuple[int, ...]  # [height, width, channels] as the network gets it
 
     @cached_property
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self) -> tuple[ConvNorm, ...]:
         """What is folded; traced when first asked for."""
         return find_pairs(self.module, self.shapes, self.image_shape)
 

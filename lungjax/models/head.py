@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.layers import BatchNorm
-from lungjax.models.ops.conv import alone, by_platform
-from lungjax.models.ops.pooling import halve
+from lungjax.models.ops.conv import cpu_or_default, isolate_fusion
+from lungjax.models.ops.pooling import avg_pool_2x2
 
 # Batch: Keras's defaults, which the studies' heads have. Group and layer: as in the code of BiT and ConvNeXt.
 BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
@@ -34,7 +34,7 @@ PLAIN = HeadConfig(
 )
 
 
-def fill(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
+def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
     """Returns `head` with each None taken from the network's published head, else from the plain one."""
     for source in (published, PLAIN):
         missing = {f.name: getattr(source, f.name) for f in fields(head) if getattr(head, f.name) is None}
@@ -56,7 +56,7 @@ def output_count(head: HeadConfig, classes: int) -> int:
     return 1
 
 
-def cells(head: HeadConfig) -> int:
+def min_cells(head: HeadConfig) -> int:
     """Returns how many cells a side the pool needs of the map."""
     return 2 if head.pool == "avg2x2_flatten" else 1
 
@@ -70,7 +70,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
         """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
-        config = fill(self.config)
+        config = with_defaults(self.config)
         x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         x = _norm(x, config.norm_before_pool, train, "norm_before_pool")
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
@@ -99,13 +99,13 @@ def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
 
 def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
     if kind == "avg" and not train:  # apart from the activation before it, which takes long inside the CPU's sums
-        return by_platform(x, cpu=partial(alone, _mean), default=_mean)
+        return cpu_or_default(x, cpu=partial(isolate_fusion, _mean), default=_mean)
     if kind == "avg":
         return _mean(x)
     if kind == "max":
         return x.max((1, 2))
     if kind == "avg2x2_flatten":
-        x = halve(x)  # an odd map loses its last row and column
+        x = avg_pool_2x2(x)  # an odd map loses its last row and column
     return x.reshape(x.shape[0], -1)
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.efficientnet import EfficientNet, Stage, eights, scale
-from lungjax.models.head import Head, cells
+from lungjax.models.efficientnet import EfficientNet, Stage, compound_scale, make_divisible
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, Padding
 
@@ -91,7 +91,7 @@ class MobileNet(nn.Module):
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
-        side = smallest([(3, 2)] * len(self.stages), "same", cells(self.head))
+        side = smallest([(3, 2)] * len(self.stages), "same", min_cells(self.head))
         return side, side
 
 
@@ -110,8 +110,8 @@ V2 = (
 def v2(width: float) -> partial[EfficientNet]:
     """Returns MobileNetV2 `width` times as wide; published are 0.35, 0.5, 0.75, 1, 1.3 and 1.4."""
     fields = {"momentum": 0.999, "activation": nn.relu6, "drop_path": 0.0}
-    top = eights(1280 * max(1.0, width), guard=True)  # the last convolution never gets narrower
-    return partial(scale(V2, 32, width, 1.0, 0.0, guard=True, **fields), top=top)
+    top = make_divisible(1280 * max(1.0, width), guard=True)  # the last convolution never gets narrower
+    return partial(compound_scale(V2, 32, width, 1.0, 0.0, guard=True, **fields), top=top)
 
 
 MOBILENET = {"mobilenet": MobileNet}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Activation, BatchNorm, Conv, SqueezeExcite
 
@@ -106,7 +106,7 @@ class MobileNetV3(nn.Module):
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
         windows = [(3, 2)] + [(row.kernel, row.stride) for rows in self.stages for row in rows]
-        side = smallest(windows, "same", cells(self.head))
+        side = smallest(windows, "same", min_cells(self.head))
         return side, side
 
 

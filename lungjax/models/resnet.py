@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import lax
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, Initializer, max_pool
 
@@ -35,7 +35,7 @@ def pool_zeros(x: jax.Array) -> jax.Array:
     return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
 
 
-def every(x: jax.Array, stride: int) -> jax.Array:
+def subsample(x: jax.Array, stride: int) -> jax.Array:
     """Returns every `stride`-th row and column of x [B, H, W, C]: one slice also where B is left open."""
     return x if stride == 1 else lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
 
@@ -100,7 +100,9 @@ class PreactBlock(nn.Module):
             return norm(x, train=train, activation=nn.relu)
 
         preact = norm_relu(x, "preact_bn")
-        shortcut = every(x, self.stride) if x.shape[-1] == wide else conv(preact, wide, 1, self.stride, "shortcut_conv")
+        shortcut = (
+            subsample(x, self.stride) if x.shape[-1] == wide else conv(preact, wide, 1, self.stride, "shortcut_conv")
+        )
         x = preact
         for i, (features, size) in enumerate([(middle, 1), (middle, 3), (wide, 1)], 1):
             x = conv(x, features, size, self.stride if i == self.stride_conv else 1, f"conv{i}")
@@ -177,7 +179,7 @@ class ResNet(nn.Module):
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
         windows: list[Window] = [(7, 2), (3, 2)] + [(3, 2)] * (len(self.repeats) - 1)
-        side = smallest(windows, "same", cells(self.head))
+        side = smallest(windows, "same", min_cells(self.head))
         return side, side
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, max_pool
 
@@ -77,7 +77,7 @@ class Transfusion(nn.Module):
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
         windows: list[Window] = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
-        side = smallest(windows if self.last_pool else windows[:-1], self.padding, cells(self.head))
+        side = smallest(windows if self.last_pool else windows[:-1], self.padding, min_cells(self.head))
         return side, side
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Conv, max_pool
 
@@ -67,7 +67,7 @@ class Vgg(nn.Module):
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
-        side = smallest([(2, 2)] * len(self.repeats), "valid", cells(self.head))
+        side = smallest([(2, 2)] * len(self.repeats), "valid", min_cells(self.head))
         return side, side
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, cells
+from lungjax.models.head import Head, min_cells
 from lungjax.models.image_size import check_size, smallest
 from lungjax.models.layers import Conv, max_pool
 
@@ -54,7 +54,7 @@ class XrayCNN(nn.Module):
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the least height and width in pixels."""
-        side = smallest([(3, 3), (2, 2)] * len(self.widths), "valid", cells(self.head))
+        side = smallest([(3, 3), (2, 2)] * len(self.widths), "valid", min_cells(self.head))
         return side, side
 
 

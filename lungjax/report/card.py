@@ -32,7 +32,7 @@ def data(
     """Returns the data section: what the run used, what the prepared set holds, and what leaks between splits."""
     facts = report["facts"]
     name = facts.get("dataset", config.data.dataset)
-    protocol = "sound" if "external" in facts else config.data.protocol
+    protocol = "clean" if "external" in facts else config.data.protocol
     parts = [
         html.heading(title, 2, "data"),
         html.paragraph(
@@ -144,7 +144,7 @@ def _found(summary: Mapping[str, Any], named: str) -> list[list[str]]:
         rows.append(["of these with different labels", count(copies["sets_with_several_labels"], "set")])
     if twins:
         rows.append(["near twins", f"{twins.get('near_pairs', 0):,} pairs of different {named}"])
-        rows.append(["left out of protocol sound", count(twins.get("left_out", 0), "image")])
+        rows.append(["left out of protocol clean", count(twins.get("left_out", 0), "image")])
     rows.append([f"{named} with several classes", f"{summary.get('groups_with_several_labels', 0):,}"])
     rows.append(["no body or lung found by the stage", count(len(summary.get("unstaged", [])), "image")])
     rows.append(["skipped", count(len(summary.get("skipped", [])), "image")])
@@ -326,10 +326,10 @@ def _ethics(config: Config, report: Mapping[str, Any], about: Mapping[str, Any] 
         "This page shows images and file names of the data set: pass it on only where its licence and the patients' "
         "consent allow that.",
     ]
-    found = {**({"nolungs": report["nolungs"]} if "nolungs" in report else {}), **(report.get("controls") or {})}
+    found = {**({"no_lungs": report["no_lungs"]} if "no_lungs" in report else {}), **(report.get("controls") or {})}
     reached = report["test"]["slice"]["auc_macro"]
     if found:
-        words = {"nolungs": "with the lungs blacked out", "source_only": "from the source alone"}
+        words = {"no_lungs": "with the lungs blacked out", "source_only": "from the source alone"}
         shown = [f"{rate(level.get('auc_macro'))} {words.get(name, name)}" for name, level in found.items()]
         lines.append(f"Risk of a shortcut: an AUC of {listed(shown)}, against {rate(reached)} of the network.")
     else:

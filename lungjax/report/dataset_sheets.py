@@ -250,7 +250,7 @@ def twice(view: View) -> str:
 
 
 def _described(view: View, row: int) -> tuple[str, ...]:
-    sound, study = (view.text(key, row) or "left out" for key in ("split", "split_study"))
-    splits = f"sound: {sound}, study: {study}" if view.summary["study"] else f"split: {sound}"
+    clean, study = (view.text(key, row) or "left out" for key in ("split", "split_study"))
+    splits = f"clean: {clean}, study: {study}" if view.summary["study"] else f"split: {clean}"
     label = view.data.classes[view.data.columns["label"][row]]
     return view.text("file", row), f"label: {label}", splits, f"group: {view.text('group', row)}"

@@ -71,8 +71,8 @@ def markdown(config: Config, report: Mapping[str, Any], drawn: Mapping[str, str]
         parts.append(_table(["true \\ predicted", *map(_cell, report["classes"])], body))
     if test["by_source"]:
         parts += ["### Sources", _source_table(test["by_source"], report["classes"])]
-    if "nolungs" in report:
-        none = report["nolungs"]
+    if "no_lungs" in report:
+        none = report["no_lungs"]
         parts += [
             "### With the lungs blacked out",
             f"{count(none['n'], 'test slice')} (those in which lungs are found), every lung black: accuracy "

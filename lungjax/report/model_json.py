@@ -58,7 +58,7 @@ def describe(
       results: predictions of "test", and of "val" where there are any: temperature and thresholds are chosen there.
       report: report.json's content.
       known: of `look`.
-      told: of `datasets.told`.
+      told: of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
@@ -66,7 +66,9 @@ def describe(
     temperature, points = 1.0, {}
     if val is not None and len(val):
         temperature = calibration.fit_temperature(val)
-        points = _points(config, calibration.scaled(val, temperature), calibration.scaled(test, temperature))
+        points = _points(
+            config, calibration.apply_temperature(val, temperature), calibration.apply_temperature(test, temperature)
+        )
     facts, box = report["facts"], _box(config, data)
     about = told.get("about") or {}
     return Metadata(

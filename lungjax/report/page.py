@@ -22,7 +22,7 @@ STUDY = {
     "accuracy_rounded": "accuracy after the probabilities are rounded to 0 or 1 (ictcf)",
 }
 CONTROLS = {
-    "nolungs": "the network, lungs blacked out",
+    "no_lungs": "the network, lungs blacked out",
     "source_only": "no network: the source of the image alone",
 }
 SHORT = {"npv": "NPV", "f1": "F1", "auc": "AUC"}
@@ -240,8 +240,8 @@ def _points(config: Config, report: Mapping[str, Any]) -> list[str]:
 def _controls(report: Mapping[str, Any]) -> list[str]:
     """What is reached without the lungs, or without any image."""
     found = dict(report.get("controls") or {})
-    if "nolungs" in report:
-        found.setdefault("nolungs", report["nolungs"])
+    if "no_lungs" in report:
+        found.setdefault("no_lungs", report["no_lungs"])
     if not found:
         return []
     names = ("accuracy", "balanced_accuracy", "auc_macro")
@@ -252,7 +252,7 @@ def _controls(report: Mapping[str, Any]) -> list[str]:
         for words, level in levels.items()
     ]
     text = "What can be had without looking into the lungs. The network's score means something only above these."
-    if "nolungs" in found:
+    if "no_lungs" in found:
         text += (
             " Blacked out: every lung of the test slices in which lungs are found is black; their outline, and lesions "
             "that the mask missed, can still be seen."

@@ -9,6 +9,8 @@ styles change where colours repeat.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lungjax.runtime.files import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -45,11 +47,10 @@ def legend_beside(axis: "Axes", classes: int) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
 
 
 def percent(share: float) -> str:

@@ -20,8 +20,8 @@
       .patient          a level over patients (mean probability over a patient's slices), and
         .mixed_groups   patients left out because their slices have different labels
       .by_source.NAME   a level over the examples of each source; no NAME if no source is known
-    nolungs             a level over the test slices in which lungs are found, blacked out; where prepared
-    controls            n, accuracy, balanced_accuracy, auc_macro, intervals of nolungs, and of source_only: what the
+    no_lungs             a level over the test slices in which lungs are found, blacked out; where prepared
+    controls            n, accuracy, balanced_accuracy, auc_macro, intervals of no_lungs, and of source_only: what the
                         source of a test image alone tells of its class, where train has several (see
                         `lungjax.evaluation.baselines`)
     calibration         where there is a val split: temperature, fitted_on ("val"); test and test_scaled, by that
@@ -52,7 +52,6 @@ Validation rows of metrics.jsonl have the same names under "val.slice." and "val
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,7 @@ from lungjax.config import Config, nearest
 from lungjax.evaluation import baselines, bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import markdown, page, plots, plots_decisions
+from lungjax.runtime.files import atomic_write
 
 VERSION = 1
 FEW = 20  # examples of a class below which its rates are warned about
@@ -88,7 +88,7 @@ def write_report(
     Args:
       workdir: exists. Each file appears whole or not at all, report.md last.
       config: of the run; says the monitor and how many example images to draw.
-      results: predictions of "test", of "val" where there are any, and of "nolungs", the test split with its lungs
+      results: predictions of "test", of "val" where there are any, and of "no_lungs", the test split with its lungs
         blacked out, where that is prepared.
       history: rows of metrics.jsonl.
       facts: JSON-ready; see the module's docstring for the known names. Any may be missing.
@@ -107,9 +107,9 @@ def write_report(
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
     drawn = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=_plain_number)
-    _replace(workdir / "report.json", text + "\n")
-    _replace(workdir / "report.html", page.page(config, report, drawn, workdir / "plots", summary, about))
-    _replace(workdir / "report.md", markdown.markdown(config, report, drawn))
+    atomic_write(workdir / "report.json", text + "\n")
+    atomic_write(workdir / "report.html", page.page(config, report, drawn, workdir / "plots", summary, about))
+    atomic_write(workdir / "report.md", markdown.markdown(config, report, drawn))
     return report
 
 
@@ -133,8 +133,8 @@ def assemble(
         **splits,
     }
     levels = {name: _slice_level(results[name], config) for name in baselines.TELLING if name in results}
-    if "nolungs" in levels:
-        report["nolungs"] = levels["nolungs"]
+    if "no_lungs" in levels:
+        report["no_lungs"] = levels["no_lungs"]
     report["mistakes"] = _mistakes(results["test"], config.eval.examples)
     report["controls"] = {
         name: {key: level[key] for key in CONTROL}
@@ -160,7 +160,7 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
     if len(levels["by_source"]) <= SOURCES:
         sources = np.where(p.sources == "", "unknown", p.sources)
         for name, level in levels["by_source"].items():
-            level["intervals"] = _intervals(bootstrap.taken(p, np.flatnonzero(sources == name)), config)
+            level["intervals"] = _intervals(bootstrap.take(p, np.flatnonzero(sources == name)), config)
     return levels
 
 
@@ -257,7 +257,7 @@ def warnings(
                 f"The val and the test split share {markdown.count(len(both), 'patient')}, such as {min(both)}: the "
                 "weights were chosen with them in sight."
             )
-        yield from operating_points.lacking(results["val"])
+        yield from operating_points.missing_rules(results["val"])
     patients = len(np.unique(metrics.patient_keys(p)))
     if config.eval.draws and patients < FEW_PATIENTS:
         yield (
@@ -340,12 +340,3 @@ def _plain_number(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     return str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -27,10 +27,11 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lungjax.runtime import distributed
+from lungjax.runtime.files import sync_folder
 
 PROGRESS = "progress.json"
 SUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
-KEPT = 2  # of each kind: should the newest turn out damaged, there is the one before
+MAX_TO_KEEP = 2  # of each kind: should the newest turn out damaged, there is the one before
 NOTHING = -1  # in place of a step
 FULL = (errno.ENOSPC, errno.EDQUOT)
 KEPT_NOTE = "the earlier checkpoints are intact: {} and run the same command again to resume"
@@ -62,10 +63,10 @@ class Checkpoints:
         self.folder = workdir / "checkpoints"
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        distributed.together(self._open)
+        distributed.run_on_all_hosts(self._open)
 
     def _open(self) -> None:
-        if distributed.first():
+        if distributed.is_first_host():
             try:
                 for kind in ("last", "best"):
                     (self.folder / kind).mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,9 @@ class Checkpoints:
         trees = {"last": {"state": state}} | ({"best": {"variables": state.variables}} if best else {})
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _explained(self.folder, step):
-            distributed.together(lambda: _make_room(self.folder, step, size) if distributed.first() else None)
+            distributed.run_on_all_hosts(
+                lambda: _make_room(self.folder, step, size) if distributed.is_first_host() else None
+            )
             # Orbax takes the values before it returns. On a CPU that may be by holding on to the buffers; XLA then
             # doesn't donate those but copies them.
             context = ocp.Context()
@@ -121,7 +124,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk; raises what `save` would raise next. For every host."""
-        distributed.together(self._finished)
+        distributed.run_on_all_hosts(self._finished)
 
     def _finished(self) -> None:
         saving, self._saving = self._saving, None
@@ -137,14 +140,14 @@ class Checkpoints:
         """
         self.wait()
         folder = self.folder / "last"
-        step, damaged = _choose(folder)
+        step, damaged = _newest_valid(folder)
         if step == NOTHING:
             return None
         path = _place(folder, step)
         _check_same(path, "state", like)
         progress = json.loads((path / PROGRESS).read_text())
         found = ocp.load_checkpointables(path.absolute(), {"state": like})["state"]
-        if distributed.first():
+        if distributed.is_first_host():
             for bad in damaged:
                 _set_aside(bad)
             self._drop_bests_after(step, bool(progress.get("best_step")))
@@ -168,12 +171,12 @@ class Checkpoints:
                     failed.append(error)
             if failed:
                 raise failed[0]
-            if distributed.first():
+            if distributed.is_first_host():
                 (self.folder / "last" / f"{step}.partial" / PROGRESS).write_text(progress)
                 for kind in sorted(writes):  # best before last: a state must not speak of a best that isn't there
                     _commit(self.folder / kind, step)
                 for kind in writes:
-                    for old in sorted(_found(self.folder / kind))[:-KEPT]:
+                    for old in sorted(_found(self.folder / kind))[:-MAX_TO_KEEP]:
                         _remove(_place(self.folder / kind, old))
 
 
@@ -193,7 +196,7 @@ def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dic
     they are of another network than `like`.
     """
     folder = workdir / "checkpoints" / "best"
-    step, _ = _choose(folder)
+    step, _ = _newest_valid(folder)
     if step == NOTHING:
         raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
     path = _place(folder, step)
@@ -212,7 +215,7 @@ def check_network(workdir: Path, abstract_state: State) -> None:
     For the first host alone.
     """
     folder = workdir / "checkpoints" / "last"
-    step, _ = _look(folder)
+    step, _ = _inspect(folder)
     _check_same(_place(folder, step), "state", abstract_state)
 
 
@@ -227,20 +230,22 @@ def _place(folder: Path, step: int) -> Path:
     return path if path.exists() or not path.with_suffix(".old").exists() else path.with_suffix(".old")
 
 
-def _choose(folder: Path) -> tuple[int, list[Path]]:
+def _newest_valid(folder: Path) -> tuple[int, list[Path]]:
     """Returns the newest good step, or NOTHING, and the damaged ones after it. The first host looks for all.
 
     Raises ValueError if there are some but none is good.
     """
-    step, damaged = distributed.together(lambda: _look(folder) if distributed.first() else (NOTHING, []))
-    return distributed.agree(step), damaged
+    step, damaged = distributed.run_on_all_hosts(
+        lambda: _inspect(folder) if distributed.is_first_host() else (NOTHING, [])
+    )
+    return distributed.broadcast_int(step), damaged
 
 
-def _look(folder: Path) -> tuple[int, list[Path]]:
+def _inspect(folder: Path) -> tuple[int, list[Path]]:
     paths = [_place(folder, step) for step in sorted(_found(folder), reverse=True)]
     damaged: dict[Path, str] = {}
     for path in paths:
-        wrong = _damage(path)
+        wrong = _corruption(path)
         if wrong is None:
             for bad, why in damaged.items():
                 print(f"{bad} is damaged ({why}): taking {path} instead")
@@ -255,7 +260,7 @@ def _look(folder: Path) -> tuple[int, list[Path]]:
     return NOTHING, []
 
 
-def _damage(path: Path) -> str | None:
+def _corruption(path: Path) -> str | None:
     """Returns what is wrong with a checkpoint, None if it is as it was written."""
     try:
         found = json.loads((path / SUMS).read_text())
@@ -312,15 +317,6 @@ def _commit(folder: Path, step: int) -> None:
     partial.rename(final)
     sync_folder(folder)
     _clear(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Writes the entries of a folder to the disk, so that a new or renamed file survives a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _clear(folder: Path) -> None:

@@ -17,7 +17,7 @@ from lungjax.runtime import signals
 T = TypeVar("T")
 
 
-class Agreed(ValueError):
+class CollectiveError(ValueError):
     """An error that every host raises at once."""
 
 
@@ -52,12 +52,12 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         ) from error
 
 
-def first() -> bool:
+def is_first_host() -> bool:
     """Returns whether this is the host that logs and writes."""
     return jax.process_index() == 0
 
 
-def agree(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """Returns the first host's `value` on every host."""
     if jax.process_count() == 1:
         return value
@@ -72,7 +72,7 @@ def preempted() -> Callable[[int], bool] | None:
     return multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all_hosts(work: Callable[[], T]) -> T:
     """Runs `work` on every host and returns its result; if one of them fails, all do.
 
     Without this a host with a missing file would end, and the others wait for it until a timeout kills them.
@@ -90,12 +90,12 @@ def together(work: Callable[[], T]) -> T:
     for number, row in enumerate(everyone.reshape(-1, LONGEST)):
         said = row.tobytes().rstrip(b"\0").decode(errors="replace")
         if said:
-            raise Agreed(f"host {number} of {len(everyone)}: {said}") from cause
+            raise CollectiveError(f"host {number} of {len(everyone)}: {said}") from cause
     return result  # type: ignore[return-value]
 
 
 @contextmanager
-def none_left_behind() -> Iterator[None]:
+def abort_all_on_error() -> Iterator[None]:
     """Ends this process at once, with its message, if it alone of several hosts fails.
 
     A usual exit would wait five minutes for the others, which wait for this host's part of a step. Without it jax's
@@ -103,7 +103,7 @@ def none_left_behind() -> Iterator[None]:
     """
     try:
         yield
-    except (Agreed, signals.Interrupted):
+    except (CollectiveError, signals.Interrupted):
         raise
     except BaseException as error:
         if jax.process_count() == 1:
@@ -127,6 +127,6 @@ def check_same(facts: Mapping[str, str]) -> None:
         if differ[:, i].any()
     ]
     if lines:
-        raise Agreed(
+        raise CollectiveError(
             f"the hosts differ in {'; '.join(lines)}. Give every host the same command, code and prepared data"
         )

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, then put into it."""
+"""Atomic and durable files and folders: written under a temporary name next to their place, then renamed."""
 
 import os
 import shutil
@@ -7,25 +7,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial-"  # how the name of an unfinished file begins
+
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; after the body the file replaces `path`, after an error it is removed.
 
-    It ends as `path` does, for readers that look at that.
+    After a kill or a power loss `path` has the old content or the new one. The yielded path has the suffix of `path`.
     """
-    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def atomic_write(path: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Writes UTF-8 text with `atomic_file`; `errors` is that of `open`, for file names that are not UTF-8."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors=errors, newline="")
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the entries of a folder to the disk, so that a new or renamed file survives a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def replaced_folder(path: Path, mark: str) -> Iterator[Path]:
+def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
     """Yields an empty folder to fill; after the body it replaces `path`, after an error it is removed.
 
     Raises ValueError for a folder that is there without the file `mark`, so that nobody's files are lost. The old

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-LEAST_CUT = 2**14  # numbers of an array that is worth cutting; smaller ones would cost a collective each
+MIN_SHARDED_SIZE = 2**14  # numbers of an array that is worth cutting; smaller ones would cost a collective each
 
 
 def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
@@ -40,12 +40,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its first axis cut over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def of_state(shapes: Any, mesh: Mesh, cut: bool) -> Any:
+def state_sharding(shapes: Any, mesh: Mesh, cut: bool) -> Any:
     """Returns a tree like `shapes` of shardings: copies, or with `cut` each large array cut along its longest axis.
 
     Only an axis that the devices divide evenly is cut; an array without one is copied.
@@ -53,7 +53,7 @@ def of_state(shapes: Any, mesh: Mesh, cut: bool) -> Any:
 
     def one(leaf: Any) -> NamedSharding:
         sides = [(side, axis) for axis, side in enumerate(leaf.shape) if side % mesh.size == 0]
-        if not cut or not sides or leaf.size < LEAST_CUT:
+        if not cut or not sides or leaf.size < MIN_SHARDED_SIZE:
             return replicated(mesh)
         axis = max(sides)[1]
         return NamedSharding(mesh, PartitionSpec(*(AXIS if i == axis else None for i in range(leaf.ndim))))
@@ -71,7 +71,7 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
         raise ValueError(f"{field}={batch_size} can't be cut over {over}; set it to {near}")
 
 
-def on_each_device(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def per_device_gradients(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Makes each device work on its own part of the batch, and averages all results: what `jax.pmap` was for.
 
     `gradients(trained, kept, batch_stats, batch, key)` is that of the training step. Each device has a key of its own,
@@ -89,7 +89,7 @@ def on_each_device(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., A
     )
 
 
-def gathered(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def with_gathered_params(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Has every device gather parameters that are cut, and keep its own share of their gradients.
 
     Said here, since the compiler might cut the convolutions themselves instead.
@@ -98,7 +98,7 @@ def gathered(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     def wrapped(trained: Any, kept: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
         whole = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), (trained, kept))
         grads, batch_stats, metrics = gradients(*whole, batch_stats, batch, key)
-        shares = of_state(grads, mesh, cut=True)
+        shares = state_sharding(grads, mesh, cut=True)
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, shares), batch_stats, metrics
 
     return wrapped
@@ -106,5 +106,5 @@ def gathered(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Makes global arrays of this host's part of a batch; the transfer goes on in the background."""
-    sharding = split_batch(mesh)
+    sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

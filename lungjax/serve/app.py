@@ -34,7 +34,7 @@ from lungjax.serve.metrics import Meters
 from lungjax.serve.middleware import Guard, refusal
 from lungjax.serve.multipart import Budget, File, discard, receive
 from lungjax.serve.settings import Settings
-from lungjax.serve.uploads import Refused
+from lungjax.serve.uploads import UploadError
 
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -58,7 +58,7 @@ class _Read:
     picture: Any = None
     series: str = ""
     size: int = 0  # bytes of the decoded image
-    refused: Refused | None = None
+    refused: UploadError | None = None
 
 
 def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], None] = lambda _: None) -> FastAPI:  # noqa: C901, PLR0915
@@ -104,7 +104,7 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
         await discard(request)
         return refusal(error)
 
-    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(UploadError, refused)
     app.add_exception_handler(HTTPException, _unknown)
     app.state.device, app.state.meters, app.state.budget = device, meters, budget
     named = {"name": told.name, "dataset": told.dataset, "classes": list(told.classes)}
@@ -118,8 +118,8 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
             try:
                 return _Read(file.name, predictor.picture(found.pixels), found.series, found.pixels.nbytes)
             except ValueError as error:  # what such a picture can't be turned into
-                raise Refused(422, "content", str(error)) from None
-        except Refused as error:
+                raise UploadError(422, "content", str(error)) from None
+        except UploadError as error:
             return _Read(file.name, refused=error)
 
     @contextlib.asynccontextmanager
@@ -138,7 +138,7 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
                         budget.went(one.size)
                 yield read
         except TimeoutError:
-            raise Refused(504, "time", f"it took more than {settings.seconds:g} seconds") from None
+            raise UploadError(504, "time", f"it took more than {settings.seconds:g} seconds") from None
         finally:
             budget.release(took)
 
@@ -192,11 +192,11 @@ def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], 
     ) -> Response:
         rule = _rule(told, rule)
         if not predictor.methods:
-            raise Refused(422, "method", "this model has no heat maps: serve the run's folder or a model.pyz")
+            raise UploadError(422, "method", "this model has no heat maps: serve the run's folder or a model.pyz")
         if about is not None and about not in told.classes:
-            raise Refused(422, "class", f"no such class: {nearest(about, told.classes)}")
+            raise UploadError(422, "class", f"no such class: {nearest(about, told.classes)}")
         if method is not None and method not in predictor.methods:
-            raise Refused(422, "method", f"no such method: {nearest(method, predictor.methods)}")
+            raise UploadError(422, "method", f"no such method: {nearest(method, predictor.methods)}")
         way = method or predictor.methods[0]
         target = None if about is None else told.classes.index(about)
         async with decoded(request, "explain") as read:
@@ -280,7 +280,7 @@ def _rule(told: Any, rule: str | None) -> str:
         if rule is not None:
             answers.check_rule(told, rule)
     except ValueError:
-        raise Refused(422, "rule", f"no such rule: {nearest(rule or '', told.rules())}") from None
+        raise UploadError(422, "rule", f"no such rule: {nearest(rule or '', told.rules())}") from None
     return rule or answers.RULE
 
 

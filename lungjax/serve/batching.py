@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lungjax.serve.metrics import Meters
-from lungjax.serve.uploads import Refused
+from lungjax.serve.uploads import UploadError
 
 
 class Model(Protocol):
@@ -80,11 +80,11 @@ class Device:
     def check(self, kind: str, count: int = 1) -> None:
         """Raises Refused if it is not ready yet, or has no room for `count` more images ("predict" or "explain")."""
         if self.failure is not None:
-            raise Refused(503, "failed", "the service could not load its model; its log says why")
+            raise UploadError(503, "failed", "the service could not load its model; its log says why")
         if not self.ready.is_set():
-            raise Refused(503, "starting", "the service is starting; try again in a few seconds")
+            raise UploadError(503, "starting", "the service is starting; try again in a few seconds")
         if len(self._lines[kind]) + count > self.most[kind]:
-            raise Refused(503, "queue", "too many images wait already; try again in a second")
+            raise UploadError(503, "queue", "too many images wait already; try again in a second")
 
     def predict(self, pixels: Sequence[np.ndarray]) -> "list[Future[np.ndarray]]":
         """Lines up images uint8 [H, W, C]; each future gets probabilities [classes]. Raises Refused as `check`."""

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from lungjax.serve.metrics import Meters
 from lungjax.serve.multipart import discard
 from lungjax.serve.settings import LOOPBACK, Settings
-from lungjax.serve.uploads import Refused
+from lungjax.serve.uploads import UploadError
 
 LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -39,7 +39,7 @@ HEADERS = {
 LEFT = 499  # status in log and statistics for who left before the answer, as in nginx
 
 
-def refusal(error: Refused) -> JSONResponse:
+def refusal(error: UploadError) -> JSONResponse:
     """Returns the answer that says why."""
     headers = {}
     if error.status == 503:
@@ -101,25 +101,27 @@ class Guard:
             self.meters.running.set(self.running)
             self.tell(scope, told, time.perf_counter() - started)
 
-    def check(self, scope: Any) -> Refused | None:
+    def check(self, scope: Any) -> UploadError | None:
         """Returns why a request is refused before anything is read of it, None for a good one."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if not self.called(host):
-            return Refused(421, "host", "the service isn't called so: start it with --allowed_hosts=NAME to add a name")
+            return UploadError(
+                421, "host", "the service isn't called so: start it with --allowed_hosts=NAME to add a name"
+            )
         if scope["method"] not in ("GET", "HEAD"):
             # Any page in a browser may post to any address; only this service's own page shall.
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
             if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != host):
-                return Refused(403, "origin", "a request from another site's page")
+                return UploadError(403, "origin", "a request from another site's page")
         if self.settings.token and path not in self.pages and path not in SHOWN:
             kind, _, token = headers.get("authorization", "").partition(" ")
             # Digests have one length, and comparing them takes one time.
             right = hmac.compare_digest(hashlib.sha256(token.strip().encode()).digest(), self.known)
             if kind.lower() != "bearer" or not right:
-                return Refused(401, "token", "the service wants its token: Authorization: Bearer TOKEN")
+                return UploadError(401, "token", "the service wants its token: Authorization: Bearer TOKEN")
         if path in WORK and self.running > self.settings.requests:
-            return Refused(503, "requests", "too many requests at once; try again in a second")
+            return UploadError(503, "requests", "too many requests at once; try again in a second")
         return None
 
     def called(self, host: str) -> bool:

@@ -12,7 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from lungjax.serve.settings import Settings
-from lungjax.serve.uploads import Refused
+from lungjax.serve.uploads import UploadError
 
 RAW = (
     "image/png", "image/jpeg", "image/tiff", "image/bmp", "image/x-ms-bmp", "image/gif", "image/webp", "image/jp2",
@@ -47,7 +47,7 @@ class Budget:
     def add(self, count: int) -> None:
         """Counts bytes that came. Raises Refused where they are too many."""
         if self.now + count > self.most:
-            raise Refused(503, "memory", "too many uploads at once; try again in a second")
+            raise UploadError(503, "memory", "too many uploads at once; try again in a second")
         self.now += count
         self.seen(self.now)
 
@@ -79,7 +79,7 @@ async def receive(request: Request, settings: Settings, held: Budget) -> tuple[l
                 if not chunk:
                     continue
                 if took + len(chunk) > settings.request_bytes:
-                    raise Refused(413, "bytes", f"a request of more than {settings.request_bytes} bytes")
+                    raise UploadError(413, "bytes", f"a request of more than {settings.request_bytes} bytes")
                 reader.write(chunk)
                 held.add(len(chunk))
                 took += len(chunk)
@@ -88,9 +88,9 @@ async def receive(request: Request, settings: Settings, held: Budget) -> tuple[l
     except BaseException as error:
         held.release(took)
         if isinstance(error, TimeoutError):
-            raise Refused(408, "slow", "the request's body came too slowly") from None
+            raise UploadError(408, "slow", "the request's body came too slowly") from None
         if isinstance(error, FormParserError):
-            raise Refused(400, "form", "damaged multipart data") from None
+            raise UploadError(400, "form", "damaged multipart data") from None
         raise
 
 
@@ -123,21 +123,21 @@ def _reader(request: Request, settings: Settings) -> "_Raw | _Form":
     try:
         length = int(request.headers.get("content-length", 0))
     except ValueError:
-        raise Refused(400, "form", "a Content-Length that is no number") from None
+        raise UploadError(400, "form", "a Content-Length that is no number") from None
     if length > settings.request_bytes:
-        raise Refused(413, "bytes", f"a request of {length} bytes; at most {settings.request_bytes} are taken")
+        raise UploadError(413, "bytes", f"a request of {length} bytes; at most {settings.request_bytes} are taken")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refused(415, "type", "a compressed request body: send it as it is")
+        raise UploadError(415, "type", "a compressed request body: send it as it is")
     kind, options = parse_options_header(request.headers.get("content-type"))
     named = kind.decode("latin-1").lower()
     if named == FORM:
         boundary = options.get(b"boundary", b"")
         if not 0 < len(boundary) <= 200:
-            raise Refused(400, "form", "multipart data without a boundary")
+            raise UploadError(400, "form", "multipart data without a boundary")
         return _Form(boundary, settings)
     if named in RAW:
         return _Raw(settings)
-    raise Refused(415, "type", f"wanted {FORM} with the field `files`, or one file as {', '.join(RAW)}")
+    raise UploadError(415, "type", f"wanted {FORM} with the field `files`, or one file as {', '.join(RAW)}")
 
 
 class _Raw:
@@ -148,7 +148,7 @@ class _Raw:
     def write(self, chunk: bytes) -> None:
         self.size += len(chunk)
         if self.size > self.most:
-            raise Refused(413, "bytes", f"a file of more than {self.most} bytes")
+            raise UploadError(413, "bytes", f"a file of more than {self.most} bytes")
         self.parts.append(chunk)
 
     def finish(self) -> list[File]:
@@ -183,14 +183,14 @@ class _Form:
 
     def finish(self) -> list[File]:
         if not self.ended:
-            raise Refused(400, "form", "multipart data that ends too early, or has another boundary than it says")
+            raise UploadError(400, "form", "multipart data that ends too early, or has another boundary than it says")
         if not self.files:
-            raise Refused(422, "empty", "no file in the request: put files into the field `files`")
+            raise UploadError(422, "empty", "no file in the request: put files into the field `files`")
         return self.files
 
     def _begin(self) -> None:
         if len(self.files) >= self.files_most:
-            raise Refused(413, "files", f"more than {self.files_most} files in one request")
+            raise UploadError(413, "files", f"more than {self.files_most} files in one request")
         self.headers, self.parts = {}, []
         self.size = self.header_bytes = 0
         self.name, self.value = b"", b""
@@ -204,7 +204,7 @@ class _Form:
     def _header(self, data: bytes, start: int, end: int) -> bytes:
         self.header_bytes += end - start
         if self.header_bytes > HEADERS:
-            raise Refused(400, "form", "headers of a multipart part that are too long")
+            raise UploadError(400, "form", "headers of a multipart part that are too long")
         return data[start:end]
 
     def _header_end(self) -> None:
@@ -214,13 +214,13 @@ class _Form:
     def _open(self) -> None:
         _, options = parse_options_header(self.headers.get(b"content-disposition", b"").decode("latin-1"))
         if options.get(b"name", b"").decode("latin-1") not in FIELDS:
-            raise Refused(422, "form", "a form field of another name than `files`")
+            raise UploadError(422, "form", "a form field of another name than `files`")
         self.files.append(File(_plain(options.get(b"filename", b""), len(self.files) + 1)))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self.size += end - start
         if self.size > self.most:
-            raise Refused(413, "bytes", f"a file of more than {self.most} bytes")
+            raise UploadError(413, "bytes", f"a file of more than {self.most} bytes")
         self.parts.append(data[start:end])
 
     def _close(self) -> None:

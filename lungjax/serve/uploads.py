@@ -44,7 +44,7 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"
 PLAIN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  # the transfer syntax of uncompressed files, as an element
 
 
-class Refused(ValueError):
+class UploadError(ValueError):
     """Why an upload is not answered. `status` is HTTP's, `reason` one word for statistics."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -87,7 +87,7 @@ def quiet() -> None:
 def kind_of(data: bytes) -> str:
     """Returns Pillow's name of the format, or DICOM. Raises Refused for anything else, naming it where it is known."""
     if not data:
-        raise Refused(422, "empty", "an empty file")
+        raise UploadError(422, "empty", "an empty file")
     if data[128:132] == b"DICM":
         return "DICOM"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -99,7 +99,7 @@ def kind_of(data: bytes) -> str:
     found = next((what for magic, what in STRANGERS if start.startswith(magic)), "")
     if not found and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
         found = "a text file"
-    raise Refused(415, "type", f"{found or 'no image that is known here'}; {ALLOWED}")
+    raise UploadError(415, "type", f"{found or 'no image that is known here'}; {ALLOWED}")
 
 
 def read(
@@ -119,7 +119,7 @@ def read(
     Raises Refused, and nothing else that a file could cause.
     """
     if len(data) > limits.bytes:
-        raise Refused(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are taken")
+        raise UploadError(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are taken")
     kind = kind_of(data)
     try:
         if kind == "DICOM":
@@ -130,30 +130,32 @@ def read(
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:  # reads the header alone
             check_size(*opened.size, limits)
         return Upload(images.read(data, (kind,))[0], kind)
-    except Refused:
+    except UploadError:
         raise
     except Image.DecompressionBombError:
-        raise Refused(413, "pixels", f"too many pixels; at most {limits.pixels} are taken") from None
+        raise UploadError(413, "pixels", f"too many pixels; at most {limits.pixels} are taken") from None
     except ValueError as error:
         words = str(error) or "damaged"
-        raise Refused(422, "damaged", words if len(words) < 200 else f"{words[:200]} ...") from None
+        raise UploadError(422, "damaged", words if len(words) < 200 else f"{words[:200]} ...") from None
     except Exception:  # decoders raise what they like
-        raise Refused(422, "damaged", f"a damaged or truncated {kind} file") from None
+        raise UploadError(422, "damaged", f"a damaged or truncated {kind} file") from None
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
     """Raises Refused for an image of that many pixels along each side."""
     if width > limits.side or height > limits.side:
-        raise Refused(413, "side", f"{width} x {height} pixels; at most {limits.side} are taken along a side")
+        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} are taken along a side")
     if width * height > limits.pixels:
-        raise Refused(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are taken")
+        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are taken")
     if min(width, height) < limits.least:
-        raise Refused(422, "small", f"{width} x {height} pixels; at least {limits.least} along each side are needed")
+        raise UploadError(
+            422, "small", f"{width} x {height} pixels; at least {limits.least} along each side are needed"
+        )
 
 
 def _png(data: bytes, limits: Limits) -> bytes:
     if len(data) < 33 or data[12:16] != b"IHDR":
-        raise Refused(422, "damaged", "a damaged or truncated PNG file")
+        raise UploadError(422, "damaged", "a damaged or truncated PNG file")
     width, height, bits, color = struct.unpack(">IIBB", data[16:26])
     check_size(width, height, limits)
     at, texts, stored = 8, 0, 0
@@ -162,20 +164,20 @@ def _png(data: bytes, limits: Limits) -> bytes:
             break
         size, name = struct.unpack(">I4s", data[at : at + 8])
         if name == b"acTL":
-            raise Refused(422, "frames", "an animated PNG: save one frame as a file of its own")
+            raise UploadError(422, "frames", "an animated PNG: save one frame as a file of its own")
         if name in (b"zTXt", b"iTXt", b"iCCP"):
             texts += _inflated(data[at + 8 : at + 8 + size])
             if texts > TEXT_BYTES:
-                raise Refused(
+                raise UploadError(
                     413, "bomb", f"text or colour profile of a PNG that inflate to more than {TEXT_BYTES} bytes"
                 )
         stored += size if name == b"IDAT" else 0
         at += 12 + size
     else:
-        raise Refused(422, "damaged", f"a PNG of more than {CHUNKS} chunks")
+        raise UploadError(422, "damaged", f"a PNG of more than {CHUNKS} chunks")
     raw = height * (width * bits * SAMPLES.get(color, 4) // 8 + 2)
     if stored > 1.1 * raw + MIB:
-        raise Refused(422, "bomb", "a PNG with far more data than its pixels need")
+        raise UploadError(422, "bomb", "a PNG with far more data than its pixels need")
     return data
 
 
@@ -214,7 +216,7 @@ def _tiff(data: bytes, limits: Limits) -> bytes:
         (at,) = struct.unpack_from(f"{order}{place}", data, 8 if big else 4)
         (count,) = struct.unpack_from(order + number, data, at)
         if count > TAGS:
-            raise Refused(422, "damaged", f"a TIFF of more than {TAGS} tags")
+            raise UploadError(422, "damaged", f"a TIFF of more than {TAGS} tags")
         at += struct.calcsize(f"={number}")
         sides: dict[int, int] = {}
         total, wide = 0, struct.calcsize(f"={entry}")
@@ -229,25 +231,25 @@ def _tiff(data: bytes, limits: Limits) -> bytes:
             at += wide + room
         (following,) = struct.unpack_from(f"{order}{place}", data, at)
     except struct.error:
-        raise Refused(422, "damaged", "a damaged or truncated TIFF file") from None
+        raise UploadError(422, "damaged", "a damaged or truncated TIFF file") from None
     check_size(sides.get(256, 0), sides.get(257, 0), limits)
     if 322 in sides or 323 in sides:  # a tile is held whole, however small the image
         check_size(max(sides.get(322, 0), limits.least), max(sides.get(323, 0), limits.least), limits)
     if total > len(data):
-        raise Refused(422, "bomb", "a TIFF whose tags are larger than the file")
+        raise UploadError(422, "bomb", "a TIFF whose tags are larger than the file")
     if following:
-        raise Refused(422, "frames", "several pages in one TIFF: save one image per file")
+        raise UploadError(422, "frames", "several pages in one TIFF: save one image per file")
     return data
 
 
 def _bmp(data: bytes, limits: Limits) -> bytes:
     if len(data) < 54:
-        raise Refused(422, "damaged", "a damaged or truncated BMP file")
+        raise UploadError(422, "damaged", "a damaged or truncated BMP file")
     if int.from_bytes(data[14:18], "little") >= 40:
         width, height, _, _, packed = struct.unpack("<iiHHI", data[18:34])
         check_size(abs(width), abs(height), limits)
         if packed in (1, 2):
-            raise Refused(422, "damaged", "a BMP with run lengths: save it as PNG")
+            raise UploadError(422, "damaged", "a BMP with run lengths: save it as PNG")
     return data
 
 
@@ -255,7 +257,7 @@ def _jpeg2000(data: bytes, limits: Limits) -> bytes:
     """Checks the size of image and tiles in the codestream, which decoders follow, whatever the boxes around it say."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or len(data) < start + 40:
-        raise Refused(422, "damaged", "a damaged or truncated JPEG 2000 file")
+        raise UploadError(422, "damaged", "a damaged or truncated JPEG 2000 file")
     right, bottom, left, top, wide, high = struct.unpack(">6I", data[start + 8 : start + 32])
     check_size(right - left, bottom - top, limits)
     check_size(max(min(wide, right), limits.least), max(min(high, bottom), limits.least), limits)
@@ -266,28 +268,28 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
     try:
         volumes.need("pydicom", "DICOM files")
     except ValueError as error:
-        raise Refused(415, "type", f"this service reads no DICOM: {error}") from None
+        raise UploadError(415, "type", f"this service reads no DICOM: {error}") from None
     file = Held("file", _not_deflated(data, limits) if DEFLATED in data else data)
     try:
         header = dicom.header(file)
         if header.aside:
-            raise Refused(422, "aside", f"shows nothing of the patient ({header.aside})")
+            raise UploadError(422, "aside", f"shows nothing of the patient ({header.aside})")
         check_size(header.size[1], header.size[0], limits)
         if header.modality in dicom.XRAYS:
             return Upload(images.decode(dicom.xray(file), None, ("PNG",)), "DICOM")
         own = dicom.series([header]).plane
         if header.orientation is not None and own != plane:
             words = f"a slice in the {own} plane, and this model is for the {plane} one"
-            raise Refused(422, "plane", f"{words}: lungjax.predict cuts it from a series")
+            raise UploadError(422, "plane", f"{words}: lungjax.predict cuts it from a series")
         # Files without a series stand alone, and the same series of two patients is two.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), "DICOM", series)
     except dicom.Unreadable as error:
-        raise Refused(422, "damaged", str(error).removeprefix("file: ").strip()) from None
-    except Refused:
+        raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
+    except UploadError:
         raise
     except Exception:  # whose words may be the file's own
-        raise Refused(422, "damaged", "a damaged DICOM file") from None
+        raise UploadError(422, "damaged", "a damaged DICOM file") from None
 
 
 def _not_deflated(data: bytes, limits: Limits) -> bytes:
@@ -301,14 +303,14 @@ def _not_deflated(data: bytes, limits: Limits) -> bytes:
             syntax = data[start : start + size].rstrip(b"\0 ")
         at = start + size
     if syntax != DEFLATED:
-        raise Refused(422, "damaged", "a DICOM file that is deflated, or not, in a way that can't be told")
+        raise UploadError(422, "damaged", "a DICOM file that is deflated, or not, in a way that can't be told")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = unpacker.decompress(memoryview(data)[at:], limits.bytes + 1)
     except zlib.error:
-        raise Refused(422, "damaged", "a damaged deflated DICOM file") from None
+        raise UploadError(422, "damaged", "a damaged deflated DICOM file") from None
     if len(content) > limits.bytes:
-        raise Refused(413, "bomb", f"a deflated DICOM file that inflates to more than {limits.bytes} bytes")
+        raise UploadError(413, "bomb", f"a deflated DICOM file that inflates to more than {limits.bytes} bytes")
     if not unpacker.eof:
-        raise Refused(422, "damaged", "a truncated deflated DICOM file")
+        raise UploadError(422, "damaged", "a truncated deflated DICOM file")
     return b"\0" * 128 + b"DICM" + PLAIN + content

@@ -14,6 +14,7 @@ from pathlib import Path
 from lungjax.config import Config
 from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
+from lungjax.runtime.files import atomic_write
 from lungjax.tables import cells, runs
 from lungjax.tables.cells import Cell, Table
 from lungjax.tables.runs import Options, Run, State
@@ -375,14 +376,7 @@ def write(
     """Writes NAME.csv, the pictures and NAME.md into WORKDIR/tables; returns the last one's path."""
     folder = options.workdir / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{table.name}.csv", as_csv(found))
+    atomic_write(folder / f"{table.name}.csv", as_csv(found))
     path = folder / f"{table.name}.md"
-    _replace(path, markdown(table, found, options, draw(table, found, reader, folder)))
+    atomic_write(path, markdown(table, found, options, draw(table, found, reader, folder)))
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)

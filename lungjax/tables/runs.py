@@ -33,7 +33,7 @@ from lungjax.weights import load
 # What a run can be. Only the last one gives numbers.
 STATES = ("missing", "unfinished", "other configuration", "other data", "damaged", "unusable", "finished")
 BY_RUNNING = ("missing", "unfinished", "damaged")  # states that the run's command mends
-SPARE = 0.02  # part of a published split that a run under the sound protocol may lack
+SPARE = 0.02  # part of a published split that a run under the clean protocol may lack
 FEW = 4  # differing fields that are named
 TAIL = 6  # last lines of a failed run that are shown
 
@@ -65,7 +65,7 @@ class Run:
     @property
     def changed(self) -> tuple[str, ...]:
         """Returns the overrides that make another experiment of it; those of speed and memory don't."""
-        return tuple(s for s in self.sets if s.partition("=")[0].strip() not in workdir.FREE_FIELDS)
+        return tuple(s for s in self.sets if s.partition("=")[0].strip() not in workdir.MUTABLE_FIELDS)
 
     @property
     def command(self) -> str:
@@ -108,7 +108,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     Args:
       run: of `plan`.
       data_dir: where data sets are prepared; the run's, if it is there, must be the one that it was trained on.
-      counts: images per class of the study's splits, in label order; a run under the sound protocol may lack SPARE of
+      counts: images per class of the study's splits, in label order; a run under the clean protocol may lack SPARE of
         them.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
@@ -118,7 +118,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         wanted, have = load.resolve(run.config), overrides.from_json(saved.read_text(), str(saved))
     except ValueError as error:
         return State("unusable", str(error))
-    changed = [line for line in overrides.difference(have, wanted) if line.split(":")[0] not in workdir.FREE_FIELDS]
+    changed = [line for line in overrides.difference(have, wanted) if line.split(":")[0] not in workdir.MUTABLE_FIELDS]
     if changed and (report.exists() or newest(run.folder, "last") is not None):
         more = f" and {len(changed) - FEW} more" if len(changed) > FEW else ""
         return State(
@@ -148,8 +148,8 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
             f"{run.folder} was trained on {dataset} with fingerprint {fingerprint[:12]}, in {data_dir} it is "
             f"{now[:12]}: other images, labels or splits",
         )
-    # The sound protocol takes the published split but for exact copies, of which a real set has few.
-    spare = SPARE if run.protocol == "sound" else 0.0
+    # The clean protocol takes the published split but for exact copies, of which a real set has few.
+    spare = SPARE if run.protocol == "clean" else 0.0
     for split, published in counts.items():
         own = held.get(split, [])
         if len(own) != len(published) or any(

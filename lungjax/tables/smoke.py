@@ -172,7 +172,7 @@ def shapes(config: Config, classes: tuple[str, ...]) -> int:
 def _shapes(config: Config, classes: tuple[str, ...]) -> int:
     mesh = meshes.make_mesh(1)
     labels = np.arange(LABELS) % len(classes)
-    return count(program.build(config, classes, labels, mesh).like.params)
+    return count(program.build(config, classes, labels, mesh).abstract_state.params)
 
 
 def count(params: Any) -> int:
@@ -201,7 +201,7 @@ def smallest(config: Config) -> Config:
 def distinct(config: Config, classes: tuple[str, ...]) -> str:
     """Returns what tells apart the networks that are trained; equal for cells of one network and freezing."""
     small = smallest(config)
-    trained = (small.optim.tune, small.optim.freeze, small.model.batch_norm)
+    trained = (small.optim.tune, small.optim.freeze, small.optim.frozen_batch_norm)
     outputs = len(classes)
     channels = config.input.network_channels
     return repr((small.model, trained, small.input.size, channels, outputs, small.model.head.positive_class))
@@ -213,7 +213,7 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
     try:
         labels = np.arange(LABELS) % len(classes)
         compiled = program.build(small, classes, labels, meshes.make_mesh(1))
-        state = compiled.new_state(random_leaves(compiled.like.variables))
+        state = compiled.new_state(random_leaves(compiled.abstract_state.variables))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (BATCH, *small.input.size, small.input.channels), dtype=np.uint8)
         batch = {

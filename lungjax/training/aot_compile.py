@@ -226,14 +226,14 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> Plan:
     built = program.build(config, data.classes, labels, mesh)
     batch = batch_shapes(config, data, mesh)
     train_step: Any = built.train_step
-    lowered = train_step.lower(built.like, batch)
+    lowered = train_step.lower(built.abstract_state, batch)
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = {"state": _bytes(built.like), "batch": _bytes(batch)}
+        needs = {"state": _bytes(built.abstract_state), "batch": _bytes(batch)}
         raise ValueError(does_not_fit(str(error), config, topology, len(found), needs)) from error
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
@@ -242,9 +242,9 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> Plan:
         topology=topology,
         chips=len(found),
         hosts=len({device.process_index for device in found}),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(built.like.params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params)),
         dtype=str(np.dtype(built.module.dtype)),
-        state=_bytes(built.like),
+        state=_bytes(built.abstract_state),
         batch=_bytes(batch),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -263,7 +263,7 @@ def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dic
         data=dataclasses.replace(config.data, workers=0),
     )
     example = next(pipeline.train_batches(data, one, start=0))
-    cut, size = meshes.split_batch(mesh), config.train.batch_size
+    cut, size = meshes.batch_sharding(mesh), config.train.batch_size
     return {
         name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=cut)
         for name, value in example.items()

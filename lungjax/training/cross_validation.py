@@ -24,7 +24,7 @@ from lungjax.training import early_stopping, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
-POOLED = ("test", "nolungs", "source_only")  # val is left out: its patients are those of another part's test
+POOLED = ("test", "no_lungs", "source_only")  # val is left out: its patients are those of another part's test
 OWN = ("predictions_", "report.", "plots")  # how the names of our own files begin, besides foldN
 SAME = ("parameters", "compute_type", "steps")  # facts of a fold that are told of all, where they are the same
 SPREAD = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # of the slice level, then of the patient level
@@ -61,11 +61,11 @@ def run(
     parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
     for part in parts:
         configs.check(part)
-    distributed.together(lambda: _check_folder(workdir, count))
-    data = distributed.together(lambda: train.open_data(parts[0], data_dir))
+    distributed.run_on_all_hosts(lambda: _check_folder(workdir, count))
+    data = distributed.run_on_all_hosts(lambda: train.open_data(parts[0], data_dir))
     folders = [workdir / f"fold{i}" for i in range(count)]
     for i, (part, folder) in enumerate(zip(parts, folders, strict=True)):
-        if mode == "train" and distributed.together(partial(finished, folder, part, data)):
+        if mode == "train" and distributed.run_on_all_hosts(partial(finished, folder, part, data)):
             train.tell(f"fold {i} is finished: {folder}")
             continue
         train.tell(f"fold {i} of 0 to {count - 1}: {folder}")
@@ -77,8 +77,8 @@ def run(
                 f"fold {i} failed; finished and kept: {', '.join(done) or 'none'}. The same command goes on with it"
             )
             raise
-    distributed.together(
-        lambda: write(parts[0], workdir, folders, data, data_dir, started) if distributed.first() else None
+    distributed.run_on_all_hosts(
+        lambda: write(parts[0], workdir, folders, data, data_dir, started) if distributed.is_first_host() else None
     )
     return workdir / "report.md"
 
@@ -114,7 +114,7 @@ def write(
     config = load.resolve(config)
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
     facts = _facts(folders, tested, data) | {"seconds": round(time.time() - started, 1)}
-    told = datasets.told(data, data_dir)
+    told = datasets.describe(data, data_dir)
     reporting.write_report(workdir, config, results, [], facts, lambda i: reader(rows[i]), **told)
 
 
@@ -142,7 +142,7 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     if (counts > 1).any():
         raise ValueError(f"{names[counts > 1][0]} was tested in two folds: delete the folder and start over")
     order = np.argsort(_rows(together, data), kind="stable")
-    return bootstrap.taken(together, order)
+    return bootstrap.take(together, order)
 
 
 def spread(tested: Sequence[Predictions]) -> dict[str, dict[str, Any]]:

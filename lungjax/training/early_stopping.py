@@ -26,12 +26,12 @@ class Progress:
 
     best: float = math.nan  # value of train.monitor
     best_step: int = 0
-    waited: int = 0  # validations since the best one
+    validations_without_improvement: int = 0  # validations since the best one
     stopped: int = 0  # 1 once patience has ended the run
     validated: int = 0  # step of the last validation
-    passed_over: int = 0  # batches left out by train.on_nan=rewind: step s takes batch s - 1 + this
+    skipped_batches: int = 0  # batches left out by train.on_nan=rewind: step s takes batch s - 1 + this
     rewinds: int = 0
-    bad_run: int = 0  # steps in a row that train.on_nan=skip has left out
+    consecutive_bad_steps: int = 0  # steps in a row that train.on_nan=skip has left out
 
     def saved(self) -> dict[str, float | int]:
         """Returns what goes into a checkpoint."""
@@ -43,17 +43,17 @@ class Progress:
         fresh = dataclasses.asdict(cls())
         return cls(**{name: type(start)(saved.get(name, start)) for name, start in fresh.items()})
 
-    def judge(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
+    def update(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
         """Compares the validation of `step` with the best so far; returns whether it is better."""
         score = scores[config.train.monitor]
         assert score is not None  # `check_monitor` has seen to that
         self.validated = step
         better = math.isnan(self.best) or (score > self.best if config.train.maximize else score < self.best)
         if better:
-            self.best, self.best_step, self.waited = float(score), step, 0
+            self.best, self.best_step, self.validations_without_improvement = float(score), step, 0
         else:
-            self.waited += 1
-            self.stopped = int(0 < config.train.patience <= self.waited)
+            self.validations_without_improvement += 1
+            self.stopped = int(0 < config.train.patience <= self.validations_without_improvement)
         return better
 
 
@@ -72,7 +72,7 @@ def ended(workdir: Path, config: Config, steps: int) -> bool:
     progress, key = Progress(), f"val.{config.train.monitor}"
     for row in metrics_log.read(workdir / "metrics.jsonl"):
         if row.get(key) is not None:
-            progress.judge({config.train.monitor: row[key]}, config, int(row["step"]))
+            progress.update({config.train.monitor: row[key]}, config, int(row["step"]))
     return bool(progress.stopped)
 
 

@@ -56,7 +56,7 @@ def evaluate(
       config: of the run, as config.json there; fields that change no weights may differ.
       workdir: of a finished run, or an interrupted one.
       data_dir: holds both prepared data sets: without the run's own nobody can tell whether patients are in both.
-      dataset: the other one, with the splits of its sound protocol.
+      dataset: the other one, with the splits of its clean protocol.
       label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" where the names are the same.
       split: of the other data set, one of PARTS; NAME ends with it if it isn't test.
 
@@ -68,8 +68,10 @@ def evaluate(
     started = time.time()
     if split not in PARTS:
         raise ValueError(f"--split={split}: {nearest(split, PARTS)}")
-    this = distributed.together(lambda: train.set_up(load.resolve(config), workdir, data_dir, "evaluate", started))
-    other = distributed.together(lambda: datasets.open_dataset(dataset, data_dir))
+    this = distributed.run_on_all_hosts(
+        lambda: train.set_up(load.resolve(config), workdir, data_dir, "evaluate", started)
+    )
+    other = distributed.run_on_all_hosts(lambda: datasets.open_dataset(dataset, data_dir))
     distributed.check_same(
         {
             "the configuration": overrides.to_json(this.config),
@@ -80,12 +82,12 @@ def evaluate(
     mapping = read_map(label_map, other.classes, this.data.classes)
     view = tested(other, mapping, split)
     what = "every split" if split == "all" else f"the {split} split"
-    notes = distributed.together(lambda: overlap.refuse(this.data, view, data_dir, f"{what} of {other.name}"))
+    notes = distributed.run_on_all_hosts(lambda: overlap.refuse(this.data, view, data_dir, f"{what} of {other.name}"))
     notes += _notes(this.config, this.data, view)
-    variables, step = restore_best(workdir, this.program.like.variables)
+    variables, step = restore_best(workdir, this.program.abstract_state.variables)
     results = {}
     with program.memory_explained(this.config, this.program.mesh.size):
-        for name, images in (("test", view), ("nolungs", datasets.without_lungs(view, data_dir))):
+        for name, images in (("test", view), ("no_lungs", datasets.without_lungs(view, data_dir))):
             if images is not None:
                 named = replace(images, classes=this.data.classes)  # what the network says; labels come below
                 blank = replace(named, columns=images.columns | {"label": images.columns["label"] * 0})
@@ -101,7 +103,7 @@ def evaluate(
         "classes": list(mapping.classes),
         "fingerprint": other.fingerprint,
         "counts": {"test": dict(zip(mapping.classes, counts.tolist(), strict=True))},
-        "parameters": sum(x.size for x in trees.flatten(this.program.like.params).values()),
+        "parameters": sum(x.size for x in trees.flatten(this.program.abstract_state.params).values()),
         "steps": this.program.steps,
         "best_step": step,
         "compute_type": str(np.dtype(this.program.module.dtype)),
@@ -118,12 +120,12 @@ def evaluate(
     # A map is of one class of the run: where a tested class is several of them, there is none to show.
     alone = all(len(members) == 1 for members in mapping.members)
     explain = train.explainer(this, variables) if alone else None
-    told = datasets.told(other, data_dir)
+    told = datasets.describe(other, data_dir)
 
     def write() -> None:
         _write(folder, this.config, results, facts, view, explain and _of_run(explain, mapping), told)
 
-    distributed.together(lambda: write() if distributed.first() else None)
+    distributed.run_on_all_hosts(lambda: write() if distributed.is_first_host() else None)
     return folder / "report.md"
 
 
@@ -259,7 +261,7 @@ def of_run(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     place = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(place.get(i, -1) for i in range(len(val.classes))))
     kept = np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0)
-    val = bootstrap.taken(val, kept)
+    val = bootstrap.take(val, kept)
     groups = np.asarray([f"{name}: {group}" if group else "" for group in val.groups.tolist()], np.str_)
     return replace(mapped(val, own, val.labels), groups=groups)
 

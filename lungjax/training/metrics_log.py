@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lungjax.runtime.files import atomic_write
+
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one row and hands it to the operating system, so that a killed run keeps it."""
@@ -26,7 +28,5 @@ def read(path: Path) -> list[dict[str, Any]]:
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops rows past `step`, which a resumed run will write again, and returns the kept ones."""
     rows = [row for row in read(path) if row["step"] <= step]
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replacement.replace(path)
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -32,9 +32,9 @@ class Program:
     steps: int  # of the run
     eval_steps: int  # between validations
     new_state: Callable[..., state.TrainState]  # leaves to start from -> the first state; compiled
-    like: state.TrainState  # shapes of the state with its shardings
+    abstract_state: state.TrainState  # shapes of the state with its shardings
     train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); compiled, takes over the state's memory
-    network: folding.Folded  # the module for prediction; its `prepare` makes of variables what predict_step takes
+    network: folding.FoldedModel  # the module for prediction; its `prepare` makes of variables what predict_step takes
     predict_step: Callable[..., Any]  # (prepared variables, batch) -> probabilities and rows; compiled
 
 
@@ -70,29 +70,31 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
     new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen)
     first = jax.eval_shape(new_state, {})
-    network = folding.Folded(module, first.variables, image_shape)
-    everywhere, cut = meshes.replicated(mesh), meshes.split_batch(mesh)
-    lies = meshes.of_state(first, mesh, config.train.shard_params)
+    network = folding.FoldedModel(module, first.variables, image_shape)
+    replicated, batch_sharding = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    state_sharding = meshes.state_sharding(first, mesh, config.train.shard_params)
     return Program(
         mesh=mesh,
         module=module,
         schedule=schedule,
         steps=steps,
         eval_steps=eval_steps,
-        new_state=jax.jit(new_state, out_shardings=lies),
-        like=jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), first, lies),
+        new_state=jax.jit(new_state, out_shardings=state_sharding),
+        abstract_state=jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), first, state_sharding
+        ),
         train_step=jax.jit(
             step.make_train_step(module, optimizer, config, weights, positive, frozen, mesh),
-            in_shardings=(lies, cut),
-            out_shardings=(lies, everywhere),
+            in_shardings=(state_sharding, batch_sharding),
+            out_shardings=(state_sharding, replicated),
             donate_argnums=0,
             compiler_options=conv.compiler_options(platform),
         ),
         network=network,
         predict_step=jax.jit(
             step.make_predict_step(network, config, positive),
-            in_shardings=(None, cut),  # prepared variables lie as the state's do
-            out_shardings=everywhere,
+            in_shardings=(None, batch_sharding),  # folded variables keep their own sharding
+            out_shardings=replicated,
             compiler_options=conv.compiler_options(platform, train=False),
         ),
     )
@@ -114,7 +116,7 @@ def smaller(config: Config, devices: int) -> list[str]:
     tips += ["model.dtype=bfloat16"] if config.model.dtype == "float32" else []
     half = train.batch_size // 2 // together * together
     tips += [f"train.batch_size={half}"] if half else []
-    if devices > 1 and not train.shard_params and train.batch_norm == "global":
+    if devices > 1 and not train.shard_params and train.sync_batch_norm:
         tips.append("train.shard_params=True")
     return tips
 

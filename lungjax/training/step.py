@@ -26,10 +26,10 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def fixed_norms(choice: str, frozen: frozenset[str]) -> Any:
+def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> Any:
     """Returns the context in which a network is applied, so that BatchNorms of frozen layers run as in evaluation.
 
-    Done from outside, so that no network has to pass it on. `choice` is `model.batch_norm`; `frozen` holds
+    Done from outside, so that no network has to pass it on. `choice` is `optim.frozen_batch_norm`; `frozen` holds
     parameter paths.
     """
 
@@ -61,7 +61,7 @@ def make_train_step(
     A step whose loss or gradient is no number changes nothing but the counters `step` and `skipped`; unless
     `train.on_nan` is "skip", neither do all steps after it, so that the state stays the last good one.
 
-    `mesh` is needed for `train.batch_norm=per_device` and `train.shard_params`.
+    `mesh` is needed for `train.sync_batch_norm=False` and `train.shard_params`.
     """
     parts = config.train.accumulate
     loss = partial(
@@ -90,7 +90,7 @@ def make_train_step(
 
     def loss_fn(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         images, mixed, share = augmented(batch)
-        with fixed_norms(config.model.batch_norm, frozen):
+        with frozen_batch_norm(config.optim.frozen_batch_norm, frozen):
             (logits, _), updates = module.apply(
                 {"params": trees.merge(trained, kept), "batch_stats": batch_stats},
                 images,
@@ -124,12 +124,12 @@ def make_train_step(
         (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
         return jax.tree.map(lambda g: g / parts, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
 
-    if config.train.batch_norm == "per_device":
+    if not config.train.sync_batch_norm:
         assert mesh is not None
-        gradients = meshes.on_each_device(gradients, mesh)
+        gradients = meshes.per_device_gradients(gradients, mesh)
     elif config.train.shard_params:
         assert mesh is not None
-        gradients = meshes.gathered(gradients, mesh)
+        gradients = meshes.with_gathered_params(gradients, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -161,7 +161,7 @@ def make_predict_step(
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
     """Returns `predict_step(variables, batch)` giving `probabilities` and `logits` [B, C] and the batch's `row` [B].
 
-    `network(variables, images)` gives logits first: a `folding.Folded`, or a module's `apply` with train=False.
+    `network(variables, images)` gives logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:

@@ -30,7 +30,7 @@ from lungjax.models import trees
 from lungjax.models.outputs import positive_class
 from lungjax.report import model_json
 from lungjax.report import write as reporting
-from lungjax.runtime import distributed, provenance, signals
+from lungjax.runtime import distributed, files, provenance, signals
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import Checkpoints, newest, restore_best
 from lungjax.training import metrics_log, program, state
@@ -77,7 +77,7 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
     """
     started = time.time()
     configs.check(config)
-    this = distributed.together(lambda: set_up(load.resolve(config), workdir, data_dir, mode, started))
+    this = distributed.run_on_all_hosts(lambda: set_up(load.resolve(config), workdir, data_dir, mode, started))
     distributed.check_same(
         {
             "the configuration": overrides.to_json(this.config),
@@ -91,16 +91,16 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         if mode == "train":
             train(this, weights_dir)
         # The best weights meet the test split once, here.
-        variables, best_step = restore_best(workdir, this.program.like.variables)
+        variables, best_step = restore_best(workdir, this.program.abstract_state.variables)
         results = {split: predict(this, variables, this.data, split) for split in ("val", "test")}
         dark = without_lungs(this.data, data_dir)
         if dark is not None:
-            results["nolungs"] = predict(this, variables, dark, "test")
+            results["no_lungs"] = predict(this, variables, dark, "test")
         alone = baselines.source_only(this.data)
         if alone is not None:
             results["source_only"] = alone
     facts = describe(this) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
-    return write_report(this, results, facts, explainer(this, variables), datasets.told(this.data, data_dir))
+    return write_report(this, results, facts, explainer(this, variables), datasets.describe(this.data, data_dir))
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
@@ -124,11 +124,13 @@ def open_data(config: Config, data_dir: Path) -> Prepared:
 def train(this: Run, weights_dir: Path | None) -> None:
     """Trains from the newest good checkpoint, or from the start, until the last step or until patience ends."""
     compiled, workdir, config = this.program, this.workdir, this.config
-    fresh = distributed.agree(newest(workdir, "last") is None)
-    start = distributed.together(lambda: first_leaves(this, weights_dir)) if fresh else {}  # before anything is written
-    mine = workdirs.claimed(workdir, config, this.data, compiled.like)
+    fresh = distributed.broadcast_int(newest(workdir, "last") is None)
+    start = (
+        distributed.run_on_all_hosts(lambda: first_leaves(this, weights_dir)) if fresh else {}
+    )  # before anything is written
+    mine = workdirs.lock_workdir(workdir, config, this.data, compiled.abstract_state)
     with mine, Checkpoints(workdir) as checkpoints, signals.watching(distributed.preempted()) as watch:
-        found = checkpoints.restore(compiled.like)
+        found = checkpoints.restore(compiled.abstract_state)
         if found:
             current, progress = found[0], Progress.restored(found[1])
             tell(f"Going on from step {int(current.step)} of {compiled.steps} in {workdir}")
@@ -136,7 +138,7 @@ def train(this: Run, weights_dir: Path | None) -> None:
             current, progress = compiled.new_state(start), Progress()
             if config.train.on_nan == "rewind":  # there must be something to go back to
                 checkpoints.save(current, progress.saved())
-        if int(current.step) < compiled.steps and not progress.stopped and distributed.first():
+        if int(current.step) < compiled.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(workdir)
         while True:
             try:
@@ -144,7 +146,7 @@ def train(this: Run, weights_dir: Path | None) -> None:
             except NotFinite as bad:
                 if config.train.on_nan != "rewind":
                     raise ValueError(str(bad)) from None
-                current, progress = rewind(checkpoints, compiled.like, progress, bad)
+                current, progress = rewind(checkpoints, compiled.abstract_state, progress, bad)
 
 
 def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
@@ -169,7 +171,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
     config, compiled, path = this.config, this.program, this.workdir / "metrics.jsonl"
     done = first = saved = int(current.step)
     epoch_steps = len(pipeline.train_rows(this.data)) / config.train.batch_size
-    if distributed.first():
+    if distributed.is_first_host():
         metrics_log.rewind(path, first)
     if config.train.on_nan != "skip":
         current = current.replace(skipped=current.skipped * 0)  # of a run that was told to skip before
@@ -180,7 +182,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
         return every > 0 and done > 0 and (done % every == 0 or done == compiled.steps)
 
     def log(row: dict[str, Any]) -> None:
-        if distributed.first():
+        if distributed.is_first_host():
             metrics_log.append(path, {"step": done, "epoch": round(done / epoch_steps, 4), **row})
 
     def catch_up() -> None:
@@ -196,15 +198,15 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
         clock = time.perf_counter()
 
     with tqdm(
-        total=compiled.steps, initial=first, unit="step", desc=config.name, disable=not distributed.first()
+        total=compiled.steps, initial=first, unit="step", desc=config.name, disable=not distributed.is_first_host()
     ) as bar:
         try:
-            batches = device_batches(this, first + progress.passed_over)
+            batches = device_batches(this, first + progress.skipped_batches)
             while True:
                 if due(compiled.eval_steps) and progress.validated < done:
                     scored = predict(this, current.variables, this.data, "val", watch)
                     scores = metrics.flat_levels(scored)
-                    better = progress.judge(scores, config, done)
+                    better = progress.update(scores, config, done)
                     log({f"val.{name}": value for name, value in scores.items()})
                     tell(
                         f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
@@ -254,16 +256,16 @@ def check_finite(this: Run, seen: list[dict[str, Any]], done: int, progress: Pro
     """
     config, before = this.config, done - len(seen)
     for step, values in enumerate(seen, before + 1):
-        progress.bad_run = 0 if values["finite"] else progress.bad_run + 1
+        progress.consecutive_bad_steps = 0 if values["finite"] else progress.consecutive_bad_steps + 1
         if values["finite"]:
             continue
-        rows = pipeline.batch_rows(this.data, config, step - 1 + progress.passed_over)
+        rows = pipeline.batch_rows(this.data, config, step - 1 + progress.skipped_batches)
         names = this.data.columns["file"][rows]
         what = (
             f"the loss is {values['loss']}, the gradient's norm {values['grad_norm']} at step {step}; its batch: "
             f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
         )
-        if config.train.on_nan == "skip" and progress.bad_run < MOST_SKIPPED:
+        if config.train.on_nan == "skip" and progress.consecutive_bad_steps < MOST_SKIPPED:
             tell(f"Left out: {what}")
             continue
         raise NotFinite(
@@ -285,7 +287,7 @@ def rewind(
     assert found is not None  # there is one from the start with train.on_nan=rewind
     current, then = found[0], Progress.restored(found[1])
     then.rewinds = progress.rewinds + 1
-    then.passed_over = progress.passed_over + bad.step - int(current.step)
+    then.skipped_batches = progress.skipped_batches + bad.step - int(current.step)
     tell(f"{bad.what}. Going back to step {int(current.step)}, and on with the examples after that batch")
     return current, then
 
@@ -330,7 +332,7 @@ def describe(this: Run) -> dict[str, Any]:
     return {
         **workdirs.data_facts(data),
         "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
-        "parameters": sum(x.size for x in trees.flatten(this.program.like.params).values()),
+        "parameters": sum(x.size for x in trees.flatten(this.program.abstract_state.params).values()),
         "steps": this.program.steps,
         "compute_type": str(np.dtype(this.program.module.dtype)),
         **provenance.facts(),
@@ -352,7 +354,7 @@ def write_report(
 ) -> Path:
     """Writes predictions, report.json, .html and .md, the plots and model.json (first host only).
 
-    `told` is of `datasets.told`.
+    `told` is of `datasets.describe`.
     """
 
     def write() -> None:
@@ -364,15 +366,15 @@ def write_report(
             this.workdir, this.config, results, history, found, lambda i: reader(rows[i]), explain, **told
         )
         described = model_json.describe(this.config, this.data, results, said, known, told)
-        workdirs.replace(this.workdir / metadata.FILE, described.to_json())
+        files.atomic_write(this.workdir / metadata.FILE, described.to_json())
         for line in baselines.warnings(said):
             tell(line)
 
-    distributed.together(lambda: write() if distributed.first() else None)
+    distributed.run_on_all_hosts(lambda: write() if distributed.is_first_host() else None)
     return this.workdir / "report.md"
 
 
 def tell(line: str) -> None:
     """Prints a line above the progress bar, on the first host."""
-    if distributed.first():
+    if distributed.is_first_host():
         tqdm.write(line)

@@ -16,13 +16,13 @@ from typing import IO, Any
 
 from lungjax.config import Config, metadata, overrides
 from lungjax.data.prepared import Prepared
-from lungjax.runtime import distributed
-from lungjax.runtime.checkpoint import check_network, newest, sync_folder
+from lungjax.runtime import distributed, files
+from lungjax.runtime.checkpoint import check_network, newest
 from lungjax.training import state
 from lungjax.training.state import TrainState
 
 # Fields that change neither the weights nor the data order: a run may go on with other values.
-FREE_FIELDS = (
+MUTABLE_FIELDS = (
     "data.workers",
     "data.threads",
     "data.prefetch",
@@ -37,8 +37,6 @@ FREE_FIELDS = (
     "eval.sensitivity",
     "eval.prevalence",
 )
-
-BEGUN = ("lock", "config.partial", "data.partial")  # what is left where a run was claimed by half
 
 
 def unreadable(workdir: Path) -> list[str]:
@@ -75,18 +73,23 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json there, so no run to evaluate; train first (--mode=train)")
-        if workdir.exists() and (not workdir.is_dir() or any(p.name not in BEGUN for p in workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(_is_foreign(p.name) for p in workdir.iterdir())):
             raise ValueError(f"{workdir} is not empty and holds no lungjax run; choose another --workdir")
         return
     if newest(workdir, "last") is None:
         return  # nothing was trained, so nothing can be lost
     old = overrides.from_json(path.read_text(), str(path))
-    changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in FREE_FIELDS]
+    changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
             "--workdir, or delete that one to start over"
         )
+
+
+def _is_foreign(name: str) -> bool:
+    """Returns whether a file is none of those that are left where a run was killed before it saved anything."""
+    return name != "lock" and not name.startswith(files.PARTIAL)
 
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
@@ -114,7 +117,7 @@ def drop_reports(workdir: Path) -> None:
 
 
 @contextmanager
-def claimed(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
+def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
     """Makes the folder this run's for a while: nobody else trains there, config.json and data.json are written.
 
     To be entered by every host once all else has been checked. Raises ValueError, on every host, if another run is
@@ -122,10 +125,10 @@ def claimed(workdir: Path, config: Config, data: Prepared, abstract_state: Train
     `abstract_state`, two of best weights, and another of each while it is written), or is not the same on all hosts.
     """
     with ExitStack() as held:
-        distributed.together(
-            lambda: _claim(workdir, config, data, abstract_state, held) if distributed.first() else None
+        distributed.run_on_all_hosts(
+            lambda: _claim(workdir, config, data, abstract_state, held) if distributed.is_first_host() else None
         )
-        distributed.together(lambda: _check_shared(workdir))
+        distributed.run_on_all_hosts(lambda: _check_shared(workdir))
         yield
 
 
@@ -143,8 +146,8 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
                 f"{workdir / name} was missing or damaged, as after a power loss: written anew from this command. The "
                 "checkpoint has the parameters of this network; other settings and the data can't be compared"
             )
-        replace(workdir / "config.json", overrides.to_json(config))
-        replace(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
+        files.atomic_write(workdir / "config.json", overrides.to_json(config))
+        files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
     needed = 4 * state.size(abstract_state)
@@ -173,14 +176,3 @@ def _check_shared(workdir: Path) -> None:
         )
     if not os.access(workdir, os.W_OK):
         raise ValueError(f"{workdir} can't be written from here; every host writes its part of the checkpoints there")
-
-
-def replace(path: Path, text: str) -> None:
-    """Replaces a file atomically and durably: after a kill or a power loss it has the old content or the new one."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)

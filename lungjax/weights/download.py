@@ -20,7 +20,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from lungjax.weights.catalogue.record import Record
+from lungjax.runtime.files import atomic_write
+from lungjax.weights.catalogue.record import PretrainedWeights
 
 CHUNK = 1 << 20  # bytes read at a time
 TIMEOUT = 60  # seconds without an answer
@@ -35,7 +36,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lungjax" / "weights"
 
 
-def url_of(record: Record) -> str:
+def url_of(record: PretrainedWeights) -> str:
     """Returns the address of a record's file; $LUNGJAX_WEIGHTS_URL/FILE where a mirror is set.
 
     Raises ValueError for a mirror that is no address.
@@ -52,7 +53,7 @@ def digest(path: Path, kind: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
-def locate(record: Record, weights_dir: str | Path | None = None) -> Path:
+def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> Path:
     """Returns the record's file: from `weights_dir`, the cache, or the package that ships it.
 
     Raises ValueError if its checksum is wrong, and if it is nowhere: then with what to do about it.
@@ -64,7 +65,7 @@ def locate(record: Record, weights_dir: str | Path | None = None) -> Path:
     raise ValueError(f"{record.name}: {record.filename} is not on this machine. {_by_hand(record, weights_dir)}")
 
 
-def _places(record: Record, weights_dir: str | Path | None) -> Iterator[Path]:
+def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterator[Path]:
     if weights_dir is not None:
         folder = Path(weights_dir).expanduser()
         yield folder / record.filename
@@ -77,7 +78,7 @@ def _places(record: Record, weights_dir: str | Path | None) -> Iterator[Path]:
         yield from sorted(Path(inside).rglob(record.filename))
 
 
-def _by_hand(record: Record, weights_dir: str | Path | None = None) -> str:
+def _by_hand(record: PretrainedWeights, weights_dir: str | Path | None = None) -> str:
     folders = f"{cache_dir()}" + (f" or {weights_dir}" if weights_dir else ", or in a folder given by --weights_dir")
     get = f"python -m lungjax.weights --fetch={record.name} downloads it"
     source = f" from {url_of(record)}" if url_of(record) else ""
@@ -89,7 +90,7 @@ def _by_hand(record: Record, weights_dir: str | Path | None = None) -> str:
     )
 
 
-def verify(record: Record, path: Path) -> None:
+def verify(record: PretrainedWeights, path: Path) -> None:
     """Checks a file against the published checksum, else against that of the first download; once a file.
 
     Raises ValueError with both checksums if they differ.
@@ -106,7 +107,7 @@ def verify(record: Record, path: Path) -> None:
         _remember("verified", path.resolve(), seen)
 
 
-def _compare(record: Record, path: Path, wanted: str) -> None:
+def _compare(record: PretrainedWeights, path: Path, wanted: str) -> None:
     kind, _, digits = wanted.partition(":")
     found = digest(path, kind)
     if not found.startswith(digits):
@@ -133,12 +134,10 @@ def _remember(key: str, name: str | Path, value: Any) -> None:
     manifest[key][str(name)] = value
     path = cache_dir() / "manifest.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"manifest.json.{os.getpid()}")
-    part.write_text(json.dumps(manifest, indent=1))
-    part.replace(path)
+    atomic_write(path, json.dumps(manifest, indent=1))
 
 
-def download(record: Record, folder: str | Path | None = None, opener: Opener = urlopen) -> Path:
+def download(record: PretrainedWeights, folder: str | Path | None = None, opener: Opener = urlopen) -> Path:
     """Downloads a record's file into `folder` (the cache) unless it is there; resumes what a broken try left.
 
     With several hosts only the first one downloads; the others wait for it.
@@ -159,7 +158,7 @@ def download(record: Record, folder: str | Path | None = None, opener: Opener = 
     return locate(record, folder)
 
 
-def _download(record: Record, folder: str | Path | None, opener: Opener) -> Path:
+def _download(record: PretrainedWeights, folder: str | Path | None, opener: Opener) -> Path:
     target = (Path(folder).expanduser() if folder else cache_dir()) / record.filename
     if target.is_file():
         verify(record, target)
@@ -194,13 +193,13 @@ def _download(record: Record, folder: str | Path | None, opener: Opener) -> Path
     return target
 
 
-def _wanted(record: Record) -> str:
+def _wanted(record: PretrainedWeights) -> str:
     """Returns the checksum that a record's file must have, "" if nobody knows."""
     first: str = _manifest()["first"].get(record.filename, {}).get("checksum", "")
     return record.checksum or first
 
 
-def _blocked(record: Record, folder: str | Path | None, why: str) -> ValueError:
+def _blocked(record: PretrainedWeights, folder: str | Path | None, why: str) -> ValueError:
     where = Path(folder).expanduser() if folder else cache_dir()
     return ValueError(
         f"{record.name}: {url_of(record)}: {why}. Place the file by hand as {record.filename} in {where}, or set "
@@ -212,7 +211,7 @@ def _etag(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.etag")
 
 
-def _receive(url: str, partial: Path, record: Record, opener: Opener) -> None:
+def _receive(url: str, partial: Path, record: PretrainedWeights, opener: Opener) -> None:
     """Writes what `url` sends into `partial`, behind what is there already."""
     done = partial.stat().st_size if partial.exists() else 0
     version = _etag(partial).read_text() if _etag(partial).exists() else ""

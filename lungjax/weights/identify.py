@@ -11,7 +11,7 @@ import numpy as np
 from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.weights import download
-from lungjax.weights.catalogue import Record, records
+from lungjax.weights.catalogue import PretrainedWeights, records
 from lungjax.weights.convert import convert, target
 from lungjax.weights.readers import Tensors, open_tensors
 from lungjax.weights.rules import layouts
@@ -22,7 +22,7 @@ TRIED = 3  # networks whose shapes are compared if the best guesses don't fit
 SHOWN = 12  # lines of what differs
 
 
-def record_of(path: Path, model: str) -> Record:
+def record_of(path: Path, model: str) -> PretrainedWeights:
     """Returns the record of `model` that a file is: by its own name, its checksum, or its tensors' names.
 
     Raises ValueError if the network's family has no such names, with what they fit, and if several records have
@@ -33,7 +33,7 @@ def record_of(path: Path, model: str) -> Record:
 
 
 @lru_cache(16)  # asked for again with every step from a configuration to leaves
-def _record_of(path: Path, model: str, *stamp: int) -> Record:
+def _record_of(path: Path, model: str, *stamp: int) -> PretrainedWeights:
     known = records(model)
     for record in known:
         # All of the hub's are called model.safetensors, so there the folder has to say which.
@@ -68,7 +68,7 @@ def _record_of(path: Path, model: str, *stamp: int) -> Record:
     return fit[0]
 
 
-def by_checksum(path: Path) -> list[Record]:
+def by_checksum(path: Path) -> list[PretrainedWeights]:
     """Returns the records whose published checksum the file has."""
     found = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
     checksums = [(record, record.checksum.partition(":")) for record in records() if record.checksum]
@@ -143,7 +143,7 @@ def shapes(
     return models.leaf_shapes(models.build(config, classes), (*size, channels))
 
 
-def _named(record: Record) -> str:
+def _named(record: PretrainedWeights) -> str:
     fields = ", ".join(f"{name}={value}" for name, value in record.network)
     return record.name + (f" ({fields})" if fields else "")
 
@@ -153,9 +153,9 @@ def _shapes(model: str, classes: int) -> Mapping[str, tuple[int, ...]]:
     return shapes(model, classes)
 
 
-def _guesses(hollow: dict[str, np.ndarray], size: int) -> list[list[Record]]:
+def _guesses(hollow: dict[str, np.ndarray], size: int) -> list[list[PretrainedWeights]]:
     """Returns the records that want the same tensors, together; in front those with the file's names and size."""
-    groups: dict[tuple[str, str, int], list[Record]] = {}
+    groups: dict[tuple[str, str, int], list[PretrainedWeights]] = {}
     for record in records():
         groups.setdefault((record.model, record.layout, record.classes), []).append(record)
     known: dict[int, float] = {}  # part of the names that a table of rules knows

@@ -16,7 +16,7 @@ from lungjax.config import Config, ModelConfig, overrides
 from lungjax.models import trees
 from lungjax.runtime import checkpoint
 from lungjax.weights import catalogue, download
-from lungjax.weights.catalogue import Record
+from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import SAME_NAMES, Rules, convert
 from lungjax.weights.identify import DENSE, fits, record_of
 from lungjax.weights.readers import Tensors, open_tensors
@@ -31,7 +31,7 @@ ALLOWED = "none, imagenet, a record's name, file:PATH, run:WORKDIR, or meanvar: 
 class Source:
     """Where weights come from; at most one of record and run is there."""
 
-    record: Record | None = None
+    record: PretrainedWeights | None = None
     file: Path | None = None  # of the record; None looks for it where records are kept
     run: Path | None = None  # workdir
     meanvar: bool = False  # draw from each tensor's mean and variance
@@ -64,7 +64,7 @@ def parse(model: ModelConfig) -> Source:
     return Source(record=record, file=file, meanvar=meanvar)
 
 
-def _named(model: ModelConfig, text: str) -> Record:
+def _named(model: ModelConfig, text: str) -> PretrainedWeights:
     """Returns the record that `model.weights` names."""
     known = catalogue.records(model.name)
     if not known and text == "imagenet":

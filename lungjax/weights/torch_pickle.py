@@ -35,7 +35,7 @@ WRITTEN = (
 OPCODES = frozenset(WRITTEN.split())
 
 
-class Refused(ValueError):
+class UnsafePickleError(ValueError):
     """What is wrong with a file, without its name."""
 
 
@@ -50,7 +50,7 @@ class _Sealed:
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> NoReturn:
-        raise Refused(f"its pickle sets the state of {type(self).__name__.strip('_')}")
+        raise UnsafePickleError(f"its pickle sets the state of {type(self).__name__.strip('_')}")
 
 
 class _Global(_Sealed):
@@ -81,15 +81,15 @@ class _Tensor(_Sealed):
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any):
         if not isinstance(storage, _Storage) or not storage.key:
-            raise Refused("a tensor without a storage")
+            raise UnsafePickleError("a tensor without a storage")
         if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-            raise Refused("a tensor without as many strides as sides")
+            raise UnsafePickleError("a tensor without as many strides as sides")
         if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-            raise Refused("a tensor whose shape, strides and offset are not whole numbers from 0")
+            raise UnsafePickleError("a tensor whose shape, strides and offset are not whole numbers from 0")
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         # No more elements than the storage has: with stride 0 a few bytes could stand for any size.
         if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.count:
-            raise Refused(f"a tensor of shape {shape} reaches outside its {storage.count} elements")
+            raise UnsafePickleError(f"a tensor of shape {shape} reaches outside its {storage.count} elements")
         self.storage, self.offset, self.shape, self.strides = storage, offset + storage.start, shape, strides
 
 
@@ -102,7 +102,7 @@ class _Dict(dict[Any, Any]):
 
 def _parameter(tensor: Any, *ignored: Any) -> _Tensor:
     if not isinstance(tensor, _Tensor):
-        raise Refused("a parameter that is no tensor")
+        raise UnsafePickleError("a parameter that is no tensor")
     return tensor
 
 
@@ -130,27 +130,29 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns a stand-in. Raises Refused for everything else, whatever it is."""
         if (module, name) not in GLOBALS:
-            raise Refused(f"its pickle asks for {module}.{name}, which no file of tensors needs; nothing was run")
+            raise UnsafePickleError(
+                f"its pickle asks for {module}.{name}, which no file of tensors needs; nothing was run"
+            )
         return GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Returns the storage of `pid`: ("storage", kind, key, device, elements[, view])."""
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise Refused(
+            raise UnsafePickleError(
                 "its pickle refers to something else than tensors' data; wanted is the state_dict of a module"
             )
         _, kind, key, _, count, view = pid if len(pid) == 6 else (*pid, None)
         if not isinstance(kind, _Storage) or kind.key or not key or type(key) is not str or type(count) is not int:
-            raise Refused(f"its pickle refers to a storage {_show(key)} of {_show(count)} elements")
+            raise UnsafePickleError(f"its pickle refers to a storage {_show(key)} of {_show(count)} elements")
         known = self.storages.setdefault(key, _Storage(kind.dtype, key, count))
         if count < 0 or (known.dtype, known.count) != (kind.dtype, count):
-            raise Refused(f"storage {key!r} is given twice, or with {count} elements")
+            raise UnsafePickleError(f"storage {key!r} is given twice, or with {count} elements")
         if view is None:
             return known
         if not (isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:])):
-            raise Refused(f"storage {key!r} has a view of {_show(view)}")
+            raise UnsafePickleError(f"storage {key!r} has a view of {_show(view)}")
         if view[1] + view[2] > count:
-            raise Refused(f"a view of storage {key!r} reaches outside its {count} elements")
+            raise UnsafePickleError(f"a view of storage {key!r} reaches outside its {count} elements")
         return _Storage(kind.dtype, key, view[2], view[1])
 
 
@@ -159,21 +161,21 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
         start = file.tell()
         for number, (opcode, value, _) in enumerate(pickletools.genops(file), 1):
             if opcode.name not in OPCODES:
-                raise Refused(
+                raise UnsafePickleError(
                     f"its pickle has the instruction {opcode.name}, which makes other things than "
                     "tensors; wanted is the state_dict of a module; nothing was run"
                 )
             if (
                 opcode.name.endswith("PUT") and int(value or 0) > number
             ):  # the unpickler would make room for all before it
-                raise Refused(f"its pickle numbers its {number}th value {value}")
+                raise UnsafePickleError(f"its pickle numbers its {number}th value {value}")
         file.seek(start)
         unpickler = _Unpickler(file)
         return unpickler.load(), unpickler.storages
-    except Refused:
+    except UnsafePickleError:
         raise
     except Exception as error:  # a damaged pickle raises any of a dozen kinds
-        raise Refused(f"truncated or damaged pickle: {type(error).__name__}: {error}") from None
+        raise UnsafePickleError(f"truncated or damaged pickle: {type(error).__name__}: {error}") from None
 
 
 def is_stream(start: bytes) -> bool:
@@ -194,7 +196,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
             read = _stream if is_stream(data[:64].tobytes()) else _archive
             tree, storages = read(file, data)
         return _tensors(tree, storages)
-    except Refused as error:
+    except UnsafePickleError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -203,15 +205,15 @@ def _stream(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarra
     magic, protocol = _unpickle(file)[0], _unpickle(file)[0]
     system = _unpickle(file)[0]
     if (magic, protocol) != (MAGIC, PROTOCOL) or not isinstance(system, dict):
-        raise Refused(f"protocol {_show(protocol)}, wanted {PROTOCOL}")
+        raise UnsafePickleError(f"protocol {_show(protocol)}, wanted {PROTOCOL}")
     tree, storages = _unpickle(file)
     keys, _ = _unpickle(file)
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(storages):
-        raise Refused("its list of storages is not that of its tensors")
+        raise UnsafePickleError("its list of storages is not that of its tensors")
     at = file.tell()
     expected = at + sum(8 + storages[key].count * storages[key].dtype.itemsize for key in keys)
     if data.size != expected:
-        raise Refused(f"{'truncated' if data.size < expected else 'too long'}: expected {expected} bytes, "
+        raise UnsafePickleError(f"{'truncated' if data.size < expected else 'too long'}: expected {expected} bytes, "
                       f"found {data.size}")  # fmt: skip
     order = ">" if system.get("little_endian") is False else "<"
     arrays = {}
@@ -219,7 +221,7 @@ def _stream(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarra
         storage = storages[key]
         count = int.from_bytes(data[at : at + 8].tobytes(), "big" if order == ">" else "little")
         if count != storage.count:
-            raise Refused(f"storage {key!r} has {count} elements, its tensors want {storage.count}")
+            raise UnsafePickleError(f"storage {key!r} has {count} elements, its tensors want {storage.count}")
         arrays[key] = _numbers(data, at + 8, storage, order)
         at += 8 + arrays[key].nbytes
     return tree, arrays
@@ -232,12 +234,12 @@ def _archive(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarr
             members = {member.filename: member for member in archive.infolist()}
             roots = [name.removesuffix("data.pkl") for name in members if name.split("/")[-1] == "data.pkl"]
             if len(roots) != 1 or len(members) != len(archive.infolist()):
-                raise Refused(f"{len(roots)} files data.pkl in it, or one name twice; wanted is one")
+                raise UnsafePickleError(f"{len(roots)} files data.pkl in it, or one name twice; wanted is one")
             root = roots[0]
             if f"{root}constants.pkl" in members:
-                raise Refused("a TorchScript program; wanted is the state_dict of a module")
+                raise UnsafePickleError("a TorchScript program; wanted is the state_dict of a module")
             if members[f"{root}data.pkl"].file_size > PICKLE_LIMIT:
-                raise Refused(f"its pickle has more than {PICKLE_LIMIT} bytes")
+                raise UnsafePickleError(f"its pickle has more than {PICKLE_LIMIT} bytes")
             with archive.open(members[f"{root}data.pkl"]) as pickled:
                 tree, storages = _unpickle(pickled)
             byteorder = f"{root}byteorder"
@@ -245,13 +247,13 @@ def _archive(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarr
             stored = {name.removeprefix(f"{root}data/") for name in members if name.startswith(f"{root}data/")} - {""}
             for problem, keys in (("missing", set(storages) - stored), ("of no tensor", stored - set(storages))):
                 if keys:
-                    raise Refused(f"data {problem}: {', '.join(sorted(keys)[:5])}")
+                    raise UnsafePickleError(f"data {problem}: {', '.join(sorted(keys)[:5])}")
             arrays = {}
             for key, storage in storages.items():
                 member = members[f"{root}data/{key}"]
                 expected = storage.count * storage.dtype.itemsize
                 if member.file_size != expected:
-                    raise Refused(f"data/{key}: expected {expected} bytes, found {member.file_size}")
+                    raise UnsafePickleError(f"data/{key}: expected {expected} bytes, found {member.file_size}")
                 if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1:
                     header = data[member.header_offset : member.header_offset + 30].tobytes()
                     names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
@@ -260,13 +262,13 @@ def _archive(file: IO[bytes], data: np.ndarray) -> tuple[Any, dict[str, np.ndarr
                     arrays[key] = _numbers(np.frombuffer(archive.read(member), np.uint8), 0, storage, order)
             return tree, arrays
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # all of zipfile
-        raise Refused(f"truncated or damaged zip of {data.size} bytes: {error}") from None
+        raise UnsafePickleError(f"truncated or damaged zip of {data.size} bytes: {error}") from None
 
 
 def _numbers(data: np.ndarray, at: int, storage: _Storage, order: str) -> np.ndarray:
     end = at + storage.count * storage.dtype.itemsize
     if end > data.size:
-        raise Refused(f"truncated: storage {storage.key!r} ends at byte {end}, found {data.size}")
+        raise UnsafePickleError(f"truncated: storage {storage.key!r} ends at byte {end}, found {data.size}")
     numbers = data[at:end].view(storage.dtype)
     return numbers.byteswap() if order == ">" else numbers
 
@@ -276,10 +278,10 @@ def _tensors(tree: Any, storages: dict[str, np.ndarray]) -> dict[str, np.ndarray
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
             tree = tree[wrapper]
     if not isinstance(tree, dict) or not tree:
-        raise Refused("no tensors by name in it; wanted is the state_dict of a module")
+        raise UnsafePickleError("no tensors by name in it; wanted is the state_dict of a module")
     others = [_show(name) for name, value in tree.items() if type(name) is not str or not isinstance(value, _Tensor)]
     if others:
-        raise Refused(f"not tensors: {', '.join(others[:5])}; wanted is the state_dict of a module")
+        raise UnsafePickleError(f"not tensors: {', '.join(others[:5])}; wanted is the state_dict of a module")
     prefix = "module." if all(name.startswith("module.") for name in tree) else ""
     return {name.removeprefix(prefix): _view(tensor, storages[tensor.storage.key]) for name, tensor in tree.items()}
 

@@ -15,7 +15,7 @@ from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.models import trees
 from lungjax.weights import catalogue, download
-from lungjax.weights.catalogue import Record
+from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import convert
 from lungjax.weights.identify import shapes
 from lungjax.weights.readers import open_tensors
@@ -94,7 +94,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     return f"{len(unequal)} of {len(one)} leaves differ, by {largest:.3g} at most ({far})"
 
 
-def classify(record: Record, found: dict[str, np.ndarray], image: np.ndarray, count: int = 5) -> list[int]:
+def classify(record: PretrainedWeights, found: dict[str, np.ndarray], image: np.ndarray, count: int = 5) -> list[int]:
     """Returns the `count` likeliest classes of a photograph [H, W, 3], uint8, as the record wants it prepared."""
     module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
     side, spec = record.input.size[0], record.input

@@ -47,7 +47,7 @@ def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
     rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     probabilities = p.probabilities.astype(np.float64)
     found: dict[str, list[float]] = {}
-    for counts in np.concatenate(list(bootstrap.patient_draws(len(names), draws, 0, 64)), axis=1).T.astype(int):
+    for counts in np.concatenate(list(bootstrap.resample_patients(len(names), draws, 0, 64)), axis=1).T.astype(int):
         rows = np.concatenate([rows_of[i] for i in np.repeat(np.arange(len(names)), counts)])
         labels, s = p.labels[rows], probabilities[rows]
         said, one_hot = s.argmax(axis=1), np.eye(len(CLASSES))[labels]

@@ -24,7 +24,7 @@ import skimage
 from PIL import Image, ImageDraw
 
 from lungjax.data.imaging import images
-from lungjax.datasets import Options, phantom_ct
+from lungjax.datasets import PrepareOptions, phantom_ct
 from lungjax.evaluation import novelty
 
 Picture = np.ndarray
@@ -39,7 +39,7 @@ def load(name: str, shared: Path) -> dict[str, list[tuple[Picture, str]]]:
     """Returns pictures and their sources by split."""
     found: dict[str, list[tuple[Picture, str]]] = {split: [] for split in SPLITS}
     if name == "phantom":
-        for example in phantom_ct.listing(None, "default", Options()).examples:
+        for example in phantom_ct.listing(None, "default", PrepareOptions()).examples:
             found[example.split].append((images.decode(example.image(), None), example.source))
         return found
     with (shared / "data" / name / "labels.csv").open() as file:

@@ -128,7 +128,7 @@ class Network:
         self.side, self.module = side, models.MODELS[name]()
         self.variables = jax.tree.map(jnp.asarray, random_variables(self.module, (side, side, 3)))
         start = time.perf_counter()
-        self.folded = folding.Folded(self.module, self.variables, (side, side, 3))
+        self.folded = folding.FoldedModel(self.module, self.variables, (side, side, 3))
         self.count = len(self.folded.pairs)
         self.trace = time.perf_counter() - start
         start = time.perf_counter()

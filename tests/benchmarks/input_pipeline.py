@@ -216,7 +216,7 @@ def prepare(source: Path, work: Path) -> list[str]:
             data = datasets.open_dataset(name, work / "data")
         except ValueError:
             start = time.perf_counter()
-            datasets.write(name, source, work / "data", datasets.Options())
+            datasets.write(name, source, work / "data", datasets.PrepareOptions())
             data = datasets.open_dataset(name, work / "data")
             print(f"{name}: {len(data.records)} images prepared in {time.perf_counter() - start:.1f} s")
         size = sum(file.stat().st_size for file in (work / "data" / name).rglob("*array_record*"))

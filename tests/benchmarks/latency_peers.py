@@ -141,7 +141,7 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     else:
         module, variables, _ = lungjax.create(network, weights=f"file:{files[0]}")
     variables = jax.tree.map(jnp.asarray, variables)
-    built = folding.Folded(module, variables, (SIDE, SIDE, channels(network)))
+    built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
     folded = built.prepare(variables)
 
     def logits(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:

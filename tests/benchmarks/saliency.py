@@ -25,7 +25,7 @@ from lungjax.runtime import environment
 from lungjax.training import state
 
 NETWORKS = "efficientnet_b0,resnet50v2,cbr_small"
-METHODS = "gradcam,gradcam_guided,gradcam++"
+METHODS = "gradcam,gradcam_positive,gradcam++"
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:

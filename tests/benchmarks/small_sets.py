@@ -1,6 +1,6 @@
 """The 30 runs behind the table of experiments/README.md: python -m tests.benchmarks.small_sets --run
 
-Two small real sets, prepared as `folder/ct`, `folder/ct-nolungs` and `folder/xray` (experiments/README.md has the
+Two small real sets, prepared as `folder/ct`, `folder/ct-no_lungs` and `folder/xray` (experiments/README.md has the
 commands), five starts, three seeds. Runs what is missing, each in a process of its own, then prints the tables; without
 --run it prints those of the runs that are there, and the commands of the others. Hours on 2 cores.
 """
@@ -68,7 +68,7 @@ def tables(data: str, root: Path, seeds: int) -> str:
         row = [model, start, str(len(runs)), cell(runs, "auc_macro"), cell(runs, "auc_macro", "patient")]
         row.append(cell(runs, "accuracy"))
         if data == "ct":
-            row.append(cell(found(data, model, weights, root, seeds, "nolungs"), "auc_macro"))
+            row.append(cell(found(data, model, weights, root, seeds, "no_lungs"), "auc_macro"))
         whole.append(row)
         if runs:
             names, counts = np.unique(runs[0].sources, return_counts=True)

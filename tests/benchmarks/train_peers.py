@@ -136,7 +136,7 @@ def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
         examples["box"] = np.tile(np.asarray([edge, edge, 1 - edge, 1 - edge], np.float32), (batch, 1))
         examples["body"] = np.full((batch, stored, stored), 255, np.uint8)
     on_device = meshes.to_devices(examples, mesh)
-    built, seconds, facts = compiled(built_for.train_step, built_for.like, on_device)
+    built, seconds, facts = compiled(built_for.train_step, built_for.abstract_state, on_device)
     current = built_for.new_state({})
     if cell["contender"] == "ours":
         on_cpu = jax.default_backend() == "cpu"
@@ -149,7 +149,7 @@ def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
         jax.block_until_ready(current)
         return float(metrics["loss"])
 
-    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built_for.like.params).values())
+    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built_for.abstract_state.params).values())
     versions = f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
     return Contender(advance, f"{versions}, {jax.devices()[0].device_kind}", count, seconds, facts, jax_peak())
 

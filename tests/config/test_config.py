@@ -99,7 +99,7 @@ def test_difference_names_each_changed_field():
         "model.head.output=sigmoid",
         "model.head.pool=mean",
         "model.head.activation=gelu",
-        "model.batch_norm=keras",
+        "optim.frozen_batch_norm=keras",
         "model.gray=sum",
         "model.padding=full",
         "model.epsilon=0",

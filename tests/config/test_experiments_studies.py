@@ -46,7 +46,7 @@ def grid():
     yield from choices("ct_cov19", model=EFFICIENTNETS, weights=("imagenet", "none"), **options)
     yield from choices("ictcf", model=ICTCF, **BOTH)
     yield from choices("covid_xray", model=XRAY, **BOTH)
-    yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("sound",))
+    yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("clean",))
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=("2a", "3a"), protocol=("study",))
     networks = {"model": ("resnet50", "convnext_tiny"), "weights": ("none", "imagenet", "run:runs/a", "run:runs/A")}
     yield from choices("covidnet_ct", version=VERSIONS, **networks, **BOTH)
@@ -179,7 +179,7 @@ def test_covidx_ct_unfreezes_as_told(arguments, trained):
     assert counts(f"covidx_ct:{arguments}", 3)[1] == trained
 
 
-def test_covidx_ct_sound_opens_the_last_dense_layers():
+def test_covidx_ct_clean_opens_the_last_dense_layers():
     _, trained = leaves("covidx_ct:unfreeze=2", 3)
     assert {path.split("/")[0] for path in trained} == {"stage4_block31", "stage4_block32", "top_bn", "head"}
 
@@ -268,16 +268,16 @@ def test_protocols_take_their_data_and_their_weights():
     """Which images, which split, and whether the last weights are tested: as the studies did, or not."""
     for choice, dataset, protocol, keep in [
         ("nccid_whole_lung:protocol=study", "nccid_whole_lung", "study", "last"),
-        ("nccid_whole_lung", "nccid_whole_lung", "sound", "best"),
+        ("nccid_whole_lung", "nccid_whole_lung", "clean", "best"),
         ("ct_cov19:images=lungs,protocol=study", "ct_cov19/study_lungs", "study", "best"),
-        ("ct_cov19:images=lungs", "ct_cov19/lungs", "sound", "best"),
+        ("ct_cov19:images=lungs", "ct_cov19/lungs", "clean", "best"),
         ("ictcf:protocol=study", "ictcf/oversampled-features", "study", "last"),
-        ("ictcf", "ictcf/features", "sound", "best"),
+        ("ictcf", "ictcf/features", "clean", "best"),
         ("covid_xray:protocol=study", "covid_xray_5k", "study", "last"),
         ("covid_xray:model=resnet18,protocol=study", "covid_xray_5k", "study", "best"),
         ("covidx_ct:version=2a,protocol=study", "covidx_ct/2a", "study", "last"),
-        ("covidx_ct", "covidx_ct/3a", "sound", "best"),
-        ("covidnet_ct:version=2a,protocol=study", "covidx_ct/2a", "sound", "last"),  # "study" is another one's draw
+        ("covidx_ct", "covidx_ct/3a", "clean", "best"),
+        ("covidnet_ct:version=2a,protocol=study", "covidx_ct/2a", "clean", "last"),  # "study" is another one's draw
         ("covidnet_ct:version=1,protocol=study", "covidx_ct/1", "study", "last"),
         ("effnetv2_covidxct:protocol=study", "covidx_ct/3a", "study", "last"),
     ]:

@@ -13,7 +13,7 @@ from lungjax.data.prepared import Prepared
 NONE = np.zeros((0, 2), np.int64)
 
 
-def made(rows, protocol="sound"):
+def made(rows, protocol="clean"):
     """`rows` are (label, group, split[, pixels]); without pixels every image is one of its own."""
     rows = [(*row, f"x{i}") if len(row) == 3 else row for i, row in enumerate(rows)]
     label, group, split, pixels = (list(column) for column in zip(*rows, strict=True))

@@ -1,4 +1,4 @@
-"""The sound protocol and the leak counts on hand-made columns, and two data sets compared."""
+"""The clean protocol and the leak counts on hand-made columns, and two data sets compared."""
 
 import numpy as np
 import pytest
@@ -8,15 +8,15 @@ from lungjax.data import duplicates, leakage
 NONE = np.zeros((0, 2), np.int64)
 
 
-def sound(rows, near=()):
+def clean(rows, near=()):
     """`rows` are (split, label, group, pixels)."""
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return leakage.sound(*columns, np.array(near, np.int64).reshape(-1, 2))
+    return leakage.clean(*columns, np.array(near, np.int64).reshape(-1, 2))
 
 
 def test_what_leaks_nothing_stays():
     rows = [("train", 0, "a", "1"), ("val", 0, "b", "2"), ("test", 1, "c", "3"), ("", 1, "d", "4")]
-    assert sound(rows) == (["train", "val", "test", ""], [])
+    assert clean(rows) == (["train", "val", "test", ""], [])
 
 
 def test_a_torn_group_keeps_its_latest_split():
@@ -27,28 +27,28 @@ def test_a_torn_group_keeps_its_latest_split():
         ("train", 0, "b", "4"),
         ("val", 0, "b", "5"),
     ]
-    splits, notes = sound(rows)
+    splits, notes = clean(rows)
     assert splits == ["", "test", "", "", "val"]
-    assert notes == ["left out of the sound protocol: 3 images (their patients are also in a later split)"]
+    assert notes == ["left out of the clean protocol: 3 images (their patients are also in a later split)"]
 
 
 def test_an_image_that_is_out_from_the_start_pushes_nobody_out():
     rows = [("train", 0, "a", "1"), ("", 1, "a", "1"), ("", 0, "b", "2"), ("val", 1, "b", "3")]
-    assert sound(rows, [(0, 2)]) == (["train", "", "", "val"], [])
+    assert clean(rows, [(0, 2)]) == (["train", "", "", "val"], [])
 
 
 def test_of_exact_copies_the_one_in_the_latest_split_stays():
     rows = [("train", 0, "a", "x"), ("test", 0, "b", "x"), ("val", 0, "c", "x"), ("train", 0, "a", "y")]
-    splits, notes = sound(rows)
+    splits, notes = clean(rows)
     assert splits == ["", "test", "", "train"]
-    assert notes == ["left out of the sound protocol: 2 images (copies of an image that is kept)"]
+    assert notes == ["left out of the clean protocol: 2 images (copies of an image that is kept)"]
 
 
 def test_of_copies_in_one_split_one_stays_whatever_their_order():
     rows = [("train", 0, "b", "x"), ("train", 0, "a", "x"), ("train", 0, "c", "x")]
-    assert sound(rows)[0] == ["", "train", ""]
-    assert sound(rows[::-1])[0] == ["", "train", ""]
-    assert sound([rows[1], rows[1]])[0] == ["train", ""]
+    assert clean(rows)[0] == ["", "train", ""]
+    assert clean(rows[::-1])[0] == ["", "train", ""]
+    assert clean([rows[1], rows[1]])[0] == ["train", ""]
 
 
 def test_copies_with_different_labels_all_go():
@@ -62,35 +62,35 @@ def test_copies_with_different_labels_all_go():
         ("test", 1, "f", "z"),
         ("val", 0, "e", "w"),
     ]
-    splits, notes = sound(rows)
+    splits, notes = clean(rows)
     assert splits == ["", "", "", "train", "", "", "val"]
     assert notes == [
-        "left out of the sound protocol: 1 image (their patients are also in a later split)",
-        "left out of the sound protocol: 4 images (equal images have different labels)",
+        "left out of the clean protocol: 1 image (their patients are also in a later split)",
+        "left out of the clean protocol: 4 images (equal images have different labels)",
     ]
 
 
 def test_a_near_twin_in_a_later_split_pushes_out():
     rows = [("train", 0, "a", "1"), ("val", 0, "b", "2"), ("test", 0, "c", "3"), ("train", 0, "d", "4")]
-    splits, notes = sound(rows, [(1, 2), (3, 2)])
+    splits, notes = clean(rows, [(1, 2), (3, 2)])
     assert splits == ["train", "", "test", ""]
-    assert notes == ["left out of the sound protocol: 2 images (near twins of an image in a later split)"]
+    assert notes == ["left out of the clean protocol: 2 images (near twins of an image in a later split)"]
 
 
 def test_what_is_pushed_out_pushes_nobody():
     rows = [("train", 0, "a", "1"), ("val", 0, "b", "2"), ("test", 0, "c", "3")]
-    assert sound(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val went, so train may stay
-    assert sound(rows, [(0, 1)])[0] == ["", "val", "test"]
+    assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val went, so train may stay
+    assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
     rows[2] = ("test", 0, "c", "2")  # val's picture goes as a copy of test's, whose twin train's still is
-    assert sound(rows, [(0, 1)])[0] == ["", "", "test"]
+    assert clean(rows, [(0, 1)])[0] == ["", "", "test"]
     rows[2] = ("test", 1, "c", "2")  # both go for their labels
-    assert sound(rows, [(0, 1)])[0] == ["train", "", ""]
+    assert clean(rows, [(0, 1)])[0] == ["train", "", ""]
 
 
 def test_near_twins_in_one_split_stay_and_different_labels_are_told():
     rows = [("train", 0, "a", "1"), ("train", 0, "b", "2"), ("train", 1, "c", "3")]
-    assert sound(rows, [(0, 1)]) == (["train"] * 3, [])
-    assert sound(rows, [(0, 1), (1, 2)]) == (
+    assert clean(rows, [(0, 1)]) == (["train"] * 3, [])
+    assert clean(rows, [(0, 1), (1, 2)]) == (
         ["train"] * 3,
         ["1 near pair in one split with different labels stay: look at them"],
     )
@@ -110,7 +110,7 @@ def random_columns(rng, n=400):
 def test_nothing_leaks_after_it_and_the_order_of_rows_does_not_matter(seed):
     rng = np.random.default_rng(seed)
     splits, labels, groups, pixels, near = random_columns(rng)
-    done, _ = leakage.sound(splits, labels, groups, pixels, near)
+    done, _ = leakage.clean(splits, labels, groups, pixels, near)
     members = {s: [i for i, d in enumerate(done) if d == s] for s in ("train", "val", "test")}
     assert all(len(rows) > 10 for rows in members.values())
     for split, counts in leakage.leaks(members, groups, pixels, near).items():
@@ -121,7 +121,7 @@ def test_nothing_leaks_after_it_and_the_order_of_rows_does_not_matter(seed):
 
     mixed = rng.permutation(len(splits))
     place = np.argsort(mixed)
-    again, _ = leakage.sound(*([c[i] for i in mixed] for c in (splits, labels, groups, pixels)), place[near])
+    again, _ = leakage.clean(*([c[i] for i in mixed] for c in (splits, labels, groups, pixels)), place[near])
 
     def kept(splits_, rows):  # copies in one group and split stand for each other
         return sorted((pixels[i], groups[i], s) for i, s in zip(rows, splits_, strict=True) if s)
@@ -129,12 +129,12 @@ def test_nothing_leaks_after_it_and_the_order_of_rows_does_not_matter(seed):
     assert kept(again, mixed) == kept(done, range(len(done)))
 
 
-def test_sound_refuses_other_splits_and_lengths():
+def test_clean_refuses_other_splits_and_lengths():
     with pytest.raises(ValueError, match="'valid'; allowed are train, val, test"):
-        sound([("valid", 0, "a", "1")])
+        clean([("valid", 0, "a", "1")])
     with pytest.raises(ValueError, match="2 splits, 1 labels"):
-        leakage.sound(["train", "val"], [0], ["a", "b"], ["1", "2"], NONE)
-    assert leakage.sound([], [], [], [], NONE) == ([], [])
+        leakage.clean(["train", "val"], [0], ["a", "b"], ["1", "2"], NONE)
+    assert leakage.clean([], [], [], [], NONE) == ([], [])
 
 
 def test_leaks_are_counted_once_for_each_image():

@@ -125,16 +125,16 @@ def test_crop_drops_arms_raised_above_the_chest():
     assert abs(lung_masks.apply(image, "crop").region[1] - top) <= 1
 
 
-def test_nolungs_is_black_in_the_lungs_alone():
+def test_no_lungs_is_black_in_the_lungs_alone():
     image, _ = drawing()
     image = np.maximum(image, 1)
-    np.testing.assert_array_equal(lung_masks.apply(image, "nolungs").image == 0, lung_masks.lung_mask(image))
+    np.testing.assert_array_equal(lung_masks.apply(image, "no_lungs").image == 0, lung_masks.lung_mask(image))
 
 
 def test_without_lungs_the_stage_before_is_kept():
     image, _ = drawing(lung=False)
     assert not lung_masks.lung_mask(image).any()
-    for stage, before in [("lungs_nocrop", "nobackg"), ("lungs", "crop"), ("nolungs", None)]:
+    for stage, before in [("lungs_nocrop", "nobackg"), ("lungs", "crop"), ("no_lungs", None)]:
         staged = lung_masks.apply(image, stage)
         wanted = lung_masks.apply(image, before) if before else None
         assert not staged.found
@@ -168,7 +168,7 @@ def test_only_gray_uint8_images(image):
 
 
 def test_unknown_stage_names_the_nearest():
-    with pytest.raises(ValueError, match="nearest: nolungs"):
+    with pytest.raises(ValueError, match="nearest: no_lungs"):
         lung_masks.apply(np.zeros((8, 8), np.uint8), "nolung")
 
 

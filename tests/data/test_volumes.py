@@ -36,7 +36,7 @@ def views(hu):
 
 def from_series(paths, plane):
     series = dicom.series([dicom.header(path) for path in paths])
-    index = volumes.middle(series.shape[volumes.PLANES[plane]])
+    index = volumes.middle_slice(series.shape[volumes.PLANES[plane]])
     ordered = tuple(header.path for header in series.headers)
     if plane == series.plane:
         return pixels(dicom.picture(ordered[index], WIDE))

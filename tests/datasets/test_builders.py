@@ -18,7 +18,7 @@ from lungjax.datasets import coronahack, covid_chestxray, covid_ct, covid_xray_5
 from lungjax.datasets import nccid_whole_lung as nccid
 from lungjax.datasets.listing import parse_study
 
-OPTIONS = datasets.Options()
+OPTIONS = datasets.PrepareOptions()
 
 
 def picture(path):
@@ -53,7 +53,7 @@ def counts(listing):
 def test_flags_of_folders_are_refused_and_an_empty_folder_tells_what_is_sought(module, tmp_path):
     config = next(iter(module.ABOUT.expected))
     with pytest.raises(ValueError, match="--group_pattern is for folders"):
-        module.listing(tmp_path, config, datasets.Options(group_pattern="(x)"))
+        module.listing(tmp_path, config, datasets.PrepareOptions(group_pattern="(x)"))
     with pytest.raises(ValueError, match=r"no .*; looked for "):
         module.listing(tmp_path, config, OPTIONS)
 
@@ -233,7 +233,9 @@ def test_ictcf_sizes_are_the_published_ones():
 def test_ictcf_generated_images_are_drawn_by_the_seed_and_can_go_to_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(ictcf, "TARGET", 60)
     write_ictcf(tmp_path)
-    made = [ictcf.listing(tmp_path, "oversampled", datasets.Options(seed=seed)).examples[-1] for seed in (0, 0, 1)]
+    made = [
+        ictcf.listing(tmp_path, "oversampled", datasets.PrepareOptions(seed=seed)).examples[-1] for seed in (0, 0, 1)
+    ]
     assert made[0].image.args == made[1].image.args != made[2].image.args
     drawn = pickle.loads(pickle.dumps(made[0].image))()
     assert images.decode(drawn, None).shape == (4, 4)

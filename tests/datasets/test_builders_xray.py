@@ -13,7 +13,7 @@ from lungjax import datasets
 from lungjax.data.imaging import images
 from lungjax.datasets import coronahack, covid_chestxray, covid_xray_5k
 
-OPTIONS = datasets.Options()
+OPTIONS = datasets.PrepareOptions()
 
 
 def tree(root, *paths):

@@ -39,7 +39,7 @@ def write(root, config="3a", layout="kaggle", lines=LINES):
 
 
 def prepare(root, config="3a", **how):
-    return datasets.write(f"covidx_ct/{config}", root, root / "data", datasets.Options(), quiet=True, **how)
+    return datasets.write(f"covidx_ct/{config}", root, root / "data", datasets.PrepareOptions(), quiet=True, **how)
 
 
 @pytest.mark.parametrize(

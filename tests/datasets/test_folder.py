@@ -10,7 +10,7 @@ from PIL import Image
 from lungjax import datasets
 from lungjax.data import prepared
 from lungjax.data.imaging import images
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 
 
 def save(path, seed=0, size=(12, 10), deep=False, add=0):
@@ -22,7 +22,7 @@ def save(path, seed=0, size=(12, 10), deep=False, add=0):
 
 
 def prepare(root, name="folder", options=None, **how):
-    result = datasets.write(name, root / "in", root / "data", options or Options(), quiet=True, **how)
+    result = datasets.write(name, root / "in", root / "data", options or PrepareOptions(), quiet=True, **how)
     return result, datasets.open_dataset(name, root / "data")
 
 
@@ -79,7 +79,7 @@ def test_class_folders_get_splits_by_group_and_sources_from_the_name(tmp_path):
     for label in "01":
         for i in range(40):
             save(tmp_path / f"in/{label}/site{i % 2}_pat{i // 4}{label}_{i}.png", i + 100 * int(label))
-    options = Options(seed=3, source_pattern="^(site.)_", group_pattern=r"_(pat\d+)_")
+    options = PrepareOptions(seed=3, source_pattern="^(site.)_", group_pattern=r"_(pat\d+)_")
     _, data = prepare(tmp_path, options=options)
     assert set(data.columns["source"]) == {"site0", "site1"}
     pairs = set(zip(data.columns["group"].tolist(), data.columns["split"].tolist(), strict=True))
@@ -87,7 +87,7 @@ def test_class_folders_get_splits_by_group_and_sources_from_the_name(tmp_path):
     assert [len(data.rows(s)) for s in ("train", "val", "test")] == [56, 12, 12]
     again, same = prepare(tmp_path, options=options, overwrite=True)
     assert same.fingerprint == data.fingerprint and again["images"] == 80
-    _, other = prepare(tmp_path, options=Options(4, "^(site.)_", r"_(pat\d+)_"), overwrite=True)
+    _, other = prepare(tmp_path, options=PrepareOptions(4, "^(site.)_", r"_(pat\d+)_"), overwrite=True)
     assert other.fingerprint != data.fingerprint
 
 
@@ -97,10 +97,10 @@ def test_classes_sort_as_numbers_or_as_asked(tmp_path):
         save(tmp_path / f"in/val/{label}/y.png", 20 + int(label))
         save(tmp_path / f"in/test/{label}/z.png", 40 + int(label))
     assert prepare(tmp_path)[1].classes == ("1", "9", "10")
-    options = Options(classes=("9", "1", "10"))
+    options = PrepareOptions(classes=("9", "1", "10"))
     assert prepare(tmp_path, "folder/b", options)[1].classes == ("9", "1", "10")
     with pytest.raises(ValueError, match="--classes=9,1: the data has 1, 10, 9"):
-        prepare(tmp_path, "folder/c", Options(classes=("9", "1")))
+        prepare(tmp_path, "folder/c", PrepareOptions(classes=("9", "1")))
 
 
 def deep_folder(tmp_path):
@@ -157,7 +157,7 @@ def test_copies_torn_groups_and_one_class_sources_are_reported(tmp_path):
         "images": 3, "exact_twin_in_train": 1, "near_twin_in_train": 0, "group_in_train": 1, "any": 2,
         "exact_twin_in_val": 0,
     }  # fmt: skip
-    assert result["twins"]["leaks"]["sound"]["test"]["any"] == 0
+    assert result["twins"]["leaks"]["clean"]["test"]["any"] == 0
     left = data.columns["file"][data.columns["split"] == ""].tolist()
     assert left == ["00.png", "01.png", "07.png"], "of the patient in test too; then a copy with another label"
     text = (tmp_path / "data/folder/default/2.0.0/summary.md").read_text()
@@ -255,9 +255,9 @@ def test_folders_in_no_layout_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (Options(source_pattern="("), "no regular expression"),
-        (Options(source_pattern="x"), "needs a group in brackets"),
-        (Options(group_pattern="(z+)"), "finds nothing in the file name of a/x.png"),
+        (PrepareOptions(source_pattern="("), "no regular expression"),
+        (PrepareOptions(source_pattern="x"), "needs a group in brackets"),
+        (PrepareOptions(group_pattern="(z+)"), "finds nothing in the file name of a/x.png"),
     ],
 )
 def test_patterns_that_cannot_work_are_named(tmp_path, options, words):
@@ -275,8 +275,8 @@ def test_real_folder(shared, tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(row | {"path": str((shared / "data/ct" / row["path"]).resolve())} for row in rows)
-    result, data = prepare(tmp_path, options=Options(source_pattern="^([a-z0-9]+)_"))
+    result, data = prepare(tmp_path, options=PrepareOptions(source_pattern="^([a-z0-9]+)_"))
     assert result["images"] == len(rows) == len(data.records)
-    assert result["twins"]["leaks"]["sound"]["test"]["group_in_train"] == 0
+    assert result["twins"]["leaks"]["clean"]["test"]["group_in_train"] == 0
     assert {"mosmed", "sarscov2", "ucsd"} <= set(result["sources"])
     assert data.records[7]["image"] == (shared / "data/ct" / rows[7]["path"]).read_bytes()

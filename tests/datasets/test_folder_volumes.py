@@ -15,13 +15,13 @@ import scans  # noqa: E402
 
 from lungjax import datasets  # noqa: E402
 from lungjax.data.imaging import volumes  # noqa: E402
-from lungjax.datasets import Options, folder  # noqa: E402
+from lungjax.datasets import PrepareOptions, folder  # noqa: E402
 
 WIDE = ((-350.0, 1300.0),)
 
 
 def listing(root, **options):
-    return folder.listing(root, "default", Options(**({"salt": "secret", "hu_windows": WIDE} | options)))
+    return folder.listing(root, "default", PrepareOptions(**({"salt": "secret", "hu_windows": WIDE} | options)))
 
 
 def pixels(example):
@@ -222,7 +222,7 @@ def test_damaged_dicom_header_can_be_skipped(tmp_path):
         data = file.read()
     with open(paths[0], "wb") as file:
         file.write(data.replace(b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"))
-    how = {"source": tmp_path / "in", "data_dir": tmp_path / "data", "options": Options(salt="s"), "quiet": True}
+    how = {"source": tmp_path / "in", "data_dir": tmp_path / "data", "options": PrepareOptions(salt="s"), "quiet": True}
     with pytest.raises(ValueError, match=os.path.basename(paths[0])):
         datasets.write("folder/x-12x16", **how)
     skipped = datasets.write("folder/x-12x16", on_bad_image="skip", **how)["skipped"]
@@ -239,7 +239,7 @@ def test_prepared_volumes_open_and_bad_ones_can_be_skipped(tmp_path):
         scans.series(tmp_path / "in" / split / "ab"[i % 2] / f"Doe^Jane {i}", hu, **uids(i, f"ID-{i}"))
         scans_of[f"series-{volumes.pseudonym(f'1.2.{i}', 'secret')}/coronal-0005"] = hu[::-1, 5]
     scans.save(scans.dataset(np.zeros((4, 4), np.uint16), "MR"), tmp_path / "in/train/b/mr.dcm")
-    options = Options(
+    options = PrepareOptions(
         salt="secret", hu_windows=(*WIDE, (40.0, 400.0), (-600.0, 1500.0)), plane="coronal", position="mid"
     )
     how = {"source": tmp_path / "in", "data_dir": tmp_path / "data", "options": options, "quiet": True}

@@ -6,7 +6,7 @@ from test_prepare import make_folder, run, write
 from lungjax import datasets
 from lungjax.config import STAGES
 from lungjax.data.imaging import lung_masks
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 
 NAMES = {
     "covidx_ct": "covidx_ct/3a",
@@ -15,12 +15,12 @@ NAMES = {
     "ct_cov19/lungs_nocrop": "ct_cov19/lungs_nocrop",
     "ct_cov19/original-crop-224": "ct_cov19/crop-224",
     "folder/my-set_2.0": "folder/my-set_2.0",
-    "folder/mine-nolungs": "folder/mine-nolungs",
+    "folder/mine-no_lungs": "folder/mine-no_lungs",
     "folder/2020": "folder/2020",
     "folder/default-224": "folder/default-224",
     "folder/default-lungs": "folder/lungs",
     "folder/original-lungs": "folder/original-lungs",
-    "phantom_ct/tiny-nolungs": "phantom_ct/tiny-nolungs",
+    "phantom_ct/tiny-no_lungs": "phantom_ct/tiny-no_lungs",
 }
 
 
@@ -28,7 +28,7 @@ def test_a_name_holds_configuration_stage_and_size(tmp_path):
     for name, full in NAMES.items():
         parts = datasets.resolve(name)[0]
         assert parts.full == full and datasets.resolve(full)[0] == parts
-    assert datasets.resolve("covidx_ct/lungs-96x128")[0] == datasets.Name("covidx_ct", "3a", "lungs", (96, 128))
+    assert datasets.resolve("covidx_ct/lungs-96x128")[0] == datasets.DatasetName("covidx_ct", "3a", "lungs", (96, 128))
     with pytest.raises(ValueError, match="unknown configuration 'lung' of ct_cov19; the nearest: lungs"):
         datasets.resolve("ct_cov19/lung")
     for typo in ("folder/mine-lung-64", "folder/a-lungs-crop", "folder/nolung"):
@@ -53,7 +53,7 @@ def test_names_that_mean_nothing_and_what_is_missing_are_explained(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'covidx'; the nearest: covidx_ct"):
         datasets.open_dataset("covidx", tmp_path)
     with pytest.raises(ValueError, match="--source=FOLDER is missing: covidx_ct/3a is made from"):
-        datasets.write("covidx_ct", None, tmp_path, Options())
+        datasets.write("covidx_ct", None, tmp_path, PrepareOptions())
     with pytest.raises(ValueError, match="may hold letters"):
         datasets.open_dataset("folder/../x", tmp_path)
 
@@ -70,18 +70,18 @@ def test_a_set_of_an_older_lungjax_is_refused(tmp_path):
 
 
 def test_the_salt_of_patient_ids_is_drawn_once_and_never_empty(tmp_path):
-    salts = {datasets._salted(Options(), tmp_path).salt for _ in range(3)}
+    salts = {datasets._salted(PrepareOptions(), tmp_path).salt for _ in range(3)}
     assert len(salts) == 1 and len(salts.pop()) == 32
     assert [p.name for p in tmp_path.iterdir()] == [".patient_salt"]
     assert (tmp_path / ".patient_salt").stat().st_mode & 0o777 == 0o600
     (tmp_path / ".patient_salt").write_text("")
     with pytest.raises(ValueError, match="is empty: without a salt"):
-        datasets._salted(Options(), tmp_path)
+        datasets._salted(PrepareOptions(), tmp_path)
 
 
 def test_every_data_set_tells_where_to_get_it_and_what_to_cite(tmp_path):
     for name, entry in datasets.DATASETS.items():
-        page = datasets.page(name)
+        page = datasets.help_text(name)
         for word in ("Where to get it", "What the folder must look like", "Licence", "Cite", "--dataset=" + name):
             assert word in page, name
         expected = datasets.about(name).expected or {}

@@ -1,4 +1,4 @@
-"""Protocols from the folder to the training rows: what a study counted twice, what the sound splits leave out."""
+"""Protocols from the folder to the training rows: what a study counted twice, what the clean splits leave out."""
 
 import io
 import shutil
@@ -14,7 +14,7 @@ from PIL import Image
 from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.datasets.build import near_duplicates
 from lungjax.datasets.phantom import slices as phantom
 
@@ -52,23 +52,23 @@ def xray_5k(tmp_path_factory):
     smaller = Image.open(root / "in/test/non/testnon1.png")
     smaller = smaller.resize((smaller.width * 3 // 4, smaller.height * 3 // 4), Image.Resampling.BICUBIC)
     smaller.save(root / "in/train/non/smaller.jpg", quality=70)
-    result = datasets.write("covid_xray_5k", root / "in", root / "data", Options(), quiet=True)
+    result = datasets.write("covid_xray_5k", root / "in", root / "data", PrepareOptions(), quiet=True)
     return root, result
 
 
-def test_twins_over_splits_are_counted_for_the_study_and_left_out_of_the_sound_splits(xray_5k):
+def test_twins_over_splits_are_counted_for_the_study_and_left_out_of_the_clean_splits(xray_5k):
     root, result = xray_5k
     leaks = result["twins"]["leaks"]
     assert leaks["study"]["test"] == leaks["study"]["val"] | {"exact_twin_in_val": 8}, "it validates on test"
     assert leaks["study"]["test"]["exact_twin_in_train"] == leaks["study"]["test"]["near_twin_in_train"] == 1
-    assert leaks["study"]["test"]["any"] == 2 and leaks["sound"]["test"]["any"] == 0
+    assert leaks["study"]["test"]["any"] == 2 and leaks["clean"]["test"]["any"] == 0
     assert any("2 of 8 test images are known from train" in line for line in result["warnings"])
-    sound, study = (datasets.open_dataset("covid_xray_5k", root / "data", p) for p in ("sound", "study"))
-    files = sound.columns["file"]
-    assert sorted(files[sound.columns["split"] == ""]) == ["train/covid/copied.png", "train/non/smaller.jpg"]
+    clean, study = (datasets.open_dataset("covid_xray_5k", root / "data", p) for p in ("clean", "study"))
+    files = clean.columns["file"]
+    assert sorted(files[clean.columns["split"] == ""]) == ["train/covid/copied.png", "train/non/smaller.jpg"]
     assert set(files[study.rows("train")]) > {"train/covid/copied.png", "train/non/smaller.jpg"}
-    assert set(study.rows("val")) == set(study.rows("test")) and not set(sound.rows("val")) & set(sound.rows("test"))
-    near = near_duplicates.read(sound, root / "data")
+    assert set(study.rows("val")) == set(study.rows("test")) and not set(clean.rows("val")) & set(clean.rows("test"))
+    near = near_duplicates.read(clean, root / "data")
     assert files[near].tolist() in ([["test/non/testnon1.png", "train/non/smaller.jpg"]], [
         ["train/non/smaller.jpg", "test/non/testnon1.png"]
     ])  # fmt: skip
@@ -82,13 +82,13 @@ def test_cross_names_what_two_sets_share(xray_5k):
     root, _ = xray_5k
     slices(root / "other", [f"{label}/{i}.png" for label in "ab" for i in range(5)], 900)
     shutil.copy(root / "in/test/non/testnon3.png", root / "other/a/shared.png")
-    datasets.write("folder/other", root / "other", root / "data", Options(), quiet=True)
+    datasets.write("folder/other", root / "other", root / "data", PrepareOptions(), quiet=True)
     flags = ["--dataset=folder/other", "--cross=covid_xray_5k", f"--data_dir={root / 'data'}"]
     said = subprocess.run([sys.executable, "-m", "lungjax.prepare", *flags], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "1 of 11 images of folder/other has an exact copy in covid_xray_5k/default, 0 a near twin" in said.stdout
     assert "a/shared.png = test/non/testnon3.png" in said.stdout
-    datasets.write("folder/other-lungs", root / "other", root / "data", Options(), quiet=True)
+    datasets.write("folder/other-lungs", root / "other", root / "data", PrepareOptions(), quiet=True)
     with pytest.raises(ValueError, match="folder/other-lungs is a stage: give it without"):
         near_duplicates.cross(
             *(datasets.open_dataset(n, root / "data") for n in ("folder/other-lungs", "folder/other"))
@@ -97,7 +97,7 @@ def test_cross_names_what_two_sets_share(xray_5k):
 
 def test_slices_of_patients_that_only_look_alike_are_no_twins(tmp_path):
     """Drawn chests at one level are as alike as slices of different patients get; none may be left out."""
-    result = datasets.write("phantom_ct/tiny", None, tmp_path, Options(seed=3), quiet=True)
+    result = datasets.write("phantom_ct/tiny", None, tmp_path, PrepareOptions(seed=3), quiet=True)
     assert result["twins"]["near_pairs"] == result["twins"]["left_out"] == 0
 
 
@@ -112,6 +112,6 @@ def test_a_real_x_ray_saved_again_is_found(shared, tmp_path):
     again = io.BytesIO()
     Image.open(files[1]).save(again, "JPEG", quality=40)
     (tmp_path / "in/train/COVID/again.jpg").write_bytes(again.getvalue())
-    result = datasets.write("folder", tmp_path / "in", tmp_path / "data", Options(), quiet=True)
+    result = datasets.write("folder", tmp_path / "in", tmp_path / "data", PrepareOptions(), quiet=True)
     assert result["twins"]["near_pairs"] == 1 and result["twins"]["left_out"] == 1
     assert "again.jpg" in result["twins"]["pairs"][0] and files[1].name in result["twins"]["pairs"][0]

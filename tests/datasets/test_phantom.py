@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lungjax import datasets
 from lungjax.data.imaging import images
-from lungjax.datasets import Options, phantom_ct
+from lungjax.datasets import PrepareOptions, phantom_ct
 from lungjax.datasets.phantom import slices as phantom
 
 
@@ -31,7 +31,7 @@ def drawn() -> dict[str, list[tuple[phantom.Patient, phantom.Phantom]]]:
 
 
 def test_a_seed_gives_the_same_bytes_in_another_process_and_in_any_order():
-    examples = phantom_ct.listing(None, "tiny", Options(seed=3)).examples[:6]
+    examples = phantom_ct.listing(None, "tiny", PrepareOptions(seed=3)).examples[:6]
     np.random.seed(1)
     with ThreadPoolExecutor(3) as pool:
         backwards = list(pool.map(lambda e: e.image(), examples[::-1]))[::-1]
@@ -42,7 +42,7 @@ def test_a_seed_gives_the_same_bytes_in_another_process_and_in_any_order():
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
     assert other == b"".join(backwards)
-    again = phantom_ct.listing(None, "tiny", Options(seed=4)).examples[:6]
+    again = phantom_ct.listing(None, "tiny", PrepareOptions(seed=4)).examples[:6]
     assert all(a.image() != b for a, b in zip(again, backwards, strict=True))
 
 
@@ -133,13 +133,13 @@ def test_unknown_words_are_named():
     with pytest.raises(ValueError, match=r"'Covid'.*Normal, Pneumonia, COVID-19"):
         phantom.draw_patient(0, "Covid", 1)
     with pytest.raises(ValueError, match=r"unknown configuration 'tine'.*tiny"):
-        phantom_ct.listing(None, "tine", Options())
+        phantom_ct.listing(None, "tine", PrepareOptions())
     with pytest.raises(ValueError, match="--classes"):
-        phantom_ct.listing(None, "tiny", Options(classes=("a", "b")))
+        phantom_ct.listing(None, "tiny", PrepareOptions(classes=("a", "b")))
 
 
 def test_patients_are_split_within_classes_and_scanners_spread():
-    examples = phantom_ct.listing(None, "default", Options()).examples
+    examples = phantom_ct.listing(None, "default", PrepareOptions()).examples
     by_patient = {e.group: e for e in examples}
     patients, slices = phantom_ct.SIZES["default"]
     assert len(by_patient) == patients and len(examples) == patients * slices
@@ -161,7 +161,7 @@ def _known(example):
 
 def test_the_tiny_set_is_drawn_on_first_use(tmp_path):
     data = datasets.open_dataset("phantom_ct/tiny", tmp_path)
-    examples = phantom_ct.listing(None, "tiny", Options()).examples
+    examples = phantom_ct.listing(None, "tiny", PrepareOptions()).examples
     assert data.classes == phantom.CLASSES
     assert [len(data.rows(s)) for s in ("train", "val", "test")] == [30, 6, 12]
     for row in (0, 17, 47):
@@ -173,7 +173,7 @@ def test_the_tiny_set_is_drawn_on_first_use(tmp_path):
 
 
 def test_size_window_noise_and_brightness_do_not_give_the_class_away():
-    examples = phantom_ct.listing(None, "default", Options()).examples[:540:3]  # a slice of 180 patients
+    examples = phantom_ct.listing(None, "default", PrepareOptions()).examples[:540:3]  # a slice of 180 patients
     features = []
     for example in examples:
         image = np.asarray(Image.open(io.BytesIO(example.image())), np.float64)

@@ -94,7 +94,7 @@ def test_a_slice_without_lungs_is_said_and_keeps_a_picture():
     belly = np.zeros((120, 120), np.uint8)
     yy, xx = np.mgrid[:120, :120]
     belly[(yy - 60) ** 2 / 45**2 + (xx - 60) ** 2 / 55**2 < 1] = 150
-    for stage in ("lungs", "lungs_nocrop", "nolungs"):
+    for stage in ("lungs", "lungs_nocrop", "no_lungs"):
         found = treated(encoded(belly), stage=stage)
         assert not found.found and images.decode(found.data, None).max() == 150
 

@@ -91,7 +91,7 @@ def test_a_source_that_tells_the_class_is_warned_about(share, told):
 def test_what_is_read_without_lungs_is_warned_about():
     def said(auc, whole=0.95):
         return list(
-            baselines.warnings({"controls": {"nolungs": {"auc_macro": auc}}, "test": {"slice": {"auc_macro": whole}}})
+            baselines.warnings({"controls": {"no_lungs": {"auc_macro": auc}}, "test": {"slice": {"auc_macro": whole}}})
         )
 
     assert said(0.59) == said(None) == []

@@ -36,7 +36,7 @@ def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
     """The rows of each draw, one by one, from the counts of patients in the order of their first names."""
     names = ["1" + i if not g else "0" + g for i, g in zip(p.ids.tolist(), p.groups.tolist(), strict=True)]
     order = sorted(set(names))
-    counts = np.concatenate(list(bootstrap.patient_draws(len(order), draws, seed, 7)), axis=1)
+    counts = np.concatenate(list(bootstrap.resample_patients(len(order), draws, seed, 7)), axis=1)
     assert (counts.sum(axis=0) == len(order)).all()
     times = counts[[order.index(name) for name in names]].astype(int)
     return [np.repeat(np.arange(len(p)), times[:, d]) for d in range(draws)]
@@ -109,7 +109,7 @@ def test_weights_do_what_copies_do():
     p = make(seed=5)
     names = ["1" + i if not g else "0" + g for i, g in zip(p.ids.tolist(), p.groups.tolist(), strict=True)]
     order = sorted(set(names))
-    counts = next(bootstrap.patient_draws(len(order), DRAWS, 0, DRAWS))[[order.index(name) for name in names]]
+    counts = next(bootstrap.resample_patients(len(order), DRAWS, 0, DRAWS))[[order.index(name) for name in names]]
     found = bootstrap.intervals(p, DRAWS)
     for i, name in ((0, "a"), (1, "b")):
         for key, own in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
@@ -130,7 +130,7 @@ def test_draws_follow_from_the_seed_alone(monkeypatch):
 def test_copies_of_a_slice_make_no_interval_narrower():
     p = dataclasses.replace(make(60), groups=np.array([f"p{i:02}" for i in range(60)]))
     four = dataclasses.replace(
-        bootstrap.taken(p, np.repeat(np.arange(60), 4)), ids=np.array([f"{i}" for i in range(240)])
+        bootstrap.take(p, np.repeat(np.arange(60), 4)), ids=np.array([f"{i}" for i in range(240)])
     )
     once, often = bootstrap.intervals(p, 100), bootstrap.intervals(four, 100)
     assert all(often[name] == pytest.approx(once[name], abs=1e-12) for name in once)
@@ -167,8 +167,10 @@ def test_what_is_undefined_in_most_draws_has_no_interval():
     one = dataclasses.replace(p, groups=np.full(30, "same"))
     assert bootstrap.intervals(one, 200) == {} == bootstrap.intervals(p, 0)
     assert bootstrap.over_runs([one], ["accuracy"], 200) == {"accuracy": (1, None, None)}
-    assert bootstrap.paired(one, one, ["accuracy"])["accuracy"] == bootstrap.Difference(1, 1, 0, None, None, None)
-    none = bootstrap.taken(p, np.zeros(0, int))
+    assert bootstrap.paired_difference(one, one, ["accuracy"])["accuracy"] == bootstrap.Difference(
+        1, 1, 0, None, None, None
+    )
+    none = bootstrap.take(p, np.zeros(0, int))
     assert bootstrap.intervals(none) == {} and bootstrap.intervals(none, unit="patient") == {}
     assert bootstrap.over_runs([none], ["auc_macro"]) == {"auc_macro": (None, None, None)}
 
@@ -181,7 +183,7 @@ def test_patients_are_drawn_of_the_patient_level():
 
 
 def shuffled(p: Predictions, seed=0) -> Predictions:
-    return bootstrap.taken(p, np.random.default_rng(seed).permutation(len(p)))
+    return bootstrap.take(p, np.random.default_rng(seed).permutation(len(p)))
 
 
 def test_several_runs_are_averaged_and_drawn():
@@ -210,7 +212,7 @@ def test_runs_that_disagree_widen_the_interval():
 
 def test_a_difference_is_that_of_the_same_draws():
     a, b = make(seed=1, spread=0.8), make(seed=2, spread=1.6)
-    found = bootstrap.paired(a, shuffled(b), draws=DRAWS, seed=6)
+    found = bootstrap.paired_difference(a, shuffled(b), draws=DRAWS, seed=6)
     rows = drawn_rows(a, DRAWS, 6)
     pairs = [(by_scikit_learn(a, r), by_scikit_learn(b, r)) for r in rows]
     assert found.keys() == pairs[0][0].keys()
@@ -221,15 +223,15 @@ def test_a_difference_is_that_of_the_same_draws():
         values = values[~np.isnan(values)]
         tail = min((values <= 1e-12).sum(), (values >= -1e-12).sum())
         assert difference.p == pytest.approx(min(1, 2 * (tail + 1) / (len(values) + 1))), name
-    assert bootstrap.paired(a, b, ["auc_micro"], DRAWS, 6) == {"auc_micro": found["auc_micro"]}
+    assert bootstrap.paired_difference(a, b, ["auc_micro"], DRAWS, 6) == {"auc_micro": found["auc_micro"]}
 
 
 def test_p_is_one_for_the_same_and_small_for_the_better():
     p = make(400, 120, spread=2.0)
-    same = bootstrap.paired(p, shuffled(p), draws=200)
+    same = bootstrap.paired_difference(p, shuffled(p), draws=200)
     assert all(d.p == 1 and d.low == d.high == 0 for d in same.values())
     worse = dataclasses.replace(p, probabilities=p.probabilities[:, [1, 0, 2]])
-    found = bootstrap.paired(p, worse, ["accuracy"], draws=1999)["accuracy"]
+    found = bootstrap.paired_difference(p, worse, ["accuracy"], draws=1999)["accuracy"]
     assert found.high < 0 and found.p == 2 / 2000
 
 
@@ -240,16 +242,16 @@ def test_what_cannot_be_compared_is_named():
     groups = np.where(p.ids == "i7", "elsewhere", p.groups)
     for changed, words in (
         (dataclasses.replace(p, classes=("a", "b", "d")), "other classes: a, b, c and a, b, d"),
-        (bootstrap.taken(p, np.arange(89)), "other examples, 90 and 89: 1 only in the first, such as i89"),
+        (bootstrap.take(p, np.arange(89)), "other examples, 90 and 89: 1 only in the first, such as i89"),
         (
             dataclasses.replace(p, ids=np.char.add(p.ids, "x")),
             "90 only in the first, such as i0; 90 only in the second",
         ),
-        (bootstrap.taken(p, np.array([0, *range(1, 89), 0])), "other examples, 90 and 90: 1 only in the first"),
+        (bootstrap.take(p, np.array([0, *range(1, 89), 0])), "other examples, 90 and 90: 1 only in the first"),
         (dataclasses.replace(p, labels=other), "other labels for 1 of 90 examples, such as i4"),
         (dataclasses.replace(p, groups=groups), "other patients for 1 of 90 examples, such as i7: .*'elsewhere'"),
     ):
-        for call in (lambda c: bootstrap.paired(p, c), lambda c: bootstrap.over_runs([p, c], ["accuracy"])):
+        for call in (lambda c: bootstrap.paired_difference(p, c), lambda c: bootstrap.over_runs([p, c], ["accuracy"])):
             with pytest.raises(ValueError, match=words):
                 call(changed)
 
@@ -259,7 +261,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"no number 'auc'.*nearest"):
         bootstrap.over_runs([p], ["auc"])
     with pytest.raises(ValueError, match="no number 'per_class.x.recall'"):
-        bootstrap.paired(p, p, ["per_class.x.recall"])
+        bootstrap.paired_difference(p, p, ["per_class.x.recall"])
     with pytest.raises(ValueError, match="unit='image': allowed are slice, patient"):
         bootstrap.intervals(p, unit="image")
     with pytest.raises(ValueError, match="draws=-1"):

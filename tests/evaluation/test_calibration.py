@@ -37,7 +37,7 @@ def test_the_temperature_undoes_what_sharpened_the_network(sharpness, logits):
         return sk.log_loss(p.labels, q / q.sum(axis=1, keepdims=True), labels=range(3))
 
     assert found == pytest.approx(optimize.brent(loss, brack=(0.2, sharpness, 9)), rel=1e-4)
-    mended = calibration.scaled(p, found)
+    mended = calibration.apply_temperature(p, found)
     np.testing.assert_array_equal(mended.predicted, p.predicted)
     before, after = (metrics.summarize(x.labels, x.probabilities, x.classes) for x in (p, mended))
     assert after["loss"] == pytest.approx(loss(found)) and after["loss"] <= before["loss"]
@@ -49,9 +49,9 @@ def test_the_temperature_undoes_what_sharpened_the_network(sharpness, logits):
 def test_one_sigmoid_logit_is_scaled_too():
     p = make(500, c=2)
     z = np.stack([np.zeros(500), p.logits[:, 1] - p.logits[:, 0]], axis=1)
-    found = calibration.scaled(dataclasses.replace(p, logits=z), 2.0)
+    found = calibration.apply_temperature(dataclasses.replace(p, logits=z), 2.0)
     np.testing.assert_allclose(found.probabilities[:, 1], 1 / (1 + np.exp(-z[:, 1] / 2)), atol=1e-12)
-    np.testing.assert_allclose(found.probabilities, calibration.scaled(p, 2.0).probabilities, atol=1e-12)
+    np.testing.assert_allclose(found.probabilities, calibration.apply_temperature(p, 2.0).probabilities, atol=1e-12)
     np.testing.assert_array_equal(found.logits, z / 2)
 
 
@@ -63,16 +63,16 @@ def test_the_ends_of_the_range_and_certainty():
     assert calibration.fit_temperature(wrong) == calibration.BOUNDS[1]
     # Probabilities of exactly 0 and 1, one of them wrong, are still finite.
     sure = np.eye(3)[np.where(np.arange(50) == 0, (p.labels + 1) % 3, p.labels)]
-    found = calibration.scaled(dataclasses.replace(p, probabilities=sure), 5.0)
+    found = calibration.apply_temperature(dataclasses.replace(p, probabilities=sure), 5.0)
     assert np.isfinite(found.probabilities).all() and found.logits is None
     none = dataclasses.replace(make(1), **dict.fromkeys(("ids", "groups", "sources"), np.zeros(0, str)),
                                labels=np.zeros(0, int), probabilities=np.zeros((0, 3)), logits=None)  # fmt: skip
     with pytest.raises(ValueError, match="no example to fit"):
         calibration.fit_temperature(none)
-    assert len(calibration.scaled(none, 2.0)) == 0 and all(b["n"] == 0 for b in calibration.bins(none))
+    assert len(calibration.apply_temperature(none, 2.0)) == 0 and all(b["n"] == 0 for b in calibration.bins(none))
     for bad in (0, -1, np.nan, np.inf):
         with pytest.raises(ValueError, match="must be above zero"):
-            calibration.scaled(p, bad)
+            calibration.apply_temperature(p, bad)
 
 
 def test_the_bins_are_scikit_learns():
@@ -96,7 +96,7 @@ def test_the_summary_fits_on_val_and_tells_of_test():
     assert found["temperature"] == calibration.fit_temperature(val) != calibration.fit_temperature(test)
     level = metrics.summarize(test.labels, test.probabilities, test.classes)
     assert found["test"] == {name: level[name] for name in ("ece", "brier", "loss")}
-    mended = calibration.scaled(test, found["temperature"])
+    mended = calibration.apply_temperature(test, found["temperature"])
     assert found["test_scaled"]["brier"] == pytest.approx(
         sum(sk.brier_score_loss(test.labels == i, mended.probabilities[:, i]) for i in range(3))
     )

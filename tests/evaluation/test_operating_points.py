@@ -65,29 +65,29 @@ def test_thresholds_by_hand():
 
 def test_numbers_at_a_threshold_by_hand():
     p = two([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0.9, 0.8, 0.5, 0.2, 0.7, 0.5, 0.1, 0.1, 0.1, 0.1])
-    found = operating_points.at(p, 1, 0.5, prevalence=0.1, draws=200)
+    found = operating_points.metrics_at_threshold(p, 1, 0.5, prevalence=0.1, draws=200)
     wanted = {"threshold": 0.5, "tp": 3, "fp": 2, "fn": 1, "tn": 4, "ppv": 3 / 5, "npv": 4 / 5}
     assert found == found | wanted | {"sensitivity": 3 / 4, "at_prevalence": 0.1}
     assert found["specificity"] == pytest.approx(4 / 6)
     # Of 1,200 people 120 have it: 90 are found, with 360 false alarms; 720 of 750 that are cleared are healthy.
     assert found["ppv_at"] == pytest.approx(90 / 450) and found["npv_at"] == pytest.approx(720 / 750)
     assert found["intervals"].keys() == set(operating_points.RATES)
-    bare = operating_points.at(p, 1, 0.5, draws=0)
+    bare = operating_points.metrics_at_threshold(p, 1, 0.5, draws=0)
     assert bare["ppv_at"] is bare["npv_at"] is bare["at_prevalence"] is None and bare["intervals"] == {}
-    nobody = operating_points.at(p, 1, 0.95, prevalence=0.1, draws=0)
+    nobody = operating_points.metrics_at_threshold(p, 1, 0.95, prevalence=0.1, draws=0)
     assert nobody["ppv"] is nobody["ppv_at"] is None and nobody["sensitivity"] == 0 and nobody["npv_at"] == 0.9
-    only = operating_points.at(two([0, 0], [0.9, 0.1]), 1, 0.5)
+    only = operating_points.metrics_at_threshold(two([0, 0], [0.9, 0.1]), 1, 0.5)
     assert only["sensitivity"] is only["npv_at"] is None and only["specificity"] == 0.5 and only["ppv"] == 0
     for bad in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match="prevalence="):
-            operating_points.at(p, 1, 0.5, prevalence=bad)
+            operating_points.metrics_at_threshold(p, 1, 0.5, prevalence=bad)
 
 
 def test_intervals_are_over_patients():
     p = make()
-    found = operating_points.at(p, 1, 0.3, prevalence=0.2, draws=40, seed=5)
+    found = operating_points.metrics_at_threshold(p, 1, 0.3, prevalence=0.2, draws=40, seed=5)
     names = sorted({"0" + g for g in p.groups.tolist()})
-    counts = next(bootstrap.patient_draws(len(names), 40, 5, 40))[[names.index("0" + g) for g in p.groups.tolist()]]
+    counts = next(bootstrap.resample_patients(len(names), 40, 5, 40))[[names.index("0" + g) for g in p.groups.tolist()]]
     called, positive = p.probabilities[:, 1] >= 0.3, p.labels == 1
     sensitivity = np.array([sk.recall_score(positive, called, sample_weight=w) for w in counts.T])
     specificity = np.array([sk.recall_score(~positive, ~called, sample_weight=w) for w in counts.T])
@@ -104,16 +104,23 @@ def test_the_report_chooses_on_val_and_counts_on_test():
     for i, name in enumerate(CLASSES):
         assert list(found[name]) == ["youden", "sensitivity_0.9"]
         for rule, point in found[name].items():
-            assert point == operating_points.at(test, i, operating_points.choose(val, i, rule), 0.05, draws=50)
+            assert point == operating_points.metrics_at_threshold(
+                test, i, operating_points.choose(val, i, rule), 0.05, draws=50
+            )
     without = dataclasses.replace(val, labels=np.where(val.labels == 2, 1, val.labels))
     found = operating_points.points(without, test, draws=0)
     reason = "There is no operating point for c: the split that thresholds are chosen on has no example of c."
-    assert found["c"] == {} and operating_points.lacking(without) == [reason] and operating_points.lacking(val) == []
+    assert (
+        found["c"] == {}
+        and operating_points.missing_rules(without) == [reason]
+        and operating_points.missing_rules(val) == []
+    )
     assert found["a"]["sensitivity_0.95"]["tp"] > 0
     same = dataclasses.replace(val, labels=np.zeros(120, int))
     assert operating_points.points(same, test, draws=0) == {"a": {}, "b": {}, "c": {}}
     assert (
-        "nothing but a" in operating_points.lacking(same)[0] and "no example of b" in operating_points.lacking(same)[1]
+        "nothing but a" in operating_points.missing_rules(same)[0]
+        and "no example of b" in operating_points.missing_rules(same)[1]
     )
     with pytest.raises(ValueError, match="has no example of c"):
         operating_points.choose(without, 2, "youden")
@@ -133,4 +140,4 @@ def test_net_benefit_by_hand():
         with pytest.raises(ValueError, match="threshold probabilities"):
             operating_points.net_benefit(p, 1, [bad, 0.5])
     with pytest.raises(ValueError, match="no example"):
-        operating_points.net_benefit(bootstrap.taken(p, np.zeros(0, int)), 1)
+        operating_points.net_benefit(bootstrap.take(p, np.zeros(0, int)), 1)

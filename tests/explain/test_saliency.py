@@ -86,14 +86,14 @@ def test_cams_are_those_of_their_papers(relu):
             for k in range(CHANNELS):
                 a, g = last[b, :, :, k], gradient[b, :, :, k]
                 raw["gradcam"][b] += g.sum() / g.size * a
-                raw["gradcam_guided"][b] += (g * (g > 0) * (a > 0)).sum() / g.size * a
+                raw["gradcam_positive"][b] += (g * (g > 0) * (a > 0)).sum() / g.size * a
                 alpha = g**2 / (2 * g**2 + a.sum() * g**3)
                 raw["gradcam++"][b] += (alpha * np.maximum(g, 0)).sum() * a
         for name, map_ in raw.items():
             if name == "gradcam++" and not relu:  # the paper's maps have no negative values
                 continue
-            wanted = enlarged(map_ if name == "gradcam_guided" else np.maximum(map_, 0))
-            if name == "gradcam_guided":
+            wanted = enlarged(map_ if name == "gradcam_positive" else np.maximum(map_, 0))
+            if name == "gradcam_positive":
                 wanted = wanted - wanted.min((1, 2), keepdims=True)
             seen[name] += wanted.any()
             wanted = wanted / np.maximum(wanted.max((1, 2), keepdims=True), 1e-9)

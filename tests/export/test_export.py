@@ -33,7 +33,7 @@ from lungjax.export.functions import Programs
 from lungjax.inference import api, artifacts, predictor
 from lungjax.models.layers import Conv
 from lungjax.models.ops import conv
-from lungjax.models.ops.pooling import halve
+from lungjax.models.ops.pooling import avg_pool_2x2
 from lungjax.runtime import environment, files
 
 SPEC = InputSpec(
@@ -159,9 +159,9 @@ def random_variables_of(layer, x):
 
 def test_halving_is_one_reduction_in_plain_forms():
     with conv.plain_forms():
-        assert "reduce_window" in str(jax.make_jaxpr(halve)(jnp.zeros((1, 4, 4, 2))))
-        assert "platform_index" not in str(jax.make_jaxpr(halve)(jnp.zeros((1, 4, 4, 2))))
-    assert "platform_index" in str(jax.make_jaxpr(halve)(jnp.zeros((1, 4, 4, 2))))
+        assert "reduce_window" in str(jax.make_jaxpr(avg_pool_2x2)(jnp.zeros((1, 4, 4, 2))))
+        assert "platform_index" not in str(jax.make_jaxpr(avg_pool_2x2)(jnp.zeros((1, 4, 4, 2))))
+    assert "platform_index" in str(jax.make_jaxpr(avg_pool_2x2)(jnp.zeros((1, 4, 4, 2))))
 
 
 STRANGER = """
@@ -309,15 +309,15 @@ def test_an_export_that_differs_is_not_kept_and_an_old_one_stays(small, tmp_path
 def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     place = tmp_path / "out"
     for text in ("one", "two"):
-        with files.replaced_folder(place, "mark") as new:
+        with files.atomic_folder(place, "mark") as new:
             (new / text).write_text(text)
             (new / "mark").write_text("")
         assert sorted(p.name for p in place.iterdir()) == ["mark", text]
-    with pytest.raises(KeyError), files.replaced_folder(place, "mark") as new:
+    with pytest.raises(KeyError), files.atomic_folder(place, "mark") as new:
         (new / "three").write_text("")
         raise KeyError
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/mark", "out/two"]
-    with pytest.raises(ValueError, match="has no another, so it is no export"), files.replaced_folder(place, "another"):
+    with pytest.raises(ValueError, match="has no another, so it is no export"), files.atomic_folder(place, "another"):
         pass
     assert (place / "two").exists()
 

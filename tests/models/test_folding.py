@@ -55,7 +55,7 @@ COUNTED = {
 
 def both(module, variables, shape=SHAPE):
     """Logits and last map of the plain and of the folded network, from one program."""
-    network = folding.Folded(module, variables, shape)
+    network = folding.FoldedModel(module, variables, shape)
     prepared, images = network.prepare(variables), random_images(shape)
     run = lambda v, p, x: (module.apply(v, x, train=False), network(p, x))  # noqa: E731
     # Each program runs once: compiled quickly, not well.
@@ -163,7 +163,7 @@ def test_folded_variables_keep_their_place_on_the_devices():
     everywhere = meshes.replicated(mesh)
     variables = random_variables(module, SHAPE)
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, cut if leaf.ndim == 4 else everywhere), variables)
-    network = folding.Folded(module, variables, SHAPE)
+    network = folding.FoldedModel(module, variables, SHAPE)
     prepared = network.prepare(placed)
     assert {leaf.sharding for leaf in trees.flatten(prepared).values() if leaf.ndim == 4} == {cut}
     assert {leaf.sharding for leaf in trees.flatten(prepared).values() if leaf.ndim < 4} == {everywhere}

@@ -110,7 +110,7 @@ def test_max_pool_equals_plain(window):
 @pytest.mark.parametrize("shape", [(2, 8, 6, 5), (3, 9, 7, 4)], ids=str)
 def test_halve_equals_average_pool(shape):
     x = draw(0, *shape)
-    close(with_gradients(pooling.halve, x), with_gradients(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), x), 1e-6)
+    close(with_gradients(pooling.avg_pool_2x2, x), with_gradients(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), x), 1e-6)
 
 
 def test_max_pool_passes_the_gradient_on_whatever_the_compiler_recomputes():
@@ -177,8 +177,8 @@ def test_form_follows_the_platform():
     assert "select_and_scatter" in lowered(pool, args[:1], "cuda")
     assert "select_and_scatter" not in lowered(pool, args[:1], "cpu")
 
-    assert "reduce_window" in lowered(pooling.halve, args[:1], "cuda")
-    assert "reduce_window" not in lowered(pooling.halve, args[:1], "cpu")
+    assert "reduce_window" in lowered(pooling.avg_pool_2x2, args[:1], "cuda")
+    assert "reduce_window" not in lowered(pooling.avg_pool_2x2, args[:1], "cpu")
 
     def normed(x):
         return batch_norm.batch_norm(x, jnp.ones(6), jnp.ones(6), 1e-3, nn.silu, jnp.float32)[0]
@@ -205,7 +205,7 @@ class Small(nn.Module):
             x = layers.Conv(8, 3, groups=-1, strides=2, name="depth")(x)
             return layers.max_pool(layers.Conv(12, 3, padding="VALID", name="dense")(x), 3, 2)
 
-        x = pooling.halve(layers.Conv(8, 3, name="stem")(x))
+        x = pooling.avg_pool_2x2(layers.Conv(8, 3, name="stem")(x))
         x = (nn.remat(body) if self.remat else body)(self, x)
         return layers.Conv(4, 1, use_bias=True, name="point")(x).mean((1, 2))
 

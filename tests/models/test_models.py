@@ -22,7 +22,7 @@ from lungjax.models.ops import conv
 from lungjax.models.transfusion import Transfusion
 from lungjax.models.trees import flatten
 from lungjax.training.optim import frozen_paths
-from lungjax.training.step import fixed_norms
+from lungjax.training.step import frozen_batch_norm
 
 # name: image channels, classes, trainable parameters, those with BatchNorm statistics, last map of 128 x 160
 # (cbr_larget: of 256 x 330, below), least side.
@@ -318,7 +318,7 @@ def test_evaluation_and_frozen_norms_keep_statistics(name, frozen):
     variables = random_variables(module, shape)
 
     def run(train):
-        with fixed_norms("frozen" if frozen else "update", frozenset()):
+        with frozen_batch_norm("frozen" if frozen else "update", frozenset()):
             return module.apply(
                 variables,
                 random_images(shape),

@@ -48,15 +48,15 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
     plus = torch.where(g > 0, plus, 0.0)
     weights = {
         "gradcam": g.mean((2, 3)),
-        "gradcam_guided": (g * (g > 0) * (last > 0)).mean((2, 3)),
+        "gradcam_positive": (g * (g > 0) * (last > 0)).mean((2, 3)),
         "gradcam++": (plus * torch.relu(g)).sum((2, 3)),
     }
     found = {}
     for name, w in weights.items():
         raw = (w[:, :, None, None] * last).sum(1, keepdim=True)
-        raw = raw if name == "gradcam_guided" else torch.relu(raw)
+        raw = raw if name == "gradcam_positive" else torch.relu(raw)
         full = functional.interpolate(raw, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[:, 0]
-        low = full.amin((1, 2), keepdim=True) if name == "gradcam_guided" else 0.0
+        low = full.amin((1, 2), keepdim=True) if name == "gradcam_positive" else 0.0
         found[name] = ((full - low) / (full.amax((1, 2), keepdim=True) - low)).numpy()
 
     total = torch.zeros_like(x)

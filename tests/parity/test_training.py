@@ -54,7 +54,7 @@ def prepared(folder: Path) -> Any:
                 coarse.resize((150, 140), Image.Resampling.BICUBIC).save(path)
             lines.append(f"{path.name},{name},{'val' if i < 5 else 'test' if i < 10 else 'train'}")
     (folder / "in/labels.csv").write_text("\n".join(lines))
-    datasets.write("folder", folder / "in", folder / "data", datasets.Options(), quiet=True)
+    datasets.write("folder", folder / "in", folder / "data", datasets.PrepareOptions(), quiet=True)
     return datasets.open_dataset("folder", folder / "data")
 
 

@@ -96,7 +96,7 @@ def test_the_numbers_stand_under_their_documented_names(run):
     for unit in ("slice", "patient"):
         for name, ends in bootstrap.intervals(test, 40, unit=unit).items():
             assert write.lookup(saved, f"test.{unit}.intervals")[name] == list(ends)
-    mosmed = bootstrap.taken(test, np.flatnonzero(test.sources == "mosmed"))
+    mosmed = bootstrap.take(test, np.flatnonzero(test.sources == "mosmed"))
     assert write.lookup(saved, "test.by_source.mosmed.intervals")["accuracy"] == list(
         bootstrap.intervals(mosmed, 40)["accuracy"]
     )
@@ -144,10 +144,10 @@ def test_calibration_and_operating_points_are_chosen_on_val(run):
 def test_controls_have_intervals_and_without_draws_there_are_none():
     test = make()
     source = changed(test, probabilities=np.tile(np.float32([0.2, 0.3, 0.5]), (120, 1)))
-    found = write.assemble(CONFIG, {"test": test, "source_only": source, "nolungs": test}, HISTORY, FACTS)
+    found = write.assemble(CONFIG, {"test": test, "source_only": source, "no_lungs": test}, HISTORY, FACTS)
     assert found["controls"]["source_only"]["intervals"]["auc_macro"] == [0.5, 0.5]
-    assert found["controls"]["nolungs"]["auc_macro"] == found["test"]["slice"]["auc_macro"]
-    assert found["nolungs"]["intervals"] == found["test"]["slice"]["intervals"]
+    assert found["controls"]["no_lungs"]["auc_macro"] == found["test"]["slice"]["auc_macro"]
+    assert found["no_lungs"]["intervals"] == found["test"]["slice"]["intervals"]
     assert "AUC 0.500 (0.500 to 0.500)" in markdown.markdown(CONFIG, found, {})
     config = dataclasses.replace(CONFIG, eval=EvalConfig(draws=0))
     bare = write.assemble(config, {"test": test, "val": make(1, tag="v")}, HISTORY, FACTS)
@@ -182,7 +182,7 @@ def test_predictions_and_pictures_lie_beside_the_page(run):
             assert min(picture.size) > 200 and (pixels < 128).mean() > 0.002, name
             # Nothing is cut: the outermost pixels are white.
             assert min(pixels[[0, -1]].min(), pixels[:, [0, -1]].min()) == 255, name
-    assert not list(workdir.rglob("*.partial"))
+    assert not list(workdir.rglob(".partial*"))
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -382,7 +382,7 @@ def test_curves_are_those_of_the_metrics(drawn, tmp_path):
 def test_reliability_and_decision_curves_show_their_numbers(drawn, tmp_path):
     p = make(n=40 * 5, classes=LONG[:5])
     bins = calibration.bins(p)
-    scaled = calibration.bins(calibration.scaled(p, 2.0))
+    scaled = calibration.bins(calibration.apply_temperature(p, 2.0))
     plots_decisions.reliability(bins, scaled, tmp_path / "r.png")
     upper, lower = drawn[0].axes
     for line, found in zip(upper.lines[1:], (bins, scaled), strict=True):

@@ -38,7 +38,7 @@ ABOUT = {
     "title": "slices",
     "licence": "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).",
     "citation": "A <b> et al.",
-    "sound": "by patient",
+    "clean": "by patient",
 }
 VOID = {"meta", "img", "br"}
 
@@ -65,12 +65,12 @@ def summary(leaks=5):
     counts = {"images": dict.fromkeys(EVIL, 11), "groups": dict.fromkeys(EVIL, 4)}
     return {
         "name": "folder/mine", "images": 99, "classes": list(EVIL), "group_name": "patients", "groups": 33,
-        "protocols": {"sound": {"train": counts, "val": counts, "test": counts}},
+        "protocols": {"clean": {"train": counts, "val": counts, "test": counts}},
         "sources": {"here<i>": {EVIL[0]: 9}, "": {EVIL[1]: 8}},
         "sizes": {"width": [10, 20, 30], "height": [11, 21, 31], "common": [["10 x 11", 1234]]},
         "pixels": {"mean": 0.5, "std": 0.25},
         "duplicates": {"sets": 1, "images": 2, "sets_with_several_labels": 0},
-        "twins": {"near_pairs": 6, "left_out": 7, "leaks": {"sound": {"test": split(leaks)}}},
+        "twins": {"near_pairs": 6, "left_out": 7, "leaks": {"clean": {"test": split(leaks)}}},
         "groups_with_several_labels": 0, "skipped": ["<x>.png: broken"] * 25, "unstaged": [],
         "notes": ["a note & more"], "warnings": ["a <warning>"],
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_numbers_and_their_intervals_are_the_reports(run):
 
 def test_what_is_known_of_the_data_is_told(run):
     page = Page((run[0] / "report.html").read_text("utf-8"))
-    assert page.table("protocol, split")[1] == ["sound, test", "20", "1", "2", "3", "5"]
+    assert page.table("protocol, split")[1] == ["clean, test", "20", "1", "2", "3", "5"]
     assert "In this run's protocol 5 test images are known from train" in page.text
     assert "Of 20 test images 5 are known from train" in page.text
     clean = Page(report_page.page(CONFIG, report_of(run), {}, run[0] / "plots", summary(leaks=0)))
@@ -282,7 +282,7 @@ def test_a_report_of_an_older_lungjax_still_makes_a_page(run):
     heads = [unescape(words) for words in report_page.SECTIONS.values()]
     assert all(f" {words} " in page.text for words in heads)
     assert "Calibration" not in page.text and "Operating" not in page.text and "bootstrap" not in page.text
-    old["nolungs"] = old["test"]["slice"]
+    old["no_lungs"] = old["test"]["slice"]
     page = Page(report_page.page(Config(), old, {}, run[0] / "plots"))
     assert any(row[0] == "the network, lungs blacked out" for row in page.table("", "n"))
 

@@ -227,5 +227,5 @@ def test_a_model_that_can_not_be_compiled_says_so():
     app.state.device.start()
     app.state.device.stop()
     assert isinstance(told[0], ZeroDivisionError)
-    with pytest.raises(uploads.Refused, match="could not load"):
+    with pytest.raises(uploads.UploadError, match="could not load"):
         app.state.device.check("predict")

@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELos
 
 from lungjax.data.imaging import dicom, dicom_frames, images, memory_file
 from lungjax.serve import uploads
-from lungjax.serve.uploads import Limits, Refused
+from lungjax.serve.uploads import Limits, UploadError
 
 LIMITS = Limits(bytes=2**20, pixels=100_000, side=5_000, least=8)
 SECRETS = ("Zentinel", "Otto", "SECRET-4711", "19110203", "1.2.826.0.1.3680043.77", "Klinik Sonnenstein")
@@ -62,7 +62,7 @@ def read(data, **limits):
 
 
 def refused(data, **limits):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UploadError) as caught:
         read(data, **limits)
     return caught.value.status, caught.value.reason, str(caught.value)
 
@@ -396,7 +396,7 @@ def test_nothing_of_a_person_is_in_what_is_said_of_damaged_files(monkeypatch, re
     for data in texts:
         try:
             read(data)
-        except Refused as error:
+        except UploadError as error:
             messages.append(str(error))
             assert error.__cause__ is None
     assert len(messages) > 60
@@ -415,7 +415,7 @@ def test_damaged_images_are_refused_or_read(name):
                 damaged[rng.randrange(min(len(damaged), 300))] = rng.randrange(256)
         try:
             read(bytes(damaged))
-        except Refused as error:
+        except UploadError as error:
             bad += 1
             assert error.status in (413, 415, 422) and str(error)
     assert bad > 20

@@ -230,7 +230,7 @@ def test_every_experiment_loads_and_has_the_metrics(name):
     loaded = {text: load(text) for text in {cell.experiment for cell in TABLES[name].cells}}
     for config in loaded.values():
         configs.check(config)
-        # The official splits of COVIDx CT-2A are the sound ones: `study` there is another study's resampling.
+        # The official splits of COVIDx CT-2A are the clean ones: `study` there is another study's resampling.
         if name not in ("transfusion", "covidnet_ct_2a"):
             assert config.data.protocol == "study"
     # Runs lie in folders by this name: two experiments must not share one.

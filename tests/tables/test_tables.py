@@ -88,12 +88,12 @@ def table(*found, **kwargs):
 
 def test_verdict_gives_a_printed_number_the_slack_of_its_rounding():
     one = Cell("a", "b", "x", "val.slice.accuracy", 0.81, decimals=2)
-    assert results.judge(one, 0.7, 0.8) == "below"  # 0.805 is the least that is printed as 0.81
-    assert results.judge(one, 0.7, 0.8051) == "inside"
-    assert results.judge(one, 0.8149, 0.9) == "inside"
-    assert results.judge(one, 0.8151, 0.9) == "above"
-    assert results.judge(replace(one, published=None), 0.1, 0.2) == ""
-    assert results.judge(one, None, None) == ""
+    assert results.update(one, 0.7, 0.8) == "below"  # 0.805 is the least that is printed as 0.81
+    assert results.update(one, 0.7, 0.8051) == "inside"
+    assert results.update(one, 0.8149, 0.9) == "inside"
+    assert results.update(one, 0.8151, 0.9) == "above"
+    assert results.update(replace(one, published=None), 0.1, 0.2) == ""
+    assert results.update(one, None, None) == ""
 
 
 @pytest.mark.parametrize(
@@ -219,21 +219,21 @@ def test_ours_is_the_mean_over_seeds_and_is_compared_with_what_was_published(tri
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and "not run" in text and found[3].commands[0] in text
 
 
-def test_only_the_sound_protocol_may_lack_a_few_images_of_a_published_split(trial, options, monkeypatch):
-    sound = runs.plan(trial, options)[0]
+def test_only_the_clean_protocol_may_lack_a_few_images_of_a_published_split(trial, options, monkeypatch):
+    clean = runs.plan(trial, options)[0]
     study = replace(
-        sound,
-        folder=sound.folder.with_name("study"),
-        config=overrides.override(sound.config, "data.protocol=study"),
+        clean,
+        folder=clean.folder.with_name("study"),
+        config=overrides.override(clean.config, "data.protocol=study"),
         protocol="study",
     )
-    for run in (sound, study):
+    for run in (clean, study):
         fabricate(run)
     monkeypatch.setattr(runs, "SPARE", 0.3)
     for run, counts, kind in (
-        (sound, (10, 6, 5), "finished"),
-        (sound, (10, 6, 6), "other data"),  # a third is too much
-        (sound, (10, 6, 3), "other data"),  # and it never has more
+        (clean, (10, 6, 5), "finished"),
+        (clean, (10, 6, 6), "other data"),  # a third is too much
+        (clean, (10, 6, 3), "other data"),  # and it never has more
         (study, (10, 6, 4), "finished"),
         (study, (10, 6, 5), "other data"),
     ):

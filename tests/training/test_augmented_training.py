@@ -16,7 +16,7 @@ from lungjax import datasets, models
 from lungjax.config import AugmentConfig, Config, overrides
 from lungjax.config.presets import PRESETS
 from lungjax.data import pipeline
-from lungjax.datasets import Options
+from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
 from lungjax.training import losses, step, train
 
@@ -120,8 +120,8 @@ def test_box_jitter_gets_a_margin_and_the_box_in_it(small_data):
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     root = tmp_path_factory.mktemp("phantoms")
-    for name in ("phantom_ct/tiny", "phantom_ct/tiny-nolungs"):
-        datasets.write(name, None, root, Options(), quiet=True)
+    for name in ("phantom_ct/tiny", "phantom_ct/tiny-no_lungs"):
+        datasets.write(name, None, root, PrepareOptions(), quiet=True)
     return root
 
 
@@ -133,11 +133,11 @@ def test_a_report_says_what_is_left_without_the_lungs(phantoms, tmp_path, monkey
     )  # fmt: skip
     report_path = train.run(config, tmp_path / "run", phantoms)
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["nolungs"]["n"] == report["test"]["slice"]["n"] == 12
-    assert report["nolungs"]["loss"] != report["test"]["slice"]["loss"]
+    assert report["no_lungs"]["n"] == report["test"]["slice"]["n"] == 12
+    assert report["no_lungs"]["loss"] != report["test"]["slice"]["loss"]
     assert "### With the lungs blacked out" in report_path.read_text()
     told = [text for text in report["warnings"] if "lungs blacked out" in text]
-    assert bool(told) == (report["nolungs"]["auc_macro"] >= 0.6)
+    assert bool(told) == (report["no_lungs"]["auc_macro"] >= 0.6)
 
 
 def test_the_control_without_lungs_has_the_test_files_in_which_lungs_are_found(phantoms):
@@ -154,7 +154,7 @@ def test_the_control_without_lungs_has_the_test_files_in_which_lungs_are_found(p
         replace(data, name="phantom_ct/default"), replace(data, name="small"),
     ):  # fmt: skip
         assert datasets.without_lungs(other, phantoms) is None
-    index = next(phantoms.glob("phantom_ct/tiny-nolungs/*/index.csv"))
+    index = next(phantoms.glob("phantom_ct/tiny-no_lungs/*/index.csv"))
     lines = index.read_text().splitlines()
     place = lines[0].split(",").index("found")
     kept = [lines[0]] + [",".join([*c[:place], "0", *c[place + 1 :]]) for c in (line.split(",") for line in lines[1:])]
@@ -167,7 +167,7 @@ def test_the_control_without_lungs_has_the_test_files_in_which_lungs_are_found(p
 
 def test_a_stage_and_a_size_are_versions_of_the_same_splits(phantoms):
     whole = datasets.open_dataset("phantom_ct/tiny", phantoms)
-    dark = datasets.open_dataset("phantom_ct/tiny-nolungs", phantoms)
+    dark = datasets.open_dataset("phantom_ct/tiny-no_lungs", phantoms)
     for column in ("file", "split", "pixels", "phash", "width", "box"):
         np.testing.assert_array_equal(whole.columns[column], dark.columns[column])
     assert (dark.columns["mean"] <= whole.columns["mean"]).all()

@@ -165,7 +165,7 @@ def test_patients_and_sources_of_one_origin_are_found(root):
 def test_a_stage_is_compared_by_its_whole_images(root):
     data_dir = root / "data"
     for name in ("mine", "again"):
-        datasets.write(f"folder/{name}-20", root / f"in_{name}", data_dir, datasets.Options(), quiet=True)
+        datasets.write(f"folder/{name}-20", root / f"in_{name}", data_dir, datasets.PrepareOptions(), quiet=True)
     mine, again = (datasets.open_dataset(f"folder/{name}-20", data_dir) for name in ("mine", "again"))
     # Without pictures of their own, so that only those of the whole images can be looked at.
     staged = [replace(data, name=data.name.replace("-20", "-nobackg-20"), records=None) for data in (mine, again)]

@@ -122,7 +122,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     assert_same_end(tmp_path / "whole", tmp_path / "cut", newest(tmp_path / "whole", "last"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, untouched):
+def test_a_damaged_checkpoint_is_skipped_batches(tmp_path, capsys, untouched):
     with pytest.MonkeyPatch.context() as patch:
         asks_to_end(signal.SIGTERM, 8, patch)
         with pytest.raises(signals.Interrupted):
@@ -195,7 +195,7 @@ def test_rewind_goes_back_and_on_with_other_examples(tmp_path, monkeypatch, caps
     assert "Going back to step 0" in said and "Going back to step 4" in said
     # Batches 1 and 2 were passed over, then the broken 7th of the sequence: step 5 reads number 7, from 0.
     progress = json.loads((tmp_path / "run/checkpoints/last/8/progress.json").read_text())
-    assert progress["passed_over"] == 3 and progress["rewinds"] == 2
+    assert progress["skipped_batches"] == 3 and progress["rewinds"] == 2
     assert all(np.isfinite(leaf).all() for leaf in last_weights(tmp_path / "run", 8).values())
     steps = [row["step"] for row in metrics_log.read(tmp_path / "run/metrics.jsonl") if "train.loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == 8
@@ -251,13 +251,12 @@ def test_run_files_lost_in_a_power_cut(name, damage, tmp_path, monkeypatch, caps
     assert_same_end(untouched, tmp_path / "run", CONFIG.train.steps)
 
 
-def test_a_claim_cut_short_by_a_full_disk_does_not_lock_the_folder(tmp_path, monkeypatch):
-    def full(path, text):
-        path.with_suffix(".partial").write_text("")
+def test_full_disk_before_training_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdirs, "replace", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(ValueError, match="can't be written .No space left"):
             train.run(CONFIG, tmp_path / "run", tmp_path)
     workdirs.check(tmp_path / "run", CONFIG, "train")

@@ -148,7 +148,7 @@ def test_a_mesh_that_does_not_fit_is_refused(monkeypatch):
 
 def test_what_to_try_when_memory_is_short_is_allowed():
     """Each tip, taken alone, passes the checks of the configuration and of the mesh."""
-    for assignments in ([], ["train.batch_norm=per_device"], ["train.accumulate=3", "train.remat=True"]):
+    for assignments in ([], ["train.sync_batch_norm=False"], ["train.accumulate=3", "train.remat=True"]):
         config = Config(train=TrainConfig(batch_size=24))
         for assignment in assignments:
             config = overrides.override(config, assignment)
@@ -164,7 +164,7 @@ def test_what_to_try_when_memory_is_short_is_allowed():
 def test_large_arrays_are_cut_along_their_longest_even_axis():
     mesh = jax.sharding.AbstractMesh((8,), ("data",))
     shapes = {"wide": (3, 3, 64, 4096), "odd": (3, 3, 1001, 257), "small": (8, 8), "scalar": ()}
-    cut = meshes.of_state({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}, mesh, cut=True)
+    cut = meshes.state_sharding({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}, mesh, cut=True)
     assert {k: tuple(v.spec) for k, v in cut.items()} == {
         "wide": (None, None, None, "data"), "odd": (), "small": (), "scalar": (),
     }  # fmt: skip
@@ -198,9 +198,9 @@ def test_accelerators_compute_in_bfloat16_and_keep_float32(monkeypatch, small_da
     compiled = program.build(
         overrides.override(config, "input.mean=0.5"), small_data.classes, labels, meshes.make_mesh()
     )
-    wide = [leaf for leaf in jax.tree.leaves(compiled.like) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    wide = [leaf for leaf in jax.tree.leaves(compiled.abstract_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype for leaf in wide} == {jnp.dtype("float32")}
     batch = {"image": np.zeros((8, 32, 32, 1), np.uint8), "label": np.zeros(8, np.int32)}
-    text = compiled.train_step.lower(compiled.like, batch).as_text()
+    text = compiled.train_step.lower(compiled.abstract_state, batch).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
     assert any("bf16" in line for line in convolutions)

@@ -100,7 +100,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
     config = changed(CONFIG, "train.save_steps=3", "optim.schedule=cosine")
     train.run(config, tmp_path / "whole", tmp_path)
 
-    judge = Progress.judge
+    judge = Progress.update
 
     def die_at_8(progress, scores, config, done):
         if done == 8:
@@ -208,7 +208,7 @@ def assert_same_step(a, b, tolerance):
         np.testing.assert_allclose(trees.flatten(b.params)[name], value, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [["model.name=simple"], ["model.name=small_bn", "model.batch_norm=frozen"]])
+@pytest.mark.parametrize("settings", [["model.name=simple"], ["model.name=small_bn", "optim.frozen_batch_norm=frozen"]])
 @pytest.mark.parametrize("variant", ["train.accumulate=4", "train.remat=true"])
 def test_accumulation_and_remat_make_the_plain_step(settings, variant):
     config = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd", *settings)
@@ -228,7 +228,7 @@ def test_frozen_norm_keeps_its_statistics_and_training_ones_move():
     config = changed(CONFIG, "model.name=small_bn")
     batch = batch_of(8, 32)
     for choice, frozen in (("frozen", True), ("with_layer", False)):  # no layer is frozen here
-        first, train_step = make(changed(config, f"model.batch_norm={choice}"))
+        first, train_step = make(changed(config, f"optim.frozen_batch_norm={choice}"))
         after, _ = train_step(first, batch)
         same = [
             np.array_equal(a, b)
@@ -282,7 +282,7 @@ def test_a_run_from_another_run_ends_like_the_same_steps_in_one(tmp_path):
     again = changed(
         config, f"model.weights=run:{tmp_path / 'one'}", "optim.lr=1e-30", "input.mean=None", "input.std=None"
     )
-    train.run(changed(again, "model.batch_norm=frozen"), tmp_path / "two", tmp_path)
+    train.run(changed(again, "optim.frozen_batch_norm=frozen"), tmp_path / "two", tmp_path)
     saved = overrides.from_json((tmp_path / "two/config.json").read_text())
     assert (saved.input.mean, saved.input.std) == ((0.3,), (0.2,))
     one, two = (trees.flatten(restore_best(tmp_path / name)[0]) for name in ("one", "two"))
@@ -290,7 +290,7 @@ def test_a_run_from_another_run_ends_like_the_same_steps_in_one(tmp_path):
     for name in one:
         assert np.array_equal(one[name], two[name]) != ("head/dense" in name), name
     # The same command would go on, though its mean and std are still None.
-    workdirs.check(tmp_path / "two", load.resolve(changed(again, "model.batch_norm=frozen")), "train")
+    workdirs.check(tmp_path / "two", load.resolve(changed(again, "optim.frozen_batch_norm=frozen")), "train")
 
 
 @pytest.mark.parametrize("devices", [8])

@@ -242,7 +242,7 @@ def test_nothing_runs_backwards_below_the_lowest_trained_layer(name):
 )
 def test_trained_parameters_get_the_gradients_of_full_training(name, norms):
     """With plain gradient descent the step is the gradient."""
-    setting = f"model.batch_norm={norms}"
+    setting = f"optim.frozen_batch_norm={norms}"
     first, full, metrics, _ = one_step(name, setting)
     _, tuned, tuned_metrics, frozen = one_step(name, setting, "optim.tune=blocks:1")
     assert frozen
@@ -253,9 +253,9 @@ def test_trained_parameters_get_the_gradients_of_full_training(name, norms):
 
 
 def test_lr_factors_are_factors_of_the_step():
-    first, plain, *_ = one_step("tiny_resnet", "optim.tune=blocks:1", "model.batch_norm=frozen")
+    first, plain, *_ = one_step("tiny_resnet", "optim.tune=blocks:1", "optim.frozen_batch_norm=frozen")
     factors = "optim.lr_factors=^head/dense/bias=0,^head/=4,kernel$=0.5"
-    _, scaled, _, frozen = one_step("tiny_resnet", "optim.tune=blocks:1", "model.batch_norm=frozen", factors)
+    _, scaled, _, frozen = one_step("tiny_resnet", "optim.tune=blocks:1", "optim.frozen_batch_norm=frozen", factors)
     before, plain, scaled = (trees.flatten(each.params) for each in (first, plain, scaled))
     for path in before.keys() - frozen:
         factor = 0 if path == "head/dense/bias" else 4 if path.startswith("head/") else 0.5 if "kernel" in path else 1
@@ -288,7 +288,7 @@ def kept_statistics(name, *assignments):
     ],
 )
 def test_with_layer_keeps_the_statistics_of_frozen_layers_alone(name, variant):
-    kept, paths = kept_statistics(name, FREEZE, "model.batch_norm=with_layer", *variant)
+    kept, paths = kept_statistics(name, FREEZE, "optim.frozen_batch_norm=with_layer", *variant)
     assert kept == {path for path in paths if path.startswith(("stem", "stage1"))}
     assert kept and paths - kept
 
@@ -297,12 +297,12 @@ def test_with_layer_keeps_the_statistics_of_frozen_layers_alone(name, variant):
 @pytest.mark.parametrize(("choice", "all_kept"), [("update", False), ("frozen", True)])
 @pytest.mark.parametrize("name", ["tiny_densenet", "tiny_cbr"])
 def test_update_moves_all_statistics_and_frozen_none(name, choice, all_kept, variant):
-    kept, paths = kept_statistics(name, FREEZE, f"model.batch_norm={choice}", *variant)
+    kept, paths = kept_statistics(name, FREEZE, f"optim.frozen_batch_norm={choice}", *variant)
     assert kept == (paths if all_kept else set())
 
 
 def test_a_norm_whose_scale_is_trained_goes_on_updating():
-    kept, _ = kept_statistics("tiny_cbr", "optim.freeze=stem_conv|stage2_bn/bias", "model.batch_norm=with_layer")
+    kept, _ = kept_statistics("tiny_cbr", "optim.freeze=stem_conv|stage2_bn/bias", "optim.frozen_batch_norm=with_layer")
     assert kept == set()
 
 
@@ -324,14 +324,14 @@ def test_norms_that_keep_their_statistics_normalise_with_them(name, remat):
     wanted = {"with_layer": loss(False), "frozen": loss(False), "update": loss(True)}
     assert abs(wanted["update"] - wanted["frozen"]) > 1e-2
     for choice, value in wanted.items():
-        metrics = one_step(name, "optim.tune=head", f"model.batch_norm={choice}", f"train.remat={remat}")[2]
+        metrics = one_step(name, "optim.tune=head", f"optim.frozen_batch_norm={choice}", f"train.remat={remat}")[2]
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5, err_msg=choice)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_remat_makes_the_same_tuning_step(name):
-    _, plain, _, _ = one_step(name, FREEZE, "model.batch_norm=with_layer")
-    _, remat, _, _ = one_step(name, FREEZE, "model.batch_norm=with_layer", "train.remat=true")
+    _, plain, _, _ = one_step(name, FREEZE, "optim.frozen_batch_norm=with_layer")
+    _, remat, _, _ = one_step(name, FREEZE, "optim.frozen_batch_norm=with_layer", "train.remat=true")
     for collection in ("params", "batch_stats"):
         other = trees.flatten(getattr(remat, collection))
         for path, leaf in trees.flatten(getattr(plain, collection)).items():

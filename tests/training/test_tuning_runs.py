@@ -79,7 +79,7 @@ def test_a_head_on_another_run_s_network(tmp_path, source):
 
 
 def test_statistics_of_a_frozen_network_follow_the_new_data_if_told_to(tmp_path, source):
-    config = changed(SMALL, f"model.weights=run:{source}", "optim.tune=head", "model.batch_norm=update")
+    config = changed(SMALL, f"model.weights=run:{source}", "optim.tune=head", "optim.frozen_batch_norm=update")
     train.run(config, tmp_path / "run", tmp_path)
     theirs, ours = (restore_best(folder)[0] for folder in (source, tmp_path / "run"))
     assert moved(theirs["params"], ours["params"]) == {"head/dense/kernel", "head/dense/bias"}
@@ -96,7 +96,7 @@ def test_three_unlike_channels_cannot_be_folded_into_one(tmp_path, source):
 def test_a_tuning_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch, source):
     config = changed(SMALL, f"model.weights=run:{source}", "optim.tune=head", "optim.schedule=cosine")
     train.run(config, tmp_path / "whole", tmp_path)
-    judge = Progress.judge
+    judge = Progress.update
 
     def die_at_4(progress, scores, config, done):
         if done == 4:

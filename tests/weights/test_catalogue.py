@@ -1,4 +1,4 @@
-"""Every network that public weights exist for has a sound record of them, and the command says what a file is."""
+"""Every network that public weights exist for has a clean record of them, and the command says what a file is."""
 
 import os
 import re

@@ -14,7 +14,7 @@ from skimage import filters
 from lungjax.config import nearest
 from lungjax.data.imaging import lung_outline, study_masks
 
-ROBUST = ("nobackg", "crop", "lungs_nocrop", "lungs", "nolungs")
+ROBUST = ("nobackg", "crop", "lungs_nocrop", "lungs", "no_lungs")
 STAGES = (*ROBUST, *study_masks.STAGES)
 
 SIDE = 256  # pixels; longer images are masked at this longest side, and the mask is enlarged again
@@ -83,7 +83,7 @@ def apply(image: np.ndarray, stage: str) -> Staged:
 
     The robust stages keep the image's own pixels: `nobackg` blacks out all but the body, `crop` cuts that to the
     body's box without raised arms, `lungs_nocrop` blacks out all but the lungs, `lungs` cuts that to the lungs'
-    box, `nolungs` blacks out the lungs alone. The `study_` ones and `features` are those of `study_masks`.
+    box, `no_lungs` blacks out the lungs alone. The `study_` ones and `features` are those of `study_masks`.
 
     Raises ValueError for an unknown stage and for anything but a gray uint8 image.
     """
@@ -95,7 +95,7 @@ def apply(image: np.ndarray, stage: str) -> Staged:
     if stage in ("nobackg", "crop"):
         return _body_stage(image, body_mask(image), stage == "crop")
     lung = lung_mask(image)
-    if stage == "nolungs":
+    if stage == "no_lungs":
         return Staged(np.where(lung, 0, image).astype(np.uint8), _whole(image), bool(lung.any()))
     if not lung.any():
         return replace(_body_stage(image, body_mask(image), stage == "lungs"), found=False)

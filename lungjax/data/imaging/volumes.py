@@ -112,7 +112,7 @@ def cut(volume: Volume, plane: str, index: int) -> np.ndarray:
     return images.resize(flat, whole, size, "bilinear", True)
 
 
-def middle(count: int) -> int:
+def middle_slice(count: int) -> int:
     """Returns the index of the middle one of `count` planes, the later of two."""
     return count // 2
 
@@ -135,7 +135,7 @@ def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
     return images.encode(render(cut(volume, plane, index), windows))
 
 
-def refuse(problem: str) -> bytes:
+def raise_error(problem: str) -> bytes:
     """Raises ValueError(problem): the image of an example that was found to be bad before it was read."""
     raise ValueError(problem)
 

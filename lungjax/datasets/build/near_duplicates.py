@@ -1,4 +1,4 @@
-"""Images that a data set holds twice: found among its rows, taken out of the sound protocol, counted in the study's."""
+"""Images that a data set holds twice: found among its rows, taken out of the clean protocol, counted in the study's."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Twins:
     """What `search` found; rows are places in the index."""
 
     near: np.ndarray  # int64 [P, 2], rows of near twins in different groups
-    sound: list[str]  # split of each row, "" for left out
+    clean: list[str]  # split of each row, "" for left out
     notes: list[str]
     told: dict[str, Any]  # for the summary
 
@@ -38,19 +38,19 @@ def search(
     hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
     found = duplicates.near_twins(hashes, groups, pixels, thumbnails.__getitem__)
     numbers = [example.label for example in examples]
-    sound, notes = leakage.sound(
+    clean, notes = leakage.clean(
         [e.split for e in examples], numbers, groups, pixels, found.pairs, listing.group_name
     )
     cells: dict[str, Sequence[str]] = {"study": columns["split_study"]} if listing.study else {}
-    cells["sound"] = sound
-    told: dict[str, Any] = {"near_pairs": len(found.pairs), "left_out": sound.count(""), "leaks": {}}
+    cells["clean"] = clean
+    told: dict[str, Any] = {"near_pairs": len(found.pairs), "left_out": clean.count(""), "leaks": {}}
     for name, column in cells.items():
         members = {split: _members(column, split).tolist() for split in splits.SPLITS}
         leaks = leakage.leaks(members, groups, pixels, found.pairs)
         told["leaks"][name] = leaks
         notes = [*notes, *leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)]
         told.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, found.pairs))
-    return Twins(found.pairs, sound, [*filter(None, [found.note]), *notes], told)
+    return Twins(found.pairs, clean, [*filter(None, [found.note]), *notes], told)
 
 
 def _members(cells: Sequence[str], split: str) -> np.ndarray:

@@ -106,7 +106,7 @@ def prepare(
         _check_left(seen)
         say("Looking for images that are there twice ...")
         found = near_duplicates.search(seen.examples, seen.columns, listing, _thumbnails(seen))
-        seen.columns["split"] = found.sound
+        seen.columns["split"] = found.clean
         _check_classes(seen, listing)
         window, notes = _window(window, seen)
         _scale(seen, window)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.ops.conv import alone, by_platform
+from lungjax.models.ops.conv import cpu_or_default, isolate_fusion
 
 Activation = Callable[[jax.Array], jax.Array]
 Normed = tuple[jax.Array, jax.Array, jax.Array]
@@ -57,7 +57,7 @@ def batch_norm(
     Returns the activated map, and mean and biased variance [C] in float32, through which no gradient flows.
     """
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
-    return by_platform(x, scale, bias, cpu=cpu, default=plain)
+    return cpu_or_default(x, scale, bias, cpu=cpu, default=plain)
 
 
 def _save(
@@ -69,7 +69,7 @@ def _save(
 
 def _gradients(epsilon: float, activation: Activation, dtype: Any, saved: Any, dy: Normed) -> Any:
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_backward, _plain_backward))
-    return by_platform(*saved, dy[0], cpu=cpu, default=plain)
+    return cpu_or_default(*saved, dy[0], cpu=cpu, default=plain)
 
 
 batch_norm.defvjp(_save, _gradients)
@@ -103,7 +103,7 @@ def _forward(
         return activation((x * factor + offset).astype(dtype))
 
     mean, var = statistics(x)
-    return alone(apply, x, *_line(mean, var, scale, bias, epsilon)), mean, var
+    return isolate_fusion(apply, x, *_line(mean, var, scale, bias, epsilon)), mean, var
 
 
 def _backward(
@@ -126,7 +126,7 @@ def _backward(
         return jax.vjp(activation, (x * factor + offset).astype(dtype))[1](dy)[0].astype(factor.dtype)
 
     if activation not in CHEAP:
-        dy = alone(inner, x, dy, factor, offset)
+        dy = isolate_fusion(inner, x, dy, factor, offset)
 
         def inner(x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
             return dy
@@ -143,10 +143,10 @@ def _backward(
     ) -> jax.Array:
         return (factor * inner(x, dy, factor, offset) - slope * x - level).astype(x.dtype)
 
-    dbias = alone(add_up, x, dy, factor, offset).sum((0, 1, 2))
-    product = alone(add_up_times_x, x, dy, factor, offset, mean).sum((0, 1, 2))
+    dbias = isolate_fusion(add_up, x, dy, factor, offset).sum((0, 1, 2))
+    product = isolate_fusion(add_up_times_x, x, dy, factor, offset, mean).sum((0, 1, 2))
     cells = x.size // x.shape[-1]
     slope = factor / (var + epsilon) * product / cells
     level = factor * dbias / cells - slope * mean
-    dx = alone(combine, x, dy, factor, offset, slope, level)
+    dx = isolate_fusion(combine, x, dy, factor, offset, slope, level)
     return dx, (product * lax.rsqrt(var + epsilon)).astype(scale.dtype), dbias.astype(bias.dtype)

@@ -39,7 +39,7 @@ def plain_forms() -> AbstractContextManager[None]:
     return _PLAIN(True)
 
 
-def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
     """Returns cpu(*args) where the program is lowered for a CPU and default(*args) elsewhere or in `plain_forms`."""
     return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
@@ -183,7 +183,7 @@ dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
 
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
     forms = {"cpu": partial(cpu, strides=strides, pads=pads)}
-    return partial(by_platform, default=partial(plain, strides=strides, pads=pads), **forms)
+    return partial(cpu_or_default, default=partial(plain, strides=strides, pads=pads), **forms)
 
 
 def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
@@ -196,7 +196,7 @@ def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
     return dx, dkernel
 
 
-def wide(x: jax.Array) -> jax.Array:
+def to_float32(x: jax.Array) -> jax.Array:
     """Returns x as float32, or as what it is where that has more digits."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -207,7 +207,7 @@ def pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
 
 
-def alone(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """Returns function(*args), computed once and from arguments in memory.
 
     XLA's CPU fusion takes a sum of slices for cheap and recomputes it in everything that reads it (batch norm
@@ -235,10 +235,10 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pad
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
         for i, j, part in slices(padded, kernel.shape[:2], strides):
-            total += wide(part) * wide(kernel[i, j, 0])
+            total += to_float32(part) * to_float32(kernel[i, j, 0])
         return total.astype(x.dtype)
 
-    return alone(add_up, pad(x, pads), kernel)
+    return isolate_fusion(add_up, pad(x, pads), kernel)
 
 
 def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -252,13 +252,13 @@ def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -
             if j == 0 and i > 0 and kh * kw * depth > FUSED_TERMS:
                 total = lax.optimization_barrier(total)  # one loop for each row of the kernel
             for c in range(depth):
-                total += wide(part[..., c : c + 1]) * wide(kernel[i, j, c])
+                total += to_float32(part[..., c : c + 1]) * to_float32(kernel[i, j, c])
         return total.astype(x.dtype)
 
-    return alone(add_up, pad(x, pads), kernel)
+    return isolate_fusion(add_up, pad(x, pads), kernel)
 
 
-def spread(
+def scatter_gradient(
     arrays: list[jax.Array],
     shape: tuple[int, ...],
     window: Pair,
@@ -284,7 +284,7 @@ def spread(
 
     def add_up(*padded: jax.Array) -> jax.Array:
         def piece(a: int, b: int) -> jax.Array:
-            total: Any = jnp.zeros((shape[0], *counts, shape[3]), wide(padded[0][:0]).dtype)
+            total: Any = jnp.zeros((shape[0], *counts, shape[3]), to_float32(padded[0][:0]).dtype)
             for (i, top), (j, left) in itertools.product(taps(0, a), taps(1, b)):
                 total += term(i, j, *(z[:, top : top + counts[0], left : left + counts[1]] for z in padded))
             return total.astype(padded[0].dtype)
@@ -293,14 +293,14 @@ def spread(
         full = jnp.stack(rows, 2).reshape(shape[0], counts[0] * strides[0], counts[1] * strides[1], shape[3])
         return full[:, : shape[1], : shape[2]]
 
-    return alone(add_up, *(pad(a, spare) for a in arrays))
+    return isolate_fusion(add_up, *(pad(a, spare) for a in arrays))
 
 
 def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     def term(i: int, j: int, part: jax.Array) -> jax.Array:
-        return wide(part) * wide(kernel[i, j, 0])
+        return to_float32(part) * to_float32(kernel[i, j, 0])
 
-    return spread([dy], x.shape, kernel.shape[:2], strides, pads, term)
+    return scatter_gradient([dy], x.shape, kernel.shape[:2], strides, pads, term)
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -325,14 +325,14 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
             for row, column in itertools.product(range(rows), range(0, width, block)):
                 left = j + column * across
                 x = part[:, i + row * down : i + span : rows * down, left : left + (block - 1) * across + 1 : across]
-                total += wide(x) * wide(dy[:, row::rows, column : column + block])
+                total += to_float32(x) * to_float32(dy[:, row::rows, column : column + block])
             return total
 
         return jnp.stack([tap(i, j) for i, j in itertools.product(range(together), range(kw))])
 
     def kernel_rows(i: jax.Array) -> jax.Array:
         part = lax.dynamic_slice_in_dim(padded, i, span + together - 1, 1)
-        return alone(add_up, part, dy).sum((2, 3)).sum(1)
+        return isolate_fusion(add_up, part, dy).sum((2, 3)).sum(1)
 
     sums = kernel_rows(jnp.array(0)) if together == kh else lax.map(kernel_rows, jnp.arange(kh))
     return sums.reshape(kernel.shape).astype(kernel.dtype)
@@ -360,4 +360,4 @@ def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pad
             total += lax.pad(product[:, :, :, i, j], jnp.zeros((), dtype), config)
         return total.astype(x.dtype)
 
-    return alone(add_up, product)
+    return isolate_fusion(add_up, product)

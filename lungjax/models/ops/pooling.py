@@ -10,7 +10,16 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.ops.conv import Pads, Pair, alone, by_platform, pad, slices, spread, wide
+from lungjax.models.ops.conv import (
+    Pads,
+    Pair,
+    cpu_or_default,
+    isolate_fusion,
+    pad,
+    scatter_gradient,
+    slices,
+    to_float32,
+)
 
 
 def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
@@ -27,7 +36,9 @@ def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Arr
     slices: one loop, which takes in the bias and the activation before it as well.
     """
     forms = {"cpu": _window_max, "default": plain_window_max}
-    return by_platform(x, **{name: partial(f, window=window, strides=strides, pads=pads) for name, f in forms.items()})
+    return cpu_or_default(
+        x, **{name: partial(f, window=window, strides=strides, pads=pads) for name, f in forms.items()}
+    )
 
 
 def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
@@ -43,7 +54,7 @@ def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, 
         return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
 
     cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
-    return (by_platform(x, dy, cpu=cpu, default=plain),)
+    return (cpu_or_default(x, dy, cpu=cpu, default=plain),)
 
 
 window_max.defvjp(_window_max_save, _window_max_gradient)
@@ -62,16 +73,16 @@ def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pad
         return winner
 
     def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
-        return jnp.where(winner == i * window[1] + j, wide(part), 0)
+        return jnp.where(winner == i * window[1] + j, to_float32(part), 0)
 
-    winner = alone(find, pad(x, pads, -jnp.inf))
-    return spread([dy, winner], x.shape, window, strides, pads, term)
+    winner = isolate_fusion(find, pad(x, pads, -jnp.inf))
+    return scatter_gradient([dy, winner], x.shape, window, strides, pads, term)
 
 
 @jax.custom_vjp
-def halve(x: jax.Array) -> jax.Array:
+def avg_pool_2x2(x: jax.Array) -> jax.Array:
     """Takes the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
-    return by_platform(x, cpu=_halve, default=plain_halve)
+    return cpu_or_default(x, cpu=_halve, default=plain_halve)
 
 
 def plain_halve(x: jax.Array) -> jax.Array:
@@ -80,22 +91,22 @@ def plain_halve(x: jax.Array) -> jax.Array:
 
 
 def _halve(x: jax.Array) -> jax.Array:
-    total = sum(wide(part) for _, _, part in slices(x, (2, 2), (2, 2)))
+    total = sum(to_float32(part) for _, _, part in slices(x, (2, 2), (2, 2)))
     return (total / 4).astype(x.dtype)
 
 
 def _halve_save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return halve(x), (x[:, :1], x[:, :, :1])  # of which the shapes are read
+    return avg_pool_2x2(x), (x[:, :1], x[:, :, :1])  # of which the shapes are read
 
 
 def _halve_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     height, width = saved[1].shape[1], saved[0].shape[2]
     batch, rows, columns, channels = dy.shape
     each = jnp.broadcast_to(
-        (wide(dy) / 4).astype(dy.dtype)[:, :, None, :, None], (batch, rows, 2, columns, 2, channels)
+        (to_float32(dy) / 4).astype(dy.dtype)[:, :, None, :, None], (batch, rows, 2, columns, 2, channels)
     )
     full = each.reshape(batch, 2 * rows, 2 * columns, channels)
     return (pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
 
 
-halve.defvjp(_halve_save, _halve_gradient)
+avg_pool_2x2.defvjp(_halve_save, _halve_gradient)

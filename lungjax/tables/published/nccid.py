@@ -11,7 +11,7 @@ COUNTS = {"test": (522, 194)}
 
 NOTES = (
     "The study split by picture; several pictures of a patient are likely, and may lie on both sides, so its numbers "
-    "are optimistic. The sound protocol splits by series.",
+    "are optimistic. The clean protocol splits by series.",
     "One run, with only the split seeded. Dropout was 0.2 in the run, though the README says 0.3.",
     "The best checkpoint was overwritten by the last one; in this run the last epoch was the best.",
 )

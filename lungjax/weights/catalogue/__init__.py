@@ -6,19 +6,19 @@ from functools import cache
 from lungjax.config import nearest
 from lungjax.weights.catalogue.keras import CONVNEXT, KERAS
 from lungjax.weights.catalogue.others import BIT, FACEBOOK, LITE, TORCHVISION
-from lungjax.weights.catalogue.record import Record
+from lungjax.weights.catalogue.record import PretrainedWeights
 from lungjax.weights.catalogue.timm import TIMM
 
 # A model's first record is its primary one: BiT's and the Lite checkpoints before timm's, ConvNeXt's after.
-RECORDS: tuple[Record, ...] = (*KERAS, *BIT, *LITE, *TIMM, *CONVNEXT, *TORCHVISION, *FACEBOOK)
+RECORDS: tuple[PretrainedWeights, ...] = (*KERAS, *BIT, *LITE, *TIMM, *CONVNEXT, *TORCHVISION, *FACEBOOK)
 
 
 @cache
-def _by_name() -> dict[str, Record]:
+def _by_name() -> dict[str, PretrainedWeights]:
     return {record.name: record for record in RECORDS}
 
 
-def records(model: str | None = None) -> list[Record]:
+def records(model: str | None = None) -> list[PretrainedWeights]:
     """Returns the records of a network, its primary first, or all of them by network."""
     if model is not None:
         return [record for record in RECORDS if record.model == model]
@@ -26,7 +26,7 @@ def records(model: str | None = None) -> list[Record]:
     return [record for model in models for record in records(model)]
 
 
-def primary(model: str) -> Record:
+def primary(model: str) -> PretrainedWeights:
     """Returns the record that `weights="imagenet"` means. Raises ValueError for a network without any."""
     found = records(model)
     if not found:
@@ -35,7 +35,7 @@ def primary(model: str) -> Record:
     return found[0]
 
 
-def find(name: str) -> Record:
+def find(name: str) -> PretrainedWeights:
     """Returns the record MODEL.TAG, or the primary one of MODEL. Raises ValueError with the nearest names."""
     known = _by_name()
     if name in known:

@@ -1,6 +1,6 @@
 """The files of keras.applications: addresses and checksums are those of its source, top-1 of its documentation."""
 
-from lungjax.weights.catalogue.record import CAFFE, HALF, IMAGENET, V2, Record, Scaling, layout_of, spec
+from lungjax.weights.catalogue.record import CAFFE, HALF, IMAGENET, V2, PretrainedWeights, Scaling, layout_of, spec
 
 BASE = "https://storage.googleapis.com/tensorflow/keras-applications"
 OLD = "_weights_tf_dim_ordering_tf_kernels.h5"
@@ -9,9 +9,9 @@ Row = tuple[str, str, str, int, float, float, int]
 
 def _records(
     folder: str, scaling: Scaling, licence: str, rows: list[Row], interpolation: str = "bilinear", layout: str = "keras"
-) -> list[Record]:
+) -> list[PretrainedWeights]:
     return [
-        Record(
+        PretrainedWeights(
             name=f"{model}.keras",
             model=model,
             layout=layout_of(layout, model),

