@@ -1,5 +1,5 @@
 import csv
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -75,10 +75,10 @@ def test_a_failing_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     predictions.write(make(), tmp_path / "p.csv")
     before = (tmp_path / "p.csv").read_bytes()
 
-    def full(self, target):
+    def full(_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         predictions.write(make(labels=np.array([1, 0, 0])), tmp_path / "p.csv")
     assert (tmp_path / "p.csv").read_bytes() == before

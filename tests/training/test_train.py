@@ -107,7 +107,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return judge(progress, scores, config, done)
 
-    monkeypatch.setattr(Progress, "judge", die_at_8)
+    monkeypatch.setattr(Progress, "update", die_at_8)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path / "cut", tmp_path)
     assert not ended(tmp_path / "cut", config, 12)
@@ -117,7 +117,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch
         assert not (tmp_path / "cut/report.json").exists(), "it would pass for the report of the end"
         return judge(progress, *rest)
 
-    monkeypatch.setattr(Progress, "judge", judge_again)
+    monkeypatch.setattr(Progress, "update", judge_again)
     train.run(config, tmp_path / "cut", tmp_path)
     assert ended(tmp_path / "cut", config, 12)
 
