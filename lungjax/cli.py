@@ -15,11 +15,17 @@ from lungjax.runtime import signals
 USER_ERRORS = (
     errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
 )  # fmt: skip
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.")
 
 
-def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> None:
-    """Parses the flags, runs `main` and ends the process with its exit code.
+def run(
+    main: Callable[[list[str]], None],
+    define_flags: Callable[[], None],
+    arguments: Sequence[str] = (),
+    argv: list[str] | None = None,
+) -> None:
+    """Defines and parses the flags, runs `main` and ends the process with its exit code.
+
+    `define_flags` defines the command's flags, so that importing its module defines none. `argv` replaces sys.argv.
 
     `arguments` are the names of what must stand there besides flags, in order; `main` gets it after the program's name,
     and nothing may be left over, unless the last name ends with "..." and stands for one or more.
@@ -37,8 +43,10 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> Non
             raise app.UsageError(f"{' '.join(arguments[len(given) :])} missing: give {' '.join(arguments)}")
         main(argv)
 
+    define_flags()
+    flags.DEFINE_bool("traceback", False, "Shows where in lungjax an error was raised.", module_name=main.__module__)
     try:
-        app.run(quietly)
+        app.run(quietly, argv)
     except signals.Interrupted as stop:  # saved, and said so
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
@@ -48,7 +56,7 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str] = ()) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        if TRACEBACK.value or not _for_the_user(error):
+        if flags.FLAGS.traceback or not _for_the_user(error):
             raise
         print(f"lungjax: {error}", file=sys.stderr)
         sys.exit(2)

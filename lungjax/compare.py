@@ -19,14 +19,7 @@ from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.bootstrap import Difference
 from lungjax.evaluation.predictions import Predictions
 
-SPLIT = flags.DEFINE_string("split", "test", "Of which split: compares the runs' predictions_SPLIT.csv.")
-METRICS = flags.DEFINE_list(
-    "metrics", None, "Such as slice.auc_macro,patient.per_class.COVID.recall; default: the usual ones."
-)
-DRAWS = flags.DEFINE_integer("draws", 2000, "Draws of the bootstrap.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-OUT = flags.DEFINE_string("out", None, "A file to write the table to as well.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
 
 NOTE = (
     "p is twice the smaller share of the draws in which B - A is at most, or at least, zero (each counted with one "
@@ -39,13 +32,24 @@ USUAL = (
 )  # fmt: skip
 
 
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("split", "test", "Of which split: compares the runs' predictions_SPLIT.csv.")
+    flags.DEFINE_list(
+        "metrics", None, "Such as slice.auc_macro,patient.per_class.COVID.recall; default: the usual ones."
+    )
+    flags.DEFINE_integer("draws", 2000, "Draws of the bootstrap.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_string("out", None, "A file to write the table to as well.")
+
+
 def main(argv: list[str]) -> None:
     """Reads two runs, compares and prints."""
     folders = [Path(name) for name in argv[1:]]
-    text = compare(folders[0], folders[1], SPLIT.value, METRICS.value, DRAWS.value, SEED.value)
+    text = compare(folders[0], folders[1], FLAGS.split, FLAGS.metrics, FLAGS.draws, FLAGS.seed)
     print(text, end="")
-    if OUT.value:
-        Path(OUT.value).write_text(text, encoding="utf-8")
+    if FLAGS.out:
+        Path(FLAGS.out).write_text(text, encoding="utf-8")
 
 
 def compare(
@@ -147,4 +151,4 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, ("RUN_A", "RUN_B"))
+    cli.run(main, define_flags, ("RUN_A", "RUN_B"))

@@ -28,46 +28,50 @@ from lungjax.config.metadata import NOTICE, Metadata
 from lungjax.inference import records
 from lungjax.runtime import environment
 
-MODEL = flags.DEFINE_string("model", None, "A finished run's folder, or a model.pyz or model.onnx of lungjax.export.")
-OUT = flags.DEFINE_string("out", "predictions", "The folder to write to.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces predictions that lie in --out.")
-RULE = flags.DEFINE_string("rule", records.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
-EXPLAIN = flags.DEFINE_bool("explain", False, "Draws heat maps too.")
-METHOD = flags.DEFINE_string("method", "gradcam", "Of the heat maps; see lungjax.explain.")
-GATE = flags.DEFINE_string("gate", None, "A model that first says of each series whether it may be predicted.")
-GATE_CLASS = flags.DEFINE_string("gate_class", "WholeLung", "The class of --gate that a series must have.")
-GROUP_PATTERN = flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
-WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
-HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
 
 WRITTEN = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 SHOWN = 12  # lines on the screen
 
 
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("model", None, "A finished run's folder, or a model.pyz or model.onnx of lungjax.export.")
+    flags.DEFINE_string("out", "predictions", "The folder to write to.")
+    flags.DEFINE_bool("overwrite", False, "Replaces predictions that lie in --out.")
+    flags.DEFINE_string("rule", records.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
+    flags.DEFINE_bool("explain", False, "Draws heat maps too.")
+    flags.DEFINE_string("method", "gradcam", "Of the heat maps; see lungjax.explain.")
+    flags.DEFINE_string("gate", None, "A model that first says of each series whether it may be predicted.")
+    flags.DEFINE_string("gate_class", "WholeLung", "The class of --gate that a series must have.")
+    flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
+    flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
+
+
 def main(argv: list[str]) -> None:
     """Checks what was asked for, predicts, and names what could not be read."""
-    if not MODEL.value:
+    if not FLAGS.model:
         raise app.UsageError("--model=RUN is missing: the folder of a finished run, or an exported model")
-    out = Path(OUT.value).expanduser()
-    if not OVERWRITE.value and any((out / name).exists() for name in WRITTEN):
+    out = Path(FLAGS.out).expanduser()
+    if not FLAGS.overwrite and any((out / name).exists() for name in WRITTEN):
         raise ValueError(f"{out} holds predictions already; choose another --out, or replace them with --overwrite")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
     environment.prepare_jax()
     from lungjax.inference import inputs, predictor  # here, after the flags, since they import jax
 
-    model = predictor.open_model(MODEL.value)
-    if EXPLAIN.value and METHOD.value not in model.methods:
-        known = nearest(METHOD.value, model.methods) if model.methods else f"a {model.source} model has no heat maps"
-        raise ValueError(f"--method={METHOD.value}: {known}")
-    records.check_rule(model.metadata, RULE.value)
-    gate = predictor.open_model(GATE.value) if GATE.value else None
-    if gate is not None and GATE_CLASS.value not in gate.metadata.classes:
-        raise ValueError(f"--gate_class={GATE_CLASS.value}: {nearest(GATE_CLASS.value, gate.metadata.classes)}")
+    model = predictor.open_model(FLAGS.model)
+    if FLAGS.explain and FLAGS.method not in model.methods:
+        known = nearest(FLAGS.method, model.methods) if model.methods else f"a {model.source} model has no heat maps"
+        raise ValueError(f"--method={FLAGS.method}: {known}")
+    records.check_rule(model.metadata, FLAGS.rule)
+    gate = predictor.open_model(FLAGS.gate) if FLAGS.gate else None
+    if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
+        raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
     model = replace(model, metadata=windowed(model.metadata))
-    found = inputs.gather(argv[1:], model.metadata, GROUP_PATTERN.value)
+    found = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)  # that nothing of another run lies beside this one's
@@ -84,9 +88,9 @@ def main(argv: list[str]) -> None:
 
 def windowed(told: Metadata) -> Metadata:
     """Returns what the model says of itself with the windows that the user gave instead."""
-    if WINDOW.value:
-        told = replace(told, window=cli.read_window(WINDOW.value))
-    return replace(told, hu_windows=(cli.read_hu_window(HU_WINDOW.value),)) if HU_WINDOW.value else told
+    if FLAGS.window:
+        told = replace(told, window=cli.read_window(FLAGS.window))
+    return replace(told, hu_windows=(cli.read_hu_window(FLAGS.hu_window),)) if FLAGS.hu_window else told
 
 
 def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
@@ -119,13 +123,13 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
                 write({**records.failure(item.name, picture), "series": item.series})
                 missed[item.series] += 1
                 continue
-            record = records.record(told, item.name, p, picture.unlike, picture.warnings, RULE.value)
+            record = records.record(told, item.name, p, picture.unlike, picture.warnings, FLAGS.rule)
             write({**record, "series": item.series})
             counts[record["predicted"]] += 1
             if item.series:
                 chances.setdefault(item.series, []).append(p)
                 warned[item.series] += bool(picture.warnings)
-            if EXPLAIN.value:
+            if FLAGS.explain:
                 _draw(model, item.short, picture, out / "explain", used)
             if sum(counts.values()) <= SHOWN:
                 print(_line(item.name, record))
@@ -145,7 +149,7 @@ def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[s
                     rows = np.stack(chances[series])
                     lost = [f"{missed[series]} slices could not be read"] if missed[series] else []
                     notes = [*found.notes.get(series, []), *lost]
-                    record = records.summary(told, series, rows, warned[series], notes, RULE.value)
+                    record = records.summary(told, series, rows, warned[series], notes, FLAGS.rule)
                     write(record | ({"gate": judged[series]} if series in judged else {}))
                     print(_line(f"{series} ({len(rows)} slices)", record))
                 else:
@@ -182,7 +186,7 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
     told = gate.metadata
     shut: dict[str, dict[str, Any]] = {}
     judged: dict[str, Any] = {}
-    number = told.classes.index(GATE_CLASS.value)
+    number = told.classes.index(FLAGS.gate_class)
     for series, middle in found.middle.items():
         if middle is None:
             continue  # pictures of one patient, and no volume: there is nothing to cut
@@ -193,11 +197,11 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
             continue
         p = gate(picture.pixels[None])[0]
         said = records.record(told, series, p, picture.unlike, picture.warnings)
-        point = said["decisions"].get(GATE_CLASS.value)
-        passed = point["called"] if point else said["predicted"] == GATE_CLASS.value
-        judged[series] = {"class": GATE_CLASS.value, "probability": round(float(p[number]), 6), "passed": passed}
+        point = said["decisions"].get(FLAGS.gate_class)
+        passed = point["called"] if point else said["predicted"] == FLAGS.gate_class
+        judged[series] = {"class": FLAGS.gate_class, "probability": round(float(p[number]), 6), "passed": passed}
         if not passed:
-            why = f"left out by the gate: {GATE_CLASS.value} has a probability of {p[number]:.3f}"
+            why = f"left out by the gate: {FLAGS.gate_class} has a probability of {p[number]:.3f}"
             shut[series] = {"series": series, "error": why, "gate": judged[series]}
     loose = sum(found.middle.get(item.series) is None for item in found.items)
     if loose:
@@ -208,10 +212,10 @@ def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, A
 def _draw(model: Any, name: str, picture: Any, folder: Path, used: set[str]) -> None:
     from lungjax.explain import panels  # here, since most runs draw nothing
 
-    maps, p = model.explain(picture.pixels[None], method=METHOD.value)
-    path = folder / f"{panels.file_name(name, used)}_{METHOD.value}.png"
+    maps, p = model.explain(picture.pixels[None], method=FLAGS.method)
+    path = folder / f"{panels.file_name(name, used)}_{FLAGS.method}.png"
     best = int(p[0].argmax())
-    panels.draw(path, name, picture.pixels, maps[0], p[0], model.metadata.classes, best, METHOD.value)
+    panels.draw(path, name, picture.pixels, maps[0], p[0], model.metadata.classes, best, FLAGS.method)
 
 
 @contextlib.contextmanager
@@ -261,4 +265,4 @@ def _line(name: str, record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, ("PATH...",))
+    cli.run(main, define_flags, ("PATH...",))

@@ -14,59 +14,69 @@ from absl import app, flags
 from lungjax import cli, datasets
 from lungjax.data import summary
 
-DATASET = flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME/CONFIGURATION-STAGE-SIZE.")
-SOURCE = flags.DEFINE_string("source", None, "The folder that holds the images as they were downloaded.")
-DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets go.")
-WINDOW = flags.DEFINE_string("window", None, "low,high: 16-bit pixel values shown as black and as white.")
-BAD = flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "What a damaged or missing image does.")
-NO_LUNG = flags.DEFINE_enum(
-    "on_no_lung", "keep", ["keep", "skip", "fail"], "An image in which a stage finds no lung: keep it one stage before."
-)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces a data set that is already prepared.")
-CROSS = flags.DEFINE_string("cross", None, "A prepared data set: lists patients and images that both hold.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the splits that are made, and of drawn data sets.")
-GROUP = flags.DEFINE_string(
-    "group_pattern", "", "folder: regex; its (...) over the file name is the patient, as it is."
-)
-ORIGIN = flags.DEFINE_string("source_pattern", "", "folder: regex; its (...) over the file name is the source.")
-CLASSES = flags.DEFINE_list("classes", [], "folder: the class names in label order; default sorted.")
-MODALITY = flags.DEFINE_enum(
-    "modality", "", ["", "ct", "xray"], "folder: ct keeps a mask of the body of each slice, for augment.exterior."
-)
-HU = flags.DEFINE_list(
-    "hu_window", ["-600/1500"], "DICOM, NIfTI: centre/width in HU; three with commas become three channels."
-)
-PLANE = flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: how volumes are cut.")
-POSITION = flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: every slice, or the middle one.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME/CONFIGURATION-STAGE-SIZE.")
+    flags.DEFINE_string("source", None, "The folder that holds the images as they were downloaded.")
+    flags.DEFINE_string("data_dir", "data", "Where prepared data sets go.")
+    flags.DEFINE_string("window", None, "low,high: 16-bit pixel values shown as black and as white.")
+    flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "What a damaged or missing image does.")
+    flags.DEFINE_enum(
+        "on_no_lung",
+        "keep",
+        ["keep", "skip", "fail"],
+        "An image in which a stage finds no lung: keep it one stage before.",
+    )
+    flags.DEFINE_bool("overwrite", False, "Replaces a data set that is already prepared.")
+    flags.DEFINE_string("cross", None, "A prepared data set: lists patients and images that both hold.")
+    flags.DEFINE_integer("seed", 0, "Of the splits that are made, and of drawn data sets.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex; its (...) over the file name is the patient, as it is.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex; its (...) over the file name is the source.")
+    flags.DEFINE_list("classes", [], "folder: the class names in label order; default sorted.")
+    flags.DEFINE_enum(
+        "modality", "", ["", "ct", "xray"], "folder: ct keeps a mask of the body of each slice, for augment.exterior."
+    )
+    flags.DEFINE_list(
+        "hu_window", ["-600/1500"], "DICOM, NIfTI: centre/width in HU; three with commas become three channels."
+    )
+    flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: how volumes are cut.")
+    flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: every slice, or the middle one.")
 
 
 def main(_: list[str]) -> None:
     """Prepares the data set and prints its summary."""
-    if not DATASET.value:
+    if not FLAGS.dataset:
         raise app.UsageError(f"--dataset=NAME is missing; there are {', '.join(datasets.DATASETS)}")
-    data_dir = Path(DATA_DIR.value).expanduser()
-    if CROSS.value and not SOURCE.value:
-        print(cross(DATASET.value, CROSS.value, data_dir))
+    data_dir = Path(FLAGS.data_dir).expanduser()
+    if FLAGS.cross and not FLAGS.source:
+        print(cross(FLAGS.dataset, FLAGS.cross, data_dir))
         return
     options = datasets.PrepareOptions(
-        seed=SEED.value,
-        source_pattern=ORIGIN.value,
-        group_pattern=GROUP.value,
-        classes=tuple(CLASSES.value),
-        modality=MODALITY.value,
-        hu_windows=tuple(cli.read_hu_window(text) for text in HU.value),
-        plane=PLANE.value,
-        position=POSITION.value,
+        seed=FLAGS.seed,
+        source_pattern=FLAGS.source_pattern,
+        group_pattern=FLAGS.group_pattern,
+        classes=tuple(FLAGS.classes),
+        modality=FLAGS.modality,
+        hu_windows=tuple(cli.read_hu_window(text) for text in FLAGS.hu_window),
+        plane=FLAGS.plane,
+        position=FLAGS.position,
     )
-    window = cli.read_window(WINDOW.value) if WINDOW.value else None
-    source = Path(SOURCE.value).expanduser() if SOURCE.value else None
-    how = {"window": window, "on_bad_image": BAD.value, "on_no_lung": NO_LUNG.value, "overwrite": OVERWRITE.value}
-    result = datasets.write(DATASET.value, source, data_dir, options, **how)
+    window = cli.read_window(FLAGS.window) if FLAGS.window else None
+    source = Path(FLAGS.source).expanduser() if FLAGS.source else None
+    how = {
+        "window": window,
+        "on_bad_image": FLAGS.on_bad_image,
+        "on_no_lung": FLAGS.on_no_lung,
+        "overwrite": FLAGS.overwrite,
+    }
+    result = datasets.write(FLAGS.dataset, source, data_dir, options, **how)
 
     print(summary.markdown(result))
-    if CROSS.value:
-        print(cross(DATASET.value, CROSS.value, data_dir))
+    if FLAGS.cross:
+        print(cross(FLAGS.dataset, FLAGS.cross, data_dir))
     print(f"Train on it with --set=data.dataset={result['name']} --data_dir={data_dir}")
 
 
@@ -101,7 +111,7 @@ def run() -> None:
     if page:
         print(page)
     else:
-        cli.run(main)
+        cli.run(main, define_flags)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,6 @@ ROOT = Path(__file__).parent.parent
 flags.FLAGS.mark_as_parsed()
 
 
-def _shared(registry, name, flag, define=flags.FlagValues.__setitem__):
-    flag.allow_override = True  # each command has its own --workdir; here several are imported into one process
-    define(registry, name, flag)
-
-
-flags.FlagValues.__setitem__ = _shared
-
-
 def without_pictures(patch) -> None:
     """Reports without pictures, which take half of a small run; for tests that look at weights and numbers alone."""
     from lungjax.report import write

@@ -8,7 +8,7 @@ from lungjax import cli
 from lungjax.config import overrides
 def main(argv):
     {body}
-cli.run(main)"""
+cli.run(main, lambda: None)"""
 
 
 @pytest.mark.parametrize(

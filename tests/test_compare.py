@@ -102,7 +102,7 @@ def test_the_command_prints_writes_and_imports_no_jax(tmp_path):
     a, b = save(tmp_path / "a", make(0, 1.0)), save(tmp_path / "b", make(1, 1.0))
     code = (
         "import sys, atexit; atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr));"
-        "from lungjax import compare, cli; cli.run(compare.main, ('RUN_A', 'RUN_B'))"
+        "from lungjax import compare, cli; cli.run(compare.main, compare.define_flags, ('RUN_A', 'RUN_B'))"
     )
     command = [sys.executable, "-c", code, str(a), "--draws=20", "--metrics=slice.accuracy,slice.loss", str(b)]
     result = subprocess.run([*command, f"--out={tmp_path / 'c.md'}"], capture_output=True, text=True)

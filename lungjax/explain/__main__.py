@@ -22,32 +22,36 @@ from lungjax.data import preprocess
 from lungjax.inference.inputs import Item, gather
 from lungjax.runtime import environment
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
-IMAGES = flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
-SPLIT = flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draws sheets of this split of the run's data set.")
-QUALITY = flags.DEFINE_bool("quality", False, "Measures the maps: pointing game, deletion curve, sanity check.")
-METHOD = flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, and all for --quality.")
-CLASS = flags.DEFINE_string("class", None, "The class that the maps are about; default each image's predicted one.")
-COUNT = flags.DEFINE_integer("count", None, "Images of --split (default all) or --quality (100).", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/explain.")
-SAVE_MAPS = flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 [H, W] in 0..1, as .npy.")
-DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
-WINDOW = flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
-HU_WINDOW = flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the run's.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("workdir", None, "A finished run.")
+    flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
+    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draws sheets of this split of the run's data set.")
+    flags.DEFINE_bool("quality", False, "Measures the maps: pointing game, deletion curve, sanity check.")
+    flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, and all for --quality.")
+    flags.DEFINE_string("class", None, "The class that the maps are about; default each image's predicted one.")
+    flags.DEFINE_integer("count", None, "Images of --split (default all) or --quality (100).", lower_bound=1)
+    flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/explain.")
+    flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 [H, W] in 0..1, as .npy.")
+    flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
+    flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the run's.")
 
 
 def main(_: list[str]) -> None:
     """Checks what was asked for, does it, and names what could not be read."""
-    if not WORKDIR.value:
+    if not FLAGS.workdir:
         raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
-    if not (IMAGES.value or SPLIT.value or QUALITY.value):
+    if not (FLAGS.images or FLAGS.split or FLAGS.quality):
         raise app.UsageError("nothing to explain: give --images=FILE,FOLDER, --split=test or --quality")
-    for method in METHOD.value:
+    for method in FLAGS.method:
         if method not in METHODS:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
-    windows: dict[str, Any] = {"window": cli.read_window(WINDOW.value)} if WINDOW.value else {}
-    windows |= {"hu_windows": (cli.read_hu_window(HU_WINDOW.value),)} if HU_WINDOW.value else {}
+    windows: dict[str, Any] = {"window": cli.read_window(FLAGS.window)} if FLAGS.window else {}
+    windows |= {"hu_windows": (cli.read_hu_window(FLAGS.hu_window),)} if FLAGS.hu_window else {}
     environment.prepare_jax()
     # Here, after the flags, since they import jax.
     from lungjax.explain import sheets
@@ -56,39 +60,39 @@ def main(_: list[str]) -> None:
     from lungjax.models import outputs
     from lungjax.training import train
 
-    run, data_dir = api.load(WORKDIR.value), Path(DATA_DIR.value).expanduser()
-    target = class_number(run.classes, CLASS.value)
+    run, data_dir = api.load(FLAGS.workdir), Path(FLAGS.data_dir).expanduser()
+    target = class_number(run.classes, FLAGS["class"].value)
     positive = outputs.positive_class(run.config, run.classes)
     explainer = Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
-    out = Path(OUT.value or Path(WORKDIR.value) / "explain").expanduser()
+    out = Path(FLAGS.out or Path(FLAGS.workdir) / "explain").expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    methods = METHOD.value or ["gradcam"]
+    methods = FLAGS.method or ["gradcam"]
     bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
         print("The last map is one cell: only occlusion and integrated_gradients can tell places apart here.")
-    if IMAGES.value:
-        file = Path(WORKDIR.value) / metadata.FILE
+    if FLAGS.images:
+        file = Path(FLAGS.workdir) / metadata.FILE
         parts = datasets.resolve(run.config.data.dataset)[0]
         known = (run.config.name, run.classes, run.config.input, parts.full, parts.stage, parts.size)
         told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
         told = replace(told, **windows)
-        found = gather(IMAGES.value, told)
+        found = gather(FLAGS.images, told)
         bad += [f"{name}: {why}" for name, why in found.bad]
         pictures = read(found.items, told, bad)
-        if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, SAVE_MAPS.value):
+        if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
             reasons = "\n  ".join(bad or ["there is none in the folders given"])
             raise ValueError(f"no image could be read:\n  {reasons}")
-    if SPLIT.value:
+    if FLAGS.split:
         data = train.open_data(run.config, data_dir)
         for method in methods:
-            folder = out / f"{SPLIT.value}_{method}"
-            bad += sheets.explain_split(explainer, data, SPLIT.value, method, target, folder, COUNT.value)
-    if QUALITY.value:
-        count = COUNT.value or sheets.TO_MEASURE
+            folder = out / f"{FLAGS.split}_{method}"
+            bad += sheets.explain_split(explainer, data, FLAGS.split, method, target, folder, FLAGS.count)
+    if FLAGS.quality:
+        count = FLAGS.count or sheets.TO_MEASURE
         drawn = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
         images = None if drawn else train.open_data(run.config, data_dir)
         bad += sheets.measure_quality(
-            explainer, run.config, run.classes, run.step, images, METHOD.value or METHODS, target, out, count
+            explainer, run.config, run.classes, run.step, images, FLAGS.method or METHODS, target, out, count
         )
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
@@ -114,4 +118,4 @@ def read(items: Iterable[Item], told: Metadata, bad: list[str]) -> Iterator[tupl
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

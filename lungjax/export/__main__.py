@@ -21,31 +21,35 @@ from lungjax.runtime import environment
 
 FORMATS = ("jax", "onnx", "savedmodel", "triton")
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.")
-FORMAT = flags.DEFINE_list("format", ["jax"], f"Of {', '.join(FORMATS)}; several with commas.")
-OUT = flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("workdir", None, "A finished run.")
+    flags.DEFINE_list("format", ["jax"], f"Of {', '.join(FORMATS)}; several with commas.")
+    flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
 
 
 def main(_: list[str]) -> None:
     """Checks what was asked for, then writes one format after the other and says how near each is to the network."""
-    if not WORKDIR.value:
+    if not FLAGS.workdir:
         raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
-    if not FORMAT.value:
+    if not FLAGS.format:
         raise app.UsageError(f"--format is empty: give some of {', '.join(FORMATS)}")
-    for name in FORMAT.value:
+    for name in FLAGS.format:
         if name not in FORMATS:
             raise ValueError(f"--format={name}: {nearest(name, FORMATS)}")
     environment.prepare_jax()
     from lungjax.export import functions, onnx, savedmodel, stablehlo, triton  # here, since they import jax
 
     modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
-    chosen = [name for name in FORMATS if name in FORMAT.value]
+    chosen = [name for name in FORMATS if name in FLAGS.format]
     for name in chosen:
         modules[name].load_packages()  # before a minute of work for the other formats
-    workdir = Path(WORKDIR.value).expanduser()
+    workdir = Path(FLAGS.workdir).expanduser()
     made = functions.of_run(workdir)
-    out = Path(OUT.value).expanduser() if OUT.value else workdir / "export"
+    out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "export"
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         start = time.monotonic()
@@ -61,4 +65,4 @@ def _size(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -21,30 +21,34 @@ from lungjax import cli
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LEAST_TOKEN = 16  # characters
 
-MODEL = flags.DEFINE_string("model", None, "A run's folder, or a model.pyz or model.onnx of lungjax.export.")
-HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; others than loopback are open to others.")
-PORT = flags.DEFINE_integer("port", 8000, "The port; 0 takes a free one.", 0, 65535)
-ALLOWED = flags.DEFINE_list(
-    "allowed_hosts", [], "Further names by which it may be called; a proxy in front must pass Host on."
-)
-TOKEN = flags.DEFINE_string("token_file", None, "A file with the token that requests must bring; or LUNGJAX_TOKEN.")
-MAX_MB = flags.DEFINE_float("max_mb", 64, "MiB of one file.", 0.001)
-MAX_REQUEST_MB = flags.DEFINE_float("max_request_mb", 256, "MiB of one request.", 0.001)
-MAX_HELD_MB = flags.DEFINE_float("max_held_mb", 512, "MiB of all requests together.", 0.001)
-MAX_FILES = flags.DEFINE_integer("max_files", 64, "Files of one request.", 1)
-MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 30, "Million pixels of one image.", 0.0001)
-MAX_SIDE = flags.DEFINE_integer("max_side", 10_000, "Pixels along a side of one image.", 1)
-MAX_REQUESTS = flags.DEFINE_integer("max_requests", 128, "Requests at once.", 1)
-MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Images that may wait for the device.", 1)
-MAX_EXPLAINS = flags.DEFINE_integer("max_explains", 32, "Heat maps that may wait for the device.", 1)
-MAX_SECONDS = flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute one request.", 0.01)
-READ_SECONDS = flags.DEFINE_float("read_seconds", 10, "Seconds for a body, and one more for each 64 KiB of it.", 0.01)
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("model", None, "A run's folder, or a model.pyz or model.onnx of lungjax.export.")
+    flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; others than loopback are open to others.")
+    flags.DEFINE_integer("port", 8000, "The port; 0 takes a free one.", 0, 65535)
+    flags.DEFINE_list(
+        "allowed_hosts", [], "Further names by which it may be called; a proxy in front must pass Host on."
+    )
+    flags.DEFINE_string("token_file", None, "A file with the token that requests must bring; or LUNGJAX_TOKEN.")
+    flags.DEFINE_float("max_mb", 64, "MiB of one file.", 0.001)
+    flags.DEFINE_float("max_request_mb", 256, "MiB of one request.", 0.001)
+    flags.DEFINE_float("max_held_mb", 512, "MiB of all requests together.", 0.001)
+    flags.DEFINE_integer("max_files", 64, "Files of one request.", 1)
+    flags.DEFINE_float("max_megapixels", 30, "Million pixels of one image.", 0.0001)
+    flags.DEFINE_integer("max_side", 10_000, "Pixels along a side of one image.", 1)
+    flags.DEFINE_integer("max_requests", 128, "Requests at once.", 1)
+    flags.DEFINE_integer("max_queue", 256, "Images that may wait for the device.", 1)
+    flags.DEFINE_integer("max_explains", 32, "Heat maps that may wait for the device.", 1)
+    flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute one request.", 0.01)
+    flags.DEFINE_float("read_seconds", 10, "Seconds for a body, and one more for each 64 KiB of it.", 0.01)
 
 
 def main(_: list[str]) -> None:
     """Opens the model, takes the port, and serves until it is told to stop."""
-    if not MODEL.value:
+    if not FLAGS.model:
         raise app.UsageError("--model=M is missing: a run's folder, or a model.pyz or model.onnx")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -59,20 +63,20 @@ def main(_: list[str]) -> None:
     from lungjax.serve.uploads import MIB, Limits
 
     settings = Settings(
-        host=HOST.value,
-        names=tuple(name.lower() for name in ALLOWED.value),
-        token=read_token(TOKEN.value),
-        file=Limits(int(MAX_MB.value * MIB), int(MAX_MEGAPIXELS.value * 1e6), MAX_SIDE.value),
-        request_bytes=int(MAX_REQUEST_MB.value * MIB),
-        held_bytes=int(MAX_HELD_MB.value * MIB),
-        files=MAX_FILES.value,
-        requests=MAX_REQUESTS.value,
-        queue=MAX_QUEUE.value,
-        explains=MAX_EXPLAINS.value,
-        read_seconds=READ_SECONDS.value,
-        seconds=MAX_SECONDS.value,
+        host=FLAGS.host,
+        names=tuple(name.lower() for name in FLAGS.allowed_hosts),
+        token=read_token(FLAGS.token_file),
+        file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6), FLAGS.max_side),
+        request_bytes=int(FLAGS.max_request_mb * MIB),
+        held_bytes=int(FLAGS.max_held_mb * MIB),
+        files=FLAGS.max_files,
+        requests=FLAGS.max_requests,
+        queue=FLAGS.max_queue,
+        explains=FLAGS.max_explains,
+        read_seconds=FLAGS.read_seconds,
+        seconds=FLAGS.max_seconds,
     )
-    listening = listen(HOST.value, PORT.value)
+    listening = listen(FLAGS.host, FLAGS.port)
     sys.exit(serve(settings, listening))
 
 
@@ -90,7 +94,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     LOG.addHandler(handler)
     LOG.propagate = False
-    model = predictor.open_model(MODEL.value)
+    model = predictor.open_model(FLAGS.model)
     codes = [0]
 
     def failed(error: BaseException) -> None:
@@ -176,4 +180,4 @@ def read_token(file: str | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

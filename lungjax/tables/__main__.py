@@ -19,56 +19,60 @@ from lungjax import config as configs
 from lungjax.config import experiments as experiment_files
 from lungjax.tables import cells, published
 
-LIST = flags.DEFINE_bool("list", False, "Prints every table with its title, its cells and its networks, and ends.")
-TABLE = flags.DEFINE_string("table", None, "The table's name; see --list.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the table's runs live, each in NAME/seedN.")
-RUN = flags.DEFINE_bool("run", False, "Makes missing runs and goes on with unfinished ones, one after the other.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each experiment, with train.seed 0, 1, ...", lower_bound=1)
-DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
-WEIGHTS_DIR = flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
-SET = flags.DEFINE_multi_string("set", [], "Overrides one field in every run, such as train.devices=1; repeatable.")
-DRAWS = flags.DEFINE_integer("draws", 2000, "Bootstrap draws of patients and seeds.", lower_bound=100)
-SMOKE = flags.DEFINE_bool("smoke", False, "Tries every cell of every table (or of --table) without data, and ends.")
-flags.adopt_module_key_flags(cli)
+FLAGS = flags.FLAGS
 
 # The smoke run's programs run two steps each, so their compilation is what costs: without LLVM's expensive passes it
 # takes a fraction of the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_bool("list", False, "Prints every table with its title, its cells and its networks, and ends.")
+    flags.DEFINE_string("table", None, "The table's name; see --list.")
+    flags.DEFINE_string("workdir", None, "Where the table's runs live, each in NAME/seedN.")
+    flags.DEFINE_bool("run", False, "Makes missing runs and goes on with unfinished ones, one after the other.")
+    flags.DEFINE_integer("seeds", 3, "Runs of each experiment, with train.seed 0, 1, ...", lower_bound=1)
+    flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
+    flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
+    flags.DEFINE_multi_string("set", [], "Overrides one field in every run, such as train.devices=1; repeatable.")
+    flags.DEFINE_integer("draws", 2000, "Bootstrap draws of patients and seeds.", lower_bound=100)
+    flags.DEFINE_bool("smoke", False, "Tries every cell of every table (or of --table) without data, and ends.")
+
+
 def main(_: list[str]) -> None:
     """Lists, tries, or runs and writes a table."""
     tables = published.TABLES
-    if TABLE.value is not None and TABLE.value not in tables:
-        raise ValueError(f"--table={TABLE.value}: unknown table; {configs.nearest(TABLE.value, tables)}")
-    if LIST.value:
+    if FLAGS.table is not None and FLAGS.table not in tables:
+        raise ValueError(f"--table={FLAGS.table}: unknown table; {configs.nearest(FLAGS.table, tables)}")
+    if FLAGS.list:
         print(listing())
         return
-    if SMOKE.value:
+    if FLAGS.smoke:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from lungjax.tables import smoke  # here, after the flags: it imports jax
 
-        chosen = {TABLE.value: tables[TABLE.value]} if TABLE.value else tables
+        chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
         failures = smoke.run(tables, chosen, lambda line: print(line, flush=True))
         if failures:
             print("\n".join(["Failures:", *failures]))
             sys.exit(1)
         return
-    if not TABLE.value:
+    if not FLAGS.table:
         raise app.UsageError("--table=NAME is missing; --list shows the names")
-    if not WORKDIR.value:
-        raise app.UsageError(f"--workdir=DIR is missing: where the runs of {TABLE.value} live, or shall live")
+    if not FLAGS.workdir:
+        raise app.UsageError(f"--workdir=DIR is missing: where the runs of {FLAGS.table} live, or shall live")
     from lungjax.tables import charts, results, runs  # here, after the flags: they import jax
 
-    weights_dir = Path(WEIGHTS_DIR.value).expanduser() if WEIGHTS_DIR.value else None
-    places = Path(WORKDIR.value).expanduser(), Path(DATA_DIR.value).expanduser()
-    options = runs.Options(*places, weights_dir, tuple(SET.value), SEEDS.value)
-    table = tables[TABLE.value]
+    weights_dir = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
+    places = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
+    options = runs.Options(*places, weights_dir, tuple(FLAGS.set), FLAGS.seeds)
+    table = tables[FLAGS.table]
     for name in cells.experiments(table, tables)[:1]:
         runs.plan(name, options)  # a mistake in --set is answered at once, and not for each cell
-    failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if RUN.value else {}
-    reader = results.Reader(table, options, DRAWS.value, failed)
+    failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
+    reader = results.Reader(table, options, FLAGS.draws, failed)
     found = results.evaluate(table, tables, reader)
     path = results.write(table, found, options, reader, charts.draw)
     print(results.told(table, found))
@@ -99,4 +103,4 @@ def listing() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -158,7 +158,7 @@ from lungjax.inference import api
 from lungjax import cli
 from lungjax.explain import __main__ as command
 api.load = lambda workdir: test_explain.run.__wrapped__()
-cli.run(command.main)
+cli.run(command.main, command.define_flags)
 """
 
 

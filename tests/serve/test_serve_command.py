@@ -100,7 +100,7 @@ environment.prepare_jax = lambda: None
 predictor.open_model = lambda path: test_serve_command.Slow()
 from lungjax import cli
 from lungjax.serve import __main__ as command
-cli.run(command.main)
+cli.run(command.main, command.define_flags)
 """
 
 

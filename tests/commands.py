@@ -1,0 +1,23 @@
+"""Runs a command in this process, as `python -m lungjax.X ARGUMENTS` does in its own."""
+
+from absl import flags
+
+from lungjax import cli
+
+
+def run(command, *arguments, positional=()) -> int:
+    """Returns the exit code of a command's module, such as `lungjax.prepare`; what it prints goes to capsys.
+
+    `positional` are the names of the arguments that the command takes besides flags. The flags of the command are
+    removed again, so that several commands run in one process.
+    """
+    before = set(flags.FLAGS)
+    try:
+        cli.run(command.main, command.define_flags, positional, [command.__name__, *map(str, arguments)])
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.mark_as_parsed()
+    return 0
