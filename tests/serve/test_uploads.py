@@ -127,7 +127,7 @@ def test_dicom_in_memory_is_read_as_from_disk(modality, tmp_path):
     found = read(written(data))
     np.testing.assert_array_equal(found.pixels, images.decode(wanted, None))
     assert found.kind == "DICOM" and found.series == ("1.2.3.77 ID-4711" if modality == "CT" else "")
-    assert dicom.header(memory_file.Held("in memory", written(data))).series == dicom.header(path).series
+    assert dicom.header(memory_file.MemoryFile("in memory", written(data))).series == dicom.header(path).series
 
 
 def test_deflated_and_encapsulated_dicom_is_read():
