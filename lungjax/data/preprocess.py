@@ -4,6 +4,8 @@ Preparing a data set and predicting share these steps: a 16-bit image is shrunk 
 windowed before a stage is cut out.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lungjax.config.metadata import Metadata
@@ -37,44 +39,65 @@ def apply_stage(
     return array, box, region, found
 
 
-def picture(
-    array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a trained network's input, uint8 [H, W, C], the image before that, and warnings.
-
-    The image before is what a data set would store: in its stage and size, uint8 or float32 in 0..255.
+def keep(
+    array: np.ndarray,
+    box: Sequence[float] | None = None,
+    stage: str = "",
+    size: tuple[int, int] | None = None,
+    window: tuple[float, float] | None = None,
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns what a data set keeps of an image, its box in that, and whether the stage found a body or lung.
 
     Args:
       array: [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255.
-      metadata: of the network.
-      box: of the body in pixels; None finds it if the network was trained on it.
-      prepared: whether the image is already in the stage of the training images.
+      box: xmin, ymin, xmax, ymax in pixels; None is the full image.
+      stage: such as "lungs"; "" is the unmodified image.
+      size: height and width of the stored copy; None is the size of the image.
+      window: of 16-bit images, which become float32 in 0..255.
 
-    Raises ValueError for a 16-bit image if the network has no window.
+    Raises ValueError for a 16-bit image without a window.
     """
-    window, warnings = metadata.window, []
     if array.dtype == np.uint16 and window is None:
         raise ValueError(
             "a 16-bit image, but the network was trained on 8-bit ones: its window is unknown; lungjax.predict takes "
             "--window=low,high"
         )
-    if box is None and metadata.box and not prepared:
-        box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
-        if box is None:
-            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
-    stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
-    place, found = images.full_region(array) if box is None else box, True
+    x0, y0, x1, y1 = images.full_region(array) if box is None else map(float, box)
+    place, found = (x0, y0, x1, y1), True
     if stage:
         array = images.gray(_to_8_bit(array, window))
     elif size and array.dtype != np.uint16:
         array = _to_8_bit(array, window)
     if stage or size:
         array, place, _, found = apply_stage(array, place, stage, size)
-    if not found:
-        warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
-    return images.to_input(array, np.asarray(place, np.float32), metadata.input, 0.0), array, warnings
+    return array, np.asarray(place, np.float32), found
+
+
+def picture(
+    array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Returns an image as a trained network's input, uint8 [H, W, C], what its data set would `keep`, and warnings.
+
+    Args:
+      array: as in `keep`.
+      metadata: of the network.
+      box: of the body in pixels; None finds it if the network was trained on it.
+      prepared: whether the image is already in the stage of the training images.
+
+    Raises ValueError as `keep`.
+    """
+    warnings: list[str] = []
+    if box is None and metadata.box and not prepared:
+        box = body_box(_to_8_bit(array, metadata.window)) if metadata.box == "body" else None
+        if box is None:
+            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
+    stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
+    stored, place, found = keep(array, box, stage, size, metadata.window)
+    if not found:
+        warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
+    return images.to_input(stored, place, metadata.input, 0.0), stored, warnings
 
 
 def body_box(array: np.ndarray) -> Box | None:
