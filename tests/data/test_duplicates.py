@@ -83,7 +83,7 @@ def test_hash_is_signs_of_low_frequencies():
     spectrum = waves @ image.astype(float) @ waves.T
     radius = (place[:, None] ** 2 + place[None, :] ** 2).astype(float)
     # The 64 lowest of radius 5 and more, ties by row: bits in that order.
-    order = sorted(((radius[y, x], y, x) for y in range(64) for x in range(64) if radius[y, x] >= 25))[:64]
+    order = sorted((radius[y, x], y, x) for y in range(64) for x in range(64) if radius[y, x] >= 25)[:64]
     np.testing.assert_array_equal(bits, [spectrum[y, x] > 0 for _, y, x in order])
 
 

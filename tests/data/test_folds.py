@@ -1,5 +1,6 @@
 """Folds and fractions on hand-made columns: nothing is separated or lost, smaller fractions are subsets."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_fractions_are_nested():
     fractions = (0.001, 0.1, 0.2, 0.5, 1.0)
     parts = [members(folds.apply(data, config(f"train.fraction={f}"), NONE)) for f in fractions]
     assert parts[-1] == full
-    assert all(a["train"] < b["train"] for a, b in zip(parts[:-1], parts[1:], strict=True))
+    assert all(a["train"] < b["train"] for a, b in itertools.pairwise(parts))
     patients = len(set(groups[list(full["train"])]))
     for fraction, part in zip(fractions, parts, strict=True):
         assert part["val"] == full["val"] and part["test"] == full["test"]

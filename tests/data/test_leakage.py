@@ -90,25 +90,25 @@ def random_columns(rng, n=400):
     return splits, labels, groups, pixels, near[[groups[i] != groups[j] for i, j in near]]
 
 
+def members(column):
+    return {split: [i for i, s in enumerate(column) if s == split] for split in SPLITS}
+
+
 def test_clean_leaves_no_leak_in_any_order():
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        splits, labels, groups, pixels, near = random_columns(rng)
-        result, _ = leakage.clean(splits, labels, groups, pixels, near)
-        before, after = ({s: [i for i, d in enumerate(column) if d == s] for s in SPLITS} for column in (splits, result))
-        assert all(len(rows) > 10 for rows in after.values())
-        assert all(counts["any"] == 0 for counts in leakage.leaks(after, groups, pixels, near).values())
-        assert leakage.leaks(before, groups, pixels, near)["test"]["any"] > 20
+        *columns, near = random_columns(rng)
+        splits, _, groups, pixels = columns
+        result, _ = leakage.clean(*columns, near)
+        after = leakage.leaks(members(result), groups, pixels, near)
+        assert all(counts["images"] > 10 and counts["any"] == 0 for counts in after.values())
+        assert leakage.leaks(members(splits), groups, pixels, near)["test"]["any"] > 20
         assert all(d in ("", s) for d, s in zip(result, splits, strict=True))
-
         order = rng.permutation(len(splits))
-        columns = ([c[i] for i in order] for c in (splits, labels, groups, pixels))
-        shuffled, _ = leakage.clean(*columns, np.argsort(order)[near])
-
-        def images(column, rows):  # copies in one group and split are interchangeable
-            return sorted((pixels[i], groups[i], s) for i, s in zip(rows, column, strict=True) if s)
-
-        assert images(shuffled, order) == images(result, range(len(result)))
+        shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near])
+        # Copies in one group and split are interchangeable.
+        kept = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
+        assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(kept)
 
 
 def test_clean_invalid_columns():

@@ -106,6 +106,4 @@ def test_resample_equals_scikit_learn():
     for count, draws in ((1, 4), (35996, 26970), (294, 26), (26, 294)):
         for seed in (0, 3):
             rows = utils.resample(np.arange(count), replace=True, n_samples=draws, random_state=seed)
-            np.testing.assert_array_equal(
-                study_splits.resample(count, draws, seed), np.bincount(rows, minlength=count)
-            )
+            np.testing.assert_array_equal(study_splits.resample(count, draws, seed), np.bincount(rows, minlength=count))
