@@ -1,7 +1,7 @@
 """Networks by name with their weights, and images as their input: `create`, `list_models`, `preprocess`.
 
-    net, variables, spec = lungjax.create("efficientnetv2_s", weights="imagenet", classes=3)
-    logits, features = net.apply(variables, lungjax.preprocess(images, spec), train=False)
+net, variables, spec = lungjax.create("efficientnetv2_s", weights="imagenet", classes=3)
+logits, features = net.apply(variables, lungjax.preprocess(images, spec), train=False)
 """
 
 import fnmatch

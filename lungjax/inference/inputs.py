@@ -5,7 +5,6 @@ and CSV lists with a column `path` (relative to the list) and optionally `group`
 series, of one NIfTI volume and of one group form a series. Volumes are cut like the training images of the model.
 """
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lungjax.config.metadata import Metadata
+from lungjax.data.csv_table import read_table
+from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.data.imaging.volumes import Windows
 from lungjax.datasets import folder_volumes
@@ -100,24 +101,13 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
             continue
         seen[place] = series
         try:
-            kind = folder_volumes.kind(str(path))
-            if kind == "dicom":
-                header = dicom.header(str(path))
-                if header.aside:
-                    inputs.skipped += 1
-                elif header.modality in dicom.XRAYS:
-                    inputs.add(Item(str(path), partial(dicom.xray, str(path)), series, short))
-                else:
-                    headers.setdefault(header.series, []).append(header)
-                    names[str(path)] = (series, short)
-            elif kind == "nifti":
-                _add_nifti(inputs, str(path), series, short, metadata)
-            elif kind == "image":
-                inputs.add(Item(str(path), path.read_bytes, series, short))
-            else:
-                inputs.failures.append((str(path), f"not one of {KINDS}"))
+            header = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:
             inputs.failures.append((str(path), reason(error, str(path))))
+            continue
+        if header is not None:
+            headers.setdefault(header.series, []).append(header)
+            names[str(path)] = (series, short)
     for slices in headers.values():
         try:
             _add_dicom(inputs, slices, names, metadata)
@@ -149,42 +139,47 @@ def _files(paths: Sequence[str], inputs: Inputs) -> Iterator[tuple[Path, str, st
                 yield path, "", path.name
             else:
                 inputs.failures.append((text, "no such file or folder"))
-        except (ValueError, OSError, RuntimeError, csv.Error) as error:  # RuntimeError: ~ of an unknown user
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             inputs.failures.append((text, reason(error, text)))
 
 
-def _folder(folder: Path, text: str, inputs: Inputs) -> Iterator[tuple[Path, str, str]]:
-    """Yields the images below a folder; links to folders and unreadable folders are failures."""
-    count = 0
-
-    def unreadable(error: OSError) -> None:
-        inputs.failures.append((str(error.filename), error.strerror or "can't be read"))
-
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        links = [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
-        inputs.failures += [(link, "a link to a folder; give that folder itself") for link in links]
-        for name in sorted(files):
-            path = Path(parent, name)
-            if not path.exists():
-                inputs.failures.append((str(path), "a dangling link"))
-            elif path.is_file() and folder_volumes.kind(str(path)):
-                count += 1
-                yield path, "", str(path.relative_to(folder))
-    if not count:
+def _folder(folder: Path, text: str, inputs: Inputs) -> list[tuple[Path, str, str]]:
+    files = list_files(folder, lambda path, reason: inputs.failures.append((path, reason)))
+    names = [name for name in files if folder_volumes.kind(str(folder / name))]
+    if not names:
         inputs.failures.append((text, f"no image in this folder; allowed are {KINDS}"))
+    return [(folder / name, "", name) for name in names]
 
 
-def _rows(path: Path) -> list[tuple[Path, str, str]]:
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        column = next((name for name in PATH_COLUMNS if name in columns), None)
-        if column is None:
-            raise ValueError(f"no column {', '.join(PATH_COLUMNS)}; it has {', '.join(columns)[:200] or 'nothing'}")
-        group = next((name for name in GROUP_COLUMNS if name in columns), None)
-        rows = [(row[column] or "", (row[group] or "") if group else "") for row in reader]
-    return [(path.parent / Path(name).expanduser(), patient, name) for name, patient in rows if name]
+def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
+    columns, rows = read_table(path)
+    column = next((name for name in PATH_COLUMNS if name in columns), None)
+    if column is None:
+        raise ValueError(f"no column {', '.join(PATH_COLUMNS)}; it has {', '.join(columns)[:200] or 'nothing'}")
+    group = next((name for name in GROUP_COLUMNS if name in columns), "")
+    for _, row in rows:
+        if row[column]:
+            yield path.parent / Path(row[column]).expanduser(), row.get(group, ""), row[column]
+
+
+def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> dicom.Header | None:
+    """Adds a file; a slice of a DICOM series is returned instead. Raises ValueError for another kind of file."""
+    kind = folder_volumes.kind(path)
+    if kind == "image":
+        inputs.add(Item(path, Path(path).read_bytes, series, short))
+    elif kind == "nifti":
+        _add_nifti(inputs, path, series, short, metadata)
+    elif kind == "dicom":
+        header = dicom.header(path)
+        if header.aside:
+            inputs.skipped += 1
+        elif header.modality in dicom.XRAYS:
+            inputs.add(Item(path, partial(dicom.xray, path), series, short))
+        else:
+            return header
+    else:
+        raise ValueError(f"not one of {KINDS}")
+    return None
 
 
 def _add_dicom(
@@ -196,7 +191,7 @@ def _add_dicom(
     series = dicom.series(headers)
     paths = tuple(header.path for header in series.headers)
 
-    def read(path: str) -> Callable[[], bytes]:
+    def read(path: dicom.File) -> Callable[[], bytes]:
         return partial(dicom.picture, path, metadata.hu_windows)
 
     def cut(plane: str, number: int, windows: Windows) -> bytes:

@@ -241,9 +241,16 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
     """Returns `artifacts.OUTPUTS` of a network's logits [B, outputs] and last map [B, h, w, F]."""
-    logits = outputs.class_logits(logits, metadata.positive)
-    probabilities = jax.nn.softmax(logits / np.float32(metadata.temperature))
-    return {"probabilities": probabilities, "logits": logits, "features": outputs.pooled_features(last)}
+    return {
+        "probabilities": calibrated(logits, metadata),
+        "logits": outputs.class_logits(logits, metadata.positive),
+        "features": outputs.pooled_features(last),
+    }
+
+
+def calibrated(logits: jax.Array, metadata: Metadata) -> jax.Array:
+    """Returns calibrated probabilities [B, classes] of a network's logits [B, outputs]."""
+    return jax.nn.softmax(outputs.class_logits(logits, metadata.positive) / np.float32(metadata.temperature))
 
 
 def _load_run(workdir: Path) -> Model:

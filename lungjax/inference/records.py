@@ -76,6 +76,25 @@ def failure(name: str, message: str) -> dict[str, str]:
     return {"file": name, "error": message}
 
 
+def columns(metadata: Metadata) -> list[str]:
+    """Returns the columns of a CSV table of records that describe the prediction."""
+    return ["predicted", *(f"p_{name}" for name in metadata.classes), *(f"called_{name}" for name in metadata.classes)]
+
+
+def cell(record: Mapping[str, Any], column: str) -> Any:
+    """Returns the value of a record in a column of a CSV table."""
+    kind, _, name = column.partition("_")
+    if kind == "p":
+        return record.get("probabilities", {}).get(name, "")
+    if kind == "called":
+        point = record.get("decisions", {}).get(name)
+        return "" if point is None else "yes" if point["called"] else "no"
+    value = record.get(column)
+    if isinstance(value, dict):  # gate
+        return "passed" if value["passed"] else "rejected"
+    return "; ".join(value) if isinstance(value, list) else "" if value is None else value
+
+
 def _prediction(metadata: Metadata, probabilities: np.ndarray, rule: str, level: str) -> dict[str, Any]:
     points: Mapping[str, Any] = metadata.points.get(level, {})
     p = dict(zip(metadata.classes, map(float, probabilities), strict=True))
