@@ -16,13 +16,13 @@ import numpy as np
 import scans
 import uvicorn
 from conftest import png
+from lungjax.inference.predictor import Picture
 from PIL import Image
 from test_uploads import written
 
 from lungjax.config import InputSpec
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
-from lungjax.inference.predictor import Picture
 from lungjax.serve import __main__ as command
 from lungjax.serve import protocol
 from lungjax.serve.app import build

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from brightness import brightness
 from conftest import png
 from scipy import special
 
 import lungjax
 from lungjax.config import InputSpec, metadata
-from lungjax.config.metadata import Metadata
 from lungjax.evaluation import predictions
 from lungjax.explain.saliency import Explainer
-from lungjax.inference.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +78,6 @@ def test_load_errors(trained_run, tmp_path):
             lungjax.load(path)
     with pytest.raises(ValueError, match="gone.png"):
         lungjax.load(trained_run.workdir).predict(["gone.png"])
-
-
-def brightness(**fields):
-    """A model whose probability of "bright" is the mean gray level."""
-
-    def forward(pixels):
-        assert len(pixels) in (1, 2, 4)
-        p = pixels.mean((1, 2, 3), dtype=np.float64) / 255
-        probabilities = np.stack([1 - p, p], axis=1).astype(np.float32)
-        return {"probabilities": probabilities, "logits": np.log(probabilities + 1e-9), "features": p[:, None]}
-
-    description = Metadata("mine", ("dark", "bright"), InputSpec(size=(8, 8)), "folder/mine")
-    return Model(replace(description, **fields), "onnx", "cpu", 4, (), forward)
 
 
 def test_batches_of_any_size():
