@@ -87,12 +87,12 @@ def serve(settings: Any, listening: socket.socket) -> int:
     from lungjax.serve.middleware import LOG, describe
     from lungjax.serve.protocol import LingeringProtocol
 
+    model = load(FLAGS.model)
     LOG.setLevel(logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     LOG.addHandler(handler)
     LOG.propagate = False
-    model = load(FLAGS.model)
     exit_code = 0
 
     def on_failure(error: BaseException) -> None:

@@ -245,9 +245,9 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
     app.post("/predict", response_model=schemas.Predictions, **work)(service.predict)
     app.post("/explain", response_model=schemas.Explanations, **work)(service.explain)
     app.get("/model")(service.describe)
-    starting: dict[int | str, dict[str, Any]] = {503: {"model": schemas.Health, "description": "Starting, or failed to start."}}
+    starting: Any = {503: {"model": schemas.Health, "description": "Starting, or failed to start."}}
     app.get("/health", response_model=schemas.Health, responses=starting)(service.health)
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}}
+    text: Any = {200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}}
     app.get("/metrics", response_class=Response, responses=text)(service.prometheus)
 
     async def openapi(_: Request) -> Response:
