@@ -81,7 +81,7 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
         "cut.png": "truncated",
         "gone.png": "no such",
         "deep.png": "16-bit",
-        "notes.txt": "can be read",
+        "notes.txt": "not one of",
     }.items():
         assert any(str(tmp_path) in line and name in line and why in line for line in bad), (name, bad)
     # The map is that of the network's input, as prediction reads it.
