@@ -1,4 +1,4 @@
-"""What a run writes for those who will use its network: `metadata.Metadata` and `novelty.Familiarity` of a run."""
+"""The content of model.json: the `metadata.Metadata` of a run, with the look of its training images."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,28 +14,29 @@ from lungjax.evaluation import calibration, metrics, novelty, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models.outputs import positive_class
 
-MOST = 1000  # images of a split that are looked at for `familiarity`
-BOXED = (
-    "The scores are of the body's box as the data set gives it; in prediction it is found in each image, which may "
-    "differ by some pixels and change an answer."
+MAX_IMAGES = 1000  # per split, for `look`
+BODY_BOX_NOTE = (
+    "The scores use the body boxes of the data set. Prediction finds the box in each image, which may differ by some "
+    "pixels and change the result."
 )
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
+POINT = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
 
 
 def look(data: Prepared) -> novelty.Familiarity | None:
-    """Returns what the training images of a data set look like; None for too few or unreadable ones.
+    """Returns the look of the training images, or None if too few can be read.
 
-    Up to MOST images of each split, at even distances. An image that can't be read is left out.
+    Uses up to MAX_IMAGES images per split, evenly spaced; unreadable ones are skipped.
     """
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
-    except ValueError:  # too few pictures to say what is usual
+    except ValueError:  # too few images
         return None
 
 
 def _pictures(data: Prepared, split: str) -> Iterator[Any]:
     rows = np.unique(data.rows(split))
-    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).round().astype(int)]:
+    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().astype(int)]:
         try:
             yield images.load(data.records[int(row)]["image"], data.window)
         except ValueError:
@@ -47,18 +48,18 @@ def describe(
     data: Prepared,
     results: Mapping[str, Predictions],
     report: Mapping[str, Any],
-    known: novelty.Familiarity | None,
-    told: Mapping[str, Any],
+    familiarity: novelty.Familiarity | None,
+    description: Mapping[str, Any],
 ) -> Metadata:
-    """Returns model.json's content for a run that was just tested.
+    """Returns the content of model.json for a run that was just tested.
 
     Args:
       config: of the run, complete.
-      data: what it was trained on.
-      results: predictions of "test", and of "val" where there are any: temperature and thresholds are chosen there.
-      report: report.json's content.
-      known: of `look`.
-      told: of `datasets.describe`.
+      data: the training data.
+      results: predictions of "test", and of "val" if any, on which temperature and thresholds are chosen.
+      report: the content of report.json.
+      familiarity: of `look`.
+      description: of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
@@ -66,11 +67,8 @@ def describe(
     temperature, points = 1.0, {}
     if val is not None and len(val):
         temperature = calibration.fit_temperature(val)
-        points = _points(
-            config, calibration.apply_temperature(val, temperature), calibration.apply_temperature(test, temperature)
-        )
-    facts, box = report["facts"], _box(config, data)
-    about = told.get("about") or {}
+        points = _points(config, *(calibration.apply_temperature(p, temperature) for p in (val, test)))
+    facts, box, about = report["facts"], _box(config, data), description.get("about") or {}
     return Metadata(
         name=config.name,
         classes=data.classes,
@@ -89,7 +87,7 @@ def describe(
         scores={level: _scores(report["test"][level], report) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
         patients=_patients(data),
-        familiarity=None if known is None else known.to_dict(),
+        familiarity=None if familiarity is None else familiarity.to_dict(),
         about={
             "notice": NOTICE,
             "network": config.model.name,
@@ -98,56 +96,53 @@ def describe(
             "data_licence": about.get("licence", ""),
             "data_title": about.get("title", ""),
             "protocol": config.data.protocol,
-            "warnings": [*report["warnings"], *([BOXED] if box == "body" else [])],
+            "warnings": [*report["warnings"], *([BODY_BOX_NOTE] if box == "body" else [])],
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
 
 
 def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    columns, found = data.columns, {}
-    if len(np.unique(columns["group"])) == len(columns["group"]):
+    """Returns the number of patients per split and class; {} if no two images share one."""
+    labels, groups = data.columns["label"], data.columns["group"]
+    if len(np.unique(groups)) == len(groups):
         return {}
-    for split in ("train", "val", "test"):
-        rows = np.unique(data.rows(split))
-        labels, groups = columns["label"][rows], columns["group"][rows]
-        found[split] = {name: len(np.unique(groups[labels == i])) for i, name in enumerate(data.classes)}
-    return found
+    splits = {split: np.unique(data.rows(split)) for split in ("train", "val", "test")}
+    return {
+        split: {name: len(np.unique(groups[rows][labels[rows] == i])) for i, name in enumerate(data.classes)}
+        for split, rows in splits.items()
+    }
 
 
 def _box(config: Config, data: Prepared) -> str:
     name, entry = datasets.resolve(data.name)
     columns = data.columns
-    whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
-    if config.input.crop != "box" or (columns["box"] == whole).all():
-        return ""  # also where the data set has none, and whole images were shown
+    full = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
+    if config.input.crop != "box" or (columns["box"] == full).all():
+        return ""  # also if the data set has no boxes, so that complete images were used
     return "body" if entry.axial and name.base != "folder" else "given"  # a user's boxes may be of anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns LEVEL.CLASS.RULE of calibrated predictions; patients only where some have several slices."""
-    chosen = config.eval
-    found = {"slice": (val, test)}
+    """Returns LEVEL.CLASS.RULE of calibrated predictions; patients only if some have several slices."""
+    levels = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
-        found["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    kept = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
+        levels["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
+    options = config.eval.sensitivity, config.eval.prevalence, config.eval.draws
     return {
         level: {
-            name: {rule: {key: point[key] for key in kept} for rule, point in rules.items()}
-            for name, rules in operating_points.points(
-                *pair, chosen.sensitivity, chosen.prevalence, chosen.draws
-            ).items()
+            name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
+            for name, rules in operating_points.points(*pair, *options).items()
         }
-        for level, pair in found.items()
+        for level, pair in levels.items()
         if len(pair[1])
     }
 
 
 def _scores(level: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    ends = level.get("intervals", {})
+    intervals = {key: ends for key, ends in level.get("intervals", {}).items() if key in SCORES}
     rates = {
         name: {key: level["per_class"][name].get(key) for key in ("n", "recall", "precision", "auc")}
         for name in report["classes"]
     }
-    shown = {key: level.get(key) for key in SCORES}
-    return shown | {"intervals": {key: ends[key] for key in SCORES if key in ends}, "per_class": rates}
+    return {key: level.get(key) for key in SCORES} | {"intervals": intervals, "per_class": rates}
