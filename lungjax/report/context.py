@@ -1,6 +1,6 @@
 """What report.html and report.md show: one context of numbers, tables and figures for both templates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,17 @@ CONTROLS = {
     "no_lungs": "network, lungs blacked out",
     "source_only": "source of the image alone, no network",
 }
+CAPTIONS = {
+    "confusion_slice.png": "Confusion matrix per slice.",
+    "confusion_patient.png": "Confusion matrix per patient.",
+    "roc.png": "ROC curves, test slices.",
+    "pr.png": "Precision-recall curves, test slices.",
+    "reliability.png": "Reliability diagram, test slices: accuracy by confidence.",
+    "decision_curve.png": "Decision curves, test slices: net benefit of each class against the rest.",
+    "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
+    "mistakes.png": "Worst mistakes, test slices, each with the Grad-CAM map of its predicted class (yellow: highest).",
+    "training.png": "Training: the train loss includes class weights and label smoothing, if set.",
+}
 LEAKS = {
     "images": "images",
     "exact_twin_in_train": "exact copy in train",
@@ -61,7 +72,7 @@ LEAKS = {
 def build(
     config: Config,
     report: Mapping[str, Any],
-    captions: Mapping[str, str],
+    files: Iterable[str],
     plots: Path,
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -71,15 +82,15 @@ def build(
     Args:
       config: of the run.
       report: as in report.json; see `lungjax.report.write`.
-      captions: of the figures in page order, by file name.
-      plots: the folder of the figures, PNG files.
+      files: the figures in page order, keys of CAPTIONS.
+      plots: the folder of the figures.
       summary: summary.json of the prepared data; None omits that part.
       about: what is known of the data set, the fields of `datasets.About`; None omits it.
 
     Raises ValueError for a figure that is not a PNG file, OSError for one that is missing.
     """
     facts = report["facts"]
-    figures = {name: embed(plots / name, f"{caption}.") for name, caption in captions.items()}
+    figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}
     return {
         "title": f"{report['name']}: {config.model.name} on {facts.get('dataset', config.data.dataset)}",
         "sections": SECTIONS,

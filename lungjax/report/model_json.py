@@ -128,15 +128,16 @@ def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, An
     levels = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
         levels["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    options = config.eval.sensitivity, config.eval.prevalence, config.eval.draws
-    return {
-        level: {
-            name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
-            for name, rules in operating_points.points(*pair, *options).items()
-        }
-        for level, pair in levels.items()
-        if len(pair[1])
-    }
+    points: dict[str, Any] = {}
+    for level, pair in levels.items():
+        if len(pair[1]):
+            e = config.eval
+            by_class = operating_points.points(*pair, e.sensitivity, e.prevalence, e.draws)
+            points[level] = {
+                name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
+                for name, rules in by_class.items()
+            }
+    return points
 
 
 def _scores(level: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:

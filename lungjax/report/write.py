@@ -103,10 +103,10 @@ def write_report(
     report = assemble(config, results, history, facts)
     for split, predicted in results.items():
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    captions = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
+    figures = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=_plain_number)
     atomic_write(workdir / "report.json", text + "\n")
-    page = context.build(config, report, captions, workdir / "plots", summary, about)
+    page = context.build(config, report, figures, workdir / "plots", summary, about)
     atomic_write(workdir / "report.html", render.render("report.html.j2", **page))
     atomic_write(workdir / "report.md", render.render("report.md.j2", **page))
     return report
@@ -262,44 +262,34 @@ def draw(
     report: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
     explain: Explain | None = None,
-) -> dict[str, str]:
-    """Draws every figure into `folder`; returns the captions by file name, in the order of the report."""
-    captions = {}
+) -> list[str]:
+    """Draws every figure into `folder`; returns the file names in the order of the report."""
+    files = []
     for unit, level in context.distinct_levels(report["test"]).items():
         name, title = f"confusion_{unit}.png", f"Confusion on the test split, {render.count(level['n'], unit)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
-        captions[name] = f"Confusion matrix per {unit}"
+        files.append(name)
     plots.roc_curves(test.labels, test.probabilities, test.classes, folder / "roc.png")
     plots.pr_curves(test.labels, test.probabilities, test.classes, folder / "pr.png")
-    captions |= {"roc.png": "ROC curves, test slices", "pr.png": "Precision-recall curves, test slices"}
     scaled = report.get("calibration", {}).get("bins_scaled")
     plots.reliability(calibration.bins(test), scaled, folder / "reliability.png")
     plots.decision_curves(test, folder / "decision_curve.png")
-    captions |= {
-        "reliability.png": "Reliability diagram, test slices: accuracy by confidence",
-        "decision_curve.png": "Decision curves, test slices: net benefit of each class against the rest",
-    }
+    files += ["roc.png", "pr.png", "reliability.png", "decision_curve.png"]
     if config.eval.examples:
         plots.example_sheet(test, read_image, config.eval.examples, folder / "examples.png")
-        captions["examples.png"] = (
-            "Test images as the network sees them: an even sample of correct predictions, and wrong predictions, "
-            "highest confidence first"
-        )
+        files.append("examples.png")
     wrong = plots.choose_examples(test, config.eval.examples)[1]
     (folder / "mistakes.png").unlink(missing_ok=True)  # from an earlier report
     if wrong and explain is not None:
         images = np.stack([read_image(row) for row in wrong])
         heats = explain(images, test.predicted[wrong])
         plots.mistakes(test, wrong, images, heats, folder / "mistakes.png")
-        captions["mistakes.png"] = (
-            "Worst mistakes on the test split: each image, and its Grad-CAM map for the predicted class (violet: no "
-            "contribution, yellow: highest)"
-        )
+        files.append("mistakes.png")
     if history:  # empty for several runs, or for a run on another data set
         best_step = report["best"]["step"] if config.train.keep == "best" else None
         plots.training_curves(history, folder / "training.png", config.train.monitor, best_step)
-        captions["training.png"] = "Training: the train loss includes class weights and label smoothing, if set"
-    return captions
+        files.append("training.png")
+    return files
 
 
 def _plain_number(value: Any) -> Any:
