@@ -135,7 +135,7 @@ def test_a_report_says_what_is_left_without_the_lungs(phantoms, tmp_path, monkey
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["no_lungs"]["n"] == report["test"]["slice"]["n"] == 12
     assert report["no_lungs"]["loss"] != report["test"]["slice"]["loss"]
-    assert "### With the lungs blacked out" in report_path.read_text()
+    assert "lungs blacked out" in report_path.read_text()
     told = [text for text in report["warnings"] if "lungs blacked out" in text]
     assert bool(told) == (report["no_lungs"]["auc_macro"] >= 0.6)
 
