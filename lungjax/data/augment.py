@@ -120,11 +120,7 @@ def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
 
 
 def _draw_affine(
-    draws: _Draws,
-    config: AugmentConfig,
-    inside: tuple[int, int],
-    size: tuple[int, int],
-    boxes: jax.Array | None,
+    draws: _Draws, config: AugmentConfig, inside: tuple[int, int], size: tuple[int, int], boxes: jax.Array | None
 ) -> jax.Array:
     """Returns the `affine` of parameters drawn from the ranges in `config`."""
 
