@@ -129,9 +129,9 @@ def picture(path: Path, told: Any, known: Any, prepared: bool) -> tuple[np.ndarr
     The steps are those of `lungjax.inference.predictor.Predictor.picture`. Raises ValueError if the file can't be read.
     """
     pixels, stored, warnings = preprocess.picture(images.read(path.read_bytes())[0], told, None, prepared)
-    unlike = None if known is None else known.unlike(stored)
+    unlike = None if known is None else known.score(stored)
     if known is not None and unlike is not None and unlike > 1:
-        warnings.append(f"unlike the training images: {known.why(stored)}")
+        warnings.append(f"unlike the training images: {known.reason(stored)}")
     return pixels, unlike, warnings
 
 

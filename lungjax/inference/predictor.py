@@ -19,7 +19,7 @@ from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
 from lungjax.evaluation import novelty
-from lungjax.evaluation.novelty import Familiarity
+from lungjax.evaluation.novelty import Novelty
 from lungjax.explain import saliency
 from lungjax.inference import api, artifacts
 from lungjax.models import folding, outputs
@@ -65,7 +65,7 @@ class Predictor:
         return threading.Lock()
 
     @cached_property
-    def _familiar(self) -> Familiarity | None:
+    def _familiar(self) -> Novelty | None:
         known = self.metadata.familiarity
         return None if known is None else novelty.from_dict(known)
 
@@ -99,9 +99,9 @@ class Predictor:
         Raises ValueError for a 16-bit image if the model knows no window for it.
         """
         pixels, stored, warnings = preprocess.picture(np.asarray(decoded), self.metadata, box)
-        unlike = None if self._familiar is None else self._familiar.unlike(stored)
+        unlike = None if self._familiar is None else self._familiar.score(stored)
         if self._familiar is not None and unlike is not None and unlike > 1:
-            warnings.append(f"unlike the training images: {self._familiar.why(stored)}")
+            warnings.append(f"unlike the training images: {self._familiar.reason(stored)}")
         return Picture(pixels, unlike, tuple(warnings))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:

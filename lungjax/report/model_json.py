@@ -1,4 +1,4 @@
-"""What a run writes for those who will use its network: `metadata.Metadata` and `novelty.Familiarity` of a run."""
+"""What a run writes for those who will use its network: `metadata.Metadata` and `novelty.Novelty` of a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ BOXED = (
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
-def look(data: Prepared) -> novelty.Familiarity | None:
+def look(data: Prepared) -> novelty.Novelty | None:
     """Returns what the training images of a data set look like; None for too few or unreadable ones.
 
     Up to MOST images of each split, at even distances. An image that can't be read is left out.
@@ -47,7 +47,7 @@ def describe(
     data: Prepared,
     results: Mapping[str, Predictions],
     report: Mapping[str, Any],
-    known: novelty.Familiarity | None,
+    known: novelty.Novelty | None,
     told: Mapping[str, Any],
 ) -> Metadata:
     """Returns model.json's content for a run that was just tested.
