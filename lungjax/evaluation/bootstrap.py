@@ -108,8 +108,8 @@ def over_runs(
     weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
     for name in names:
-        values = [point[name] for point in points]
-        mean = None if None in values else float(np.mean(values))
+        values = [value for point in points if (value := point[name]) is not None]
+        mean = float(np.mean(values)) if len(values) == k else None
         ends: tuple[float | None, float | None] | None = None
         if name in drawn[0]:
             each = np.stack([run[name] for run in drawn], axis=1)  # [draws, runs]
@@ -314,9 +314,7 @@ def _ranking(positive: np.ndarray, scores: np.ndarray, member: np.ndarray, patie
     counted = ~positive & (at < count)  # negatives below all positives change no area
     tied = counted & (ranks[np.minimum(at, count - 1)] == scores)
     parts = [_sparse(at[rows], member[rows], (count, patients)) for rows in (positive, counted, tied)]
-    return _Ranking(
-        parts[0], parts[1], parts[2], np.bincount(member[~positive], minlength=patients).astype(np.float64)
-    )
+    return _Ranking(parts[0], parts[1], parts[2], np.bincount(member[~positive], minlength=patients).astype(np.float64))
 
 
 def _sparse(row: np.ndarray, column: np.ndarray, shape: tuple[int, int], values: np.ndarray | None = None) -> Any:

@@ -61,7 +61,7 @@ def predict(flags: argparse.Namespace) -> int:
     records.check_rule(description, flags.rule)
     if (description.stage or description.box == "body") and not flags.prepared:
         check_masks()  # before any image is read
-    detector = None if description.familiarity is None else novelty.from_dict(description.familiarity)
+    detector = None if description.novelty is None else novelty.from_dict(description.novelty)
     files = gather(flags.paths)
     write = writer(description, flags.json)
     size, failed = min(flags.batch, len(files)), 0

@@ -178,7 +178,7 @@ class Model:
 
     @cached_property
     def _novelty(self) -> Any:
-        return None if self.metadata.familiarity is None else novelty.from_dict(self.metadata.familiarity)
+        return None if self.metadata.novelty is None else novelty.from_dict(self.metadata.novelty)
 
 
 def load(path: str | Path) -> Model:

@@ -189,7 +189,7 @@ def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
     known = novelty.fit(images, images[:8], []).to_dict()
     about = {"best_step": 1, "fingerprint": ""}
-    told = Metadata(name, classes, size, "phantom_ct", familiarity=known, about=about)
+    told = Metadata(name, classes, size, "phantom_ct", novelty=known, about=about)
     (workdir / "model.json").write_text(told.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(made, {"step": 1, "best_step": 1}, best=True)
