@@ -145,7 +145,7 @@ def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
         "DICOM of many elements": [form(elements)],
         "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
         "wrong type": [
-            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n", encoded(small, "GIF"))),
+            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n")),
             request(b"{}", "application/json"),
         ],
         "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
@@ -178,7 +178,7 @@ def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
     score = novelty.fit(images, images[:8], []).to_dict()
     about = {"best_step": 1, "fingerprint": ""}
-    metadata = Metadata(name, classes, size, "phantom_ct", familiarity=score, about=about)
+    metadata = Metadata(name, classes, size, "phantom_ct", novelty=score, about=about)
     (workdir / "model.json").write_text(metadata.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(best, {"step": 1, "best_step": 1}, best=True)
