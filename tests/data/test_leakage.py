@@ -88,8 +88,8 @@ def test_clean_leaves_no_leak_in_any_order():
         order = rng.permutation(len(splits))
         shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near])
         # Copies in one group and split are interchangeable.
-        kept = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
-        assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(kept)
+        expected = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
+        assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(expected)
 
 
 def test_clean_invalid_columns():
