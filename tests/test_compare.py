@@ -9,7 +9,7 @@ from dataclasses import replace
 import commands
 import numpy as np
 import pytest
-from guesses import guesses
+from random_predictions import guesses
 
 from lungjax import compare
 from lungjax.evaluation import bootstrap, predictions

@@ -1,4 +1,4 @@
-"""The content of model.json: the `metadata.Metadata` of a run, with the look of its training images."""
+"""model.json of a run, for those who use its network: `metadata.Metadata` and the novelty score."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,23 +14,23 @@ from lungjax.evaluation import calibration, metrics, novelty, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models.outputs import positive_class
 
-MAX_IMAGES = 1000  # per split, for `look`
-BODY_BOX_NOTE = (
-    "The scores use the body boxes of the data set. Prediction finds the box in each image, which may differ by some "
-    "pixels and change the result."
+MAX_IMAGES = 1000  # of a split, for the novelty score
+BODY_BOX = (
+    "Tested with the body boxes of the data set. Prediction detects the body in each image; its box may differ by some "
+    "pixels and change a prediction."
 )
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 POINT = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
 
 
-def look(data: Prepared) -> novelty.Familiarity | None:
-    """Returns the look of the training images, or None if too few can be read.
+def look(data: Prepared) -> novelty.Novelty | None:
+    """Returns the novelty score of a data set, from at most MAX_IMAGES images of each split, evenly spaced.
 
-    Uses up to MAX_IMAGES images per split, evenly spaced; unreadable ones are skipped.
+    Unreadable images are skipped. None if too few are left.
     """
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
-    except ValueError:  # too few images
+    except ValueError:
         return None
 
 
@@ -48,18 +48,18 @@ def describe(
     data: Prepared,
     results: Mapping[str, Predictions],
     report: Mapping[str, Any],
-    familiarity: novelty.Familiarity | None,
-    description: Mapping[str, Any],
+    detector: novelty.Novelty | None,
+    dataset: Mapping[str, Any],
 ) -> Metadata:
     """Returns the content of model.json for a run that was just tested.
 
     Args:
       config: of the run, complete.
       data: the training data.
-      results: predictions of "test", and of "val" if any, on which temperature and thresholds are chosen.
-      report: the content of report.json.
-      familiarity: of `look`.
-      description: of `datasets.describe`.
+      results: predictions of "test", and of "val" if it exists, which temperature and thresholds are chosen on.
+      report: content of report.json.
+      detector: of `look`.
+      dataset: of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
@@ -68,7 +68,8 @@ def describe(
     if val is not None and len(val):
         temperature = calibration.fit_temperature(val)
         points = _points(config, *(calibration.apply_temperature(p, temperature) for p in (val, test)))
-    facts, box, about = report["facts"], _box(config, data), description.get("about") or {}
+    facts, box = report["facts"], _box(config, data)
+    about = dataset.get("about") or {}
     return Metadata(
         name=config.name,
         classes=data.classes,
@@ -84,10 +85,10 @@ def describe(
         positive=positive_class(config, data.classes),
         temperature=temperature,
         points=points,
-        scores={level: _scores(report["test"][level], report) for level in ("slice", "patient")},
+        scores={level: _scores(report["test"][level], report["classes"]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
         patients=_patients(data),
-        familiarity=None if familiarity is None else familiarity.to_dict(),
+        novelty=None if detector is None else detector.to_dict(),
         about={
             "notice": NOTICE,
             "network": config.model.name,
@@ -96,54 +97,59 @@ def describe(
             "data_licence": about.get("licence", ""),
             "data_title": about.get("title", ""),
             "protocol": config.data.protocol,
-            "warnings": [*report["warnings"], *([BODY_BOX_NOTE] if box == "body" else [])],
+            "warnings": [*report["warnings"], *([BODY_BOX] if box == "body" else [])],
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
 
 
 def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    """Returns the number of patients per split and class; {} if no two images share one."""
-    labels, groups = data.columns["label"], data.columns["group"]
+    """Returns SPLIT.CLASS, the number of patients; {} if each has one image."""
+    groups = data.columns["group"]
     if len(np.unique(groups)) == len(groups):
         return {}
-    splits = {split: np.unique(data.rows(split)) for split in ("train", "val", "test")}
-    return {
-        split: {name: len(np.unique(groups[rows][labels[rows] == i])) for i, name in enumerate(data.classes)}
-        for split, rows in splits.items()
-    }
+    counts = {}
+    for split in ("train", "val", "test"):
+        rows = np.unique(data.rows(split))
+        labels = data.columns["label"][rows]
+        counts[split] = {name: len(np.unique(groups[rows][labels == i])) for i, name in enumerate(data.classes)}
+    return counts
 
 
 def _box(config: Config, data: Prepared) -> str:
     name, entry = datasets.resolve(data.name)
     columns = data.columns
-    full = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
-    if config.input.crop != "box" or (columns["box"] == full).all():
-        return ""  # also if the data set has no boxes, so that complete images were used
+    whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
+    if config.input.crop != "box" or (columns["box"] == whole).all():
+        return ""
     return "body" if entry.axial and name.base != "folder" else "given"  # a user's boxes may be of anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns LEVEL.CLASS.RULE of calibrated predictions; patients only if some have several slices."""
-    levels = {"slice": (val, test)}
+    """Returns LEVEL.CLASS.RULE of calibrated predictions; "patient" only if some have several slices."""
+    pairs = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
-        levels["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    points: dict[str, Any] = {}
-    for level, pair in levels.items():
-        if len(pair[1]):
-            e = config.eval
-            by_class = operating_points.points(*pair, e.sensitivity, e.prevalence, e.draws)
-            points[level] = {
-                name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
-                for name, rules in by_class.items()
-            }
-    return points
+        pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
+    options = config.eval
+    levels = {
+        level: operating_points.points(*pair, options.sensitivity, options.prevalence, options.draws)
+        for level, pair in pairs.items()
+        if len(pair[1])
+    }
+    return {
+        level: {
+            name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
+            for name, rules in classes.items()
+        }
+        for level, classes in levels.items()
+    }
 
 
-def _scores(level: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    intervals = {key: ends for key, ends in level.get("intervals", {}).items() if key in SCORES}
+def _scores(level: Mapping[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
+    intervals = level.get("intervals", {})
     rates = {
         name: {key: level["per_class"][name].get(key) for key in ("n", "recall", "precision", "auc")}
-        for name in report["classes"]
+        for name in classes
     }
-    return {key: level.get(key) for key in SCORES} | {"intervals": intervals, "per_class": rates}
+    scores = {key: level.get(key) for key in SCORES}
+    return scores | {"intervals": {key: intervals[key] for key in SCORES if key in intervals}, "per_class": rates}

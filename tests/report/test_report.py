@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from guesses import guesses
 from PIL import Image
+from random_predictions import guesses
 
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.evaluation import bootstrap, calibration, metrics, operating_points, predictions

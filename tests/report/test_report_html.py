@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from guesses import guesses
 from PIL import Image
+from random_predictions import guesses
 
 from lungjax.config import Config, EvalConfig, ModelConfig, OptimConfig
 from lungjax.evaluation import metrics

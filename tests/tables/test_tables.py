@@ -11,7 +11,7 @@ from dataclasses import replace
 import commands
 import numpy as np
 import pytest
-from guesses import guesses
+from random_predictions import guesses
 from scipy import stats
 from sklearn import metrics as reference
 
