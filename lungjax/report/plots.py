@@ -1,7 +1,8 @@
 """The figures of a report; each function draws one PNG file."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from lungjax.report.sheets import Section, Tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MAX_ANNOTATED = 16  # classes up to which each cell of a confusion matrix shows its number
 MIN_SMOOTHED = 60  # points from which the loss is drawn with a running mean
@@ -125,16 +125,13 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
 
     `labels` [N] int, `probabilities` [N, C]. A class without positives or negatives has no AUC.
     """
-    figure, axis = _square("ROC: each class against the rest")
-    axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-    for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
-        area = metrics.auc(positive, scores)
-        x, y, _ = metrics.roc_curve(positive, scores)
-        axis.plot(x, y, label=f"{name}\nAUC {area:.3f}" if area == area else f"{name}\nno AUC", **look)
-    axis.set_xlabel("False positive rate (1 - specificity)", color=style.INK)
-    axis.set_ylabel("True positive rate (sensitivity)", color=style.INK)
-    style.legend_beside(axis, len(classes))
-    style.save(figure, path)
+    axis_labels = "False positive rate (1 - specificity)", "True positive rate (sensitivity)"
+    with _square("ROC: each class against the rest", axis_labels, len(classes), path) as axis:
+        axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
+        for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
+            area = metrics.auc(positive, scores)
+            x, y, _ = metrics.roc_curve(positive, scores)
+            axis.plot(x, y, label=f"{name}\nAUC {area:.3f}" if area == area else f"{name}\nno AUC", **look)
 
 
 def pr_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -143,17 +140,14 @@ def pr_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[s
     `labels` [N] int, `probabilities` [N, C]. The legend gives the average precision and that of chance, the share of
     the class. A class without positives or negatives has no average precision.
     """
-    figure, axis = _square("Precision and recall: each class against the rest")
-    for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
-        area = metrics.average_precision(positive, scores)
-        x, y, _ = metrics.pr_curve(positive, scores)
-        number = f"AP {area:.3f}, chance {positive.mean():.3f}" if area == area else "no AP"
-        # Steps, as the average precision counts them: between two thresholds the precision of the next one.
-        axis.plot(x, y, drawstyle="steps-pre", label=f"{name}\n{number}", **look)
-    axis.set_xlabel("Recall (sensitivity)", color=style.INK)
-    axis.set_ylabel("Precision (positive predictive value)", color=style.INK)
-    style.legend_beside(axis, len(classes))
-    style.save(figure, path)
+    axis_labels = "Recall (sensitivity)", "Precision (positive predictive value)"
+    with _square("Precision and recall: each class against the rest", axis_labels, len(classes), path) as axis:
+        for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
+            area = metrics.average_precision(positive, scores)
+            x, y, _ = metrics.pr_curve(positive, scores)
+            number = f"AP {area:.3f}, chance {positive.mean():.3f}" if area == area else "no AP"
+            # Steps, as the average precision counts them: between two thresholds the precision of the next one.
+            axis.plot(x, y, drawstyle="steps-pre", label=f"{name}\n{number}", **look)
 
 
 def _one_against_rest(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> list[Any]:
@@ -236,22 +230,22 @@ def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
     return turns[:count]
 
 
-def _square(title: str) -> tuple["Figure", "Axes"]:
+@contextlib.contextmanager
+def _square(title: str, labels: tuple[str, str], classes: int, path: Path) -> Iterator["Axes"]:
+    """Gives square axes of 0..1 to draw on, and saves them with a legend."""
     figure = style.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
     style.style(axis)
     axis.set_title(title, loc="left", fontsize=12, color=style.INK)
-    axis.set_xlim(-0.01, 1.01)
-    axis.set_ylim(-0.01, 1.01)
-    axis.set_aspect("equal")
-    return figure, axis
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axis.set_xlabel(labels[0], color=style.INK)
+    axis.set_ylabel(labels[1], color=style.INK)
+    yield axis
+    style.legend_beside(axis, classes)
+    style.save(figure, path)
 
 
-def reliability(
-    bins: Sequence[Mapping[str, Any]],
-    scaled: Sequence[Mapping[str, Any]] | None,
-    path: Path,
-) -> None:
+def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str, Any]] | None, path: Path) -> None:
     """Draws accuracy by confidence (the highest probability) and, below, the number of examples per bin.
 
     Args:
