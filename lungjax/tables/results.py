@@ -269,7 +269,10 @@ def summary(table: Table, results: Sequence[Result]) -> str:
     missing = _missing(results)
     lines += [*correlations(table, results), *missing["reasons"]]
     if missing["commands"]:
-        lines += ["", f"Required data sets (python -m lungjax.prepare --dataset=NAME --help): {missing['datasets']}."]
+        lines += [
+            "",
+            f"Required data sets (python -m lungjax.prepare --dataset=NAME --help): {', '.join(missing['datasets'])}.",
+        ]
         lines += ["", f"Not run: {len(missing['commands'])} commands", *missing["commands"]]
     return "\n".join(lines)
 
