@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -88,34 +87,26 @@ def verify(record: PretrainedWeights, path: Path) -> None:
     Raises ValueError with both checksums if they differ.
     """
     checksum = _expected(record)
-    if not checksum:
-        return
     stat = path.stat()
-    entry = [stat.st_size, stat.st_mtime_ns, checksum]
-    if _manifest()["verified"].get(str(path.resolve())) == entry:
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    if not checksum or _manifest()["verified"].get(checksum) == stamp:
         return
-    _compare(record, path, checksum)
-    with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
-        _store("verified", str(path.resolve()), entry)
+    kind, _, expected = checksum.partition(":")
+    actual = digest(path, kind)
+    if not actual.startswith(expected):
+        source = "published" if record.checksum else "first download"
+        raise ValueError(
+            f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} ({stat.st_size} bytes)"
+        )
+    _store("verified", checksum, stamp)
 
 
 def _expected(record: PretrainedWeights) -> str:
     return record.checksum or _manifest()["first"].get(record.filename, "")
 
 
-def _compare(record: PretrainedWeights, path: Path, checksum: str) -> None:
-    kind, _, expected = checksum.partition(":")
-    actual = digest(path, kind)
-    if not actual.startswith(expected):
-        source = "published" if record.checksum else "first download"
-        raise ValueError(
-            f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} "
-            f"({path.stat().st_size} bytes)"
-        )
-
-
 def _manifest() -> dict[str, dict[str, Any]]:
-    """Returns {"verified": {path: [size, mtime, checksum]}, "first": {filename: checksum of the first download}}."""
+    """Returns {"verified": {checksum: [size, mtime]}, "first": {filename: checksum of the first download}}."""
     path = cache_dir() / "manifest.json"
     try:
         tree = json.loads(path.read_text())
@@ -129,8 +120,9 @@ def _manifest() -> dict[str, dict[str, Any]]:
 def _store(key: str, name: str, value: Any) -> None:
     manifest = _manifest()
     manifest[key][name] = value
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    atomic_write(cache_dir() / "manifest.json", json.dumps(manifest, indent=1))
+    with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        atomic_write(cache_dir() / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def download(record: PretrainedWeights, folder: str | Path | None = None) -> Path:
@@ -168,20 +160,14 @@ def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
             f"{record.name}: {url}: {reason}. Rerun the command to resume, place the file by hand as {record.filename} "
             f"in {target.parent}, or set LUNGJAX_WEIGHTS_URL to the URL of a folder that has it"
         ) from None
-    checksum = _expected(record)
     try:
-        if checksum:
-            _compare(record, partial, checksum)
+        verify(record, partial)
     except ValueError:
         partial.unlink()
         raise
-    if not checksum:
-        checksum = f"sha256:{digest(partial, 'sha256')}"
-        _store("first", record.filename, checksum)
-    partial.replace(target)
-    stat = target.stat()
-    _store("verified", str(target.resolve()), [stat.st_size, stat.st_mtime_ns, checksum])
-    return target
+    if not _expected(record):
+        _store("first", record.filename, f"sha256:{digest(partial, 'sha256')}")
+    return partial.replace(target)
 
 
 def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
@@ -204,9 +190,6 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
             tag_file.write_text(response.headers.get("ETag") or "")  # If-Range never matches a weak one
         length = response.headers.get("Content-Length")
         total = offset + int(length) if length else None
-        free = shutil.disk_usage(partial.parent).free
-        if total and total - offset > free:
-            raise ValueError(f"{record.name}: needs {total - offset:,} bytes in {partial.parent}, {free:,} are free")
         with (
             partial.open("ab" if offset else "wb") as file,
             tqdm(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,

@@ -114,7 +114,6 @@ def test_tensors_come_back(tmp_path, write):
     )
     stored = {"0": NUMBERS.tobytes(), "1": np.float32(5).tobytes(), "2": b""}
     tensors = open_tensors(write(tmp_path / "w.h5", tree, stored))
-    assert tensors.form == "pth"
     expected = {
         "whole": NUMBERS, "turned": NUMBERS.T, "window": NUMBERS[1:3, 2:5], "scalar": np.float32(5),
         "none": np.zeros((0, 4)), "parameter": NUMBERS.ravel(),
