@@ -77,7 +77,7 @@ def create(
       channels: of the images, 1 or 3; None takes 3, or those of a run.
       gray: how one channel meets weights for three: "repeat", "fold" or "slice" (`model.gray`).
       head: another head than the published one.
-      noncommercial: accept weights whose licence forbids commercial use.
+      noncommercial: accept weights whose license forbids commercial use.
       weights_dir: where downloaded files lie; looked at first.
       seed: of what starts at random or is drawn.
       **fields: further fields of `lungjax.config.ModelConfig`, such as padding or dtype.

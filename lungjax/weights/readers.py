@@ -5,7 +5,7 @@ Nothing in a file is ever executed: no pickled arrays, no links to other files, 
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,12 @@ def _guess(start: bytes) -> str:
 
 
 def _safetensors(path: Path) -> Reader:
-    file = safetensors.safe_open(path, "numpy")
-    return file.offset_keys(), file.get_tensor, file
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, "numpy") as file:  # opened anew: a map left open keeps all pages in memory
+            return file.get_tensor(name)
+
+    with safetensors.safe_open(path, "numpy") as file:
+        return file.offset_keys(), read, nullcontext()
 
 
 def _zip(path: Path) -> Reader:
