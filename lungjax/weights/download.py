@@ -21,9 +21,6 @@ from tqdm import tqdm
 from lungjax.runtime.files import atomic_write
 from lungjax.weights.catalogue import PretrainedWeights
 
-CHUNK = 1 << 20  # bytes per read
-TIMEOUT = 60  # seconds without an answer
-
 
 def cache_dir() -> Path:
     """Returns $LUNGJAX_WEIGHTS, else lungjax/weights in the user's cache folder. It need not exist."""
@@ -147,8 +144,7 @@ def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
     if target.is_file():
         verify(record, target)
         return target
-    url = url_of(record)
-    if not url:
+    if not (url := url_of(record)):
         return locate(record, folder)  # in a package, or an error that says how to install it
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
@@ -178,7 +174,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
     headers = {"User-Agent": "lungjax"} | ({"Range": f"bytes={offset}-"} if offset else {})
     headers |= {"If-Range": tag} if offset and tag else {}
     try:
-        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        response = urlopen(Request(url, headers=headers), timeout=60)  # seconds without an answer
     except HTTPError as error:
         if error.code != 416 or not offset:
             raise
@@ -194,7 +190,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
             partial.open("ab" if offset else "wb") as file,
             tqdm(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
         ):
-            while chunk := response.read(CHUNK):
+            while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
     size = partial.stat().st_size

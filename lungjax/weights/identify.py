@@ -13,7 +13,7 @@ from lungjax.config import ModelConfig
 from lungjax.weights import download
 from lungjax.weights.catalogue import PretrainedWeights, records
 from lungjax.weights.convert import Rules, convert, target
-from lungjax.weights.readers import Tensors, open_tensors
+from lungjax.weights.readers import open_tensors
 from lungjax.weights.rules import layouts
 
 CLASSIFIER = r"^head/dense/"  # new for every data set
@@ -68,40 +68,31 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 
 
 def identify(path: str | Path) -> str:
-    """Returns a sentence with the records that a file is, or whose tensors it has.
+    """Returns a sentence with the records that a file is by checksum, or whose tensors it has by names and shapes.
 
     Raises ValueError for an unreadable file, and, if no network fits, with the differences from the nearest one.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
-        same = by_checksum(path)
-        if same:
-            return f"{path}: {', '.join(r.name for r in same)} (the published checksum)"
-        return by_content(tensors)
-
-
-def by_content(tensors: Tensors) -> str:
-    """Returns a sentence with the records whose tensors the file has, by names and shapes.
-
-    Raises ValueError with the differences from the nearest network.
-    """
-    path = tensors.path
-    # Arrays without memory: rules move axes and never read values.
-    hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
-    nearest: tuple[int, str, str] | None = None
+        if same := by_checksum(path):
+            return f"{path}: {', '.join(record.name for record in same)} (the published checksum)"
+        # Arrays without memory: rules move axes and never read values.
+        hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
+    failures = []
     for group in _candidates(tensors.shapes, path.stat().st_size)[:CANDIDATES]:
         rules = layouts(group[0].model)[group[0].layout]
         ours = shapes(group[0].model, group[0].classes)
         if problems := _problems(hollow, rules, ours, fresh=CLASSIFIER):
-            nearest = min(nearest or (10**9, "", ""), (len(problems), group[0].model, "\n".join(problems[:MAX_LINES])))
+            failures.append((len(problems), group[0].model, "\n".join(problems[:MAX_LINES])))
             continue
         names = ", ".join(record.name + "".join(f" ({k}={v})" for k, v in record.network) for record in group)
         if problems := _problems(hollow, rules, ours):
             return f"{path}: the tensors of {names}, except for the classifier:\n" + "\n".join(problems[:MAX_LINES])
         return f"{path}: the tensors of {names}; the file has no published checksum"
-    if nearest is None:
+    if not failures:
         raise ValueError(f"{path}: its tensors ({_first(hollow)}) are not named as in any known file")
-    raise ValueError(f"{path}: fits no network; the nearest is {nearest[1]}, but\n{nearest[2]}")
+    _, model, lines = min(failures)
+    raise ValueError(f"{path}: fits no network; the nearest is {model}, but\n{lines}")
 
 
 def suggestion(path: Path) -> str:
@@ -146,5 +137,5 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[P
     for key, group in groups.items():
         fraction = match(layouts(group[0].model)[group[0].layout])
         if fraction >= MIN_MATCH:
-            order[key] = (-round(fraction, 1), abs(math.log(max(size, 1) / (1e6 * max(group[0].megabytes, 1)))))
+            order[key] = (-round(fraction, 1), abs(math.log(size / (1e6 * group[0].megabytes))))
     return [groups[key] for key in sorted(order, key=lambda key: order[key])]

@@ -21,8 +21,7 @@ from lungjax.weights.identify import CLASSIFIER, record_of, suggestion
 from lungjax.weights.readers import Tensors, open_tensors
 from lungjax.weights.rules import layouts
 
-HEAD = r"^head/"  # loaded where it fits
-HIDDEN = r"head/hidden(\d+)"
+Floats = tuple[float, ...]
 MANY_PROBLEMS = 8  # beyond this the file is another network's rather than damaged
 ALLOWED = "none, imagenet, a record's name, file:PATH, run:WORKDIR, or meanvar: and one of these"
 
@@ -49,9 +48,7 @@ def parse(model: ModelConfig) -> Source:
     kind, _, rest = text.partition(":")
     if kind == "run":
         if checkpoint.newest(Path(rest), "best") is None:
-            raise ValueError(
-                f"model.weights={model.weights}: no trained run in {rest} (no weights in checkpoints/best)"
-            )
+            raise ValueError(f"model.weights={model.weights}: no trained run in {rest} (checkpoints/best is empty)")
         return Source(run=Path(rest), meanvar=meanvar)
     file = Path(rest).expanduser() if kind == "file" else None
     if file and not file.is_file():
@@ -101,11 +98,12 @@ def resolve(config: Config) -> Config:
         path = source.run / "config.json"
         old = overrides.from_json(path.read_text(), str(path))
         trained, channels = old.input, old.input.network_channels
-        fields = {"padding": old.model.padding, "epsilon": old.model.epsilon}
-        model = _with_fields(model, fields, f"of {source.run}")
+        model = _with_fields(model, vars(old.model), f"of {source.run}")
     else:
         return config
-    mean, std = gray_input(spec.mean or trained.mean, spec.std or trained.std, spec.channels, channels, model)
+    mean, std = spec.mean or trained.mean or (0.0,), spec.std or trained.std or (1.0,)
+    if (spec.channels, channels) == (1, 3):
+        mean, std = _gray_normalization(mean, std, model)
     return replace(config, model=model, input=replace(spec, mean=mean, std=std))
 
 
@@ -122,35 +120,29 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
     return replace(model, **fields)
 
 
-def gray_input(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, weight_channels: int,
-    model: ModelConfig,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
-    """Returns mean and std for images of `channels` and weights for `weight_channels`.
+def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
+    """Returns mean and std for gray images and weights for color images, by `model.gray`.
 
-    With model.gray=repeat a gray image gets three of each, by which the training step repeats its channel.
-    Raises ValueError for `model.gray=fold` if the folded kernel would be another network.
+    With "repeat" there are three of each, by which the training step repeats the channel.
+    Raises ValueError for "fold" if the network with the folded kernel would not be equivalent.
     """
-    mean, std = mean or (0.0,), std or (1.0,)
-    if (channels, weight_channels) != (1, 3):
-        return mean, std
     if model.gray == "repeat":
         return mean * (3 // len(mean)), std * (3 // len(std))
-    if model.gray == "fold":
-        # The sum of the kernel's three slices is the same network only if the three channels are equal everywhere,
-        # also at the borders, which are padded after the normalization.
-        if len({*mean}) > 1 or len({*std}) > 1:
-            raise ValueError(
-                f"model.gray=fold: {model.weights} of {model.name} needs mean {mean} and std {std}, which differ by "
-                "channel, so no one-channel kernel is equivalent; use model.gray=repeat"
-            )
-        if models.family_of(model.name) == "bit":
-            raise ValueError(
-                f"model.gray=fold: {model.name} standardizes its kernels, which does not commute with the sum of "
-                "three slices; use model.gray=repeat"
-            )
-        return mean[:1], std[:1]
-    return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
+    if model.gray == "slice":
+        return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
+    # The sum of the kernel's three slices is equivalent only if the three channels are equal everywhere, also at the
+    # borders, which are padded after the normalization.
+    if len({*mean}) > 1 or len({*std}) > 1:
+        raise ValueError(
+            f"model.gray=fold: {model.weights} of {model.name} needs mean {mean} and std {std}, which differ by "
+            "channel, so no one-channel kernel is equivalent; use model.gray=repeat"
+        )
+    if models.family_of(model.name) == "bit":
+        raise ValueError(
+            f"model.gray=fold: {model.name} standardizes its kernels, which does not commute with the sum of three "
+            "slices; use model.gray=repeat"
+        )
+    return mean[:1], std[:1]
 
 
 def leaves(
@@ -172,7 +164,7 @@ def leaves(
     ours = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
     with _opened(source, config.model.name, weights_dir) as (tensors, rules, channels, label):
         shapes = models.leaf_shapes(module, (*config.input.size, channels))  # with the channels of the weights
-        fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": HEAD}
+        fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": "^head/"}  # of the head, load what fits
         try:
             loaded = convert(tensors, rules, shapes, where=label, **fresh)
         except ValueError as error:
@@ -208,7 +200,7 @@ def _opened(
 
 def _without_detached_hidden(loaded: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters without the head's hidden layers after one that starts at random."""
-    hidden = {path: int(match[1]) for path in shapes if (match := re.match(HIDDEN, path))}
+    hidden = {path: int(match[1]) for path in shapes if (match := re.match(r"head/hidden(\d+)", path))}
     first = min((number for path, number in hidden.items() if path not in loaded), default=None)
     return {path: leaf for path, leaf in loaded.items() if first is None or hidden.get(path, 0) < first}
 

@@ -22,15 +22,12 @@ from lungjax.weights.rules import layouts
 
 # Published from one checkpoint each.
 PAIRS = (
-    ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"),
-    ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
-    ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"),
-    ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
-    ("convnext_tiny.keras", "convnext_tiny.fb_in1k"),
-    ("convnext_tiny.facebook", "convnext_tiny.fb_in1k"),
+    ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"), ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
+    ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"), ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
+    ("convnext_tiny.keras", "convnext_tiny.fb_in1k"), ("convnext_tiny.facebook", "convnext_tiny.fb_in1k"),
     ("bit_r50x1.goog_m_in1k", "bit_r50x1.goog_in21k_ft_in1k"),
     ("resnet50_v15.torchvision_v1", "resnet50_v15.tv_in1k"),
-)
+)  # fmt: skip
 # Of families without a pair: only the photograph is checked.
 SINGLES = (
     "resnet50.keras", "resnet50v2.keras", "densenet121.keras", "mobilenet.keras", "mobilenetv2.keras",
@@ -71,8 +68,8 @@ def leaves(name: str, weights_dir: Path | None = None) -> dict[str, np.ndarray]:
     except ValueError:
         path = download.download(record, weights_dir)
     with open_tensors(path) as tensors:
-        rules = layouts(record.model)[record.layout]
-        return convert(tensors, rules, shapes(record.model, record.classes), where=str(path))
+        ours = shapes(record.model, record.classes)
+        return convert(tensors, layouts(record.model)[record.layout], ours, where=str(path))
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:

@@ -8,10 +8,7 @@ from lungjax.weights.convert import Rules
 
 
 def layouts(model: str) -> dict[str, Rules]:
-    """Returns the rules of a network's family by layout, {} for a family without public weights.
-
-    Raises ValueError for an unknown network.
-    """
+    """Returns the rules of a network's family by layout. Raises ValueError for an unknown network."""
     family = family_of(model)
     if importlib.util.find_spec(f"{__name__}.{family}") is None:
         return {}

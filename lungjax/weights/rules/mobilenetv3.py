@@ -7,16 +7,14 @@ from lungjax.weights.convert import Rules, numbered_blocks
 from lungjax.weights.rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP, TORCHVISION_FIRST, TORCHVISION_LAYERS
 from lungjax.weights.rules.mobilenetv2 import CONVS, NORMS
 
-KERAS_RELEASED = (
-    {f"/{layer}": path for layer, path in CONVS.items()}
-    | {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
-    | {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1": "se/expand"}
-)
-KERAS_NEW = {layer.replace("BatchNorm", "bn").replace("/", "_").lower(): path for layer, path in KERAS_RELEASED.items()}
+KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1": "se/expand"}
+KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}
+KERAS_RELEASED |= {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
+KERAS_NEW = {name.replace("BatchNorm", "bn").replace("/", "_").lower(): path for name, path in KERAS_RELEASED.items()}
 # torchvision's blocks are sequences, in which the squeeze-excitation may be missing.
 FIRST = TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
 BLOCK = TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
-RULES = {}
+RULES: dict[str, Rules] = {}
 for _name, _repeats in {"mobilenetv3_small": (1, 2, 3, 2, 3), "mobilenetv3_large": (1, 2, 3, 4, 2, 3)}.items():
     _keras = (
         ("(?i)conv", "stem_conv"), ("(?i)conv[/_](batchnorm|bn)", "stem_bn"),
