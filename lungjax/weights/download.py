@@ -85,8 +85,8 @@ def verify(record: PretrainedWeights, path: Path) -> None:
     """
     checksum = _expected(record)
     stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    if not checksum or _manifest()["verified"].get(checksum) == stamp:
+    stamp = [stat.st_size, stat.st_mtime_ns, checksum]
+    if not checksum or _manifest()["verified"].get(str(path.resolve())) == stamp:
         return
     kind, _, expected = checksum.partition(":")
     actual = digest(path, kind)
@@ -95,7 +95,7 @@ def verify(record: PretrainedWeights, path: Path) -> None:
         raise ValueError(
             f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} ({stat.st_size} bytes)"
         )
-    _store("verified", checksum, stamp)
+    _store("verified", str(path.resolve()), stamp)
 
 
 def _expected(record: PretrainedWeights) -> str:
@@ -103,7 +103,7 @@ def _expected(record: PretrainedWeights) -> str:
 
 
 def _manifest() -> dict[str, dict[str, Any]]:
-    """Returns {"verified": {checksum: [size, mtime]}, "first": {filename: checksum of the first download}}."""
+    """Returns {"verified": {path: [size, mtime, checksum]}, "first": {filename: checksum}}."""
     path = cache_dir() / "manifest.json"
     try:
         tree = json.loads(path.read_text())
@@ -156,14 +156,15 @@ def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
             f"{record.name}: {url}: {reason}. Rerun the command to resume, place the file by hand as {record.filename} "
             f"in {target.parent}, or set LUNGJAX_WEIGHTS_URL to the URL of a folder that has it"
         ) from None
+    partial.replace(target)
     try:
-        verify(record, partial)
+        verify(record, target)
     except ValueError:
-        partial.unlink()
+        target.unlink()
         raise
     if not _expected(record):
-        _store("first", record.filename, f"sha256:{digest(partial, 'sha256')}")
-    return partial.replace(target)
+        _store("first", record.filename, f"sha256:{digest(target, 'sha256')}")
+    return target
 
 
 def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
