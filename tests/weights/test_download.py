@@ -8,9 +8,11 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import commands
+import jax
 import numpy as np
 import pytest
 
+from lungjax.runtime import distributed
 from lungjax.weights import __main__ as command
 from lungjax.weights import catalogue, download, verify
 
@@ -28,23 +30,19 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Range"), self.headers.get("If-Range")))
         if server.status != 200:
             return self.send_error(server.status)
-        start, content = 0, server.content
+        start, size = 0, len(server.content)
         requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if requested and server.ranges and self.headers.get("If-Range", server.etag) == server.etag:
             start = int(requested[1])
-            if start >= len(content):
-                return self.send_error(416)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
+        if start >= size:
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
         if server.etag:
             self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", str(size - start))
         self.end_headers()
-        end = min(len(content), start + server.limit)
-        self.wfile.write(content[start:end])
-        self.close_connection = end < len(content)
+        self.wfile.write(server.content[start : start + server.limit])
+        self.close_connection = start + server.limit < size
 
     def log_message(self, *arguments):
         pass
@@ -88,11 +86,11 @@ def test_download_and_locate(host, cache, capsys):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LUNGJAX_WEIGHTS")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert download.cache_dir() == tmp_path / "x" / "lungjax" / "weights"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert download.cache_dir() == tmp_path / ".cache" / "lungjax" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert download.cache_dir() == tmp_path / "x" / "lungjax" / "weights"
 
 
 def test_interrupted_download_resumes(host, cache):
@@ -114,8 +112,8 @@ def test_download_that_cannot_resume_restarts(host, cache):
     for checksum, etag, changes in (
         (f"md5:{MD5}", '"one"', {"ranges": False}),
         (f"md5:{MD5}", '"one"', {"etag": '"two"'}),
-        ("", "", {}),
         (f"md5:{MD5}", '"one"', {"partial": CONTENT + b"more"}),
+        ("", "", {}),
     ):
         host.limit, host.etag, host.ranges = 1000, etag, True
         with pytest.raises(ValueError, match="1,000 of"):
@@ -130,17 +128,14 @@ def test_download_that_cannot_resume_restarts(host, cache):
 
 
 def test_wrong_checksum(host, cache):
-    host.content = CONTENT[:-1] + b"x"
-    with pytest.raises(ValueError, match=f"{hashlib.md5(host.content).hexdigest()}, published {MD5}"):
+    good, bad = CONTENT, CONTENT[:-1] + b"x"
+    host.content = bad
+    with pytest.raises(ValueError, match=f"{hashlib.md5(bad).hexdigest()}, published {MD5}"):
         download.download(record_of(host, f"md5:{MD5}"))
     assert not list(cache.glob(f"{FILE}*"))
-    host.content = CONTENT
-    assert download.download(record_of(host, f"md5:{MD5}")).read_bytes() == CONTENT
-
-
-def test_first_download_counts_without_published_checksum(host, cache):
-    download.download(record_of(host, "")).unlink()
-    host.content, host.etag = CONTENT + b"changed", '"two"'
+    host.content = good
+    download.download(record_of(host, "")).unlink()  # the first download counts if no checksum is published
+    host.content, host.etag = bad, '"two"'
     with pytest.raises(ValueError, match=f"first download {SHA256}"):
         download.download(record_of(host, ""))
     assert not list(cache.glob(f"{FILE}*"))
@@ -227,23 +222,15 @@ def test_fetch_command_from_mirror(host, tmp_path, capsys, monkeypatch):
     assert download.download(catalogue.find("mobilenet.keras")).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_first_host_downloads_the_others_wait(host, cache, monkeypatch, index):
-    import jax
-
-    from lungjax.runtime import distributed
-
-    def on_all(work):
-        if index == 1:  # the first host is done when this returns
-            cache.mkdir()
-            (cache / FILE).write_bytes(CONTENT)
-        return work()
-
+def test_first_host_downloads_the_others_wait(host, cache, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    monkeypatch.setattr(distributed, "run_on_all_hosts", on_all)
-    assert download.download(record_of(host)).read_bytes() == CONTENT
-    assert len(host.requests) == 1 - index
+    monkeypatch.setattr(distributed, "run_on_all_hosts", lambda work: work())  # of a later host: the first is done
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        assert download.download(record_of(host)).read_bytes() == CONTENT and len(host.requests) == 1
+    (cache / FILE).unlink()
+    with pytest.raises(ValueError, match="not on this machine"):
+        download.download(record_of(host))
 
 
 def test_copies_are_compared():

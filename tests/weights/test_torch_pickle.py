@@ -21,16 +21,12 @@ RAW = {"0": NUMBERS.tobytes()}
 @BOTH
 def test_tensors_share_storages(tmp_path, write):
     shared = storage("0", "Float", 24, b"N")
-    tree = state_dict(
-        {
-            "complete": tensor(shared, (4, 6), (6, 1)),
-            "transposed": tensor(shared, (6, 4), (1, 6)),
-            "window": tensor(shared, (2, 3), (6, 1), offset=8),
-            "scalar": tensor(storage("1", "Float", 1), (), ()),
-            "empty": tensor(storage("2", "Float", 0), (0, 4), (4, 1)),
-            "parameter": call(name("torch._utils", "_rebuild_parameter"), tensor(shared, (24,), (1,)), b"\x88", b"}"),
-        }
-    )
+    parameter = call(name("torch._utils", "_rebuild_parameter"), tensor(shared, (24,), (1,)), b"\x88", b"}")
+    tree = state_dict({
+        "complete": tensor(shared, (4, 6), (6, 1)), "transposed": tensor(shared, (6, 4), (1, 6)),
+        "window": tensor(shared, (2, 3), (6, 1), offset=8), "scalar": tensor(storage("1", "Float", 1), (), ()),
+        "empty": tensor(storage("2", "Float", 0), (0, 4), (4, 1)), "parameter": parameter,
+    })  # fmt: skip
     tensors = open_tensors(write(tmp_path / "w.h5", tree, RAW | {"1": np.float32(5).tobytes(), "2": b""}))
     expected = {
         "complete": NUMBERS, "transposed": NUMBERS.T, "window": NUMBERS[1:3, 2:5], "scalar": np.float32(5),
