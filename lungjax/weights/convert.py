@@ -111,7 +111,7 @@ def convert(
     shapes: Mapping[str, Shape],
     fresh: str = NOTHING,
     optional: str = NOTHING,
-    where: str = "",
+    label: str = "the file",
 ) -> dict[str, np.ndarray]:
     """Returns our parameters by path, from every tensor of a file.
 
@@ -121,7 +121,7 @@ def convert(
       shapes: our parameters, paths without the collection ("stem_conv/kernel"): those of an `eval_shape`.
       fresh: regex for paths of ours that are skipped, whether or not the file has them.
       optional: regex for paths of ours that are skipped if the file lacks them or has them in another shape.
-      where: the file, for the error.
+      label: name of the file for the error.
 
     Raises ValueError with all of: tensors without a rule, parameters that nothing fills, parameters filled twice,
     unequal shapes.
@@ -150,5 +150,5 @@ def convert(
     if problems:
         rest = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         lines = "\n  ".join(problems[:MAX_LINES] + rest)
-        raise ValueError(f"{where or 'the file'} does not fit ({len(problems)} names):\n  {lines}")
+        raise ValueError(f"{label} does not fit ({len(problems)} names):\n  {lines}")
     return leaves

@@ -74,23 +74,24 @@ def identify(path: str | Path) -> str:
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
-        if same := by_checksum(path):
-            return f"{path}: {', '.join(record.name for record in same)} (the published checksum)"
-        # Arrays without memory: rules move axes and never read values.
-        hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
+        if exact := by_checksum(path):
+            return f"{path}: {', '.join(record.name for record in exact)} (the published checksum)"
+        # Arrays that take no memory: rules move axes and never read values.
+        placeholders = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
     failures = []
     for group in _candidates(tensors.shapes, path.stat().st_size)[:CANDIDATES]:
         rules = layouts(group[0].model)[group[0].layout]
         ours = shapes(group[0].model, group[0].classes)
-        if problems := _problems(hollow, rules, ours, fresh=CLASSIFIER):
+        if problems := _problems(placeholders, rules, ours, fresh=CLASSIFIER):
             failures.append((len(problems), group[0].model, "\n".join(problems[:MAX_LINES])))
             continue
-        names = ", ".join(record.name + "".join(f" ({k}={v})" for k, v in record.network) for record in group)
-        if problems := _problems(hollow, rules, ours):
+        fields = [", ".join(f"{key}={value}" for key, value in record.network) for record in group]
+        names = ", ".join(r.name + (f" ({own})" if own else "") for r, own in zip(group, fields, strict=True))
+        if problems := _problems(placeholders, rules, ours):
             return f"{path}: the tensors of {names}, except for the classifier:\n" + "\n".join(problems[:MAX_LINES])
         return f"{path}: the tensors of {names}; the file has no published checksum"
     if not failures:
-        raise ValueError(f"{path}: its tensors ({_first(hollow)}) are not named as in any known file")
+        raise ValueError(f"{path}: its tensors ({_first(placeholders)}) are not named as in any known file")
     _, model, lines = min(failures)
     raise ValueError(f"{path}: fits no network; the nearest is {model}, but\n{lines}")
 
@@ -110,9 +111,9 @@ def shapes(model: str, classes: int) -> Mapping[str, Any]:
     return models.leaf_shapes(models.build(ModelConfig(name=model), classes), (*size, 3))
 
 
-def _problems(hollow: Mapping[str, np.ndarray], rules: Rules, ours: Mapping[str, Any], **options: str) -> list[str]:
+def _problems(arrays: Mapping[str, np.ndarray], rules: Rules, ours: Mapping[str, Any], **options: str) -> list[str]:
     try:
-        convert(hollow, rules, ours, **options)
+        convert(arrays, rules, ours, **options)
         return []
     except ValueError as error:
         return str(error).splitlines()[1:]

@@ -166,7 +166,7 @@ def leaves(
         shapes = models.leaf_shapes(module, (*config.input.size, channels))  # with the channels of the weights
         fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": "^head/"}  # of the head, load what fits
         try:
-            loaded = convert(tensors, rules, shapes, where=label, **fresh)
+            loaded = convert(tensors, rules, shapes, label=label, **fresh)
         except ValueError as error:
             if isinstance(tensors, Tensors) and len(str(error).splitlines()) > MANY_PROBLEMS + 1:
                 raise ValueError(f"{error}\n{tensors.path}: {suggestion(tensors.path)}") from None

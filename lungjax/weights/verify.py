@@ -69,7 +69,7 @@ def leaves(name: str, weights_dir: Path | None = None) -> dict[str, np.ndarray]:
         path = download.download(record, weights_dir)
     with open_tensors(path) as tensors:
         ours = shapes(record.model, record.classes)
-        return convert(tensors, layouts(record.model)[record.layout], ours, where=str(path))
+        return convert(tensors, layouts(record.model)[record.layout], ours, label=str(path))
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:

@@ -25,7 +25,7 @@ def test_all_problems_are_in_one_error():
         "dense/momentum": numbers(2),
     }
     with pytest.raises(ValueError, match=r"some.h5 does not fit \(6 names\)") as error:
-        convert(tensors, KERAS, shapes, where="some.h5")
+        convert(tensors, KERAS, shapes, label="some.h5")
     for part in (
         "conv1/kernel: conv1/kernel (3, 3, 4, 2)", "filled by conv2/kernel and by odd1/kernel",
         "only in the file: extra/kernel (7,)", "only in the file: conv3/kernel (8,)",
