@@ -140,7 +140,7 @@ class ModelConfig:
     # "efficientnet_b0.aa_in1k" (python -m lungjax.weights --list), "file:PATH", "run:WORKDIR" of a lungjax run, or
     # "meanvar:" and any of these: random, with each tensor's mean and variance.
     weights: str = "none"
-    noncommercial: bool = False  # True accepts weights whose licence forbids commercial use
+    noncommercial: bool = False  # True accepts weights whose license forbids commercial use
     gray: str = "repeat"  # one of GRAYS: how gray images meet weights for three channels
     padding: str | None = None  # one of PADDINGS, for the networks that leave it open; weights may demand one
     epsilon: float | None = None  # of the norms, for the networks that leave it open; weights may demand one

@@ -17,7 +17,7 @@ from lungjax.config import ModelConfig
 from lungjax.models import trees
 from lungjax.models.ops import conv
 from lungjax.weights.convert import convert
-from lungjax.weights.rules import rules_for
+from lungjax.weights.rules import layouts
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.npz"))
 
@@ -40,7 +40,7 @@ def test_logits_equal_the_reference(path):
     facts, tensors, images, expected = golden(path)
     module = models.build(ModelConfig(name=facts["model"], **facts["network"]), 1000)
     shapes = models.leaf_shapes(module, images.shape[1:])
-    leaves = convert(tensors, rules_for(facts["model"], facts["layout"]), shapes)
+    leaves = convert(tensors, layouts(facts["model"])[facts["layout"]], shapes)
     stats = {k: v for k, v in leaves.items() if k.endswith(("/mean", "/var"))}
     params = {k: v for k, v in leaves.items() if k not in stats}
     apply = jax.jit(lambda v, x: module.apply(v, x, train=False)[0], compiler_options=conv.compiler_options())
