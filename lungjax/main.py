@@ -67,7 +67,7 @@ def main(_: list[str]) -> None:
         environment.prepare_jax()
         from lungjax.training import aot_compile
 
-        print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)).text())
+        print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)))
         return
     environment.prepare_jax()
     from lungjax.runtime import distributed  # here, after the flags, since they import jax
