@@ -183,8 +183,8 @@ def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> lis
         ),
         (
             "memory traffic",
-            f"at most {accessed / 1e9:.3g} GB per step and chip: {_milliseconds(accessed / (chip.bandwidth * 1e9))} at "
-            f"{chip.bandwidth:g} GB/s; what stays in on-chip memory is included",
+            f"at most {accessed / 1e9:.3g} GB per chip and step: {_milliseconds(accessed / (chip.bandwidth * 1e9))} at "
+            f"{chip.bandwidth:g} GB/s, on-chip memory included",
         ),
         (
             "bound",
