@@ -263,7 +263,7 @@ def test_training_starts_from_the_same_numbers(zoo, small_data):
     compiled = program.build(config, small_data.classes, labels, mesh.make_mesh())
     this = train.Run(config, zoo / "run", small_data, compiled, 0.0)
     assert this.config.input.mean == HALVED.input.mean and this.config.input.network_channels == 3
-    start = train.first_leaves(this, zoo)
+    start = train.initial_leaves(this, zoo)
     current = jax.eval_shape(compiled.new_state, start)
     assert current.params["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
     assert ours.keys() - start.keys() == {"head/dense/kernel", "head/dense/bias"}

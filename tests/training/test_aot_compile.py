@@ -18,7 +18,7 @@ from lungjax.training import aot_compile
 HLO = """
   ROOT %gather.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, dimensions={1}
   ROOT %gather.2 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, dimensions={1}
-  %both = (f32[250000]{0:S(1)}, bf16[500,1000]{1,0:T(8,128)(2,1)}) all-reduce(%cut, /*index=1*/%a), channel_id=2, to_apply=%s
+  %both = (f32[250000]{0:S(1)}, bf16[500,1000]{1,0:T(8,128)(2,1)}) all-reduce(%cut, %a), channel_id=2
   %reduce = f32[250000]{0} all-reduce-start(%c), channel_id=3, to_apply=%s
   %done = f32[250000]{0} all-reduce-done(%reduce)
 """
