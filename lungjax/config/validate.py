@@ -1,4 +1,4 @@
-"""Checks of a configuration that need no device."""
+"""Validation of a configuration; needs no device."""
 
 from lungjax.config.schema import (
     ACTIVATIONS,
@@ -24,7 +24,7 @@ from lungjax.config.schema import (
 
 
 def _check_augment(config: Config) -> None:
-    """Raises ValueError for the first field of `augment` that is out of its range; reversed ranges are named too."""
+    """Raises ValueError for the first field of `augment` that is out of range or a reversed range."""
     bounds = {
         "exterior": (0, 1), "flip_horizontal": (0, 1), "flip_vertical": (0, 1), "rotation": (0, 0.5), "shear": (0, 1),
         "shift": (0, 1), "box_jitter": (0, 0.4), "fill_value": (0, 255), "zoom": (-0.9, 1), "brightness": (0, 100),
@@ -36,41 +36,39 @@ def _check_augment(config: Config) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(augment, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        if not all(low <= number <= high for number in numbers):  # so that nan fails too
+        if not all(low <= number <= high for number in numbers):  # also False for nan
             raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
         if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
             raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
     margin = config.input.box_margin
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
         raise ValueError(
-            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin of at least as "
-            f"much, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
+            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin that is not "
+            f"smaller, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
         )
     if margin and config.input.crop != "box":
         raise ValueError(f"input.box_margin={margin} needs input.crop=box")
 
 
 def _check_splits(config: Config) -> None:
-    """Raises ValueError for folds that there can't be, or an empty fraction of train."""
+    """Raises ValueError for invalid folds or train.fraction."""
     data, fraction = config.data, config.train.fraction
     if data.folds and data.folds < 3:
-        raise ValueError(f"data.folds={data.folds}: 3 or more (test, val and train take one part each), or 0")
+        raise ValueError(f"data.folds={data.folds}: 3 or more (at least one each for test, val and train), or 0")
     if not 0 <= data.fold < max(data.folds, 1):
-        there = (
-            f"the parts of data.folds={data.folds} are 0 to {data.folds - 1}" if data.folds else "there are no folds"
-        )
-        raise ValueError(f"data.fold={data.fold}: {there}")
+        allowed = f"0 to {data.folds - 1}" if data.folds else "only 0 without data.folds"
+        raise ValueError(f"data.fold={data.fold}: allowed is {allowed}")
     if data.folds and data.protocol != "clean":
         raise ValueError(
-            f"data.folds={data.folds} and data.protocol={data.protocol}: a study's splits are what they are; leave one "
-            "of the two out"
+            f"data.folds={data.folds} and data.protocol={data.protocol}: a study has fixed splits; use only one "
+            "of the two"
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
 
 def check(config: Config) -> None:  # noqa: C901, PLR0912
-    """Raises ValueError for the first field whose value makes no sense, before any device work."""
+    """Raises ValueError for the first invalid field."""
     leaves = fields_of(config)
     choices = {
         "data.protocol": PROTOCOLS, "augment.fill": FILLS,
@@ -108,15 +106,15 @@ def check(config: Config) -> None:  # noqa: C901, PLR0912
             raise ValueError(f"{path}={leaves[path]}: must be from 0 to 1")
     if (config.input.crop == "center") != (min(config.input.crop_size) > 0):
         raise ValueError(
-            f"input.crop={config.input.crop} and input.crop_size={config.input.crop_size}: a center crop needs its "
-            "height and width in pixels, others have none"
+            f"input.crop={config.input.crop} and input.crop_size={config.input.crop_size}: a center crop needs a "
+            "height and width in pixels, other crops have none"
         )
     if config.train.epochs == 0 and config.train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
     if not config.train.sync_batch_norm and config.train.shard_params:
         raise ValueError(
-            "train.sync_batch_norm=False and train.shard_params=True: devices with statistics of their own hold whole "
-            "parameters; give up one of the two"
+            "train.sync_batch_norm=False and train.shard_params=True: per-device statistics need "
+            "replicated parameters; use only one of the two"
         )
     if config.train.batch_size % config.train.accumulate:
         raise ValueError(
@@ -127,7 +125,7 @@ def check(config: Config) -> None:  # noqa: C901, PLR0912
         raise ValueError(f"input.size={config.input.size}: must be above zero")
     for path in ("input.mean", "input.std"):
         if leaves[path] is not None and len(leaves[path]) not in (1, 3):
-            raise ValueError(f"{path}={leaves[path]}: give one number, or three")
+            raise ValueError(f"{path}={leaves[path]}: expected one number or three")
     if config.input.std is not None and min(config.input.std) <= 0:
         raise ValueError(f"input.std={config.input.std}: must be above zero")
     if config.model.epsilon is not None and config.model.epsilon <= 0:
