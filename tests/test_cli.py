@@ -44,6 +44,6 @@ def test_bugs_have_a_traceback(capsys):
 
 def test_unexpected_and_missing_arguments(capsys):
     command = types.SimpleNamespace(main=lambda _: None, define_flags=lambda: None, __name__="command")
-    assert commands.run(command, "more") == 1 and "unexpected argument" in capsys.readouterr().out
-    assert commands.run(command, positional=("PATH",)) == 1 and "PATH missing" in capsys.readouterr().out
+    assert commands.run(command, "more") == 1 and "unexpected argument" in "".join(capsys.readouterr())
+    assert commands.run(command, positional=("PATH",)) == 1 and "PATH missing" in "".join(capsys.readouterr())
     assert commands.run(command, "a", "b", positional=("PATH...",)) == 0

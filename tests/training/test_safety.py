@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import runs
-from runs import CONFIG, changed
+from runs import CONFIG, PLAIN, changed
 
 from lungjax.config import overrides
 from lungjax.data import pipeline
@@ -168,7 +168,7 @@ def test_non_finite_loss_stops_with_the_batch(tmp_path, monkeypatch, small_data,
 
 
 def test_skip_omits_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data):
-    config = changed(CONFIG, "train.on_nan=skip", "train.steps=4")
+    config = changed(PLAIN, "train.on_nan=skip", "train.steps=4")
     with monkeypatch.context() as patch:
         break_batches(patch, {3})
         train.run(config, tmp_path / "run", tmp_path)
@@ -188,7 +188,7 @@ def test_skip_omits_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data)
 
 
 def test_rewind_continues_with_other_examples(tmp_path, monkeypatch, capsys):
-    config = changed(CONFIG, "train.on_nan=rewind", "train.save_steps=4", "train.steps=8")
+    config = changed(PLAIN, "train.on_nan=rewind", "train.save_steps=4", "train.steps=8")
     break_batches(monkeypatch, {2, 7})
     train.run(config, tmp_path / "run", tmp_path)
     output = capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_rewind_continues_with_other_examples(tmp_path, monkeypatch, capsys):
 def test_rewinds_are_limited(tmp_path, monkeypatch):
     break_batches(monkeypatch, range(100))
     with pytest.raises(ValueError, match="rewound 5 times"):
-        train.run(changed(CONFIG, "train.on_nan=rewind"), tmp_path / "run", tmp_path)
+        train.run(changed(PLAIN, "train.on_nan=rewind"), tmp_path / "run", tmp_path)
 
 
 def test_unusable_workdir_before_training(tmp_path, monkeypatch):
