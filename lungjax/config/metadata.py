@@ -128,52 +128,50 @@ def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: to_tuple(value) if key in _LISTS else value for key, value in tree.items()}
 
 
-def _problem(metadata: Metadata) -> str:  # noqa: C901, PLR0912
+def _problem(metadata: Metadata) -> str:
     """Returns what is invalid in a file that may come from elsewhere; "" if nothing is."""
-    names, size, spec = metadata.classes, metadata.input.size, metadata.input
+    names, windows = metadata.classes, metadata.hu_windows
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"
     if len(set(names)) < len(names):
-        return f"`classes` {', '.join(names)}: a name is repeated"
-    if not _side_lengths(size):
-        return f"`input.size` {size}: expected height and width in pixels"
-    if spec.channels not in (1, 3):
-        return f"`input.channels` {spec.channels}: allowed are 1 and 3"
-    for name, value in (("mean", spec.mean), ("std", spec.std)):
-        if value is not None and not (_numbers(value) and len(value) in (1, 3)):
-            return f"`input.{name}` {value}: expected one number or three"
-    if metadata.stored is not None and not _side_lengths(metadata.stored):
-        return f"`stored` {metadata.stored}: expected height and width in pixels, or null"
+        return f"`classes` {', '.join(names)}: a name is given twice"
+    for name, size in (("input.size", metadata.input.size), ("stored", metadata.stored)):
+        if not (_side_lengths(size) or (name == "stored" and size is None)):
+            return f"`{name}` {size}: expected height and width in pixels"
+    for name, statistic in (("mean", metadata.input.mean), ("std", metadata.input.std)):
+        if statistic is not None and not (_numbers(statistic) and len(statistic) in (1, 3)):
+            return f"`input.{name}` {statistic}: expected one number or three"
     if metadata.window is not None and not (_numbers(metadata.window, 2) and metadata.window[0] < metadata.window[1]):
         return f"`window` {metadata.window}: expected two increasing numbers, or null"
-    windows = metadata.hu_windows
-    if not (
-        isinstance(windows, tuple) and len(windows) in (1, 3) and all(_numbers(w, 2) and w[1] > 0 for w in windows)
+    if (
+        not isinstance(windows, tuple)
+        or len(windows) not in (1, 3)
+        or any(not _numbers(w, 2) or w[1] <= 0 for w in windows)
     ):
         return f"`hu_windows` {windows}: expected one or three pairs of center and width"
-    for name, word, allowed in (
+    choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("input.channels", metadata.input.channels, (1, 3)),
         ("plane", metadata.plane, ("axial", "coronal", "sagittal")),
         ("position", metadata.position, ("all", "mid")),
         ("box", metadata.box, ("", "body", "given")),
         ("stage", metadata.stage, ("", *STAGES)),
-    ):
-        if word not in allowed:
-            return f"`{name}` {word!r}: allowed are {', '.join(map(repr, allowed))}"
+        ("positive", metadata.positive, (None, *range(len(names)))),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            return f"`{name}` {value!r}: allowed are {', '.join(map(repr, allowed))}"
     if not (_numbers((metadata.temperature,)) and metadata.temperature > 0):
         return f"`temperature` {metadata.temperature}: must be above zero"
-    if metadata.positive is not None and metadata.positive not in range(len(names)):
-        return f"`positive` {metadata.positive}: there are {len(names)} classes"
-    for name in ("points", "scores", "counts", "patients", "about"):
-        if not isinstance(getattr(metadata, name), dict):
+    for name in ("points", "scores", "counts", "patients", "about", "familiarity"):
+        value = getattr(metadata, name)
+        if not isinstance(value, dict) and not (name == "familiarity" and value is None):
             return f"`{name}` should be an object"
-    if metadata.familiarity is not None and not isinstance(metadata.familiarity, dict):
-        return "`familiarity` should be an object or null"
     try:
         points = [p for level in metadata.points.values() for rules in level.values() for p in rules.values()]
-        fine = all(_numbers((point["threshold"],)) for point in points)
+        valid = all(_numbers((point["threshold"],)) for point in points)
     except (AttributeError, KeyError, TypeError):
-        fine = False
-    return "" if fine else "`points` should be LEVEL.CLASS.RULE, each with a threshold"
+        valid = False
+    return "" if valid else "`points` should be LEVEL.CLASS.RULE, each with a threshold"
 
 
 def _numbers(values: Any, count: int = 0) -> bool:
