@@ -161,14 +161,15 @@ def spread(tested: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
 
 def _facts(folders: Sequence[Path], tested: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
     fold_facts = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
-    first = fold_facts[0]
+    items = fold_facts[0].items()
+    shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
     sizes = [len(p) for p in tested]
     span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))  # differ if twins join patients
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
-        **{key: first[key] for key in SHARED_FACTS if all(facts.get(key) == first[key] for facts in fold_facts)},
+        **shared,
         **provenance.facts(),
         "folds": {"count": len(folders), "images": sizes, "over": spread(tested)},
         "notes": [
