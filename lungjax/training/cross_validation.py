@@ -56,8 +56,8 @@ def run(
     then as `train.run` for each fold; finished folds stay unchanged.
     """
     started = time.time()
-    if count < folds.LEAST:
-        raise ValueError(f"--folds={count}: {folds.LEAST} or more (at least one each for test, val and train)")
+    if count < folds.MIN_FOLDS:
+        raise ValueError(f"--folds={count}: {folds.MIN_FOLDS} or more (at least one each for test, val and train)")
     parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
     for part in parts:
         configs.check(part)
