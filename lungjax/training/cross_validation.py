@@ -100,8 +100,8 @@ def write(
     config: Config, workdir: Path, folders: Sequence[Path], data: Prepared, data_dir: Path, started: float
 ) -> None:
     """Writes the report over the pooled predictions of all folds. Raises ValueError if they are inconsistent."""
-    tested = [predictions.read(folder / "predictions_test.csv") for folder in folders]
-    results = {"test": pool(tested, data)}
+    fold_predictions = [predictions.read(folder / "predictions_test.csv") for folder in folders]
+    results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
         raise ValueError(f"{workdir}: the folds were not tested on the images of {data.name}: delete it and start over")
@@ -111,7 +111,7 @@ def write(
             results[name] = pool([predictions.read(path) for path in paths], data)
     config = load.resolve(config)
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
-    facts = _facts(folders, tested, data) | {"seconds": round(time.time() - started, 1)}
+    facts = _facts(folders, fold_predictions, data) | {"seconds": round(time.time() - started, 1)}
     description = datasets.describe(data, data_dir)
     reporting.write_report(workdir, config, results, [], facts, lambda i: reader(rows[i]), **description)
 
@@ -143,12 +143,12 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     return bootstrap.take(pooled, order)
 
 
-def spread(tested: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
+def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
     """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, minimum, maximum and values over folds.
 
     A metric that is undefined in a fold is None there and ignored in the other three.
     """
-    levels = [metrics.flat_levels(p) for p in tested]
+    levels = [metrics.flat_levels(p) for p in fold_predictions]
     result = {}
     for name in (f"{unit}.{number}" for unit in ("slice", "patient") for number in SPREAD_METRICS):
         values = [level[name] for level in levels]
@@ -159,19 +159,19 @@ def spread(tested: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _facts(folders: Sequence[Path], tested: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
+def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
     fold_facts = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
     items = fold_facts[0].items()
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
-    sizes = [len(p) for p in tested]
+    sizes = [len(p) for p in fold_predictions]
     span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))  # differ if twins join patients
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
         **shared,
         **provenance.facts(),
-        "folds": {"count": len(folders), "images": sizes, "over": spread(tested)},
+        "folds": {"count": len(folders), "images": sizes, "over": spread(fold_predictions)},
         "notes": [
             f"Each image was tested once, by one of {len(folders)} networks ({span} images per fold). Metrics over all "
             "images mix the scales of these networks; the mean over folds does not."

@@ -150,7 +150,7 @@ def _write(
         train.print_line(warning)
 
 
-def read_map(text: str, theirs: Sequence[str], ours: Sequence[str]) -> LabelMap:
+def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
     """Reads "A=X,B=Y+Z,C=-": A is the class X of the run, B is Y or Z, C is ignored.
 
     Classes of the other data set with the same right side are tested as one; a class of the run without a left side is
@@ -158,46 +158,50 @@ def read_map(text: str, theirs: Sequence[str], ours: Sequence[str]) -> LabelMap:
 
     Args:
       text: "" if both have the same names.
-      theirs: classes of the other data set in label order.
-      ours: those of the run.
+      other_classes: classes of the other data set in label order.
+      run_classes: those of the run.
 
     Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right sides, and
     fewer than two tested classes.
     """
     if not text:
-        if set(theirs) != set(ours):
+        if set(other_classes) != set(run_classes):
             raise ValueError(
-                f"the classes of the data set are {', '.join(theirs)}, those of the run {', '.join(ours)}: map them "
-                f"with --label_map={theirs[0]}={ours[0]},... ({theirs[0]}={IGNORED} ignores a class)"
+                f"the classes of the data set are {', '.join(other_classes)}, those of the run "
+                f"{', '.join(run_classes)}: map them with --label_map={other_classes[0]}={run_classes[0]},... "
+                f"({other_classes[0]}={IGNORED} ignores a class)"
             )
-        return LabelMap(tuple(ours), tuple((i,) for i in range(len(ours))), tuple(map(list(ours).index, theirs)))
+        indices = [list(run_classes).index(name) for name in other_classes]
+        return LabelMap(tuple(run_classes), tuple((i,) for i in range(len(run_classes))), tuple(indices))
     targets: dict[str, tuple[int, ...]] = {}
     for item in text.split(","):
         name, equals, right = (part.strip() for part in item.partition("="))
         if not equals or not right:
             raise ValueError(f"--label_map={text}: {item!r} is not CLASS=CLASS, CLASS=CLASS+CLASS or CLASS={IGNORED}")
-        if name not in theirs:
-            raise ValueError(f"--label_map={text}: the data set has no class {name!r}; {nearest(name, theirs)}")
+        if name not in other_classes:
+            raise ValueError(f"--label_map={text}: the data set has no class {name!r}; {nearest(name, other_classes)}")
         if name in targets:
             raise ValueError(f"--label_map={text}: {name} is given twice")
-        wanted = [] if right == IGNORED else [part.strip() for part in right.split("+")]
-        for part in wanted:
-            if part not in ours:
-                raise ValueError(f"--label_map={text}: the run has no class {part!r}; {nearest(part, ours)}")
-        targets[name] = tuple(sorted({list(ours).index(part) for part in wanted}))
-    missing = [name for name in theirs if name not in targets]
+        members = [] if right == IGNORED else [member.strip() for member in right.split("+")]
+        for member in members:
+            if member not in run_classes:
+                raise ValueError(f"--label_map={text}: the run has no class {member!r}; {nearest(member, run_classes)}")
+        targets[name] = tuple(sorted({list(run_classes).index(member) for member in members}))
+    missing = [name for name in other_classes if name not in targets]
     if missing:
         raise ValueError(f"--label_map={text}: {', '.join(missing)} missing; {missing[0]}={IGNORED} ignores it")
-    tested = sorted({target for target in targets.values() if target})
-    class_name, count = Counter(ours[i] for target in tested for i in target).most_common(1)[0] if tested else ("", 0)
-    if count > 1:
-        raise ValueError(f"--label_map={text}: {class_name} is in two different right sides; only one is allowed")
-    if len(tested) < 2:
+    groups = sorted({target for target in targets.values() if target})
+    for i, count in Counter(i for target in groups for i in target).items():
+        if count > 1:
+            raise ValueError(
+                f"--label_map={text}: {run_classes[i]} is in two different right sides; only one is allowed"
+            )
+    if len(groups) < 2:
         raise ValueError(f"--label_map={text}: at least two tested classes are needed")
     return LabelMap(
-        classes=tuple("+".join(ours[i] for i in target) for target in tested),
-        members=tuple(tested),
-        labels=tuple(tested.index(targets[name]) if targets[name] else -1 for name in theirs),
+        classes=tuple("+".join(run_classes[i] for i in target) for target in groups),
+        members=tuple(groups),
+        labels=tuple(groups.index(targets[name]) if targets[name] else -1 for name in other_classes),
     )
 
 

@@ -172,7 +172,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
     last good state saved.
     """
     config, compiled, path = run.config, run.program, run.workdir / "metrics.jsonl"
-    done = first = saved = int(current.step)
+    step = first = last_save = int(current.step)
     epoch_steps = len(pipeline.train_rows(run.data)) / config.train.batch_size
     if distributed.is_first_host():
         metrics_log.rewind(path, first)
@@ -182,21 +182,21 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
     clock = time.perf_counter()
 
     def due(every: int) -> bool:
-        return every > 0 and done > 0 and (done % every == 0 or done == compiled.steps)
+        return every > 0 and step > 0 and (step % every == 0 or step == compiled.steps)
 
     def log(row: dict[str, Any]) -> None:
         if distributed.is_first_host():
-            metrics_log.append(path, {"step": done, "epoch": round(done / epoch_steps, 4), **row})
+            metrics_log.append(path, {"step": step, "epoch": round(step / epoch_steps, 4), **row})
 
     def flush() -> None:
         """Waits for the devices, checks the pending steps and logs their mean metrics."""
         nonlocal pending, clock
         metrics_of_steps, pending = jax.device_get(pending), []
         rate = len(metrics_of_steps) * config.train.batch_size / (time.perf_counter() - clock)
-        finite = check_finite(run, metrics_of_steps, done, progress)
+        finite = check_finite(run, metrics_of_steps, step, progress)
         if finite:
             row = {f"train.{name}": float(np.mean([values[name] for values in finite])) for name in finite[0]}
-            log({**row, "lr": float(compiled.schedule(done - 1)), "images_per_s": round(rate, 2)})
+            log({**row, "lr": float(compiled.schedule(step - 1)), "images_per_s": round(rate, 2)})
             bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
         clock = time.perf_counter()
 
@@ -206,49 +206,50 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
         try:
             batches = device_batches(run, first + progress.skipped_batches)
             while True:
-                if due(compiled.eval_steps) and progress.last_validation < done:
+                if due(compiled.eval_steps) and progress.last_validation < step:
                     scores = metrics.flat_levels(predict(run, current.variables, run.data, "val", watch))
-                    better = progress.update(scores, config, done)
+                    better = progress.update(scores, config, step)
                     log({f"val.{name}": value for name, value in scores.items()})
                     print_line(
-                        f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
+                        f"step {step}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
                         f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
                     )
                     # The best weights are tested; with train.keep=last those are the newest.
                     checkpoints.save(current, progress.to_dict(), best=better or config.train.keep == "last")
-                    saved, clock = done, time.perf_counter()
-                elif due(config.train.save_steps) and saved < done:
+                    last_save, clock = step, time.perf_counter()
+                elif due(config.train.save_steps) and last_save < step:
                     checkpoints.save(current, progress.to_dict())
-                    saved = done
+                    last_save = step
                 if progress.stopped:
                     print_line(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
-                if progress.stopped or done == compiled.steps:
+                if progress.stopped or step == compiled.steps:
                     break
-                if watch.should_stop(done):
+                if watch.should_stop(step):
                     if pending:
                         flush()
                     watch.check()
                 current, values = compiled.train_step(current, next(batches))
                 pending.append(values)
-                done += 1
+                step += 1
                 bar.update()
-                if done == first + 1:
+                if step == first + 1:
                     jax.block_until_ready(values)
                     print_line(f"First step {time.time() - run.started:.1f} s after the start")
                 if due(config.train.log_steps) or due(compiled.eval_steps) or due(config.train.save_steps):
                     flush()
             watch.check()  # for a signal during the last validation, whose state is saved
         except signals.Interrupted as stop:
-            if saved < done:
+            if last_save < step:
                 checkpoints.save(current, progress.to_dict())
             checkpoints.wait()
-            saved_note = "Checkpoint saved; rerun" if done else "Rerun"
-            print_line(f"{stop} at step {done}. {saved_note} the same command to resume")
+            saved_note = "Checkpoint saved; rerun" if step else "Rerun"
+            print_line(f"{stop} at step {step}. {saved_note} the same command to resume")
             raise
         except NonFiniteError as error:
-            if saved < error.step - 1 and config.train.on_nan == "stop":  # the state has not changed since that step
-                step = filled(current.step, error.step - 1)
-                checkpoints.save(current.replace(step=step), progress.to_dict())
+            if last_save < error.step - 1 and config.train.on_nan == "stop":
+                # The state has not changed since the step before.
+                current = current.replace(step=filled(current.step, error.step - 1))
+                checkpoints.save(current, progress.to_dict())
             raise
 
 
@@ -258,13 +259,13 @@ def filled(array: jax.Array, value: int) -> jax.Array:
 
 
 def check_finite(
-    run: Run, metrics_of_steps: list[dict[str, Any]], done: int, progress: Progress
+    run: Run, metrics_of_steps: list[dict[str, Any]], last_step: int, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Returns the metrics of the finite ones among the steps up to `done`, without their flag.
+    """Returns the metrics of the finite ones among the steps up to `last_step`, without their flag.
 
     Raises NonFiniteError, naming the batch, for the first other one; with train.on_nan=skip after MAX_SKIPPED in a row.
     """
-    for step, values in enumerate(metrics_of_steps, done - len(metrics_of_steps) + 1):
+    for step, values in enumerate(metrics_of_steps, last_step - len(metrics_of_steps) + 1):
         progress.consecutive_bad_steps = 0 if values["finite"] else progress.consecutive_bad_steps + 1
         if values["finite"]:
             continue

@@ -134,10 +134,10 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
         _lock(stack.enter_context((workdir / "lock").open("a")), workdir)
         check(workdir, config, "train")  # again, since another run may have been here before the lock
         check_same_data(workdir, data)
-        lost = unreadable(workdir)
-        if lost:
+        names = unreadable(workdir)
+        if names:
             check_network(workdir, abstract_state)
-        for name in lost:
+        for name in names:
             print(
                 f"{workdir / name} was missing or damaged, as after a power loss: rewritten from this command. The "
                 "checkpoint has the parameters of this network; other settings and the data can't be compared"

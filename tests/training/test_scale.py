@@ -39,7 +39,9 @@ def losses(workdir):
 
 def test_two_hosts_stop_resume_and_equal_one(tmp_path):
     """SIGTERM to one host saves on both; the resumed run equals that of one device, which can continue it."""
-    fields = "train.steps=8 train.shard_params=True train.keep=last optim.schedule=constant optim.name=sgd optim.lr=0.01"
+    fields = (
+        "train.steps=8 train.shard_params=True train.keep=last optim.schedule=constant optim.name=sgd optim.lr=0.01"
+    )
     hosts = runs.start_hosts(tmp_path / "two", *[f"{fields} --pause=0.15"] * 2)
     runs.wait_for_step(tmp_path / "two", 2, hosts[0])
     hosts[1].send_signal(signal.SIGTERM)
