@@ -21,7 +21,7 @@ once.
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
     counts              SPLIT.CLASS: images
     patients            SPLIT.CLASS: patients; {} where each image counts as its own
-    familiarity         statistics of training images (`lungjax.evaluation.novelty`); null if unavailable
+    novelty             `lungjax.evaluation.novelty.Novelty.to_dict`; null without such a score
     about               network, weights, license, step, commit, versions
 """
 
@@ -63,7 +63,7 @@ class Metadata:
     scores: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     patients: Mapping[str, Any] = field(default_factory=dict)
-    familiarity: Mapping[str, Any] | None = None
+    novelty: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -72,10 +72,10 @@ class Metadata:
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def public(self) -> dict[str, Any]:
-        """Returns the fields for readers, JSON-ready: without the statistics of `familiarity`."""
+        """Returns the fields for readers, JSON-ready: without the parameters of `novelty`."""
         tree = dataclasses.asdict(self)
-        if self.familiarity is not None:
-            tree["familiarity"] = {"false_alarms": self.familiarity.get("false_alarms")}
+        if self.novelty is not None:
+            tree["novelty"] = {"false_alarms": self.novelty.get("false_alarms")}
         return tree | {"notice": NOTICE}
 
     def rules(self, level: str = "slice") -> list[str]:
@@ -162,9 +162,9 @@ def _problem(metadata: Metadata) -> str:
             return f"`{name}` {value!r}: allowed are {', '.join(map(repr, allowed))}"
     if not (_numbers((metadata.temperature,)) and metadata.temperature > 0):
         return f"`temperature` {metadata.temperature}: must be above zero"
-    for name in ("points", "scores", "counts", "patients", "about", "familiarity"):
+    for name in ("points", "scores", "counts", "patients", "about", "novelty"):
         value = getattr(metadata, name)
-        if not isinstance(value, dict) and not (name == "familiarity" and value is None):
+        if not isinstance(value, dict) and not (name == "novelty" and value is None):
             return f"`{name}` should be an object"
     try:
         points = [p for level in metadata.points.values() for rules in level.values() for p in rules.values()]
