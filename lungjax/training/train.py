@@ -373,12 +373,12 @@ def write_report(
     def write() -> None:
         reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
         history = metrics_log.read(run.workdir / "metrics.jsonl")
-        familiarity = model_json.look(run.data)
-        alarms = {} if familiarity is None else {"familiarity": familiarity.false_alarms}
+        detector = model_json.look(run.data)
+        alarms = {} if detector is None else {"familiarity": detector.false_alarms}
         report = reporting.write_report(
             run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
         )
-        model = model_json.describe(run.config, run.data, results, report, familiarity, description)
+        model = model_json.describe(run.config, run.data, results, report, detector, description)
         files.atomic_write(run.workdir / metadata.FILE, model.to_json())
         for warning in baselines.warnings(report):
             print_line(warning)
