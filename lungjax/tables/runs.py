@@ -134,8 +134,8 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         steps, dataset, fingerprint = facts["steps"], facts["dataset"], facts["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         return State("damaged", f"{report} can't be read: {type(error).__name__} {error}")
-    if not early_stopping.ended(run.folder, config, steps):
-        return State("unfinished", f"{run.folder} stopped at step {early_stopping.logged(run.folder)} of {steps}")
+    if not early_stopping.is_complete(run.folder, config, steps):
+        return State("unfinished", f"{run.folder} stopped at step {early_stopping.last_step(run.folder)} of {steps}")
     if dataset != run.dataset:
         return State("other data", f"{run.folder} was trained on {dataset}; this table needs {run.dataset}")
     if list(datasets.classes(dataset) or classes) != list(classes):
