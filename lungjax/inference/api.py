@@ -249,7 +249,7 @@ class Trained:
 
     @cached_property
     def _folded(self) -> dict[str, Any]:
-        return self._network.prepare(self.variables)
+        return self._network.fold(self.variables)
 
     @cached_property
     def _compiled(self) -> Any:

@@ -221,7 +221,7 @@ def _of_run(workdir: Path) -> Predictor:
     trained, told = load_run(workdir)
     spec, positive = trained.config.input, told.positive
     network = folding.FoldedModel(trained.module, trained.variables, (*spec.size, spec.network_channels))
-    folded = network.prepare(trained.variables)
+    folded = network.fold(trained.variables)
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         logits, _ = network(folded, normalize(pixels, spec))

@@ -226,7 +226,7 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
             if not bool(values["finite"]):
                 return f"loss {values['loss']}, gradient {values['grad_norm']} at step {number}"
         row = {"image": images, "row": np.arange(BATCH, dtype=np.int32)}
-        found = np.asarray(compiled.predict_step(compiled.network.prepare(state.variables), row)["probabilities"])
+        found = np.asarray(compiled.predict_step(compiled.network.fold(state.variables), row)["probabilities"])
         if found.shape != (BATCH, len(classes)) or not np.allclose(found.sum(axis=1), 1, atol=1e-3):
             return f"predictions of shape {found.shape} with sums {found.sum(axis=1)}"
     except Exception as error:

@@ -34,7 +34,7 @@ class Program:
     new_state: Callable[..., state.TrainState]  # leaves to start from -> the first state; compiled
     abstract_state: state.TrainState  # shapes of the state with its shardings
     train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); compiled, takes over the state's memory
-    network: folding.FoldedModel  # the module for prediction; its `prepare` makes of variables what predict_step takes
+    network: folding.FoldedModel  # the module for prediction; `network.fold(variables)` is what predict_step takes
     predict_step: Callable[..., Any]  # (prepared variables, batch) -> probabilities and rows; compiled
 
 

@@ -312,7 +312,7 @@ def predict(
     """Returns predictions of a split; between batches `watch` may end it."""
     return predict_split.predict(
         this.program.predict_step,
-        this.program.network.prepare(variables),
+        this.program.network.fold(variables),
         data,
         split,
         this.config,

@@ -132,10 +132,10 @@ class Network:
         self.count = len(self.folded.pairs)
         self.trace = time.perf_counter() - start
         start = time.perf_counter()
-        jax.block_until_ready(self.folded.prepare(self.variables))
+        jax.block_until_ready(self.folded.fold(self.variables))
         self.first_fold = time.perf_counter() - start
         start = time.perf_counter()
-        self.prepared = jax.block_until_ready(self.folded.prepare(self.variables))
+        self.prepared = jax.block_until_ready(self.folded.fold(self.variables))
         self.fold = time.perf_counter() - start
 
     def compiled(self, size: int, plain: bool = False) -> tuple[Callable[[], Times], float]:

@@ -172,7 +172,7 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
     apart = {path: float(np.abs(ours[path] - a).max() / np.abs(a).max()) for path, a in keras_s.items()}
     images = np.concatenate([batch["image"] for batch in batches[:3]])
     want = np.asarray(theirs(images.astype(kind), training=False))
-    got = compiled.network(compiled.network.prepare(state.variables), step.normalize(images, config.input))[0]
+    got = compiled.network(compiled.network.fold(state.variables), step.normalize(images, config.input))[0]
     return {
         "losses": table,
         "statistics": {path: part for path, part in apart.items() if path.endswith(("/mean", "/var"))},
