@@ -5,8 +5,10 @@ import io
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -87,3 +89,31 @@ def make_small_data():
 @pytest.fixture(scope="session")
 def small_data():
     return make_small_data()
+
+
+class TrainedRun(NamedTuple):
+    """A finished run and its data; nothing in it may be changed, so copy what a test changes."""
+
+    workdir: Path  # config.json, model.json, checkpoints, report.html, predictions_test.csv, ...
+    data_dir: Path  # of the prepared data set folder/mine
+    images: Path  # folder of its 36 PNG files p000.png to p035.png and labels.csv
+    classes: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> TrainedRun:
+    """A network of the zoo, `simple`, trained for two steps on folder/mine: 3 classes, 18 patients, 32 x 32 pixels.
+
+    Of each class 3 patients are in train, 2 in val, 1 in test, with 2 images each. Any process can open the run.
+    """
+    import folders
+
+    from lungjax.config import ModelConfig, overrides
+    from lungjax.training import train
+
+    root, classes = tmp_path_factory.mktemp("trained"), ("left", "middle", "right")
+    splits = ("train", "train", "train", "val", "val", "test")
+    folders.prepare(root, "mine", folders.rows(classes, 6, splits=splits))
+    config = replace(folders.CONFIG, model=ModelConfig(name="simple"))
+    train.run(overrides.override(config, "data.dataset=folder/mine"), root / "run", root / "data")
+    return TrainedRun(root / "run", root / "data", root / "in_mine", classes)

@@ -13,6 +13,8 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter1d
 
+from lungjax.data.imaging import images
+
 SIDE = 64  # pixels of a thumbnail
 FLAT = 2.0  # gray levels: a thumbnail with less standard deviation shows nothing to hash
 DISTANCE = 4  # bits; finds 99% of re-saved copies
@@ -297,4 +299,4 @@ def _taps(shift: np.ndarray) -> np.ndarray:
     """Returns matrices [B, 64, 64] that sample (linearly) at each place plus `shift` [B, 64]; edges repeat."""
     place = np.arange(SIDE, dtype=np.float32)
     at = np.clip(place + shift, 0, SIDE - 1)
-    return np.maximum(1 - np.abs(at[..., None] - place), 0)
+    return images.kernel_weights(np.abs(at[..., None] - place), "bilinear")

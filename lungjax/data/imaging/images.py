@@ -257,13 +257,14 @@ def _taps(low: float, high: float, count: int, limit: int, kernel: str) -> tuple
     centre = low + (np.arange(count) + 0.5) * (high - low) / count - 0.5  # pixel i has its centre at i
     radius = RADIUS[kernel]
     places = np.floor(centre)[:, None].astype(np.int64) + np.arange(1 - radius, radius + 1)
-    weights = _kernel(np.abs(centre[:, None] - places), kernel)
+    weights = kernel_weights(np.abs(centre[:, None] - places), kernel)
     weights /= weights.sum(axis=1, keepdims=True)  # lanczos does not sum to one by itself
     inside = (max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit) - 1)
     return np.clip(places, *inside), weights.astype(np.float32)
 
 
-def _kernel(x: np.ndarray, name: str) -> np.ndarray:
+def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
+    """Returns the interpolation kernel at distances `x` >= 0 in pixels: bilinear, bicubic (Keys 1981) or lanczos."""
     if name == "bilinear":
         return np.maximum(1 - x, 0.0)
     if name == "bicubic":

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lungjax.data.imaging import images
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -63,8 +65,7 @@ def _taps(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns knots int [count, 4] and weights float32 [count, 4] for places `step` apart; variance 1."""
     place = np.arange(count) * step
     knots = place.astype(int)[:, None] + np.arange(4)
-    near = np.abs(place[:, None] + 1 - knots)
-    weight = np.where(near < 1, (1.5 * near - 2.5) * near * near + 1, ((2.5 - 0.5 * near) * near - 4) * near + 2)
+    weight = images.kernel_weights(np.abs(place[:, None] + 1 - knots), "bicubic")
     weight /= np.sqrt((weight**2).sum(axis=1, keepdims=True))
     return knots, weight.astype(np.float32)
 

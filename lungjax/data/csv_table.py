@@ -1,0 +1,51 @@
+"""CSV files that a user gives, as spreadsheets write them: with a byte order mark, and commas, semicolons or tabs."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from lungjax.config import nearest
+
+DELIMITERS = ",;\t"
+
+
+class Table(NamedTuple):
+    """A CSV file with a header."""
+
+    columns: tuple[str, ...]  # in the order of the file
+    rows: list[tuple[str, dict[str, str]]]  # place, such as "labels.csv line 7", and values by column
+
+
+def read_table(path: Path, required: Iterable[str] = ()) -> Table:
+    """Reads a CSV file; blank lines are skipped, and white space around names and values.
+
+    The delimiter is the one that is most frequent in the first line.
+
+    Raises ValueError, with the line number, for a column of `required` that is missing or repeated, a row of another
+    length than the header, and malformed CSV; also for text that is not UTF-8. An unreadable file raises OSError.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            delimiter = max(DELIMITERS, key=file.readline().count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            columns = tuple(name.strip() for name in next(reader, ()))
+            for name in required:
+                if columns.count(name) != 1:
+                    problem = "appears twice" if name in columns else "is missing"
+                    hint = nearest(name, [other for other in columns if other])
+                    raise ValueError(f"{path.name} line 1: column {name} {problem}; {hint}")
+            rows = []
+            for values in reader:
+                if not any(values):
+                    continue
+                place = f"{path.name} line {reader.line_num}"
+                if len(values) != len(columns):
+                    raise ValueError(f"{place}: {len(values)} values, but the header has {len(columns)} columns")
+                rows.append((place, dict(zip(columns, (value.strip() for value in values), strict=True))))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name} is not UTF-8 text ({error}): save it as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{path.name} line {reader.line_num}: {error}") from None
+    return Table(columns, rows)

@@ -1,0 +1,75 @@
+"""Folders and CSV files as users give them."""
+
+import os
+
+import pytest
+
+from lungjax.data.csv_table import read_table
+from lungjax.data.folder_walk import list_files
+
+
+def test_list_files(tmp_path):
+    for name in ("b.png", "a/c.JPG", "a.png", "__MACOSX/d.png", ".e.png", ".git/f.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/g.png").touch()
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/missing.png").symlink_to(tmp_path / "nothing.png")
+    assert list_files(tmp_path / "in") == ["a.png", "a/c.JPG", "b.png", "linked/g.png", "missing.png"]
+
+
+def test_list_files_loop_and_unreadable_folder(tmp_path, monkeypatch):
+    for name in ("in/a.png", "in/closed/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    scandir = os.scandir
+
+    def refuse(path):  # root, as in containers, may read a folder of any mode
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    errors = {}
+    assert list_files(tmp_path / "in", lambda path, reason: errors.update({path: reason})) == ["a.png"]
+    assert {path.rpartition("/")[2]: reason.split()[0] for path, reason in errors.items()} == {
+        "loop": "a",
+        "closed": "Permission",
+    }
+    with pytest.raises(ValueError, match="in/"):
+        list_files(tmp_path / "in")
+
+
+def test_read_table(tmp_path):
+    path = tmp_path / "t.csv"
+    for text in (
+        'path,label\n a.png , x \n\n"b,c.png",\n',
+        '\ufeffpath;label\r\na.png;x\r\n;\r\n"b,c.png";\r\n',
+        "path\tlabel\na.png\tx\nb,c.png\t\n",
+    ):
+        path.write_text(text, "utf-8")
+        table = read_table(path, ("path", "label"))
+        assert table.columns == ("path", "label")
+        assert [row for _, row in table.rows] == [{"path": "a.png", "label": "x"}, {"path": "b,c.png", "label": ""}]
+        assert {place for place, _ in table.rows} <= {f"t.csv line {number}" for number in (2, 3, 4)}
+    path.write_text("path\na,b\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_table(path)
+
+
+def test_read_table_errors(tmp_path):
+    path = tmp_path / "t.csv"
+    for text, word in (
+        (b"name,label\na,1\n", "path is missing"),
+        (b"path,path\na,1\n", "twice"),
+        (b"path,label\na,1\nb\n", "line 3"),
+        (b'path,label\n"a"b,1\n', "line 2"),
+        (b'path\n"' + b"x" * 200_000, "line 2"),
+        (b"path\n\xff\xfe\n", "UTF-8"),
+        (b"", "path is missing"),
+    ):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=word):
+            read_table(path, ("path",))
