@@ -11,7 +11,7 @@ from lungjax.config import HeadConfig
 from lungjax.models.head import Head, min_cells
 
 
-class Network(nn.Module, kw_only=True):
+class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
     """A feature map, defined by the subclass, and the head.
 
     A subclass defines `feature_map` and `_stride`; by default it has the published head.

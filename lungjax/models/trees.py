@@ -1,36 +1,30 @@
-"""Parameter trees by path: nested dicts as flat "block1/conv/kernel" paths, and masks and parts of them."""
+"""Parameter trees as flat dicts with paths such as "block1/conv/kernel": flax.traverse_util with "/" as separator."""
 
 import re
 from collections.abc import Container, Mapping
+from functools import partial
 from typing import Any
 
 from flax import traverse_util
 
 Tree = Mapping[str, Any]
 
-
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Returns the leaves of nested dicts by slash-separated path, in the order of the tree; drops empty dicts."""
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    return traverse_util.unflatten_dict(leaves, sep="/")
+flatten = partial(traverse_util.flatten_dict, sep="/")
+unflatten = partial(traverse_util.unflatten_dict, sep="/")
 
 
 def mask(tree: Tree, pattern: str) -> dict[str, Any]:
-    """Returns a tree of bools: whether `re.search` finds `pattern` in the path of the leaf."""
+    """Returns a tree of bools: whether `re.search` finds `pattern` in each leaf's path."""
     return unflatten({path: re.search(pattern, path) is not None for path in flatten(tree)})
 
 
 def split(tree: Tree, paths: Container[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the tree without the leaves at `paths`, and a tree of only these."""
+    """Returns the tree without the leaves at `paths`, and the tree of those leaves."""
     leaves = flatten(tree)
     rest = {path: leaf for path, leaf in leaves.items() if path not in paths}
     return unflatten(rest), unflatten({path: leaf for path, leaf in leaves.items() if path in paths})
 
 
 def merge(one: Tree, other: Tree) -> dict[str, Any]:
-    """The inverse of `split`: one tree with the leaves of both."""
+    """Returns one tree with the leaves of both: the inverse of `split`."""
     return unflatten(flatten(one) | flatten(other))
