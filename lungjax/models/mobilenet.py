@@ -14,7 +14,7 @@ import jax
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.efficientnet import EfficientNet, Stage, compound_scale, make_divisible
+from lungjax.models.efficientnet import Stage, compound_scale
 from lungjax.models.layers import BatchNorm, Conv, Layer, Padding
 from lungjax.models.network import Network
 
@@ -51,24 +51,23 @@ class MobileNet(Network):
 
     stages: tuple[tuple[int, int], ...] = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))  # blocks, channels
     stem: int = 32  # channels
-    width: float = 1.0  # multiplies all channels, rounded down; published: 1, 0.75, 0.5, 0.25
     momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "same"
     head: HeadConfig = field(default=HeadConfig(dropout=0.001), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, H / 32, W / 32, 1024 * width]."""
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, 1024]."""
         run = self.block_runner(lambda block, x: block(x, train=train))
         conv = partial(Conv, dtype=self.dtype, kernel_init=CONV_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
-        x = conv(int(self.stem * self.width), 3, 2, self.padding, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
+        x = conv(self.stem, 3, 2, self.padding, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
         x = norm(name="stem_bn")(x, train=train, activation=nn.relu6)
         for number, (repeats, channels) in enumerate(self.stages, 1):
             for i in range(1, repeats + 1):
                 stride = 2 if number > 1 and i == 1 else 1
                 name = f"stage{number}_block{i}"
-                x = run(Block(int(channels * self.width), stride, self.padding, conv, norm, name=name), x)
+                x = run(Block(channels, stride, self.padding, conv, norm, name=name), x)
         return x
 
     def _stride(self) -> int:
@@ -87,12 +86,7 @@ V2 = (
 )
 
 
-def v2(width: float) -> partial[EfficientNet]:
-    """Returns MobileNetV2 scaled to `width`; published are 0.35, 0.5, 0.75, 1, 1.3 and 1.4."""
-    fields = {"momentum": 0.999, "activation": nn.relu6, "drop_path": 0.0}
-    top = make_divisible(1280 * max(1.0, width), guard=True)  # never narrower than at width 1
-    return partial(compound_scale(V2, 32, width, 1.0, 0.0, guard=True, **fields), top=top)
-
-
 MOBILENET = {"mobilenet": MobileNet}
-MOBILENETV2 = {"mobilenetv2": v2(1.0)}
+MOBILENETV2 = {
+    "mobilenetv2": compound_scale(V2, 32, 1.0, 1.0, 0.0, guard=True, momentum=0.999, activation=nn.relu6, drop_path=0.0)
+}

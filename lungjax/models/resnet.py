@@ -109,12 +109,7 @@ class ResNet(Network):
     kernel_init: Initializer = TORCH_INIT
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages.
-
-        Raises ValueError for a V2 without bottlenecks.
-        """
-        if self.preact and not self.bottleneck:
-            raise ValueError("ResNet: preact=True has bottleneck blocks only")
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages."""
         run = self.block_runner(lambda block, x: block(x, train=train))
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
