@@ -38,6 +38,11 @@ def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
     return _pair(1 - p, p, positive)
 
 
+def pooled_features(last: jax.Array) -> jax.Array:
+    """Returns the spatial mean of the last map [B, h, w, F], float32 [B, F]."""
+    return last.astype(jnp.float32).mean((1, 2))
+
+
 def _pair(negative: jax.Array, positive: jax.Array, label: int) -> jax.Array:
     pair = jnp.concatenate([negative, positive], axis=-1)
     return pair if label == 1 else pair[:, ::-1]
