@@ -59,7 +59,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
       remat: recompute the activations of each block in the backward pass.
       platform: "cpu", "gpu" or "tpu", sets the default dtype; None: the default backend.
 
-    The module maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
+    It maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
     Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network has no choice
@@ -82,8 +82,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     if config.momentum is not None and hasattr(network, "momentum"):
         fields["momentum"] = config.momentum
     head = with_defaults(config.head, network.head)
-    outputs = output_count(head, classes)
-    return network.clone(head=head, outputs=outputs, remat=remat, dtype=jnp.dtype(dtype), **fields)
+    fields |= {"head": head, "outputs": output_count(head, classes), "remat": remat, "dtype": jnp.dtype(dtype)}
+    return network.clone(**fields)
 
 
 def default_dtype(platform: str) -> str:

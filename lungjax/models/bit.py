@@ -12,35 +12,10 @@ import jax
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.layers import Conv, Layer
+from lungjax.models.head import GROUPS
+from lungjax.models.layers import Conv
 from lungjax.models.network import Network
-from lungjax.models.resnet import EXPANSION, KERAS_INIT, R50, R101, R152, pool_zeros
-
-GROUPS = 32  # of GroupNorm, for any width
-
-
-class Block(nn.Module):
-    """Norm and ReLU, then 1x1, 3x3, 1x1 with norm and ReLU between, plus the input."""
-
-    width: int  # channels of the bottleneck
-    stride: int
-    conv: Layer
-    norm: Layer
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * width], rounded up."""
-        conv, bottleneck, wide, shortcut = self.conv, self.width, self.width * EXPANSION, x
-
-        def norm_relu(x: jax.Array, name: str) -> jax.Array:
-            return nn.relu(self.norm(name=name)(x))
-
-        x = norm_relu(x, "preact_norm")
-        if self.stride != 1 or shortcut.shape[-1] != wide:
-            shortcut = conv(wide, 1, self.stride, name="shortcut_conv")(x)
-        x = norm_relu(conv(bottleneck, 1, name="conv1")(x), "norm1")
-        x = norm_relu(conv(bottleneck, 3, self.stride, name="conv2")(x), "norm2")
-        return shortcut + conv(wide, 1, name="conv3")(x)
+from lungjax.models.resnet import KERAS_INIT, R50, R101, R152, PreactBlock, pool_zeros
 
 
 class BiT(Network):
@@ -54,17 +29,24 @@ class BiT(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 32 * width]."""
-        run = self.block_runner(lambda block, x: block(x))
-        options = {"padding": "SYMMETRIC", "standardize": self.standardize, "kernel_init": KERAS_INIT}
-        conv = partial(Conv, dtype=self.dtype, **options)
-        # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
-        norm = partial(nn.GroupNorm, GROUPS, epsilon=self.epsilon, use_fast_variance=False, dtype=self.dtype)
-        x = pool_zeros(conv(self.width, 7, 2, name="stem_conv")(x))  # [B, H / 4, W / 4, width]
+        run = self.block_runner(lambda block, x: block(x, train=train))
+
+        def conv(name: str, features: int, size: int, stride: int) -> Conv:
+            options = {"standardize": self.standardize, "kernel_init": KERAS_INIT, "dtype": self.dtype}
+            return Conv(features, size, stride, "SYMMETRIC", name=name, **options)
+
+        def norm_relu(x: jax.Array, name: str, train: bool) -> jax.Array:
+            # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
+            options = {"epsilon": self.epsilon, "use_fast_variance": False, "dtype": self.dtype}
+            return nn.relu(nn.GroupNorm(GROUPS, name=name, **options)(x))
+
+        x = pool_zeros(conv("stem_conv", self.width, 7, 2)(x))  # [B, H / 4, W / 4, width]
         for number, repeats in enumerate(self.repeats, 1):
             for i in range(1, repeats + 1):
-                stride = 2 if number > 1 and i == 1 else 1
-                x = run(Block(self.width * 2 ** (number - 1), stride, conv, norm, name=f"stage{number}_block{i}"), x)
-        return nn.relu(norm(name="top_norm")(x))
+                stride, width = 2 if number > 1 and i == 1 else 1, self.width * 2 ** (number - 1)
+                name = f"stage{number}_block{i}"
+                x = run(PreactBlock(width, stride, 2, conv, norm_relu, norm_name="norm", name=name), x)
+        return norm_relu(x, "top_norm", train)
 
     def _stride(self) -> int:
         return 2 ** (len(self.repeats) + 1)

@@ -113,16 +113,12 @@ class ConvNeXt(Network):
 SHALLOW, DEEP = (3, 3, 9, 3), (3, 3, 27, 3)
 
 
-def v1(depths: tuple[int, ...], width: int, drop_path: float) -> partial[ConvNeXt]:
-    """Returns a V1; `width` is that of the first stage, doubled in each of the next."""
-    return partial(ConvNeXt, depths, (width, 2 * width, 4 * width, 8 * width), drop_path=drop_path)
+def v1(depths: tuple[int, ...], width: int, drop_path: float, grn: bool = False) -> partial[ConvNeXt]:
+    """Returns a network; `width` is that of the first stage, doubled in each of the next."""
+    return partial(ConvNeXt, depths, (width, 2 * width, 4 * width, 8 * width), drop_path=drop_path, grn=grn)
 
 
-def v2(depths: tuple[int, ...], width: int, drop_path: float = 0.1) -> partial[ConvNeXt]:
-    """Returns a V2; `width` is that of the first stage, doubled in each of the next."""
-    return partial(v1(depths, width, drop_path), grn=True)
-
-
+v2 = partial(v1, drop_path=0.1, grn=True)
 # Drop path, from TRAINING.md of the authors' repositories: V1 for ImageNet-1k from scratch (XL: fine-tuning from
 # ImageNet-22k, its only recipe); V2 for fine-tuning (atto, tiny, base; the others have no value there).
 CONVNEXT = {
@@ -135,7 +131,7 @@ CONVNEXT = {
     "convnextv2_femto": v2((2, 2, 6, 2), 48),
     "convnextv2_pico": v2((2, 2, 6, 2), 64),
     "convnextv2_nano": v2((2, 2, 8, 2), 80),
-    "convnextv2_tiny": v2(SHALLOW, 96, 0.2),
+    "convnextv2_tiny": v2(SHALLOW, 96, drop_path=0.2),
     "convnextv2_base": v2(DEEP, 128),
     "convnextv2_large": v2(DEEP, 192),
     "convnextv2_huge": v2(DEEP, 352),

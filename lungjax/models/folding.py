@@ -36,13 +36,11 @@ def batch_size(config: Config, devices: int, platform: str) -> int:
     It depends on image size, platform and number of devices, never on a measurement at run time, so a configuration is
     always split into the same batches on the same kind of machine.
 
-    CPU: 8 per device. Measured at 224 px (tests/benchmarks/inference.py), the throughput per core hardly depends on the
-    size: 3 to 13 % below the best with 1 image, at most 4 % below with 4 to 16, and up to 7 % below with 64, which
-    takes eight times the memory and more padding in the last batch of a split.
+    CPU: 8 per device. At 224 px (tests/benchmarks/inference.py) throughput with 1 image is 3 to 13 % below the best,
+    with 4 to 16 at most 4 %, and with 64 up to 7 %, at eight times the memory and more padding of a split.
 
-    GPU and TPU: as many pixels per device as 64 images of 224 x 224, a multiple of 8 images, at most 256. This is
-    reasoned, not measured: the largest maps of any network here (VGG's first, the stem of BiT R152x4) are then 0.4 GB
-    in bfloat16, and a few of them are live at a time.
+    GPU and TPU: as many pixels per device as 64 images of 224 x 224, a multiple of 8 images, at most 256. Not measured:
+    the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16, and a few are live at a time.
 
     Args:
       config: its `eval.batch_size` and `input.size` are used.
@@ -91,15 +89,13 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
     # reader of the name of a layer.
     def name_outputs(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        if context.method_name != "__call__":
+        foldable = isinstance(layer, nn.Dense) or (isinstance(layer, Conv) and layer.standardize is None)
+        if context.method_name != "__call__" or not (foldable or isinstance(layer, BatchNorm)):
             return method(*args, **kwargs)
-        if isinstance(layer, BatchNorm):
-            layers[_path(layer)] = layer
-            return checkpoint_name(args[0], _path(layer)).astype(layer.dtype)
-        if isinstance(layer, nn.Dense) or (isinstance(layer, Conv) and layer.standardize is None):
-            layers[_path(layer)] = layer
+        layers[_path(layer)] = layer
+        if foldable:
             return checkpoint_name(method(*args, **kwargs), _path(layer))
-        return method(*args, **kwargs)
+        return checkpoint_name(args[0], _path(layer)).astype(layer.dtype)
 
     def forward(variables: Variables, images: jax.Array) -> Any:
         with nn.intercept_methods(name_outputs):

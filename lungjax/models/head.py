@@ -21,16 +21,9 @@ LAYER_EPSILON = 1e-6
 ACTIVATIONS = {"relu": nn.relu, "hard_swish": nn.hard_swish}
 
 PLAIN = HeadConfig(
-    pool="avg",
-    norm_before_pool="none",
-    norm_after_pool="none",
-    hidden=(),
-    activation="relu",
-    hidden_dropout=0.0,
-    dropout=0.0,
-    output="softmax",
-    zero_init=False,
-)
+    pool="avg", norm_before_pool="none", norm_after_pool="none", hidden=(), activation="relu", hidden_dropout=0.0,
+    dropout=0.0, output="softmax", zero_init=False,
+)  # fmt: skip
 
 
 def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:

@@ -12,6 +12,5 @@ def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
 
     A grayscale image becomes [B, H, W, 3] if mean or std have three numbers.
     """
-    mean = jnp.asarray((0.0,) if spec.mean is None else spec.mean, jnp.float32)
-    std = jnp.asarray((1.0,) if spec.std is None else spec.std, jnp.float32)
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (spec.mean or (0.0,), spec.std or (1.0,)))
     return (to_float32(images) / 255.0 - mean) / std

@@ -11,17 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lungjax.models.ops import conv
 from lungjax.models.ops.batch_norm import Activation, batch_norm, normalize, statistics
-from lungjax.models.ops.conv import (
-    Padding,
-    dense_conv,
-    depthwise_conv,
-    explicit_pads,
-    pair,
-    plain_conv,
-    pointwise_conv,
-    product,
-)
+from lungjax.models.ops.conv import Padding, explicit_pads, pair
 from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
@@ -30,9 +22,9 @@ LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 class Conv(nn.Module):
-    """Two-dimensional convolution; parameters `kernel` [h, w, C / groups, features] and `bias` [features].
+    """Equal to flax.linen.Conv in two dimensions, in the form that is fast on the platform.
 
-    Equal to flax.linen.Conv, in the form that is fast on the platform.
+    Parameters: `kernel` [h, w, C / groups, features] and `bias` [features].
     """
 
     features: int
@@ -71,19 +63,19 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
         if groups == channels == self.features and groups > 1:
-            x = depthwise_conv(x, kernel, strides, pads)
+            x = conv.depthwise_conv(x, kernel, strides, pads)
         elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-            x = pointwise_conv(x, kernel, strides)
+            x = conv.pointwise_conv(x, kernel, strides)
         elif groups == 1:
-            x = dense_conv(x, kernel, strides, pads)
+            x = conv.dense_conv(x, kernel, strides, pads)
         else:
-            x = plain_conv(x, kernel, strides, pads, groups)
+            x = conv.plain_conv(x, kernel, strides, pads, groups)
         return x if bias is None else x + bias.astype(self.dtype)
 
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
     """Multiplies x [..., C] with kernel [C, D]; the `dot_general` argument of a `flax.linen.Dense` on maps."""
-    return product(x, kernel)
+    return conv.product(x, kernel)
 
 
 def max_pool(
@@ -113,10 +105,8 @@ class BatchNorm(nn.Module):
         An elementwise `activation` is fused into the same pass.
         """
         channels = x.shape[-1:]
-        running = [
-            self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32),
-            self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32),
-        ]
+        starts = {"mean": jnp.zeros, "var": jnp.ones}
+        running = [self.variable("batch_stats", name, f, channels, jnp.float32) for name, f in starts.items()]
         scale = self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
         if train and activation is not None and x.ndim == 4:
@@ -147,10 +137,10 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to the same shape."""
-        conv = {"kernel_size": 1, "use_bias": True, "dtype": self.dtype, "kernel_init": self.kernel_init}
+        fields = {"kernel_size": 1, "use_bias": True, "dtype": self.dtype, "kernel_init": self.kernel_init}
         mean = x.mean((1, 2), keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(self.dtype)
-        middle = self.activation(Conv(self.reduced, name="reduce", **conv)(mean))
-        return x * self.gate(Conv(x.shape[-1], name="expand", **conv)(middle))
+        middle = self.activation(Conv(self.reduced, name="reduce", **fields)(mean))
+        return x * self.gate(Conv(x.shape[-1], name="expand", **fields)(middle))
 
 
 class DropPath(nn.Module):

@@ -35,9 +35,8 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width]."""
         conv, norm = self.conv, self.norm
-        pads: Padding = self.padding
-        if self.padding == "same" and self.stride == 2:
-            pads = (0, 1), (0, 1)  # as Keras; SAME would pad an odd map by (1, 1)
+        # As Keras; SAME would pad an odd map by (1, 1).
+        pads: Padding = ((0, 1), (0, 1)) if self.padding == "same" and self.stride == 2 else self.padding
         x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
         x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
         x = conv(self.width, 1, name="conv")(x)
@@ -84,7 +83,6 @@ V2 = (
     Stage(False, 3, 160, 6, 2),
     Stage(False, 1, 320, 6, 1),
 )
-
 
 MOBILENET = {"mobilenet": MobileNet}
 MOBILENETV2 = {

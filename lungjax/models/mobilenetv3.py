@@ -51,8 +51,7 @@ class Block(nn.Module):
         x = conv(row.middle, row.kernel, strides=row.stride, groups=-1, name="dwconv")(x)
         x = norm(name="bn")(x, train=train, activation=act)
         if row.squeeze:
-            squeeze = partial(SqueezeExcite, gate=nn.hard_sigmoid, dtype=self.dtype, kernel_init=CONV_INIT)
-            x = squeeze(row.squeeze, nn.relu, name="se")(x)
+            x = SqueezeExcite(row.squeeze, nn.relu, nn.hard_sigmoid, self.dtype, CONV_INIT, name="se")(x)
         x = norm(name="project_bn")(conv(row.width, 1, name="project_conv")(x), train=train)
         return inputs + x if row.stride == 1 and inputs.shape[-1] == row.width else x
 
@@ -104,12 +103,9 @@ LARGE = (
 )
 
 
-def published_head(hidden: int) -> HeadConfig:
-    """Returns the head of the paper: mean, a dense layer with hard swish, dropout."""
-    return HeadConfig(hidden=(hidden,), activation="hard_swish", hidden_dropout=0.2)
-
-
+# The head of the paper: mean, a dense layer with hard swish, dropout.
+HEAD = partial(HeadConfig, activation="hard_swish", hidden_dropout=0.2)
 MOBILENETV3 = {
-    "mobilenetv3_small": partial(MobileNetV3, SMALL, 576, head=published_head(1024)),
-    "mobilenetv3_large": partial(MobileNetV3, LARGE, 960, head=published_head(1280)),
+    "mobilenetv3_small": partial(MobileNetV3, SMALL, 576, head=HEAD(hidden=(1024,))),
+    "mobilenetv3_large": partial(MobileNetV3, LARGE, 960, head=HEAD(hidden=(1280,))),
 }

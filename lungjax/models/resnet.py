@@ -67,30 +67,27 @@ class Block(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """Norm and ReLU, then 1x1, 3x3, 1x1 with norm and ReLU between, plus the input."""
+    """Norm and ReLU, then 1x1, 3x3, 1x1 with norm and ReLU between, plus the input. Also BiT's block."""
 
     width: int  # channels of the bottleneck
     stride: int
     stride_conv: int
-    conv: Layer
-    norm: Layer
+    conv: Layer  # (name, features, size, stride) -> convolution
+    norm_relu: Layer  # (x, name, train) -> x
+    norm_name: str = "bn"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * width], rounded up."""
-
-        def norm_relu(x: jax.Array, name: str) -> jax.Array:
-            return self.norm(name=name)(x, train=train, activation=nn.relu)
-
         width, wide, inputs = self.width, self.width * EXPANSION, x
-        x = norm_relu(x, "preact_bn")
+        x = self.norm_relu(x, f"preact_{self.norm_name}", train)
         if inputs.shape[-1] == wide:
             shortcut = subsample(inputs, self.stride)
         else:
             shortcut = self.conv("shortcut_conv", wide, 1, self.stride)(x)
         for i, (features, size) in enumerate([(width, 1), (width, 3), (wide, 1)], 1):
             x = self.conv(f"conv{i}", features, size, self.stride if i == self.stride_conv else 1)(x)
-            x = norm_relu(x, f"bn{i}") if i < 3 else x
+            x = self.norm_relu(x, f"{self.norm_name}{i}", train) if i < 3 else x
         return shortcut + x
 
 
@@ -117,20 +114,21 @@ class ResNet(Network):
             options = {"use_bias": name in self.biased, "kernel_init": self.kernel_init, "dtype": self.dtype}
             return Conv(features, size, stride, "SYMMETRIC", name=name, **options)
 
-        make = PreactBlock if self.preact else partial(Block, bottleneck=self.bottleneck)
+        def norm_relu(x: jax.Array, name: str, train: bool) -> jax.Array:
+            return norm(name=name)(x, train=train, activation=nn.relu)
+
+        block = partial(Block, bottleneck=self.bottleneck, norm=norm)
+        block = partial(PreactBlock, norm_relu=norm_relu) if self.preact else block
         x = conv("stem_conv", self.width, 7, 2)(x)  # [B, H / 2, W / 2, width]
-        if self.preact:
-            x = pool_zeros(x)
-        else:
-            x = max_pool(norm(name="stem_bn")(x, train=train, activation=nn.relu), 3, 2, "SYMMETRIC")
+        x = pool_zeros(x) if self.preact else max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
         for number, repeats in enumerate(self.repeats, 1):
             strided_block = repeats if self.stride_last else 1
             strided_stage = number < len(self.repeats) if self.stride_last else number > 1
             for i in range(1, repeats + 1):
                 stride = 2 if strided_stage and i == strided_block else 1
-                fields = {"stride": stride, "stride_conv": self.stride_conv, "conv": conv, "norm": norm}
-                x = run(make(self.width * 2 ** (number - 1), name=f"stage{number}_block{i}", **fields), x)
-        return norm(name="top_bn")(x, train=train, activation=nn.relu) if self.preact else x
+                width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
+                x = run(block(width, stride, self.stride_conv, conv=conv, name=name), x)
+        return norm_relu(x, "top_bn", train) if self.preact else x
 
     def _stride(self) -> int:
         return 2 ** (len(self.repeats) + 1)

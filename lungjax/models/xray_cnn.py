@@ -28,8 +28,8 @@ class XrayCNN(Network):
         """Maps images [B, H, W, C] to [B, h, w, 32]; each block leaves a sixth of the side."""
 
         def block(module: nn.Module, x: jax.Array, name: str, width: int) -> jax.Array:
-            conv = partial(Conv, use_bias=True, kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)
-            x = conv(width, 3, strides=3, padding="VALID", name=f"{name}_conv")(x)
+            options = {"use_bias": True, "kernel_init": nn.initializers.glorot_uniform(), "dtype": self.dtype}
+            x = Conv(width, 3, 3, "VALID", name=f"{name}_conv", **options)(x)
             x = max_pool(nn.relu(x), 2, 2)
             return nn.Dropout(self.dropout, deterministic=not train, name=f"{name}_dropout")(x)
 

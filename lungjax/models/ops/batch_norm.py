@@ -80,9 +80,8 @@ def _plain(
     return activation(normalize(x, mean, var, scale, bias, epsilon, dtype)), mean, var
 
 
-def _plain_backward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, dy: jax.Array, **fields: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _plain_backward(*arrays: jax.Array, **fields: Any) -> tuple[jax.Array, ...]:
+    x, scale, bias, _, _, dy = arrays
     return jax.vjp(lambda *args: _plain(*args, **fields)[0], x, scale, bias)[1](dy)
 
 
@@ -104,18 +103,8 @@ def _forward(
     return isolate_fusion(apply, x, *_line(mean, var, scale, bias, epsilon)), mean, var
 
 
-def _backward(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    dy: jax.Array,
-    *,
-    epsilon: float,
-    activation: Activation,
-    dtype: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(*arrays: jax.Array, epsilon: float, activation: Activation, dtype: Any) -> tuple[jax.Array, ...]:
+    x, scale, bias, mean, var, dy = arrays
     factor, offset = _line(mean, var, scale, bias, epsilon)
     rows = max(n for n in range(1, MAX_SUMMED_ROWS + 1) if x.shape[1] % n == 0)
 
