@@ -71,7 +71,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
+    options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
     fields = {name: value for name, value in options.items() if value is not None}
     for name, value in fields.items():
         if not hasattr(network, name):

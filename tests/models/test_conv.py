@@ -14,11 +14,8 @@ from lungjax.models.ops import conv, pooling
 # height, width, kernel, strides, padding
 WINDOWS = [
     (9, 10, (3, 3), (1, 1), "SAME"),
-    (17, 14, (5, 3), (1, 1), "SAME"),
     (27, 30, (7, 7), (2, 2), "SYMMETRIC"),
     (9, 10, (3, 3), (2, 2), "SAME"),
-    (10, 9, (5, 5), (2, 2), "SAME"),
-    (13, 11, (7, 7), (1, 1), "VALID"),
     (11, 8, (3, 5), (2, 1), ((0, 1), (3, 2))),
     (9, 7, (2, 2), (3, 3), "VALID"),
     (8, 9, (1, 3), (2, 3), ((4, 4), (0, 0))),
