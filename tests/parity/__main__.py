@@ -17,9 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tests.parity.cases import CASES, LAYOUTS, NAMED, Case
+import lungjax
+from lungjax import models
+from lungjax.config import ModelConfig
+from lungjax.models import trees
+from lungjax.models.ops import conv
+from lungjax.weights import catalogue
+from lungjax.weights.convert import SAME_NAMES, convert
+from lungjax.weights.readers import open_tensors
+from lungjax.weights.rules import layouts
+from tests.parity.cases import CASES, GOLDEN, LAYOUTS, NAMED, Case
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.jsonl", HERE / "README.md"
@@ -45,8 +56,6 @@ def sizes(case: Case) -> list[tuple[str, int, bool]]:
 
 def theirs(case: Case, folder: Path) -> None:
     """Runs the reference: writes its file, its logits at every size, its gradients."""
-    import jax
-
     from tests.parity import references as ref
 
     arrays, state = {}, None
@@ -77,22 +86,14 @@ def filename(case: Case) -> str:
 
 def record(case: Case) -> Any:
     """Returns the record of the case's layout and file format."""
-    from lungjax.weights import catalogue
-
     suffix = {"keras": ".h5", "timm": ".npz" if case.layout == "bit" else ".safetensors", "torchvision": ".pth"}
-    layouts = (case.layout, f"{case.layout}_{case.model}")
-    records = [r for r in catalogue.records(case.model) if r.layout in layouts]
+    names = (case.layout, f"{case.layout}_{case.model}")
+    records = [r for r in catalogue.records(case.model) if r.layout in names]
     return next(r for r in records if r.filename.endswith(suffix[case.library]))
 
 
 def ours(case: Case, folder: Path) -> dict[str, Any]:
     """Loads the file by the public API, runs our network and returns the row."""
-    import jax
-    import jax.numpy as jnp
-
-    from lungjax.models import trees
-    from lungjax.models.ops import conv
-
     expected = np.load(folder / "logits.npz")
     row = {"variant": case.model, "reference": f"{case.library} {case.name}", "theirs": int(expected["parameters"])}
     for column, side, double in sizes(case):
@@ -113,27 +114,11 @@ def ours(case: Case, folder: Path) -> dict[str, Any]:
     return row
 
 
-# One small case per family, at few pixels: the goldens of the ordinary tests.
-SMALL = {
-    "efficientnet_lite0 timm:tf_efficientnet_lite0": 67,
-    "efficientnet_b0 timm:tf_efficientnet_b0": 67,
-    "efficientnetv2_b0 timm:tf_efficientnetv2_b0": 67,
-    "resnet18 torchvision:resnet18": 67,
-    "resnet50v2 keras:ResNet50V2": 67,
-    "bit_r50x1 timm:resnetv2_50x1_bit": 67,
-    "convnextv2_atto timm:convnextv2_atto": 67,
-    "densenet121 torchvision:densenet121": 67,
-    "vgg16 keras:VGG16": 32,
-    "mobilenet keras:MobileNet": 67,
-    "mobilenetv2 torchvision:mobilenet_v2": 67,
-    "mobilenetv3_small timm:tf_mobilenetv3_small_100": 67,
-}
-
-
-def golden(case: Case, side: int) -> None:
+def golden(case: Case) -> None:
     """Writes the logits, tensor names and running statistics of the reference to tests/goldens."""
     from tests.parity import references as ref
 
+    side = 32 if case.model == "vgg16" else 67
     model = ref.make(case, side)
     facts, stats = ref.tensor_facts(case, model)
     of = record(case)
@@ -161,20 +146,11 @@ def tensor_names() -> None:
 
 def load(case: Case, folder: Path, side: int) -> tuple[Any, dict[str, Any]]:
     """Returns our network and the variables of the file, by the public API."""
-    import jax.numpy as jnp
-
-    import lungjax
-    from lungjax import models
-    from lungjax.config import ModelConfig
-    from lungjax.models import leaf_shapes, trees
-    from lungjax.weights.convert import SAME_NAMES, convert
-    from lungjax.weights.readers import open_tensors
-
     path = folder / filename(case)
     if case.layout != "ours":
         return lungjax.create(case.model, f"file:{path}", size=side, noncommercial=True)[:2]
     module = models.build(ModelConfig(name=case.model), 1000)
-    leaves = convert(open_tensors(path), SAME_NAMES, leaf_shapes(module, (side, side, 3)))
+    leaves = convert(open_tensors(path), SAME_NAMES, models.leaf_shapes(module, (side, side, 3)))
     stats = {k: jnp.asarray(v) for k, v in leaves.items() if k.endswith(("/mean", "/var"))}
     params = {k: jnp.asarray(v) for k, v in leaves.items() if k not in stats}
     return module, {"params": trees.unflatten(params), "batch_stats": trees.unflatten(stats)}
@@ -195,8 +171,6 @@ def difference(got: np.ndarray, expected: np.ndarray) -> float:
 
 def mistake(variables: dict[str, Any]) -> dict[str, Any]:
     """Returns variables with mean and variance of one norm swapped, or the first bias of a network without reversed."""
-    from lungjax.models import trees
-
     stats, params = trees.flatten(variables["batch_stats"]), trees.flatten(variables["params"])
     if stats:
         norm = sorted(stats)[len(stats) // 2].rpartition("/")[0]
@@ -209,14 +183,6 @@ def mistake(variables: dict[str, Any]) -> dict[str, Any]:
 
 def training(case: Case, folder: Path, expected: np.ndarray) -> float:
     """Returns the largest difference of training-mode logits and of gradients, each over its range."""
-    import jax
-    import jax.numpy as jnp
-
-    from lungjax.models import trees
-    from lungjax.models.ops import conv
-    from lungjax.weights.convert import SAME_NAMES, convert
-    from lungjax.weights.rules import layouts
-
     side = case.odd or case.size
     net, variables = load(case, folder, side)
     options = {"drop_path": 0.0} if hasattr(net, "drop_path") else {}
@@ -324,14 +290,14 @@ def main() -> None:
     if args.run:
         case = CASES[args.case]
         if args.run == "golden":
-            golden(case, SMALL[args.case])
+            golden(case)
         elif args.run == "theirs":
             theirs(case, args.folder)
         else:
             (args.folder / "row.json").write_text(json.dumps(ours(case, args.folder)))
         return None
     if args.goldens:
-        for key in filter(re.compile(args.models).search, SMALL):
+        for key in (key for key in CASES if key.startswith(GOLDEN) and re.search(args.models, key)):
             run_process("--run=golden", f"--case={key}").check_returncode()
         return run_process("--run=names").check_returncode()
     skip = {} if args.again else results()

@@ -86,6 +86,12 @@ TRAIN = (
 
 
 CASES = {c.key: replace(c, double=c.key.startswith(DOUBLE), train=c.key.startswith(TRAIN)) for c in _cases()}
+# One small case per family: the goldens of the ordinary tests.
+GOLDEN = (
+    "efficientnet_lite0 ", "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ",
+    "convnextv2_atto ", "densenet121 torchvision", "vgg16 keras", "mobilenet keras", "mobilenetv2 torchvision",
+    "mobilenetv3_small timm",
+)  # fmt: skip
 # Layouts of files whose tensor names the tests of the rules know, besides those of CASES.
 NAMED = (
     r"efficientnet_(b0|lite0)|efficientnetv2_(b0|s)|resnet(18|50|50_v15|50v2)|bit_r50x1|convnext_tiny|convnextv2_atto"
