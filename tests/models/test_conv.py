@@ -44,7 +44,6 @@ def test_convolution_equals_lax(kind):
             y, pull = jax.vjp(lambda x, k: function(x, k, strides, pads), x, kernel)
             return y, *pull(draw(9, *y.shape))
 
-        # All windows in one program.
         return quick_jit(lambda arrays: [one(*a, window) for a, window in zip(arrays, windows, strict=True)])(arrays)
 
     for result, expected in zip(run(ours), run(plain), strict=True):
@@ -152,7 +151,6 @@ def test_compiler_options():
 
 
 LINEN = [
-    {"features": 7, "kernel_size": 3},
     {"features": 7, "kernel_size": (3, 5), "strides": (2, 1), "padding": "VALID", "use_bias": True},
     {"features": 7, "kernel_size": 1, "use_bias": True},
     {"features": 7, "kernel_size": 1, "strides": 2},

@@ -21,7 +21,6 @@ from lungjax.models.convnext import ConvNeXt
 from lungjax.models.densenet import DenseNet
 from lungjax.models.efficientnet import EfficientNet, Stage
 from lungjax.models.layers import BatchNorm, Conv
-from lungjax.models.mobilenet import MobileNet
 from lungjax.models.mobilenetv3 import HS, MobileNetV3, Row
 from lungjax.models.ops import conv
 from lungjax.models.resnet import ALL_BIASED, ResNet
@@ -45,7 +44,6 @@ COUNTS = {
     "no norms": (models.MODELS["simple"], 0),
     "group norm, standardized kernels": (partial(BiT, (1, 1), width=32), 0),
     "layer norm": (partial(ConvNeXt, (1, 1), (8, 8), 0.0), 0),
-    "mobilenet": (partial(MobileNet, ((1, 8), (1, 8)), stem=8), 1 + 2 + 2),
     "mobilenetv3": (partial(MobileNetV3, ROWS, 16, stem=8), 1 + (2 + 3) + 1),
     # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
     "norms in the head": (partial(small_bn(), head=BN_HEAD), 2),
