@@ -215,7 +215,7 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
             if not bool(values["finite"]):
                 return f"loss {values['loss']}, gradient {values['grad_norm']} at step {number}"
         row = {"image": images, "row": np.arange(BATCH, dtype=np.int32)}
-        predicted = np.asarray(compiled.predict_step(compiled.network.prepare(state.variables), row)["probabilities"])
+        predicted = np.asarray(compiled.predict_step(compiled.network.fold(state.variables), row)["probabilities"])
         if predicted.shape != (BATCH, len(classes)) or not np.allclose(predicted.sum(axis=1), 1, atol=1e-3):
             return f"predictions of shape {predicted.shape} with sums {predicted.sum(axis=1)}"
     except Exception as error:

@@ -321,7 +321,7 @@ def predict(
     """Returns predictions of a split; raises Interrupted between batches if `watch` received a signal."""
     return predict_split.predict(
         run.program.predict_step,
-        run.program.network.prepare(variables),
+        run.program.network.fold(variables),
         data,
         split,
         run.config,
