@@ -179,8 +179,8 @@ def help_text(name: str) -> str:
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
     """Opens a prepared data set; one that lungjax draws itself is made on first use.
 
-    Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared, was
-    prepared by an older lungjax, or has no such protocol.
+    Raises ValueError for an unknown name, or with what to get and the command to run if it is not prepared, or
+    has no such protocol.
     """
     parts, entry = resolve(name)
     found = prepared.directory(Path(data_dir), parts.full)
@@ -189,12 +189,6 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
     if prepared.is_prepared(found):
         return prepared.load(found, parts.full, protocol)
     command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
-    older = prepared.older(Path(data_dir), parts.full)
-    if older:
-        raise ValueError(
-            f"data set {parts.full} in {data_dir} was prepared by an older lungjax (version {max(older)}, this one "
-            f"reads {prepared.VERSION}). Prepare it again: {command}"
-        )
     raise ValueError(f"data set {parts.full} is not prepared in {data_dir}. Get {_origin(parts.base)}. Then: {command}")
 
 

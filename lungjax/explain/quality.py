@@ -88,7 +88,7 @@ def _as_input(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     left, top, right, bottom = (float(side) for side in phantom.box)
     gray = slices.gray(phantom.hu, window)
-    stored, box, region, _ = preprocess.version(gray, (left, top, right, bottom), name.stage, name.size)
+    stored, box, region, _ = preprocess.apply_stage(gray, (left, top, right, bottom), name.stage, name.size)
     place, one_channel = np.asarray(box, np.float32), replace(spec, channels=1)
 
     def resized(mask: np.ndarray) -> np.ndarray:

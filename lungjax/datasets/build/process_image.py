@@ -68,7 +68,7 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
         shown = np.rint(images.show(array, treatment.window)).astype(np.uint8)
     gray = images.gray(shown)
     box = example.box or (0.0, 0.0, float(width), float(height))
-    stored, box, region, found = preprocess.version(gray if treatment.stage else array, box, treatment.stage, treatment.size)
+    stored, box, region, found = preprocess.apply_stage(gray if treatment.stage else array, box, treatment.stage, treatment.size)
     same = stored is array and not deep and form in ("JPEG", "PNG")
     raw = stored.dtype == np.uint16 and treatment.window is None
     if stored.dtype == np.uint16 and treatment.window:
