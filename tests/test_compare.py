@@ -71,12 +71,12 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_reason(tmp_path):
     for changed, facts, words in (
         (p, {"fingerprint": "cd" * 32}, "other versions of folder/ct, fingerprints abababababab and cdcdcdcdcdcd"),
         (p, {"dataset": "folder/xray"}, "other data sets, folder/ct and folder/xray"),
-        (half, {}, "other examples, 60 and 30: 30 only in the first, such as i30"),
-        (dataclasses.replace(p, labels=labels), {}, "other labels for 1 of 60 examples, such as i07"),
-        (dataclasses.replace(p, classes=("x", "y")), {}, r"other classes: COVID\|x, Normal and x, y"),
+        (half, {}, "different examples, 60 and 30: 30 only in the first, such as i30"),
+        (dataclasses.replace(p, labels=labels), {}, "different labels for 1 of 60 examples, such as i07"),
+        (dataclasses.replace(p, classes=("x", "y")), {}, r"different classes: COVID\|x, Normal and x, y"),
     ):
         b = save(tmp_path / "b", changed, **facts)
-        with pytest.raises(ValueError, match=f"/a and .*/b can't be compared: they .*{words}"):
+        with pytest.raises(ValueError, match=f"/a and .*/b can't be compared: .*{words}"):
             compare.compare(a, b)
     b = save(tmp_path / "b", p, dataset="folder/ct-lungs-128", fingerprint="cd" * 32)
     assert "saw other images of these examples: folder/ct and folder/ct-lungs-128" in compare.compare(a, b, draws=9)

@@ -233,10 +233,10 @@ def _point(p: Predictions) -> dict[str, float | None]:
     return metrics.numbers(metrics.summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits))
 
 
-def _check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
+def _check_names(names: Sequence[str], numbers: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown metric {name!r}; {nearest(name, known)}")
+        if name not in numbers:
+            raise ValueError(f"unnumbers metric {name!r}; {nearest(name, numbers)}")
 
 
 def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:

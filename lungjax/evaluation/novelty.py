@@ -137,8 +137,8 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
-    known, held_out = _measure_all(train), _measure_all(val)
-    counts = {"training": len(known["detail"]), "validation": len(held_out["detail"])}
+    reference, held_out = _measure_all(train), _measure_all(val)
+    counts = {"training": len(reference["detail"]), "validation": len(held_out["detail"])}
     if any(counts[name] < count for name, count in MIN_IMAGES.items()):
         raise ValueError(
             f"{counts['training']} training and {counts['validation']} validation images are too few for a novelty "
@@ -146,8 +146,8 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
         )
     parts = {}
     for name, tolerances in TOLERANCES.items():
-        ridge = np.diag(tolerances**2 + (RIDGE * known[name].std(axis=0)) ** 2)
-        part = Gaussian(_rounded(known[name].mean(axis=0)), _rounded(np.cov(known[name].T, bias=True) + ridge))
+        ridge = np.diag(tolerances**2 + (RIDGE * reference[name].std(axis=0)) ** 2)
+        part = Gaussian(_rounded(reference[name].mean(axis=0)), _rounded(np.cov(reference[name].T, bias=True) + ridge))
         unit = max(_conformal(part.score(held_out[name])), math.sqrt(len(tolerances)))
         parts[name] = Gaussian(part.mean, part.covariance, unit)
     val_scores, test_scores = _score(parts, held_out), _score(parts, _measure_all(test))

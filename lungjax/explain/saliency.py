@@ -129,29 +129,29 @@ class Explainer:
         """
         if method not in METHODS:
             raise ValueError(f"method={method!r}: {nearest(method, METHODS)}")
-        images, chosen = self._checked(images, targets)
+        images, targets = self._checked(images, targets)
         if method in CAMS:
             program = self._program(method, lambda: self.cam(method))
-            return self._batched(images, chosen, lambda x, t: program(self._folded, self._head, x, t), 2)
+            return self._batched(images, targets, lambda x, t: program(self._folded, self._head, x, t), 2)
         probabilities = self.probabilities(images)
-        chosen = np.where(chosen < 0, probabilities.argmax(-1) if len(images) else chosen, chosen)
+        targets = np.where(targets < 0, probabilities.argmax(-1) if len(images) else targets, targets)
         if method == "occlusion":
-            maps = [self._occluded(image, target) for image, target in zip(images, chosen, strict=True)]
+            maps = [self._occluded(image, target) for image, target in zip(images, targets, strict=True)]
             return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
-        attributions, _ = self.attributions(images, chosen)
+        attributions, _ = self.attributions(images, targets)
         # Only evidence for the class, as the ReLU of the other methods.
         raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2), initial=0)
         return np.asarray(_scaled(jnp.asarray(raw), jnp.asarray(size), False)), probabilities
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns class probabilities float32 [B, C] of uint8 images [B, H, W, C]."""
-        images, chosen = self._checked(images, None)
+        images, targets = self._checked(images, None)
 
         def make() -> Any:
             return lambda folded, pixels: outputs.probabilities(self._logits(folded, pixels), self.positive)
 
         program = self._program("predict", make)
-        return self._batched(images, chosen, lambda x, _: (program(self._folded, x),), 1)[0]
+        return self._batched(images, targets, lambda x, _: (program(self._folded, x),), 1)[0]
 
     def attributions(self, images: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Integrated gradients (Sundararajan et al., ICML 2017, arXiv 1703.01365) from a black image.
@@ -161,7 +161,7 @@ class Explainer:
         completeness axiom the attributions of an image add up to that difference, up to the error of `steps`. Arguments
         as in `maps`.
         """
-        images, chosen = self._checked(images, targets)
+        images, targets = self._checked(images, targets)
 
         def make() -> Any:
             def slope(folded: Any, x: jax.Array, part: jax.Array, target: jax.Array) -> Any:
@@ -183,7 +183,7 @@ class Explainer:
             image, black = (program(self._folded, x, np.float32(part), target)[1] for part in (1.0, 0.0))
             return total / self.steps, image - black
 
-        return self._batched(images, chosen, integrate, 2)
+        return self._batched(images, targets, integrate, 2)
 
     def with_variables(self, variables: dict[str, Any]) -> "Explainer":
         """Returns an explainer of the same network with other variables, without compiling again."""
@@ -223,11 +223,11 @@ class Explainer:
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._network(folded, normalize(pixels, self.spec))
             probabilities = to_probabilities(logits)
-            chosen = jnp.where(targets < 0, probabilities.argmax(-1), targets)
+            targets = jnp.where(targets < 0, probabilities.argmax(-1), targets)
             last = features["last"].astype(jnp.float32)
 
             def score(at: jax.Array) -> jax.Array:
-                return class_scores(head.apply(own, at, train=False), chosen, self.positive).sum()
+                return class_scores(head.apply(own, at, train=False), targets, self.positive).sum()
 
             raw, size = CAMS[method](last, jax.grad(score)(last))
             full = jnp.einsum("yi,bij,xj->byx", rows, raw, columns, precision="highest")
@@ -326,18 +326,18 @@ class Explainer:
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, {expected}]")
         if targets is None:
             return images, np.full(len(images), -1, np.int32)
-        chosen = np.asarray(targets)
-        if chosen.shape != (len(images),) or ((chosen < 0) | (chosen >= self.classes)).any():
-            raise ValueError(f"targets={chosen.tolist()}: expected {len(images)} numbers from 0 to {self.classes - 1}")
-        return images, chosen.astype(np.int32)
+        indices = np.asarray(targets)
+        if indices.shape != (len(images),) or ((indices < 0) | (indices >= self.classes)).any():
+            raise ValueError(f"targets={indices.tolist()}: expected {len(images)} numbers from 0 to {self.classes - 1}")
+        return images, indices.astype(np.int32)
 
     def _batched(self, images: np.ndarray, targets: np.ndarray, run: Callable[..., Any], outputs: int) -> Any:
         """Returns the outputs of `run(images, targets)`, computed in batches of one size."""
         size = min(self._batch, len(images))
         parts = []
         for at in range(0, len(images), max(size, 1)):
-            pixels, chosen = images[at : at + size], targets[at : at + size]
-            results = run(pad_batch(pixels, size), pad_batch(chosen, size))
+            pixels = images[at : at + size]
+            results = run(pad_batch(pixels, size), pad_batch(targets[at : at + size], size))
             parts.append([np.asarray(result)[: len(pixels)] for result in results])
         if not parts:
             return (np.zeros((0, *self.spec.size), np.float32), np.zeros((0, self.classes), np.float32))[-outputs:]

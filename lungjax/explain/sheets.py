@@ -161,8 +161,8 @@ def measure_quality(
         rows = quality.measure(explainer, slices.images, None, methods, slices, say=say)
         what = f"{count} synthetic slices with a lesion, each of a new patient"
     else:
-        chosen = _evenly_spaced(np.unique(data.rows("test")).tolist(), count)
-        pixels, _ = _read_rows(pipeline.Reader(data, explainer.spec), chosen, bad)
+        row_numbers = _evenly_spaced(np.unique(data.rows("test")).tolist(), count)
+        pixels, _ = _read_rows(pipeline.Reader(data, explainer.spec), row_numbers, bad)
         if not pixels:
             raise ValueError(f"{data.name}: no image of the test split could be read\n  " + "\n  ".join(bad))
         targets = None if target is None else np.full(len(pixels), target)

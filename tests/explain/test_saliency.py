@@ -77,7 +77,7 @@ def enlarged(raw):
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_cams_by_their_papers_formulas(relu):
-    explainer, seen = toy(relu=relu), dict.fromkeys(saliency.CAMS, 0)
+    explainer, evidence = toy(relu=relu), dict.fromkeys(saliency.CAMS, 0)
     for target in range(3):
         last, gradient, logits = by_hand(explainer, target)
         raw = {name: np.zeros(last.shape[:3]) for name in saliency.CAMS}
@@ -94,13 +94,13 @@ def test_cams_by_their_papers_formulas(relu):
             expected = enlarged(map_ if name == "gradcam_positive" else np.maximum(map_, 0))
             if name == "gradcam_positive":
                 expected = expected - expected.min((1, 2), keepdims=True)
-            seen[name] += expected.any()
+            evidence[name] += expected.any()
             expected = expected / np.maximum(expected.max((1, 2), keepdims=True), 1e-9)
             maps, probabilities = explainer.maps(IMAGES, np.full(3, target), name)
             np.testing.assert_allclose(maps, expected, atol=2e-5, err_msg=f"{name} {target}")
             shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
             np.testing.assert_allclose(probabilities, shares, rtol=1e-4)
-    assert all(seen[name] for name in saliency.CAMS if relu or name != "gradcam++"), seen
+    assert all(evidence[name] for name in saliency.CAMS if relu or name != "gradcam++"), evidence
 
 
 def test_predicted_class_and_batches():
