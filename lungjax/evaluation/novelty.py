@@ -101,16 +101,18 @@ class Novelty:
         Raises ValueError for an array of another shape.
         """
         features = measure(picture)
-        if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:
+        if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:  # gray levels
             return "almost uniform image"
-        if self.parts["detail"].mean[COLOR] < 2 and self.parts["detail"].deviations(features["detail"])[COLOR] > 6:
+        detail = self.parts["detail"]
+        # Gray images saved as color JPEG differ by up to two gray levels between channels; six deviations are visible.
+        if detail.mean[COLOR] < 2 and detail.deviations(features["detail"])[COLOR] > 6:
             return "color image; the training images are grayscale"
         name = max(self.parts, key=lambda name: self.parts[name].score(features[name]))
         if name == "layout":
             return "different layout: another view, organ or kind of image"
         deviations = self.parts[name].deviations(features[name])
         largest = int(np.abs(deviations).argmax())
-        if abs(deviations[largest]) < 2.5:
+        if abs(deviations[largest]) < 2.5:  # no single feature explains the score
             return f"unusual combination of {'gray levels' if name == 'intensity' else 'detail and proportions'}"
         return MEANINGS[name][largest][int(deviations[largest] > 0)]
 
