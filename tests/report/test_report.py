@@ -244,7 +244,7 @@ def test_what_to_know_before_believing_is_said():
     assert "No two test images share a patient" in warned(changed(p, groups=p.ids))
     assert "of 6 patients: intervals from so few" in warned(make(n=18))
     lacking = warned(p, changed(make(1, tag="v"), labels=np.arange(120) // 3 % 2))
-    assert "no operating point for COVID-19: the split that thresholds are chosen on has no example" in lacking
+    assert "no operating point for COVID-19" in lacking
     shared = changed(make(1, tag="v"), groups=np.array(["t7"] + [f"v{i // 3}" for i in range(1, 120)]))
     assert "share 1 patient, such as t7" in warned(p, shared)
     tied = warned(changed(p, sources=np.where(p.labels == 2, "mosmed", "cncb")))
