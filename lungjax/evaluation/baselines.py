@@ -25,7 +25,7 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
     named = train[sources[train] != ""]
     if len(np.unique(sources[named])) < 2 or not len(rows):
         return None
-    known = np.isin(sources[rows], sources[named])
+    in_train = np.isin(sources[rows], sources[named])
     overall = np.bincount(labels[train], minlength=classes) / len(train)
     frequencies = statistics.frequencies(sources, labels, named, rows, classes)
     return Predictions(
@@ -33,7 +33,7 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
         groups=data.columns["group"][rows],
         sources=sources[rows],
         labels=labels[rows],
-        probabilities=np.where(known[:, None], frequencies, overall),
+        probabilities=np.where(in_train[:, None], frequencies, overall),
         classes=data.classes,
     )
 

@@ -233,10 +233,10 @@ def _point(p: Predictions) -> dict[str, float | None]:
     return metrics.numbers(metrics.summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits))
 
 
-def _check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
+def _check_names(names: Sequence[str], numbers: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown metric {name!r}; {nearest(name, known)}")
+        if name not in numbers:
+            raise ValueError(f"unnumbers metric {name!r}; {nearest(name, numbers)}")
 
 
 def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
@@ -342,12 +342,14 @@ def _level(plan: _Plan, counts: np.ndarray) -> metrics.Level:
 def _areas(ranking: _Ranking, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the area under the ROC curve and the average precision, [draws] each, NaN without both sides."""
     hits = ranking.positive @ counts  # [ranks, draws]
-    alarms = np.cumsum(ranking.negative @ counts, axis=0)
+    alarms = ranking.negative @ counts
+    np.cumsum(alarms, axis=0, out=alarms)  # in place, here and below: memory traffic dominates
     positives, negatives = hits.sum(axis=0), ranking.negatives @ counts  # [draws]
     defined = (positives > 0) & (negatives > 0)
     # A positive example ranks below the negatives so far, and with half weight below those of its own score.
     below = np.einsum("rd,rd->d", hits, alarms) - np.einsum("rd,rd->d", hits, ranking.tied @ counts) / 2
     auc = 1 - below / np.where(defined, positives * negatives, np.nan)
-    cumulated = np.cumsum(hits, axis=0)
-    precision = cumulated / np.maximum(cumulated + alarms, 1)  # counts: 0 only before the first draw of any
+    precision = np.cumsum(hits, axis=0)
+    alarms += precision
+    np.divide(precision, np.maximum(alarms, 1, out=alarms), out=precision)  # 0 / 0 only without hits so far
     return auc, np.einsum("rd,rd->d", hits, precision) / np.where(defined, positives, np.nan)

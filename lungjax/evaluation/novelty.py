@@ -101,16 +101,18 @@ class Novelty:
         Raises ValueError for an array of another shape.
         """
         features = measure(picture)
-        if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:
+        if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:  # gray levels
             return "almost uniform image"
-        if self.parts["detail"].mean[COLOR] < 2 and self.parts["detail"].deviations(features["detail"])[COLOR] > 6:
+        detail = self.parts["detail"]
+        # Gray images saved as color JPEG differ by up to two gray levels between channels; six deviations are visible.
+        if detail.mean[COLOR] < 2 and detail.deviations(features["detail"])[COLOR] > 6:
             return "color image; the training images are grayscale"
         name = max(self.parts, key=lambda name: self.parts[name].score(features[name]))
         if name == "layout":
             return "different layout: another view, organ or kind of image"
         deviations = self.parts[name].deviations(features[name])
         largest = int(np.abs(deviations).argmax())
-        if abs(deviations[largest]) < 2.5:
+        if abs(deviations[largest]) < 2.5:  # no single feature explains the score
             return f"unusual combination of {'gray levels' if name == 'intensity' else 'detail and proportions'}"
         return MEANINGS[name][largest][int(deviations[largest] > 0)]
 
@@ -137,8 +139,8 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
-    known, held_out = _measure_all(train), _measure_all(val)
-    counts = {"training": len(known["detail"]), "validation": len(held_out["detail"])}
+    reference, held_out = _measure_all(train), _measure_all(val)
+    counts = {"training": len(reference["detail"]), "validation": len(held_out["detail"])}
     if any(counts[name] < count for name, count in MIN_IMAGES.items()):
         raise ValueError(
             f"{counts['training']} training and {counts['validation']} validation images are too few for a novelty "
@@ -146,8 +148,8 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
         )
     parts = {}
     for name, tolerances in TOLERANCES.items():
-        ridge = np.diag(tolerances**2 + (RIDGE * known[name].std(axis=0)) ** 2)
-        part = Gaussian(_rounded(known[name].mean(axis=0)), _rounded(np.cov(known[name].T, bias=True) + ridge))
+        ridge = np.diag(tolerances**2 + (RIDGE * reference[name].std(axis=0)) ** 2)
+        part = Gaussian(_rounded(reference[name].mean(axis=0)), _rounded(np.cov(reference[name].T, bias=True) + ridge))
         unit = max(_conformal(part.score(held_out[name])), math.sqrt(len(tolerances)))
         parts[name] = Gaussian(part.mean, part.covariance, unit)
     val_scores, test_scores = _score(parts, held_out), _score(parts, _measure_all(test))

@@ -1,8 +1,8 @@
-"""Shows what a trained network looked at: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
+"""Draws saliency maps of a trained network: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
-For each image original, heat map and both in one, as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws sheets of a
-whole split, the surest answers first, and `--quality` measures what the maps are worth (`lungjax.explain.quality`).
-An image that can't be read is named, the rest is done, and the exit code is 1.
+Writes image, map and overlay of each image as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws sheets of a whole
+split by falling confidence, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
+reported and skipped; the exit code is then 1.
 """
 
 import sys
@@ -28,23 +28,23 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "A finished run.")
-    flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans; as lungjax.predict.")
-    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draws sheets of this split of the run's data set.")
-    flags.DEFINE_bool("quality", False, "Measures the maps: pointing game, deletion curve, sanity check.")
-    flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, and all for --quality.")
-    flags.DEFINE_string("class", None, "The class that the maps are about; default each image's predicted one.")
-    flags.DEFINE_integer("count", None, "Images of --split (default all) or --quality (100).", lower_bound=1)
-    flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/explain.")
-    flags.DEFINE_bool("save_maps", False, "Writes the maps too, float32 [H, W] in 0..1, as .npy.")
-    flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default that of the run's data set.")
-    flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the run's.")
+    flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans, as for lungjax.predict.")
+    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draw sheets of this split of the run's data set.")
+    flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
+    flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, for --quality all.")
+    flags.DEFINE_string("class", None, "The class to explain; default the predicted one of each image.")
+    flags.DEFINE_integer("count", None, "Number of images of --split (default all) or --quality (100).", lower_bound=1)
+    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
+    flags.DEFINE_bool("save_maps", False, "Also save the maps as .npy, float32 [H, W] in 0..1.")
+    flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the one of the run's data set.")
+    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the one of the run.")
 
 
 def main(_: list[str]) -> None:
-    """Checks what was asked for, does it, and names what could not be read."""
+    """Checks the flags, draws or measures, and reports unreadable images."""
     if not FLAGS.workdir:
-        raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
+        raise app.UsageError("--workdir=RUN, the folder of a finished run, is missing")
     if not (FLAGS.images or FLAGS.split or FLAGS.quality):
         raise app.UsageError("nothing to explain: give --images=FILE,FOLDER, --split=test or --quality")
     for method in FLAGS.method:
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
     windows: dict[str, Any] = {"window": cli.read_window(FLAGS.window)} if FLAGS.window else {}
     windows |= {"hu_windows": (cli.read_hu_window(FLAGS.hu_window),)} if FLAGS.hu_window else {}
     environment.prepare_jax()
-    # Here, after the flags, since they import jax.
+    # Here, since they import jax, which is slow and must be configured first.
     from lungjax.explain import sheets
     from lungjax.explain.saliency import Explainer
     from lungjax.inference.model import load_network
@@ -69,18 +69,18 @@ def main(_: list[str]) -> None:
     methods = FLAGS.method or ["gradcam"]
     bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
-        print("The last map is one cell: only occlusion and integrated_gradients can tell places apart here.")
+        print("The last feature map is one cell: only occlusion and integrated_gradients localize.")
     if FLAGS.images:
         file = Path(FLAGS.workdir) / metadata.FILE
-        parts = datasets.resolve(run.config.data.dataset)[0]
-        known = (run.config.name, run.classes, run.config.input, parts.full, parts.stage, parts.size)
-        told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
-        told = replace(told, **windows)
-        found = gather(FLAGS.images, told)
-        bad += [f"{name}: {why}" for name, why in found.failures]
-        pictures = read(found.items, told, bad)
+        name = datasets.resolve(run.config.data.dataset)[0]
+        fallback = Metadata(run.config.name, run.classes, run.config.input, name.full, name.stage, name.size)
+        # An unfinished run has no model.json.
+        description = replace(metadata.read(file) if file.exists() else fallback, **windows)
+        inputs = gather(FLAGS.images, description)
+        bad += [f"{name}: {reason}" for name, reason in inputs.failures]
+        pictures = read(inputs.items, description, bad)
         if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
-            reasons = "\n  ".join(bad or ["there is none in the folders given"])
+            reasons = "\n  ".join(bad or ["the folders have no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     if FLAGS.split:
         data = train.open_data(run.config, data_dir)
@@ -88,31 +88,31 @@ def main(_: list[str]) -> None:
             folder = out / f"{FLAGS.split}_{method}"
             bad += sheets.explain_split(explainer, data, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
-        count = FLAGS.count or sheets.TO_MEASURE
-        drawn = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
-        images = None if drawn else train.open_data(run.config, data_dir)
+        count = FLAGS.count or sheets.QUALITY_IMAGES
+        synthetic = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
+        images = None if synthetic else train.open_data(run.config, data_dir)
         bad += sheets.measure_quality(
             explainer, run.config, run.classes, run.step, images, FLAGS.method or METHODS, target, out, count
         )
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
-        print(f"lungjax: left out: {problem}", file=sys.stderr)
+        print(f"lungjax: skipped: {problem}", file=sys.stderr)
     if bad:
         sys.exit(1)
 
 
 def class_number(classes: Sequence[str], name: str | None) -> int | None:
-    """Returns the number of a class, None for None. Raises ValueError for an unknown one, with the nearest."""
+    """Returns the index of a class, None for None. Raises ValueError for an unknown one."""
     if name is not None and name not in classes:
         raise ValueError(f"--class={name}: {nearest(name, classes)}")
     return None if name is None else classes.index(name)
 
 
-def read(items: Iterable[Item], told: Metadata, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and pixels of each image; what can't be read goes to `bad`, with the reason."""
+def read(items: Iterable[Item], description: Metadata, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and pixels of each image; unreadable ones are added to `bad`, with the reason."""
     for item in items:
         try:
-            yield item.short, preprocess.picture(item.read(), told)[0]
+            yield item.short, preprocess.picture(item.read(), description)[0]
         except (ValueError, OSError) as error:
             bad.append(str(error) if item.name in str(error) else f"{item.name}: {error}")
 

@@ -23,7 +23,7 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 POINT = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
 
 
-def look(data: Prepared) -> novelty.Novelty | None:
+def fit_novelty(data: Prepared) -> novelty.Novelty | None:
     """Returns the novelty score of a data set, from at most MAX_IMAGES images of each split, evenly spaced.
 
     Unreadable images are skipped. None if too few are left.

@@ -10,7 +10,7 @@
     warnings            [sentences], caveats about the numbers
     facts               about data, network, machine and time: dataset, fingerprint, counts, parameters, steps,
                         best_step, seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of
-                        git, "" if unknown), code (digest of lungjax's files); familiarity, the false alarms on val and
+                        git, "" if unknown), code (digest of lungjax's files); novelty, the false alarms on val and
                         test images (`lungjax.evaluation.novelty`); notes, sentences that come first among the
                         warnings; folds and external of `lungjax.training.cross_validation` and
                         `lungjax.training.external_test`

@@ -373,8 +373,8 @@ def write_report(
     def write() -> None:
         reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
         history = metrics_log.read(run.workdir / "metrics.jsonl")
-        detector = model_json.look(run.data)
-        alarms = {} if detector is None else {"familiarity": detector.false_alarms}
+        detector = model_json.fit_novelty(run.data)
+        alarms = {} if detector is None else {"novelty": detector.false_alarms}
         report = reporting.write_report(
             run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
         )

@@ -1,10 +1,10 @@
-"""How much processor time 95 % intervals of all numbers take, beside a loop over scikit-learn that resamples rows.
+"""Processor time of 95 % intervals of all metrics, compared with a loop over scikit-learn that resamples rows.
 
     OPENBLAS_NUM_THREADS=1 python tests/benchmarks/bootstrap.py [--draws=2000] [--peer_draws=5]
 
-The peer computes, for each draw, the accuracy, log loss, Brier score, precision, recall, F1, and AUC and average
-precision of each class and pooled: fewer numbers than ours. Its time is scaled from `peer_draws` to `draws`. Both are
-asked for the same draws and must agree.
+For each draw the loop computes accuracy, log loss, Brier score, precision, recall, F1, and AUC and average precision
+per class and pooled: fewer metrics than lungjax. Its time is scaled from `peer_draws` to `draws`. Both use the same
+draws and must agree.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CASES = ((500, 500), (500, 60), (35_000, 35_000), (35_000, 700))  # examples, pa
 CLASSES = ("a", "b", "c")
 
 
-def made(examples: int, patients: int) -> Predictions:
+def make(examples: int, patients: int) -> Predictions:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(CLASSES), examples)
     logits = rng.normal(size=(examples, len(CLASSES))).astype(np.float32)
@@ -46,14 +46,16 @@ def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
     names, member = np.unique(p.groups, return_inverse=True)
     rows_of = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     probabilities = p.probabilities.astype(np.float64)
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     for counts in np.concatenate(list(bootstrap.resample_patients(len(names), draws, 0, 64)), axis=1).T.astype(int):
         rows = np.concatenate([rows_of[i] for i in np.repeat(np.arange(len(names)), counts)])
         labels, s = p.labels[rows], probabilities[rows]
-        said, one_hot = s.argmax(axis=1), np.eye(len(CLASSES))[labels]
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(labels, said, average="macro", zero_division=0)
+        predicted, one_hot = s.argmax(axis=1), np.eye(len(CLASSES))[labels]
+        precision, recall, f1, _ = sk.precision_recall_fscore_support(
+            labels, predicted, average="macro", zero_division=0
+        )
         values = {
-            "accuracy": sk.accuracy_score(labels, said),
+            "accuracy": sk.accuracy_score(labels, predicted),
             "loss": sk.log_loss(labels, s / s.sum(axis=1, keepdims=True)),
             "brier": ((s - one_hot) ** 2).sum(axis=1).mean(),
             "precision_macro": precision,
@@ -65,8 +67,8 @@ def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
             "average_precision_micro": sk.average_precision_score(one_hot, s, average="micro"),
         }
         for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in found.items()}
+            values_of.setdefault(name, []).append(value)
+    return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in values_of.items()}
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -81,23 +83,23 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--peer_draws", type=int, default=5)
     args = parser.parse_args()
-    print("| examples | patients | numbers | ours, s | memory, MB | loop over scikit-learn, s | ratio |")
+    print("| examples | patients | metrics | lungjax, s | memory, MB | loop over scikit-learn, s | ratio |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for examples, patients in CASES:
-        p = made(examples, patients)
-        seconds, found = timed(lambda p=p: bootstrap.intervals(p, args.draws))
+        p = make(examples, patients)
+        seconds, intervals = timed(lambda p=p: bootstrap.intervals(p, args.draws))
         tracemalloc.start()
         bootstrap.intervals(p, min(args.draws, 300))
         memory = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
-        peer, wanted = timed(lambda p=p: by_loop(p, args.peer_draws))
+        peer_seconds, expected = timed(lambda p=p: by_loop(p, args.peer_draws))
         same = bootstrap.intervals(p, args.peer_draws)
-        for name, ends in wanted.items():
+        for name, ends in expected.items():
             np.testing.assert_allclose(same[name], ends, atol=1e-6, err_msg=name)
-        peer *= args.draws / args.peer_draws
+        peer_seconds *= args.draws / args.peer_draws
         print(
-            f"| {examples:,} | {patients:,} | {len(found)} | {seconds:.2f} | {memory:.0f} | {peer:.0f} | "
-            f"{peer / seconds:.0f} |",
+            f"| {examples:,} | {patients:,} | {len(intervals)} | {seconds:.2f} | {memory:.0f} | {peer_seconds:.0f} | "
+            f"{peer_seconds / seconds:.0f} |",
             flush=True,
         )
 

@@ -203,9 +203,9 @@ def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
         measured = [novelty.measure(p) for p in pictures]
         return np.asarray([[*m["intensity"][[0, 3, 6]], *m["detail"][[5, 6]]] for m in measured])
 
-    known = features(train)
-    mean, deviation = known.mean(0), np.maximum(known.std(0), 0.1 * known.std(0).mean())
-    covariance = 0.9 * np.cov(((known - mean) / deviation).T) + 0.1 * np.eye(len(mean))
+    reference = features(train)
+    mean, deviation = reference.mean(0), np.maximum(reference.std(0), 0.1 * reference.std(0).mean())
+    covariance = 0.9 * np.cov(((reference - mean) / deviation).T) + 0.1 * np.eye(len(mean))
     root = np.linalg.inv(np.linalg.cholesky(covariance))
     low, high = np.quantile(simple(train), [0.005, 0.995], axis=0)
 
@@ -250,8 +250,8 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
         parts = [[p for p, source in data[split] if source != left] for split in SPLITS]
         unseen = [p for split in SPLITS for p, source in data[split] if source == left]
         fitted = novelty.fit(*parts)
-        found = percent(np.asarray([fitted.score(p) for p in unseen]))
-        rows.append([f"{name}: {left}", len(unseen), found, f"{100 * fitted.false_alarms['test']['rate']:.1f}"])
+        detected = percent(np.asarray([fitted.score(p) for p in unseen]))
+        rows.append([f"{name}: {left}", len(unseen), detected, f"{100 * fitted.false_alarms['test']['rate']:.1f}"])
     print_table(("source left out", "images", "above the threshold, %", "test images of the others, %"), rows)
 
 

@@ -1,12 +1,11 @@
-"""Times saliency maps, in forward passes.
+"""Time of saliency maps, in forward passes.
 
     python tests/benchmarks/saliency.py [--networks=NAME,...] [--methods=NAME,...] [--images=64] [--side=224]
         [--rounds=3]
 
-The unit is the prediction of the same images by the folded network, batched as prediction batches them; maps and
-prediction take turns, everything compiled before. Prints, as markdown, the seconds of a prediction and each method's
-ratio to it by the clock and by processor time (medians of the rounds). All images are one array in memory: nothing is
-read or written.
+The unit is the prediction of the same images by the folded network in the same batches. Maps and prediction alternate,
+after compilation. Prints, as markdown, the seconds of a prediction and each method's ratio to it in wall-clock and
+processor time (medians of the rounds). Images are in memory; nothing is read or written.
 """
 
 import argparse
@@ -46,14 +45,14 @@ def measure(name: str, methods: list[str], count: int, side: int, rounds: int) -
     calls |= {method: lambda method=method: explainer.maps(images, None, method) for method in methods}
     for call in calls.values():
         call()
-    found: dict[str, list[tuple[float, float]]] = {what: [] for what in calls}
+    times: dict[str, list[tuple[float, float]]] = {what: [] for what in calls}
     for _ in range(rounds):
         for what, call in calls.items():
-            found[what].append(timed(call))
-    unit, used = (statistics.median(part) for part in zip(*found[""], strict=True))
+            times[what].append(timed(call))
+    unit, used = (statistics.median(part) for part in zip(*times[""], strict=True))
     cells = [name, f"{unit:.2f} s"]
     for method in methods:
-        clock, work = (statistics.median(part) for part in zip(*found[method], strict=True))
+        clock, work = (statistics.median(part) for part in zip(*times[method], strict=True))
         cells.append(f"{clock / unit:.2f} ({work / used:.2f})")
     return "| " + " | ".join(cells) + " |"
 

@@ -29,38 +29,38 @@ def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
 def by_scikit_learn(p: Predictions, rows: np.ndarray) -> dict[str, float]:
     """All numbers of a level over explicit rows, NaN where scikit-learn or the definition has none."""
     labels, s, z = p.labels[rows], p.probabilities[rows], p.logits[rows]
-    said, c = s.argmax(axis=1), len(p.classes)
+    predicted, c = s.argmax(axis=1), len(p.classes)
     one_hot = np.eye(c)[labels]
-    there = [0 < one_hot[:, i].sum() < len(rows) for i in range(c)]
+    two_sided = [0 < one_hot[:, i].sum() < len(rows) for i in range(c)]
     shares = one_hot.mean(axis=0)
-    found = {"accuracy": (said == labels).mean(), "loss": sk.log_loss(labels, s, labels=range(c))}
-    found["brier"] = ((s - one_hot) ** 2).sum(axis=1).mean()
+    result = {"accuracy": (predicted == labels).mean(), "loss": sk.log_loss(labels, s, labels=range(c))}
+    result["brier"] = ((s - one_hot) ** 2).sum(axis=1).mean()
     place = np.ceil(s.max(axis=1) * 15 - 1e-12)
-    found["ece"] = sum(abs((s.max(axis=1) - (said == labels))[place == b].sum()) for b in range(16)) / len(rows)
-    each = sk.precision_recall_fscore_support(labels, said, labels=range(c), zero_division=np.nan)
+    result["ece"] = sum(abs((s.max(axis=1) - (predicted == labels))[place == b].sum()) for b in range(16)) / len(rows)
+    each = sk.precision_recall_fscore_support(labels, predicted, labels=range(c), zero_division=np.nan)
     rates = dict(zip(("precision", "recall", "f1"), each, strict=False))
-    for name, own in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
-        rates[name] = np.array([own(one_hot[:, i], s[:, i]) if there[i] else np.nan for i in range(c)])
-        found[f"{name}_micro"] = own(one_hot.ravel(), s.ravel())
+    for name, score in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
+        rates[name] = np.array([score(one_hot[:, i], s[:, i]) if two_sided[i] else np.nan for i in range(c)])
+        result[f"{name}_micro"] = score(one_hot.ravel(), s.ravel())
     rest = [
-        sk.precision_recall_fscore_support(labels != i, said != i, labels=[True], zero_division=np.nan)
+        sk.precision_recall_fscore_support(labels != i, predicted != i, labels=[True], zero_division=np.nan)
         for i in range(c)
     ]
     rates["npv"], rates["specificity"] = (np.array([r[k][0] for r in rest]) for k in (0, 1))
     for name, values in rates.items():
-        found |= {f"per_class.{p.classes[i]}.{name}": values[i] for i in range(c)}
-        found[f"{name}_macro"] = np.nanmean(values)
+        result |= {f"per_class.{p.classes[i]}.{name}": values[i] for i in range(c)}
+        result[f"{name}_macro"] = np.nanmean(values)
         if name not in ("npv", "specificity"):
-            known = ~np.isnan(values)
-            found[f"{name}_weighted"] = np.average(values[known], weights=shares[known])
-    found["balanced_accuracy"] = found["recall_macro"]
+            defined = ~np.isnan(values)
+            result[f"{name}_weighted"] = np.average(values[defined], weights=shares[defined])
+    result["balanced_accuracy"] = result["recall_macro"]
     named = (z == z.max(axis=1, keepdims=True)) & (z != 0)  # TensorFlow Addons: both of a tie
-    found["study.f1_weighted"] = sk.f1_score(one_hot, named, average="weighted", zero_division=0)
-    found["study.auc_micro_logits"] = sk.roc_auc_score(one_hot.ravel(), z.ravel())
+    result["study.f1_weighted"] = sk.f1_score(one_hot, named, average="weighted", zero_division=0)
+    result["study.auc_micro_logits"] = sk.roc_auc_score(one_hot.ravel(), z.ravel())
     precision, recall = rates["precision"].mean(), rates["recall"].mean()
-    found["study.f1_macro_harmonic"] = 2 * precision * recall / (precision + recall)
-    found["study.accuracy_rounded"] = (np.round(s).argmax(axis=1) == labels).mean()
-    return found
+    result["study.f1_macro_harmonic"] = 2 * precision * recall / (precision + recall)
+    result["study.accuracy_rounded"] = (np.round(s).argmax(axis=1) == labels).mean()
+    return result
 
 
 def percentiles(values):

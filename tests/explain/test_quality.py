@@ -1,0 +1,132 @@
+"""The checks of saliency maps: pointing game, deletion curve, sanity check, and the synthetic slices they use."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_bn
+from random_weights import random_variables
+from scipy import stats
+
+from lungjax import datasets
+from lungjax.config import InputSpec
+from lungjax.datasets.phantom import slices
+from lungjax.explain import quality
+from lungjax.explain.saliency import Explainer
+from lungjax.models.ops import conv
+
+SIDE = 16
+SPEC = InputSpec(size=(SIDE, SIDE), channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.4, 0.3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Each program runs a few times: compiled quickly, not well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
+        yield
+
+
+def test_pointing_game_by_hand():
+    masks = np.zeros((4, 10, 10), bool)
+    masks[:, 2:4, 2:4] = True
+    maps = np.zeros((4, 10, 10))
+    maps[0, 3, 3] = 1  # on the lesion
+    maps[1, 3, 6] = 1  # three pixels away
+    maps[2, 2, 2] = maps[2, 9, 9] = 1  # a tie; the last map is empty
+    np.testing.assert_array_equal(quality.hits(maps, masks), [1, 0, 0.5, 0])
+    np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 3)), [1, 1, 0.5, 0])
+    np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 2.9)), [1, 0, 0.5, 0])
+    half = np.zeros((400, 20, 20), bool)
+    half[:, :, :8] = True
+    random = quality.hits(quality.random_maps(400, (20, 20), (20, 20), 0), half)
+    assert abs(random.mean() - 0.4) < 0.08
+
+
+class FirstCell:
+    """Stands in for an `Explainer`: the probability of class 0 is the mean of the first 4 x 4 pixels."""
+
+    def probabilities(self, images):
+        p = images[:, :4, :4].mean((1, 2, 3)) / 255
+        return np.stack([p, 1 - p], axis=1)
+
+
+def test_deletion_curve_by_hand():
+    images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    images[:, :4, :4] = 255
+    right = np.zeros((1, SIDE, SIDE))
+    right[:, :4, :4] = 1
+    fill = round(255 / 16) / 255
+    curve = quality.deletion(FirstCell(), images, right, np.zeros(1, int), steps=16)  # a sixteenth at a time
+    np.testing.assert_allclose(curve[0, :3], [1, fill, fill])
+    wrong = quality.deletion(FirstCell(), images, 1 - right, np.zeros(1, int), steps=16)
+    np.testing.assert_allclose(wrong[0, [0, 15, 16]], [1, 1, fill])
+    np.testing.assert_allclose(quality.area(np.asarray([[1.0, 0.5, 0.0], [1, 1, 1]])), [0.5, 1])
+    assert quality.area(curve)[0] < quality.area(wrong)[0]
+
+
+def test_rank_correlation_against_scipy():
+    a, b = np.random.default_rng(1).integers(0, 5, (2, 3, 6, 6)).astype(float)
+    expected = [stats.spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(quality.rank_correlation(a, b), expected)
+    assert quality.rank_correlation(a, 0 * b).tolist() == [0, 0, 0]
+
+
+class Brightness(Explainer):
+    """Its maps are the image's own brightness, whatever the weights."""
+
+    def maps(self, images, targets=None, method="gradcam"):
+        return images.mean(-1).astype(np.float32) / 255, None
+
+    def with_variables(self, variables):
+        return self
+
+
+def test_sanity_check_of_gradcam_and_of_brightness():
+    module = small_bn()(outputs=3, padding="same")
+    variables = random_variables(module, (SIDE, SIDE, 3))
+    images = np.random.default_rng(2).integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
+    good = quality.sanity(Explainer(module, variables, SPEC), images, "gradcam")
+    bad = quality.sanity(Brightness(module, variables, SPEC), images, "gradcam", draws=1)
+    assert good["passed"] and not bad["passed"]
+    assert [stage["correlation"] for stage in bad["stages"]] == [1.0] * len(bad["stages"])
+    order = quality.module_order(module, (SIDE, SIDE, 3))
+    assert order == ["stem_conv", "stem_bn", "stage2_conv", "stage2_bn", "head"]
+    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "the whole network"
+    assert good["stages"][-1]["modules"] == len(order)
+    deletion = dict.fromkeys(("area", "random_area", "better_than_random"), 0.5)
+    page = quality.markdown("x", "y", {"edges": {"sanity": bad, "deletion": deletion}})
+    assert "| edges | **FAILED** | 1.00" in page and "| edges | 0.500 | 0.500 | 50% |" in page
+
+
+def test_shuffling_permutes_the_values_of_one_module():
+    module = small_bn()(outputs=3)
+    variables = random_variables(module, (SIDE, SIDE, 3))
+    changed = quality.shuffled(variables, ["head"], 0)
+    for kind, tree in variables.items():
+        for name, part in tree.items():
+            for old, new in zip(jax.tree.leaves(part), jax.tree.leaves(changed[kind][name]), strict=True):
+                np.testing.assert_array_equal(np.sort(np.ravel(old)), np.sort(np.ravel(new)))
+                assert (np.asarray(old) != new).any() == (name == "head")
+
+
+def test_masks_of_synthetic_slices_match_the_images():
+    classes = slices.CLASSES[::-1]
+    plain, boxed = InputSpec(size=(96, 96), channels=1), InputSpec(size=(64, 48), channels=1, crop="box")
+    name = datasets.resolve("phantom_ct")[0]
+    whole, cut = (quality.draw_slices(classes, spec, name, 2) for spec in (plain, boxed))
+    assert [classes[i] for i in whole.labels] == [c for c in slices.CLASSES if c != "Normal"]
+    assert whole.images.shape == (2, 96, 96, 1) and cut.lesions.shape == (2, 64, 48)
+    for i in range(2):
+        patient = slices.new_patient(quality.FIRST_SEED + i, classes[whole.labels[i]])
+        level = np.random.default_rng([patient.seed, 30]).permutation(quality.LEVELS)[0]
+        phantom = slices.draw_slice(patient, slices.levels(patient, quality.LEVELS)[level])
+        # The lesion's center, relative to the image and to the box.
+        center = np.asarray([axis.mean() + 0.5 for axis in np.nonzero(phantom.lesion)])
+        left, top, right, bottom = phantom.box
+        for drawn, start, extent in (
+            (whole, (0, 0), phantom.lesion.shape),
+            (cut, (top, left), (bottom - top, right - left)),
+        ):
+            place = np.asarray([axis.mean() + 0.5 for axis in np.nonzero(drawn.lesions[i])]) / drawn.lesions[i].shape
+            np.testing.assert_allclose(place, (center - start) / np.asarray(extent), atol=0.01)
+        assert (cut.lesions[i] & ~cut.lungs[i]).mean() < 0.005
