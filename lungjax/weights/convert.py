@@ -55,7 +55,7 @@ def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, .
 
     def path(match: re.Match[str]) -> str | None:
         index = int(match[1] or 0) - first
-        return f"{units[index]}/{names[match[2]]}" if index < len(units) else None
+        return f"{units[index]}/{names[match[2]]}" if 0 <= index < len(units) else None
 
     return f"{prefix}({'|'.join(map(re.escape, names))})", path
 

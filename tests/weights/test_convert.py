@@ -88,6 +88,7 @@ def test_rules():
             (r"conv\d", "other"),
             blocks(r"stage(\d)_(\d)\.", {"0": "conv", "a.b": "bn"}, stage=1, block=-1, suffix="x?"),
             numbered_blocks(r"block(?:_(\d+))?", {"": "conv", "_bn": "bn"}, (1, 2)),
+            numbered_blocks(r"from1_(\d)", {"": "conv"}, (1, 2), first=1),
         ),
         leaves=((r"conv1/odd", "first/kernel"),),
         ignore=(r"mean/.*",),
@@ -97,7 +98,7 @@ def test_rules():
         "conv1/odd": "first/kernel", "conv1/bias": "first/bias", "conv2/bias": "other/bias", "mean/x": "",
         "mean": None, "conv1/x": None, "stage1_2.a.b/gamma": "stage2_block1/bn/scale", "stage1_2.aab/gamma": None,
         "stage0_3.0x/bias": "stage1_block2/conv/bias", "block/bias": "stage1_block1/conv/bias",
-        "block_2_bn/beta": "stage2_block2/bn/bias", "block_3/bias": None,
+        "block_2_bn/beta": "stage2_block2/bn/bias", "block_3/bias": None, "from1_0/bias": None,
         "conv2/conv2_W_1": "other/kernel", "conv2/conv2_b_1": "other/bias",
     }  # fmt: skip
     assert {name: target(name, rules, 1) for name in expected} == expected
