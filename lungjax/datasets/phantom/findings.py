@@ -42,7 +42,7 @@ def new_lesions(finding: str, rng: np.random.Generator) -> tuple[Lesion, ...]:
     count = 0 if finding == "Normal" else 1 + rng.binomial(1, 0.25) if lobar else 2 + rng.poisson(0.5 + 4 * severity)
     lesions = []
     for i in range(count):
-        strength = severity * rng.uniform(0.6, 1.1)
+        strength = severity * rng.uniform(0.7, 1.1)
         lesions.append(
             Lesion(
                 side=(first, -first)[i] if i < 2 else int(rng.choice((-1, 1))),
