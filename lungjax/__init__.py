@@ -1,15 +1,15 @@
-"""lungjax: lung CT slices and chest X-rays, classified in JAX."""
+"""lungjax: classification of lung CT slices and chest X-rays in JAX."""
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["create", "list_models", "load", "open_model", "preprocess"]
+__all__ = ["create", "list_models", "load", "preprocess"]
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up on first use, so that the commands read their flags before jax is imported.
+    # Imported on first use, so that commands parse their flags before they import jax.
     if name in __all__:
-        from lungjax.inference import api, predictor
+        from lungjax.inference import api, model
 
-        return getattr(predictor if name == "open_model" else api, name)
+        return getattr(model if name == "load" else api, name)
     raise AttributeError(f"module 'lungjax' has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""Predicts images with a trained network: python -m lungjax.predict --model=runs/my_run scan.png more_scans
+"""Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
 PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
-volumes. Written to --out: predictions.csv and predictions.jsonl with a line an image, series.csv and series.jsonl with
-one for each series or patient (`lungjax.inference.records` says what is in them), and with --explain a picture of each
-heat map. What can't be read is named in the files and at the end, the rest is done, and the exit code is 1. The files
-appear when all is done; of a run that was stopped, the answers so far stay in files that end in .partial.
+volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
+with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
+per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
+The files get their names when they are complete; an interrupted run leaves its records in files that end in .partial.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import csv
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,201 +30,199 @@ from lungjax.runtime import environment
 
 FLAGS = flags.FLAGS
 
-WRITTEN = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
+FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
-SHOWN = 12  # lines on the screen
+MAX_LINES = 12  # on the screen
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A finished run's folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string("out", "predictions", "The folder to write to.")
-    flags.DEFINE_bool("overwrite", False, "Replaces predictions that lie in --out.")
-    flags.DEFINE_string("rule", records.RULE, "Operating point that decides: youden, or sensitivity_0.95.")
-    flags.DEFINE_bool("explain", False, "Draws heat maps too.")
-    flags.DEFINE_string("method", "gradcam", "Of the heat maps; see lungjax.explain.")
-    flags.DEFINE_string("gate", None, "A model that first says of each series whether it may be predicted.")
-    flags.DEFINE_string("gate_class", "WholeLung", "The class of --gate that a series must have.")
+    flags.DEFINE_string("model", None, "Folder of a finished run, or a model.pyz or model.onnx of lungjax.export.")
+    flags.DEFINE_string("out", "predictions", "Output folder.")
+    flags.DEFINE_bool("overwrite", False, "Replace the predictions in --out.")
+    flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
+    flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
+    flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
+    flags.DEFINE_string("gate", None, "A model that first decides for each volume whether it may be predicted.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume must have.")
     flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
     flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
-    flags.DEFINE_string("hu_window", None, "centre/width in HU of CT volumes; default the model's.")
+    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the model's.")
 
 
 def main(argv: list[str]) -> None:
-    """Checks what was asked for, predicts, and names what could not be read."""
+    """Checks the flags, predicts, and lists the inputs that failed."""
     if not FLAGS.model:
         raise app.UsageError("--model=RUN is missing: the folder of a finished run, or an exported model")
     out = Path(FLAGS.out).expanduser()
-    if not FLAGS.overwrite and any((out / name).exists() for name in WRITTEN):
-        raise ValueError(f"{out} holds predictions already; choose another --out, or replace them with --overwrite")
+    if not FLAGS.overwrite and any((out / name).exists() for name in FILES):
+        raise ValueError(f"{out} has predictions already; choose another --out, or replace them with --overwrite")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     environment.prepare_jax()
-    from lungjax.inference import inputs, predictor  # here, after the flags, since they import jax
+    from lungjax.inference import inputs  # here, after the flags, since these import jax
+    from lungjax.inference.model import load
 
-    model = predictor.open_model(FLAGS.model)
-    if FLAGS.explain and FLAGS.method not in model.methods:
-        known = nearest(FLAGS.method, model.methods) if model.methods else f"a {model.source} model has no heat maps"
-        raise ValueError(f"--method={FLAGS.method}: {known}")
+    model = load(FLAGS.model)
+    if FLAGS.explain:
+        model.check_method(FLAGS.method)
     records.check_rule(model.metadata, FLAGS.rule)
-    gate = predictor.open_model(FLAGS.gate) if FLAGS.gate else None
+    gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    model = replace(model, metadata=windowed(model.metadata))
-    found = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
+    model = replace(model, metadata=with_windows(model.metadata))
+    gathered = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (out / name).unlink(missing_ok=True)  # that nothing of another run lies beside this one's
-    failures = predict(model, found, out, gate)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)  # no file of an earlier call next to the new ones
+    failures = predict(model, gathered, out, gate)
     print(f"Written to {out}. {NOTICE}")
     if failures:
-        print(f"{len(failures)} could not be predicted:", file=sys.stderr)
-        for name, why in failures[:SHOWN]:
+        print(f"{len(failures)} inputs failed:", file=sys.stderr)
+        for name, why in failures[:MAX_LINES]:
             print(f"  {name}: {why}", file=sys.stderr)
-        if len(failures) > SHOWN:
-            print(f"  and {len(failures) - SHOWN} more, in {out / 'predictions.csv'}", file=sys.stderr)
+        if len(failures) > MAX_LINES:
+            print(f"  and {len(failures) - MAX_LINES} more, in {out / 'predictions.csv'}", file=sys.stderr)
         sys.exit(1)
 
 
-def windowed(told: Metadata) -> Metadata:
-    """Returns what the model says of itself with the windows that the user gave instead."""
+def with_windows(metadata: Metadata) -> Metadata:
+    """Returns the metadata with the windows of the flags."""
     if FLAGS.window:
-        told = replace(told, window=cli.read_window(FLAGS.window))
-    return replace(told, hu_windows=(cli.read_hu_window(FLAGS.hu_window),)) if FLAGS.hu_window else told
+        metadata = replace(metadata, window=cli.read_window(FLAGS.window))
+    return replace(metadata, hu_windows=(cli.read_hu_window(FLAGS.hu_window),)) if FLAGS.hu_window else metadata
 
 
-def predict(model: Any, found: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
-    """Writes all files into `out`; returns the name of each image and series that got no answer, and why.
+def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
+    """Writes all files into `out`; returns the name of each failed image and series, and the reason.
 
     Args:
-      model: `predictor.Predictor`.
-      found: `inputs.Intake`.
-      out: a folder that is there.
-      gate: another predictor, which decides which series are predicted.
+      model: `inference.model.Model`.
+      gathered: `inputs.Inputs`.
+      out: an existing folder.
+      gate: another model, which decides which volumes are predicted.
     """
-    told = model.metadata
-    failures: list[tuple[str, str]] = list(found.bad)
-    shut, judged = _gate(gate, found) if gate else ({}, {})
-    failures += [(name, record["error"]) for name, record in shut.items()]
+    metadata = model.metadata
+    rejected, judged = judge_volumes(gate, gathered) if gate else ({}, {})
+    failures = [*gathered.failures, *((name, record["error"]) for name, record in rejected.items())]
     counts: Counter[str] = Counter()
-    chances: dict[str, list[np.ndarray]] = {}
+    probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
-    missed: Counter[str] = Counter()  # slices of a series that can't be read
-    used: set[str] = set()
-    classes = told.classes
-    columns = ["file", "series", "predicted", *(f"p_{name}" for name in classes)]
-    columns += [*(f"called_{name}" for name in classes), "unlike", "warnings", "error"]
-    with _both(out / "predictions", columns) as write:
-        for name, why in found.bad:
+    unreadable: Counter[str] = Counter()
+    file_names: set[str] = set()
+    columns = records.columns(metadata)
+    with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"]) as write:
+        for name, why in gathered.failures:
             write(records.failure(name, why))
-        for item, picture, p in _answered(model, [i for i in found.items if i.series not in shut]):
-            if isinstance(picture, str):
-                failures.append((item.name, picture))
-                write({**records.failure(item.name, picture), "series": item.series})
-                missed[item.series] += 1
+        for item, result, p in predictions(model, [i for i in gathered.items if i.series not in rejected]):
+            if isinstance(result, str):
+                failures.append((item.name, result))
+                write({**records.failure(item.name, result), "series": item.series})
+                unreadable[item.series] += 1
                 continue
-            record = records.record(told, item.name, p, picture.unlike, picture.warnings, FLAGS.rule)
+            record = records.record(metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
             write({**record, "series": item.series})
             counts[record["predicted"]] += 1
             if item.series:
-                chances.setdefault(item.series, []).append(p)
-                warned[item.series] += bool(picture.warnings)
+                probabilities[item.series].append(p)
+                warned[item.series] += bool(result.warnings)
             if FLAGS.explain:
-                _draw(model, item.short, picture, out / "explain", used)
-            if sum(counts.values()) <= SHOWN:
-                print(_line(item.name, record))
+                draw(model, item.short, result.pixels, p, out / "explain", file_names)
+            if sum(counts.values()) <= MAX_LINES:
+                print(line(item.name, record))
     total = sum(counts.values())
-    if total > SHOWN:
-        print(f"... and {total - SHOWN:,} more")
+    if total > MAX_LINES:
+        print(f"... and {total - MAX_LINES:,} more")
     if counts:
         print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
-    if found.beside:
-        print(f"{found.beside} DICOM files show nothing of the patient and were left out")
-    if found.middle:
-        with _both(out / "series", ["series", "files", *columns[2:-3], "gate", "warnings", "error"]) as write:
-            for series in found.middle:
-                if series in shut:
-                    write(shut[series])
-                elif series in chances:
-                    rows = np.stack(chances[series])
-                    lost = [f"{missed[series]} slices could not be read"] if missed[series] else []
-                    notes = [*found.notes.get(series, []), *lost]
-                    record = records.summary(told, series, rows, warned[series], notes, FLAGS.rule)
-                    write(record | ({"gate": judged[series]} if series in judged else {}))
-                    print(_line(f"{series} ({len(rows)} slices)", record))
-                else:
+    if gathered.skipped:
+        print(f"Skipped {gathered.skipped} DICOM objects without an image of the patient")
+    if gathered.series:
+        with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"]) as write:
+            for series in gathered.series:
+                if series in rejected:
+                    write(rejected[series])
+                    continue
+                if series not in probabilities:
                     write({"series": series, "error": "none of its slices could be read"})
+                    continue
+                rows, missing = np.stack(probabilities[series]), unreadable[series]
+                notes = [*gathered.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
+                record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
+                write(record | ({"gate": judged[series]} if series in judged else {}))
+                print(line(f"{series} ({len(rows)} slices)", record))
     return failures
 
 
-def _answered(model: Any, items: Sequence[Any]) -> Iterator[Any]:
-    """Yields each item with its picture and probabilities, or why it can't be read, a text, and None."""
-    from lungjax.inference.inputs import plain  # here, since it imports what reads images
+def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """Yields each item with its `Input` and probabilities, or with the reason why it can't be read and None."""
+    from lungjax.inference.inputs import reason  # here, since it imports the image decoders
 
     def read(item: Any) -> Any:
         try:
-            return model.picture(item.read())
+            return model.prepare(item.read())
         except (ValueError, OSError) as error:
-            return plain(error, item.name)
-        except Exception as error:  # decoders raise what they like, and one file must not cost the others their answer
+            return reason(error, item.name)
+        except Exception as error:  # decoders raise anything, and one file must not stop the others
             return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(environment.cores()) as pool:
         for at in range(0, len(items), CHUNK):
-            part = items[at : at + CHUNK]
-            pictures = list(pool.map(read, part))
-            good = [picture.pixels for picture in pictures if not isinstance(picture, str)]
-            answered = iter(model(np.stack(good)) if good else ())
-            for item, picture in zip(part, pictures, strict=True):
-                yield item, picture, None if isinstance(picture, str) else next(answered)
+            chunk = items[at : at + CHUNK]
+            results = list(pool.map(read, chunk))
+            pixels = [result.pixels for result in results if not isinstance(result, str)]
+            rows = iter(model.outputs(np.stack(pixels))["probabilities"] if pixels else ())
+            for item, result in zip(chunk, results, strict=True):
+                yield item, result, None if isinstance(result, str) else next(rows)
 
 
-def _gate(gate: Any, found: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Returns the series that the gate shuts out, with their records, and what it says of all that it has seen."""
-    from lungjax.data.imaging import images  # here, since it imports Pillow, and most runs have no gate
+def judge_volumes(gate: Any, gathered: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Returns by series the records of those that the gate rejects, and its judgment of all."""
+    from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
 
-    told = gate.metadata
-    shut: dict[str, dict[str, Any]] = {}
-    judged: dict[str, Any] = {}
-    number = told.classes.index(FLAGS.gate_class)
-    for series, middle in found.middle.items():
+    metadata, name = gate.metadata, FLAGS.gate_class
+    rejected: dict[str, dict[str, Any]] = {}
+    judged: dict[str, dict[str, Any]] = {}
+    for series, middle in gathered.series.items():
         if middle is None:
-            continue  # pictures of one patient, and no volume: there is nothing to cut
+            continue  # images of one patient, not a volume
         try:
-            picture = gate.picture(images.read(middle(told.plane, told.hu_windows))[0])
+            result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
         except (ValueError, OSError) as error:
-            shut[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            rejected[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
             continue
-        p = gate(picture.pixels[None])[0]
-        said = records.record(told, series, p, picture.unlike, picture.warnings)
-        point = said["decisions"].get(FLAGS.gate_class)
-        passed = point["called"] if point else said["predicted"] == FLAGS.gate_class
-        judged[series] = {"class": FLAGS.gate_class, "probability": round(float(p[number]), 6), "passed": passed}
+        p = gate.outputs(result.pixels[None])["probabilities"][0]
+        record = records.record(metadata, series, p)
+        point, probability = record["decisions"].get(name), float(p[metadata.classes.index(name)])
+        passed = point["called"] if point else record["predicted"] == name
+        judged[series] = {"class": name, "probability": round(probability, 6), "passed": passed}
         if not passed:
-            why = f"left out by the gate: {FLAGS.gate_class} has a probability of {p[number]:.3f}"
-            shut[series] = {"series": series, "error": why, "gate": judged[series]}
-    loose = sum(found.middle.get(item.series) is None for item in found.items)
-    if loose:
-        print(f"--gate: {loose} of {len(found.items)} images are of no volume, so the gate can't judge them")
-    return shut, judged
+            why = f"rejected by the gate: the probability of {name} is {probability:.3f}"
+            rejected[series] = {"series": series, "error": why, "gate": judged[series]}
+    single = sum(gathered.series.get(item.series) is None for item in gathered.items)
+    if single:
+        print(f"--gate: {single} of {len(gathered.items)} images do not belong to a volume and are not judged")
+    return rejected, judged
 
 
-def _draw(model: Any, name: str, picture: Any, folder: Path, used: set[str]) -> None:
-    from lungjax.explain import panels  # here, since most runs draw nothing
+def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:
+    """Draws the saliency map of the predicted class."""
+    from lungjax.explain import panels  # here, since most calls draw nothing
 
-    maps, p = model.explain(picture.pixels[None], method=FLAGS.method)
-    path = folder / f"{panels.file_name(name, used)}_{FLAGS.method}.png"
-    best = int(p[0].argmax())
-    panels.draw(path, name, picture.pixels, maps[0], p[0], model.metadata.classes, best, FLAGS.method)
+    best = int(p.argmax())
+    heat = model.maps(pixels[None], np.asarray([best]), FLAGS.method)[0]
+    path = folder / f"{panels.file_name(name, file_names)}_{FLAGS.method}.png"
+    panels.draw(path, name, pixels, heat, p, model.metadata.classes, best, FLAGS.method)
 
 
 @contextlib.contextmanager
-def _both(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields what writes a record into STEM.csv and STEM.jsonl, which bear these names once they are whole."""
+def tables(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which get these names at the end."""
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
-        # Names of files may be no UTF-8: in the table they stay the bytes that they are, in JSON they are escaped.
+        # File names need not be UTF-8: the table keeps their bytes, JSON escapes them.
         table, lines = (
             stack.enter_context(path.open("w", buffering=1, newline="", encoding="utf-8", errors=errors))
             for path, errors in zip(partials, ("surrogateescape", "backslashreplace"), strict=True)
@@ -234,34 +232,19 @@ def _both(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
 
         def write(record: dict[str, Any]) -> None:
             lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            writer.writerow([_cell(record, column) for column in columns])
+            writer.writerow([records.cell(record, column) for column in columns])
 
         yield write
     for partial, path in zip(partials, paths, strict=True):
         partial.replace(path)
 
 
-def _cell(record: dict[str, Any], column: str) -> Any:
-    kind, _, name = column.partition("_")
-    if kind == "p":
-        return record.get("probabilities", {}).get(name, "")
-    if kind == "called":
-        point = record.get("decisions", {}).get(name)
-        return "" if point is None else "yes" if point["called"] else "no"
-    value = record.get(column, "")
-    if column == "warnings":
-        return "; ".join(value or ())
-    if column == "gate" and value:
-        return "passed" if value["passed"] else "held back"
-    return "" if value is None else value
-
-
-def _line(name: str, record: dict[str, Any]) -> str:
-    told = record["probabilities"]
+def line(name: str, record: dict[str, Any]) -> str:
+    """Returns a record as text for the screen."""
     called = [other for other, point in record["decisions"].items() if point["called"]]
-    said = f"{name}: {record['predicted']} {told[record['predicted']]:.3f}"
-    said += f", called {' and '.join(called)}" if called else ""
-    return said + "".join(f"\n  warning: {line}" for line in record["warnings"])
+    text = f"{name}: {record['predicted']} {record['probabilities'][record['predicted']]:.3f}"
+    text += f", called {' and '.join(called)}" if called else ""
+    return text + "".join(f"\n  warning: {warning}" for warning in record["warnings"])
 
 
 if __name__ == "__main__":

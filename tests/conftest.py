@@ -114,6 +114,7 @@ def trained_run(tmp_path_factory) -> TrainedRun:
     root, classes = tmp_path_factory.mktemp("trained"), ("left", "middle", "right")
     splits = ("train", "train", "train", "val", "val", "test")
     folders.prepare(root, "mine", folders.rows(classes, 6, splits=splits))
-    config = replace(folders.CONFIG, model=ModelConfig(name="simple"))
+    spec = replace(folders.CONFIG.input, mean=(0.3,), std=(0.2,))
+    config = replace(folders.CONFIG, model=ModelConfig(name="simple"), input=spec)
     train.run(overrides.override(config, "data.dataset=folder/mine"), root / "run", root / "data")
     return TrainedRun(root / "run", root / "data", root / "in_mine", classes)

@@ -1,4 +1,4 @@
-"""A service on a free port, a model by hand behind it, and what asks it; for the tests of `lungjax.serve`."""
+"""A service on a free port with a known model, and a client; for the tests of `lungjax.serve`."""
 
 import base64
 import http.client
@@ -22,14 +22,14 @@ from test_uploads import written
 from lungjax.config import InputSpec
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
-from lungjax.inference.predictor import Picture
+from lungjax.inference.model import Input
 from lungjax.serve import __main__ as command
 from lungjax.serve import protocol
 from lungjax.serve.app import build
 from lungjax.serve.settings import Settings
 
 POINT = {"youden": {"threshold": 0.4, "sensitivity": 0.9, "specificity": 0.8, "ppv": 0.7, "npv": 0.6}}
-TOLD = Metadata(
+METADATA = Metadata(
     "small",
     ("dark", "bright"),
     InputSpec(size=(8, 8)),
@@ -38,7 +38,7 @@ TOLD = Metadata(
     points={"slice": {"bright": POINT}, "patient": {"bright": {"youden": POINT["youden"] | {"threshold": 0.9}}}},
 )
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-TOKEN = "a-token-of-more-than-16-signs"
+TOKEN = "a-token-of-more-than-16-characters"
 DISK = {"watched": False, "written": []}
 
 
@@ -52,49 +52,39 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 
 
-BLANK = np.zeros((1, *TOLD.input.size, 1), np.uint8)
-
-
 class Brightness:
-    """A model by hand: the probability of "bright" is the mean gray level. `gate` holds the device back."""
+    """A `Model` whose probability of "bright" is the mean gray level. Clearing `gate` stops the device."""
 
-    metadata, sizes, methods = TOLD, (1, 2, 4), ("gradcam", "occlusion")
+    batch_sizes, methods, image_shape = (1, 2, 4), ("gradcam", "occlusion"), (*METADATA.input.size, 1)
 
-    def __init__(self, **told):
-        self.metadata = replace(TOLD, **told)
+    def __init__(self, **fields):
+        self.metadata = replace(METADATA, **fields)
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
-        self.done, self.error = [], None  # what was computed, in order
+        self.calls, self.error = [], None  # batch sizes and methods, in order
 
     def warm(self):
         self.gate.wait(10)
 
-    def blank(self):
-        return BLANK
-
-    def picture(self, decoded, box=None):
+    def prepare(self, decoded, box=None):
         dark = decoded.mean() < 1
         pixels, *_ = preprocess.picture(decoded, self.metadata, box)
-        return Picture(pixels, 2.5 if dark else 0.5, ("blank",) if dark else ())
+        return Input(pixels, 2.5 if dark else 0.5, ("blank",) if dark else ())
 
-    def __call__(self, pixels):
+    def outputs(self, pixels):
         self.entered.set()
         self.gate.wait(10)
-        self.done.append(len(pixels))
+        self.calls.append(len(pixels))
         if self.error:
             raise self.error
         p = pixels.mean((1, 2, 3), dtype=np.float64) / 255
-        return np.stack([1 - p, p], axis=1).astype(np.float32)
+        return {"probabilities": np.stack([1 - p, p], axis=1).astype(np.float32)}
 
-    def explain(self, pixels, targets=None, method="gradcam"):
-        if pixels is BLANK:  # to compile it; nobody asked
-            return None
-        self.entered.set()
-        self.gate.wait(10)
-        self.done.append(method)
-        self.targets = targets
-        p = pixels.mean((1, 2, 3), dtype=np.float64) / 255
-        return pixels[..., 0].astype(np.float32) / 255, np.stack([1 - p, p], axis=1).astype(np.float32)
+    def maps(self, pixels, targets, method):
+        if pixels.any():  # not the compilation
+            self.calls.append(method)
+            self.targets = targets
+        return pixels[..., 0].astype(np.float32) / 255
 
 
 class Service:
@@ -102,6 +92,7 @@ class Service:
 
     def __init__(self, model, app, port):
         self.model, self.app, self.port = model, app, port
+        self.state = app.state.service if app else None
 
     def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
@@ -136,7 +127,9 @@ def form(*files):
 def running(model=None, warm=True, **settings):
     model = model or Brightness()
     app = build(model, Settings(**settings))
-    config = uvicorn.Config(app, log_config=None, access_log=False, http=protocol.Patient, lifespan="on", ws="none")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, http=protocol.LingeringProtocol, lifespan="on", ws="none"
+    )
     server, listening = uvicorn.Server(config), command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -144,7 +137,7 @@ def running(model=None, warm=True, **settings):
     try:
         wait_for(lambda: server.started)
         if warm:
-            assert app.state.device.ready.wait(20)
+            assert app.state.service.device.ready.wait(20)
         yield service
     finally:
         model.gate.set() if hasattr(model, "gate") else None
@@ -159,10 +152,8 @@ def flat(value, shape=(20, 30)):
 
 def slices(level, uid, count=3):
     pixels = np.full((16, 16), level, np.uint16)
-    return [
-        written(scans.dataset(pixels, "CT", RescaleSlope=1, RescaleIntercept=-1024, SeriesInstanceUID=uid))
-        for _ in range(count)
-    ]
+    data = scans.dataset(pixels, "CT", RescaleSlope=1, RescaleIntercept=-1024, SeriesInstanceUID=uid)
+    return [written(data)] * count
 
 
 def picture_of(url):
@@ -170,13 +161,14 @@ def picture_of(url):
 
 
 def post_all(service, count, path="/predict"):
-    found = [None] * count
+    """Posts images of gray level 0, 1, ... at once; returns the list of answers and the threads that fill it."""
+    answers = [None] * count
     threads = []
     for i in range(count):
-        one = threading.Thread(target=lambda i=i: found.__setitem__(i, service.post(path, (f"{i}", flat(i)))))
+        one = threading.Thread(target=lambda i=i: answers.__setitem__(i, service.post(path, (f"{i}", flat(i)))))
         one.start()
         threads.append(one)
-    return found, threads
+    return answers, threads
 
 
 def wait_for(condition, seconds=10):
@@ -187,7 +179,7 @@ def wait_for(condition, seconds=10):
 
 
 def raw(service, text, *more, pause=0.0, wait=5):
-    """Sends bytes by hand and returns status and body of the answer."""
+    """Sends bytes over a socket and returns status and body of the answer."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=wait) as one:
         one.sendall(text)
         for part in more:

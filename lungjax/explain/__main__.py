@@ -56,11 +56,11 @@ def main(_: list[str]) -> None:
     # Here, after the flags, since they import jax.
     from lungjax.explain import sheets
     from lungjax.explain.saliency import Explainer
-    from lungjax.inference import api
+    from lungjax.inference.model import load_network
     from lungjax.models import outputs
     from lungjax.training import train
 
-    run, data_dir = api.load(FLAGS.workdir), Path(FLAGS.data_dir).expanduser()
+    run, data_dir = load_network(FLAGS.workdir), Path(FLAGS.data_dir).expanduser()
     target = class_number(run.classes, FLAGS["class"].value)
     positive = outputs.positive_class(run.config, run.classes)
     explainer = Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
         told = metadata.read(file) if file.exists() else Metadata(*known)  # an older run's, or one that isn't finished
         told = replace(told, **windows)
         found = gather(FLAGS.images, told)
-        bad += [f"{name}: {why}" for name, why in found.bad]
+        bad += [f"{name}: {why}" for name, why in found.failures]
         pictures = read(found.items, told, bad)
         if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
             reasons = "\n  ".join(bad or ["there is none in the folders given"])

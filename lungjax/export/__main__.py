@@ -1,12 +1,12 @@
-"""Writes a finished run as files that need no lungjax: python -m lungjax.export --workdir=runs/my_run --format=jax,onnx
+"""Exports a run as files that need no lungjax: python -m lungjax.export --workdir=runs/my_run --format=jax,onnx
 
-    jax          model.pyz: StableHLO for CPU, CUDA and TPU; python model.pyz scan.png needs jax, numpy and pillow alone
+    jax          model.pyz: StableHLO for CPU, CUDA and TPU; `python model.pyz scan.png` needs only jax, numpy, pillow
     onnx         model.onnx, for onnxruntime and others (extra `export`)
     savedmodel   savedmodel/, for TensorFlow, which must be installed
-    triton       triton/NAME, a model of a Triton Inference Server's repository, from the ONNX file (extra `export`)
+    triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (extra `export`)
 
-Each has weights, normalisation, calibration and metadata in it, takes any number of images, and is compared with the
-network before it is kept: logits equal to 1e-5 of their range. What lies there from before is replaced.
+Each contains weights, normalization, calibration and metadata, takes any number of images, and is compared with the
+network before it is kept: logits equal to 1e-5 of their range. An existing export is replaced.
 """
 
 import time
@@ -27,16 +27,16 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "A finished run.")
-    flags.DEFINE_list("format", ["jax"], f"Of {', '.join(FORMATS)}; several with commas.")
+    flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
     flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
 
 
 def main(_: list[str]) -> None:
-    """Checks what was asked for, then writes one format after the other and says how near each is to the network."""
+    """Checks the flags, writes each format and prints how close it is to the network."""
     if not FLAGS.workdir:
         raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
     if not FLAGS.format:
-        raise app.UsageError(f"--format is empty: give some of {', '.join(FORMATS)}")
+        raise app.UsageError(f"--format is empty: give one or more of {', '.join(FORMATS)}")
     for name in FLAGS.format:
         if name not in FORMATS:
             raise ValueError(f"--format={name}: {nearest(name, FORMATS)}")
@@ -46,16 +46,18 @@ def main(_: list[str]) -> None:
     modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
     chosen = [name for name in FORMATS if name in FLAGS.format]
     for name in chosen:
-        modules[name].load_packages()  # before a minute of work for the other formats
+        modules[name].load_packages()  # fails before the other formats take a minute
     workdir = Path(FLAGS.workdir).expanduser()
-    made = functions.of_run(workdir)
+    exported = functions.load(workdir)
     out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "export"
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         start = time.monotonic()
-        path, found = modules[name].write(made, out)
+        path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start
-        print(f"{path}: {_size(path)} in {seconds:.0f} s; logits within {found:.0e} of their range of the network's")
+        print(
+            f"{path}: {_size(path)} in {seconds:.0f} s; logits within {difference:.0e} of their range of the network's"
+        )
     print(NOTICE)
 
 

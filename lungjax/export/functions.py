@@ -1,10 +1,12 @@
-"""What is exported: two pure functions of weights and pixels, in float32, in the compiler's plain operations.
+"""The two exported functions of weights and pixels, in float32 and in plain XLA operations.
 
-    predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"} float32 [b, classes]
-    gradcam   (weights, pixels, targets int32 [b], -1 the predicted class) -> {"maps" float32, "probabilities"}
+    predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
+              "features" float32 [b, F]}
+    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W],
+              "probabilities"}
 
-The logits are the network's; the probabilities are calibrated: the softmax of logits / temperature. `weights` is a flat
-dict of float32 arrays. Batch norms are folded (`lungjax.models.folding`).
+Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
+a flat dict of float32 arrays with folded batch norms (`lungjax.models.folding`).
 """
 
 from collections.abc import Iterator
@@ -22,56 +24,59 @@ from flax import linen as nn
 from lungjax import models
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
-from lungjax.inference import predictor
-from lungjax.models import folding, outputs, trees
+from lungjax.inference import artifacts, model
+from lungjax.models import folding, trees
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 
-TOLERANCE = 1e-5  # of the logits' range: how far an export may be from the network
-ROUNDINGS = 4  # times a network's own rounding are allowed where that is more
-MOST = 1e-4
-CHECKED = (1, 3)  # batch sizes at which each export is compared before it is kept
-
-Weights = dict[str, np.ndarray]
+TOLERANCE = 1e-5  # largest difference of an export from the network, relative to the range of the logits
+ROUNDING_FACTOR = 4  # times the network's own rounding error are allowed if that is larger
+MAX_TOLERANCE = 1e-4
+CHECKED_BATCHES = (1, 3)  # batch sizes of the comparison
 
 
 @dataclass(frozen=True, eq=False)
-class Programs:
-    """A network's two programs and their weights."""
+class Functions:
+    """The two functions of a network and their weights."""
 
     metadata: Metadata
-    module: nn.Module  # of `models.build`, in float32
+    module: nn.Module  # from `models.build`, in float32
     variables: dict[str, Any]  # params and batch_stats
 
     @cached_property
-    def weights(self) -> Weights:
-        """The arrays that both programs take, by path, norms folded."""
+    def weights(self) -> dict[str, np.ndarray]:
+        """The first argument of both functions, by path."""
         with conv.plain_forms():
             folded = self._network.prepare(self.variables)
         return {path: np.asarray(leaf, np.float32) for path, leaf in trees.flatten(folded).items()}
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        """The first program; see above."""
+        """The first function, see above."""
         with conv.plain_forms():
-            logits, _ = self._network(_tree(weights), normalize(pixels, self.metadata.input))
-            logits = outputs.class_logits(logits, self.metadata.positive)
-            return {"probabilities": jax.nn.softmax(logits / self._temperature), "logits": logits}
+            logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
+            return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-        """The second program; the maps are those of `saliency.Explainer`."""
+        """The second function; its maps are those of `saliency.Explainer`."""
         with conv.plain_forms():
             folded = _tree(weights)
-            head = {name: folded[name].get("head", {}) for name in folded}  # of which no norm is folded
+            head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
             maps, probabilities = self._cam(folded, head, pixels, targets)
             return {"maps": maps, "probabilities": probabilities}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the pixels."""
-        return (*self.metadata.input.size, self.metadata.input.channels)
+        return artifacts.image_shape(self.metadata)
+
+    @cached_property
+    def feature_count(self) -> int:
+        """The number of features F."""
+        pixels = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
+        return int(jax.eval_shape(self.predict, self.weights, pixels)["features"].shape[1])
 
     def sample(self, batch: int) -> np.ndarray:
-        """Returns pixels to compare on, uint8 [batch, H, W, C]: noise over blobs of many sizes, no two images alike."""
+        """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
         rng, (height, width, channels) = np.random.default_rng(batch), self.image_shape
         total = np.zeros((batch, height, width, channels))
         for side in (2, 5, 13, 34):
@@ -82,40 +87,34 @@ class Programs:
         return np.asarray(np.clip(128 + 32 * total, 0, 255), np.uint8)
 
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns what the network itself gives, unfolded and in the forms of this platform, each image on its own."""
-        each = [self._own(self.variables, pixels[i : i + 1]) for i in range(len(pixels))]  # one size compiles once
-        logits = outputs.class_logits(jnp.concatenate(each), self.metadata.positive)
-        return {"probabilities": np.asarray(jax.nn.softmax(logits / self._temperature)), "logits": np.asarray(logits)}
+        """Returns the outputs of the network itself: not folded, with this platform's operations, image by image."""
+        outputs = [self._reference(self.variables, pixels[i : i + 1]) for i in range(len(pixels))]
+        return {name: np.concatenate([each[name] for each in outputs]) for name in artifacts.OUTPUTS}
 
-    def check(self, run: Any, what: str) -> float:
-        """Compares an export with the network; returns the largest difference of logits by their range.
+    def check(self, run: Any, name: str) -> float:
+        """Compares an export with the network; returns the largest difference, relative to the range of the logits.
 
         Args:
-          run: from uint8 pixels [b, H, W, C] to a dict with `probabilities` and `logits` [b, classes].
-          what: its name, for the message.
+          run: maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`.
+          name: of the export, for the message.
 
-        Raises ValueError if it is above TOLERANCE, or probabilities differ by more than that. A network that itself
-        rounds to more than that in float32 is allowed ROUNDINGS times the difference between two ways to compute it:
-        as it was trained, and folded in plain operations by the compiler's own choice; never above MOST.
+        Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
+        the network as trained and folded in plain operations), ROUNDING_FACTOR times that is allowed, at most
+        MAX_TOLERANCE.
         """
-        pixels = [self.sample(batch) for batch in CHECKED]
-        wanted = [self.reference(some) for some in pixels]
-        found = worst_difference([run(some) for some in pixels], wanted)
-        if not found <= TOLERANCE:
-            compiled = jax.jit(self.predict)
-            own = worst_difference([compiled(self.weights, some) for some in pixels], wanted)
-            allowed = min(max(TOLERANCE, ROUNDINGS * own), MOST)
-            if not found <= allowed:
+        pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
+        expected = [self.reference(images) for images in pixels]
+        difference = worst_difference([run(images) for images in pixels], expected)
+        if not difference <= TOLERANCE:
+            folded = jax.jit(self.predict)
+            rounding = worst_difference([folded(self.weights, images) for images in pixels], expected)
+            allowed = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MAX_TOLERANCE)
+            if not difference <= allowed:
                 raise ValueError(
-                    f"{what}: its logits differ from the network's by {found:.1e} of their range, more than the "
-                    f"{allowed:.0e} allowed; it was not kept. Choose another --format, and "
-                    "please report the network"
+                    f"{name}: its logits differ from the network's by {difference:.1e} of their range, more than "
+                    f"{allowed:.0e}; it was not kept. Choose another --format, and please report the network"
                 )
-        return found
-
-    @property
-    def _temperature(self) -> np.float32:
-        return np.float32(self.metadata.temperature)
+        return difference
 
     @cached_property
     def _network(self) -> folding.FoldedModel:
@@ -124,52 +123,48 @@ class Programs:
 
     @cached_property
     def _cam(self) -> Any:
-        spec, positive = self.metadata.input, self.metadata.positive
-
         def calibrated(logits: jax.Array) -> jax.Array:
-            return jax.nn.softmax(outputs.class_logits(logits, positive) / self._temperature)
+            return model.calibrated(logits, self.metadata)
 
-        return saliency.Explainer(self.module, self.variables, spec, positive).cam("gradcam", calibrated)
+        explainer = saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
+        return explainer.cam("gradcam", calibrated)
 
     @cached_property
-    def _own(self) -> Any:
-        def run(variables: Any, pixels: jax.Array) -> jax.Array:
-            logits: jax.Array = self.module.apply(variables, normalize(pixels, self.metadata.input), train=False)[0]
-            return logits
+    def _reference(self) -> Any:
+        def run(variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+            logits, features = self.module.apply(variables, normalize(pixels, self.metadata.input), train=False)
+            return model.named_outputs(logits, features["last"], self.metadata)
 
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))
 
 
-def worst_difference(found: list[Any], wanted: list[Any]) -> float:
-    """Returns the largest difference of logits by the range of all wanted ones, or of probabilities if that is larger.
+def worst_difference(results: list[Any], expected: list[Any]) -> float:
+    """Returns the largest difference of outputs: logits and features by their range, probabilities as they are.
 
-    Infinite for another shape, and for what is no number.
+    Infinite for another shape and for non-finite values.
     """
     worst = 0.0
-    for name in ("logits", "probabilities"):
-        values = [np.asarray(result[name], np.float64) for result in wanted]
-        span = max(v.max() for v in values) - min(v.min() for v in values) if name == "logits" else 1.0
-        for result, value in zip(found, values, strict=True):
-            given = np.asarray(result[name], np.float64)
-            if given.shape != value.shape or not np.isfinite(given).all():
+    for name in artifacts.OUTPUTS:
+        arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]
+        span = 1.0 if name == "probabilities" else max(map(np.max, arrays)) - min(map(np.min, arrays))
+        for outputs, array in zip(results, arrays, strict=True):
+            values = np.asarray(outputs[name], np.float64)
+            if values.shape != array.shape or not np.isfinite(values).all():
                 return float("inf")
-            worst = max(worst, float(np.abs(given - value).max() / (span or 1.0)))
+            worst = max(worst, float(np.abs(values - array).max() / (span or 1.0)))
     return worst
 
 
-def of_run(workdir: Path) -> Programs:
-    """Returns the programs of a finished run.
-
-    Raises ValueError as `predictor.load_run`.
-    """
-    trained, told = predictor.load_run(workdir)
-    module = models.build(replace(trained.config.model, dtype="float32"), len(told.classes))
-    return Programs(told, module, trained.variables)
+def load(workdir: Path) -> Functions:
+    """Returns the functions of a finished run, computed in float32. Raises ValueError as `model.load_finished`."""
+    network, metadata = model.load_finished(workdir)
+    module = models.build(replace(network.config.model, dtype="float32"), len(metadata.classes))
+    return Functions(metadata, module, network.variables)
 
 
 @contextmanager
-def without_places() -> Iterator[None]:
-    """Keeps paths of this machine out of a program, in which jax writes where each operation comes from."""
+def without_source_paths() -> Iterator[None]:
+    """Keeps paths of this machine out of a program, where jax records the source line of each operation."""
     names = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
     before = {name: getattr(jax.config, name) for name in names}
     try:

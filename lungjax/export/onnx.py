@@ -1,9 +1,9 @@
-"""Writes `model.onnx` by jax2onnx: the `predict` program in opset 23, any number of images, normalisation inside.
+"""Writes `model.onnx` with jax2onnx: the `predict` function in opset 23, any number of images, normalization inside.
 
-    pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes]
+    pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes], features float32 [B, F]
 
-`metadata_props` has model.json under the key "lungjax". The graph is mended where jax2onnx 0.13 takes all four axes
-of a max pool for places, which no runtime computes, and where onnxruntime 1.31 would compute something else.
+`metadata_props` contains model.json under the key "lungjax". The graph is corrected where jax2onnx 0.13 treats all four
+axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute something else.
 """
 
 import contextlib
@@ -17,83 +17,81 @@ from typing import Any
 import jax
 import numpy as np
 
-from lungjax.export.functions import Programs
+from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_file
 
 FILE = "model.onnx"
-MOST = 2**31 - 2**20  # bytes: a protobuf holds no more
+MAX_BYTES = 2**31 - 2**20  # limit of a protobuf
 TINY = float(np.finfo(np.float32).tiny)
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
-def write(programs: Programs, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     """Writes FILE into `folder`, checks it with onnx, runs it with onnxruntime and compares it with the network.
 
-    Returns its path, and the largest difference of the logits by their range. Raises ValueError, and leaves no file, if
-    that is too large, a package is missing, or the network is too big for the format.
+    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
+    large, a package is missing, or the network is too large for the format.
     """
     onnx = load_packages()
-    size = sum(array.nbytes for array in programs.weights.values())
-    if size > MOST:
+    size = sum(array.nbytes for array in functions.weights.values())
+    if size > MAX_BYTES:
         raise ValueError(
-            f"{FILE}: the weights take {size / 2**30:.1f} GiB, and ONNX holds 2 in a file; use --format=jax"
+            f"{FILE}: the weights take {size / 2**30:.1f} GiB, above ONNX's limit of 2 GiB per file; use --format=jax"
         )
-    model = convert(programs)
+    model = convert(functions)
     path = folder / FILE
     with atomic_file(path) as partial_file:
         onnx.save(model, str(partial_file))
         onnx.checker.check_model(str(partial_file), full_check=True)
-        found = programs.check(artifacts.read_onnx(partial_file).outputs, FILE)
-    return path, found
+        difference = functions.check(artifacts.read_onnx(partial_file).outputs, FILE)
+    return path, difference
 
 
 def load_packages() -> Any:
-    """Returns onnx. Raises ValueError where a package of the extra `export` is missing."""
+    """Returns onnx. Raises ValueError if a package of the extra `export` is missing."""
     try:
         import jax2onnx  # noqa: F401
         import onnx
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"{FILE} needs the package {error.name}: pip install -e '.[export]' installs what ONNX files are made with"
-        ) from None
+        raise ValueError(f"{FILE} needs the package {error.name}: pip install -e '.[export]'") from None
     return onnx
 
 
-def convert(programs: Programs) -> Any:
-    """Returns the `onnx.ModelProto` of the `predict` program."""
-    weights = programs.weights  # before the trace, in which they would be no numbers
+def convert(functions: Functions) -> Any:
+    """Returns the `onnx.ModelProto` of the `predict` function."""
+    weights = functions.weights  # outside of the trace, in which they would be abstract
     with _quiet():
         from jax2onnx import to_onnx
 
-        def predict(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found = programs.predict(weights, pixels)
-            return found["probabilities"], found["logits"]
+        def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
+            outputs = functions.predict(weights, pixels)
+            return tuple(outputs[name] for name in artifacts.OUTPUTS)
 
         model = to_onnx(
             predict,
-            [jax.ShapeDtypeStruct(("B", *programs.image_shape), np.uint8)],
+            [jax.ShapeDtypeStruct(("B", *functions.image_shape), np.uint8)],
             model_name="lungjax",
             input_names=["pixels"],
-            output_names=["probabilities", "logits"],
+            output_names=list(artifacts.OUTPUTS),
         )
-    mend_pools(model)
-    mend_borders(model)
+    fix_pools(model)
+    fix_borders(model)
     drop_unused(model)
-    told = model.metadata_props.add()
-    told.key, told.value = artifacts.METADATA_KEY, programs.metadata.to_json()
+    entry = model.metadata_props.add()
+    entry.key, entry.value = artifacts.METADATA_KEY, functions.metadata.to_json()
     model.producer_name = "lungjax"
     return model
 
 
-def mend_pools(model: Any) -> None:
-    """Turns each max pool over four places, Unsqueeze twice around and Squeeze after it, into one over two."""
+def fix_pools(model: Any) -> None:
+    """Turns each max pool over four axes, with two Unsqueeze before and a Squeeze after it, into one over two."""
     from onnx import helper
 
     graph = model.graph
-    made = {name: node for node in graph.node for name in node.output}
-    gone: set[str] = set()
+    producers = {name: node for node in graph.node for name in node.output}
+    removed: set[str] = set()
     nodes = []
     for node in graph.node:
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -101,11 +99,11 @@ def mend_pools(model: Any) -> None:
         if node.op_type != "MaxPool" or len(window) != 4:
             nodes.append(node)
             continue
-        outer = made[node.input[0]]
-        inner = made[outer.input[0]]
+        outer = producers[node.input[0]]
+        inner = producers[outer.input[0]]
         after = [other for other in graph.node if node.output[0] in other.input]
         if (outer.op_type, inner.op_type, *(o.op_type for o in after)) != ("Unsqueeze", "Unsqueeze", "Squeeze"):
-            raise ValueError(f"{FILE}: jax2onnx wrote the max pool {node.name} in an unknown way; report its version")
+            raise ValueError(f"{FILE}: unknown form of the max pool {node.name}; please report the version of jax2onnx")
         pads = list(options.get("pads", [0] * 8))
         strides = list(options.get("strides", [1] * 4))
         assert window[0] == window[3] == strides[0] == strides[3] == 1 and not any(pads[::4] + pads[3::4])
@@ -118,28 +116,28 @@ def mend_pools(model: Any) -> None:
             ),
             helper.make_node("Transpose", names[1:], list(after[0].output), f"{node.name}_out", perm=TO_NHWC),
         ]  # fmt: skip
-        gone |= {outer.name, inner.name, after[0].name}
+        removed |= {outer.name, inner.name, after[0].name}
         shapes = {node.output[0], outer.output[0], inner.output[0]}
-        kept = [value for value in graph.value_info if value.name not in shapes]
+        remaining = [value for value in graph.value_info if value.name not in shapes]
         del graph.value_info[:]
-        graph.value_info.extend(kept)
+        graph.value_info.extend(remaining)
     del graph.node[:]
-    graph.node.extend(node for node in nodes if node.name not in gone)
+    graph.node.extend(node for node in nodes if node.name not in removed)
 
 
-def mend_borders(model: Any) -> None:
-    """Keeps onnxruntime 1.31 from merging a border of zeros into the max pool after it, where no padded cell ever wins.
+def fix_borders(model: Any) -> None:
+    """Keeps onnxruntime 1.31 from merging a border of zeros into the following max pool, which ignores padding.
 
-    It does so for zeros alone, so the border becomes the smallest number above zero.
+    It does so for zeros only, so the border becomes the smallest positive number.
     """
     from onnx import numpy_helper
 
     graph = model.graph
-    made = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
-        source = made.get(node.input[0]) if node.op_type == "MaxPool" else None
+        source = producers.get(node.input[0]) if node.op_type == "MaxPool" else None
         while source is not None and source.op_type == "Transpose":
-            source = made.get(source.input[0])
+            source = producers.get(source.input[0])
         if source is not None and source.op_type == "Pad" and len(source.input) > 2:
             values = [array for array in graph.initializer if array.name == source.input[2]]
             if values and not numpy_helper.to_array(values[0]).any():
@@ -149,17 +147,17 @@ def mend_borders(model: Any) -> None:
 
 
 def drop_unused(model: Any) -> None:
-    """Takes out the constants that no node reads any more."""
+    """Removes the constants that no node reads."""
     graph = model.graph
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [array for array in graph.initializer if array.name in read]
+    remaining = [array for array in graph.initializer if array.name in read]
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(remaining)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps jax2onnx from telling of each plugin whose package is not installed."""
+    """Silences jax2onnx, which logs each plugin whose package is not installed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Writes `model.pyz`: StableHLO for every platform, weights, metadata and a script, in one file that Python runs."""
+"""Writes `model.pyz`: StableHLO for every platform, weights, metadata and a script in one file that Python runs."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 import lungjax
-from lungjax.export.functions import Programs, without_places
+from lungjax.export.functions import Functions, without_source_paths
 from lungjax.inference import artifacts
 from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
@@ -19,40 +19,41 @@ from lungjax.runtime.files import atomic_file
 FILE = "model.pyz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models are equal files
 SCRIPT = "__main__.py"
-# Files of lungjax that the script reads images and words answers with, under their own names.
+# Files of lungjax that the script imports to read images and to write records.
 PACKED = (
     "config/__init__.py", "config/metadata.py", "config/schema.py", "config/validate.py",
-    "data/__init__.py", "data/imaging/__init__.py", "data/imaging/images.py", "data/imaging/lung_masks.py",
-    "data/imaging/lung_outline.py", "data/imaging/study_masks.py", "data/preprocess.py",
+    "data/__init__.py", "data/batching.py", "data/folder_walk.py", "data/imaging/__init__.py",
+    "data/imaging/images.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
+    "data/imaging/study_masks.py", "data/preprocess.py",
     "evaluation/__init__.py", "evaluation/novelty.py",
     "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip
-# jax reads serialised programs with flatbuffers, which it doesn't install: a small package of Python alone travels too.
-LICENCES = b"""\"\"\"Copies of files that the script needs.
+# jax reads serialized programs with flatbuffers but does not depend on it, so this small Python package is packed too.
+LICENSES = b"""\"\"\"Copies of files that the script needs.
 
-lungjax: Apache-2.0. flatbuffers, in the folder beside this one: Copyright Google Inc., Apache-2.0,
-https://github.com/google/flatbuffers. The licence: https://www.apache.org/licenses/LICENSE-2.0
+lungjax: Apache-2.0. flatbuffers, in the folder next to this one: Copyright Google Inc., Apache-2.0,
+https://github.com/google/flatbuffers. The license: https://www.apache.org/licenses/LICENSE-2.0
 \"\"\"
 """
 
 
-def write(programs: Programs, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     """Writes FILE into `folder`, reads it back and compares it with the network.
 
-    Returns its path, and the largest difference of the logits by their range. Raises ValueError, and leaves no file, if
-    that is too large.
+    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
+    large.
     """
     path = folder / FILE
     with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in members(programs).items():
+            for name, data in members(functions).items():
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
-        found = programs.check(artifacts.read_pyz(partial_file).outputs, FILE)
-    return path, found
+        difference = functions.check(artifacts.read_pyz(partial_file).outputs, FILE)
+    return path, difference
 
 
 def load_packages() -> Any:
-    """Returns flatbuffers, with which jax serialises. Raises ValueError where it is missing."""
+    """Returns flatbuffers, which jax serializes with. Raises ValueError if it is missing."""
     try:
         import flatbuffers
     except ImportError:
@@ -60,11 +61,11 @@ def load_packages() -> Any:
     return flatbuffers
 
 
-def members(programs: Programs) -> dict[str, bytes]:
+def members(functions: Functions) -> dict[str, bytes]:
     """Returns the files in the zip, by name."""
     package = Path(lungjax.__file__).parent
     about = {
-        "artefact": "lungjax",
+        "artifact": "lungjax",
         "format": artifacts.FORMAT,
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
@@ -73,40 +74,41 @@ def members(programs: Programs) -> dict[str, bytes]:
     }
     return {
         SCRIPT: Path(__file__).with_name("standalone.py").read_bytes(),
-        "lungjax/__init__.py": LICENCES,
+        "lungjax/__init__.py": LICENSES,
         **{f"lungjax/{name}": (package / name).read_bytes() for name in PACKED},
         **{
             f"flatbuffers/{file.name}": file.read_bytes()
             for file in sorted(Path(load_packages().__file__).parent.glob("*.py"))
         },
         artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
-        artifacts.MODEL: programs.metadata.to_json().encode(),
-        artifacts.WEIGHTS: _arrays(programs.weights),
-        **{artifacts.member(name): program for name, program in serialized(programs).items()},
+        artifacts.MODEL: functions.metadata.to_json().encode(),
+        artifacts.WEIGHTS: _npz(functions.weights),
+        **{artifacts.member(name): program for name, program in serialized(functions).items()},
     }
 
 
-def serialized(programs: Programs) -> dict[str, bytes]:
-    """Returns each program as `jax.export` bytes, for all platforms and any number of images."""
-    weights = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in programs.weights.items()}
+def serialized(functions: Functions) -> dict[str, bytes]:
+    """Returns each function as `jax.export` bytes, for all platforms and any number of images."""
+    weights = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in functions.weights.items()}
     (batch,) = export.symbolic_shape("b")
-    pixels = jax.ShapeDtypeStruct((batch, *programs.image_shape), np.uint8)
+    pixels = jax.ShapeDtypeStruct((batch, *functions.image_shape), np.uint8)
     targets = jax.ShapeDtypeStruct((batch,), np.int32)
-    arguments: dict[str, tuple[Any, ...]] = {"predict": (weights, pixels), "gradcam": (weights, pixels, targets)}
-    with without_places():
+
+    def convert(function: Any, *arguments: Any) -> bytes:
+        return bytes(export.export(jax.jit(function), platforms=artifacts.PLATFORMS)(*arguments).serialize())
+
+    with without_source_paths():
         return {
-            name: bytes(
-                export.export(jax.jit(getattr(programs, name)), platforms=artifacts.PLATFORMS)(*given).serialize()
-            )
-            for name, given in arguments.items()
+            "predict": convert(functions.predict, weights, pixels),
+            "gradcam": convert(functions.gradcam, weights, pixels, targets),
         }
 
 
-def _arrays(weights: dict[str, np.ndarray]) -> bytes:
+def _npz(weights: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # np.savez stamps each array with the time
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # np.savez would store the time
         for name, array in weights.items():
-            one = io.BytesIO()
-            np.lib.format.write_array(one, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", EPOCH), one.getbuffer())
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", EPOCH), member.getbuffer())
     return buffer.getvalue()

@@ -1,12 +1,12 @@
-"""Writes `triton/NAME`, a model of a repository for the Triton Inference Server, from the ONNX file.
+"""Writes `triton/NAME`, a model of a Triton Inference Server repository, from the ONNX file.
 
     triton/NAME/config.pbtxt     backend, batching, inputs and outputs
     triton/NAME/1/model.onnx     version 1
-    triton/NAME/labels.txt       the classes, so that a client may ask for the k best by name
+    triton/NAME/labels.txt       the classes, so that a client may request the k best by name
     triton/NAME/model.json       `metadata.Metadata`
-    triton/NAME/README.md             how to start the server and how to ask
+    triton/NAME/README.md        how to start the server and send a request
 
-Field names are those of Triton's model configuration (github.com/triton-inference-server/server, model_configuration).
+Field names are from Triton's model configuration (github.com/triton-inference-server/server, model_configuration).
 """
 
 import json
@@ -16,13 +16,13 @@ from typing import Any
 
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
-from lungjax.export.functions import Programs
+from lungjax.export.functions import Functions
 from lungjax.runtime.files import atomic_folder
 
 FOLDER = "triton"
 MAX_BATCH = 64
 PREFERRED = (4, 8, 16)
-DELAY = 2000  # microseconds that a request waits for others
+DELAY = 2000  # microseconds that a request may wait for others
 
 CONFIG = """name: "{name}"
 backend: "onnxruntime"
@@ -45,6 +45,11 @@ output [
     name: "logits"
     data_type: TYPE_FP32
     dims: [ {classes} ]
+  }},
+  {{
+    name: "features"
+    data_type: TYPE_FP32
+    dims: [ {features} ]
   }}
 ]
 dynamic_batching {{
@@ -61,7 +66,7 @@ README = """# {name} on the Triton Inference Server
         tritonserver --model-repository=/models
 
 RELEASE is a version of the server whose onnxruntime reads ONNX opset 23, such as 25.08. With -p 127.0.0.1:8000:8000
-only this machine can ask it. Then
+only this machine can reach it. Then
 
     curl localhost:8000/v2/models/{name}/config
 
@@ -72,59 +77,59 @@ and, in Python (pip install tritonclient[http] numpy):
 
     client = triton.InferenceServerClient("localhost:8000")
     pixels = np.zeros((1, {height}, {width}, {channels}), np.uint8)   # B images, {kind}, 0..255
-    wanted = triton.InferInput("pixels", pixels.shape, "UINT8")
-    wanted.set_data_from_numpy(pixels)
-    answer = client.infer("{name}", [wanted])
-    print(answer.as_numpy("probabilities"))            # [B, {classes}]: {names}
+    request = triton.InferInput("pixels", pixels.shape, "UINT8")
+    request.set_data_from_numpy(pixels)
+    response = client.infer("{name}", [request])
+    print(response.as_numpy("probabilities"))          # [B, {classes}]: {names}
 
-Images are cropped and resized by the client, as `input` of model.json says (size {height} x {width}, crop "{crop}",
-{interpolation}, antialias {antialias}); normalisation and calibration are inside the model. With lungjax installed,
-`lungjax.inference.predictor.open_model("{name}/1/model.onnx").picture(image).pixels` does it.
+The client crops and resizes images as `input` of model.json says (size {height} x {width}, crop "{crop}",
+{interpolation}, antialias {antialias}); normalization and calibration are inside the model. With lungjax installed,
+`lungjax.load("{name}/1/model.onnx").prepare(image).pixels` does that.
 """
 
 
-def write(programs: Programs, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as `onnx.write` does.
+def write(functions: Functions, folder: Path) -> tuple[Path, float]:
+    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as in `onnx.write`.
 
-    Returns its path, and the largest difference of the logits by their range. Raises ValueError as that does.
+    Returns its path and the difference of `Functions.check`. Raises ValueError as `onnx.write`.
     """
-    path, told = folder / FOLDER, programs.metadata
+    path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)
-    with atomic_folder(path / model_name(told), FILE) as model:  # other models of the repository stay
+    with atomic_folder(path / model_name(metadata), FILE) as model:  # other models of the repository stay
         (model / "1").mkdir()
-        _, found = onnx.write(programs, model / "1")
-        (model / "config.pbtxt").write_text(config(told), "utf-8")
-        (model / "labels.txt").write_text("".join(f"{name}\n" for name in told.classes), "utf-8")
-        (model / FILE).write_text(told.to_json(), "utf-8")
-        (model / "README.md").write_text(readme(told), "utf-8")
-    return path / model_name(told), found
+        _, difference = onnx.write(functions, model / "1")
+        (model / "config.pbtxt").write_text(config(metadata, functions.feature_count), "utf-8")
+        (model / "labels.txt").write_text("".join(f"{name}\n" for name in metadata.classes), "utf-8")
+        (model / FILE).write_text(metadata.to_json(), "utf-8")
+        (model / "README.md").write_text(readme(metadata), "utf-8")
+    return path / model_name(metadata), difference
 
 
 def load_packages() -> Any:
-    """As `onnx.load_packages`: the server itself is not needed to write for it."""
+    """As `onnx.load_packages`; the server itself is not needed."""
     return onnx.load_packages()
 
 
-def model_name(told: Metadata) -> str:
-    """Returns the model's name as a folder and in a URL: letters, digits, `_`, `-` and `.` of the experiment's."""
-    return re.sub(r"[^\w.-]+", "_", told.name, flags=re.ASCII).strip("._") or "model"
+def model_name(metadata: Metadata) -> str:
+    """Returns the model's name in folders and URLs: the letters, digits, `_`, `-` and `.` of the experiment's name."""
+    return re.sub(r"[^\w.-]+", "_", metadata.name, flags=re.ASCII).strip("._") or "model"
 
 
-def config(told: Metadata) -> str:
-    """Returns config.pbtxt. Dimensions leave out the batch, as Triton wants where max_batch_size is above zero."""
-    height, width = told.input.size
+def config(metadata: Metadata, features: int) -> str:
+    """Returns config.pbtxt. Dimensions omit the batch, as Triton requires if max_batch_size is above zero."""
+    height, width = metadata.input.size
     return CONFIG.format(
-        name=model_name(told), batch=MAX_BATCH, height=height, width=width, channels=told.input.channels,
-        classes=len(told.classes), preferred=", ".join(map(str, PREFERRED)), delay=DELAY,
+        name=model_name(metadata), batch=MAX_BATCH, height=height, width=width, channels=metadata.input.channels,
+        classes=len(metadata.classes), features=features, preferred=", ".join(map(str, PREFERRED)), delay=DELAY,
     )  # fmt: skip
 
 
-def readme(told: Metadata) -> str:
-    """Returns README.md: how the server is started and asked."""
-    height, width = told.input.size
+def readme(metadata: Metadata) -> str:
+    """Returns README.md."""
+    height, width = metadata.input.size
     return README.format(
-        name=model_name(told), notice=NOTICE, height=height, width=width, channels=told.input.channels,
-        kind="gray" if told.input.channels == 1 else "RGB", classes=len(told.classes),
-        names=json.dumps(list(told.classes), ensure_ascii=False), crop=told.input.crop,
-        interpolation=told.input.interpolation, antialias=told.input.antialias,
+        name=model_name(metadata), notice=NOTICE, height=height, width=width, channels=metadata.input.channels,
+        kind="gray" if metadata.input.channels == 1 else "RGB", classes=len(metadata.classes),
+        names=json.dumps(list(metadata.classes), ensure_ascii=False), crop=metadata.input.crop,
+        interpolation=metadata.input.interpolation, antialias=metadata.input.antialias,
     )  # fmt: skip

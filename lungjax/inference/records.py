@@ -1,16 +1,15 @@
-"""What is said of one image or one series, in the same words and numbers by every command: JSON-ready dictionaries.
+"""JSON-ready records of predictions, the same for every command and the service.
 
-    file            its name
-    predicted       the class of the highest probability
-    probabilities   {class: p}, calibrated, adding up to 1
-    decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p is at least the
-                    threshold that `rule` chose on the validation split, for slices or patients (`level`), and how often
-                    that was right on the test split; without a class that has no such point
-    unlike          how unlike the training images it is; above 1 is more so than 99 % of the validation images; None
-                    where the model can't tell
+    file            name of the image
+    predicted       class with the highest probability
+    probabilities   {class: p}, calibrated, with sum 1
+    decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p reaches the
+                    threshold that `rule` chose on the validation split for slices or patients (`level`), and the rates
+                    of that threshold on the test split; only classes with such an operating point
+    novelty         out-of-distribution score; above 1 for about 1 % of the validation images; None without a score
     warnings        [sentences]
 
-A series (or a patient) has `files`, its number of slices, in the place of `file` and `unlike`.
+The record of a series (or patient) has `series` and `files`, its number of slices, in place of `file` and `novelty`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,12 @@ from lungjax.config import nearest
 from lungjax.config.metadata import Metadata
 
 RULE = "youden"
-SHOWN = ("threshold", "sensitivity", "specificity")
-MANY = 0.2  # part of a series' slices with a warning, from which the series has one
+POINT_KEYS = ("threshold", "sensitivity", "specificity")
+WARNED_FRACTION = 0.2  # of the slices of a series; from there on the series has a warning too
 
 
 def check_rule(metadata: Metadata, rule: str) -> None:
-    """Raises ValueError for a rule that the model has no operating point of, unless it has none at all."""
+    """Raises ValueError for an unknown operating point; a model without any accepts every name."""
     rules = metadata.rules()
     if rules and rule not in rules:
         raise ValueError(f"--rule={rule}: {nearest(rule, rules)}")
@@ -37,17 +36,14 @@ def record(
     metadata: Metadata,
     name: str,
     probabilities: np.ndarray,
-    unlike: float | None = None,
+    novelty: float | None = None,
     warnings: Sequence[str] = (),
     rule: str = RULE,
 ) -> dict[str, Any]:
-    """Returns the record of one image; `probabilities` [classes] are calibrated."""
-    return {
-        "file": name,
-        **_said(metadata, probabilities, rule, "slice"),
-        "unlike": None if unlike is None else round(float(unlike), 3),
-        "warnings": list(warnings),
-    }
+    """Returns the record of one image with calibrated `probabilities` [classes]."""
+    score = None if novelty is None else round(float(novelty), 3)
+    return {"file": name, **_prediction(metadata, probabilities, rule, "slice"), "novelty": score,
+            "warnings": list(warnings)}  # fmt: skip
 
 
 def summary(
@@ -58,41 +54,58 @@ def summary(
     warnings: Sequence[str] = (),
     rule: str = RULE,
 ) -> dict[str, Any]:
-    """Returns the record of a series: the mean over its slices, as a patient's in every report.
+    """Returns the record of a series: the mean over its slices, as for patients in the report.
 
     Args:
       metadata: of the model.
       name: of the series.
       probabilities: [slices, classes], calibrated.
-      warned: how many slices have a warning of their own.
+      warned: number of slices with warnings.
       warnings: of the series itself.
-      rule: of the operating points; those of patients where the model has them, else those of slices.
+      rule: operating point; the one for patients if the model has it, else the one for slices.
     """
-    count = len(probabilities)
-    level = "patient" if metadata.points.get("patient") else "slice"
-    lines = list(warnings)
-    if warned >= MANY * count and warned:
-        lines.append(f"{warned} of {count} slices have a warning of their own")
+    count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
+    several = [f"{warned} of {count} slices have warnings"] if warned and warned >= WARNED_FRACTION * count else []
     mean = np.asarray(probabilities, np.float64).mean(axis=0)
-    return {"series": name, "files": count, **_said(metadata, mean, rule, level), "warnings": lines}
+    prediction = _prediction(metadata, mean, rule, level)
+    return {"series": name, "files": count, **prediction, "warnings": [*warnings, *several]}
 
 
 def failure(name: str, message: str) -> dict[str, str]:
-    """Returns the record of an image of which nothing can be said."""
+    """Returns the record of an image that can't be predicted."""
     return {"file": name, "error": message}
 
 
-def _said(metadata: Metadata, probabilities: np.ndarray, rule: str, level: str) -> dict[str, Any]:
-    p = [float(value) for value in probabilities]
+def columns(metadata: Metadata) -> list[str]:
+    """Returns the columns of a CSV table of records that describe the prediction."""
+    return ["predicted", *(f"p_{name}" for name in metadata.classes), *(f"called_{name}" for name in metadata.classes)]
+
+
+def cell(record: Mapping[str, Any], column: str) -> Any:
+    """Returns the value of a record in a column of a CSV table."""
+    kind, _, name = column.partition("_")
+    if kind == "p":
+        return record.get("probabilities", {}).get(name, "")
+    if kind == "called":
+        point = record.get("decisions", {}).get(name)
+        return "" if point is None else "yes" if point["called"] else "no"
+    value = record.get(column)
+    if isinstance(value, dict):  # gate
+        return "passed" if value["passed"] else "rejected"
+    return "; ".join(value) if isinstance(value, list) else "" if value is None else value
+
+
+def _prediction(metadata: Metadata, probabilities: np.ndarray, rule: str, level: str) -> dict[str, Any]:
     points: Mapping[str, Any] = metadata.points.get(level, {})
+    p = dict(zip(metadata.classes, map(float, probabilities), strict=True))
     decisions = {}
-    for name, value in zip(metadata.classes, p, strict=True):
+    for name, value in p.items():
         point = points.get(name, {}).get(rule)
         if point:
-            called = value >= point["threshold"]
-            decisions[name] = {"called": called, "rule": rule, "level": level, **{key: point.get(key) for key in SHOWN}}
+            rates = {key: point.get(key) for key in POINT_KEYS}
+            decisions[name] = {"called": value >= point["threshold"], "rule": rule, "level": level, **rates}
     return {
-        "predicted": metadata.classes[int(np.argmax(p))],
-        "probabilities": {name: round(value, 6) for name, value in zip(metadata.classes, p, strict=True)},
+        "predicted": metadata.classes[int(np.argmax(probabilities))],
+        "probabilities": {name: round(value, 6) for name, value in p.items()},
         "decisions": decisions,
     }

@@ -39,3 +39,8 @@ def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
     p = jax.nn.sigmoid(logits)
     pair = jnp.concatenate([1 - p, p], axis=-1)
     return pair if positive == 1 else pair[:, ::-1]
+
+
+def pooled_features(last: jax.Array) -> jax.Array:
+    """Returns the spatial mean of the last map [B, h, w, F], float32 [B, F]."""
+    return last.astype(jnp.float32).mean((1, 2))

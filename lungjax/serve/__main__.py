@@ -1,7 +1,7 @@
 """A trained network as an HTTP service: python -m lungjax.serve --model=runs/my_run
 
-It answers at http://127.0.0.1:8000: a page for people, /predict and /explain for programs, described at /docs. It needs
-the extra `serve`. SIGTERM and Ctrl-C let it finish what it is computing.
+It answers at http://127.0.0.1:8000: a web page, and /predict and /explain for programs, documented at /docs. Needs the
+extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
 import importlib.util
@@ -18,44 +18,42 @@ from absl import app, flags
 
 from lungjax import cli
 
-NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
-LEAST_TOKEN = 16  # characters
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+MIN_TOKEN = 16  # characters
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A run's folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; others than loopback are open to others.")
-    flags.DEFINE_integer("port", 8000, "The port; 0 takes a free one.", 0, 65535)
-    flags.DEFINE_list(
-        "allowed_hosts", [], "Further names by which it may be called; a proxy in front must pass Host on."
-    )
-    flags.DEFINE_string("token_file", None, "A file with the token that requests must bring; or LUNGJAX_TOKEN.")
-    flags.DEFINE_float("max_mb", 64, "MiB of one file.", 0.001)
-    flags.DEFINE_float("max_request_mb", 256, "MiB of one request.", 0.001)
-    flags.DEFINE_float("max_held_mb", 512, "MiB of all requests together.", 0.001)
-    flags.DEFINE_integer("max_files", 64, "Files of one request.", 1)
-    flags.DEFINE_float("max_megapixels", 30, "Million pixels of one image.", 0.0001)
-    flags.DEFINE_integer("max_side", 10_000, "Pixels along a side of one image.", 1)
-    flags.DEFINE_integer("max_requests", 128, "Requests at once.", 1)
+    flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any but loopback is open to other machines.")
+    flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
+    flags.DEFINE_list("allowed_hosts", [], "Further accepted Host names; a reverse proxy must pass Host on.")
+    flags.DEFINE_string("token_file", None, "File with the token that requests must send; or LUNGJAX_TOKEN.")
+    flags.DEFINE_float("max_mb", 64, "MiB per file.", 0.001)
+    flags.DEFINE_float("max_request_mb", 256, "MiB per request.", 0.001)
+    flags.DEFINE_float("max_upload_mb", 512, "MiB of uploads in memory, of all requests.", 0.001)
+    flags.DEFINE_integer("max_files", 64, "Files per request.", 1)
+    flags.DEFINE_float("max_megapixels", 30, "Million pixels per image.", 0.0001)
+    flags.DEFINE_integer("max_side", 10_000, "Pixels along each side of an image.", 1)
+    flags.DEFINE_integer("max_requests", 128, "Requests in progress.", 1)
     flags.DEFINE_integer("max_queue", 256, "Images that may wait for the device.", 1)
-    flags.DEFINE_integer("max_explains", 32, "Heat maps that may wait for the device.", 1)
-    flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute one request.", 0.01)
-    flags.DEFINE_float("read_seconds", 10, "Seconds for a body, and one more for each 64 KiB of it.", 0.01)
+    flags.DEFINE_integer("max_explains", 32, "Saliency maps that may wait for the device.", 1)
+    flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute a request.", 0.01)
+    flags.DEFINE_float("read_seconds", 10, "Seconds to receive a body, plus one for each 64 KiB.", 0.01)
 
 
 def main(_: list[str]) -> None:
-    """Opens the model, takes the port, and serves until it is told to stop."""
+    """Opens the port and the model, and serves until a signal."""
     if not FLAGS.model:
-        raise app.UsageError("--model=M is missing: a run's folder, or a model.pyz or model.onnx")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        raise app.UsageError("--model=M is missing: a run folder, or a model.pyz or model.onnx")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not installed: pip install 'lungjax[serve]'")
-    # The decoding threads share the cores out; numpy's own threads would wait for each other, at five times the cost.
+    # The decoding threads use all cores; numpy's own threads would contend with them and take five times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not leave uploads in a core file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would contain uploads
     from lungjax.runtime import environment
 
     environment.prepare_jax()
@@ -68,7 +66,7 @@ def main(_: list[str]) -> None:
         token=read_token(FLAGS.token_file),
         file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6), FLAGS.max_side),
         request_bytes=int(FLAGS.max_request_mb * MIB),
-        held_bytes=int(FLAGS.max_held_mb * MIB),
+        upload_bytes=int(FLAGS.max_upload_mb * MIB),
         files=FLAGS.max_files,
         requests=FLAGS.max_requests,
         queue=FLAGS.max_queue,
@@ -84,27 +82,28 @@ def serve(settings: Any, listening: socket.socket) -> int:
     """Serves until a signal; returns the exit code."""
     import uvicorn
 
-    from lungjax.inference import predictor
+    from lungjax.inference.model import load
     from lungjax.serve.app import build
     from lungjax.serve.middleware import LOG, describe
-    from lungjax.serve.protocol import Patient
+    from lungjax.serve.protocol import LingeringProtocol
 
+    model = load(FLAGS.model)
     LOG.setLevel(logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     LOG.addHandler(handler)
     LOG.propagate = False
-    model = predictor.open_model(FLAGS.model)
-    codes = [0]
+    exit_code = 0
 
-    def failed(error: BaseException) -> None:
+    def on_failure(error: BaseException) -> None:
         LOG.error("the model could not be compiled: %s", describe(error))
-        codes[0] = 1
+        nonlocal exit_code
+        exit_code = 1
         server.should_exit = True
 
     config = uvicorn.Config(
-        build(model, settings, failed),
-        http=Patient,
+        build(model, settings, on_failure),
+        http=LingeringProtocol,
         loop="asyncio",
         ws="none",
         lifespan="on",
@@ -112,60 +111,62 @@ def serve(settings: Any, listening: socket.socket) -> int:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.requests + 1024,  # the guard answers with words before that
+        limit_concurrency=settings.requests + 1024,  # the middleware refuses with a message before that
         backlog=256,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(settings.seconds) + 5,
     )
     server = uvicorn.Server(config)
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it would say of requests, the guard says
-    # uvicorn raises the signal that stopped it once more when it is done; that one is not to end the process.
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the middleware logs requests
+    # When it is done, uvicorn raises the signal that stopped it again; that must not end the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     greet(model.metadata, settings, listening)
     server.run(sockets=[listening])
-    return codes[0]
+    return exit_code
 
 
-def greet(told: Any, settings: Any, listening: socket.socket) -> None:
-    """Prints where it is, what it is, and who can reach it."""
+def greet(metadata: Any, settings: Any, listening: socket.socket) -> None:
+    """Prints the model, the address, and warnings about access."""
     from lungjax.config.metadata import NOTICE
 
     address, port = listening.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    images = sum(told.counts.get("train", {}).values())
-    trained = f"trained on {told.dataset}" + (f" ({images} images)" if images else "")
-    print(f"{told.name}: tells {', '.join(told.classes)} apart, {trained}.")
+    url = f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
+    images = sum(metadata.counts.get("train", {}).values())
+    data = f"{metadata.dataset}" + (f" ({images:,} images)" if images else "")
+    print(f"{metadata.name}: classifies {', '.join(metadata.classes)}; trained on {data}.")
     print(NOTICE)
-    if settings.open_to_others and not settings.token:
-        print(f"WARNING: whoever reaches {shown} can use it: no token was given (--token_file or LUNGJAX_TOKEN).")
-    if settings.open_to_others:
-        print("WARNING: it speaks plain HTTP: images and token can be read on the way. Put a proxy with TLS before it.")
-    print(f"http://{shown}:{port}/", flush=True)
+    if settings.public and not settings.token:
+        print(f"WARNING: anyone who can reach {url} can use it, without a token (--token_file or LUNGJAX_TOKEN).")
+    if settings.public:
+        print("WARNING: plain HTTP exposes images and token on the network. Put a TLS proxy in front.")
+    print(url, flush=True)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a bound socket. Raises ValueError if the port is taken, not allowed, or the address is not of here."""
+    """Returns a bound socket. Raises ValueError if the port is taken or not permitted, or the address is not local."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise ValueError(f"--host={host}: no such address") from None
-    made = socket.socket(*found[:3])  # with the protocol, by which asyncio knows that it may send at once
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(
+        family, kind, protocol
+    )  # including the protocol, which asyncio needs to disable Nagle's algorithm
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind(found[4])
-        made.listen(256)  # so that nobody else gets the port while the model is opened
+        listening.bind(address)
+        listening.listen(256)  # reserves the port while the model is opened
     except OSError as error:
-        made.close()
+        listening.close()
         why = (error.strerror or str(error)).lower()
         raise ValueError(
-            f"--port={port} at {host} can't be had ({why}): give another --port, or 0 for a free one"
+            f"--port={port} at {host} is unavailable ({why}); give another --port, or 0 for a free one"
         ) from None
-    return made
+    return listening
 
 
 def read_token(file: str | None) -> str:
-    """Returns the token of a file, else of LUNGJAX_TOKEN, else "". Raises ValueError for one that can be guessed."""
+    """Returns the token of a file, else of LUNGJAX_TOKEN, else "". Raises ValueError for a weak one."""
     try:
         text = Path(file).expanduser().read_text("utf-8") if file else os.environ.get("LUNGJAX_TOKEN", "")
     except (OSError, UnicodeDecodeError) as error:
@@ -173,9 +174,9 @@ def read_token(file: str | None) -> str:
     token, where = text.strip(), f"--token_file={file}" if file else "LUNGJAX_TOKEN"
     if not token and not file and "LUNGJAX_TOKEN" not in os.environ:
         return ""
-    if len(token) < LEAST_TOKEN or not token.isascii() or any(sign.isspace() for sign in token):
-        wanted = f"wanted at least {LEAST_TOKEN} signs (ASCII, no spaces), such as of `openssl rand -hex 32`"
-        raise ValueError(f"{where}: {wanted}")
+    if len(token) < MIN_TOKEN or not token.isascii() or any(map(str.isspace, token)):
+        rule = f"at least {MIN_TOKEN} ASCII characters without spaces, for example from `openssl rand -hex 32`"
+        raise ValueError(f"{where}: a token has {rule}")
     return token
 
 

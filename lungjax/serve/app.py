@@ -1,7 +1,7 @@
-"""The routes of the service.
+"""Routes of the service.
 
-A request's files are read into memory under limits (`multipart`), decoded by a few threads (`lungjax.serve.uploads`),
-computed by one (`batching`), and gone once the answer is sent.
+Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), computed by
+one thread (`batching`), and freed when the answer is sent.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ import contextlib
 import ctypes
 import ctypes.util
 import io
-import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,309 +27,285 @@ from lungjax import __version__
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.explain import panels, saliency
-from lungjax.inference import records as answers
+from lungjax.inference import records
+from lungjax.inference.model import Model
+from lungjax.runtime import environment
 from lungjax.serve import docs, schemas, uploads
 from lungjax.serve.batching import Device
-from lungjax.serve.metrics import Meters
-from lungjax.serve.middleware import Guard, refusal
+from lungjax.serve.metrics import Metrics
+from lungjax.serve.middleware import Guard, error_response
 from lungjax.serve.multipart import Budget, File, discard, receive
 from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
-KINDS = {
+CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
 }
-LARGE = 4 * 2**20  # bytes of a decoded image that are worth giving back
-DECODERS = 4  # threads at most: each may hold some 600 MB for the largest image that is allowed
-LIMITED = (400, 401, 403, 408, 413, 415, 421, 422, 500, 503, 504)
-WORDS = (
-    "A trained network for lung images over HTTP. Images stay in memory while they are answered, and are written "
-    "nowhere. What a DICOM file says of a person gets neither into an answer nor into the log."
+LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
+MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
+ERRORS = (400, 401, 403, 408, 413, 415, 421, 422, 500, 503, 504)
+DESCRIPTION = (
+    "A trained network for lung images over HTTP. Images stay in memory until they are answered, and are not written "
+    "to disk. Patient data of DICOM files appears neither in answers nor in the log."
 )
+Rule = Annotated[str | None, Query(description="Operating point of the decisions, from `points` of /model.")]
+Class = Annotated[str | None, Query(alias="class", description="Class to explain; default the predicted one.")]
+Method = Annotated[str | None, Query(description="One of `methods` of /model; default the first.")]
 
 
 @dataclass(eq=False)
-class _Read:
-    """One file, decoded, or why it was not."""
+class _Decoded:
+    """A decoded file, or the error."""
 
     name: str
-    picture: Any = None
+    input: Any = None  # `Input`
     series: str = ""
     size: int = 0  # bytes of the decoded image
-    refused: UploadError | None = None
+    error: UploadError | None = None
 
 
-def build(predictor: Any, settings: Settings, failed: Callable[[BaseException], None] = lambda _: None) -> FastAPI:  # noqa: C901, PLR0915
-    """Returns the service as an ASGI application.
+class Service:
+    """The model, its threads and the handlers of the routes."""
 
-    Args:
-      predictor: of `lungjax.inference.predictor`; it is compiled when the application starts.
-      settings: limits, and who may ask.
-      failed: called, in another thread, with the error if compiling fails.
-    """
-    uploads.quiet()
-    told, meters = predictor.metadata, Meters()
-    device = Device(predictor, meters, settings.queue, settings.explains, failed)
-    pool = ThreadPoolExecutor(min(_cores(), DECODERS), "decode")
-    pages = _pages()
+    def __init__(self, model: Model, settings: Settings, on_failure: Callable[[BaseException], None]) -> None:
+        self.model, self.settings, self.metadata = model, settings, model.metadata
+        self.metrics = Metrics()
+        self.device = Device(model, self.metrics, settings.queue, settings.explains, on_failure)
+        self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
+        self.budget = Budget(settings.upload_bytes, on_change=self.metrics.upload_bytes.set, trim=self._trim_soon)
 
-    def trim_soon() -> None:
-        asyncio.get_running_loop().call_later(1.0, pool.submit, _trim)
-
-    budget = Budget(settings.held_bytes, seen=meters.held.set, much=trim_soon)
+    def _trim_soon(self) -> None:
+        asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
 
     @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        device.start()
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Starts the device thread, and ends all threads."""
+        self.device.start()
         yield
-        await asyncio.to_thread(device.stop)
-        pool.shutdown(cancel_futures=True)
+        await asyncio.to_thread(self.device.stop)
+        self.pool.shutdown(cancel_futures=True)
 
-    app = FastAPI(
-        title="lungjax",
-        description=f"{WORDS} {NOTICE}",
-        version=__version__,
-        redirect_slashes=False,  # an upload would be sent twice
-        openapi_url=None,  # our own routes, under our own headers
-        docs_url=None,
-        redoc_url=None,
-        lifespan=life,
-    )
-    app.add_middleware(Guard, settings=settings, meters=meters, pages=frozenset(pages))
+    async def predict(self, request: Request, rule: Rule = None) -> Response:
+        """Predicts each image, and each DICOM series of two or more CT slices."""
+        rule = self._rule(rule)
+        async with self._decoded(request, "predict") as files:
+            good = [file for file in files if file.error is None]
+            futures = self.device.predict([file.input.pixels for file in good])
+            rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        results = [self._record(file, p, rule) for file, p in zip(good, rows, strict=True)]
+        return self._answer(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
 
-    async def refused(request: Request, error: Any) -> Response:
-        meters.refused.labels(error.reason).inc()
-        await discard(request)
-        return refusal(error)
+    async def explain(self, request: Request, name: Class = None, method: Method = None, rule: Rule = None) -> Response:
+        """As /predict, with a saliency map of one class per image."""
+        rule, methods, classes = self._rule(rule), self.model.methods, self.metadata.classes
+        if not methods:
+            raise UploadError(422, "method", "this model has no saliency maps; serve the run folder or a model.pyz")
+        if name is not None and name not in classes:
+            raise UploadError(422, "class", f"unknown class: {nearest(name, classes)}")
+        if method is not None and method not in methods:
+            raise UploadError(422, "method", f"unknown method: {nearest(method, methods)}")
+        method = method or methods[0]
+        target = None if name is None else classes.index(name)
+        async with self._decoded(request, "explain") as files:
+            good = [file for file in files if file.error is None]
+            futures = self.device.explain([file.input.pixels for file in good], target, method)
+            maps = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            pairs = [(file.input.pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
+            pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))
+        results = []
+        for file, (_, p), drawn in zip(good, maps, pictures, strict=True):
+            explained = classes[int(np.argmax(p)) if target is None else target]
+            results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | drawn)
+        return self._answer(request, "/explain", files, results, {})
 
-    app.add_exception_handler(UploadError, refused)
-    app.add_exception_handler(HTTPException, _unknown)
-    app.state.device, app.state.meters, app.state.budget = device, meters, budget
-    named = {"name": told.name, "dataset": told.dataset, "classes": list(told.classes)}
+    async def describe(self) -> dict[str, Any]:
+        """The model, its training data and scores, and the limits of the service."""
+        return self.metadata.public() | {
+            "notice": NOTICE, "methods": list(self.model.methods), "limits": self.settings.limits()
+        }  # fmt: skip
 
-    def decode(file: File) -> _Read:
-        try:
-            try:
-                found = uploads.read(file.data, settings.file, told.hu_windows, told.plane)
-            finally:
-                file.data = b""
-            try:
-                return _Read(file.name, predictor.picture(found.pixels), found.series, found.pixels.nbytes)
-            except ValueError as error:  # what such a picture can't be turned into
-                raise UploadError(422, "content", str(error)) from None
-        except UploadError as error:
-            return _Read(file.name, refused=error)
-
-    @contextlib.asynccontextmanager
-    async def decoded(request: Request, kind: str) -> AsyncIterator[list[_Read]]:
-        """The request's files, within the time that it may take; all bad ones are an answer by themselves."""
-        device.check(kind)
-        files, took = await receive(request, settings, budget)
-        try:
-            async with asyncio.timeout(settings.seconds):
-                loop = asyncio.get_running_loop()
-                read = await asyncio.gather(*(loop.run_in_executor(pool, decode, file) for file in files))
-                for one in read:
-                    if one.refused is not None:
-                        meters.refused.labels(one.refused.reason).inc()
-                    if one.size > LARGE:  # of a file that may have been small
-                        budget.went(one.size)
-                yield read
-        except TimeoutError:
-            raise UploadError(504, "time", f"it took more than {settings.seconds:g} seconds") from None
-        finally:
-            budget.release(took)
-
-    def answered(request: Request, route: str, read: list[_Read], records: list[dict[str, Any]], more: Any) -> Response:
-        """Returns the answer; `records` are those of the good files, in their order."""
-        made = iter(records)
-        results = [next(made) if one.refused is None else answers.failure(one.name, str(one.refused)) for one in read]
-        request.scope["lungjax"]["images"] = len(records)
-        meters.images.labels(route).inc(len(records))
-        first = next((one.refused for one in read if one.refused is not None), None)
-        if not records and first is not None:
-            return JSONResponse({"error": str(first), "results": results}, first.status)
-        return JSONResponse({"model": named, "notice": NOTICE, "results": results, **more})
-
-    @app.post(
-        "/predict",
-        description="Says what the network makes of each image, and of each DICOM series of two or more CT slices.",
-        response_model=schemas.Predicted,
-        responses=schemas.responses(*LIMITED),
-        openapi_extra=schemas.BODY,
-    )
-    async def predict(
-        request: Request,
-        rule: Annotated[str | None, Query(description="Decide by this operating point of /model's `points`.")] = None,
-    ) -> Response:
-        rule = _rule(told, rule)
-        async with decoded(request, "predict") as read:
-            good = [one for one in read if one.refused is None]
-            lined = device.predict([one.picture.pixels for one in good])
-            found = await asyncio.gather(*map(asyncio.wrap_future, lined))
-        records = [
-            answers.record(told, one.name, chances, one.picture.unlike, one.picture.warnings, rule)
-            for one, chances in zip(good, found, strict=True)
-        ]
-        return answered(request, "/predict", read, records, {"series": _series(told, good, found, rule)})
-
-    @app.post(
-        "/explain",
-        description="As /predict, with a heat map of what spoke for a class.",
-        response_model=schemas.Explanation,
-        responses=schemas.responses(*LIMITED),
-        openapi_extra=schemas.BODY,
-    )
-    async def explain(
-        request: Request,
-        about: Annotated[
-            str | None, Query(alias="class", description="The class to explain; the predicted one if left out.")
-        ] = None,
-        method: Annotated[str | None, Query(description="One of /model's `methods`; its first if left out.")] = None,
-        rule: Annotated[str | None, Query(description="As for /predict.")] = None,
-    ) -> Response:
-        rule = _rule(told, rule)
-        if not predictor.methods:
-            raise UploadError(422, "method", "this model has no heat maps: serve the run's folder or a model.pyz")
-        if about is not None and about not in told.classes:
-            raise UploadError(422, "class", f"no such class: {nearest(about, told.classes)}")
-        if method is not None and method not in predictor.methods:
-            raise UploadError(422, "method", f"no such method: {nearest(method, predictor.methods)}")
-        way = method or predictor.methods[0]
-        target = None if about is None else told.classes.index(about)
-        async with decoded(request, "explain") as read:
-            good = [one for one in read if one.refused is None]
-            lined = device.explain([one.picture.pixels for one in good], target, way)
-            found = await asyncio.gather(*map(asyncio.wrap_future, lined))
-            loop = asyncio.get_running_loop()
-            drawn = await asyncio.gather(
-                *(
-                    loop.run_in_executor(pool, _draw, one.picture.pixels, heat, way)
-                    for one, (heat, _) in zip(good, found, strict=True)
-                )
-            )
-        records = []
-        for one, (_, chances), pictures in zip(good, found, drawn, strict=True):
-            number = int(np.argmax(chances)) if target is None else target
-            record = answers.record(told, one.name, chances, one.picture.unlike, one.picture.warnings, rule)
-            records.append(record | {"explained": told.classes[number], "method": way} | pictures)
-        return answered(request, "/explain", read, records, {})
-
-    @app.get("/model", description="What the model is and was trained on, its scores and limits.")
-    async def model() -> dict[str, Any]:
-        return told.public() | {"notice": NOTICE, "methods": list(predictor.methods), "limits": settings.limits()}
-
-    @app.get(
-        "/health",
-        description="Whether the service answers: 200 once everything is compiled.",
-        response_model=schemas.Health,
-        responses={503: {"model": schemas.Health, "description": "Starting, or it could not start."}},
-    )
-    async def health() -> Response:
-        status = "failed" if device.failure else "ok" if device.ready.is_set() else "starting"
+    async def health(self) -> Response:
+        """Status 200 when everything is compiled."""
+        status = "failed" if self.device.failure else "ok" if self.device.ready.is_set() else "starting"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
-    @app.get(
-        "/metrics",
-        description="Counters and times for Prometheus.",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}},
+    async def prometheus(self) -> Response:
+        """Counters and times for Prometheus."""
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def refuse(self, request: Request, error: Any) -> Response:
+        """Answers a request with an UploadError."""
+        self.metrics.refused.labels(error.reason).inc()
+        await discard(request)
+        return error_response(error)
+
+    async def unknown_route(self, request: Request, error: Any) -> Response:
+        """Answers a request for another path or method."""
+        await discard(request)
+        words = {404: "no such page; see /docs", 405: "another method is required; see /docs"}
+        return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
+
+    @contextlib.asynccontextmanager
+    async def _decoded(self, request: Request, kind: str) -> AsyncIterator[list[_Decoded]]:
+        """Decodes the files of a request; the body of the context shares its time limit."""
+        self.device.check(kind)
+        files, count = await receive(request, self.settings, self.budget)
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                decoded = await asyncio.gather(*(self._run(self._decode, file) for file in files))
+                for file in decoded:
+                    if file.error is not None:
+                        self.metrics.refused.labels(file.error.reason).inc()
+                    if file.size > LARGE_IMAGE:  # decoded from a file that may have been small
+                        self.budget.free(file.size)
+                yield decoded
+        except TimeoutError:
+            raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
+        finally:
+            self.budget.release(count)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    def _decode(self, file: File) -> _Decoded:
+        try:
+            data, file.data = file.data, b""
+            upload = uploads.read(data, self.settings.file, self.metadata.hu_windows, self.metadata.plane)
+            del data
+            try:
+                return _Decoded(file.name, self.model.prepare(upload.pixels), upload.series, upload.pixels.nbytes)
+            except ValueError as error:
+                raise UploadError(422, "content", str(error)) from None
+        except UploadError as error:
+            return _Decoded(file.name, error=error)
+
+    def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
+        return records.record(self.metadata, file.name, p, file.input.novelty, file.input.warnings, rule)
+
+    def _answer(
+        self, request: Request, route: str, files: list[_Decoded], results: list[dict[str, Any]], more: dict[str, Any]
+    ) -> Response:
+        """Returns the answer; `results` are those of the good files, in order."""
+        good = iter(results)
+        every = [next(good) if file.error is None else records.failure(file.name, str(file.error)) for file in files]
+        request.scope["lungjax"]["images"] = len(results)
+        self.metrics.images.labels(route).inc(len(results))
+        first = next((file.error for file in files if file.error is not None), None)
+        if not results and first is not None:
+            return JSONResponse({"error": str(first), "results": every}, first.status)
+        metadata = self.metadata
+        model = {"name": metadata.name, "dataset": metadata.dataset, "classes": list(metadata.classes)}
+        return JSONResponse({"model": model, "notice": NOTICE, "results": every, **more})
+
+    def _rule(self, rule: str | None) -> str:
+        try:
+            if rule is not None:
+                records.check_rule(self.metadata, rule)
+        except ValueError:
+            raise UploadError(422, "rule", f"unknown rule: {nearest(rule or '', self.metadata.rules())}") from None
+        return rule or records.RULE
+
+    def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
+        """Returns the record of each series of two or more slices, by number: a UID identifies a person."""
+        groups: dict[str, list[int]] = {}
+        for i, file in enumerate(files):
+            if file.series:
+                groups.setdefault(file.series, []).append(i)
+        summaries: list[dict[str, Any]] = []
+        for numbers in (numbers for numbers in groups.values() if len(numbers) > 1):
+            p, warned = np.stack([rows[i] for i in numbers]), sum(bool(files[i].input.warnings) for i in numbers)
+            summaries.append(records.summary(self.metadata, f"series {len(summaries) + 1}", p, warned, rule=rule))
+        return summaries
+
+
+def build(model: Model, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None) -> FastAPI:
+    """Returns the service as an ASGI application; the model is compiled when the application starts.
+
+    `on_failure` is called, in another thread, with the error if compilation fails.
+    """
+    uploads.quiet()
+    service, files = Service(model, settings, on_failure), page_files()
+    app = FastAPI(
+        title="lungjax",
+        description=f"{DESCRIPTION} {NOTICE}",
+        version=__version__,
+        redirect_slashes=False,  # an upload would be sent twice
+        openapi_url=None,  # these pages are served below with our own headers
+        docs_url=None,
+        redoc_url=None,
+        lifespan=service.lifespan,
     )
-    async def metrics() -> Response:
-        return Response(meters.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics, pages=frozenset(files))
+    app.add_exception_handler(UploadError, service.refuse)
+    app.add_exception_handler(HTTPException, service.unknown_route)
+    app.state.service = service
+    work: dict[str, Any] = {"responses": schemas.responses(*ERRORS), "openapi_extra": schemas.BODY}
+    app.post("/predict", response_model=schemas.Predictions, **work)(service.predict)
+    app.post("/explain", response_model=schemas.Explanations, **work)(service.explain)
+    app.get("/model")(service.describe)
+    starting: Any = {503: {"model": schemas.Health, "description": "Starting, or failed to start."}}
+    app.get("/health", response_model=schemas.Health, responses=starting)(service.health)
+    text: Any = {200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}}
+    app.get("/metrics", response_class=Response, responses=text)(service.prometheus)
 
     async def openapi(_: Request) -> Response:
-        return JSONResponse(described(app, settings))
+        return JSONResponse(openapi_tree(app, settings))
 
-    async def description(_: Request) -> Response:
-        text = docs.page(described(app, settings), bool(settings.token))
+    async def documentation(_: Request) -> Response:
+        text = docs.page(openapi_tree(app, settings), bool(settings.token))
         return HTMLResponse(text, headers={"content-security-policy": docs.POLICY})
 
     async def page(request: Request) -> Response:
-        content, kind = pages[request.url.path]
-        return Response(content, media_type=kind)
+        content, content_type = files[request.url.path]
+        return Response(content, media_type=content_type)
 
-    app.add_route("/openapi.json", openapi, include_in_schema=False)
-    app.add_route("/docs", description, include_in_schema=False)
-    for path in pages:
-        app.add_route(path, page, include_in_schema=False)
+    for path, handler in {"/openapi.json": openapi, "/docs": documentation, **dict.fromkeys(files, page)}.items():
+        app.add_route(path, handler, include_in_schema=False)
     return app
 
 
-def described(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """Returns the OpenAPI description, with the token where there is one."""
+def openapi_tree(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """Returns the OpenAPI description, with the token if the service requires one."""
     tree = app.openapi()
     if settings.token:
         tree["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, methods in tree["paths"].items():
-            for told in methods.values():
-                told["security"] = [] if path == "/health" else [{"token": []}]
+            for operation in methods.values():
+                operation["security"] = [] if path == "/health" else [{"token": []}]
     return tree
 
 
-async def _unknown(request: Request, error: Any) -> Response:
-    await discard(request)
-    words = {404: "no such page: see /docs", 405: "another method is wanted here: see /docs"}
-    return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
-
-
-def _rule(told: Any, rule: str | None) -> str:
-    try:
-        if rule is not None:
-            answers.check_rule(told, rule)
-    except ValueError:
-        raise UploadError(422, "rule", f"no such rule: {nearest(rule or '', told.rules())}") from None
-    return rule or answers.RULE
-
-
-def _series(told: Any, good: list[_Read], found: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
-    """Returns the summary of each series of two or more slices, by numbers: a UID is a person's."""
-    groups: dict[str, list[int]] = {}
-    for i, one in enumerate(good):
-        if one.series:
-            groups.setdefault(one.series, []).append(i)
-    made: list[dict[str, Any]] = []
-    for rows in (rows for rows in groups.values() if len(rows) > 1):
-        chances = np.stack([found[i] for i in rows])
-        warned = sum(bool(good[i].picture.warnings) for i in rows)
-        made.append(answers.summary(told, f"series {len(made) + 1}", chances, warned, rule=rule))
-    return made
-
-
-def _draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
-    shown = panels.visible(heat, method)
+def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
+    """Returns the network's input, the map and the overlay as data URLs."""
+    heat = panels.visible(heat, method)
     image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    pictures = {"image": image, "heat": saliency.heat_colors(shown), "overlay": saliency.overlay(pixels, shown)}
-    return {name: _data_url(picture) for name, picture in pictures.items()}
+    pictures = {"image": image, "heat": saliency.heat_colors(heat), "overlay": saliency.overlay(pixels, heat)}
+    return {name: data_url(picture) for name, picture in pictures.items()}
 
 
-def _data_url(picture: np.ndarray) -> str:
+def data_url(picture: np.ndarray) -> str:
+    """Returns a picture as a PNG data URL."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pages() -> dict[str, tuple[bytes, str]]:
-    """Returns the page's files by path: / is index.html, and each lies beside it and below /page/."""
-    found: dict[str, tuple[bytes, str]] = {}
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """Returns content and type of the page's files by path: index.html at /, the others at / and /page/."""
+    files: dict[str, tuple[bytes, str]] = {}
     for file in resources.files("lungjax.serve").joinpath("page").iterdir():
-        kind = KINDS.get(os.path.splitext(file.name)[1])
-        if kind:
-            content = file.read_bytes()
-            names = ("/",) if file.name == "index.html" else (f"/{file.name}", f"/page/{file.name}")
-            found.update(dict.fromkeys(names, (content, kind)))
-    return found
+        content_type = CONTENT_TYPES.get(PurePath(file.name).suffix)
+        if content_type:
+            paths = ("/",) if file.name == "index.html" else (f"/{file.name}", f"/page/{file.name}")
+            files.update(dict.fromkeys(paths, (file.read_bytes(), content_type)))
+    return files
 
 
-def _trim() -> None:
-    """Gives the memory of large uploads back, which `environment.keep_freed_memory` keeps with what networks use."""
+def trim_memory() -> None:
+    """Returns freed memory of large uploads to the system, which `environment.keep_freed_memory` prevents."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:
         trim(0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What every request passes: who asks, how many at once, what may be logged, and what an unforeseen error says."""
+"""Middleware around every request: access control, the number of requests, logging, and unexpected errors."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
-from lungjax.serve.metrics import Meters
+from lungjax.serve.metrics import Metrics
 from lungjax.serve.multipart import discard
 from lungjax.serve.settings import LOOPBACK, Settings
 from lungjax.serve.uploads import UploadError
@@ -23,7 +23,7 @@ from lungjax.serve.uploads import UploadError
 LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
-SHOWN = ("/docs", "/openapi.json", "/health")  # and the page: nothing of the model or of an image is in them
+OPEN = ("/docs", "/openapi.json", "/health")  # without a token, as the page; they reveal nothing of model or images
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,11 +36,11 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
-LEFT = 499  # status in log and statistics for who left before the answer, as in nginx
+CLIENT_CLOSED = 499  # status in log and metrics if the client left before the answer, as in nginx
 
 
-def refusal(error: UploadError) -> JSONResponse:
-    """Returns the answer that says why."""
+def error_response(error: UploadError) -> JSONResponse:
+    """Returns the answer for a refused request."""
     headers = {}
     if error.status == 503:
         headers["retry-after"] = "2" if error.reason == "starting" else "1"
@@ -50,84 +50,81 @@ def refusal(error: UploadError) -> JSONResponse:
 
 
 class Guard:
-    """ASGI middleware around all routes."""
+    """ASGI middleware around all routes. `scope["lungjax"]` is the state of a request."""
 
-    def __init__(self, app: Any, settings: Settings, meters: Meters, pages: frozenset[str]) -> None:
-        self.app, self.settings, self.meters = app, settings, meters
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics, pages: frozenset[str]) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
         self.pages = pages  # paths of the page's files
         self.running = 0
-        self.known = hashlib.sha256(settings.token.encode()).digest()
+        self.token_digest = hashlib.sha256(settings.token.encode()).digest()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers one request."""
+        """Handles one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, told = time.perf_counter(), {"images": 0, "status": 0, "read": False, "close": False}
-        scope["lungjax"] = told
+        start, state = time.perf_counter(), {"images": 0, "status": 0, "read": False, "close": False}
+        scope["lungjax"] = state
 
-        async def received() -> Any:
+        async def tracked_receive() -> Any:
             message = await receive()
-            told["read"] = told["read"] or (message["type"] == "http.request" and not message.get("more_body"))
+            state["read"] = state["read"] or (message["type"] == "http.request" and not message.get("more_body"))
             return message
 
-        async def sent(message: Any) -> None:
+        async def tracked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                told["status"] = message["status"]
+                state["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("content-security-policy", POLICY)
-                if told["close"]:
+                if state["close"]:
                     headers["connection"] = "close"
             await send(message)
 
         self.running += 1
-        self.meters.running.set(self.running)
+        self.metrics.running.set(self.running)
         try:
             problem = self.check(scope)
             if problem is None:
-                await self.app(scope, received, sent)
+                await self.app(scope, tracked_receive, tracked_send)
             else:
-                self.meters.refused.labels(problem.reason).inc()
-                await discard(Request(scope, received))
-                await refusal(problem)(scope, received, sent)
+                self.metrics.refused.labels(problem.reason).inc()
+                await discard(Request(scope, tracked_receive))
+                await error_response(problem)(scope, tracked_receive, tracked_send)
         except ClientDisconnect:
-            told["status"] = told["status"] or LEFT
+            state["status"] = state["status"] or CLIENT_CLOSED
         except Exception as error:
-            await self.failed(error, told, scope, receive, sent)
+            await self.fail(error, state, scope, receive, tracked_send)
         finally:
             self.running -= 1
-            self.meters.running.set(self.running)
-            self.tell(scope, told, time.perf_counter() - started)
+            self.metrics.running.set(self.running)
+            self.log(scope, state, time.perf_counter() - start)
 
     def check(self, scope: Any) -> UploadError | None:
-        """Returns why a request is refused before anything is read of it, None for a good one."""
+        """Returns why a request is refused before its body is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
-        if not self.called(host):
-            return UploadError(
-                421, "host", "the service isn't called so: start it with --allowed_hosts=NAME to add a name"
-            )
+        if not self.is_own_name(host):
+            return UploadError(421, "host", "unknown Host header; start the service with --allowed_hosts=NAME")
         if scope["method"] not in ("GET", "HEAD"):
-            # Any page in a browser may post to any address; only this service's own page shall.
+            # Pages of other sites in a browser may post to any address; only the service's own page is allowed to.
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
             if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != host):
-                return UploadError(403, "origin", "a request from another site's page")
-        if self.settings.token and path not in self.pages and path not in SHOWN:
+                return UploadError(403, "origin", "a request from a page of another site")
+        if self.settings.token and path not in self.pages and path not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
-            # Digests have one length, and comparing them takes one time.
-            right = hmac.compare_digest(hashlib.sha256(token.strip().encode()).digest(), self.known)
-            if kind.lower() != "bearer" or not right:
-                return UploadError(401, "token", "the service wants its token: Authorization: Bearer TOKEN")
+            digest = hashlib.sha256(token.strip().encode()).digest()  # of constant length, compared in constant time
+            if kind.lower() != "bearer" or not hmac.compare_digest(digest, self.token_digest):
+                return UploadError(401, "token", "the service requires its token: Authorization: Bearer TOKEN")
         if path in WORK and self.running > self.settings.requests:
             return UploadError(503, "requests", "too many requests at once; try again in a second")
         return None
 
-    def called(self, host: str) -> bool:
-        """Whether `host` is a name of this service, so that no other name can be made to point at it by DNS.
+    def is_own_name(self, host: str) -> bool:
+        """Whether a Host header names this service, so that no other DNS name can be pointed at it.
 
-        Open to others, it may be called by any number, which is no name.
+        A service that other machines can reach accepts any IP address.
         """
         try:
             name = urlsplit(f"//{host}").hostname or ""
@@ -139,31 +136,31 @@ class Guard:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return self.settings.open_to_others
+        return self.settings.public
 
-    async def failed(self, error: Exception, told: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 500 with a number under which the log has where it happened; the error's words stay unsaid."""
+    async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Answers 500 with a number; the log has the location of the error under it, but not its message."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
-        if told["status"]:
+        if state["status"]:
             return  # the answer has begun
-        told["close"] = True
+        state["close"] = True
         message = f"an error in the service, number {number} in its log"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
-    def tell(self, scope: Any, told: Any, seconds: float) -> None:
-        """Counts and logs a request: method, route, status, milliseconds and images, and nothing that a user wrote."""
+    def log(self, scope: Any, state: Any, seconds: float) -> None:
+        """Counts and logs a request: method, route, status, milliseconds and images, nothing that a user wrote."""
         path = scope["path"]
-        if path not in (*WORK, *SHOWN, "/model", "/metrics"):
+        if path not in (*WORK, *OPEN, "/model", "/metrics"):
             path = "/" if path == "/" else "/page" if path in self.pages else "other"
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self.meters.requests.labels(path, told["status"]).inc()
-        self.meters.seconds.labels(path).observe(seconds)
-        LOG.info("%s %s %d %.0f ms %d images", method, path, told["status"], 1000 * seconds, told["images"])
+        self.metrics.requests.labels(path, state["status"]).inc()
+        self.metrics.seconds.labels(path).observe(seconds)
+        LOG.info("%s %s %d %.0f ms %d images", method, path, state["status"], 1000 * seconds, state["images"])
 
 
 def describe(error: BaseException) -> str:
-    """Returns types and places of an error and its causes, without its words, which may quote an upload."""
+    """Returns types and locations of an error and its causes, without messages, which may quote an upload."""
     lines, seen = [], set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

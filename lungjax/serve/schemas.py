@@ -1,4 +1,4 @@
-"""The answers of the service, for its description in /openapi.json and /docs; the tests hold every answer to them."""
+"""Schemas of the answers, for /openapi.json and /docs; the tests validate answers with them."""
 
 from typing import Any
 
@@ -9,62 +9,64 @@ from lungjax.serve.multipart import FORM, RAW
 
 
 class Strict(BaseModel):
-    """No further keys."""
+    """A schema without further keys."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Decision(Strict):
-    """Whether a class is called, by an operating point chosen on the validation split."""
+    """Whether a class reaches its operating point, a threshold chosen on the validation split."""
 
     called: bool
     rule: str
-    level: str = Field(description="slice or patient: whose threshold it is")
+    level: str = Field(description="slice or patient: what the threshold was chosen for")
     threshold: float
     sensitivity: float | None = Field(description="on the test split")
     specificity: float | None = Field(description="on the test split")
 
 
-class Said(Strict):
-    """What is said of an image or of a series."""
+class Prediction(Strict):
+    """Prediction of an image or a series."""
 
-    predicted: str = Field(description="the class of the highest probability")
-    probabilities: dict[str, float] = Field(description="of each class, calibrated")
-    decisions: dict[str, Decision]
+    predicted: str = Field(description="class with the highest probability")
+    probabilities: dict[str, float] = Field(description="calibrated, by class")
+    decisions: dict[str, Decision] = Field(description="by class")
     warnings: list[str]
 
 
-class Record(Said):
+class Record(Prediction):
     """One image."""
 
-    file: str = Field(description="its name in the request")
-    unlike: float | None = Field(description="above 1: unlike the training images; null if the model can't tell")
+    file: str = Field(description="name in the request")
+    novelty: float | None = Field(
+        description="above 1: unlike the training images; null if the model has no such score"
+    )
 
 
 class Failure(Strict):
-    """One file of which nothing can be said."""
+    """A file that can't be predicted."""
 
     file: str
     error: str
 
 
-class Series(Said):
-    """The CT slices of one DICOM series: the mean of their probabilities."""
+class Series(Prediction):
+    """The CT slices of one DICOM series; probabilities are the mean over slices."""
 
     series: str
     files: int
 
 
 class Model(Strict):
-    """Which model said it."""
+    """The model that made the prediction."""
 
     name: str
     dataset: str
     classes: list[str]
 
 
-class Predicted(Strict):
-    """The answer of /predict: one result a file, in their order, and each DICOM series of two or more slices."""
+class Predictions(Strict):
+    """Answer of /predict: one result per file, in order, and each DICOM series of two or more slices."""
 
     model: Model
     notice: str
@@ -72,33 +74,33 @@ class Predicted(Strict):
     series: list[Series]
 
 
-class Explained(Record):
-    """One image with its heat map; pictures are data URLs (PNG)."""
+class Explanation(Record):
+    """One image with its saliency map; pictures are data URLs (PNG)."""
 
-    explained: str = Field(description="the class that the map is about")
+    explained: str = Field(description="class that the map explains")
     method: str
-    image: str = Field(description="the image as the network sees it")
-    heat: str
-    overlay: str
+    image: str = Field(description="the network's input")
+    heat: str = Field(description="the saliency map in colors")
+    overlay: str = Field(description="the map over the image")
 
 
-class Explanation(Strict):
-    """The answer of /explain."""
+class Explanations(Strict):
+    """Answer of /explain: one result per file, in order."""
 
     model: Model
     notice: str
-    results: list[Explained | Failure]
+    results: list[Explanation | Failure]
 
 
 class Problem(Strict):
-    """Why there is no answer."""
+    """An error."""
 
     error: str
-    results: list[Failure] | None = Field(default=None, description="each file's own reason, where files were read")
+    results: list[Failure] | None = Field(default=None, description="error of each file, if files were read")
 
 
 class Health(Strict):
-    """Whether the service answers."""
+    """State of the service."""
 
     status: str = Field(description="ok, starting or failed")
 
@@ -107,7 +109,7 @@ BINARY = {"type": "string", "format": "binary"}
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": f"{FORMAT_NAMES}, or DICOM: files in the form field `files`, or one file as the whole body.",
+        "description": f"{FORMAT_NAMES}, or DICOM: files in the form field `files`, or one file as the request body.",
         "content": {
             FORM: {
                 "schema": {
@@ -120,21 +122,21 @@ BODY: dict[str, Any] = {
         },
     }
 }
-WORDS = {
+ERRORS = {
     400: "Damaged multipart data.",
-    401: "The service has a token, and the request did not.",
-    403: "A request from another site's page.",
-    408: "The body came too slowly.",
-    413: "More bytes, files or pixels than /model allows, or a file that inflates to more.",
-    415: "Another kind of file or body.",
-    421: "The service isn't called by that name (Host).",
-    422: "A damaged or unsuitable file, or an unknown class, method or rule. Of several files the first counts.",
-    500: "An error in the service; the log has its number.",
-    503: "Starting, or too much at once: try again after Retry-After seconds.",
-    504: "It took too long.",
+    401: "Missing or wrong token.",
+    403: "A request from a page of another site.",
+    408: "The body arrived too slowly.",
+    413: "More bytes, files or pixels than /model allows, or a file that decompresses to more.",
+    415: "Unsupported kind of file or body.",
+    421: "Unknown Host header.",
+    422: "A damaged or unsuitable file, or an unknown class, method or rule. If all files fail, the first one decides.",
+    500: "An error in the service; its log has the number in the message.",
+    503: "Starting, or overloaded: try again after Retry-After seconds.",
+    504: "The computation took too long.",
 }
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns OpenAPI's words for errors."""
-    return {status: {"model": Problem, "description": WORDS[status]} for status in statuses}
+    """Returns the OpenAPI description of errors."""
+    return {status: {"model": Problem, "description": ERRORS[status]} for status in statuses}

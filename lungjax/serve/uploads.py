@@ -1,9 +1,9 @@
-"""Images from strangers: bytes in memory to pixels, with every limit checked before what it limits is done.
+"""Decodes untrusted images in memory; every limit is checked before the step that it protects.
 
-Allowed are the formats of `images.FORMATS` and, with the extra `dicom`, DICOM; the first bytes say which one a file is.
-Sizes are read from the header, compressed parts are inflated up to a limit, and each file goes to the one decoder of
-its kind. An animated PNG or WebP and a TIFF of several pages are refused: the first one need not be the one that was
-meant. Nothing is written anywhere, and no message quotes what a DICOM file holds.
+Allowed are the formats of `images.FORMATS` and, with the extra `dicom`, DICOM, recognized by their first bytes. Sizes
+are read from the header, compressed parts are inflated up to a limit, and each file goes to the decoder of its format
+only. Animated PNG and WebP and multi-page TIFF are refused, because the first frame need not be the intended one.
+Nothing is written to disk, and no message quotes the content of a DICOM file.
 """
 
 import io
@@ -27,25 +27,26 @@ MAGIC = (
     (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"), (b"BM", "BMP"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"), (b"\xff\x4f\xff\x51", "JPEG2000"),
 )  # fmt: skip
-STRANGERS = (
+OTHER_MAGIC = (
     (b"PK\x03\x04", "a ZIP archive"), (b"PK\x05\x06", "a ZIP archive"), (b"\x1f\x8b", "gzip data"),
-    (b"%PDF", "a PDF document"), (b"%!PS", "a PostScript file"), (b"RIFF", "RIFF data that is no WebP image"),
+    (b"%PDF", "a PDF document"), (b"%!PS", "a PostScript file"), (b"RIFF", "RIFF data other than WebP"),
     (b"7z\xbc\xaf", "a 7-Zip archive"), (b"Rar!", "a RAR archive"), (b"\xfd7zXZ", "xz data"), (b"BZh", "bzip2 data"),
     (b"\x7fELF", "a program"), (b"MZ", "a program"), (b"\x5c\x01\0\0", "a NIfTI volume"),
     (b"<", "a text file (HTML, XML or SVG)"),
 )  # fmt: skip
-TEXT_BYTES = MIB  # that text chunks and colour profile of a PNG may inflate to, together
-CHUNKS = 50_000  # of a PNG
-TAGS = 512  # of a TIFF
-SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # a pixel, by a PNG's colour type
+MAX_TEXT_BYTES = MIB  # of a PNG's inflated text chunks and color profile, together
+MAX_CHUNKS = 50_000  # of a PNG
+MAX_TAGS = 512  # of a TIFF
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by a PNG's color type
+# Bytes per value, by a TIFF's field type.
 TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-TILES = {256: "width", 257: "height", 322: "width", 323: "height"}  # of the image, and of its tiles
+SIDES = (256, 257, 322, 323)  # TIFF tags: width and height of the image, and of its tiles
 DEFLATED = b"1.2.840.10008.1.2.1.99"
-PLAIN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  # the transfer syntax of uncompressed files, as an element
+EXPLICIT_LITTLE_ENDIAN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  # element
 
 
 class UploadError(ValueError):
-    """Why an upload is not answered. `status` is HTTP's, `reason` one word for statistics."""
+    """A refused upload; `status` is the HTTP status, `reason` one word for the metrics."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -54,12 +55,12 @@ class UploadError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may be."""
+    """Limits of one file."""
 
     bytes: int = 64 * MIB
     pixels: int = 30_000_000
-    side: int = 10_000  # pixels along height or width
-    least: int = 8  # pixels along each
+    side: int = 10_000  # pixels along each side, at most
+    min_side: int = 8  # and at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +69,24 @@ class Upload:
 
     pixels: np.ndarray  # uint8 or uint16, [H, W] or [H, W, 3]
     kind: str  # Pillow's name of the format, or DICOM
-    series: str = ""  # SeriesInstanceUID and PatientID of a CT slice; to group by, never to be shown
+    series: str = ""  # SeriesInstanceUID and PatientID of a CT slice, only for grouping
 
 
 def quiet() -> None:
-    """Silences the loggers and warnings of the decoders: their messages quote values of the files.
+    """Silences the loggers and warnings of the decoders, whose messages quote values of the files.
 
-    A level would not do: pydicom resets the level of its logger when it is first imported.
+    A level is not enough: pydicom resets the level of its logger at its first import.
     """
     for name in ("PIL", "pydicom", "python_multipart"):
         logger = logging.getLogger(name)
         logger.disabled = True
-        logger.propagate = False  # nor what child loggers pass up
-        logger.handlers = [logging.NullHandler()]  # without a handler, Python prints warnings to stderr
+        logger.propagate = False  # also not the messages of child loggers
+        logger.handlers = [logging.NullHandler()]  # without one Python prints warnings to stderr
     warnings.simplefilter("ignore")
 
 
 def kind_of(data: bytes) -> str:
-    """Returns Pillow's name of the format, or DICOM. Raises Refused for anything else, naming it where it is known."""
+    """Returns Pillow's name of the format, or DICOM. Raises UploadError for another kind, named if known."""
     if not data:
         raise UploadError(422, "empty", "an empty file")
     if data[128:132] == b"DICM":
@@ -96,10 +97,10 @@ def kind_of(data: bytes) -> str:
         if data.startswith(magic):
             return kind
     start = data[:512].lstrip()
-    found = next((what for magic, what in STRANGERS if start.startswith(magic)), "")
-    if not found and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
-        found = "a text file"
-    raise UploadError(415, "type", f"{found or 'no image that is known here'}; {ALLOWED}")
+    kind = next((name for magic, name in OTHER_MAGIC if start.startswith(magic)), "")
+    if not kind and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        kind = "a text file"
+    raise UploadError(415, "type", f"{kind or 'not a known image format'}; {ALLOWED}")
 
 
 def read(
@@ -112,14 +113,14 @@ def read(
 
     Args:
       data: the file.
-      limits: of it.
-      hu_windows: of CT slices, as for `dicom.picture`.
-      plane: of the network's training images; CT slices of another one are refused.
+      limits: of the file.
+      hu_windows: of CT slices, as in `dicom.picture`.
+      plane: of the training images; CT slices of another plane are refused.
 
-    Raises Refused, and nothing else that a file could cause.
+    Raises UploadError; no file causes another exception.
     """
     if len(data) > limits.bytes:
-        raise UploadError(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are taken")
+        raise UploadError(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are accepted")
     kind = kind_of(data)
     try:
         if kind == "DICOM":
@@ -127,29 +128,29 @@ def read(
         check = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp, "JPEG2000": _jpeg2000}.get(kind)
         if check is not None:
             data = check(data, limits)
-        with Image.open(io.BytesIO(data), formats=(kind,)) as opened:  # reads the header alone
+        with Image.open(io.BytesIO(data), formats=(kind,)) as opened:  # reads only the header
             check_size(*opened.size, limits)
         return Upload(images.read(data, (kind,))[0], kind)
     except UploadError:
         raise
     except Image.DecompressionBombError:
-        raise UploadError(413, "pixels", f"too many pixels; at most {limits.pixels} are taken") from None
+        raise UploadError(413, "pixels", f"too many pixels; at most {limits.pixels} are accepted") from None
     except ValueError as error:
         words = str(error) or "damaged"
         raise UploadError(422, "damaged", words if len(words) < 200 else f"{words[:200]} ...") from None
-    except Exception:  # decoders raise what they like
+    except Exception:  # decoders raise anything
         raise UploadError(422, "damaged", f"a damaged or truncated {kind} file") from None
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
-    """Raises Refused for an image of that many pixels along each side."""
+    """Raises UploadError for an image that is too large or too small."""
     if width > limits.side or height > limits.side:
-        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} are taken along a side")
+        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} are accepted along a side")
     if width * height > limits.pixels:
-        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are taken")
-    if min(width, height) < limits.least:
+        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are accepted")
+    if min(width, height) < limits.min_side:
         raise UploadError(
-            422, "small", f"{width} x {height} pixels; at least {limits.least} along each side are needed"
+            422, "small", f"{width} x {height} pixels; at least {limits.min_side} along each side are needed"
         )
 
 
@@ -159,22 +160,22 @@ def _png(data: bytes, limits: Limits) -> bytes:
     width, height, bits, color = struct.unpack(">IIBB", data[16:26])
     check_size(width, height, limits)
     at, texts, stored = 8, 0, 0
-    for _ in range(CHUNKS):
+    for _ in range(MAX_CHUNKS):
         if at + 8 > len(data):
             break
         size, name = struct.unpack(">I4s", data[at : at + 8])
         if name == b"acTL":
-            raise UploadError(422, "frames", "an animated PNG: save one frame as a file of its own")
+            raise UploadError(422, "frames", "an animated PNG; save one frame as a file of its own")
         if name in (b"zTXt", b"iTXt", b"iCCP"):
             texts += _inflated(data[at + 8 : at + 8 + size])
-            if texts > TEXT_BYTES:
+            if texts > MAX_TEXT_BYTES:
                 raise UploadError(
-                    413, "bomb", f"text or colour profile of a PNG that inflate to more than {TEXT_BYTES} bytes"
+                    413, "bomb", f"text or color profile of a PNG that inflates to more than {MAX_TEXT_BYTES} bytes"
                 )
         stored += size if name == b"IDAT" else 0
         at += 12 + size
     else:
-        raise UploadError(422, "damaged", f"a PNG of more than {CHUNKS} chunks")
+        raise UploadError(422, "damaged", f"a PNG of more than {MAX_CHUNKS} chunks")
     raw = height * (width * bits * SAMPLES.get(color, 4) // 8 + 2)
     if stored > 1.1 * raw + MIB:
         raise UploadError(422, "bomb", "a PNG with far more data than its pixels need")
@@ -182,41 +183,41 @@ def _png(data: bytes, limits: Limits) -> bytes:
 
 
 def _inflated(chunk: bytes) -> int:
-    """Returns how many bytes a PNG's text chunk or colour profile inflates to, up to just above TEXT_BYTES."""
+    """Returns the inflated size of a PNG's text chunk or color profile, up to MAX_TEXT_BYTES + 1."""
     start = chunk.find(b"\0") + 1  # after its keyword
-    most = 0
-    # iTXt has a flag, a method and two more words before its text; the others a method alone.
+    size = 0
+    # iTXt has a flag, a method and two more words before its text; the others only a method.
     for at in {start + 1, chunk.find(b"\0", chunk.find(b"\0", start + 2) + 1) + 1}:
         try:
-            most = max(most, len(zlib.decompressobj().decompress(chunk[at:], TEXT_BYTES + 1)))
-        except zlib.error:  # it is not there, or not compressed
+            size = max(size, len(zlib.decompressobj().decompress(chunk[at:], MAX_TEXT_BYTES + 1)))
+        except zlib.error:  # not there, or not compressed
             continue
-    return most
+    return size
 
 
 def _jpeg(data: bytes, limits: Limits) -> bytes:
-    """Returns a JPEG without the segments that do not affect its pixels: Exif, profiles, further pictures, comments."""
+    """Returns a JPEG without segments that do not affect its pixels: Exif, profiles, thumbnails, comments."""
     segments, scan = dicom_frames.jpeg_segments(data)
-    kept = [b"\xff\xd8"]
+    parts = [b"\xff\xd8"]
     for marker, start, end in segments:
         if marker in dicom_frames.FRAMES:
             height, width = struct.unpack(">HH", data[start + 5 : start + 9])
             check_size(width, height, limits)
-        if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # APP14 says what the colours are
-            kept.append(data[start:end])
-    return b"".join([*kept, data[scan:]])
+        if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # APP14 has the color transform
+            parts.append(data[start:end])
+    return b"".join([*parts, data[scan:]])
 
 
 def _tiff(data: bytes, limits: Limits) -> bytes:
-    """Checks the first directory of a TIFF: sizes of image and tiles, bytes of its tags, and that no other follows."""
+    """Checks the only directory of a TIFF: sizes of image and tiles, and bytes of its tags."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     number, entry, place = ("Q", "HHQ", "Q") if big else ("H", "HHI", "I")
     try:
         (at,) = struct.unpack_from(f"{order}{place}", data, 8 if big else 4)
         (count,) = struct.unpack_from(order + number, data, at)
-        if count > TAGS:
-            raise UploadError(422, "damaged", f"a TIFF of more than {TAGS} tags")
+        if count > MAX_TAGS:
+            raise UploadError(422, "damaged", f"a TIFF of more than {MAX_TAGS} tags")
         at += struct.calcsize(f"={number}")
         sides: dict[int, int] = {}
         total, wide = 0, struct.calcsize(f"={entry}")
@@ -225,7 +226,7 @@ def _tiff(data: bytes, limits: Limits) -> bytes:
             tag, form, values = struct.unpack_from(order + entry, data, at)
             size = values * TIFF_BYTES.get(form, 1)
             total += size if size > room else 0
-            if tag in TILES and form in (3, 4, 16):
+            if tag in SIDES and form in (3, 4, 16):
                 (side,) = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[form], data, at + wide)
                 sides[tag] = max(side, sides.get(tag, 0))
             at += wide + room
@@ -233,12 +234,12 @@ def _tiff(data: bytes, limits: Limits) -> bytes:
     except struct.error:
         raise UploadError(422, "damaged", "a damaged or truncated TIFF file") from None
     check_size(sides.get(256, 0), sides.get(257, 0), limits)
-    if 322 in sides or 323 in sides:  # a tile is held whole, however small the image
-        check_size(max(sides.get(322, 0), limits.least), max(sides.get(323, 0), limits.least), limits)
+    if 322 in sides or 323 in sides:  # a complete tile is in memory, however small the image
+        check_size(max(sides.get(322, 0), limits.min_side), max(sides.get(323, 0), limits.min_side), limits)
     if total > len(data):
         raise UploadError(422, "bomb", "a TIFF whose tags are larger than the file")
     if following:
-        raise UploadError(422, "frames", "several pages in one TIFF: save one image per file")
+        raise UploadError(422, "frames", "several pages in one TIFF; save one image per file")
     return data
 
 
@@ -249,18 +250,18 @@ def _bmp(data: bytes, limits: Limits) -> bytes:
         width, height, _, _, packed = struct.unpack("<iiHHI", data[18:34])
         check_size(abs(width), abs(height), limits)
         if packed in (1, 2):
-            raise UploadError(422, "damaged", "a BMP with run lengths: save it as PNG")
+            raise UploadError(422, "damaged", "a BMP with run-length encoding; save it as PNG")
     return data
 
 
 def _jpeg2000(data: bytes, limits: Limits) -> bytes:
-    """Checks the size of image and tiles in the codestream, which decoders follow, whatever the boxes around it say."""
+    """Checks the size of image and tiles in the codestream, which decoders use instead of the boxes around it."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or len(data) < start + 40:
         raise UploadError(422, "damaged", "a damaged or truncated JPEG 2000 file")
     right, bottom, left, top, wide, high = struct.unpack(">6I", data[start + 8 : start + 32])
     check_size(right - left, bottom - top, limits)
-    check_size(max(min(wide, right), limits.least), max(min(high, bottom), limits.least), limits)
+    check_size(max(min(wide, right), limits.min_side), max(min(high, bottom), limits.min_side), limits)
     return data
 
 
@@ -268,34 +269,33 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
     try:
         volumes.need("pydicom", "DICOM files")
     except ValueError as error:
-        raise UploadError(415, "type", f"this service reads no DICOM: {error}") from None
-    file = Held("file", _not_deflated(data, limits) if DEFLATED in data else data)
+        raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
+    file = Held("file", _inflated_dicom(data, limits) if DEFLATED in data else data)
     try:
         header = dicom.header(file)
         if header.aside:
-            raise UploadError(422, "aside", f"shows nothing of the patient ({header.aside})")
+            raise UploadError(422, "aside", f"no image of the patient ({header.aside})")
         check_size(header.size[1], header.size[0], limits)
         if header.modality in dicom.XRAYS:
             return Upload(images.decode(dicom.xray(file), None, ("PNG",)), "DICOM")
         own = dicom.series([header]).plane
         if header.orientation is not None and own != plane:
-            words = f"a slice in the {own} plane, and this model is for the {plane} one"
-            raise UploadError(422, "plane", f"{words}: lungjax.predict cuts it from a series")
-        # Files without a series stand alone, and the same series of two patients is two.
+            raise UploadError(422, "plane", f"a {own} slice, but this model is for {plane} ones, see lungjax.predict")
+        # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), "DICOM", series)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except UploadError:
         raise
-    except Exception:  # whose words may be the file's own
+    except Exception:  # its message may quote the file
         raise UploadError(422, "damaged", "a damaged DICOM file") from None
 
 
-def _not_deflated(data: bytes, limits: Limits) -> bytes:
-    """Returns a DICOM file whose elements were deflated as one that is not, so that no parser inflates it unlimited."""
+def _inflated_dicom(data: bytes, limits: Limits) -> bytes:
+    """Returns a deflated DICOM file uncompressed, so that no parser inflates it without a limit."""
     at, syntax = 132, b""
-    while data[at : at + 2] == b"\x02\x00" and at + 12 <= len(data):  # group 2: who wrote it, and how
+    while data[at : at + 2] == b"\x02\x00" and at + 12 <= len(data):  # group 2: the file meta information
         long = data[at + 4 : at + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL")
         size = int.from_bytes(data[at + 8 : at + 12] if long else data[at + 6 : at + 8], "little")
         start = at + (12 if long else 8)
@@ -303,7 +303,7 @@ def _not_deflated(data: bytes, limits: Limits) -> bytes:
             syntax = data[start : start + size].rstrip(b"\0 ")
         at = start + size
     if syntax != DEFLATED:
-        raise UploadError(422, "damaged", "a DICOM file that is deflated, or not, in a way that can't be told")
+        raise UploadError(422, "damaged", "a DICOM file with an unclear transfer syntax")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = unpacker.decompress(memoryview(data)[at:], limits.bytes + 1)
@@ -313,4 +313,4 @@ def _not_deflated(data: bytes, limits: Limits) -> bytes:
         raise UploadError(413, "bomb", f"a deflated DICOM file that inflates to more than {limits.bytes} bytes")
     if not unpacker.eof:
         raise UploadError(422, "damaged", "a truncated deflated DICOM file")
-    return b"\0" * 128 + b"DICM" + PLAIN + content
+    return b"\0" * 128 + b"DICM" + EXPLICIT_LITTLE_ENDIAN + content

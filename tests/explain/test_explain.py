@@ -14,11 +14,12 @@ from random_weights import random_variables
 
 from lungjax.config import Config, DataConfig, EvalConfig, InputSpec, overrides
 from lungjax.config.metadata import Metadata
+from lungjax.data import preprocess
 from lungjax.explain import __main__ as command
 from lungjax.explain import panels, sheets
 from lungjax.explain.saliency import Explainer
-from lungjax.inference import api, inputs
-from lungjax.inference.api import Trained
+from lungjax.inference import inputs
+from lungjax.inference.model import Network
 from lungjax.models.ops import conv
 
 CLASSES = ("left", "middle", "right")
@@ -38,7 +39,7 @@ def quick():
 def run():
     module = small_bn()(outputs=3, padding="same")
     config = Config(input=SPEC, data=DataConfig(dataset="folder/small"), eval=EvalConfig(batch_size=8))
-    return Trained(config, CLASSES, module, random_variables(module, (24, 32, 1)), 7)
+    return Network(config, CLASSES, module, random_variables(module, (24, 32, 1)), 7)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def explain(run, explainer, out, *given, target=None, save_maps=False, **windows
     """Explains files as the command does; returns what could not be read."""
     told = Metadata(run.config.name, run.classes, run.config.input, run.config.data.dataset, **windows)
     found = inputs.gather(given, told)
-    bad = [f"{name}: {why}" for name, why in found.bad]
+    bad = [f"{name}: {why}" for name, why in found.failures]
     pictures = command.read(found.items, told, bad)
     sheets.explain_images(explainer, pictures, run.classes, ["gradcam"], target, out, save_maps)
     return bad
@@ -80,13 +81,13 @@ def test_files_and_folders_are_drawn_and_the_bad_ones_named(run, explainer, tmp_
         "cut.png": "truncated",
         "gone.png": "no such",
         "deep.png": "16-bit",
-        "notes.txt": "can be read",
+        "notes.txt": "not one of",
     }.items():
         assert any(str(tmp_path) in line and name in line and why in line for line in bad), (name, bad)
     # The map is that of the network's input, as prediction reads it.
-    wanted, p = explainer.maps(api.read(str(tmp_path / "in/a.png"), SPEC))
+    metadata = Metadata("small", CLASSES, SPEC, "folder/small")
+    wanted, _ = explainer.maps(preprocess.picture(PICTURE, metadata)[0][None])
     np.testing.assert_allclose(np.load(out / "a_gradcam.npy"), wanted[0], atol=1e-5)
-    np.testing.assert_allclose(run.predict(str(tmp_path / "in/a.png")), p, atol=1e-6)
     with Image.open(out / "a_gradcam.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert (pixels.max(-1) - pixels.min(-1) > 60).any()  # colours of a heat map
@@ -120,7 +121,7 @@ def test_a_split_is_drawn_in_order_of_confidence_and_the_rest_where_one_is_broke
         rows = list(csv.DictReader(file))
     reader = sheets.pipeline.Reader(data, SPEC)
     kept = [r for r in data.rows("test") if r != row]
-    p = run.predict([reader(r)[..., 0] for r in kept])
+    p = explainer.probabilities(np.stack([reader(r) for r in kept]))
     said = {str(data.columns["file"][r]): (CLASSES[one.argmax()], one.max()) for r, one in zip(kept, p, strict=True)}
     assert [line["file"] for line in rows] == sorted(said, key=lambda name: -said[name][1])
     for line in rows:
@@ -154,10 +155,11 @@ COMMAND = """
 import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/explain"]
 import test_explain
-from lungjax.inference import api
+from lungjax.inference import model
 from lungjax import cli
+from lungjax.data import preprocess
 from lungjax.explain import __main__ as command
-api.load = lambda workdir: test_explain.run.__wrapped__()
+model.load_network = lambda workdir: test_explain.run.__wrapped__()
 cli.run(command.main, command.define_flags)
 """
 

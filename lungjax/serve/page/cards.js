@@ -1,12 +1,12 @@
-// What the page shows of one image or of a series: probabilities, decisions, warnings, and the heat map.
+// Cards of one image or one series: probabilities, decisions, warnings, and the saliency map.
 import { ask, form, service } from "./service.js";
 import { interval, make, percent, plural, sentence } from "./words.js";
 
 export const settings = { rule: "", method: "" };
 
-const AT_ONCE = 2; // heat maps on their way
+const MAX_RUNNING = 2; // requests for saliency maps at a time
 const LEVELS = { slice: "test images", patient: "test patients" };
-const EVEN = "It is the same everywhere: this method can't tell places apart here.";
+const UNIFORM = "The map is uniform: this method does not localize anything here.";
 let cards = 0;
 
 function bar(name, p, decision, index = -1) {
@@ -32,18 +32,18 @@ function bar(name, p, decision, index = -1) {
   );
 }
 
-// What the chosen operating point says of a record. The service decides by the rule that it was asked for; by the
-// others the page compares with the thresholds of the same model.json.
-function decided(record, level) {
+// Decisions of a record at the selected operating point. The service applies the rule of the request; for the other
+// rules the page compares with the thresholds of the same model.json.
+function decide(record, level) {
   const points = service.model.points?.[level] ?? {};
-  const found = {};
+  const decisions = {};
   for (const [name, p] of Object.entries(record.probabilities)) {
     const point = points[name]?.[settings.rule];
     const own = record.decisions?.[name];
-    if (own?.rule === settings.rule) found[name] = { ...point, ...own };
-    else if (point) found[name] = { ...point, called: p >= point.threshold, rule: settings.rule };
+    if (own?.rule === settings.rule) decisions[name] = { ...point, ...own };
+    else if (point) decisions[name] = { ...point, called: p >= point.threshold, rule: settings.rule };
   }
-  return found;
+  return decisions;
 }
 
 const within = (pair) => (pair ? ` (95 % interval ${interval(pair)})` : "");
@@ -55,20 +55,20 @@ function points(decisions, level) {
     const sensitivity = `sensitivity ${percent(point.sensitivity)}${within(point.intervals?.sensitivity)}`;
     const specificity = `specificity ${percent(point.specificity)}${within(point.intervals?.specificity)}`;
     const reached = `it reaches the threshold of ${percent(point.threshold)}.`;
-    const worth = ` On ${LEVELS[level]} that threshold has ${sensitivity} and ${specificity}.`;
-    lines.push(make("p", {}, make("strong", {}, `${name} is called positive: `), reached, worth));
+    const rates = ` On ${LEVELS[level]} this threshold has ${sensitivity} and ${specificity}.`;
+    lines.push(make("p", {}, make("strong", {}, `${name} is called positive: `), reached, rates));
   }
-  const several = "Each class is decided by itself against all others, so several can be positive.";
+  const several = "Each class is tested against all others, so several can be positive.";
   if (lines.length > 1) lines.push(make("p", {}, several));
   if (!lines.length && Object.keys(decisions).length) lines.push(make("p", {}, "No class reaches its threshold."));
   return make("div", { className: "points" }, ...lines);
 }
 
-// Draws a record and returns the decisions that it shows.
-function show(body, record, level) {
-  const decisions = decided(record, level);
+// Draws a record and returns its decisions.
+function drawRecord(body, record, level) {
+  const decisions = decide(record, level);
   const lines = [...(record.warnings ?? [])];
-  if (!lines.length && record.unlike > 1) lines.push("This image is unlike those that the model was trained on.");
+  if (!lines.length && record.novelty > 1) lines.push("This image is unlike the training images.");
   const parts = lines.map((line) => make("p", {}, make("strong", {}, "Warning. "), sentence(line)));
   const best = percent(record.probabilities[record.predicted]);
   const bars = Object.entries(record.probabilities).map(([name, p], i) => bar(name, p, decisions[name] ?? null, i));
@@ -82,8 +82,8 @@ function show(body, record, level) {
   return decisions;
 }
 
-// Whether a picture has one colour alone.
-function isEven(picture) {
+// Whether a picture has a single color.
+function isUniform(picture) {
   const canvas = make("canvas", { width: 32, height: 32 });
   const context = canvas.getContext("2d");
   context.drawImage(picture, 0, 0, 32, 32);
@@ -91,7 +91,7 @@ function isEven(picture) {
   return pixels.every((pixel) => pixel === pixels[0]);
 }
 
-// A card for a file: waiting at first, then an answer or why there is none. `act` has remove(card) and retry(card).
+// The card of a file: waiting, then a prediction or an error. `act` has remove(card) and retry(card).
 export class Card {
   constructor(file, act) {
     this.file = file;
@@ -112,10 +112,10 @@ export class Card {
     this.words = make("span", {}, "Waiting …");
     this.frame = make("div", { className: "frame" }, this.words);
     const [height, width] = service.model.input?.size ?? [1, 1];
-    this.frame.style.aspectRatio = `${width} / ${height}`; // the place of the picture that is to come
+    this.frame.style.aspectRatio = `${width} / ${height}`; // reserves the place of the picture
     this.caption = make("figcaption", {}, " ");
     this.controls = make("fieldset", { className: "controls", disabled: true });
-    if ((service.model.methods ?? []).length) this.addControls(); // before they are of use, so that nothing moves later
+    if ((service.model.methods ?? []).length) this.addControls(); // disabled at first; nothing moves later
     this.picture = make("figure", { className: "picture" }, this.frame, this.caption, this.controls);
     const empty = service.model.classes.map((name) => bar(name, null, null));
     const later = make("p", { className: "top-class" }, " ");
@@ -126,17 +126,17 @@ export class Card {
     this.node.replaceChildren(top, this.body, this.picture);
   }
 
-  // The service's record of the file.
-  tell(record) {
+  // Shows the record of the file.
+  show(record) {
     this.answer = record;
     this.done = true;
     this.draw();
     if (!(service.model.methods ?? []).length) this.preview();
-    else this.words.textContent = "Heat map …";
+    else this.words.textContent = "Saliency map …";
   }
 
   draw() {
-    if (this.answer) this.decisions = show(this.body, this.answer, "slice");
+    if (this.answer) this.decisions = drawRecord(this.body, this.answer, "slice");
   }
 
   fail(message, again) {
@@ -148,45 +148,45 @@ export class Card {
     button.addEventListener("click", () => this.act.retry(this));
     this.body.className = "answer";
     this.body.replaceChildren(
-      make("p", { className: "problem" }, "No answer for this file"),
+      make("p", { className: "problem" }, "No prediction for this file"),
       make("p", {}, sentence(message)),
       ...(again ? [make("p", {}, button)] : []),
     );
   }
 
-  // Asks for the heat map of a class, once, and draws it unless another one was wanted meanwhile.
+  // Requests the saliency map of a class once, and draws it unless another one was requested meanwhile.
   async explain(target, method = settings.method) {
     const key = JSON.stringify([target, method]);
-    this.wanted = key;
+    this.requested = key;
     if (!this.maps.has(key)) {
       const query = new URLSearchParams({ class: target, method });
-      this.maps.set(key, ask(`explain?${query}`, form([this.file])).then((said) => said.results[0]));
+      this.maps.set(key, ask(`explain?${query}`, form([this.file])).then((answer) => answer.results[0]));
     }
     if (this.heat) this.caption.textContent = "Computing …";
     try {
-      const found = await this.maps.get(key);
-      if (this.wanted === key) this.paint(found, target);
+      const result = await this.maps.get(key);
+      if (this.requested === key) this.paint(result, target);
     } catch (trouble) {
       this.maps.delete(key);
-      if (this.wanted === key) this.unexplained(trouble.message);
+      if (this.requested === key) this.unexplained(trouble.message);
     }
   }
 
-  paint(found, target) {
+  paint(result, target) {
     if (!this.heat) {
-      this.image = make("img", { alt: `${this.name} as the network sees it` });
+      this.image = make("img", { alt: `${this.name} as network input` });
       this.heat = make("img", { className: "heat" });
       this.frame.replaceChildren(this.image, this.heat);
       this.controls.disabled = false;
       this.pick.value = target;
     }
-    this.image.src = found.image;
-    this.heat.src = found.heat;
-    this.heat.alt = `heat map over it: what spoke for ${target}`;
-    const words = `What spoke for ${target}, over the image as the network sees it (${found.method})`;
+    this.image.src = result.image;
+    this.heat.src = result.heat;
+    this.heat.alt = `saliency map for ${target}`;
+    const words = `Saliency map for ${target} over the network input (${result.method})`;
     this.caption.textContent = words;
     this.heat.decode().then(() => {
-      if (isEven(this.heat)) this.caption.textContent = `${words}. ${EVEN}`;
+      if (isUniform(this.heat)) this.caption.textContent = `${words}. ${UNIFORM}`;
     });
     this.blend();
   }
@@ -200,15 +200,15 @@ export class Card {
   addControls() {
     const option = (name) => make("option", { value: name }, name);
     const classes = service.model.classes.map(option);
-    this.shown = make("input", { type: "checkbox", checked: true, "aria-label": `Heat map over ${this.name}` });
+    this.shown = make("input", { type: "checkbox", checked: true, "aria-label": `Saliency map over ${this.name}` });
     this.slider = make("input", { type: "range", min: 0, max: 100, value: 50, step: 5 });
-    this.slider.setAttribute("aria-label", `Strength of the heat map over ${this.name}`);
-    this.pick = make("select", { "aria-label": `Class that the heat map over ${this.name} explains` }, ...classes);
+    this.slider.setAttribute("aria-label", `Opacity of the saliency map over ${this.name}`);
+    this.pick = make("select", { "aria-label": `Class of the saliency map over ${this.name}` }, ...classes);
     for (const control of [this.shown, this.slider]) control.addEventListener("input", () => this.blend());
     this.pick.addEventListener("change", () => this.explain(this.pick.value));
     this.controls.replaceChildren(
       make("div", { className: "scale", ariaHidden: "true" }, "less", make("i"), "more"),
-      make("label", {}, this.shown, "Heat map", this.slider),
+      make("label", {}, this.shown, "Saliency map", this.slider),
       make("label", {}, "Explain", this.pick),
     );
   }
@@ -216,10 +216,10 @@ export class Card {
   unexplained(message) {
     if (!this.heat) this.preview();
     else this.heat.hidden = true;
-    this.caption.textContent = `No heat map: ${sentence(message)}`;
+    this.caption.textContent = `No saliency map: ${sentence(message)}`;
   }
 
-  // The file as the browser shows it, where there is no heat map. It can't show DICOM, and most can't TIFF.
+  // The file as displayed by the browser, without a saliency map. Browsers can't display DICOM, and most not TIFF.
   preview() {
     this.local ??= URL.createObjectURL(this.file);
     const image = make("img", { alt: this.name });
@@ -236,16 +236,16 @@ export class Card {
   }
 }
 
-// A heat map costs more than an answer, so it is computed when its card comes near the screen.
+// A saliency map costs more than a prediction, so it is computed when its card comes near the screen.
 const byNode = new WeakMap();
-const soon = [];
+const pending = [];
 let running = 0;
 const watch = new IntersectionObserver(
-  (seen) => {
-    for (const { isIntersecting, target } of seen) {
+  (entries) => {
+    for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
       watch.unobserve(target);
-      soon.push(byNode.get(target));
+      pending.push(byNode.get(target));
     }
     next();
   },
@@ -253,8 +253,8 @@ const watch = new IntersectionObserver(
 );
 
 function next() {
-  while (running < AT_ONCE && soon.length) {
-    const card = soon.shift();
+  while (running < MAX_RUNNING && pending.length) {
+    const card = pending.shift();
     if (card.gone || !card.answer) continue;
     running += 1;
     card.explain(card.heat ? card.pick.value : card.answer.predicted).finally(() => {
@@ -270,7 +270,7 @@ export function explainWhenSeen(card) {
   watch.observe(card.node);
 }
 
-// What is said of a series as a whole, by the operating points of patients where the model has them.
+// The card of a series, at the operating points of patients if the model has them.
 export class Series {
   constructor(record, files, part) {
     this.record = record;
@@ -280,7 +280,7 @@ export class Series {
     const sent = make("details", {}, make("summary", {}, "Files of this request"), all);
     const whole = `Series of ${plural(record.files, "image")}: the mean of their probabilities`;
     const top = make("div", { className: "top" }, make("h3", { className: "name" }, whole));
-    const words = "There were too many for one request, so each part is summed up by itself.";
+    const words = "There were too many files for one request, so each part is summarized separately.";
     const note = part ? [make("p", { className: "quiet" }, words)] : [];
     this.node = make("article", { className: "card series" }, top, this.body, ...note, sent);
     this.draw();
@@ -288,6 +288,6 @@ export class Series {
 
   draw() {
     const level = Object.keys(service.model.points?.patient ?? {}).length ? "patient" : "slice";
-    this.decisions = show(this.body, this.record, level);
+    this.decisions = drawRecord(this.body, this.record, level);
   }
 }

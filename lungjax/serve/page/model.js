@@ -1,4 +1,4 @@
-// What the page says of the model: what it was trained on, what it expects, and how well it did on test images.
+// The model: its training data, its input, and its scores on test images.
 import { limit } from "./service.js";
 import { at, count, interval, make, percent, plural, ruleWords, size } from "./words.js";
 
@@ -10,13 +10,13 @@ const SCORES = {
 };
 const SPLITS = ["train", "val", "test"];
 const LEVELS = { slice: "image", patient: "patient" };
-const FEW = 4; // warnings that are shown unasked
+const MAX_OPEN = 4; // warnings that are shown unfolded
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const small = (words) => make("small", {}, words);
 const quiet = (words) => make("p", { className: "quiet" }, words);
 
-// Rows are lists of cells, a cell is one child or a list of them; the first cell of a row is its head.
+// Rows are lists of cells, a cell is a child or a list of children; the first cell of a row is its header.
 function table(head, rows) {
   const cell = (words, i, tag, scope) => make(i ? tag : "th", i && tag === "td" ? {} : { scope }, ...[words].flat());
   const row = (cells, tag, scope) => make("tr", {}, ...cells.map((words, i) => cell(words, i, tag, scope)));
@@ -38,25 +38,25 @@ const under = (words) => (words ? [small(words)] : []);
 const measured = (value, pair) => [percent(value), ...under(interval(pair))];
 const plainly = (value, pair) => [value.toFixed(3), ...under(pair?.map((p) => p.toFixed(3)).join(" to "))];
 
-export const isDrawn = (model) => /^phantom_ct\b/.test(model.dataset ?? "");
+export const isSynthetic = (model) => /^phantom_ct\b/.test(model.dataset ?? "");
 
 // One line for the head of the page.
 export function summary(model) {
   const images = Object.values(model.counts?.train ?? {}).filter(isNumber).reduce((a, b) => a + b, 0);
   const from = images ? `${plural(images, "image")} of ${model.dataset}` : model.dataset;
   const names = `${model.classes.slice(0, -1).join(", ")} and ${model.classes.at(-1)}`;
-  return `A network that tells ${names} apart, trained on ${from}.`;
+  return `Classifies ${names}. Trained on ${from}.`;
 }
 
 function intended(model) {
   const [height, width] = model.input.size;
-  const windows = (model.hu_windows ?? []).map(([centre, wide]) => `${centre} / ${wide} HU`).join(", ");
+  const windows = (model.hu_windows ?? []).map(([center, width]) => `${center} / ${width} HU`).join(", ");
   return [
-    ["Input", `${width} x ${height} pixels, ${model.input.channels === 1 ? "gray" : "colour"}`],
-    ["Plane", model.position === "mid" ? `${model.plane}, the middle one` : model.plane],
-    ["Stage", model.stage || "images as they are"],
-    ["CT window", windows && `${windows} (centre / width, for DICOM)`],
-    ["16-bit window", model.window ? `${model.window[0]} to ${model.window[1]}` : "none: 8-bit images only"],
+    ["Input", `${width} x ${height} pixels, ${model.input.channels === 1 ? "grayscale" : "color"}`],
+    ["Plane", model.position === "mid" ? `${model.plane}, middle slice` : model.plane],
+    ["Stage", model.stage || "unmodified images"],
+    ["CT window", windows && `${windows} (center / width, for DICOM)`],
+    ["16-bit window", model.window ? `${model.window[0]} to ${model.window[1]}` : "none, 8-bit images only"],
   ];
 }
 
@@ -69,7 +69,7 @@ function countTable(model) {
     return [count(counts[split][name] ?? 0), ...(isNumber(people) ? [small(plural(people, "patient"))] : [])];
   };
   const rows = model.classes.map((name) => [name, ...splits.map((split) => cell(split, name))]);
-  return [make("h3", {}, "Images of each class"), table(["", ...splits], rows)];
+  return [make("h3", {}, "Images per class"), table(["", ...splits], rows)];
 }
 
 function scoreTable(model) {
@@ -85,7 +85,7 @@ function scoreTable(model) {
     const n = model.scores[level].n;
     return isNumber(n) ? plural(n, LEVELS[level]) : `${LEVELS[level]}s`;
   });
-  return [make("h3", {}, "Scores on test"), table(["", ...head], rows), quiet("Below each: its 95 % interval.")];
+  return [make("h3", {}, "Scores on test"), table(["", ...head], rows), quiet("With 95 % intervals.")];
 }
 
 function pointTables(model) {
@@ -94,7 +94,7 @@ function pointTables(model) {
     const known = model.classes.filter((name) => model.points.slice?.[name]?.[rule]);
     const rows = known.map((name) => {
       const { threshold, sensitivity, specificity, intervals = {} } = model.points.slice[name][rule];
-      const from = [name, small(`from ${percent(threshold)}`)];
+      const from = [name, small(`at ${percent(threshold)}`)];
       return [from, measured(sensitivity, intervals.sensitivity), measured(specificity, intervals.specificity)];
     });
     const title = ruleWords(rule)[1];
@@ -102,11 +102,11 @@ function pointTables(model) {
     parts.push(table(["threshold", "sensitivity", "specificity"], rows));
   }
   if (!parts.length) return [];
-  const words = "Thresholds were chosen on the validation images; the rates are those of the test images.";
+  const words = "Thresholds were chosen on validation images; rates are of test images.";
   return [unfold("Operating points", false, ...parts, quiet(words))];
 }
 
-// Names of the rules of the model's operating points, Youden's first.
+// Names of the operating points, Youden's first.
 export function rules(model) {
   const names = new Set(Object.values(model.points?.slice ?? {}).flatMap((points) => Object.keys(points)));
   return [...names].sort((a, b) => (b === "youden") - (a === "youden") || a.localeCompare(b));
@@ -124,28 +124,28 @@ export function describe(model) {
   const about = Object.entries(rest).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
   const caveats = make("ul", { className: "caveats" }, ...warnings.map((line) => make("li", {}, line)));
   const alarms = model.familiarity?.false_alarms?.test?.rate;
-  const alarm = isNumber(alarms) ? ` It does so for ${percent(alarms)} of the test images too.` : "";
+  const alarm = isNumber(alarms) ? ` This includes ${percent(alarms)} of the test images.` : "";
   at("model").replaceChildren(
     facts([
       ["Name", model.name],
       ["Classes", model.classes.join(", ")],
       ["Trained on", data_title ? `${model.dataset}: ${data_title}` : model.dataset],
-      ["Its licence", data_licence],
+      ["Data license", data_licence],
       ...intended(model),
     ]),
     ...countTable(model),
     ...scoreTable(model),
-    ...(warnings.length ? [unfold("Before believing the numbers", warnings.length < FEW, caveats)] : []),
+    ...(warnings.length ? [unfold("Caveats", warnings.length < MAX_OPEN, caveats)] : []),
     ...pointTables(model),
-    ...(model.familiarity ? [quiet(`The page warns of images unlike those of the training.${alarm}`)] : []),
-    ...(about.length ? [unfold("More about it", false, facts(about))] : []),
+    ...(model.familiarity ? [quiet(`Images unlike the training images get a warning.${alarm}`)] : []),
+    ...(about.length ? [unfold("Details", false, facts(about))] : []),
   );
 }
 
-// The limits of a file in words, as far as the service states them.
+// The limits of a file as text.
 export function limits() {
   const [bytes, pixels] = [limit("file_bytes"), limit("pixels")];
-  const parts = Number.isFinite(bytes) ? [`${size(bytes)} a file`] : [];
-  if (Number.isFinite(pixels)) parts.push(`${+(pixels / 1e6).toFixed(1)} megapixels an image`);
+  const parts = Number.isFinite(bytes) ? [`${size(bytes)} per file`] : [];
+  if (Number.isFinite(pixels)) parts.push(`${+(pixels / 1e6).toFixed(1)} megapixels per image`);
   return parts.length ? `At most ${parts.join(", ")}.` : "";
 }

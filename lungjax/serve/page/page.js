@@ -1,16 +1,16 @@
-// The page of `python -m lungjax.serve`: images go to the service, a card each comes back. What a person or a file
-// brings (names, messages) becomes text and never HTML; nothing is stored, and nothing is fetched from elsewhere.
+// The page of `python -m lungjax.serve`: each image is sent to the service and gets a card. File names and messages
+// become text, never HTML; nothing is stored, and nothing is loaded from other sites.
 import { Card, Series, explainWhenSeen, settings } from "./cards.js";
-import { describe, isDrawn, limits, rules, summary } from "./model.js";
+import { describe, isSynthetic, limits, rules, summary } from "./model.js";
 import { ask, byName, dropped, form, grouped, isDicom, limit, service } from "./service.js";
 import { at, count, make, percent, plural, ruleWords, size } from "./words.js";
 
-const FEW = 4; // images of a request; a DICOM series goes in one, for the service sums it up
-const AT_ONCE = 2; // requests on their way
-const MANY = 2000; // files of one drop
+const IMAGES_PER_REQUEST = 4; // a DICOM series is one request, since the service summarizes it
+const MAX_RUNNING = 2; // requests at a time
+const MAX_FILES = 2000; // per drop
 const list = { cards: [], series: [], queue: [], running: 0 };
 
-// The model, and the token if the service wants one.
+// The model, and the token if the service requires one.
 
 async function start() {
   at("unreachable").hidden = true;
@@ -27,7 +27,7 @@ async function start() {
   at("title").textContent = model.name;
   document.title = `${model.name} · lungjax`;
   at("purpose").textContent = summary(model);
-  at("drawn").hidden = !isDrawn(model);
+  at("synthetic").hidden = !isSynthetic(model);
   at("limits").textContent = limits();
   describe(model);
   options("rule", rules(model), (rule) => ruleWords(rule)[0]);
@@ -35,7 +35,7 @@ async function start() {
   at("layout").hidden = at("foot").hidden = false;
 }
 
-// Fills a choice; one that leaves none is not shown.
+// Fills a menu, which is hidden if it has a single option.
 function options(id, names, words) {
   settings[id] = names[0] ?? "";
   at(id).replaceChildren(...names.map((name) => make("option", { value: name }, words(name))));
@@ -46,8 +46,8 @@ function options(id, names, words) {
 function changed(id) {
   settings[id] = at(id).value;
   if (id === "rule") {
-    const found = `the threshold that had the ${ruleWords(settings.rule)[1]} on the validation images`;
-    const words = `Positive: the probability reaches ${found}. The mark in a bar is that threshold.`;
+    const threshold = `the threshold with the ${ruleWords(settings.rule)[1]} on the validation images`;
+    const words = `Positive: the probability reaches ${threshold}, the mark in the bar.`;
     at("rule-words").textContent = settings.rule ? words : "";
     for (const one of [...list.cards, ...list.series]) one.draw();
   } else for (const card of list.cards) explainWhenSeen(card);
@@ -57,7 +57,7 @@ service.refused = (again) => {
   service.token = "";
   at("token").hidden = false;
   at("refused").hidden = !again;
-  at("refused").textContent = again ? "The service does not know this token." : "";
+  at("refused").textContent = again ? "Wrong token." : "";
   at("secret").value = "";
   at("secret").focus();
 };
@@ -66,18 +66,18 @@ service.refused = (again) => {
 
 async function add(files) {
   if (!files.length || !service.model) return;
-  const cards = files.slice(0, MANY).map((file) => new Card(file, { remove, retry }));
+  const cards = files.slice(0, MAX_FILES).map((file) => new Card(file, { remove, retry }));
   at("results").hidden = false;
   at("cards").append(...cards.map((card) => card.node));
   list.cards.push(...cards);
   const heaviest = limit("file_bytes");
   for (const card of cards.filter((one) => one.file.size > heaviest))
-    card.fail(`a file of ${size(card.file.size)}; the service takes up to ${size(heaviest)}`);
+    card.fail(`a file of ${size(card.file.size)}; the limit is ${size(heaviest)}`);
   progress();
-  if (files.length > MANY) say(`${count(files.length)} files are more than ${count(MANY)}; the rest was left out`);
+  if (files.length > MAX_FILES) say(`${count(files.length)} files: only the first ${count(MAX_FILES)} are used`);
   const dicom = await Promise.all(cards.map((card) => isDicom(card.file)));
-  const most = Math.min(limit("files"), MANY);
-  list.queue.push(...grouped(cards.filter((card, i) => !dicom[i] && !card.done), Math.min(FEW, most)));
+  const most = Math.min(limit("files"), MAX_FILES);
+  list.queue.push(...grouped(cards.filter((card, i) => !dicom[i] && !card.done), Math.min(IMAGES_PER_REQUEST, most)));
   const parts = grouped(cards.filter((card, i) => dicom[i] && !card.done), most);
   for (const part of parts) part.part = parts.length > 1;
   list.queue.push(...parts);
@@ -85,7 +85,7 @@ async function add(files) {
 }
 
 function pump() {
-  while (list.running < AT_ONCE && list.queue.length) {
+  while (list.running < MAX_RUNNING && list.queue.length) {
     list.running += 1;
     classify(list.queue.shift()).finally(() => {
       list.running -= 1;
@@ -101,36 +101,36 @@ async function classify(group) {
   const files = cards.map((card) => card.file);
   let results;
   try {
-    const said = await ask(`predict?${new URLSearchParams(settings.rule ? { rule: settings.rule } : {})}`, form(files));
-    results = said.results;
-    const series = (said.series ?? []).filter((one) => one.files > 1).map((one) => new Series(one, files, group.part));
+    const answer = await ask(`predict?${new URLSearchParams(settings.rule ? { rule: settings.rule } : {})}`, form(files));
+    results = answer.results;
+    const series = (answer.series ?? []).filter((one) => one.files > 1).map((one) => new Series(one, files, group.part));
     if (cards.some((card) => !card.gone)) {
       list.series.push(...series);
       at("series").append(...series.map((one) => one.node));
     }
   } catch (trouble) {
     if (!trouble.results && cards.length > 1 && !trouble.again) {
-      list.queue.unshift(...cards.map((card) => [card])); // one of them spoils the rest
+      list.queue.unshift(...cards.map((card) => [card])); // one file may fail the others
       return;
     }
     results = trouble.results ?? cards.map(() => ({ error: trouble.message, again: trouble.again }));
   }
   cards.forEach((card, i) => {
-    if (!card.gone) told(card, results[i] ?? { error: "The service said nothing of this file." });
+    if (!card.gone) finish(card, results[i] ?? { error: "The service sent no result for this file." });
   });
   progress();
 }
 
-function told(card, result) {
+function finish(card, result) {
   if (result.error) {
     card.fail(result.error, result.again);
-    say(`${card.name}: no answer. ${result.error}`);
+    say(`${card.name}: no prediction. ${result.error}`);
     return;
   }
-  card.tell(result);
+  card.show(result);
   explainWhenSeen(card);
-  const doubt = result.warnings?.length ? `. Warning: ${result.warnings.join("; ")}` : "";
-  say(`${card.name}: ${result.predicted}, ${percent(result.probabilities[result.predicted])}${doubt}`);
+  const warning = result.warnings?.length ? `. Warning: ${result.warnings.join("; ")}` : "";
+  say(`${card.name}: ${result.predicted}, ${percent(result.probabilities[result.predicted])}${warning}`);
 }
 
 function retry(card) {
@@ -155,7 +155,7 @@ function clear() {
   Object.assign(list, { cards: [], series: [], queue: [] });
   at("series").replaceChildren();
   at("results").hidden = true;
-  at("said").textContent = "All images removed";
+  at("announcement").textContent = "All images removed";
   at("choose").focus();
 }
 
@@ -164,20 +164,20 @@ function progress() {
   const bad = list.cards.filter((card) => card.error).length;
   at("progress").max = Math.max(1, list.cards.length);
   at("progress").value = done;
-  const failed = bad ? `, ${count(bad)} without an answer` : "";
+  const failed = bad ? `, ${count(bad)} failed` : "";
   at("progress-text").textContent = `${count(done)} of ${plural(list.cards.length, "image")} done${failed}`;
   at("csv").disabled = at("json").disabled = !done;
 }
 
 let speaking = 0;
 function say(words) {
-  clearTimeout(speaking); // of many at once the last is read out, and how many are done
-  speaking = setTimeout(() => (at("said").textContent = `${words}. ${at("progress-text").textContent}.`), 300);
+  clearTimeout(speaking); // of many, only the last one is announced, with the progress
+  speaking = setTimeout(() => (at("announcement").textContent = `${words}. ${at("progress-text").textContent}.`), 300);
 }
 
-// Results to take along, made here; the columns are those of `python -m lungjax.predict`.
+// Downloads, created here; the columns are those of `python -m lungjax.predict`.
 
-// A spreadsheet takes a cell that begins with one of these signs for a formula.
+// Spreadsheets read cells that start with one of these characters as formulas.
 const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
 
 function csv() {
@@ -187,17 +187,17 @@ function csv() {
     const called = (one) => decisions?.[one] && (decisions[one].called ? "yes" : "no");
     const numbers = classes.map((one) => answer?.probabilities[one]);
     const warnings = answer?.warnings?.join("; ");
-    const said = [answer?.predicted, ...numbers, ...classes.map(called), answer?.unlike, warnings, error];
-    return [file, ...said, settings.rule, name, notice];
+    const values = [answer?.predicted, ...numbers, ...classes.map(called), answer?.novelty, warnings, error];
+    return [file, ...values, settings.rule, name, notice];
   });
-  const table = [[...head, "unlike", "warnings", "error", "rule", "model", "notice"], ...rows];
+  const table = [[...head, "novelty", "warnings", "error", "rule", "model", "notice"], ...rows];
   return table.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
 }
 
 function json() {
   const { name, dataset, classes, notice } = service.model;
-  const told = ({ answer, decisions, error }) => (answer ? { ...answer, decisions } : { error });
-  const results = list.cards.filter((card) => card.done).map((card) => ({ ...told(card), file: card.name }));
+  const content = ({ answer, decisions, error }) => (answer ? { ...answer, decisions } : { error });
+  const results = list.cards.filter((card) => card.done).map((card) => ({ ...content(card), file: card.name }));
   const series = list.series.map((one) => ({ ...one.record, decisions: one.decisions }));
   const whole = { model: { name, dataset, classes }, notice, rule: settings.rule, results, series };
   return JSON.stringify(whole, null, 1) + "\n";
@@ -210,14 +210,14 @@ function save(words, type, ending) {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
-// What a person does.
+// User actions.
 
 const holdsFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
 const veil = (shown) => (at("veil").hidden = !shown || !service.model);
 
 addEventListener("dragover", (event) => {
   if (!holdsFiles(event)) return;
-  event.preventDefault(); // else the browser leaves the page and shows the file
+  event.preventDefault(); // otherwise the browser would open the file
   event.dataTransfer.dropEffect = "copy";
   veil(true);
 });

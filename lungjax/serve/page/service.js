@@ -1,11 +1,11 @@
-// Asking the service: requests, what they may hold, and what went wrong in words.
+// Requests to the service, their limits, and error messages.
 
 export const service = { model: null, token: "", refused: () => {} };
 
-const PATIENCE = 90; // seconds of asking again while the service says that it starts or is busy
-const LOST = "The service did not answer. Is it still running, and is this computer still connected to it?";
+const RETRY_SECONDS = 90; // while the service is starting or busy
+const LOST = "The service does not respond. Check that it is running and that this computer is connected.";
 
-// What came instead of an answer. `again`: another try may help. `results`: the service's words on each file.
+// A failed request. `again`: a retry may help. `results`: the error of each file.
 export class Trouble extends Error {
   constructor(message, status = 0, results = null) {
     super(message);
@@ -18,27 +18,27 @@ export class Trouble extends Error {
 const wait = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
 export async function ask(path, body) {
-  const end = Date.now() + 1000 * PATIENCE;
+  const end = Date.now() + 1000 * RETRY_SECONDS;
   for (;;) {
     const token = service.token;
     const headers = token ? { Authorization: `Bearer ${token}` } : {};
     let answer;
-    let said;
+    let content;
     try {
       const method = body ? "POST" : "GET";
       answer = await fetch(path, { method, body, headers, credentials: "omit", cache: "no-store" });
-      said = await answer.json().catch(() => null);
+      content = await answer.json().catch(() => null);
     } catch {
       throw new Trouble(LOST);
     }
-    if (answer.ok && said) return said;
+    if (answer.ok && content) return content;
     if ((answer.status === 429 || answer.status === 503) && Date.now() < end) {
       await wait(Math.min(10, Number(answer.headers.get("Retry-After")) || 1));
       continue;
     }
     if (answer.status === 401) service.refused(Boolean(token));
-    const message = said?.error ?? `The service answered ${answer.status} ${answer.statusText} without saying why.`;
-    throw new Trouble(String(message), answer.status, said?.results ?? null);
+    const message = content?.error ?? `The service answered ${answer.status} ${answer.statusText}.`;
+    throw new Trouble(String(message), answer.status, content?.results ?? null);
   }
 }
 
@@ -48,7 +48,7 @@ export function form(files) {
   return data;
 }
 
-// Returns a limit that the service states, else Infinity.
+// Returns a limit of the service, or Infinity.
 export function limit(name) {
   return service.model?.limits?.[name] ?? Infinity;
 }
@@ -58,7 +58,7 @@ export async function isDicom(file) {
   return (await file.slice(128, 132).text().catch(() => "")) === "DICM";
 }
 
-// Returns lists of cards whose files fit into a request each: `most` at once, and not more than the service takes.
+// Returns groups of at most `most` cards whose files fit into one request.
 export function grouped(cards, most) {
   const heaviest = 0.95 * limit("request_bytes");
   const groups = [];
@@ -76,7 +76,7 @@ export function grouped(cards, most) {
 
 export const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
 
-// Returns the files of a drop or a paste, those in folders too.
+// Returns the files of a drop, including those in folders.
 export async function dropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   const plain = [...transfer.files];
@@ -88,11 +88,11 @@ export async function dropped(transfer) {
 
 async function walk(entry, files) {
   if (entry.name.startsWith(".") && entry.name !== ".") return;
-  if (entry.isFile) files.push(await new Promise((found, lost) => entry.file(found, lost)));
+  if (entry.isFile) files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
   if (!entry.isDirectory) return;
   const reader = entry.createReader();
   for (;;) {
-    const some = await new Promise((found, lost) => reader.readEntries(found, lost)); // a hundred at a time
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at a time
     if (!some.length) return;
     for (const one of some) await walk(one, files);
   }

@@ -1,0 +1,279 @@
+"""A trained model applied to images; `load` opens a run folder, a `model.pyz` or a `model.onnx`.
+
+    model = lungjax.load("runs/my_run")
+    model.predict(["a.png"])           # calibrated probabilities [1, classes]
+    model.features(["a.png"])          # [1, F]
+
+Preprocessing, classes, calibration and operating points come from the model's `metadata.Metadata`. Batches have a few
+fixed sizes, so nothing is compiled again after `warm`.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lungjax import models
+from lungjax.config import Config, metadata, nearest, overrides
+from lungjax.config.metadata import Metadata
+from lungjax.data import preprocess
+from lungjax.data.batching import pad_batch
+from lungjax.evaluation import novelty
+from lungjax.explain import saliency
+from lungjax.inference import api, artifacts
+from lungjax.inference.api import Boxes, Images
+from lungjax.models import folding, outputs
+from lungjax.models.inputs import normalize
+from lungjax.models.ops import conv
+from lungjax.runtime import checkpoint
+from lungjax.training import workdir as workdirs
+
+Forward = Callable[[np.ndarray], dict[str, Any]]  # uint8 [B, H, W, C] -> artifacts.OUTPUTS
+Saliency = Callable[[np.ndarray, np.ndarray, str], np.ndarray]  # pixels, classes int32 [B], method -> [B, H, W]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The best network of a run."""
+
+    config: Config
+    classes: tuple[str, ...]  # in label order
+    module: nn.Module
+    variables: dict[str, Any]  # params and batch_stats
+    step: int  # of the checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One preprocessed image."""
+
+    pixels: np.ndarray  # uint8 [H, W, C]
+    novelty: float | None = None  # above 1: out of the training distribution; None if the model has no such score
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model, opened by `load`. It may be called from several threads.
+
+    `predict`, `logits`, `features` and `explain` take images: one or several, each the path of an image file or an
+    array [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in
+    pixels; without them the body is located where the model was trained on cropped bodies. They raise ValueError for
+    an image that can't be read or has another shape or type.
+    """
+
+    metadata: Metadata
+    format: str  # run, pyz or onnx
+    platform: str  # cpu, gpu or tpu
+    batch_size: int  # largest batch
+    methods: tuple[str, ...]  # of `explain`; empty if the format has no saliency maps
+    forward: Forward
+    saliency: Saliency | None = None
+    network: Network | None = None  # of a run
+    lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def predict(self, images: Images, boxes: Boxes = None) -> np.ndarray:
+        """Returns calibrated probabilities float32 [B, classes], as `python -m lungjax.predict` writes them."""
+        return self.outputs(self._pixels(images, boxes))["probabilities"]
+
+    def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
+        """Returns uncalibrated logits float32 [B, classes]; a sigmoid output is paired with a zero."""
+        return self.outputs(self._pixels(images, boxes))["logits"]
+
+    def features(self, images: Images, boxes: Boxes = None) -> np.ndarray:
+        """Returns the spatial mean of the last feature map, float32 [B, F]."""
+        return self.outputs(self._pixels(images, boxes))["features"]
+
+    def explain(
+        self, images: Images, targets: Sequence[int] | None = None, method: str = "gradcam", boxes: Boxes = None
+    ) -> np.ndarray:
+        """Returns saliency maps float32 [B, H, W] in 0..1 over the network's input.
+
+        `targets` are class numbers, one per image; None takes the predicted classes. `method` is one of `methods`.
+        """
+        pixels = self._pixels(images, boxes)
+        self.check_method(method)
+        if targets is None:
+            return self.maps(pixels, self.outputs(pixels)["probabilities"].argmax(-1), method)
+        return self.maps(pixels, np.asarray(targets), method)
+
+    @cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The compiled batch sizes: powers of two up to the largest."""
+        powers = [2**n for n in range(self.batch_size.bit_length()) if 2**n < self.batch_size]
+        return (*powers, self.batch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the network's input."""
+        return artifacts.image_shape(self.metadata)
+
+    def warm(self) -> None:
+        """Compiles every batch size, or reads it from the compilation cache; saliency maps compile at first use."""
+        for size in self.batch_sizes:
+            self.outputs(np.zeros((size, *self.image_shape), np.uint8))
+
+    def prepare(self, decoded: Any, box: preprocess.Box | None = None) -> Input:
+        """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
+
+        `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
+        Raises ValueError for a 16-bit image if the model has no window.
+        """
+        pixels, stored, warnings = preprocess.picture(np.asarray(decoded), self.metadata, box)
+        if self._novelty is None:
+            return Input(pixels, None, tuple(warnings))
+        score = self._novelty.unlike(stored)
+        if score > 1:
+            warnings.append(f"unlike the training images: {self._novelty.why(stored)}")
+        return Input(pixels, score, tuple(warnings))
+
+    def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `probabilities` (calibrated), `logits` [B, classes] and `features` [B, F] of prepared pixels.
+
+        Raises ValueError for pixels other than uint8 [B, H, W, C] as `prepare` makes them.
+        """
+        artifacts.check_pixels(pixels, self.metadata)
+        batches = []
+        for at in range(0, max(len(pixels), 1), self.batch_size):
+            batch = pixels[at : at + self.batch_size]
+            size = next(size for size in self.batch_sizes if size >= len(batch))
+            with self.lock:
+                results = self.forward(pad_batch(batch, size))
+            batches.append({name: np.asarray(array)[: len(batch)] for name, array in results.items()})
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str = "gradcam") -> np.ndarray:
+        """Returns saliency maps float32 [B, H, W] of prepared pixels for the class numbers `targets` [B].
+
+        Raises ValueError for another method or class, and for a format without saliency maps.
+        """
+        artifacts.check_pixels(pixels, self.metadata)
+        self.check_method(method)
+        classes = len(self.metadata.classes)
+        if targets.shape != (len(pixels),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):
+            raise ValueError(f"targets={targets.tolist()}: give {len(pixels)} class numbers from 0 to {classes - 1}")
+        assert self.saliency is not None
+        maps = [np.zeros((0, *self.metadata.input.size), np.float32)]
+        for i in range(len(pixels)):  # one at a time: a map costs about a forward pass, and one size compiles once
+            with self.lock:
+                maps.append(self.saliency(pixels[i : i + 1], targets[i : i + 1].astype(np.int32), method))
+        return np.concatenate(maps)
+
+    def check_method(self, method: str) -> None:
+        """Raises ValueError unless `method` is one of `methods`."""
+        if not self.methods:
+            raise ValueError(f"model.{self.format} has no saliency maps; use the run folder or a model.pyz")
+        if method not in self.methods:
+            raise ValueError(f"method={method!r}: {nearest(method, self.methods)}")
+
+    def _pixels(self, images: Images, boxes: Boxes) -> np.ndarray:
+        return np.stack([self.prepare(array, box).pixels for array, box in api.read_images(images, boxes)])
+
+    @cached_property
+    def _novelty(self) -> Any:
+        return None if self.metadata.familiarity is None else novelty.from_dict(self.metadata.familiarity)
+
+
+def load(path: str | Path) -> Model:
+    """Opens a run folder, a `model.pyz`, a `model.onnx`, or a folder that contains one of these files.
+
+    Raises ValueError for anything else, a run without model.json, and a damaged file.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / "config.json").exists():
+        place = next((place / name for name in ("model.pyz", "model.onnx") if (place / name).exists()), place)
+    if place.is_dir():
+        return _load_run(place)
+    if not place.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    backend = jax.default_backend()
+    if place.suffix == ".pyz":
+        program = artifacts.read_pyz(place)
+        size = folding.batch_size(Config(input=program.metadata.input), 1, backend)
+        return Model(
+            program.metadata, "pyz", backend, size, ("gradcam",), program.outputs,
+            lambda pixels, targets, _: program.gradcam(pixels, targets)[0],
+        )  # fmt: skip
+    if place.suffix == ".onnx":
+        session = artifacts.read_onnx(place)
+        return Model(session.metadata, "onnx", "cpu", folding.CPU_BATCH, (), session.outputs)
+    raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
+
+
+def load_network(workdir: str | Path) -> Network:
+    """Returns the best network of a run. Raises ValueError if there is no trained run in `workdir`."""
+    path = Path(workdir).expanduser()
+    if checkpoint.newest(path, "best") is None:
+        raise ValueError(f"{path}: no trained run (no weights in checkpoints/best)")
+    config = overrides.from_json((path / "config.json").read_text(), str(path / "config.json"))
+    classes = tuple(workdirs.read_data(path)["classes"])
+    variables, step = checkpoint.restore_best(path)
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
+    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
+    return Network(config, classes, models.build(config.model, len(classes)), variables, step)
+
+
+def load_finished(workdir: Path) -> tuple[Network, Metadata]:
+    """Returns the best network of a finished run and its model.json.
+
+    Raises ValueError if there is no trained run, or model.json is missing or belongs to other weights.
+    """
+    network, file = load_network(workdir), workdir / metadata.FILE
+    command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
+    if not file.exists():
+        raise ValueError(f"{workdir}: no {metadata.FILE}, the run is not finished; `{command}` tests it and writes it")
+    description = metadata.read(file)
+    fingerprint = workdirs.read_data(workdir).get("fingerprint")
+    about = description.about
+    if (network.classes, network.config.input, network.step, fingerprint) != (
+        description.classes, description.input, about.get("best_step"), about.get("fingerprint")
+    ):  # fmt: skip
+        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
+    return network, description
+
+
+def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
+    """Returns `artifacts.OUTPUTS` of a network's logits [B, outputs] and last map [B, h, w, F]."""
+    return {
+        "probabilities": calibrated(logits, metadata),
+        "logits": outputs.class_logits(logits, metadata.positive),
+        "features": outputs.pooled_features(last),
+    }
+
+
+def calibrated(logits: jax.Array, metadata: Metadata) -> jax.Array:
+    """Returns calibrated probabilities [B, classes] of a network's logits [B, outputs]."""
+    return jax.nn.softmax(outputs.class_logits(logits, metadata.positive) / np.float32(metadata.temperature))
+
+
+def _load_run(workdir: Path) -> Model:
+    network, description = load_finished(workdir)
+    spec, backend = network.config.input, jax.default_backend()
+    folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
+    variables = folded.prepare(network.variables)
+
+    def forward(variables: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
+        logits, features = folded(variables, normalize(pixels, spec))
+        return named_outputs(logits, features["last"], description)
+
+    compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
+    explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
+    # CAM methods have one value per cell of the last map: a single cell would give a uniform map.
+    useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
+    return Model(
+        description,
+        "run",
+        backend,
+        folding.batch_size(network.config, 1, backend),
+        tuple(method for method in saliency.METHODS if method not in useless),
+        lambda pixels: compiled(variables, pixels),
+        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0],
+        network,
+    )
