@@ -66,20 +66,17 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         for label, name in enumerate(CLASSES):
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
     real = [i for i, (split, label, _, path) in enumerate(images) if split == "test" or label or not is_generated(path)]
-    groups = ["generated"] * len(images)
-    for i in real:
-        groups[i] = group(images[i][3], images[i][1])
-    named, notes = splits.complete(
-        [images[i][0] for i in real], [images[i][1] for i in real], [groups[i] for i in real], options.seed
-    )
-    clean = dict(zip(real, named, strict=True))
+    groups = {i: group(images[i][3], images[i][1]) for i in real}
+    study, labels = [images[i][0] for i in real], [images[i][1] for i in real]
+    completed, notes = splits.complete(study, labels, list(groups.values()), options.seed)
+    clean = dict(zip(real, completed, strict=True))
     examples = [
         Example(
             file=path.relative_to(source).as_posix(),
             image=str(path),
             label=label,
             split=clean.get(i, ""),
-            group=groups[i],
+            group=groups.get(i, "generated"),
             source="CheXpert" if label else "COVID-19 image data collection",
             extra=(finding(inner) if label else "COVID-19",),
             study="train" if split == "train" else "val+test",

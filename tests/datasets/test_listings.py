@@ -391,41 +391,12 @@ def test_coronahack(tmp_path):
     assert_errors(coronahack, tmp_path, table, "default", errors)
 
 
-def real_images(shared, kind):
-    with (shared / f"data/{kind}/labels.csv").open() as file:
-        return [(shared / f"data/{kind}" / row["path"], row) for row in csv.DictReader(file)]
-
-
-def divided_groups(by_file, groups):
-    """Returns the true groups whose images are in several groups by their names."""
-    together = defaultdict(set)
-    for file, example in by_file.items():
-        together[groups[file]].add(example.group)
-    return [group for group, names in together.items() if len(names) > 1]
-
-
-def test_covid_xray_5k_real_names(shared, tmp_path):
-    groups = {}
-    for path, row in real_images(shared, "xray"):
-        if row["source"] == "talo-cohen" or (row["source"], row["label"]) == ("talo-nih", "Normal"):
-            covid = row["label"] == "COVID"
-            name = path.name.removeprefix("cohen_")
-            if not covid:
-                name = f"patient{re.search(r'([0-9]{8})_', path.name).group(1)}-{path.name}"
-            link = tmp_path / ("test" if row["split"] == "test" else "train") / ("covid" if covid else "non") / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-            groups[link.relative_to(tmp_path).as_posix()] = row["group"]
-    listing, by_file = listed(covid_xray_5k, tmp_path)
-    assert by_file.keys() == groups.keys() and len(groups) > 400
-    assert set(divided_groups(by_file, groups)) <= {"cohen-unknown"}  # bare ids, whose names say nothing
-    assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
-
-
 def test_covid_ct_real_names(shared, tmp_path):
     """The UCSD images under the names of the repository: names alone keep patients and papers together."""
     groups, lists = {}, defaultdict(list)
-    for path, row in real_images(shared, "ct"):
+    with (shared / "data/ct/labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
         match = re.fullmatch(r"(COVID|NonCOVID)/ucsd_(.+)\.jpg", row["path"])
         if match:
             name, stem = match.groups()
@@ -433,12 +404,15 @@ def test_covid_ct_real_names(shared, tmp_path):
             file = re.sub(r"-(\d+)$", r"%\1", stem) + ".jpg" if web else stem + ".png"
             link = tmp_path / "Images-processed" / f"CT_{name}" / file
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+            link.symlink_to(shared / "data/ct" / row["path"])
             lists[name, row["split"]].append(file)
             groups[f"CT_{name}/{file}"] = row["group"]
     for (name, split), files in lists.items():
         write_text(tmp_path / f"Data-split/{name}/{split}CT_{name}.txt", *files)
     _, by_file = listed(covid_ct, tmp_path)
     assert by_file.keys() == groups.keys() and len(groups) > 600
+    names = defaultdict(set)
+    for file, example in by_file.items():
+        names[groups[file]].add(example.group)
     # MedPix's patient 3 has two runs of numbers.
-    assert set(divided_groups(by_file, groups)) <= {"ucsd-medpix_patient_3"}
+    assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}

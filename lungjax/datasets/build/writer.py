@@ -207,9 +207,9 @@ def prepare(
             tfds_builder.write(name, root, name, listing.classes, shards)
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
-        found = images.find_duplicates()
+        search = images.find_duplicates()
         window, notes = images.window()
-        described = {
+        info = {
             "name": name,
             "classes": list(listing.classes),
             "window": window,
@@ -219,18 +219,18 @@ def prepare(
             "body": listing.body,
             **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
         }
-        near_duplicates.write(found.near, images.columns["file"], written)
+        near_duplicates.write(search.near, images.columns["file"], written)
         header = [*prepared.COLUMNS, *listing.extra]
         rows = zip(*(images.columns[key] for key in header), strict=True)
-        prepared.write_index(written, described, header, rows)
+        prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         result = summary.summarize(
-            described,
+            info,
             images.columns,
-            twins=found.summary,
+            twins=search.summary,
             skipped=images.skipped,
             unstaged=images.unstaged,
-            notes=[*listing.notes, *notes, *found.notes],
+            notes=[*listing.notes, *notes, *search.notes],
             group_name=listing.group_name,
         )
         summary.write(result, written)
