@@ -1,11 +1,11 @@
-"""Changes train images on the device, inside the jitted step: one warp, then the intensities, then mixing of pairs.
+"""Augments train images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
 
-Every change of geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from pixels of the result
-to pixels of the image, and the image is read once, bilinearly. A chain of layers reads it four times, blurs it four
-times, and cuts off corners that a later layer would have brought back.
+All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from pixels of the result to pixels of
+the image, which is sampled once, bilinearly. A chain of layers samples it four times, blurs it four times, and cuts off
+corners that a later layer would have brought back.
 
-What an operation draws depends on the key and on the example's place alone, never on the batch, the device or the
-host. An operation that is off adds nothing to the compiled program. `AugmentConfig` holds units and order.
+Random numbers depend on the key and the example's place alone, never on the batch, the device or the host. A disabled
+operation adds nothing to the compiled program. `AugmentConfig` documents units and order.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lungjax.config import AugmentConfig
 
-# One uniform number of an example for each of these, in this order: append, or recorded runs change.
+# Each example has one uniform number for each of these, in this order: only append, or recorded runs change.
 _DRAWS = (
     "exterior", "flip_horizontal", "flip_vertical", "rotation", "zoom_height", "zoom_width", "shear", "shear_axis",
     "shift_height", "shift_width", "left", "top", "right", "bottom", "brightness", "contrast", "gamma",
@@ -24,14 +24,14 @@ _DRAWS = (
     "if_rotation", "if_zoom", "if_shear", "if_shift", "if_box_jitter", "if_brightness", "if_contrast", "if_gamma",
     "if_intensity", "if_dropout", "if_noise",
 )  # fmt: skip
-_CELLS, _NOISE, _MIX = 1, 2, 3  # streams of an example beside the numbers above
+_CELLS, _NOISE, _MIX = 1, 2, 3  # further random streams of an example
 _OFF = (1.0, 1.0)
 
-_matmul = partial(jnp.matmul, precision="highest")  # coordinates in bfloat16 would be off by pixels
+_matmul = partial(jnp.matmul, precision="highest")  # bfloat16 coordinates would be off by pixels
 
 
 class _Draws:
-    """The random numbers of a batch, by name; none is made before one is asked for."""
+    """The random numbers of a batch, by name; computed when first used."""
 
     def __init__(self, places: jax.Array | None, key: jax.Array, probability: float) -> None:
         self.places, self.key, self.probability = places, key, probability
@@ -44,21 +44,18 @@ class _Draws:
     def numbers(self) -> jax.Array:
         return jax.vmap(lambda k: jax.random.uniform(k, (len(_DRAWS),)))(self.keys)
 
-    def unit(self, name: str) -> jax.Array:
-        return self.numbers[:, _DRAWS.index(name)]
-
     def uniform(self, name: str, low: float, high: float) -> jax.Array:
-        return low + (high - low) * self.unit(name)
+        return low + (high - low) * self.numbers[:, _DRAWS.index(name)]
 
     def chance(self, name: str, probability: float) -> jax.Array:
-        return self.unit(name) < probability
+        return self.numbers[:, _DRAWS.index(name)] < probability
 
     def maybe(self, name: str, value: jax.Array, neutral: float) -> jax.Array:
-        """Returns `value`, and `neutral` where the example is spared this operation."""
+        """Returns `value`, or `neutral` for examples that skip this operation."""
         if self.probability >= 1:
             return value
-        spared = ~self.chance(f"if_{name}", self.probability)
-        return jnp.where(spared.reshape(-1, *[1] * (value.ndim - 1)), neutral, value)
+        skip = ~self.chance(f"if_{name}", self.probability)
+        return jnp.where(skip.reshape(-1, *[1] * (value.ndim - 1)), neutral, value)
 
     def stream(self, number: int) -> jax.Array:
         return jax.vmap(jax.random.fold_in, (0, None))(self.keys, number)
@@ -73,15 +70,18 @@ def augment(
     boxes: jax.Array | None = None,
     body: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns a changed copy of each image, float32 [B, H, W, C] in 0..255, where H, W is `size`.
+    """Returns an augmented copy of each image, float32 [B, H, W, C] in 0..255, where H, W is `size`.
 
-    images: uint8 or float32 [B, h, w, C] in 0..255. places: uint32 [B], each example's place in the whole run;
-    None will do where nothing is drawn.
-    boxes: float32 [B, 4], xmin, ymin, xmax, ymax in parts of the image (0..1): what is shown of it; None is all.
-    body: uint8 [B, h, w], above zero inside the body; needed where `config.exterior` is above zero.
-    A resize does not smooth before it shrinks: hand over images of about the size of the result.
+    Args:
+      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result: a resize has no antialiasing.
+      places: uint32 [B], each example's place in the run; may be None if nothing is random.
+      key: of the run.
+      config: the operations and their ranges.
+      size: height and width of the result.
+      boxes: float32 [B, 4], xmin, ymin, xmax, ymax as fractions of the image: the part that is shown; None is all.
+      body: uint8 [B, h, w], above zero inside the body; required by `config.exterior`.
 
-    Raises ValueError where boxes or body are missing that the config asks for.
+    Raises ValueError if boxes or body are missing that the config requires.
     """
     if config.exterior and body is None:
         raise ValueError(f"augment.exterior={config.exterior}: the images come without body masks; set it to 0")
@@ -89,22 +89,22 @@ def augment(
         raise ValueError(f"augment.box_jitter={config.box_jitter}: the images come without boxes; use input.crop=box")
     draws = _Draws(places, key, config.probability)
     if config.exterior:
-        plain = _without_exterior(images, body)
-        images = jnp.where(draws.chance("exterior", config.exterior)[:, None, None, None], plain, images)
+        excluded = draws.chance("exterior", config.exterior)[:, None, None, None]
+        images = jnp.where(excluded, _exclude_exterior(images, body), images)
     moves = config.rotation or config.shear or any(config.zoom) or any(config.shift)
     flips = config.flip_horizontal or config.flip_vertical
     if moves or flips or boxes is not None or tuple(size) != images.shape[1:3]:
         matrix = _draw_affine(draws, config, images.shape[1:3], size, boxes)
         matrix = jnp.broadcast_to(matrix, (images.shape[0], 2, 3))
-        # Without moves all that is read lies inside the image, but for the outer half of its border pixels.
+        # Without moves only the outer half of border pixels is outside the image.
         images = warp(images, matrix, size, config.fill if moves else "edge", config.fill_value)
     return _intensities(images.astype(jnp.float32), draws, config)
 
 
-def _without_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
-    """COVIDNet-CT's exterior exclusion: what is not black outside the body gets the mean of the dark of it.
+def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
+    """COVIDNet-CT's exterior exclusion: non-black pixels outside the body get the mean of the dark ones among them.
 
-    Dark is at most the mean of the image's pixels that aren't black, which stands in for Otsu's threshold.
+    Dark means at most the mean of the image's non-black pixels, in place of Otsu's threshold.
     """
     assert body is not None
     x = images.astype(jnp.float32)
@@ -116,7 +116,7 @@ def _without_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
     lit = x > 0
     outside = lit & (body == 0)[..., None]
     dark = outside & (x <= mean(lit))
-    return jnp.where(outside, jnp.floor(mean(dark)), x).astype(images.dtype)  # whole, so that uint8 stays uint8
+    return jnp.where(outside, jnp.floor(mean(dark)), x).astype(images.dtype)  # an integer, so that uint8 stays uint8
 
 
 def _draw_affine(
@@ -126,32 +126,33 @@ def _draw_affine(
     size: tuple[int, int],
     boxes: jax.Array | None,
 ) -> jax.Array:
-    """Draws what `config` allows and returns `affine` of it."""
+    """Returns the `affine` of parameters drawn from the ranges in `config`."""
+
+    def symmetric(limits: dict[str, float]) -> jax.Array:
+        return jnp.stack([draws.uniform(name, -limit, limit) for name, limit in limits.items()], -1)
+
     flip = angle = zoom = shear = shift = None
     if config.flip_vertical or config.flip_horizontal:
-        flipped = [draws.chance("flip_vertical", config.flip_vertical),
-                   draws.chance("flip_horizontal", config.flip_horizontal)]  # fmt: skip
-        flip = jnp.stack(flipped, -1)
+        vertical = draws.chance("flip_vertical", config.flip_vertical)
+        flip = jnp.stack([vertical, draws.chance("flip_horizontal", config.flip_horizontal)], -1)
     if config.rotation:
-        turn = draws.uniform("rotation", -config.rotation, config.rotation)
-        angle = draws.maybe("rotation", turn, 0.0) * (2 * math.pi)
+        turns = draws.uniform("rotation", -config.rotation, config.rotation)
+        angle = draws.maybe("rotation", turns, 0.0) * (2 * math.pi)
     if any(config.zoom):
         height = draws.uniform("zoom_height", *config.zoom)
         width = draws.uniform("zoom_width", *config.zoom) if config.zoom_apart else height
         zoom = 1 + draws.maybe("zoom", jnp.stack([height, width], -1), 0.0)
     if config.shear:
-        drawn = draws.maybe("shear", draws.uniform("shear", -config.shear, config.shear), 0.0)
+        tangent = draws.maybe("shear", draws.uniform("shear", -config.shear, config.shear), 0.0)
         along_y = draws.chance("shear_axis", 0.5)
-        shear = jnp.stack([jnp.where(along_y, drawn, 0), jnp.where(along_y, 0, drawn)], -1)
+        shear = jnp.stack([jnp.where(along_y, tangent, 0), jnp.where(along_y, 0, tangent)], -1)
     if any(config.shift):
-        moved = [draws.uniform(f"shift_{side}", -most, most)
-                 for side, most in zip(("height", "width"), config.shift, strict=True)]  # fmt: skip
-        shift = draws.maybe("shift", jnp.stack(moved, -1), 0.0)
+        limits = {"shift_height": config.shift[0], "shift_width": config.shift[1]}
+        shift = draws.maybe("shift", symmetric(limits), 0.0)
     if boxes is not None and config.box_jitter:
-        edges = ("left", "top", "right", "bottom")
-        moved = [draws.uniform(edge, -config.box_jitter, config.box_jitter) for edge in edges]
+        jitter = symmetric(dict.fromkeys(("left", "top", "right", "bottom"), config.box_jitter))
         sides = boxes[:, 2:] - boxes[:, :2]
-        moves = draws.maybe("box_jitter", jnp.stack(moved, -1), 0.0) * jnp.concatenate([sides, sides], -1)
+        moves = draws.maybe("box_jitter", jitter, 0.0) * jnp.concatenate([sides, sides], -1)
         boxes = jnp.clip(boxes + moves, 0, 1)
     return affine(inside, size, flip=flip, angle=angle, zoom=zoom, shear=shear, shift=shift, boxes=boxes)
 
@@ -167,13 +168,19 @@ def affine(
     shift: jax.Array | None = None,
     boxes: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns float32 [B, 2, 3]: (y, x) read in the image = matrix @ (y, x, 1) of the result, in pixel centres.
+    """Returns float32 [B, 2, 3]: (y, x) in the image = matrix @ (y, x, 1) of the result, in pixel centers.
 
-    As a chain of Keras layers in this order, after a crop to the box and a resize to `size`; None is left out:
-    flip: bool [B, 2], upside down and left to right. angle: [B] radians, counter-clockwise as seen. zoom: [B, 2], part
-    of height and width that is seen. shear: [B, 2], tangents along y and along x. shift: [B, 2] in parts of height
-    and width, down and right. boxes: [B, 4], xmin, ymin, xmax, ymax in parts of the image. All turn about the middle.
-    `inside` and `size` are the heights and widths of the image and of the result.
+    Equals a chain of Keras layers in this order, after a crop to the box and a resize to `size`; None skips one.
+
+    Args:
+      inside: height and width of the image.
+      size: height and width of the result.
+      flip: bool [B, 2], vertical and horizontal.
+      angle: [B], radians, counter-clockwise; like zoom and shear about the center.
+      zoom: [B, 2], fraction of height and width that is visible.
+      shear: [B, 2], tangents along y and along x.
+      shift: [B, 2], fractions of height and width, down and right.
+      boxes: [B, 4], xmin, ymin, xmax, ymax as fractions of the image.
     """
     linear = jnp.eye(2)[None]
     if flip is not None:
@@ -185,16 +192,15 @@ def affine(
     if shear is not None:
         one = jnp.ones_like(shear[:, 0])
         linear = _matmul(linear, _two_by_two(one, shear[:, 0], shear[:, 1], one))
-    shown = jnp.asarray(size, jnp.float32)
-    whole = jnp.asarray(inside, jnp.float32)
-    middle = (shown - 1) / 2
-    corner, side = (jnp.zeros((1, 2)), whole[None])
+    target, source = jnp.asarray(size, jnp.float32), jnp.asarray(inside, jnp.float32)
+    middle = (target - 1) / 2
+    corner, side = (jnp.zeros((1, 2)), source[None])
     if boxes is not None:
-        corner, side = boxes[:, 1::-1] * whole, (boxes[:, :1:-1] - boxes[:, 1::-1]) * whole
-    scale = side / shown
+        corner, side = boxes[:, 1::-1] * source, (boxes[:, :1:-1] - boxes[:, 1::-1]) * source
+    scale = side / target
     linear = scale[:, :, None] * linear
-    moved = middle[None] if shift is None else middle + shift * shown
-    offset = corner - 0.5 + scale * (middle + 0.5) - _matmul(linear, moved[:, :, None])[:, :, 0]
+    center = middle[None] if shift is None else middle + shift * target
+    offset = corner - 0.5 + scale * (middle + 0.5) - _matmul(linear, center[:, :, None])[:, :, 0]
     rows = max(linear.shape[0], offset.shape[0])
     parts = [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (linear, offset[:, :, None])]
     return jnp.concatenate(parts, -1)
@@ -205,25 +211,24 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 
 
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
-    """Returns float32 [B, H, W, C], each pixel read bilinearly from its image where `matrix` (see `affine`) says.
+    """Returns float32 [B, H, W, C], each pixel sampled bilinearly from its image where `matrix` (see `affine`) says.
 
     images: [B, h, w, C], uint8 or float32. fill: a border of `fill_value` ("constant", blended into the outermost
-    pixels), or the image's own outermost pixels ("edge"), or its mirror image ("reflect", the border pixel twice).
-    That is scipy's grid-constant, nearest and reflect. Nothing may be read further away than eight times the longer
-    side.
+    pixels), the outermost pixels ("edge"), or the mirror image ("reflect", the border pixel twice): scipy's
+    grid-constant, nearest and reflect. No sample may be further away than eight times the longer side.
     """
     h, w = images.shape[1:3]
     if fill == "constant" and fill_value != int(fill_value):
         images = images.astype(jnp.float32)
-    # One pixel more on each side, so that no corner of a reading needs a test of its own.
+    # One more pixel on each side, so that no corner of a sample needs a bounds check.
     around = ((0, 0), (1, 1), (1, 1), (0, 0))
     if fill == "constant":
         padded = jnp.pad(images, around, constant_values=int(fill_value) if images.dtype == jnp.uint8 else fill_value)
     else:
         padded = jnp.pad(images, around, mode="edge")
     pixels = padded.reshape(images.shape[0], -1, images.shape[3])
-    # Coordinates are whole numbers of 2 ** -bits pixels. A float that is computed twice, for the place and for the
-    # weight, may be rounded in two ways by the compiler; then, at a pixel's border, a wrong pixel gets all the weight.
+    # Coordinates are integers in units of 2 ** -bits pixels. The compiler may round a float differently where it is
+    # computed twice, for place and weight; at a pixel's border the wrong pixel would then get the full weight.
     bits = 28 - max(h, w).bit_length()
     steps = jnp.round(matrix * 2.0**bits).astype(jnp.int32)[:, :, :, None, None]
     ys, xs = jnp.arange(size[0], dtype=jnp.int32)[:, None], jnp.arange(size[1], dtype=jnp.int32)
@@ -242,8 +247,8 @@ def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str,
     place = (y + 1) * (w + 2) + (x + 1)
 
     def read(offset: int) -> jax.Array:
-        found = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))(pixels, place + offset)
-        return found.astype(jnp.float32)
+        values = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))(pixels, place + offset)
+        return values.astype(jnp.float32)
 
     upper = read(0) + right * (read(1) - read(0))
     lower = read(w + 2) + right * (read(w + 3) - read(w + 2))
@@ -251,7 +256,7 @@ def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str,
 
 
 def _intensities(x: jax.Array, draws: _Draws, config: AugmentConfig) -> jax.Array:
-    """Applies the operations on gray levels; `x` float32 [B, H, W, C] in 0..255, and so is the result."""
+    """Applies the operations on gray levels; `x` and the result are float32 [B, H, W, C] in 0..255."""
 
     def drawn(name: str, low: float, high: float, neutral: float, gate: str = "") -> jax.Array:
         return draws.maybe(gate or name, draws.uniform(name, low, high), neutral)[:, None, None, None]
@@ -260,7 +265,7 @@ def _intensities(x: jax.Array, draws: _Draws, config: AugmentConfig) -> jax.Arra
     if config.brightness != _OFF:
         x = x * drawn("brightness", *config.brightness, 1.0)
     if config.contrast != _OFF:
-        mean = x.mean((1, 2), keepdims=True)  # of each channel, as in Keras
+        mean = x.mean((1, 2), keepdims=True)  # per channel, as in Keras
         x = mean + drawn("contrast", *config.contrast, 1.0) * (x - mean)
     if config.gamma != _OFF:
         exponent = jnp.exp(drawn("gamma", math.log(config.gamma[0]), math.log(config.gamma[1]), 0.0))
@@ -272,18 +277,18 @@ def _intensities(x: jax.Array, draws: _Draws, config: AugmentConfig) -> jax.Arra
     if config.invert:
         x = jnp.where(draws.chance("invert", config.invert)[:, None, None, None], 255 - x, x)
     if any(config.dropout):
-        x = jnp.where(_dropped(draws, config, x.shape[1], x.shape[2])[..., None], 0, x)
+        x = jnp.where(_dropout_mask(draws, config, x.shape[1], x.shape[2])[..., None], 0, x)
     if config.noise:
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(draws.stream(_NOISE))
         x = x + drawn("noise", 0.0, config.noise, 0.0) * noise
     return x if x is before else jnp.clip(x, 0, 255)
 
 
-def _dropped(draws: _Draws, config: AugmentConfig, height: int, width: int) -> jax.Array:
-    """Returns bool [B, height, width], True in the patches that are dropped (imgaug's CoarseDropout)."""
+def _dropout_mask(draws: _Draws, config: AugmentConfig, height: int, width: int) -> jax.Array:
+    """Returns bool [B, height, width], True in dropped patches (imgaug's CoarseDropout)."""
     fewest, most = config.dropout_grid
-    part = draws.maybe("dropout", draws.uniform("dropout", *config.dropout), 0.0)
-    cells = jax.vmap(lambda k: jax.random.uniform(k, (most, most)))(draws.stream(_CELLS)) < part[:, None, None]
+    share = draws.maybe("dropout", draws.uniform("dropout", *config.dropout), 0.0)
+    cells = jax.vmap(lambda k: jax.random.uniform(k, (most, most)))(draws.stream(_CELLS)) < share[:, None, None]
 
     def cell_of(name: str, length: int) -> jax.Array:
         count = jnp.minimum(jnp.floor(draws.uniform(name, fewest, most + 1)).astype(jnp.int32), most)
@@ -296,11 +301,11 @@ def _dropped(draws: _Draws, config: AugmentConfig, height: int, width: int) -> j
 def mix(
     images: jax.Array, labels: jax.Array, places: jax.Array, key: jax.Array, config: AugmentConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mixes each image with the one before it in the batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+    """Mixes each image with the previous one of the batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
     images: float32 [B, H, W, C]. labels: int32 [B]. places: uint32 [B]. Returns images, the partners' labels [B] and
-    float32 [B], the part of each image that is its own: loss = share * loss(labels) + (1 - share) * loss(partners').
-    With both switched on, a coin decides for the whole batch.
+    float32 [B], the share of each image that is its own: loss = share * loss(labels) + (1 - share) * loss(partners').
+    With both enabled, one of them is drawn for the batch.
     """
     alphas = [alpha for alpha in (config.mixup, config.cutmix) if alpha]
     if not alphas:
@@ -312,21 +317,20 @@ def mix(
         cut = jax.random.bernoulli(jax.random.fold_in(keys[0], 1))
     alpha = jnp.where(cut, config.cutmix, config.mixup)
     share = jax.vmap(lambda k: jax.random.beta(k, alpha, alpha))(keys)
-    kept = share[:, None, None]
+    own = share[:, None, None]
     if config.cutmix:
         middle = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 2), (2,)))(keys)
         side = jnp.sqrt(1 - share)
 
         def span(axis: int, length: int) -> jax.Array:
-            """Returns bool [B, length], True inside the rectangle, which is cut off at the image's border."""
+            """Returns bool [B, length], True inside the rectangle, which the image's border cuts off."""
             center, half = middle[:, axis] * length, side * length / 2
             low, high = jnp.round(center - half)[:, None], jnp.round(center + half)[:, None]
             return (jnp.arange(length) >= low) & (jnp.arange(length) < high)
 
         rows, columns = span(0, height), span(1, width)
-        own = 1 - (rows[:, :, None] & columns[:, None, :])
         share = jnp.where(cut, 1 - rows.mean(1) * columns.mean(1), share)
-        kept = jnp.where(cut, own, kept)
-    partners = jnp.roll(images, 1, axis=0)  # over devices this hands one image on, where a shuffle would send all
-    mixed = partners + kept[..., None] * (images - partners)
+        own = jnp.where(cut, 1 - (rows[:, :, None] & columns[:, None, :]), own)
+    partners = jnp.roll(images, 1, axis=0)  # sends one image to the next device, where a shuffle would send all
+    mixed = partners + own[..., None] * (images - partners)
     return mixed, jnp.roll(labels, 1), share

@@ -1,7 +1,7 @@
-"""Near duplicates: the same picture saved again, found by a 64-bit hash and then by looking at the pictures.
+"""Near duplicates: the same picture saved again, found by a 64-bit hash and confirmed on the pictures.
 
-A hash alone can't tell, because chests are alike: of 7.5 million pairs of CT slices of different patients 41 have
-hashes within 4 bits. So `near_pairs` only proposes, and `confirm` compares detail after aligning the two pictures.
+A hash alone is not enough, because chests are alike: of 7.5 million pairs of CT slices of different patients, 41 have
+hashes within 4 bits. So `near_pairs` only proposes, and `confirm` compares details after aligning the two pictures.
 """
 
 import functools
@@ -13,22 +13,22 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter1d
 
-from lungjax.data.imaging import images
+from lungjax.data.imaging import images as image_files
 
 SIDE = 64  # pixels of a thumbnail
-FLAT = 2.0  # gray levels: a thumbnail with less standard deviation shows nothing to hash
+MIN_DEVIATION = 2.0  # gray levels; a thumbnail with a smaller standard deviation has no content to hash
 DISTANCE = 4  # bits; finds 99% of re-saved copies
-# A greater distance finds more copies without a border, but proposes so many pairs that only small sets can have it.
+# A larger distance finds more copies without a border, but proposes so many pairs that only small sets can afford it.
 DISTANCES = ((20_000, 8), (100_000, 6))  # images up to which, bits
-ALIKE = 0.9  # correlation of details from which two pictures are one
+MIN_CORRELATION = 0.9  # of the details of two copies
 BLOCK = 1 << 20  # hash pairs compared at a time
-WINDOW = 20_000  # each hash is compared with so many others that share a band with it
-COPIES = 100  # images of one hash that are paired with another image
-MOST = 10_000_000  # pairs returned
+MAX_PARTNERS = 20_000  # hashes of a band that each hash is compared with
+MAX_COPIES = 100  # images of one hash that are paired with another image
+MAX_PAIRS = 10_000_000
 BATCH = 256  # pictures aligned at a time
-KEPT = 50_000  # thumbnails kept in memory while pairs are confirmed
+CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
 
-# The 64 lowest frequencies from radius 5 on. Lower ones only say that the picture is a chest: at equal recall of
+# The 64 lowest frequencies from radius 5 on. Lower ones only show that the picture is a chest: at equal recall of
 # re-saved copies they propose four to ten times as many pairs of different patients.
 _FREQUENCIES = np.array(
     sorted(
@@ -43,13 +43,13 @@ class Near:
     """Pairs of images that are, or may be, one picture."""
 
     pairs: np.ndarray  # int64 [P, 2], rows i < j, sorted
-    note: str = ""  # what was left out where too many hashes are alike, in words; "" if nothing was
+    note: str = ""  # what was skipped because too many hashes are alike; "" if nothing was
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
-    """Returns a gray picture, uint8 [H, W], as uint8 [64, 64]; a thumbnail comes back as it is.
+    """Returns a gray picture, uint8 [H, W], as uint8 [64, 64]; a thumbnail is returned unmodified.
 
-    `confirm` sees no more of a picture, so its `read` may as well return stored thumbnails.
+    `confirm` uses nothing else of a picture, so its `read` may return stored thumbnails.
     """
     return np.clip(np.rint(_shrink(gray)), 0, 255).astype(np.uint8)
 
@@ -57,11 +57,11 @@ def thumbnail(gray: np.ndarray) -> np.ndarray:
 def phash(gray: np.ndarray) -> int:
     """Returns the 64-bit perceptual hash of a gray picture, uint8 [H, W]; 0 for a flat one.
 
-    Bits are the signs of 64 low frequencies (DCT) of the thumbnail. Saving again as JPEG, another size and small
-    changes of brightness, contrast or gamma turn a few bits; cropping by more than a hundredth turns many.
+    Bits are the signs of 64 low frequencies (DCT) of the thumbnail. Saving as JPEG, resizing and small changes of
+    brightness, contrast or gamma flip a few bits; cropping by more than 1% flips many.
     """
     small = _shrink(gray)
-    if small.std() < FLAT:
+    if small.std() < MIN_DEVIATION:
         return 0
     waves = dctn(small, norm="ortho")[_FREQUENCIES[:, 0], _FREQUENCIES[:, 1]]
     return int(np.packbits(waves > 0).view(">u8")[0])
@@ -70,15 +70,15 @@ def phash(gray: np.ndarray) -> int:
 def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE) -> Near:
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
-    Hashes that differ in d bits are equal in one of d + 1 bands, so sorting by each band finds every pair. Memory
-    is bounded whatever the hashes are, at the price of pairs where very many are alike; `note` then says so.
+    Hashes that differ in d bits are equal in one of d + 1 bands, so sorting by each band finds every pair. Memory is
+    bounded for any hashes, by skipping pairs where very many are alike; `note` reports it.
 
     Args:
-        hashes: uint64 [N]; a hash of 0 is paired with nothing.
-        groups: int64 [N]; pairs within a group are not sought.
+        hashes: uint64 [N]; a hash of 0 is never paired.
+        groups: int64 [N]; pairs within a group are not returned.
         distance: 0 to 15.
 
-    Raises ValueError for another distance or lengths that differ.
+    Raises ValueError for another distance or different lengths.
     """
     hashes, groups = np.asarray(hashes, np.uint64), np.asarray(groups, np.int64)
     if not 0 <= distance <= 15 or hashes.shape != groups.shape or hashes.ndim != 1:
@@ -89,73 +89,66 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
     unique, start, count = np.unique(hashes[images], return_index=True, return_counts=True)
-    mixed = np.add.reduceat(groups[images] != groups[images[start]][np.arange(len(unique)).repeat(count)], start) > 0
-    owner = np.where(mixed, -1, groups[images[start]]) if len(unique) else start
-    cut: list[str] = []
-    found = [_same_hash(np.where(owner < 0, count, 0), start, cut)]
-    fits = np.ones(1, bool)
-    total, crowded = len(found[0]), 0
+    mixed = np.add.reduceat(groups[images] != groups[images[start]].repeat(count), start) > 0 if len(unique) else start
+    owner = np.where(mixed, -1, groups[images[start]])  # the only group of a hash, or -1
+    notes: list[str] = []
+    parts = [_equal_hashes(np.where(owner < 0, count, 0), start, notes)]
+    total, skipped, full = len(parts[0]), 0, False
     masks = [np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1))) for band in range(distance + 1)]
     for band, mask in enumerate(masks):
         order = np.lexsort((unique, unique & mask))
         values = unique[order]
-        keys = values & mask
-        last = np.searchsorted(keys, keys, side="right")
-        partners = last - np.arange(len(keys)) - 1
-        crowded += int(np.maximum(partners - WINDOW, 0).sum())
-        for first, second in _blocks(np.minimum(partners, WINDOW)):
+        partners = np.searchsorted(values & mask, values & mask, side="right") - np.arange(len(values)) - 1
+        skipped += int(np.maximum(partners - MAX_PARTNERS, 0).sum())
+        for first, second in _blocks(np.minimum(partners, MAX_PARTNERS)):
             differ = values[first] ^ values[second]
-            keep = np.bitwise_count(differ) <= distance
-            a, b, differ = order[first[keep]], order[second[keep]], differ[keep]
-            keep = (owner[a] != owner[b]) | (owner[a] < 0)
-            for earlier in masks[:band]:  # found there already
-                keep &= differ & earlier != 0
-            a, b = a[keep], b[keep]
-            fits = np.cumsum(np.minimum(count[a], COPIES) * np.minimum(count[b], COPIES)) <= MOST - total
-            found.append(_members(a[fits], b[fits], count, start, cut))
-            total += len(found[-1])
-            if not fits.all():
-                cut.append(f"over {MOST:,} pairs of images have hashes that are alike: the search stopped there")
+            near = np.bitwise_count(differ) <= distance
+            a, b, differ = order[first[near]], order[second[near]], differ[near]
+            new = (owner[a] != owner[b]) | (owner[a] < 0)
+            for earlier in masks[:band]:
+                new &= differ & earlier != 0
+            a, b = a[new], b[new]
+            fits = np.cumsum(np.minimum(count[a], MAX_COPIES) * np.minimum(count[b], MAX_COPIES)) <= MAX_PAIRS - total
+            parts.append(_members(a[fits], b[fits], count, start, notes))
+            total += len(parts[-1])
+            if full := not fits.all():
+                notes.append(f"the search stopped there: over {MAX_PAIRS:,} pairs of images have similar hashes")
                 break
-        if not fits.all():
+        if full:
             break
-    if crowded:
-        cut.append(f"{crowded:,} comparisons were left out because over {WINDOW:,} hashes are equal in a band")
-    places = np.concatenate(found)
-    pairs = np.sort(images[places], axis=1) if len(places) else np.zeros((0, 2), np.int64)
+    if skipped:
+        notes.append(f"{skipped:,} comparisons were left out: over {MAX_PARTNERS:,} hashes are equal in a band")
+    pairs = np.sort(images[np.concatenate(parts)], axis=1)
     pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    return Near(pairs, "; ".join(dict.fromkeys(cut)))
+    return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(dict.fromkeys(notes)))
 
 
-def confirm(pairs: np.ndarray, read: Callable[[int], np.ndarray], alike: float = ALIKE) -> np.ndarray:
-    """Says which pairs of images are one picture, bool [P].
+def confirm(pairs: np.ndarray, read: Callable[[int], np.ndarray], minimum: float = MIN_CORRELATION) -> np.ndarray:
+    """Returns which pairs of images are one picture, bool [P].
 
-    Both thumbnails are reduced to local detail (brightness and contrast taken out), one is shifted and stretched
-    onto the other, and the details must correlate by at least `alike`. The highest seen for CT slices of different
-    patients is 0.82 (of the 7,500 most alike of 7.5 million pairs), for X-rays of different people 0.72 and of one
-    person 0.86; copies saved with JPEG quality 30, at half the size or without a border of 2% have 0.95 and more.
-    Neighbouring slices of one scan may also pass.
+    Both thumbnails are reduced to local detail (without brightness and contrast), one is shifted and stretched onto
+    the other, and their correlation must reach `minimum`. The maximum for CT slices of different patients is 0.82 (of
+    the 7,500 most similar of 7.5 million pairs), for X-rays of different people 0.72 and of one person 0.86; copies
+    with JPEG quality 30, half the size or without a border of 2% have at least 0.95. Adjacent slices of one scan may
+    also pass.
 
     Args:
         pairs: int64 [P, 2] of image numbers.
         read: returns the gray picture of a number, uint8 [H, W].
-        alike: the smallest correlation of one picture.
+        minimum: correlation of one picture.
     """
-    return likeness(pairs, read) >= alike
+    return likeness(pairs, read) >= minimum
 
 
 def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns the correlation of details that `confirm` judges by, float64 [P] in -1..1, see there."""
-    detail = functools.lru_cache(KEPT)(lambda i: _detail(thumbnail(read(i))).astype(np.float16))
+    """Returns the correlation of details that `confirm` uses, float64 [P] in -1..1."""
+    detail = functools.lru_cache(CACHE_SIZE)(lambda i: _detail(thumbnail(read(i))).astype(np.float16))
     result = np.zeros(len(pairs))
+    inner = np.s_[:, 4:-4, 4:-4]  # a stretched picture repeats its edge outside
     for at in range(0, len(pairs), BATCH):
-        chosen = pairs[at : at + BATCH].tolist()
-        fixed = np.stack([detail(i) for i, _ in chosen]).astype(np.float32)
-        moving = np.stack([detail(j) for _, j in chosen]).astype(np.float32)
-        inner = slice(4, -4)  # a stretched picture repeats its edge there
-        moved = _align(fixed, moving)
-        aligned = _correlation(fixed[:, inner, inner], moved[:, inner, inner])
+        batch = pairs[at : at + BATCH].T.tolist()
+        fixed, moving = (np.stack([detail(i) for i in side]).astype(np.float32) for side in batch)
+        aligned = _correlation(fixed[inner], _align(fixed, moving)[inner])
         result[at : at + BATCH] = np.maximum(aligned, _correlation(fixed, moving))
     return result
 
@@ -169,17 +162,16 @@ def near_twins(
 ) -> Near:
     """Returns the confirmed near duplicates across groups.
 
-    Exact copies (equal `pixels`) are no near duplicates, and of the copies in a group only the first is looked at:
-    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `confirm`, with group names in
-    place of numbers; `distance` None takes 8 bits for up to 20,000 images, 6 for up to 100,000, else 4.
+    Exact copies (equal `pixels`) are not near duplicates, and only the first of the copies in a group is compared:
+    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `confirm`, with group names instead of
+    numbers; `distance` None means 8 bits for up to 20,000 images, 6 for up to 100,000, else 4.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
-    member = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]
-    _, rows = np.unique(np.column_stack([same, member]), axis=0, return_index=True)
-    rows = np.sort(rows)
+    group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]
+    rows = np.sort(np.unique(np.column_stack([same, group]), axis=0, return_index=True)[1])
     if distance is None:
-        distance = next((bits for most, bits in DISTANCES if len(rows) <= most), DISTANCE)
-    near = near_pairs(np.asarray(hashes, np.uint64)[rows], member[rows], distance)
+        distance = next((bits for images, bits in DISTANCES if len(rows) <= images), DISTANCE)
+    near = near_pairs(np.asarray(hashes, np.uint64)[rows], group[rows], distance)
     pairs = rows[near.pairs]
     pairs = pairs[same[pairs[:, 0]] != same[pairs[:, 1]]]
     return Near(pairs[confirm(pairs, read)], near.note)
@@ -195,7 +187,7 @@ def _shrink(gray: np.ndarray) -> np.ndarray:
 
 
 def _rank_in_group(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Returns how many earlier images have the hash and the group of each, so that groups take turns."""
+    """Returns how many earlier images have the hash and group of each, so that groups take turns."""
     order = np.lexsort((groups, hashes))
     new = np.ones(len(order), bool)
     new[1:] = (np.diff(hashes[order]) != 0) | (np.diff(groups[order]) != 0)
@@ -217,37 +209,33 @@ def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield first, first + 1 + pair - (ends[first] - partners[first])
 
 
-def _same_hash(count: np.ndarray, start: np.ndarray, cut: list[str]) -> np.ndarray:
-    """Returns places of pairs with one hash, int64 [n, 2]: each image with the next `COPIES` of its hash."""
+def _equal_hashes(count: np.ndarray, start: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Returns places of pairs with one hash, int64 [n, 2]: each image with the next `MAX_COPIES` of its hash."""
     first = np.cumsum(count) - count
     partners = (first + count).repeat(count) - np.arange(int(count.sum())) - 1
     shift = (start - first).repeat(count)
-    limit = COPIES
-    while np.minimum(partners, limit).sum() > MOST // 2:
+    limit = MAX_COPIES
+    while np.minimum(partners, limit).sum() > MAX_PAIRS // 2:
         limit //= 2
     if (partners > limit).any():
-        cut.append(_many(int(count.max()), limit))
-    return np.concatenate(
-        [
-            np.zeros((0, 2), np.int64),
-            *(np.column_stack([a + shift[a], b + shift[b]]) for a, b in _blocks(np.minimum(partners, limit))),
-        ]
-    )
+        notes.append(_limit_note(count, limit))
+    pairs = [np.column_stack([a + shift[a], b + shift[b]]) for a, b in _blocks(np.minimum(partners, limit))]
+    return np.concatenate([np.zeros((0, 2), np.int64), *pairs])
 
 
-def _members(a: np.ndarray, b: np.ndarray, count: np.ndarray, start: np.ndarray, cut: list[str]) -> np.ndarray:
-    """Returns places of pairs of images, int64 [n, 2], for pairs of hashes: the first `COPIES` of each."""
-    in_a, in_b = np.minimum(count[a], COPIES), np.minimum(count[b], COPIES)
-    if max(count[a].max(initial=0), count[b].max(initial=0)) > COPIES:
-        cut.append(_many(int(count.max()), COPIES))
+def _members(a: np.ndarray, b: np.ndarray, count: np.ndarray, start: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Returns places of pairs of images, int64 [n, 2], for pairs of hashes: the first `MAX_COPIES` of each."""
+    in_a, in_b = np.minimum(count[a], MAX_COPIES), np.minimum(count[b], MAX_COPIES)
+    if max(count[a].max(initial=0), count[b].max(initial=0)) > MAX_COPIES:
+        notes.append(_limit_note(count, MAX_COPIES))
     size = in_a * in_b
     pair = np.arange(len(a)).repeat(size)
     step = np.arange(int(size.sum())) - (np.cumsum(size) - size)[pair]
     return np.column_stack([start[a][pair] + step // in_b[pair], start[b][pair] + step % in_b[pair]])
 
 
-def _many(most: int, limit: int) -> str:
-    return f"up to {most:,} images have one hash: each was paired with {limit} of them only"
+def _limit_note(count: np.ndarray, limit: int) -> str:
+    return f"up to {count.max():,} images have one hash: each was paired with only {limit} of them"
 
 
 @functools.cache
@@ -261,9 +249,9 @@ def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _detail(small: np.ndarray) -> np.ndarray:
-    """Returns a thumbnail less its local mean, over its local deviation."""
-    centred = small - _smooth(small.astype(np.float32), 2.0)
-    return centred / (np.sqrt(_smooth(centred**2, 4.0)) + 4.0)  # 4 gray levels: noise stays small
+    """Returns a thumbnail minus its local mean, divided by its local deviation."""
+    centered = small - _smooth(small.astype(np.float32), 2.0)
+    return centered / (np.sqrt(_smooth(centered**2, 4.0)) + 4.0)  # 4 gray levels keep noise small
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -272,31 +260,31 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _align(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
-    """Returns `moving` [B, 64, 64] shifted and stretched along both sides to fit `fixed`.
+    """Returns `moving` [B, 64, 64] shifted and stretched along both axes to fit `fixed`.
 
-    Lucas & Kanade (1981), from coarse to fine. Shift and stretch act on each side alone, so that the warp is a
-    product with two matrices.
+    Lucas & Kanade (1981), coarse to fine. Shift and stretch act on each axis separately, so that the warp is a product
+    with two matrices.
     """
     scale = (np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2) / (SIDE / 2)  # -1..1
     move = np.zeros((len(fixed), 4), np.float32)  # down, stretch down, across, stretch across, in pixels
-    moved = moving
+    warped = moving
     for sigma in (3.0, 2.0, 1.0, 1.0):
-        target, current = (_smooth(v, sigma) for v in (fixed, moved))
+        target, current = (_smooth(v, sigma) for v in (fixed, warped))
         down, across = np.gradient(current, axis=(1, 2))
         slopes = np.stack([down, down * scale[:, None], across, across * scale], axis=-1)[:, 2:-2, 2:-2]
         slopes = slopes.reshape(len(fixed), -1, 4)
-        wrong = (target - current)[:, 2:-2, 2:-2].reshape(len(fixed), -1, 1)
-        turned = slopes.transpose(0, 2, 1)
-        step = np.linalg.solve(turned @ slopes + 1e-3 * np.eye(4, dtype=np.float32), turned @ wrong)[..., 0]
-        move = np.clip(move + np.clip(step, -2, 2), -5, 5)  # a twentieth of the picture, on either edge
-        rows = _taps(move[:, 0:1] + move[:, 1:2] * scale)
-        columns = _taps(move[:, 2:3] + move[:, 3:4] * scale)
-        moved = rows @ moving @ columns.transpose(0, 2, 1)
-    return moved
+        error = (target - current)[:, 2:-2, 2:-2].reshape(len(fixed), -1, 1)
+        transposed = slopes.transpose(0, 2, 1)
+        step = np.linalg.solve(transposed @ slopes + 1e-3 * np.eye(4, dtype=np.float32), transposed @ error)[..., 0]
+        move = np.clip(move + np.clip(step, -2, 2), -5, 5)  # at most 8% of the picture, at either edge
+        rows = _sampling_matrix(move[:, 0:1] + move[:, 1:2] * scale)
+        columns = _sampling_matrix(move[:, 2:3] + move[:, 3:4] * scale)
+        warped = rows @ moving @ columns.transpose(0, 2, 1)
+    return warped
 
 
-def _taps(shift: np.ndarray) -> np.ndarray:
-    """Returns matrices [B, 64, 64] that sample (linearly) at each place plus `shift` [B, 64]; edges repeat."""
+def _sampling_matrix(shift: np.ndarray) -> np.ndarray:
+    """Returns matrices [B, 64, 64] that sample linearly at each place plus `shift` [B, 64]; edges repeat."""
     place = np.arange(SIDE, dtype=np.float32)
     at = np.clip(place + shift, 0, SIDE - 1)
-    return images.kernel_weights(np.abs(at[..., None] - place), "bilinear")
+    return image_files.kernel_weights(np.abs(at[..., None] - place), "bilinear")

@@ -1,7 +1,7 @@
-"""Which images a protocol keeps, and how far a split leaks: exact copies, near twins and shared patients.
+"""Leakage between splits: exact copies, near twins and shared patients, counted or removed.
 
-A published split ("study") is kept as it is and counted; the clean protocol leaves images out until no test image
-has a twin or its patient in train or val. Everything here works on columns and doesn't touch an image.
+A published split ("study") is left unmodified and counted; the clean protocol removes images until no test image has a
+twin or its patient in train or val. Everything here works on columns and reads no image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from lungjax.data import duplicates
 from lungjax.data.prepared import SPLITS
 
-SHOWN = 20  # pairs that are named; the counts are complete
+MAX_PAIRS = 20  # pairs that are listed; the counts are complete
 TRAIN = SPLITS[0]
 
 
@@ -25,19 +25,19 @@ def clean(
     near: np.ndarray,
     group_name: str = "patients",
 ) -> tuple[list[str], list[str]]:
-    """Returns the splits of the clean protocol, with "" for images left out, and what was left out, in words.
+    """Returns the splits of the clean protocol, with "" for removed images, and notes on what was removed.
 
-    Test goes before val and val before train: an image goes if its group is also in a later split, if an equal
-    image is kept already (the copy in the latest split stays; with different labels none does), or if a near
-    twin is kept in a later split. Of several copies in a split, the one of the first group name stays.
+    Test goes before val and val before train. An image is removed if its group is also in a later split, if an exact
+    copy is kept (the copy in the latest split stays; none does if their labels differ), or if a near twin is in a
+    later split. Of several copies in a split, the one with the first group name stays.
 
     Args:
-        splits: train, val, test, or "" for images that are out from the start.
+        splits: train, val, test, or "" for images that are in no split from the start.
         labels: of each image.
         groups: of each image.
         pixels: of each image; equal for exact copies.
         near: int64 [P, 2], pairs of near twins, see `duplicates.near_twins`.
-        group_name: what groups are, for the words.
+        group_name: plural noun for groups, for the notes.
 
     Raises ValueError for another split or columns of different lengths.
     """
@@ -45,83 +45,71 @@ def clean(
     if not len(labels) == len(groups) == len(pixels) == count:
         raise ValueError(f"{count} splits, {len(labels)} labels, {len(groups)} groups and {len(pixels)} pixels")
     if unknown := sorted(set(splits) - {"", *SPLITS}):
-        raise ValueError(f"split {unknown[0]!r}; allowed are {', '.join(SPLITS)} and '' (left out)")
-    rank = np.array([SPLITS.index(split) if split else -1 for split in splits], np.int64)  # train 0, test 2
-    begun = rank.copy()
-    names, group = np.unique(np.asarray(groups, np.str_), return_inverse=True)
-    same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
-    label = np.asarray(labels)
-
-    latest = np.full(len(names), -1)
-    np.maximum.at(latest, group, rank)
-    torn = (rank >= 0) & (rank < latest[group])
-    rank[torn] = -1
-
-    conflict = _conflicting(same, label, begun >= 0)[same] & (rank >= 0)
-    rank[conflict] = -1
-    order = np.lexsort((np.arange(count), group, -rank, same))
-    first = order[np.unique(same[order], return_index=True)[1]]  # of each set of copies, in the latest split
-    kept = first[same]
-    copies = (rank >= 0) & (kept != np.arange(count))
-    rank[copies] = -1
-
-    pairs = kept[np.asarray(near, np.int64).reshape(-1, 2)]
-    both = np.concatenate([pairs, pairs[:, ::-1]])
-    twins = np.zeros(count, bool)
-    for place in (1, 0):  # val before train: what val loses to test, train needn't avoid
-        earlier, later = both.T
-        lost = earlier[(rank[earlier] == place) & (rank[later] > place)]
-        twins[lost] = True
-        rank[lost] = -1
-    remain = both[(rank[both] >= 0).all(axis=1) & (label[both[:, 0]] != label[both[:, 1]])]
-
+        raise ValueError(f"split {unknown[0]!r}; allowed are {', '.join(SPLITS)} and '' (none)")
+    rank = np.array([SPLITS.index(split) if split else -1 for split in splits], np.int64)  # train 0, test 2, none -1
+    initial = rank.copy()
+    group, same, label = _codes(groups), _codes(pixels), np.asarray(labels)
     notes = []
-    for lost, why in (
-        (torn, f"their {group_name} are also in a later split"),
-        (conflict, "equal images have different labels"),
-        (copies, "copies of an image that is kept"),
-        (twins, "near twins of an image in a later split"),
-    ):
+
+    def remove(lost: np.ndarray, reason: str) -> None:
+        rank[lost] = -1
         if lost.any():
-            notes.append(f"left out of the clean protocol: {_many(int(lost.sum()), 'image')} ({why})")
+            notes.append(f"removed from the clean protocol: {_plural(int(lost.sum()), 'image')} ({reason})")
+
+    latest = np.full(group.max(initial=-1) + 1, -1)
+    np.maximum.at(latest, group, rank)
+    remove((rank >= 0) & (rank < latest[group]), f"their {group_name} are also in a later split")
+    conflict = _conflicting(same, label, initial >= 0)[same]
+    remove(conflict & (rank >= 0), "equal images have different labels")
+    order = np.lexsort((np.arange(count), group, -rank, same))
+    representative = order[np.unique(same[order], return_index=True)[1]][same]  # of each set of copies
+    remove((rank >= 0) & (representative != np.arange(count)), "copies of another image")
+
+    pairs = representative[np.asarray(near, np.int64).reshape(-1, 2)]
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    earlier, later = both.T
+    before = rank.copy()
+    for place in (1, 0):  # val before train: train needn't avoid what val loses to test
+        rank[earlier[(rank[earlier] == place) & (rank[later] > place)]] = -1
+    remove((before >= 0) & (rank < 0), "near twins of an image in a later split")
+    remain = both[(rank[both] >= 0).all(axis=1) & (label[earlier] != label[later])]
     if len(remain):
-        notes.append(f"{_many(len(remain) // 2, 'near pair')} in one split with different labels stay: look at them")
+        notes.append(f"{_plural(len(remain) // 2, 'near pair')} in one split with different labels: check them")
     return [SPLITS[r] if r >= 0 else "" for r in rank], notes
 
 
 def leaks(
     members: Mapping[str, Sequence[int]], groups: Sequence[str], pixels: Sequence[str], near: np.ndarray
 ) -> dict[str, dict[str, int]]:
-    """Counts how many images of val and of test a split has shown to the network in training.
+    """Counts how many images of val and test are known from train.
 
     Args:
-        members: the images of each split; an image that a split counts several times counts once.
+        members: the images of each split; repeated images count once.
         groups: of each image.
         pixels: of each image; equal for exact copies.
         near: int64 [P, 2], pairs of near twins.
 
     Returns, for val and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image
     itself); `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also
-    `exact_twin_in_val`, which matters where val chose the epoch.
+    `exact_twin_in_val`, which matters because val selects the epoch.
     """
-    group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]
-    same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
+    group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}
-    trained = np.isin(same, same[rows[TRAIN]])
+    exact = np.isin(same, same[rows[TRAIN]])
     pairs = same[np.asarray(near, np.int64).reshape(-1, 2)]
     pairs = np.concatenate([pairs, pairs[:, ::-1]])
-    near_train = np.isin(same, pairs[np.isin(pairs[:, 1], same[rows[TRAIN]]), 0]) & ~trained
-    known = np.isin(group, group[rows[TRAIN]])
+    twin = np.isin(same, pairs[np.isin(pairs[:, 1], same[rows[TRAIN]]), 0]) & ~exact
+    patient = np.isin(group, group[rows[TRAIN]])
     result = {}
     for split in SPLITS[1:]:
         at = rows[split]
         if len(at):
             result[split] = {
                 "images": len(at),
-                "exact_twin_in_train": int(trained[at].sum()),
-                "near_twin_in_train": int(near_train[at].sum()),
-                "group_in_train": int(known[at].sum()),
-                "any": int((trained | near_train | known)[at].sum()),
+                "exact_twin_in_train": int(exact[at].sum()),
+                "near_twin_in_train": int(twin[at].sum()),
+                "group_in_train": int(patient[at].sum()),
+                "any": int((exact | twin | patient)[at].sum()),
             }
             if split == "test":
                 result[split]["exact_twin_in_val"] = int(np.isin(same[at], same[rows["val"]]).sum())
@@ -129,19 +117,19 @@ def leaks(
 
 
 def leak_notes(
-    found: Mapping[str, Mapping[str, int]], of: str = "the study's split", group_name: str = "patients"
+    leaks: Mapping[str, Mapping[str, int]], of: str = "the study's split", group_name: str = "patients"
 ) -> list[str]:
-    """Returns a sentence for each split of `leaks`."""
+    """Returns a sentence for each split in the result of `leaks`."""
     notes = []
-    for split, counts in found.items():
+    for split, counts in leaks.items():
         exact, near, shared = (counts[f"{k}_in_train"] for k in ("exact_twin", "near_twin", "group"))
         text = (
             f"{exact:,} of {counts['images']:,} {split} images of {of} {_have(exact)} an exact copy in train, "
             f"{near:,} a near twin, {shared:,} {'shares' if shared == 1 else 'share'} {group_name}; "
             f"{counts['any']:,} {_have(counts['any'])} any of these"
         )
-        if counts.get("exact_twin_in_val"):
-            text += f"; {counts['exact_twin_in_val']:,} {_have(counts['exact_twin_in_val'])} an exact copy in val"
+        if in_val := counts.get("exact_twin_in_val"):
+            text += f"; {in_val:,} {_have(in_val)} an exact copy in val"
         notes.append(text)
     return notes
 
@@ -152,40 +140,37 @@ def pairs_named(
     labels: Sequence[Any],
     pixels: Sequence[str],
     near: np.ndarray,
-    shown: int = SHOWN,
+    limit: int = MAX_PAIRS,
 ) -> list[str]:
-    """Returns at most `shown` pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
+    """Returns at most `limit` pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
 
-    "=" joins exact copies (one pair for each set of them), "~" near twins. Pairs with different labels come first,
-    then pairs over two splits, exact copies before near twins, then by name. Images in no split are not named.
+    "=" joins exact copies (one pair per set of copies), "~" near twins. Pairs with different labels come first, then
+    pairs across splits, exact copies before near twins, then by name. Images in no split are left out.
     """
     where: dict[int, list[str]] = {}
     for split in SPLITS:
         for i in np.unique(np.asarray(members.get(split, ()), np.int64)).tolist():
             where.setdefault(i, []).append(split)
-    same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
-    used = np.array(sorted(where, key=lambda i: files[i]), np.int64)
+    same = _codes(pixels)
     sets: dict[int, list[int]] = {}
-    for i in used.tolist():
+    for i in sorted(where, key=lambda i: files[i]):
         sets.setdefault(int(same[i]), []).append(i)
 
-    def badness(i: int, j: int) -> tuple[bool, bool]:
-        return labels[i] == labels[j], where[i] == where[j]  # False sorts first
+    def rate(i: int, join: str, j: int) -> tuple[Any, ...]:
+        i, j = sorted((i, j), key=lambda k: files[k])
+        return labels[i] == labels[j], where[i] == where[j], join != "=", files[i], files[j], i, join, j
 
-    rated: list[tuple[tuple[bool, bool], str, int, int]] = []
-    for copies in (found for found in sets.values() if len(found) > 1):
-        kinds = {(str(labels[i]), *where[i]): i for i in reversed(copies)}.values()  # the first by name of each kind
-        choice = [(i, j) for i in kinds for j in kinds if files[i] < files[j]] or [(copies[0], copies[1])]
-        i, j = min(choice, key=lambda pair: (badness(*pair), files[pair[0]], files[pair[1]]))
-        rated.append((badness(i, j), " = ", i, j))
+    rated = []
+    for copies in sets.values():
+        if len(copies) > 1:
+            kinds = {(str(labels[i]), *where[i]): i for i in reversed(copies)}.values()  # the first name of each kind
+            choices = [(i, j) for i in kinds for j in kinds if files[i] < files[j]] or [(copies[0], copies[1])]
+            rated.append(min(rate(i, "=", j) for i, j in choices))
     for i, j in np.asarray(near, np.int64).reshape(-1, 2).tolist():
         if i in where and j in where:
-            i, j = sorted((i, j), key=lambda k: files[k])
-            rated.append((badness(i, j), " ~ ", i, j))
-    rated.sort(key=lambda r: (r[0], r[1] != " = ", files[r[2]], files[r[3]]))
-    return [
-        join.join(f"{files[k]} ({'+'.join(where[k])}, {labels[k]})" for k in (i, j)) for _, join, i, j in rated[:shown]
-    ]
+            rated.append(rate(i, "~", j))
+    named = [f"{file} ({'+'.join(where[i])}, {labels[i]})" if i in where else "" for i, file in enumerate(files)]
+    return [f"{named[i]} {join} {named[j]}" for *_, i, join, j in sorted(rated)[:limit]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,65 +188,56 @@ class Side:
 def cross(a: Side, b: Side, group_name: str = "patients") -> dict[str, Any]:
     """Finds groups and images that two data sets share.
 
-    Returns `names`; `images`: of each; `groups`: names of groups in both; `exact` and `near`: how many images of
-    each have an exact copy, or else a near twin, in the other; `examples`: at most 20 named pairs; `note`: what the
-    search left out, or ""; `lines`: all of it in words.
+    Returns `groups`: names of groups in both; `exact` and `near`: how many images of each have an exact copy, or else
+    a near twin, in the other; `examples`: at most MAX_PAIRS pairs; `note`: what the search skipped, or ""; `lines`:
+    all of it as text.
     """
-    shared = sorted(set(a.groups) & set(b.groups))
+    groups = sorted(set(a.groups) & set(b.groups))
     both = set(a.pixels) & set(b.pixels)
-    exact = [int(np.isin(np.asarray(side.pixels, np.str_), sorted(both)).sum()) for side in (a, b)] if both else [0, 0]
-    place: dict[str, int] = {}
-    for j in sorted(range(len(b.files)), key=lambda j: b.files[j], reverse=True):
-        place[b.pixels[j]] = j
-    pairs = [(i, place[a.pixels[i]]) for i in range(len(a.files)) if a.pixels[i] in both]
+    first = {b.pixels[j]: j for j in sorted(range(len(b.files)), key=lambda j: b.files[j], reverse=True)}
+    copies = [(i, first[a.pixels[i]]) for i in range(len(a.files)) if a.pixels[i] in both]
     size = len(a.files)
-    near = duplicates.near_twins(
+    search = duplicates.near_twins(
         np.concatenate([np.asarray(side.hashes, np.uint64) for side in (a, b)]),
-        ["a"] * size + ["b"] * len(b.files),  # each data set is one group: only pairs over both are sought
+        ["a"] * size + ["b"] * len(b.files),  # one group per data set: only pairs across both are searched
         [*a.pixels, *b.pixels],
         lambda i: a.read(i) if i < size else b.read(i - size),
     )
-    named = [(i, j - size) for i, j in near.pairs.tolist()]
-    counts = []
-    for side, rows in ((a, [i for i, _ in named]), (b, [j for _, j in named])):
-        alike = {side.pixels[i] for i in rows} - both
-        counts.append(sum(p in alike for p in side.pixels))
-    room = SHOWN - min(len(named), SHOWN // 2)  # so that some of each kind are seen
+    twins = [(i, j - size) for i, j in search.pairs.tolist()]
+    similar = ({a.pixels[i] for i, _ in twins} - both, {b.pixels[j] for _, j in twins} - both)
+    exact = [sum(p in both for p in side.pixels) for side in (a, b)]
+    near = [sum(p in pixels for p in side.pixels) for side, pixels in zip((a, b), similar, strict=True)]
+    room = MAX_PAIRS - min(len(twins), MAX_PAIRS // 2)  # so that both kinds are listed
     examples = [
         f"{a.files[i]} {join} {b.files[j]}"
-        for join, found, most in (("=", pairs, room), ("~", named, SHOWN))
-        for i, j in sorted(found, key=lambda p: (a.files[p[0]], b.files[p[1]]))[:most]
+        for join, pairs, limit in (("=", copies, room), ("~", twins, MAX_PAIRS))
+        for i, j in sorted(pairs, key=lambda p: (a.files[p[0]], b.files[p[1]]))[:limit]
     ]
-    lines = [
-        f"{group_name} with the same name in {a.name} and {b.name}: {len(shared):,}"
-        + (f" ({', '.join(shared[:SHOWN])}{', ...' if len(shared) > SHOWN else ''})" if shared else "")
-    ]
-    for side, other, equal, alike_n in ((a, b, exact[0], counts[0]), (b, a, exact[1], counts[1])):
+    names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
+    lines = [f"{group_name} with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
+    for side, other, equal, alike in ((a, b, exact[0], near[0]), (b, a, exact[1], near[1])):
         lines.append(
             f"{equal:,} of {len(side.files):,} images of {side.name} {_have(equal)} an exact copy in {other.name}, "
-            f"{alike_n:,} a near twin"
+            f"{alike:,} a near twin"
         )
-    lines += [near.note] if near.note else []
-    return {
-        "names": [a.name, b.name],
-        "images": [len(a.files), len(b.files)],
-        "groups": shared,
-        "exact": exact,
-        "near": counts,
-        "examples": examples[:SHOWN],
-        "note": near.note,
-        "lines": lines,
-    }
+    lines += [search.note] if search.note else []
+    found = {"groups": groups, "exact": exact, "near": near}
+    return found | {"examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+
+
+def _codes(values: Sequence[str]) -> np.ndarray:
+    """Returns the place of each value among the sorted distinct ones, int64 [N]."""
+    return np.unique(np.asarray(values, np.str_), return_inverse=True)[1]
 
 
 def _conflicting(same: np.ndarray, label: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Says of each set of copies whether its used images have several labels, bool [sets]."""
+    """Returns for each set of copies whether its used images have several labels, bool [sets]."""
     kinds = np.unique(np.column_stack([same, np.unique(label, return_inverse=True)[1]])[used], axis=0)
     return np.bincount(kinds[:, 0], minlength=int(same.max(initial=-1)) + 1) > 1
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _have(count: int) -> str:

@@ -1,9 +1,8 @@
 """From a prepared data set to batches of uint8 images: decode, crop, resize, in a reproducible order.
 
-The order of training examples is one endless global sequence fixed by the seed; batch `s` holds its places
-`s * B .. (s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts, so that each device gets the
-same examples on any number of hosts. The position is a function of the step alone: a resumed run, also on another
-number of hosts, goes on where it would have been.
+Training examples form one endless global sequence fixed by the seed. Batch `s` holds positions `s * B .. (s + 1) * B -
+1`, and host `h` of `n` reads the `h`-th of its `n` equal parts, so each device gets the same examples on any number of
+hosts. The position depends on the step alone: a run resumes exactly, also on another number of hosts.
 """
 
 import functools
@@ -24,7 +23,7 @@ from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import environment
 
 Batch = dict[str, np.ndarray]
-MOST_THREADS = 16  # beyond these Python's lock is the limit, and processes help (data.workers)
+MAX_THREADS = 16  # beyond, Python's lock is the limit, and processes help (data.workers)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Reader:
 
     data: Prepared
     spec: InputSpec
-    margin: float = 0.0  # part of the box's side that is shown around it, at the box's own scale
-    body: bool = False  # deliver the mask of the body as well
+    margin: float = 0.0  # fraction of the box's side to show around it, at the same scale
+    body: bool = False  # whether to return the body mask too
 
     def __call__(self, row: int) -> np.ndarray:
         """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""
@@ -43,8 +42,8 @@ class Reader:
     def example(self, row: int) -> Batch:
         """Returns `image` and what the device needs to augment it.
 
-        `image` is uint8 [h, w, channels]: of the spec's size, larger by the margin on each side. With a margin there
-        is `box`, float32 [4]: xmin, ymin, xmax, ymax in parts of the image; with `body`, that mask, uint8 [h, w],
+        `image` is uint8 [h, w, channels], of the spec's size plus the margin on each side. With a margin there is
+        `box`, float32 [4]: xmin, ymin, xmax, ymax as fractions of the image; with `body`, that mask, uint8 [h, w],
         0 or 255. Raises ValueError naming the file if it can't be read.
         """
         spec, box = self.spec, self.data.columns["box"][row]
@@ -54,21 +53,21 @@ class Reader:
         try:
             image = images.load(self.data.records[int(row)]["image"], self.data.window)
             width, height = images.extent(image)
-            made = {"image": images.to_input(image, box, spec, self.margin)}
+            example = {"image": images.to_input(image, box, spec, self.margin)}
             left, top, right, bottom = images.view(box, spec, self.margin, width, height)
         except ValueError as error:
             raise ValueError(f"{self.data.name}: {self.data.columns['file'][row]}: {error}") from None
         if self.margin:
             across, down = right - left, bottom - top
             at = ((box[0] - left) / across, (box[1] - top) / down, (box[2] - left) / across, (box[3] - top) / down)
-            made["box"] = np.clip(np.asarray(at, np.float32), 0, 1)
+            example["box"] = np.clip(np.asarray(at, np.float32), 0, 1)
         if self.body:
             mask = self.data.body_mask(row).astype(np.uint8) * 255
             across, down = BODY_SIDE / width, BODY_SIDE / height
             region = (left * across, top * down, right * across, bottom * down)
             inside = images.resize(mask, region, spec.size, "bilinear", False) > 127
-            made["body"] = inside.astype(np.uint8) * 255
-        return made
+            example["body"] = inside.astype(np.uint8) * 255
+        return example
 
 
 def train_rows(data: Prepared) -> np.ndarray:
@@ -88,9 +87,9 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
     """Returns the endless global sequence of rows of the train split."""
     rows, seed = train_rows(data), config.train.seed
     if config.data.sampling == "natural":
-        return _shuffled(rows, seed)
+        return _shuffle(rows, seed)
     labels = data.columns["label"][rows]
-    streams = [_shuffled(rows[labels == label], seed + label) for label in range(len(data.classes))]
+    streams = [_shuffle(rows[labels == label], seed + label) for label in range(len(data.classes))]
     return grain.MapDataset.mix(streams, weights=[1.0] * len(streams))
 
 
@@ -100,67 +99,65 @@ def batch_rows(data: Prepared, config: Config, batch: int) -> np.ndarray:
     return np.asarray([sequence[i] for i in range(batch * size, (batch + 1) * size)])
 
 
-def _shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(partial(_row_of, rows, seed))
+def _shuffle(rows: np.ndarray, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(partial(_row_at, rows, seed))
 
 
-def _row_of(rows: np.ndarray, seed: int, index: int, _: int) -> int:
+def _row_at(rows: np.ndarray, seed: int, index: int, _: int) -> int:
     epoch, place = divmod(index, len(rows))
     return int(rows[_permutation(seed, epoch, len(rows))[place]])
 
 
-@functools.lru_cache(maxsize=32)  # the classes of balanced sampling have their own; 1.7 MB each for 425,000 rows
+@functools.lru_cache(maxsize=32)  # balanced sampling has one per class; 1.7 MB each for 425,000 rows
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # Whole epochs at a time: grain's own shuffle takes 20 to 50 microseconds for each row, as long as a small record.
+    # A full epoch at a time: grain's own shuffle takes 20 to 50 microseconds per row, as long as a small record.
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count).astype(np.uint32)
 
 
 def train_batches(
     data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
-    """Yields this host's part of each global batch from number `start` on, for ever.
+    """Yields this host's part of each global batch from number `start` on, endlessly.
 
-    Each batch has what `Reader.example` makes, stacked, `label` int32 [b] and `place` uint32 [b], the example's
-    place in the global sequence, from which its augmentation is drawn. Raises ValueError if augment.exterior wants
-    masks of the body that the data set doesn't have.
+    Each batch stacks what `Reader.example` returns, with `label` int32 [b] and `place` uint32 [b], the example's
+    position in the global sequence, which seeds its augmentation. Raises ValueError if augment.exterior needs body
+    masks that the data set doesn't have.
     """
     if config.augment.exterior and not data.body:
         raise ValueError(
-            f"augment.exterior={config.augment.exterior}: {data.name} has no masks of the body, CT sets do"
+            f"augment.exterior={config.augment.exterior}: {data.name} has no masks of the body, only CT sets have"
         )
     reader = Reader(data, config.input, config.input.box_margin, body=config.augment.exterior > 0)
     labels = data.columns["label"]
     local = config.train.batch_size // hosts
-
     sequence, size = order(data, config), config.train.batch_size
 
     def load(index: int, _: int) -> Batch:
         places = (start + index) * size + host * local + np.arange(local)
         rows = np.asarray([sequence[place] for place in places.tolist()])
-        batch = _stacked((reader.example(row) for row in rows.tolist()), local)
+        batch = _stack((reader.example(row) for row in rows.tolist()), local)
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Whole batches are numbered, or each worker would read every n-th example; and a batch is filled while its
+    # Elements are batches: otherwise each worker would read every n-th example. A batch is also filled while its
     # examples are still in the processor's cache.
-    mine = grain.MapDataset.range(1).repeat(None).map_with_index(load)
-    batches = mine.to_iter_dataset(_read_options(config))
+    batches = grain.MapDataset.range(1).repeat(None).map_with_index(load).to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
     return iter(batches)
 
 
 def _begin_worker(*_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group: the run saves, and needs its batches until then.
+    # Ctrl-C and a scheduler's SIGTERM reach the process group: the run saves, and needs its batches until then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def end_with_parent() -> None:
+    def exit_with_parent() -> None:
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def eval_batches(
@@ -168,7 +165,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields this host's part of every batch of `size` over `rows`, each row exactly once.
 
-    `row` int32 [b] names the row; the last batch is filled up with black images whose row is -1.
+    `row` int32 [b] names the row; the last batch is padded with black images whose row is -1.
     """
     reader = Reader(data, config.input)
     padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
@@ -176,13 +173,13 @@ def eval_batches(
 
     def load(rows: np.ndarray) -> Batch:
         images = ({"image": empty if row < 0 else reader(row)} for row in rows.tolist())
-        return {**_stacked(images, len(rows)), "row": rows.astype(np.int32)}
+        return {**_stack(images, len(rows)), "row": rows.astype(np.int32)}
 
-    mine = grain.MapDataset.source(padded)[host::hosts].batch(size // hosts).map(load)
-    return iter(mine.to_iter_dataset(_read_options(config)))
+    part = grain.MapDataset.source(padded)[host::hosts].batch(size // hosts).map(load)
+    return iter(part.to_iter_dataset(_read_options(config)))
 
 
-def _stacked(examples: Iterator[Batch], count: int) -> Batch:
+def _stack(examples: Iterator[Batch], count: int) -> Batch:
     batch: Batch = {}
     for i, example in enumerate(examples):
         if not batch:
@@ -194,5 +191,5 @@ def _stacked(examples: Iterator[Batch], count: int) -> Batch:
 
 def _read_options(config: Config) -> grain.ReadOptions:
     # One more than cores: while it waits for Python's lock, the others decode.
-    threads = config.data.threads or min(environment.cores() + 1, MOST_THREADS)
+    threads = config.data.threads or min(environment.cores() + 1, MAX_THREADS)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

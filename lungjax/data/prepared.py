@@ -1,7 +1,7 @@
 """A prepared data set: columns from `index.csv`, encoded images from TFDS records, in the same order.
 
-The index is a plain CSV beside the records, so that a set of 425,000 images opens in about a second without
-reading an image, and a person can look into it. It is written last: a directory without it is not prepared.
+The index is a plain CSV next to the records, so that a set of 425,000 images opens in about a second without reading
+an image, and a person can inspect it. It is written last: a directory without it is not prepared.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,15 +30,15 @@ COLUMNS = (
     "pixels", "phash", "mean", "std", "found",
 )  # fmt: skip
 RESERVED = (*COLUMNS, "box")
-SLICES = "slices"  # the one TFDS split: train, val and test are columns, and "all" is TFDS's own word
-VERSION = "2.0.0"  # of the records and of what is kept beside them
-BODY_SIDE = 128  # the mask of a body is kept in this many rows and columns, whatever the image's size
-CHUNK = 20_000  # rows of an index read at a time, so that its text is never in memory as a whole
+SLICES = "slices"  # the only TFDS split: train, val and test are columns, and TFDS reserves "all"
+VERSION = "2.0.0"  # of the format of a prepared directory
+BODY_SIDE = 128  # rows and columns of stored body masks, whatever the image's size
+CHUNK = 20_000  # rows of an index read at a time, so that its text is never in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One data set, ready for random access. Picklable, so that reading processes can have it."""
+    """One data set, ready for random access. Picklable for reading processes."""
 
     name: str  # such as "covidx_ct/3a"
     classes: tuple[str, ...]  # display names in label order
@@ -47,14 +46,14 @@ class Prepared:
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
-    protocol: str = "clean"  # which column of splits counts
-    body: bool = False  # records have a mask of the body
-    volumes: Mapping[str, Any] | None = None  # how CT volumes became pictures: hu_windows, plane, position
+    protocol: str = "clean"  # whose splits `rows` returns
+    body: bool = False  # whether records have a body mask
+    volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position
 
     def rows(self, split: str) -> np.ndarray:
         """Returns the row numbers of a split, int64 [n], in record order.
 
-        With protocol "study" a row may come several times, as the study drew it, and be in two splits.
+        With protocol "study" a row may be repeated, as the study drew it, and be in two splits.
         """
         if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
@@ -63,37 +62,31 @@ class Prepared:
         return np.repeat(np.arange(len(place)), times[place])
 
     def body_mask(self, row: int) -> np.ndarray:
-        """Returns where the body is, bool [BODY_SIDE, BODY_SIDE] over the whole stored image."""
+        """Returns the body mask, bool [BODY_SIDE, BODY_SIDE] over the full stored image."""
         packed = np.asarray(self.records[int(row)]["body"], np.uint8)
         return np.unpackbits(packed).reshape(BODY_SIDE, BODY_SIDE).astype(bool)
 
 
 def directory(data_dir: Path, name: str) -> Path:
-    """Returns where the data set `name`, such as "covidx_ct/3a", lies in `data_dir`."""
+    """Returns the directory of the data set `name`, such as "covidx_ct/3a", in `data_dir`."""
     return data_dir / name / VERSION
 
 
-def older(data_dir: Path, name: str) -> list[str]:
-    """Returns the other versions of a data set that are prepared in `data_dir`."""
-    places = [path for path in (data_dir / name).glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-    return sorted(path.name for path in places if path.name != VERSION and is_prepared(path))
-
-
 def is_prepared(directory: Path) -> bool:
-    """Says whether `directory` holds a finished data set."""
+    """Whether `directory` contains a finished data set."""
     return (directory / "index.csv").is_file()
 
 
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if nobody gave it a study's splits and those are asked for, or if its index and records differ
-    in length.
+    Raises ValueError if the set has no study's splits and those are requested, or if its index and records differ in
+    length.
     """
-    described = json.loads((directory / "lungjax.json").read_text("utf-8"))
-    if protocol == "study" and not described["study"]:
-        raise ValueError(f"data.protocol=study: {name} came with no splits; leave it at clean")
-    classes = tuple(described["classes"])
+    info = json.loads((directory / "lungjax.json").read_text("utf-8"))
+    if protocol == "study" and not info["study"]:
+        raise ValueError(f"data.protocol=study: {name} came with no splits; use clean")
+    classes = tuple(info["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
     if len(records) != len(columns["label"]):
@@ -101,28 +94,28 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
             f"{directory}: index.csv has {len(columns['label'])} rows, the records {len(records)}: "
             "prepare it again with --overwrite"
         )
-    window = tuple(described["window"]) if described["window"] else None
-    known = (name, classes, columns, records, window, fingerprint(directory), protocol, described["body"])
-    return Prepared(*known, described.get("volumes"))
+    window = tuple(info["window"]) if info["window"] else None
+    return Prepared(
+        name, classes, columns, records, window, fingerprint(directory), protocol, info["body"], info.get("volumes")
+    )
 
 
 def fingerprint(directory: Path) -> str:
-    """Returns the hex digest of what the data set in `directory` is, without opening its records."""
+    """Returns a hex digest of the data set in `directory`, without opening its records."""
     digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
     digest.update((directory / "index.csv").read_bytes())
     return digest.hexdigest()
 
 
 class Records:
-    """The records of a prepared data set, of which only what is asked for is decoded; picklable.
+    """The records of a prepared data set; a feature is decoded when it is read. Picklable.
 
     `records[row]["image"]` is the encoded image and `["file"]`, `["group"]`, `["source"]` a name, all bytes; `["body"]`
-    is uint8 [BODY_SIDE**2 / 8]. TFDS decodes every feature of a record, which takes as long as a small picture does.
+    is uint8 [BODY_SIDE**2 / 8]. TFDS decodes every feature of a record, which takes as long as a small image does.
     """
 
     def __init__(self, source: Any):
-        # Here, in the main thread of whatever process unpickles it: two reading threads that import TFDS at the same
-        # time wait for each other for ever.
+        # Here, in the main thread of the process that unpickles it: two threads that import TFDS at once deadlock.
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._source = source  # source[row] is a serialized tf.train.Example
@@ -133,11 +126,11 @@ class Records:
         return Records, (self._source,)
 
     def __len__(self) -> int:
-        """Returns how many images there are."""
+        """Returns the number of images."""
         return len(self._source)
 
     def __getitem__(self, row: int) -> "_Record":
-        """Returns a record. Raises IndexError for a row that isn't there, negative ones too."""
+        """Returns a record. Raises IndexError outside 0..len - 1."""
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} of {len(self._source)}")
         return _Record(self._parse(self._source[row]).features.feature)
@@ -154,7 +147,7 @@ class _Record:
 
 def open_records(directory: Path) -> Records:
     """Returns the records of a prepared data set, in the order they were written."""
-    import tensorflow_datasets as tfds  # here: it costs most of a second, and only opening needs it
+    import tensorflow_datasets as tfds  # late: it takes most of a second, and only opening needs it
 
     with quiet_tfds():
         builder = tfds.builder_from_directory(directory)
@@ -164,7 +157,7 @@ def open_records(directory: Path) -> Records:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from logging each step and from printing the size of a download that there is none of."""
+    """Suppresses the steps that TFDS logs, and the size of a download that it prints."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -177,15 +170,15 @@ def quiet_tfds() -> Iterator[None]:
 def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
-    `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str, `label` is int64 (place
-    in `classes`), `width` and `height` int32 in pixels, `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
-    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False where a stage found no
-    body or lung.
+    `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str; `label` is int64, an index
+    of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
+    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False if a stage found no body
+    or lung.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}
-    # The collector would walk the fresh strings again and again, which doubles the time.
-    collecting = gc.isenabled()
+    # Garbage collection would traverse the new strings repeatedly, which doubles the time.
+    enabled = gc.isenabled()
     gc.disable()
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -195,7 +188,7 @@ def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
                 for name, values in zip(header, zip(*rows, strict=True), strict=True):
                     parts.setdefault(name, []).append(_column(name, values, number))
     finally:
-        if collecting:
+        if enabled:
             gc.enable()
     columns = {name: np.concatenate(part) for name, part in parts.items()}
     return columns | {"box": np.stack([columns.pop(name) for name in BOX], axis=1)}
@@ -215,15 +208,13 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
     return np.array(values, dtype=np.str_)
 
 
-def write_index(
-    directory: Path, described: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
+def write_index(directory: Path, info: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Writes lungjax.json and then, atomically, index.csv; `label` holds class names.
 
-    `described` holds name, classes, window, study (what protocol=study is, in words), stage, size and body, and
-    volumes if some pictures were cut from CT volumes (hu_windows, plane, position).
+    `info` holds name, classes, window, study (a description of protocol=study), stage, size and body, and volumes if
+    images were cut from CT volumes (hu_windows, plane, position).
     """
-    (directory / "lungjax.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

@@ -1,10 +1,10 @@
-"""What a data set keeps of an image, its stage and size, and how one image then becomes a network's input.
+"""One image to a network's input: stage, stored size and window as in its data set, then crop and resize.
 
-Preparing a data set and predicting go through the same steps here: a 16-bit image is shrunk before its window is
-applied, and windowed before a stage is cut out.
+Preparing a data set and predicting share these steps: a 16-bit image is shrunk before its window is applied, and
+windowed before a stage is cut out.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,103 +14,107 @@ from lungjax.data.imaging import images
 Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels, max exclusive
 
 
-def version(array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None) -> tuple[np.ndarray, Box, Box, bool]:
-    """Returns an image in a stage (gray uint8 [H, W] then) and shrunk to a size, both or neither.
+def apply_stage(
+    array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None
+) -> tuple[np.ndarray, Box, Box, bool]:
+    """Returns an image in a stage and shrunk to `size` (height, width); "" and None skip a step.
 
-    Also the box in its pixels, what of the original it shows (xmin, ymin, xmax, ymax), and whether the stage found
-    a body or lung. `array` is uint8, uint16, or float32 in 0..255.
+    Also the box in its pixels, the region of the original that it shows, and whether the stage found a body or lung.
+    `array` is uint8, uint16, or float32 in 0..255; for a stage, gray uint8 [H, W].
     """
-    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-    region, found = whole, True
+    region, found = images.full_region(array), True
     if stage:
-        # Here: scikit-image takes a second, and most data sets need none of it.
-        from lungjax.data.imaging import lung_masks
+        from lungjax.data.imaging import lung_masks  # late: scikit-image takes a second
 
-        staged = lung_masks.apply(array, stage)
-        array, region, found = staged.image, staged.region, staged.found
-        box = moved(box, region, array.shape)
+        result = lung_masks.apply(array, stage)
+        array, region, found = result.image, result.region, result.found
+        box = move_box(box, region, array.shape)
     if size:
-        box = moved(box, (0.0, 0.0, float(array.shape[1]), float(array.shape[0])), size)
-        array = _shrunk(array, size)
+        full = images.full_region(array)
+        box = move_box(box, full, size)
+        if array.dtype == np.uint8:
+            array = images.resize(array, full, size, "bilinear", True)
+        else:
+            array = np.rint(images.resize(array.astype(np.float32), full, size, "bilinear", True)).astype(np.uint16)
     return array, box, region, found
 
 
 def keep(
     array: np.ndarray,
-    box: Any = None,
+    box: Sequence[float] | None = None,
     stage: str = "",
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns what a data set keeps of an image, for `images.to_input`: image, box, and whether a stage was found.
+    """Returns what a data set keeps of an image, its box in that, and whether the stage found a body or lung.
 
     Args:
       array: [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255.
-      box: xmin, ymin, xmax, ymax in its pixels; None is the whole image.
-      stage: such as "lungs"; "" is the image as it is.
-      size: height and width of the stored copy; None leaves it.
+      box: xmin, ymin, xmax, ymax in pixels; None is the full image.
+      stage: such as "lungs"; "" is the unmodified image.
+      size: height and width of the stored copy; None is the size of the image.
       window: of 16-bit images, which become float32 in 0..255.
 
     Raises ValueError for a 16-bit image without a window.
     """
-    place = (0.0, 0.0, float(array.shape[1]), float(array.shape[0])) if box is None else tuple(map(float, box))
     if array.dtype == np.uint16 and window is None:
         raise ValueError(
-            "a 16-bit image, and the network was trained on 8-bit ones: which of its values are black and white is not "
-            "known; lungjax.predict takes --window=low,high"
+            "a 16-bit image, but the network was trained on 8-bit ones: its window is unknown; lungjax.predict takes "
+            "--window=low,high"
         )
-    found = True
+    x0, y0, x1, y1 = images.full_region(array) if box is None else map(float, box)
+    place, found = (x0, y0, x1, y1), True
     if stage:
-        array = images.gray(_plain(array, window))
+        array = images.gray(_to_8_bit(array, window))
     elif size and array.dtype != np.uint16:
-        array = _plain(array, window)
+        array = _to_8_bit(array, window)
     if stage or size:
-        array, place, _, found = version(array, place, stage, size)  # type: ignore[arg-type]
+        array, place, _, found = apply_stage(array, place, stage, size)
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
     return array, np.asarray(place, np.float32), found
 
 
 def picture(
-    array: np.ndarray, told: Metadata, box: Box | None = None, prepared: bool = False
+    array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a trained network's input, uint8 [H, W, C], what was kept of it before, and warnings.
+    """Returns an image as a trained network's input, uint8 [H, W, C], what its data set would `keep`, and warnings.
 
     Args:
       array: as in `keep`.
-      told: what the network says of itself.
-      box: of the body in pixels; None finds it where the network was trained on it and it can be found.
-      prepared: the image is cut out already as the training images were.
+      metadata: of the network.
+      box: of the body in pixels; None finds it if the network was trained on it.
+      prepared: whether the image is already in the stage of the training images.
 
     Raises ValueError as `keep`.
     """
     warnings: list[str] = []
-    if box is None and told.box and not prepared:
-        box = body_box(_plain(array, told.window)) if told.box == "body" else None
+    if box is None and metadata.box and not prepared:
+        box = body_box(_to_8_bit(array, metadata.window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("the network was trained on the body's box, which is not known here: it gets all of it")
-    stage, stored = ("", None) if prepared else (told.stage, told.stored)
-    kept, place, found = keep(array, box, stage, stored, told.window)
+            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
+    stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
+    stored, place, found = keep(array, box, stage, size, metadata.window)
     if not found:
-        warnings.append(f"no body or lung was found in it, so it is shown as it is and not as {stage!r}")
-    return images.to_input(kept, place, told.input, 0.0), kept, warnings
+        warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
+    return images.to_input(stored, place, metadata.input, 0.0), stored, warnings
 
 
 def body_box(array: np.ndarray) -> Box | None:
-    """Returns the box around the body in a CT slice; None if nothing stands out from the background."""
-    from lungjax.data.imaging import lung_masks  # as above
+    """Returns the box around the body in a CT slice; None if nothing contrasts with the background."""
+    from lungjax.data.imaging import lung_masks  # late, as above
 
-    found = np.argwhere(lung_masks.body_mask(images.gray(array)))
-    if not len(found):
+    points = np.argwhere(lung_masks.body_mask(images.gray(array)))
+    if not len(points):
         return None
-    (top, left), (bottom, right) = found.min(0), found.max(0) + 1
+    (top, left), (bottom, right) = points.min(0), points.max(0) + 1
     return float(left), float(top), float(right), float(bottom)
 
 
-def moved(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
-    """Returns `box` in the pixels of a picture of `shape` (height, width) that shows `region`; all of it if apart."""
+def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
+    """Returns `box` in the pixels of an image of `shape` (height, width) that shows `region`; all of it if disjoint."""
     down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
-    # Clipped after scaling, since 256 * (224 / 256) may be a little more than 224, which TFDS refuses.
+    # Clipped after scaling: 256 * (224 / 256) may exceed 224, which TFDS refuses.
     left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
     top, bottom = (min(max((v - region[1]) * down, 0.0), float(shape[0])) for v in (box[1], box[3]))
     if right - left < 1 or bottom - top < 1:
@@ -118,15 +122,8 @@ def moved(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
     return (left, top, right, bottom)
 
 
-def _plain(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """Returns 8 bits: of 16 by the window, where there is one."""
+def _to_8_bit(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+    """Returns 8-bit pixels; 16-bit ones stay without a window."""
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
     return array if array.dtype in (np.uint8, np.uint16) else np.rint(array).astype(np.uint8)
-
-
-def _shrunk(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    whole = (0.0, 0.0, float(array.shape[1]), float(array.shape[0]))
-    if array.dtype == np.uint8:
-        return images.resize(array, whole, size, "bilinear", True)
-    return np.rint(images.resize(array.astype(np.float32), whole, size, "bilinear", True)).astype(np.uint16)

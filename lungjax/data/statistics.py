@@ -1,4 +1,4 @@
-"""What can be counted in a prepared data set without a network: its splits, its shortcuts, what is there twice."""
+"""Statistics of a prepared data set: counts per split, shortcut baselines, duplicates, samples."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from lungjax.data.prepared import SPLITS, Prepared
 def count_splits(data: Prepared, group_name: str) -> dict[str, dict[str, list[int]]]:
     """Returns {split: {"images": [per class], group_name: [per class]}} of the set's protocol; empty splits too.
 
-    A group with images of two classes counts in both. An image that a study counts three times counts three times.
+    A group with images of two classes counts in both; an image that a study repeats counts each time.
     """
     labels, c = data.columns["label"], len(data.classes)
     counts = {}
@@ -23,7 +23,7 @@ def count_splits(data: Prepared, group_name: str) -> dict[str, dict[str, list[in
 
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct `values`, those with most images first, and their images of each class, int64 [V, C].
+    """Returns the distinct `values`, the most frequent first, and their images per class, int64 [V, C].
 
     `values` [N], or [N, K] where a value is a row.
     """
@@ -35,14 +35,14 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
 
 
 def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
-    """Returns what `keys` alone say of the class of each test image, float64 [n, C], rows sum to 1.
+    """Returns class probabilities of each test image from its key alone, float64 [n, C]; rows sum to 1.
 
-    The share of each class among the train images of the same key, smoothed by `classes` images more that are shared
-    out as the whole train split is (Laplace's rule, where classes are even). So a key that train has not gets the
-    shares of train. `keys` [N] of any kind, `labels` int [N], `train` and `test` rows; train must not be empty.
+    The class frequencies among train images of the same key, smoothed by `classes` further images with the frequencies
+    of the train split (Laplace's rule for balanced classes). A key that is not in train gets the latter. `keys` [N] of
+    any type, `labels` int [N], `train` and `test` rows; train must not be empty.
     """
     names, at = np.unique(keys[train], return_inverse=True)
-    counts = np.zeros((len(names) + 1, classes))  # the last row is for keys that train has not
+    counts = np.zeros((len(names) + 1, classes))  # the last row is for keys that are not in train
     np.add.at(counts, (at, labels[train]), 1)
     place = np.minimum(np.searchsorted(names, keys[test]), len(names) - 1)
     counts = counts[np.where(names[place] == keys[test], place, len(names))] + classes * counts.sum(axis=0) / len(train)
@@ -52,12 +52,12 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
     """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
 
-    Each test image is given the class that holds the largest share of its images with this key in train (of equal
-    ones by chance, so of all of them for a key that train has not). Arguments as in `frequencies`.
+    Each test image gets the class with the largest share of its train images under this key; ties, and keys that are
+    not in train, are guessed at random. Arguments as in `frequencies`.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
-    # Divided by the classes' own shares, smoothed frequencies are in the order of the parts of each class.
+    # Smoothed frequencies divided by the class frequencies have the order of the shares.
     shares = frequencies(keys, labels, train, test, classes) / np.bincount(labels[train], minlength=classes)
     best = np.isclose(shares, shares.max(axis=1, keepdims=True), rtol=1e-9, atol=0)
     right = (best / best.sum(axis=1, keepdims=True))[np.arange(len(test)), labels[test]]
@@ -65,7 +65,7 @@ def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndar
 
 
 def shortcuts(data: Prepared) -> dict[str, float | None]:
-    """Returns for source, size and mean gray level how well each alone gives the class away, see `guess`."""
+    """Returns the mean recall of a `guess` from source, image size and mean intensity, each alone."""
     columns, train, test = data.columns, data.rows("train"), data.rows("test")
     size = np.column_stack([columns["width"], columns["height"]])
     steps = np.quantile(columns["mean"][train], np.linspace(0.05, 0.95, 19)) if len(train) else np.zeros(1)
@@ -78,21 +78,20 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws up to `count` of `rows`: sources take turns, and no group comes again before all of its source came."""
+    """Draws up to `count` of `rows`: sources take turns, and a group repeats only after all others of its source."""
     rows = rng.permutation(rows)
     sources, groups = data.columns["source"][rows], data.columns["group"][rows]
-    again = np.ones(len(rows), bool)
-    again[np.unique(groups, return_index=True)[1]] = False
-    order = np.argsort(again, kind="stable")
-    turns = [rows[order][sources[order] == s][:count].tolist() for s in rng.permutation(np.unique(sources))]
-    drawn = [row for turn in itertools.zip_longest(*turns) for row in turn if row is not None]
-    return drawn[:count]
+    repeated = np.ones(len(rows), bool)
+    repeated[np.unique(groups, return_index=True)[1]] = False
+    order = np.argsort(repeated, kind="stable")
+    lines = [rows[order][sources[order] == s][:count].tolist() for s in rng.permutation(np.unique(sources))]
+    return [row for turn in itertools.zip_longest(*lines) for row in turn if row is not None][:count]
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns exact copies as rows, int64 [P, 2]: for each set of equal pixels one image with each of the others.
+    """Returns exact copies as rows, int64 [P, 2]: of each set of equal pixels, one image with each of the others.
 
-    That one is in a split of the set's protocol if any of them is.
+    That image is in a split of the protocol if any of the set is.
     """
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)
@@ -103,7 +102,7 @@ def copies(data: Prepared) -> np.ndarray:
 
 
 def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int]:
-    """Returns pairs int64 [P, 2], the most harmful first, how many lie in two splits, how many have two labels."""
+    """Returns pairs int64 [P, 2], the worst first, how many are in two splits, and how many have two labels."""
     differ = {
         key: data.columns[key][pairs[:, 0]] != data.columns[key][pairs[:, 1]]
         for key in ("label", "split_study", "split", "group")
@@ -116,17 +115,16 @@ def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int
 
 
 def cells(data: Prepared) -> np.ndarray:
-    """Returns where each image is in the set's protocol, str [N], such as "train" or "val+test"; "" is left out."""
+    """Returns the splits of each image in the set's protocol, str [N], such as "train" or "val+test"; "" for none."""
     return data.columns["split" if data.protocol == "clean" else "split_study"]
 
 
 def mean_histograms(
-    histograms: np.ndarray, values: np.ndarray, weights: np.ndarray, most: int
+    histograms: np.ndarray, values: np.ndarray, weights: np.ndarray, limit: int
 ) -> dict[str, np.ndarray]:
-    """Returns the weighted mean of `histograms` [n, 256] for each of the `most` frequent of `values` [n]."""
+    """Returns the weighted mean of `histograms` [n, 256] for each of the `limit` most frequent of `values` [n]."""
     names, count = np.unique(values, return_counts=True)
-    shown = names[np.argsort(-count, kind="stable")][:most]
     return {
         str(name) or "(none)": np.average(histograms[values == name], axis=0, weights=weights[values == name])
-        for name in shown
+        for name in names[np.argsort(-count, kind="stable")][:limit]
     }

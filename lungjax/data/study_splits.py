@@ -1,7 +1,7 @@
-"""The draws of scikit-learn that studies made their splits with, in numpy: a split is only theirs to the last image.
+"""scikit-learn's random splits in numpy, to reproduce the splits of studies to the last image.
 
 Sources: scikit-learn's `model_selection/_split.py` (ShuffleSplit, StratifiedShuffleSplit), `utils/extmath.py`
-(_approximate_mode) and `utils/_indexing.py` (resample). They draw with numpy's RandomState, whose stream is fixed.
+(_approximate_mode) and `utils/_indexing.py` (resample). They use numpy's RandomState, whose stream is frozen.
 """
 
 import math
@@ -15,14 +15,14 @@ def train_test_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the row numbers, int64, of sklearn's `train_test_split(rows, test_size, random_state=seed)`.
 
-    `test_size` is a share of the `count` rows, rounded up. With `labels` the split is `stratify=labels`. Both parts
-    come in sklearn's order, which a second split of one of them depends on. Raises ValueError if a part, or a class
-    in a part, would have no row, as sklearn does.
+    `test_size` is a fraction of the `count` rows, rounded up. With `labels` the split is `stratify=labels`. Both parts
+    are in sklearn's order, on which a second split of one of them depends. Raises ValueError, as sklearn does, if a
+    part, or a class in a part, would be empty.
     """
     tests = math.ceil(test_size * count)
     trains = count - tests
     if tests < 1 or trains < 1:
-        raise ValueError(f"a test part of {test_size:g} of {count} rows leaves {trains} to train and {tests} to test")
+        raise ValueError(f"test_size {test_size:g} of {count} rows leaves {trains} for train and {tests} for test")
     random = np.random.RandomState(seed)
     if labels is None:
         order = random.permutation(count)
@@ -37,10 +37,10 @@ def train_test_split(
     to_test = _approximate_mode(sizes - to_train, tests, random)
     train: list[int] = []
     test: list[int] = []
-    for own, first, second in zip(rows, to_train, to_test, strict=True):
-        drawn = own[random.permutation(len(own))]
-        train.extend(drawn[:first])
-        test.extend(drawn[first : first + second])
+    for members, first, second in zip(rows, to_train, to_test, strict=True):
+        shuffled = members[random.permutation(len(members))]
+        train.extend(shuffled[:first])
+        test.extend(shuffled[first : first + second])
     return random.permutation(train), random.permutation(test)
 
 
@@ -50,25 +50,25 @@ def resample(count: int, draws: int, seed: int) -> np.ndarray:
 
 
 def cells(count: int, **parts: np.ndarray) -> list[str]:
-    """Returns the split's name for each of `count` rows, from the row numbers of each split; "" where it has none."""
-    named = [""] * count
+    """Returns the split of each of `count` rows, from the row numbers of each split; "" for rows in none."""
+    names = [""] * count
     for split, rows in parts.items():
         for row in rows:
-            named[row] = split
-    return named
+            names[row] = split
+    return names
 
 
 def _approximate_mode(sizes: np.ndarray, draws: int, random: np.random.RandomState) -> np.ndarray:
-    """Returns about the most probable counts per class of `draws` rows: shares rounded down, the rest by remainder."""
+    """Returns counts per class for `draws` rows: shares rounded down, the rest by remainder."""
     shares = sizes / sizes.sum() * draws
     counts = np.floor(shares)
-    lacking = int(draws - counts.sum())
+    rest = int(draws - counts.sum())
     remainders = shares - counts
-    for value in np.unique(remainders)[::-1] if lacking else ():
-        (ties,) = np.where(remainders == value)
-        chosen = random.choice(ties, size=min(len(ties), lacking), replace=False)
-        counts[chosen] += 1
-        lacking -= len(chosen)
-        if not lacking:
+    for value in np.unique(remainders)[::-1]:
+        if not rest:
             break
+        (ties,) = np.where(remainders == value)
+        choice = random.choice(ties, size=min(len(ties), rest), replace=False)
+        counts[choice] += 1
+        rest -= len(choice)
     return counts.astype(np.int64)

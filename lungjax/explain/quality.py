@@ -88,7 +88,7 @@ def _as_input(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     left, top, right, bottom = (float(side) for side in drawn.box)
     shown = slices.gray(drawn.hu, window)
-    stored, box, region, _ = preprocess.version(shown, (left, top, right, bottom), name.stage, name.size)
+    stored, box, region, _ = preprocess.apply_stage(shown, (left, top, right, bottom), name.stage, name.size)
     one = InputSpec(spec.size, 1, spec.crop, spec.crop_size, spec.box_margin, spec.interpolation, spec.antialias)
 
     def mask(of: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lungjax.data.imaging import dicom, dicom_frames, images, volumes
-from lungjax.data.imaging.memory_file import Held
+from lungjax.data.imaging.memory_file import MemoryFile
 from lungjax.data.imaging.volumes import Windows
 
 MIB = 2**20
@@ -270,7 +270,7 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         volumes.need("pydicom", "DICOM files")
     except ValueError as error:
         raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
-    file = Held("file", _inflated_dicom(data, limits) if DEFLATED in data else data)
+    file = MemoryFile("file", _inflated_dicom(data, limits) if DEFLATED in data else data)
     try:
         header = dicom.header(file)
         if header.aside:

@@ -56,8 +56,8 @@ def run(
     anything else; then as `train.run` does for the fold at hand, the finished ones staying as they are.
     """
     started = time.time()
-    if count < folds.LEAST:
-        raise ValueError(f"--folds={count}: {folds.LEAST} or more (test, val and train take one part each)")
+    if count < folds.MIN_FOLDS:
+        raise ValueError(f"--folds={count}: {folds.MIN_FOLDS} or more (test, val and train take one part each)")
     parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
     for part in parts:
         configs.check(part)

@@ -1,12 +1,11 @@
-"""How long the search for near duplicates takes for as many hashes as COVIDx CT has slices.
+"""Times the search for near duplicates with as many hashes as COVIDx CT has slices.
 
     python tests/benchmarks/duplicates.py [--images=431205] [--distance=4]
 
-Hashes are made: each patient starts near a common chest and walks from slice to slice by 0 to 4 turned bits, some
-bits far more often than others. Copies with 0 to `distance` turned bits are planted in other patients. It also
-prints how alike the made hashes are, to compare with real ones: of 7.5 million pairs of real CT slices of different
-patients (3,883 images of five sources) 5.5e-6 are within 4 bits, and the pairs to compare in 5 bands are 6.6e-3 of
-all pairs.
+Hashes are synthetic: each patient starts near a common chest and walks from slice to slice by 0 to 4 flipped bits,
+some bits far more often than others. Copies with 0 to `distance` flipped bits are planted in other patients. It also
+prints how similar the hashes are, to compare with real ones: of 7.5 million pairs of real CT slices of different
+patients (3,883 images of five sources) 5.5e-6 are within 4 bits, and 6.6e-3 of all pairs are compared in 5 bands.
 """
 
 import argparse
@@ -20,14 +19,14 @@ from lungjax.data import duplicates
 PATIENTS, PLANTED = 6_068, 5_000
 
 
-def made(images: int, distance: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_hashes(images: int, distance: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns hashes uint64 [N], groups int64 [N] and the planted pairs int64 [P, 2]."""
     groups = np.sort(rng.integers(0, PATIENTS, images))
     chest = rng.random(64) < 0.5
     first = np.ones(images, bool)
     first[1:] = np.diff(groups) > 0
     start = np.flatnonzero(first)
-    unusual = rng.uniform(0.02, 0.3, len(start))[:, None]  # with the walk below, as alike as real hashes are
+    unusual = rng.uniform(0.02, 0.3, len(start))[:, None]  # with the walk below, as similar as real hashes
     begin = chest ^ (rng.random((len(start), 64)) < unusual)
     steps = np.zeros((images, 64), bool)
     turned = rng.integers(0, 5, images)
@@ -53,32 +52,32 @@ def main() -> None:
     parser.add_argument("--distance", type=int, default=duplicates.DISTANCE)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    hashes, groups, planted = made(args.images, args.distance, rng)
+    hashes, groups, planted = make_hashes(args.images, args.distance, rng)
     i, j = rng.integers(0, args.images, (2, 20_000_000))
     away = groups[i] != groups[j]
-    near = np.bitwise_count(hashes[i] ^ hashes[j])[away] <= args.distance
+    similar = np.bitwise_count(hashes[i] ^ hashes[j])[away] <= args.distance
     bands = args.distance + 1
     compared = 0
     for band in range(bands):
         mask = np.uint64(sum(1 << bit for bit in range(band, 64, bands)))
         compared += int(sum(n * (n - 1) // 2 for n in np.unique(hashes & mask, return_counts=True)[1].tolist()))
-    everything = args.images * (args.images - 1) // 2
+    total = args.images * (args.images - 1) // 2
     print(
-        f"{args.images:,} made hashes of {PATIENTS:,} patients: {near.mean():.1e} of the pairs of different patients "
-        f"within {args.distance} bits, {compared / everything:.1e} of all pairs to compare in {bands} bands"
+        f"{args.images:,} synthetic hashes of {PATIENTS:,} patients: {similar.mean():.1e} of the pairs of different "
+        f"patients within {args.distance} bits, {compared / total:.1e} of all pairs to compare in {bands} bands"
     )
-    del i, j, away, near
+    del i, j, away, similar
     started = time.perf_counter()
-    found = duplicates.near_pairs(hashes, groups, args.distance)
+    near = duplicates.near_pairs(hashes, groups, args.distance)
     seconds = time.perf_counter() - started
-    tracemalloc.start()  # which slows it down: a run of its own
+    tracemalloc.start()  # in a separate run, which it slows down
     duplicates.near_pairs(hashes, groups, args.distance)
     peak = tracemalloc.get_traced_memory()[1]
-    keys = found.pairs[:, 0] * args.images + found.pairs[:, 1]
+    keys = near.pairs[:, 0] * args.images + near.pairs[:, 1]
     recall = np.isin(planted[:, 0] * args.images + planted[:, 1], keys).mean()
     print(
-        f"{seconds:.1f} s, peak memory {peak / 2**20:,.0f} MiB, {len(found.pairs):,} pairs, recall of "
-        f"{len(planted):,} planted twins {recall:.4f}; {found.note or 'nothing left out'}"
+        f"{seconds:.1f} s, peak memory {peak / 2**20:,.0f} MiB, {len(near.pairs):,} pairs, recall of "
+        f"{len(planted):,} planted twins {recall:.4f}; {near.note or 'nothing was skipped'}"
     )
 
 

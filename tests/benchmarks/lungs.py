@@ -1,13 +1,10 @@
-"""Measures the robust body and lung masks on phantoms, and draws them on real slices.
+"""Measures the robust body and lung masks on phantoms.
 
     python tests/benchmarks/lungs.py [--patients=150] [--first=3000] [--slices=24] [--snakes=4]
-        [--sheet=OUT.png --shared=FOLDER] [--seed=17]
 
-Prints a markdown table: Dice of `lung_mask` with the drawn lungs, per class and by where the lesions are (one slice
-of each phantom patient, levels in turn, at the phantoms' own size), and slices of 512 x 512 per second of one core
-for both masks and the CT-COV19 study's snake, in turns on the same slices. `--sheet` draws 60 real slices of
-FOLDER/data/ct with their contours (lungs red, body blue), 15 of each name prefix, on OUT-1.png and OUT-2.png; slices
-whose lungs were masked before (`nor_`) come on OUT-masked.png.
+Prints markdown tables: Dice of `lung_mask` against the drawn lungs, per class and by location of the lesions (one slice
+of each phantom patient, at alternating levels), and slices of 512 x 512 per second on one core for both masks and the
+CT-COV19 study's snake, in turns on the same slices. `lungjax.explore` draws the masks on the slices of a data set.
 """
 
 import argparse
@@ -17,33 +14,28 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy import ndimage
 from skimage import morphology
 
 from lungjax.data.imaging import lung_masks, study_masks
 from lungjax.datasets.phantom import slices
 
-PREFIXES = ("mosmed_", "sarscov2_", "seg20_", "ucsd_")
-MASKED = "nor_"
-TILE, COLUMNS = 300, 6
-
 
 def phantoms(finding: str, first: int, patients: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Returns one slice of each patient: image uint8 and lungs bool, [H, W], and where its lesions are."""
+    """Returns one slice per patient: image uint8 and lungs bool, [H, W], and the location of its lesions."""
     out = []
     for seed in range(first, first + patients):
         patient = slices.new_patient(seed, finding)
         drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
-        out.append((slices.gray(drawn.hu, patient.window), drawn.lung, where(drawn)))
+        out.append((slices.gray(drawn.hu, patient.window), drawn.lung, location(drawn)))
     return out
 
 
-def where(drawn: slices.Phantom) -> str:
-    """Says whether a slice has lesions, and whether one touches the chest wall over 8 pixels or more."""
+def location(drawn: slices.Phantom) -> str:
+    """Returns whether a slice has lesions, and whether one touches the chest wall along at least 8 pixels."""
     if not drawn.lesion.any():
         return "no lesion in the slice"
     hull = morphology.convex_hull_image(drawn.lung)
@@ -56,7 +48,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def seconds(function: Callable[[np.ndarray], object], image: np.ndarray) -> float:
-    """Returns the CPU seconds of one call; other processes on the machine do not count."""
+    """Returns the CPU seconds of one call, without those of other processes."""
     start = time.process_time()
     function(image)
     return time.process_time() - start
@@ -72,47 +64,20 @@ def speeds(images: list[np.ndarray], snakes: int) -> list[tuple[str, float, int]
         if i < snakes:
             bare = np.where(lung_masks.body_mask(image), image, 0).astype(np.uint8)
             times["the study's snake"].append(seconds(study_masks.snake_mask, bare))
-    return [(name, 1 / statistics.median(taken), len(taken)) for name, taken in times.items() if taken]
+    return [(name, 1 / statistics.median(values), len(values)) for name, values in times.items() if values]
 
 
 def square(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.BICUBIC))
 
 
-def contours(path: Path) -> Image.Image:
-    """Returns a slice with the outlines of its masks, a tile of the sheet."""
-    image = np.asarray(Image.open(path).convert("L"))
-    rgb = np.repeat(image[..., None], 3, 2)
-    for mask, colour in [(lung_masks.body_mask(image), (0, 160, 255)), (lung_masks.lung_mask(image), (255, 0, 0))]:
-        rgb[mask & ~ndimage.binary_erosion(mask)] = colour
-    tile = Image.new("RGB", (TILE, TILE), (40, 40, 80))
-    drawn = Image.fromarray(rgb)
-    drawn.thumbnail((TILE, TILE - 14))
-    tile.paste(drawn, (0, 14))
-    ImageDraw.Draw(tile).text((2, 1), path.stem[-44:], fill=(255, 255, 0))
-    return tile
-
-
-def draw_sheet(paths: list[Path], out: Path) -> None:
-    """Writes one sheet of tiles."""
-    rows = -(-len(paths) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * TILE, rows * TILE), (40, 40, 80))
-    for i, path in enumerate(paths):
-        sheet.paste(contours(path), (i % COLUMNS * TILE, i // COLUMNS * TILE))
-    sheet.save(out)
-    print(f"{out}: {len(paths)} slices")
-
-
 def main() -> None:
-    """Prints the table, and draws the sheets if asked to."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patients", type=int, default=150)
     parser.add_argument("--first", type=int, default=3000, help="seed of the first phantom patient")
-    parser.add_argument("--slices", type=int, default=24, help="slices timed")
-    parser.add_argument("--snakes", type=int, default=4, help="of them also by the study's snake")
-    parser.add_argument("--sheet", type=Path)
-    parser.add_argument("--shared", type=Path)
-    parser.add_argument("--seed", type=int, default=17, help="of the draw of real slices")
+    parser.add_argument("--slices", type=int, default=24, help="slices to time")
+    parser.add_argument("--snakes", type=int, default=4, help="of these also with the study's snake")
     args = parser.parse_args()
 
     print("| lung_mask, Dice | mean | 5th percentile | slices |\n| --- | --- | --- | --- |")
@@ -133,23 +98,10 @@ def main() -> None:
     for name, rate, count in rates:
         print(f"| {name} | {rate:.3g} | {rate / slowest:.3g} | {count} |")
 
-    if args.sheet:
-        if not args.shared:
-            parser.error("--sheet wants --shared, the folder that holds data/ct")
-        files = sorted((args.shared / "data/ct").rglob("*.jpg"))
-        rng = np.random.default_rng(args.seed)
-        drawn = {
-            prefix: list(rng.permutation([f for f in files if f.name.startswith(prefix)])[:15])
-            for prefix in (*PREFIXES, MASKED)
-        }
-        counted = [path for prefix in PREFIXES for path in drawn[prefix]]
-        for part, paths in [("1", counted[:30]), ("2", counted[30:]), ("masked", drawn[MASKED])]:
-            draw_sheet(paths, args.sheet.with_name(f"{args.sheet.stem}-{part}.png"))
-
 
 if __name__ == "__main__":
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
-        # numpy reads these when it is imported, so the program starts over with them.
+        # numpy reads these when it is imported, so the program restarts with them.
         os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         os.execv(sys.executable, [sys.executable, *sys.argv])
     main()

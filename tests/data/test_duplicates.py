@@ -1,4 +1,4 @@
-"""Hashes of made copies, the search against brute force, and what is called one picture."""
+"""Hashes of made copies, the search against brute force, and what counts as one picture."""
 
 import csv
 import functools
@@ -13,7 +13,7 @@ from lungjax.data import duplicates
 
 @functools.cache
 def chest(seed: int, size: int = 200) -> np.ndarray:
-    """A made slice: body, lungs and vessels at places and of sizes drawn by `seed`, uint8 [size, size]."""
+    """A synthetic slice: body, lungs and vessels with places and sizes drawn by `seed`, uint8 [size, size]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size - 0.5
     wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
@@ -32,8 +32,8 @@ def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def scaled(image: np.ndarray, by: float) -> np.ndarray:
-    size = (round(image.shape[1] * by), round(image.shape[0] * by))
+def scale(image: np.ndarray, factor: float) -> np.ndarray:
+    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
@@ -41,69 +41,64 @@ def gamma(image: np.ndarray, power: float, add: float = 0.0) -> np.ndarray:
     return np.clip(255 * (image / 255.0) ** power + add, 0, 255).round().astype(np.uint8)
 
 
-def border(image: np.ndarray, part: float) -> np.ndarray:
+def cut_border(image: np.ndarray, part: float) -> np.ndarray:
     h, w = (round(part * n) for n in image.shape)
     return image[h : image.shape[0] - h, w : image.shape[1] - w]
 
 
-COPIES = {
-    "as it is": lambda a: a,
-    "JPEG 30": lambda a: jpeg(a, 30),
-    "JPEG 95": lambda a: jpeg(a, 95),
-    "half": lambda a: scaled(a, 0.5),
-    "double": lambda a: scaled(a, 2.0),
-    "brighter": lambda a: gamma(a, 1.0, 12),
-    "gamma 0.85": lambda a: gamma(a, 0.85),
-    "smaller, brighter, JPEG": lambda a: jpeg(gamma(scaled(a, 0.6), 0.95, 5), 50),
-}
+COPIES = (
+    lambda a: jpeg(a, 30),
+    lambda a: scale(a, 0.5),
+    lambda a: scale(a, 2.0),
+    lambda a: gamma(a, 1.0, 12),
+    lambda a: gamma(a, 0.85),
+    lambda a: jpeg(gamma(scale(a, 0.6), 0.95, 5), 50),
+)
 
 
-def apart(a: int, b: int) -> int:
+def hamming(a: int, b: int) -> int:
     return (a ^ b).bit_count()
 
 
-@pytest.mark.parametrize("name", COPIES)
-def test_a_copy_keeps_its_hash(name):
-    turned = [apart(duplicates.phash(chest(seed)), duplicates.phash(COPIES[name](chest(seed)))) for seed in range(12)]
-    assert max(turned) <= duplicates.DISTANCE, turned
-
-
-def test_the_hash_is_the_signs_of_64_low_frequencies():
-    image = chest(0, 64)
-    bits = np.array([duplicates.phash(image) >> k & 1 for k in range(63, -1, -1)])
-    place = np.arange(64)
-    waves = np.cos(np.pi / 64 * (place[None, :] + 0.5) * place[:, None])
-    full = waves @ image.astype(float) @ waves.T
-    want = [full[y, x] > 0 for y, x in duplicates._FREQUENCIES]
-    np.testing.assert_array_equal(bits, want)
-    radii = (duplicates._FREQUENCIES**2).sum(axis=1)
-    assert len({tuple(f) for f in duplicates._FREQUENCIES.tolist()}) == 64
-    assert radii.min() == 25
-    assert sum(25 <= y * y + x * x <= radii.max() - 1 for y in range(64) for x in range(64)) <= 64  # none left out
-
-
-def test_different_pictures_have_different_hashes_and_flat_ones_none():
+def test_hash_of_copies_and_of_different_pictures():
     hashes = [duplicates.phash(chest(seed)) for seed in range(12)]
-    assert min(apart(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > 8
-    for flat in (np.zeros((50, 70), np.uint8), np.full((512, 512), 200, np.uint8)):
-        assert duplicates.phash(flat) == 0
+    for copy in COPIES:
+        turned = [hamming(h, duplicates.phash(copy(chest(seed)))) for seed, h in enumerate(hashes)]
+        assert max(turned) <= duplicates.DISTANCE
+    assert min(hamming(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > 8
+
+
+def test_flat_pictures_have_no_hash():
     noise = np.random.default_rng(0).normal(100, 3, (256, 256)).astype(np.uint8)
-    assert duplicates.phash(noise) == 0  # noise of a flat picture says nothing either
+    for flat in (np.zeros((50, 70), np.uint8), np.full((512, 512), 200, np.uint8), noise):
+        assert duplicates.phash(flat) == 0
     assert duplicates.phash(gamma(chest(0), 1.0, -20) // 8) != 0  # dark, but not flat
 
 
-def test_a_thumbnail_stands_for_its_picture():
+def test_hash_is_signs_of_low_frequencies():
+    image = chest(0, 64)
+    bits = [duplicates.phash(image) >> k & 1 for k in range(63, -1, -1)]
+    place = np.arange(64)
+    waves = np.cos(np.pi / 64 * (place[None, :] + 0.5) * place[:, None])
+    spectrum = waves @ image.astype(float) @ waves.T
+    radius = (place[:, None] ** 2 + place[None, :] ** 2).astype(float)
+    # The 64 lowest of radius 5 and more, ties by row: bits in that order.
+    order = sorted((radius[y, x], y, x) for y in range(64) for x in range(64) if radius[y, x] >= 25)[:64]
+    np.testing.assert_array_equal(bits, [spectrum[y, x] > 0 for _, y, x in order])
+
+
+def test_thumbnail_replaces_its_picture():
     image = chest(3)
     small = duplicates.thumbnail(image)
     assert small.shape == (64, 64) and small.dtype == np.uint8
     np.testing.assert_array_equal(duplicates.thumbnail(small), small)
-    assert apart(duplicates.phash(image), duplicates.phash(small)) <= 1
+    assert hamming(duplicates.phash(image), duplicates.phash(small)) <= 1
     for wrong in (image[..., None], image.astype(np.float32)):
-        with pytest.raises(ValueError, match="gray, uint8"):
+        with pytest.raises(ValueError, match="gray"):
             duplicates.phash(wrong)
 
 
-def brute(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[list[int]]:
+def brute_force(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[list[int]]:
     i, j = np.triu_indices(len(hashes), 1)
     keep = (np.bitwise_count(hashes[i] ^ hashes[j]) <= distance) & (groups[i] != groups[j])
     keep &= (hashes[i] != 0) & (hashes[j] != 0)
@@ -111,7 +106,7 @@ def brute(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[list[in
 
 
 def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Walks of a few turned bits, so that every distance occurs, with repeats and zeros."""
+    """Walks of a few flipped bits, so that every distance occurs, with repeats and zeros."""
     hashes = rng.integers(1, 2**64 - 1, n, dtype=np.uint64)
     for i in range(1, n):
         if i % 12:
@@ -122,151 +117,100 @@ def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
     return hashes
 
 
-@pytest.mark.parametrize("distance", range(16))
-def test_the_search_finds_what_brute_force_finds(distance, monkeypatch):
+def test_search_equals_brute_force(monkeypatch):
     monkeypatch.setattr(duplicates, "BLOCK", 97)  # so that blocks end inside the pairs of one hash
-    rng = np.random.default_rng(distance)
-    hashes, groups = clustered(rng, 360), rng.integers(0, 40, 360)
-    found = duplicates.near_pairs(hashes, groups, distance)
-    assert found.pairs.dtype == np.int64 and found.note == ""
-    want = brute(hashes, groups, distance)
-    assert len(want) > 50
-    assert found.pairs.tolist() == want
+    for distance in (0, 1, 4, 6, 8, 15):
+        rng = np.random.default_rng(distance)
+        hashes, groups, order = clustered(rng, 360), rng.integers(0, 40, 360), rng.permutation(360)
+        near = duplicates.near_pairs(hashes, groups, distance)
+        expected = brute_force(hashes, groups, distance)
+        assert len(expected) > 50 and near.note == "" and near.pairs.tolist() == expected
+        shuffled = duplicates.near_pairs(hashes[order], groups[order], distance)
+        assert sorted(np.sort(order[shuffled.pairs], axis=1).tolist()) == expected
 
 
-def test_pairs_of_one_group_and_empty_input():
-    hashes = np.array([5, 5, 4, 0, 0], np.uint64)
-    assert duplicates.near_pairs(hashes, np.array([1, 1, 1, 2, 3])).pairs.tolist() == []
-    assert duplicates.near_pairs(hashes, np.array([1, 2, 1, 2, 3])).pairs.tolist() == [[0, 1], [1, 2]]
+def test_search_of_empty_and_invalid_input():
     for none in (np.zeros(0, np.uint64), np.zeros(7, np.uint64)):
-        found = duplicates.near_pairs(none, np.arange(len(none)))
-        assert found.pairs.shape == (0, 2) and found.note == ""
-    for distance in (-1, 16):
-        with pytest.raises(ValueError, match="0 to 15"):
-            duplicates.near_pairs(hashes, np.arange(5), distance)
-    with pytest.raises(ValueError, match="one group"):
-        duplicates.near_pairs(hashes, np.arange(4))
+        near = duplicates.near_pairs(none, np.arange(len(none)))
+        assert near.pairs.shape == (0, 2) and near.note == ""
+    hashes = np.array([5, 5, 4, 0, 0], np.uint64)
+    for groups, distance in ((np.arange(5), -1), (np.arange(5), 16), (np.arange(4), 4)):
+        with pytest.raises(ValueError, match="distance"):
+            duplicates.near_pairs(hashes, groups, distance)
 
 
-def test_the_order_of_images_does_not_matter():
-    rng = np.random.default_rng(0)
-    hashes, groups = clustered(rng, 300), rng.integers(0, 40, 300)
-    mixed = rng.permutation(300)
-    pairs = duplicates.near_pairs(hashes[mixed], groups[mixed], 4).pairs
-    again = np.sort(mixed[pairs], axis=1)
-    assert sorted(again.tolist()) == duplicates.near_pairs(hashes, groups, 4).pairs.tolist()
-
-
-def test_too_many_equal_hashes_are_bounded_and_told():
+def test_many_equal_hashes_are_bounded():
     n = 30_000
     hashes = np.full(n, 99, np.uint64)
     hashes[::3] = 98
-    found = duplicates.near_pairs(hashes, np.arange(n))
-    assert "20,000 images have one hash" in found.note
-    assert 0 < len(found.pairs) <= duplicates.MOST
-    assert len(np.unique(found.pairs)) > n - 10  # yet nearly every image has a partner
+    near = duplicates.near_pairs(hashes, np.arange(n))
+    assert "20,000 images have one hash" in near.note
+    assert 0 < len(near.pairs) <= duplicates.MAX_PAIRS
+    assert len(np.unique(near.pairs)) > n - 10  # yet nearly every image has a partner
     assert duplicates.near_pairs(hashes, np.zeros(n, int)).note == ""  # one group: nothing is lost
-    flat = duplicates.near_pairs(np.zeros(100_000, np.uint64), np.arange(100_000))
-    assert len(flat.pairs) == 0 and flat.note == ""
 
 
-def test_members_of_a_hash_are_paired_group_by_group(monkeypatch):
-    monkeypatch.setattr(duplicates, "COPIES", 3)
+def test_groups_take_turns_in_equal_hashes(monkeypatch):
+    monkeypatch.setattr(duplicates, "MAX_COPIES", 3)
     hashes = np.array([9] * 50 + [9, 8], np.uint64)
-    groups = np.array([1] * 50 + [2, 3])
-    pairs = duplicates.near_pairs(hashes, groups).pairs.tolist()
+    pairs = duplicates.near_pairs(hashes, np.array([1] * 50 + [2, 3])).pairs.tolist()
     assert [50, 51] in pairs  # not crowded out by the fifty of group 1
 
 
-def test_crowded_bands_and_too_many_pairs_are_told(monkeypatch):
+def test_limits_are_reported(monkeypatch):
     rng = np.random.default_rng(0)
     band = np.uint64(sum(1 << bit for bit in range(0, 64, 5)))
-    hashes = rng.integers(1, 2**64 - 1, 4000, dtype=np.uint64) & ~band
-    monkeypatch.setattr(duplicates, "WINDOW", 500)
-    found = duplicates.near_pairs(hashes, np.arange(4000), 4)
-    skipped = sum(max(4000 - 1 - i - 500, 0) for i in range(4000))
-    assert f"{skipped:,} comparisons were left out" in found.note
-    near = np.uint64(1) << np.arange(64, dtype=np.uint64)  # each 2 bits from each other
-    assert len(duplicates.near_pairs(near, np.arange(64), 2).pairs) == 64 * 63 // 2
-    monkeypatch.setattr(duplicates, "WINDOW", 3)
-    assert len(duplicates.near_pairs(near, np.arange(64), 2).pairs) <= 3 * 3 * 64
-    monkeypatch.setattr(duplicates, "WINDOW", 5000)
-    assert duplicates.near_pairs(hashes, np.arange(4000), 4).note == ""
-    monkeypatch.setattr(duplicates, "MOST", 1000)
-    found = duplicates.near_pairs(near, np.arange(64), 4)
-    assert len(found.pairs) <= 1000 and "the search stopped there" in found.note
+    hashes = rng.integers(1, 2**64 - 1, 2000, dtype=np.uint64) & ~band
+    assert duplicates.near_pairs(hashes, np.arange(2000), 4).note == ""
+    monkeypatch.setattr(duplicates, "MAX_PARTNERS", 500)
+    near = duplicates.near_pairs(hashes, np.arange(2000), 4)
+    assert f"{sum(max(2000 - 1 - i - 500, 0) for i in range(2000)):,} comparisons" in near.note
+    close = np.uint64(1) << np.arange(64, dtype=np.uint64)  # each 2 bits from each other
+    assert len(duplicates.near_pairs(close, np.arange(64), 2).pairs) == 64 * 63 // 2
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 1000)
+    near = duplicates.near_pairs(close, np.arange(64), 4)
+    assert len(near.pairs) <= 1000 and "stopped" in near.note
 
 
-def test_copies_are_confirmed_and_others_not():
+def test_confirm():
     pictures = [chest(seed) for seed in range(6)]
-    changed = [change(a) for a in pictures for change in [*COPIES.values(), lambda a: border(a, 0.03)]]
-    everything = pictures + changed
-    pairs = np.array([(i // (len(COPIES) + 1), 6 + i) for i in range(len(changed))])
-    alike = duplicates.likeness(pairs, everything.__getitem__)
-    assert duplicates.confirm(pairs, everything.__getitem__).all(), alike
+    changes = [*COPIES, lambda a: cut_border(a, 0.03), lambda a: cut_border(a, 0.04)[:, 6:]]
+    images = pictures + [change(a) for a in pictures for change in changes]
+    pairs = np.array([(i // len(changes), 6 + i) for i in range(len(images) - 6)])
+    assert duplicates.confirm(pairs, images.__getitem__).all()
     others = np.array([(i, j) for i in range(6) for j in range(i)])
-    assert duplicates.likeness(others, everything.__getitem__).max() < 0.87  # one smooth outline fits another
-    assert duplicates.confirm(np.zeros((0, 2), np.int64), everything.__getitem__).shape == (0,)
+    assert duplicates.likeness(others, images.__getitem__).max() < 0.87  # one smooth outline fits another
+    assert duplicates.confirm(np.zeros((0, 2), np.int64), images.__getitem__).shape == (0,)
 
 
-def test_alignment_undoes_a_shift_and_a_stretch():
-    image = chest(1, 300)
-    cut = border(image, 0.04)[:, 6:]
-    pair = np.array([[0, 1]])
-    plain = [duplicates._detail(duplicates.thumbnail(a))[None] for a in (image, cut)]
-    assert duplicates._correlation(*plain)[0] < 0.5 < 0.9 < duplicates.likeness(pair, [image, cut].__getitem__)[0]
-
-
-def test_twins_of_different_groups_are_found_and_exact_copies_are_not_among_them():
+def test_near_twins():
     pictures = [chest(s) for s in range(5)]
-    images = [*pictures, jpeg(pictures[0], 60), pictures[1], scaled(pictures[2], 0.5), scaled(pictures[0], 0.7)]
-    groups = ["a", "b", "c", "d", "e", "f", "g", "c", "a"]  # the copy of c is c's own
-    pixels = [str(i) for i in range(9)]
-    pixels[6] = "1"
+    images = [*pictures, jpeg(pictures[0], 60), pictures[1], scale(pictures[2], 0.5), scale(pictures[0], 0.7)]
+    groups = ["a", "b", "c", "d", "e", "f", "g", "c", "a"]  # c's copy is in its own group
+    pixels = ["0", "1", "2", "3", "4", "5", "1", "7", "8"]  # image 6 is an exact copy
     hashes = np.array([duplicates.phash(a) for a in images], np.uint64)
-    read = []
-    found = duplicates.near_twins(hashes, groups, pixels, lambda i: read.append(i) or images[i])
-    assert found.pairs.tolist() == [[0, 5], [5, 8]]
-    assert set(read) == {0, 5, 8}  # nothing else is opened
+    reads = []
+    near = duplicates.near_twins(hashes, groups, pixels, lambda i: reads.append(i) or images[i])
+    assert near.pairs.tolist() == [[0, 5], [5, 8]]
+    assert set(reads) == {0, 5, 8}  # nothing else is opened
 
 
-@pytest.mark.parametrize("images, bits", [(20_000, 8), (20_001, 6), (100_000, 6), (100_001, 4)])
-def test_small_sets_are_searched_further(images, bits, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        duplicates,
-        "near_pairs",
-        lambda h, g, d: asked.append(d) or duplicates.Near(np.zeros((0, 2), np.int64)),
-    )
-    duplicates.near_twins(np.arange(images), ["a"] * images, np.arange(images).astype(str).tolist(), lambda i: None)
-    assert asked == [bits]
-
-
-def real(shared, kind: str):
-    """Names, hashes, groups and thumbnails of the real images of a folder."""
-    with open(shared / "data" / kind / "labels.csv") as file:
-        rows = list(csv.DictReader(file))
-    small, hashes = [], []
-    for row in rows:
-        image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))
-        small.append(duplicates.thumbnail(image))
-        hashes.append(duplicates.phash(image))
-    return [r["path"] for r in rows], np.array(hashes, np.uint64), [r["group"] for r in rows], small
-
-
-def test_real_slices(shared):
-    names, hashes, groups, small = real(shared, "ct")
-    assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
-    # Had nobody given groups, slices that are in the collection twice would be found. Seen with the eye:
-    found = duplicates.near_twins(hashes, names, names, small.__getitem__, distance=4).pairs
-    pairs = {(names[i], names[j]) for i, j in found}
-    assert ("COVID/seg20_r03.jpg", "COVID/seg20_r04.jpg") in pairs
-    assert ("NonCOVID/ucsd_115.jpg", "NonCOVID/ucsd_117.jpg") in pairs
-    assert ("NonCOVID/sarscov2_noncovid_0285.jpg", "NonCOVID/sarscov2_noncovid_0289.jpg") in pairs
-    assert all(groups[i] == groups[j] for i, j in found)  # never slices of different patients
-    assert len(pairs) > 50
-
-
-def test_real_chests_of_different_people_are_no_twins(shared):
-    names, hashes, groups, small = real(shared, "xray")
-    assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
+def test_real_images(shared):
+    for kind, rate in (("ct", 4), ("xray", 4)):
+        with open(shared / "data" / kind / "labels.csv") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
+        wanted = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
+        rows = [row for i, row in enumerate(rows) if i % rate == 0 or any(name in row["path"] for name in wanted)]
+        small, hashes = [], []
+        for row in rows:
+            image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))
+            small.append(duplicates.thumbnail(image))
+            hashes.append(duplicates.phash(image))
+        hashes, groups, names = np.array(hashes, np.uint64), [r["group"] for r in rows], [r["path"] for r in rows]
+        assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
+        if kind == "ct":  # without groups, slices of one patient that are in the collection twice (verified by eye)
+            near = duplicates.near_twins(hashes, names, names, small.__getitem__, distance=4).pairs
+            assert all(groups[i] == groups[j] for i, j in near)
+            pairs = {(names[i], names[j]) for i, j in near}
+            assert ("COVID/seg20_r03.jpg", "COVID/seg20_r04.jpg") in pairs
+            assert ("NonCOVID/ucsd_115.jpg", "NonCOVID/ucsd_117.jpg") in pairs

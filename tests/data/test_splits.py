@@ -1,10 +1,13 @@
+"""Splits by group, and the splits of studies against scikit-learn itself."""
+
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn import model_selection, utils
 
-from lungjax.data import splits
+from lungjax.data import splits, study_splits
 
 
 def patients(seed=0, count=300):
@@ -19,57 +22,88 @@ def patients(seed=0, count=300):
     return labels, groups
 
 
-def test_no_group_in_two_splits_and_class_shares_are_close():
-    for seed in range(4):
-        labels, groups = patients(seed)
-        made = splits.make_splits(labels, groups, seed=seed)
-        assert len({(g, s) for g, s in zip(groups, made, strict=True)}) == len(set(groups))
-        total = Counter(labels)
-        for (label, split), n in Counter(zip(labels, made, strict=True)).items():
-            assert abs(n / total[label] - splits.SHARES[split]) < 0.02
-
-
-def test_groups_with_several_classes_are_balanced_too():
+def mixed_patients():
     rng = np.random.default_rng(0)
-    groups = [f"g{i}" for i in rng.integers(0, 200, 4000)]
-    labels = rng.integers(0, 3, 4000).tolist()
-    made = splits.make_splits(labels, groups)
-    for (label, split), n in Counter(zip(labels, made, strict=True)).items():
-        assert abs(n / labels.count(label) - splits.SHARES[split]) < 0.03
-    assert len(set(zip(groups, made, strict=True))) == len(set(groups))
+    return rng.integers(0, 3, 4000).tolist(), [f"g{i}" for i in rng.integers(0, 200, 4000)]
 
 
-def test_the_order_of_the_examples_plays_no_part_and_the_seed_does():
+def test_groups_stay_together_and_shares_are_close():
+    for labels, groups in (patients(0), patients(1), mixed_patients()):
+        result = splits.make_splits(labels, groups)
+        assert len(set(zip(groups, result, strict=True))) == len(set(groups))
+        for (label, split), n in Counter(zip(labels, result, strict=True)).items():
+            assert abs(n / labels.count(label) - splits.SHARES[split]) < 0.03
+
+
+def test_order_of_examples_does_not_matter():
     labels, groups = patients()
-    made = dict(zip(groups, splits.make_splits(labels, groups, seed=1), strict=True))
+    result = dict(zip(groups, splits.make_splits(labels, groups, seed=1), strict=True))
     order = random.Random(5).sample(range(len(labels)), len(labels))
-    again = splits.make_splits([labels[i] for i in order], [groups[i] for i in order], seed=1)
-    assert {groups[i]: split for i, split in zip(order, again, strict=True)} == made
-    other = dict(zip(groups, splits.make_splits(labels, groups, seed=2), strict=True))
-    assert other != made
+    shuffled = splits.make_splits([labels[i] for i in order], [groups[i] for i in order], seed=1)
+    assert {groups[i]: split for i, split in zip(order, shuffled, strict=True)} == result
+    assert dict(zip(groups, splits.make_splits(labels, groups, seed=2), strict=True)) != result
 
 
-def test_few_groups_go_to_train_first():
+def test_few_groups():
     assert splits.make_splits([0, 1], ["a", "b"]) == ["train", "train"]
-    made = splits.make_splits([0] * 20 + [1] * 20, [f"{i}" for i in range(40)])
-    assert Counter(zip([0] * 20 + [1] * 20, made, strict=True)) == {
-        (0, "train"): 14, (0, "val"): 3, (0, "test"): 3, (1, "train"): 14, (1, "val"): 3, (1, "test"): 3,
-    }  # fmt: skip
+    result = splits.make_splits([0] * 20 + [1] * 20, [f"{i}" for i in range(40)])
+    expected = Counter({(c, s): n for c in (0, 1) for s, n in (("train", 14), ("val", 3), ("test", 3))})
+    assert Counter(zip([0] * 20 + [1] * 20, result, strict=True)) == expected
 
 
-def test_only_the_missing_split_is_cut_from_train():
+def test_missing_splits_come_from_train():
     labels, groups = patients()
     given = ["test" if int(g.split()[1]) % 5 == 0 else "train" for g in groups]
-    done, notes = splits.complete(given, labels, groups)
-    assert all(d == "test" for d, g in zip(done, given, strict=True) if g == "test")
-    assert done.count("test") == given.count("test")
-    assert done.count("val") / given.count("train") == pytest.approx(0.15 / 0.85, abs=0.02)
-    assert len(set(zip(groups, done, strict=True))) == len(set(groups))
-    assert "val" in notes[0]
-
-
-def test_given_splits_are_kept_and_a_missing_train_split_is_an_error():
-    given = ["train", "val", "test"]
-    assert splits.complete(given, [0, 0, 0], ["a", "b", "c"]) == (given, [])
-    with pytest.raises(ValueError, match="no train split"):
+    result, notes = splits.complete(given, labels, groups)
+    assert all(r == "test" for r, g in zip(result, given, strict=True) if g == "test")
+    assert result.count("test") == given.count("test") and "val" in notes[0]
+    assert result.count("val") / given.count("train") == pytest.approx(0.15 / 0.85, abs=0.02)
+    assert len(set(zip(groups, result, strict=True))) == len(set(groups))
+    assert splits.complete(["train", "val", "test"], [0] * 3, list("abc")) == (["train", "val", "test"], [])
+    with pytest.raises(ValueError, match="train"):
         splits.complete(["val", "test"], [0, 1], ["a", "b"])
+
+
+def test_study_cells():
+    assert splits.parse_study("val+train*3") == {"val": 1, "train": 3}
+    assert study_splits.cells(4, val=np.array([2]), train=np.array([0, 3])) == ["train", "", "val", "train"]
+    with pytest.raises(ValueError, match="dev"):
+        splits.parse_study("dev")
+
+
+def assert_equal(result, expected):
+    for ours, theirs in zip(result, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_plain_split_equals_scikit_learn():
+    for count in (2, 7, 97, 1432):
+        for size, seed in ((0.1, 25), (1 - 0.7, 42), (0.5, 42)):
+            expected = model_selection.train_test_split(np.arange(count), test_size=size, random_state=seed)
+            assert_equal(study_splits.train_test_split(count, size, seed), expected)
+
+
+def test_stratified_split_equals_scikit_learn():
+    refused = 0
+    for sizes in ((997, 900, 900), (5, 5, 5), (7, 7, 7, 7, 3), (2, 100), (33, 34, 12)):
+        labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+        rows = np.arange(len(labels))
+        for size, seed in ((0.1, 25), (0.2 / 0.9, 25), (0.35, 0), (0.5, 7)):
+            try:
+                expected = model_selection.train_test_split(rows, test_size=size, random_state=seed, stratify=labels)
+            except ValueError:
+                refused += 1
+                with pytest.raises(ValueError, match="stratified"):
+                    study_splits.train_test_split(len(rows), size, seed, labels)
+            else:
+                assert_equal(study_splits.train_test_split(len(rows), size, seed, labels), expected)
+    assert 0 < refused < 10
+    with pytest.raises(ValueError, match="0 for train"):
+        study_splits.train_test_split(1, 0.5, 0)
+
+
+def test_resample_equals_scikit_learn():
+    for count, draws in ((1, 4), (35996, 26970), (294, 26), (26, 294)):
+        for seed in (0, 3):
+            rows = utils.resample(np.arange(count), replace=True, n_samples=draws, random_state=seed)
+            np.testing.assert_array_equal(study_splits.resample(count, draws, seed), np.bincount(rows, minlength=count))

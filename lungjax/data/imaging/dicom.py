@@ -1,6 +1,6 @@
 """DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window.
 
-A file is a path, or `Held` in memory.
+A file is a path, or a `MemoryFile`.
 """
 
 import os
@@ -11,35 +11,34 @@ from typing import Any
 import numpy as np
 
 from lungjax.data.imaging import dicom_frames, images, volumes
-from lungjax.data.imaging.memory_file import File, Held, Unreadable, named_errors, quote
+from lungjax.data.imaging.memory_file import File, MemoryFile, Unreadable, named_errors, quote
 from lungjax.data.imaging.volumes import PLANES, Volume, Windows
 
 SUFFIXES = (".dcm", ".dicom")
 XRAYS = ("CR", "DX", "RG")
-# Objects that lie beside the images of a study and show nothing of the patient.
-BESIDE = ("SR", "PR", "KO", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "AU")
+NON_IMAGES = ("SR", "PR", "KO", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "AU")  # objects of a study
+OTHER_MODALITIES = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # that a message may name
 TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "ImageType",
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelSpacing", "ImageOrientationPatient",
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
 ]  # fmt: skip
-STEADY = 0.01  # how far direction cosines of one series may differ: about half a degree
-SHEARED = 0.09  # sine of 5 degrees, by which the stack may lean without being a sheared volume
-UNEVEN = 0.1  # of the usual distance between slices
-AS_STORED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-OTHERS = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # modalities that a message may name
+ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
+MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
+STEP_TOLERANCE = 0.1  # of the median distance between slices
+DEFAULT_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one DICOM file says of itself. Of the person there is nothing in it but `patient`."""
+    """The header of one DICOM file. `patient` is its only personal information."""
 
     path: File
     series: str  # SeriesInstanceUID
     image: str  # SOPInstanceUID
-    patient: str  # PatientID, or the study's UID where there is none
+    patient: str  # PatientID, else the study's UID
     modality: str
-    aside: str  # why the file is no image of the patient, "" if it is one
+    aside: str  # why the file is not an image of the patient; "" if it is one
     size: tuple[int, int]  # rows, columns
     spacing: tuple[float, float] | None  # mm between rows, between columns
     orientation: tuple[float, ...] | None  # six direction cosines: along a row, down a column
@@ -48,18 +47,18 @@ class Header:
 
 @dataclass(frozen=True)
 class Series:
-    """The slices of one CT series in the order of the body: from foot to head, front to back or right to left."""
+    """The slices of one CT series in anatomical order: from foot to head, front to back or right to left."""
 
     headers: tuple[Header, ...]
-    plane: str  # the plane of its slices
-    shape: tuple[int, int, int]  # of the `Volume` it makes
+    plane: str  # of its slices
+    shape: tuple[int, int, int]  # of its `Volume`
     step: float  # mm between slices, 1 for a single one
-    flaw: str  # why no other plane can be cut from it, "" if it can
+    flaw: str  # why no other plane can be cut from it; "" if it can
     notes: tuple[str, ...] = ()
 
 
 def is_dicom(path: str) -> bool:
-    """Says whether a file has DICOM's mark, the letters DICM after 128 bytes. False for one that is not there."""
+    """Whether a file has DICOM's magic bytes, DICM at byte 128. False for a missing file."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -71,20 +70,20 @@ def is_dicom(path: str) -> bool:
 def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
-    Raises ValueError, with the file, if it is no DICOM file, another modality than CT or X-ray, without pixels,
-    with several frames, compressed in a way that nothing installed decodes, or a CT without a rescale.
+    Raises ValueError, with the file's name, if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
+    compressed without an installed decoder, or a CT without a rescale.
     """
     data = _read(path, header_only=True)
     modality = str(data.get("Modality", ""))
-    kinds = [str(word).upper() for word in data.get("ImageType", None) or []]
+    image_type = [str(word).upper() for word in data.get("ImageType", None) or []]
     aside = ""
-    if modality in BESIDE:
+    if modality in NON_IMAGES:
         aside = f"{modality} objects"
-    elif "LOCALIZER" in kinds:
+    elif "LOCALIZER" in image_type:
         aside = "localizers"
-    elif modality == "CT" and (data.get("SamplesPerPixel", 1) != 1 or "SCREEN SAVE" in kinds):
-        aside = "screen pictures"
-    if not aside:
+    elif modality == "CT" and (data.get("SamplesPerPixel", 1) != 1 or "SCREEN SAVE" in image_type):
+        aside = "screen captures"
+    else:
         _check(data, path, modality)
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
@@ -92,8 +91,8 @@ def header(path: File) -> Header:
     orientation = _numbers(data, "ImageOrientationPatient", 6, path)
     if orientation:
         across, down = np.reshape(orientation, (2, 3))
-        if max(abs(across @ down), abs(across @ across - 1), abs(down @ down - 1)) > STEADY:
-            raise Unreadable(f"{path}: an ImageOrientationPatient that is not two unit vectors at a right angle")
+        if max(abs(across @ down), abs(across @ across - 1), abs(down @ down - 1)) > ORIENTATION_TOLERANCE:
+            raise Unreadable(f"{path}: ImageOrientationPatient is not two orthogonal unit vectors")
     return Header(
         path=path,
         series=str(data.get("SeriesInstanceUID", "")) or str(path),
@@ -109,22 +108,21 @@ def header(path: File) -> Header:
 
 
 def series(headers: Sequence[Header]) -> Series:
-    """Sorts the slices of one CT series by their position along the normal of their planes.
+    """Sorts the slices of one CT series by their position along the slice normal.
 
-    InstanceNumber is not used: it may count backwards, or not at all. Missing slices and uneven distances are
-    noted, and are a flaw if another plane is to be cut. Raises ValueError, with two of the files, where size,
-    pixel spacing or orientation differ, or two slices have the same position, and for lacking positions.
+    InstanceNumber is not used: it may count backwards, or be missing. Missing slices and uneven distances are noted,
+    and forbid other planes. Raises ValueError, with two of the files, if sizes, pixel spacings or orientations
+    differ, if two slices have the same position, or if a position is missing.
     """
     first = headers[0]
     if len(headers) == 1 and (first.orientation is None or first.position is None):
-        shape = (1, *first.size)
-        return Series((first,), "axial", shape, 1.0, "a single slice without a position", ())
+        return Series((first,), "axial", (1, *first.size), 1.0, "a single slice without a position", ())
     for other in headers:
         _check_alike(first, other)
     assert first.orientation is not None
     directions = _directions(first.orientation)
     order, signs = volumes.canonical_axes(directions)
-    axis = order.index(0)  # of the body, along which the slices lie
+    axis = order.index(0)  # the body axis along which the slices are stacked
     normal = directions[0] * signs[axis]
     places = np.asarray([header.position for header in headers], np.float64)
     along = places @ normal
@@ -145,36 +143,34 @@ def series(headers: Sequence[Header]) -> Series:
 
 @named_errors("DICOM")
 def picture(path: File, windows: Windows) -> bytes:
-    """Returns the CT slice of one file as a PNG file, turned as `volumes` says; only this file is read.
+    """Returns the CT slice of one file as a PNG file, oriented as in `volumes`; no other file is read.
 
     Raises ValueError as `header` does, and for pixels that can't be decoded.
     """
-    slice_of = header(path)
-    one = series([slice_of])
-    return volumes.picture(_volume([slice_of], one.step), one.plane, 0, windows)
+    one = series([header(path)])
+    return volumes.picture(_volume(one.headers, one.step), one.plane, 0, windows)
 
 
 def cut(paths: tuple[File, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a series as a PNG file; the volume stays in memory for the next plane.
+    """Returns one plane of a series as a PNG file; the volume is cached for the next plane.
 
     `paths` are in the order of `Series.headers`, `step` is its `step`. Raises ValueError as `picture` does.
     """
     return volumes.picture(volume(paths, step), plane, index, windows)
 
 
-@volumes.remembered
+@volumes.cache_latest
 def volume(paths: tuple[File, ...], step: float) -> Volume:
-    """Reads a sorted series whose slices lie `step` mm apart. Raises ValueError as `picture` does."""
+    """Reads a sorted series whose slices are `step` mm apart. Raises ValueError as `picture` does."""
     return _volume([header(path) for path in paths], step)
 
 
 @named_errors("DICOM")
 def xray(path: File) -> bytes:
-    """Returns an X-ray as an 8-bit PNG file in which bone is white, also where the file has MONOCHROME1.
+    """Returns an X-ray as an 8-bit PNG file with white bone, also for MONOCHROME1.
 
-    The window is the file's own (WindowCenter and WindowWidth, else its VOI LUT), because every maker has its
-    own scale and no window fits all of a data set; without one, the range of its pixels becomes 0 to 255.
-    Raises ValueError as `picture` does.
+    The window is the file's own (WindowCenter and WindowWidth, else its VOI LUT), because scales differ between
+    manufacturers; without one, the range of the pixels becomes 0 to 255. Raises ValueError as `picture` does.
     """
     from pydicom.pixels import apply_modality_lut
 
@@ -182,46 +178,42 @@ def xray(path: File) -> bytes:
     pixels = _pixels(data, path)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
-            raise Unreadable(f"{path}: colour pixels of {pixels.dtype}, wanted uint8")
+            raise Unreadable(f"{path}: color pixels of {pixels.dtype}, expected uint8")
         return images.encode(pixels)
     padding = _padding(data, pixels)
-    shown = _windowed(data, apply_modality_lut(pixels, data), ~padding)
+    windowed = _windowed(data, apply_modality_lut(pixels, data), ~padding)
     if data.get("PhotometricInterpretation", "") == "MONOCHROME1":
-        shown = 1 - shown
-    shown[padding] = 0
-    return images.encode(np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8))
+        windowed = 1 - windowed
+    windowed[padding] = 0
+    return images.encode(np.rint(np.clip(windowed, 0, 1) * 255).astype(np.uint8))
 
 
 def _read(path: File, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
-    source = path.open() if isinstance(path, Held) else path
+    source = path.open() if isinstance(path, MemoryFile) else path
+    options = {"stop_before_pixels": True, "specific_tags": TAGS} if header_only else {}
     try:
-        if header_only:
-            return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=TAGS)
-        return pydicom.dcmread(source)
+        return pydicom.dcmread(source, **options)
     except OSError as error:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
-        raise Unreadable(f"{path}: no DICOM file (the letters DICM are not at byte 128)") from None
+        raise Unreadable(f"{path}: not a DICOM file (no DICM at byte 128)") from None
 
 
 def _check(data: Any, path: File, modality: str) -> None:
     if modality != "CT" and modality not in XRAYS:
-        named = modality if modality in OTHERS else quote(path, modality)
-        raise Unreadable(f"{path}: modality {named or 'unknown'}; allowed are CT and the X-rays {', '.join(XRAYS)}")
+        name = modality if modality in OTHER_MODALITIES else quote(path, modality)
+        raise Unreadable(f"{path}: modality {name or 'unknown'}; allowed are CT and the X-rays {', '.join(XRAYS)}")
     if not data.get("Rows") or not data.get("Columns"):
         raise Unreadable(f"{path}: a DICOM file without pixels")
     if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:
-        raise Unreadable(
-            f"{path}: several frames in one file (an enhanced or multi-frame object): convert it to one file a "
-            "slice, or to NIfTI"
-        )
+        raise Unreadable(f"{path}: several frames in one file: convert it to one file per slice, or to NIfTI")
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
-        raise Unreadable(f"{path}: a CT without RescaleSlope and RescaleIntercept: no Hounsfield units can be had")
+        raise Unreadable(f"{path}: a CT without RescaleSlope and RescaleIntercept: Hounsfield units are unavailable")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
-    if syntax is not None and syntax.is_compressed and not _decodes(syntax):
-        named = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
-        raise Unreadable(f"{path}: its pixels are compressed ({named}) and {_advice(syntax)}")
+    if syntax is not None and syntax.is_compressed and not _can_decode(syntax):
+        name = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
+        raise Unreadable(f"{path}: its pixels are compressed ({name}) and {_decoder_hint(syntax)}")
 
 
 def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:
@@ -230,61 +222,59 @@ def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] 
     except (ValueError, TypeError) as error:
         raise Unreadable(f"{path}: {name} can't be read {quote(path, f'({error})')}") from None
     if numbers and (len(numbers) != count or not np.isfinite(numbers).all()):
-        raise Unreadable(
-            f"{path}: {name} has {quote(path, f'the values {numbers}', 'other values')}, wanted {count} numbers"
-        )
+        values = quote(path, f"the values {numbers}", "other values")
+        raise Unreadable(f"{path}: {name} has {values}, expected {count} numbers")
     return numbers or None
 
 
-def _decodes(syntax: Any) -> bool:
+def _can_decode(syntax: Any) -> bool:
     from pydicom.pixels import get_decoder
 
     try:
         return bool(syntax.is_deflated or get_decoder(syntax).is_available)
-    except NotImplementedError:  # pydicom's word for a transfer syntax that it does not know
+    except NotImplementedError:  # raised for an unknown transfer syntax
         return False
 
 
-def _advice(syntax: Any) -> str:
+def _decoder_hint(syntax: Any) -> str:
     name = syntax.name.upper()
     if "JPEG" not in name and "RLE" not in name:
         return "no package decodes that: convert the file to uncompressed DICOM"
-    part = "openjpeg" if "2000" in name else "rle" if "RLE" in name else "libjpeg"
-    return f"nothing installed decodes that: pip install pylibjpeg pylibjpeg-{part}"
+    plugin = "openjpeg" if "2000" in name else "rle" if "RLE" in name else "libjpeg"
+    return f"no installed package decodes that: pip install pylibjpeg pylibjpeg-{plugin}"
 
 
 def _pixels(data: Any, path: File) -> np.ndarray:
-    """Returns the stored values, [rows, columns] or, in colour, [rows, columns, 3] RGB."""
+    """Returns the stored values, [rows, columns], or [rows, columns, 3] RGB."""
     if "PixelData" not in data:
         raise Unreadable(f"{path}: a DICOM file without pixels")
     try:
-        if isinstance(path, Held):
+        if isinstance(path, MemoryFile):
             dicom_frames.check(data)
         pixels: np.ndarray = data.pixel_array
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise anything
         syntax = data.file_meta.get("TransferSyntaxUID", None)
-        squeezed = syntax is not None and syntax.is_compressed
-        hint = f"; if the file is whole, {_advice(syntax)}" if squeezed else "; the file may be truncated"
-        said = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
-        raise Unreadable(f"{path}: {said}{hint}") from None
+        compressed = syntax is not None and syntax.is_compressed
+        hint = f"if the file is complete, {_decoder_hint(syntax)}" if compressed else "the file may be truncated"
+        reason = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
+        raise Unreadable(f"{path}: {reason}; {hint}") from None
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
-        raise Unreadable(f"{path}: pixels of shape {pixels.shape}, wanted one gray or RGB picture")
+        raise Unreadable(f"{path}: pixels of shape {pixels.shape}, expected one gray or RGB image")
     return pixels
 
 
 def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
-    """Returns where the stored values mean "outside what was scanned", bool [rows, columns]."""
+    """Returns where the stored values mean "outside the scan", bool [rows, columns]."""
     value = data.get("PixelPaddingValue", None)
     if value is None:
         return np.zeros(pixels.shape, bool)
-    limit = data.get("PixelPaddingRangeLimit", value)
-    low, high = sorted((int(value), int(limit)))
+    low, high = sorted((int(value), int(data.get("PixelPaddingRangeLimit", value))))
     return (pixels >= low) & (pixels <= high)
 
 
 @named_errors("DICOM")
 def _hu(path: File) -> np.ndarray:
-    """Returns the Hounsfield units of one slice, int16 [rows, columns]; what was not scanned is air."""
+    """Returns the Hounsfield units of one slice, int16 [rows, columns]; outside the scan is air."""
     data = _read(path)
     pixels = _pixels(data, path)
     hu = pixels * np.float32(data.RescaleSlope) + np.float32(data.RescaleIntercept)
@@ -297,16 +287,15 @@ def _volume(headers: Sequence[Header], step: float) -> Volume:
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
         stack[i] = _hu(one.path)
-    directions = _directions(first.orientation or AS_STORED)
-    if len(headers) > 1:  # sorted along the body, which the normal may point against
+    directions = _directions(first.orientation or DEFAULT_ORIENTATION)
+    if len(headers) > 1:  # sorted along the body; the normal may point against it
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
-    spacing = first.spacing or (1.0, 1.0)
-    return volumes.canonical(stack, directions, (step, *spacing))
+    return volumes.canonical(stack, directions, (step, *(first.spacing or (1.0, 1.0))))
 
 
 def _directions(orientation: Sequence[float]) -> np.ndarray:
-    """Returns the unit vectors along the slices, the rows (downwards) and the columns, [3, 3]."""
+    """Returns the unit vectors along the slices, down the columns and along the rows, [3, 3]."""
     across, down = np.asarray(orientation[:3], np.float64), np.asarray(orientation[3:], np.float64)
     return np.stack([np.cross(across, down), down, across])
 
@@ -316,60 +305,60 @@ def _check_alike(first: Header, other: Header) -> None:
     for header in (first, other):
         for name, value in (("ImageOrientationPatient", header.orientation), ("ImagePositionPatient", header.position)):
             if value is None:
-                raise Unreadable(f"{header.path}: no {name}, so its series can't be put in order")
+                raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
-    if np.abs(np.subtract(first.orientation, other.orientation)).max() > STEADY:
+    if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
         raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
     if first.size != other.size:
         sizes = " and ".join(f"{rows} x {columns}" for rows, columns in (first.size, other.size))
         raise Unreadable(f"{pair}, but have different sizes, {sizes} (rows x columns)")
-    mm, others = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
-    if not np.allclose(mm, others, rtol=1e-3):
-        spacings = " and ".join(f"{down:g} x {across:g}" for down, across in (mm, others))
+    mm = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
+    if not np.allclose(*mm, rtol=1e-3):
+        spacings = " and ".join(f"{down:g} x {across:g}" for down, across in mm)
         raise Unreadable(f"{pair}, but have different pixel spacings, {spacings} mm")
 
 
 def _flaws(
     ordered: Sequence[Header], steps: np.ndarray, step: float, places: np.ndarray, normal: np.ndarray
 ) -> tuple[tuple[str, ...], str]:
-    """Returns what to note of a series, and why no other plane can be cut from it."""
+    """Returns the notes of a series, and why no other plane can be cut from it."""
     if len(ordered) == 1:
         return (), "a single slice"
     if ordered[0].spacing is None:
         return (), "no PixelSpacing"
-    lean = places[-1] - places[0]
-    if np.linalg.norm(lean - (lean @ normal) * normal) > SHEARED * np.linalg.norm(lean):
+    stack = places[-1] - places[0]
+    if np.linalg.norm(stack - (stack @ normal) * normal) > MAX_TILT * np.linalg.norm(stack):
         return (), "a tilted gantry: each slice is shifted against the next"
-    odd = np.flatnonzero(np.abs(steps - step) > UNEVEN * step)
-    if not len(odd):
+    uneven = np.flatnonzero(np.abs(steps - step) > STEP_TOLERANCE * step)
+    if not len(uneven):
         return (), ""
-    i = int(odd[0])
-    between = f"between {os.path.basename(str(ordered[i].path))} and {os.path.basename(str(ordered[i + 1].path))}"
-    missing = int(np.rint(steps[odd] / step - 1).clip(min=0).sum())
+    i = int(uneven[0])
+    files = " and ".join(os.path.basename(str(header.path)) for header in ordered[i : i + 2])
+    missing = int(np.rint(steps[uneven] / step - 1).clip(min=0).sum())
     if missing:
-        flaw = f"about {missing} missing slices, the first {between} ({steps[i]:g} mm, else {step:g} mm)"
+        flaw = f"about {missing} missing slices, the first between {files} ({steps[i]:g} mm, else {step:g} mm)"
         return ("with missing slices",), flaw
-    flaw = f"uneven distances between slices, {between} {steps[i]:g} mm, else {step:g} mm"
+    flaw = f"uneven distances between slices, {steps[i]:g} mm between {files}, else {step:g} mm"
     return ("with uneven distances between slices",), flaw
 
 
 def _windowed(data: Any, values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Returns the values of an X-ray as its file wants them shown, float32, 0..1 (or beyond, to be clipped)."""
+    """Returns the values of an X-ray in the file's window, float32, where 0..1 is black to white."""
     from pydicom.multival import MultiValue
     from pydicom.pixels import apply_voi_lut
 
-    centre, width = (data.get(name) for name in ("WindowCenter", "WindowWidth"))
-    centre, width = (value[0] if isinstance(value, MultiValue) else value for value in (centre, width))
+    center, width = (data.get(name) for name in ("WindowCenter", "WindowWidth"))
+    center, width = (value[0] if isinstance(value, MultiValue) else value for value in (center, width))
     values = np.asarray(values)
-    if centre is not None and width is not None and float(width) > 1:
-        x, c, w = values.astype(np.float32), float(centre), float(width)
-        shape = data.get("VOILUTFunction", None) or "LINEAR"
-        if shape == "SIGMOID":
+    if center is not None and width is not None and float(width) > 1:
+        x, c, w = values.astype(np.float32), float(center), float(width)
+        function = data.get("VOILUTFunction", None) or "LINEAR"
+        if function == "SIGMOID":
             return np.asarray(1 / (1 + np.exp(np.clip(-4 * (x - c) / w, -80, 80))), np.float32)
-        return (x - c) / w + 0.5 if shape == "LINEAR_EXACT" else (x - (c - 0.5)) / (w - 1) + 0.5
+        return (x - c) / w + 0.5 if function == "LINEAR_EXACT" else (x - (c - 0.5)) / (w - 1) + 0.5
     if data.get("VOILUTSequence", None):
         bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
         return np.asarray(apply_voi_lut(values.astype(np.int64), data), np.float32) / (2**bits - 1)
-    seen = values[inside] if inside.any() else values
-    low, high = float(seen.min()), float(seen.max())
+    scanned = values[inside] if inside.any() else values
+    low, high = float(scanned.min()), float(scanned.max())
     return (values.astype(np.float32) - low) / max(high - low, 1e-6)

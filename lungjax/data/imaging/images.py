@@ -1,9 +1,8 @@
-"""Encoded image files to network input: decode, window, crop, resize.
+"""Image files to network input: decode, window, crop, resize.
 
-8-bit images become uint8. A 16-bit image is mapped by its data set's window to float32 in 0..255 and
-rounded only after resizing; without a window it is refused, never divided by a guess. Transparency is laid
-over black, a palette is looked up, CMYK becomes RGB. An EXIF orientation is ignored: boxes are given in
-stored pixels, and CT exports carry none.
+8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
+without a window they are an error. Transparency is composed over black, palettes are looked up, CMYK becomes RGB.
+EXIF orientation is ignored: boxes refer to stored pixels, and CT exports have none.
 """
 
 import hashlib
@@ -11,63 +10,65 @@ import io
 import math
 import struct
 import zlib
+from functools import reduce
 
 import numpy as np
 from PIL import Image
 
 from lungjax.config import CROPS, INTERPOLATIONS, InputSpec, nearest
 
+Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom exclusive
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Pillow's names of the formats that are decoded, by file suffix. Its other plugins are never tried: some start programs
-# on the file (EPS starts Ghostscript), whatever its suffix.
+# File suffixes, and Pillow's names of the formats. Its other plugins are never tried: some start programs on the file
+# whatever its suffix (EPS starts Ghostscript).
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".mpo": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
     ".gif": "GIF", ".webp": "WEBP", ".jp2": "JPEG2000", ".j2k": "JPEG2000",
 }  # fmt: skip
 SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
-# Formats whose first frame is taken; other files of several pages are refused. MPO is a JPEG with further pictures.
-FIRST_FRAME = ("GIF", "MPO")
+FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B")
+ALLOWED = "allowed are 8-bit gray or color and unsigned 16-bit gray"
 KERNELS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-ALLOWED = "allowed are 8-bit gray or colour and unsigned 16-bit gray"
-RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the plain kernels, in source pixels
+RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
 
 
 def digest(array: np.ndarray) -> str:
     """Returns a hex digest of decoded pixels; equal for exact copies, also across file formats."""
     gray = array[..., 0] if array.ndim == 3 and (array == array[..., :1]).all() else array
-    made = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
-    made.update(np.ascontiguousarray(gray).data)
-    return made.hexdigest()
+    blake = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
+    blake.update(np.ascontiguousarray(gray).data)
+    return blake.hexdigest()
 
 
 def encode(array: np.ndarray) -> bytes:
-    """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG that is quick to read.
+    """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG without filters or compression.
 
-    Its rows are neither filtered nor packed. array_record packs each record itself, to about 1.4 times the size of a
-    packed PNG, and `read` needs a tenth of the time (tests/benchmarks/README.md).
+    array_record compresses records itself, to about 1.4 times the size of a compressed PNG, and `read` needs a tenth
+    of the time (tests/benchmarks/README.md).
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
     rows = samples.view(np.uint8).reshape(height, -1)
-    lines = np.pad(rows, ((0, 0), (1, 0)))  # a row begins with the number of its filter; 0 is none
+    lines = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with its filter, 0 for none
     header = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, 2 if array.ndim == 3 else 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.data, 0)), (b"IEND", b""))
-    whole = (
-        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in chunks
-    )
-    return SIGNATURE + b"".join(whole)
+    data = SIGNATURE
+    for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(lines.data, 0)), (b"IEND", b"")):
+        data += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+    return data
 
 
-def _unpacked(data: bytes) -> np.ndarray | None:
-    """Returns the pixels of what `encode` wrote, and None for all other files and what is damaged.
+def _decode_own(data: bytes) -> np.ndarray | None:
+    """Returns the pixels of a file from `encode`; None for any other file, and if it is damaged.
 
-    Pillow spends twice the time, most of it in Python code that decoding threads wait for: 2.2 times the rate of
-    torch's DataLoader became 3.4 (tests/benchmarks/README.md). zlib checks the sum of the pixels.
+    Pillow takes twice the time, most of it in Python code that blocks other decoding threads: 2.2 times the rate of
+    torch's DataLoader became 3.4 (tests/benchmarks/README.md). zlib verifies the checksum of the pixels.
     """
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
@@ -75,14 +76,14 @@ def _unpacked(data: bytes) -> np.ndarray | None:
     if bits not in (8, 16) or kind not in (0, 2) or any(rest):
         return None
     row = 1 + width * (bits // 8) * (3 if kind == 2 else 1)
-    if not 0 < height * row < len(data):  # it is packed, or not whole
+    if not 0 < height * row < len(data):  # compressed, or truncated
         return None
     try:
-        unpacker = zlib.decompressobj()
-        raw = unpacker.decompress(memoryview(data)[41:-16], height * row + 1)
+        decompressor = zlib.decompressobj()
+        raw = decompressor.decompress(memoryview(data)[41:-16], height * row + 1)
     except zlib.error:
         return None
-    if not unpacker.eof or len(raw) != height * row or any(raw[::row]):
+    if not decompressor.eof or len(raw) != height * row or any(raw[::row]):
         return None
     rows = np.frombuffer(raw, np.uint8).reshape(height, row)[:, 1:]
     if bits == 16:
@@ -91,7 +92,7 @@ def _unpacked(data: bytes) -> np.ndarray | None:
 
 
 def gray(array: np.ndarray) -> np.ndarray:
-    """Returns an image as uint8 [H, W]: colours by their luminance, other numbers than uint8 by their own range."""
+    """Returns an image as uint8 [H, W]: the luminance of colors; other types than uint8 scaled by their range."""
     if array.ndim == 3:
         array = np.asarray(Image.fromarray(array).convert("L"))
     if array.dtype == np.uint8:
@@ -104,8 +105,8 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB).
 
     uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
-    `formats` are Pillow's names of those that may be tried; None tries all of FORMATS. Raises ValueError if the image
-    can't be read, or has 16 bits and there is no window.
+    `formats` are Pillow's names of the formats to try, all of FORMATS by default. Raises ValueError for an unreadable
+    image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -113,7 +114,7 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
 def load(
     data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
 ) -> np.ndarray | Image.Image:
-    """As `decode`, but gray 8-bit files stay Pillow's pictures, which spares `to_input` two copies."""
+    """As `decode`, but gray 8-bit files stay Pillow images, which saves `to_input` two copies."""
     image, _ = _open(data, formats)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
@@ -127,8 +128,14 @@ def extent(image: np.ndarray | Image.Image) -> tuple[int, int]:
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
+def full_region(image: np.ndarray | Image.Image) -> Region:
+    """Returns the region of the complete image."""
+    width, height = extent(image)
+    return 0.0, 0.0, float(width), float(height)
+
+
 def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Returns 16-bit values as float32 in 0..255, those of `window` becoming 0 and 255."""
+    """Returns 16-bit values as float32 in 0..255; the values `window` become 0 and 255."""
     low, high = window
     return np.clip((array.astype(np.float32) - low) * np.float32(255.0 / (high - low)), 0.0, 255.0)
 
@@ -137,10 +144,10 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
 
     Args:
-        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a picture that `load` returned.
-        box: xmin, ymin, xmax, ymax in pixels, max exclusive; used where spec.crop is "box".
+        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`.
+        box: xmin, ymin, xmax, ymax in pixels, max exclusive; used if spec.crop is "box".
         spec: size, channels, crop, crop_size, interpolation and antialias.
-        margin: part of the box's side kept around it on each edge, clipped to the image.
+        margin: fraction of the box's side added on each edge, clipped to the image.
 
     Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
@@ -152,8 +159,10 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
         image = gray(image)
     width, height = extent(image)
     region = view(box, spec, margin, width, height)
-    whole = region == (0.0, 0.0, width, height) and (height, width) == tuple(spec.size)
-    resized = np.asarray(image) if whole else resize(image, region, spec.size, spec.interpolation, spec.antialias)
+    if region == full_region(image) and (height, width) == tuple(spec.size):
+        resized = np.asarray(image)
+    else:
+        resized = resize(image, region, spec.size, spec.interpolation, spec.antialias)
     if resized.dtype != np.uint8:
         resized = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
     if resized.ndim == 2:
@@ -161,20 +170,18 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     return resized
 
 
-def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns what of a width x height image `to_input` shows: left, top, right, bottom in pixels."""
+def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> Region:
+    """Returns the region of a width x height image that `to_input` shows."""
     if spec.crop == "center":
         return center(spec.crop_size, width, height)
     return grow(box, margin, width, height) if spec.crop == "box" else (0.0, 0.0, float(width), float(height))
 
 
-def center(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns the window of `size` (height, width) pixels around the middle of an image, clipped to it.
+def center(size: tuple[int, int], width: int, height: int) -> Region:
+    """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    Left, top, right, bottom in pixels. Where the rest is odd it goes as in torchvision's CenterCrop: half of it,
-    rounded to even. torchvision pads an image that is smaller than the window; here the window shrinks to it.
-
-    Raises ValueError for a size below one pixel.
+    An odd remainder is split as in torchvision's CenterCrop: half of it, rounded to even. torchvision pads an image
+    that is smaller than the window; here the window shrinks. Raises ValueError for a size below one pixel.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
@@ -183,84 +190,63 @@ def center(size: tuple[int, int], width: int, height: int) -> tuple[float, float
     return float(left), float(top), float(left + columns), float(top + rows)
 
 
-def grow(box: np.ndarray, margin: float, width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns `box` with `margin` of its sides added on each edge, clipped to the image; floats, in pixels.
+def grow(box: np.ndarray, margin: float, width: int, height: int) -> Region:
+    """Returns `box` with `margin` of its sides added on each edge, clipped to the image.
 
-    Raises ValueError if less than one pixel of the image is in the box.
+    Raises ValueError if the box contains less than one pixel of the image.
     """
     left, top, right, bottom = (float(v) for v in box)
     dx, dy = margin * (right - left), margin * (bottom - top)
-    grown = (
-        max(left - dx, 0.0),
-        max(top - dy, 0.0),
-        min(right + dx, float(width)),
-        min(bottom + dy, float(height)),
-    )
-    if grown[2] - grown[0] < 1 or grown[3] - grown[1] < 1:
-        raise ValueError(f"box {left:g} {top:g} {right:g} {bottom:g} holds no pixel of the {width} x {height} image")
-    return grown
+    x0, y0, x1, y1 = max(left - dx, 0.0), max(top - dy, 0.0), min(right + dx, width), min(bottom + dy, height)
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        raise ValueError(f"box {left:g} {top:g} {right:g} {bottom:g} contains no pixel of the {width} x {height} image")
+    return x0, y0, float(x1), float(y1)
 
 
 def resize(
-    image: np.ndarray | Image.Image,
-    region: tuple[float, float, float, float],
-    size: tuple[int, int],
-    kernel: str,
-    antialias: bool,
+    image: np.ndarray | Image.Image, region: Region, size: tuple[int, int], kernel: str, antialias: bool
 ) -> np.ndarray:
-    """Returns `region` (left, top, right, bottom) of `image` resized to `size` (height, width).
+    """Returns `region` of `image` resized to `size` (height, width).
 
-    With `antialias` the kernel widens when shrinking (Pillow's resampling; it reads nothing outside the
-    region). Without, each output samples the plain kernel at its centre, the region's edge repeated, as
-    TensorFlow and torch resize with antialias=False. bicubic is Keys' kernel with a = -0.5 in both (torch
-    itself has -0.75); lanczos has 3 lobes. "nearest" takes the pixel under the output's centre either way.
+    With `antialias` the kernel widens when shrinking (Pillow's resampling; nothing outside the region is read).
+    Without it, the plain kernel is sampled at each output's center, with the region's edge repeated, as TensorFlow and
+    torch resize with antialias=False. bicubic is Keys' kernel with a = -0.5 in both (torch uses -0.75), lanczos has
+    3 lobes. "nearest" takes the pixel under the output's center in either case.
     """
+    left, top, right, bottom = region
     if antialias and kernel != "nearest":
         picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-        left, top, right, bottom = region
         edges = (int(left), int(top), math.ceil(right), math.ceil(bottom))
-        # Pillow's box alone would let the kernel reach over the region's edge.
-        cut = picture if edges == (0, 0, *picture.size) else picture.crop(edges)
+        # Pillow's box argument alone would let the kernel read beyond the region.
+        cropped = picture if edges == (0, 0, *picture.size) else picture.crop(edges)
         inside = (left - edges[0], top - edges[1], right - edges[0], bottom - edges[1])
-        return np.asarray(cut.resize((size[1], size[0]), KERNELS[kernel], box=inside))
+        return np.asarray(cropped.resize((size[1], size[0]), KERNELS[kernel], box=inside))
     image = np.asarray(image)
     if kernel == "nearest":
-        across, down = _nearest(region, size, image.shape)
-        return image[down[:, None], across[None, :]]
-    across_at, across_by = _taps(region[0], region[2], size[1], image.shape[1], kernel)
-    down_at, down_by = _taps(region[1], region[3], size[0], image.shape[0], kernel)
+        rows = np.floor(_centers(top, bottom, size[0])).astype(np.int64).clip(0, image.shape[0] - 1)
+        columns = np.floor(_centers(left, right, size[1])).astype(np.int64).clip(0, image.shape[1] - 1)
+        return image[rows[:, None], columns]
     values = image.astype(np.float32)
-    rows = sum(values[down_at[:, t]] * _column(down_by[:, t], image.ndim, 0) for t in range(down_at.shape[1]))
-    assert isinstance(rows, np.ndarray)
-    full = sum(rows[:, across_at[:, t]] * _column(across_by[:, t], image.ndim, 1) for t in range(across_at.shape[1]))
-    assert isinstance(full, np.ndarray)
-    return np.clip(np.rint(full), 0, 255).astype(np.uint8) if image.dtype == np.uint8 else full
+    for axis, low, high in ((0, top, bottom), (1, left, right)):
+        places, weights = _taps(low, high, size[axis], image.shape[axis], kernel)
+        weights = weights.reshape(len(weights), *(-1 if a == axis else 1 for a in range(image.ndim)))
+        values = reduce(np.add, (np.take(values, p, axis) * w for p, w in zip(places, weights, strict=True)))
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8) if image.dtype == np.uint8 else values
 
 
-def _column(weights: np.ndarray, ndim: int, axis: int) -> np.ndarray:
-    return weights.reshape([-1 if a == axis else 1 for a in range(ndim)])
-
-
-def _nearest(
-    region: tuple[float, float, float, float], size: tuple[int, int], shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    across = region[0] + (np.arange(size[1]) + 0.5) * (region[2] - region[0]) / size[1]
-    down = region[1] + (np.arange(size[0]) + 0.5) * (region[3] - region[1]) / size[0]
-    return (
-        np.clip(np.floor(across).astype(np.int64), 0, shape[1] - 1),
-        np.clip(np.floor(down).astype(np.int64), 0, shape[0] - 1),
-    )
+def _centers(low: float, high: float, count: int) -> np.ndarray:
+    return low + (np.arange(count) + 0.5) * (high - low) / count
 
 
 def _taps(low: float, high: float, count: int, limit: int, kernel: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns source places int64 [count, taps] and weights float32 [count, taps] of the plain kernel."""
-    centre = low + (np.arange(count) + 0.5) * (high - low) / count - 0.5  # pixel i has its centre at i
+    """Returns source pixels int64 [taps, count] and weights float32 [taps, count] of the plain kernel."""
+    center = _centers(low, high, count) - 0.5  # the center of pixel i is at i
     radius = RADIUS[kernel]
-    places = np.floor(centre)[:, None].astype(np.int64) + np.arange(1 - radius, radius + 1)
-    weights = kernel_weights(np.abs(centre[:, None] - places), kernel)
+    places = np.floor(center)[:, None].astype(np.int64) + np.arange(1 - radius, radius + 1)
+    weights = kernel_weights(np.abs(center[:, None] - places), kernel)
     weights /= weights.sum(axis=1, keepdims=True)  # lanczos does not sum to one by itself
     inside = (max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit) - 1)
-    return np.clip(places, *inside), weights.astype(np.float32)
+    return np.clip(places, *inside).T, weights.astype(np.float32).T
 
 
 def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
@@ -274,19 +260,19 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
-    """Decodes an image file completely: uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
+    """Decodes an image file: uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    Raises ValueError if the file is unreadable or truncated, has several pages, or pixels that are neither
-    8-bit nor unsigned 16-bit gray.
+    Raises ValueError if the file is unreadable, truncated or multi-page, or its pixels are neither 8-bit nor unsigned
+    16-bit gray.
     """
     image, form = _open(data, formats)
     return np.asarray(image), form
 
 
 def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
-    stored = _unpacked(data)
-    if stored is not None:
-        return stored, "PNG"
+    own = _decode_own(data)
+    if own is not None:
+        return own, "PNG"
     try:
         with Image.open(io.BytesIO(data), formats=formats or tuple(FORMATS.values())) as picture:
             problem = _unsupported(picture, data)
@@ -296,7 +282,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
                 return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image that can be read; allowed are {FORMAT_NAMES}") from None
-    except Exception as error:  # what Pillow raises for a damaged file depends on format and damage
+    except Exception as error:  # which one Pillow raises depends on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)
 
@@ -307,7 +293,7 @@ def _unsupported(picture: Image.Image, data: bytes) -> str | None:
         return f"{pages} pages in one file: save one image per file"
     bits: tuple[int, ...] = ()
     if picture.format == "PNG":
-        bits = (data[24],)  # of the header chunk: Pillow itself cuts 16-bit colour down to 8 bits
+        bits = (data[24],)  # from the header: Pillow reduces 16-bit color to 8 bits
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         bits = tags.get(258, (1,))
@@ -317,33 +303,17 @@ def _unsupported(picture: Image.Image, data: bytes) -> str | None:
             return "signed pixel values: save it as unsigned 16-bit, such as Hounsfield units plus 1024"
     if max(bits, default=8) > 8 and not picture.mode.startswith("I;16"):
         return f"{max(bits)}-bit pixels of mode {picture.mode}; {ALLOWED}"
-    if picture.mode not in (
-        "1",
-        "L",
-        "LA",
-        "P",
-        "PA",
-        "RGB",
-        "RGBA",
-        "CMYK",
-        "YCbCr",
-        "I;16",
-        "I;16L",
-        "I;16B",
-    ):
-        return f"pixels of mode {picture.mode}; {ALLOWED}"
-    return None
+    return None if picture.mode in MODES else f"pixels of mode {picture.mode}; {ALLOWED}"
 
 
 def _array(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I;16"):
         return np.asarray(picture).astype(np.uint16)
-    clear = picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
-    if clear:
-        over = np.asarray(picture.convert("RGBA"), np.uint16)
-        array = ((over[..., :3] * over[..., 3:] + 127) // 255).astype(np.uint8)
-    elif picture.mode == "1":
+    if picture.mode == "1" and "transparency" not in picture.info:
         return np.asarray(picture.convert("L"))
+    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+        rgba = np.asarray(picture.convert("RGBA"), np.uint16)
+        array = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
         array = np.asarray(picture.convert("RGB"))
     if picture.mode in ("L", "LA", "P", "PA") and (array == array[..., :1]).all():

@@ -1,22 +1,22 @@
-"""The outline of one lung where a lesion took its edge away."""
+"""Restores the outline of one lung where a lesion at the chest wall interrupts it."""
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage, spatial
 
-DEEP = 0.08  # area of a bay by its opening squared, above which the outline is not just a little flat there
-DEPTH = 0.9  # how far into the body a bay may be filled, by the width of its opening
-PALER = 0.15  # of the step from lung to tissue; how much more air a lesion holds than the tissue behind it
+MIN_DEPTH = 0.08  # area of a bay divided by its squared opening; below, the outline is only flat there
+MAX_DEPTH = 0.9  # how far a bay that reaches the heart is filled, relative to its opening
+MIN_CONTRAST = 0.15  # of the step from lung to tissue, by which a lesion must be darker than the tissue behind it
 
 
 def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
-    """Returns one lung, bool [h, w], with what a lesion at the chest wall took out of it.
+    """Returns one lung, bool [h, w], including lesions at the chest wall.
 
-    `gray` is the image, [h, w]; `medial` is the sign of x towards the other lung. No lung may touch the edge.
+    `gray` is the image, [h, w]; `medial` is the sign of x towards the other lung. The lung may not touch the edge.
 
-    The chest wall is convex, so a bay of the outline that opens outwards is lung; the bays towards the middle are
-    heart, vessels and spine, and a wide one towards the front is the dome of liver or spleen. The wall across a
-    bay is drawn as the arc that goes on from the outline at its two ends.
+    The chest wall is convex, so a bay of the outline that opens outwards is lung. Bays towards the middle are heart,
+    vessels and spine, and a wide one towards the front is the dome of liver or spleen. The wall across a bay is drawn
+    as the arc that continues the outline at both ends.
     """
     edge = np.argwhere(lung & ~ndimage.binary_erosion(lung))
     if len(edge) < 12 or (np.ptp(edge, 0) < 3).any():
@@ -25,49 +25,49 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
     labels, count = ndimage.label(_polygon(lung.shape, corners) & ~lung)
     if not count:
         return lung
-    centre, area, out = edge.mean(0), lung.sum(), lung.copy()
+    area, out = lung.sum(), lung.copy()
     ahead = np.roll(corners, -1, 0)
-    chord = np.hypot(*(ahead - corners).T)
+    middle, chord = (corners + ahead) / 2, np.hypot(*(ahead - corners).T)
     normal = np.stack([ahead[:, 1] - corners[:, 1], corners[:, 0] - ahead[:, 0]], 1) / chord[:, None]
-    normal *= np.sign(np.sum(normal * ((corners + ahead) / 2 - centre), 1, keepdims=True))
+    normal *= np.sign(np.sum(normal * (middle - edge.mean(0)), 1, keepdims=True))
     outwards = normal[:, 1] * medial < 0.3
-    opens: dict[int, set[int]] = {}  # per side of the hull, the bays that open there
+    openings: dict[int, set[int]] = {}  # per side of the hull, the bays that open there
     for i in np.flatnonzero(chord > 4).tolist():
         across = np.rint(np.linspace(corners[i], ahead[i], int(chord[i]) + 1) - normal[i]).astype(int)
         if bays := set(labels[across[:, 0], across[:, 1]].tolist()) - {0}:
-            opens[i] = bays
-    through = set().union(*(bays for i, bays in opens.items() if not outwards[i]))
-    for i, bays in opens.items():
+            openings[i] = bays
+    medial_bays = set().union(*(bays for i, bays in openings.items() if not outwards[i]))
+    for i, bays in openings.items():
         if not outwards[i]:
             continue
         points = np.argwhere(np.isin(labels, list(bays)))
-        if bays & through:
+        if bays & medial_bays:
             if normal[i, 1] * medial > -0.2:
                 continue
-            # A lesion that reaches through to the heart has one bay with it: only the part near the wall is lung.
-            across = np.stack([normal[i], (ahead[i] - corners[i]) / chord[i]], 1)
-            away = (points - (corners[i] + ahead[i]) / 2) @ across / chord[i]
-            near = (away[:, 0] / DEPTH) ** 2 + (away[:, 1] / 0.6) ** 2 < 1
-            if not _paler(gray, lung, points[near], points[~near]):
+            # A lesion that reaches the heart shares one bay with it: only the part near the wall is lung.
+            frame = np.stack([normal[i], (ahead[i] - corners[i]) / chord[i]], 1)
+            depth, along = ((points - middle[i]) @ frame / chord[i]).T
+            near = (depth / MAX_DEPTH) ** 2 + (along / 0.6) ** 2 < 1
+            if not _is_darker(gray, lung, points[near], points[~near]):
                 continue
             points = points[near]
         if len(points) < (0.5 if normal[i, 0] > -0.7 or normal[i, 1] * medial < -0.2 else 0.1) * area:
             out[points[:, 0], points[:, 1]] = True
-            if len(points) > DEEP * chord[i] ** 2:
+            if len(points) > MIN_DEPTH * chord[i] ** 2:
                 out |= _polygon(lung.shape, _arc(corners, i, normal[i]))
     return out
 
 
-def _paler(gray: np.ndarray, lung: np.ndarray, part: np.ndarray, rest: np.ndarray) -> bool:
-    """Whether a part of a bay holds more air than the rest: a lesion, not the liver or the spleen itself."""
+def _is_darker(gray: np.ndarray, lung: np.ndarray, part: np.ndarray, rest: np.ndarray) -> bool:
+    """Whether a part of a bay contains more air than the rest: a lesion, not liver or spleen."""
     if not len(part) or not len(rest):
         return bool(len(part))
     air, solid = np.median(gray[lung]), np.median(gray[rest[:, 0], rest[:, 1]])
-    return bool(solid - np.mean(gray[part[:, 0], part[:, 1]]) > PALER * (solid - air))
+    return bool(solid - np.mean(gray[part[:, 0], part[:, 1]]) > MIN_CONTRAST * (solid - air))
 
 
 def _polygon(shape: tuple[int, ...], corners: np.ndarray) -> np.ndarray:
-    """Returns a filled polygon, its outline included, of corners [n, 2] in rows and columns."""
+    """Returns a filled polygon, outline included, with corners [n, 2] in rows and columns."""
     canvas = Image.new("1", (shape[1], shape[0]))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for y, x in corners], fill=1)
     return np.asarray(canvas)
@@ -77,23 +77,22 @@ def _arc(corners: np.ndarray, i: int, normal: np.ndarray) -> np.ndarray:
     """Returns points on the chest wall from hull corner i to the next one."""
     n = len(corners)
     a, b = corners[i], corners[(i + 1) % n]
-    along = (b - a) / np.hypot(*(b - a))
-    reach = max(8.0, 0.5 * np.hypot(*(b - a)))
+    length = np.hypot(*(b - a))
+    along, reach = (b - a) / length, max(8.0, 0.5 * length)
 
     def bend(start: np.ndarray, step: int, first: int, forward: np.ndarray) -> float:
-        """The angle by which the outline turns away from the chord within `reach` of its end."""
+        """Returns the angle by which the outline turns away from the chord within `reach` of its end."""
         k = first
         for _ in range(n - 2):
             k = (k + step) % n
             back = start - corners[k]
             if np.hypot(*back) >= reach:
                 break
-        back = start - corners[k]
         return float(np.arctan2(back @ normal, back @ forward))
 
-    turn = min(bend(a, -1, i, along), bend(b, 1, (i + 1) % n, -along))
+    angle = min(bend(a, -1, i, along), bend(b, 1, (i + 1) % n, -along))
     # The secant of length `reach` and the chord each turn by half of their own arc.
-    half = np.clip(turn * np.hypot(*(b - a)) / (np.hypot(*(b - a)) + reach), 0.0, 1.2)
+    half = np.clip(angle * length / (length + reach), 0.0, 1.2)
     t = np.linspace(0, 1, 17)[:, None]
-    rise = 0.5 * np.tan(half / 2) * np.hypot(*(b - a))
+    rise = 0.5 * np.tan(half / 2) * length
     return a + t * (b - a) + normal * rise * 4 * t * (1 - t)

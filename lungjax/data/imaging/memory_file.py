@@ -1,4 +1,4 @@
-"""Files in memory, which may be a person's: they can be read like files on disk, and no message quotes them."""
+"""Uploaded files in memory, read like files on disk. They may be a patient's: no message quotes their content."""
 
 import functools
 import io
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
-READS = 200_000  # of one file: each element of a DICOM file takes two, and a CT slice has some hundred elements
+MAX_READS = 200_000  # per file; an element of a DICOM file takes two, and a CT slice has a few hundred elements
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A file in memory. Its name stands in messages, its content does not, not even in `repr`."""
+class MemoryFile:
+    """A file in memory. Messages contain its name, never its content; nor does `repr`."""
 
     name: str
     data: bytes = field(repr=False)
@@ -21,33 +21,33 @@ class Held:
         return self.name
 
     def open(self) -> io.BytesIO:
-        """Returns its bytes as a file that can be read READS times, and then raises ValueError.
+        """Returns a file object that raises ValueError after MAX_READS reads.
 
-        A few megabytes of empty elements, or of sequences inside sequences, would keep a parser busy for a minute.
+        A few megabytes of empty or deeply nested elements would keep a parser busy for a minute.
         """
-        return _Metered(self.data)
+        return _LimitedReads(self.data)
 
 
-File = str | Held
+File = str | MemoryFile
 
 
-class _Metered(io.BytesIO):
+class _LimitedReads(io.BytesIO):
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
-        if self.reads > READS:
+        if self.reads > MAX_READS:
             raise ValueError("too many elements")
         return super().read(size)
 
 
-def quote(file: File, words: Any, instead: str = "") -> str:
-    """Returns what a message says of a file's content: `words` for one on disk, `instead` for one in memory."""
-    return instead if isinstance(file, Held) else " ".join(str(words).split())
+def quote(file: File, text: Any, instead: str = "") -> str:
+    """Returns what a message may say about a file's content: `text` for a file on disk, else `instead`."""
+    return instead if isinstance(file, MemoryFile) else " ".join(str(text).split())
 
 
 class Unreadable(ValueError):
-    """Why a DICOM or NIfTI file can't be read; the message starts with the file's name."""
+    """A DICOM or NIfTI file that can't be read; the message starts with the file's name."""
 
 
 class MissingPackage(ValueError):
@@ -59,16 +59,15 @@ Result = TypeVar("Result")
 
 
 def named_errors(kind: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorates a reader of DICOM or NIfTI files such that all that a damaged file can raise becomes Unreadable.
+    """Decorates a reader of DICOM or NIfTI files so that any error of a damaged file becomes Unreadable.
 
-    The reader's first argument is the file. Packages convert values when they are first used, so any access may raise,
-    and with any type. The errors of pydicom quote values, which may be a person's: of a file in memory no message
-    repeats them.
+    The reader's first argument is the file. Packages convert values lazily, so any access may raise any exception.
+    pydicom's errors quote values, which may identify a patient: for a file in memory they are left out.
     """
 
     def decorate(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(read)
-        def named(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             try:
                 return read(*args, **kwargs)
             except (Unreadable, MissingPackage):
@@ -78,6 +77,6 @@ def named_errors(kind: str) -> Callable[[Callable[Arguments, Result]], Callable[
                 reason = quote(file, f" ({type(error).__name__}: {error})")
                 raise Unreadable(f"{file}: a damaged {kind} file{reason and ' ' + reason}") from None
 
-        return named
+        return wrapper
 
     return decorate

@@ -1,9 +1,9 @@
-"""The masks of two studies as they published them, for `protocol=study`; the robust ones are in `lung_masks`.
+"""The masks of two studies as published, for `protocol=study`; `lung_masks` has the robust ones.
 
 CT-COV19 (github.com/marta-0/covid-ct): body mask by OpenCV contours and lung mask by a snake, both at 512 x 512.
-iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): the "preprocessed" pictures, by a
-local threshold. OpenCV's steps are re-expressed with scikit-image and scipy; what a published argument really
-did counts here, not what it was meant to do (the erosion and the dilation run once, not ten times and twice).
+iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): "preprocessed" images by a local
+threshold. OpenCV's steps are reimplemented with scikit-image and scipy, following the actual effect of the published
+arguments, not their intent (erosion and dilation run once, not ten times and twice).
 """
 
 import numpy as np
@@ -12,71 +12,69 @@ from scipy import ndimage, spatial
 from skimage import draw, filters, measure, segmentation, transform
 from skimage.morphology import closing, disk, erosion
 
+from lungjax.data.imaging.images import Region, full_region
+
 STAGES = ("study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features")
 
 SIDE = 512
 THRESHOLD = 150
 MARGIN = int(0.05 * SIDE)
 CANNY = (240, 255)
-EIGHT = np.ones((3, 3), bool)
-Box = tuple[int, int, int, int]
-Result = tuple[np.ndarray, tuple[float, float, float, float], bool]
+SQUARE = np.ones((3, 3), bool)
+Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusive
 
 
-def apply(image: np.ndarray, stage: str) -> Result:
-    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], the region it shows, and whether it was found.
+def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
+    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and whether it was found.
 
-    `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image, `features` is the picture of
-    the iCTCF study (512 x 512 if a side was longer, else the image's own size). The region is xmin, ymin, xmax,
-    ymax in pixels of the original, max exclusive. Where no body or lung is found, the stage before is returned.
+    `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image, `features` is the iCTCF study's
+    image (512 x 512 if a side was longer, else the original size). Without a body or lung, the previous stage is
+    returned.
     """
-    height, width = image.shape
-    whole = (0.0, 0.0, float(width), float(height))
+    region = full_region(image)
     if stage == "features":
         picture = features(image)
-        return (picture, whole, True) if picture.any() else (image, whole, False)
+        return (picture, region, True) if picture.any() else (image, region, False)
     square = resize(image)
     body = body_mask(square)
     if body is None or not (bare := np.where(body, square, 0).astype(np.uint8)).any():
-        return square, whole, False
+        return square, region, False
     if stage == "study_nobackg":
-        return bare, whole, True
+        return bare, region, True
     if stage != "study_crop":
         lung = snake_mask(bare)
         inside = np.where(lung, bare, 0).astype(np.uint8)
         found = bool(inside.any())
         if stage == "study_lungs_nocrop":
-            return (inside if found else bare), whole, found
+            return (inside if found else bare), region, found
         if found:
-            return *_cut(inside, _box(lung), image.shape), True
-    return *_cut(bare, without_arms(bare, _box(body)), image.shape), stage == "study_crop"
+            return *_cut(inside, bounding_box(lung), image.shape), True
+    return *_cut(bare, without_arms(bare, bounding_box(body)), image.shape), stage == "study_crop"
 
 
-def _box(mask: np.ndarray) -> Box:
+def bounding_box(mask: np.ndarray) -> Box:
+    """Returns the box of a mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _cut(square: np.ndarray, box: Box, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+def _cut(square: np.ndarray, box: Box, shape: tuple[int, ...]) -> tuple[np.ndarray, Region]:
     x0, y0, x1, y1 = box
     across, down = shape[1] / SIDE, shape[0] / SIDE
     return square[y0:y1, x0:x1], (x0 * across, y0 * down, x1 * across, y1 * down)
 
 
 def without_arms(picture: np.ndarray, box: Box) -> Box:
-    """Returns a body's box with its top moved down to the first non-zero pixel of the picture's middle column.
-
-    That is where the chest begins: it drops arms that are raised above it.
-    """
+    """Returns a body's box with its top at the first non-zero pixel of the middle column, which drops raised arms."""
     column = np.flatnonzero(picture[:, picture.shape[1] // 2])
     x0, y0, x1, y1 = box
     return x0, (int(np.clip(column[0], y0, y1 - 1)) if len(column) else y0), x1, y1
 
 
 def resize(image: np.ndarray) -> np.ndarray:
-    """Returns a gray uint8 image at 512 x 512, linear without smoothing as OpenCV does it.
+    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV.
 
-    The study looked at the height alone; here a width that differs is resized too, as its later steps need.
+    The study tested the height only; here another width is resized too, as its later steps require.
     """
     if image.shape == (SIDE, SIDE):
         return image
@@ -87,11 +85,11 @@ def resize(image: np.ndarray) -> np.ndarray:
 def body_mask(square: np.ndarray) -> np.ndarray | None:
     """Returns the CT-COV19 study's body mask of a gray image [h, w], repaired at the top edge; None without edges.
 
-    Threshold 150, margin, erosion, Canny, dilation, then the contour of largest length or convex hull, filled.
+    Threshold 150, margin, erosion, Canny, dilation, then the filled contour of greatest length or convex hull.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
-    bright = ndimage.binary_erosion(bright, EIGHT, border_value=1)
-    lines = ndimage.binary_dilation(canny(np.where(bright, 0, 255).astype(np.uint8), *CANNY), EIGHT)
+    bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
+    lines = ndimage.binary_dilation(canny(np.where(bright, 0, 255).astype(np.uint8), *CANNY), SQUARE)
     best = longest_contour(lines)
     if best is None:
         return None
@@ -101,7 +99,7 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
     """Returns OpenCV's Canny edges of a uint8 image, bool [h, w]: 3x3 Sobel, L1 norm, no smoothing.
 
-    scikit-image's own smooths first and takes the Euclidean norm, for which these thresholds mean another thing.
+    scikit-image smooths first and uses the Euclidean norm, so these thresholds would have another effect.
     """
     values = image.astype(np.int32)
     dx = ndimage.sobel(values, axis=1, mode="nearest")
@@ -123,10 +121,10 @@ def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def longest_contour(lines: np.ndarray) -> np.ndarray | None:
-    """Returns the filled contour that the study's walk ends with, bool [h, w]; None if there is no contour.
+    """Returns the filled contour that the study selects, bool [h, w]; None if there is no contour.
 
-    Contours are the outer outlines of the components and the outlines of their holes, without a hierarchy. A
-    contour replaces the best one if its closed length is greater, or else if its convex hull's perimeter is.
+    Contours are the outlines of components and of holes, without hierarchy. In order, a contour replaces the best one
+    if its closed length is greater, or else if its convex hull's perimeter is.
     """
     best: tuple[float, float, tuple[slice, slice], np.ndarray] | None = None
     for place, filled in _contours(lines):
@@ -146,7 +144,7 @@ def _contours(lines: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarray]]
     out = []
     for region in measure.regionprops(measure.label(lines, connectivity=2)):
         out.append((region.slice, np.pad(region.image_filled, 1)))
-    # OpenCV's outline of a hole runs on the line's pixels around it, so it covers them too.
+    # OpenCV's outline of a hole lies on the pixels around it, so it includes them.
     holes = segmentation.clear_border(measure.label(~lines, connectivity=1))
     for region in measure.regionprops(holes):
         rows, columns = (slice(s.start - 1, s.stop + 1) for s in region.slice)
@@ -159,25 +157,23 @@ def _hull_length(filled: np.ndarray) -> float:
     points = np.argwhere(filled)
     if (np.ptp(points, 0) == 0).any():
         return 2.0 * float(np.ptp(points, 0).max())
-    return float(spatial.ConvexHull(points).area)  # of a flat figure, scipy's "area" is the perimeter
+    return float(spatial.ConvexHull(points).area)  # in two dimensions, scipy's "area" is the perimeter
 
 
 def _repair(mask: np.ndarray) -> np.ndarray:
-    """Closes a mask that the upper edge cuts: rows 0..4 between its first and last pixel, then all holes."""
+    """Closes a mask at the upper edge: rows 0..4 between its first and last pixel there, then all holes."""
     mask = mask.copy()
     top = np.flatnonzero(mask[0])
     if len(top):
         mask[:5, top[0] : top[-1] + 1] = True
-    filled = ndimage.binary_fill_holes(mask)
-    assert filled is not None
-    return filled
+    return np.asarray(ndimage.binary_fill_holes(mask))
 
 
 def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
-    """Returns the CT-COV19 study's lung mask of a body without background, uint8 512 x 512, as bool of the same size.
+    """Returns the CT-COV19 study's lung mask of a body without background: uint8 512 x 512 to bool 512 x 512.
 
-    A snake of 500 points shrinks from a circle of radius 250 around the body. It holds what lies between the lungs
-    too. The study mended some of its masks by hand; that part cannot be repeated.
+    A snake of 500 points shrinks from a circle of radius 250 around the body; it includes the tissue between the
+    lungs. The study corrected some masks by hand, which can't be reproduced.
     """
     height, width = bare.shape
     column, row = np.flatnonzero(bare[:, width // 2]), np.flatnonzero(bare[height // 2])
@@ -202,12 +198,11 @@ def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
 
 
 def features(image: np.ndarray) -> np.ndarray:
-    """Returns the iCTCF study's "preprocessed" picture of a gray uint8 image [H, W], uint8.
+    """Returns the iCTCF study's "preprocessed" image of a gray uint8 image [H, W], uint8.
 
-    A side above 512 makes it 512 x 512 (bicubic). Local Gaussian threshold over 401 pixels; erosion disk(4),
-    closing disk(6), Roberts edges, holes filled: the rest goes black; so does the largest bright component, the
-    body's tissue. The published code's "small regions" step removes nothing, so there is none here, and the
-    picture is not written to JPEG between the steps.
+    A side above 512 makes it 512 x 512 (bicubic). Local Gaussian threshold over 401 pixels; erosion disk(4), closing
+    disk(6), Roberts edges, holes filled; everything else becomes black, and so does the largest bright component, the
+    body's tissue. The published "small regions" step removes nothing and is left out, as is the JPEG between steps.
     """
     if max(image.shape) > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,9 +1,8 @@
-"""CT volumes in Hounsfield units to pictures: planes, square pixels, windows, PNG.
+"""Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
-A volume comes from a DICOM series (`dicom`) or a NIfTI file (`nifti`) and always lies the same way here, so a
-picture looks as a radiologist expects it, however the scan was stored: axial with the patient's right on the
-left of the picture and the chest up, coronal with the patient's right on the left and the head up, sagittal
-facing left with the head up.
+A volume comes from a DICOM series (`dicom`) or a NIfTI file (`nifti`) and has the same axes either way. Images are in
+radiological orientation however the scan was stored: axial with the patient's right on the left and the chest up,
+coronal with the patient's right on the left and the head up, sagittal facing left with the head up.
 """
 
 import functools
@@ -22,37 +21,36 @@ from lungjax.data.imaging import images
 from lungjax.data.imaging.memory_file import MissingPackage
 
 AIR = -1000  # Hounsfield units
-PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` that a plane is cut across
+PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` normal to the plane
 POSITIONS = ("mid", "all")
-KEPT = 2  # volumes in memory: reading threads may be at the end of one and the start of the next
+CACHE_SIZE = 2  # volumes: reading threads may be at the end of one and the start of the next
 
 Windows = tuple[tuple[float, float], ...]
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """One scan. Axes go from foot to head, from anterior to posterior, and from the patient's right to left."""
+    """One scan. Axes run from foot to head, from anterior to posterior, and from the patient's right to left."""
 
     hu: np.ndarray  # int16 [z, y, x], Hounsfield units
-    spacing: tuple[float, float, float]  # mm between centres along z, y, x
+    spacing: tuple[float, float, float]  # mm between voxel centers along z, y, x
 
 
 def check_options(plane: str, position: str, windows: Windows) -> None:
     """Raises ValueError for an unknown plane or position, or windows that are not one or three of width > 0."""
-    if plane not in PLANES:
-        raise ValueError(f"--plane={plane}: {nearest(plane, PLANES)}")
-    if position not in POSITIONS:
-        raise ValueError(f"--position={position}: {nearest(position, POSITIONS)}")
+    for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
+        if value not in allowed:
+            raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
     if len(windows) not in (1, 3) or any(len(window) != 2 or not window[1] > 0 for window in windows):
         raise ValueError(
-            f"Hounsfield windows {windows}: wanted one (gray) or three (red, green, blue) of centre and width, "
-            "width above 0, such as --hu_window=-600/1500 for the lungs or 40/400 for soft tissue"
+            f"Hounsfield windows {windows}: give one (gray) or three (red, green, blue) of center and width, width "
+            "above 0, such as --hu_window=-600/1500 for lungs or 40/400 for soft tissue"
         )
 
 
 def need(package: str, what: str) -> Any:
-    """Returns an optional package. Raises MissingPackage, saying how to install it, if it is not there."""
+    """Imports an optional package. Raises MissingPackage, which says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -62,9 +60,9 @@ def need(package: str, what: str) -> Any:
 
 
 def pseudonym(name: str, salt: str) -> str:
-    """Returns 12 hex digits that stand for `name`: BLAKE2b of it, keyed with `salt`.
+    """Returns 12 hex digits that replace `name`: its BLAKE2b hash, keyed with `salt`.
 
-    Without a salt (or with a known one), whoever can list the possible names can find the one behind a hash.
+    Without a secret salt, anyone who can list the possible names can reverse the hash.
     """
     key = salt.encode()
     key = key if len(key) <= hashlib.blake2b.MAX_KEY_SIZE else hashlib.blake2b(key).digest()
@@ -72,7 +70,7 @@ def pseudonym(name: str, salt: str) -> str:
 
 
 def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns which axis of an array lies nearest to z, y and x of `Volume`, and 1 or -1 if it runs backwards.
+    """Returns the array axes nearest to z, y and x of `Volume`, and for each 1, or -1 if it runs backwards.
 
     `directions` [3, 3]: row i is the unit vector along axis i of the array, in DICOM's patient coordinates
     (x to the patient's left, y to the back, z to the head).
@@ -84,48 +82,44 @@ def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[
 
 
 def canonical(array: np.ndarray, directions: np.ndarray, spacing: Sequence[float]) -> Volume:
-    """Returns a scan as it was stored, int16 with three axes, as a `Volume`.
+    """Returns a stored scan, int16 with three axes, as a `Volume`.
 
-    `directions` as in `canonical_axes`, `spacing` in mm along the array's own axes. Axes are swapped and
-    turned, never interpolated: of an oblique scan, the nearest planes are taken.
+    `directions` as in `canonical_axes`, `spacing` in mm along the array's own axes. Axes are permuted and flipped,
+    never interpolated: an oblique scan gives its nearest planes.
     """
     order, signs = canonical_axes(directions)
-    turned = array.transpose(order)[tuple(slice(None, None, sign) for sign in signs)]
-    return Volume(turned, (spacing[order[0]], spacing[order[1]], spacing[order[2]]))
+    flipped = array.transpose(order)[tuple(slice(None, None, sign) for sign in signs)]
+    return Volume(flipped, (spacing[order[0]], spacing[order[1]], spacing[order[2]]))
 
 
 def cut(volume: Volume, plane: str, index: int) -> np.ndarray:
     """Returns one plane of a volume, float32 [h, w] in Hounsfield units, with square pixels.
 
-    The coarser of the two spacings is interpolated (linearly) to the finer, over the same field of view.
+    The axis with the larger spacing is interpolated linearly to the smaller spacing, over the same field of view.
     """
     axis = PLANES[plane]
     flat = np.take(volume.hu, index, axis=axis).astype(np.float32)
     if plane != "axial":
         flat = flat[::-1]  # head up
     mm = [volume.spacing[i] for i in range(3) if i != axis]
-    finest = min(mm)
-    size = (max(1, round(flat.shape[0] * mm[0] / finest)), max(1, round(flat.shape[1] * mm[1] / finest)))
-    if size == flat.shape:
-        return flat
-    whole = (0.0, 0.0, float(flat.shape[1]), float(flat.shape[0]))
-    return images.resize(flat, whole, size, "bilinear", True)
+    size = (max(1, round(flat.shape[0] * mm[0] / min(mm))), max(1, round(flat.shape[1] * mm[1] / min(mm))))
+    return flat if size == flat.shape else images.resize(flat, images.full_region(flat), size, "bilinear", True)
 
 
 def middle_slice(count: int) -> int:
-    """Returns the index of the middle one of `count` planes, the later of two."""
+    """Returns the index of the middle of `count` planes, the later one if there are two."""
     return count // 2
 
 
 def render(hu: np.ndarray, windows: Windows) -> np.ndarray:
     """Returns Hounsfield units [h, w] as uint8: [h, w] for one window, [h, w, 3] for three.
 
-    Each window is a centre and a width; centre - width / 2 becomes 0 and centre + width / 2 becomes 255.
+    A window is a center and a width; center - width / 2 becomes 0 and center + width / 2 becomes 255.
     """
     values = hu.astype(np.float32)
     channels = [
-        np.rint(np.clip((values - (centre - width / 2)) * (255 / width), 0, 255)).astype(np.uint8)
-        for centre, width in windows
+        np.rint(np.clip((values - (center - width / 2)) * (255 / width), 0, 255)).astype(np.uint8)
+        for center, width in windows
     ]
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
 
@@ -136,21 +130,21 @@ def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
 
 
 def raise_error(problem: str) -> bytes:
-    """Raises ValueError(problem): the image of an example that was found to be bad before it was read."""
+    """Raises ValueError(problem). Stands for the image of an example whose error was found before reading it."""
     raise ValueError(problem)
 
 
-def remembered(read: Callable[..., Made]) -> Callable[..., Made]:
-    """Returns `read` with its last KEPT results kept in this process; arguments must be hashable.
+def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
+    """Caches the last CACHE_SIZE results of `read`, whose arguments must be hashable.
 
-    Threads that want the same volume wait for the one that reads it: a volume may be half a gigabyte.
+    Threads that ask for the same volume wait for the one that reads it: a volume may have half a gigabyte.
     """
-    kept = functools.lru_cache(maxsize=KEPT)(read)
+    cached = functools.lru_cache(maxsize=CACHE_SIZE)(read)
     lock = threading.Lock()
 
     @functools.wraps(read)
-    def locked(*args: Any) -> Made:
+    def wrapper(*args: Any) -> Result:
         with lock:
-            return kept(*args)
+            return cached(*args)
 
-    return locked
+    return wrapper

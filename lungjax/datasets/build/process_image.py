@@ -67,7 +67,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     shown = np.rint(images.show(array, options.window)).astype(np.uint8) if deep and options.window else array
     gray = images.gray(shown)
     source = gray if options.stage else array
-    stored, box, region, found = preprocess.version(source, box, options.stage, options.size)
+    stored, box, region, found = preprocess.apply_stage(source, box, options.stage, options.size)
     original = stored is array and not deep and form in ("JPEG", "PNG")
     raw = stored.dtype == np.uint16 and options.window is None
     if stored.dtype == np.uint16 and options.window:
