@@ -22,7 +22,7 @@ from test_uploads import written
 from lungjax.config import InputSpec
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
-from lungjax.inference.model import Input
+from lungjax.inference.artifacts import Input
 from lungjax.serve import __main__ as command
 from lungjax.serve import protocol
 from lungjax.serve.app import build

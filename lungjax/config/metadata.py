@@ -21,7 +21,7 @@ nowhere else, so nothing has to be given by hand, and nothing is normalised twic
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
     counts              SPLIT.CLASS: images
     patients            SPLIT.CLASS: patients; {} where each image counts as its own
-    familiarity         what training images look like (`lungjax.evaluation.novelty`); null where that is not known
+    novelty             `lungjax.evaluation.novelty.Novelty.to_dict`; null without such a score
     about               network, weights, licence, step, commit, versions: what a reader may want to know
 """
 
@@ -63,7 +63,7 @@ class Metadata:
     scores: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     patients: Mapping[str, Any] = field(default_factory=dict)
-    familiarity: Mapping[str, Any] | None = None
+    novelty: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -72,10 +72,10 @@ class Metadata:
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def public(self) -> dict[str, Any]:
-        """Returns what a person may want to read, JSON-ready: all but the numbers behind `familiarity`."""
+        """Returns what a person may want to read, JSON-ready: all but the parameters of `novelty`."""
         tree = dataclasses.asdict(self)
-        known = self.familiarity
-        tree["familiarity"] = None if known is None else {"false_alarms": known.get("false_alarms")}
+        known = self.novelty
+        tree["novelty"] = None if known is None else {"false_alarms": known.get("false_alarms")}
         return tree | {"notice": NOTICE}
 
     def rules(self, level: str = "slice") -> list[str]:
@@ -166,8 +166,8 @@ def _problem(found: Metadata) -> str:  # noqa: C901, PLR0912
     for name in ("points", "scores", "counts", "patients", "about"):
         if not isinstance(getattr(found, name), dict):
             return f"`{name}` should be an object"
-    if found.familiarity is not None and not isinstance(found.familiarity, dict):
-        return "`familiarity` should be an object or null"
+    if found.novelty is not None and not isinstance(found.novelty, dict):
+        return "`novelty` should be an object or null"
     try:
         points = [p for level in found.points.values() for rules in level.values() for p in rules.values()]
         fine = all(_numbers((point["threshold"],)) for point in points)

@@ -1,4 +1,4 @@
-"""What can be had without the network's skill: controls that a run's numbers are held against."""
+"""Shortcut baselines that a trained network must beat, and warnings where they do well."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,17 +9,16 @@ from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
 
-# AUC from which on a control is warned about; 0.5 is chance. Without lungs nothing should be left, so a little above
-# chance tells. The classes' shares differ between hospitals that are honestly mixed, too: two sources of one size, of
-# which one has 60 % of a class and the other 40 %, give 0.6. With 70 and 30 % they give 0.7.
+# AUC from which a baseline is warned about; 0.5 is chance. Without lungs little should be left. The classes of honest
+# sources differ, too: two equal sources with 60 % and 40 % of a class give 0.6, with 70 % and 30 % 0.7.
 TELLING = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
-    """Returns predictions from an image's source alone: the classes' frequencies among the train images of it.
+    """Returns predictions from the source of an image alone: the class frequencies of its training images.
 
-    Of a source that train has not, and of an unknown one (""), nothing is known: those get the frequencies of train.
-    See `statistics.frequencies` for the smoothing. None where the train images have fewer than two known sources.
+    Unknown sources ("", or not in train) get the frequencies of all training images. See `statistics.frequencies` for
+    the smoothing. None if the training images have fewer than two known sources.
     """
     train, rows = data.rows("train"), data.rows(split)
     sources, labels, classes = data.columns["source"], data.columns["label"], len(data.classes)
@@ -28,31 +27,28 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
         return None
     known = np.isin(sources[rows], sources[named])
     overall = np.bincount(labels[train], minlength=classes) / len(train)
-    told = statistics.frequencies(sources, labels, named, rows, classes)
+    frequencies = statistics.frequencies(sources, labels, named, rows, classes)
     return Predictions(
         ids=data.columns["file"][rows],
         groups=data.columns["group"][rows],
         sources=sources[rows],
         labels=labels[rows],
-        probabilities=np.where(known[:, None], told, overall),
+        probabilities=np.where(known[:, None], frequencies, overall),
         classes=data.classes,
     )
 
 
 def warnings(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a sentence for each control in `report` (as in report.json) whose AUC is high."""
-    auc = {name: level["auc_macro"] for name, level in report["controls"].items()}
-    high = {name: auc[name] for name in TELLING if auc.get(name) is not None and auc[name] >= TELLING[name]}
-    whole = report["test"]["slice"]["auc_macro"]
-    reached = "none" if whole is None else f"{whole:.3f}"
-    if "no_lungs" in high:
-        yield (
-            f"With the lungs blacked out the network still reaches a test AUC of "
-            f"{high['no_lungs']:.3f} ({reached} with "
-            "them): part of what it reads is not in the lungs."
-        )
-    if "source_only" in high:
-        yield (
-            f"The source of an image alone, without a pixel of it, gives a test AUC of {high['source_only']:.3f} (the "
-            f"network has {reached}): sources give the classes away, and it may have learned to recognise them."
-        )
+    """Yields a warning for each baseline in `report` (as in report.json) whose AUC is high."""
+    network = report["test"]["slice"]["auc_macro"]
+    reference = "undefined" if network is None else f"{network:.3f}"
+    texts = {
+        "no_lungs": "With the lungs blacked out the network still reaches a test AUC of {:.3f} ({} with them): it uses "
+        "image content outside the lungs.",
+        "source_only": "The source of an image alone gives a test AUC of {:.3f} (the network has {}): sources predict "
+        "the class, and the network may have learned to recognize them.",
+    }
+    for name, text in texts.items():
+        auc = report["controls"].get(name, {}).get("auc_macro")
+        if auc is not None and auc >= TELLING[name]:
+            yield text.format(auc, reference)

@@ -1,34 +1,29 @@
-"""The numbers of a report, from labels and probabilities, in numpy alone and in float64.
+"""The metrics of a report, from labels and probabilities, in numpy and float64.
 
-Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix and the predicted class
-the one of the highest probability (the first of equals):
+Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix and the predicted class the one
+of the highest probability (the first of equals):
 
     precision (positive predictive value)  TP / (TP + FP)      recall (sensitivity)  TP / (TP + FN)
     npv (negative predictive value)        TN / (TN + FN)      specificity           TN / (TN + FP)
     f1                                     2 TP / (2 TP + FP + FN)
-    auc                 area under the ROC curve: the chance that an example of the class has a higher
-                        probability for it than one of the rest, ties one half (Hanley and McNeil,
-                        Radiology 143:29, 1982)
+    auc                 area under the ROC curve, ties one half (Hanley and McNeil, Radiology 143:29, 1982)
     average_precision   sum over thresholds of (recall step) x precision, without interpolation
 
-`_macro` is the plain mean over the classes, `_weighted` the mean weighted by the classes' true counts, and
-`_micro` pools all example-class pairs into one two-class problem. `balanced_accuracy` is the mean recall, so
-it equals `recall_macro`. `loss` is the mean of -log(probability of the true class) in nats, probabilities no
-smaller than 2.2e-16. Of calibration:
+`_macro` is the mean over the classes, `_weighted` the mean weighted by the true class counts, and `_micro` pools all
+example-class pairs into one two-class problem. `balanced_accuracy` is the mean recall, so it equals `recall_macro`.
+`loss` is the mean of -log(probability of the true class) in nats, probabilities clipped at 2.2e-16. Calibration:
 
-    ece      expected calibration error: the examples in 15 bins of equal width by their highest probability, and
-             the mean over the examples of |mean probability - share of right ones| of their bin, 0..1 (Guo et al.,
-             arXiv 1706.04599; a bin has its upper edge and not its lower one)
+    ece      expected calibration error: mean over the examples of |mean probability - accuracy| of their bin, with 15
+             bins of equal width of the highest probability (Guo et al., arXiv 1706.04599; bins include the upper edge)
     brier    mean over the examples of the sum over all classes of (probability - 1 or 0)^2, 0..2 (Brier, Monthly
-             Weather Review 78:1, 1950; half of it is what two classes are often given)
+             Weather Review 78:1, 1950; for two classes half of it is common)
 
-`study` holds what the studies call by these names, see `lungjax.evaluation.study_metrics`.
+`study` has the metrics of the reproduced studies, see `lungjax.evaluation.study_metrics`.
 
-A number that has no definition is None and never a made-up one: the recall of a class with no example, the
-precision of a class never predicted, an AUC or average precision without both sides. Means are over the
-classes where the number is defined, and None where it is for none. These are scikit-learn's definitions with
-`zero_division=nan`. By them a class without examples has precision and F1 zero once it is predicted, which
-draws their means down.
+An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
+average precision without both sides. Means are over the classes where the metric is defined, None if it is for none.
+These are scikit-learn's definitions with `zero_division=nan`. A class without examples that is predicted has precision
+and F1 zero, which lowers their means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,15 +45,15 @@ BINS = 15  # of the expected calibration error
 
 @dataclass(frozen=True)
 class Statistics:
-    """What each of N examples adds to the sums from which a level follows, its areas under curves apart."""
+    """The contribution of each of N examples to the sums that all metrics but the areas under curves follow from."""
 
-    cells: np.ndarray  # [N] int, label * C + predicted class: its place in the confusion matrix
+    cells: np.ndarray  # [N] int, label * C + predicted class: its cell of the confusion matrix
     loss: np.ndarray  # [N] float64
     brier: np.ndarray  # [N] float64
     bins: np.ndarray  # [N] int, 0..BINS-1, of its highest probability
     gaps: np.ndarray  # [N] float64, highest probability - (1 if right else 0)
-    named: np.ndarray  # [N, C] bool, the classes of the highest output, as TensorFlow Addons takes them
-    rounded: np.ndarray  # [N] bool, right by rounded probabilities
+    named: np.ndarray  # [N, C] bool, `study_metrics.named`
+    rounded: np.ndarray  # [N] bool, whether `study_metrics.rounded` is the label
 
 
 def summarize(
@@ -68,11 +63,11 @@ def summarize(
     ids: np.ndarray | None = None,
     logits: np.ndarray | None = None,
 ) -> Level:
-    """Returns all numbers of one set of examples, JSON-ready: one "level" of the report.
+    """Returns all metrics of a set of examples, JSON-ready: one "level" of the report.
 
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
-    WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, a row a true
-    class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, see the top of the file.
+    WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
+    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, if undefined.
 
     Args:
       labels: [N] int, 0..C-1. N may be 0.
@@ -106,16 +101,16 @@ def summarize(
         "average_precision_micro": average_precision(is_class.ravel(), scores.ravel()),
         "auc_micro_logits": np.nan if logits is None else auc(is_class.ravel(), np.asarray(logits).ravel()),
     }
-    found = _plain(metrics_from_statistics(sums, areas, classes))
+    level = _to_python(metrics_from_statistics(sums, areas, classes))
     counts = confusion.sum(axis=1)
-    per_class = {name: {"n": int(counts[i]), **found["per_class"][name]} for i, name in enumerate(classes)}
-    return {"n": n, **found, "confusion": confusion.tolist(), "per_class": per_class}
+    per_class = {name: {"n": int(counts[i]), **level["per_class"][name]} for i, name in enumerate(classes)}
+    return {"n": n, **level, "confusion": confusion.tolist(), "per_class": per_class}
 
 
 def sufficient_statistics(
     labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None
 ) -> Statistics:
-    """Returns what each example adds; `labels` [N] int, `probabilities` [N, C] float64, `logits` [N, C] or None."""
+    """Returns the statistics of `labels` [N] int, `probabilities` [N, C] float64 and `logits` [N, C] or None."""
     n, c = probabilities.shape
     rows = np.arange(n)
     predicted = probabilities.argmax(axis=1) if n else labels
@@ -133,14 +128,14 @@ def sufficient_statistics(
 
 
 def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
-    """Returns which of `count` equal bins of 0..1 each confidence [N] lies in, [N] int; an edge is the lower bin's."""
+    """Returns the index [N] of each confidence among `count` equal bins of 0..1, which include their upper edge."""
     return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
 
 
 def metrics_from_statistics(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
-    """Returns the numbers of a level but `n` and `confusion`, NaN where undefined, for any leading axes [...].
+    """Returns the metrics of a level except `n` and `confusion`, NaN where undefined, for any leading axes [...].
 
-    One definition for a set of examples and for each draw of a bootstrap.
+    The same definition serves a set of examples and the draws of a bootstrap.
 
     Args:
       sums: over the examples: "confusion" [..., C, C] counts, "loss", "brier" and "rounded" [...], "gaps" [..., BINS],
@@ -173,56 +168,52 @@ def metrics_from_statistics(sums: Mapping[str, Any], areas: Mapping[str, Any], c
 def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
 
-    Counts (`n`, `confusion`, `mixed_groups`) are none, nor are `intervals`.
+    Leaves out counts (`n`, `confusion`, `mixed_groups`) and `intervals`.
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in level.items():
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}.") if prefix or name != "intervals" else {}
+            flat |= numbers(value, f"{prefix}{name}.") if prefix or name != "intervals" else {}
         elif name not in ("n", "confusion", "mixed_groups"):
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def report_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
 
-    `slice` is over all examples, `patient` over the groups (see `by_patient`), `by_source` over the examples
-    of each source; it is empty if no source is known, and examples without one are "unknown" otherwise.
-    Raises ValueError as `summarize` does.
+    `slice` is over all examples, `patient` over the groups (see `by_patient`), `by_source` over the examples of each
+    source: {} if no source is known, and otherwise "unknown" for examples without one. Raises as `summarize`.
     """
     p = predictions
-    levels: dict[str, Any] = {**whole_levels(p), "by_source": {}}
-    if (p.sources != "").any():
-        names, member = np.unique(np.where(p.sources == "", "unknown", p.sources), return_inverse=True)
-        order = np.argsort(member, kind="stable")
-        rows_of = np.split(order, np.cumsum(np.bincount(member))[:-1])
-        levels["by_source"] = {
-            str(name): summarize(
+    sources = np.where(p.sources == "", "unknown", p.sources)
+    rows_of = {str(name): sources == name for name in np.unique(sources)} if (p.sources != "").any() else {}
+    return {
+        **whole_levels(p),
+        "by_source": {
+            name: summarize(
                 p.labels[rows],
                 p.probabilities[rows],
                 p.classes,
                 p.ids[rows],
                 None if p.logits is None else p.logits[rows],
             )
-            for name, rows in zip(names, rows_of, strict=True)
-        }
-    return levels
-
-
-def whole_levels(predictions: Predictions) -> dict[str, Any]:
-    """Returns the levels `slice` and `patient` of `report_levels` alone."""
-    p = predictions
-    patients, mixed = by_patient(p)
-    return {
-        "slice": summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits),
-        "patient": summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
-        | {"mixed_groups": mixed},
+            for name, rows in rows_of.items()
+        },
     }
 
 
+def whole_levels(predictions: Predictions) -> dict[str, Any]:
+    """Returns the levels `slice` and `patient` of `report_levels`."""
+    p = predictions
+    patients, mixed = by_patient(p)
+    patient = summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
+    slices = summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits)
+    return {"slice": slices, "patient": patient | {"mixed_groups": mixed}}
+
+
 def flat_levels(predictions: Predictions) -> dict[str, float | None]:
-    """Returns the numbers of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
+    """Returns the scalars of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
     return {
         f"{level}.{name}": value
         for level, values in whole_levels(predictions).items()
@@ -232,51 +223,43 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 
 
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
-    """Returns one prediction a group, and the number of groups left out because their labels are mixed.
+    """Returns one prediction per group, and the number of groups left out because their labels are mixed.
 
-    The probability is the mean over the group's examples, in float64; ids and groups are the group's name,
-    sources its source ("several" if it has more), rows sorted by name, no extra columns. An example with the
-    group "" is a group of its own, named by its id. Raises ValueError for NaN probabilities, as `summarize`.
+    The probability is the mean over the group's examples, in float64. Ids and groups are the group's name, sources its
+    source ("several" if it has more), rows sorted by name, no extra columns. An example with the group "" is a group of
+    its own, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
     """
     p = predictions
     check_probabilities(np.asarray(p.probabilities, dtype=np.float64), p.ids)
-    alone = p.groups == ""
-    keys = patient_keys(p)
-    names, first, member, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-    n = len(names)
-    mixed = np.zeros(n, bool)
-    mixed[member[p.labels != p.labels[first][member]]] = True
-    several = np.zeros(n, bool)
-    several[member[p.sources != p.sources[first][member]]] = True
-    means = np.stack(
-        [
-            np.bincount(member, weights=p.probabilities[:, i], minlength=n) / np.maximum(counts, 1)
-            for i in range(len(p.classes))
-        ],
-        axis=1,
-    )
-    kept = ~mixed
-    shown = np.where(alone, p.ids, p.groups)[first][kept]
+    keys, first, member, counts = np.unique(patient_keys(p), return_index=True, return_inverse=True, return_counts=True)
+    n = len(keys)
+
+    def varies(values: np.ndarray) -> np.ndarray:
+        return np.bincount(member, weights=values != values[first][member], minlength=n) > 0
+
+    sums = [np.bincount(member, weights=p.probabilities[:, i], minlength=n) for i in range(len(p.classes))]
+    uniform = ~varies(p.labels)
+    names = np.where(p.groups == "", p.ids, p.groups)[first][uniform]
     patients = Predictions(
-        ids=shown,
-        groups=shown,
-        sources=np.where(several, "several", p.sources[first])[kept],
-        labels=p.labels[first][kept],
-        probabilities=means[kept],
+        ids=names,
+        groups=names,
+        sources=np.where(varies(p.sources), "several", p.sources[first])[uniform],
+        labels=p.labels[first][uniform],
+        probabilities=(np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None])[uniform],
         classes=p.classes,
     )
-    return patients, int(mixed.sum())
+    return patients, int((~uniform).sum())
 
 
 def patient_keys(predictions: Predictions) -> np.ndarray:
-    """Returns [N] str, equal for two examples exactly where they are of one patient."""
+    """Returns [N] str, equal for two examples exactly if they belong to one patient."""
     p = predictions
-    # A group's name and an example's id live apart: id "7" without a group is not patient "7".
+    # The prefix keeps a group's name and an example's id apart: id "7" without a group is not patient "7".
     return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))
 
 
 def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None) -> None:
-    """Raises ValueError naming the examples whose row [N, C] is not made of probabilities."""
+    """Raises ValueError naming the examples whose rows [N, C] are not probabilities."""
     p = probabilities
     for what, bad in (
         ("are NaN or infinite", ~np.isfinite(p).all(axis=1)),
@@ -285,28 +268,28 @@ def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None
     ):
         if bad.any():
             rows = np.flatnonzero(bad)
-            named = [f"row {row}" if ids is None else str(ids[row]) for row in rows[:5]]
+            names = ", ".join(f"row {row}" if ids is None else str(ids[row]) for row in rows[:5])
             more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
             raise ValueError(
-                f"the probabilities of {len(rows)} of {len(p)} examples {what}: {', '.join(named)}{more}; "
-                "the weights that made them have probably diverged"
+                f"the probabilities of {len(rows)} of {len(p)} examples {what}: {names}{more}; "
+                "training has probably diverged"
             )
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Returns precision, recall, specificity, npv and f1 of each class, [..., C] each, NaN where undefined.
 
-    `confusion` [..., C, C]: counts, entry i, j of examples of class i taken for class j.
+    `confusion` [..., C, C]: entry i, j is the number of examples of class i predicted as class j.
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    true, taken, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
-    true_negative = n - true - taken + hits
+    true, predicted, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
+    true_negative = n - true - predicted + hits
     return {
-        "precision": _ratio(hits, taken),
+        "precision": _ratio(hits, predicted),
         "recall": _ratio(hits, true),
         "specificity": _ratio(true_negative, n - true),
-        "npv": _ratio(true_negative, n - taken),
-        "f1": _ratio(2 * hits, true + taken),
+        "npv": _ratio(true_negative, n - predicted),
+        "f1": _ratio(2 * hits, true + predicted),
     }
 
 
@@ -329,7 +312,7 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
     """Returns the sum of (recall step) x precision over the thresholds; NaN without both sides.
 
-    Without negatives it would be 1 for any scores, and say nothing. `positive` [N] bool, `scores` [N].
+    Without negatives it would be 1 for any scores. `positive` [N] bool, `scores` [N].
     """
     if positive.all() or not positive.any():
         return float("nan")
@@ -338,23 +321,23 @@ def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns false positive rate, true positive rate and threshold, one point a distinct score.
+    """Returns false positive rate, true positive rate and threshold, one point per distinct score.
 
-    The first point is (0, 0) at threshold infinity; an example counts as positive if its score is at least
-    the threshold. NaN where a side is empty. `positive` [N] bool, `scores` [N].
+    The first point is (0, 0) at threshold infinity; an example is predicted positive if its score is at least the
+    threshold. NaN where a side is empty. `positive` [N] bool, `scores` [N].
     """
-    hits, alarms, thresholds = _cumulated(positive, scores)
+    hits, alarms, thresholds = _cumulative_counts(positive, scores)
     with np.errstate(invalid="ignore"):
         return alarms / alarms[-1], hits / hits[-1], thresholds
 
 
 def pr_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns recall (rising from 0), precision and threshold, one point a distinct score.
+    """Returns recall (rising from 0), precision and threshold, one point per distinct score.
 
-    The first point is (0, 1) at threshold infinity, where nothing is called positive. Recall is NaN without a
-    positive example. `positive` [N] bool, `scores` [N].
+    The first point is (0, 1) at threshold infinity. Recall is NaN without a positive example. `positive` [N] bool,
+    `scores` [N].
     """
-    hits, alarms, thresholds = _cumulated(positive, scores)
+    hits, alarms, thresholds = _cumulative_counts(positive, scores)
     with np.errstate(invalid="ignore"):
         recall = hits / hits[-1]
         precision = hits / (hits + alarms)
@@ -362,8 +345,8 @@ def pr_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
     return recall, precision, thresholds
 
 
-def _cumulated(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns true and false positives [T + 1] at the T distinct scores, falling, after a start of none."""
+def _cumulative_counts(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns true and false positives [T + 1] and thresholds: infinity, and the T distinct scores, falling."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
     is_end = np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)]  # the last of each set of ties
@@ -380,14 +363,14 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Returns the (weighted) mean over the last axis's defined values; NaN if there is none, or no weight on them."""
+    """Returns the (weighted) mean of the defined values along the last axis; NaN without any, or any weight."""
     defined = ~np.isnan(values)
     weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
     return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
 
 
-def _plain(value: Any) -> Any:
-    """Turns the numbers of a tree into Python's, NaN into None."""
+def _to_python(value: Any) -> Any:
+    """Returns a tree with Python floats for its numbers, and None for NaN."""
     if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _to_python(inner) for name, inner in value.items()}
     return None if np.isnan(value) else float(value)

@@ -1,4 +1,4 @@
-"""One pass over a split with given weights: each example once, predictions gathered on the host."""
+"""Predictions for a split of a data set."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +28,8 @@ def predict(
 ) -> Predictions:
     """Returns the predictions for every example of a split, in record order.
 
-    `predict_step` takes `variables`, and is jitted with its output on every device (`mesh.replicated`), so each
-    host ends up with all predictions. `check` is called between batches and may raise. Raises ValueError for an empty
-    split.
+    `predict_step` takes `variables` and is jitted with replicated outputs (`mesh.replicated`), so every host has all
+    predictions. `check` is called between batches and may raise. Raises ValueError for an empty split.
     """
     rows = data.rows(split)
     if not len(rows):
@@ -40,11 +39,11 @@ def predict(
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def keep(out: dict[str, jax.Array]) -> None:
-        found = jax.device_get(out)
-        each = zip(found["row"], found["probabilities"], found["logits"], strict=True)
-        scores.update((int(r), (p, z)) for r, p, z in each if r >= 0)
+        batch = jax.device_get(out)
+        each = zip(batch["row"], batch["probabilities"], batch["logits"], strict=True)
+        scores.update((int(r), (p, z)) for r, p, z in each if r >= 0)  # -1 is padding
 
-    ahead = None  # computed while the next batch is read and sent
+    ahead = None  # computed while the next batch is read and transferred
     total = -(-len(rows) // size)
     for batch in tqdm(batches, f"predicting {split}", total, disable=not progress, leave=False):
         check()

@@ -1,13 +1,11 @@
-"""What a network said about each example of a split, in memory and as a CSV that a spreadsheet opens.
+"""Predictions for the examples of a split, in memory and as a CSV file.
 
-Columns of the CSV, one row an example: `id`, `group` (patient), `source`, `label` and `predicted` (class
-names), `p_CLASS` and, where the network's logits are known, `logit_CLASS` for each class in label order,
-`extra_NAME` for each further column of the data set.
-Every number of a report follows from this file alone.
+Columns of the CSV, one row per example: `id`, `group` (patient), `source`, `label` and `predicted` (class names),
+`p_CLASS` and, if the logits are known, `logit_CLASS` for each class in label order, `extra_NAME` for each further
+column of the data set. Every metric of a report follows from this file.
 """
 
 import csv
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,39 +18,34 @@ COLUMNS = ("id", "group", "source", "label", "predicted")
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """N examples and the probabilities of C classes. Raises ValueError if the parts don't fit together."""
+    """N examples and the probabilities of C classes. Raises ValueError for inconsistent shapes, labels or classes."""
 
     ids: np.ndarray  # [N] str, unique in the data set
-    groups: np.ndarray  # [N] str, the patient; "" is a patient of its own
-    sources: np.ndarray  # [N] str, where the example comes from; "" is unknown
+    groups: np.ndarray  # [N] str, the patient; each "" is a patient of its own
+    sources: np.ndarray  # [N] str, such as the hospital; "" is unknown
     labels: np.ndarray  # [N] int64, 0..C-1
     probabilities: np.ndarray  # [N, C] float32 or float64, each row sums to 1
     classes: tuple[str, ...]  # C names in label order
     extra: dict[str, np.ndarray] = field(default_factory=dict)  # further columns, each [N] str
-    logits: np.ndarray | None = None  # [N, C], whose softmax are the probabilities; None where nobody kept them
+    logits: np.ndarray | None = None  # [N, C], whose softmax are the probabilities; None if unknown
 
     def __post_init__(self) -> None:
-        """Checks lengths, labels and class names; the values of `probabilities` are left to the metrics."""
+        """Checks shapes, labels and class names; the metrics check the values of `probabilities`."""
         n, c = len(self.ids), len(self.classes)
-        if np.shape(self.probabilities) != (n, c):
-            raise ValueError(
-                f"probabilities have shape {np.shape(self.probabilities)}, expected {(n, c)}: "
-                "one row an example, one column a class"
-            )
-        if self.logits is not None and np.shape(self.logits) != (n, c):
-            raise ValueError(f"logits have shape {np.shape(self.logits)}, expected {(n, c)} as the probabilities")
-        columns = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
-        for name, values in columns.items():
-            if np.shape(values) != (n,):
-                raise ValueError(f"{name} have shape {np.shape(values)}, expected {(n,)}: one for each id")
-        twice = [name for name, times in Counter(self.classes).items() if times > 1]
-        if twice:
-            raise ValueError(f"class names must differ, given more than once: {', '.join(twice)}")
-        if n and not (np.min(self.labels) >= 0 and np.max(self.labels) < c):
-            bad = int(np.flatnonzero((self.labels < 0) | (self.labels >= c))[0])
-            raise ValueError(
-                f"{self.ids[bad]}: label {self.labels[bad]} is not a class number; there are {c} classes, 0 to {c - 1}"
-            )
+        rows = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
+        tables = {
+            "probabilities": self.probabilities,
+            "logits": self.probabilities if self.logits is None else self.logits,
+        }
+        for columns, shape in ((tables, (n, c)), (rows, (n,))):
+            for name, values in columns.items():
+                if np.shape(values) != shape:
+                    raise ValueError(f"{name}: shape {np.shape(values)}, expected {shape} for {n} ids and {c} classes")
+        if len(set(self.classes)) < c:
+            raise ValueError(f"duplicate class names: {', '.join(self.classes)}")
+        bad = np.flatnonzero((self.labels < 0) | (self.labels >= c))
+        if len(bad):
+            raise ValueError(f"{self.ids[bad[0]]}: label {self.labels[bad[0]]} is not a class index from 0 to {c - 1}")
 
     def __len__(self) -> int:
         """Returns N."""
@@ -60,15 +53,12 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """Returns [N] int64: the class of the highest probability, the first one of equals."""
+        """The class of the highest probability, the first of equals, int64 [N]."""
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
 
 
 def write(predictions: Predictions, path: Path) -> None:
-    """Writes the CSV, whole or not at all (a rename at the end).
-
-    Probabilities and logits are kept as float32, in the fewest digits that read back the same.
-    """
+    """Writes the CSV atomically; probabilities and logits as float32, in the fewest digits that read back the same."""
     names = np.asarray(predictions.classes, dtype=np.str_)
     header = [
         *COLUMNS,
@@ -77,14 +67,13 @@ def write(predictions: Predictions, path: Path) -> None:
         *(f"extra_{name}" for name in predictions.extra),
     ]
     numbers = [predictions.probabilities, *([] if predictions.logits is None else [predictions.logits])]
-    # Numbers print alike in float32 in numpy only, so that "0.1" doesn't become 0.10000000149011612.
-    shown = np.concatenate(numbers, axis=1).astype(np.float32).astype(np.str_)
+    # numpy prints float32 in its own digits: "0.1" and not 0.10000000149011612.
+    digits = np.concatenate(numbers, axis=1).astype(np.float32).astype(np.str_)
     text = (predictions.ids, predictions.groups, predictions.sources)
-    columns = [*text, names[predictions.labels], names[predictions.predicted], *shown.T]
-    columns += predictions.extra.values()
+    columns = [*text, names[predictions.labels], names[predictions.predicted], *digits.T, *predictions.extra.values()]
     with (
         atomic_file(Path(path)) as partial,
-        # File names may hold bytes that are not UTF-8; they go through unchanged.
+        # File names may have bytes that are not UTF-8; they are preserved.
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -93,12 +82,11 @@ def write(predictions: Predictions, path: Path) -> None:
 
 
 def read(path: Path) -> Predictions:
-    """Reads what `write` wrote; probabilities and logits are float32.
+    """Reads the CSV of `write`; probabilities and logits are float32.
 
-    Raises ValueError naming the file and the line for a missing column, a row of another length, an unknown
-    class, a probability that is no number, or logits of some classes only.
+    Raises ValueError naming the file and the line for a missing column, a row of another length, an unknown class, a
+    value that is not a number, or logits of some classes only.
     """
-    path = Path(path)
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -110,7 +98,7 @@ def read(path: Path) -> Predictions:
         raise ValueError(f"{path}: logits of {', '.join(given)}, but probabilities of {', '.join(classes)}")
     if missing or not classes:
         raise ValueError(
-            f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a file of predictions starts with "
+            f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
     for line, row in lines:
@@ -120,7 +108,7 @@ def read(path: Path) -> Predictions:
     values = {name: [row[i] for _, row in lines] for i, name in enumerate(header)}
     for (line, _), label in zip(lines, values["label"], strict=True):
         if label not in number:
-            raise ValueError(f"{path}, line {line}: label {label!r} is no class; they are {', '.join(classes)}")
+            raise ValueError(f"{path}, line {line}: label {label!r} is not one of {', '.join(classes)}")
     scores, logits = (
         [_floats(path, lines, kind + name, values[kind + name]) for name in names]
         for kind, names in (("p_", classes), ("logit_", given))

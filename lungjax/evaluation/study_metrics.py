@@ -1,12 +1,11 @@
-"""What the studies call by these names, to compare with their tables and for nothing else: `study` of a level.
+"""Metrics as the reproduced studies define them, for comparison with their tables: `study` of a level.
 
-f1_weighted         CT-COV19: TensorFlow Addons' F1Score(average="weighted") on the network's outputs (logits where
-                    they are known). Every class that has the highest output counts as named, ties twice, and
-                    0 / 0 is 0.
-auc_micro_logits    CT-COV19: micro-average AUC over the raw logits, which have one scale within an image only.
-f1_macro_harmonic   COVIDx CT: the harmonic mean of macro precision and macro recall; None where a class has none.
-accuracy_rounded    ictcf: the predicted class is the first of the highest after the probabilities are rounded to 0
-                    or 1, a half to 0; so it is the first class of all where none is above a half.
+f1_weighted         CT-COV19: TensorFlow Addons' F1Score(average="weighted") of the network's outputs (logits if known).
+                    All classes that share the highest output count as predicted, and 0 / 0 is 0.
+auc_micro_logits    CT-COV19: micro-average AUC of the raw logits, which are comparable only within an image.
+f1_macro_harmonic   COVIDx CT: the harmonic mean of macro precision and macro recall; None if undefined for a class.
+accuracy_rounded    ictcf: the predicted class is the first of the highest after rounding the probabilities to 0 or 1, a
+                    half to 0; so it is the first class if none exceeds a half.
 """
 
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 
 def named(outputs: np.ndarray) -> np.ndarray:
-    """Returns [N, C] bool: the classes that TensorFlow Addons 0.23 takes an example for, by its outputs [N, C].
+    """Returns [N, C] bool: the classes that TensorFlow Addons 0.23 predicts from outputs [N, C].
 
     Those of the highest output, unless it is zero ("make sure [0, 0, 0] doesn't become [1, 1, 1]").
     """
@@ -23,18 +22,18 @@ def named(outputs: np.ndarray) -> np.ndarray:
 
 
 def rounded(probabilities: np.ndarray) -> np.ndarray:
-    """Returns [N] int: the class once probabilities [N, C] are rounded, as numpy and TensorFlow do, halves to even."""
+    """Returns [N] int: the class after rounding probabilities [N, C], halves to even as numpy and TensorFlow do."""
     return np.round(probabilities).argmax(axis=1) if len(probabilities) else np.zeros(0, np.int64)
 
 
 def values(
     sums: Mapping[str, np.ndarray], rates: Mapping[str, np.ndarray], auc_micro_logits: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Returns the numbers described at the top of the file, NaN where undefined, for any leading axes [...].
+    """Returns the metrics of the module's docstring, NaN where undefined, for any leading axes [...].
 
     Args:
-      sums: "confusion" [..., C, C] and "rounded" [...], the right ones by `rounded`; "named" [..., C] by `named`, and
-        "named_right" [..., C] by those of the class.
+      sums: of `metrics.Statistics`: "confusion" [..., C, C], "rounded" [...], "named" [..., C], and "named_right"
+        [..., C] of the class's own examples.
       rates: "precision" and "recall" [..., C], NaN where undefined.
       auc_micro_logits: [...], passed on.
     """

@@ -19,11 +19,9 @@ from PIL import Image
 
 from lungjax.config import metadata
 from lungjax.config.metadata import Metadata
-from lungjax.data import preprocess
 from lungjax.data.batching import pad_batch
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
-from lungjax.evaluation import novelty
 from lungjax.inference import artifacts, records
 
 BATCH = 8
@@ -61,7 +59,7 @@ def predict(flags: argparse.Namespace) -> int:
     records.check_rule(description, flags.rule)
     if (description.stage or description.box == "body") and not flags.prepared:
         check_masks()  # before any image is read
-    detector = None if description.familiarity is None else novelty.from_dict(description.familiarity)
+    prepare = artifacts.Preprocessor(description)
     files = gather(flags.paths)
     write = writer(description, flags.json)
     size, failed = min(flags.batch, len(files)), 0
@@ -70,20 +68,21 @@ def predict(flags: argparse.Namespace) -> int:
         inputs = []
         for name in files[at : at + size]:
             try:
-                inputs.append((name, *read(Path(name), description, detector, flags.prepared)))
+                decoded = images.read(Path(name).read_bytes())[0]
+                inputs.append((name, prepare(decoded, segmented=flags.prepared)))
             except (ValueError, OSError) as error:
                 failed += 1
                 print(f"model.pyz: {name}: {error}", file=sys.stderr)
                 write(records.failure(name, str(error)))
         if not inputs:
             continue
-        batch = pad_batch(np.stack([pixels for _, pixels, *_ in inputs]), size)  # one size compiles once
+        batch = pad_batch(np.stack([image.pixels for _, image in inputs]), size)  # one size compiles once
         probabilities = np.asarray(model.outputs(batch)["probabilities"])
-        for (name, _, score, warnings), p in zip(inputs, probabilities, strict=False):
-            write(records.record(description, name, p, score, warnings, flags.rule))
+        for (name, image), p in zip(inputs, probabilities, strict=False):
+            write(records.record(description, name, p, image.novelty, image.warnings, flags.rule))
         if flags.maps:
             maps, _ = model.gradcam(batch, np.full(size, -1, np.int32))
-            for (name, *_), heat in zip(inputs, maps, strict=False):
+            for (name, _), heat in zip(inputs, maps, strict=False):
                 save_map(heat, Path(flags.maps), Path(name).stem, names)
     print(metadata.NOTICE, file=sys.stderr)
     return 1 if failed else 0
@@ -118,20 +117,6 @@ def check_masks() -> None:
             f"the model was trained on segmented bodies or lungs, which needs the package {error.name}: "
             "pip install scikit-image, or give images that are segmented already, with --prepared"
         ) from None
-
-
-def read(
-    path: Path, description: Metadata, detector: Any, prepared: bool
-) -> tuple[np.ndarray, float | None, list[str]]:
-    """Returns an image file as network input uint8 [H, W, C], its novelty score, and warnings.
-
-    The same steps as `lungjax.inference.model.Model.prepare`. Raises ValueError if the file can't be read.
-    """
-    pixels, stored, warnings = preprocess.picture(images.read(path.read_bytes())[0], description, None, prepared)
-    score = None if detector is None else detector.unlike(stored)
-    if score is not None and score > 1:
-        warnings.append(f"unlike the training images: {detector.why(stored)}")
-    return pixels, score, warnings
 
 
 def writer(description: Metadata, as_json: bool) -> Any:

@@ -13,7 +13,7 @@ A `model.pyz` is an uncompressed zip:
 
 Images are cropped and resized before the program; normalization, temperature and softmax are inside. This reader
 unpickles nothing and runs no Python code from the file. The programs are compiled code all the same: open files from
-people you trust. This file imports only jax, numpy and the metadata, because it is packed into the zip.
+people you trust. This file imports only packages that are packed into the zip too.
 """
 
 import io
@@ -31,6 +31,8 @@ import jax
 import numpy as np
 
 from lungjax.config.metadata import Metadata, from_json
+from lungjax.data import preprocess
+from lungjax.evaluation import novelty
 
 FORMAT = 1
 ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
@@ -61,6 +63,39 @@ def check_pixels(pixels: np.ndarray, metadata: Metadata) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
         expected = ", ".join(map(str, shape))
         raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, {expected}]")
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One preprocessed image."""
+
+    pixels: np.ndarray  # uint8 [H, W, C]
+    novelty: float | None = None  # above 1: unlike the training images; None if the model has no such score
+    warnings: tuple[str, ...] = ()
+
+
+class Preprocessor:
+    """Turns decoded images into network inputs, as the metadata of a model says."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.metadata = metadata
+        self.novelty = None if metadata.novelty is None else novelty.from_dict(metadata.novelty)
+
+    def __call__(self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False) -> Input:
+        """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
+
+        Args:
+          decoded: the image.
+          box: xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
+          segmented: the image is segmented already, like the training images.
+
+        Raises ValueError for a 16-bit image if the model has no window.
+        """
+        pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
+        score = None if self.novelty is None else self.novelty.score(stored)
+        if self.novelty is not None and score is not None and score > 1:
+            warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")
+        return Input(pixels, score, tuple(warnings))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,11 @@ from flax import linen as nn
 from lungjax import models
 from lungjax.config import Config, metadata, nearest, overrides
 from lungjax.config.metadata import Metadata
-from lungjax.data import preprocess
 from lungjax.data.batching import pad_batch
-from lungjax.evaluation import novelty
 from lungjax.explain import saliency
 from lungjax.inference import api, artifacts
 from lungjax.inference.api import Boxes, Images
+from lungjax.inference.artifacts import Preprocessor
 from lungjax.models import folding, outputs
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
@@ -48,15 +47,6 @@ class Network:
     module: nn.Module
     variables: dict[str, Any]  # params and batch_stats
     step: int  # of the checkpoint
-
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """One preprocessed image."""
-
-    pixels: np.ndarray  # uint8 [H, W, C]
-    novelty: float | None = None  # above 1: out of the training distribution; None if the model has no such score
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +110,10 @@ class Model:
         for size in self.batch_sizes:
             self.outputs(np.zeros((size, *self.image_shape), np.uint8))
 
-    def prepare(self, decoded: Any, box: preprocess.Box | None = None) -> Input:
-        """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
-
-        `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
-        Raises ValueError for a 16-bit image if the model has no window.
-        """
-        pixels, stored, warnings = preprocess.picture(np.asarray(decoded), self.metadata, box)
-        if self._novelty is None:
-            return Input(pixels, None, tuple(warnings))
-        score = self._novelty.unlike(stored)
-        if score > 1:
-            warnings.append(f"unlike the training images: {self._novelty.why(stored)}")
-        return Input(pixels, score, tuple(warnings))
+    @cached_property
+    def prepare(self) -> Preprocessor:
+        """Turns a decoded image into network input: prepare(image, box=None) -> `artifacts.Input`."""
+        return Preprocessor(self.metadata)
 
     def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `probabilities` (calibrated), `logits` [B, classes] and `features` [B, F] of prepared pixels.
@@ -175,10 +156,6 @@ class Model:
 
     def _pixels(self, images: Images, boxes: Boxes) -> np.ndarray:
         return np.stack([self.prepare(array, box).pixels for array, box in api.read_images(images, boxes)])
-
-    @cached_property
-    def _novelty(self) -> Any:
-        return None if self.metadata.familiarity is None else novelty.from_dict(self.metadata.familiarity)
 
 
 def load(path: str | Path) -> Model:

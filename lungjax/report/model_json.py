@@ -1,4 +1,4 @@
-"""What a run writes for those who will use its network: `metadata.Metadata` and `novelty.Familiarity` of a run."""
+"""model.json of a run, for those who use its network: `metadata.Metadata` and the novelty score."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,28 +14,29 @@ from lungjax.evaluation import calibration, metrics, novelty, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models.outputs import positive_class
 
-MOST = 1000  # images of a split that are looked at for `familiarity`
-BOXED = (
-    "The scores are of the body's box as the data set gives it; in prediction it is found in each image, which may "
-    "differ by some pixels and change an answer."
+MAX_IMAGES = 1000  # of a split, for the novelty score
+BODY_BOX = (
+    "Tested with the body boxes of the data set. Prediction detects the body in each image; its box may differ by some "
+    "pixels and change a prediction."
 )
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
+POINT = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
 
 
-def look(data: Prepared) -> novelty.Familiarity | None:
-    """Returns what the training images of a data set look like; None for too few or unreadable ones.
+def look(data: Prepared) -> novelty.Novelty | None:
+    """Returns the novelty score of a data set, from at most MAX_IMAGES images of each split, evenly spaced.
 
-    Up to MOST images of each split, at even distances. An image that can't be read is left out.
+    Unreadable images are skipped. None if too few are left.
     """
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
-    except ValueError:  # too few pictures to say what is usual
+    except ValueError:
         return None
 
 
 def _pictures(data: Prepared, split: str) -> Iterator[Any]:
     rows = np.unique(data.rows(split))
-    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).round().astype(int)]:
+    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().astype(int)]:
         try:
             yield images.load(data.records[int(row)]["image"], data.window)
         except ValueError:
@@ -47,18 +48,18 @@ def describe(
     data: Prepared,
     results: Mapping[str, Predictions],
     report: Mapping[str, Any],
-    known: novelty.Familiarity | None,
-    told: Mapping[str, Any],
+    detector: novelty.Novelty | None,
+    dataset: Mapping[str, Any],
 ) -> Metadata:
-    """Returns model.json's content for a run that was just tested.
+    """Returns the content of model.json for a run that was just tested.
 
     Args:
       config: of the run, complete.
-      data: what it was trained on.
-      results: predictions of "test", and of "val" where there are any: temperature and thresholds are chosen there.
-      report: report.json's content.
-      known: of `look`.
-      told: of `datasets.describe`.
+      data: the training data.
+      results: predictions of "test", and of "val" if it exists, which temperature and thresholds are chosen on.
+      report: content of report.json.
+      detector: of `look`.
+      dataset: of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
@@ -66,11 +67,9 @@ def describe(
     temperature, points = 1.0, {}
     if val is not None and len(val):
         temperature = calibration.fit_temperature(val)
-        points = _points(
-            config, calibration.apply_temperature(val, temperature), calibration.apply_temperature(test, temperature)
-        )
+        points = _points(config, *(calibration.apply_temperature(p, temperature) for p in (val, test)))
     facts, box = report["facts"], _box(config, data)
-    about = told.get("about") or {}
+    about = dataset.get("about") or {}
     return Metadata(
         name=config.name,
         classes=data.classes,
@@ -86,10 +85,10 @@ def describe(
         positive=positive_class(config, data.classes),
         temperature=temperature,
         points=points,
-        scores={level: _scores(report["test"][level], report) for level in ("slice", "patient")},
+        scores={level: _scores(report["test"][level], report["classes"]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
         patients=_patients(data),
-        familiarity=None if known is None else known.to_dict(),
+        novelty=None if detector is None else detector.to_dict(),
         about={
             "notice": NOTICE,
             "network": config.model.name,
@@ -98,21 +97,23 @@ def describe(
             "data_licence": about.get("licence", ""),
             "data_title": about.get("title", ""),
             "protocol": config.data.protocol,
-            "warnings": [*report["warnings"], *([BOXED] if box == "body" else [])],
+            "warnings": [*report["warnings"], *([BODY_BOX] if box == "body" else [])],
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
 
 
 def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    columns, found = data.columns, {}
-    if len(np.unique(columns["group"])) == len(columns["group"]):
+    """Returns SPLIT.CLASS, the number of patients; {} if each has one image."""
+    groups = data.columns["group"]
+    if len(np.unique(groups)) == len(groups):
         return {}
+    counts = {}
     for split in ("train", "val", "test"):
         rows = np.unique(data.rows(split))
-        labels, groups = columns["label"][rows], columns["group"][rows]
-        found[split] = {name: len(np.unique(groups[labels == i])) for i, name in enumerate(data.classes)}
-    return found
+        labels = data.columns["label"][rows]
+        counts[split] = {name: len(np.unique(groups[rows][labels == i])) for i, name in enumerate(data.classes)}
+    return counts
 
 
 def _box(config: Config, data: Prepared) -> str:
@@ -120,34 +121,35 @@ def _box(config: Config, data: Prepared) -> str:
     columns = data.columns
     whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
     if config.input.crop != "box" or (columns["box"] == whole).all():
-        return ""  # also where the data set has none, and whole images were shown
+        return ""
     return "body" if entry.axial and name.base != "folder" else "given"  # a user's boxes may be of anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns LEVEL.CLASS.RULE of calibrated predictions; patients only where some have several slices."""
-    chosen = config.eval
-    found = {"slice": (val, test)}
+    """Returns LEVEL.CLASS.RULE of calibrated predictions; "patient" only if some have several slices."""
+    pairs = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
-        found["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    kept = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
-    return {
-        level: {
-            name: {rule: {key: point[key] for key in kept} for rule, point in rules.items()}
-            for name, rules in operating_points.points(
-                *pair, chosen.sensitivity, chosen.prevalence, chosen.draws
-            ).items()
-        }
-        for level, pair in found.items()
+        pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
+    options = config.eval
+    levels = {
+        level: operating_points.points(*pair, options.sensitivity, options.prevalence, options.draws)
+        for level, pair in pairs.items()
         if len(pair[1])
     }
+    return {
+        level: {
+            name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
+            for name, rules in classes.items()
+        }
+        for level, classes in levels.items()
+    }
 
 
-def _scores(level: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    ends = level.get("intervals", {})
+def _scores(level: Mapping[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
+    intervals = level.get("intervals", {})
     rates = {
         name: {key: level["per_class"][name].get(key) for key in ("n", "recall", "precision", "auc")}
-        for name in report["classes"]
+        for name in classes
     }
-    shown = {key: level.get(key) for key in SCORES}
-    return shown | {"intervals": {key: ends[key] for key in SCORES if key in ends}, "per_class": rates}
+    scores = {key: level.get(key) for key in SCORES}
+    return scores | {"intervals": {key: intervals[key] for key in SCORES if key in intervals}, "per_class": rates}

@@ -36,12 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_upload_mb", 512, "MiB of uploads in memory, of all requests.", 0.001)
     flags.DEFINE_integer("max_files", 64, "Files per request.", 1)
     flags.DEFINE_float("max_megapixels", 30, "Million pixels per image.", 0.0001)
-    flags.DEFINE_integer("max_side", 10_000, "Pixels along each side of an image.", 1)
-    flags.DEFINE_integer("max_requests", 128, "Requests in progress.", 1)
-    flags.DEFINE_integer("max_queue", 256, "Images that may wait for the device.", 1)
-    flags.DEFINE_integer("max_explains", 32, "Saliency maps that may wait for the device.", 1)
     flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute a request.", 0.01)
-    flags.DEFINE_float("read_seconds", 10, "Seconds to receive a body, plus one for each 64 KiB.", 0.01)
 
 
 def main(_: list[str]) -> None:
@@ -64,14 +59,10 @@ def main(_: list[str]) -> None:
         host=FLAGS.host,
         names=tuple(name.lower() for name in FLAGS.allowed_hosts),
         token=read_token(FLAGS.token_file),
-        file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6), FLAGS.max_side),
+        file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6)),
         request_bytes=int(FLAGS.max_request_mb * MIB),
         upload_bytes=int(FLAGS.max_upload_mb * MIB),
         files=FLAGS.max_files,
-        requests=FLAGS.max_requests,
-        queue=FLAGS.max_queue,
-        explains=FLAGS.max_explains,
-        read_seconds=FLAGS.read_seconds,
         seconds=FLAGS.max_seconds,
     )
     listening = listen(FLAGS.host, FLAGS.port)

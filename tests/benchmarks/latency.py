@@ -1,20 +1,19 @@
-"""Times single images and batches of eight, lungjax against onnxruntime, in turns.
+"""Latency of single images and batches of eight: lungjax against onnxruntime, in turns.
 
     python -m tests.benchmarks.latency --out=FOLDER [--models=efficientnet_b0,cbr_small] [--batches=1,8]
         [--rounds=9] [--turn_seconds=1] [--peer_python=PYTHON]
 
-Needs the extra `parity`, torch, and beside them onnxscript and onnxruntime; `--peer_python` names another interpreter
-that has these. onnxruntime gets the file one would deploy: the network exported by torch.onnx (timm's for all but CBR,
-which is written out), norms folded, all of onnxruntime's graph optimisations, with its default threads and with two.
-lungjax loads the same weights; its logits must be equal to 1e-4 of the range.
+Needs the extra `parity`, torch, onnxscript and onnxruntime; `--peer_python` names an interpreter that has these.
+onnxruntime gets the file one would deploy: the network exported by torch.onnx (timm's; CBR is written out), norms
+folded, all graph optimizations, with its default number of threads and with two. lungjax loads the same weights; its
+logits must agree to 1e-4 of their range.
 
-lungjax starts from uint8 pixels and normalises them in the program, and ends with probabilities on the host.
-onnxruntime starts from float32 pixels that are normalised and in its own order already, and ends with logits: what
-prepares them is left out, in its favour.
+lungjax starts from uint8 pixels, normalizes them in the program, and ends with probabilities on the host. onnxruntime
+starts from float32 pixels that are already normalized and transposed, and ends with logits, which favors it.
 
-Every contender has a process of its own that sleeps but in its turns (`latency_peers.py`). A ratio is taken of the
-medians within each round: median (lowest..highest), above 1 where onnxruntime is faster. The first starts of lungjax
-are timed too: with an empty compilation cache, and with what that start left there. Prints markdown.
+Each contender runs in a separate process (`latency_peers.py`), which is idle except in its turns. Ratios are of the
+medians within each round: median (lowest..highest), above 1 where onnxruntime is faster. The start-up of lungjax is
+measured with an empty compilation cache and with the cache of that start. Prints markdown.
 """
 
 import argparse
@@ -37,13 +36,13 @@ LIMIT = 1e-4  # of the range of an image's logits
 
 
 class Process:
-    """A contender in its own process, which sleeps until it is asked."""
+    """A contender in its own process."""
 
     def __init__(self, python: str, folder: Path, cache: Path, **flags: Any):
-        """Starts it and waits until it is ready; `facts` is what it says then. Raises RuntimeError if it can't."""
+        """Starts it and waits for its `facts`. Raises RuntimeError if it fails."""
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONSAFEPATH": "1",  # this folder's own names must not hide a library's
+            "PYTHONSAFEPATH": "1",  # names in this folder must not hide libraries
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # as lungjax.cli sets it
@@ -61,25 +60,25 @@ class Process:
         self.facts["seconds"] = time.perf_counter() - start
 
     def answer(self) -> dict[str, Any]:
-        """Returns the next line; raises RuntimeError with what went wrong there."""
+        """Returns the next line. Raises RuntimeError with the error of the process."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             end = " | ".join(self.log.read_text(errors="replace").splitlines()[-4:])
             raise RuntimeError(f"ended with code {self.process.wait()}: {end[-600:]}")
-        found = json.loads(line)
-        if "error" in found:
-            raise RuntimeError(found["error"])
-        return found
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
 
     def turn(self, batch: int, seconds: float) -> dict[str, Any]:
-        """Returns one turn's times, with the share of the cores that other programs took in it."""
+        """Returns the times of a turn, with the share of the cores that other programs used."""
         cores, start, busy = len(os.sched_getaffinity(0)), time.perf_counter(), busy_seconds()
         print(json.dumps({"batch": batch, "seconds": seconds}), file=self.process.stdin, flush=True)
-        found = self.answer()
+        answer = self.answer()
         wall = time.perf_counter() - start
-        mine = found["processor_ms"] / 1e3 * (len(found["ms"]) + 2)
-        return found | {"others": max((busy_seconds() - busy - mine) / wall / cores, 0.0)}
+        mine = answer["processor_ms"] / 1e3 * (len(answer["ms"]) + 2)
+        return answer | {"others": max((busy_seconds() - busy - mine) / wall / cores, 0.0)}
 
     def close(self) -> None:
         """Ends it."""
@@ -88,18 +87,18 @@ class Process:
 
 
 def distance(a: Any, b: Any) -> float:
-    """Returns the largest difference of two sets of logits [B, C] over the range of one image's."""
+    """Returns the largest difference of logits [B, C], relative to the range of an image's logits."""
     a, b = np.asarray(a), np.asarray(b)
     return float((np.abs(a - b).max(1) / np.ptp(b, axis=1)).max())
 
 
 def run(network: str, args: argparse.Namespace) -> tuple[list[str], str]:
-    """Times one network; returns its rows of the first table and its row of the second."""
+    """Measures one network; returns its rows of the first table and its row of the second."""
     folder = args.out / network
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "logits.npy").exists():
         Process(args.peer_python, folder, folder, task="make", network=network).close()
-    wanted = np.load(folder / "logits.npy")
+    expected = np.load(folder / "logits.npy")
     with tempfile.TemporaryDirectory() as cache:
         empty = Process(sys.executable, folder, Path(cache), task="ours", network=network)
         empty.close()
@@ -108,7 +107,7 @@ def run(network: str, args: argparse.Namespace) -> tuple[list[str], str]:
     pair = Process(args.peer_python, folder, folder, task="onnx", network=network, threads=2)
     contenders = {"ours": mine, "onnx": peer, "onnx2": pair}
     for name, process in contenders.items():
-        if (far := distance(process.facts["logits"], wanted)) > LIMIT:
+        if (far := distance(process.facts["logits"], expected)) > LIMIT:
             raise SystemExit(f"{network}: logits of {name} differ from torch's by {far:.1e} of their range")
     off = distance(mine.facts["logits"], peer.facts["logits"])
     rows = []
@@ -144,28 +143,24 @@ def run(network: str, args: argparse.Namespace) -> tuple[list[str], str]:
 def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where weights and ONNX files go, and are looked for")
-    parser.add_argument("--models", default="efficientnet_b0,cbr_small", help="with a comma")
-    parser.add_argument("--batches", default="1,8", help="images at once, with a comma")
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights and ONNX files")
+    parser.add_argument("--models", default="efficientnet_b0,cbr_small", help="comma-separated")
+    parser.add_argument("--batches", default="1,8", help="batch sizes, comma-separated")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--turn_seconds", type=float, default=1.0)
     parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch, timm and onnxruntime")
     args = parser.parse_args()
     args.batches = [int(batch) for batch in args.batches.split(",")]
-    found = [run(network, args) for network in args.models.split(",")]
+    results = [run(network, args) for network in args.models.split(",")]
     columns: tuple[str, ...] = (
-        "cpu, float32",
-        "ours, ms: median / p95",
-        "onnxruntime",
-        "with 2 threads",
-        "ours / onnxruntime",
-    )
-    columns += ("ours / 2 threads", "of the fastest calls", "ours, processor ms", "others")
+        "cpu, float32", "ours, ms: median / p95", "onnxruntime", "with 2 threads", "ours / onnxruntime",
+        "ours / 2 threads", "of the fastest calls", "ours, processor ms", "others",
+    )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
-    print("\n".join(row for rows, _ in found for row in rows))
+    print("\n".join(row for rows, _ in results for row in rows))
     columns = ("", "logits differ by", "first answer, s (import, load, compile and run)", "from the cache", "versions")
     print(f"\n| {' | '.join(columns)} |\n| --- |{' ---: |' * 3} --- |")
-    print("\n".join(row for _, row in found))
+    print("\n".join(row for _, row in results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The contenders of `latency.py`: one network each in a process of its own, which works only when it is told to.
+"""The processes of `latency.py`, each with one network.
 
     --task=make   writes a network's weights and its ONNX file (torch, timm, onnxscript)
-    --task=ours   answers with lungjax, as `lungjax.inference.predictor` compiles it
-    --task=onnx   answers with onnxruntime
+    --task=ours   runs lungjax, as `lungjax.inference.model` compiles it
+    --task=onnx   runs onnxruntime
 
-Started by `latency.py`, by path. The answering ones load, compile and warm up, write one line of JSON, and then answer
-each line {"batch": n, "seconds": s} with the milliseconds of single calls for about so long.
+`ours` and `onnx` load, compile and warm up, write one line of JSON, and then answer each line
+{"batch": n, "seconds": s} with the milliseconds of single calls during about s seconds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Call = Callable[[int], Any]  # with a batch size
 
 
 def channels(network: str) -> int:
-    """Returns how many colours a network is timed with: the CBR networks are for gray images."""
+    """Returns the channels of a network: CBR networks are for grayscale images."""
     return 1 if network.startswith("cbr") else 3
 
 
@@ -38,15 +38,15 @@ def pixels(network: str, batch: int) -> np.ndarray:
 
 
 def for_onnx(images: np.ndarray) -> np.ndarray:
-    """Returns float32 [B, C, H, W] in -1..1 as the ONNX file takes them."""
+    """Returns float32 [B, C, H, W] in -1..1, the input of the ONNX file."""
     return np.ascontiguousarray((images.astype(np.float32) / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5)
 
 
 def make(network: str, folder: Path) -> None:
-    """Writes FOLDER/weights (as timm publishes them, or by our own names) and FOLDER/NETWORK.onnx, batch size open.
+    """Writes FOLDER/weights and FOLDER/NETWORK.onnx with a dynamic batch size.
 
-    EfficientNet and others: timm's network, with the weights and running statistics that tests.parity draws. CBR: the
-    layers of `train_networks.py`. torch.onnx folds the norms into the convolutions.
+    CBR has the layers of `train_networks.py`; other networks are timm's, with the random weights of tests.parity.
+    torch.onnx folds the norms into the convolutions.
     """
     import torch
 
@@ -58,21 +58,19 @@ def make(network: str, folder: Path) -> None:
         norms = [layer for layer in model if isinstance(layer, torch.nn.BatchNorm2d)]
         for norm in norms:
             torch.nn.init.normal_(norm.bias)
-            norm.momentum = None  # the mean over all that it is shown
+            norm.momentum = None  # cumulative mean
         with torch.no_grad():
             model.train()(torch.from_numpy(for_onnx(pixels(network, 8))))
-        arrays: dict[str, Any] = cbr_leaves(model)
+        arrays: dict[str, Any] = _cbr_leaves(model)
         np.savez(folder / "weights.npz", **arrays)
     else:
         from tests.parity import references
         from tests.parity.__main__ import filename
         from tests.parity.cases import CASES
 
-        found = [case for key, case in CASES.items() if key.startswith(f"{network} timm:")]
-        if not found:
-            raise ValueError(f"{network}: of timm's networks and {', '.join(CBR)} only")
-        model = references.make(found[0], SIDE)
-        references.write(found[0], model, folder / filename(found[0]))
+        case = next(case for key, case in CASES.items() if key.startswith(f"{network} timm:"))
+        model = references.make(case, SIDE)
+        references.write(case, model, folder / filename(case))
     shape = (CHECKED, channels(network), SIDE, SIDE)
     torch.onnx.export(
         model.eval(),
@@ -88,8 +86,8 @@ def make(network: str, folder: Path) -> None:
         np.save(folder / "logits.npy", model(images).numpy())
 
 
-def cbr_leaves(model: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of a CBR network in torch by our own names and axes."""
+def _cbr_leaves(model: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of a CBR network in torch with our names and axes."""
     import torch
 
     leaves, number = {}, 0
@@ -109,15 +107,12 @@ def cbr_leaves(model: Any) -> dict[str, np.ndarray]:
 
 
 def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]]:
-    """Returns lungjax's call, from uint8 pixels to probabilities on the host, and the facts.
-
-    The facts hold the seconds from the process's start to the first answer, and which of them went where.
-    """
-    del threads  # all cores that the process may use
+    """Returns a function from uint8 pixels to probabilities on the host, and facts with the seconds of each step."""
+    del threads  # jax uses all cores
     start = time.perf_counter()
     from lungjax.runtime import environment
 
-    environment.keep_freed_memory()  # as every command does
+    environment.keep_freed_memory()  # as in every command
 
     import jax
     import jax.numpy as jnp
@@ -125,6 +120,8 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     import lungjax
     from lungjax import models
     from lungjax.config import InputSpec
+    from lungjax.config.metadata import Metadata
+    from lungjax.inference.model import named_outputs
     from lungjax.models import folding, trees
     from lungjax.models.inputs import normalize
     from lungjax.models.ops import conv
@@ -144,18 +141,16 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
     built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
     folded = built.prepare(variables)
 
-    def logits(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        return built(folded, normalize(pixels, spec))[0]
+    def forward(folded: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
+        logits, features = built(folded, normalize(pixels, spec))
+        return named_outputs(logits, features["last"], metadata)
 
-    def forward(folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        return jax.nn.softmax(logits(folded, pixels))
-
-    options = conv.compiler_options(train=False)
-    compiled = jax.jit(forward, compiler_options=options)
+    metadata = Metadata(network, tuple(map(str, range(module.outputs))), spec, "")
+    compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
     ready = time.perf_counter()
 
     def call(batch: int) -> np.ndarray:
-        return np.asarray(compiled(folded, images[batch]))
+        return np.asarray(compiled(folded, images[batch])["probabilities"])
 
     images = {batch: pixels(network, batch) for batch in range(1, 65) if batch & (batch - 1) == 0}
     call(1)
@@ -166,17 +161,17 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
         "first_seconds": answered - ready,
         "versions": f"jax {jax.__version__}",
     }
-    found = jax.jit(logits, compiler_options=options)(folded, pixels(network, CHECKED))
-    return call, facts | {"logits": np.asarray(found).tolist()}
+    logits = compiled(folded, pixels(network, CHECKED))["logits"]
+    return call, facts | {"logits": np.asarray(logits).tolist()}
 
 
 def onnx(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]]:
-    """Returns onnxruntime's call, from float32 pixels that are normalised and in its order already, to logits."""
+    """Returns a function from normalized float32 pixels [B, C, H, W] to logits, and facts."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads  # 0: its default, one for each core
+    options.intra_op_num_threads = threads  # 0: one per core
     path = str(folder / f"{network}.onnx")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -192,7 +187,7 @@ def onnx(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
 
 
 def turn(call: Call, batch: int, seconds: float) -> dict[str, Any]:
-    """Returns the milliseconds of calls for about so many seconds, after two, and processor time for one."""
+    """Returns the milliseconds of calls during about `seconds`, after two calls, and the processor time per call."""
     call(batch)
     call(batch)
     times: list[float] = []
@@ -205,7 +200,7 @@ def turn(call: Call, batch: int, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Makes the files, or serves turns until its input ends; an error is the last line."""
+    """Writes the files, or answers turns until the input ends; an error is the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=("make", "ours", "onnx"))
     parser.add_argument("--network", required=True)
@@ -213,7 +208,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of onnxruntime; 0 is its default")
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between
+    os.dup2(2, 1)  # output of libraries must not come between
     try:
         if args.task == "make":
             make(args.network, args.folder)
@@ -226,7 +221,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
-    os._exit(0)  # libraries' threads need not be waited for
+    os._exit(0)  # without waiting for threads of libraries
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `serve_load` sends, good requests and garbage, and networks with random weights to send it to."""
+"""Requests of `serve_load`, valid and malformed, and runs with random weights."""
 
 import gzip
 import io
@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests import scans
+
 SIDE = 512
-EDGE = b"edge-of-a-part"
+BOUNDARY = b"boundary-of-a-part"
 
 
 def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
-    """Returns a whole HTTP request."""
+    """Returns an HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
-def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + EDGE + b"--\r\n") -> bytes:
+def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + b"--\r\n") -> bytes:
     """Returns a request with files in a form."""
-    head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % EDGE
+    head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % BOUNDARY
     return request(
-        b"".join(head + file + b"\r\n" for file in files) + end, f"multipart/form-data; boundary={EDGE.decode()}", path
+        b"".join(head + file + b"\r\n" for file in files) + end,
+        f"multipart/form-data; boundary={BOUNDARY.decode()}",
+        path,
     )
 
 
@@ -38,45 +42,30 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
-    """Returns gray slices of 512 px: of the files in `folder`, else drawn."""
+    """Returns grayscale images of 512 px: of the files in `folder`, or random ones."""
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
         return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
     rng = np.random.default_rng(0)
-    made = []
+    images = []
     for _ in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8)).resize(
-            (SIDE, SIDE), Image.Resampling.BICUBIC
-        )
-        noisy = np.asarray(coarse, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
-        made.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
-    return made
+        blobs = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8))
+        blobs = blobs.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        noisy = np.asarray(blobs, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
+        images.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
+    return images
 
 
 def scan(picture: Image.Image, series: str, **tags: Any) -> Any:
     """Returns a CT slice as a pydicom data set."""
-    import pydicom
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = pydicom.Dataset()
-    data.file_meta, data.SOPClassUID, data.SOPInstanceUID = meta, CTImageStorage, meta.MediaStorageSOPInstanceUID
-    data.PatientName, data.PatientID, data.SeriesInstanceUID, data.StudyInstanceUID = "Doe^Jane", "7", series, "1.2.3"
-    data.Modality, data.PhotometricInterpretation, data.SamplesPerPixel = "CT", "MONOCHROME2", 1
-    data.Columns, data.Rows = picture.size
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
-    data.RescaleSlope, data.RescaleIntercept = 1, -1024
-    data.PixelData = (np.asarray(picture, np.uint16) * 6).tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    return data
+    pixels = np.asarray(picture, np.uint16) * 6
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    return scans.dataset(pixels, "CT", SeriesInstanceUID=series, **rescale, **tags)
 
 
 def written(data: Any) -> bytes:
-    """Returns the data set as a file."""
+    """Returns a data set as a file."""
     buffer = io.BytesIO()
     data.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -88,14 +77,14 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
-    """Returns a gray PNG by hand."""
+    """Returns a grayscale PNG file."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(pixels, 9))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + body + chunk(b"IEND", b"")
 
 
-def good(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
-    """Returns weight and requests of each kind of good request."""
+def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
+    """Returns weight and requests of each kind of valid request."""
     one = [encoded(image) for image in images]
     slices = [written(scan(image, "1.2.3.4")) for image in images[:6]]
     jpegs = [encoded(image, "JPEG", quality=90) for image in images[:6]]
@@ -110,8 +99,8 @@ def good(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
     }
 
 
-def garbage(images: list[Image.Image]) -> dict[str, list[bytes]]:
-    """Returns requests of each kind of bad request; b"slow" and b"chunked" stand for what is sent by hand."""
+def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
+    """Returns requests of each malformed kind; b"slow" and b"chunked" are sent piece by piece by the client."""
     from pydicom.encaps import encapsulate
     from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
@@ -140,14 +129,14 @@ def garbage(images: list[Image.Image]) -> dict[str, list[bytes]]:
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
     return {
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
-        "huge, said so": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
-        "huge, not said": [b"chunked"],
+        "huge, declared": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
+        "huge, chunked": [b"chunked"],
         "ZIP bomb": [form(packed.getvalue())],
         "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
         "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],
         "PNG profile bomb": [form(png(40, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=bytes(40 * 41)))],
         "PNG of 900 megapixels": [form(png(30_000, 30_000, pixels=bytes(10**6)))],
-        "JPEG that claims 60,000 px": [form(bytes(claims))],
+        "JPEG with 60,000 px in its header": [form(bytes(claims))],
         "60,000 px wide": [form(encoded(Image.fromarray(wide))), form(encoded(Image.fromarray(wide), "TIFF"))],
         "one pixel": [form(encoded(Image.fromarray(np.zeros((1, 1), np.uint8))))],
         "TIFF of overlapping tags": [form(tiff)],
@@ -156,22 +145,22 @@ def garbage(images: list[Image.Image]) -> dict[str, list[bytes]]:
         "DICOM of many elements": [form(elements)],
         "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
         "wrong type": [
-            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n", encoded(small, "GIF"))),
+            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n")),
             request(b"{}", "application/json"),
         ],
         "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
         "empty": [form(b""), form(), request(b"", "image/png")],
         "bad multipart": [
             form(whole, end=b""),
-            request(b"--other\r\n\r\n", f"multipart/form-data; boundary={EDGE.decode()}"),
+            request(b"--other\r\n\r\n", f"multipart/form-data; boundary={BOUNDARY.decode()}"),
             request(whole, "multipart/form-data"),
         ],
         "slow body": [b"slow"],
     }  # fmt: skip
 
 
-def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
-    """Makes a run whose weights are random, as fast as a trained one; returns its folder."""
+def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
+    """Writes a run with random weights, as fast as a trained one; returns its folder."""
     from lungjax import models
     from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, overrides
     from lungjax.config.metadata import Metadata
@@ -183,14 +172,14 @@ def untrained(name: str, folder: Path, images: list[Image.Image]) -> str:
     size = InputSpec(size=(224, 224), channels=1, mean=(0.4,) * 3, std=(0.3,) * 3)
     config = Config(name=name, data=DataConfig(dataset="phantom_ct"), input=size, model=ModelConfig(name=name))
     variables = state.init(models.build(config.model, len(classes)), (224, 224, 3), 0)
-    made = state.TrainState(np.asarray(1), np.asarray(0), variables["params"], variables["batch_stats"], {})
+    best = state.TrainState(np.asarray(1), np.asarray(0), variables["params"], variables["batch_stats"], {})
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
-    known = novelty.fit(images, images[:8], []).to_dict()
+    score = novelty.fit(images, images[:8], []).to_dict()
     about = {"best_step": 1, "fingerprint": ""}
-    told = Metadata(name, classes, size, "phantom_ct", familiarity=known, about=about)
-    (workdir / "model.json").write_text(told.to_json())
+    metadata = Metadata(name, classes, size, "phantom_ct", novelty=score, about=about)
+    (workdir / "model.json").write_text(metadata.to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(made, {"step": 1, "best_step": 1}, best=True)
+        checkpoints.save(best, {"step": 1, "best_step": 1}, best=True)
     return str(workdir)

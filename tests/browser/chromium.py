@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over its DevTools protocol through a pipe: no package is needed for it.
+"""Headless Chromium, driven over its DevTools protocol through a pipe, without further packages.
 
     with Browser() as browser:
         page = browser.open("http://127.0.0.1:8000/", width=360, height=800)
@@ -21,30 +21,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0  # to wait for anything
+SECONDS = 60.0  # default timeout
 MISSING = "no chromium found; Debian: apt-get install chromium"
 HEADLESS = ("--headless", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage", "--no-first-run")
 ALONE = ("--disable-extensions", "--disable-background-networking", "--disable-component-update")
 
 
 def program() -> str | None:
-    """Returns the path of a Chromium or Chrome, None if there is none."""
+    """Returns the path of Chromium or Chrome, or None."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    return next((found for found in map(shutil.which, names) if found), None)
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Browser:
-    """A browser with an empty profile of its own; a context that ends it."""
+    """A browser with an empty profile; a context that ends it."""
 
     def __enter__(self) -> "Browser":
         path = program()
         if path is None:
             raise RuntimeError(MISSING)
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # Chromium reads commands from file descriptor 3 and writes answers to 4, each ended by a zero byte.
+        # Chromium reads commands from file descriptor 3 and writes answers to 4, each followed by a zero byte.
         ends = [os.pipe(), os.pipe()]
         self._out, self._in = ends[0][1], ends[1][0]
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ends[0][0], ends[1][1])]  # out of the way of 3 and 4
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ends[0][0], ends[1][1])]  # neither is 3 or 4
         for end in (ends[0][0], ends[1][1]):
             os.close(end)
         root = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -74,7 +74,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """Returns what the browser answers to a command. Raises RuntimeError if it refuses, or is silent."""
+        """Returns the browser's answer to a command. Raises RuntimeError for an error or no answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if session:
@@ -82,14 +82,14 @@ class Browser:
         os.write(self._out, json.dumps(message).encode() + b"\0")
         end = time.monotonic() + SECONDS
         while True:
-            found = self._read(end - time.monotonic())
-            if found is None:
+            answer = self._read(end - time.monotonic())
+            if answer is None:
                 raise RuntimeError(f"the browser did not answer {method} in {SECONDS:g} s")
-            if found.get("id") == self._number:
-                if "error" in found:
-                    raise RuntimeError(f"{method}: {found['error']['message']}")
-                return found["result"]
-            self.events.append(found)
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+            self.events.append(answer)
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
         end = time.monotonic() + seconds
@@ -97,15 +97,15 @@ class Browser:
             ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 return None
-            some = os.read(self._in, 1 << 20)
-            if not some:
-                raise RuntimeError("the browser ended by itself")
-            self._rest += some
+            data = os.read(self._in, 1 << 20)
+            if not data:
+                raise RuntimeError("the browser exited")
+            self._rest += data
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
 
     def open(self, address: str, width: int, height: int, dark: bool = False, before: str = "") -> "Page":
-        """Opens a page in a window of this many CSS pixels; the script `before` runs ahead of its own."""
+        """Opens a page in a window of width x height CSS pixels; the script `before` runs before the page's scripts."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, target, session)
@@ -130,57 +130,57 @@ class Page:
         return self._browser.call(method, self._session, **parameters)
 
     def screen(self, width: int, height: int, dark: bool = False, zoom: float = 1.0) -> None:
-        """Makes the window `width` x `height` CSS pixels, at `zoom` so many fewer, in light or dark colours."""
+        """Sets the size of the window in CSS pixels (divided by `zoom`), and light or dark colors."""
         size = {"width": round(width / zoom), "height": round(height / zoom), "deviceScaleFactor": zoom}
         self.call("Emulation.setDeviceMetricsOverride", mobile=False, **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def run(self, script: str) -> Any:
-        """Returns the value of an expression, waiting for a promise. Raises RuntimeError with what it threw."""
-        given = {"expression": script, "returnByValue": True, "awaitPromise": True, "userGesture": True}
-        found = self.call("Runtime.evaluate", **given)
+        """Returns the value of an expression, awaiting promises. Raises RuntimeError if it throws."""
+        options = {"expression": script, "returnByValue": True, "awaitPromise": True, "userGesture": True}
+        found = self.call("Runtime.evaluate", **options)
         if "exceptionDetails" in found:
             thrown = found["exceptionDetails"]
             raise RuntimeError(thrown.get("exception", {}).get("description", thrown["text"]))
         return found["result"].get("value")
 
     def until(self, condition: str, seconds: float = SECONDS) -> None:
-        """Waits until an expression is true. Raises RuntimeError, with what the page shows, if it never is."""
+        """Waits until an expression is true. Raises RuntimeError, with the page's text, after `seconds`."""
         end = time.monotonic() + seconds
         while not self.run(f"Boolean({condition})"):
             if time.monotonic() > end:
-                raise RuntimeError(f"never true: {condition}; the page: {self.run('document.body.innerText')}")
+                raise RuntimeError(f"timed out: {condition}; the page: {self.run('document.body.innerText')}")
             time.sleep(0.05)
 
     def choose(self, selector: str, files: list[Path]) -> None:
-        """Chooses files in an <input type=file>, as a person does in the dialog."""
+        """Chooses files in an <input type=file>."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def drop(self, place: Sequence[float], files: list[Path]) -> None:
-        """Drags files from outside over a place (x, y) and lets go: the browser's own events, with real files."""
+        """Drops files at (x, y), with the browser's own drag events."""
         data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=place[0], y=place[1], data=data)
 
     def key(self, key: str, code: int = 0, text: str = "") -> None:
-        """Presses and releases a key such as "Tab"; `code` is its Windows number, `text` what it writes."""
+        """Presses and releases a key such as "Tab"; `code` is its Windows key code, `text` its character."""
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
     def screenshot(self, path: Path, box: tuple[float, float, float, float] | None = None) -> None:
-        """Writes the whole page, or what is in `box` (left, top, width, height in CSS pixels), as a PNG."""
+        """Writes the page, or its `box` (left, top, width, height in CSS pixels), as a PNG."""
         clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1} if box else None
         given = {"clip": clip} if clip else {}
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, **given)
         path.write_bytes(base64.b64decode(found["data"]))
 
     def events(self, method: str) -> list[dict[str, Any]]:
-        """Returns the parameters of all events of a name so far, such as "Network.requestWillBeSent"."""
-        self.run("0")  # what was on its way is here now
+        """Returns the parameters of all events of a method, such as "Network.requestWillBeSent"."""
+        self.run("0")  # pending events arrive first
         mine = (event for event in self._browser.events if event.get("sessionId") == self._session)
         return [event["params"] for event in mine if event["method"] == method]
 

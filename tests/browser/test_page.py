@@ -1,8 +1,8 @@
 """The page of `python -m lungjax.serve` in a real browser: python -m pytest tests/browser
 
-Needs a `chromium` (Debian: apt-get install chromium) and the extra `serve`; about a minute. A small network is trained,
-served, and asked through the page as a person would: files are dropped, chosen and pasted, and what the page shows is
-compared with what the service answers to a program. LUNGJAX_SCREENSHOTS=FOLDER keeps pictures of it.
+Needs `chromium` (Debian: apt-get install chromium) and the extra `serve`; about a minute. A small network is trained
+and served. Files are dropped, chosen and pasted on the page; its content is compared with the answers of the service.
+LUNGJAX_SCREENSHOTS=FOLDER keeps screenshots.
 """
 
 import csv
@@ -29,11 +29,11 @@ from visits import (
     click,
     drop,
     finished,
-    heat_is_there,
     picture,
     post,
     served,
     wait_for,
+    wait_for_map,
 )
 
 TESTS = Path(__file__).parent.parent
@@ -47,34 +47,34 @@ ONLINE = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A run of a few steps, with its model.json."""
+    """A finished run of a few steps."""
     out = tmp_path_factory.mktemp("page") / "page_test"
     fields = ["name=page_test", "model.name=simple", "input.size=(64,64)", "optim.name=adam", "optim.lr=3e-3"]
     fields += ["train.steps=20", "train.eval_steps=20", "eval.draws=50"]
     command = [sys.executable, str(TESTS / "run_small.py"), str(out), *fields]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads((out / "model.json").read_text("utf-8"))
-    for points in told["points"]["slice"].values():  # so few images have one threshold for both rules
+    metadata = json.loads((out / "model.json").read_text("utf-8"))
+    for points in metadata["points"]["slice"].values():  # with so few images both rules have the same threshold
         points["sensitivity_0.95"]["threshold"] /= 2
-    (out / "model.json").write_text(json.dumps(told), "utf-8")
+    (out / "model.json").write_text(json.dumps(metadata), "utf-8")
     return out
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """Images as people have them, and what is none: {what it is: its path}."""
+    """Paths of images and of a file that is not an image, by kind."""
     folder = tmp_path_factory.mktemp("files")
     records = conftest.make_small_data().records
-    made = {"slice": folder / "slice.png", "evil": folder / EVIL, "formula": folder / FORMULA}
-    for i, path in enumerate(made.values()):
+    paths = {"slice": folder / "slice.png", "evil": folder / EVIL, "formula": folder / FORMULA}
+    for i, path in enumerate(paths.values()):
         path.write_bytes(records[48 + i]["image"])
     y, x = np.mgrid[:200, :300]
     photo = np.stack([255 * x // 299, 255 * y // 199, 255 - 255 * x // 299], axis=-1)
-    made |= {"photo": folder / "holiday.png", "garbage": folder / "garbage.png"}
-    Image.fromarray(photo.astype(np.uint8)).save(made["photo"])
-    made["garbage"].write_bytes(b"this is no image" * 10)
-    return made
+    paths |= {"photo": folder / "holiday.png", "garbage": folder / "garbage.png"}
+    Image.fromarray(photo.astype(np.uint8)).save(paths["photo"])
+    paths["garbage"].write_bytes(b"this is no image" * 10)
+    return paths
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    """Opens pages; at the end none of them has asked another place, complained, or kept anything."""
+    """Opens pages; at the end none has contacted another site, logged an error, or stored anything."""
     pages = []
 
     def at(address, before=""):
@@ -108,15 +108,15 @@ def opened(browser):
         assert page.run("violations") == []
         assert page.events("Runtime.exceptionThrown") == []
         assert [e for e in page.events("Runtime.consoleAPICalled") if e["type"] in ("error", "warning")] == []
-        # A browser notes every answer of 4xx; those are asked for here.
+        # Browsers log every 4xx answer; those are provoked here.
         entries = [event["entry"] for event in page.events("Log.entryAdded")]
         assert [entry for entry in entries if entry["source"] != "network"] == []
         assert page.run("document.cookie + localStorage.length + sessionStorage.length") == "00"
-        assert page.run("indexedDB.databases().then((found) => found.length)") == 0
+        assert page.run("indexedDB.databases().then((databases) => databases.length)") == 0
         page.close()
 
 
-def test_a_dropped_image_is_answered_as_a_program_is(opened, service, files):
+def test_dropped_image(opened, service, files):
     page = opened(service)
     drop(page, files["slice"])
     shown = card(page, files["slice"])
@@ -133,33 +133,35 @@ def test_a_dropped_image_is_answered_as_a_program_is(opened, service, files):
     assert f"threshold of {100 * point['threshold']:.1f} %" in words
     assert f"sensitivity {100 * point['sensitivity']:.1f} %" in words
     assert f"specificity {100 * point['specificity']:.1f} %" in words
-    heat_is_there(page)
+    wait_for_map(page)
     asked = f"{service}explain?class={expected['predicted']}&method=gradcam"
     maps = post(asked, files["slice"])["results"][0]
     assert page.run("document.querySelector('.heat').src") == maps["heat"]
     assert page.run("document.querySelector('.frame img').src") == maps["image"]
-    page.until(f"document.getElementById('said').textContent.includes('{expected['predicted']}')")  # for who can't see
+    page.until(
+        f"document.getElementById('announcement').textContent.includes('{expected['predicted']}')"
+    )  # for screen readers
 
 
-def test_the_page_says_what_the_model_was_trained_on(opened, service, trained):
+def test_model_description(opened, service, trained):
     page = opened(service)
     page.until(READY)
-    told = json.loads((trained / "model.json").read_text("utf-8"))
+    model = json.loads((trained / "model.json").read_text("utf-8"))
     shown = page.run("document.querySelector('aside').textContent").replace("\xa0", " ")
-    for words in ("page_test", *CLASSES, "folder/small", "64 x 64 pixels, gray", "axial", *told["about"]["warnings"]):
-        assert words in shown
-    low, high = told["scores"]["slice"]["intervals"]["accuracy"]
-    assert f"{100 * told['scores']['slice']['accuracy']:.1f} %{100 * low:.1f} to {100 * high:.1f}" in shown
+    facts = ("page_test", *CLASSES, "folder/small", "64 x 64 pixels, grayscale", "axial")
+    assert [words for words in (*facts, *model["about"]["warnings"]) if words not in shown] == []
+    low, high = model["scores"]["slice"]["intervals"]["accuracy"]
+    assert f"{100 * model['scores']['slice']['accuracy']:.1f} %{100 * low:.1f} to {100 * high:.1f}" in shown
     rows = page.run("""[...document.querySelector("aside table").rows].map((row) =>
       [...row.cells].map((cell) => cell.firstChild?.textContent ?? ""))""")
-    expected = [[name, *(str(told["counts"][split][name]) for split in ("train", "val", "test"))] for name in CLASSES]
+    expected = [[name, *(str(model["counts"][split][name]) for split in ("train", "val", "test"))] for name in CLASSES]
     assert rows == [["", "train", "val", "test"], *expected]
 
 
-def test_the_heat_map_can_be_faded_hidden_and_turned_to_another_class(opened, service, files):
+def test_saliency_map_controls(opened, service, files):
     page = opened(service)
     drop(page, files["slice"])
-    heat_is_there(page)
+    wait_for_map(page)
     first = page.run("document.querySelector('.heat').src")
     change(page, "input[type=range]", "80", "input")
     assert page.run("getComputedStyle(document.querySelector('.heat')).opacity") == "0.8"
@@ -180,7 +182,7 @@ def test_the_heat_map_can_be_faded_hidden_and_turned_to_another_class(opened, se
     assert page.run("document.querySelector('.heat').src") == expected
 
 
-def test_photos_garbage_and_names_of_html(opened, service, files):
+def test_photo_garbage_and_html_in_names(opened, service, files):
     page = opened(service)
     drop(page, *files.values())
     photo = card(page, files["photo"])
@@ -191,14 +193,14 @@ def test_photos_garbage_and_names_of_html(opened, service, files):
     bad = card(page, files["garbage"])
     assert "allowed are PNG" in bad["words"]
     assert bad["bars"] == []
-    assert "1 without an answer" in page.run("document.getElementById('progress-text').textContent")
+    assert "1 failed" in page.run("document.getElementById('progress-text').textContent")
     evil = card(page, files["evil"])
     assert evil["inside"] == 0
     assert len(evil["bars"]) == 3
     assert page.run("document.title") == "page_test · lungjax"
 
 
-def test_one_file_that_is_too_big_does_not_spoil_the_others(opened, service, files, tmp_path):
+def test_too_large_file(opened, service, files, tmp_path):
     page = opened(service)
     page.until(READY)
     most = page.run("fetch('model').then((answer) => answer.json()).then((model) => model.limits.file_bytes)")
@@ -209,26 +211,26 @@ def test_one_file_that_is_too_big_does_not_spoil_the_others(opened, service, fil
     assert card(page, files["slice"])["best"]
     assert "MiB" in card(page, big)["words"]
     sent = [event for event in page.events("Network.requestWillBeSent") if "predict" in event["request"]["url"]]
-    assert len(sent) == 1  # it stayed here
+    assert len(sent) == 1
 
 
-def test_the_rule_changes_what_is_called_positive(opened, service, files):
+def test_operating_point_menu(opened, service, files):
     page = opened(service)
     drop(page, files["slice"], files["formula"])
     rules = page.run("[...document.getElementById('rule').options].map((one) => one.value)")
     assert rules == ["youden", "sensitivity_0.95"]
-    seen = []
+    texts = []
     for rule in reversed(rules):
         change(page, "#rule", rule)
-        seen.append(page.run("document.getElementById('cards').innerText"))
+        texts.append(page.run("document.getElementById('cards').innerText"))
         for name in ("slice", "formula"):
             expected = post(f"{service}predict?rule={rule}", files[name])["results"][0]["decisions"]
             called = {one: positive for one, _, positive, _ in card(page, files[name])["bars"]}
             assert called == {one: expected[one]["called"] for one in CLASSES}
-    assert seen[0] != seen[1]
+    assert texts[0] != texts[1]
 
 
-def test_results_are_saved_as_they_were_answered(opened, browser, service, files, tmp_path):
+def test_downloads(opened, browser, service, files, tmp_path):
     page = opened(service)
     drop(page, files["formula"], files["evil"], files["garbage"])
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
@@ -237,14 +239,14 @@ def test_results_are_saved_as_they_were_answered(opened, browser, service, files
     saved = {ending: tmp_path / f"page_test-results.{ending}" for ending in ("csv", "json")}
     wait_for(lambda: all(path.is_file() for path in saved.values()))
     expected = post(f"{service}predict", files["formula"])["results"][0]
-    told = json.loads(saved["json"].read_text("utf-8"))
-    assert "research use only" in told["notice"]
-    assert [one["file"] for one in told["results"]] == [FORMULA, EVIL, "garbage.png"]
-    assert told["results"][0]["probabilities"] == expected["probabilities"]
-    assert "error" in told["results"][2]
+    document = json.loads(saved["json"].read_text("utf-8"))
+    assert "research use only" in document["notice"]
+    assert [one["file"] for one in document["results"]] == [FORMULA, EVIL, "garbage.png"]
+    assert document["results"][0]["probabilities"] == expected["probabilities"]
+    assert "error" in document["results"][2]
     with saved["csv"].open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    assert [row["file"] for row in rows] == [f"'{FORMULA}", EVIL, "garbage.png"]  # the first is no formula any more
+    assert [row["file"] for row in rows] == [f"'{FORMULA}", EVIL, "garbage.png"]  # the first is not a formula
     for name in CLASSES:
         assert float(rows[0][f"p_{name}"]) == expected["probabilities"][name]
         assert rows[0][f"called_{name}"] == ("yes" if expected["decisions"][name]["called"] else "no")
@@ -252,13 +254,12 @@ def test_results_are_saved_as_they_were_answered(opened, browser, service, files
     assert "research use only" in rows[0]["notice"]
 
 
-def test_a_keyboard_is_enough(opened, service, files):
+def test_keyboard(opened, service, files):
     page = opened(service)
     page.until(READY)
     page.key("Tab", 9)
     page.key("Tab", 9)
     assert page.run("document.activeElement.id") == "choose"
-    # It can be seen where one is.
     assert page.run("getComputedStyle(document.getElementById('choose-label')).outlineStyle") == "solid"
     page.call("Page.setInterceptFileChooserDialog", enabled=True)
     page.key("Enter", 13, "\r")
@@ -273,7 +274,7 @@ def test_a_keyboard_is_enough(opened, service, files):
     assert page.run("document.getElementById('results').hidden && !document.querySelector('.card')")
 
 
-def test_an_image_is_pasted(opened, service):
+def test_paste(opened, service):
     page = opened(service)
     page.until(READY)
     page.run("""(async () => {
@@ -288,7 +289,7 @@ def test_an_image_is_pasted(opened, service):
     assert page.run("document.querySelectorAll('.card .bars .called').length") == 3
 
 
-def test_a_dropped_folder_of_dicom_is_summed_up(opened, service, tmp_path):
+def test_dropped_dicom_folder(opened, service, tmp_path):
     paths = [Path(path) for path in scans.series(tmp_path / "series", scans.body((5, 40, 32)))]
     page = opened(service)
     page.until(READY)
@@ -303,18 +304,18 @@ def test_a_dropped_folder_of_dicom_is_summed_up(opened, service, tmp_path):
     assert whole == pytest.approx(np.mean(single, axis=0), abs=0.11)
 
 
-def test_without_the_service_it_says_so_and_tries_again(opened, service, files):
+def test_lost_service(opened, service, files):
     page = opened(service)
     page.until(READY)
     page.call("Network.emulateNetworkConditions", offline=True, **ONLINE)
     drop(page, files["slice"])
-    assert "did not answer" in card(page, files["slice"])["words"]
+    assert "does not respond" in card(page, files["slice"])["words"]
     page.call("Network.emulateNetworkConditions", offline=False, **ONLINE)
     click(page, ".answer button")
     page.until("document.querySelector('.card .number')?.textContent.includes('%')")
 
 
-def test_a_busy_service_is_asked_again_and_one_without_heat_maps_not(opened, service, files):
+def test_busy_service_and_model_without_maps(opened, service, files):
     page = opened(
         service,
         """let busy = 2;
@@ -334,11 +335,11 @@ def test_a_busy_service_is_asked_again_and_one_without_heat_maps_not(opened, ser
     assert not [event for event in page.events("Network.requestWillBeSent") if "explain" in event["request"]["url"]]
 
 
-def test_a_token_is_asked_for_and_drawings_are_named(opened, trained, files, tmp_path):
-    told = (trained / "model.json").read_text("utf-8")
+def test_token_and_synthetic_data_warning(opened, trained, files, tmp_path):
+    text = (trained / "model.json").read_text("utf-8")
     with ExitStack() as stack:
-        (trained / "model.json").write_text(told.replace('"folder/small"', '"phantom_ct/default"'), "utf-8")
-        stack.callback((trained / "model.json").write_text, told, "utf-8")
+        (trained / "model.json").write_text(text.replace('"folder/small"', '"phantom_ct/default"'), "utf-8")
+        stack.callback((trained / "model.json").write_text, text, "utf-8")
         address = stack.enter_context(served(trained, tmp_path, TOKEN))
         page = opened(address)
         page.until("!document.getElementById('token').hidden")
@@ -351,12 +352,12 @@ def test_a_token_is_asked_for_and_drawings_are_named(opened, trained, files, tmp
         click(page, "#token button")
         drop(page, files["slice"])
         assert card(page, files["slice"])["best"]
-        heat_is_there(page)
-        assert page.run("document.getElementById('drawn').checkVisibility()")
+        wait_for_map(page)
+        assert page.run("document.getElementById('synthetic').checkVisibility()")
         assert TOKEN not in page.run("document.documentElement.outerHTML + location.href")
 
 
-def test_nothing_moves_when_a_heat_map_comes(opened, service, files):
+def test_layout_is_stable(opened, service, files):
     page = opened(
         service,
         """const real = window.fetch;
@@ -372,30 +373,30 @@ def test_nothing_moves_when_a_heat_map_comes(opened, service, files):
         before = page.run(tall)
         assert page.run("document.querySelector('.controls').disabled")
     page.run("go = true")
-    heat_is_there(page)
+    wait_for_map(page)
     assert page.run(tall) == before
     assert not page.run("document.querySelector('.controls').disabled")
 
 
-def test_it_fits_every_screen(opened, service, files):
+def test_screen_sizes(opened, service, files):
     page = opened(service)
     page.until(READY)
-    assert not page.run("document.getElementById('drawn').checkVisibility()")  # this one was not trained on drawings
+    assert not page.run("document.getElementById('synthetic').checkVisibility()")
     picture(page, "empty")
     drop(page, *files.values())
-    heat_is_there(page)
-    assert page.run("shift") < 0.1  # as web.dev/articles/cls counts it: good
+    wait_for_map(page)
+    assert page.run("shift") < 0.1  # a good score by web.dev/articles/cls
     assert page.run(NAMELESS) == []
     for (width, height), zoom in ((PHONE, 1), (DESK, 1), (DESK, 2), ((800, 600), 1)):
-        for colours in ("light", "dark"):
-            page.screen(width, height, colours == "dark", zoom)
+        for colors in ("light", "dark"):
+            page.screen(width, height, colors == "dark", zoom)
             page.run("scrollTo(0, document.body.scrollHeight)")
             time.sleep(0.2)
             assert "research use only" in page.run("document.getElementById('notice').innerText")
             box = page.run("JSON.stringify(document.getElementById('notice').getBoundingClientRect())")
-            assert json.loads(box)["top"] >= 0  # always in view
+            assert json.loads(box)["top"] >= 0  # always visible
             assert json.loads(box)["bottom"] <= height / zoom
             assert page.run("document.documentElement.scrollWidth") <= round(width / zoom)
             assert page.run(OUT) == []
             page.run("scrollTo(0, 0)")
-            picture(page, f"{width}{'_zoomed' if zoom > 1 else ''}_{colours}")
+            picture(page, f"{width}{'_zoomed' if zoom > 1 else ''}_{colors}")

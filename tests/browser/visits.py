@@ -1,4 +1,4 @@
-"""The service, and what a visit to its page does and sees, in words that the tests read like."""
+"""The service, and actions on its page."""
 
 import json
 import os
@@ -17,20 +17,20 @@ from chromium import Page
 
 ROOT = Path(__file__).parent.parent.parent
 READY = "!document.getElementById('layout').hidden"
-# Ahead of the page's own scripts: what the policy forbids, and what moves by itself.
+# Runs before the page's scripts: counts violations of the content policy, and layout shifts.
 WATCH = """window.violations = []; window.shift = 0;
 addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + event.blockedURI));
 new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) if (!entry.hadRecentInput) shift += entry.value;
 }).observe({type: "layout-shift", buffered: true});"""
-# What sticks out of the window; what scrolls in a box of its own may be wider.
+# Elements that are wider than the window, except in scrollable boxes.
 OUT = """(() => {
   const width = document.documentElement.clientWidth;
   const out = (node) => { const b = node.getBoundingClientRect(); return b.right > width + 1 || b.left < -1; };
   return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() && out(node)
     && !node.closest(".wide, .unseen, .skip")).map((node) => node.outerHTML.slice(0, 150));
 })()"""
-# Controls and pictures without a name, of which a screen reader says nothing.
+# Controls and pictures without a name for screen readers.
 NAMELESS = """[...document.querySelectorAll("img, button, input, select")].filter((node) => node.checkVisibility()
   && !node.getAttribute("alt") && !node.innerText?.trim() && !node.getAttribute("aria-label") && !node.labels?.length)
   .map((node) => node.outerHTML)"""
@@ -49,7 +49,7 @@ CARD = """(() => {
 
 @contextmanager
 def served(run: Path, folder: Path, token: str = "") -> Iterator[str]:
-    """The service of a run on a free port; yields its address."""
+    """Serves a run on a free port; yields the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,12 +63,12 @@ def served(run: Path, folder: Path, token: str = "") -> Iterator[str]:
         end = time.monotonic() + 120
         while not answers(f"{address}health"):
             assert process.poll() is None, f"the service ended: {log.read_text()[-2000:]}"
-            assert time.monotonic() < end, f"the service did not begin: {log.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"the service did not start: {log.read_text()[-2000:]}"
             time.sleep(0.1)
         yield address
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(90)
 
 
 def answers(address: str) -> bool:
@@ -81,14 +81,14 @@ def answers(address: str) -> bool:
 
 
 def post(address: str, path: Path) -> Any:
-    """What the service answers to a program that sends the file as the whole body."""
+    """Returns the answer to a request with the file as its body."""
     request = urllib.request.Request(address, path.read_bytes(), {"Content-Type": "application/octet-stream"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
 def drop(page: Page, *paths: Path) -> None:
-    """Drops files on the page, and waits until each has an answer."""
+    """Drops files on the page, and waits for the results."""
     page.until(READY)
     page.run("scrollTo(0, 0)")
     before = page.run("document.querySelectorAll('#cards > .card').length")
@@ -99,42 +99,42 @@ def drop(page: Page, *paths: Path) -> None:
 
 
 def finished(page: Page, count: int) -> None:
-    """Waits until there are so many cards, and all have an answer."""
+    """Waits until there are `count` cards with results."""
     page.until(f"document.querySelectorAll('#cards > .card').length == {count}")
     page.until("document.getElementById('progress').value == document.getElementById('progress').max")
 
 
 def card(page: Page, path: Path) -> dict[str, Any]:
-    """What the card of a file shows; `bars` has class, number in per cent, called positive, width in per cent."""
+    """Returns the content of a card; `bars` has class, percentage, called positive, width in percent."""
     return page.run(CARD % json.dumps(path.name))
 
 
 def change(page: Page, selector: str, value: str, event: str = "change") -> None:
-    """Sets a control, as a person does."""
+    """Sets the value of a control."""
     page.run(f"""(() => {{ const node = document.querySelector({json.dumps(selector)});
       node.value = {json.dumps(value)}; node.dispatchEvent(new Event("{event}")); }})()""")
 
 
 def click(page: Page, selector: str) -> None:
-    """Clicks what a selector finds first."""
+    """Clicks the first match of a selector."""
     page.run(f"document.querySelector({json.dumps(selector)}).click()")
 
 
-def heat_is_there(page: Page) -> None:
-    """Waits for the first heat map."""
+def wait_for_map(page: Page) -> None:
+    """Waits for the first saliency map."""
     page.until("[...document.querySelectorAll('.heat')].some((image) => image.complete && image.naturalWidth)")
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 20.0) -> None:
-    """Waits until a function says true."""
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Waits until a function returns true."""
     end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
 def picture(page: Page, name: str) -> None:
-    """Keeps a screenshot where somebody wants them."""
+    """Keeps a screenshot if LUNGJAX_SCREENSHOTS is set."""
     folder = os.environ.get("LUNGJAX_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -185,7 +185,9 @@ assert all(m.__file__.startswith(path) for n, m in sys.modules.items() if n.spli
 import pathlib, numpy as np
 description = space["artifacts"].read_pyz(path).metadata
 good = [name for name in names if "broken" not in name]
-np.save(out + "/pixels.npy", np.stack([space["read"](pathlib.Path(n), description, None, False)[0] for n in good]))
+prepare = space["artifacts"].Preprocessor(description)
+decoded = [space["images"].read(pathlib.Path(name).read_bytes())[0] for name in good]
+np.save(out + "/pixels.npy", np.stack([prepare(image).pixels for image in decoded]))
 sys.exit(result)
 """
 

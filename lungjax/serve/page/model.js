@@ -123,7 +123,7 @@ export function describe(model) {
   const { warnings = [], notice, data_title, data_licence, ...rest } = model.about ?? {};
   const about = Object.entries(rest).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
   const caveats = make("ul", { className: "caveats" }, ...warnings.map((line) => make("li", {}, line)));
-  const alarms = model.familiarity?.false_alarms?.test?.rate;
+  const alarms = model.novelty?.false_alarms?.test?.rate;
   const alarm = isNumber(alarms) ? ` This includes ${percent(alarms)} of the test images.` : "";
   at("model").replaceChildren(
     facts([
@@ -137,7 +137,7 @@ export function describe(model) {
     ...scoreTable(model),
     ...(warnings.length ? [unfold("Caveats", warnings.length < MAX_OPEN, caveats)] : []),
     ...pointTables(model),
-    ...(model.familiarity ? [quiet(`Images unlike the training images get a warning.${alarm}`)] : []),
+    ...(model.novelty ? [quiet(`Images unlike the training images get a warning.${alarm}`)] : []),
     ...(about.length ? [unfold("Details", false, facts(about))] : []),
   );
 }

@@ -1,0 +1,33 @@
+"""Predictions for tests, from labels and scores, or random."""
+
+import numpy as np
+
+from lungjax.evaluation.predictions import Predictions
+
+
+def make_predictions(labels, scores, groups=None, sources=None, logits=None, ids=None) -> Predictions:
+    """Probabilities are `scores` [N, C], each row divided by its sum; classes are a, b, c, ..."""
+    scores = np.asarray(scores, np.float64)
+    n, c = scores.shape
+    return Predictions(
+        ids=np.array([f"i{i}" for i in range(n)], np.str_) if ids is None else ids,
+        groups=np.full(n, "") if groups is None else np.asarray(groups, np.str_),
+        sources=np.full(n, "") if sources is None else np.asarray(sources, np.str_),
+        labels=np.asarray(labels, np.int64),
+        probabilities=scores / scores.sum(axis=1, keepdims=True) if n else scores,
+        classes=tuple("abcdefg"[:c]),
+        logits=logits,
+    )
+
+
+def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Predictions:
+    """Three classes, of which c is rare; the labels are the same for every seed, some examples have no patient."""
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(99)
+    patient = fixed.integers(0, patients, n)
+    labels = np.where(fixed.random(patients) < 0.08, 2, np.arange(patients) % 2)[patient]
+    logits = rng.normal(size=(n, 3)).astype(np.float32)
+    logits[np.arange(n), labels] += spread
+    if ties:
+        logits = np.round(logits * 1.5)
+    groups = np.where(np.arange(n) % 11 == 0, "", np.array([f"p{i}" for i in patient]))
+    return make_predictions(labels, np.exp(logits.astype(np.float64)), groups, logits=logits)
