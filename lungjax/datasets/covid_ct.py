@@ -29,7 +29,7 @@ ABOUT = About(
     study="The authors' split lists, by patient.",
     clean=(
         "The authors' split lists. The group of a COVID slice is its paper, which is coarser than the patient, because "
-        "several figures may show one scan; papers in two lists and near duplicates stay in test only."
+        "several figures may show one scan; papers and near duplicates in several splits are kept in the last one."
     ),
     expected={"default": {"train": (234, 191), "val": (58, 60), "test": (105, 98)}},
 )

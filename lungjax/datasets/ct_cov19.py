@@ -31,7 +31,7 @@ ABOUT = About(
         "The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks of "
         f"{files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original validation images of "
         "OtherPneumonia were taken out of the training folder, so the validation split of this class is made anew, by "
-        "block. Groups in several splits and near duplicates stay in test only."
+        "block. Groups and near duplicates in several splits are kept in the last one (of train, val, test)."
     ),
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )

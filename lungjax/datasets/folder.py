@@ -78,7 +78,6 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     if options.source_pattern:
         sources = _search(rows, "source", options.source_pattern)
         rows = [replace(row, source=name) for row, name in zip(rows, sources, strict=True)]
-    volumes = any(folder_volumes.kind(row.image) in ("dicom", "nifti") for row in rows)
     rows, volume_notes, axial = folder_volumes.expand(rows, options)
     notes += volume_notes
     ungrouped = sum(not row.group for row in rows)
@@ -102,7 +101,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         group_name="patients" if ungrouped < len(rows) else "images without a group",
         study="the given splits" if any(row.split for row in rows) else "",
         body=options.modality == "ct" if options.modality else axial,
-        volumes={name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volumes else None,
+        volumes={name: getattr(options, name) for name in ("hu_windows", "plane", "position")}
+        if volume_notes
+        else None,
     )
 
 

@@ -70,19 +70,19 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     Returns the rows, notes, and whether all of them are axial CT slices. Raises ValueError for invalid options, a
     package that is not installed, and a NIfTI file that is named twice.
     """
-    kinds = [kind(row.image) for row in rows]
-    if not {"dicom", "nifti"} & set(kinds):
+    kinds = {row.image: kind(row.image) for row in rows}
+    by_kind = {name: [row for row in rows if kinds[row.image] == name] for name in ("dicom", "nifti")}
+    if not any(by_kind.values()):
         return list(rows), [], False
     volumes.check_options(options.plane, options.position, options.hu_windows)
     for name, package, what in (("dicom", "pydicom", "DICOM files"), ("nifti", "nibabel", "NIfTI volumes")):
-        if name in kinds:
+        if by_kind[name]:
             volumes.need(package, what)
-    by_kind = {name: [row for row, k in zip(rows, kinds, strict=True) if k == name] for name in set(kinds)}
-    plain = [row for row, k in zip(rows, kinds, strict=True) if k not in ("dicom", "nifti")]
+    plain = [row for row in rows if kinds[row.image] not in by_kind]
     notes: Notes = {}
-    cut, xrays = _from_dicom(by_kind.get("dicom", []), options, notes)
+    cut, xrays = _from_dicom(by_kind["dicom"], options, notes)
     first: dict[Any, Row] = {}
-    for row in by_kind.get("nifti", []):
+    for row in by_kind["nifti"]:
         if row.image in first:
             raise ValueError(f"{row.where}: {row.file} is also in {first[row.image].where}")
         first[row.image] = row
