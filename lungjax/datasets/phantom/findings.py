@@ -110,10 +110,10 @@ def draw_incidental(
     """
     middle, a, b = c.half
     field = patient.uniform(0.0, 0.04) * noise(rng, g, 22) + 0.012 * noise(rng, g, 5)
-    haze, thickness = patient.uniform(0.06, 0.25), patient.uniform(5, 16)
+    haze, thickness, tilt = patient.uniform(0.06, 0.25), patient.uniform(5, 16), patient.uniform(-0.5, 0.5)
     if patient.random() < 0.5:
         # Gravity-dependent opacity follows the back wall: as peripheral and posterior as COVID-19, but smooth.
-        layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / (thickness * (1 + 0.4 * lung.side)), 0, 1)
+        layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / (thickness * (1 + tilt * lung.side)), 0, 1)
         field += haze * rng.uniform(0.6, 1.2) * layer * np.clip((g.y - 0.35 * b) / (0.3 * b), 0, 1)
     # Nodules, and in some patients an unspecific hazy spot: size in mm, density, width of the edge in mm.
     spots = [(rng.uniform(1.5, 4.5), rng.uniform(0.4, 1), 2.0) for _ in range(rng.poisson(patient.poisson(0.7)))]

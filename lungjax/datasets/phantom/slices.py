@@ -71,7 +71,6 @@ class Phantom:
     lung: np.ndarray  # bool, both lungs with their lesions and vessels
     lesion: np.ndarray  # bool, all false for Normal
     box: tuple[int, int, int, int]  # of the body: xmin, ymin, xmax, ymax in pixels, max exclusive
-    level: float  # 0 top, 1 base of the lungs
 
 
 def new_patient(seed: int, finding: str, scanner: Scanner | None = None) -> Patient:
@@ -129,7 +128,9 @@ def levels(patient: Patient, count: int) -> list[float]:
 
 def draw_slice(patient: Patient, level: float) -> Phantom:
     """Draws one slice of a patient at a level, 0 to 1."""
-    shape, content, lesions, scan = (_rng(patient, level, part) for part in range(5, 9))
+    shape, content, lesions, scan = (
+        np.random.default_rng([patient.seed, part, round(level * 1e6)]) for part in range(5, 9)
+    )
     c, g = _chest(patient, level)
     lung = anatomy.lungs(c, g, shape)
     field = findings.draw_lesions(patient.finding, patient.lesions, c, g, lung, lesions)
@@ -140,10 +141,23 @@ def draw_slice(patient: Patient, level: float) -> Phantom:
     anatomy.draw_mediastinum(hu, c, g, lung, shape)
     anatomy.draw_bones(hu, c, g, shape)
     anatomy.draw_airways(hu, c, g)
-    canvas.blend(hu, lung.cover, _lung_hu(patient, c, g, lung, field, content))
+
+    contrast = patient.build.contrast
+    tissue, blood = 35 + 0.25 * contrast, 35 + 0.95 * contrast
+    inside = patient.lung_hu + patient.gravity * np.clip(g.y / (2 * c.depth), -0.5, 0.5)
+    incidental = findings.draw_incidental(c, g, lung, np.random.default_rng([patient.seed, 3]), content)
+    fissure = content.uniform(0.05, 0.25) * np.exp(-((lung.fissure / 1.1) ** 2))
+    for fraction in (incidental, fissure, field):
+        canvas.blend(inside, fraction, tissue)
+    vessel, wall, lumen = vessels.cut(vessels.grow(patient.build), g, level, patient.thickness)
+    inside += 0.6 * wall * np.maximum(-100 - inside, 0)
+    inside += vessel * np.maximum(blood - inside, 0)
+    inside += lumen * np.minimum(-940 - inside, 0)
+    canvas.blend(hu, lung.cover, inside)
+
     is_lung = lung.cover > 0.5
     lesion = is_lung & (field > findings.MIN_VISIBLE)
-    return Phantom(_scan(hu, patient, scan), is_lung, lesion, body_box(patient, level), level)
+    return Phantom(_scan(hu, patient, scan), is_lung, lesion, body_box(patient, level))
 
 
 def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
@@ -153,35 +167,9 @@ def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _rng(patient: Patient, level: float, part: int) -> np.random.Generator:
-    return np.random.default_rng([patient.seed, part, round(level * 1e6)])
-
-
 def _chest(patient: Patient, level: float) -> tuple[anatomy.Chest, canvas.Grid]:
     g = canvas.grid(patient.size, patient.pixel, patient.shift, patient.rotation)
     return anatomy.chest(patient.build, level), g
-
-
-def _lung_hu(
-    patient: Patient,
-    c: anatomy.Chest,
-    g: canvas.Grid,
-    lung: anatomy.Lungs,
-    lesions: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Returns the Hounsfield units inside the lungs, float32 [H, W]."""
-    tissue, blood = 35 + 0.25 * patient.build.contrast, 35 + 0.95 * patient.build.contrast
-    hu = patient.lung_hu + patient.gravity * np.clip(g.y / (2 * c.depth), -0.5, 0.5)
-    common = np.random.default_rng([patient.seed, 3])
-    canvas.blend(hu, findings.draw_incidental(c, g, lung, common, rng), tissue)
-    canvas.blend(hu, rng.uniform(0.05, 0.25) * np.exp(-((lung.fissure / 1.1) ** 2)), tissue)
-    canvas.blend(hu, lesions, tissue)
-    vessel, wall, lumen = vessels.cut(vessels.grow(patient.build), g, c.level, patient.thickness)
-    hu += 0.6 * wall * np.maximum(-100 - hu, 0)
-    hu += vessel * np.maximum(blood - hu, 0)
-    hu += lumen * np.minimum(-940 - hu, 0)
-    return hu
 
 
 def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Branching pulmonary vessels and bronchi: one tree per patient, cut by every slice."""
 
 import functools
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +40,11 @@ def grow(build: Build) -> Tree:
                 # Murray's law: the cubed radii of two branches add up to that of their stem.
                 radius = 6.4 * 2 ** (-generation / 2.8) * rng.uniform(0.75, 1.15, len(at))
                 bronchus = np.full(len(at), artery and 1 < generation <= BRONCHI)
-                for start, stop in _bend(at, to, 4 if generation < 6 else 2, rng):
-                    segments.append((start, stop, radius, bronchus))
+                # Branches are slightly bent paths of 4 or 2 segments.
+                t = np.linspace(0, 1, 5 if generation < 6 else 3)[:, None, None]
+                bend = 0.07 * np.linalg.norm(to - at, axis=1, keepdims=True) * rng.standard_normal(at.shape)
+                path = at + t * (to - at) + np.sin(np.pi * t) * bend
+                segments += [(start, stop, radius, bronchus) for start, stop in itertools.pairwise(path)]
                 at = to
     start, stop, radius, bronchus = (np.concatenate(column) for column in zip(*segments, strict=True))
     return Tree(start.astype(np.float32), stop.astype(np.float32), radius.astype(np.float32), bronchus)
@@ -64,19 +67,6 @@ def _halve(ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     line *= spread >= 0.6 * spread.max(axis=1, keepdims=True)
     order = (ends * line[:, None]).sum(axis=2).argsort(axis=1)
     return np.take_along_axis(ends, order[..., None], axis=1).reshape(2 * len(ends), -1, 3)
-
-
-def _bend(
-    start: np.ndarray, stop: np.ndarray, count: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields `count` straight segments, a power of 2, of slightly bent paths between points [N, 3]."""
-    if count == 1:
-        yield start, stop
-        return
-    length = np.linalg.norm(stop - start, axis=1, keepdims=True)
-    middle = (start + stop) / 2 + 0.07 * length * rng.standard_normal(start.shape)
-    yield from _bend(start, middle, count // 2, rng)
-    yield from _bend(middle, stop, count // 2, rng)
 
 
 def cut(tree: Tree, g: Grid, level: float, thickness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
