@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Makes .venv once from requirements.lock, then trains: the demo without arguments, else whatever the flags say.
-#
-#   ./run.sh                                  train and test the embedded demo
-#   ./run.sh --experiment=NAME [--set=...]    any flag of python -m lungjax.main
-#   ./run.sh prepare --dataset=NAME ...       any flag of python -m lungjax.prepare
-#   ./run.sh explore --dataset=NAME           any flag of python -m lungjax.explore
-#   ./run.sh weights --list                   any flag of python -m lungjax.weights
-#   ./run.sh tables --list                    any flag of python -m lungjax.tables
-#   ./run.sh explain --workdir=RUN ...        any flag of python -m lungjax.explain
-#   ./run.sh compare RUN_A RUN_B              python -m lungjax.compare
-#   ./run.sh predict --model=RUN PATH...      any flag of python -m lungjax.predict
-#   ./run.sh export --workdir=RUN ...         any flag of python -m lungjax.export; installs the extra `export`
-#   ./run.sh serve --model=RUN                any flag of python -m lungjax.serve; installs the extra `serve`
-#   ./run.sh test [pytest arguments]          the tests
-#
-# LUNGJAX_ACCEL=cpu|cuda|tpu chooses jax's packages (default: what the machine has); PYTHON the interpreter.
+# Usage: ./run.sh [COMMAND] [ARGUMENTS]; `./run.sh help` lists the commands.
+# The first call creates .venv and installs the locked packages; later calls reuse it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
+
+usage() {
+  cat <<'END'
+./run.sh                                train and test the embedded demo
+./run.sh --experiment=NAME [--set=...]  train an experiment (python -m lungjax.main; --list shows all)
+./run.sh prepare --dataset=NAME ...     prepare a data set; --help says where to get it
+./run.sh explore --dataset=NAME         page of figures about a prepared data set
+./run.sh weights --list                 pretrained weights
+./run.sh tables --list                  tables of published results
+./run.sh explain --workdir=RUN ...      heat maps
+./run.sh compare RUN_A RUN_B            two runs on the same patients
+./run.sh predict --model=RUN PATH...    predictions for images and scans
+./run.sh export --workdir=RUN ...       standalone, ONNX, SavedModel and Triton models
+./run.sh serve --model=RUN              HTTP service with a web page
+./run.sh test [PYTEST ARGUMENTS]        run the tests
+
+COMMAND stands for python -m lungjax.COMMAND; add --help for its flags. LUNGJAX_ACCEL=cpu|cuda|tpu selects the jax
+packages (default: detected), PYTHON the interpreter for .venv.
+END
+}
 
 accelerator() {
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda
@@ -32,32 +38,34 @@ find_python() {
       echo "$candidate"; return
     fi
   done
-  echo "run.sh: Python 3.11 or newer is needed; none was found (set PYTHON=/path/to/python)" >&2
+  echo "run.sh: no Python 3.11 or newer found; set PYTHON=/path/to/python" >&2
   exit 1
 }
 
-# install EXTRAS: does nothing when this very lock file and these extras are installed already.
+# install EXTRAS: does nothing if these extras were installed from the current lock file.
 install() {
-  local stamp=$venv/lungjax-$1 want
-  want=$(cat "$here/pyproject.toml" "$here/requirements.lock" | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then return; fi
+  local stamp=$venv/lungjax-$1 checksum
+  checksum=$(cat "$here/pyproject.toml" "$here/requirements.lock" | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$checksum" ]; then return; fi
   if [ ! -x "$venv/bin/python" ]; then
     local python; python=$(find_python)
-    echo "Making $venv with $("$python" --version) ..."
+    echo "Creating $venv with $("$python" --version) ..."
     "$python" -m venv "$venv"
   fi
   echo "Installing lungjax ($1) from requirements.lock ..."
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/requirements.lock" -e "$here[$1]"
-  echo "$want" > "$stamp"
+  echo "$checksum" > "$stamp"
 }
 
 accel=${LUNGJAX_ACCEL:-$(accelerator)}
 case $accel in
   cpu | cuda | tpu) ;;
-  *) echo "run.sh: LUNGJAX_ACCEL=$accel: allowed are cpu, cuda, tpu" >&2; exit 1 ;;
+  *) echo "run.sh: unknown LUNGJAX_ACCEL=$accel; allowed are cpu, cuda, tpu" >&2; exit 1 ;;
 esac
 
 case ${1:-} in
+  help | -h)
+    usage ;;
   test)
     shift
     install "$accel,test"
@@ -71,8 +79,12 @@ case ${1:-} in
       *) install "$accel" ;;
     esac
     exec "$venv/bin/python" -m "lungjax.$command" "$@" ;;
-  *)
+  "" | -*)
     install "$accel"
     [ $# -gt 0 ] || set -- --experiment=phantom_demo
     exec "$venv/bin/python" -m lungjax.main "$@" ;;
+  *)
+    echo "run.sh: unknown command $1; the commands are:" >&2
+    usage >&2
+    exit 1 ;;
 esac

@@ -1,17 +1,17 @@
-"""CBR-Small (arXiv 1902.07208) on anyone's folder of images, 128 px, gray.
+"""CBR-Small (arXiv 1902.07208) on a user's folder of images, 128 px, gray.
 
     python -m lungjax.prepare --dataset=folder --source=DIR
     python -m lungjax.main --experiment=cbr_folder
 
-Any number of classes; CT slices or chest X-rays. 2 cores train on about 40 images a second. With the study's
-"valid" padding the last map is a single cell at 128 px: take input.size=256 where a heat map is wanted.
+Any number of classes; CT slices or chest X-rays. Two cores train on about 40 images per second. With the study's
+"valid" padding the last feature map is a single cell at 128 px: use input.size=256 for heat maps.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config(dataset: str = "folder", model: str = "cbr_small", weights: str = "none") -> Config:
-    """Arguments: dataset, as prepared (folder or folder/NAME); model; weights."""
+    """Arguments: dataset (as prepared, folder or folder/NAME); model; weights."""
     return Config(
         name="cbr_folder",
         data=DataConfig(dataset=dataset),

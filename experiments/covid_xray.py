@@ -5,26 +5,26 @@
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
 
 Study: github.com/Mithunjack/covid-19-xay-image-classification; ResNet18: github.com/shervinmin/DeepCovid (arXiv
-2004.09363), whose 5,000 X-rays these are. Published accuracy: CNN .9896 (the README's text: .97), MobileNetV2 .6938,
-ResNet101V2 .9750, DenseNet201 .9625. xray_cnn trains in minutes on 2 cores and the heads of the others in tens of
-minutes (tests/benchmarks/README.md has step times). Not run by us on the real set, which we don't have.
+2004.09363), the source of these 5,000 X-rays. Published accuracy: CNN .9896 (text of the README: .97), MobileNetV2
+.6938, ResNet101V2 .9750, DenseNet201 .9625. On 2 cores xray_cnn trains in minutes and the heads of the others in tens
+of minutes (step times: tests/benchmarks/README.md). Not run on the real data set, which is unavailable to us.
 
 | | study | clean |
 | --- | --- | --- |
-| splits | test is val too, generated images in train | val cut from train by patient, no copies, none generated |
-| few COVID images | generated ones fill them up | class weights |
-| xray_cnn | 100 times 3 batches, last weights, nearest pixels | up to 30 whole epochs, best AUC on val, bilinear |
-| frozen networks | fed 0..1 | fed what their weights want |
+| splits | test is also val, generated images in train | val cut from train by patient, no copies, none generated |
+| few COVID images | oversampled with generated images | class weights |
+| xray_cnn | 100 times 3 batches, last weights, nearest-neighbor resizing | up to 30 epochs, best AUC on val, bilinear |
+| frozen networks | input 0..1 | input range of their weights |
 | resnet18 | best accuracy on val, which is test | best AUC on val |
 
-Not to be trusted: all of it. .9896 is 95 of 96 random test images, of which 94 % are "non" (always saying so gives
-.936), and 37 of the 100 COVID test images are also in train; all generated ones come from one X-ray. The frozen
-networks' numbers were copied from another project (138 images, each in train and in test). COVID images come from web
-figures and the others from one hospital: see the report's control on source alone.
-Not repeatable: train images were 265 px high by a slip (here 256, as in test), validation was 160 random images of
-test (here all, every 30 steps), the frozen networks' images. DeepCovid cut a random window (8 to 100 % of the area) for
-training, for which a zoom stands in, and the middle square for testing, which is the whole image here.
-The stride of 3 in xray_cnn, an accident, stays. Its logit is the probability of "non". VGG16 was imported there, and
+Caveats: none of the scores is reliable. .9896 is 95 of 96 random test images, of which 94 % are "non" (always answering
+"non" gives .936), and 37 of the 100 COVID test images are also in train; all generated images come from one X-ray. The
+numbers of the frozen networks were copied from another project (138 images, each in train and in test). COVID images
+come from figures on the web and the others from one hospital: see the report's baseline on source alone.
+Not reproducible: train images were 265 px high by mistake (here 256, as in test), validation used 160 random images of
+test (here all, every 30 steps), the images of the frozen networks are unknown. DeepCovid trained on a random crop (8 to
+100 % of the area), replaced by a zoom here, and tested on the central square, here the complete image.
+The stride of 3 in xray_cnn, an accident, is kept. Its logit is the probability of "non". VGG16 was imported there but
 never trained: its row is like the others'.
 """
 
@@ -47,7 +47,7 @@ FROZEN = ("mobilenetv2", "resnet101v2", "densenet201", "vgg16")
 
 
 def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
-    """Arguments: model; protocol, clean or study."""
+    """Arguments: model; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("model", model, ("xray_cnn", *FROZEN, "resnet18"))
     size, ranged, augment = (256, 256), model == "xray_cnn" or study, AugmentConfig()
@@ -60,13 +60,13 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
     elif model == "resnet18":
         size, ranged = (224, 224), False
         network = ModelConfig(name=model, weights="torchvision_v1")
-        falls = tuple(epoch / 100 for epoch in range(7, 100, 7))
+        decays = tuple(epoch / 100 for epoch in range(7, 100, 7))
         optim = OptimConfig(
             name="sgd",
             lr=1e-4,
             momentum=0.9,
             schedule="step",
-            decay_at=falls,
+            decay_at=decays,
             tune="head",
             frozen_batch_norm="update",  # frozen norms follow the batch in torch's training mode
         )
@@ -88,7 +88,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
             size=size,
             channels=3,
             interpolation="nearest" if study and model == "xray_cnn" else "bilinear",
-            antialias=not study or model == "resnet18",  # PIL's, in torch
+            antialias=not study or model == "resnet18",  # PIL's in torch
             mean=(0.0,) if ranged else None,
             std=(1.0,) if ranged else None,
         ),

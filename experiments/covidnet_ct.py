@@ -4,27 +4,27 @@
     python -m lungjax.main --experiment=covidnet_ct:version=2a
     python -m lungjax.main --experiment=covidnet_ct:model=resnet50,version=2a,weights=imagenet,protocol=study
 
-Source: github.com/haydengunraj/COVIDNet-CT (arXiv 2009.05383, 2101.07433). Published accuracy / COVID sensitivity, of
-their own networks, which exist as a TensorFlow 1 graph only and are not here: CT-1 L .991 / .973, S .985 / .947; CT-2 L
-.981 / .962, S .979 / .957. Their README calls the CT-2 numbers "3A", but the matrices are of the 25,658 test slices of
-2A: there is no published 3A score.
+Source: github.com/haydengunraj/COVIDNet-CT (arXiv 2009.05383, 2101.07433). Published accuracy / COVID sensitivity of
+their own networks, which exist only as a TensorFlow 1 graph and are not included: CT-1 L .991 / .973, S .985 / .947;
+CT-2 L .981 / .962, S .979 / .957. Their README calls the CT-2 numbers "3A", but the confusion matrices are of the
+25,658 test slices of 2A: there is no published 3A score.
 
-Here are the defaults of their training script: batch 8, SGD with momentum 0.9, 1e-3 on a cosine to 1 %, 20 epochs in
-which each class is repeated until all are about as long, validation every 2,000 steps. That is 577,000 steps on 2A and
-2.2 million on 3A: weeks of a GPU; `--set=train.steps=50000` shortens it, schedule included. As committed, their script
-cannot run; the published networks' own recipe is not known for certain (CT-1: perhaps 5e-3 and 17 epochs). Not run by
-us on the real set.
+This experiment uses the defaults of their training script: batch 8, SGD with momentum 0.9, learning rate 1e-3 with
+cosine decay to 1 %, 20 epochs in which each class is repeated until all are about equally large, validation every 2,000
+steps. That is 577,000 steps on 2A and 2.2 million on 3A: weeks on a GPU; `--set=train.steps=50000` shortens it,
+including the schedule. Their committed script does not run; the recipe of the published networks is uncertain (CT-1:
+perhaps 5e-3 and 17 epochs). Not run on the real data set.
 
 | | study | clean |
 | --- | --- | --- |
 | weights tested | last step | best macro F1 on val, patience 20 validations |
-| resizing | without antialias (OpenCV) | with it |
+| resizing | without antialiasing (OpenCV) | with antialiasing |
 
-Both take the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. Of 2a and 3a `study` is
-another study's resampling (covidx_ct.py), so these take `clean`, which leaves out the twins that `prepare` names.
-Their order of changes and Otsu's threshold differ a little from ours (`lungjax.config.presets`). Slices were chosen by
-an earlier network in most of train and by experts in val and test, and STOIC, iCTCF and Stony Brook are in train
-alone: the scores say little about other hospitals.
+Both use the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. For 2a and 3a, `study`
+is the resampling of another study (covidx_ct.py), so these use `clean`, which leaves out the duplicates that `prepare`
+reports. Their order of augmentations and Otsu's threshold differ slightly from ours (`lungjax.config.presets`).
+Caveats: slices were selected by an earlier network in most of train and by experts in val and test, and STOIC, iCTCF
+and Stony Brook are in train only: the scores say little about other hospitals.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -43,10 +43,10 @@ SLICES = {  # of train: Normal, Pneumonia, COVID-19
 def get_config(
     model: str = "efficientnet_b0", version: str = "2a", weights: str = "none", protocol: str = "clean"
 ) -> Config:
-    """Arguments: model, any; version of COVIDx CT; weights; protocol, clean or study."""
+    """Arguments: model (any); version of COVIDx CT; weights; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     slices = SLICES[one_of("version", version, SLICES)]
-    # An epoch of theirs: each class repeated a whole number of times, about up to the largest.
+    # Their epoch: each class repeated an integer number of times, to about the size of the largest.
     epoch = sum(count * round(max(slices) / count) for count in slices)
     return Config(
         name=slug("covidnet_ct", version, model, weights, "study" if study else ""),

@@ -1,4 +1,4 @@
-"""COVIDx CT by transfer: torchvision's VGG, ResNet and DenseNet from ImageNet, all frozen but the last few layers.
+"""COVIDx CT by transfer learning: torchvision's VGG, ResNet and DenseNet from ImageNet, only the last layers trained.
 
     python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
     python -m lungjax.main --experiment=covidx_ct
@@ -6,25 +6,25 @@
     python -m lungjax.main --experiment=covidx_ct:model=densenet161,version=2a,protocol=study
 
 Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. Published, DenseNet-201, k = 4: 3A test accuracy .8696
-(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, of val. Cost there: 7 minutes an
-epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores some hours an epoch (tests/benchmarks/README.md: DenseNet-121
-trained whole takes 0.2 s a slice). Not run by us on the real set, which we don't have.
+(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, on val. Cost there: 7 minutes per
+epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores several hours per epoch (tests/benchmarks/README.md: training all
+of DenseNet-121 takes 0.2 s per slice). Not run on the real data set, which is unavailable to us.
 
 | | study | clean |
 | --- | --- | --- |
 | train | Normal and COVID drawn once with replacement, down to the count of Pneumonia | all, each class equally often |
-| val | balanced by repeating slices | as it is |
-| shown | the middle 340 x 380 pixels, whatever the size of the image | the body box |
-| flips | upside down too | left and right |
+| val | balanced by repeating slices | unmodified |
+| input | the central 340 x 380 pixels, regardless of the image size | the body box |
+| flips | vertical and horizontal | horizontal |
 | unfreeze=k | torchvision's children 0, -1, ..., 1-k: the first block, then the last ones; VGG: k - 1 convolutions | the last k blocks, and the norm after them |
 | weights tested | last epoch (the "best" ones were overwritten) | best macro F1 on val |
 
-Not to be trusted: val scores against test's, as val repeats slices and has other shares; single-run differences below
-a point; "the last three layers" of the README; the drawn confusion matrices, whose numbers are transposed. COVID slices
-of train are in large part from sources that test doesn't have.
-Not repeatable: val and test were normalised with the statistics of test (here: of train); the standard deviation of 3A
-isn't printed (here 2A's). Small images were padded to the window, here the window is cut to them. The warp turns the
-cut-out, theirs the whole image.
+Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies; differences
+between single runs below one point; "the last three layers" of the README; the confusion matrix figures, whose numbers
+are transposed. Most COVID slices of train come from sources that test does not have.
+Not reproducible: val and test were normalized with the statistics of test (here: of train); the standard deviation of
+3A is not printed (here that of 2A). Small images were padded to the window, here the window is clipped to them. The
+warp rotates the crop, theirs the complete image.
 """  # noqa: E501 a table row
 
 from dataclasses import replace
@@ -38,17 +38,11 @@ MODELS = {
     "resnet50": ("resnet50_v15", 3), "resnet101": ("resnet101_v15", 3), "resnet152": ("resnet152_v15", 3),
     "densenet121": ("densenet121", 16), "densenet161": ("densenet161", 24), "densenet201": ("densenet201", 32),
 }  # fmt: skip
-PNEUMONIA = {
-    "1": 22061,
-    "2a": 25496,
-    "2b": 25496,
-    "3a": 26970,
-    "3b": 26970,
-}  # train slices; an epoch has three times these
+PNEUMONIA = {"1": 22061, "2a": 25496, "2b": 25496, "3a": 26970, "3b": 26970}  # train slices, a third of an epoch
 
 
 def trained_blocks(model: str, unfreeze: int) -> list[int]:
-    """Returns the numbers of the last stage's blocks that the study trained."""
+    """Returns the numbers of the blocks of the last stage that the study trained."""
     count = MODELS[model][1]
     if model.startswith("vgg"):  # entries -1, -3, -5, -7 of its features; -1 is a pool
         return list(range(count, count - unfreeze + 1, -1))
@@ -56,15 +50,15 @@ def trained_blocks(model: str, unfreeze: int) -> list[int]:
 
 
 def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a", protocol: str = "clean") -> Config:
-    """Arguments: model; unfreeze, 0 to 4; version of COVIDx CT (study: 2a or 3a); protocol, clean or study."""
+    """Arguments: model; unfreeze (0 to 4); version of COVIDx CT (study: 2a or 3a); protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("version", version, ("2a", "3a") if study else PNEUMONIA)
     name, family = MODELS[one_of("model", model, MODELS)][0], model.rstrip("0123456789")
     one_of("unfreeze", str(unfreeze), "01234")
     blocks, stage = trained_blocks(model, unfreeze), 5 if family == "vgg" else 4
-    opened = f"|stage{stage}_block({'|'.join(map(str, blocks))})/" if blocks else ""
+    trained = f"|stage{stage}_block({'|'.join(map(str, blocks))})/" if blocks else ""
     tune = f"blocks:{unfreeze}" if unfreeze else "head"
-    frozen = OptimConfig(tune="all", freeze=f"^(?!head/{opened})") if study else OptimConfig(tune=tune)
+    frozen = OptimConfig(tune="all", freeze=f"^(?!head/{trained})") if study else OptimConfig(tune=tune)
     epochs = 3 if study and version == "2a" else 10
     augment = preset("covidx_transfer")
     return Config(
@@ -86,7 +80,7 @@ def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a
             momentum=0.9,
             head=HeadConfig(hidden_dropout=0.5) if family == "vgg" else HeadConfig(),
         ),
-        # Frozen norms follow the batch in torch's training mode.
+        # Frozen norms use batch statistics in torch's training mode.
         optim=replace(frozen, name="adam", lr=1e-4, eps=1e-8, frozen_batch_norm="update"),
         train=TrainConfig(
             batch_size=64,

@@ -1,4 +1,4 @@
-"""CT-COV19: COVID-19, normal or other pneumonia; the study's grid of 8 networks, 5 versions of the slices, 4 trainings.
+"""CT-COV19: COVID-19, normal or other pneumonia; the study's grid of 8 networks, 5 image versions, 4 training variants.
 
     python -m lungjax.prepare --dataset=ct_cov19 --source=CT-COV19              # or ct_cov19/study_lungs, ...
     python -m lungjax.main --experiment=ct_cov19:model=cbr_tiny
@@ -8,23 +8,23 @@
 Study: github.com/marta-0/covid-ct (160 runs; data github.com/m2dgithub/CT-COV19). Published weighted F1, val / test, of
 the configuration that was best on val: Simple .810 / .582, Tiny .861 / .580, Small .860 / .600, LargeW .853 / .634,
 LargeT .888 / .577, BiT .766 / .711, EfficientNet-B3 from ImageNet .768 / .629, from random weights .761 / .570. Not run
-by us on the real set, which we don't have. 4,404 slices of 512 px are five times the pixels of 224: the frozen networks
-and Simple are for a CPU, the rest wants a GPU (tests/benchmarks/README.md has step times).
+on the real data set, which is unavailable to us. 4,404 slices of 512 px have five times the pixels of 224 px: train
+Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/benchmarks/README.md).
 
 | | study | clean |
 | --- | --- | --- |
-| splits | as shipped, blocks of neighbours torn apart | by patient or block, without twins |
+| splits | original; they divide blocks of neighboring slices | by patient or block, without near duplicates |
 | nobackg, crop, lungs | the study's contours and snake | lungjax's masks |
 | weights tested | best weighted F1 on val | best macro F1 on val |
-| resizing | bilinear without antialias | with it |
-| EfficientNet's normalisation | TensorFlow 2.5's, taken to be theirs (issue 49930) | that of the weights |
+| resizing | bilinear without antialiasing | with antialiasing |
+| EfficientNet's normalization | that of TensorFlow 2.5, presumably theirs (issue 49930) | that of the weights |
 
-Not to be trusted: Val F1, on which epoch and configuration were chosen (0.06 to 0.31 above test); LargeT against Tiny,
-which are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never
-trained); micro AUC of unnormalised logits; all of it in so far as only COV has JPEG files.
-Not repeatable: epochs and batch size are nowhere written (here 30 and 32), some lung masks were mended by hand, BiT's
-augmentation has no numbers (it gets that of the others). The negative zoom of the study went both ways, here too.
-BiT: the hub module took 0..1 and rescaled inside; its public weights take the same numbers as 2x - 1.
+Caveats: F1 on val, which selected epoch and configuration (0.06 to 0.31 above test); LargeT against Tiny, which are the
+same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never trained); micro AUC
+of unnormalized logits; all scores, because only COV has JPEG files.
+Not reproducible: epochs and batch size are not documented (here 30 and 32), some lung masks were corrected by hand,
+BiT's augmentation has no numbers (here those of the others). The negative zoom of the study was symmetric, as here.
+BiT: the hub module took 0..1 and rescaled internally; its public weights take the same numbers as 2x - 1.
 """
 
 from lungjax.config import (
@@ -40,13 +40,13 @@ from lungjax.config import (
 )
 from lungjax.config.presets import one_of, preset, slug
 
-# Weights that a network may start from; the first is the usual.
+# Allowed initial weights of each network; the first is the default.
 FAMILIES = {
     **dict.fromkeys(("simple", "cbr_tiny", "cbr_small", "cbr_largew", "cbr_larget", "cbr_larget_study"), ("none",)),
     "bit_r50x1": ("imagenet",),
     **dict.fromkeys(("efficientnet_b0", "efficientnet_b3", "efficientnet_b7"), ("imagenet", "none")),
 }
-SIZES = {  # height, width that the networks are fed
+SIZES = {  # height, width of the network input
     "original": (512, 512), "nobackg": (512, 512), "crop": (328, 512), "lungs_nocrop": (512, 512), "lungs": (256, 330),
 }  # fmt: skip
 
@@ -59,15 +59,16 @@ def get_config(
     weights: str = "",
     protocol: str = "clean",
 ) -> Config:
-    """Arguments: model; images, a stage; class_weight; augment; weights, imagenet or none; protocol, clean or study."""
+    """Arguments: model; images (stage); class_weight; augment; weights (imagenet, none); protocol (clean, study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     size = SIZES[one_of("images", images, SIZES)]
     allowed = FAMILIES[one_of("model", model, FAMILIES)]
     weights = one_of(f"model={model}, weights", weights or allowed[0], allowed)
     efficientnet, frozen = model.startswith("efficientnet"), weights == "imagenet"
-    # The small ones divide by 255. So does an EfficientNet that starts at random, in three channels.
-    plain = None if frozen else (0.0,)
-    spread = tuple(v**0.5 for v in (0.229, 0.224, 0.225)) if study and efficientnet and frozen else None
+    # Small networks divide by 255, as an EfficientNet with random weights does, in three channels.
+    mean, std = (None, None) if frozen else ((0.0,), (1.0,))
+    if study and efficientnet and frozen:
+        std = tuple(v**0.5 for v in (0.229, 0.224, 0.225))
     stage = "" if images == "original" else f"/{'study_' if study else ''}{images}"
     options = ("classw" if class_weight else "", "dataaug" if augment else "", "study" if study else "")
     return Config(
@@ -76,12 +77,12 @@ def get_config(
         input=InputSpec(
             size=size,
             channels=3 if efficientnet and not frozen else 1,
-            mean=plain,
-            std=spread if frozen else (1.0,),
+            mean=mean,
+            std=std,
             antialias=not study,
         ),
         augment=preset(f"ct_cov19_{images}") if augment else AugmentConfig(),
-        # From ImageNet they had a plain classifier on frozen features; from random weights Keras's own top.
+        # ImageNet weights: a plain classifier on frozen features; random weights: the top of Keras.
         model=ModelConfig(name=model, weights=weights, head=HeadConfig(dropout=0.0) if frozen else HeadConfig()),
         optim=OptimConfig(
             name="adam", lr=1e-3, class_weights="balanced" if class_weight else "none", tune="head" if frozen else "all"

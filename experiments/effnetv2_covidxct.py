@@ -3,16 +3,16 @@
     python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
     python -m lungjax.main --experiment=effnetv2_covidxct
 
-Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. The weights are
-fetched once (`python -m lungjax.weights --fetch efficientnetv2_s.keras`, 88 MB) and bring their input range,
-x / 128 - 1; `weights=none` starts at random, `run:WORKDIR` from any run.
-Classes are drawn equally often, slices augmented as COVIDNet-CT does (`lungjax.config.presets`).
-An epoch of 357,518 slices takes hours on a GPU, so validation comes every 2,000 steps, as COVID-Net CT's does. Nobody
-published this network on this data; not run by us on the real set, which we don't have.
+Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. Download the weights
+once (`python -m lungjax.weights --fetch=efficientnetv2_s.keras`, 88 MB); they define the input range, x / 128 - 1.
+`weights=none` starts from random weights, `run:WORKDIR` from another run.
+Classes are sampled equally often, slices augmented as in COVIDNet-CT (`lungjax.config.presets`). An epoch of 357,518
+slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-Net CT. No result of this network on this
+data set is published; not run on the real data set, which is unavailable to us.
 
-`protocol=study` (2a, 3a) trains and tests as the transfer study of `covidx_ct` did: on its draw of the slices, balanced
-with replacement once and for all, in val too, and with the last weights. It is for a comparison with that study's
-table. `clean`, the default, takes all slices of the official split and the best AUC on val.
+`protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`: on its draw of the slices, balanced
+once with replacement, in val too, and with the last weights, for comparison with its table. `clean`, the default, uses
+all slices of the official split and the best AUC on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -24,13 +24,13 @@ VERSIONS = ("1", "2a", "2b", "3a", "3b")
 def get_config(
     version: str = "3a", model: str = "efficientnetv2_s", weights: str = "imagenet", protocol: str = "clean"
 ) -> Config:
-    """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol, clean or study."""
+    """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("version", version, ("2a", "3a") if study else VERSIONS)
     return Config(
         name=slug("effnetv2_covidxct", version, model, weights, "study" if study else ""),
         data=DataConfig(dataset=f"covidx_ct/{version}", protocol=protocol, sampling="natural" if study else "balanced"),
-        input=InputSpec(size=(224, 224), channels=1, crop="box", box_margin=0.1),  # the margin is for the box's jitter
+        input=InputSpec(size=(224, 224), channels=1, crop="box", box_margin=0.1),  # the margin allows for box jitter
         augment=preset("covidnet_ct"),
         model=ModelConfig(name=model, weights=weights),
         optim=OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup_steps=1000, weight_decay=1e-5),

@@ -1,4 +1,4 @@
-"""iCTCF: CT slices of COVID-negative, COVID-positive, or no lung at all; nine networks from random weights, 512 px.
+"""iCTCF: CT slices that are COVID-negative, COVID-positive, or without lung; nine networks from random weights, 512 px.
 
     python -m lungjax.prepare --dataset=ictcf/features --source=DIR
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
@@ -7,24 +7,24 @@
 
 Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. Published test accuracy: EfficientNetV2-B0
 .9575, B1 .9367, B2 .9460, ConvNeXt-Tiny .4310, Small .9410, Base .9596, ResNet50V2 .9571, 101 .9299, 152 .5911. Cost
-there, an epoch of 19,585 slices: 110 s (B0, RTX 4090) to 1,239 s (ConvNeXt-Base, A100), ten epochs. Days on a CPU: a
-slice of 512 px is 5.2 times one of 224, and tests/benchmarks/README.md has those. Not run by us on the real set.
+there per epoch of 19,585 slices: 110 s (B0, RTX 4090) to 1,239 s (ConvNeXt-Base, A100), ten epochs. Days on a CPU: a
+slice of 512 px costs 5.2 times as much as one of 224 px, see tests/benchmarks/README.md. Not run on the real data set.
 
 | | study | clean |
 | --- | --- | --- |
-| images | 19,685 and 8,294 turned copies, drawn before the split | the real ones, turned and shifted in training |
-| balance | 9,979 / 9,000 / 9,000, val and test too | train draws each class equally often; val and test as they are |
-| splits | by slice | by blocks of neighbouring slices |
-| ConvNeXt, ResNetV2 | fed 0..255 | fed -1..1, as EfficientNetV2 |
+| images | 19,685 and 8,294 rotated copies, generated before the split | originals, rotated and shifted in training |
+| balance | 9,979 / 9,000 / 9,000, also in val and test | each class sampled equally often; val, test unmodified |
+| splits | by slice | by blocks of neighboring slices |
+| ConvNeXt, ResNetV2 | input 0..255 | input -1..1, as EfficientNetV2 |
 | weights tested | last of 10 epochs | best AUC on val of at most 20 epochs, patience 5 |
 
-Both read the stage `features`, the study's own picture of the lungs; `--set=data.dataset=ictcf` takes plain slices.
+Both read the stage `features`, the study's own rendering of the lungs; `--set=data.dataset=ictcf` uses plain slices.
 
-Not to be trusted: all test scores. Copies of a slice, and its neighbours, are on both sides of the split. Of the test
-images of pCT about 56 % are made up, of niCT 37 %. The last epoch was tested while validation jumped: ConvNeXt-Tiny
-(.93 on val at best) and ResNet152V2 (.84) would rank elsewhere. Published confusion matrices come from rounded
-probabilities. "Early stopping" with patience 10 in 10 epochs never acts.
-Not repeatable: which copies were drawn (unseeded), and Keras's AdamW, which decays norms and biases as well.
+Caveats: all test scores. Copies of a slice and its neighbors are in several splits. About 56 % of the test images of
+pCT are generated, and 37 % of niCT. The last epoch was tested while validation fluctuated: ConvNeXt-Tiny (.93 on val at
+best) and ResNet152V2 (.84) would rank elsewhere. Published confusion matrices come from rounded probabilities. "Early
+stopping" with patience 10 in 10 epochs never stops.
+Not reproducible: the unseeded draw of copies, and Keras's AdamW, which also decays norms and biases.
 """
 
 from lungjax.config import (
@@ -48,16 +48,16 @@ BATCHES = {  # derived from the steps of the published logs
 
 
 def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol: str = "clean") -> Config:
-    """Arguments: model; weights, none as in the study or imagenet (then each brings its own range); protocol."""
+    """Arguments: model; weights (none as in the study, or imagenet with its own input range); protocol."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("model", model, BATCHES)
     one_of("weights", weights, ("none",) if study else ("none", "imagenet"))
     resnet, convnext = model.startswith("resnet"), model.startswith("convnext")
     half = (128 / 255,)  # pixel / 128 - 1
-    # For one channel Keras's ConvNeXt has no normaliser, and its ResNetV2 never has one.
+    # Keras's ConvNeXt has no normalization for one channel, and its ResNetV2 never has one.
     raw = study and (resnet or convnext)
     mean, std = ((0.0,), (1 / 255,)) if raw else (half, half)
-    # Without its top, Keras's ConvNeXt ends in a norm before the pool. Weights have a norm of their own.
+    # Without its top, Keras's ConvNeXt ends in a norm before the pool. Pretrained weights have their own norm.
     top = HeadConfig(norm_before_pool="layer" if convnext else None, norm_after_pool="batch", dropout=0.2)
     head = top if weights == "none" else HeadConfig(dropout=0.2)
     return Config(
@@ -70,7 +70,7 @@ def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol
         input=InputSpec(
             size=(512, 512),
             channels=1,
-            interpolation="bicubic",  # only larger slices are resized at all, by PIL
+            interpolation="bicubic",  # by PIL; only larger slices are resized
             mean=mean if weights == "none" else None,
             std=std if weights == "none" else None,
         ),

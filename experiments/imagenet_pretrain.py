@@ -1,19 +1,19 @@
-"""Any network trained from random weights on your ImageNet folder, to start other runs from.
+"""Any network trained from random weights on your ImageNet folder, as a start for other runs.
 
-    python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with a folder a class
+    python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
     python -m lungjax.main --experiment=cbr_folder --set=model.weights=run:runs/imagenet_pretrain_cbr_small
 
-For the networks whose ImageNet weights nobody published: the CBR family of "Transfusion" (arXiv 1902.07208), which
-its authors pretrained themselves. Any prepared data set will do; `dataset=` names it. 90 epochs of 1.28 million
-images want an accelerator: some hours on one GPU for CBR-Small. Not run on ImageNet by us, who have none.
+For networks without published ImageNet weights: the CBR family of "Transfusion" (arXiv 1902.07208), pretrained by its
+authors. `dataset=` names any other prepared data set. 90 epochs of 1.28 million images need an accelerator: some hours
+on one GPU for CBR-Small. Not run on ImageNet, which is unavailable to us.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config(model: str = "cbr_small", dataset: str = "folder/imagenet", size: int = 224) -> Config:
-    """Arguments: model; dataset as prepared; size of the images in pixels."""
+    """Arguments: model; dataset (as prepared); size of the images in pixels."""
     return Config(
         name=f"imagenet_pretrain_{model}",
         data=DataConfig(dataset=dataset),

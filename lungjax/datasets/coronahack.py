@@ -9,72 +9,70 @@ from pathlib import Path
 from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, differences
+from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
 CLASSES = ("Normal", "Pneumonia")
 TABLE = "Chest_xray_Corona_Metadata.csv"
 FOLDER = "Coronahack-Chest-XRay-Dataset"
-LABELS = {"Normal": "0", "Pnemonia": "1", "Pneumonia": "1"}  # the table misspells it
+LABELS = {"Normal": "0", "Pnemonia": "1", "Pneumonia": "1"}  # the table has the misspelling
 SPLITS = {"TRAIN": "train", "TEST": "test"}
 COLUMNS = ("X_ray_image_name", "Label", "Dataset_type", "Label_1_Virus_category", "Label_2_Virus_category")
 
 ABOUT = About(
-    title="chest X-rays: normal or pneumonia (with the cause, COVID-19 among them, as further columns)",
+    title="chest X-rays: normal or pneumonia (the cause, such as COVID-19, in further columns)",
     origin="https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset (5,910 X-rays, about 1.2 GB)",
     layout=f"{TABLE} and {FOLDER}/{FOLDER}/{{train,test}}/FILE, as in the archive.",
-    licence="CC BY 4.0 for Kermany's images; the COVID-19 images each their own, see covid_chestxray.",
+    licence="CC BY 4.0 for Kermany's images; individual licenses for the COVID-19 images, see covid_chestxray.",
     citation=(
         "P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al.: Identifying Medical Diagnoses and "
         "Treatable Diseases by Image-Based Deep Learning, Cell 172, 2018."
     ),
-    study="The split as shipped (column Dataset_type). It has no validation part: the test images serve for that too.",
+    study="The original split (column Dataset_type). It has no validation part: the test images are used for that too.",
     clean=(
-        "Test as shipped; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the COVID-19 "
-        "collection the case or paper). Patients on both sides stay on the test's side."
+        "The original test split; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the "
+        "COVID-19 collection the case or paper). Patients in train and test stay in test only."
     ),
     expected={"default": {"train": (1342, 3944), "test": (234, 390)}},
 )
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the X-rays named in the table of the archive `source`.
+    """Lists the X-rays in the table of the archive `source`.
 
     Raises ValueError for a missing table, column or folder, an unknown label or split, or a file named twice.
     """
-    files.refuse_flags(options, "coronahack")
     table = files.find(source, (TABLE, f"{FOLDER}/{TABLE}"), "table")
     names = (f"{FOLDER}/{FOLDER}/train/", f"{FOLDER}/train/", "train/")
     root = files.find(source, names, "folder of training images").parent
-    rows = files.table(table, COLUMNS)
-    labels = [int(files.choose(row["Label"], LABELS, "Label", where)) for where, row in rows]
-    given = [files.choose(row["Dataset_type"], SPLITS, "Dataset_type", where) for where, row in rows]
+    rows = files.read_rows(table, COLUMNS)
+    labels = [int(files.lookup(row["Label"], LABELS, "Label", where)) for where, row in rows]
+    study = [files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where) for where, row in rows]
     groups = [patient(row["X_ray_image_name"]) for _, row in rows]
-    named, notes = splits.complete(given, labels, groups, options.seed)
+    clean, notes = splits.complete(study, labels, groups, options.seed)
     examples = [
         Example(
-            file=f"{shipped}/{row['X_ray_image_name']}",
-            image=str(root / shipped / row["X_ray_image_name"]),
+            file=f"{folder}/{row['X_ray_image_name']}",
+            image=str(root / folder / row["X_ray_image_name"]),
             label=label,
             split=split,
             group=group,
             source="Kermany" if kermany(row["X_ray_image_name"]) else "COVID-19 image data collection",
             extra=(row["Label_1_Virus_category"], row["Label_2_Virus_category"]),
             where=where,
-            study="train" if shipped == "train" else "val+test",
+            study="train" if folder == "train" else "val+test",
         )
-        for (where, row), label, shipped, split, group in zip(rows, labels, given, named, groups, strict=True)
+        for (where, row), label, folder, split, group in zip(rows, labels, study, clean, groups, strict=True)
     ]
-    files.check_unique(examples)
-    notes += differences(examples, CLASSES, (ABOUT.expected or {})["default"], "CoronaHack")
+    notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "CoronaHack")
     return Listing(CLASSES, examples, ("cause", "agent"), tuple(notes), study=ABOUT.study)
 
 
 def kermany(file: str) -> str:
-    """Returns the patient in a file name of Kermany's, person123_virus_4.jpeg or NORMAL2-IM-0059-0001.jpeg; else ""."""
+    """Returns the patient in a name such as person123_virus_4.jpeg or NORMAL2-IM-0059-0001.jpeg of Kermany; else ""."""
     match = re.match(r"(person\d+)_|((?:NORMAL\d*-)?IM-\d+)-", file)
     return match.group(0)[:-1] if match else ""
 
 
 def patient(file: str) -> str:
-    """Returns the patient of a file: Kermany's, else the case or paper of the COVID-19 collection."""
+    """Returns the patient of a file: Kermany's, or the case or paper of the COVID-19 collection."""
     return kermany(file) or files.web_case(files.stem_of(file))

@@ -11,7 +11,7 @@ from lungjax.config import nearest
 from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, differences
+from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
 CLASSES = {
     "covid": ("non-COVID-19", "COVID-19"),
@@ -19,23 +19,23 @@ CLASSES = {
 }
 FRONTAL = ("PA", "AP", "AP Supine", "AP Erect")
 COLUMNS = ("patientid", "finding", "view", "modality", "folder", "filename", "url")
-EXTRA = ("sex", "age", "RT_PCR_positive", "license")  # further columns that are kept
-TOPS = ("No Finding", "Pneumonia", "Tuberculosis", "Unknown", "todo")  # first parts of a finding such as A/B/C
+EXTRA = ("sex", "age", "RT_PCR_positive", "license")  # further columns of the index
+ROOT_FINDINGS = ("No Finding", "Pneumonia", "Tuberculosis", "Unknown", "todo")  # first parts of a finding such as A/B/C
 
 ABOUT = About(
     title="frontal chest X-rays: COVID-19 or not (covid), or by finding (findings)",
-    origin="https://github.com/ieee8023/covid-chestxray-dataset (950 images; git clone or its zip)",
+    origin="https://github.com/ieee8023/covid-chestxray-dataset (950 images; git clone or zip)",
     layout=(
-        "metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows whose finding is "
-        "Unknown or todo are left out; findings also leaves out pneumonia of no stated or another cause, and "
+        "metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows with the finding "
+        "Unknown or todo are left out; findings also leaves out pneumonia of unstated or other cause, and "
         "tuberculosis."
     ),
     licence=(
-        "Each image its own (column license: Apache 2.0, CC BY, CC BY-NC-SA, none stated); metadata and scripts "
-        "CC BY-NC-SA 4.0."
+        "Per image (column license: Apache 2.0, CC BY, CC BY-NC-SA, or none stated); metadata and scripts CC BY-NC-SA "
+        "4.0."
     ),
     citation="Cohen et al.: COVID-19 Image Data Collection: Prospective Predictions Are the Future, MELBA, 2020.",
-    clean="Three new splits by patient (70/15/15). The collection has none of its own, so there is no protocol=study.",
+    clean="Three new splits by patient (70/15/15). The collection has no splits, so there is no protocol=study.",
     # The README's table, which counts PA, AP and AP Supine views.
     expected={"covid": {"all": (203, 451)}, "findings": {"all": (17, 451, 24, 40, 24)}},
 )
@@ -47,15 +47,14 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     Raises ValueError for a missing metadata.csv or column, an unknown finding, a row without patient or file, or a
     file named twice.
     """
-    files.refuse_flags(options, "covid_chestxray")
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
-    rows, left = [], Counter[str]()
-    for where, row in files.table(table, COLUMNS + EXTRA):
+    rows, skipped = [], Counter[str]()
+    for where, row in files.read_rows(table, COLUMNS + EXTRA):
         label = label_of(row["finding"], config, where)
         if row["modality"] != "X-ray" or row["view"] not in FRONTAL:
-            left[f"{row['modality'] or 'no modality'} {row['view'] or 'no view'}"] += 1
+            skipped[f"{row['modality'] or 'no modality'} {row['view'] or 'no view'}"] += 1
         elif label is None:
-            left[row["finding"]] += 1
+            skipped[row["finding"]] += 1
         else:
             for name in ("patientid", "filename"):
                 if not row[name]:
@@ -64,7 +63,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     if not rows:
         raise ValueError(f"{table}: no frontal X-ray with a known finding")
     groups = [f"patient {row['patientid']}" for _, row, _ in rows]
-    named, notes = splits.complete([""] * len(rows), [label for _, _, label in rows], groups, options.seed)
+    clean, notes = splits.complete([""] * len(rows), [label for _, _, label in rows], groups, options.seed)
     examples = [
         Example(
             file=f"{row['folder'] or 'images'}/{row['filename']}",
@@ -76,25 +75,23 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             extra=(row["view"], row["finding"], *(row[name] for name in EXTRA)),
             where=where,
         )
-        for (where, row, label), group, split in zip(rows, groups, named, strict=True)
+        for (where, row, label), group, split in zip(rows, groups, clean, strict=True)
     ]
-    files.check_unique(examples)
-    classes = CLASSES[config]
-    notes += differences(examples, classes, (ABOUT.expected or {})[config], "the collection")
-    if left:
-        most = ", ".join(f"{what} ({count})" for what, count in left.most_common())
-        notes.append(f"{left.total()} rows left out: {most}")
-    return Listing(classes, examples, ("view", "finding", *EXTRA), tuple(notes))
+    notes += compare_counts(examples, CLASSES[config], ABOUT.expected[config], "the collection")
+    if skipped:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common())
+        notes.append(f"{skipped.total()} rows left out: {reasons}")
+    return Listing(CLASSES[config], examples, ("view", "finding", *EXTRA), tuple(notes))
 
 
 def label_of(finding: str, config: str, where: str) -> int | None:
     """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None leaves the row out.
 
-    Raises ValueError, with the line `where`, for a finding that is none of the collection's.
+    Raises ValueError, with the line `where`, for a finding that the collection does not have.
     """
     parts = finding.split("/")
-    if parts[0] not in TOPS:
-        raise ValueError(f"{where}: unknown finding {finding!r}; {nearest(parts[0], TOPS)}")
+    if parts[0] not in ROOT_FINDINGS:
+        raise ValueError(f"{where}: unknown finding {finding!r}; {nearest(parts[0], ROOT_FINDINGS)}")
     if parts[0] in ("Unknown", "todo"):
         return None
     covid = parts[1:3] == ["Viral", "COVID-19"]

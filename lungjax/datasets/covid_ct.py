@@ -10,97 +10,94 @@ from pathlib import Path
 from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, differences
+from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
-CLASSES = ("NonCOVID", "COVID")  # label numbers 0, 1 of the authors' code
+CLASSES = ("NonCOVID", "COVID")  # labels 0, 1 of the authors' code
 TABLE = "NonCOVID-CT-MetaInfo.csv"
-GAP = 3  # file numbers of MedPix slices of one patient are this near to each other
+MAX_GAP = 3  # between the file numbers of consecutive MedPix slices of one patient
 
 ABOUT = About(
     title="axial chest CT slices from papers and teaching files: COVID-19 or not",
-    origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or its zip)",
+    origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or zip)",
     layout=(
         "Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
         "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
-        f"{TABLE} with the patients (without it they are told by the file numbers)."
+        f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers)."
     ),
-    licence="None is stated for the images, which are figures of papers and web pages, each with its own terms.",
+    licence="None stated for the images, which are figures of papers and web pages with individual terms.",
     citation="Yang et al.: COVID-CT-Dataset: a CT image dataset about COVID-19, arXiv 2003.13865, 2020.",
     study="The authors' split lists, by patient.",
     clean=(
-        "The authors' split lists. A COVID slice's group is its paper, which is coarser than the patient, for figures "
-        "may come from one scan; a paper in two lists, and twins, stay on the test's side."
+        "The authors' split lists. The group of a COVID slice is its paper, which is coarser than the patient, because "
+        "several figures may show one scan; papers and near duplicates in several splits are kept in the last one."
     ),
     expected={"default": {"train": (234, 191), "val": (58, 60), "test": (105, 98)}},
 )
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the slices that the split lists of the repository `source` name.
+    """Lists the slices in the split lists of the repository `source`.
 
-    Raises ValueError for a missing list or image folder, with the names looked for, or a file named twice.
+    Raises ValueError for a missing list or image folder, with the names tried, or a file named twice.
     """
-    files.refuse_flags(options, "covid_ct")
     rows: list[tuple[str, str, int, str]] = []  # place, split, label, file
     for label, name in enumerate(CLASSES):
         for split in splits.SPLITS:
-            path = files.find(
-                source, (f"Data-split/{name}/{split}CT_{name}.txt", f"{split}CT_{name}.txt"), f"{split} list of {name}"
-            )
-            rows += [(where, split, label, file) for where, file in files.lines(path)]
-    places = [_images(source, name) for name in CLASSES]
-    known = _patients(source)
-    names = [file for _, _, label, file in rows if label == 0]
-    runs = _runs(names)
+            names = (f"Data-split/{name}/{split}CT_{name}.txt", f"{split}CT_{name}.txt")
+            lines = files.read_lines(files.find(source, names, f"{split} list of {name}"))
+            rows += [(where, split, label, file) for where, file in lines]
+    folders = [_image_folder(source, name) for name in CLASSES]
+    patients = _patients(source)
+    negatives = [file for _, _, label, file in rows if label == 0]
+    runs = _runs(negatives)
     examples = [
         Example(
             file=f"CT_{CLASSES[label]}/{file}",
-            image=str(places[label] / file),
+            image=str(folders[label] / file),
             label=label,
             split=split,
-            group=f"paper {paper(file)}" if label else known.get(file) or crawled(file) or runs.get(file, file),
+            group=f"paper {paper(file)}" if label else patients.get(file) or web_patient(file) or runs.get(file, file),
             source=origin(file, label),
             where=where,
             study=split,
         )
         for where, split, label, file in rows
     ]
-    files.check_unique(examples)
-    notes = differences(examples, CLASSES, (ABOUT.expected or {})["default"], "COVID-CT")
-    lacking = [file for file in names if file not in known]
-    if lacking:
-        why = f"{TABLE} lacks {len(lacking)} of them" if known else f"there is no {TABLE}"
-        notes.append(f"patients of NonCOVID slices are told by file numbers: {why}")
+    notes = compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-CT")
+    missing = len([file for file in negatives if file not in patients])
+    if missing:
+        reason = f"{TABLE} lacks {missing} of them" if patients else f"there is no {TABLE}"
+        notes.append(f"patients of NonCOVID slices are inferred from file numbers: {reason}")
     listed = {example.file for example in examples}
-    for name, place in zip(CLASSES, places, strict=True):
-        spare = sum(f"CT_{name}/{path}" not in listed for path in files.pictures(place))
-        if spare:
-            notes.append(f"images of {place.name} that no split list names were left out: {spare}")
+    for name, folder in zip(CLASSES, folders, strict=True):
+        unlisted = sum(f"CT_{name}/{path}" not in listed for path in files.list_images(folder))
+        if unlisted:
+            notes.append(f"images of {folder.name} in no split list, left out: {unlisted}")
     return Listing(CLASSES, examples, notes=tuple(notes), group_name="patients or papers", study=ABOUT.study, body=True)
 
 
 def paper(file: str) -> str:
-    """Returns the paper of a COVID file: of "2020.01.24.919183-p27-132.png" what precedes the page.
+    """Returns the paper of a COVID file: the part of "2020.01.24.919183-p27-132.png" before the page.
 
-    Names of Elsevier's papers hold no page: "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
+    Names of Elsevier's papers have no page: "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
     """
     return re.sub(r"(?<=^PIIS\d{16}).*|-p\d+-[^-]*(?:-\d+)?$", "", files.stem_of(file))
 
 
-def crawled(file: str) -> str:
+def web_patient(file: str) -> str:
     """Returns the patient of a slice from the web, numbered before "%" ("63%3.jpg", "64.jpg"); "" for other names."""
     match = re.fullmatch(r"(\d+)(?:%\d+)?\.jpe?g|(\d+)%\d+\.png", file, re.IGNORECASE)
     return f"crawled_patient_{match.group(1) or match.group(2)}" if match else ""
 
 
 def origin(file: str, label: int) -> str:
-    """Returns where a slice comes from, as far as its name tells."""
+    """Returns the source of a slice as far as its name shows it."""
     if label:
         return "preprint" if re.match(r"\d{4}\.\d\d\.\d\d\.", file) else "paper"
-    return "web" if crawled(file) else "MedPix"
+    return "web" if web_patient(file) else "MedPix"
 
 
-def _images(source: Path, name: str) -> Path:
+def _image_folder(source: Path, name: str) -> Path:
     folder = f"CT_{name}"
     return files.find(
         source,
@@ -111,22 +108,19 @@ def _images(source: Path, name: str) -> Path:
 
 
 def _patients(source: Path) -> dict[str, str]:
-    """Returns the patient of each NonCOVID file by the repository's table; nothing if the table is not there."""
+    """Returns the patient of each NonCOVID file in the repository's table; {} if the table is missing."""
     if not (source / TABLE).is_file():
         return {}
-    return {
-        row["image name"]: row["patient id"] for _, row in files.table(source / TABLE, ("image name", "patient id"))
-    }
+    columns = ("image name", "patient id")
+    return {row["image name"]: row["patient id"] for _, row in files.read_rows(source / TABLE, columns)}
 
 
 def _runs(names: Sequence[str]) -> dict[str, str]:
-    """Returns the run of numbers that each numbered PNG file belongs to; MedPix's slices are numbered by patient."""
-    numbers = sorted(
-        (int(files.stem_of(file)), file) for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)
-    )
-    runs, start, last = {}, 0, -GAP - 1
-    for number, file in numbers:
-        if number - last > GAP:
+    """Returns the run of numbers of each numbered PNG file; MedPix's slices are numbered by patient."""
+    numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
+    runs, start, last = {}, 0, -MAX_GAP - 1
+    for number, file in sorted((int(files.stem_of(file)), file) for file in numbered):
+        if number - last > MAX_GAP:
             start = number
         runs[file] = f"medpix_run_{start}"
         last = number

@@ -1,6 +1,6 @@
 """COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository.
 
-Sources: https://github.com/shervinmin/DeepCovid (Minaee et al., arXiv 2004.09363); the study's own copy of it:
+Sources: https://github.com/shervinmin/DeepCovid (Minaee et al., arXiv 2004.09363); the study's copy:
 https://github.com/Mithunjack/covid-19-xay-image-classification.
 """
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, differences
+from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
-CLASSES = ("covid", "non")  # label numbers 0, 1: the folders in order, so the study's sigmoid was P(non)
+CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
 ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/")
-REPOSITORY = {"train": (242, 994), "test": (100, 1473)}  # what the study's repository holds
+REPOSITORY = {"train": (242, 994), "test": (100, 1473)}  # images per class in the study's repository
 
-# Names that generators give: Keras's PREFIX_INDEX_HASH with the study's prefix, Augmentor's FOLDER_original_FILE_UUID.
+# Names of generated files: Keras's PREFIX_INDEX_HASH with the study's prefix, Augmentor's FOLDER_original_FILE_UUID.
 GENERATED = re.compile(r"a_\d+_\d+$|.*_original_.+_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 CHEXPERT = re.compile(r"(?:(.+?)[-_ ]?)?(patient\d+)[-_]", re.IGNORECASE)
 
@@ -29,13 +29,13 @@ ABOUT = About(
         "https://github.com/Mithunjack/covid-19-xay-image-classification (2,809 X-rays)"
     ),
     layout=(
-        "{train,test}/{covid,non}/FILE, or with more folders below these; also inside data_upload_v3. In train/covid "
-        'the generated files are told by their names ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of '
+        "{train,test}/{covid,non}/FILE, or with more folders below these; also inside data_upload_v3. Generated files "
+        'in train/covid are recognized by their names ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of '
         "Augmentor)."
     ),
     licence=(
-        "None for the whole. CheXpert: Stanford's research use agreement (no sharing, no commercial use). The "
-        "COVID-19 images: each its own, see covid_chestxray."
+        "None for the whole set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). COVID-19 "
+        "images: individual licenses, see covid_chestxray."
     ),
     citation=(
         "Minaee et al.: Deep-COVID: Predicting COVID-19 from chest X-ray images using deep transfer learning, Medical "
@@ -43,12 +43,13 @@ ABOUT = About(
         "2020."
     ),
     study=(
-        "Train with the generated images; the test images are the validation set too. In the study's repository 37 of "
-        "the 100 COVID-19 test images are also training images, and all generated ones come from one X-ray."
+        "Train with the generated images; the test images are also the validation set. In the study's repository 37 of "
+        "the 100 COVID-19 test images are also training images, and all generated images come from one X-ray."
     ),
     clean=(
-        "Test as shipped; val is cut from train by patient (CheXpert's patient; for COVID-19 the case or paper in the "
-        "file name, else the image itself). Generated images, and training images with a twin in test, are left out."
+        "The original test split; val is cut from train by patient (the patient of CheXpert; for COVID-19 the case or "
+        "paper in the file name, else the image). Generated images and training images with a near duplicate in test "
+        "are left out."
     ),
     expected={"default": {"train": (420, 2000), "test": (100, 3000)}},
 )
@@ -57,60 +58,50 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the X-rays of the archive or repository `source`.
 
-    Raises ValueError for a missing split or class folder, with the names looked for, or one without images.
+    Raises ValueError for a missing split or class folder, with the names tried, or one without images.
     """
-    files.refuse_flags(options, "covid_xray_5k")
-    found: list[tuple[str, int, Path, str]] = []  # split, label, class folder, path in it
+    images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in ("train", "test"):
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
         for label, name in enumerate(CLASSES):
-            inner = files.find(folder, (f"{name}/",), f"folder of class {name}")
-            paths = files.pictures(inner)
-            if not paths:
-                raise ValueError(f"{inner} has no image")
-            found += [(split, label, inner, path) for path in paths]
-    generated = [split == "train" and label == 0 and is_generated(path) for split, label, _, path in found]
-    groups = [
-        "generated" if made else group(path, label) for (_, label, _, path), made in zip(found, generated, strict=True)
-    ]
-    real = [i for i, made in enumerate(generated) if not made]
-    named, notes = splits.complete(
-        [found[i][0] for i in real], [found[i][1] for i in real], [groups[i] for i in real], options.seed
-    )
-    start = dict(zip(real, named, strict=True))
+            images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
+    real = [i for i, (split, label, _, path) in enumerate(images) if split == "test" or label or not is_generated(path)]
+    groups = {i: group(images[i][3], images[i][1]) for i in real}
+    study, labels = [images[i][0] for i in real], [images[i][1] for i in real]
+    completed, notes = splits.complete(study, labels, list(groups.values()), options.seed)
+    clean = dict(zip(real, completed, strict=True))
     examples = [
         Example(
-            file=(inner / path).relative_to(source).as_posix(),
-            image=str(inner / path),
+            file=path.relative_to(source).as_posix(),
+            image=str(path),
             label=label,
-            split=start.get(i, ""),
-            group=groups[i],
-            source="COVID-19 image data collection" if label == 0 else "CheXpert",
-            extra=(finding(path) if label else "COVID-19",),
+            split=clean.get(i, ""),
+            group=groups.get(i, "generated"),
+            source="CheXpert" if label else "COVID-19 image data collection",
+            extra=(finding(inner) if label else "COVID-19",),
             study="train" if split == "train" else "val+test",
         )
-        for i, (split, label, inner, path) in enumerate(found)
+        for i, (split, label, path, inner) in enumerate(images)
     ]
-    counts = Counter((split, label) for split, label, _, _ in found)
+    counts = Counter((split, label) for split, label, _, _ in images)
     if all(counts[split, label] == n for split, both in REPOSITORY.items() for label, n in enumerate(both)):
         notes.append("all images per class are as in the study's repository")
     else:
-        notes += differences(examples, CLASSES, (ABOUT.expected or {})["default"], "COVID-XRay-5K")
-    if any(generated):
-        notes.append(
-            f"{sum(generated)} generated images in train/covid, told by their names: only protocol=study has them"
-        )
+        notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-XRay-5K")
+    if len(real) < len(images):
+        count = len(images) - len(real)
+        notes.append(f"{count} generated images in train/covid, recognized by name, are only in protocol=study")
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
 
 
-def is_generated(path: str) -> bool:
-    """Returns whether a file of train/covid bears a name that a generator of images gave it."""
-    return GENERATED.match(files.stem_of(path)) is not None
+def is_generated(file: str) -> bool:
+    """Returns whether a file of train/covid has the name of a generated image."""
+    return GENERATED.match(files.stem_of(file)) is not None
 
 
-def group(path: str, label: int) -> str:
-    """Returns CheXpert's patient of a non-COVID file, else the case or paper that the file's name tells."""
-    stem = files.stem_of(path)
+def group(file: str, label: int) -> str:
+    """Returns CheXpert's patient of a non-COVID file, else the case or paper in the file name."""
+    stem = files.stem_of(file)
     match = CHEXPERT.match(stem)
     if label == 1:
         return match.group(2).lower() if match else stem
@@ -118,7 +109,6 @@ def group(path: str, label: int) -> str:
 
 
 def finding(path: str) -> str:
-    """Returns the finding of a CheXpert file: the folder below its class, else what precedes the patient's number."""
-    folder, _, _ = path.rpartition("/")
+    """Returns the finding of a CheXpert file: its folder below the class, else the text before the patient number."""
     match = CHEXPERT.match(files.stem_of(path))
-    return folder or (match.group(1) or "" if match else "")
+    return path.rpartition("/")[0] or (match.group(1) or "" if match else "")

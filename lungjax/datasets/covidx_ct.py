@@ -1,7 +1,7 @@
 """COVIDx CT 1, 2A, 2B, 3A and 3B from the official label files and PNG folder.
 
-Source: https://github.com/haydengunraj/COVIDNet-CT (docs/dataset.md); images from Kaggle, hgunraj/covidxct.
-The split is the official one, by patient. Patient and source of a slice follow from its file name.
+Source: https://github.com/haydengunraj/COVIDNet-CT (docs/dataset.md); images from Kaggle, hgunraj/covidxct. The
+split is the official one, by patient. Patient and source of a slice follow from its file name.
 """
 
 import re
@@ -13,11 +13,11 @@ from pathlib import Path
 from lungjax.data import splits, study_splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, in_words
+from lungjax.datasets.listing import About, Example, Listing, difference
 
-CLASSES = ("Normal", "Pneumonia", "COVID-19")  # label numbers 0, 1, 2 of the official files
+CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official files
 
-# Slices and patients per class of the official tables (CT-1, val and test: counted in the files).
+# Slices and patients per class in the official tables (CT-1, val and test: counted in the files).
 _VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
 _VAL3, _TEST3 = ((17570, 8008, 8147), (164, 202, 194)), ((17922, 7965, 7894), (164, 138, 201))
 EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
@@ -32,33 +32,29 @@ EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     "3b": {"train": ((35996, 26970, 300733), (321, 592, 4092)), "val": _VAL3, "test": _TEST3},
 }
 
-# The metadata has two ids, "_0" and "_1", for each of 17 TCIA patients with two scans; here they are one.
+# TCIA patients with two scans: the metadata has two ids for each, "_0" and "_1"; here they are one patient.
 TWO_SCANS = 17
 
-# File name -> patient (first group) and source. COVID-CTset's prefix varies within a patient: no part of it.
-RULES = tuple(
-    (re.compile(pattern), source)
-    for pattern, source in (
-        (r"((?:NCP|CP|Normal)_\d+)_\d+_\d+\.", "CNCB"),
-        (r"(?:\d*covid\d*|normal\d*|cdnormal\d*|normalcd\d*)_(patient\d+)_SR_", "COVID-CTset"),
-        (r"(LIDC-IDRI-\d{4})-", "LIDC-IDRI"),
-        (r"(volume-covid19-A-\d{4})[-_]", "TCIA"),
-        (r"(coronacases_\d+|radiopaedia_\d+_\d+)[-_]", "COVID-19-CT-Seg"),
-        (r"(COVIDCTMD-[^-]+)-", "COVID-CT-MD"),
-        (r"(HUST-Patient\d+)-", "iCTCF"),
-        (r"(STOIC-\d+)-", "STOIC"),
-        (r"(A\d{6})-", "Stony Brook"),
-        (r"(radiopaedia-\d+)-", "radiopaedia.org"),
-        (r"(study_\d{4})-", "MosMedData"),
-    )
-)
-
+# File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is left out.
+RULES = {
+    r"((?:NCP|CP|Normal)_\d+)_\d+_\d+\.": "CNCB",
+    r"(?:\d*covid\d*|normal\d*|cdnormal\d*|normalcd\d*)_(patient\d+)_SR_": "COVID-CTset",
+    r"(LIDC-IDRI-\d{4})-": "LIDC-IDRI",
+    r"(volume-covid19-A-\d{4})[-_]": "TCIA",
+    r"(coronacases_\d+|radiopaedia_\d+_\d+)[-_]": "COVID-19-CT-Seg",
+    r"(COVIDCTMD-[^-]+)-": "COVID-CT-MD",
+    r"(HUST-Patient\d+)-": "iCTCF",
+    r"(STOIC-\d+)-": "STOIC",
+    r"(A\d{6})-": "Stony Brook",
+    r"(radiopaedia-\d+)-": "radiopaedia.org",
+    r"(study_\d{4})-": "MosMedData",
+}
 
 ABOUT = About(
     title="axial chest CT slices: normal, pneumonia, COVID-19, from eleven sources",
     origin=(
         "https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024, roughly 0.15 "
-        "MB each, so up to about 65 GB, and as much again once prepared; 2b and 3b must be built from their sources)"
+        "MB each, so up to about 65 GB, and the same again once prepared; 2b and 3b must be built from their sources)"
     ),
     layout=(
         "The three label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
@@ -67,7 +63,7 @@ ABOUT = About(
     licence=(
         "By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
         "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
-        "COVID-CT-MD unknown. So: no commercial use of the whole."
+        "COVID-CT-MD unknown. Hence no commercial use of the whole set."
     ),
     citation=(
         "Gunraj et al.: COVIDNet-CT: A Tailored Deep Convolutional Neural Network Design for Detection of COVID-19 "
@@ -75,11 +71,11 @@ ABOUT = About(
         "Medicine 8, 2022."
     ),
     study=(
-        "2a and 3a: the official split, resampled with replacement as AbdullahMakhdoom/COVIDNet-CT-Identification did "
+        "2a and 3a: the official split, resampled with replacement as in AbdullahMakhdoom/COVIDNet-CT-Identification "
         "(seed 0): in train Normal and COVID-19 to the count of Pneumonia, in val Normal and Pneumonia to that of "
-        "COVID-19; test as it is. Other versions: the official split."
+        "COVID-19; test is unmodified. Other versions: the official split."
     ),
-    clean="The official split, by patient; sources are unevenly spread over it.",
+    clean="The official split, by patient; sources are unevenly distributed over it.",
     expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
 )
 
@@ -90,20 +86,24 @@ RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of version `config` in the folder `source`.
 
-    Raises ValueError for a missing label file or image folder, with the names looked for, or for a malformed
-    line, an unknown class, an empty box or a file listed twice, with file and line.
+    Raises ValueError for a missing label file or image folder, with the names tried, or for a malformed line, an
+    unknown class, an empty box or a file listed twice, with file and line.
     """
-    files.refuse_flags(options, "covidx_ct")
-    tables = {split: _label_file(source, split, config) for split in splits.SPLITS}
-    folder = _image_folder(source, config)
+    version = config.upper()
+    names = ("_COVIDx_CT-" + version, "_COVIDx-CT-" + version, "_COVIDx_CT", "_COVIDx-CT")
+    tables = {
+        split: files.find(source, [f"{split}{name}.txt" for name in names], f"{split} label file")
+        for split in splits.SPLITS
+    }
+    folders = (f"{version}_images", "images", f"COVIDx_CT-{version}", f"COVIDx-CT-{version}", "COVIDx-CT", "COVIDx_CT")
+    folder = files.find(source, [f"{name}/" for name in folders], "image folder")
     examples = [example for split, table in tables.items() for example in read_labels(table, split, folder)]
-    files.check_unique(examples)
     unknown = [example.file for example in examples if not example.source]
-    notes = differences(examples, config)
+    notes = compare_counts(examples, config)
     if unknown:
         notes.append(
-            f"{len(unknown)} file names follow none of the known rules, such as {unknown[0]}: what precedes "
-            "the last '-' or '_' is taken as patient, and the source is left empty"
+            f"{len(unknown)} file names match no known rule, such as {unknown[0]}: the part before the last '-' or '_' "
+            "is taken as patient, and the source is left empty"
         )
     if config in ("2a", "3a"):
         examples = resampled(examples)
@@ -111,28 +111,28 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples with the study's cells: how often its resampling, seed 0, took each of them.
+    """Returns the examples with the study's cells: how often its resampling, seed 0, drew each of them.
 
     The rows of a class are drawn in the order of the label file, as sklearn.utils.resample does.
     """
-    done = list(examples)
-    for split, (classes, model) in RESAMPLED.items():
+    result = list(examples)
+    for split, (classes, target) in RESAMPLED.items():
         rows: list[list[int]] = [[] for _ in CLASSES]
         for i, example in enumerate(examples):
             if example.split == split:
                 rows[example.label].append(i)
         for label in classes:
-            times = study_splits.resample(len(rows[label]), len(rows[model]), seed=0) if rows[label] else ()
+            times = study_splits.resample(len(rows[label]), len(rows[target]), seed=0) if rows[label] else ()
             for i, count in zip(rows[label], times, strict=True):
                 cell = "" if not count else split if count == 1 else f"{split}*{count}"
-                done[i] = replace(examples[i], study=cell)
-    return done
+                result[i] = replace(examples[i], study=cell)
+    return result
 
 
 def patient(file: str) -> tuple[str, str]:
-    """Returns patient id and source of a slice by its file name; source is "" where no rule fits."""
-    for pattern, source in RULES:
-        match = pattern.match(file)
+    """Returns patient id and source of a slice from its file name; source is "" if no rule matches."""
+    for pattern, source in RULES.items():
+        match = re.match(pattern, file)
         if match:
             return match.group(1), source
     stem = file.rpartition(".")[0] or file
@@ -140,90 +140,45 @@ def patient(file: str) -> tuple[str, str]:
 
 
 def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
-    """Returns the examples of one official label file; its images are sought in `folder`.
+    """Returns the examples of one official label file, whose images are in `folder`.
 
-    Raises ValueError naming file and line for a line that is not `filename class xmin ymin xmax ymax`.
+    Raises ValueError with file and line for a line that is not `filename class xmin ymin xmax ymax`.
     """
     examples = []
-    with table.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{table.name} line {number}"
-            fields = line.split()
-            if not fields:
-                continue
-            if len(fields) != 6:
-                raise ValueError(
-                    f"{where}: {line.strip()!r} has {len(fields)} fields, wanted 6: filename class xmin ymin xmax ymax"
-                )
-            try:
-                label, xmin, ymin, xmax, ymax = (int(text) for text in fields[1:])
-            except ValueError:
-                raise ValueError(
-                    f"{where}: class and box must be whole numbers, found {' '.join(fields[1:])}"
-                ) from None
-            if not 0 <= label < len(CLASSES):
-                known = ", ".join(f"{i} {name}" for i, name in enumerate(CLASSES))
-                raise ValueError(f"{where}: unknown class {label}; known: {known}")
-            if not (0 <= xmin < xmax and 0 <= ymin < ymax):
-                raise ValueError(
-                    f"{where}: box {xmin} {ymin} {xmax} {ymax} is empty or negative; wanted 0 <= xmin < xmax "
-                    "and 0 <= ymin < ymax"
-                )
-            group, origin = patient(fields[0])
-            box = (float(xmin), float(ymin), float(xmax), float(ymax))
-            path = f"{folder}/{fields[0]}"
-            examples.append(Example(fields[0], path, label, split, group, origin, box, where=where, study=split))
-    if not examples:
-        raise ValueError(f"{table} is empty")
+    for where, line in files.read_lines(table):
+        file, *numbers = line.split()
+        if len(numbers) != 5:
+            raise ValueError(
+                f"{where}: {line!r} has {1 + len(numbers)} of 6 fields: filename class xmin ymin xmax ymax"
+            )
+        try:
+            label, xmin, ymin, xmax, ymax = map(int, numbers)
+        except ValueError:
+            raise ValueError(f"{where}: class and box must be integers, not {' '.join(numbers)}") from None
+        if not 0 <= label < len(CLASSES):
+            allowed = ", ".join(f"{i} {name}" for i, name in enumerate(CLASSES))
+            raise ValueError(f"{where}: unknown class {label}; allowed are {allowed}")
+        if not (0 <= xmin < xmax and 0 <= ymin < ymax):
+            raise ValueError(
+                f"{where}: box {xmin} {ymin} {xmax} {ymax} is empty or negative; required are 0 <= xmin < xmax and "
+                "0 <= ymin < ymax"
+            )
+        group, source = patient(file)
+        box = (float(xmin), float(ymin), float(xmax), float(ymax))
+        examples.append(Example(file, f"{folder}/{file}", label, split, group, source, box, where=where, study=split))
     return examples
 
 
-def differences(examples: Sequence[Example], config: str) -> list[str]:
-    """Returns a line for each split whose slices or patients per class differ from the published ones."""
+def compare_counts(examples: Sequence[Example], config: str) -> list[str]:
+    """Returns one line per split whose slices or patients per class differ from the published ones."""
     slices = Counter((e.split, e.label) for e in examples)
     patients = Counter((split, label) for split, label, _ in {(e.split, e.label, e.group) for e in examples})
-    lines = []
-    for split, (wanted_slices, wanted_patients) in EXPECTED[config].items():
-        for what, found, wanted in (
-            ("slices", slices, wanted_slices),
-            ("patients", patients, wanted_patients),
-        ):
-            have = tuple(found[split, label] for label in range(len(CLASSES)))
-            scans = (*wanted[:2], wanted[2] - TWO_SCANS)
-            if have == wanted or (config != "1" and (what, split, have) == ("patients", "train", scans)):
+    name, lines = f"COVIDx CT-{config.upper()}", []
+    for split, published in EXPECTED[config].items():
+        for unit, counts, expected in zip(("slices", "patients"), (slices, patients), published, strict=True):
+            actual = tuple(counts[split, label] for label in range(len(CLASSES)))
+            merged = (*expected[:2], expected[2] - TWO_SCANS)
+            if actual == expected or (config != "1" and (unit, split, actual) == ("patients", "train", merged)):
                 continue
-            lines.append(
-                f"differs from the publication: {split} has {in_words(have)} {what} of {', '.join(CLASSES)}; "
-                f"COVIDx CT-{config.upper()} has {in_words(wanted)}"
-            )
-    return lines or [f"all slices and patients per class are as published for COVIDx CT-{config.upper()}"]
-
-
-def _label_file(source: Path, split: str, config: str) -> Path:
-    version = config.upper()
-    names = [
-        f"{split}_COVIDx_CT-{version}.txt",
-        f"{split}_COVIDx-CT-{version}.txt",
-        f"{split}_COVIDx_CT.txt",
-        f"{split}_COVIDx-CT.txt",
-    ]
-    found = [source / name for name in names if (source / name).is_file()]
-    if not found:
-        raise ValueError(f"{source}: no {split} label file; looked for {', '.join(names)}")
-    return found[0]
-
-
-def _image_folder(source: Path, config: str) -> Path:
-    version = config.upper()
-    names = [
-        f"{version}_images",
-        "images",
-        f"COVIDx_CT-{version}",
-        f"COVIDx-CT-{version}",
-        "COVIDx-CT",
-        "COVIDx_CT",
-    ]
-    found = [source / name for name in names if (source / name).is_dir()]
-    if not found:
-        raise ValueError(f"{source}: no image folder; looked for {', '.join(names)}")
-    return found[0]
+            lines.append(difference(split, unit, CLASSES, actual, name, expected))
+    return lines or [f"all slices and patients per class are as published for {name}"]

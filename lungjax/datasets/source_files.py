@@ -1,133 +1,92 @@
-"""What is read of a downloaded data set's folder: files in any letter case, tables, lists, and groups by file name."""
+"""Reading a downloaded data set: paths in any letter case, tables, lists, and groups from file names."""
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lungjax.config import nearest
+from lungjax.data.csv_table import read_table
+from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
-from lungjax.datasets import PrepareOptions
-from lungjax.datasets.listing import Example
 
-BLOCK = 40  # consecutive file numbers in a block: about a scan's slices, as they were picked for these data sets
-
-
-def refuse_flags(options: PrepareOptions, name: str) -> None:
-    """Raises ValueError for an option that only folders of one's own take."""
-    for flag in options.for_folders():
-        raise ValueError(f"{flag} is for folders: {name} has its own groups, sources and classes; leave it out")
+BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of one scan in these data sets
 
 
 def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:
-    """Returns the first of `names` (relative paths, "." for the source itself; a final "/" asks for a folder).
+    """Returns the first existing path of `names`, relative to `source`; a trailing "/" asks for a folder.
 
-    Letter case does not matter. Raises ValueError with the names looked for if none is there.
+    Letter case does not matter. Raises ValueError with `names` if none exists.
     """
     for name in names:
         path: Path | None = source
         for part in Path(name).parts:
             path = _entry(path, part) if path else None
-        if path and (path.is_dir() if name == "." or name.endswith("/") else path.is_file()):
+        if path and (path.is_dir() if name.endswith("/") else path.is_file()):
             return path
     raise ValueError(f"{source}: no {what}; looked for {', '.join(names)}{'; ' + hint if hint else ''}")
 
 
-def folders(source: Path) -> list[str]:
-    """Returns the names of the folders directly in `source`, sorted, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(source) if entry.is_dir() and not _hidden(entry.name))
-
-
-def pictures(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """Returns all image files below `folder`, relative with "/", sorted, without hidden ones."""
-    found = []
-    for where, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not _hidden(name)]
-        base = os.path.relpath(where, folder)
-        for name in files:
-            if not _hidden(name) and name.lower().endswith(images.SUFFIXES):
-                found.append(name if base == "." else f"{base}/{name}".replace(os.sep, "/"))
-    return sorted(found)
+    return [name for name in list_files(folder) if name.lower().endswith(images.SUFFIXES)]
 
 
-def table(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its place, such as "labels.csv line 7".
+def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
+    """Returns the images below the folder of class `name`, sorted: each path, and its part below that folder.
 
-    The header may have further columns, also nameless ones. Raises ValueError for a lacking or repeated column of
-    `columns`, a malformed line, or text that is not UTF-8.
+    Raises ValueError if there is no such folder or no image in it.
     """
-    rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            for name in columns:
-                if header.count(name) != 1:
-                    what = f"no column {name}" if name not in header else f"column {name} is there twice"
-                    known = [other for other in header if other]
-                    raise ValueError(f"{path.name} line 1: {what}; {nearest(name, known)}")
-            for values in reader:
-                where = f"{path.name} line {reader.line_num}"
-                if not any(values):
-                    continue
-                if len(values) != len(header):
-                    raise ValueError(f"{where}: {len(values)} values, but the header has {len(header)} columns")
-                rows.append((where, dict(zip(header, (value.strip() for value in values), strict=True))))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text ({error}): save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{path.name} line {reader.line_num}: {error}") from None
+    inner = find(folder, (f"{name}/",), f"folder of class {name}")
+    paths = [(inner / path, path) for path in list_images(inner)]
+    if not paths:
+        raise ValueError(f"{inner} has no image")
+    return paths
+
+
+def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """Returns the rows of a CSV file, each with its place. Raises ValueError as `read_table`, and for no rows."""
+    rows = read_table(path, columns).rows
     if not rows:
-        raise ValueError(f"{path} has no row")
+        raise ValueError(f"{path} has no rows")
     return rows
 
 
-def lines(path: Path) -> list[tuple[str, str]]:
-    """Returns the lines of a text file that are not empty, each with its place. Raises ValueError if there is none."""
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """Returns the non-empty lines of a text file, each with its place. Raises ValueError if there are none."""
     try:
         text = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error})") from None
-    found = [(f"{path.name} line {i}", line.strip()) for i, line in enumerate(text, 1) if line.strip()]
-    if not found:
+    lines = [(f"{path.name} line {i}", line.strip()) for i, line in enumerate(text, 1) if line.strip()]
+    if not lines:
         raise ValueError(f"{path} is empty")
-    return found
+    return lines
 
 
-def choose(value: str, known: Mapping[str, str], what: str, where: str) -> str:
-    """Returns `known[value]`. Raises ValueError with the place and the allowed values for another `value`."""
-    if value not in known:
-        raise ValueError(f"{where}: unknown {what} {value!r}; allowed are {', '.join(known)}")
-    return known[value]
+def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
+    """Returns `values[value]`. Raises ValueError with the place and the allowed values if it is missing."""
+    if value not in values:
+        raise ValueError(f"{where}: unknown {what} {value!r}; allowed are {', '.join(values)}")
+    return values[value]
 
 
-def check_unique(examples: Sequence[Example]) -> None:
-    """Raises ValueError for a file that is named twice, with both places."""
-    first: dict[str, str] = {}
-    for example in examples:
-        if example.file in first:
-            raise ValueError(f"{example.where}: {example.file} is already in {first[example.file]}")
-        first[example.file] = example.where
+def block(stem: str) -> str:
+    """Returns the block of BLOCK_SIZE consecutive numbers to which the last number of a file name belongs.
 
-
-def block(stem: str, size: int = BLOCK) -> str:
-    """Returns the block of `size` consecutive numbers that the last number of a file name falls in.
-
-    Slices that follow each other are nearly one picture; numbered files of an unknown patient therefore stay together
-    in blocks. "neg_81" and "neg_119" give "neg_block2"; a name without a number is its own block.
+    Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks. "neg_81" and
+    "neg_119" give "neg_block2"; a name without a number is its own block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
-    return f"{stem[: match.start()]}block{int(match.group(1)) // size}" if match else stem
+    return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
 
 
-# How a figure of a paper or web page is told from its neighbours, at the end of a name: b2, 003, Fig9c, day27, PA ...
+# The end of a name that distinguishes the figures of one paper or web page: b2, 003, Fig9c, day27, PA ...
 _FIGURE = re.compile(
     r"[-_.](?:[a-z]\d?|\d{1,2}[a-z]?|0\d+|fig(?:ure)?\d*[a-z]?|f\d+[a-z]?|fx\d+|gr\d+[a-z]?|g\d+(?:mr\w+)?|case\d+[a-z]?|"
     r"day[-_]?\d+|\d+-(?:hours|days)|admission|left|right|pa|ap|lrg|html|webp|main|pdf|annot|original)$",
     re.IGNORECASE,
 )
-# Names that hold an id of the case, which must not be cut: a UUID or hash, and numbered cases of Radiopaedia and SIRM.
+# Names with the id of a case, which must stay complete: a UUID or hash, and numbered cases of Radiopaedia and SIRM.
 _CASE = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}(?=-)|case_\d+|"
     r"(?:radiop\w+-)?covid-19-(?:(?!day-)[a-z]+-)+\d+(?!-(?:hours|days)))(?![0-9a-z])",
@@ -136,20 +95,18 @@ _CASE = re.compile(
 
 
 def web_case(stem: str) -> str:
-    """Returns the case, or the paper, that a picture of the COVID-19 image data collection is of, by its file name.
+    """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
-    The collection's names end in what tells the figures of one paper apart. A paper may show several patients, so
-    this keeps too much together rather than too little; an id without a figure number is its own case.
+    The ends of the names distinguish the figures of one paper, which may show several patients: the groups are rather
+    too large than too small. An id without a figure number is its own case.
     """
     match = _CASE.match(stem)
     if match:
         return match.group(1)
     stem = re.sub(r"^(auntminnie)-[a-z]-", r"\1-", stem)
-    while True:
-        shorter = _FIGURE.sub("", stem)
-        if shorter == stem or not shorter:
-            return stem
+    while (shorter := _FIGURE.sub("", stem)) not in (stem, ""):
         stem = shorter
+    return stem
 
 
 def stem_of(file: str) -> str:
@@ -162,7 +119,3 @@ def _entry(folder: Path, name: str) -> Path | None:
     if exact.exists() or not folder.is_dir():
         return exact
     return next((folder / other for other in sorted(os.listdir(folder)) if other.lower() == name.lower()), None)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))

@@ -176,7 +176,7 @@ def prepared_fingerprint(data_dir: Path, dataset: str) -> str:
 def unprepared(run: Run, data_dir: Path) -> str:
     """Returns the name of the run's data set if it must be prepared first, else ""."""
     parts, entry = datasets.resolve(run.config.data.dataset)
-    return "" if entry.drawn or prepared.is_prepared(prepared.directory(data_dir, parts.full)) else parts.full
+    return "" if entry.synthetic or prepared.is_prepared(prepared.directory(data_dir, parts.full)) else parts.full
 
 
 def listed(numbers: Sequence[int]) -> str:

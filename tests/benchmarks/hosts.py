@@ -1,7 +1,7 @@
-"""Two processes of two CPU devices against one of four: python -m tests.benchmarks.hosts [FIELD=VALUE ...]
+"""Two processes with two CPU devices each against one with four: python -m tests.benchmarks.hosts [FIELD=VALUE ...]
 
-Trains the same small run (tests/run_small.py) both ways for 50 steps, and prints how far losses and test predictions
-are apart. Fields change the run, such as model.name=efficientnet_lite0 input.size=64.
+Trains the same small run (tests/run_small.py) both ways for 50 steps, and prints the differences of losses and test
+predictions. Fields change the run, such as model.name=efficientnet_lite0 input.size=64.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parent.parent / "run_small.py"
 
 
 def start(out: Path, devices: int, arguments: list[str]) -> subprocess.Popen:
-    """Starts one process on a number of CPU devices."""
+    """Starts one process with `devices` CPU devices."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *arguments], env=env, **quiet)
@@ -39,17 +39,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder, "one"), Path(folder, "two")
         hosts = [start(two, 2, [*fields, "--hosts=2", f"--host={i}", f"--port={port}"]) for i in range(2)]
-        codes = [process.wait() for process in hosts]
-        codes.append(start(one, 4, fields).wait())
+        codes = [process.wait() for process in [*hosts, start(one, 4, fields)]]
         if any(codes):
-            sys.exit(f"the processes ended with {codes}")
+            sys.exit(f"exit codes of the processes: {codes}")
         losses = [np.load(out.with_suffix(".npz"))["losses"] for out in (one, two)]
-        apart = np.abs(losses[1] / losses[0] - 1)
-        print(f"{len(apart)} losses, relative difference: first five {apart[:5].max():.1e}, all {apart.max():.1e}")
-        tested = [predictions.read(out / "predictions_test.csv") for out in (one, two)]
-        same = (tested[0].predicted == tested[1].predicted).all()
-        most = np.abs(tested[0].probabilities - tested[1].probabilities).max()
-        print(f"{len(tested[0])} test images: same classes {same}, probabilities {most:.1e} apart at most")
+        error = np.abs(losses[1] / losses[0] - 1)
+        print(f"{len(error)} losses, relative difference: first five {error[:5].max():.1e}, all {error.max():.1e}")
+        a, b = (predictions.read(out / "predictions_test.csv") for out in (one, two))
+        same = (a.predicted == b.predicted).all()
+        error = np.abs(a.probabilities - b.probabilities).max()
+        print(f"{len(a)} test images: same classes {same}, maximum difference of probabilities {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The 30 runs behind the table of experiments/README.md: python -m tests.benchmarks.small_sets --run
+"""The 30 runs behind the first tables of experiments/README.md: python -m tests.benchmarks.small_sets --run
 
-Two small real sets, prepared as `folder/ct`, `folder/ct-no_lungs` and `folder/xray` (experiments/README.md has the
-commands), five starts, three seeds. Runs what is missing, each in a process of its own, then prints the tables; without
---run it prints those of the runs that are there, and the commands of the others. Hours on 2 cores.
+Two small real data sets, prepared as `folder/ct`, `folder/ct-no_lungs` and `folder/xray` (commands in
+experiments/README.md), five initializations, three seeds. Runs what is missing, each in its own process, then prints
+the tables; without --run it prints the commands of missing runs, and the tables of finished ones. Hours on 2 cores.
 """
 
 import argparse
@@ -18,11 +18,10 @@ from lungjax.evaluation import bootstrap, predictions
 from lungjax.evaluation.predictions import Predictions
 
 EPOCHS = {"ct": 4, "xray": 6}
-# Padding is valid, as in the study, so that the networks want different sizes for a last map of a few cells.
+# With the study's valid padding, these sizes give last feature maps of a few cells.
 CBR = {"simple": 128, "cbr_small": 128, "cbr_tiny": 96}
 LITE = "efficientnet_lite0"
 STARTS = [*((model, "none") for model in CBR), (LITE, "none"), (LITE, "imagenet")]
-SHOWN = {"auc_macro": "AUC", "accuracy": "accuracy"}
 
 
 def command(data: str, model: str, weights: str, seed: int, workdir: Path) -> list[str]:
@@ -31,24 +30,19 @@ def command(data: str, model: str, weights: str, seed: int, workdir: Path) -> li
         flags = [f"--experiment=finetune:dataset=folder/{data},weights={weights},size=128"]
     else:
         flags = [f"--experiment=cbr_folder:dataset=folder/{data},model={model}", f"--set=input.size={CBR[model]}"]
-        flags += ["--set=input.mean=0.5", "--set=input.std=0.25"]  # the network without norm hardly starts otherwise
+        flags += ["--set=input.mean=0.5", "--set=input.std=0.25"]  # a network without norm hardly learns otherwise
     flags += [f"--set=train.epochs={EPOCHS[data]}", f"--set=train.seed={seed}", f"--workdir={workdir}"]
     return ["-m", "lungjax.main", *flags]
 
 
-def found(data: str, model: str, weights: str, root: Path, seeds: int, kind: str = "test") -> list[Predictions]:
-    """Returns the predictions of the finished runs, one a seed."""
+def results(data: str, model: str, weights: str, root: Path, seeds: int, kind: str = "test") -> list[Predictions]:
+    """Returns the predictions of the finished runs, one per seed."""
     files = [root / f"{data}-{model}-{weights}-{s}" / f"predictions_{kind}.csv" for s in range(seeds)]
     return [predictions.read(file) for file in files if file.exists() and (file.parent / "report.md").exists()]
 
 
-def rows_of(p: Predictions, rows: np.ndarray) -> Predictions:
-    """Returns some of the predictions."""
-    return Predictions(p.ids[rows], p.groups[rows], p.sources[rows], p.labels[rows], p.probabilities[rows], p.classes)
-
-
 def cell(runs: Sequence[Predictions], name: str, unit: str = "slice") -> str:
-    """Returns "mean (low to high)" of a metric over the runs; a dash where it has no definition."""
+    """Returns "mean (low to high)" of a metric over the runs; a dash if it is undefined."""
     if not runs or not len(runs[0]):
         return "-"
     mean, low, high = bootstrap.over_runs(runs, [name], unit=unit)[name]
@@ -58,34 +52,34 @@ def cell(runs: Sequence[Predictions], name: str, unit: str = "slice") -> str:
 
 
 def tables(data: str, root: Path, seeds: int) -> str:
-    """Returns the two tables of a data set in markdown: whole test split, and a source."""
-    head = ["network", "start", "seeds", "AUC, slice", "AUC, patient", "accuracy, slice"]
-    head += ["AUC, lungs black"] if data == "ct" else []
-    whole, by_source, sources = [], [], {}
+    """Returns the two tables of a data set in markdown: complete test split, and per source."""
+    rows = [["network", "start", "seeds", "AUC, slice", "AUC, patient", "accuracy, slice"]]
+    rows[0] += ["AUC, no lungs"] if data == "ct" else []
+    by_source, sources = [], {}
     for model, weights in STARTS:
-        runs = found(data, model, weights, root, seeds)
+        runs = results(data, model, weights, root, seeds)
         start = "ImageNet" if weights == "imagenet" else "random"
-        row = [model, start, str(len(runs)), cell(runs, "auc_macro"), cell(runs, "auc_macro", "patient")]
-        row.append(cell(runs, "accuracy"))
+        scores = [cell(runs, "auc_macro"), cell(runs, "auc_macro", "patient"), cell(runs, "accuracy")]
         if data == "ct":
-            row.append(cell(found(data, model, weights, root, seeds, "no_lungs"), "auc_macro"))
-        whole.append(row)
+            scores.append(cell(results(data, model, weights, root, seeds, "no_lungs"), "auc_macro"))
+        rows.append([model, start, str(len(runs)), *scores])
         if runs:
             names, counts = np.unique(runs[0].sources, return_counts=True)
             sources = dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1]))
-            parts = ([rows_of(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
+            parts = ([bootstrap.take(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
             by_source.append([f"{model}, {start}", *(f"{cell(p, 'auc_macro')}; {cell(p, 'accuracy')}" for p in parts)])
-    top = ["AUC; accuracy a slice", *(f"{s}, {n} images" for s, n in sources.items())]
-    return "\n\n".join(markdown(h, body) for h, body in ((head, whole), (top, by_source)))
+    head = ["AUC; accuracy per slice", *(f"{s}, {n} images" for s, n in sources.items())]
+    return f"{markdown(rows)}\n\n{markdown([head, *by_source])}"
 
 
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Returns a table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body))
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table whose first row is the header."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def main() -> None:
-    """Runs what is missing where asked to, and prints the tables."""
+    """Runs what is missing if requested, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_sets"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -95,12 +89,11 @@ def main() -> None:
         for data in EPOCHS:
             for model, weights in STARTS:
                 folder = flags.workdir / f"{data}-{model}-{weights}-{seed}"
-                if (folder / "report.md").exists():
-                    continue
-                arguments = command(data, model, weights, seed, folder)
-                print("python", shlex.join(arguments), flush=True)
-                if flags.run and subprocess.run([sys.executable, *arguments]).returncode:
-                    print(f"failed: {folder}", file=sys.stderr)
+                if not (folder / "report.md").exists():
+                    arguments = command(data, model, weights, seed, folder)
+                    print("python", shlex.join(arguments), flush=True)
+                    if flags.run and subprocess.run([sys.executable, *arguments]).returncode:
+                        print(f"failed: {folder}", file=sys.stderr)
     for data in EPOCHS:
         print(f"\n## {data}\n\n{tables(data, flags.workdir, flags.seeds)}")
 

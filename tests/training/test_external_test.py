@@ -173,9 +173,7 @@ def test_overlap_of_stages(root):
     lone = replace(mine, name="folder/lone-nobackg")
     other = datasets.open_dataset("folder/other", data_dir)
     doubts = overlap.refuse(lone, other, data_dir, "it")
-    assert doubts == [
-        "Near twins can't be told in different stages; prepare folder/lone-nobackg without its stage as well."
-    ]
+    assert len(doubts) == 1 and "prepare folder/lone-nobackg" in doubts[0]
 
 
 def test_label_map_errors():

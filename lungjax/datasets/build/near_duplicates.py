@@ -1,4 +1,4 @@
-"""Images that a data set holds twice: found among its rows, taken out of the clean protocol, counted in the study's."""
+"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -8,87 +8,86 @@ from typing import Any
 
 import numpy as np
 
-from lungjax.data import duplicates, prepared, leakage, splits
+from lungjax.data import duplicates, leakage, prepared, splits
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import resolve
 from lungjax.datasets.listing import Example, Listing
 
-FILE = "near.csv"  # beside index.csv: the near twins of different groups, a line each
+FILE = "near.csv"  # next to index.csv: the near duplicates of different groups, one pair per line
 
 
 @dataclass(frozen=True)
-class Twins:
-    """What `search` found; rows are places in the index."""
+class Duplicates:
+    """Result of `search`; rows are places in the index."""
 
-    near: np.ndarray  # int64 [P, 2], rows of near twins in different groups
+    near: np.ndarray  # int64 [P, 2], rows of near duplicates in different groups
     clean: list[str]  # split of each row, "" for left out
     notes: list[str]
-    told: dict[str, Any]  # for the summary
+    summary: dict[str, Any]
 
 
 def search(
     examples: Sequence[Example], columns: Mapping[str, Sequence[str]], listing: Listing, thumbnails: np.ndarray
-) -> Twins:
-    """Finds exact copies and near twins among the columns of an index, and what that means for each protocol.
+) -> Duplicates:
+    """Detects exact copies and near duplicates in the columns of an index, and their effect on each protocol.
 
-    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], spare reading the images once more.
+    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], save reading the images again.
     """
     files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
     hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
-    found = duplicates.near_twins(hashes, groups, pixels, thumbnails.__getitem__)
-    numbers = [example.label for example in examples]
-    clean, notes = leakage.clean(
-        [e.split for e in examples], numbers, groups, pixels, found.pairs, listing.group_name
-    )
-    cells: dict[str, Sequence[str]] = {"study": columns["split_study"]} if listing.study else {}
-    cells["clean"] = clean
-    told: dict[str, Any] = {"near_pairs": len(found.pairs), "left_out": clean.count(""), "leaks": {}}
-    for name, column in cells.items():
-        members = {split: _members(column, split).tolist() for split in splits.SPLITS}
-        leaks = leakage.leaks(members, groups, pixels, found.pairs)
-        told["leaks"][name] = leaks
-        notes = [*notes, *leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)]
-        told.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, found.pairs))
-    return Twins(found.pairs, clean, [*filter(None, [found.note]), *notes], told)
+    twins = duplicates.near_twins(hashes, groups, pixels, thumbnails.__getitem__)
+    starts, numbers = [e.split for e in examples], [e.label for e in examples]
+    clean, notes = leakage.clean(starts, numbers, groups, pixels, twins.pairs, listing.group_name)
+    if twins.note:
+        notes.insert(0, twins.note)
+    cells = {"study": columns["split_study"]} if listing.study else {}
+    summary: dict[str, Any] = {"near_pairs": len(twins.pairs), "left_out": clean.count(""), "leaks": {}}
+    for name, column in (cells | {"clean": clean}).items():
+        members = {split: _members(column, split) for split in splits.SPLITS}
+        leaks = leakage.leaks(members, groups, pixels, twins.pairs)
+        summary["leaks"][name] = leaks
+        notes += leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)
+        summary.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, twins.pairs))
+    return Duplicates(twins.pairs, clean, notes, summary)
 
 
-def _members(cells: Sequence[str], split: str) -> np.ndarray:
-    holds = {cell: split in splits.parse_study(cell) for cell in set(cells)}
-    return np.flatnonzero([holds[cell] for cell in cells])
+def _members(cells: Sequence[str], split: str) -> list[int]:
+    contains = {cell: split in splits.parse_study(cell) for cell in set(cells)}
+    return [i for i, cell in enumerate(cells) if contains[cell]]
 
 
-def write(found: Twins, files: Sequence[str], directory: Path) -> None:
-    """Writes the near twins into `directory`."""
+def write(pairs: np.ndarray, files: Sequence[str], directory: Path) -> None:
+    """Writes near duplicates, rows int64 [P, 2], into `directory`."""
     with (directory / FILE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "twin"])
-        writer.writerows([files[i], files[j]] for i, j in found.near.tolist())
+        writer.writerows([files[i], files[j]] for i, j in pairs.tolist())
 
 
 def read(data: Prepared, data_dir: Path) -> np.ndarray:
-    """Returns the near twins of a prepared data set as rows, int64 [P, 2]."""
-    place = {file: i for i, file in enumerate(data.columns["file"].tolist())}
+    """Returns the near duplicates of a prepared data set as rows, int64 [P, 2]."""
+    row = {file: i for i, file in enumerate(data.columns["file"].tolist())}
     with (prepared.directory(data_dir, data.name) / FILE).open(newline="", encoding="utf-8") as file:
-        pairs = [[place[a], place[b]] for a, b in list(csv.reader(file))[1:]]
+        pairs = [[row[a], row[b]] for a, b in list(csv.reader(file))[1:]]
     return np.asarray(pairs, np.int64).reshape(-1, 2)
 
 
 def cross(one: Prepared, other: Prepared) -> str:
     """Returns, as markdown, the patients and images that two prepared data sets share.
 
-    Raises ValueError for a stage, which hides what there is to compare.
+    Raises ValueError for a stage, which hides a part of the images.
     """
     for data in (one, other):
         if resolve(data.name)[0].stage:
-            raise ValueError(f"--cross compares whole images, and {data.name} is a stage: give it without")
-    found = leakage.cross(side(one), side(other))
-    lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in found["lines"])]
-    return "\n".join([*lines, *(f"  - {pair}" for pair in found["examples"])]) + "\n"
+            raise ValueError(f"--cross compares complete images, and {data.name} is a stage: give the name without it")
+    shared = leakage.cross(side(one), side(other))
+    lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
+    return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
 
 
 def side(data: Prepared, rows: np.ndarray | None = None) -> leakage.Side:
-    """Returns what `leakage.cross` compares of a prepared data set: all of it, or some of its `rows` [n]."""
+    """Returns one side of `leakage.cross`: a prepared data set, or some of its `rows` [n]."""
     rows = np.arange(len(data.columns["file"])) if rows is None else rows
     files, groups, pixels = (data.columns[key][rows].tolist() for key in ("file", "group", "pixels"))
 

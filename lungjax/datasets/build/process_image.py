@@ -1,4 +1,4 @@
-"""What happens to one image on its way into a data set: decoded whole, checked, staged, shrunk, hashed, measured."""
+"""Processing of one image of a data set: decoded, checked, staged, resized, hashed, measured."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,30 +6,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lungjax.data import duplicates, preprocess, prepared
+from lungjax.data import duplicates, prepared, preprocess
 from lungjax.data.imaging import images
 from lungjax.data.preprocess import Box
 from lungjax.datasets.listing import Example
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What is to be made of every image of a data set."""
+class ImageOptions:
+    """Processing of every image of a data set."""
 
-    stage: str = ""  # one of config.STAGES, "" for the image as it is
+    stage: str = ""  # one of config.STAGES, "" for unmodified images
     size: tuple[int, int] | None = None  # height, width
-    body: bool = False  # keep a mask of the body
+    body: bool = False  # store a body mask
     window: tuple[float, float] | None = None  # 16-bit values that become 0 and 255
 
 
 @dataclass(frozen=True)
-class Treated:
-    """What is stored of an image."""
+class ProcessedImage:
+    """The stored data of an image."""
 
-    data: bytes  # the file's own bytes where nothing was changed (8-bit JPEG, PNG), else a PNG
+    data: bytes  # the original bytes of an unmodified 8-bit JPEG or PNG, else a PNG
     width: int
     height: int
-    box: Box  # in pixels of the stored image, max exclusive; the whole image where there is no box
+    box: Box  # in pixels of the stored image, max exclusive; the complete image if there is no box
     pixels: str  # digest of the decoded original
     phash: int  # of the original, as the thumbnail: see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
@@ -37,46 +37,45 @@ class Treated:
     std: float
     raw: bool
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
-    body: bytes  # packed bits, empty if not asked for
-    found: bool  # False if the stage found no body or no lung in it
+    body: bytes  # packed bits, empty if not requested
+    found: bool  # False if the stage detected no body or no lung
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why an image can't be stored."""
+    """Reason why an image can't be stored."""
 
     text: str
-    skippable: bool  # by --on_bad_image=skip; what else is wrong, the user must put right
+    skippable: bool  # by --on_bad_image=skip; other problems must be fixed by the user
 
 
-def treat(example: Example, treatment: Treatment) -> Treated | Problem:
-    """Reads and treats one image; runs in a worker process, so nothing is raised for a bad image."""
+def process_image(example: Example, options: ImageOptions) -> ProcessedImage | Problem:
+    """Reads and processes one image; runs in a worker process, so nothing is raised for a bad image."""
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
     except (ValueError, OSError) as error:
         return Problem(str(error), skippable=True)
     height, width = array.shape[:2]
-    outside = _outside(example.box, width, height)
-    if outside:
-        return Problem(outside, skippable=False)
-    deep = array.dtype == np.uint16
-    if deep and treatment.stage and treatment.window is None:
-        return Problem(f"a 16-bit image: the stage {treatment.stage} needs --window=low,high", skippable=False)
-    shown = array
-    if deep and treatment.window:
-        shown = np.rint(images.show(array, treatment.window)).astype(np.uint8)
-    gray = images.gray(shown)
     box = example.box or (0.0, 0.0, float(width), float(height))
-    stored, box, region, found = preprocess.apply_stage(gray if treatment.stage else array, box, treatment.stage, treatment.size)
-    same = stored is array and not deep and form in ("JPEG", "PNG")
-    raw = stored.dtype == np.uint16 and treatment.window is None
-    if stored.dtype == np.uint16 and treatment.window:
-        values = images.show(stored, treatment.window) / 255.0
+    if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        text = " ".join(f"{v:g}" for v in box)
+        return Problem(f"box {text} lies outside the image, which is {width} x {height} (width x height)", skippable=False)
+    deep = array.dtype == np.uint16
+    if deep and options.stage and options.window is None:
+        return Problem(f"a 16-bit image: the stage {options.stage} needs --window=low,high", skippable=False)
+    shown = np.rint(images.show(array, options.window)).astype(np.uint8) if deep and options.window else array
+    gray = images.gray(shown)
+    source = gray if options.stage else array
+    stored, box, region, found = preprocess.apply_stage(source, box, options.stage, options.size)
+    original = stored is array and not deep and form in ("JPEG", "PNG")
+    raw = stored.dtype == np.uint16 and options.window is None
+    if stored.dtype == np.uint16 and options.window:
+        values = images.show(stored, options.window) / 255.0
     else:
         values = stored.astype(np.float64) if raw else images.gray(stored) / 255.0
-    return Treated(
-        data=data if same else images.encode(stored),
+    return ProcessedImage(
+        data=data if original else images.encode(stored),
         width=stored.shape[1],
         height=stored.shape[0],
         box=box,
@@ -87,25 +86,14 @@ def treat(example: Example, treatment: Treatment) -> Treated | Problem:
         std=float(values.std()),
         raw=raw,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
-        body=_body(gray, region) if treatment.body else b"",
+        body=_body(gray, region) if options.body else b"",
         found=found,
     )
 
 
-def _outside(box: Box | None, width: int, height: int) -> str:
-    if box is None:
-        return ""
-    xmin, ymin, xmax, ymax = box
-    if 0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height:
-        return ""
-    text = " ".join(f"{v:g}" for v in box)
-    return f"box {text} lies outside the image, which is {width} x {height} (width x height)"
-
-
 def _body(gray: np.ndarray, region: Box) -> bytes:
-    from lungjax.data.imaging import lung_masks  # see treat
+    from lungjax.data.imaging import lung_masks  # here: it imports scikit-image
 
     mask = Image.fromarray(lung_masks.body_mask(gray).astype(np.uint8) * 255)
-    side = prepared.BODY_SIDE
-    kept = np.asarray(mask.resize((side, side), Image.Resampling.BILINEAR, box=region)) > 127
-    return np.packbits(kept).tobytes()
+    size = (prepared.BODY_SIDE, prepared.BODY_SIDE)
+    return np.packbits(np.asarray(mask.resize(size, Image.Resampling.BILINEAR, box=region)) > 127).tobytes()

@@ -1,4 +1,4 @@
-"""Where a data set is written before it is whole: locked, with enough disk, moved into place by a rename."""
+"""Staging directory of a data set that is being written: locked, with enough disk space, published by a rename."""
 
 import contextlib
 import fcntl
@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SPARE_BYTES = 64 << 20  # disk that must stay free beside the images
+SPARE_BYTES = 64 << 20  # disk space that must stay free
 
 
 @contextlib.contextmanager
 def locked(data_dir: Path, name: str) -> Iterator[Path]:
-    """Yields an empty staging directory on the same disk; a second process that wants the same name waits."""
+    """Yields an empty staging directory on the same disk; a second process that prepares the same name waits."""
     root = data_dir / ".staging" / name.replace("/", "-")
     root.mkdir(parents=True, exist_ok=True)
     with (root.parent / f"{root.name}.lock").open("w") as lock:
@@ -21,7 +21,7 @@ def locked(data_dir: Path, name: str) -> Iterator[Path]:
             print(f"Another process is preparing {name}: waiting for it ...")
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            shutil.rmtree(root, ignore_errors=True)  # what a killed run left
+            shutil.rmtree(root, ignore_errors=True)  # of a killed run
             root.mkdir(parents=True)
             yield root
         finally:
@@ -29,7 +29,7 @@ def locked(data_dir: Path, name: str) -> Iterator[Path]:
 
 
 def publish(written: Path, final: Path) -> None:
-    """Moves a whole data set to `final`; one that is there goes when the new one is in place."""
+    """Moves a complete data set to `final`; an existing one is removed once the new one is in place."""
     final.parent.mkdir(parents=True, exist_ok=True)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -40,7 +40,7 @@ def publish(written: Path, final: Path) -> None:
 
 
 def check_disk(needed: int, data_dir: Path, count: int, say: Callable[[str], None]) -> None:
-    """Says how much will be written. Raises ValueError if that and SPARE_BYTES are not free."""
+    """Reports the bytes to be written. Raises ValueError if they and SPARE_BYTES are not free."""
     free = shutil.disk_usage(data_dir).free
     say(f"{count:,} images, about {_human(needed)} to write into {data_dir} ({_human(free)} free)")
     if needed + SPARE_BYTES > free:

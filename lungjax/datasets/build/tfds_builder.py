@@ -1,4 +1,4 @@
-"""The one TFDS builder behind every data set: what a record holds, and writing them."""
+"""The TFDS builder of every data set: the features of a record, and writing them."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lungjax.data import prepared
+from lungjax.datasets.build.process_image import ProcessedImage
+from lungjax.datasets.listing import Example
 
 BODY_BYTES = prepared.BODY_SIDE**2 // 8
 Shards = Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]
@@ -17,9 +19,9 @@ Shards = Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]
 class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes the records of given shards.
 
-    `image` holds encoded bytes (uint8 or, for 16 bits, uint16 PNG); `box` is TFDS's ymin, xmin, ymax, xmax in parts
-    of the image, the whole image where the data set has no boxes; `body` the bits of a mask of the body, row by row
-    over the whole image, all zero where none was made.
+    `image` holds encoded bytes (uint8, or uint16 PNG for 16 bits); `box` is TFDS's ymin, xmin, ymax, xmax as fractions
+    of the image, the complete image if the data set has no boxes; `body` the bits of a body mask, row by row over the
+    complete image, all zero if there is none.
     """
 
     name = "lungjax"
@@ -67,26 +69,16 @@ def write(name: str, root: Path, description: str, classes: Sequence[str], shard
             raise ValueError(f"the disk is full: {name} was not written; choose another --data_dir") from None
 
 
-def record(
-    image: bytes,
-    label: int,
-    names: tuple[str, str, str],
-    box: tuple[float, float, float, float],
-    size: tuple[int, int],
-    body: bytes,
-) -> dict[str, Any]:
-    """Returns one example as TFDS takes it; names are file, group and source, box in pixels, size width and height."""
-    xmin, ymin, xmax, ymax = box
-    width, height = size
-    file, group, source = names
-    bits = np.frombuffer(body or bytes(BODY_BYTES), np.uint8)
-    place = tfds.features.BBox(ymin=ymin / height, xmin=xmin / width, ymax=ymax / height, xmax=xmax / width)
+def record(example: Example, image: ProcessedImage) -> dict[str, Any]:
+    """Returns the features of one example for TFDS."""
+    xmin, ymin, xmax, ymax = image.box
+    width, height = image.width, image.height
     return {
-        "image": io.BytesIO(image),
-        "label": label,
-        "file": file,
-        "group": group,
-        "source": source,
-        "box": place,
-        "body": bits,
+        "image": io.BytesIO(image.data),
+        "label": example.label,
+        "file": example.file,
+        "group": example.group,
+        "source": example.source,
+        "box": tfds.features.BBox(ymin=ymin / height, xmin=xmin / width, ymax=ymax / height, xmax=xmax / width),
+        "body": np.frombuffer(image.body or bytes(BODY_BYTES), np.uint8),
     }

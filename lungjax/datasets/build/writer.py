@@ -1,7 +1,7 @@
-"""Writes a data set: reads and checks every image once, TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once; TFDS records, index.csv and the summary.
 
-All of it happens in a staging directory that is renamed at the end, so an interrupted run leaves nothing that
-opens, and with `overwrite` the old data set stays until the new one is whole.
+Everything happens in a staging directory that is renamed at the end, so an interrupted run leaves nothing that opens,
+and with `overwrite` the old data set stays until the new one is complete.
 """
 
 import functools
@@ -20,37 +20,142 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lungjax.runtime import environment
 from lungjax.data import duplicates, prepared, summary
-from lungjax.datasets.build import tfds_builder, staging, near_duplicates
+from lungjax.datasets.build import near_duplicates, staging, tfds_builder
+from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
-from lungjax.datasets.build.process_image import Problem, Treated, Treatment, treat
+from lungjax.runtime import environment
 
-SHARD_BYTES = 128 << 20  # TFDS keeps one shard's records in memory while it writes them
-DRAWN_BYTES = 512 * 512  # of an image that is made or changed on the way, about: it is stored unpacked
+SHARD_BYTES = 128 << 20  # TFDS keeps the records of one shard in memory while it writes them
+GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image: it is stored uncompressed
 SKIP = "; --on_bad_image=skip leaves such images out"
 
 
 @dataclass
-class _Seen:
-    """What the pass over the images finds out."""
+class _Images:
+    """The pass over the images of a listing, and its results."""
 
-    thumbnails: Path  # a file with one for each row: they are too many for memory
-    examples: list[Example] = field(default_factory=list)  # those that are stored, in order
+    listing: Listing
+    options: ImageOptions
+    on_bad_image: str
+    on_no_lung: str
+    thumbnails: Path  # a file with one thumbnail per row: they are too many for memory
+    bar: Any
+    skipped: list[str]
+    examples: list[Example] = field(default_factory=list)  # the stored ones, in order
     columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
-    skipped: list[str] = field(default_factory=list)
-    unstaged: list[str] = field(default_factory=list)  # files in which a stage found no lung
+    unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
     deep: int = 0  # images with 16 bits
     raw: list[int] = field(default_factory=list)  # rows whose mean and std are of 16-bit values
 
+    def shards(self, examples: Sequence[Example], sizes: Sequence[int]) -> tfds_builder.Shards:
+        """Returns one generator function per shard; TFDS calls them in order, one after the other."""
+        bounds, total = [0], 0
+        for i, size in enumerate(sizes):
+            if total and total + size > SHARD_BYTES:
+                bounds.append(i)
+                total = 0
+            total += size
+        bounds.append(len(examples))
+        return [functools.partial(self._shard, examples[a:b]) for a, b in itertools.pairwise(bounds)]
 
-@dataclass(frozen=True)
-class _Choices:
-    """What a user may choose about images that are not as they should be."""
+    def _shard(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self.thumbnails.open("ab") as thumbnails:
+            for example, image in process_images(examples, self.options):
+                self.bar.update()
+                if self._is_stored(example, image) and isinstance(image, ProcessedImage):
+                    thumbnails.write(image.thumbnail)
+                    self._add(example, image)
+                    yield len(self.examples) - 1, tfds_builder.record(example, image)
 
-    on_bad_image: str
-    on_no_lung: str
+    def _is_stored(self, example: Example, image: ProcessedImage | Problem) -> bool:
+        """Notes a bad image. Raises ValueError if it can't be skipped."""
+        line = f"{_place(example)}{example.file}"
+        if isinstance(image, Problem):
+            line += f": {image.text}"
+            if self.on_bad_image == "fail" or not image.skippable:
+                raise ValueError(line + (SKIP if image.skippable else ""))
+            self.skipped.append(line)
+            return False
+        if not image.found:
+            self.unstaged.append(example.file)
+            if self.on_no_lung == "fail":
+                raise ValueError(
+                    f"{line}: the stage {self.options.stage} detects nothing; use --on_no_lung=keep or skip to continue"
+                )
+        return image.found or self.on_no_lung == "keep"
+
+    def _add(self, example: Example, image: ProcessedImage) -> None:
+        row = {
+            "file": example.file,
+            "label": self.listing.classes[example.label],
+            "split": example.split,
+            "split_study": example.study if self.listing.study else "",
+            "group": example.group,
+            "source": example.source,
+            "width": str(image.width),
+            "height": str(image.height),
+            **dict(zip(prepared.BOX, (f"{v:.9g}" for v in image.box), strict=True)),
+            "pixels": image.pixels,
+            "phash": f"{image.phash:016x}",
+            "mean": f"{image.mean:.5f}",
+            "std": f"{image.std:.5f}",
+            "found": str(int(image.found)),
+            **dict(zip(self.listing.extra, example.extra, strict=True)),
+        }
+        for name, text in row.items():
+            self.columns[name].append(sys.intern(text))  # few values differ in a set of 400,000 images
+        if image.histogram is not None:
+            self.deep += 1
+            self.raw += [len(self.examples)] if image.raw else []
+            if example.split == "train":
+                self.histogram += image.histogram
+        self.examples.append(example)
+
+    def find_duplicates(self) -> near_duplicates.Duplicates:
+        """Returns the duplicates, and sets the splits of the clean protocol. Raises ValueError for a lost class."""
+        if not self.examples:
+            first = f"; the first: {self.skipped[0]}" if self.skipped else ""
+            raise ValueError(f"no readable image is left{first}")
+        shape = (len(self.examples), duplicates.SIDE, duplicates.SIDE)
+        thumbnails = np.memmap(self.thumbnails, np.uint8, "r", shape=shape)
+        result = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
+        self.columns["split"] = result.clean
+        classes = self.listing.classes
+        rows = zip(self.columns["label"], result.clean, strict=True)
+        empty = set(classes) - {label for label, split in rows if split == "train"}
+        listed = {classes[example.label] for example in self.examples if example.split == "train"}
+        if empty and not (empty <= listed and self.listing.study):  # else the study's splits are usable; a warning says so
+            lost = " after patients and images of later splits are removed" if empty & listed else ""
+            names = ", ".join(c for c in classes if c in empty)
+            raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
+        return result
+
+    def window(self) -> tuple[tuple[float, float] | None, list[str]]:
+        """Returns the window to record, and notes on it; scales mean and std of 16-bit images to it, without clipping.
+
+        Raises ValueError if a window is needed and can't be derived from the train split.
+        """
+        window = self.options.window
+        if not self.deep:
+            return None, ["--window was not used: no image has 16 bits"] if window else []
+        count = f"{self.deep} of {len(self.examples)} images have 16 bits"
+        if window:
+            return window, [f"{count}; as requested, their values {window[0]:g} to {window[1]:g} become 0 to 255"]
+        total = np.cumsum(self.histogram)
+        if total[-1] == 0:
+            raise ValueError(f"{count}, but none of them is in the train split: give --window=low,high")
+        low, high = (float(np.searchsorted(total, part * total[-1])) for part in (0.005, 0.995))
+        if high <= low:
+            raise ValueError(f"{count}, and nearly all their training pixels are {low:g}: give --window=low,high")
+        for row in self.raw:
+            for key, offset in (("mean", low), ("std", 0.0)):
+                self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
+        return (low, high), [
+            f"{count}; the percentiles 0.5 and 99.5 of the train split became the window: {low:g} to {high:g} become 0 "
+            "to 255; --window=low,high sets it"
+        ]
 
 
 def prepare(
@@ -67,51 +172,44 @@ def prepare(
     keep: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the data set `name` and returns its summary, which also lies beside it as summary.json and .md.
+    """Writes the data set `name` and returns its summary, which is also stored with it as summary.json and .md.
 
     Args:
         name: data set and configuration, such as "folder/my_hospital".
-        listing: the examples, in the order they are stored.
+        listing: the examples, in the order in which they are stored.
         data_dir: the root of all prepared data sets.
-        stage: one of config.STAGES, "" for the images as they are.
-        size: height and width of the stored images; None leaves each as it is.
+        stage: one of config.STAGES, "" for unmodified images.
+        size: height and width of the stored images; None keeps the size of each.
         window: 16-bit pixel values that become 0 and 255; None takes percentiles 0.5 and 99.5 of train.
-        on_bad_image: "fail", or "skip" to leave unreadable and missing images out and list them.
-        on_no_lung: an image in which `stage` finds no body or lung: "keep" it one stage before, "skip" it or "fail".
+        on_bad_image: "fail", or "skip" to leave out and list unreadable and missing images.
+        on_no_lung: an image in which `stage` detects no body or lung: "keep" it at the stage before, "skip" it or "fail".
         overwrite: replace a data set of that name.
-        keep: be content with one that is there and return {}: two runs may both find drawn data missing.
-        quiet: no progress bar and no words, for data sets that are generated on first use.
+        keep: accept an existing one and return {}: two runs may both miss a synthetic data set.
+        quiet: no progress bar and no output, for data sets that are generated on first use.
 
-    Raises ValueError for a bad image, a box outside its image, a class without a training example, too little
-    disk, or a data set that is already there.
+    Raises ValueError for a bad image, a box outside its image, a class without a training example, too little disk
+    space, or a data set that already exists.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     final = prepared.directory(data_dir, name)
-    treatment = Treatment(stage, size, listing.body, window)
-    choices = _Choices(on_bad_image, on_no_lung)
+    options = ImageOptions(stage, size, listing.body, window)
     with staging.locked(data_dir, name) as root:
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
-        sizes, missing = _sizes(listing.examples, treatment, on_bad_image)
-        staging.check_disk(sum(max(size, 0) for size in sizes), data_dir, len(listing.examples), say)
-        seen = _Seen(root / "thumbnails", skipped=missing)
-        with tqdm(total=len(sizes), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
-            present = [e for e, size in zip(listing.examples, sizes, strict=True) if size >= 0]
-            shards = _shards(present, [s for s in sizes if s >= 0], listing, treatment, seen, choices, bar)
-            bar.total = len(present)
+        sizes, missing = _sizes(listing.examples, options, on_bad_image)
+        staging.check_disk(sum(sizes), data_dir, len(listing.examples), say)
+        present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
+        with tqdm(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+            images = _Images(listing, options, on_bad_image, on_no_lung, root / "thumbnails", bar, missing)
+            shards = images.shards(present, [size for size in sizes if size])
             tfds_builder.write(name, root, name, listing.classes, shards)
         written = prepared.directory(root, name)
-        _check_left(seen)
-        say("Looking for images that are there twice ...")
-        found = near_duplicates.search(seen.examples, seen.columns, listing, _thumbnails(seen))
-        seen.columns["split"] = found.clean
-        _check_classes(seen, listing)
-        window, notes = _window(window, seen)
-        _scale(seen, window)
-        header = [*prepared.COLUMNS, *listing.extra]
-        described = {
+        say("Searching for duplicates ...")
+        search = images.find_duplicates()
+        window, notes = images.window()
+        info = {
             "name": name,
             "classes": list(listing.classes),
             "window": window,
@@ -121,17 +219,18 @@ def prepare(
             "body": listing.body,
             **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
         }
-        near_duplicates.write(found, seen.columns["file"], written)
-        rows = zip(*(seen.columns[key] for key in header), strict=True)
-        prepared.write_index(written, described, header, rows)
-        _check_order(written, name, seen)
+        near_duplicates.write(search.near, images.columns["file"], written)
+        header = [*prepared.COLUMNS, *listing.extra]
+        rows = zip(*(images.columns[key] for key in header), strict=True)
+        prepared.write_index(written, info, header, rows)
+        _check_order(written, name, images.columns["file"])
         result = summary.summarize(
-            described,
-            seen.columns,
-            twins=found.told,
-            skipped=seen.skipped,
-            unstaged=seen.unstaged,
-            notes=[*listing.notes, *notes, *found.notes],
+            info,
+            images.columns,
+            twins=search.summary,
+            skipped=images.skipped,
+            unstaged=images.unstaged,
+            notes=[*listing.notes, *notes, *search.notes],
             group_name=listing.group_name,
         )
         summary.write(result, written)
@@ -139,25 +238,24 @@ def prepare(
     return result
 
 
-def _sizes(examples: Sequence[Example], treatment: Treatment, on_bad_image: str) -> tuple[list[int], list[str]]:
-    """Returns about how many bytes each image takes (-1 if it is missing) and a line for each missing one."""
+def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str) -> tuple[list[int], list[str]]:
+    """Returns the approximate stored bytes of each image (0 if it is missing) and one line per missing image."""
     sizes, missing = [], []
-    height, width = treatment.size or (0, 0)
+    height, width = options.size or (0, 0)
     for example in examples:
         if not example.file.isprintable():
             raise ValueError(f"{_place(example)}the file name {example.file!r} is not plain UTF-8 text: rename it")
-        size = DRAWN_BYTES
+        size = GENERATED_BYTES
         if isinstance(example.image, str):
             try:
-                size = os.stat(example.image).st_size
-                size = max(size, DRAWN_BYTES) if treatment.stage else size
+                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage else 1)
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
                     raise ValueError(f"{line}{SKIP}") from None
                 missing.append(line)
-                size = -1
-        sizes.append(height * width if height and size >= 0 else size)
+                size = 0
+        sizes.append(height * width if height and size else size)
     return sizes, missing
 
 
@@ -165,84 +263,39 @@ def _place(example: Example) -> str:
     return f"{example.where}: " if example.where else ""
 
 
-def _shards(
-    examples: Sequence[Example],
-    sizes: Sequence[int],
-    listing: Listing,
-    treatment: Treatment,
-    seen: _Seen,
-    choices: _Choices,
-    bar: Any,
-) -> tfds_builder.Shards:
-    """Returns one generator function a shard; TFDS calls them in order, one after the other."""
-    bounds, total = [0], 0
-    for i, size in enumerate(sizes):
-        if total and total + size > SHARD_BYTES:
-            bounds.append(i)
-            total = 0
-        total += size
-    bounds.append(len(examples))
-
-    def shard(start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        with seen.thumbnails.open("ab") as thumbnails:
-            for example, treated in kept(start, stop):
-                thumbnails.write(treated.thumbnail)
-                yield len(seen.examples), _record(example, treated, listing, seen)
-
-    def kept(start: int, stop: int) -> Iterator[tuple[Example, Treated]]:
-        for example, treated in _treated(examples[start:stop], treatment):
-            bar.update()
-            if isinstance(treated, Problem):
-                line = f"{_place(example)}{example.file}: {treated.text}"
-                if choices.on_bad_image == "fail" or not treated.skippable:
-                    raise ValueError(line + (SKIP if treated.skippable else ""))
-                seen.skipped.append(line)
-                continue
-            if not treated.found:
-                seen.unstaged.append(example.file)
-                if choices.on_no_lung == "fail":
-                    raise ValueError(
-                        f"{_place(example)}{example.file}: the stage {treatment.stage} finds nothing in it; "
-                        "--on_no_lung=keep or skip goes on"
-                    )
-                if choices.on_no_lung == "skip":
-                    continue
-            yield example, treated
-
-    return [functools.partial(shard, start, stop) for start, stop in itertools.pairwise(bounds)]
-
-
-def _treated(examples: Sequence[Example], treatment: Treatment) -> Iterator[tuple[Example, Treated | Problem]]:
-    """Yields each example with what became of its image, in order."""
+def process_images(
+    examples: Sequence[Example], options: ImageOptions
+) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
+    """Yields each example with its processed image, in order; only a few images wait in memory."""
     workers = environment.cores()
-    waiting: deque[Any] = deque()
-    with _pool(examples, treatment, workers) as pool:
+    remaining = iter(examples)
+    with _pool(examples, options, workers) as pool:
+
+        def submit(count: int) -> list[Any]:
+            return [(e, pool.submit(process_image, e, options)) for e in itertools.islice(remaining, count)]
+
+        waiting = deque(submit(4 * workers))
         try:
-            for example in examples:
-                waiting.append((example, pool.submit(treat, example, treatment)))
-                if len(waiting) > 4 * workers:
-                    done, result = waiting.popleft()
-                    yield done, result.result()
             while waiting:
-                done, result = waiting.popleft()
-                yield done, result.result()
+                example, result = waiting.popleft()
+                yield example, result.result()
+                waiting += submit(1)
         finally:
-            for _, result in waiting:
-                result.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
-def _pool(examples: Sequence[Example], treatment: Treatment, workers: int) -> Executor:
-    # Decoding leaves Python's lock alone, so threads do; drawing and masks hold it. Spawned, not forked: by now the
-    # process may have XLA's threads. Starting a process takes a second or two, which few images don't pay back.
-    masks = bool(treatment.stage) or treatment.body
+def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> Executor:
+    # Decoding releases Python's lock, so threads suffice; drawing and masks hold it. Spawned, not forked: the process
+    # may have XLA's threads by now. Starting a process takes a second or two, too long for few images.
+    masks = bool(options.stage) or options.body
     slow = len(examples) if masks else sum(callable(example.image) for example in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_the_parent)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _exit_with_parent)
 
 
-def _end_with_the_parent() -> None:
-    """Ends this worker when its parent is killed, which would leave it waiting for work for ever."""
+def _exit_with_parent() -> None:
+    """Ends this worker when its parent is killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -253,97 +306,11 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _record(example: Example, treated: Treated, listing: Listing, seen: _Seen) -> dict[str, Any]:
-    seen.examples.append(example)
-    row = {
-        "file": example.file,
-        "label": listing.classes[example.label],
-        "split": example.split,
-        "split_study": example.study if listing.study else "",
-        "group": example.group,
-        "source": example.source,
-        "width": str(treated.width),
-        "height": str(treated.height),
-        **dict(zip(prepared.BOX, (f"{v:.9g}" for v in treated.box), strict=True)),
-        "pixels": treated.pixels,
-        "phash": f"{treated.phash:016x}",
-        "mean": f"{treated.mean:.5f}",
-        "std": f"{treated.std:.5f}",
-        "found": str(int(treated.found)),
-        **dict(zip(listing.extra, example.extra, strict=True)),
-    }
-    for name, text in row.items():
-        seen.columns[name].append(sys.intern(text))  # a set of 400,000 images has few different sizes
-    if treated.histogram is not None:
-        seen.deep += 1
-        seen.raw += [len(seen.examples) - 1] if treated.raw else []
-        if example.split == "train":
-            seen.histogram += treated.histogram
-    names = (example.file, example.group, example.source)
-    return tfds_builder.record(
-        treated.data, example.label, names, treated.box, (treated.width, treated.height), treated.body
-    )
-
-
-def _thumbnails(seen: _Seen) -> np.ndarray:
-    shape = (len(seen.examples), duplicates.SIDE, duplicates.SIDE)
-    return np.memmap(seen.thumbnails, np.uint8, "r", shape=shape)
-
-
-def _check_left(seen: _Seen) -> None:
-    if not seen.examples:
-        raise ValueError("no readable image is left" + (f"; the first: {seen.skipped[0]}" if seen.skipped else ""))
-
-
-def _check_classes(seen: _Seen, listing: Listing) -> None:
-    classes = listing.classes
-    pairs = set(zip(seen.columns["label"], seen.columns["split"], strict=True))
-    trained = {label for label, split in pairs if split == "train"}
-    empty = [c for c in classes if c not in trained]
-    if empty:
-        given = {classes[example.label] for example in seen.examples if example.split == "train"}
-        if set(empty) <= given and listing.study:
-            return  # the study's splits can still be used; the summary warns
-        lost = " once patients and images of later splits are taken out" if set(empty) & given else ""
-        raise ValueError(
-            f"no training example of {', '.join(empty)}{lost}; every class needs an image in the train split"
-        )
-
-
-def _window(window: tuple[float, float] | None, seen: _Seen) -> tuple[tuple[float, float] | None, list[str]]:
-    """Returns the window to record, and what to say about it."""
-    if not seen.deep:
-        return None, ["--window was not used: no image has 16 bits"] if window else []
-    kinds = f"{seen.deep} of {len(seen.examples)} images have 16 bits"
-    if window:
-        return window, [f"{kinds}; as asked, their values {window[0]:g} to {window[1]:g} become 0 to 255"]
-    total = np.cumsum(seen.histogram)
-    if total[-1] == 0:
-        raise ValueError(f"{kinds}, but none of them is in the train split: give --window=low,high")
-    low, high = (float(np.searchsorted(total, part * total[-1])) for part in (0.005, 0.995))
-    if high <= low:
-        raise ValueError(f"{kinds}, and nearly all their training pixels are {low:g}: give --window=low,high")
-    return (low, high), [
-        f"{kinds}; the percentiles 0.5 and 99.5 of the train split were taken as window: {low:g} to {high:g} "
-        "become 0 to 255; --window=low,high sets it"
-    ]
-
-
-def _scale(seen: _Seen, window: tuple[float, float] | None) -> None:
-    """Turns mean and standard deviation of 16-bit values into those of what the window shows, without its clipping."""
-    low, high = window or (0.0, 1.0)
-    for row in seen.raw:
-        mean, std = (float(seen.columns[key][row]) for key in ("mean", "std"))
-        seen.columns["mean"][row] = f"{(mean - low) / (high - low):.5f}"
-        seen.columns["std"][row] = f"{std / (high - low):.5f}"
-
-
-def _check_order(written: Path, name: str, seen: _Seen) -> None:
-    # Training trusts that record i is row i of the index; a TFDS that shuffled would mislabel everything.
+def _check_order(written: Path, name: str, files: Sequence[str]) -> None:
+    # Training assumes that record i is row i of the index; a TFDS that shuffled would mislabel everything.
     source = prepared.open_records(written)
-    files = seen.columns["file"]
     count = len(files)
-    some = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}
-    wrong = [i for i in sorted(some) if source[i]["file"].decode() != files[i]]
+    sample = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}
+    wrong = [i for i in sorted(sample) if source[i]["file"].decode() != files[i]]
     if len(source) != count or wrong:
         raise RuntimeError(f"{name}: the records are not in the order of the index, first at row {wrong[:1]}")

@@ -1,1 +1,1 @@
-"""Drawn CT slices with known findings."""
+"""Synthetic CT slices with known findings."""

@@ -1,0 +1,418 @@
+"""Listings of the public data sets on small folders in their layouts, and on real images under their names."""
+
+import csv
+import importlib
+import pickle
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import model_selection, utils
+
+from lungjax import datasets
+from lungjax.data.imaging import images
+from lungjax.datasets import (
+    PrepareOptions,
+    coronahack,
+    covid_chestxray,
+    covid_ct,
+    covid_xray_5k,
+    covidx_ct,
+    ct_cov19,
+    ictcf,
+)
+from lungjax.datasets import nccid_whole_lung as nccid
+from lungjax.datasets.listing import parse_study
+
+OPTIONS = PrepareOptions()
+PUBLIC = [name for name in datasets.DATASETS if name not in ("folder", "phantom_ct")]
+
+
+def tree(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), 90, np.uint8)).save(root / path)
+    return root
+
+
+def write_text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def listed(module, root, config="default", options=OPTIONS):
+    """Returns the listing and its examples by file."""
+    listing = module.listing(root, config, options)
+    return listing, {example.file: example for example in listing.examples}
+
+
+def splits_of_groups(examples):
+    splits = defaultdict(set)
+    for example in examples:
+        if example.split:
+            splits[example.group].add(example.split)
+    return splits
+
+
+def assert_errors(module, root, file, config, errors):
+    """Each error: text to replace once in a file, and a word of the message."""
+    original = file.read_text()
+    for old, new, word in errors:
+        file.write_text(original.replace(old, new, 1))
+        with pytest.raises(ValueError, match=word):
+            module.listing(root, config, OPTIONS)
+
+
+def test_every_data_set(tmp_path):
+    for name in PUBLIC:
+        module = importlib.import_module(f"lungjax.datasets.{name}")
+        for config, table in module.ABOUT.expected.items():
+            assert table and all(len(row) == len(datasets.classes(f"{name}/{config}")) for row in table.values())
+        with pytest.raises(ValueError, match="no .*; looked for "):
+            module.listing(tmp_path, config, OPTIONS)
+        with pytest.raises(ValueError, match="--group_pattern"):
+            datasets.write(name, tmp_path, tmp_path / "data", PrepareOptions(group_pattern="(x)"))
+
+
+def test_ct_cov19(tmp_path):
+    tree(
+        tmp_path,
+        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70)),
+        *(f"Train/COV/malek_2/pos_{k}.png" for k in (0, 39, 40)),
+        *(f"Train/Normal/1/neg_{k}.png" for k in (0, 2173)),
+        *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 20)),
+        "Val/COV/30/FILE0011.jpg",
+        "Val/Normal/1/neg_2600.png",
+        *(f"Val/OtherPneumonia/pneu_{k}.png" for k in (133, 316)),
+        "Test/COV/30/pos_1.png",
+        "Test/Normal/1/neg_2174.png",
+        "Test/OtherPneumonia/2/pneu_133.png",
+    )
+    listing, by_file = listed(ct_cov19, tmp_path, "original")
+    assert listing.classes == ("COV", "Normal", "OtherPneumonia") and listing.body and listing.study
+    group = {file: example.group for file, example in by_file.items()}
+    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE00170.jpg"] == "COV/01"
+    assert group["Train/COV/malek_2/pos_0.png"] == group["Train/COV/malek_2/pos_39.png"]
+    assert group["Train/COV/malek_2/pos_0.png"] != group["Train/COV/malek_2/pos_40.png"]
+    assert group["Train/Normal/1/neg_2173.png"] == group["Test/Normal/1/neg_2174.png"]  # divided by the original split
+    assert group["Val/COV/30/FILE0011.jpg"] == group["Test/COV/30/pos_1.png"]
+    # Images moved to the flat folder are grouped with their neighbors, and the test's own series is not.
+    assert group["Val/OtherPneumonia/pneu_133.png"] == group["Train/OtherPneumonia/pneu_1/pneu_140.png"]
+    assert group["Val/OtherPneumonia/pneu_133.png"] != group["Test/OtherPneumonia/2/pneu_133.png"]
+    new = [e for e in listing.examples if e.label == 2 and e.study != "test"]
+    assert all(len(splits) == 1 for splits in splits_of_groups(new).values())
+    assert {e.split for e in new} == {"train", "val"}
+    assert all(e.split == e.study == e.file.split("/")[0].lower() for e in listing.examples if e not in new)
+    assert any("val has 1 / 1 / 2" in note for note in listing.notes)
+    assert Path(listing.examples[0].image).is_file()
+    (tmp_path / "Val/Normal/1/neg_2600.png").unlink()
+    with pytest.raises(ValueError, match="Normal has no image"):
+        ct_cov19.listing(tmp_path, "original", OPTIONS)
+    (tmp_path / "Val/COV").rename(tmp_path / "Val/Covid")
+    with pytest.raises(ValueError, match="folder Covid; .*COV"):
+        ct_cov19.listing(tmp_path, "original", OPTIONS)
+
+
+def test_nccid(tmp_path):
+    names = [f"1.2.826.0.1.3680043.9.3218.1.1.{i // 3}.1069.161.{i}.0.jpg" for i in range(41)]
+    tree(tmp_path, *names)
+    rows = [f"{name},{int(i // 3 % 4 == 0)}" for i, name in enumerate(names)]
+    write_text(tmp_path / "whole_lung_label.csv", "image_name,whole_lung", *rows)
+    (tmp_path / names[5]).unlink()  # the study drops it before it draws; `prepare` asks what to do
+    listing, by_file = listed(nccid, tmp_path)
+    assert not listing.body and listing.classes == ("Others", "WholeLung") and list(by_file) == names
+    assert by_file[names[0]].group == by_file[names[2]].group != by_file[names[3]].group
+    assert by_file[names[0]].label == 1 and by_file[names[3]].label == 0
+    assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
+    existing = [name for name in names if name != names[5]]
+    train, rest = model_selection.train_test_split(existing, test_size=1.0 - 0.70, random_state=42)
+    val, test = model_selection.train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=42)
+    for split, expected in (("train", train), ("val", val), ("test", test), ("", [names[5]])):
+        assert {example.file for example in listing.examples if example.study == split} == set(expected)
+    errors = [("whole_lung\n", "wholelung\n", "whole_lung is missing; the nearest: wholelung")]
+    errors += [(".0.0.jpg,1", ".0.0.jpg,2", "line 2: .*'2'"), (".1.0.jpg", ".0.0.jpg", "line 3: .* line 2")]
+    assert_errors(nccid, tmp_path, tmp_path / "whole_lung_label.csv", "default", errors)
+
+
+def write_ictcf(root, third="NiCT"):
+    sizes = {"nCT": 110, "pCT": 30, third: 55}
+    return tree(root, *(f"Original CT Scans/{n}/{n}{k}.jpg" for n, count in sizes.items() for k in range(1, count + 1)))
+
+
+def test_ictcf(tmp_path, monkeypatch):
+    monkeypatch.setattr(ictcf, "TARGET", 100)
+    for third in ("NiCT", "niCT"):
+        root = write_ictcf(tmp_path / third, third)
+        plain, by_file = listed(ictcf, root)
+        full, _ = listed(ictcf, root, "oversampled")
+        assert plain.body and plain.classes == ("nCT", "pCT", "niCT")
+        assert Counter(example.label for example in full.examples) == {0: 110, 1: 100, 2: 100}
+        assert [e for e in full.examples if not callable(e.image)] == list(plain.examples)
+        assert all((example.split == "") == callable(example.image) for example in full.examples)
+        name = f"Original CT Scans/{third}/{third}"
+        assert by_file[f"{name}1.jpg"].group == by_file[f"{name}39.jpg"].group != by_file[f"{name}40.jpg"].group
+        assert all(len(splits) == 1 for splits in splits_of_groups(plain.examples).values())
+    ordered = sorted(full.examples, key=lambda example: example.label)  # stable: originals before copies
+    labels = [example.label for example in ordered]
+    rest, test = model_selection.train_test_split(range(310), test_size=0.1, random_state=25, stratify=labels)
+    strata = [labels[i] for i in rest]
+    train, val = model_selection.train_test_split(rest, test_size=0.2 / 0.9, random_state=25, stratify=strata)
+    for split, rows in (("train", train), ("val", val), ("test", test)):
+        assert {i for i, example in enumerate(ordered) if example.study == split} == set(rows)
+
+
+def test_published_sizes_of_study_splits():
+    cells = Counter(nccid._study(4773, np.arange(4773)))
+    assert (cells["train"], cells["val"], cells["test"]) == (3341, 716, 716)
+    labels = [0] * 9979 + [1] * 9000 + [2] * 9000
+    cells = Counter(zip(ictcf._study(labels), labels, strict=True))
+    assert [cells["test", label] for label in range(3)] == [998, 900, 900]
+    assert [sum(cells[split, label] for label in range(3)) for split in ("train", "val")] == [19585, 5596]
+
+
+def test_ictcf_generated_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(ictcf, "TARGET", 60)
+    write_ictcf(tmp_path)
+    listings = [ictcf.listing(tmp_path, "oversampled", PrepareOptions(seed=seed)).examples for seed in (0, 0, 1)]
+    moves = [np.array([e.image.args[1:] for e in examples if callable(e.image)]) for examples in listings]
+    assert (moves[0] == moves[1]).all() and (moves[0] != moves[2]).any()
+    assert np.all(np.abs(moves[0]).max(0) <= (15, 0.1, 0.1)) and np.all(np.abs(moves[0]).max(0) > (10, 0.07, 0.05))
+    assert images.decode(pickle.loads(pickle.dumps(listings[0][-1].image))(), None).shape == (4, 4)
+    gray = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+
+    def generate(pixels, *move):
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        return images.decode(ictcf.generate(str(tmp_path / "a.png"), *move), None)
+
+    np.testing.assert_array_equal(generate(gray, 0.0, 0.0, 0.0), gray)
+    # As in Keras a positive shift samples further down and right; the edge is repeated.
+    np.testing.assert_array_equal(generate(gray, 0.0, 0.1, 0.1), np.pad(gray, ((0, 2), (0, 3)), mode="edge")[2:, 3:])
+    square = gray[:, :20]
+    assert np.abs(generate(square, 90.0, 0.0, 0.0).astype(int) - np.rot90(square)).max() <= 1
+
+
+def test_covidx_ct_study_resampling(tmp_path):
+    (tmp_path / "3A_images").mkdir()
+    sizes = {"train": (30, 12, 50), "val": (9, 20, 14), "test": (3, 4, 5)}
+    names = {}
+    for split, counts in sizes.items():
+        for label, count in enumerate(counts):
+            names[split, label] = [f"CP_{label}{i}{len(split)}_1_{i:04}.png" for i in range(count)]
+        lines = [f"{name} {label} 0 0 4 4" for label in (1, 0, 2) for name in names[split, label]]
+        write_text(tmp_path / f"{split}_COVIDx_CT-3A.txt", *lines)
+    listing, by_file = listed(covidx_ct, tmp_path, "3a")
+    times = {file: parse_study(example.study) for file, example in by_file.items()}
+    for split, label, draws in (("train", 0, 12), ("train", 2, 12), ("val", 0, 14), ("val", 1, 14)):
+        drawn = Counter(utils.resample(names[split, label], replace=True, n_samples=draws, random_state=0))
+        assert {n: times[n].get(split, 0) for n in names[split, label]} == {n: drawn[n] for n in names[split, label]}
+    for split, label in (("train", 1), ("val", 2), ("test", 0), ("test", 1), ("test", 2)):
+        assert all(times[name] == {split: 1} for name in names[split, label])
+    assert listing.body and all(example.split for example in listing.examples)
+
+
+def write_covid_ct(root, table=True):
+    files = {
+        "COVID": {
+            "train": ["2020.01.24.919183-p27-132.png", "2020.02.10.20021584-p6-52%0.png"],
+            "val": ["2020.02.10.20021584-p6-52%10.png"],
+            "test": ["bmj.m606.full-p4-22%0.png"],
+        },
+        "NonCOVID": {"train": ["14.png", "15.png", "63%7.jpg", "64.jpg"], "val": ["40.png"], "test": ["41.png"]},
+    }
+    for name, lists in files.items():
+        for split, names in lists.items():
+            tree(root / f"Images-processed/CT_{name}", *names)
+            write_text(root / f"Data-split/{name}/{split}CT_{name}.txt", *names, "")
+    if table:
+        rows = ("0,14.png,medpix_patient_3,14", "1,15.png,medpix_patient_4,14", "2,40.png,medpix_patient_3,14")
+        write_text(root / covid_ct.TABLE, ",image name,patient id,", *rows)
+    return root
+
+
+def test_covid_ct(tmp_path):
+    write_covid_ct(tmp_path)
+    tree(tmp_path, "Images-processed/CT_COVID/unlisted.png")
+    listing, by_file = listed(covid_ct, tmp_path)
+    assert listing.classes == ("NonCOVID", "COVID") and listing.body and len(by_file) == 10
+    assert all(example.split == example.study for example in listing.examples)
+    groups = {
+        "COVID/2020.02.10.20021584-p6-52%0.png": "paper 2020.02.10.20021584",
+        "COVID/2020.02.10.20021584-p6-52%10.png": "paper 2020.02.10.20021584",
+        "COVID/bmj.m606.full-p4-22%0.png": "paper bmj.m606.full",
+        "NonCOVID/14.png": "medpix_patient_3",
+        "NonCOVID/40.png": "medpix_patient_3",
+        "NonCOVID/15.png": "medpix_patient_4",
+        "NonCOVID/63%7.jpg": "crawled_patient_63",
+        "NonCOVID/41.png": "medpix_run_40",
+    }
+    assert {name: by_file[f"CT_{name}"].group for name in groups} == groups
+    assert by_file["CT_NonCOVID/64.jpg"].source == "web" and by_file["CT_NonCOVID/41.png"].source == "MedPix"
+    assert any("CT_COVID" in note and note.endswith("1") for note in listing.notes)
+    assert any("lacks 3 of them" in note for note in listing.notes)
+    _, by_file = listed(covid_ct, write_covid_ct(tmp_path / "without", table=False))
+    runs = [by_file[f"CT_NonCOVID/{number}.png"].group for number in (14, 15, 40, 41)]
+    assert runs == ["medpix_run_14"] * 2 + ["medpix_run_40"] * 2
+    val = tmp_path / "Data-split/COVID/valCT_COVID.txt"
+    errors = [("2020.02.10.20021584-p6-52%10.png", "bmj.m606.full-p4-22%0.png", "testCT_COVID.txt line 1: .* line 1")]
+    assert_errors(covid_ct, tmp_path, val, "default", [*errors, (val.read_text(), "\n", "valCT_COVID.txt is empty")])
+    val.unlink()
+    with pytest.raises(ValueError, match="no val list of COVID; looked for Data-split/COVID/valCT_COVID.txt"):
+        covid_ct.listing(tmp_path, "default", OPTIONS)
+
+
+def test_covid_xray_5k(tmp_path, monkeypatch):
+    for inner in ("", "data_upload_v3/"):
+        root = tmp_path / f"root{inner}"
+        tree(
+            root / inner,
+            "train/covid/auntminnie-a-2020_01_28.jpeg",  # an original with the prefix of generated images
+            "train/covid/a_0_4235.jpg",
+            "train/covid/covid_original_nejm1_f1.jpg_0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f.jpg",
+            *(f"train/covid/paper{k}_f{f}-PA.jpg" for k in range(100, 110) for f in (1, 3)),
+            *(f"train/non/Lung Opacity-patient0000{p}-study1-view{v}_frontal.jpg" for p in range(9) for v in (1, 2)),
+            "train/non/Edema/patient00010-study1-view1_frontal.jpg",
+            "test/covid/paper100_f2-PA.jpg",
+            "test/non/patient00011-study2-view1_frontal.jpg",
+        )
+        listing, by_file = listed(covid_xray_5k, root)
+        by_file = {file.removeprefix(inner): example for file, example in by_file.items()}
+        assert listing.classes == ("covid", "non") and not listing.body and listing.extra == ("finding",)
+        generated = [file for file, example in by_file.items() if not example.split]
+        assert len(generated) == 2 and all(re.search("/(a_0|covid_original)", file) for file in generated)
+        for file, example in by_file.items():
+            assert example.label == int("/non/" in file)
+            assert example.study == ("train" if file.startswith("train") else "val+test")
+            assert (example.split == "test") == file.startswith("test")
+        assert Counter(example.split for example in by_file.values())["val"] >= 4
+        groups = splits_of_groups(listing.examples)
+        assert groups["paper100"] > {"test"} and all(len(splits - {"test"}) <= 1 for splits in groups.values())
+        opacity = by_file["train/non/Lung Opacity-patient00003-study1-view2_frontal.jpg"]
+        assert (opacity.group, opacity.extra, opacity.source) == ("patient00003", ("Lung Opacity",), "CheXpert")
+        assert by_file["train/non/Edema/patient00010-study1-view1_frontal.jpg"].extra == ("Edema",)
+        assert by_file["test/non/patient00011-study2-view1_frontal.jpg"].extra == ("",)
+        assert any("train has 23 / 19" in note for note in listing.notes)
+        assert any(note.startswith("2 generated images") for note in listing.notes)
+    monkeypatch.setattr(covid_xray_5k, "REPOSITORY", {"train": (23, 19), "test": (1, 1)})
+    notes = covid_xray_5k.listing(root, "default", OPTIONS).notes
+    assert any("study's repository" in note for note in notes) and not any("differs" in note for note in notes)
+    (root / inner / "test/non").rename(root / inner / "test/none")
+    with pytest.raises(ValueError, match="no folder of class non; looked for non/"):
+        covid_xray_5k.listing(root, "default", OPTIONS)
+
+
+COLLECTION = [
+    "patientid,offset,sex,age,finding,RT_PCR_positive,view,modality,folder,filename,url,license,",  # ends so in truth
+    "2,0,M,65,Pneumonia/Viral/COVID-19,Y,PA,X-ray,images,a.png,https://www.nejm.org/x,CC BY,",
+    "2,3,M,65,Pneumonia/Viral/COVID-19,Y,AP Supine,X-ray,images,b.png,https://www.nejm.org/x,,",
+    "13,3,M,35,Pneumonia/Viral/COVID-19,Y,L,X-ray,images,c.png,https://www.nejm.org/x,,",
+    "17,3,M,54,Pneumonia/Viral/COVID-19,Y,Axial,CT,volumes,d.nii.gz,https://x.org,,",
+    '3,4,M,74,Pneumonia/Viral/SARS,,AP,X-ray,images,e.png,https://pubs.rsna.org/doi,"one, two",',
+    "5,,,,Pneumonia,,PA,X-ray,images,f.png,https://en.wikipedia.org/wiki,,",
+    "6,,,,Pneumonia/Bacterial/Streptococcus,,AP Erect,X-ray,images,g.png,,,",
+    "7,,,,Pneumonia/Fungal/Pneumocystis,,PA,X-ray,images,h.png,,,",
+    "8,,,,No Finding,,PA,X-ray,images,i.png,,,",
+    "9,,,,Tuberculosis,,PA,X-ray,images,j.png,,,",
+    "10,,,,todo,,PA,X-ray,images,k.png,,,",
+    "11,,,,Unknown,,PA,X-ray,images,l.png,,,",
+    "12,,,,Pneumonia/Lipoid,,PA,X-ray,images,m.png,,,",
+]
+
+
+def test_covid_chestxray(tmp_path):
+    write_text(tmp_path / "metadata.csv", *COLLECTION)
+    for config, labels in (
+        ("covid", {"a": 1, "b": 1, "e": 0, "f": 0, "g": 0, "h": 0, "i": 0, "j": 0, "m": 0}),
+        ("findings", {"a": 1, "b": 1, "e": 2, "g": 3, "h": 4, "i": 0}),
+    ):
+        listing, by_file = listed(covid_chestxray, tmp_path, config)
+        assert {file: e.label for file, e in by_file.items()} == {f"images/{k}.png": v for k, v in labels.items()}
+        assert listing.study == "" and not listing.body and {e.study for e in listing.examples} == {""}
+        assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
+        assert any(note.startswith(f"{13 - len(labels)} rows left out: ") for note in listing.notes)
+    first = by_file["images/a.png"]
+    assert first.group == by_file["images/b.png"].group == "patient 2"
+    assert first.source == "nejm.org" and first.image == str(tmp_path / "images/a.png")
+    assert listing.extra == ("view", "finding", "sex", "age", "RT_PCR_positive", "license")
+    assert first.extra == ("PA", "Pneumonia/Viral/COVID-19", "M", "65", "Y", "CC BY")
+    errors = [
+        ("patientid", "Patientid", "patientid is missing; the nearest: Patientid"),
+        ("No Finding", "No finding", "line 10: .*'No finding'; the nearest: No Finding"),
+        ("b.png", "a.png", "line 3: images/a.png is already in metadata.csv line 2"),
+        ("\n2,0", "\n,0", "line 2: patientid is empty"),
+        ("\n".join(COLLECTION[1:]), COLLECTION[3], "no frontal X-ray"),
+    ]
+    assert_errors(covid_chestxray, tmp_path, tmp_path / "metadata.csv", "covid", errors)
+
+
+def test_coronahack(tmp_path):
+    rows = [
+        "0,IM-0128-0001.jpeg,Normal,TRAIN,,",
+        "1,IM-0439-0001.jpeg,Normal,TRAIN,,",
+        "2,IM-0439-0001-0002.jpeg,Normal,TRAIN,,",
+        "3,person940_virus_1602.jpeg,Pnemonia,TRAIN,,Virus",
+        "4,person940_bacteria_2865.jpeg,Pnemonia,TRAIN,,bacteria",
+        "5,person7_virus_9.jpeg,Pnemonia,TRAIN,,Virus",
+        "6,kjr-21-e24-g003-l-a.jpg,Pnemonia,TRAIN,COVID-19,Virus",
+        "7,kjr-21-e24-g002-l-a.jpg,Pnemonia,TRAIN,COVID-19,Virus",
+        *(f"{i},NORMAL2-IM-{i:04}-0001.jpeg,Normal,TRAIN,," for i in range(8, 20)),
+        *(f"{i},person{i}_virus_{i}.jpeg,Pnemonia,TRAIN,,Virus" for i in range(20, 32)),
+        "80,person7_virus_6.jpeg,Pnemonia,TEST,,Virus",
+        "81,IM-0001-0001.jpeg,Normal,TEST,,",
+    ]
+    table = tmp_path / coronahack.TABLE
+    write_text(table, ",X_ray_image_name,Label,Dataset_type,Label_2_Virus_category,Label_1_Virus_category", *rows)
+    folder = "Coronahack-Chest-XRay-Dataset"
+    tree(tmp_path, *(f"{folder}/{folder}/{row.split(',')[3].lower()}/{row.split(',')[1]}" for row in rows))
+    listing, by_file = listed(coronahack, tmp_path)
+    assert listing.classes == ("Normal", "Pneumonia") and len(by_file) == len(rows) and not listing.body
+    assert all(Path(example.image).is_file() for example in listing.examples)
+    group = {file.removeprefix("train/"): example.group for file, example in by_file.items()}
+    assert group["IM-0439-0001.jpeg"] == group["IM-0439-0001-0002.jpeg"] == "IM-0439"
+    assert group["NORMAL2-IM-0008-0001.jpeg"] == "NORMAL2-IM-0008"
+    assert group["person940_virus_1602.jpeg"] == group["person940_bacteria_2865.jpeg"] == "person940"
+    assert group["person7_virus_9.jpeg"] == group["test/person7_virus_6.jpeg"]
+    assert group["kjr-21-e24-g003-l-a.jpg"] == group["kjr-21-e24-g002-l-a.jpg"] == "kjr-21-e24"
+    assert by_file["train/kjr-21-e24-g003-l-a.jpg"].extra == ("Virus", "COVID-19")
+    assert by_file["train/person7_virus_9.jpeg"].source == "Kermany"
+    for file, example in by_file.items():
+        assert (example.split == "test") == file.startswith("test/") == (example.study == "val+test")
+    assert {example.split for example in listing.examples} == {"train", "val", "test"}
+    assert all(len(splits - {"test"}) <= 1 for splits in splits_of_groups(listing.examples).values())
+    assert any("test has 1 / 1" in note for note in listing.notes)
+    errors = [
+        ("0001.jpeg,Normal", "0001.jpeg,normal", "line 2: unknown Label 'normal'; allowed are Normal"),
+        ("4,person940_bacteria_2865", "4,person940_virus_1602", "line 6: .* is already in .* line 5"),
+        ("TEST", "VALID", "unknown Dataset_type 'VALID'"),
+        ("Dataset_type", "Dataset", "Dataset_type is missing"),
+    ]
+    assert_errors(coronahack, tmp_path, table, "default", errors)
+
+
+def test_covid_ct_real_names(shared, tmp_path):
+    """The UCSD images under the names of the repository: names alone keep patients and papers together."""
+    groups, lists = {}, defaultdict(list)
+    with (shared / "data/ct/labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        match = re.fullmatch(r"(COVID|NonCOVID)/ucsd_(.+)\.jpg", row["path"])
+        if match:
+            name, stem = match.groups()
+            web = row["group"].startswith("ucsd-crawled")
+            file = re.sub(r"-(\d+)$", r"%\1", stem) + ".jpg" if web else stem + ".png"
+            link = tmp_path / "Images-processed" / f"CT_{name}" / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(shared / "data/ct" / row["path"])
+            lists[name, row["split"]].append(file)
+            groups[f"CT_{name}/{file}"] = row["group"]
+    for (name, split), files in lists.items():
+        write_text(tmp_path / f"Data-split/{name}/{split}CT_{name}.txt", *files)
+    _, by_file = listed(covid_ct, tmp_path)
+    assert by_file.keys() == groups.keys() and len(groups) > 600
+    names = defaultdict(set)
+    for file, example in by_file.items():
+        names[groups[file]].add(example.group)
+    # MedPix's patient 3 has two runs of numbers.
+    assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}
