@@ -61,7 +61,7 @@ case ${1:-} in
   test)
     shift
     install "$accel,test"
-    cd "$here" && exec "$venv/bin/python" -m pytest "$@" ;;
+    cd "$here" && exec "$venv/bin/python" -m pytest -n 2 --dist=loadfile "$@" ;;
   prepare | explore | weights | tables | explain | compare | predict | export | serve)
     command=$1
     shift

@@ -1,10 +1,11 @@
 """Compares two runs on the same test examples: python -m lungjax.compare RUN_A RUN_B
 
-Prints a markdown table: each number of A and of B, B minus A, its 95 % interval by bootstrap over patients, the same
-patients being drawn for both, and p. Runs of other examples, labels, patients, classes, or of another version of the
-data set are refused. Two runs differ by their seeds too: what holds for two runs need not hold for two networks.
+Prints a Markdown table with each metric of A and B, the difference B - A, its 95 % interval by paired bootstrap over
+patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Two
+runs also differ by their seeds: a difference between two runs is not always one between two networks.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +19,11 @@ from lungjax.config import nearest
 from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.bootstrap import Difference
 from lungjax.evaluation.predictions import Predictions
+from lungjax.report import render
 
 FLAGS = flags.FLAGS
 
-NOTE = (
-    "p is twice the smaller share of the draws in which B - A is at most, or at least, zero (each counted with one "
-    "draw more, at most 1). It is not corrected for reading many rows, and says nothing of other seeds. A dash is a "
-    "number without a definition."
-)
-USUAL = (
+DEFAULT_METRICS = (
     "accuracy", "balanced_accuracy", "auc_macro", "auc_micro", "average_precision_macro", "f1_macro", "f1_weighted",
     "loss", "ece", "brier",
 )  # fmt: skip
@@ -34,19 +31,16 @@ USUAL = (
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("split", "test", "Of which split: compares the runs' predictions_SPLIT.csv.")
-    flags.DEFINE_list(
-        "metrics", None, "Such as slice.auc_macro,patient.per_class.COVID.recall; default: the usual ones."
-    )
-    flags.DEFINE_integer("draws", 2000, "Draws of the bootstrap.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the draws.")
-    flags.DEFINE_string("out", None, "A file to write the table to as well.")
+    flags.DEFINE_string("split", "test", "The split to compare: predictions_SPLIT.csv of both runs.")
+    flags.DEFINE_list("metrics", None, "Metrics, such as slice.auc_macro,patient.per_class.COVID.recall.")
+    flags.DEFINE_integer("draws", 2000, "Bootstrap draws.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Random seed of the draws.")
+    flags.DEFINE_string("out", None, "A file to which the table is also written.")
 
 
 def main(argv: list[str]) -> None:
-    """Reads two runs, compares and prints."""
-    folders = [Path(name) for name in argv[1:]]
-    text = compare(folders[0], folders[1], FLAGS.split, FLAGS.metrics, FLAGS.draws, FLAGS.seed)
+    """Compares two runs and prints the table."""
+    text = compare(Path(argv[1]), Path(argv[2]), FLAGS.split, FLAGS.metrics, FLAGS.draws, FLAGS.seed)
     print(text, end="")
     if FLAGS.out:
         Path(FLAGS.out).write_text(text, encoding="utf-8")
@@ -55,16 +49,18 @@ def main(argv: list[str]) -> None:
 def compare(
     run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000, seed: int = 0
 ) -> str:
-    """Returns the comparison of two runs' folders as markdown.
+    """Returns the comparison of two runs as Markdown.
 
     Args:
-      run_a, run_b: folders with report.json and predictions_SPLIT.csv.
-      split: "test", "val", or what else was predicted.
-      names: "slice." or "patient." and a level's dotted number; None is USUAL and the recall of each class, per patient
-        too where patients have several slices.
-      draws, seed: of the bootstrap.
+      run_a: a folder with report.json and predictions_SPLIT.csv.
+      run_b: the other one.
+      split: "test", "val" or another predicted split.
+      names: metrics, UNIT.NAME with UNIT "slice" or "patient"; None compares DEFAULT_METRICS and the recall of each
+        class, also per patient if patients have several slices.
+      draws: of the bootstrap.
+      seed: of the draws.
 
-    Raises ValueError for a missing file, an unknown name, or runs that can't be compared, saying what differs.
+    Raises ValueError for a missing file, an unknown metric, or runs that can't be compared.
     """
     reports = [_report(run) for run in (run_a, run_b)]
     splits = [_predictions(run, split) for run in (run_a, run_b)]
@@ -76,78 +72,78 @@ def compare(
     known = [f"{unit}.{name}" for unit, level in metrics.whole_levels(a).items() for name in metrics.numbers(level)]
     patients = len(np.unique(metrics.patient_keys(a)))
     if names is None:
-        usual = (*USUAL, *(f"per_class.{name}.recall" for name in a.classes))
+        recalls = (f"per_class.{name}.recall" for name in a.classes)
         units = bootstrap.UNITS if patients < len(a) else ("slice",)
-        names = [f"{unit}.{name}" for unit in units for name in usual]
-    names = [name.removeprefix(f"{split}.") for name in names]  # as they stand in report.json
+        names = [f"{unit}.{name}" for unit, name in itertools.product(units, (*DEFAULT_METRICS, *recalls))]
+    names = [name.removeprefix(f"{split}.") for name in names]  # as in report.json
     for name in names:
         if name not in known:
-            raise ValueError(f"no number {name!r}; {nearest(name, known)}")
-    found: dict[str, Difference] = {}
+            raise ValueError(f"unknown metric {name!r}; {nearest(name, known)}")
+    differences: dict[str, Difference] = {}
     for unit in bootstrap.UNITS:
-        wanted = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
-        differences = bootstrap.paired_difference(a, b, wanted, draws, seed, unit) if wanted else {}
-        found |= {f"{unit}.{name}": difference for name, difference in differences.items()}
+        own = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
+        of_unit = bootstrap.paired_difference(a, b, own, draws, seed, unit) if own else {}
+        differences |= {f"{unit}.{name}": difference for name, difference in of_unit.items()}
     if any(".study." in name for name in names):
         without = [str(run) for run, p in zip((run_a, run_b), splits, strict=True) if p.logits is None]
         if without:
             note = f"{note} No logits in {' and '.join(without)}: test again (--mode=evaluate).".strip()
-    head = [
-        f"- A: `{run_a}` ({reports[0]['name']}, {reports[0]['facts'].get('dataset', '?')})",
-        f"- B: `{run_b}` ({reports[1]['name']}, {reports[1]['facts'].get('dataset', '?')})",
-        f"- {len(a):,} examples of {split}, {patients:,} patients; {draws:,} draws of patients, seed {seed}",
-        *([f"- {note}"] if note else []),
-    ]
-    return "\n".join([*head, "", *_table(names, found), "", NOTE, ""])
+    head = ["metric", "A", "B", "B - A", "95 % interval", "p"]
+    return render.render(
+        "compare.md.j2",
+        runs={
+            name: {"folder": run, "name": report["name"], "dataset": report["facts"].get("dataset", "unknown")}
+            for name, run, report in zip("AB", (run_a, run_b), reports, strict=True)
+        },
+        examples=len(a),
+        patients=patients,
+        split=split,
+        draws=draws,
+        seed=str(seed),
+        note=note,
+        comparison=render.Table(head, [_row(name, differences[name]) for name in names]),
+    )
 
 
 def _report(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     if not path.is_file():
-        raise ValueError(f"{run}: no report.json there; name the folder of a run that has ended")
+        raise ValueError(f"{run}: no report.json; name the folder of a finished run")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         return {"name": report["name"], "facts": report["facts"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report of lungjax ({error}); python -m lungjax.main writes one") from error
+        raise ValueError(f"{path} is not a report of lungjax ({error}); python -m lungjax.main writes one") from error
 
 
 def _predictions(run: Path, split: str) -> Predictions:
     path = run / f"predictions_{split}.csv"
     if not path.is_file():
-        there = sorted(other.stem.removeprefix("predictions_") for other in run.glob("predictions_*.csv"))
-        raise ValueError(f"{run}: no {path.name} there; --split may be {' or '.join(there) or 'nothing'}")
+        splits = sorted(other.stem.removeprefix("predictions_") for other in run.glob("predictions_*.csv"))
+        raise ValueError(f"{run}: no {path.name}; splits with predictions: {', '.join(splits) or 'none'}")
     return predictions.read(path)
 
 
 def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Raises ValueError if the runs' facts are of other data sets; returns what the reader should know, or ""."""
+    """Returns a note on different images of the same data set, or ""; raises ValueError for different data sets."""
     names, prints = [[str(facts.get(key, "")) for facts in (a, b)] for key in ("dataset", "fingerprint")]
-    # name[/config][-stage][-size]: another stage shows other pictures of the same examples, which is worth comparing.
+    # name[/config][-stage][-size]: different stages of the same examples can be compared.
     if names[0].split("-")[0] != names[1].split("-")[0]:
-        raise ValueError(f"they are of other data sets, {names[0]} and {names[1]}")
+        raise ValueError(f"they have different data sets, {names[0]} and {names[1]}")
     if names[0] != names[1]:
-        return f"The networks saw other images of these examples: {names[0]} and {names[1]}."
+        return f"The networks saw different images of these examples: {names[0]} and {names[1]}."
     if prints[0] != prints[1]:
         raise ValueError(
-            f"they are of other versions of {names[0]}, fingerprints {prints[0][:12]} and {prints[1][:12]}: other "
-            "images, labels or splits; train one of them anew"
+            f"they have different versions of {names[0]}, fingerprints {prints[0][:12]} and {prints[1][:12]}: other "
+            "images, labels or splits; train one of them again"
         )
     return ""
 
 
-def _table(names: Sequence[str], found: Mapping[str, Difference]) -> list[str]:
-    lines = ["| metric | A | B | B - A | 95 % interval | p |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name in names:
-        d = found[name]
-        interval = "-" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
-        numbers = [_number(d.a), _number(d.b), _number(d.difference, "+"), interval, _number(d.p)]
-        lines.append(f"| {' | '.join([name.replace('|', chr(92) + '|'), *numbers])} |")
-    return lines
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.3f}"
+def _row(name: str, d: Difference) -> list[str]:
+    interval = "-" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
+    difference = "-" if d.difference is None else f"{d.difference:+.3f}"
+    return [name, render.rate(d.a), render.rate(d.b), difference, interval, render.rate(d.p)]
 
 
 if __name__ == "__main__":

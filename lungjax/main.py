@@ -1,7 +1,7 @@
 """Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
 
-Only the flags are read here; `lungjax.training.train.run` does the work. Nothing imports jax until the flags are
-parsed and the configuration is complete, so a typing mistake is answered at once.
+This module reads the flags; `lungjax.training.train.run` does the work. jax is imported only after the configuration is
+complete, so a typing mistake is reported immediately.
 """
 
 from pathlib import Path
@@ -21,53 +21,51 @@ def define_flags() -> None:
     flags.DEFINE_string("experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list.")
     flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
     flags.DEFINE_string(
-        "workdir", None, "Where the run lives; default ./runs/NAME, and with --mode=evaluate where config.json lies."
+        "workdir", None, "Folder of the run; default ./runs/NAME, with --mode=evaluate the folder of config.json."
     )
-    flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
-    flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
+    flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
+    flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files; searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
     flags.DEFINE_integer(
-        "folds", None, "Cross-validation: a run for each of so many parts of the data, and a report over all of them."
+        "folds", None, "Cross-validation with this many folds: a run per fold and a report over all of them."
     )
-    flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test the run on.")
+    flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
     flags.DEFINE_string(
-        "label_map", "", "With --dataset: THEIRS=OURS+OURS,THEIRS=-,... where the class names differ; - leaves one out."
+        "label_map", "", "With --dataset: THEIRS=OURS+OURS,THEIRS=-,... if the class names differ; - ignores a class."
     )
-    flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: what of it is tested.")
-    flags.DEFINE_bool("multihost", False, "One of several hosts; the same command runs on each.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster is detected.")
-    flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.")
-    flags.DEFINE_integer("process", None, "The number of this one, from 0, with --coordinator.")
-    flags.DEFINE_string(
-        "compile_for", None, "Only compiles the training step, for TPUs that need not be here, such as v5e:4x4."
-    )
-    flags.DEFINE_bool("list", False, "Prints every experiment and ends.")
+    flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
+    flags.DEFINE_bool("multihost", False, "Run on several hosts; give the same command on each.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
+    flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+    flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
+    flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_bool("list", False, "Prints every experiment and exits.")
 
 
 def main(_: list[str]) -> None:
-    """Picks the experiment, applies the overrides, runs it and prints where the report is."""
+    """Loads the experiment, applies the overrides, runs it and prints the path of the report."""
     if FLAGS.list:
         print(experiments.listing())
         return
     check_flags()
     saved = f"{FLAGS.workdir}/config.json" if FLAGS.mode == "evaluate" and FLAGS.workdir else ""
-    chosen = FLAGS.experiment or saved
-    if not chosen:
+    experiment = FLAGS.experiment or saved
+    if not experiment:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
-    config = experiments.load(chosen)
+    config = experiments.load(experiment)
     for assignment in FLAGS.set:
         config = overrides.override(config, assignment)
     configs.check(config)
     default = Path("runs") / (config.name + (f"_folds{FLAGS.folds}" if FLAGS.folds is not None else ""))
-    if FLAGS.mode == "evaluate" and chosen.endswith("config.json"):
-        default = Path(chosen).parent  # the run that this configuration was saved in
+    if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
+        default = Path(experiment).parent
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default
     if FLAGS.compile_for:
         environment.without_tpu()
         environment.prepare_jax()
         from lungjax.training import aot_compile
 
-        print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)).text())
+        print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)))
         return
     environment.prepare_jax()
     from lungjax.runtime import distributed  # here, after the flags, since they import jax
@@ -90,14 +88,14 @@ def main(_: list[str]) -> None:
 
 
 def check_flags() -> None:
-    """Raises UsageError for flags that say nothing together."""
+    """Raises UsageError for incompatible flags."""
     if FLAGS.dataset and (FLAGS.mode != "evaluate" or FLAGS.folds is not None):
-        raise app.UsageError("--dataset=OTHER tests a run that is there: it needs --mode=evaluate, and not --folds")
+        raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
     if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
-        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json there, so no run to test")
-    given = [f"--{name}" for name in ("label_map", "split") if FLAGS[name].present]
-    if given and not FLAGS.dataset:
-        raise app.UsageError(f"{given[0]} is of another data set: it needs --dataset=OTHER and --mode=evaluate")
+        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so no run to test")
+    for name in ("label_map", "split"):
+        if FLAGS[name].present and not FLAGS.dataset:
+            raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")
 
 
 if __name__ == "__main__":

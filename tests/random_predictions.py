@@ -31,3 +31,13 @@ def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Pred
         logits = np.round(logits * 1.5)
     groups = np.where(np.arange(n) % 11 == 0, "", np.array([f"p{i}" for i in patient]))
     return make_predictions(labels, np.exp(logits.astype(np.float64)), groups, logits=logits)
+
+
+def guesses(labels, classes, seed=0, skill=1.5, slices=3, tag="t", sources=("",)) -> Predictions:
+    """Predictions that are better the higher `skill`; `slices` successive images are of one patient."""
+    rng, n = np.random.default_rng(seed), len(labels)
+    logits = (rng.normal(size=(n, len(classes))) + skill * np.eye(len(classes))[labels]).astype(np.float32)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    ids = np.array([f"{tag}_{i:03}.png" for i in range(n)])
+    groups = np.array([f"{tag}{i // slices}" for i in range(n)])
+    return Predictions(ids, groups, rng.choice(sources, n), np.asarray(labels), probabilities, classes, logits=logits)

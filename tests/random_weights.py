@@ -1,6 +1,6 @@
-"""Random weights that any framework can be given: drawn by numpy, each tensor from its own name.
+"""Random weights for any framework, drawn by numpy with a seed from each tensor's name.
 
-Running statistics are drawn too: their initial 0 and 1 would hide a swapped mean and variance.
+Running statistics are random too: their initial 0 and 1 would hide a swapped mean and variance.
 """
 
 import re
@@ -18,7 +18,7 @@ SCALES = r"(scale|gamma|weight|variable(_\d+)?|var|running_var|moving_variance)$
 
 
 def random_variables(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns variables for images of [1, *image_shape], drawn by our own names."""
+    """Returns random variables of a network for images of shape `image_shape`."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
     return unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(shapes).items()})
 
@@ -26,8 +26,8 @@ def random_variables(module: nn.Module, image_shape: tuple[int, ...]) -> dict[st
 def draw(name: str, shape: tuple[int, ...], gain: float = 1.0, shift: float = 0.0) -> np.ndarray:
     """Returns a float32 array: kernels of variance gain / inputs, scales and variances in 0.5..1.5.
 
-    `shift` is added to biases. Where norms keep every map at mean 0 and variance 1, a shift of about 1 has most
-    units of an activation open; with half of them shut, a deep random network doubles rounding errors every few layers.
+    `shift` is added to biases. If norms keep every map at mean 0 and variance 1, a shift of about 1 activates most
+    units; with half of them inactive, a deep random network doubles rounding errors every few layers.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if len([n for n in shape if n > 1]) >= 2 and not re.search(r"grn", name):

@@ -1,33 +1,49 @@
-import subprocess
-import sys
+"""Exit codes and messages that all commands share."""
 
+import json
+import signal
+import types
+from pathlib import Path
+
+import commands
 import pytest
 
-RUN = """import json
-from lungjax import cli
 from lungjax.config import overrides
-def main(argv):
-    {body}
-cli.run(main, lambda: None)"""
+from lungjax.runtime import signals
+
+
+def fail(error):
+    raise error
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "words", "traceback"),
+    ("main", "code", "words"),
     [
-        ("overrides.parse('x', int, 'train.steps')", 2, "lungjax: train.steps=x: expected int", False),
-        ("open('/nowhere/at/all')", 2, "No such file", False),
-        ("raise KeyboardInterrupt", 130, "give the same command again", False),
-        ("json.loads('{')", 1, "JSONDecodeError", True),  # a library's ValueError is a bug of ours
+        (lambda _: overrides.parse("x", int, "train.steps"), 2, "train.steps=x: expected int"),
+        (lambda _: Path("/nowhere/at/all").read_text(), 2, "No such file"),
+        (lambda _: fail(KeyboardInterrupt()), 130, "rerun the same command"),
+        (lambda _: fail(signals.Interrupted(signal.SIGTERM)), 143, ""),
+        (lambda _: None, 0, ""),
     ],
 )
-def test_a_mistake_is_a_message_and_a_bug_is_a_traceback(body, code, words, traceback):
-    command = [sys.executable, "-c", RUN.format(body=body)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == code
-    assert words in result.stderr
-    assert ("Traceback" in result.stderr) is traceback
+def test_exit_codes(capsys, main, code, words):
+    command = types.SimpleNamespace(main=main, define_flags=lambda: None, __name__="command")
+    assert commands.run(command) == code
+    output = capsys.readouterr().err
+    assert words in output and "Traceback" not in output
 
 
-def test_the_traceback_flag_shows_where_a_message_came_from():
-    command = [sys.executable, "-c", RUN.format(body="overrides.parse('x', int, 'train.steps')"), "--traceback"]
-    assert "overrides.py" in subprocess.run(command, capture_output=True, text=True).stderr
+def test_bugs_have_a_traceback(capsys):
+    command = types.SimpleNamespace(main=lambda _: json.loads("{"), define_flags=lambda: None, __name__="command")
+    with pytest.raises(json.JSONDecodeError):  # a ValueError of a library
+        commands.run(command)
+    command.main = lambda _: overrides.parse("x", int, "train.steps")
+    with pytest.raises(ValueError, match="expected int"):
+        commands.run(command, "--traceback")
+
+
+def test_unexpected_and_missing_arguments(capsys):
+    command = types.SimpleNamespace(main=lambda _: None, define_flags=lambda: None, __name__="command")
+    assert commands.run(command, "more") == 1 and "unexpected argument" in "".join(capsys.readouterr())
+    assert commands.run(command, positional=("PATH",)) == 1 and "PATH missing" in "".join(capsys.readouterr())
+    assert commands.run(command, "a", "b", positional=("PATH...",)) == 0

@@ -1,13 +1,15 @@
-"""Files of weights for a tiny network in every format, by hand, and records that make it one of the zoo."""
+"""Writes weight files of every format for a tiny network, by hand, and records that add it to the zoo."""
 
+import json
+import struct
 from dataclasses import replace
 from functools import partial
 
+import h5py
 import numpy as np
 from conftest import small_bn
 from random_weights import draw
-from test_torch_pickle import ordered, view_metadata, whole, write_stream, write_zip
-from test_weight_files import h5_of, write_npz, write_safetensors
+from torch_writers import array_of, state_dict, write_stream, write_zip
 
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig
@@ -15,7 +17,6 @@ from lungjax.models import leaf_shapes
 from lungjax.models.efficientnet import EfficientNet, Stage
 from lungjax.models.transfusion import Transfusion
 from lungjax.weights import catalogue
-from lungjax.weights.catalogue.record import HALF, IMAGENET, PretrainedWeights, spec
 
 CLASSES, SIDE = 5, 32
 
@@ -26,24 +27,25 @@ def tiny(width=8):
     return EfficientNet(stages, stem=8, top=2 * width, head=HeadConfig(dropout=0.2))
 
 
-KERAS = PretrainedWeights(
-    name="tiny.keras", model="tiny", layout="keras", url="", filename="tiny.h5", checksum="", classes=CLASSES,
-    input=spec(SIDE, IMAGENET, "bicubic"), crop=0.9, top1=None, licence="apache-2.0", megabytes=1,
-)  # fmt: skip
+KERAS = catalogue.from_row({
+    "name": "tiny.keras", "layout": "keras", "url": "", "filename": "tiny.h5", "package": "", "checksum": "",
+    "classes": str(CLASSES), "size": str(SIDE), "normalization": "imagenet", "interpolation": "bicubic", "crop": "0.9",
+    "top1": "", "license": "apache-2.0", "megabytes": "1", "padding": "", "epsilon": "",
+})  # fmt: skip
 HALVED = replace(
-    KERAS, name="tiny.half", layout="timm", filename="tiny_half.safetensors", input=spec(SIDE, HALF, "bicubic"),
-    url="https://hub/half/model.safetensors",
+    KERAS, name="tiny.half", layout="timm", filename="tiny_half.safetensors", url="https://hub/half/model.safetensors",
+    input=replace(KERAS.input, mean=(0.5,) * 3, std=(0.5,) * 3),
 )  # fmt: skip
 TORCH = replace(
     HALVED, name="tiny.torch", filename="tiny_torch.safetensors", input=KERAS.input,
     network=(("epsilon", 1e-5), ("padding", "symmetric")), url="https://hub/torch/model.safetensors",
 )  # fmt: skip
-OWN = replace(HALVED, name="tiny.own", filename="tiny_own.pth", licence="cc-by-nc-4.0", layout="torchvision")
-WIDE = replace(KERAS, name="wide.keras", model="wide", filename="wide.h5")
+OWN = replace(HALVED, name="tiny.own", filename="tiny_own.pth", license="cc-by-nc-4.0", layout="torchvision")
+WIDE = replace(KERAS, name="wide.keras", filename="wide.h5")
 
 
 def install(monkeypatch):
-    """Makes "tiny" and "wide" networks of the zoo, whose only other records are of two real ones; "small" has none."""
+    """Adds "tiny" and "wide" to the zoo, whose only other records are of two real ones, and "small" without any."""
     for name, make in {"tiny": tiny, "wide": lambda: tiny(16)}.items():
         monkeypatch.setitem(models.MODELS, name, make)
         monkeypatch.setitem(models.FAMILIES["efficientnet"], name, make)
@@ -55,12 +57,12 @@ def install(monkeypatch):
 
 
 def leaves(model="tiny", classes=CLASSES, channels=3):
-    """Random leaves of a network of the zoo by our paths."""
+    """Random parameters of a network of the zoo by our paths."""
     module = models.build(ModelConfig(name=model), classes)
     return {path: draw(path, shape) for path, shape in leaf_shapes(module, (SIDE, SIDE, channels)).items()}
 
 
-# Ours -> Keras's and timm's name of each layer.
+# Our layer -> Keras's and timm's name.
 LAYERS = {
     "stem_conv": ("stem_conv", "conv_stem"),
     "stem_bn": ("stem_bn", "bn1"),
@@ -106,19 +108,67 @@ def as_timm(ours):
     return tensors
 
 
+def write_safetensors(path, arrays, header=lambda fields: fields):
+    """Writes a file; `header` changes its header, a dict, into another dict or bytes."""
+    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "bool": "BOOL"}
+    fields, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, array in arrays.items():
+        raw = array.tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        fields[name] = {"dtype": types[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
+        data += raw
+    text = header(fields)
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def write_npz(path, arrays):
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+    return path
+
+
+def write_layers(path, layers, root="", chunks=0):
+    """Writes Keras's legacy HDF5 format: {layer: {weight: array}}; `chunks` splits the lists of names."""
+
+    def set_names(group, name, values):
+        values = [value.encode() for value in values]
+        for i in range(chunks):
+            group.attrs[f"{name}{i}"] = values[i * len(values) // chunks : (i + 1) * len(values) // chunks]
+        if not chunks:
+            group.attrs[name] = values
+
+    with h5py.File(path, "w") as file:
+        top = file.create_group(root) if root else file
+        set_names(top, "layer_names", list(layers))
+        for layer, weights in layers.items():
+            group = top.require_group(layer)
+            set_names(group, "weight_names", list(weights))
+            for name, array in weights.items():
+                group.create_dataset(name, data=array)
+    return path
+
+
+def write_h5(path, arrays):
+    layers = {}
+    for name, array in arrays.items():
+        layers.setdefault(name.rpartition("/")[0] or "top", {})[f"{name}:0"] = array
+    return write_layers(path, layers)
+
+
 def torch_writer(write):
     def writer(path, tensors):
-        more = view_metadata(write)
-        tree = ordered({name: whole(str(i), array, *more) for i, (name, array) in enumerate(tensors.items())})
+        tree = state_dict({name: array_of(str(i), array) for i, (name, array) in enumerate(tensors.items())})
         return write(path, tree, {str(i): array.tobytes() for i, array in enumerate(tensors.values())})
 
     return writer
 
 
-# Format -> what writes it, how its tensors are named, and a file name by which the record is known.
+# Format -> writer, naming of its tensors, and a file name by which the record is recognized.
 FORMATS = {
-    "h5": (h5_of, as_keras, "tiny.h5"),
-    "npz": (write_npz, as_keras, "tiny.h5"),  # what a file is, its bytes say
+    "h5": (write_h5, as_keras, "tiny.h5"),
+    "npz": (write_npz, as_keras, "tiny.h5"),  # files are recognized by their bytes
     "safetensors": (write_safetensors, as_timm, "tiny_half.safetensors"),
     "pth": (torch_writer(write_zip), as_timm, "tiny_half.safetensors"),
     "pth stream": (torch_writer(write_stream), as_timm, "tiny_half.safetensors"),

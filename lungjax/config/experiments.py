@@ -1,6 +1,6 @@
 """Experiments by name: each is a file with `get_config(**arguments) -> Config`, read without importing jax.
 
-The files lie in `experiments/` beside the package in a checkout and inside the package once installed.
+The files are in `experiments/` next to the package in a checkout, and inside the package once installed.
 """
 
 import ast
@@ -26,11 +26,11 @@ def names() -> dict[str, Path]:
 
 
 def listing() -> str:
-    """Returns one line an experiment: its name and the first line of its docstring."""
-    found = names()
-    width = max(map(len, found), default=0)
+    """Returns one line per experiment: its name and the first line of its docstring."""
+    paths = names()
+    width = max(map(len, paths), default=0)
     lines = []
-    for name, path in found.items():
+    for name, path in paths.items():
         doc = ast.get_docstring(ast.parse(path.read_text())) or ""
         lines.append(f"{name:{width}}  {doc.partition(chr(10))[0]}")
     return "\n".join(lines)
@@ -42,7 +42,7 @@ def load(choice: str) -> Config:
     Args:
       choice: NAME, NAME:key=value,key=value, a path to a .py file (arguments as well), or to a config.json.
 
-    Raises ValueError for an unknown name (with the nearest), a missing file or arguments it doesn't take.
+    Raises ValueError for an unknown name (with the nearest), a missing file or an unknown argument.
     """
     target, _, text = choice.partition(":")
     if target.endswith(".json"):

@@ -1,28 +1,28 @@
-"""What a trained network says of itself: model.json, in a run's folder and inside each of its exports.
+"""model.json: the metadata of a trained network, in the folder of a run and in each of its exports.
 
-Whoever predicts with it reads the intended input, the classes, the calibration and the operating points from here and
-nowhere else, so nothing has to be given by hand, and nothing is normalised twice.
+Everything that predicts reads input, classes, calibration and operating points from here, so preprocessing is specified
+once.
 
-    format              1; a new key keeps it, one that goes or changes meaning raises it
+    format              1; raised if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on
     classes             [names] in label order, as in every list of probabilities
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
-    stage, stored       what the data set keeps of an image before that (`datasets.build.process_image`): a stage
-                        such as "lungs", and [height, width] of the stored copy, or null
-    box                 with input.crop "box", where the box of an image comes from: "body", found as the box around the
-                        body in a CT slice, or "given", known to the data set alone; "" otherwise
+    stage, stored       preprocessing by the data set (`datasets.build.process_image`): a stage such as "lungs", and
+                        [height, width] of the stored copy, or null
+    box                 with input.crop "box", the origin of an image's box: "body", computed around the body in a CT
+                        slice, or "given", part of the data set; "" otherwise
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
-    hu_windows          [[centre, width], ...] in Hounsfield units, one (gray) or three (colours), of CT volumes
-    plane, position     how volumes were cut: axial, coronal or sagittal; every plane ("all") or the middle one ("mid")
-    positive            class number that a sigmoid head's logit speaks for; null for a softmax head
-    temperature         logits are divided by it, which calibrates them (`lungjax.evaluation.calibration`)
-    points              LEVEL.CLASS.RULE, LEVEL being slice or patient: threshold on the calibrated probability, chosen
+    hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), of CT volumes
+    plane, position     slices of volumes: axial, coronal or sagittal; all of them ("all") or the middle one ("mid")
+    positive            positive class of the sigmoid output; null for softmax
+    temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
+    points              LEVEL.CLASS.RULE, with LEVEL slice or patient: threshold on the calibrated probability, chosen
                         on val, and sensitivity, specificity, ppv, npv, intervals of the test split
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
     counts              SPLIT.CLASS: images
     patients            SPLIT.CLASS: patients; {} where each image counts as its own
     novelty             `lungjax.evaluation.novelty.Novelty.to_dict`; null without such a score
-    about               network, weights, licence, step, commit, versions: what a reader may want to know
+    about               network, weights, license, step, commit, versions
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from lungjax.config.schema import STAGES, InputSpec
 
 FILE = "model.json"
 FORMAT = 1
-HU_WINDOWS = ((-600.0, 1500.0),)  # the lungs' usual window, centre and width
+HU_WINDOWS = ((-600.0, 1500.0),)  # center and width of the usual lung window
 NOTICE = "For research use only. Not a medical device, not for diagnosis."
 LEVELS = ("slice", "patient")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """The content of model.json; the module's docstring says what each field is."""
+    """The content of model.json; see the docstring of the module."""
 
     name: str
     classes: tuple[str, ...]
@@ -72,10 +72,10 @@ class Metadata:
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def public(self) -> dict[str, Any]:
-        """Returns what a person may want to read, JSON-ready: all but the parameters of `novelty`."""
+        """Returns the fields for readers, JSON-ready: without the parameters of `novelty`."""
         tree = dataclasses.asdict(self)
-        known = self.novelty
-        tree["novelty"] = None if known is None else {"false_alarms": known.get("false_alarms")}
+        if self.novelty is not None:
+            tree["novelty"] = {"false_alarms": self.novelty.get("false_alarms")}
         return tree | {"notice": NOTICE}
 
     def rules(self, level: str = "slice") -> list[str]:
@@ -84,37 +84,37 @@ class Metadata:
 
 
 def from_json(text: str, where: str = FILE) -> Metadata:
-    """Reads what `Metadata.to_json` wrote.
+    """The inverse of `Metadata.to_json`.
 
-    Raises ValueError, with `where`, for what is no such text, a newer format, or fields that can't be true.
+    Raises ValueError, naming `where`, for other text, a newer format, or invalid fields.
     """
     try:
         tree = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
-        raise ValueError(f"{where}: no model.json of lungjax (it has no number `format`)")
+        raise ValueError(f"{where}: not a model.json of lungjax (no number `format`)")
     if tree["format"] > FORMAT:
-        raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one reads up to {FORMAT}")
+        raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:
-        found = Metadata(**{key: value for key, value in _tuples(tree).items() if key in _FIELDS})
-        found = dataclasses.replace(found, input=InputSpec(**_tuples(tree["input"])))
+        result = Metadata(**{key: value for key, value in _tuples(tree).items() if key in _FIELDS})
+        result = dataclasses.replace(result, input=InputSpec(**_tuples(tree["input"])))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{where}: a field is missing or unknown ({error})") from None
-    problem = _problem(found)
+    problem = _problem(result)
     if problem:
         raise ValueError(f"{where}: {problem}")
-    return found
+    return result
 
 
 def read(path: Path) -> Metadata:
-    """Reads a model.json. Raises ValueError if it is not there, or as `from_json`."""
+    """Reads a model.json. Raises ValueError if it is missing, and as `from_json`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         return from_json(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: no text in UTF-8") from None
+        raise ValueError(f"{path}: not UTF-8 text") from None
 
 
 _FIELDS = {f.name for f in dataclasses.fields(Metadata)}
@@ -122,58 +122,56 @@ _LISTS = ("classes", "stored", "window", "hu_windows", "size", "crop_size", "mea
 
 
 def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def tupled(value: Any) -> Any:
-        return tuple(map(tupled, value)) if isinstance(value, list) else value
+    def to_tuple(value: Any) -> Any:
+        return tuple(map(to_tuple, value)) if isinstance(value, list) else value
 
-    return {key: tupled(value) if key in _LISTS else value for key, value in tree.items()}
+    return {key: to_tuple(value) if key in _LISTS else value for key, value in tree.items()}
 
 
-def _problem(found: Metadata) -> str:  # noqa: C901, PLR0912
-    """Says what can't be true of a file that somebody sent or changed; "" if nothing is wrong."""
-    names, size, spec = found.classes, found.input.size, found.input
+def _problem(metadata: Metadata) -> str:
+    """Returns what is invalid in a file that may come from elsewhere; "" if nothing is."""
+    names, windows = metadata.classes, metadata.hu_windows
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"
     if len(set(names)) < len(names):
-        return f"`classes` {', '.join(names)}: a name comes twice"
-    if not _side_lengths(size):
-        return f"`input.size` {size}: wanted height and width in pixels"
-    if spec.channels not in (1, 3):
-        return f"`input.channels` {spec.channels}: allowed are 1 and 3"
-    for name, value in (("mean", spec.mean), ("std", spec.std)):
-        if value is not None and not (_numbers(value) and len(value) in (1, 3)):
-            return f"`input.{name}` {value}: wanted one number or three"
-    if found.stored is not None and not _side_lengths(found.stored):
-        return f"`stored` {found.stored}: wanted height and width in pixels, or null"
-    if found.window is not None and not (_numbers(found.window, 2) and found.window[0] < found.window[1]):
-        return f"`window` {found.window}: wanted two rising numbers, or null"
-    windows = found.hu_windows
-    if not (
-        isinstance(windows, tuple) and len(windows) in (1, 3) and all(_numbers(w, 2) and w[1] > 0 for w in windows)
+        return f"`classes` {', '.join(names)}: a name is given twice"
+    for name, size in (("input.size", metadata.input.size), ("stored", metadata.stored)):
+        if not (_side_lengths(size) or (name == "stored" and size is None)):
+            return f"`{name}` {size}: expected height and width in pixels"
+    for name, statistic in (("mean", metadata.input.mean), ("std", metadata.input.std)):
+        if statistic is not None and not (_numbers(statistic) and len(statistic) in (1, 3)):
+            return f"`input.{name}` {statistic}: expected one number or three"
+    if metadata.window is not None and not (_numbers(metadata.window, 2) and metadata.window[0] < metadata.window[1]):
+        return f"`window` {metadata.window}: expected two increasing numbers, or null"
+    if (
+        not isinstance(windows, tuple)
+        or len(windows) not in (1, 3)
+        or any(not _numbers(w, 2) or w[1] <= 0 for w in windows)
     ):
-        return f"`hu_windows` {windows}: wanted one or three of centre and width"
-    for name, word, allowed in (
-        ("plane", found.plane, ("axial", "coronal", "sagittal")),
-        ("position", found.position, ("all", "mid")),
-        ("box", found.box, ("", "body", "given")),
-        ("stage", found.stage, ("", *STAGES)),
-    ):
-        if word not in allowed:
-            return f"`{name}` {word!r}: allowed are {', '.join(map(repr, allowed))}"
-    if not (_numbers((found.temperature,)) and found.temperature > 0):
-        return f"`temperature` {found.temperature}: must be above zero"
-    if found.positive is not None and found.positive not in range(len(names)):
-        return f"`positive` {found.positive}: there are {len(names)} classes"
-    for name in ("points", "scores", "counts", "patients", "about"):
-        if not isinstance(getattr(found, name), dict):
+        return f"`hu_windows` {windows}: expected one or three pairs of center and width"
+    choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("input.channels", metadata.input.channels, (1, 3)),
+        ("plane", metadata.plane, ("axial", "coronal", "sagittal")),
+        ("position", metadata.position, ("all", "mid")),
+        ("box", metadata.box, ("", "body", "given")),
+        ("stage", metadata.stage, ("", *STAGES)),
+        ("positive", metadata.positive, (None, *range(len(names)))),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            return f"`{name}` {value!r}: allowed are {', '.join(map(repr, allowed))}"
+    if not (_numbers((metadata.temperature,)) and metadata.temperature > 0):
+        return f"`temperature` {metadata.temperature}: must be above zero"
+    for name in ("points", "scores", "counts", "patients", "about", "novelty"):
+        value = getattr(metadata, name)
+        if not isinstance(value, dict) and not (name == "novelty" and value is None):
             return f"`{name}` should be an object"
-    if found.novelty is not None and not isinstance(found.novelty, dict):
-        return "`novelty` should be an object or null"
     try:
-        points = [p for level in found.points.values() for rules in level.values() for p in rules.values()]
-        fine = all(_numbers((point["threshold"],)) for point in points)
+        points = [p for level in metadata.points.values() for rules in level.values() for p in rules.values()]
+        valid = all(_numbers((point["threshold"],)) for point in points)
     except (AttributeError, KeyError, TypeError):
-        fine = False
-    return "" if fine else "`points` should be LEVEL.CLASS.RULE with a threshold each"
+        valid = False
+    return "" if valid else "`points` should be LEVEL.CLASS.RULE, each with a threshold"
 
 
 def _numbers(values: Any, count: int = 0) -> bool:

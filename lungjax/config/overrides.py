@@ -1,4 +1,4 @@
-"""From text to configuration and back: `--set=path=value`, `config.json`, and what two of them differ in."""
+"""Configuration from text and back: `--set=path=value`, `config.json`, and the difference of two configurations."""
 
 import ast
 import dataclasses
@@ -54,12 +54,11 @@ def _paths(section: Any, prefix: str = "") -> list[str]:
 def parse(text: str, hint: Any, what: str) -> Any:
     """Reads `text` as the type `hint`: int, float, bool, str, None or a tuple of these.
 
-    Raises ValueError naming `what`, the text and the wanted type.
+    Raises ValueError naming `what`, the text and the expected type.
     """
-    wanted = _type_name(hint)
-    wrong = ValueError(f"{what}={text}: expected {wanted}, got {text!r}")
+    error = ValueError(f"{what}={text}: expected {_type_name(hint)}, got {text!r}")
     if isinstance(hint, types.UnionType):
-        if text == "None":  # "none" in small letters is a choice of its own (norms, weights)
+        if text == "None":  # "none" is a value of norms and weights
             return None
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if hint is str:
@@ -69,29 +68,29 @@ def parse(text: str, hint: Any, what: str) -> Any:
             return True
         if text.lower() in ("false", "no", "0"):
             return False
-        raise wrong
+        raise error
     if typing.get_origin(hint) is tuple:
-        inside = text.strip()
-        if inside[:1] + inside[-1:] in ("()", "[]"):  # as a whole: a regular expression has brackets of its own
-            inside = inside[1:-1]
-        items = [t.strip() for t in inside.split(",") if t.strip()]
+        text = text.strip()
+        if text[:1] + text[-1:] in ("()", "[]"):  # only around the complete text, since regular expressions have some
+            text = text[1:-1]
+        items = [t.strip() for t in text.split(",") if t.strip()]
         kinds = typing.get_args(hint)
         if kinds[-1] is ...:
             return tuple(parse(t, kinds[0], what) for t in items)
         if len(items) == 1 and len(set(kinds)) == 1:
             items *= len(kinds)  # --set=input.size=128 means 128, 128
         if len(items) != len(kinds):
-            raise wrong
+            raise error
         return tuple(parse(t, k, what) for t, k in zip(items, kinds, strict=True))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise wrong from None
+        raise error from None
     if hint is float and type(value) in (int, float):
         return float(value)
     if hint is int and type(value) in (int, float) and value == int(value):
         return int(value)
-    raise wrong
+    raise error
 
 
 def _type_name(hint: Any) -> str:
@@ -102,13 +101,13 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if kinds[-1] is ...:
-            return f"{_type_name(kinds[0])}s with commas"
+            return f"comma-separated {_type_name(kinds[0])}s"
         return ", ".join(_type_name(k) for k in kinds)
     return getattr(hint, "__name__", str(hint))
 
 
 def to_json(config: Config) -> str:
-    """Returns the whole configuration as indented JSON; `from_json` gives the equal one back."""
+    """Returns the configuration as indented JSON, the inverse of `from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
@@ -138,6 +137,6 @@ def _build(section: Any, tree: Any, where: str, prefix: str) -> Any:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """Returns one "path: old -> new" line a differing field."""
+    """Returns one "path: old -> new" line per differing field."""
     a, b = fields_of(old), fields_of(new)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]

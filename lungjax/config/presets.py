@@ -1,7 +1,6 @@
-"""What the studies did to their train images, as configurations: `--set=augment=NAME`.
+"""Augmentation presets of the studies, for `--set=augment=NAME`, and helpers for the arguments of experiments.
 
-The units are those of `AugmentConfig`. Where a study changed things in another order, its comment says what differs.
-At the end is what the experiments of these studies check and name their arguments with.
+The units are those of `AugmentConfig`. Comments name differences from a study.
 """
 
 import math
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 from lungjax.config.schema import AugmentConfig, nearest
 
 
-def _turn(degrees: float) -> float:
+def _turns(degrees: float) -> float:
     return degrees / 360
 
 
@@ -37,7 +36,7 @@ def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scal
         probability=0.5,
         exterior=0.5,
         flip_horizontal=0.5,
-        rotation=_turn(degrees),
+        rotation=_turns(degrees),
         shear=shear,
         box_jitter=jitter,
         intensity_shift=shift,
@@ -59,20 +58,20 @@ PRESETS: dict[str, AugmentConfig] = {
     "ct_cov19_lungs_nocrop": _ct_cov19(0.1, 0.2, 0.15),
     "ct_cov19_lungs": _ct_cov19(0.05, 0.1, 0.05),
     # iCTCF study (non-informative slices): Keras's generator, offline, 15 degrees; "nearest" is edge.
-    "ictcf": AugmentConfig(rotation=_turn(15), shift=(0.1, 0.1), fill="edge"),
+    "ictcf": AugmentConfig(rotation=_turns(15), shift=(0.1, 0.1), fill="edge"),
     # COVID X-ray study, Keras's generator: offline for the COVID class, and on-line. Its shear of 0.2 is in degrees,
     # next to nothing; its generator draws the zoom of height and width apart.
     "xray_covid_offline": AugmentConfig(
-        flip_horizontal=0.5, rotation=_turn(5), zoom=(-0.3, 0.3), zoom_apart=True, shear=_tangent(0.2), fill="edge",
+        flip_horizontal=0.5, rotation=_turns(5), zoom=(-0.3, 0.3), zoom_apart=True, shear=_tangent(0.2), fill="edge",
         brightness=(0.2, 1.0),
     ),
     "xray_covid_online": AugmentConfig(
-        flip_horizontal=0.5, rotation=_turn(40), zoom=(-0.2, 0.2), zoom_apart=True, shear=_tangent(0.2),
+        flip_horizontal=0.5, rotation=_turns(40), zoom=(-0.2, 0.2), zoom_apart=True, shear=_tangent(0.2),
         shift=(0.2, 0.2), fill="edge", brightness=(0.2, 1.0),
     ),
     # COVIDx CT transfer-learning study, torchvision: flips, then 30 degrees about the middle of the whole image, with
     # nearest pixels, before its centre crop.
-    "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=_turn(30)),
+    "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=_turns(30)),
     # The defaults of COVIDNet-CT's training script, and those of its class.
     "covidnet_ct": _covidnet_ct(15, shear=0.2, jitter=0.075, shift=15, scale=0.15),
     "covidnet_ct_class": _covidnet_ct(10, shear=0.15, jitter=0.025, shift=10, scale=0.2),
@@ -80,14 +79,14 @@ PRESETS: dict[str, AugmentConfig] = {
 
 
 def preset(name: str) -> AugmentConfig:
-    """Returns the named augmentation; raises ValueError with the nearest names for one that isn't there."""
+    """Returns the named augmentation; raises ValueError with the nearest names for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
     return PRESETS[name]
 
 
 def one_of(argument: str, value: str, known: Iterable[str]) -> str:
-    """Returns `value`; raises ValueError with the nearest of `known` if it is none of them."""
+    """Returns `value`; raises ValueError with the nearest of `known` if it is not one of them."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{argument}={value}: {nearest(value, known)}; allowed are {', '.join(known)}")
@@ -95,13 +94,13 @@ def one_of(argument: str, value: str, known: Iterable[str]) -> str:
 
 
 def slug(*parts: str) -> str:
-    """Returns the parts that are not empty as the name of a run: a-z, 0-9, _ and -.
+    """Returns the nonempty parts as the name of a run: a-z, 0-9, _ and -.
 
-    A slash becomes a "-". A part that loses anything else gets a checksum, which keeps apart what would be equal.
+    A slash becomes a "-". A part with other changes gets a checksum, so that different parts give different names.
     """
-    made = []
+    names = []
     for part in filter(None, parts):
         text = part.replace("/", "-")
         plain = re.sub("[^a-z0-9_-]+", "-", text.lower())
-        made.append(plain if plain == text else f"{plain}-{zlib.crc32(part.encode()):08x}")
-    return "_".join(made)
+        names.append(plain if plain == text else f"{plain}-{zlib.crc32(part.encode()):08x}")
+    return "_".join(names)

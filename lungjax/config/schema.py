@@ -1,7 +1,7 @@
-"""What one run is: frozen dataclasses.
+"""The configuration of a run as frozen dataclasses.
 
 An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`), reads and writes
-`config.json`. Nothing here imports jax, so a typing mistake on the command line is answered at once.
+`config.json`. Nothing here imports jax, so a typing mistake on the command line is reported immediately.
 """
 
 import dataclasses
@@ -37,76 +37,76 @@ EXPLANATIONS = ("gradcam", "gradcam_positive", "gradcam++", "integrated_gradient
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network is fed: `(pixel / 255 - mean) / std`, float32, [height, width, channels]."""
+    """The network's input: `(pixel / 255 - mean) / std`, float32, [height, width, channels]."""
 
     size: tuple[int, int] = (224, 224)  # height, width in pixels
-    channels: int = 1  # of the images that are read: 1 gray, or 3 (a gray image is repeated, a colour one kept)
-    # One of CROPS; "box" cuts the body box out of an image that has one, "center" a window around the middle.
+    channels: int = 1  # of images as read: 1 is gray, 3 is color (gray images are repeated)
+    # One of CROPS; "box" crops to the body box of an image that has one, "center" to a window around the middle.
     crop: str = "none"
     crop_size: tuple[int, int] = (0, 0)  # height, width of the "center" crop in pixels of the stored image
-    box_margin: float = 0.0  # part of the box's side kept around it in training, for a later jitter
+    box_margin: float = 0.0  # fraction of the box's side added around it in training, for box_jitter
     interpolation: str = "bilinear"  # one of INTERPOLATIONS
     antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
-    # Of pixel / 255; one number, or one a channel. Three for a gray image make three channels of it, on the device.
-    # None takes what the weights want (`model.weights`), and 0 and 1 without weights.
+    # Of pixel / 255; one number, or one per channel. Three make three channels of a gray image, on the device.
+    # None uses the values of the weights (`model.weights`), or 0 and 1 without weights.
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
     @property
     def network_channels(self) -> int:
-        """Returns how many channels the network gets, once mean and std are applied."""
+        """Number of channels after mean and std are applied."""
         return max(self.channels, len(self.mean or ()), len(self.std or ()))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from and how often each is seen."""
+    """The data set, its splits and the sampling."""
 
     dataset: str = "phantom_ct"  # name[/config][-stage][-size] of a prepared data set
-    # One of PROTOCOLS: splits by patient without twins over two of them, or what the study did.
+    # One of PROTOCOLS: splits by patient without near duplicates across splits, or the splits of the study.
     protocol: str = "clean"
-    sampling: str = "natural"  # one of SAMPLINGS; "balanced" draws each class equally often
-    # Cross-validation: all images are dealt into so many parts by patient; part `fold` is test, the next one val.
-    folds: int = 0  # 0 keeps the data set's own splits
+    sampling: str = "natural"  # one of SAMPLINGS; "balanced" samples all classes equally often
+    # Cross-validation: images are split by patient into `folds` parts; part `fold` is test, the next one val.
+    folds: int = 0  # 0 uses the splits of the data set
     fold: int = 0  # 0 to folds - 1
     workers: int = 0  # reading processes; 0 reads in threads of this process
-    threads: int = 0  # decoding threads of each process; 0 is one more than cores
+    threads: int = 0  # decoding threads per process; 0 is the number of cores plus one
     prefetch: int = 2  # batches read ahead
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to train images on the device, in this order; at its defaults a field does nothing.
+    """Augmentation of training images on the device, in this order; defaults do nothing.
 
-    Presets of the studies are in `lungjax.config.presets`: `--set=augment=covidnet_ct`, then single fields.
+    `lungjax.config.presets` has those of the studies: `--set=augment=covidnet_ct`, then single fields.
     """
 
-    exterior: float = 0.0  # probability: what lies outside the body becomes the mean of the dark outside
-    # One warp, with `size` as its result.
+    exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
+    # One warp to `size`.
     flip_horizontal: float = 0.0  # probability
     flip_vertical: float = 0.0  # probability
-    rotation: float = 0.0  # at most this part of a turn each way, as in Keras: 0.1 is 36 degrees
-    # Keras's RandomZoom: a number drawn from this range is added to the side that is seen, so -0.2 zooms in on 0.8 of
-    # it and 0.2 shows 1.2.
+    rotation: float = 0.0  # maximum fraction of a turn each way, as in Keras: 0.1 is 36 degrees
+    # As in Keras's RandomZoom, the visible side changes by a fraction from this range: -0.2 zooms in to 0.8 of it, 0.2
+    # out to 1.2.
     zoom: tuple[float, float] = (0.0, 0.0)
-    zoom_apart: bool = False  # draw height and width on their own
-    shear: float = 0.0  # at most this coefficient (tangent) each way, along x or along y
-    shift: tuple[float, float] = (0.0, 0.0)  # at most these parts of height and width each way
-    box_jitter: float = 0.0  # each edge of the box moves by at most this part of the box's side; needs input.crop=box
-    fill: str = "constant"  # one of FILLS, for what lies outside the image
+    zoom_apart: bool = False  # draw height and width independently
+    shear: float = 0.0  # maximum coefficient (tangent) each way, along x or along y
+    shift: tuple[float, float] = (0.0, 0.0)  # maximum fractions of height and width each way
+    box_jitter: float = 0.0  # maximum move of each edge, a fraction of the box's side; needs input.crop=box
+    fill: str = "constant"  # one of FILLS, for pixels outside the image
     fill_value: float = 0.0  # 0..255, for "constant"
-    # Then the intensities, of 0..255, clipped to that range in the end.
-    brightness: tuple[float, float] = (1.0, 1.0)  # the image times a number of this range
-    contrast: tuple[float, float] = (1.0, 1.0)  # the distance to the image's mean times a number of this range
-    gamma: tuple[float, float] = (1.0, 1.0)  # 255 * (x / 255) ** a number of this range, drawn log-evenly
-    intensity_shift: float = 0.0  # scale * (x + shift): shift at most this many gray levels each way
-    intensity_scale: float = 0.0  # scale 1 -/+ at most this
+    # Then intensities of 0..255, finally clipped to that range.
+    brightness: tuple[float, float] = (1.0, 1.0)  # factor of the image, drawn from this range
+    contrast: tuple[float, float] = (1.0, 1.0)  # factor of the difference to the image's mean
+    gamma: tuple[float, float] = (1.0, 1.0)  # 255 * (x / 255) ** gamma, drawn log-uniformly
+    intensity_shift: float = 0.0  # scale * (x + shift): maximum shift in gray levels each way
+    intensity_scale: float = 0.0  # maximum deviation of scale from 1
     invert: float = 0.0  # probability of 255 - x
-    dropout: tuple[float, float] = (0.0, 0.0)  # part of the patches that become black, drawn from this range
+    dropout: tuple[float, float] = (0.0, 0.0)  # fraction of patches that become black, drawn from this range
     dropout_grid: tuple[int, int] = (3, 8)  # patches along each side, drawn from this range (imgaug's size_px)
-    noise: float = 0.0  # Gaussian, its standard deviation drawn from 0 to this many gray levels
-    probability: float = 1.0  # that an image gets each of rotation, shear, box_jitter, zoom, shift and intensities
-    # Last, between two images of a batch; the loss is shared out in the same parts. Both: each half of the batches.
+    noise: float = 0.0  # Gaussian; maximum standard deviation in gray levels
+    probability: float = 1.0  # of each of rotation, shear, box_jitter, zoom, shift and intensities
+    # Last, between two images of a batch, with the loss in the same proportion. With both, half of the batches each.
     mixup: float = 0.0  # alpha of the beta distribution; 0 is off
     cutmix: float = 0.0  # the same
 
@@ -133,101 +133,100 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. A field left None takes the architecture's own published value."""
+    """The network. None is the published value of the architecture."""
 
     name: str = "cbr_small"  # a key of lungjax.models.MODELS
-    # What the network starts from: "none" (random), "imagenet" (its first record), a record such as "aa_in1k" or
+    # Initial weights: "none" (random), "imagenet" (its first record), a record such as "aa_in1k" or
     # "efficientnet_b0.aa_in1k" (python -m lungjax.weights --list), "file:PATH", "run:WORKDIR" of a lungjax run, or
     # "meanvar:" and any of these: random, with each tensor's mean and variance.
     weights: str = "none"
-    noncommercial: bool = False  # True accepts weights whose licence forbids commercial use
-    gray: str = "repeat"  # one of GRAYS: how gray images meet weights for three channels
-    padding: str | None = None  # one of PADDINGS, for the networks that leave it open; weights may demand one
-    epsilon: float | None = None  # of the norms, for the networks that leave it open; weights may demand one
-    # Part of its running statistics that BatchNorm keeps at each step; networks without any BatchNorm ignore it. A
-    # published 0.99 or 0.999 is too slow for a fine-tuning of some hundred steps.
+    noncommercial: bool = False  # True accepts weights whose license forbids commercial use
+    gray: str = "repeat"  # one of GRAYS: how gray images are used with weights for three channels
+    padding: str | None = None  # one of PADDINGS, for networks without a fixed one; weights may require one
+    epsilon: float | None = None  # of the norms, for networks without a fixed one; weights may require one
+    # Decay of BatchNorm's running statistics per step; ignored without BatchNorm. The published 0.99 or 0.999 is too
+    # slow for fine-tuning in some hundred steps.
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
     # Of the computation, one of DTYPES; parameters, statistics, pooling and logits stay float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None
-    head: HeadConfig = field(default_factory=HeadConfig)  # what follows the last feature map
+    head: HeadConfig = field(default_factory=HeadConfig)  # layers after the last feature map
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Loss, optimiser and schedule."""
+    """Loss, optimizer and schedule."""
 
     name: str = "adam"  # one of OPTIMIZERS
     lr: float = 1e-3  # peak learning rate
     schedule: str = "constant"  # one of SCHEDULES, after the warm-up
     warmup_steps: int = 0  # linear from zero
     end_factor: float = 0.0  # cosine and linear end at lr * end_factor
-    schedule_steps: int = 0  # the schedule is through after so many steps; 0 is those of the run
-    decay_at: tuple[float, ...] = ()  # schedule "step": parts of the run (0..1) where lr falls
+    schedule_steps: int = 0  # length of the schedule; 0 is that of the run
+    decay_at: tuple[float, ...] = ()  # schedule "step": fractions of the run (0..1) at which lr decays
     decay_factor: float = 0.1  # schedule "step": by this factor each time
     momentum: float = 0.9  # sgd and rmsprop
     nesterov: bool = False  # sgd
     b1: float = 0.9  # adam, adamw
     b2: float = 0.999  # adam, adamw
-    # adam, adamw, rmsprop. Keras's number (torch has 1e-8), added as in the paper, after the moments are corrected for
-    # their start at zero; Keras adds it before, where it weighs 32 times as much at the first step.
+    # adam, adamw, rmsprop. The value of Keras (torch: 1e-8), added after bias correction as in the paper; Keras adds it
+    # before, where it weighs 32 times as much at the first step.
     eps: float = 1e-7
     weight_decay: float = 0.0  # decoupled; kernels only, never norms or biases
     clip_norm: float = 0.0  # global gradient norm; 0 is off
     label_smoothing: float = 0.0  # 0..1
     class_weights: str = "none"  # "none", "balanced" (n / (classes * n_c)), or numbers "1,2.5,1"
-    # What is trained: "all", "head", "blocks:K" or "stages:K" (the last K and all that follows them). Frozen
-    # parameters cost neither gradient nor optimiser memory.
+    # Trained layers: "all", "head", "blocks:K" or "stages:K" (the last K and everything after them). Frozen parameters
+    # cost neither gradients nor optimizer memory.
     tune: str = "all"
-    # One of FROZEN_BATCH_NORMS, what BatchNorm does in training. "with_layer": in frozen layers it keeps its running
-    # statistics and normalizes with them (Keras); "update": it uses and updates those of the batch in all layers;
-    # "frozen": in none.
+    # One of FROZEN_BATCH_NORMS, which BatchNorms use running statistics in training and do not update them: those of
+    # frozen layers ("with_layer", as in Keras), none ("update") or all ("frozen").
     frozen_batch_norm: str = "with_layer"
-    freeze: str = ""  # regex over parameter paths that are frozen as well, such as "^stem"
-    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" over parameter paths, the first that fits; such as "^head/=10"
+    freeze: str = ""  # regex of parameter paths that are also frozen, such as "^stem"
+    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" of parameter paths, the first match counts; such as "^head/=10"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often, and what counts as best."""
+    """Length, intervals, model selection and parallelism."""
 
     batch_size: int = 32  # global, over all devices and hosts
     epochs: float = 10.0  # passes over the train split
     steps: int = 0  # above zero it replaces epochs
-    fraction: float = 1.0  # of the train patients that are used, for learning curves
-    eval_steps: int = 0  # steps between validations; 0 is once an epoch
+    fraction: float = 1.0  # of training patients that are used, for learning curves
+    eval_steps: int = 0  # steps between validations; 0 is once per epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
-    # One of ON_NAN, for a loss or gradient that is no number. "stop" keeps the state from before it; "skip" leaves that
-    # step out; "rewind" returns to the last checkpoint and goes on with the examples after the bad batch.
+    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step;
+    # "rewind" returns to the last checkpoint and continues with the examples after the bad batch.
     on_nan: str = "stop"
     log_steps: int = 10  # steps between lines of metrics.jsonl
     seed: int = 0  # of weights, data order and dropout
-    monitor: str = "slice.auc_macro"  # validation metric that picks the best weights
-    maximize: bool = True  # False where smaller is better, as for "slice.loss"
-    patience: int = 0  # validations without a better one before stopping; 0 never stops early
-    keep: str = "best"  # one of KEEPS: the weights that are tested, the best by `monitor` or those of the last step
-    accumulate: int = 1  # micro-batches a step; BatchNorm statistics are then per micro-batch
+    monitor: str = "slice.auc_macro"  # validation metric that selects the best weights
+    maximize: bool = True  # False if smaller is better, as for "slice.loss"
+    patience: int = 0  # validations without improvement before stopping; 0 never stops early
+    keep: str = "best"  # one of KEEPS: test the best weights by `monitor`, or those of the last step
+    accumulate: int = 1  # micro-batches per step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
-    devices: int = 0  # to train on, of this one host; 0 is all, of all hosts
-    sync_batch_norm: bool = True  # statistics of the global batch; False: of each device's part (as in torch)
-    shard_params: bool = False  # cut parameters and optimiser state over the devices instead of a copy on each
+    devices: int = 0  # number on a single host; 0 is all devices of all hosts
+    sync_batch_norm: bool = True  # statistics of the global batch; False: per device (as in torch)
+    shard_params: bool = False  # shard parameters and optimizer state over the devices instead of replicating them
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How the best weights are tested."""
+    """Evaluation of the best weights."""
 
-    batch_size: int = 0  # global; 0 chooses by image size and machine
-    examples: int = 12  # right and wrong test images on the sheet, each
-    draws: int = 2000  # of patients, for the 95 % intervals (bootstrap); 0 leaves them out
-    sensitivity: float = 0.95  # of the operating point that is chosen on val for it
-    prevalence: float = 0.0  # 0..1, at which predictive values are given as well; 0 is the test split's own alone
+    batch_size: int = 0  # global; 0 chooses by image size and platform
+    examples: int = 12  # number of correct and of wrong test images in the figure
+    draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
+    sensitivity: float = 0.95  # of the operating point that is chosen on val
+    prevalence: float = 0.0  # 0..1, for additional predictive values; 0 is that of the test split only
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run, complete: with the data set and the code it is everything needed to repeat it."""
+    """A complete run; data set and code are all that is needed besides to repeat it."""
 
     name: str = "run"  # of the experiment; the default workdir is runs/NAME
     data: DataConfig = field(default_factory=DataConfig)
@@ -240,14 +239,15 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the nearest known names, or all of a few."""
+    """Returns the end of an error message: the nearest known names, or the first of all."""
     known = sorted(known)
-    begun = [other for other in known if name and other.startswith(name)]  # half a name before one that looks alike
-    close = [*begun, *(n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in begun)][:3]
+    prefixed = [other for other in known if name and other.startswith(name)]
+    similar = [n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in prefixed]
+    close = [*prefixed, *similar][:3]  # completions before similar names
     if close:
         return f"the nearest: {', '.join(close)}"
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"known: {shown}" if known else "none is known"
+    first = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"known: {first}" if known else "none is known"
 
 
 def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,30 +1,34 @@
-"""Checks of a configuration that need no device."""
+"""Validation of a configuration; needs no device."""
 
-from lungjax.config.schema import (
-    ACTIVATIONS,
-    CROPS,
-    DTYPES,
-    FILLS,
-    FROZEN_BATCH_NORMS,
-    GRAYS,
-    INTERPOLATIONS,
-    KEEPS,
-    NORMS,
-    ON_NAN,
-    OPTIMIZERS,
-    OUTPUTS,
-    PADDINGS,
-    POOLS,
-    PROTOCOLS,
-    SAMPLINGS,
-    SCHEDULES,
-    Config,
-    fields_of,
-)
+from lungjax.config import schema
+from lungjax.config.schema import Config, fields_of
+
+CHOICES = {
+    "data.protocol": schema.PROTOCOLS, "augment.fill": schema.FILLS, "input.crop": schema.CROPS,
+    "input.interpolation": schema.INTERPOLATIONS, "data.sampling": schema.SAMPLINGS, "model.dtype": schema.DTYPES,
+    "model.padding": schema.PADDINGS, "optim.name": schema.OPTIMIZERS, "optim.schedule": schema.SCHEDULES,
+    "input.channels": (1, 3), "model.head.pool": schema.POOLS, "model.head.norm_before_pool": schema.NORMS,
+    "model.head.norm_after_pool": schema.NORMS, "model.head.output": schema.OUTPUTS,
+    "model.head.activation": schema.ACTIVATIONS, "model.gray": schema.GRAYS,
+    "optim.frozen_batch_norm": schema.FROZEN_BATCH_NORMS, "train.on_nan": schema.ON_NAN, "train.keep": schema.KEEPS,
+}  # fmt: skip
+POSITIVE = (
+    "train.batch_size", "train.log_steps", "train.accumulate", "optim.lr", "data.prefetch", "optim.eps",
+    "model.epsilon", "input.size", "input.std",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed", "data.workers",
+    "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm", "input.box_margin", "eval.examples",
+    "train.epochs", "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws",
+)  # fmt: skip
+FRACTIONS_BELOW_ONE = (
+    "optim.label_smoothing", "model.momentum", "model.head.dropout", "model.head.hidden_dropout", "model.drop_path",
+)  # fmt: skip
+FRACTIONS = ("eval.sensitivity", "eval.prevalence")
 
 
 def _check_augment(config: Config) -> None:
-    """Raises ValueError for the first field of `augment` that is out of its range; reversed ranges are named too."""
+    """Raises ValueError for the first field of `augment` that is out of range or a reversed range."""
     bounds = {
         "exterior": (0, 1), "flip_horizontal": (0, 1), "flip_vertical": (0, 1), "rotation": (0, 0.5), "shear": (0, 1),
         "shift": (0, 1), "box_jitter": (0, 0.4), "fill_value": (0, 255), "zoom": (-0.9, 1), "brightness": (0, 100),
@@ -36,103 +40,73 @@ def _check_augment(config: Config) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(augment, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        if not all(low <= number <= high for number in numbers):  # so that nan fails too
+        if not all(low <= number <= high for number in numbers):  # also False for nan
             raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
         if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
             raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
     margin = config.input.box_margin
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
         raise ValueError(
-            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin of at least as "
-            f"much, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
+            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin that is not "
+            f"smaller, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
         )
     if margin and config.input.crop != "box":
         raise ValueError(f"input.box_margin={margin} needs input.crop=box")
 
 
 def _check_splits(config: Config) -> None:
-    """Raises ValueError for folds that there can't be, or an empty fraction of train."""
+    """Raises ValueError for invalid folds or train.fraction."""
     data, fraction = config.data, config.train.fraction
     if data.folds and data.folds < 3:
-        raise ValueError(f"data.folds={data.folds}: 3 or more (test, val and train take one part each), or 0")
+        raise ValueError(f"data.folds={data.folds}: 3 or more (at least one each for test, val and train), or 0")
     if not 0 <= data.fold < max(data.folds, 1):
-        there = (
-            f"the parts of data.folds={data.folds} are 0 to {data.folds - 1}" if data.folds else "there are no folds"
-        )
-        raise ValueError(f"data.fold={data.fold}: {there}")
+        allowed = f"0 to {data.folds - 1}" if data.folds else "only 0 without data.folds"
+        raise ValueError(f"data.fold={data.fold}: allowed is {allowed}")
     if data.folds and data.protocol != "clean":
         raise ValueError(
-            f"data.folds={data.folds} and data.protocol={data.protocol}: a study's splits are what they are; leave one "
-            "of the two out"
+            f"data.folds={data.folds} and data.protocol={data.protocol}: a study has fixed splits; use only one "
+            "of the two"
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
 
-def check(config: Config) -> None:  # noqa: C901, PLR0912
-    """Raises ValueError for the first field whose value makes no sense, before any device work."""
+def check(config: Config) -> None:
+    """Raises ValueError for the first invalid field."""
     leaves = fields_of(config)
-    choices = {
-        "data.protocol": PROTOCOLS, "augment.fill": FILLS,
-        "input.crop": CROPS, "input.interpolation": INTERPOLATIONS, "data.sampling": SAMPLINGS,
-        "model.dtype": DTYPES, "model.padding": PADDINGS, "optim.name": OPTIMIZERS,
-        "optim.schedule": SCHEDULES, "input.channels": (1, 3), "model.head.pool": POOLS,
-        "model.head.norm_before_pool": NORMS, "model.head.norm_after_pool": NORMS,
-        "model.head.output": OUTPUTS, "model.head.activation": ACTIVATIONS, "model.gray": GRAYS,
-        "optim.frozen_batch_norm": FROZEN_BATCH_NORMS, "train.on_nan": ON_NAN, "train.keep": KEEPS,
-    }  # fmt: skip
-    for path, allowed in choices.items():
+    for path, allowed in CHOICES.items():
         if leaves[path] is not None and leaves[path] not in allowed:
             raise ValueError(f"{path}={leaves[path]!r}: allowed are {', '.join(map(str, allowed))}")
-    for path in ("train.batch_size", "train.log_steps", "train.accumulate", "optim.lr",
-                 "data.prefetch", "optim.eps"):  # fmt: skip
-        if leaves[path] <= 0:
-            raise ValueError(f"{path}={leaves[path]}: must be above zero")
-    for path in ("train.steps", "train.eval_steps", "train.save_steps", "train.patience", "train.seed",
-                 "data.workers", "data.threads", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm",
-                 "input.box_margin", "eval.examples", "train.epochs",
-                 "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws"):  # fmt: skip
-        if leaves[path] < 0:
-            raise ValueError(f"{path}={leaves[path]}: must not be negative")
-    for path in (
-        "optim.label_smoothing",
-        "model.momentum",
-        "model.head.dropout",
-        "model.head.hidden_dropout",
-        "model.drop_path",
+    for paths, valid, requirement in (
+        (POSITIVE, lambda number: number > 0, "must be above zero"),
+        (NOT_NEGATIVE, lambda number: number >= 0, "must not be negative"),
+        (FRACTIONS_BELOW_ONE, lambda number: 0 <= number < 1, "must be at least 0 and below 1"),
+        (FRACTIONS, lambda number: 0 <= number <= 1, "must be from 0 to 1"),
     ):
-        if leaves.get(path) is not None and not 0 <= leaves[path] < 1:
-            raise ValueError(f"{path}={leaves[path]}: must be at least 0 and below 1")
-    for path in ("eval.sensitivity", "eval.prevalence"):
-        if not 0 <= leaves[path] <= 1:
-            raise ValueError(f"{path}={leaves[path]}: must be from 0 to 1")
-    if (config.input.crop == "center") != (min(config.input.crop_size) > 0):
-        raise ValueError(
-            f"input.crop={config.input.crop} and input.crop_size={config.input.crop_size}: a center crop needs its "
-            "height and width in pixels, others have none"
-        )
-    if config.train.epochs == 0 and config.train.steps == 0:
-        raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
-    if not config.train.sync_batch_norm and config.train.shard_params:
-        raise ValueError(
-            "train.sync_batch_norm=False and train.shard_params=True: devices with statistics of their own hold whole "
-            "parameters; give up one of the two"
-        )
-    if config.train.batch_size % config.train.accumulate:
-        raise ValueError(
-            f"train.batch_size={config.train.batch_size} is not a multiple of "
-            f"train.accumulate={config.train.accumulate}"
-        )
-    if min(config.input.size) < 1:
-        raise ValueError(f"input.size={config.input.size}: must be above zero")
+        for path in paths:
+            numbers = leaves[path] if isinstance(leaves[path], tuple) else (leaves[path],)
+            if not all(number is None or valid(number) for number in numbers):
+                raise ValueError(f"{path}={leaves[path]}: {requirement}")
     for path in ("input.mean", "input.std"):
         if leaves[path] is not None and len(leaves[path]) not in (1, 3):
-            raise ValueError(f"{path}={leaves[path]}: give one number, or three")
-    if config.input.std is not None and min(config.input.std) <= 0:
-        raise ValueError(f"input.std={config.input.std}: must be above zero")
-    if config.model.epsilon is not None and config.model.epsilon <= 0:
-        raise ValueError(f"model.epsilon={config.model.epsilon}: must be above zero")
-    head = config.model.head
+            raise ValueError(f"{path}={leaves[path]}: expected one number or three")
+    inputs, train, head = config.input, config.train, config.model.head
+    if (inputs.crop == "center") != (min(inputs.crop_size) > 0):
+        raise ValueError(
+            f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}: a center crop needs a height and width "
+            "in pixels, other crops have none"
+        )
+    if train.epochs == 0 and train.steps == 0:
+        raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
+    if not train.sync_batch_norm and train.shard_params:
+        raise ValueError(
+            "train.sync_batch_norm=False and train.shard_params=True: per-device statistics need replicated "
+            "parameters; use only one of the two"
+        )
+    if train.batch_size % train.accumulate:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is not a multiple of train.accumulate={train.accumulate}"
+        )
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
     _check_augment(config)

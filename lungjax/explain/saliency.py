@@ -243,7 +243,7 @@ class Explainer:
 
     @cached_property
     def _folded(self) -> dict[str, Any]:
-        return self._network.prepare(self.variables)
+        return self._network.fold(self.variables)
 
     @cached_property
     def _compiled(self) -> dict[str, Any]:

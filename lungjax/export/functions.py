@@ -47,7 +47,7 @@ class Functions:
     def weights(self) -> dict[str, np.ndarray]:
         """The first argument of both functions, by path."""
         with conv.plain_forms():
-            folded = self._network.prepare(self.variables)
+            folded = self._network.fold(self.variables)
         return {path: np.asarray(leaf, np.float32) for path, leaf in trees.flatten(folded).items()}
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:

@@ -234,7 +234,7 @@ def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
     spec, backend = network.config.input, jax.default_backend()
     folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
-    variables = folded.prepare(network.variables)
+    variables = folded.fold(network.variables)
 
     def forward(variables: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
         logits, features = folded(variables, normalize(pixels, spec))

@@ -1,4 +1,4 @@
-"""Networks by name. Each is called as `module(images, train=...)` and returns (logits, features)."""
+"""Networks by name. Each is called as `network(images, train=...)` and returns (logits, features)."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -23,8 +23,8 @@ from lungjax.models.transfusion import TRANSFUSION
 from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
 
-# Called without arguments, a constructor gives the published network with its 1000-class head. A family's name is
-# that of its rules for weight files.
+# A constructor called without arguments gives the published network with its 1000-class head. Families are named
+# as their rules for weight files.
 FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "transfusion": TRANSFUSION,
     "xray_cnn": XRAY,
@@ -51,19 +51,19 @@ def family_of(name: str) -> str:
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
-    """Returns the network of `config` with one output a class, or one logit for a sigmoid head.
+    """Returns the network of `config` with one output per class, or one logit for a sigmoid head.
 
     Args:
-      config: what it is; a field left None takes the architecture's published value.
-      classes: of the data set, at least 2.
-      remat: recompute each block's activations in the backward pass.
-      platform: "cpu", "gpu" or "tpu", which decides a dtype left None; None is this process's.
+      config: a field of None takes the published value of the architecture.
+      classes: number of classes, at least 2.
+      remat: recompute the activations of each block in the backward pass.
+      platform: "cpu", "gpu" or "tpu", sets the default dtype; None: the default backend.
 
-    The module maps images [B, H, W, C], normalised float32, to (logits [B, outputs] in float32, features);
-    `features["last"]` is the last map [B, h, w, c], which the submodule `head` turns into the logits.
+    It maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
+    `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding or drop_path that the network doesn't leave
-    open, and for a sigmoid with any but two classes.
+    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network has no choice
+    of, and for a sigmoid with more than two classes.
     """
     if config.name not in MODELS:
         family_of(config.name)
@@ -71,38 +71,33 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
+    options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
+    fields = {name: value for name, value in options.items() if value is not None}
+    for name, value in fields.items():
         if not hasattr(network, name):
-            raise ValueError(f"model.{name}={value!r}: {config.name} has no such choice; leave it None")
+            raise ValueError(f"model.{name}={value!r}: {config.name} has no such option; leave it None")
     if config.padding is not None and config.padding not in network.paddings:
         allowed = ", ".join(network.paddings)
         raise ValueError(f"model.padding={config.padding!r}: {config.name} allows {allowed}")
     if config.momentum is not None and hasattr(network, "momentum"):
-        given["momentum"] = config.momentum
+        fields["momentum"] = config.momentum
     head = with_defaults(config.head, network.head)
-    return network.clone(
-        head=head,
-        outputs=output_count(head, classes),
-        remat=remat,
-        dtype=jnp.dtype(dtype),
-        **given,
-    )
+    fields |= {"head": head, "outputs": output_count(head, classes), "remat": remat, "dtype": jnp.dtype(dtype)}
+    return network.clone(**fields)
 
 
 def default_dtype(platform: str) -> str:
-    """Returns the type that a platform computes in by default: bfloat16 where it has units for it."""
+    """Returns the dtype of the activations: bfloat16 on platforms with hardware for it."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 def minimum_size(config: ModelConfig) -> tuple[int, int]:
-    """Returns the least height and width in pixels that the network and its head work on."""
+    """Returns the smallest height and width in pixels that the network and its head accept."""
     return build(config, classes=2).minimum_size()
 
 
 @cache  # tracing a deep network takes seconds
 def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Returns the shape of every leaf of a network for images of [height, width, channels]."""
-    found = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    return {path: leaf.shape for tree in found.values() for path, leaf in trees.flatten(tree).items()}
+    """Returns the shape of every leaf of a network, by path, for images of [height, width, channels]."""
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
+    return {path: leaf.shape for tree in variables.values() for path, leaf in trees.flatten(tree).items()}

@@ -1,23 +1,22 @@
 """EfficientNet (Tan and Le, ICML 2019, arXiv 1905.11946) B0 to B7, its Lite versions, and V2 (arXiv 2104.00298).
 
-Two kinds of block in a table of stages; width and depth scale a base. Batch norm: epsilon 1e-3 (torch-trained
+A table of stages with two kinds of blocks, scaled in width and depth. Batch norm: epsilon 1e-3 (torch-trained
 weights: 1e-5); decay 0.99, V2 0.9 (tensorflow/tpu, google/automl, Keras). Padding: TF's SAME, which at stride 2
-pads an even map by (0, 1); torch-trained weights want "symmetric". Lite (tensorflow/tpu efficientnet/lite): no
+pads an even map by (0, 1); torch-trained weights need "symmetric". Lite (tensorflow/tpu efficientnet/lite): no
 squeeze-excite, ReLU6. Input range and mean/std belong to the weights (`InputSpec`).
 """
 
 import math
+from dataclasses import field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, min_cells
-from lungjax.models.image_size import check_size, smallest
-from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, SqueezeExcite
+from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, Layer, SqueezeExcite
+from lungjax.models.network import Network
 
 # Normal with variance 2 / fan_out (google/automl). An input pixel of a depthwise kernel [k, k, 1, C] has
 # k * k outputs, which is what jax counts as its fan_in.
@@ -26,15 +25,15 @@ DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Stage(NamedTuple):
-    """A row of the paper's table 4: equal blocks, the first of which changes width and resolution."""
+    """A row of the paper's table 4: equal blocks, of which the first changes width and resolution."""
 
     fused: bool  # Fused-MBConv, else MBConv
     repeats: int
     width: int  # channels out
-    expand: int  # the middle is this times the channels in
+    expand: int  # expanded channels per channel in
     stride: int  # of the first block
     kernel: int = 3
-    squeeze: float = 0.0  # squeeze-excite to this part of the block's input channels; 0 is none
+    squeeze: float = 0.0  # bottleneck channels of squeeze-excite per channel in; 0: none
 
 
 class Block(nn.Module):
@@ -43,22 +42,19 @@ class Block(nn.Module):
     stage: Stage
     stride: int
     drop_path: float
-    momentum: float
-    epsilon: float
-    padding: str
     activation: Activation
+    conv: Layer
+    norm: Layer
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, stage.width], rounded up."""
-        stage, inputs, act, dtype = self.stage, x, self.activation, self.dtype
+        stage, inputs, act, conv = self.stage, x, self.activation, self.conv
         middle = x.shape[-1] * stage.expand
-        conv = partial(Conv, padding=self.padding, dtype=dtype, kernel_init=CONV_INIT)
 
         def norm(x: jax.Array, name: str, activation: Activation | None = None) -> jax.Array:
-            layer = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=dtype, name=name)
-            return layer(x, train=train, activation=activation)
+            return self.norm(name=name)(x, train=train, activation=activation)
 
         if stage.fused and stage.expand > 1:
             x = conv(middle, stage.kernel, strides=self.stride, name="expand_conv")(x)
@@ -70,10 +66,9 @@ class Block(nn.Module):
             x = depthwise(middle, stage.kernel, strides=self.stride, name="dwconv")(x)
             x = norm(x, "bn", act)
         if stage.squeeze:
-            # A part of the block's own input channels, not of the expanded ones.
-            reduced = max(1, int(inputs.shape[-1] * stage.squeeze))
-            x = SqueezeExcite(reduced, act, kernel_init=CONV_INIT, dtype=dtype, name="se")(x)
-        if stage.fused and stage.expand == 1:  # the one k x k convolution is the whole block
+            reduced = max(1, int(inputs.shape[-1] * stage.squeeze))  # of the channels in, not the expanded ones
+            x = SqueezeExcite(reduced, act, kernel_init=CONV_INIT, dtype=self.dtype, name="se")(x)
+        if stage.fused and stage.expand == 1:  # the block is a single k x k convolution
             x = conv(stage.width, stage.kernel, strides=self.stride, name="project_conv")(x)
             x = norm(x, "project_bn", act)
         else:
@@ -83,67 +78,40 @@ class Block(nn.Module):
         return x
 
 
-class EfficientNet(nn.Module):
-    """Stem, stages of blocks, a 1x1 convolution to `top` channels, head."""
+class EfficientNet(Network):
+    """Stem, stages of blocks, a 1x1 convolution to `top` channels."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
     stages: tuple[Stage, ...]
     stem: int  # channels
     top: int  # channels of the last map
-    momentum: float = 0.99  # of batch norm: the part of the old statistics kept
+    momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "same"
     activation: Activation = nn.silu
-    drop_path: float = 0.2  # block b of n is dropped with b / n of this, b = 0..n-1
-    head: HeadConfig = HeadConfig(dropout=0.2)
-    outputs: int = 1000
-    remat: bool = False
-    dtype: Any = jnp.float32
+    drop_path: float = 0.2  # block b of n is dropped at b / n of this rate, b = 0..n-1
+    head: HeadConfig = field(default=HeadConfig(dropout=0.2), kw_only=True)
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps images [B, H, W, C] to (logits [B, outputs], {"last": [B, H / 32, W / 32, top]}).
-
-        Raises ValueError for images below `minimum_size`.
-        """
-        check_size(images, self.minimum_size())
-        shared = {"padding": self.padding, "dtype": self.dtype}
-        conv = partial(Conv, kernel_init=CONV_INIT, **shared)
-        bn = {"momentum": self.momentum, "epsilon": self.epsilon}
-        norm = partial(BatchNorm, dtype=self.dtype, **bn)
-
-        def run(block: Block, x: jax.Array) -> jax.Array:
-            return block(x, train=train)
-
-        if self.remat:
-            run = nn.remat(run)
-        x = conv(self.stem, 3, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
+    def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, top]."""
+        run = self.block_runner(lambda block, x: block(x, train=train))
+        conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
+        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        x = conv(self.stem, 3, 2, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
         x = norm(name="stem_bn")(x, train=train, activation=self.activation)
-        total, done = sum(stage.repeats for stage in self.stages), 0
-        for number, stage in enumerate(self.stages, 1):
+        number, total = 0, sum(stage.repeats for stage in self.stages)
+        for s, stage in enumerate(self.stages, 1):
             for i in range(stage.repeats):
-                block = Block(
-                    stage,
-                    stride=stage.stride if i == 0 else 1,
-                    drop_path=self.drop_path * done / total,
-                    activation=self.activation,
-                    name=f"stage{number}_block{i + 1}",
-                    **bn,
-                    **shared,
-                )
-                x = run(block, x)  # [B, H / stride, W / stride, stage.width]
-                done += 1
-        x = conv(self.top, 1, name="top_conv")(x)  # [B, H / 32, W / 32, top]
-        x = norm(name="top_bn")(x, train=train, activation=self.activation)
-        logits = Head(self.head, self.outputs, name="head")(x, train=train)
-        return logits, {"last": x}
+                stride, rate = stage.stride if i == 0 else 1, self.drop_path * number / total
+                name = f"stage{s}_block{i + 1}"
+                x = run(Block(stage, stride, rate, self.activation, conv, norm, self.dtype, name=name), x)
+                number += 1
+        x = conv(self.top, 1, name="top_conv")(x)
+        return norm(name="top_bn")(x, train=train, activation=self.activation)
 
-    def minimum_size(self) -> tuple[int, int]:
-        """Returns the least height and width in pixels."""
-        windows = [(3, 2)] + [(stage.kernel, stage.stride) for stage in self.stages]
-        side = smallest(windows, "same", min_cells(self.head))
-        return side, side
+    def _stride(self) -> int:
+        return 2 * math.prod(stage.stride for stage in self.stages)
 
 
 def make_divisible(channels: float, guard: bool) -> int:
@@ -155,7 +123,7 @@ def make_divisible(channels: float, guard: bool) -> int:
 def compound_scale(
     stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False, **fields: Any
 ) -> partial[EfficientNet]:
-    """Returns the network `width` times as wide and `depth` times as deep as the base."""
+    """Returns the network with the base's width and depth multiplied by `width` and `depth`."""
 
     def wide(channels: int) -> int:
         return make_divisible(channels * width, guard)
@@ -166,7 +134,7 @@ def compound_scale(
 
 
 def lite(width: float, depth: float, dropout: float) -> partial[EfficientNet]:
-    """Returns a Lite network: stem, top and the depth of the first and last stage stay as they are."""
+    """Returns a Lite network: stem, top and the depth of the first and last stage are not scaled."""
     stages = tuple(stage._replace(squeeze=0.0) for stage in V1)
     scaled = compound_scale(stages, 32, width, depth, dropout, guard=True, activation=nn.relu6)
     first, *middle, last = scaled.keywords["stages"]
@@ -187,7 +155,7 @@ V1 = (
 
 
 def v2(repeats: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
-    """Returns the stages of a V2: three of fused blocks, then three or four of MBConv."""
+    """Returns the stages of a V2: three of Fused-MBConv, then three or four of MBConv."""
     kinds = ((True, 1, 1), (True, 4, 2), (True, 4, 2), (False, 4, 2), (False, 6, 1), (False, 6, 2), (False, 6, 1))
     rows = zip(kinds, repeats, widths, strict=False)  # S and the base stop one stage earlier
     return tuple(Stage(fused, n, w, e, s, 3, 0.0 if fused else 0.25) for (fused, e, s), n, w in rows)
@@ -199,30 +167,26 @@ V2_M = v2((3, 5, 5, 7, 14, 18, 5), (24, 48, 80, 160, 176, 304, 512))
 V2_L = v2((4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640))
 V2_XL = v2((4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640))
 
+# Width, depth and dropout of each variant.
+B = (
+    (1.0, 1.0, 0.2), (1.0, 1.1, 0.2), (1.1, 1.2, 0.3), (1.2, 1.4, 0.3),
+    (1.4, 1.8, 0.4), (1.6, 2.2, 0.4), (1.8, 2.6, 0.5), (2.0, 3.1, 0.5),
+)  # fmt: skip
+LITE = ((1.0, 1.0, 0.2), (1.0, 1.1, 0.2), (1.1, 1.2, 0.3), (1.2, 1.4, 0.3), (1.4, 1.8, 0.3))
 EFFICIENTNET = {
-    "efficientnet_b0": compound_scale(V1, 32, 1.0, 1.0, 0.2, guard=True),
-    "efficientnet_b1": compound_scale(V1, 32, 1.0, 1.1, 0.2, guard=True),
-    "efficientnet_b2": compound_scale(V1, 32, 1.1, 1.2, 0.3, guard=True),
-    "efficientnet_b3": compound_scale(V1, 32, 1.2, 1.4, 0.3, guard=True),
-    "efficientnet_b4": compound_scale(V1, 32, 1.4, 1.8, 0.4, guard=True),
-    "efficientnet_b5": compound_scale(V1, 32, 1.6, 2.2, 0.4, guard=True),
-    "efficientnet_b6": compound_scale(V1, 32, 1.8, 2.6, 0.5, guard=True),
-    "efficientnet_b7": compound_scale(V1, 32, 2.0, 3.1, 0.5, guard=True),
-    "efficientnet_lite0": lite(1.0, 1.0, 0.2),
-    "efficientnet_lite1": lite(1.0, 1.1, 0.2),
-    "efficientnet_lite2": lite(1.1, 1.2, 0.3),
-    "efficientnet_lite3": lite(1.2, 1.4, 0.3),
-    "efficientnet_lite4": lite(1.4, 1.8, 0.3),
+    **{f"efficientnet_b{i}": compound_scale(V1, 32, *scale, guard=True) for i, scale in enumerate(B)},
+    **{f"efficientnet_lite{i}": lite(*scale) for i, scale in enumerate(LITE)},
 }
-# V2's dropout is Keras's 0.2 throughout; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
-# Its widths round without the guard: B3's first stage has 16.
+# V2's dropout is Keras's 0.2 for all; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
+# Its widths are rounded without the guard: B3's first stage has 16.
+v2_scale = partial(compound_scale, dropout=0.2, momentum=0.9)
 EFFICIENTNETV2 = {
-    "efficientnetv2_b0": compound_scale(V2_BASE, 32, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_b1": compound_scale(V2_BASE, 32, 1.0, 1.1, 0.2, momentum=0.9),
-    "efficientnetv2_b2": compound_scale(V2_BASE, 32, 1.1, 1.2, 0.2, momentum=0.9),
-    "efficientnetv2_b3": compound_scale(V2_BASE, 32, 1.2, 1.4, 0.2, momentum=0.9),
-    "efficientnetv2_s": compound_scale(V2_S, 24, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_m": compound_scale(V2_M, 24, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_l": compound_scale(V2_L, 32, 1.0, 1.0, 0.2, momentum=0.9),
-    "efficientnetv2_xl": compound_scale(V2_XL, 32, 1.0, 1.0, 0.2, momentum=0.9),
+    "efficientnetv2_b0": v2_scale(V2_BASE, 32, 1.0, 1.0),
+    "efficientnetv2_b1": v2_scale(V2_BASE, 32, 1.0, 1.1),
+    "efficientnetv2_b2": v2_scale(V2_BASE, 32, 1.1, 1.2),
+    "efficientnetv2_b3": v2_scale(V2_BASE, 32, 1.2, 1.4),
+    "efficientnetv2_s": v2_scale(V2_S, 24, 1.0, 1.0),
+    "efficientnetv2_m": v2_scale(V2_M, 24, 1.0, 1.0),
+    "efficientnetv2_l": v2_scale(V2_L, 32, 1.0, 1.0),
+    "efficientnetv2_xl": v2_scale(V2_XL, 32, 1.0, 1.0),
 }

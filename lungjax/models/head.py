@@ -1,41 +1,33 @@
-"""What follows the last feature map: one module that says every head of the five studies and of the papers.
+"""One configurable head covers the five studies and the papers.
 
-It takes the map alone, so Grad-CAM applies it to `features["last"]` and differentiates.
+It takes only the feature map, so Grad-CAM applies it to `features["last"]` and differentiates.
 """
 
 from dataclasses import fields, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
 from lungjax.models.layers import BatchNorm
-from lungjax.models.ops.conv import cpu_or_default, isolate_fusion
+from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 from lungjax.models.ops.pooling import avg_pool_2x2
 
-# Batch: Keras's defaults, which the studies' heads have. Group and layer: as in the code of BiT and ConvNeXt.
+# Batch: Keras's defaults, which the studies use. Group and layer: as in the code of BiT and ConvNeXt.
 BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
 GROUPS, GROUP_EPSILON = 32, 1e-5
 LAYER_EPSILON = 1e-6
 ACTIVATIONS = {"relu": nn.relu, "hard_swish": nn.hard_swish}
 
 PLAIN = HeadConfig(
-    pool="avg",
-    norm_before_pool="none",
-    norm_after_pool="none",
-    hidden=(),
-    activation="relu",
-    hidden_dropout=0.0,
-    dropout=0.0,
-    output="softmax",
-    zero_init=False,
-)
+    pool="avg", norm_before_pool="none", norm_after_pool="none", hidden=(), activation="relu", hidden_dropout=0.0,
+    dropout=0.0, output="softmax", zero_init=False,
+)  # fmt: skip
 
 
 def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
-    """Returns `head` with each None taken from the network's published head, else from the plain one."""
+    """Returns `head` with each None replaced by the network's published value, else by that of `PLAIN`."""
     for source in (published, PLAIN):
         missing = {f.name: getattr(source, f.name) for f in fields(head) if getattr(head, f.name) is None}
         head = replace(head, **missing)
@@ -43,9 +35,9 @@ def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig
 
 
 def output_count(head: HeadConfig, classes: int) -> int:
-    """Returns the number of logits: one a class, or a single one for a sigmoid.
+    """Returns the number of logits: one per class, or a single one for a sigmoid.
 
-    Raises ValueError for a sigmoid with any but two classes, and for fewer than two.
+    Raises ValueError for fewer than two classes, and for a sigmoid with more.
     """
     if classes < 2:
         raise ValueError(f"{classes} class(es): a classifier needs at least 2")
@@ -57,27 +49,26 @@ def output_count(head: HeadConfig, classes: int) -> int:
 
 
 def min_cells(head: HeadConfig) -> int:
-    """Returns how many cells a side the pool needs of the map."""
+    """Returns the number of cells per side of the map that the pool needs."""
     return 2 if head.pool == "avg2x2_flatten" else 1
 
 
 class Head(nn.Module):
-    """Norm and ReLU, pool, norm, dropout, hidden layers, logits. All of it in float32 at least."""
+    """Norm and ReLU, pool, norm, dropout, hidden layers, logits; all in float32 or wider."""
 
-    config: HeadConfig  # a field left None is the plain head's
+    config: HeadConfig  # a field of None has the value of `PLAIN`
     outputs: int  # logits
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
         """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
         config = with_defaults(self.config)
-        x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        x = _norm(x, config.norm_before_pool, train, "norm_before_pool")
+        x = _norm(to_float32(features), config.norm_before_pool, train, "norm_before_pool")
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
         x = _pool(x, config.pool, train)
         x = _norm(x, config.norm_after_pool, train, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
-        # Glorot uniform is the Keras default that all the studies' dense layers start from.
+        # Glorot uniform: the Keras default, which all studies use.
         init = nn.initializers.glorot_uniform()
         for i, width in enumerate(config.hidden or (), 1):
             x = ACTIVATIONS[config.activation or "relu"](nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
@@ -89,7 +80,7 @@ class Head(nn.Module):
 def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
     if kind == "batch":
         return BatchNorm(momentum=BATCH_MOMENTUM, epsilon=BATCH_EPSILON, name=name)(x, train=train)
-    # The fast variance (mean of squares less square of mean) loses digits that parity tests see.
+    # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
     if kind == "layer":
         return nn.LayerNorm(epsilon=LAYER_EPSILON, use_fast_variance=False, name=name)(x)
     if kind == "group":
@@ -98,10 +89,8 @@ def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
 
 
 def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
-    if kind == "avg" and not train:  # apart from the activation before it, which takes long inside the CPU's sums
-        return cpu_or_default(x, cpu=partial(isolate_fusion, _mean), default=_mean)
-    if kind == "avg":
-        return _mean(x)
+    if kind == "avg":  # in prediction not fused with the activation before it, which is slow inside the CPU's sums
+        return _mean(x) if train else cpu_or_default(x, cpu=partial(isolate_fusion, _mean), default=_mean)
     if kind == "max":
         return x.max((1, 2))
     if kind == "avg2x2_flatten":

@@ -1,16 +1,16 @@
-"""What a network is fed: 0..255 to the float32 it was trained on."""
+"""Network input: pixels in 0..255 normalized as the weights require."""
 
 import jax
 import jax.numpy as jnp
 
 from lungjax.config import InputSpec
+from lungjax.models.ops.conv import to_float32
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Turns [B, H, W, C] in 0..255 into the float32 that the network wants, (x / 255 - mean) / std.
+    """Maps [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; a mean or std of None is 0 or 1.
 
-    A gray image becomes [B, H, W, 3] where mean or std have three numbers. 0 and 1 stand for None.
+    A grayscale image becomes [B, H, W, 3] if mean or std have three numbers.
     """
-    mean = jnp.asarray((0.0,) if spec.mean is None else spec.mean, jnp.float32)
-    std = jnp.asarray((1.0,) if spec.std is None else spec.std, jnp.float32)
-    return (images.astype(jnp.promote_types(images.dtype, jnp.float32)) / 255.0 - mean) / std
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (spec.mean or (0.0,), spec.std or (1.0,)))
+    return (to_float32(images) / 255.0 - mean) / std

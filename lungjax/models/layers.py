@@ -1,6 +1,6 @@
-"""The layers that the networks share: convolution, pooling, batch norm, squeeze-excite, stochastic depth.
+"""Layers: convolution, pooling, batch norm, squeeze-excite, stochastic depth.
 
-Layer names, parameter shapes and initial values are those of flax.linen, so weights and rules carry over.
+Names, shapes and initial values of the parameters are those of flax.linen.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,47 +11,40 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lungjax.models.ops import conv
 from lungjax.models.ops.batch_norm import Activation, batch_norm, normalize, statistics
-from lungjax.models.ops.conv import (
-    Padding,
-    dense_conv,
-    depthwise_conv,
-    explicit_pads,
-    pair,
-    plain_conv,
-    pointwise_conv,
-    product,
-)
+from lungjax.models.ops.conv import Padding, explicit_pads, pair
 from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
+Layer = Callable[..., Any]  # a module's class with some of its fields set; called with the others and a name
 LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 class Conv(nn.Module):
-    """Two-dimensional convolution; parameters `kernel` [h, w, C / groups, features] and `bias` [features].
+    """Equal to flax.linen.Conv in two dimensions, in the form that is fast on the platform.
 
-    Equal to flax.linen.Conv; a depthwise or 1x1 convolution takes the form that is fast on the platform.
+    Parameters: `kernel` [h, w, C / groups, features] and `bias` [features].
     """
 
     features: int
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
-    groups: int = 1  # -1 is depthwise: as many as the input has channels
+    groups: int = 1  # -1: depthwise, one group per input channel
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: Initializer = LECUN_NORMAL
     bias_init: Initializer = nn.initializers.zeros_init()
-    # Weight standardisation (arXiv 1903.10520): each output's kernel to mean 0 and variance 1, with this epsilon
-    # inside the root; None leaves kernels alone.
+    # Weight standardization (arXiv 1903.10520): the kernel of each output channel gets mean 0 and variance 1, with
+    # this epsilon inside the root; None: off.
     standardize: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, H', W', features] in `dtype`.
 
-        Raises ValueError where the channels can't be split into the groups.
+        Raises ValueError if the channels are not multiples of the groups.
         """
         size, strides = pair(self.kernel_size), pair(self.strides)
         channels = x.shape[-1]
@@ -70,52 +63,50 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
         if groups == channels == self.features and groups > 1:
-            x = depthwise_conv(x, kernel, strides, pads)
+            x = conv.depthwise_conv(x, kernel, strides, pads)
         elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-            x = pointwise_conv(x, kernel, strides)
+            x = conv.pointwise_conv(x, kernel, strides)
         elif groups == 1:
-            x = dense_conv(x, kernel, strides, pads)
+            x = conv.dense_conv(x, kernel, strides, pads)
         else:
-            x = plain_conv(x, kernel, strides, pads, groups)
+            x = conv.plain_conv(x, kernel, strides, pads, groups)
         return x if bias is None else x + bias.astype(self.dtype)
 
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """Multiplies x [..., C] with kernel [C, D]; the `dot_general` to give to `flax.linen.Dense` on whole maps."""
-    return product(x, kernel)
+    """Multiplies x [..., C] with kernel [C, D]; the `dot_general` argument of a `flax.linen.Dense` on maps."""
+    return conv.product(x, kernel)
 
 
 def max_pool(
     x: jax.Array, window: int | Sequence[int], strides: int | Sequence[int], padding: Padding = "VALID"
 ) -> jax.Array:
-    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win, as in flax.linen.max_pool."""
+    """Returns the maximum of each window of x [B, H, W, C]; padded cells never win, as in flax.linen.max_pool."""
     window, strides = pair(window), pair(strides)
     return window_max(x, window, strides, explicit_pads(padding, (x.shape[1], x.shape[2]), window, strides))
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel by the batch in training and by running statistics otherwise.
+    """Normalizes each channel by batch statistics in training and by running statistics otherwise.
 
     Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
-    float32 and of the whole batch, over all devices under jit. Equal to flax.linen.BatchNorm, which in training keeps
+    float32, of the whole batch over all devices under jit. Equal to flax.linen.BatchNorm, which in training saves
     more of the map for the gradient. https://arxiv.org/abs/1502.03167
     """
 
-    momentum: float  # part of the old running statistics that is kept at each step (torch's is 1 - this)
+    momentum: float  # decay of the running statistics per step (1 - momentum in torch)
     epsilon: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
-        """Maps [B, ..., C] to the same shape; `train` uses and updates with the batch's statistics.
+        """Maps [B, ..., C] to the same shape; `train` uses batch statistics and updates the running ones.
 
-        An `activation` of single elements follows in the same pass over the map.
+        An elementwise `activation` is fused into the same pass.
         """
         channels = x.shape[-1:]
-        running = [
-            self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32),
-            self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32),
-        ]
+        starts = {"mean": jnp.zeros, "var": jnp.ones}
+        running = [self.variable("batch_stats", name, f, channels, jnp.float32) for name, f in starts.items()]
         scale = self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
         if train and activation is not None and x.ndim == 4:
@@ -132,12 +123,12 @@ class BatchNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from the mean over the map: 1x1 `reduce`, then 1x1 `expand`.
+    """Scales each channel by a gate computed from the mean of the map: 1x1 `reduce`, then 1x1 `expand`.
 
     https://arxiv.org/abs/1709.01507
     """
 
-    reduced: int  # channels in the middle
+    reduced: int  # channels of the bottleneck
     activation: Activation = nn.silu
     gate: Activation = nn.sigmoid
     dtype: Any = jnp.float32
@@ -146,25 +137,25 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to the same shape."""
-        conv = {"kernel_size": 1, "use_bias": True, "dtype": self.dtype, "kernel_init": self.kernel_init}
+        fields = {"kernel_size": 1, "use_bias": True, "dtype": self.dtype, "kernel_init": self.kernel_init}
         mean = x.mean((1, 2), keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(self.dtype)
-        middle = self.activation(Conv(self.reduced, name="reduce", **conv)(mean))
-        return x * self.gate(Conv(x.shape[-1], name="expand", **conv)(middle))
+        middle = self.activation(Conv(self.reduced, name="reduce", **fields)(mean))
+        return x * self.gate(Conv(x.shape[-1], name="expand", **fields)(middle))
 
 
 class DropPath(nn.Module):
-    """Drops whole examples of a residual branch in training and scales the kept by 1 / (1 - rate).
+    """Drops a residual branch for random examples in training and scales the others by 1 / (1 - rate).
 
     https://arxiv.org/abs/1603.09382
     """
 
-    rate: float  # chance of an example to be dropped, 0..1
+    rate: float  # probability of dropping, 0..1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, ...] to the same shape; draws from the key collection `dropout` in training."""
+        """Maps [B, ...] to the same shape; in training uses the random stream `dropout`."""
         if not train or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(kept, x / keep, 0).astype(x.dtype)
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(mask, x / keep, 0).astype(x.dtype)

@@ -1,25 +1,24 @@
 """MobileNet (Howard et al., 2017, arXiv 1704.04861) and MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381).
 
-V1: a 3x3 depthwise convolution and a 1x1 one, each with batch norm and ReLU6. Keras pads it at stride 2 by (0, 1)
-whatever the map's size, which is TF's SAME on even maps only; `padding="same"` does so too. V2: EfficientNet's MBConv
-without squeeze-excite, with ReLU6. Batch norm: epsilon 1e-3 (torch-trained weights: 1e-5 and "symmetric" padding),
-decay 0.99 in V1 and 0.999 in V2. Dropout: Keras's 0.001 in V1, none in V2 (torchvision has 0.2).
+V1: a 3x3 depthwise convolution and a 1x1 one, each with batch norm and ReLU6. At stride 2 Keras pads maps of any size
+by (0, 1), which is TF's SAME on even maps only; so does `padding="same"` here. V2: EfficientNet's MBConv without
+squeeze-excite, with ReLU6. Batch norm: epsilon 1e-3 (torch-trained weights: 1e-5 and "symmetric" padding), decay 0.99
+in V1 and 0.999 in V2. Dropout: Keras's 0.001 in V1, none in V2 (torchvision has 0.2).
 """
 
+from dataclasses import field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.efficientnet import EfficientNet, Stage, compound_scale, make_divisible
-from lungjax.models.head import Head, min_cells
-from lungjax.models.image_size import check_size, smallest
-from lungjax.models.layers import BatchNorm, Conv, Padding
+from lungjax.models.efficientnet import Stage, compound_scale
+from lungjax.models.layers import BatchNorm, Conv, Layer, Padding
+from lungjax.models.network import Network
 
-# That of the authors' code (tensorflow/models, slim); V2 starts like EfficientNet instead (torchvision's choice).
+# From the authors' code (tensorflow/models, slim); V2 starts like EfficientNet instead (torchvision's choice).
 CONV_INIT = nn.initializers.truncated_normal(0.09)
 
 
@@ -28,71 +27,50 @@ class Block(nn.Module):
 
     width: int
     stride: int
-    momentum: float
-    epsilon: float
     padding: str
-    dtype: Any
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width]."""
-        conv = partial(Conv, dtype=self.dtype, kernel_init=CONV_INIT)
-        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
-        pads: Padding = self.padding
-        if self.padding == "same" and self.stride == 2:
-            pads = (0, 1), (0, 1)  # Keras's on every map; SAME would pad an odd one by (1, 1)
+        conv, norm = self.conv, self.norm
+        # As Keras; SAME would pad an odd map by (1, 1).
+        pads: Padding = ((0, 1), (0, 1)) if self.padding == "same" and self.stride == 2 else self.padding
         x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
         x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
         x = conv(self.width, 1, name="conv")(x)
         return norm(name="bn")(x, train=train, activation=nn.relu6)
 
 
-class MobileNet(nn.Module):
-    """MobileNet V1: stem, five stages of blocks, head."""
+class MobileNet(Network):
+    """MobileNet V1: stem, five stages of blocks."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
     stages: tuple[tuple[int, int], ...] = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))  # blocks, channels
     stem: int = 32  # channels
-    width: float = 1.0  # all channels are multiplied by this and cut to whole numbers; published: 1, 0.75, 0.5, 0.25
-    momentum: float = 0.99  # of batch norm: the part of the old statistics kept
+    momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "same"
-    head: HeadConfig = HeadConfig(dropout=0.001)
-    outputs: int = 1000
-    remat: bool = False
-    dtype: Any = jnp.float32
+    head: HeadConfig = field(default=HeadConfig(dropout=0.001), kw_only=True)
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps images [B, H, W, C] to (logits [B, outputs], {"last": [B, H / 32, W / 32, 1024 * width]}).
-
-        Raises ValueError for images below `minimum_size`.
-        """
-        check_size(images, self.minimum_size())
-        bn = {"momentum": self.momentum, "epsilon": self.epsilon, "dtype": self.dtype}
-
-        def run(block: Block, x: jax.Array) -> jax.Array:
-            return block(x, train=train)
-
-        if self.remat:
-            run = nn.remat(run)
-        stem = partial(Conv, strides=2, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
-        x = stem(int(self.stem * self.width), 3, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = BatchNorm(name="stem_bn", **bn)(x, train=train, activation=nn.relu6)
+    def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, 1024]."""
+        run = self.block_runner(lambda block, x: block(x, train=train))
+        conv = partial(Conv, dtype=self.dtype, kernel_init=CONV_INIT)
+        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        x = conv(self.stem, 3, 2, self.padding, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
+        x = norm(name="stem_bn")(x, train=train, activation=nn.relu6)
         for number, (repeats, channels) in enumerate(self.stages, 1):
             for i in range(1, repeats + 1):
                 stride = 2 if number > 1 and i == 1 else 1
                 name = f"stage{number}_block{i}"
-                block = Block(int(channels * self.width), stride, padding=self.padding, name=name, **bn)
-                x = run(block, x)  # [B, H / stride, W / stride, channels * width]
-        logits = Head(self.head, self.outputs, name="head")(x, train=train)
-        return logits, {"last": x}
+                x = run(Block(channels, stride, self.padding, conv, norm, name=name), x)
+        return x
 
-    def minimum_size(self) -> tuple[int, int]:
-        """Returns the least height and width in pixels."""
-        side = smallest([(3, 2)] * len(self.stages), "same", min_cells(self.head))
-        return side, side
+    def _stride(self) -> int:
+        return 2 ** len(self.stages)
 
 
 #        fused, repeats, width, expand, stride
@@ -106,13 +84,7 @@ V2 = (
     Stage(False, 1, 320, 6, 1),
 )
 
-
-def v2(width: float) -> partial[EfficientNet]:
-    """Returns MobileNetV2 `width` times as wide; published are 0.35, 0.5, 0.75, 1, 1.3 and 1.4."""
-    fields = {"momentum": 0.999, "activation": nn.relu6, "drop_path": 0.0}
-    top = make_divisible(1280 * max(1.0, width), guard=True)  # the last convolution never gets narrower
-    return partial(compound_scale(V2, 32, width, 1.0, 0.0, guard=True, **fields), top=top)
-
-
 MOBILENET = {"mobilenet": MobileNet}
-MOBILENETV2 = {"mobilenetv2": v2(1.0)}
+MOBILENETV2 = {
+    "mobilenetv2": compound_scale(V2, 32, 1.0, 1.0, 0.0, guard=True, momentum=0.999, activation=nn.relu6, drop_path=0.0)
+}

@@ -1,25 +1,24 @@
 """MobileNetV3 small and large (Howard et al., ICCV 2019, arXiv 1905.02244).
 
 Inverted residuals from a table of rows: 1x1 expands, depthwise, squeeze-excite, 1x1 projects. ReLU in the early rows,
-hard swish in the later ones, the stem and the tail. Squeeze-excite has ReLU inside and a hard sigmoid as its gate; its
-middle is a quarter of the expanded channels, to the nearest eight. The head's dense layer of 1280 or 1024 comes after
-the pool. Batch norm: epsilon 1e-3 (timm's own training: 1e-5), decay 0.999 (Keras). Padding: TF's SAME; weights trained
-in torch want "symmetric".
+hard swish in the later ones, the stem and the head. Squeeze-excite has ReLU inside, a hard sigmoid gate, and a quarter
+of the expanded channels, rounded to a multiple of eight, in between. The head's dense layer of 1280 or 1024 comes after
+the pool. Batch norm: epsilon 1e-3 (timm's own training: 1e-5), decay 0.999 (Keras). Padding: TF's SAME; torch-trained
+weights need "symmetric".
 """
 
+import math
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, min_cells
-from lungjax.models.image_size import check_size, smallest
-from lungjax.models.layers import Activation, BatchNorm, Conv, SqueezeExcite
+from lungjax.models.layers import Activation, BatchNorm, Conv, Layer, SqueezeExcite
+from lungjax.models.mobilenet import CONV_INIT
+from lungjax.models.network import Network
 
-CONV_INIT = nn.initializers.truncated_normal(0.09)  # that of the authors' code (tensorflow/models, slim)
 RE, HS = nn.relu, nn.hard_swish
 
 
@@ -27,8 +26,8 @@ class Row(NamedTuple):
     """A row of the paper's tables 1 and 2: one block."""
 
     kernel: int
-    middle: int  # channels of the depthwise convolution; equal to those that come in: no expansion
-    squeeze: int  # channels in the middle of squeeze-excite; 0 is none
+    middle: int  # channels of the depthwise convolution; no expansion if equal to the channels in
+    squeeze: int  # bottleneck channels of squeeze-excite; 0: none
     width: int  # channels out
     activation: Activation
     stride: int = 1
@@ -38,76 +37,52 @@ class Block(nn.Module):
     """Expand, depthwise, squeeze-excite, project, add."""
 
     row: Row
-    momentum: float
-    epsilon: float
-    padding: str
+    conv: Layer
+    norm: Layer
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width], rounded up."""
-        row, inputs, act = self.row, x, self.row.activation
-        conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
-        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        row, inputs, act, conv, norm = self.row, x, self.row.activation, self.conv, self.norm
         if row.middle != x.shape[-1]:
             x = conv(row.middle, 1, name="expand_conv")(x)
             x = norm(name="expand_bn")(x, train=train, activation=act)
         x = conv(row.middle, row.kernel, strides=row.stride, groups=-1, name="dwconv")(x)
         x = norm(name="bn")(x, train=train, activation=act)
         if row.squeeze:
-            squeeze = partial(SqueezeExcite, gate=nn.hard_sigmoid, dtype=self.dtype, kernel_init=CONV_INIT)
-            x = squeeze(row.squeeze, nn.relu, name="se")(x)
+            x = SqueezeExcite(row.squeeze, nn.relu, nn.hard_sigmoid, self.dtype, CONV_INIT, name="se")(x)
         x = norm(name="project_bn")(conv(row.width, 1, name="project_conv")(x), train=train)
         return inputs + x if row.stride == 1 and inputs.shape[-1] == row.width else x
 
 
-class MobileNetV3(nn.Module):
-    """Stem, stages of blocks of one width, a 1x1 convolution to `top` channels, head."""
+class MobileNetV3(Network):
+    """Stem, stages of blocks of one width, a 1x1 convolution to `top` channels."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
     stages: tuple[tuple[Row, ...], ...]
     top: int  # channels of the last map
     stem: int = 16  # channels
-    momentum: float = 0.999  # of batch norm: the part of the old statistics kept
+    momentum: float = 0.999  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "same"
-    head: HeadConfig = HeadConfig()
-    outputs: int = 1000
-    remat: bool = False
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps images [B, H, W, C] to (logits [B, outputs], {"last": [B, H / 32, W / 32, top]}).
-
-        Raises ValueError for images below `minimum_size`.
-        """
-        check_size(images, self.minimum_size())
-        bn = {"momentum": self.momentum, "epsilon": self.epsilon, "dtype": self.dtype}
+    def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, top]."""
+        run = self.block_runner(lambda block, x: block(x, train=train))
         conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
-
-        def run(block: Block, x: jax.Array) -> jax.Array:
-            return block(x, train=train)
-
-        if self.remat:
-            run = nn.remat(run)
-        x = conv(self.stem, 3, strides=2, name="stem_conv")(images)  # [B, H / 2, W / 2, stem]
-        x = BatchNorm(name="stem_bn", **bn)(x, train=train, activation=nn.hard_swish)
+        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        x = conv(self.stem, 3, 2, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
+        x = norm(name="stem_bn")(x, train=train, activation=nn.hard_swish)
         for number, rows in enumerate(self.stages, 1):
             for i, row in enumerate(rows, 1):
-                block = Block(row, padding=self.padding, name=f"stage{number}_block{i}", **bn)
-                x = run(block, x)  # [B, H / stride, W / stride, row.width]
-        x = conv(self.top, 1, name="top_conv")(x)  # [B, H / 32, W / 32, top]
-        x = BatchNorm(name="top_bn", **bn)(x, train=train, activation=nn.hard_swish)
-        logits = Head(self.head, self.outputs, name="head")(x, train=train)
-        return logits, {"last": x}
+                x = run(Block(row, conv, norm, self.dtype, name=f"stage{number}_block{i}"), x)
+        x = conv(self.top, 1, name="top_conv")(x)
+        return norm(name="top_bn")(x, train=train, activation=nn.hard_swish)
 
-    def minimum_size(self) -> tuple[int, int]:
-        """Returns the least height and width in pixels."""
-        windows = [(3, 2)] + [(row.kernel, row.stride) for rows in self.stages for row in rows]
-        side = smallest(windows, "same", min_cells(self.head))
-        return side, side
+    def _stride(self) -> int:
+        return 2 * math.prod(row.stride for rows in self.stages for row in rows)
 
 
 #   kernel, middle, squeeze, width, activation, stride
@@ -128,12 +103,9 @@ LARGE = (
 )
 
 
-def tail(hidden: int) -> HeadConfig:
-    """Returns the published head: mean, a dense layer with hard swish, dropout."""
-    return HeadConfig(hidden=(hidden,), activation="hard_swish", hidden_dropout=0.2)
-
-
+# The head of the paper: mean, a dense layer with hard swish, dropout.
+HEAD = partial(HeadConfig, activation="hard_swish", hidden_dropout=0.2)
 MOBILENETV3 = {
-    "mobilenetv3_small": partial(MobileNetV3, SMALL, 576, head=tail(1024)),
-    "mobilenetv3_large": partial(MobileNetV3, LARGE, 960, head=tail(1280)),
+    "mobilenetv3_small": partial(MobileNetV3, SMALL, 576, head=HEAD(hidden=(1024,))),
+    "mobilenetv3_large": partial(MobileNetV3, LARGE, 960, head=HEAD(hidden=(1280,))),
 }

@@ -1,13 +1,14 @@
-"""What a network's logits mean: probabilities in label order, and whose a sigmoid's logit is."""
+"""Network output: logits to class probabilities in label order, for softmax and sigmoid heads."""
 
 import jax
 import jax.numpy as jnp
 
 from lungjax.config import Config
+from lungjax.models.ops.conv import to_float32
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label number that a sigmoid head's logit speaks for, None for a softmax head.
+    """Returns the label of the class whose probability a sigmoid head gives; None for a softmax head.
 
     Raises ValueError for a class name that the data set doesn't have.
     """
@@ -20,27 +21,28 @@ def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
 
 
 def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns one logit a class, [B, C] float32 in label order, whose softmax are the probabilities.
+    """Returns one logit per class, [B, C] float32 in label order, whose softmax is the class probabilities.
 
-    A sigmoid logit stands against a zero. `positive` is the class that it speaks for; None for softmax.
+    For a sigmoid head the logit of the other class is 0. `positive` is from `positive_class`.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if positive is None:
-        return logits
-    pair = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
-    return pair if positive == 1 else pair[:, ::-1]
+    logits = to_float32(logits)
+    return logits if positive is None else _pair(jnp.zeros_like(logits), logits, positive)
 
 
 def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid logit."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid head."""
+    logits = to_float32(logits)
     if positive is None:
         return jax.nn.softmax(logits)
     p = jax.nn.sigmoid(logits)
-    pair = jnp.concatenate([1 - p, p], axis=-1)
-    return pair if positive == 1 else pair[:, ::-1]
+    return _pair(1 - p, p, positive)
 
 
 def pooled_features(last: jax.Array) -> jax.Array:
     """Returns the spatial mean of the last map [B, h, w, F], float32 [B, F]."""
     return last.astype(jnp.float32).mean((1, 2))
+
+
+def _pair(negative: jax.Array, positive: jax.Array, label: int) -> jax.Array:
+    pair = jnp.concatenate([negative, positive], axis=-1)
+    return pair if label == 1 else pair[:, ::-1]

@@ -3,82 +3,55 @@
 A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the
 global mean. The paper leaves the padding open: `padding` is a field, by default the study's "valid".
 Convolutions have a bias, batch norm has epsilon 1e-3 and decay 0.99, kernels start Glorot uniform: the Keras
-defaults that the study's code (github.com/marta-0/covid-ct) has.
+defaults, which the study's code (github.com/marta-0/covid-ct) uses.
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, min_cells
-from lungjax.models.image_size import Window, check_size, smallest
 from lungjax.models.layers import BatchNorm, Conv, max_pool
+from lungjax.models.network import Network
 
 
-class Transfusion(nn.Module):
-    """Blocks of convolution, norm, ReLU, pool, one for each of `widths`."""
+class Transfusion(Network):
+    """One block of convolution, norm, ReLU and pool for each of `widths`."""
 
     paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
 
     kernel: int  # side of every convolution
     widths: tuple[int, ...]
     pool: int = 3  # side of the max pool; its stride is 2
-    last_pool: bool = True  # False: the last block goes straight to the head
+    last_pool: bool = True  # False: no pool in the last block
     norm: bool = True
-    momentum: float = 0.99  # of batch norm: the part of the old statistics kept
+    momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "valid"  # of convolutions and pools; padded cells never win a pool
-    head: HeadConfig = HeadConfig()
-    outputs: int = 1000
-    remat: bool = False
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps images [B, H, W, C] to (logits [B, outputs], {"last": the last map [B, h, w, c]}).
-
-        Raises ValueError for images below `minimum_size`.
-        """
-        check_size(images, self.minimum_size())
+    def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, h, w, widths[-1]]; each block halves the side."""
         pads = self.padding.upper()
+        conv = partial(Conv, padding=pads, use_bias=True, kernel_init=nn.initializers.glorot_uniform())
+        norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         def block(module: nn.Module, x: jax.Array, number: int) -> jax.Array:
-            name = "stem" if number == 1 else f"stage{number}"
-            x = Conv(
-                self.widths[number - 1],
-                self.kernel,
-                padding=pads,
-                use_bias=True,
-                kernel_init=nn.initializers.glorot_uniform(),
-                dtype=self.dtype,
-                name=f"{name}_conv",
-            )(x)
-            if self.norm:
-                norm = BatchNorm(momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name=f"{name}_bn")
-                x = norm(x, train=train, activation=nn.relu)
-            else:
-                x = nn.relu(x)
-            if number < len(self.widths) or self.last_pool:
-                x = max_pool(x, self.pool, 2, pads)
-            return x
+            name, width = "stem" if number == 1 else f"stage{number}", self.widths[number - 1]
+            x = conv(width, self.kernel, dtype=self.dtype, name=f"{name}_conv")(x)
+            x = norm(name=f"{name}_bn")(x, train=train, activation=nn.relu) if self.norm else nn.relu(x)
+            return max_pool(x, self.pool, 2, pads) if number < len(self.widths) or self.last_pool else x
 
-        if self.remat:
-            block = nn.remat(block, static_argnums=(2,))
-        x = images
         for number in range(1, len(self.widths) + 1):
-            x = block(self, x, number)  # [B, h, w, widths[number - 1]], half the side of the block before
-        logits = Head(self.head, self.outputs, name="head")(x, train=train)
-        return logits, {"last": x}
+            x = self.block_runner(partial(block, number=number))(self, x)
+        return x
 
-    def minimum_size(self) -> tuple[int, int]:
-        """Returns the least height and width in pixels."""
-        windows: list[Window] = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
-        side = smallest(windows if self.last_pool else windows[:-1], self.padding, min_cells(self.head))
-        return side, side
+    def _min_side(self, cells: int) -> int:
+        windows = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
+        for kernel, stride in reversed(windows if self.last_pool else windows[:-1]):
+            cells = cells * stride if self.padding == "same" else (cells - 1) * stride + kernel
+        return cells
 
 
 TRANSFUSION = {

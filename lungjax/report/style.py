@@ -1,13 +1,12 @@
-"""What all pictures share: colours, fonts, and how a file is saved.
+"""The style of all figures: colors, fonts, and how a file is saved.
 
-Drawn with matplotlib's Figure alone: no pyplot, no state shared between pictures, no display; matplotlib is
-imported when the first picture is drawn. Every file appears whole, by a rename. The colours are those of
-Okabe and Ito ("Color Universal Design", 2008) without yellow, told apart by the colour-blind too, and line
-styles change where colours repeat.
+Figures are matplotlib Figure objects without pyplot, global state or display; matplotlib is imported when the first one
+is drawn. The colors are the palette of Okabe and Ito ("Color Universal Design", 2008) without yellow, which color-blind
+readers can distinguish; line styles change where colors repeat.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lungjax.runtime.files import atomic_file
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F5F3F")
 DASHES = (0, (5, 2))
 STYLES = ("-", DASHES, (0, (1, 1.2)))
-RIGHT, WRONG, INK, QUIET = "#009E73", "#D55E00", "#222222", "#767676"
+CORRECT, WRONG, INK, MUTED = "#009E73", "#D55E00", "#222222", "#767676"
 DPI = 130
 
 
@@ -30,7 +29,7 @@ def figure(width: float, height: float, layout: str = "constrained") -> "Figure"
 
 
 def style(axis: "Axes") -> None:
-    """Gives an axis a quiet grid and frame."""
+    """Gives an axis a light grid and frame."""
     axis.grid(color="#E4E4E4", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -38,8 +37,13 @@ def style(axis: "Axes") -> None:
     axis.tick_params(colors=INK, labelsize=9)
 
 
+def line_style(i: int) -> dict[str, Any]:
+    """Returns color and line style of curve `i`, for `axis.plot`."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i // len(COLORS) % len(STYLES)]}
+
+
 def legend_beside(axis: "Axes", classes: int) -> None:
-    """Puts the legend of `classes` lines right of the axis, where it hides nothing."""
+    """Puts the legend of `classes` lines to the right of the axis."""
     axis.legend(
         frameon=False, fontsize=9 if classes <= 10 else 7, loc="upper left", bbox_to_anchor=(1.02, 1.0),
         labelspacing=0.8, handlelength=2.8, borderaxespad=0, ncols=1 + classes // 14,
@@ -54,21 +58,22 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def percent(share: float) -> str:
-    """Returns "93%", and "<1%" or ">99%" where rounding would hide the few exceptions."""
+    """Returns "93%", and "<1%" or ">99%" where rounding would give 0 or 100."""
     if 0 < share < 0.005:
         return "<1%"
     return ">99%" if 0.995 < share < 1 else f"{100 * share:.0f}%"
 
 
-def short(text: str, most: int) -> str:
-    """Cuts out the middle of a name longer than `most`; file names differ at their ends."""
+def short(text: str, length: int) -> str:
+    """Cuts out the middle of a name longer than `length`; file names differ at their ends."""
     text = " ".join(text.split())
-    if len(text) > most:
-        end = (most - 1) // 2
-        text = text[: most - 1 - end] + "…" + text[-end:]
+    if len(text) > length:
+        end = (length - 1) // 2
+        text = text[: length - 1 - end] + "…" + text[-end:]
     return plain(text)
 
 
 def plain(text: str) -> str:
-    """Keeps matplotlib from reading $ as mathematics, and from bytes of a file's name that are no text."""
+    """Escapes $, which starts a formula in matplotlib, and replaces characters that can't be drawn."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")

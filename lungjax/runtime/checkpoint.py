@@ -1,12 +1,12 @@
-"""Checkpoints in a workdir: the last states to resume from, the best weights to test. Alone imports orbax.
+"""Checkpoints in a workdir: the last states to resume from, the best weights to test. Only this module imports orbax.
 
-    WORKDIR/checkpoints/last/STEP   whole training state and the progress of early stopping, two kept
-    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations, two kept
+    WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping; the last two
+    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations; the last two
 
-Orbax writes STEP.partial in the background, every host its part. The first host then adds progress.json, has all of
-it on the disk, adds checksums.json and renames the folder: what bears a step number was whole once, and whether it
-still is can be told. Only then are older ones dropped. STEP.damaged is one that was passed over when resuming; nothing
-here reads or removes it. STEP.old is one whose replacement was cut short.
+Orbax writes STEP.partial in the background, each host its part. The first host then adds progress.json, syncs all files
+to the disk, adds checksums.json and renames the folder: a folder named STEP was complete once, and its checksums tell
+whether it still is. Older checkpoints are deleted only then. A damaged one becomes STEP.damaged when a run resumes from
+the one before it, and is never read or deleted.
 """
 
 import errno
@@ -30,18 +30,20 @@ from lungjax.runtime import distributed
 from lungjax.runtime.files import sync_folder
 
 PROGRESS = "progress.json"
-SUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
-MAX_TO_KEEP = 2  # of each kind: should the newest turn out damaged, there is the one before
-NOTHING = -1  # in place of a step
-FULL = (errno.ENOSPC, errno.EDQUOT)
-KEPT_NOTE = "the earlier checkpoints are intact: {} and run the same command again to resume"
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+CHECKSUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
+MAX_TO_KEEP = 2  # of each kind: if the newest is damaged, the one before is used
+KINDS = ("last", "best")
+DISK_ERRORS = {  # error codes: (state of the disk, remedy)
+    (errno.ENOSPC, errno.EDQUOT): ("full", "free some space"),
+    (errno.EROFS, errno.EACCES, errno.EPERM): ("read-only", "make it writable"),
+}
+RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command again to resume"
 
 StateT = TypeVar("StateT")
 
 
 class State(Protocol):
-    """A tree of arrays that knows its step and what of it predicts."""
+    """A tree of arrays with a step and the variables for prediction."""
 
     @property
     def step(self) -> Any:
@@ -49,33 +51,30 @@ class State(Protocol):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Parameters and statistics, what prediction takes."""
+        """Parameters and statistics."""
 
 
 class Checkpoints:
-    """The two checkpoint folders of a run that trains; use as a context manager, on every host."""
+    """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
     def __init__(self, workdir: Path):
-        """Opens or makes the folders and clears away what an interrupted save left half written.
+        """Makes the folders and removes the remains of an interrupted save.
 
-        Raises ValueError if they can't be written.
+        Raises ValueError if they are not writable.
         """
         self.folder = workdir / "checkpoints"
         self._worker = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] | None = None
-        distributed.run_on_all_hosts(self._open)
+        self._pending: Future[None] | None = None
+        distributed.on_first_host(self._open)
 
     def _open(self) -> None:
-        if distributed.is_first_host():
-            try:
-                for kind in ("last", "best"):
-                    (self.folder / kind).mkdir(parents=True, exist_ok=True)
-                    with tempfile.TemporaryFile(dir=self.folder / kind):
-                        _clear(self.folder / kind)
-            except OSError as error:
-                raise ValueError(
-                    f"{self.folder} can't be written ({error.strerror}); choose another --workdir"
-                ) from error
+        try:
+            for kind in KINDS:
+                (self.folder / kind).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder / kind):
+                    _clear(self.folder / kind)
+        except OSError as error:
+            raise ValueError(f"{self.folder} can't be written ({error.strerror}); choose another --workdir") from error
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -84,207 +83,199 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for this host's part of the save in progress; what failed there is raised, or noted on `error`."""
+        """Waits for this host's part of a pending save; its error is raised, or added as a note to `error`."""
         try:
-            self._finished()  # not `wait`: other hosts may have met no exception, and not be here
-        except Exception as failed:
+            self._finish_pending()  # not `wait`: other hosts may not have raised, and would not join
+        except Exception as save_error:
             if error is None:
                 raise
-            error.add_note(f"Also: {failed}")
+            error.add_note(f"Also: {save_error}")
         finally:
             self._worker.shutdown()
 
     def save(self, state: State, progress: dict[str, Any], best: bool = False) -> None:
-        """Starts to write the whole state and `progress`, numbers by name; `best`: the weights as the best too.
+        """Starts to write the state and `progress` (numbers by name); with `best` also the weights as the best.
 
-        Returns as soon as the values are safe: the next step may overwrite the state. Waits for the save before and
-        raises ValueError if that one met a full or read-only disk, or if this one won't fit; the earlier checkpoints
-        stay. To be called by every host, with the same arguments.
+        Returns once the values are copied, so the next step may overwrite the state. First waits for the previous save
+        and raises ValueError if that failed on a full or read-only disk, or if this one does not fit; the earlier
+        checkpoints stay intact. Call on every host with the same arguments.
         """
         self.wait()
         step = int(state.step)
-        text = json.dumps(progress)  # now: the caller goes on changing it
+        text = json.dumps(progress)  # now, since the caller changes it later
         trees = {"last": {"state": state}} | ({"best": {"variables": state.variables}} if best else {})
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        with _explained(self.folder, step):
-            distributed.run_on_all_hosts(
-                lambda: _make_room(self.folder, step, size) if distributed.is_first_host() else None
-            )
-            # Orbax takes the values before it returns. On a CPU that may be by holding on to the buffers; XLA then
-            # doesn't donate those but copies them.
+        with _disk_errors(self.folder, step):
+            distributed.on_first_host(lambda: _make_room(self.folder, step, size))
+            # Orbax takes the values before it returns. On a CPU it may keep the buffers, which XLA then copies instead
+            # of donating them.
             context = ocp.Context()
-            # If folders that are to be made in the background can't be, orbax waits five minutes for them.
+            # Orbax would wait five minutes for folders that can't be created in the background.
             context.asynchronous.create_directories_asynchronously = False
             with context:
                 writes = {
                     kind: ocp.save_checkpointables_async((self.folder / kind / f"{step}.partial").absolute(), tree)
                     for kind, tree in trees.items()
                 }
-        self._saving = self._worker.submit(self._finish, step, text, writes)
+        self._pending = self._worker.submit(self._finish, step, text, writes)
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk; raises what `save` would raise next. For every host."""
-        distributed.run_on_all_hosts(self._finished)
+        """Waits until the pending save is on the disk; raises what `save` would raise next. Call on every host."""
+        distributed.run_on_all_hosts(self._finish_pending)
 
-    def _finished(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+    def _finish_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def restore(self, like: StateT) -> tuple[StateT, dict[str, Any]] | None:
-        """Returns the newest good state, laid out as `like` (shapes with shardings), and its progress.
+    def _finish(self, step: int, progress: str, writes: dict[str, Any]) -> None:
+        """Waits for orbax, commits the new folders and deletes old ones; runs in the worker thread."""
+        with _disk_errors(self.folder, step):
+            errors = []
+            for write in writes.values():
+                try:
+                    write.result()
+                except Exception as error:  # the other write must finish too
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+            if distributed.is_first_host():
+                (self.folder / "last" / f"{step}.partial" / PROGRESS).write_text(progress)
+                for kind in sorted(writes):  # best before last: a state must not refer to a missing best
+                    _commit(self.folder / kind, step)
+                for kind in writes:
+                    for old in _steps(self.folder / kind)[:-MAX_TO_KEEP]:
+                        _remove(self.folder / kind / str(old))
 
-        None if nothing was saved yet. Newer ones that are damaged are named and set aside as STEP.damaged, and best
-        weights newer than the state are dropped: they will be found again. Raises ValueError, and changes nothing,
-        if all are damaged or if the state is one of another network.
+    def restore(self, abstract_state: StateT) -> tuple[StateT, dict[str, Any]] | None:
+        """Returns the newest intact state, in the layout of `abstract_state` (shapes with shardings), and its progress.
+
+        None if nothing was saved yet. Newer damaged ones are reported and renamed to STEP.damaged, and best weights
+        newer than the state are deleted, since training will reach them again. Raises ValueError, and changes nothing,
+        if all are damaged or the state is that of another network.
         """
         self.wait()
         folder = self.folder / "last"
         step, damaged = _newest_valid(folder)
-        if step == NOTHING:
+        if step is None:
             return None
-        path = _place(folder, step)
-        _check_same(path, "state", like)
+        path = folder / str(step)
+        _check_same(path, "state", abstract_state)
         progress = json.loads((path / PROGRESS).read_text())
-        found = ocp.load_checkpointables(path.absolute(), {"state": like})["state"]
+        state = ocp.load_checkpointables(path.absolute(), {"state": abstract_state})["state"]
         if distributed.is_first_host():
             for bad in damaged:
-                _set_aside(bad)
+                others = len(list(folder.glob(f"{bad.name}.damaged*")))
+                bad.rename(bad.with_suffix(f".damaged{others or ''}"))
             self._drop_bests_after(step, bool(progress.get("best_step")))
-        return found, progress
+        return state, progress
 
-    def _drop_bests_after(self, step: int, had_best: bool) -> None:
-        """Drops the bests after `step`, but for one if a best is known to have been and no other is left."""
-        steps = sorted(_found(self.folder / "best"))
+    def _drop_bests_after(self, step: int, keep_one: bool) -> None:
+        steps = _steps(self.folder / "best")
         newer = [s for s in steps if s > step]
-        for gone in newer[had_best and len(newer) == len(steps) :]:
-            _remove(_place(self.folder / "best", gone))
-
-    def _finish(self, step: int, progress: str, writes: dict[str, Any]) -> None:
-        """What the worker does: waits for orbax, then makes the new folders count and drops older ones."""
-        with _explained(self.folder, step):
-            failed = []
-            for write in writes.values():
-                try:
-                    write.result()
-                except Exception as error:  # the other write is still to be waited for
-                    failed.append(error)
-            if failed:
-                raise failed[0]
-            if distributed.is_first_host():
-                (self.folder / "last" / f"{step}.partial" / PROGRESS).write_text(progress)
-                for kind in sorted(writes):  # best before last: a state must not speak of a best that isn't there
-                    _commit(self.folder / kind, step)
-                for kind in writes:
-                    for old in sorted(_found(self.folder / kind))[:-MAX_TO_KEEP]:
-                        _remove(_place(self.folder / kind, old))
+        if keep_one and newer == steps:
+            newer = newer[1:]
+        for late in newer:
+            _remove(self.folder / "best" / str(late))
 
 
 def newest(workdir: Path, kind: str) -> int | None:
-    """Returns the newest step saved in a workdir, of kind "last" or "best"; None if there is none.
-
-    Doesn't look whether it is damaged.
-    """
-    return max(_found(workdir / "checkpoints" / kind), default=None)
+    """Returns the newest step saved in a workdir, of kind "last" or "best", intact or not; None without any."""
+    return max(_steps(workdir / "checkpoints" / kind), default=None)
 
 
-def restore_best(workdir: Path, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
-    """Returns a run's best variables, laid out as `like` (None: numpy arrays on this host), and their step.
+def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
+    """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
 
-    The best before, if the newest is damaged; this is said. Only reads, so that it may be used on a run that is still
-    training; where there are several hosts, by all of them. Raises ValueError if there are none, or none is good, or
-    they are of another network than `like`.
+    Only reads, so the run may still be training. Call on all hosts.
+
+    Args:
+      workdir: of the run.
+      abstract_variables: shapes with shardings; None for numpy arrays on this host.
+
+    Raises ValueError if there are none, none is intact, or they belong to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
-    if step == NOTHING:
+    if step is None:
         raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
-    path = _place(folder, step)
-    if like is None:  # as saved would be on the devices of the run that saved them, which this machine may not have
-        like = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _saved(path)["variables"]
+    path = folder / str(step)
+    if abstract_variables is None:  # orbax would restore to the devices of that run, which may not exist here
+        abstract_variables = jax.tree.map(
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _metadata(path)["variables"]
         )
     else:
-        _check_same(path, "variables", like)
-    return ocp.load_checkpointables(path.absolute(), {"variables": like})["variables"], step
+        _check_same(path, "variables", abstract_variables)
+    return ocp.load_checkpointables(path.absolute(), {"variables": abstract_variables})["variables"], step
 
 
 def check_network(workdir: Path, abstract_state: State) -> None:
-    """Raises ValueError if the newest intact checkpoint of a workdir has other names or shapes than `abstract_state`.
+    """Raises ValueError if the newest intact state of a workdir has other names or shapes than `abstract_state`.
 
-    For the first host alone.
+    Call on the first host only.
     """
     folder = workdir / "checkpoints" / "last"
     step, _ = _inspect(folder)
-    _check_same(_place(folder, step), "state", abstract_state)
+    _check_same(folder / str(step), "state", abstract_state)
 
 
-def _found(folder: Path) -> set[int]:
-    """Returns the steps that a folder has a checkpoint of, good or damaged."""
-    names = [p.name.removesuffix(".old") for p in folder.iterdir()] if folder.is_dir() else []
-    return {int(name) for name in names if name.isdigit()}
+def _steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder in ascending order, intact or damaged."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def _place(folder: Path, step: int) -> Path:
-    path = folder / str(step)
-    return path if path.exists() or not path.with_suffix(".old").exists() else path.with_suffix(".old")
+def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
+    """Returns the newest intact step as the first host sees it, None without checkpoints, and newer damaged ones.
 
-
-def _newest_valid(folder: Path) -> tuple[int, list[Path]]:
-    """Returns the newest good step, or NOTHING, and the damaged ones after it. The first host looks for all.
-
-    Raises ValueError if there are some but none is good.
+    Raises ValueError if all are damaged.
     """
-    step, damaged = distributed.run_on_all_hosts(
-        lambda: _inspect(folder) if distributed.is_first_host() else (NOTHING, [])
-    )
-    return distributed.broadcast_int(step), damaged
+    step, damaged = distributed.on_first_host(lambda: _inspect(folder)) or (None, [])
+    step = distributed.broadcast_int(-1 if step is None else step)
+    return None if step < 0 else step, damaged
 
 
-def _inspect(folder: Path) -> tuple[int, list[Path]]:
-    paths = [_place(folder, step) for step in sorted(_found(folder), reverse=True)]
+def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
     damaged: dict[Path, str] = {}
-    for path in paths:
-        wrong = _corruption(path)
-        if wrong is None:
+    for step in reversed(_steps(folder)):
+        path = folder / str(step)
+        reason = _corruption(path)
+        if reason is None:
             for bad, why in damaged.items():
-                print(f"{bad} is damaged ({why}): taking {path} instead")
-            return int(path.stem), list(damaged)
-        damaged[path] = wrong
+                print(f"{bad} is damaged ({why}): using {path} instead")
+            return step, list(damaged)
+        damaged[path] = reason
     if damaged:
-        each = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged.items())
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise ValueError(
-            f"{folder}: no checkpoint there is good ({each}). Put back a copy of one, or choose another --workdir to "
+            f"{folder}: no intact checkpoint ({reasons}). Restore one from a backup, or choose another --workdir to "
             "start over"
         )
-    return NOTHING, []
+    return None, []
 
 
 def _corruption(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, None if it is as it was written."""
+    """Returns what is wrong with a checkpoint, None if it is intact."""
     try:
-        found = json.loads((path / SUMS).read_text())
-        sums = [(name, int(size), int(checksum)) for name, (size, checksum) in found.items()]
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
     except FileNotFoundError:
-        return f"{SUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):  # the last three for what is not the JSON written there
-        return f"{SUMS} can't be read"
-    for name, size, checksum in sums:
+        return f"{CHECKSUMS} is missing"
+    except (OSError, ValueError, TypeError, AttributeError):  # the last three for other content than was written
+        return f"{CHECKSUMS} can't be read"
+    for name, size, checksum in files:
         try:
             length = (path / name).stat().st_size
             if length != size:
                 return f"{name} has {length} bytes instead of {size}"
             if _checksum(path / name) != checksum:
                 return f"the checksum of {name} is wrong"
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
-            return f"{name} can't be read: {error.strerror}"
+            return f"{name} is missing" if error.errno == errno.ENOENT else f"{name} can't be read: {error.strerror}"
     return None
 
 
 def _checksum(path: Path, sync: bool = False) -> int:
-    """Returns a file's CRC-32; it need only tell accidents, and is the fastest that Python brings along."""
+    """Returns a file's CRC-32, the fastest check for accidental damage in the standard library."""
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(2**22):
@@ -294,105 +285,96 @@ def _checksum(path: Path, sync: bool = False) -> int:
     return checksum
 
 
-def _seal(path: Path) -> None:
-    """Has all of a checkpoint on the disk, and its checksums with it."""
+def _commit(folder: Path, step: int) -> None:
+    """Syncs STEP.partial to the disk, adds its checksums and renames it to STEP."""
+    path = folder / f"{step}.partial"
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    sums = {p.relative_to(path).as_posix(): [p.stat().st_size, _checksum(p, sync=True)] for p in files}
-    partial = path / f"{SUMS}.partial"
-    with partial.open("w") as file:
-        json.dump(sums, file, indent=1)
+    checksums = {p.relative_to(path).as_posix(): [p.stat().st_size, _checksum(p, sync=True)] for p in files}
+    unfinished = path / f"{CHECKSUMS}.partial"
+    with unfinished.open("w") as file:
+        json.dump(checksums, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(path / SUMS)
-    for folder in (*(p for p in path.rglob("*") if p.is_dir()), path):
-        sync_folder(folder)
+    unfinished.rename(path / CHECKSUMS)
+    for parent in (*(p for p in path.rglob("*") if p.is_dir()), path):
+        sync_folder(parent)
+    _install(path)
 
 
-def _commit(folder: Path, step: int) -> None:
-    """Seals what orbax wrote and gives it the name under which it counts, in the place of another of that step."""
-    partial, final = folder / f"{step}.partial", folder / str(step)
-    _seal(partial)
+def _install(path: Path) -> None:
+    """Renames a complete STEP.partial to STEP, in place of another checkpoint of that step."""
+    final = path.with_suffix("")
     if final.exists():
-        final.rename(final.with_suffix(".old"))
-    partial.rename(final)
-    sync_folder(folder)
-    _clear(folder)
-
-
-def _clear(folder: Path) -> None:
-    """Deletes what was being written or deleted, and what was replaced; puts back what was about to be."""
-    for path in folder.iterdir():
-        if path.suffix == ".old" and not path.with_suffix("").exists():
-            path.rename(path.with_suffix(""))
-        elif path.suffix in (".old", ".partial") or path.name.endswith(".orbax-checkpoint-tmp"):
-            shutil.rmtree(path)
+        _remove(final)
+    path.rename(final)
+    sync_folder(path.parent)
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint; half deleted, it bears no step number."""
-    going = path.with_suffix(".partial")
-    path.rename(going)
-    shutil.rmtree(going)
+    """Deletes a checkpoint; a partly deleted one has no step as its name."""
+    doomed = path.with_suffix(".deleted")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-def _set_aside(path: Path) -> None:
-    """Renames a damaged checkpoint so that it isn't met again."""
-    others = len(list(path.parent.glob(f"{path.stem}.damaged*")))
-    path.rename(path.with_suffix(f".damaged{others or ''}"))
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    """Returns the names, shapes and types in a checkpoint, without its values."""
-    return ocp.checkpointables_metadata(path.absolute()).metadata
-
-
-def _check_same(path: Path, name: str, like: Any) -> None:
-    """Raises ValueError if a checkpoint has other names or shapes than `like`."""
-
-    def described(tree: Any) -> dict[str, str]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}" for p, x in leaves}
-
-    saved, here = described(_saved(path)[name]), described(like)
-    different = [key for key in here | saved if here.get(key) != saved.get(key)]
-    if different:
-        lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
-        more = f"\n  and {len(different) - 5} more" if len(different) > 5 else ""
-        raise ValueError(
-            f"{path} is of another network:\n  " + "\n  ".join(lines) + more + "\nIt was left as it is: choose another "
-            "--workdir, or configure the network that it was saved from"
-        )
+def _clear(folder: Path) -> None:
+    """Finishes or removes what an interrupted save or deletion left."""
+    for path in folder.iterdir():
+        if path.suffix == ".partial" and (path / CHECKSUMS).exists():
+            _install(path)
+        elif path.suffix in (".partial", ".deleted") or path.name.endswith(".orbax-checkpoint-tmp"):
+            shutil.rmtree(path)
 
 
 def _make_room(folder: Path, step: int, size: int) -> None:
-    """Clears away what a failed save left; raises ValueError if `size` bytes won't fit even so."""
-    for kind in ("last", "best"):
+    """Removes what a failed save left; raises ValueError if `size` bytes still do not fit."""
+    for kind in KINDS:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
         raise ValueError(
             f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB and "
-            f"{free / 2**20:.0f} MiB are free; {KEPT_NOTE.format('free some space')}"
+            f"{free / 2**20:.0f} MiB are free; {RESUME_HINT.format('free some space')}"
+        )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Returns the names, shapes and types in a checkpoint, without its values."""
+    return ocp.checkpointables_metadata(path.absolute()).metadata
+
+
+def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
+    """Raises ValueError if a checkpoint has other names or shapes than `abstract_tree`."""
+
+    def describe(tree: Any) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}" for p, x in leaves}
+
+    saved, here = describe(_metadata(path)[name]), describe(abstract_tree)
+    different = [key for key in here | saved if here.get(key) != saved.get(key)]
+    if different:
+        lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
+        lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
+        raise ValueError(
+            f"{path} is of another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
+            "--workdir, or configure the network that was saved"
         )
 
 
 @contextmanager
-def _explained(folder: Path, step: int) -> Iterator[None]:
-    """Turns what a full or read-only disk raises into ValueError."""
+def _disk_errors(folder: Path, step: int) -> Iterator[None]:
+    """Turns the errors of a full or read-only disk into ValueError."""
     try:
         yield
     except Exception as error:
-        # Orbax and tensorstore wrap the system's error in others of several types, which quote it.
-        quoted = ""
-        inner: BaseException | None = error
+        # Orbax and tensorstore wrap the system's error in several types of their own, which quote it.
+        messages, inner = "", error
         while inner is not None:
-            quoted, inner = f"{quoted}{inner}\n", inner.__cause__ or inner.__context__
-        for codes, what, remedy in (
-            (FULL, "full", "free some space"),
-            (READ_ONLY, "read-only", "make it writable"),
-        ):
-            if any(os.strerror(code) in quoted for code in codes):
+            messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]
+        for codes, (what, remedy) in DISK_ERRORS.items():
+            if any(os.strerror(code) in messages for code in codes):
                 raise ValueError(
-                    f"saving the checkpoint of step {step} to {folder}: the disk is {what}; {KEPT_NOTE.format(remedy)}"
+                    f"saving the checkpoint of step {step} to {folder}: the disk is {what}; "
+                    f"{RESUME_HINT.format(remedy)}"
                 ) from error
         raise

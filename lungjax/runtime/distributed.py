@@ -1,4 +1,4 @@
-"""Several hosts in one run: starting them, and what they must agree on. On a single host all of it is free."""
+"""Runs on several hosts: start-up, agreement and errors. On a single host every function is trivial."""
 
 import hashlib
 import os
@@ -15,27 +15,24 @@ from jax.experimental import multihost_utils
 from lungjax.runtime import signals
 
 T = TypeVar("T")
+MAX_MESSAGE = 2000  # bytes of an error message that is sent to the other hosts
 
 
 class CollectiveError(ValueError):
-    """An error that every host raises at once."""
-
-
-LONGEST = 2000  # bytes of an error message that the other hosts get to see
+    """An error that all hosts raise together."""
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins this process to the run's other ones; to be called before anything else asks jax for devices.
+    """Connects this process to the others of the run; call before jax initializes its devices.
 
     Args:
-      coordinator: HOST:PORT of process 0. None, as the rest, where jax finds it out: Cloud TPU, GKE, SLURM, Open MPI.
-      processes: how many there are.
-      process: the number of this one, from 0.
+      coordinator: HOST:PORT of process 0. All three are None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI.
+      processes: number of processes.
+      process: index of this one, from 0.
 
     Raises ValueError if the others can't be found or reached.
     """
-    given = (coordinator, processes, process)
-    if any(x is not None for x in given) and any(x is None for x in given):
+    if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(
             f"--coordinator={coordinator} --processes={processes} --process={process}: give all three, or none where "
             "the cluster is detected (Cloud TPU, GKE, SLURM, Open MPI)"
@@ -47,13 +44,13 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     except (RuntimeError, ValueError) as error:
         what = str(error).splitlines()[0]
         raise ValueError(
-            f"--multihost: the hosts did not come together ({what}). Outside Cloud TPU, GKE, SLURM and Open MPI give "
-            "--coordinator=HOST:PORT --processes=N --process=I on every host, and let the port through"
+            f"--multihost: could not connect to the other hosts ({what}). Outside Cloud TPU, GKE, SLURM and Open MPI "
+            "give --coordinator=HOST:PORT --processes=N --process=I on every host, and open the port in the firewall"
         ) from error
 
 
 def is_first_host() -> bool:
-    """Returns whether this is the host that logs and writes."""
+    """Returns whether this host logs and writes."""
     return jax.process_index() == 0
 
 
@@ -65,18 +62,18 @@ def broadcast_int(value: int) -> int:
 
 
 def preempted() -> Callable[[int], bool] | None:
-    """Returns what tells, of a step, whether a SIGTERM reached any host and all shall end there; None for one host.
+    """Returns a function of the step: True if any host received SIGTERM and all should stop there. None for one host.
 
-    jax's preemption service catches the signal, and names a step that no host has passed yet.
+    jax's preemption service catches the signal and chooses a step that no host has passed.
     """
     return multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None
 
 
 def run_on_all_hosts(work: Callable[[], T]) -> T:
-    """Runs `work` on every host and returns its result; if one of them fails, all do.
+    """Runs `work` on every host and returns its result; if it fails on one of them, all fail.
 
-    Without this a host with a missing file would end, and the others wait for it until a timeout kills them.
-    Raises Agreed on every host with the first failing host's message, if it was a ValueError or OSError there.
+    Otherwise a host with a missing file would exit and the others would wait for it until a timeout.
+    Raises CollectiveError on every host with the message of the first host that raised ValueError or OSError.
     """
     if jax.process_count() == 1:
         return work()
@@ -85,21 +82,26 @@ def run_on_all_hosts(work: Callable[[], T]) -> T:
         result = work()
     except (ValueError, OSError) as error:
         message, cause = str(error) or repr(error), error
-    text = message.encode()[:LONGEST].ljust(LONGEST, b"\0")
-    everyone = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8)))
-    for number, row in enumerate(everyone.reshape(-1, LONGEST)):
-        said = row.tobytes().rstrip(b"\0").decode(errors="replace")
-        if said:
-            raise CollectiveError(f"host {number} of {len(everyone)}: {said}") from cause
+    text = message.encode()[:MAX_MESSAGE].ljust(MAX_MESSAGE, b"\0")
+    messages = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8)))
+    for host, row in enumerate(messages.reshape(-1, MAX_MESSAGE)):
+        message = row.tobytes().rstrip(b"\0").decode(errors="replace")
+        if message:
+            raise CollectiveError(f"host {host} of {len(messages)}: {message}") from cause
     return result  # type: ignore[return-value]
+
+
+def on_first_host(work: Callable[[], T]) -> T | None:
+    """Runs `work` on the first host and returns its result there, None elsewhere; if it fails, all hosts fail."""
+    return run_on_all_hosts(lambda: work() if is_first_host() else None)
 
 
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """Ends this process at once, with its message, if it alone of several hosts fails.
+    """Ends this process immediately, with its message, if it alone of several hosts fails.
 
-    A usual exit would wait five minutes for the others, which wait for this host's part of a step. Without it jax's
-    heartbeat ends them sooner.
+    A regular exit would wait five minutes for the others, which wait for this host's part of a step; without this host
+    jax's heartbeat ends them sooner.
     """
     try:
         yield
@@ -115,12 +117,12 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises Agreed on every host, naming fact and hosts, if `facts` (same keys everywhere) are not all equal."""
+    """Raises CollectiveError on every host, naming fact and hosts, if `facts` (same keys everywhere) differ."""
     if jax.process_count() == 1:
         return
-    mine = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
-    everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, *mine.shape)
-    differ = (everyone != everyone[0]).any(2)  # [hosts, facts]
+    digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
+    all_digests = np.asarray(multihost_utils.process_allgather(digests)).reshape(-1, *digests.shape)
+    differ = (all_digests != all_digests[0]).any(2)  # [hosts, facts]
     lines = [
         f"{name} (host 0 against {', '.join(map(str, np.flatnonzero(differ[:, i])))})"
         for i, name in enumerate(facts)

@@ -46,11 +46,11 @@ def sync_folder(folder: Path) -> None:
 def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
     """Yields an empty folder to fill; after the body it replaces `path`, after an error it is removed.
 
-    Raises ValueError for a folder that is there without the file `mark`, so that nobody's files are lost. The old
-    folder stays in a hidden place while the new one moves in, so that one of them is always whole.
+    Raises ValueError for an existing folder without the file `mark`, so that no other files are lost. The old folder
+    keeps a hidden name until the new one is in place, so that one of them is always complete.
     """
     if path.exists() and not (path / mark).exists():
-        raise ValueError(f"{path} is there and has no {mark}, so it is no export: choose another --out")
+        raise ValueError(f"{path} exists without {mark}, so it is not an export: choose another --out")
     token = uuid.uuid4().hex
     partial, old = path.with_name(f".{token}"), path.with_name(f".{token}.old")
     partial.mkdir()

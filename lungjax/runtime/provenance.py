@@ -1,4 +1,4 @@
-"""Which code, which packages, which machine: what a report needs so that its run can be repeated."""
+"""Code, package versions and machine, which a report records so that its run can be repeated."""
 
 import hashlib
 import platform
@@ -22,29 +22,29 @@ def code() -> str:
 
 
 def commit() -> str:
-    """Returns the git commit of the checkout that runs, with "-dirty" if files were changed since; "" if unknown."""
+    """Returns the git commit of this checkout, with "-dirty" if files were changed; "" if unknown."""
     if not (PACKAGE.parent / ".git").exists():
-        return ""  # installed: the version and the digest say what it is
+        return ""  # installed: version and digest identify the code
     command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of somebody else's that it refuses
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout owned by another user, which git refuses
         return ""
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of every package that decides a number."""
-    found = {}
+    """Returns the versions of the packages that affect results."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # lungjax itself, run from a checkout
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def facts() -> dict[str, Any]:
-    """Returns what a report says of code and machine; its keys are described in `lungjax/report/write.py`."""
+    """Returns the facts of a report about code and machine; `lungjax/report/write.py` describes the keys."""
     return {
         "commit": commit(),
         "code": code(),

@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C as a question that the training loop asks between two steps, so that it can save first.
+"""Graceful shutdown: SIGTERM and Ctrl-C set a flag that the training loop polls between steps, so that it saves first.
 
-Schedulers send SIGTERM some seconds before they kill (SLURM, Kubernetes, preempted machines). Imports no jax: the
-entry files read this one.
+Schedulers send SIGTERM some seconds before they kill (SLURM, Kubernetes, preempted machines). Imports no jax, since
+the commands import it at start-up.
 """
 
 import os
@@ -13,7 +13,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised once the run is saved; `number` is the signal's, which makes the exit code (128 + number)."""
+    """Raised once the run is saved; the exit code is 128 + `number`, that of the signal."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,39 +21,39 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Watch:
-    """What `watching` gives: whether the run was asked to end."""
+    """The signal that a run received, from `watching`."""
 
-    def __init__(self, shared: Callable[[int], bool] | None):
-        self.number = 0  # of the signal that came; 0 is none
-        self._shared = shared
+    def __init__(self, preempted: Callable[[int], bool] | None):
+        self.number = 0  # of the signal; 0 before any
+        self._preempted = preempted
 
-    def asked(self, step: int) -> bool:
-        """Returns whether the run shall end here; every host calls it after the same steps, and gets one answer."""
-        if self._shared and self._shared(step):
+    def should_stop(self, step: int) -> bool:
+        """Returns whether the run should stop here; every host calls it after the same steps and gets one answer."""
+        if self._preempted and self._preempted(step):
             self.number = signal.SIGTERM
         return bool(self.number)
 
     def check(self) -> None:
-        """Raises Interrupted if the run was asked to end; with several hosts only after `asked` has said so."""
+        """Raises Interrupted if the run should stop; with several hosts only after `should_stop` returned True."""
         if self.number:
             raise Interrupted(self.number)
 
 
 @contextmanager
-def watching(shared: Callable[[int], bool] | None = None) -> Iterator[Watch]:
-    """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C does.
+def watching(preempted: Callable[[int], bool] | None = None) -> Iterator[Watch]:
+    """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C ends it.
 
-    With several hosts, `shared` tells of a SIGTERM that reached any of them; Ctrl-C is turned into one here. Outside
-    the main thread, where Python allows no handlers, nothing is caught.
+    With several hosts, `preempted` reports a SIGTERM that any of them received (`distributed.preempted`), and Ctrl-C
+    becomes a SIGTERM. Outside the main thread, where Python allows no handlers, nothing is caught.
     """
-    watch, twice = Watch(shared), False
+    watch, interrupted = Watch(preempted), False
 
-    def note(number: int, _: FrameType | None) -> None:
-        nonlocal twice
-        if number == signal.SIGINT and twice:
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
             raise KeyboardInterrupt
-        twice = True
-        if shared:
+        interrupted = True
+        if preempted:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             watch.number = number
@@ -61,10 +61,10 @@ def watching(shared: Callable[[int], bool] | None = None) -> Iterator[Watch]:
     if threading.current_thread() is not threading.main_thread():
         yield watch
         return
-    caught = (signal.SIGINT,) if shared else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in caught}
+    numbers = (signal.SIGINT,) if preempted else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield watch
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

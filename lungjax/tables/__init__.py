@@ -1,1 +1,1 @@
-"""The studies' results tables: what was published, what lungjax gets, and the runs between them."""
+"""Results tables of the studies: published numbers and ours."""

@@ -1,11 +1,11 @@
-"""The studies' results tables, published and ours: python -m lungjax.tables --list
+"""Results tables of the studies, published and ours: python -m lungjax.tables --list
 
-    python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19             # what is there
-    python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # and makes what is missing
-    python -m lungjax.tables --smoke                                                  # tries every cell without data
+    python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19             # from finished runs
+    python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
+    python -m lungjax.tables --smoke                                                  # tests every cell without data
 
-Writes WORKDIR/tables/NAME.md, NAME.csv and pictures. A number is ours only if it comes from a finished run of that
-very experiment on that very data set; everything else is `not run`, with the command that makes it.
+Writes WORKDIR/tables/NAME.md, NAME.csv and figures. Only finished runs of exactly that experiment on exactly that data
+set give a number; every other cell is `not run`, with the command to run.
 """
 
 import os
@@ -15,41 +15,40 @@ from pathlib import Path
 from absl import app, flags
 
 from lungjax import cli, datasets
-from lungjax import config as configs
 from lungjax.config import experiments as experiment_files
+from lungjax.config import nearest
 from lungjax.tables import cells, published
 
 FLAGS = flags.FLAGS
 
-# The smoke run's programs run two steps each, so their compilation is what costs: without LLVM's expensive passes it
-# takes a fraction of the time.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Programs of the smoke test run for two steps, so compilation dominates; without LLVM's expensive passes it is faster.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_bool("list", False, "Prints every table with its title, its cells and its networks, and ends.")
+    flags.DEFINE_bool("list", False, "Print every table with its title, cells and networks.")
     flags.DEFINE_string("table", None, "The table's name; see --list.")
-    flags.DEFINE_string("workdir", None, "Where the table's runs live, each in NAME/seedN.")
-    flags.DEFINE_bool("run", False, "Makes missing runs and goes on with unfinished ones, one after the other.")
-    flags.DEFINE_integer("seeds", 3, "Runs of each experiment, with train.seed 0, 1, ...", lower_bound=1)
-    flags.DEFINE_string("data_dir", "data", "Where lungjax.prepare wrote the data sets.")
-    flags.DEFINE_string("weights_dir", None, "Where downloaded weight files lie; looked at first.")
-    flags.DEFINE_multi_string("set", [], "Overrides one field in every run, such as train.devices=1; repeatable.")
-    flags.DEFINE_integer("draws", 2000, "Bootstrap draws of patients and seeds.", lower_bound=100)
-    flags.DEFINE_bool("smoke", False, "Tries every cell of every table (or of --table) without data, and ends.")
+    flags.DEFINE_string("workdir", None, "The folder of the runs, each in NAME/seedN.")
+    flags.DEFINE_bool("run", False, "Execute missing and unfinished runs, one after the other.")
+    flags.DEFINE_integer("seeds", 3, "Runs per experiment, with train.seed 0, 1, ...", lower_bound=1)
+    flags.DEFINE_string("data_dir", "data", "The folder where lungjax.prepare wrote the data sets.")
+    flags.DEFINE_string("weights_dir", None, "A folder of downloaded weight files, searched first.")
+    flags.DEFINE_multi_string("set", [], "Override one field in every run, such as train.devices=1; repeatable.")
+    flags.DEFINE_integer("draws", 2000, "Bootstrap draws over patients and seeds.", lower_bound=100)
+    flags.DEFINE_bool("smoke", False, "Test every cell of every table (or of --table) without data.")
 
 
 def main(_: list[str]) -> None:
-    """Lists, tries, or runs and writes a table."""
+    """Lists tables, tests their cells, or executes runs and writes a table."""
     tables = published.TABLES
     if FLAGS.table is not None and FLAGS.table not in tables:
-        raise ValueError(f"--table={FLAGS.table}: unknown table; {configs.nearest(FLAGS.table, tables)}")
+        raise ValueError(f"--table={FLAGS.table}: unknown table; {nearest(FLAGS.table, tables)}")
     if FLAGS.list:
         print(listing())
         return
     if FLAGS.smoke:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from lungjax.tables import smoke  # here, after the flags: it imports jax
 
@@ -62,20 +61,19 @@ def main(_: list[str]) -> None:
     if not FLAGS.table:
         raise app.UsageError("--table=NAME is missing; --list shows the names")
     if not FLAGS.workdir:
-        raise app.UsageError(f"--workdir=DIR is missing: where the runs of {FLAGS.table} live, or shall live")
+        raise app.UsageError(f"--workdir=DIR is missing: the folder for the runs of {FLAGS.table}")
     from lungjax.tables import charts, results, runs  # here, after the flags: they import jax
 
     weights_dir = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
-    places = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
-    options = runs.Options(*places, weights_dir, tuple(FLAGS.set), FLAGS.seeds)
+    folders = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
+    options = runs.Options(*folders, weights_dir, tuple(FLAGS.set), FLAGS.seeds)
     table = tables[FLAGS.table]
-    for name in cells.experiments(table, tables)[:1]:
-        runs.plan(name, options)  # a mistake in --set is answered at once, and not for each cell
+    runs.plan(cells.experiments(table, tables)[0], options)  # reports a mistake in --set once, not for each cell
     failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
     reader = results.Reader(table, options, FLAGS.draws, failed)
-    found = results.evaluate(table, tables, reader)
-    path = results.write(table, found, options, reader, charts.draw)
-    print(results.told(table, found))
+    answers = results.evaluate(table, tables, reader)
+    path = results.write(table, answers, options, reader, charts.draw)
+    print(results.summary(table, answers))
     print(f"Table: {path}")
     if failed:
         print(f"{len(failed)} run{'s' * (len(failed) > 1)} failed:")
@@ -85,20 +83,14 @@ def main(_: list[str]) -> None:
 
 
 def listing() -> str:
-    """Returns each table's name, title, number of cells and networks."""
+    """Returns name, title, number of cells, data sets and networks of each table."""
     lines = []
     for table in published.TABLES.values():
-        names: dict[str, None] = {}
-        data: dict[str, None] = {}
-        experiments = [
-            one.experiment for cell in table.cells for one in cells.candidates(table, cell, published.TABLES)
-        ]
-        for name in dict.fromkeys(experiments):
-            config = experiment_files.load(name)
-            names[config.model.name] = None
-            data[datasets.resolve(config.data.dataset)[0].base] = None
-        lines += [f"{table.name}", f"    {table.title}"]
-        lines += [f"    {len(table.cells)} cells, data {', '.join(data)}, networks {', '.join(names)}"]
+        configs = [experiment_files.load(name) for name in cells.experiments(table, published.TABLES)]
+        networks = dict.fromkeys(config.model.name for config in configs)
+        data = dict.fromkeys(datasets.resolve(config.data.dataset)[0].base for config in configs)
+        lines += [table.name, f"    {table.title}"]
+        lines += [f"    {len(table.cells)} cells, data {', '.join(data)}, networks {', '.join(networks)}"]
     return "\n".join(lines)
 
 

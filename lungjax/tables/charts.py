@@ -1,4 +1,4 @@
-"""The pictures of a table: bars by configuration, a grid of confusion matrices, curves of each network's best run."""
+"""The figures of a table: bars per configuration, a grid of confusion matrices, curves of each network's best run."""
 
 import math
 import textwrap
@@ -11,56 +11,58 @@ import numpy as np
 from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import style
+from lungjax.report.render import count
 from lungjax.tables.cells import Table
 from lungjax.tables.results import Group, Reader, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEW_BARS = 28  # cells up to which all bars share one axis
-ACROSS = 5  # panels a line
-SHORT = 14  # letters of a class's name
-GRID = np.linspace(0, 1, 501)  # where the classes' curves are averaged
-SHADES = {"inside": style.COLORS[0], "above": style.RIGHT, "below": style.WRONG, "": "#8C8C8C"}
-WORDS = {
-    "inside": "ours, published number inside the interval",
-    "above": "ours, above it",
-    "below": "ours, below it",
-    "": "ours, no verdict",
+MAX_BARS = 28  # cells up to which all bars share one axis
+COLUMNS = 5  # panels per row
+MAX_LETTERS = 14  # of the name of a class
+GRID = np.linspace(0, 1, 501)  # at which the curves of the classes are averaged
+VERDICTS = {
+    "inside": (style.COLORS[0], "ours, published number inside the interval"),
+    "above": (style.CORRECT, "ours, above it"),
+    "below": (style.WRONG, "ours, below it"),
+    "": ("#8C8C8C", "ours, no verdict"),
+}
+CAPTIONS = {
+    "bars": "Published numbers (marks) and ours (bars, with 95 % intervals)",
+    "confusions": "Confusion matrices, mean over the seeds, as shares of the true class",
+    "curves": "ROC and precision-recall curves of each network's best run",
 }
 
 
-def draw(table: Table, found: Sequence[Result], reader: Reader, folder: Path) -> dict[str, str]:
-    """Draws what `table.charts` says into `folder`; returns what each picture shows by file name.
+def draw(table: Table, results: Sequence[Result], reader: Reader, folder: Path) -> dict[str, str]:
+    """Draws `table.charts` into `folder`; returns the captions by file name.
 
-    Bars are drawn without a single run as well, for what was published; the others need finished runs.
+    Bars need no run and then show only published numbers; the others need finished runs.
     """
-    drawn = {}
-    done = [result for result in found if result.ours is not None and result.group is not None]
-    if "bars" in table.charts:
-        drawn[f"{table.name}_bars.png"] = "Published numbers (marks) and ours (bars, with 95 % intervals)"
-        bars(table, found, folder / f"{table.name}_bars.png")
-    if "confusions" in table.charts and done:
-        drawn[f"{table.name}_confusions.png"] = "Confusion matrices, mean over the seeds, as shares of the true class"
-        confusions(table, done, reader, folder / f"{table.name}_confusions.png")
-    if "curves" in table.charts and done:
-        drawn[f"{table.name}_curves.png"] = "ROC and precision-recall curves of each network's best run"
-        curves(table, done, reader, folder / f"{table.name}_curves.png")
-    for chart in ("bars", "confusions", "curves"):  # of an earlier call, when other runs were there
-        name = f"{table.name}_{chart}.png"
-        if name not in drawn:
-            (folder / name).unlink(missing_ok=True)
-    return drawn
+    captions = {}
+    done = [r for r in results if r.ours is not None and r.group is not None]
+    for chart, caption in CAPTIONS.items():
+        path = folder / f"{table.name}_{chart}.png"
+        path.unlink(missing_ok=True)  # from an earlier call with other runs
+        if chart not in table.charts or not (done or chart == "bars"):
+            continue
+        captions[path.name] = caption
+        if chart == "bars":
+            bars(table, results, path)
+        else:
+            {"confusions": confusions, "curves": curves}[chart](table, done, reader, path)
+    return captions
 
 
-def bars(table: Table, found: Sequence[Result], path: Path) -> None:
-    """Draws each cell: ours as a bar with its interval, what was published as a mark.
+def bars(table: Table, results: Sequence[Result], path: Path) -> None:
+    """Draws each cell: our number as a bar with its interval, the published one as a mark.
 
-    A few cells share one axis, a group a row and a colour a column. Many get a panel a row, the colour says the
-    verdict. Losses and other numbers above 1 are left out.
+    Few cells share one axis, with a group per row and a color per column. Many cells get a panel per row, colored by
+    verdict. Losses and other numbers above 1 are skipped.
     """
-    shown = [r for r in found if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
-    if len(shown) <= FEW_BARS and len(table.columns) <= len(style.COLORS):
+    shown = [r for r in results if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
+    if len(shown) <= MAX_BARS and len(table.columns) <= len(style.COLORS):
         _one_axis(table, shown, path)
     else:
         _panels(table, shown, path)
@@ -84,18 +86,18 @@ def _one_axis(table: Table, shown: Sequence[Result], path: Path) -> None:
     axis.set_ylim(place - 0.7, -0.8)
     from matplotlib.patches import Patch
 
-    known = [Patch(color=color[name], label=style.short(name, 30)) for name in columns]
-    _finish(figure, axis, table, shown, path, known)
+    patches = [Patch(color=color[name], label=style.short(name, 30)) for name in columns]
+    _finish(figure, axis, table, shown, path, patches)
 
 
 def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
     shown = [r for r in shown if r.ours is not None or r.cell.published is not None]
     rows = [row for row in table.rows if any(r.cell.row == row for r in shown)]
     columns = [column for column in table.columns if any(r.cell.column == column for r in shown)]
-    # Of a table that is longer than it is wide, the panels are the columns.
-    turned = len(columns) < len(rows)
-    panels, lines = (columns, rows) if turned else (rows, columns)
-    across = min(ACROSS, len(panels))
+    # In a table that is longer than it is wide, the panels are the columns.
+    transposed = len(columns) < len(rows)
+    panels, lines = (columns, rows) if transposed else (rows, columns)
+    across = min(COLUMNS, len(panels))
     down = math.ceil(len(panels) / across)
     left = 0.075 * min(max(map(len, lines)), 34)
     figure = style.figure(left + 2.35 * across + 0.4, 1.4 + down * (0.55 + 0.17 * len(lines)))
@@ -105,9 +107,9 @@ def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
         style.style(axis)
         axis.set_title(style.short(panel, 30), loc="left", fontsize=10, color=style.INK)
         for r in shown:
-            name, line = (r.cell.column, r.cell.row) if turned else (r.cell.row, r.cell.column)
+            name, line = (r.cell.column, r.cell.row) if transposed else (r.cell.row, r.cell.column)
             if name == panel:
-                _bar(axis, at[line], r, SHADES[r.verdict])
+                _bar(axis, at[line], r, VERDICTS[r.verdict][0])
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(lines)), [style.short(line, 34) for line in lines])
@@ -116,9 +118,9 @@ def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
         axis.tick_params(labelsize=7.5, labelbottom=True)
     from matplotlib.patches import Patch
 
-    met = {r.verdict for r in shown if r.ours is not None}
-    known = [Patch(color=SHADES[word], label=text) for word, text in WORDS.items() if word in met]
-    _finish(figure, axes[0], table, shown, path, known)
+    used = {r.verdict for r in shown if r.ours is not None}
+    patches = [Patch(color=color, label=label) for word, (color, label) in VERDICTS.items() if word in used]
+    _finish(figure, axes[0], table, shown, path, patches)
 
 
 def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
@@ -131,7 +133,7 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
                   solid_capstyle="butt")  # fmt: skip
 
 
-def _finish(figure: Any, axis: "Axes", table: Table, shown: Sequence[Result], path: Path, known: list[Any]) -> None:
+def _finish(figure: Any, axis: "Axes", table: Table, shown: Sequence[Result], path: Path, patches: list[Any]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MultipleLocator
 
@@ -141,15 +143,15 @@ def _finish(figure: Any, axis: "Axes", table: Table, shown: Sequence[Result], pa
     marks += [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
     figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
     figure.legend(
-        handles=[*marks, *known], loc="outside lower center", ncols=min(len(marks) + len(known), 4), frameon=False,
+        handles=[*marks, *patches], loc="outside lower center", ncols=min(len(marks) + len(patches), 4), frameon=False,
         fontsize=9,
     )  # fmt: skip
     style.save(figure, path)
 
 
 def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
-    """Draws a confusion matrix for each experiment and split: the share of each true class, mean over the seeds."""
-    found: dict[tuple[str, str], tuple[str, Group, str]] = {}
+    """Draws a confusion matrix per experiment and split: shares of each true class, mean over the seeds."""
+    panels: dict[tuple[str, str], tuple[str, Group, str]] = {}
     rows = {experiment: len({r.cell.row for r in done if r.cell.experiment == experiment})
             for experiment in {r.cell.experiment for r in done}}  # fmt: skip
     for r in done:
@@ -158,32 +160,31 @@ def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path)
         title = f"{r.cell.row}\n{r.cell.column}" if alone and rows[r.cell.experiment] == 1 else r.cell.row
         if r.chosen:
             title = f"{r.cell.row}\n{r.chosen.column if r.chosen.row == r.cell.row else r.chosen.row}"
-        found.setdefault((r.group.experiment, r.cell.split), (title, r.group, r.cell.split))
-    both = len({split for _, split in found}) > 1
-    matrices = list(found.values())
+        panels.setdefault((r.group.experiment, r.cell.split), (title, r.group, r.cell.split))
+    both = len({split for _, split in panels}) > 1
+    matrices = list(panels.values())
     each = [reader.predictions(group, split) for _, group, split in matrices]
     classes = each[0][0].classes
-    longest = max(len(style.short(name, SHORT)) for name in classes)
-    across = min(len(matrices), 10 if len(matrices) > 40 else ACROSS)
+    longest = max(len(style.short(name, MAX_LETTERS)) for name in classes)
+    across = min(len(matrices), 10 if len(matrices) > 40 else COLUMNS)
     down = math.ceil(len(matrices) / across)
-    # Inches: a matrix, its title, the space between two, and around all. Placed by hand: with a hundred axes the
-    # layout engine takes minutes.
+    # In inches: a matrix, its title, the gap between two, the margins. Matplotlib's layout engine would take minutes
+    # for a hundred axes.
     side, head, gap = 0.3 + 0.32 * len(classes), 0.36 + 0.14 * both, 0.12
     left, below, above = 0.2 + 0.065 * longest, 0.15 + 0.055 * longest, 0.55
     width = max(left + across * (side + gap), 5.0)
     height = above + down * (side + head) + below
     figure = style.figure(width, height, layout="none")
-    for number, ((title, _, split), made) in enumerate(zip(matrices, each, strict=True)):
+    for number, ((title, _, split), seeds) in enumerate(zip(matrices, each, strict=True)):
         x = left + number % across * (side + gap)
         y = height - above - (number // across + 1) * (side + head)
         axis = figure.add_axes((x / width, y / height, side / width, side / height))
-        _matrix(axis, made, number % across == 0, number + across >= len(matrices))
+        _matrix(axis, seeds, number % across == 0, number + across >= len(matrices))
         lines = [*title.split("\n"), *[split] * both]
-        most = int((side + gap) / 0.062)
-        text = "\n".join(style.short(line, most) for line in lines)
+        letters = int((side + gap) / 0.062)
+        text = "\n".join(style.short(line, letters) for line in lines)
         axis.set_title(text, fontsize=7.5, color=style.INK, pad=3)
-    seeds = len(each[0])
-    what = f"{table.title}: share of each true class (rows), mean over {seeds} seed{'s' * (seeds != 1)}"
+    what = f"{table.title}: share of each true class (rows), mean over {count(len(each[0]), 'seed')}"
     what += "" if both else f", {matrices[0][2]} split"
     figure.text(0.5, 1 - 0.05 / height, style.plain("\n".join(textwrap.wrap(what, max(int(width * 13), 40)))),
                 fontsize=10, color=style.INK, ha="center", va="top")  # fmt: skip
@@ -197,7 +198,7 @@ def _matrix(axis: "Axes", each: Sequence[Predictions], left: bool, bottom: bool)
     whole = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, whole, out=np.full_like(counts, np.nan), where=whole > 0)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    names = [style.short(name, SHORT) for name in classes]
+    names = [style.short(name, MAX_LETTERS) for name in classes]
     axis.set_xticks(range(c), names if bottom else [""] * c, fontsize=7, rotation=40, ha="right",
                     rotation_mode="anchor")  # fmt: skip
     axis.set_yticks(range(c), names if left else [""] * c, fontsize=7)
@@ -210,9 +211,9 @@ def _matrix(axis: "Axes", each: Sequence[Predictions], left: bool, bottom: bool)
 
 
 def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
-    """Draws ROC and precision-recall curves of each network's best run: the best cell's best seed.
+    """Draws ROC and precision-recall curves of each network's best run, the best seed of its best cell.
 
-    Networks are told apart by name, weights and what is trained. Curves are pooled as `table.pooling` says.
+    Networks differ by name, weights and trained parameters. `table.pooling` is how the classes are pooled.
     """
     figure = style.figure(12.6, 5.2)
     left, right = figure.subplots(1, 2)
@@ -223,24 +224,20 @@ def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> 
         axis.set_box_aspect(1)
     left.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
     for i, (name, result, seed, predictions) in enumerate(best_runs(done, reader)):
-        look: dict[str, Any] = {
-            "color": style.COLORS[i % len(style.COLORS)],
-            "linestyle": style.STYLES[i // len(style.COLORS) % len(style.STYLES)],
-            "linewidth": 1.7,
-        }
+        look = {**style.line_style(i), "linewidth": 1.7}
         (x, y, area), (recall, precision, mean) = pooled(predictions, table.pooling)
         label = f"{name}\n{result.cell.split}, seed {seed}: AUC {area:.3f}, AP {mean:.3f}"
         left.plot(x, y, label=label, **look)
         right.plot(recall, precision, drawstyle="steps-pre", **look)
     left.set(xlabel="False positive rate (1 - specificity)", ylabel="True positive rate (sensitivity)")
     right.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
-    how = {
+    pooling = {
         "micro": "all example-class pairs pooled (micro)",
-        "macro": "mean of the classes' curves (macro)",
-        "micro_logits": "raw logits of all example-class pairs pooled (micro), as the study did",
+        "macro": "mean over classes (macro)",
+        "micro_logits": "raw logits of all example-class pairs pooled (micro), as in the study",
     }[table.pooling]
     left.set_title(style.plain(table.title), loc="left", fontsize=11, color=style.INK, pad=24)
-    left.text(0, 1.03, f"Each network's best run, {how}", transform=left.transAxes, fontsize=9, color=style.QUIET)
+    left.text(0, 1.03, f"Each network's best run, {pooling}", transform=left.transAxes, fontsize=9, color=style.MUTED)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelspacing=0.8)
     style.save(figure, path)
@@ -253,10 +250,10 @@ def best_runs(done: Sequence[Result], reader: Reader) -> list[tuple[str, Result,
         assert r.group is not None
         model, tune = r.group.config.model, r.group.config.optim
         networks.setdefault((model.name, model.weights, tune.tune, tune.freeze), []).append(r)
-    found = []
+    best_of = []
     for own in networks.values():
-        alike = [r for r in own if r.cell.metric == own[0].cell.metric]
-        best = max(alike, key=lambda r: r.ours or 0.0)
+        candidates = [r for r in own if r.cell.metric == own[0].cell.metric]
+        best = max(candidates, key=lambda r: r.ours or 0.0)
         assert best.group is not None
         values = reader.each(best.group, best.cell.metric)
         seed = int(np.nanargmax(values))
@@ -266,8 +263,8 @@ def best_runs(done: Sequence[Result], reader: Reader) -> list[tuple[str, Result,
         elif len({r.cell.metric for r in done}) > 1:  # columns are metrics
             places = places[:1]
         name = style.short(", ".join(places), 44)
-        found.append((name, best, best.group.runs[seed].seed, reader.predictions(best.group, best.cell.split)[seed]))
-    return found
+        best_of.append((name, best, best.group.runs[seed].seed, reader.predictions(best.group, best.cell.split)[seed]))
+    return best_of
 
 
 Curve = tuple[np.ndarray, np.ndarray, float]
@@ -276,7 +273,7 @@ Curve = tuple[np.ndarray, np.ndarray, float]
 def pooled(predictions: Predictions, how: str) -> tuple[Curve, Curve]:
     """Returns ROC (false and true positive rate, area) and PR (recall, precision, average precision) of all classes.
 
-    `how` is one of `cells.POOLINGS`. Without logits in the file probabilities take their place.
+    `how` is one of `cells.POOLINGS`; without logits, probabilities are used.
     """
     is_class = predictions.labels[:, None] == np.arange(len(predictions.classes))
     scores = np.asarray(predictions.probabilities, np.float64)
@@ -287,15 +284,14 @@ def pooled(predictions: Predictions, how: str) -> tuple[Curve, Curve]:
         x, y, _ = metrics.roc_curve(pairs, values)
         recall, precision, _ = metrics.pr_curve(pairs, values)
         return (x, y, metrics.auc(pairs, values)), (recall, precision, metrics.average_precision(pairs, values))
-    held = [i for i in range(is_class.shape[1]) if is_class[:, i].any() and not is_class[:, i].all()]
     roc, pr, areas = [], [], []
-    for i in held:
-        x, y, _ = metrics.roc_curve(is_class[:, i], scores[:, i])
+    for positive, values in zip(is_class.T, scores.T, strict=True):
+        if positive.all() or not positive.any():
+            continue
+        x, y, _ = metrics.roc_curve(positive, values)
         roc.append(np.interp(GRID, x, y))
-        recall, precision, _ = metrics.pr_curve(is_class[:, i], scores[:, i])
+        recall, precision, _ = metrics.pr_curve(positive, values)
         pr.append(precision[np.minimum(np.searchsorted(recall, GRID), len(recall) - 1)])
-        areas.append(
-            (metrics.auc(is_class[:, i], scores[:, i]), metrics.average_precision(is_class[:, i], scores[:, i]))
-        )
+        areas.append((metrics.auc(positive, values), metrics.average_precision(positive, values)))
     area, mean = np.mean(areas, axis=0)
     return (GRID, np.mean(roc, axis=0), float(area)), (GRID, np.mean(pr, axis=0), float(mean))

@@ -1,10 +1,9 @@
-"""Every cell of every table, tried without data: what a run needs is checked, and each network trains two steps.
+"""Smoke test of every cell of every table, without data.
 
-For each cell: the experiment loads and makes sense, its data set and classes are known, its weights have a record,
-the network, optimiser, schedule and loss fit together (shapes alone, nothing is compiled), the augmentation gives
-images of the right size, and the metric exists and has a value. For each distinct network with its head and its
-frozen parameters: random weights, the smallest images that it takes, two training steps with finite losses, and one
-prediction. What does not matter to that is left out: image stage, augmentation, class weights, ImageNet weights.
+For each cell: the experiment is valid, its data set and classes are known, its weights are in the catalogue, network,
+optimizer, schedule and loss fit together (shapes only), augmented images have the right size, the metric is defined.
+For each distinct network with its head and frozen parameters: two training steps with finite losses and one prediction,
+with random weights and the smallest possible images, without image stage, augmentation or class weights.
 """
 
 import time
@@ -25,30 +24,31 @@ from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
+from lungjax.tables import cells
 from lungjax.tables.cells import Cell, Table
 from lungjax.training import optim, program
 from lungjax.weights import load
 
-LABELS = 64  # of a train split that isn't there
-RATE = 1e-6  # of the two steps
-BATCH = 8  # images of the two steps: fewer, and norms over single cells blow up a deep network
-UNKNOWN = ("a", "b")  # classes of a data set whose images say which (folder)
+LABELS = 64  # of a simulated train split
+LEARNING_RATE = 1e-6  # of the two steps
+BATCH = 8  # images per step; with fewer, batch norm over single cells makes deep networks diverge
+UNKNOWN = ("a", "b")  # classes of a data set that are only known with its images (folder)
 
 
 def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[[str], None]) -> list[str]:
-    """Tries every cell of the `chosen` ones of all `tables`; returns the failures, one line each.
+    """Tests every cell of the `chosen` among all `tables`; returns the failures, one line each.
 
-    `say` gets a line for each row of each table as it goes, and a summary.
+    `say` is called with a line per row of each table, and a summary.
     """
-    started, failures, tried = time.monotonic(), [], 0
-    steps: dict[str, str] = {}  # of a network, as `distinct` names it: what training it said, "" if all is well
+    started, failures, tested = time.monotonic(), [], 0
+    steps: dict[str, str] = {}  # the error of training a network, or "", by `distinct`
     for table in chosen.values():
         say(f"{table.name}: {table.title}")
         for row in table.rows:
             parameters: dict[int, None] = {}
             wrong, trained = [], 0
             for cell in (cell for cell in table.cells if cell.row == row):
-                tried += 1
+                tested += 1
                 where = f"{table.name}: {cell.row}, {cell.column}"
                 try:
                     config, classes = check(cell)
@@ -70,27 +70,17 @@ def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[
             say(f"  {row}: {count} cell{'s' * (count != 1)} {state}; {sizes} parameters{new} [{minutes:.1f} min]")
             for line in wrong:
                 say(f"    {line}")
-        problem = _chooses(table, tables)
-        if problem:
-            failures.append(problem)
-            say(f"    {problem}")
+        try:
+            cells.experiments(table, tables)
+        except ValueError as error:
+            failures.append(str(error))
+            say(f"    {error}")
     minutes = (time.monotonic() - started) / 60
     say(
-        f"{tried} cells of {len(chosen)} tables, {len(steps)} distinct networks trained: {len(failures)} failures in "
+        f"{tested} cells of {len(chosen)} tables, {len(steps)} distinct networks trained: {len(failures)} failures in "
         f"{minutes:.1f} minutes"
     )
     return failures
-
-
-def _chooses(table: Table, tables: Mapping[str, Table]) -> str:
-    from lungjax.tables import cells
-
-    try:
-        for cell in table.cells:
-            cells.candidates(table, cell, tables)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _one_line(error: Exception) -> str:
@@ -100,9 +90,9 @@ def _one_line(error: Exception) -> str:
 
 @lru_cache(maxsize=1024)
 def complete(name: str) -> tuple[Config, tuple[str, ...]]:
-    """Returns an experiment's configuration with what its weights demand, and the data set's classes.
+    """Returns the configuration of an experiment with the requirements of its weights, and the classes of the data set.
 
-    Weights of a run that is yet to be made are taken for none. Raises ValueError for what a run would refuse.
+    Weights of another run are replaced by random ones. Raises ValueError for a configuration that a run would reject.
     """
     config = experiments.load(name)
     configs.check(config)
@@ -112,15 +102,14 @@ def complete(name: str) -> tuple[Config, tuple[str, ...]]:
     config = load.resolve(config)
     source = load.parse(config.model)
     if config.model.weights != "none" and source.record is None:
-        raise ValueError(f"model.weights={config.model.weights} has no record")
+        raise ValueError(f"model.weights={config.model.weights} is not in the catalogue")
     return config, classes
 
 
 def check(cell: Cell) -> tuple[Config, tuple[str, ...]]:
-    """Returns a cell's configuration and classes. Raises ValueError for what doesn't fit, its metric included."""
+    """Returns the configuration and classes of a cell. Raises ValueError if it is invalid or its metric undefined."""
     config, classes = complete(cell.experiment)
-    sheet = _predictions(classes)
-    value = bootstrap.over_runs([sheet], [cell.name], draws=2, seed=0, unit=cell.unit).get(cell.name)
+    value = bootstrap.over_runs([_predictions(classes)], [cell.name], draws=2, seed=0, unit=cell.unit).get(cell.name)
     if value is None or None in value:
         raise ValueError(f"metric {cell.metric!r}: {configs.nearest(cell.name, _names(classes))}")
     _augmented(config.augment, config.input)
@@ -129,7 +118,7 @@ def check(cell: Cell) -> tuple[Config, tuple[str, ...]]:
 
 @lru_cache(maxsize=16)
 def _predictions(classes: tuple[str, ...]) -> Predictions:
-    """Returns made-up predictions in which every class is met and called."""
+    """Returns random predictions in which every class occurs and is predicted."""
     labels = np.arange(6 * len(classes)) % len(classes)
     logits = np.random.default_rng(0).normal(size=(len(labels), len(classes))) + 1.5 * np.eye(len(classes))[labels]
     logits = logits.astype(np.float32)
@@ -145,27 +134,27 @@ def _names(classes: tuple[str, ...]) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _augmented(settings: AugmentConfig, spec: configs.InputSpec) -> None:
-    """Raises ValueError if augmented images would not be of the network's size."""
+    """Raises ValueError if augmented images do not have the input size of the network."""
     height, width = (round(side * (1 + 2 * spec.box_margin)) for side in spec.size)
     image = jax.ShapeDtypeStruct((BATCH, height, width, spec.channels), jnp.uint8)
     place = jax.ShapeDtypeStruct((BATCH,), jnp.uint32)
     box = jax.ShapeDtypeStruct((BATCH, 4), jnp.float32) if spec.box_margin else None
     body = jax.ShapeDtypeStruct((BATCH, height, width), jnp.uint8) if settings.exterior else None
-    made = jax.eval_shape(
+    images = jax.eval_shape(
         lambda *parts: augment.augment(parts[0], parts[1], jax.random.key(0), settings, spec.size, *parts[2:]),
         image, place, box, body,
     )  # fmt: skip
-    if made.shape != (BATCH, *spec.size, spec.channels):
-        raise ValueError(f"augmented images are {made.shape}, the network takes {spec.size} and {spec.channels}")
+    if images.shape != (BATCH, *spec.size, spec.channels):
+        raise ValueError(f"augmented images are {images.shape}, the input is {spec.size} with {spec.channels} channels")
 
 
 def shapes(config: Config, classes: tuple[str, ...]) -> int:
-    """Builds an experiment's program on shapes alone; returns how many parameters it has."""
+    """Builds the program of an experiment from shapes only; returns its number of parameters."""
     optim.class_weights(config.optim.class_weights, np.arange(LABELS) % len(classes), classes)
-    # What the program's shapes don't depend on is set to one value, so that one answer serves many cells.
-    kept = replace(config.train, seed=0, monitor="", patience=0, eval_steps=0, save_steps=0)
-    settings = replace(config.optim, class_weights="none")
-    return _shapes(Config(input=config.input, model=config.model, optim=settings, train=kept), classes)
+    # Fields that do not change shapes are set to one value, so that cells share a cache entry.
+    train = replace(config.train, seed=0, monitor="", patience=0, eval_steps=0, save_steps=0)
+    optimizer = replace(config.optim, class_weights="none")
+    return _shapes(Config(input=config.input, model=config.model, optim=optimizer, train=train), classes)
 
 
 @lru_cache(maxsize=1024)
@@ -176,30 +165,30 @@ def _shapes(config: Config, classes: tuple[str, ...]) -> int:
 
 
 def count(params: Any) -> int:
-    """Returns how many numbers a tree of arrays or shapes holds."""
+    """Returns the number of elements in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in trees.flatten(params).values())
 
 
 def smallest(config: Config) -> Config:
-    """Returns the configuration of a two-step trial: the smallest images, a small batch, random weights.
+    """Returns a configuration for two steps on the smallest images, a small batch and random weights.
 
-    What decides which program is compiled stays: the network, its head and norms, the optimiser and what is frozen.
+    Everything that changes the compiled program stays: network, head, norms, optimizer and frozen parameters.
     """
     return Config(
         input=replace(
             config.input, size=models.minimum_size(config.model), crop="none", crop_size=(0, 0), box_margin=0.0
         ),
         model=replace(config.model, weights="none"),
-        # Images of the smallest size make maps of one cell, whose batch norms give gradients of any size: a small rate.
+        # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
         optim=replace(
-            config.optim, lr=RATE, class_weights="none", schedule="constant", warmup_steps=0, schedule_steps=0
+            config.optim, lr=LEARNING_RATE, class_weights="none", schedule="constant", warmup_steps=0, schedule_steps=0
         ),
         train=configs.TrainConfig(batch_size=BATCH, steps=2),
     )
 
 
 def distinct(config: Config, classes: tuple[str, ...]) -> str:
-    """Returns what tells apart the networks that are trained; equal for cells of one network and freezing."""
+    """Returns a key that is equal for cells with the same network and frozen parameters."""
     small = smallest(config)
     trained = (small.optim.tune, small.optim.freeze, small.optim.frozen_batch_norm)
     outputs = len(classes)
@@ -208,7 +197,7 @@ def distinct(config: Config, classes: tuple[str, ...]) -> str:
 
 
 def attempt(config: Config, classes: tuple[str, ...]) -> str:
-    """Trains two steps and predicts once; returns what went wrong, "" for nothing."""
+    """Trains two steps and predicts once; returns the error, or ""."""
     small = smallest(config)
     try:
         labels = np.arange(LABELS) % len(classes)
@@ -226,18 +215,18 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
             if not bool(values["finite"]):
                 return f"loss {values['loss']}, gradient {values['grad_norm']} at step {number}"
         row = {"image": images, "row": np.arange(BATCH, dtype=np.int32)}
-        found = np.asarray(compiled.predict_step(compiled.network.prepare(state.variables), row)["probabilities"])
-        if found.shape != (BATCH, len(classes)) or not np.allclose(found.sum(axis=1), 1, atol=1e-3):
-            return f"predictions of shape {found.shape} with sums {found.sum(axis=1)}"
+        predicted = np.asarray(compiled.predict_step(compiled.network.fold(state.variables), row)["probabilities"])
+        if predicted.shape != (BATCH, len(classes)) or not np.allclose(predicted.sum(axis=1), 1, atol=1e-3):
+            return f"predictions of shape {predicted.shape} with sums {predicted.sum(axis=1)}"
     except Exception as error:
         return _one_line(error)
     return ""
 
 
 def random_leaves(like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns random numbers for every leaf by path: He's for kernels, 1 for scales and variances, else 0.
+    """Returns initial values by path: He normal for kernels, 1 for scales and variances, else 0.
 
-    Made here, since compiling a deep network's own start takes about as long as compiling its step.
+    In NumPy, because compiling the initialization of a deep network takes as long as compiling its step.
     """
     rng, leaves = np.random.default_rng(0), {}
     for tree in like.values():

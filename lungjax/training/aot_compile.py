@@ -1,17 +1,16 @@
-"""Compiles the training step of a run for a TPU topology that is elsewhere, and says what that tells.
+"""Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives.
 
-XLA's TPU compiler (libtpu) needs no TPU: it is given shapes, shardings and a topology's name. So a user learns whether
-a step fits, how much arithmetic and memory traffic it is, and which collectives run, before paying for a pod. Nothing
-is executed and no weight is read.
+XLA's TPU compiler (libtpu) needs shapes, shardings and the name of a topology only. Nothing is executed and no weights
+are read.
 """
 
 import dataclasses
 import importlib.util
 import io
+import math
 import os
 import re
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,232 +26,195 @@ from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import mesh as meshes
-from lungjax.training import hlo, program, state
+from lungjax.training import program, state
 from lungjax.weights import load
 
 GIB = 2**30
-WORTH_CUTTING = 0.02  # of a chip's memory that the state takes
-STEPS = 1000  # of a run whose data set isn't here; only the schedule's numbers depend on it
+MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not advised for a smaller state
+DEFAULT_STEPS = 1000  # where the data set is unavailable; only the constants of the schedule depend on it
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Generation:
-    """One kind of TPU: what Google publishes of a chip, and in which shapes slices of it come."""
+    """One TPU generation: published figures of a chip, and the slice shapes."""
 
     memory: int  # GiB of HBM
-    bandwidth: float  # GB/s of it
-    speed: float  # TFLOP/s in bfloat16
-    shapes: tuple[str, ...]  # of slices; for the 3-D ones some of many
-    options: tuple[tuple[str, Any], ...] = ()  # for libtpu
+    bandwidth: float  # GB/s of HBM
+    speed: float  # bfloat16 TFLOP/s
+    shapes: tuple[str, ...]  # of slices; for 3-D topologies a selection
 
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 # https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "System architecture" and "Configurations".
 GENERATIONS = {
-    # A v4 chip's two cores are one device there, as on Google's machines.
-    "v4": Generation(32, 1200, 275, CUBIC, (("chip_config_name", "megacore"),)),
-    "v5e": Generation(16, 819, 197, FLAT),
-    "v5p": Generation(95, 2765, 459, CUBIC),
-    "v6e": Generation(32, 1638, 918, FLAT),
+    "v4": Generation(32, 1200, 275, SHAPES_3D),
+    "v5e": Generation(16, 819, 197, SHAPES_2D),
+    "v5p": Generation(95, 2765, 459, SHAPES_3D),
+    "v6e": Generation(32, 1638, 918, SHAPES_2D),
 }
 
 
-def parse(topology: str) -> tuple[Generation, tuple[int, ...]]:
-    """Reads a topology such as "v5e:4x4": the generation, and chips along each side.
+def devices(topology: str) -> list[Any]:
+    """Returns the devices of a topology such as "v5e:4x4", one per chip; only a compiler can use them.
 
-    Raises ValueError, with the choices, for another form, an unknown generation, or a shape that it doesn't come in.
+    Raises ValueError, with the choices, for an unknown topology, and if libtpu is missing.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
-    name = found[1] if found else re.split(r"[:-]", topology)[0]
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    name, shape = match.groups() if match else (re.split("[:-]", topology)[0], "")
     generation = GENERATIONS.get(name)
     if generation is None:
         raise ValueError(
             f"--compile_for={topology}: give GENERATION:SHAPE, such as v5e:4x4 for 16 chips; generations are "
             f"{', '.join(GENERATIONS)}"
         )
-    sides = tuple(int(side) for side in found[2].split("x")) if found else ()
-    flat = generation.shapes == FLAT
-    fits = found and (found[2] in FLAT if flat else len(sides) == 3 and min(sides) > 0)
-    if not fits:
+    flat = generation.shapes == SHAPES_2D
+    if not (shape in SHAPES_2D if flat else shape.count("x") == 2):
         raise ValueError(
             f"--compile_for={topology}: {name} comes as {', '.join(f'{name}:{shape}' for shape in generation.shapes)}"
             f"{'' if flat else ' and other boxes of 2x2 chips'}"
         )
-    return generation, sides
-
-
-def devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology, one a chip, which only a compiler can use.
-
-    Raises ValueError for a topology that isn't there, and where libtpu isn't installed.
-    """
-    generation, sides = parse(topology)
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install '.[tpu]' (or libtpu); no TPU is needed")
-    options = dict(generation.options)
-    if sides == (1, 1):
+    options: dict[str, Any] = {}
+    if name == "v4":  # one device per chip of two cores, as on Cloud TPU
+        options["chip_config_name"] = "megacore"
+    if shape == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--compile_for={topology}: the TPU compiler says: {_first_line(error)}") from error
-    return list(found)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What compiling told; bytes, operations and seconds are those of one chip."""
-
-    config: Config
-    topology: str
-    chips: int
-    hosts: int
-    parameters: int  # numbers, of the whole network
-    dtype: str  # of the computation
-    state: int  # bytes of parameters, statistics and optimiser state
-    batch: int  # bytes of images, labels and what augmentation needs
-    arguments: int  # bytes of both, as the chip lays them out
-    temporaries: int  # bytes: activations, gradients
-    outputs: int  # bytes of results that don't take over an argument's memory
-    code: int  # bytes of the program
-    costs: hlo.Costs
-    seconds: float  # that the compiler took
-
-    @property
-    def generation(self) -> Generation:
-        """Returns what the chip is."""
-        return parse(self.topology)[0]
-
-    @property
-    def total(self) -> int:
-        """Returns the bytes that a chip needs."""
-        return self.arguments + self.temporaries + self.outputs + self.code
-
-    @property
-    def fits(self) -> bool:
-        """Says whether that is there."""
-        return self.total <= self.generation.memory * GIB
-
-    @property
-    def arithmetic_seconds(self) -> float:
-        """Returns the least time of a step's arithmetic, at the chip's peak."""
-        return self.costs.operations / (self.generation.speed * 1e12)
-
-    @property
-    def memory_seconds(self) -> float:
-        """Returns the least time of a step's memory traffic, at the chip's peak."""
-        return self.costs.memory / (self.generation.bandwidth * 1e9)
-
-    @property
-    def images_per_second(self) -> float:
-        """Returns the most images a second of all chips: no step is faster than its arithmetic or its traffic."""
-        return self.config.train.batch_size / max(self.arithmetic_seconds, self.memory_seconds)
-
-    def text(self) -> str:
-        """Returns all that in lines for a person."""
-        config, chip, costs = self.config, self.generation, self.costs
-        each = "cut over the chips" if config.train.shard_params else "a whole copy on each chip"
-        limit = "arithmetic" if self.arithmetic_seconds > self.memory_seconds else "memory traffic"
-        slowest = max(self.arithmetic_seconds, self.memory_seconds)
-        advice = _advice(config, self.topology, self.chips, self.state)
-        rows = [
-            ("chips", f"{self.chips} {self.topology.partition(':')[0]} on {_count(self.hosts, 'host')}"),
-            ("network", f"{config.model.name}, {self.parameters:,} parameters, computes in {self.dtype}"),
-            (
-                "batch",
-                f"{config.train.batch_size} images of {config.input.size[0]} x {config.input.size[1]}, "
-                f"{config.train.batch_size / self.chips:g} a chip"
-                + (f", in {config.train.accumulate} parts" if config.train.accumulate > 1 else ""),
-            ),
-            (
-                "memory",
-                f"{self.total / GIB:.2f} of {chip.memory} GiB a chip: "
-                f"{'it fits' if self.fits else f'it does not fit. Try {advice}'}",
-            ),
-            ("", f"{_size(self.state)} parameters, statistics and optimiser state, {each}"),
-            ("", f"{_size(self.batch)} batch"),
-            ("", f"{_size(max(self.arguments - self.state - self.batch, 0))} lost to their layout on the chip"),
-            ("", f"{_size(self.temporaries)} temporaries: activations, gradients"),
-            ("", f"{_size(self.outputs)} results; the new state takes the old one's place"),
-            ("", f"{_size(self.code)} program"),
-            (
-                "arithmetic",
-                f"{costs.operations / 1e9:,.1f} GFLOP a step and chip: "
-                f"{_milliseconds(self.arithmetic_seconds)} at {chip.speed:g} TFLOP/s",
-            ),
-            (
-                "traffic",
-                f"{costs.memory / 1e9:.3g} GB a step and chip to and from its memory: "
-                f"{_milliseconds(self.memory_seconds)} at {chip.bandwidth:g} GB/s",
-            ),
-            (
-                "so",
-                f"a step takes at least {_milliseconds(slowest)} ({limit}): at most {self.images_per_second:,.0f} "
-                "images/s. Collectives, and reading the images, may take longer",
-            ),
-        ]
-        for kind, moved in sorted(costs.collectives.items()):
-            parts = ", ".join(f"{size / 1e6:,.1f} MB of {name}" for name, size in sorted(moved.kinds.items()))
-            rows.append((kind, f"{moved.count:,} a step on each chip: {parts}"))
-        if not costs.collectives:
-            rows.append(("collectives", "none"))
-        rows.append(("compiled", f"in {self.seconds:.0f} s by libtpu {_version()}; nothing was run"))
-        return "\n".join(f"{name:<20}{value}" for name, value in rows)
-
-
-def compile_for(config: Config, topology: str, data_dir: Path) -> Plan:
-    """Compiles the training step of `config` for the chips of `topology`; takes minutes and some GB of memory.
+def compile_for(config: Config, topology: str, data_dir: Path) -> str:
+    """Compiles the training step of `config` for `topology` and returns a report; takes minutes and some GB of memory.
 
     Args:
       config: of a run; `train.batch_size` is the global one.
       topology: generation and shape, such as "v5e:4x4".
-      data_dir: where data sets lie. One that isn't prepared there is stood in for, if its classes are known.
+      data_dir: of the prepared data sets. Black images replace a data set that is not prepared, if its classes are
+        known.
 
-    Raises ValueError for a topology that isn't there, a missing compiler, a configuration that doesn't go with it,
-    and a step that doesn't fit into the chips' memory.
+    Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
+    not fit in the memory of a chip.
     """
-    found = devices(topology)
+    chips = devices(topology)
     configs.check(config)
     config = load.resolve(config)
     if config.train.devices:
-        raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} says how many; leave it 0")
-    mesh = meshes.make_mesh(devices=found)
-    data = _data(config, data_dir)
-    if not len(data.records) > len(data.classes):
-        steps = config.train.steps or STEPS
+        raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets the number; leave it 0")
+    mesh = meshes.make_mesh(devices=chips)
+    data = _open_data(config, data_dir)
+    if len(data.records) <= len(data.classes):
+        steps = config.train.steps or DEFAULT_STEPS
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-    labels = data.columns["label"][pipeline.train_rows(data)]
-    built = program.build(config, data.classes, labels, mesh)
+    built = program.build(config, data.classes, data.columns["label"][pipeline.train_rows(data)], mesh)
     batch = batch_shapes(config, data, mesh)
-    train_step: Any = built.train_step
-    lowered = train_step.lower(built.abstract_state, batch)
+    sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
+    lowered = built.train_step.lower(built.abstract_state, batch)  # type: ignore[attr-defined]
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = {"state": _bytes(built.abstract_state), "batch": _bytes(batch)}
-        raise ValueError(does_not_fit(str(error), config, topology, len(found), needs)) from error
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    return Plan(
-        config=config,
-        topology=topology,
-        chips=len(found),
-        hosts=len({device.process_index for device in found}),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params)),
-        dtype=str(np.dtype(built.module.dtype)),
-        state=_bytes(built.abstract_state),
-        batch=_bytes(batch),
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
-        costs=hlo.costs(compiled.as_text()),
-        seconds=seconds,
-    )
+        raise ValueError(does_not_fit(str(error), config, topology, len(chips), sizes)) from error
+    rows = [
+        *_describe(config, topology, chips, built),
+        *_describe_memory(compiled.memory_analysis(), config, topology, len(chips), sizes),
+        *_describe_cost(compiled.cost_analysis(), config, topology),
+        *count_collectives(compiled.as_text()),
+        ("compiled", f"in {time.perf_counter() - started:.0f} s by libtpu {_libtpu_version()}; nothing was run"),
+    ]
+    return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _describe(config: Config, topology: str, chips: list[Any], built: program.Program) -> list[tuple[str, str]]:
+    hosts = len({chip.process_index for chip in chips})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
+    height, width = config.input.size
+    micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
+    return [
+        ("chips", f"{len(chips)} {topology.partition(':')[0]} on {hosts} host{'s' if hosts > 1 else ''}"),
+        ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
+        (
+            "batch",
+            f"{config.train.batch_size} images of {height} x {width}, {config.train.batch_size / len(chips):g} per "
+            f"chip{micro}",
+        ),
+    ]
+
+
+def _describe_memory(
+    memory: Any, config: Config, topology: str, chips: int, sizes: dict[str, int]
+) -> list[tuple[str, str]]:
+    """Returns the rows of `Compiled.memory_analysis()`, whose numbers are bytes per chip."""
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
+    available = GENERATIONS[topology.partition(":")[0]].memory
+    fits = total <= available * GIB
+    verdict = "it fits" if fits else f"it does not fit. Try {_advice(config, topology, chips, sizes['state'])}"
+    placement = "sharded over the chips" if config.train.shard_params else "replicated on each chip"
+    padding = max(memory.argument_size_in_bytes - sizes["state"] - sizes["batch"], 0)
+    return [
+        ("memory", f"{total / GIB:.2f} of {available} GiB per chip: {verdict}"),
+        ("", f"{_size(sizes['state'])} parameters, statistics and optimizer state, {placement}"),
+        ("", f"{_size(sizes['batch'])} batch"),
+        ("", f"{_size(padding)} padding of both in the layout of the chip"),
+        ("", f"{_size(memory.temp_size_in_bytes)} temporaries: activations, gradients"),
+        ("", f"{_size(outputs)} results; the new state reuses the memory of the old one"),
+        ("", f"{_size(memory.generated_code_size_in_bytes)} program"),
+    ]
+
+
+def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> list[tuple[str, str]]:
+    """Returns the rows of `Compiled.cost_analysis()`, whose numbers are those of one chip."""
+    chip = GENERATIONS[topology.partition(":")[0]]
+    # XLA counts the body of a loop once. The only loop of the step runs over the micro-batches.
+    flops = cost["flops"] * config.train.accumulate
+    accessed = cost["bytes accessed"] * config.train.accumulate
+    seconds = flops / (chip.speed * 1e12)
+    return [
+        (
+            "arithmetic",
+            f"{flops / 1e9:,.1f} GFLOP per chip and step: {_milliseconds(seconds)} at {chip.speed:g} TFLOP/s",
+        ),
+        (
+            "memory traffic",
+            f"at most {accessed / 1e9:.3g} GB per chip and step: {_milliseconds(accessed / (chip.bandwidth * 1e9))} at "
+            f"{chip.bandwidth:g} GB/s, on-chip memory included",
+        ),
+        (
+            "bound",
+            f"a step takes at least {_milliseconds(seconds)} (arithmetic): at most "
+            f"{config.train.batch_size / seconds:,.0f} images/s. Memory traffic, collectives and reading images may "
+            "take longer",
+        ),
+    ]
+
+
+def count_collectives(text: str) -> list[tuple[str, str]]:
+    """Returns (kind, description) for each kind of collective in the optimized HLO text of a program.
+
+    A collective that the compiler splits over several fusions has one channel and counts once, as does one in a loop.
+    """
+    channels: dict[tuple[str, str], str] = {}
+    pattern = rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)"
+    for result, kind, channel in re.findall(pattern, text):
+        channels.setdefault((kind, channel), result)
+    rows = []
+    for kind in COLLECTIVES:
+        results = [result for (other, _), result in channels.items() if other == kind]
+        sizes: dict[str, float] = {}
+        for dtype, bits, shape in re.findall(r"\b((?:bf|f|s|u|pred)(\d*))\[([\d,]*)\]", " ".join(results)):
+            size = math.prod(int(side) for side in shape.split(",") if side) * int(bits or 8) / 8
+            sizes[dtype] = sizes.get(dtype, 0) + size
+        if results:
+            amounts = ", ".join(f"{size / 1e6:,.1f} MB of {dtype}" for dtype, size in sorted(sizes.items()))
+            rows.append((kind, f"{len(results):,} in the program of each chip: {amounts}"))
+    return rows or [("collectives", "none")]
 
 
 def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -263,59 +225,48 @@ def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dic
         data=dataclasses.replace(config.data, workers=0),
     )
     example = next(pipeline.train_batches(data, one, start=0))
-    cut, size = meshes.batch_sharding(mesh), config.train.batch_size
+    sharding, size = meshes.batch_sharding(mesh), config.train.batch_size
     return {
-        name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=cut)
+        name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=sharding)
         for name, value in example.items()
     }
 
 
-def does_not_fit(said: str, config: Config, topology: str, chips: int, needs: dict[str, int]) -> str:
-    """Returns the compiler's RESOURCE_EXHAUSTED in words: what is needed, what is there, what to try.
-
-    `needs` has the bytes a chip of state and batch, which come on top of the temporaries that the compiler counts.
-    """
-    amount = r"([\d.]+[KMGT]?)"
-    found = re.search(rf"required for HLO temporaries \({amount}\) exceeds available HBM \({amount}\)", said)
-    used = re.search(rf"Used {amount} of {amount} hbm", said)
-    if found:
-        known = ", ".join(f"{_size(size)} of {name}" for name, size in needs.items())
-        told = f"a chip would need {_gib(found[1])} for activations and gradients beside {known}, of {_gib(found[2])}"
-    elif used:
-        told = f"a chip would need {_gib(used[1])} of {_gib(used[2])}"
-    else:
-        told = f"the TPU compiler says: {said.splitlines()[0][:300]}"
+def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
+    """Returns a message for the compiler's RESOURCE_EXHAUSTED: needed and available memory, and what to try."""
+    reason = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")[:300]
     return (
-        f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}: {told}. "
-        f"Try {_advice(config, topology, chips, needs['state'])}"
+        f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}: the TPU "
+        f"compiler says: {reason}. State and batch take {_size(sizes['state'])} and {_size(sizes['batch'])} per chip. "
+        f"Try {_advice(config, topology, chips, sizes['state'])}"
     )
 
 
-def _advice(config: Config, topology: str, chips: int, held: int) -> str:
-    """Returns what may make a step fit, in the order of what it costs; `held` is a chip's bytes of state."""
-    tips = program.smaller(config, chips)
-    cut = "train.shard_params=True"
-    if cut in tips:  # what it is worth depends on how much of the memory the state takes
-        tips.remove(cut)
-        tips = [cut, *tips] if held > WORTH_CUTTING * parse(topology)[0].memory * GIB else tips
-    tips = [f"--set={tip}" for tip in tips]
+def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
+    """Returns settings that may make a step fit, the cheapest first."""
     name, _, shape = topology.partition(":")
-    shapes = GENERATIONS[name].shapes
-    if shape in shapes[:-1]:
-        tips.append(f"more chips (--compile_for={name}:{shapes[shapes.index(shape) + 1]})")
+    generation = GENERATIONS[name]
+    tips = program.smaller(config, chips)
+    shard = "train.shard_params=True"
+    if shard in tips:  # comes first for a large state and is useless for a small one
+        tips.remove(shard)
+        tips = [shard, *tips] if state_bytes > MIN_SHARDED_STATE * generation.memory * GIB else tips
+    tips = [f"--set={tip}" for tip in tips]
+    if shape in generation.shapes[:-1]:
+        tips.append(f"more chips (--compile_for={name}:{generation.shapes[generation.shapes.index(shape) + 1]})")
     return "; ".join(tips) or "a smaller network"
 
 
-def _data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the data set, or one black image a class in its place."""
+def _open_data(config: Config, data_dir: Path) -> Prepared:
+    """Returns the data set, or one black image per class in its place."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         return datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
     classes = datasets.classes(config.data.dataset)
     if not classes:
         raise ValueError(
-            f"data set {name.full} is not prepared in {data_dir}, and only its images say which classes there are: "
-            "prepare it, or take another one's place with --set=data.dataset=covidx_ct (three classes)"
+            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown without its images: "
+            "prepare it, or substitute another one with --set=data.dataset=covidx_ct (three classes)"
         )
     black = io.BytesIO()
     Image.fromarray(np.zeros((BODY_SIDE, BODY_SIDE), np.uint8)).save(black, "PNG")
@@ -339,17 +290,10 @@ def _data(config: Config, data_dir: Path) -> Prepared:
     )
 
 
-def _bytes(shapes: Any) -> int:
-    """Returns the bytes of a tree of shapes on one device, as their shardings cut them."""
+def _bytes_per_chip(shapes: Any) -> int:
     return state.size(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), shapes)
     )
-
-
-def _gib(amount: str) -> str:
-    """Returns XLA's "19.40G" as "19.40 GiB"."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", amount).groups()  # type: ignore[union-attr]
-    return f"{float(number) * 2.0 ** {'': -30, 'K': -20, 'M': -10, 'G': 0, 'T': 10}[unit]:.2f} GiB"
 
 
 def _size(count: float) -> str:
@@ -360,15 +304,11 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:300]
 
 
-def _version() -> str:
+def _libtpu_version() -> str:
     try:
         return metadata.version("libtpu")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Cross-validation: a run for each part of the data, and one report over all of them, each image tested once."""
+"""Cross-validation: one run per fold of the data, and a report over all of them, in which each image is tested once."""
 
 import json
 import math
@@ -24,10 +24,10 @@ from lungjax.training import early_stopping, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
-POOLED = ("test", "no_lungs", "source_only")  # val is left out: its patients are those of another part's test
-OWN = ("predictions_", "report.", "plots")  # how the names of our own files begin, besides foldN
-SAME = ("parameters", "compute_type", "steps")  # facts of a fold that are told of all, where they are the same
-SPREAD = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # of the slice level, then of the patient level
+POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are in the test split of another fold
+PREFIXES = ("predictions_", "report.", "plots")  # of the files besides foldN
+SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
+SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
 
 
 def run(
@@ -40,24 +40,24 @@ def run(
 ) -> Path:
     """Trains and tests `count` runs in WORKDIR/fold0, fold1, ... and reports over all; returns WORKDIR/report.md.
 
-    A fold that is finished is not trained again, an unfinished one goes on. Each ends with a report of its own. The
-    pooled files of WORKDIR are `predictions_test.csv` (column `extra_fold`) and those of the controls, `report.json`,
-    `report.md` and plots; `facts.folds` of report.json holds mean, least and greatest of the numbers over folds.
+    Finished folds are not trained again, an unfinished one resumes. Each has its own report. WORKDIR gets the pooled
+    `predictions_test.csv` (column `extra_fold`) and those of the controls, `report.json`, `report.md` and plots;
+    `facts.folds` of report.json has mean, minimum and maximum of the metrics over folds.
 
     Args:
       config: of the runs; its data.folds and data.fold are set here.
-      count: of folds, 3 or more.
-      workdir: of all; holds nothing else.
-      data_dir: as of `train.run`, and so the others.
+      count: number of folds, 3 or more.
+      workdir: of all folds; must contain nothing else.
+      data_dir: as for `train.run`.
       mode: "train", or "evaluate" to test all folds again.
-      weights_dir: where files of `model.weights` are looked for first.
+      weights_dir: as for `train.run`.
 
-    Raises ValueError before anything is trained if the data can't be dealt into so many parts, or if WORKDIR holds
-    anything else; then as `train.run` does for the fold at hand, the finished ones staying as they are.
+    Raises ValueError before training if the data can't be split into `count` folds or WORKDIR contains other files,
+    then as `train.run` for each fold; finished folds stay unchanged.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:
-        raise ValueError(f"--folds={count}: {folds.MIN_FOLDS} or more (test, val and train take one part each)")
+        raise ValueError(f"--folds={count}: {folds.MIN_FOLDS} or more (at least one each for test, val and train)")
     parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
     for part in parts:
         configs.check(part)
@@ -65,33 +65,31 @@ def run(
     data = distributed.run_on_all_hosts(lambda: train.open_data(parts[0], data_dir))
     folders = [workdir / f"fold{i}" for i in range(count)]
     for i, (part, folder) in enumerate(zip(parts, folders, strict=True)):
-        if mode == "train" and distributed.run_on_all_hosts(partial(finished, folder, part, data)):
-            train.tell(f"fold {i} is finished: {folder}")
+        if mode == "train" and distributed.run_on_all_hosts(partial(is_finished, folder, part, data)):
+            train.print_line(f"fold {i} is finished: {folder}")
             continue
-        train.tell(f"fold {i} of 0 to {count - 1}: {folder}")
+        train.print_line(f"fold {i} of 0 to {count - 1}: {folder}")
         try:
             train.run(part, folder, data_dir, mode, weights_dir)
         except (ValueError, OSError):
             done = [f"fold{k}" for k, other in enumerate(folders[:i]) if (other / "report.md").exists()]
-            train.tell(
-                f"fold {i} failed; finished and kept: {', '.join(done) or 'none'}. The same command goes on with it"
+            train.print_line(
+                f"fold {i} failed; finished folds: {', '.join(done) or 'none'}. Rerun the same command to resume"
             )
             raise
-    distributed.run_on_all_hosts(
-        lambda: write(parts[0], workdir, folders, data, data_dir, started) if distributed.is_first_host() else None
-    )
+    distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"
 
 
-def finished(folder: Path, config: Config, data: Prepared) -> bool:
-    """Returns whether a fold was trained to its end and reported; ValueError if it is of another configuration or data.
+def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
+    """Returns whether a fold was trained to the end and reported.
 
-    A report alone says less: --mode=evaluate writes one of an interrupted run.
+    Raises ValueError if it has another configuration or data set.
     """
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
     steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]
-    if not early_stopping.ended(folder, load.resolve(config), steps):
+    if not early_stopping.is_complete(folder, load.resolve(config), steps):
         return False
     workdirs.check(folder, load.resolve(config), "train")
     workdirs.check_same_data(folder, data)
@@ -101,9 +99,9 @@ def finished(folder: Path, config: Config, data: Prepared) -> bool:
 def write(
     config: Config, workdir: Path, folders: Sequence[Path], data: Prepared, data_dir: Path, started: float
 ) -> None:
-    """Pools the predictions of all folds and writes the report over them; raises ValueError if one doesn't fit."""
-    tested = [predictions.read(folder / "predictions_test.csv") for folder in folders]
-    results = {"test": pool(tested, data)}
+    """Writes the report over the pooled predictions of all folds. Raises ValueError if they are inconsistent."""
+    fold_predictions = [predictions.read(folder / "predictions_test.csv") for folder in folders]
+    results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
         raise ValueError(f"{workdir}: the folds were not tested on the images of {data.name}: delete it and start over")
@@ -113,21 +111,21 @@ def write(
             results[name] = pool([predictions.read(path) for path in paths], data)
     config = load.resolve(config)
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
-    facts = _facts(folders, tested, data) | {"seconds": round(time.time() - started, 1)}
-    told = datasets.describe(data, data_dir)
-    reporting.write_report(workdir, config, results, [], facts, lambda i: reader(rows[i]), **told)
+    facts = _facts(folders, fold_predictions, data) | {"seconds": round(time.time() - started, 1)}
+    description = datasets.describe(data, data_dir)
+    reporting.write_report(workdir, config, results, [], facts, lambda i: reader(rows[i]), **description)
 
 
 def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
-    """Returns the predictions of all folds as one, in the order of the data set, with the fold as a further column.
+    """Returns the predictions of all folds in the order of the data set, with the fold as an extra column.
 
-    Raises ValueError if an image is in two of them, or not in the data set, or if classes or columns differ.
+    Raises ValueError if an image is in two folds or not in the data set, or if classes or columns differ.
     """
     first = parts[0]
     if any(p.classes != first.classes or p.extra.keys() != first.extra.keys() for p in parts):
-        raise ValueError("the folds' predictions have different classes or columns: they are of different data")
+        raise ValueError("the folds have different classes or columns: they were trained on different data")
     fold = np.repeat([str(i) for i in range(len(parts))], [len(p) for p in parts])
-    together = Predictions(
+    pooled = Predictions(
         **{
             name: np.concatenate([getattr(p, name) for p in parts])
             for name in ("ids", "groups", "sources", "labels", "probabilities")
@@ -138,43 +136,45 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
         if any(p.logits is None for p in parts)
         else np.concatenate([p.logits for p in parts if p.logits is not None]),
     )
-    names, counts = np.unique(together.ids, return_counts=True)
+    names, counts = np.unique(pooled.ids, return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"{names[counts > 1][0]} was tested in two folds: delete the folder and start over")
-    order = np.argsort(_rows(together, data), kind="stable")
-    return bootstrap.take(together, order)
+    order = np.argsort(_rows(pooled, data), kind="stable")
+    return bootstrap.take(pooled, order)
 
 
-def spread(tested: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
-    """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, least and greatest over folds, and each.
+def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
+    """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, minimum, maximum and values over folds.
 
-    A number that has no definition in some fold is None there and left out of the other three.
+    A metric that is undefined in a fold is None there and ignored in the other three.
     """
-    levels = [metrics.flat_levels(p) for p in tested]
-    found = {}
-    for name in (f"{unit}.{number}" for unit in ("slice", "patient") for number in SPREAD):
+    levels = [metrics.flat_levels(p) for p in fold_predictions]
+    result = {}
+    for name in (f"{unit}.{number}" for unit in ("slice", "patient") for number in SPREAD_METRICS):
         values = [level[name] for level in levels]
-        known = [value for value in values if value is not None]
-        if known:
-            mean = math.fsum(known) / len(known)
-            found[name] = {"mean": mean, "low": min(known), "high": max(known), "values": values}
-    return found
+        defined = [value for value in values if value is not None]
+        if defined:
+            mean = math.fsum(defined) / len(defined)
+            result[name] = {"mean": mean, "low": min(defined), "high": max(defined), "values": values}
+    return result
 
 
-def _facts(folders: Sequence[Path], tested: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
-    each = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
+def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
+    fold_facts = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
+    items = fold_facts[0].items()
+    shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
-    sizes = [len(p) for p in tested]
-    many = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))  # uneven where twins join patients
+    sizes = [len(p) for p in fold_predictions]
+    span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))  # differ if twins join patients
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
-        **{key: each[0][key] for key in SAME if all(key in facts and facts[key] == each[0][key] for facts in each)},
+        **shared,
         **provenance.facts(),
-        "folds": {"count": len(folders), "images": sizes, "over": spread(tested)},
+        "folds": {"count": len(folders), "images": sizes, "over": spread(fold_predictions)},
         "notes": [
-            f"Each image was tested once, by one of {len(folders)} networks ({many} images a fold). Numbers over all "
-            "images mix the scales of these networks; the mean over folds doesn't."
+            f"Each image was tested once, by one of {len(folders)} networks ({span} images per fold). Metrics over all "
+            "images mix the scales of these networks; the mean over folds does not."
         ],
     }
 
@@ -183,19 +183,19 @@ def _rows(p: Predictions, data: Prepared) -> np.ndarray:
     """Returns the rows of predicted images in the data set, int64 [N]."""
     files = data.columns["file"]
     order = np.argsort(files)
-    place = order[np.minimum(np.searchsorted(files, p.ids, sorter=order), len(files) - 1)]
-    strange = files[place] != p.ids
-    if strange.any():
-        raise ValueError(f"{p.ids[strange][0]} is no image of {data.name}: delete the folder and start over")
-    return place
+    rows = order[np.minimum(np.searchsorted(files, p.ids, sorter=order), len(files) - 1)]
+    unknown = files[rows] != p.ids
+    if unknown.any():
+        raise ValueError(f"{p.ids[unknown][0]} is not an image of {data.name}: delete the folder and start over")
+    return rows
 
 
 def _check_folder(workdir: Path, count: int) -> None:
     if not workdir.exists():
         return
-    known = {f"fold{i}" for i in range(count)}
-    strange = [p.name for p in workdir.iterdir() if p.name not in known and not p.name.startswith(OWN)]
-    if strange:
+    names = {f"fold{i}" for i in range(count)}
+    foreign = [p.name for p in workdir.iterdir() if p.name not in names and not p.name.startswith(PREFIXES)]
+    if foreign:
         raise ValueError(
-            f"{workdir} holds something else than {count} folds, such as {min(strange)}; choose another --workdir"
+            f"{workdir} contains other files than {count} folds, such as {min(foreign)}; choose another --workdir"
         )

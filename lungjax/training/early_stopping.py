@@ -1,6 +1,6 @@
-"""What training remembers beside the state: the best validation so far, and where it is in the data.
+"""Progress of training besides the state: the best validation so far, and the position in the data.
 
-Saved with every checkpoint, so that a resumed run decides as the untouched one would have.
+Saved with every checkpoint, so that a resumed run decides as an uninterrupted one.
 """
 
 import dataclasses
@@ -22,32 +22,31 @@ from lungjax.training import metrics_log
 
 @dataclass
 class Progress:
-    """Numbers only, changed in place as the run goes."""
+    """Numbers only, updated in place."""
 
     best: float = math.nan  # value of train.monitor
     best_step: int = 0
-    validations_without_improvement: int = 0  # validations since the best one
-    stopped: int = 0  # 1 once patience has ended the run
-    validated: int = 0  # step of the last validation
-    skipped_batches: int = 0  # batches left out by train.on_nan=rewind: step s takes batch s - 1 + this
+    validations_without_improvement: int = 0
+    stopped: int = 0  # 1 after early stopping
+    last_validation: int = 0  # its step
+    skipped_batches: int = 0  # by train.on_nan=rewind: step s uses batch s - 1 + skipped_batches
     rewinds: int = 0
-    consecutive_bad_steps: int = 0  # steps in a row that train.on_nan=skip has left out
+    consecutive_bad_steps: int = 0  # that train.on_nan=skip skipped
 
-    def saved(self) -> dict[str, float | int]:
-        """Returns what goes into a checkpoint."""
+    def to_dict(self) -> dict[str, float | int]:
+        """Returns all fields, for a checkpoint."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> "Progress":
-        """The inverse of `saved`."""
-        fresh = dataclasses.asdict(cls())
-        return cls(**{name: type(start)(saved.get(name, start)) for name, start in fresh.items()})
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Progress":
+        """The inverse of `to_dict`."""
+        return cls(**fields)
 
     def update(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
         """Compares the validation of `step` with the best so far; returns whether it is better."""
         score = scores[config.train.monitor]
-        assert score is not None  # `check_monitor` has seen to that
-        self.validated = step
+        assert score is not None  # `check_monitor` raised otherwise
+        self.last_validation = step
         better = math.isnan(self.best) or (score > self.best if config.train.maximize else score < self.best)
         if better:
             self.best, self.best_step, self.validations_without_improvement = float(score), step, 0
@@ -57,17 +56,17 @@ class Progress:
         return better
 
 
-def logged(workdir: Path) -> int:
-    """Returns the last step in a run's log."""
+def last_step(workdir: Path) -> int:
+    """Returns the last step in a run's metrics.jsonl, 0 without any."""
     return max((int(row["step"]) for row in metrics_log.read(workdir / "metrics.jsonl")), default=0)
 
 
-def ended(workdir: Path, config: Config, steps: int) -> bool:
-    """Says whether a run was trained to the last of its `steps`, or until its patience ended it; by its log alone.
+def is_complete(workdir: Path, config: Config, steps: int) -> bool:
+    """Returns whether metrics.jsonl shows that a run was trained to the last of its `steps` or to early stopping.
 
-    A report says less: --mode=evaluate writes one of an interrupted run too.
+    The report does not show it, since --mode=evaluate writes one for an interrupted run too.
     """
-    if logged(workdir) >= steps:
+    if last_step(workdir) >= steps:
         return True
     progress, key = Progress(), f"val.{config.train.monitor}"
     for row in metrics_log.read(workdir / "metrics.jsonl"):
@@ -77,12 +76,12 @@ def ended(workdir: Path, config: Config, steps: int) -> bool:
 
 
 def check_monitor(config: Config, data: Prepared) -> None:
-    """Raises ValueError before training if there is nothing to validate or test on, or no `train.monitor` there."""
+    """Raises ValueError if the val or test split is empty, or `train.monitor` is unknown or undefined on val."""
     for split in ("val", "test"):
         if not len(data.rows(split)):
             raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
     rows, classes = data.rows("val"), len(data.classes)
-    guess = Predictions(
+    uniform = Predictions(
         ids=data.columns["file"][rows],
         groups=data.columns["group"][rows],
         sources=data.columns["source"][rows],
@@ -90,11 +89,11 @@ def check_monitor(config: Config, data: Prepared) -> None:
         probabilities=np.full((len(rows), classes), 1 / classes),
         classes=data.classes,
     )
-    known, name = metrics.flat_levels(guess), config.train.monitor
-    if name not in known:
-        raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, known)}")
-    if known[name] is None:
+    scores, name = metrics.flat_levels(uniform), config.train.monitor
+    if name not in scores:
+        raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")
+    if scores[name] is None:
         raise ValueError(
-            f"train.monitor={name} is not defined on the val split (a class is missing there); choose another, such as "
+            f"train.monitor={name} is undefined on the val split (a class is missing); choose another, such as "
             "slice.accuracy"
         )

@@ -1,4 +1,4 @@
-"""Cross-entropies over logits. All shapes [B, C] or [B]."""
+"""Cross-entropy of logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ def cross_entropy(
     label_smoothing: float,
     positive: int | None,
 ) -> jax.Array:
-    """Returns the weighted loss of each example, [B] float32.
+    """Returns the weighted loss per example, [B] float32.
 
     Args:
       logits: [B, C] for softmax, or [B, 1] for one sigmoid logit.
       labels: [B] int class numbers.
-      class_weights: [C]; each example's loss is multiplied by its class's weight and not divided by their
-        sum, which is what Keras's `class_weight` does (torch's `weight` divides).
-      label_smoothing: 0..1, the part of the target spread evenly over the classes (arXiv 1512.00567).
-      positive: the class that the sigmoid logit speaks for; None for softmax.
+      class_weights: [C]; the loss of an example is multiplied by the weight of its class and not divided by the sum of
+        weights, as with Keras's `class_weight` (torch's `weight` divides).
+      label_smoothing: 0..1, the fraction of the target spread evenly over the classes (arXiv 1512.00567).
+      positive: positive class of the sigmoid output; None for softmax.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     classes = class_weights.shape[0]

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, appended as the run goes, first host only."""
+"""`metrics.jsonl`: one JSON object per line, appended during training on the first host."""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from lungjax.runtime.files import atomic_write
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one row and hands it to the operating system, so that a killed run keeps it."""
+    """Appends one row and closes the file, so that the row survives a kill of the process."""
     with path.open("a") as file:
         file.write(json.dumps(dict(row)) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows; a last line cut short by a crash is left out."""
+    """Returns the rows, without a last line that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows past `step`, which a resumed run will write again, and returns the kept ones."""
+    """Drops rows after `step`, which a resumed run writes again, and returns the others."""
     rows = [row for row in read(path) if row["step"] <= step]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

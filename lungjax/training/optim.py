@@ -1,4 +1,4 @@
-"""The optimiser of a run: learning-rate schedule, optax chain, decay and freezing by parameter path."""
+"""The optimizer of a run: learning-rate schedule, optax chain, weight decay and freezing by parameter path."""
 
 import math
 import re
@@ -13,15 +13,15 @@ import optax
 from lungjax.config import OptimConfig
 from lungjax.models import trees
 
-# Places (stage, number in it) in the order in which a network runs.
+# Positions (stage, block) in the order of the forward pass.
 LAST = 10**6
 TOP, HEAD = (LAST, 0), (LAST, 1)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up, then the named schedule over the rest of `steps`.
+    """Returns step -> learning rate: a linear warm-up, then the named schedule over the remaining `steps`.
 
-    Where `optim.schedule_steps` is above zero, it takes their place, and the last rate stays.
+    `optim.schedule_steps` above zero replaces `steps`; the last rate then stays.
     """
     rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule
@@ -30,43 +30,46 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         main = optax.linear_schedule(config.lr, config.lr * config.end_factor, rest)
     elif config.schedule == "step":
-        falls = {round(part * rest): config.decay_factor for part in config.decay_at}
-        main = optax.piecewise_constant_schedule(config.lr, falls)
+        factors = {round(part * rest): config.decay_factor for part in config.decay_at}
+        main = optax.piecewise_constant_schedule(config.lr, factors)
     else:
         main = optax.constant_schedule(config.lr)
     if not config.warmup_steps:
         return main
-    # Step 0 already learns: a first step at rate zero would be wasted.
+    # Not from zero, which would waste step 0.
     warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
 def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
-    """Returns the paths of the parameters that `optim.tune` and `optim.freeze` leave as they are.
+    """Returns the paths of the parameters that `optim.tune` and `optim.freeze` freeze.
 
-    Blocks and stages are counted by the names that all networks share: stage2_block3, stage2_downsample before
-    the blocks of its stage, stage2_transition after them, top_conv after all, then the head.
+    Blocks and stages are counted by the names that all networks share: stage2_block3, stage2_downsample before the
+    blocks of its stage, stage2_transition after them, then top_conv, then the head.
 
-    Raises ValueError for an unknown `tune`, one that asks for more than there is, a `freeze` that matches
-    nothing, and if nothing is left to train.
+    Raises ValueError for an unknown `tune`, one with more blocks or stages than the network has, a `freeze` without a
+    match, and if no parameter remains trainable.
     """
     paths = list(trees.flatten(params))
-    places: dict[str, tuple[int, ...]] = {path: _place(path) for path in paths}
+    positions: dict[str, tuple[int, ...]] = {path: _position(path) for path in paths}
     kind, _, count = config.tune.partition(":")
     first: tuple[int, ...] = (0, 0)
     if config.tune == "head":
         first = HEAD
     elif kind in ("blocks", "stages") and count.isdecimal() and int(count) > 0:
-        inside = {place if kind == "blocks" else place[:1] for place in places.values() if 0 < place[0] < TOP[0]}
-        units = sorted(unit for unit in inside if kind == "stages" or 0 < unit[1] < LAST)
+        in_stages = [position for position in positions.values() if 0 < position[0] < LAST]
+        if kind == "stages":
+            units = sorted({position[:1] for position in in_stages})
+        else:
+            units = sorted({position for position in in_stages if 0 < position[1] < LAST})
         if int(count) > len(units):
             raise ValueError(f"optim.tune={config.tune!r}: the network has {len(units)} {kind}")
         first = units[-int(count)]
     elif config.tune != "all":
         raise ValueError(f"optim.tune={config.tune!r}: allowed are all, head, blocks:K and stages:K")
-    frozen = {path for path, place in places.items() if place < first}
+    frozen = {path for path, position in positions.items() if position < first}
     if config.freeze:
-        frozen |= set(_matched(config.freeze, paths, f"optim.freeze={config.freeze!r}"))
+        frozen |= set(_match(config.freeze, paths, f"optim.freeze={config.freeze!r}"))
     if len(frozen) == len(paths):
         raise ValueError(
             f"optim.tune={config.tune!r}, optim.freeze={config.freeze!r} match every parameter: "
@@ -75,30 +78,30 @@ def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     return frozenset(frozen)
 
 
-def _matched(pattern: str, paths: Collection[str], setting: str, what: str = "parameter") -> list[str]:
+def _match(pattern: str, paths: Collection[str], setting: str, what: str = "parameter") -> list[str]:
     try:
-        found = [path for path in paths if re.search(pattern, path)]
+        matches = [path for path in paths if re.search(pattern, path)]
     except re.error as error:
         raise ValueError(f"{setting}: not a regular expression: {error}") from None
-    if not found:
+    if not matches:
         raise ValueError(f"{setting} matches no {what}, such as {next(iter(paths))!r}")
-    return found
+    return matches
 
 
-def _place(path: str) -> tuple[int, int]:
+def _position(path: str) -> tuple[int, int]:
     stage = re.match(r"stage(\d+)_([a-z]+)(\d*)", path)
     if stage:
-        alone = {"downsample": 0, "transition": LAST}.get(stage[2], 1)
-        return int(stage[1]), int(stage[3]) if stage[3] else alone
+        unnumbered = {"downsample": 0, "transition": LAST}.get(stage[2], 1)
+        return int(stage[1]), int(stage[3]) if stage[3] else unnumbered
     if path.startswith("head/"):
         return HEAD
     return TOP if path.startswith("top") else (0, 0)
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-    """Builds the optax chain for the trained `params`, which may be shapes alone; only their paths are read.
+    """Returns the optax chain for the trainable `params`, of which only the paths are used.
 
-    Raises ValueError for an `optim.lr_factors` that can't be read or matches nothing.
+    Raises ValueError for an `optim.lr_factors` that is malformed or matches nothing.
     """
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm:
@@ -108,7 +111,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -
     elif config.name == "rmsprop":
         parts.append(optax.scale_by_rms(decay=0.9, eps=config.eps))
     if config.weight_decay:
-        # Norm scales, offsets and biases are left alone, as every recipe of these networks does.
+        # Kernels only: no recipe of these networks decays norm scales, offsets or biases.
         parts.append(optax.add_decayed_weights(config.weight_decay, trees.mask(params, r"kernel$")))
     if config.name in ("sgd", "rmsprop") and config.momentum:
         parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
@@ -121,7 +124,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -
 
 def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
     leaves = dict.fromkeys(trees.flatten(params), 1.0)
-    for setting in reversed(settings):  # so that the first that fits is written last
+    for setting in reversed(settings):  # the first match overwrites later ones
         pattern, _, number = setting.rpartition("=")
         try:
             factor = float(number)
@@ -129,14 +132,14 @@ def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
             factor = -1.0
         if not pattern or not 0 <= factor < math.inf:
             raise ValueError(f"optim.lr_factors={setting!r}: expected REGEX=FACTOR, such as ^head/=10")
-        leaves |= dict.fromkeys(_matched(pattern, leaves, f"optim.lr_factors={setting!r}", "trained parameter"), factor)
+        leaves |= dict.fromkeys(_match(pattern, leaves, f"optim.lr_factors={setting!r}", "trained parameter"), factor)
     return trees.unflatten(leaves)
 
 
 def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) -> jnp.ndarray:
     """Returns [C] float32 loss weights from `optim.class_weights` and the train labels.
 
-    "balanced" is n / (C * n_c), scikit-learn's rule. Raises ValueError for a wrong count of numbers.
+    "balanced" is n / (C * n_c), scikit-learn's rule. Raises ValueError unless there is one number per class.
     """
     if setting == "none":
         return jnp.ones(len(classes), jnp.float32)
@@ -149,7 +152,7 @@ def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) ->
         numbers = []
     if len(numbers) != len(classes) or min(numbers) < 0:
         raise ValueError(
-            f"optim.class_weights={setting!r}: expected none, balanced, or {len(classes)} numbers with commas "
+            f"optim.class_weights={setting!r}: expected none, balanced, or {len(classes)} comma-separated numbers "
             f"for {', '.join(classes)}"
         )
     return jnp.asarray(numbers, jnp.float32)

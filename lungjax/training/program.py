@@ -1,6 +1,6 @@
-"""What a configuration becomes on a mesh: the network, its first state, the compiled training and prediction step.
+"""A configuration on a mesh: the network, its initial state, the jitted training and prediction steps.
 
-Built on shapes alone, so that the same program is trained here, or compiled for a machine that is elsewhere.
+Built from shapes only, so that the same program trains here or is compiled for another machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,30 +24,30 @@ from lungjax.training import optim, state, step
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that is compiled for one run, and where its arrays lie."""
+    """Everything that is compiled for one run, with the shardings of its arrays."""
 
     mesh: jax.sharding.Mesh
     module: nn.Module
     schedule: Callable[[int], Any]  # step -> learning rate
     steps: int  # of the run
     eval_steps: int  # between validations
-    new_state: Callable[..., state.TrainState]  # leaves to start from -> the first state; compiled
-    abstract_state: state.TrainState  # shapes of the state with its shardings
-    train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); compiled, takes over the state's memory
-    network: folding.FoldedModel  # the module for prediction; its `prepare` makes of variables what predict_step takes
-    predict_step: Callable[..., Any]  # (prepared variables, batch) -> probabilities and rows; compiled
+    new_state: Callable[..., state.TrainState]  # pretrained leaves -> initial state; jitted
+    abstract_state: state.TrainState  # shapes with shardings
+    train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); jitted, donates the state
+    network: folding.FoldedModel  # the module for prediction; converts variables for predict_step
+    predict_step: Callable[..., Any]  # (converted variables, batch) -> probabilities and rows; jitted
 
 
 def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: jax.sharding.Mesh) -> Program:
-    """Returns the program; compiles nothing yet.
+    """Returns the program; nothing is compiled yet.
 
     Args:
       config: complete (`weights.load.resolve`).
       classes: of the data set, in label order.
       labels: [N] of the train split, for the number of steps and the class weights.
-      mesh: to run on.
+      mesh: of devices.
 
-    Raises ValueError for what doesn't fit together.
+    Raises ValueError for incompatible settings.
     """
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
@@ -55,9 +55,9 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     platform = meshes.platform(mesh)
     module = models.build(config.model, len(classes), remat=config.train.remat, platform=platform)
     smallest = models.minimum_size(config.model)
-    if any(have < need for have, need in zip(config.input.size, smallest, strict=True)):
+    if any(side < limit for side, limit in zip(config.input.size, smallest, strict=True)):
         raise ValueError(
-            f"input.size={config.input.size} is too small for {config.model.name}: it takes {smallest} "
+            f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} "
             "(height, width) or more"
         )
     positive = outputs.positive_class(config, classes)
@@ -81,7 +81,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         eval_steps=eval_steps,
         new_state=jax.jit(new_state, out_shardings=state_sharding),
         abstract_state=jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), first, state_sharding
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), first, state_sharding
         ),
         train_step=jax.jit(
             step.make_train_step(module, optimizer, config, weights, positive, frozen, mesh),
@@ -108,22 +108,27 @@ def step_counts(config: Config, examples: int) -> tuple[int, int]:
 
 
 def smaller(config: Config, devices: int) -> list[str]:
-    """Returns assignments that make a training step take less memory, the cheapest first; all are allowed ones."""
+    """Returns valid assignments that reduce the memory of a training step, the cheapest first."""
     train = config.train
-    together = devices * train.accumulate
-    tips = [f"train.accumulate={2 * train.accumulate}"] if train.batch_size % (2 * together) == 0 else []
-    tips += [] if train.remat else ["train.remat=True"]
-    tips += ["model.dtype=bfloat16"] if config.model.dtype == "float32" else []
-    half = train.batch_size // 2 // together * together
-    tips += [f"train.batch_size={half}"] if half else []
+    unit = devices * train.accumulate
+    half = train.batch_size // 2 // unit * unit
+    tips = []
+    if train.batch_size % (2 * unit) == 0:
+        tips.append(f"train.accumulate={2 * train.accumulate}")
+    if not train.remat:
+        tips.append("train.remat=True")
+    if config.model.dtype == "float32":
+        tips.append("model.dtype=bfloat16")
+    if half:
+        tips.append(f"train.batch_size={half}")
     if devices > 1 and not train.shard_params and train.sync_batch_norm:
         tips.append("train.shard_params=True")
     return tips
 
 
 @contextmanager
-def memory_explained(config: Config, devices: int) -> Iterator[None]:
-    """Turns a device's out-of-memory error into a ValueError that says what may help."""
+def memory_advice(config: Config, devices: int) -> Iterator[None]:
+    """Turns an out-of-memory error of a device into a ValueError with advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -134,6 +139,6 @@ def memory_explained(config: Config, devices: int) -> Iterator[None]:
         raise ValueError(
             f"out of memory with train.batch_size={config.train.batch_size}, input.size={config.input.size} and "
             f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (or eval.batch_size="
-            f"{devices}, if it was predicting). The checkpoints are intact. The device said: "
+            f"{devices}, during prediction). The checkpoints are intact. The error of the device: "
             f"{text.splitlines()[0][:300]}"
         ) from error

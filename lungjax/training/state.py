@@ -1,4 +1,4 @@
-"""The training state: one plain struct of arrays, everything a step reads and writes."""
+"""The training state: one struct of arrays with everything that a step reads and writes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +13,17 @@ from lungjax.models import trees
 
 
 class TrainState(struct.PyTreeNode):
-    """Arrays of one run. Random keys are not here: they follow from the seed and `step`."""
+    """Arrays of one run. Random keys are not included, since they derive from the seed and `step`."""
 
-    step: jax.Array  # int32 scalar, steps done, the left out ones too
-    skipped: jax.Array  # int32 scalar, steps that changed nothing: loss or gradient was no number
+    step: jax.Array  # int32 scalar, steps done, including skipped ones
+    skipped: jax.Array  # int32 scalar, steps without an update: loss or gradient was not finite
     params: Any
     batch_stats: Any  # BatchNorm means and variances; {} for networks without
     opt_state: Any
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `module.apply` takes."""
+        """The variables for `module.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -35,15 +35,15 @@ def create(
     frozen: frozenset[str] = frozenset(),
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initialises a state; pure, so it can be jitted, and then makes no random numbers that `start` replaces.
+    """Initializes a state; pure, so under jit no random numbers are drawn for leaves that `start` replaces.
 
     Args:
       module: the network.
-      optimizer: of the parameters that are trained.
-      image_shape: [height, width, channels] as the network gets it.
-      seed: of the random start.
-      frozen: paths of parameters that the optimiser doesn't keep anything for.
-      start: leaves by path ("stem_conv/kernel", "stem_bn/mean") that take the place of random ones.
+      optimizer: of the trainable parameters.
+      image_shape: [height, width, channels] of the network's input.
+      seed: of the random initialization.
+      frozen: paths of parameters without optimizer state.
+      start: leaves by path ("stem_conv/kernel", "stem_bn/mean") that replace random ones.
     """
     variables = init(module, image_shape, seed, start)
     return TrainState(
@@ -58,7 +58,7 @@ def create(
 def init(
     module: nn.Module, image_shape: tuple[int, ...], seed: int, start: Mapping[str, jax.Array] | None = None
 ) -> dict[str, Any]:
-    """Returns {"params", "batch_stats"} for images of [height, width, channels], the leaves of `start` put in."""
+    """Returns {"params", "batch_stats"} for images of [height, width, channels], with the leaves of `start`."""
     random = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
     variables = {}
     for collection in ("params", "batch_stats"):
@@ -68,5 +68,5 @@ def init(
 
 
 def size(tree: Any) -> int:
-    """Returns the bytes of a tree of arrays or their shapes."""
+    """Returns the bytes of a tree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
-"""One training step and one prediction step: pure functions of state and batch, to be jitted by the caller.
+"""The training step and the prediction step: pure functions of state and batch, to be jitted by the caller.
 
-Imports neither grain, TFDS, orbax nor matplotlib, so the step runs and is measured wherever jax and flax are.
+Imports neither grain, TFDS, orbax nor matplotlib, so that a step can be measured with jax and flax alone.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,13 @@ Metrics = dict[str, jax.Array]
 
 
 def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> Any:
-    """Returns the context in which a network is applied, so that BatchNorms of frozen layers run as in evaluation.
+    """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
 
-    Done from outside, so that no network has to pass it on. `choice` is `optim.frozen_batch_norm`; `frozen` holds
-    parameter paths.
+    An interceptor, so that networks need not pass the choice on.
+
+    Args:
+      choice: `optim.frozen_batch_norm`.
+      frozen: paths of frozen parameters.
     """
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -52,18 +55,18 @@ def make_train_step(
     frozen: frozenset[str] = frozenset(),
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch) -> (state, metrics)`; parameters whose paths are in `frozen` stay.
+    """Returns `train_step(state, batch) -> (state, metrics)`; parameters whose paths are in `frozen` are not updated.
 
-    The batch is one of `pipeline.train_batches`; it is augmented here, on the device. With `train.accumulate` above
-    one it is worked off in equal parts and their gradients are averaged: the very step of the whole batch where
-    BatchNorm is frozen or absent and dropout and mixing are off; otherwise those are per part.
+    The batch is one of `pipeline.train_batches` and is augmented here, on the device. With `train.accumulate` above one
+    it is split into micro-batches whose gradients are averaged; identical to the full-batch step if BatchNorm is frozen
+    or absent and dropout and mixing are off, which are otherwise per micro-batch.
 
-    A step whose loss or gradient is no number changes nothing but the counters `step` and `skipped`; unless
-    `train.on_nan` is "skip", neither do all steps after it, so that the state stays the last good one.
+    A step whose loss or gradient is not finite changes only the counters `step` and `skipped`; unless `train.on_nan` is
+    "skip", so do all steps after it, so that the state stays the last good one.
 
-    `mesh` is needed for `train.sync_batch_norm=False` and `train.shard_params`.
+    `mesh` is required for `train.sync_batch_norm=False` and `train.shard_params`.
     """
-    parts = config.train.accumulate
+    micro_batches = config.train.accumulate
     loss = partial(
         losses.cross_entropy,
         class_weights=class_weights,
@@ -71,13 +74,13 @@ def make_train_step(
         positive=positive,
     )
 
-    def augmented(batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.Array | float]:
-        # Of the seed alone: a picture depends on its place in the sequence, not on step, batch or device.
-        pictures = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    def inputs(batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.Array | float]:
+        # Augmentation depends on the seed and the example's position in the sequence, not on step, batch or device.
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         images = augment.augment(
             batch["image"],
             batch.get("place"),
-            pictures,
+            key,
             config.augment,
             config.input.size,
             batch.get("box"),
@@ -85,44 +88,49 @@ def make_train_step(
         )
         if not (config.augment.mixup or config.augment.cutmix):
             return normalize(images, config.input), None, 1.0
-        images, mixed, share = augment.mix(images, batch["label"], batch.get("place"), pictures, config.augment)
-        return normalize(images, config.input), mixed, share
+        images, mixed_labels, share = augment.mix(images, batch["label"], batch.get("place"), key, config.augment)
+        return normalize(images, config.input), mixed_labels, share
 
-    def loss_fn(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        images, mixed, share = augmented(batch)
+    def loss_fn(
+        params: Any, frozen_params: Any, batch_stats: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        images, mixed_labels, share = inputs(batch)
         with frozen_batch_norm(config.optim.frozen_batch_norm, frozen):
             (logits, _), updates = module.apply(
-                {"params": trees.merge(trained, kept), "batch_stats": batch_stats},
+                {"params": trees.merge(params, frozen_params), "batch_stats": batch_stats},
                 images,
                 train=True,
                 rngs={"dropout": key},
                 mutable=["batch_stats"],
             )
-        each = loss(logits, batch["label"])
-        if mixed is not None:
-            each = share * each + (1 - share) * loss(logits, mixed)
-        predicted = outputs.probabilities(logits, positive).argmax(-1)
-        metrics = {"loss": each.mean(), "accuracy": (predicted == batch["label"]).mean()}
+        example_losses = loss(logits, batch["label"])
+        if mixed_labels is not None:
+            example_losses = share * example_losses + (1 - share) * loss(logits, mixed_labels)
+        classes = outputs.probabilities(logits, positive).argmax(-1)
+        metrics = {"loss": example_losses.mean(), "accuracy": (classes == batch["label"]).mean()}
         return metrics["loss"], (metrics, updates.get("batch_stats", batch_stats))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    def gradients(trained: Any, kept: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
-        if parts == 1:
-            grads, (metrics, batch_stats) = grad_fn(trained, kept, batch_stats, batch, key)
+    def gradients(
+        params: Any, frozen_params: Any, batch_stats: Any, batch: Batch, key: jax.Array
+    ) -> tuple[Any, Any, Metrics]:
+        if micro_batches == 1:
+            grads, (metrics, batch_stats) = grad_fn(params, frozen_params, batch_stats, batch, key)
             return grads, batch_stats, metrics
-        # Every part takes each parts-th example, so that it stays spread over all devices.
-        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Strided, so that each micro-batch stays spread over all devices.
+        stacked = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def one(carry: Any, xs: Any) -> tuple[Any, Metrics]:
+        def add_micro_batch(carry: Any, xs: Any) -> tuple[Any, Metrics]:
             sums, batch_stats = carry
-            number, part = xs
-            grads, (metrics, batch_stats) = grad_fn(trained, kept, batch_stats, part, jax.random.fold_in(key, number))
+            index, part = xs
+            part_key = jax.random.fold_in(key, index)
+            grads, (metrics, batch_stats) = grad_fn(params, frozen_params, batch_stats, part, part_key)
             return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
 
-        start = (jax.tree.map(jnp.zeros_like, trained), batch_stats)
-        (grads, batch_stats), metrics = jax.lax.scan(one, start, (jnp.arange(parts), micro))
-        return jax.tree.map(lambda g: g / parts, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
+        start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
+        (grads, batch_stats), metrics = jax.lax.scan(add_micro_batch, start, (jnp.arange(micro_batches), stacked))
+        return jax.tree.map(lambda g: g / micro_batches, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
 
     if not config.train.sync_batch_norm:
         assert mesh is not None
@@ -133,21 +141,20 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        # Only what is trained is differentiated: below the lowest trained layer nothing runs backwards.
-        trained, kept = trees.split(state.params, frozen)
-        grads, batch_stats, metrics = gradients(trained, kept, state.batch_stats, batch, key)
+        # Frozen parameters are not differentiated: no backward pass below the lowest trainable layer.
+        params, frozen_params = trees.split(state.params, frozen)
+        grads, batch_stats, metrics = gradients(params, frozen_params, state.batch_stats, batch, key)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         good = finite if config.train.on_nan == "skip" else finite & (state.skipped == 0)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        changed = (optax.apply_updates(trained, updates), batch_stats, opt_state)
-        trained, batch_stats, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), changed, (trained, state.batch_stats, state.opt_state)
-        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        new = (optax.apply_updates(params, updates), batch_stats, opt_state)
+        old = (params, state.batch_stats, state.opt_state)
+        params, batch_stats, opt_state = jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + ~good,
-            params=trees.merge(trained, kept),
+            params=trees.merge(params, frozen_params),
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
@@ -159,9 +166,9 @@ def make_train_step(
 def make_predict_step(
     network: Callable[[dict[str, Any], jax.Array], tuple[jax.Array, Any]], config: Config, positive: int | None
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """Returns `predict_step(variables, batch)` giving `probabilities` and `logits` [B, C] and the batch's `row` [B].
+    """Returns `predict_step(variables, batch)`, a function to `probabilities` and `logits` [B, C] and `row` [B].
 
-    `network(variables, images)` gives logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
+    `network(variables, images)` returns logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:

@@ -1,18 +1,19 @@
-"""The run, from configuration to report: read this file first.
+"""A run from configuration to report: read this file first.
 
-`run` opens the data, builds the network, goes on from the newest good checkpoint if there is one, trains under
-`jit` over every device of every host, keeps the best weights by a validation metric, tests those and writes the
-report. Everything random follows from `train.seed` and the step number, so a run killed anywhere and started again
-ends with the very weights of the run that was left alone.
+`run` opens the data, builds the network, resumes from the newest intact checkpoint, trains under `jit` over all devices
+of all hosts, saves the best weights by a validation metric, tests them and writes the report. Everything random is a
+function of `train.seed` and the step number, so a run that was killed and started again ends with exactly the weights
+of an uninterrupted one.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -39,13 +40,13 @@ from lungjax.training.early_stopping import Progress, check_monitor
 from lungjax.training.program import Program
 from lungjax.weights import load
 
-MOST_REWINDS = 5  # of train.on_nan=rewind; a run that needs more has another problem than a bad batch
-MOST_SKIPPED = 50  # steps in a row that train.on_nan=skip leaves out before it gives up
+MAX_REWINDS = 5  # with train.on_nan=rewind; more point to a real problem, not one bad batch
+MAX_SKIPPED = 50  # consecutive steps that train.on_nan=skip skips before it gives up
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything fixed for one run; the state and the progress are what changes."""
+    """The constants of a run; the training state and the progress change."""
 
     config: Config
     workdir: Path
@@ -54,57 +55,57 @@ class Run:
     started: float  # time.time() at the start
 
 
-class NotFinite(Exception):
-    """A loss or gradient was no number at `step`; `what` says where, the message also what to do."""
+class NonFiniteError(Exception):
+    """The loss or gradient was not finite at `step`; `cause` names the batch, the message also says what to do."""
 
-    def __init__(self, step: int, what: str, advice: str):
-        super().__init__(f"{what}. {advice}")
-        self.step, self.what = step, what
+    def __init__(self, step: int, cause: str, advice: str):
+        super().__init__(f"{cause}. {advice}")
+        self.step, self.cause = step, cause
 
 
 def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None) -> Path:
-    """Trains (or goes on), tests and reports. Returns the path of `report.md`.
+    """Trains or resumes, tests and reports. Returns the path of `report.md`.
 
     Args:
-      config: checked here once more, with the data set and the devices at hand.
-      workdir: made if missing; holds config.json, checkpoints, metrics.jsonl, predictions, report and plots.
-      data_dir: where `lungjax.prepare` wrote the data sets.
+      config: checked here again, with the data set and the devices.
+      workdir: created if missing; for config.json, checkpoints, metrics.jsonl, predictions, report and plots.
+      data_dir: of the data sets that `lungjax.prepare` wrote.
       mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
-      weights_dir: where files of `model.weights` are looked for first.
+      weights_dir: searched first for files of `model.weights`.
 
-    Raises ValueError for anything the user can put right, before training where possible, and
-    `signals.Interrupted` once the state is saved if the process was asked to end.
+    Raises ValueError for mistakes of the user, before training where possible, and `signals.Interrupted` after a
+    SIGTERM or Ctrl-C, once the state is saved.
     """
     started = time.time()
     configs.check(config)
-    this = distributed.run_on_all_hosts(lambda: set_up(load.resolve(config), workdir, data_dir, mode, started))
+    run = distributed.run_on_all_hosts(lambda: set_up(load.resolve(config), workdir, data_dir, mode, started))
     distributed.check_same(
         {
-            "the configuration": overrides.to_json(this.config),
+            "the configuration": overrides.to_json(run.config),
             "lungjax's code": provenance.code(),
             "package versions": str(provenance.versions()),
-            "the prepared data": this.data.fingerprint,
+            "the prepared data": run.data.fingerprint,
             "--mode": mode,
         }
     )
-    with program.memory_explained(this.config, this.program.mesh.size):
+    with program.memory_advice(run.config, run.program.mesh.size):
         if mode == "train":
-            train(this, weights_dir)
-        # The best weights meet the test split once, here.
-        variables, best_step = restore_best(workdir, this.program.abstract_state.variables)
-        results = {split: predict(this, variables, this.data, split) for split in ("val", "test")}
-        dark = without_lungs(this.data, data_dir)
-        if dark is not None:
-            results["no_lungs"] = predict(this, variables, dark, "test")
-        alone = baselines.source_only(this.data)
-        if alone is not None:
-            results["source_only"] = alone
-    facts = describe(this) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
-    return write_report(this, results, facts, explainer(this, variables), datasets.describe(this.data, data_dir))
+            train(run, weights_dir)
+        # The only evaluation on the test split, with the best weights.
+        variables, best_step = restore_best(workdir, run.program.abstract_state.variables)
+        results = {split: predict(run, variables, run.data, split) for split in ("val", "test")}
+        no_lungs = without_lungs(run.data, data_dir)
+        if no_lungs is not None:
+            results["no_lungs"] = predict(run, variables, no_lungs, "test")
+        source_only = baselines.source_only(run.data)
+        if source_only is not None:
+            results["source_only"] = source_only
+    facts = describe(run) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
+    return write_report(run, results, facts, explainer(run, variables), datasets.describe(run.data, data_dir))
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
-    """Opens the data and builds what will be compiled; raises ValueError for what doesn't fit together."""
+    """Opens the data and builds the program; raises ValueError if workdir, configuration and data are incompatible."""
     workdirs.check(workdir, config, mode)
     data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)
@@ -115,85 +116,87 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
 
 
 def open_data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the run's data set with the splits that its configuration asks for; raises ValueError as its parts do."""
+    """Returns the configured data set with its splits or folds. Raises ValueError if it is missing or unsuitable."""
     data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
     near = near_duplicates.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
     return folds.apply(data, config, near)
 
 
-def train(this: Run, weights_dir: Path | None) -> None:
-    """Trains from the newest good checkpoint, or from the start, until the last step or until patience ends."""
-    compiled, workdir, config = this.program, this.workdir, this.config
+def train(run: Run, weights_dir: Path | None) -> None:
+    """Trains from the newest intact checkpoint, or from the start, to the last step or early stopping."""
+    config, workdir, abstract_state = run.config, run.workdir, run.program.abstract_state
+    # Read before anything is written, since the weights may be missing.
     fresh = distributed.broadcast_int(newest(workdir, "last") is None)
-    start = (
-        distributed.run_on_all_hosts(lambda: first_leaves(this, weights_dir)) if fresh else {}
-    )  # before anything is written
-    mine = workdirs.lock_workdir(workdir, config, this.data, compiled.abstract_state)
-    with mine, Checkpoints(workdir) as checkpoints, signals.watching(distributed.preempted()) as watch:
-        found = checkpoints.restore(compiled.abstract_state)
-        if found:
-            current, progress = found[0], Progress.restored(found[1])
-            tell(f"Going on from step {int(current.step)} of {compiled.steps} in {workdir}")
+    start = distributed.run_on_all_hosts(lambda: initial_leaves(run, weights_dir)) if fresh else {}
+    with (
+        workdirs.lock_workdir(workdir, config, run.data, abstract_state),
+        Checkpoints(workdir) as checkpoints,
+        signals.watching(distributed.preempted()) as watch,
+    ):
+        checkpoint = checkpoints.restore(abstract_state)
+        if checkpoint:
+            current, progress = checkpoint[0], Progress.from_dict(checkpoint[1])
+            print_line(f"Resuming from step {int(current.step)} of {run.program.steps} in {workdir}")
         else:
-            current, progress = compiled.new_state(start), Progress()
-            if config.train.on_nan == "rewind":  # there must be something to go back to
-                checkpoints.save(current, progress.saved())
-        if int(current.step) < compiled.steps and not progress.stopped and distributed.is_first_host():
+            current, progress = run.program.new_state(start), Progress()
+            if config.train.on_nan == "rewind":  # needs a checkpoint to return to
+                checkpoints.save(current, progress.to_dict())
+        if int(current.step) < run.program.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(workdir)
         while True:
             try:
-                return train_loop(this, checkpoints, current, progress, watch)
-            except NotFinite as bad:
+                return train_loop(run, checkpoints, current, progress, watch)
+            except NonFiniteError as error:
                 if config.train.on_nan != "rewind":
-                    raise ValueError(str(bad)) from None
-                current, progress = rewind(checkpoints, compiled.abstract_state, progress, bad)
+                    raise ValueError(str(error)) from None
+                current, progress = rewind(checkpoints, abstract_state, progress, error)
 
 
-def first_leaves(this: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
-    """Returns what step 0 starts from other than random numbers, and says what that leaves at random."""
-    config, module = this.config, this.program.module
-    start = load.leaves(config, module, weights_dir)
+def initial_leaves(run: Run, weights_dir: Path | None) -> dict[str, np.ndarray]:
+    """Returns the pretrained leaves of step 0, and prints which leaves are random."""
+    config, module = run.config, run.program.module
+    leaves = load.leaves(config, module, weights_dir)
     if config.model.weights != "none":
         paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
-        fresh = [path for path in paths if path not in start]
-        tell(f"Starts from {config.model.weights}; at random: {', '.join(fresh[:8])}{' ...' * (len(fresh) > 8)}")
-    return start
+        random = [path for path in paths if path not in leaves]
+        print_line(f"Starting from {config.model.weights}; random: {shorten(random)}")
+    return leaves
 
 
 def train_loop(  # noqa: C901, PLR0912, PLR0915
-    this: Run, checkpoints: Checkpoints, current: state.TrainState, progress: Progress, watch: signals.Watch
+    run: Run, checkpoints: Checkpoints, current: state.TrainState, progress: Progress, watch: signals.Watch
 ) -> None:
-    """Trains from `current` to the last step, or until validation has stopped getting better.
+    """Trains from `current` to the last step, or until early stopping.
 
-    Only a state that losses and gradients up to it speak for is saved. Raises NotFinite and Interrupted, both with
-    the last good state saved.
+    Only states whose losses and gradients were finite are saved. Raises NonFiniteError and Interrupted, both with the
+    last good state saved.
     """
-    config, compiled, path = this.config, this.program, this.workdir / "metrics.jsonl"
-    done = first = saved = int(current.step)
-    epoch_steps = len(pipeline.train_rows(this.data)) / config.train.batch_size
+    config, compiled, path = run.config, run.program, run.workdir / "metrics.jsonl"
+    step = first = last_save = int(current.step)
+    epoch_steps = len(pipeline.train_rows(run.data)) / config.train.batch_size
     if distributed.is_first_host():
         metrics_log.rewind(path, first)
-    if config.train.on_nan != "skip":
-        current = current.replace(skipped=current.skipped * 0)  # of a run that was told to skip before
-    waiting: list[Any] = []  # metrics of the steps since the last log line, still on the devices
+    if config.train.on_nan != "skip":  # the run may have skipped steps under another setting
+        current = current.replace(skipped=filled(current.skipped, 0))
+    pending: list[Any] = []  # metrics of the steps since the last log line, still on the devices
     clock = time.perf_counter()
 
     def due(every: int) -> bool:
-        return every > 0 and done > 0 and (done % every == 0 or done == compiled.steps)
+        return every > 0 and step > 0 and (step % every == 0 or step == compiled.steps)
 
     def log(row: dict[str, Any]) -> None:
         if distributed.is_first_host():
-            metrics_log.append(path, {"step": done, "epoch": round(done / epoch_steps, 4), **row})
+            metrics_log.append(path, {"step": step, "epoch": round(step / epoch_steps, 4), **row})
 
-    def catch_up() -> None:
-        """Waits for the devices, checks the steps since the last time and logs their means."""
-        nonlocal waiting, clock
-        seen, waiting = jax.device_get(waiting), []
-        rate = len(seen) * config.train.batch_size / (time.perf_counter() - clock)
-        good = check_finite(this, seen, done, progress)
-        if good:
-            row = {f"train.{name}": float(np.mean([values[name] for values in good])) for name in good[0]}
-            log({**row, "lr": float(compiled.schedule(done - 1)), "images_per_s": round(rate, 2)})
+    def flush() -> None:
+        """Waits for the devices, checks the pending steps and logs their mean metrics."""
+        nonlocal pending, clock
+        metrics_of_steps, pending = jax.device_get(pending), []
+        rate = len(metrics_of_steps) * config.train.batch_size / (time.perf_counter() - clock)
+        finite = check_finite(run, metrics_of_steps, step, progress)
+        if finite:
+            row = {f"train.{name}": float(np.mean([values[name] for values in finite])) for name in finite[0]}
+            log({**row, "lr": float(compiled.schedule(step - 1)), "images_per_s": round(rate, 2)})
             bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
         clock = time.perf_counter()
 
@@ -201,130 +204,136 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
         total=compiled.steps, initial=first, unit="step", desc=config.name, disable=not distributed.is_first_host()
     ) as bar:
         try:
-            batches = device_batches(this, first + progress.skipped_batches)
+            batches = device_batches(run, first + progress.skipped_batches)
             while True:
-                if due(compiled.eval_steps) and progress.validated < done:
-                    scored = predict(this, current.variables, this.data, "val", watch)
-                    scores = metrics.flat_levels(scored)
-                    better = progress.update(scores, config, done)
+                if due(compiled.eval_steps) and progress.last_validation < step:
+                    scores = metrics.flat_levels(predict(run, current.variables, run.data, "val", watch))
+                    better = progress.update(scores, config, step)
                     log({f"val.{name}": value for name, value in scores.items()})
-                    tell(
-                        f"step {done}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
+                    print_line(
+                        f"step {step}: val {config.train.monitor} {scores[config.train.monitor]:.4f}, "
                         f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
                     )
-                    # What is tested lies with the best weights; with keep="last" that is the newest of them.
-                    checkpoints.save(current, progress.saved(), best=better or config.train.keep == "last")
-                    saved, clock = done, time.perf_counter()
-                elif due(config.train.save_steps) and saved < done:
-                    checkpoints.save(current, progress.saved())
-                    saved = done
+                    # The best weights are tested; with train.keep=last those are the newest.
+                    checkpoints.save(current, progress.to_dict(), best=better or config.train.keep == "last")
+                    last_save, clock = step, time.perf_counter()
+                elif due(config.train.save_steps) and last_save < step:
+                    checkpoints.save(current, progress.to_dict())
+                    last_save = step
                 if progress.stopped:
-                    tell(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
-                if progress.stopped or done == compiled.steps:
+                    print_line(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
+                if progress.stopped or step == compiled.steps:
                     break
-                if watch.asked(done):
-                    if waiting:
-                        catch_up()
+                if watch.should_stop(step):
+                    if pending:
+                        flush()
                     watch.check()
                 current, values = compiled.train_step(current, next(batches))
-                waiting.append(values)
-                done += 1
+                pending.append(values)
+                step += 1
                 bar.update()
-                if done == first + 1:
+                if step == first + 1:
                     jax.block_until_ready(values)
-                    tell(f"First step {time.time() - this.started:.1f} s after the start")
+                    print_line(f"First step {time.time() - run.started:.1f} s after the start")
                 if due(config.train.log_steps) or due(compiled.eval_steps) or due(config.train.save_steps):
-                    catch_up()
-            watch.check()  # of a signal during the last validation; what it left is saved
+                    flush()
+            watch.check()  # for a signal during the last validation, whose state is saved
         except signals.Interrupted as stop:
-            if saved < done:
-                checkpoints.save(current, progress.saved())
+            if last_save < step:
+                checkpoints.save(current, progress.to_dict())
             checkpoints.wait()
-            tell(f"{stop} at step {done}{', which is saved' * (done > 0)}; the same command goes on from there")
+            saved_note = "Checkpoint saved; rerun" if step else "Rerun"
+            print_line(f"{stop} at step {step}. {saved_note} the same command to resume")
             raise
-        except NotFinite as bad:
-            if saved < bad.step - 1 and config.train.on_nan == "stop":  # the state has stood still since then
-                step = current.step * 0 + bad.step - 1  # in the layout that it has
-                checkpoints.save(current.replace(step=step), progress.saved())
+        except NonFiniteError as error:
+            if last_save < error.step - 1 and config.train.on_nan == "stop":
+                # The state has not changed since the step before.
+                current = current.replace(step=filled(current.step, error.step - 1))
+                checkpoints.save(current, progress.to_dict())
             raise
 
 
-def check_finite(this: Run, seen: list[dict[str, Any]], done: int, progress: Progress) -> list[dict[str, Any]]:
-    """Returns the metrics of the steps up to `done` that were numbers, without their flag.
+def filled(array: jax.Array, value: int) -> jax.Array:
+    """Returns an array like `array`, with its sharding, that is `value` everywhere."""
+    return jnp.full_like(array, value, device=array.sharding)
 
-    Raises NotFinite for the first other one, naming its batch; with train.on_nan=skip for MOST_SKIPPED in a row.
+
+def check_finite(
+    run: Run, metrics_of_steps: list[dict[str, Any]], last_step: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Returns the metrics of the finite ones among the steps up to `last_step`, without their flag.
+
+    Raises NonFiniteError, naming the batch, for the first other one; with train.on_nan=skip after MAX_SKIPPED in a row.
     """
-    config, before = this.config, done - len(seen)
-    for step, values in enumerate(seen, before + 1):
+    for step, values in enumerate(metrics_of_steps, last_step - len(metrics_of_steps) + 1):
         progress.consecutive_bad_steps = 0 if values["finite"] else progress.consecutive_bad_steps + 1
         if values["finite"]:
             continue
-        rows = pipeline.batch_rows(this.data, config, step - 1 + progress.skipped_batches)
-        names = this.data.columns["file"][rows]
-        what = (
-            f"the loss is {values['loss']}, the gradient's norm {values['grad_norm']} at step {step}; its batch: "
-            f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
+        names = run.data.columns["file"][pipeline.batch_rows(run.data, run.config, step - 1 + progress.skipped_batches)]
+        cause = (
+            f"the loss is {values['loss']}, the gradient norm {values['grad_norm']} at step {step}; its batch: "
+            f"{shorten(names)}"
         )
-        if config.train.on_nan == "skip" and progress.consecutive_bad_steps < MOST_SKIPPED:
-            tell(f"Left out: {what}")
+        if run.config.train.on_nan == "skip" and progress.consecutive_bad_steps < MAX_SKIPPED:
+            print_line(f"Step skipped: {cause}")
             continue
-        raise NotFinite(
+        raise NonFiniteError(
             step,
-            what,
-            f"The last good state is kept in {this.workdir}. Look at these examples; a smaller optim.lr or "
+            cause,
+            f"The last good state is saved in {run.workdir}. Check these examples; a smaller optim.lr or "
             "optim.clip_norm=1 may help (in another --workdir), or --set=train.on_nan=skip or rewind in this one",
         )
-    return [{k: v for k, v in values.items() if k != "finite"} for values in seen if values["finite"]]
+    return [{k: v for k, v in values.items() if k != "finite"} for values in metrics_of_steps if values["finite"]]
 
 
 def rewind(
-    checkpoints: Checkpoints, like: state.TrainState, progress: Progress, bad: NotFinite
+    checkpoints: Checkpoints, abstract_state: state.TrainState, progress: Progress, error: NonFiniteError
 ) -> tuple[state.TrainState, Progress]:
-    """Returns the last checkpoint's state, with the data moved on past the bad batch. Raises ValueError if in vain."""
-    if progress.rewinds == MOST_REWINDS:
-        raise ValueError(f"{bad}. The run went back {MOST_REWINDS} times already")
-    found = checkpoints.restore(like)
-    assert found is not None  # there is one from the start with train.on_nan=rewind
-    current, then = found[0], Progress.restored(found[1])
-    then.rewinds = progress.rewinds + 1
-    then.skipped_batches = progress.skipped_batches + bad.step - int(current.step)
-    tell(f"{bad.what}. Going back to step {int(current.step)}, and on with the examples after that batch")
-    return current, then
+    """Returns the last checkpoint, with the data moved past the bad batch. Raises ValueError after MAX_REWINDS."""
+    if progress.rewinds == MAX_REWINDS:
+        raise ValueError(f"{error}. The run was rewound {MAX_REWINDS} times already")
+    checkpoint = checkpoints.restore(abstract_state)
+    assert checkpoint is not None  # train.on_nan=rewind saves one at the start
+    current, restored = checkpoint[0], Progress.from_dict(checkpoint[1])
+    restored.rewinds = progress.rewinds + 1
+    restored.skipped_batches = progress.skipped_batches + error.step - int(current.step)
+    print_line(f"{error.cause}. Rewinding to step {int(current.step)}; continuing with the examples after that batch")
+    return current, restored
 
 
-def device_batches(this: Run, start: int) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches from number `start` on, `data.prefetch` further ones already on their way."""
+def device_batches(run: Run, start: int) -> Iterator[dict[str, jax.Array]]:
+    """Yields global batches from index `start` on, with `data.prefetch` further ones in transfer."""
     place = {"host": jax.process_index(), "hosts": jax.process_count()}
-    batches = pipeline.train_batches(this.data, this.config, start=start, **place)
+    batches = pipeline.train_batches(run.data, run.config, start=start, **place)
     ready = []
     try:
         for batch in batches:
-            ready.append(meshes.to_devices(batch, this.program.mesh))
-            if len(ready) > this.config.data.prefetch:
+            ready.append(meshes.to_devices(batch, run.program.mesh))
+            if len(ready) > run.config.data.prefetch:
                 yield ready.pop(0)
     finally:
-        batches.close()  # ends its threads and processes
+        batches.close()  # stops its threads and processes
 
 
 def predict(
-    this: Run, variables: dict[str, Any], data: Prepared, split: str, watch: signals.Watch | None = None
+    run: Run, variables: dict[str, Any], data: Prepared, split: str, watch: signals.Watch | None = None
 ) -> Predictions:
-    """Returns predictions of a split; between batches `watch` may end it."""
+    """Returns predictions of a split; raises Interrupted between batches if `watch` received a signal."""
     return predict_split.predict(
-        this.program.predict_step,
-        this.program.network.prepare(variables),
+        run.program.predict_step,
+        run.program.network.fold(variables),
         data,
         split,
-        this.config,
-        this.program.mesh,
+        run.config,
+        run.program.mesh,
         progress=watch is None,
         check=watch.check if watch else lambda: None,
     )
 
 
-def describe(this: Run) -> dict[str, Any]:
-    """Returns what the report says of machine, software, data and network."""
-    data = this.data
+def describe(run: Run) -> dict[str, Any]:
+    """Returns the facts of a report about machine, software, data and network."""
+    data = run.data
     counts = {
         split: np.bincount(data.columns["label"][data.rows(split)], minlength=len(data.classes)).tolist()
         for split in ("train", "val", "test")
@@ -332,49 +341,59 @@ def describe(this: Run) -> dict[str, Any]:
     return {
         **workdirs.data_facts(data),
         "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
-        "parameters": sum(x.size for x in trees.flatten(this.program.abstract_state.params).values()),
-        "steps": this.program.steps,
-        "compute_type": str(np.dtype(this.program.module.dtype)),
+        "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
+        "steps": run.program.steps,
+        "compute_type": str(np.dtype(run.program.module.dtype)),
         **provenance.facts(),
     }
 
 
-def explainer(this: Run, variables: dict[str, Any]) -> reporting.Explain | None:
-    """Returns what draws Grad-CAM heat maps of images for classes; None if no device holds the whole network."""
-    if this.config.train.shard_params and this.program.mesh.size > 1:
+def explainer(run: Run, variables: dict[str, Any]) -> reporting.Explain | None:
+    """Returns a function for Grad-CAM heat maps of images; None if no device holds all parameters."""
+    if run.config.train.shard_params and run.program.mesh.size > 1:
         return None
-    mine = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
-    positive = positive_class(this.config, this.data.classes)
-    made = saliency.Explainer(this.program.module, mine, this.config.input, positive, this.config.eval.batch_size)
-    return lambda images, targets: made.maps(images, targets)[0]
+    local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
+    positive = positive_class(run.config, run.data.classes)
+    explain = saliency.Explainer(run.program.module, local, run.config.input, positive, run.config.eval.batch_size)
+    return lambda images, targets: explain.maps(images, targets)[0]
 
 
 def write_report(
-    this: Run, results: dict[str, Predictions], facts: dict[str, Any], explain: reporting.Explain | None, told: Any
+    run: Run,
+    results: dict[str, Predictions],
+    facts: dict[str, Any],
+    explain: reporting.Explain | None,
+    description: dict[str, Any],
 ) -> Path:
     """Writes predictions, report.json, .html and .md, the plots and model.json (first host only).
 
-    `told` is of `datasets.describe`.
+    `description` of the data set is that of `datasets.describe`.
     """
 
     def write() -> None:
-        reader, rows = pipeline.Reader(this.data, this.config.input), this.data.rows("test")
-        history = metrics_log.read(this.workdir / "metrics.jsonl")
-        known = model_json.look(this.data)
-        found = facts | ({} if known is None else {"familiarity": known.false_alarms})
-        said = reporting.write_report(
-            this.workdir, this.config, results, history, found, lambda i: reader(rows[i]), explain, **told
+        reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
+        history = metrics_log.read(run.workdir / "metrics.jsonl")
+        detector = model_json.look(run.data)
+        alarms = {} if detector is None else {"familiarity": detector.false_alarms}
+        report = reporting.write_report(
+            run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
         )
-        described = model_json.describe(this.config, this.data, results, said, known, told)
-        files.atomic_write(this.workdir / metadata.FILE, described.to_json())
-        for line in baselines.warnings(said):
-            tell(line)
+        model = model_json.describe(run.config, run.data, results, report, detector, description)
+        files.atomic_write(run.workdir / metadata.FILE, model.to_json())
+        for warning in baselines.warnings(report):
+            print_line(warning)
 
-    distributed.run_on_all_hosts(lambda: write() if distributed.is_first_host() else None)
-    return this.workdir / "report.md"
+    distributed.on_first_host(write)
+    return run.workdir / "report.md"
 
 
-def tell(line: str) -> None:
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Returns the first names with commas, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def print_line(line: str) -> None:
     """Prints a line above the progress bar, on the first host."""
     if distributed.is_first_host():
         tqdm.write(line)

@@ -1,7 +1,7 @@
-"""A run's folder: whose it is, and which data the run began on.
+"""The folder of a run: its lock, its configuration and the data set that it was trained on.
 
-A power loss may leave config.json or data.json empty or missing while the checkpoints are intact. Such a run is not
-lost: where the checkpoint has the parameters of the configured network, both files are written anew from the command.
+A power loss may leave config.json or data.json empty or missing while the checkpoints are intact. Both are then
+rewritten from the command, if the checkpoint has the parameters of the configured network.
 """
 
 import errno
@@ -21,7 +21,7 @@ from lungjax.runtime.checkpoint import check_network, newest
 from lungjax.training import state
 from lungjax.training.state import TrainState
 
-# Fields that change neither the weights nor the data order: a run may go on with other values.
+# Fields that change neither weights nor data order, so that a run may resume with other values.
 MUTABLE_FIELDS = (
     "data.workers",
     "data.threads",
@@ -50,9 +50,7 @@ def read_data(workdir: Path) -> dict[str, Any]:
     """Returns a run's data.json: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
     content = _read_json(workdir / "data.json")
     if content is None:
-        raise ValueError(
-            f"{workdir / 'data.json'} is missing or damaged; the command that trained the run writes it anew"
-        )
+        raise ValueError(f"{workdir / 'data.json'} is missing or damaged; the command that trained the run rewrites it")
     return content
 
 
@@ -69,81 +67,79 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir holds a trained run of another configuration, or foreign files."""
     path = workdir / "config.json"
     if "config.json" in unreadable(workdir):
-        return  # nothing to compare with; before it is written anew, the checkpoint's parameters are compared
+        return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":
-            raise ValueError(f"{workdir}: no config.json there, so no run to evaluate; train first (--mode=train)")
+            raise ValueError(f"{workdir}: no config.json, so no run to evaluate; train first (--mode=train)")
         if workdir.exists() and (not workdir.is_dir() or any(_is_foreign(p.name) for p in workdir.iterdir())):
-            raise ValueError(f"{workdir} is not empty and holds no lungjax run; choose another --workdir")
+            raise ValueError(f"{workdir} is not empty and is not a lungjax run directory; choose another --workdir")
         return
     if newest(workdir, "last") is None:
-        return  # nothing was trained, so nothing can be lost
+        return  # nothing was trained yet
     old = overrides.from_json(path.read_text(), str(path))
     changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]
     if changed:
         raise ValueError(
-            f"{workdir} holds a run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
+            f"{workdir} is the run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
             "--workdir, or delete that one to start over"
         )
 
 
 def _is_foreign(name: str) -> bool:
-    """Returns whether a file is none of those that are left where a run was killed before it saved anything."""
+    """Returns whether a file is not one that a run leaves if it is killed before its first save."""
     return name != "lock" and not name.startswith(files.PARTIAL)
 
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
-    """Raises ValueError if the data set was prepared anew since the run began."""
+    """Raises ValueError if the data set has changed since the run began."""
     if newest(workdir, "last") is None or "data.json" in unreadable(workdir):
         return
     before = read_data(workdir)
     if before != data_facts(data):
         name, fingerprint = before.get("dataset"), str(before.get("fingerprint"))[:12]
         raise ValueError(
-            f"{workdir}: this run began on {name} with fingerprint {fingerprint}, "
-            f"now it is {data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
+            f"{workdir}: this run began on {name} with fingerprint {fingerprint}, now {data.fingerprint[:12]}: "
+            "other images, labels or splits. Choose another --workdir"
         )
 
 
 def data_facts(data: Prepared) -> dict[str, Any]:
-    """What data.json holds: which data, and the classes in label order."""
+    """Returns the content of data.json: name, classes in label order and fingerprint."""
     return {"dataset": data.name, "classes": list(data.classes), "fingerprint": data.fingerprint}
 
 
 def drop_reports(workdir: Path) -> None:
-    """Removes what was reported of weights that are about to be trained further: nobody must take it for the end's."""
+    """Removes the reports of earlier weights before training continues, since they would pass for final ones."""
     for name in ("report.json", "report.html", "report.md", metadata.FILE):
         (workdir / name).unlink(missing_ok=True)
 
 
 @contextmanager
 def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
-    """Makes the folder this run's for a while: nobody else trains there, config.json and data.json are written.
+    """Locks the folder against other runs and writes config.json and data.json.
 
-    To be entered by every host once all else has been checked. Raises ValueError, on every host, if another run is
-    training there, if the folder can't be written or has no room for the checkpoints (at most two states like
-    `abstract_state`, two of best weights, and another of each while it is written), or is not the same on all hosts.
+    Enter it on every host after all other checks. Raises ValueError on every host if another run is training there, if
+    the folder is not writable, has no room for the checkpoints (up to two states like `abstract_state`, two of best
+    weights, and one more of each while it is written), or is not shared by all hosts.
     """
-    with ExitStack() as held:
-        distributed.run_on_all_hosts(
-            lambda: _claim(workdir, config, data, abstract_state, held) if distributed.is_first_host() else None
-        )
+    with ExitStack() as stack:
+        distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))
         distributed.run_on_all_hosts(lambda: _check_shared(workdir))
         yield
 
 
-def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState, held: ExitStack) -> None:
+def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState, stack: ExitStack) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _lock(held.enter_context((workdir / "lock").open("a")), workdir)
-        check(workdir, config, "train")  # again: between the first time and the lock another run may have been here
+        _lock(stack.enter_context((workdir / "lock").open("a")), workdir)
+        check(workdir, config, "train")  # again, since another run may have been here before the lock
         check_same_data(workdir, data)
-        lost = unreadable(workdir)
-        if lost:
+        names = unreadable(workdir)
+        if names:
             check_network(workdir, abstract_state)
-        for name in lost:
+        for name in names:
             print(
-                f"{workdir / name} was missing or damaged, as after a power loss: written anew from this command. The "
+                f"{workdir / name} was missing or damaged, as after a power loss: rewritten from this command. The "
                 "checkpoint has the parameters of this network; other settings and the data can't be compared"
             )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
@@ -164,7 +160,7 @@ def _lock(file: IO[str], workdir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{workdir}: another run is training there; wait, or choose another --workdir") from None
-    except OSError as error:  # a file system without locks, such as a mounted bucket: nobody is kept out there
+    except OSError as error:  # a file system without locks, such as a mounted bucket
         if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
             raise
 
@@ -172,7 +168,7 @@ def _lock(file: IO[str], workdir: Path) -> None:
 def _check_shared(workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         raise ValueError(
-            f"{workdir}: what host 0 wrote there is not here; --workdir must lie on storage all hosts share"
+            f"{workdir}: the files of host 0 are missing on this host; use a --workdir that all hosts share"
         )
     if not os.access(workdir, os.W_OK):
-        raise ValueError(f"{workdir} can't be written from here; every host writes its part of the checkpoints there")
+        raise ValueError(f"{workdir} is not writable on this host; every host writes its part of the checkpoints")

@@ -1,1 +1,1 @@
-"""ImageNet weights: where they are, how files are read, how their names become ours."""
+"""Pretrained weights: catalogue, download, file formats, name rules."""

@@ -1,6 +1,6 @@
 """Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE | --verify
 
-Only the flags are read here. Nothing but --fetch and --verify uses the network.
+Only --fetch and --verify use the network.
 """
 
 from pathlib import Path
@@ -15,28 +15,27 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_bool("list", False, "Prints every record; with --match those whose name holds it.")
-    flags.DEFINE_string("match", "", "Regex over the names of records, for --list and --verify.")
+    flags.DEFINE_bool("list", False, "Prints every record, or with --match those whose name matches.")
+    flags.DEFINE_string("match", "", "Regex for the names of records, for --list and --verify.")
     flags.DEFINE_multi_string("fetch", [], "Downloads a record, such as efficientnet_b0.keras; repeatable.")
-    flags.DEFINE_string("check", None, "Says which record a file is, or which network it fits.")
-    flags.DEFINE_bool("verify", False, "Downloads small records and checks that they agree and see a cat.")
-    flags.DEFINE_string("weights_dir", None, "Where files lie and downloads go, in place of the cache.")
+    flags.DEFINE_string("check", None, "Prints the record of a file, or the network that it fits.")
+    flags.DEFINE_bool("verify", False, "Downloads small records; checks that copies agree and recognize a cat.")
+    flags.DEFINE_string("weights_dir", None, "Folder for weight files in place of the cache.")
 
 
 def main(_: list[str]) -> None:
-    """Does what the flags ask for, in the order list, fetch, check, verify."""
+    """Runs what the flags ask for, in the order list, fetch, check, verify."""
     if not (FLAGS.list or FLAGS.fetch or FLAGS.check or FLAGS.verify):
-        raise app.UsageError("one of --list, --fetch=NAME, --check=FILE, --verify is missing")
+        raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE, --verify")
     folder = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     if FLAGS.list:
         print(catalogue.listing(FLAGS.match))
-    wanted = [catalogue.find(name) for name in FLAGS.fetch]  # all names are looked at before anything is fetched
-    for record in wanted:
+    for record in [catalogue.find(name) for name in FLAGS.fetch]:  # all names are checked before the first download
         path = download.download(record, folder)
         note = " (not for commercial use)" if record.noncommercial else ""
-        print(f"{record.name}: {path}, licence {record.licence}{note}")
+        print(f"{record.name}: {path}, license {record.license}{note}")
     if FLAGS.check:
-        from lungjax.weights import identify  # brings jax
+        from lungjax.weights import identify  # imports jax
 
         print(identify.identify(FLAGS.check))
     if FLAGS.verify:

@@ -1,4 +1,4 @@
-"""From the tensors of a file to our leaves by a table of rules, with every name on both sides accounted for."""
+"""Maps the tensors of a file to our parameters by a table of rules; every name on both sides is accounted for."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,39 +6,64 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Replacement = str | Callable[[re.Match[str]], str]
-Special = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+Replacement = str | Callable[[re.Match[str]], str | None]
+Rule = tuple[str, Replacement]  # regex for the complete name; a template, or a function (None: no such layer)
 Shape = tuple[int, ...]
 LEAVES = {
     "gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var", "running_mean": "mean",
     "running_var": "var", "kernel": "kernel", "depthwise_kernel": "kernel", "bias": "bias",
 }  # fmt: skip
-SHOWN = 40  # lines of an error
+MAX_LINES = 40  # of an error
 NOTHING = r"(?!)"  # matches no path
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a file's names become ours. Patterns match whole names; the first that does counts.
+    """How names in a file become ours. Patterns match whole names; the first match wins."""
 
-    A function that raises StopIteration, LookupError or ValueError doesn't know the name.
-    """
-
-    layers: tuple[tuple[str, Replacement], ...]  # layer name in the file -> our layer path
-    leaves: tuple[tuple[str, Replacement], ...] = ()  # whole tensor name -> our whole path; looked at first
-    ignore: tuple[str, ...] = ()  # tensors left aside on purpose
-    special: tuple[tuple[str, Special], ...] = ()  # our path -> (array as in the file, our shape) -> array
+    layers: tuple[Rule, ...]  # layer name in the file -> our layer path
+    leaves: tuple[Rule, ...] = ()  # complete tensor name -> our complete path; tried first
+    ignore: tuple[str, ...] = ()  # tensors skipped on purpose
+    # Our path -> (array as in the file, our shape) -> array
+    special: tuple[tuple[str, Callable[[np.ndarray, Shape], np.ndarray]], ...] = ()
     torch: bool = False  # kernels are [O, I, H, W] and [O, I]
 
 
-# For files that have our own names.
+# For files with our own names.
 SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))
 
 
-def target(name: str, rules: Rules, dimensions: int) -> str | None:
-    """Returns our path of a file's tensor, "" for one left aside, None for one that no rule knows.
+def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0, suffix: str = "") -> Rule:
+    """Returns the rule for the layers of all blocks, which become "stageS_blockB/NAME".
 
-    `dimensions` of the array tell torch's `weight` of a norm (1) from that of a convolution.
+    `prefix` and `suffix` are regexes, `prefix` with two groups for the numbers of stage and block, to which `stage`
+    and `block` are added; `names` maps what is between them to NAME.
+    """
+
+    def path(match: re.Match[str]) -> str:
+        return f"stage{int(match[1]) + stage}_block{int(match[2]) + block}/{names[match[3]]}"
+
+    return f"{prefix}({'|'.join(map(re.escape, names))}){suffix}", path
+
+
+def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, ...], first: int = 0) -> Rule:
+    """Returns the rule for files that number their blocks consecutively from `first`, across stages.
+
+    `prefix` has one group, the number, which may be missing for block 0; `repeats` are the blocks per stage.
+    """
+    units = [f"stage{stage}_block{i + 1}" for stage, count in enumerate(repeats, 1) for i in range(count)]
+
+    def path(match: re.Match[str]) -> str | None:
+        index = int(match[1] or 0) - first
+        return f"{units[index]}/{names[match[2]]}" if index < len(units) else None
+
+    return f"{prefix}({'|'.join(map(re.escape, names))})", path
+
+
+def target(name: str, rules: Rules, ndim: int) -> str | None:
+    """Returns our path of a file's tensor, "" for a skipped one, None if no rule matches.
+
+    `ndim` of the array distinguishes torch's `weight` of a norm (1) from that of a convolution.
     """
     path = _first(rules.leaves, name)
     if path is not None:
@@ -46,31 +71,25 @@ def target(name: str, rules: Rules, dimensions: int) -> str | None:
     if name.endswith("num_batches_tracked") or any(re.fullmatch(p, name) for p in rules.ignore):
         return ""
     layer, _, leaf = name.rpartition("." if rules.torch else "/")
-    where = _first(rules.layers, layer)
-    if where is None:
+    layer_path = _first(rules.layers, layer)
+    if layer_path is None:
         return None
     if leaf == "weight":
-        return f"{where}/{'scale' if dimensions == 1 else 'kernel'}"
+        return f"{layer_path}/{'scale' if ndim == 1 else 'kernel'}"
     if re.search(r"_[Wb]_1$", leaf):  # Keras 1 repeats the layer's name and numbers it
-        return f"{where}/{'kernel' if leaf.endswith('_W_1') else 'bias'}"
-    return f"{where}/{LEAVES[leaf]}" if leaf in LEAVES else None
+        return f"{layer_path}/{'kernel' if leaf.endswith('_W_1') else 'bias'}"
+    return f"{layer_path}/{LEAVES[leaf]}" if leaf in LEAVES else None
 
 
-def _first(table: tuple[tuple[str, Replacement], ...], name: str) -> str | None:
+def _first(table: tuple[Rule, ...], name: str) -> str | None:
     for pattern, replacement in table:
-        match = re.fullmatch(pattern, name)
-        if match:
-            if isinstance(replacement, str):
-                return match.expand(replacement)
-            try:
-                return replacement(match)
-            except (StopIteration, LookupError, ValueError):  # such as a block more than the network has
-                return None
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement) if isinstance(replacement, str) else replacement(match)
     return None
 
 
 def arrange(array: np.ndarray, name: str, path: str, shape: Shape, rules: Rules) -> np.ndarray:
-    """Returns a file's array in our layout; a view where that is possible. May come out in another shape."""
+    """Returns a file's array in our layout, as a view where possible; the result may have another shape than ours."""
     for pattern, function in rules.special:
         if re.search(pattern, path):
             return function(array, shape)
@@ -80,8 +99,9 @@ def arrange(array: np.ndarray, name: str, path: str, shape: Shape, rules: Rules)
         array = array.T
     elif array.ndim == len(shape) == 4 and array.shape[3] == shape[2] == 1:  # Keras's depthwise, [h, w, C, 1]
         array = array.swapaxes(2, 3)
-    if array.ndim > len(shape) and array.shape[: array.ndim - len(shape)] == (1,) * (array.ndim - len(shape)):
-        array = array.reshape(array.shape[array.ndim - len(shape) :])  # a 1x1 convolution that is a dense layer
+    extra = array.ndim - len(shape)
+    if extra > 0 and array.shape[:extra] == (1,) * extra:
+        array = array.reshape(array.shape[extra:])  # a 1x1 convolution that is a dense layer
     return array
 
 
@@ -91,20 +111,20 @@ def convert(
     shapes: Mapping[str, Shape],
     fresh: str = NOTHING,
     optional: str = NOTHING,
-    where: str = "",
+    label: str = "the file",
 ) -> dict[str, np.ndarray]:
-    """Returns our leaves by path, from every tensor of a file.
+    """Returns our parameters by path, from every tensor of a file.
 
     Args:
       tensors: arrays by the file's names; read one by one.
       rules: of the network's family and the file's layout.
-      shapes: our leaves, paths without the collection ("stem_conv/kernel"): those of an `eval_shape`.
-      fresh: regex over our paths that are left out, whether or not the file has them.
-      optional: regex over our paths that are left out if the file lacks them or has them in another shape.
-      where: the file, for the error.
+      shapes: our parameters, paths without the collection ("stem_conv/kernel"): those of an `eval_shape`.
+      fresh: regex for paths of ours that are skipped, whether or not the file has them.
+      optional: regex for paths of ours that are skipped if the file lacks them or has them in another shape.
+      label: name of the file for the error.
 
-    Raises ValueError with all of: tensors that no rule knows, leaves that nothing fills, leaves filled twice,
-    unequal shapes. Nothing is returned then.
+    Raises ValueError with all of: tensors without a rule, parameters that nothing fills, parameters filled twice,
+    unequal shapes.
     """
     leaves: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
@@ -112,24 +132,23 @@ def convert(
     for name in tensors:
         array = tensors[name]
         path = target(name, rules, array.ndim)
-        if path == "" or (path is not None and re.search(fresh, path)):
-            continue
-        if path is not None and re.search(optional, path):
-            if path in shapes:
-                array = arrange(array, name, path, shapes[path], rules)
-                leaves |= {path: array} if array.shape == tuple(shapes[path]) else {}
-            continue
-        if path is None or path not in shapes:
+        if path is None or (path and path not in shapes and not re.search(f"{fresh}|{optional}", path)):
             problems.append(f"only in the file: {name} {array.shape}" + (f" (would be {path})" if path else ""))
+        elif path not in shapes or re.search(fresh, path):
+            continue
         elif path in leaves:
             problems.append(f"{path}: filled by {origin[path]} and by {name}")
         else:
-            leaves[path], origin[path] = arrange(array, name, path, shapes[path], rules), name
-            if leaves[path].shape != tuple(shapes[path]):
-                problems.append(f"{path}: {name} {array.shape} gives {leaves[path].shape}, wanted {shapes[path]}")
+            leaf = arrange(array, name, path, shapes[path], rules)
+            fits = leaf.shape == tuple(shapes[path])
+            if fits or not re.search(optional, path):
+                leaves[path], origin[path] = leaf, name
+            if path in leaves and not fits:
+                problems.append(f"{path}: {name} {array.shape} gives {leaf.shape}, expected {shapes[path]}")
     missing = [path for path in shapes if path not in leaves and not re.search(f"{fresh}|{optional}", path)]
     problems += [f"only in the network: {path} {tuple(shapes[path])}" for path in missing]
     if problems:
-        shown = problems[:SHOWN] + ([f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
-        raise ValueError(f"{where or 'the file'} does not fit ({len(problems)} names):\n  " + "\n  ".join(shown))
+        rest = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+        lines = "\n  ".join(problems[:MAX_LINES] + rest)
+        raise ValueError(f"{label} does not fit ({len(problems)} names):\n  {lines}")
     return leaves

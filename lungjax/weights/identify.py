@@ -1,7 +1,7 @@
-"""Which record a file is: by its checksum, else by the names and shapes of its tensors."""
+"""Identifies the record of a weight file: by its name or checksum, else by the names and shapes of its tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,30 @@ from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.weights import download
 from lungjax.weights.catalogue import PretrainedWeights, records
-from lungjax.weights.convert import convert, target
-from lungjax.weights.readers import Tensors, open_tensors
+from lungjax.weights.convert import Rules, convert, target
+from lungjax.weights.readers import open_tensors
 from lungjax.weights.rules import layouts
 
-DENSE = r"^head/dense/"  # the classifier: new for every data set
-NAMED = 0.5  # part of a file's tensors that a network's rules know, for it to be a file of that network
-TRIED = 3  # networks whose shapes are compared if the best guesses don't fit
-SHOWN = 12  # lines of what differs
+CLASSIFIER = r"^head/dense/"  # new for every data set
+MIN_MATCH = 0.5  # fraction of a file's tensors that a network's rules must match
+CANDIDATES = 3  # networks whose shapes are compared
+MAX_LINES = 12  # of the differences
 
 
 def record_of(path: Path, model: str) -> PretrainedWeights:
-    """Returns the record of `model` that a file is: by its own name, its checksum, or its tensors' names.
+    """Returns the record of `model` for a file: by its name, its checksum, or the names of its tensors.
 
-    Raises ValueError if the network's family has no such names, with what they fit, and if several records have
-    them whose networks or inputs differ.
+    Raises ValueError if the family of the network has no such names, with what the file fits, and if the names fit
+    several records that need different networks or inputs.
     """
     stat = path.stat()
     return _record_of(path, model, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(16)  # asked for again with every step from a configuration to leaves
+@lru_cache(16)  # called by each step from a configuration to parameters
 def _record_of(path: Path, model: str, *stamp: int) -> PretrainedWeights:
-    known = records(model)
-    for record in known:
-        # All of the hub's are called model.safetensors, so there the folder has to say which.
+    for record in records(model):
+        # The hub's files are all model.safetensors; there the folder identifies them.
         hub = Path(record.filename).stem, record.url.rpartition("/")[2]
         if path.name == record.filename or (path.parent.name, path.name) == hub:
             return record
@@ -45,129 +44,99 @@ def _record_of(path: Path, model: str, *stamp: int) -> PretrainedWeights:
     for record in by_checksum(path):
         if record.model == model:
             return record
-    share, outputs = {}, {}
-    for record in known:
-        rules = layouts(model).get(record.layout)
-        if rules:
-            paths = {target(name, rules, len(shape)): shape for name, shape in shapes.items()}
-            named = sum(target(name, rules, len(shape)) is not None for name, shape in shapes.items())
-            share[record], outputs[record] = named / max(len(shapes), 1), paths.get("head/dense/bias")
-    best = max(share.values(), default=0.0)
-    if best < NAMED:
+    matches = {record: _match(shapes, layouts(model)[record.layout]) for record in records(model)}
+    best = max(matches.values(), default=0.0)
+    if best < MIN_MATCH:
         raise ValueError(
-            f"{path}: its tensors ({', '.join(list(shapes)[:3])}, ...) are not named as in any weights of {model}; "
-            f"{fits(path)}"
+            f"{path}: its tensors ({_first(shapes)}) are not named as in any weights of {model}; {suggestion(path)}"
         )
-    fit = [record for record in share if share[record] == best]
-    fit = [record for record in fit if outputs[record] == (record.classes,)] or fit
+    fit = [record for record in matches if matches[record] == best]
+    fit = [record for record in fit if (record.classes,) in shapes.values()] or fit  # the bias of its classifier
     if len({(record.network, record.input) for record in fit}) > 1:
         raise ValueError(
-            f"{path} may be any of {', '.join(record.name for record in fit)}, which want other numbers of the "
-            f"network or its input: rename it as what it is, {' or '.join(record.filename for record in fit)}"
+            f"{path} may be any of {', '.join(record.name for record in fit)}, which need different inputs or fields "
+            f"of the network: rename it to {' or '.join(record.filename for record in fit)}"
         )
     return fit[0]
 
 
 def by_checksum(path: Path) -> list[PretrainedWeights]:
-    """Returns the records whose published checksum the file has."""
-    found = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
+    """Returns the records with the published checksum of the file."""
+    digests = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
     checksums = [(record, record.checksum.partition(":")) for record in records() if record.checksum]
-    return [record for record, (kind, _, digits) in checksums if found[kind].startswith(digits)]
+    return [record for record, (kind, _, digits) in checksums if digests[kind].startswith(digits)]
 
 
 def identify(path: str | Path) -> str:
-    """Returns a sentence that names the records a file is, or whose tensors it has.
+    """Returns a sentence with the records that a file is by checksum, or whose tensors it has by names and shapes.
 
-    Raises ValueError for a file that can't be read, and with the nearest network and what differs if none fits.
+    Raises ValueError for an unreadable file, and, if no network fits, with the differences from the nearest one.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
-        same = by_checksum(path)
-        if same:
-            return f"{path}: {', '.join(r.name for r in same)} (the published checksum)"
-        return by_content(tensors)
-
-
-def by_content(tensors: Tensors) -> str:
-    """Returns a sentence with the records whose every tensor the file has; the numbers themselves can't tell more.
-
-    Raises ValueError with the nearest network and what differs.
-    """
-    path = tensors.path
-    # Arrays of the right shapes that take no memory: rules move axes, they never look at numbers.
-    hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
-    nearest: tuple[int, str, str] | None = None
-    for chosen in _guesses(hollow, path.stat().st_size)[:TRIED]:
-        first = chosen[0]
-        rules = layouts(first.model)[first.layout]
-        try:
-            ours = _shapes(first.model, first.classes)
-            convert(hollow, rules, ours, fresh=DENSE)
-        except ValueError as error:
-            problems = str(error).splitlines()[1:]
-            nearest = min(nearest or (10**9, "", ""), (len(problems), first.model, "\n".join(problems[:SHOWN])))
+        if exact := by_checksum(path):
+            return f"{path}: {', '.join(record.name for record in exact)} (the published checksum)"
+        # Arrays that take no memory: rules move axes and never read values.
+        placeholders = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
+    failures = []
+    for group in _candidates(tensors.shapes, path.stat().st_size)[:CANDIDATES]:
+        rules = layouts(group[0].model)[group[0].layout]
+        ours = shapes(group[0].model, group[0].classes)
+        if problems := _problems(placeholders, rules, ours, fresh=CLASSIFIER):
+            failures.append((len(problems), group[0].model, "\n".join(problems[:MAX_LINES])))
             continue
-        names = ", ".join(map(_named, chosen))
-        alike = " (alike in names and shapes)" if len(chosen) > 1 else ""
-        try:
-            convert(hollow, rules, ours)
-        except ValueError as error:
-            head = "\n".join(str(error).splitlines()[1 : SHOWN + 1])
-            return f"{path}: the tensors of {names}{alike}, but for its classifier:\n{head}"
-        return f"{path}: the tensors of {names}{alike}; no published checksum is that of this file"
-    if nearest is None:
-        names = ", ".join(list(hollow)[:3])
-        raise ValueError(f"{path}: its tensors ({names}, ...) are not named as in any file that is known here")
-    raise ValueError(f"{path}: fits no network; the nearest is {nearest[1]}, but\n{nearest[2]}")
+        fields = [", ".join(f"{key}={value}" for key, value in record.network) for record in group]
+        names = ", ".join(r.name + (f" ({own})" if own else "") for r, own in zip(group, fields, strict=True))
+        if problems := _problems(placeholders, rules, ours):
+            return f"{path}: the tensors of {names}, except for the classifier:\n" + "\n".join(problems[:MAX_LINES])
+        return f"{path}: the tensors of {names}; the file has no published checksum"
+    if not failures:
+        raise ValueError(f"{path}: its tensors ({_first(placeholders)}) are not named as in any known file")
+    _, model, lines = min(failures)
+    raise ValueError(f"{path}: fits no network; the nearest is {model}, but\n{lines}")
 
 
-def fits(path: Path) -> str:
-    """Returns the end of an error: what a file of another network fits."""
+def suggestion(path: Path) -> str:
+    """Returns the end of an error message: which other network the file fits."""
     try:
         return f"python -m lungjax.weights --check says: {identify(path).removeprefix(f'{path}: ')}"
     except ValueError:
-        return f"python -m lungjax.weights --check {path} says what is nearest"
-
-
-def shapes(
-    model: str | ModelConfig, classes: int, size: tuple[int, int] | None = None, channels: int = 3
-) -> Mapping[str, Any]:
-    """Returns the shape of every leaf by path, without the collection; computes nothing.
-
-    `size` (height, width) defaults to the input of the network's weights, or 224; only a head that flattens
-    depends on it.
-    """
-    config = ModelConfig(name=model) if isinstance(model, str) else model
-    known = records(config.name)
-    size = size or (known[0].input.size if known else (224, 224))
-    return models.leaf_shapes(models.build(config, classes), (*size, channels))
-
-
-def _named(record: PretrainedWeights) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in record.network)
-    return record.name + (f" ({fields})" if fields else "")
+        return f"python -m lungjax.weights --check={path} shows the nearest network"
 
 
 @cache
-def _shapes(model: str, classes: int) -> Mapping[str, tuple[int, ...]]:
-    return shapes(model, classes)
+def shapes(model: str, classes: int) -> Mapping[str, Any]:
+    """Returns the shape of every parameter by path, without the collection, for the input of the network's weights."""
+    size = next((record.input.size for record in records(model)), (224, 224))
+    return models.leaf_shapes(models.build(ModelConfig(name=model), classes), (*size, 3))
 
 
-def _guesses(hollow: dict[str, np.ndarray], size: int) -> list[list[PretrainedWeights]]:
-    """Returns the records that want the same tensors, together; in front those with the file's names and size."""
+def _problems(arrays: Mapping[str, np.ndarray], rules: Rules, ours: Mapping[str, Any], **options: str) -> list[str]:
+    try:
+        convert(arrays, rules, ours, **options)
+        return []
+    except ValueError as error:
+        return str(error).splitlines()[1:]
+
+
+def _first(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3]) + ", ..."
+
+
+def _match(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> float:
+    """Returns the fraction of names that the rules match."""
+    return sum(target(name, rules, len(shape)) is not None for name, shape in shapes.items()) / max(len(shapes), 1)
+
+
+def _candidates(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[PretrainedWeights]]:
+    """Returns groups of records that have the same tensors, the best matches of names and file size first."""
     groups: dict[tuple[str, str, int], list[PretrainedWeights]] = {}
     for record in records():
         groups.setdefault((record.model, record.layout, record.classes), []).append(record)
-    known: dict[int, float] = {}  # part of the names that a table of rules knows
+    match = cache(lambda rules: _match(shapes, rules))  # many groups share their rules
     order = {}
     for key, group in groups.items():
-        rules = layouts(group[0].model).get(group[0].layout)
-        if rules is None:
-            continue
-        if id(rules) not in known:
-            named = sum(target(name, rules, array.ndim) is not None for name, array in hollow.items())
-            known[id(rules)] = named / max(len(hollow), 1)
-        if known[id(rules)] > 0.5:
-            unlike = abs(math.log(max(size, 1) / (1e6 * max(group[0].megabytes, 1))))
-            order[key] = (-round(known[id(rules)], 1), unlike)
+        fraction = match(layouts(group[0].model)[group[0].layout])
+        if fraction >= MIN_MATCH:
+            order[key] = (-round(fraction, 1), abs(math.log(size / (1e6 * group[0].megabytes))))
     return [groups[key] for key in sorted(order, key=lambda key: order[key])]

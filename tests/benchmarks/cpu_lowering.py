@@ -1,9 +1,9 @@
-"""Times the CPU forms of `lungjax.models.layers` against the plain operations, side by side in one process.
+"""Times the CPU forms of `lungjax.models.ops` against the plain operations, side by side in one process.
 
     python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7] [--keep_freed]
 
-Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" is what flax.linen does
-(`nn.Conv`, `nn.max_pool`) under `jax.jit` as it comes; "ours" is compiled as training compiles it.
+Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" is `conv.plain_forms()` under `jax.jit`
+with default options; "ours" is compiled as in training.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ import optax
 from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.models import layers
-from lungjax.models.ops import conv, pooling
+from lungjax.models.ops import conv
 from lungjax.runtime import environment
 
 # kind, batch, side, channels in, channels out, kernel, stride, padding
@@ -45,46 +43,30 @@ LAYERS = [
     ("dense", 32, 9, 128, 256, 7, 1, "VALID"),
     ("pool", 32, 122, 32, 32, 3, 2, "VALID"),
 ]
-PLAIN = {
-    "depthwise_conv": conv.plain_depthwise,
-    "pointwise_conv": lambda x, kernel, strides: conv.plain_conv(x, kernel, strides, ((0, 0), (0, 0))),
-    "dense_conv": conv.plain_conv,
-    "window_max": pooling.plain_window_max,
-}
-
-
-def plain_layers() -> Any:
-    """Returns a context in which the layers trace the plain operations."""
-    return mock.patch.multiple(layers, **PLAIN)
 
 
 def interleaved(ours: Callable, plain: Callable, args: tuple, rounds: int) -> tuple[float, float]:
     """Returns the median milliseconds of two compiled functions, called in turns."""
     times: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds + 1):
-        for function, taken in zip((ours, plain), times, strict=True):
+    for _ in range(rounds + 1):
+        for function, measured in zip((ours, plain), times, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(function(*args))
-            if turn:  # the first is a warm-up
-                taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
+            measured.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])  # the first is a warm-up
 
 
 def compiled(function: Callable, args: tuple, plain: bool) -> Callable:
-    """Compiles as nn.Conv would be (`plain`) or as training compiles."""
+    """Compiles the plain operations, or ours as in training."""
     options = {} if plain else conv.compiler_options()
-
-    def fresh(*args):  # jax remembers the trace of a function, and with it the layers of that time
-        return function(*args)
-
-    with plain_layers() if plain else nullcontext():
-        return jax.jit(fresh, compiler_options=options).lower(*args).compile()
+    with conv.plain_forms() if plain else nullcontext():
+        return jax.jit(function, compiler_options=options).lower(*args).compile()
 
 
-def row(name: str, what: str, function: Callable, args: tuple, rounds: int) -> None:
+def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
     """Prints one line of the table."""
     ours, plain = interleaved(*(compiled(function, args, plain) for plain in (False, True)), args, rounds)
-    print(f"| {name} | {what} | {plain:.1f} | {ours:.1f} | {plain / ours:.1f} |", flush=True)
+    print(f"| {name} | {part} | {plain:.1f} | {ours:.1f} | {plain / ours:.1f} |", flush=True)
 
 
 def layer_rows(rounds: int) -> None:
@@ -103,7 +85,7 @@ def layer_rows(rounds: int) -> None:
             return module.apply({"params": {"kernel": kernel}}, x)
 
         def gradients(x, kernel, dy, forward=forward, image=channels <= 3):
-            if image:  # nobody asks for the gradient to the image
+            if image:  # training needs no gradient of the image
                 return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](dy)
             return jax.vjp(forward, x, kernel)[1](dy)
 
@@ -124,13 +106,8 @@ def step_rows(rounds: int) -> None:
 
         def step(variables, images, module=module, labels=labels):
             def loss(params):
-                (logits, _), updates = module.apply(
-                    {**variables, "params": params},
-                    images,
-                    train=True,
-                    mutable=["batch_stats"],
-                    rngs={"dropout": jax.random.key(1)},
-                )
+                options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
+                (logits, _), updates = module.apply({**variables, "params": params}, images, **options)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
 
             (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
@@ -146,8 +123,8 @@ def main() -> None:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--layers", action="store_true", help="single layers only")
     only.add_argument("--steps", action="store_true", help="whole training steps only")
-    parser.add_argument("--rounds", type=int, default=7, help="calls of each, after one to warm up")
-    parser.add_argument("--keep_freed", action="store_true", help="freed memory stays, as when training")
+    parser.add_argument("--rounds", type=int, default=7, help="calls of each, after a warm-up")
+    parser.add_argument("--keep_freed", action="store_true", help="keep freed memory, as in training")
     flags = parser.parse_args()
     if flags.keep_freed:
         environment.keep_freed_memory()

@@ -20,14 +20,14 @@ SCRIPT = Path(__file__).parent.parent / "run_small.py"
 
 
 def start(out: Path, devices: int, arguments: list[str]) -> subprocess.Popen:
-    """Starts one process with so many CPU devices."""
+    """Starts one process on a number of CPU devices."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *arguments], env=env, **quiet)
 
 
 def main() -> None:
-    """Prints one line a comparison."""
+    """Prints one line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fields", nargs="*")
     parser.add_argument("--steps", type=int, default=50)

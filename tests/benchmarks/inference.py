@@ -119,9 +119,9 @@ class Network:
         self.variables = jax.tree.map(jnp.asarray, random_variables(self.module, (side, side, 3)))
         self.folded = folding.FoldedModel(self.module, self.variables, (side, side, 3))
         self.trace = timed(lambda: self.folded.pairs)[0]
-        self.first_fold = timed(lambda: jax.block_until_ready(self.folded.prepare(self.variables)))[0]
-        self.fold = timed(lambda: jax.block_until_ready(self.folded.prepare(self.variables)))[0]
-        self.prepared = self.folded.prepare(self.variables)
+        self.first_fold = timed(lambda: jax.block_until_ready(self.folded.fold(self.variables)))[0]
+        self.fold = timed(lambda: jax.block_until_ready(self.folded.fold(self.variables)))[0]
+        self.prepared = self.folded.fold(self.variables)
 
     def compile(self, size: int, plain: bool = False) -> tuple[Callable[[], Times], float]:
         """Returns a function with the times of a batch, and the seconds of compilation."""

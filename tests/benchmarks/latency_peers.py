@@ -139,7 +139,7 @@ def ours(network: str, folder: Path, threads: int) -> tuple[Call, dict[str, Any]
         module, variables, _ = lungjax.create(network, weights=f"file:{files[0]}")
     variables = jax.tree.map(jnp.asarray, variables)
     built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
-    folded = built.prepare(variables)
+    folded = built.fold(variables)
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
         logits, features = built(folded, normalize(pixels, spec))

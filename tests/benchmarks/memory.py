@@ -1,11 +1,10 @@
-"""Memory of a long `lungjax.training.train.run` of a tiny network stays flat, validations and checkpoints on.
+"""Checks that memory stays flat over a long `lungjax.training.train.run` with validations and checkpoints.
 
     python -m tests.benchmarks.memory [--steps=2000] [--eval_steps=100] [--save_steps=50]
 
-Trains the "Simple" CNN at 64 px on the drawn data set phantom_ct/tiny and prints the process's resident memory at ten
-points of the run, as markdown, and how much it grew from a quarter of the run to its end (wanted: nothing to speak
-of). Pages of files that are mapped (libraries, records) come and go as the kernel likes, so the process's own data
-stand beside the whole. Memory that XLA freed stays with the process, as in every run.
+Trains the "Simple" CNN at 64 px on the synthetic data set phantom_ct/tiny and prints the process's resident memory at
+ten points of the run, as markdown, and its growth from a quarter of the run to the end. Pages of mapped files
+(libraries, records) come and go, so private memory is listed separately. Memory freed by XLA stays with the process.
 """
 
 import argparse
@@ -17,10 +16,9 @@ from unittest import mock
 
 
 def resident() -> tuple[float, float]:
-    """Returns this process's resident memory in MiB, all of it and its own data alone (Linux)."""
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    found = {words[0]: int(words[1]) / 1024 for words in lines if words and words[0] in ("VmRSS:", "RssAnon:")}
-    return found["VmRSS:"], found["RssAnon:"]
+    """Returns the resident and the private memory of this process in MiB (Linux)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["RssAnon"].split()[0]) / 1024
 
 
 def main() -> None:
@@ -43,44 +41,34 @@ def main() -> None:
         input=InputSpec(size=(64, 64), crop="box", mean=(0.4,), std=(0.3,)),
         model=ModelConfig(name="simple"),
         optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(
-            batch_size=16,
-            steps=args.steps,
-            eval_steps=args.eval_steps,
-            save_steps=args.save_steps,
-            monitor="slice.accuracy",
-        ),
+        train=TrainConfig(batch_size=16, monitor="slice.accuracy", **vars(args)),
     )
-    held: dict[int, tuple[float, float]] = {}  # step -> what `resident` said
+    memory: dict[int, tuple[float, float]] = {}  # by step
     append = metrics_log.append
 
-    def watch(path: Path, row: dict[str, Any]) -> None:
-        held[row["step"]] = resident()
+    def record(path: Path, row: dict[str, Any]) -> None:
+        memory[row["step"]] = resident()
         append(path, row)
 
-    with tempfile.TemporaryDirectory() as made, mock.patch.object(metrics_log, "append", watch):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):
         start = time.perf_counter()
-        train.run(config, Path(made) / "run", Path(made) / "data")
+        train.run(config, Path(folder) / "run", Path(folder) / "data")
         seconds = time.perf_counter() - start
-    if args.steps not in held:
-        raise SystemExit(
-            "the run's log lines were not seen: lungjax.training.train no longer writes them by metrics_log.append"
-        )
+    if args.steps not in memory:
+        raise SystemExit("no log lines: lungjax.training.train no longer writes them by metrics_log.append")
 
     def at(step: float) -> tuple[float, float]:
-        return held[max(known for known in held if known <= max(step, min(held)))]
+        return memory[max(logged for logged in memory if logged <= max(step, min(memory)))]
 
-    print("\n| step | resident, MiB | its own data, MiB |\n| ---: | ---: | ---: |")
+    print("\n| step | resident, MiB | private, MiB |\n| ---: | ---: | ---: |")
     for tenth in range(1, 11):
-        whole, own = at(args.steps * tenth / 10)
-        print(f"| {args.steps * tenth // 10} | {whole:.1f} | {own:.1f} |")
+        resident_mib, private = at(args.steps * tenth / 10)
+        print(f"| {args.steps * tenth // 10} | {resident_mib:.1f} | {private:.1f} |")
     quarter = args.steps // 4
-    whole, own = (end - start for start, end in zip(at(quarter), at(args.steps), strict=True))
-    validations, saves = args.steps // args.eval_steps, args.steps // args.save_steps
-    each = own / (args.steps - quarter) * 1e3
-    grown = f"{whole:+.1f} MiB, of its own data {own:+.1f} ({each:+.2f} for 1,000 steps)"
-    print(f"\nFrom step {quarter} to {args.steps}: {grown}.")
-    print(f"{validations} validations, {saves} checkpoints, {seconds:.0f} s in all.")
+    growth, private = (end - start for start, end in zip(at(quarter), at(args.steps), strict=True))
+    rate = private / (args.steps - quarter) * 1e3
+    print(f"\nFrom step {quarter}: {growth:+.1f} MiB, private {private:+.1f} ({rate:+.2f} per 1,000 steps).")
+    print(f"{args.steps // args.eval_steps} validations, {args.steps // args.save_steps} checkpoints, {seconds:.0f} s.")
 
 
 if __name__ == "__main__":

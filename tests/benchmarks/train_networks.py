@@ -1,17 +1,15 @@
 """The networks of `train.py` in Keras and in torch, without weights.
 
-Layers, classes, dropout and stochastic depth are those of lungjax's networks. Where a library has no such network
-(Keras's ResNet50V2 in torch, CBR in both) it is written out here. Each library is imported when it is asked for.
+Layers, classes, dropout and stochastic depth are those of lungjax's networks. Networks that a library lacks (Keras's
+ResNet50V2 in torch, CBR in both) are defined here. Each library is imported on use.
 """
 
 from functools import partial
 from typing import Any
 
+from tests.parity.studies import CBR, build
+
 CLASSES = 3
-CBR = {  # kernel, widths, a pool after the last block
-    "cbr_larget": (7, (32, 64, 128, 256, 512), False),
-    "cbr_small": (7, (32, 64, 128, 256), True),
-}
 KERAS = {
     "efficientnet_b0": "EfficientNetB0",
     "mobilenetv2": "MobileNetV2",
@@ -30,30 +28,23 @@ TIMM: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def channels(network: str) -> int:
-    """Returns how many colours a network is trained with: the CBR networks are for gray images."""
+    """Returns the number of image channels: the CBR networks are for gray images."""
     return 1 if network in CBR else 3
 
 
 def keras_network(network: str, side: int) -> Any:
-    """Returns the Keras model with three logits; of ImageNet networks the constructor in keras.applications."""
+    """Returns the Keras model with three logits, from keras.applications if it is there."""
     import keras
-    from keras import layers
 
     if network in KERAS:
         plain = {"include_preprocessing": False} if network in ("efficientnetv2_s", "convnext_tiny") else {}
         make = getattr(keras.applications, KERAS[network])
         return make(weights=None, input_shape=(side, side, 3), classes=CLASSES, classifier_activation=None, **plain)
-    kernel, widths, last_pool = CBR[network]
-    stack = [keras.Input((side, side, 1))]
-    for number, width in enumerate(widths, 1):
-        stack += [layers.Conv2D(width, kernel), layers.BatchNormalization(), layers.ReLU()]
-        if number < len(widths) or last_pool:
-            stack.append(layers.MaxPooling2D(3, 2))
-    return keras.Sequential([*stack, layers.GlobalAveragePooling2D(), layers.Dense(CLASSES)])
+    return build(network, side, channels=1, outputs=CLASSES)
 
 
 def torch_network(network: str) -> Any:
-    """Returns the torch module with three logits, of timm where timm has those layers."""
+    """Returns the torch module with three logits, from timm if it has the same layers."""
     import torch
 
     if network in TIMM:
@@ -79,7 +70,7 @@ def torch_network(network: str) -> Any:
 
 
 def resnet50v2() -> Any:
-    """Returns Keras's ResNet50V2: timm's strides are elsewhere, which costs it a sixth more arithmetic."""
+    """Returns Keras's ResNet50V2: timm's has its strides elsewhere and a sixth more arithmetic."""
     import torch
     from torch import nn
 

@@ -1,9 +1,9 @@
-"""The contenders of `train.py`: each trains one network in a process of its own, and works only when it is told to.
+"""The frameworks of `train.py`: each process trains one network, and is idle between requests.
 
-Started by `train.py`, by path, in an interpreter that needs no more than its own library: lungjax with jax, flax and
-optax (grain, TFDS, orbax, h5py and scikit-image are shut out, so that a machine without them measures the same), Keras
-with jax, or torch with timm. The process builds and compiles, writes one line of JSON, and then answers each line
-{"steps": n} with the seconds that a step took, and {"end": true} with its peak of memory.
+Started by `train.py`, by path, in an interpreter that needs only its own library: lungjax with jax, flax and optax
+(grain, TFDS, orbax, h5py and scikit-image are hidden, so that a machine without them measures the same), Keras with
+jax, or torch with timm. The process builds and compiles, prints one line of JSON, and then answers each line
+{"steps": n} with the seconds per step, and {"end": true} with its peak memory.
 
 All train the same layers (`train_networks.py`) with Adam in float32.
 """
@@ -29,46 +29,33 @@ ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotli
 
 @dataclass
 class Contender:
-    """A compiled training step and what is known about it."""
+    """A compiled training step and its facts."""
 
-    advance: Callable[[int], float]  # runs so many steps and waits; returns the last loss
+    advance: Callable[[int], float]  # runs that many steps and waits; returns the last loss
     versions: str
     parameters: int
     compile_seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
-    peak_bytes: Callable[[], int] | None = None  # on the device; None is this process's peak
+    peak_bytes: Callable[[], int] | None = None  # on the device; None: the peak of the process
 
 
-def normalised(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+def normalized(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 images [batch, side, side, channels] and int32 labels, for the peers."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch, side, side, channels(network))).astype(np.float32)
     return images, (np.arange(batch) % CLASSES).astype(np.int32)
 
 
-def flops_of(stage: Any) -> float | None:
-    """Returns XLA's count of a lowered or compiled function's floating-point operations, None if it gives none."""
-    try:
-        found = stage.cost_analysis()
-    except Exception as error:  # a backend may have no such analysis, under an error of its own
-        print(f"no cost analysis: {error!r}", file=sys.stderr)
-        return None
-    found = found[0] if isinstance(found, list) else found
-    count = float((found or {}).get("flops", 0.0))
-    return count if count > 0 else None
-
-
 def compiled(step: Any, *shapes: Any) -> tuple[Any, float, dict[str, Any]]:
-    """Returns a jitted step compiled, the seconds that took, tracing included, and its counts of operations."""
+    """Returns a jitted step compiled, the seconds for tracing and compiling, and XLA's count of its operations."""
     start = time.perf_counter()
-    lowered = step.lower(*shapes)
-    built = lowered.compile()
+    program = step.lower(*shapes).compile()
     seconds = time.perf_counter() - start
-    return built, seconds, {"flops_traced": flops_of(lowered), "flops_compiled": flops_of(built)}
+    return program, seconds, {"flops": (program.cost_analysis() or {}).get("flops")}
 
 
 def jax_peak() -> Callable[[], int] | None:
-    """Returns what reads the device's peak of memory, None where jax doesn't count it (the CPU)."""
+    """Returns a function for the peak memory of the device, None if jax doesn't count it (CPU)."""
     import jax
 
     stats = jax.devices()[0].memory_stats()
@@ -77,23 +64,8 @@ def jax_peak() -> Callable[[], int] | None:
     return lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-def matmul_rate(side: int, dtype: Any) -> float:
-    """Returns operations a second of one square matrix product, the best of a few: what the device can do."""
-    import jax
-    import jax.numpy as jnp
-
-    product = jax.jit(lambda a, b: a @ b)
-    a = jnp.ones((side, side), dtype)
-    best = float("inf")
-    for _ in range(6):  # the first compiles
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
-def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
-    """lungjax, compiled as `lungjax.training.train` does it; contender "augmented" has the preset covidnet_ct too."""
+def lungjax_contender(cell: dict[str, Any]) -> Contender:
+    """lungjax, compiled as by `lungjax.training.train`."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
     from lungjax.runtime import environment
@@ -104,62 +76,45 @@ def lungjax_contender(cell: dict[str, Any], smoke: bool) -> Contender:
     import jax
     import optax
 
-    from lungjax.config import AugmentConfig, Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
-    from lungjax.config.presets import preset
+    from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig
     from lungjax.models import trees
     from lungjax.runtime import mesh as meshes
     from lungjax.training import program
 
     network, side, batch = cell["network"], cell["size"], cell["batch"]
-    augmented, margin = cell["contender"] == "augmented", 0.1
-    boxed = {"crop": "box", "box_margin": margin} if augmented else {}
     config = Config(
-        input=InputSpec(size=(side, side), channels=channels(network), mean=(0.5,), std=(0.25,), **boxed),
-        augment=preset("covidnet_ct") if augmented else AugmentConfig(),
-        # Keras's and timm's ConvNeXt drop no paths unless told to.
+        input=InputSpec(size=(side, side), channels=channels(network), mean=(0.5,), std=(0.25,)),
+        # Keras's and timm's ConvNeXt drop no paths by default.
         model=ModelConfig(name=network, dtype=cell["dtype"], drop_path=0.0 if "convnext" in network else None),
         optim=OptimConfig(name="adam", lr=LR),
         train=TrainConfig(batch_size=batch, steps=10**6),
     )
     mesh = meshes.make_mesh(1)
     labels = (np.arange(batch) % CLASSES).astype(np.int32)
-    built_for = program.build(config, tuple("abc"), labels, mesh)
-    stored = round(side * (1 + 2 * margin)) if augmented else side
-    rng = np.random.default_rng(0)
-    examples = {
-        "image": rng.integers(0, 256, (batch, stored, stored, channels(network)), np.uint8),
-        "label": labels,
-        "place": np.arange(batch, dtype=np.uint32),
-    }
-    if augmented:
-        edge = margin / (1 + 2 * margin)
-        examples["box"] = np.tile(np.asarray([edge, edge, 1 - edge, 1 - edge], np.float32), (batch, 1))
-        examples["body"] = np.full((batch, stored, stored), 255, np.uint8)
+    built = program.build(config, tuple("abc"), labels, mesh)
+    images = np.random.default_rng(0).integers(0, 256, (batch, side, side, channels(network)), np.uint8)
+    examples = {"image": images, "label": labels, "place": np.arange(batch, dtype=np.uint32)}
     on_device = meshes.to_devices(examples, mesh)
-    built, seconds, facts = compiled(built_for.train_step, built_for.abstract_state, on_device)
-    current = built_for.new_state({})
-    if cell["contender"] == "ours":
-        on_cpu = jax.default_backend() == "cpu"
-        facts["matmul_flops"] = matmul_rate(256 if smoke else 2048 if on_cpu else 8192, cell["dtype"])
+    step, seconds, facts = compiled(built.train_step, built.abstract_state, on_device)
+    current = built.new_state({})
 
     def advance(steps: int) -> float:
         nonlocal current
         for _ in range(steps):
-            current, metrics = built(current, on_device)
+            current, metrics = step(current, on_device)
         jax.block_until_ready(current)
         return float(metrics["loss"])
 
-    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built_for.abstract_state.params).values())
+    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values())
     versions = f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
     return Contender(advance, f"{versions}, {jax.devices()[0].device_kind}", count, seconds, facts, jax_peak())
 
 
-def keras_contender(cell: dict[str, Any], smoke: bool) -> Contender:
-    """Keras 3 on jax: the very function that `fit` compiles, `Model.train_step` under jit with its state donated.
+def keras_contender(cell: dict[str, Any]) -> Contender:
+    """Keras 3 on jax: exactly the function that `fit` compiles, `Model.train_step` under jit with its state donated.
 
-    It is called without fit's loop, callbacks and iterator, on a batch that is on the device: all that could slow it.
+    It is called without the loop, callbacks and iterator of `fit`, which could slow it, on a batch on the device.
     """
-    del smoke
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     import keras
@@ -170,9 +125,9 @@ def keras_contender(cell: dict[str, Any], smoke: bool) -> Contender:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=loss)
     model.optimizer.build(model.trainable_variables)
-    held = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
-    current: Any = tuple([variable.value for variable in group] for group in (*held, model.metrics_variables))
-    data = tuple(jax.device_put(array) for array in normalised(cell["network"], cell["batch"], cell["size"]))
+    groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+    current: Any = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
+    data = tuple(jax.device_put(array) for array in normalized(cell["network"], cell["batch"], cell["size"]))
     built, seconds, facts = compiled(jax.jit(model.train_step, donate_argnums=0), current, data)
     logs: Any = {}
 
@@ -188,7 +143,7 @@ def keras_contender(cell: dict[str, Any], smoke: bool) -> Contender:
     return Contender(advance, versions, count, seconds, facts, jax_peak())
 
 
-def torch_contender(cell: dict[str, Any], smoke: bool) -> Contender:
+def torch_contender(cell: dict[str, Any]) -> Contender:
     """torch and timm, channels_last, fused Adam: eager on the CPU; on a GPU torch.compile, and autocast to bfloat16."""
     import torch
 
@@ -201,8 +156,8 @@ def torch_contender(cell: dict[str, Any], smoke: bool) -> Contender:
     network = torch_network(cell["network"]).to(device, memory_format=torch.channels_last).train()
     run = network
     if cell["platform"] == "gpu":
-        run = torch.compile(network, backend="aot_eager" if smoke else "inductor")
-    images, labels = normalised(cell["network"], cell["batch"], cell["size"])
+        run = torch.compile(network, backend="inductor")
+    images, labels = normalized(cell["network"], cell["batch"], cell["size"])
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
     y = torch.from_numpy(labels.astype(np.int64)).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR, fused=True)
@@ -232,14 +187,14 @@ def torch_contender(cell: dict[str, Any], smoke: bool) -> Contender:
 
 
 def process_peak() -> int:
-    """Returns the most memory that this process ever held, in bytes."""
+    """Returns the peak memory of this process in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def busy_seconds() -> float:
-    """Returns the seconds that this process's cores have worked for anybody; 0 where /proc/stat isn't there."""
+    """Returns the seconds that the cores of this process have worked for any process; 0 without /proc/stat."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -249,7 +204,7 @@ def busy_seconds() -> float:
 
 
 def turn(advance: Callable[[int], float], steps: int) -> dict[str, float]:
-    """Runs so many steps; returns seconds a step, the last loss, and the share of the cores that others took."""
+    """Runs steps; returns seconds per step, the last loss, and the share of the cores that other processes used."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy, used, start = busy_seconds(), time.process_time(), time.perf_counter()
     loss = advance(steps)
@@ -258,36 +213,28 @@ def turn(advance: Callable[[int], float], steps: int) -> dict[str, float]:
     return {"seconds": wall / steps, "loss": loss, "others": max(others, 0.0)}
 
 
-CONTENDERS = {
-    "ours": lungjax_contender,
-    "augmented": lungjax_contender,
-    "keras": keras_contender,
-    "torch": torch_contender,
-}
-
-
 def main() -> None:
-    """Serves turns until it is told to end; an error is the last line."""
+    """Answers requests until {"end": true}; an error is the last line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cell", required=True, help="a cell of train.py as JSON")
-    parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     cell = json.loads(args.cell)
     try:
-        made = CONTENDERS[cell["contender"]](cell, args.smoke)
-        told = {"versions": made.versions, "parameters": made.parameters, "compile_seconds": made.compile_seconds}
-        print(json.dumps({**told, **made.facts}), file=out, flush=True)
+        builders = {"ours": lungjax_contender, "keras": keras_contender, "torch": torch_contender}
+        made = builders[cell["contender"]](cell)
+        facts = {"versions": made.versions, "parameters": made.parameters, "compile_seconds": made.compile_seconds}
+        print(json.dumps({**facts, **made.facts}), file=out, flush=True)
         for line in sys.stdin:
-            asked = json.loads(line)
+            request = json.loads(line)
             peak = made.peak_bytes or process_peak
-            answer = {"peak_bytes": peak()} if "end" in asked else turn(made.advance, asked["steps"])
+            answer = {"peak_bytes": peak()} if "end" in request else turn(made.advance, request["steps"])
             print(json.dumps(answer), file=out, flush=True)
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
-    os._exit(0)  # libraries' threads need not be waited for
+    os._exit(0)  # without waiting for threads of libraries
 
 
 if __name__ == "__main__":

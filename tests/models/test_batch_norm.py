@@ -1,4 +1,4 @@
-"""Batch norm with its activation, by hand and against linen."""
+"""Batch norm with its activation, by hand and against flax.linen."""
 
 from functools import partial
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_layers import close, draw
+from kernels import close, draw, lowered, quick_jit
 
 from lungjax.models import layers
+from lungjax.models.ops import batch_norm
 
 
 def test_batch_norm_by_hand():
@@ -37,8 +38,8 @@ def test_batch_norm_by_hand():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["silu", "relu6", ""])
-def test_batch_norm_with_activation_equals_linen(name, dtype):
-    """Output, running statistics and the gradients to map, scale and bias; rows of 7, 9 and 11 are cut differently."""
+def test_batch_norm_and_activation_equal_linen(name, dtype):
+    """Output, running statistics and all gradients; 7, 9 and 11 rows are split differently."""
     activation = getattr(nn, name) if name else None
     with jax.enable_x64(dtype == "float64"):
         fields = {"momentum": 0.75, "epsilon": 1e-2, "dtype": dtype}
@@ -66,16 +67,16 @@ def test_batch_norm_with_activation_equals_linen(name, dtype):
             dx, dparams = pull((draw(9, *y.shape, dtype=y.dtype), jnp.ones(6), jnp.ones(6)))
             return y, *stats, dx, dparams["scale"], dparams["bias"]
 
-        got, expected = (jax.jit(partial(all_of, f))(x, params) for f in (mine, reference))
+        got, expected = (quick_jit(partial(all_of, f))(x, params) for f in (mine, reference))
         got, expected = ([np.asarray(a, "float64") for a in results] for results in (got, expected))
-        if dtype == "bfloat16":  # a kink of the activation may lie between two roundings, so norms are compared
+        if dtype == "bfloat16":  # a kink of the activation may lie between two roundings: compare norms
             for a, b in zip(got, expected, strict=True):
                 assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
         else:
             close(got, expected, {"float32": 5e-6, "float64": 2e-7}[dtype])
 
 
-def test_batch_norm_in_evaluation_applies_the_activation():
+def test_batch_norm_activation_in_evaluation():
     x = draw(0, 2, 3, 3, 4)
     module = layers.BatchNorm(momentum=0.9, epsilon=1e-3)
     variables = module.init(jax.random.key(0), x, train=False)
@@ -86,10 +87,19 @@ def test_batch_norm_in_evaluation_applies_the_activation():
     )
 
 
-def test_batch_norm_bfloat16_has_float32_statistics():
+def test_batch_norm_statistics_of_bfloat16_are_float32():
     x = (draw(0, 8, 16, 16, 3) * 0.1 + 30).astype("bfloat16")
     module = layers.BatchNorm(momentum=0.0, epsilon=1e-3, dtype=jnp.bfloat16)
     variables = module.init(jax.random.key(0), x, train=False)
     y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(updates["batch_stats"]["mean"], np.mean(x.astype("float32"), (0, 1, 2)), rtol=1e-5)
+
+
+def test_form_of_each_platform():
+    def normed(x):
+        return batch_norm.batch_norm(x, jnp.ones(6), jnp.ones(6), 1e-3, nn.silu, jnp.float32)[0]
+
+    x = draw(0, 2, 8, 8, 6)
+    assert "optimization_barrier" in lowered(normed, "cpu", x)
+    assert "optimization_barrier" not in lowered(normed, "cuda", x)

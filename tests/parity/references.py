@@ -17,35 +17,35 @@ from tests.parity.released import released
 from tests.random_weights import draw
 
 
+def build(case: Case, side: int, double: bool = False) -> Any:
+    """Returns the reference network for images of `side` pixels with its initial weights."""
+    return (_keras if case.library == "keras" else _torch)(case, side, double)
+
+
 def make(case: Case, side: int, double: bool = False, state: list[np.ndarray] | None = None) -> Any:
     """Returns the reference network in evaluation mode for images of `side` pixels.
 
-    `state` is what `values` gave of another build; without it weights are drawn and running statistics settled.
+    `state` is from `values` of another build; without it weights are drawn, then running statistics computed.
     """
-    model = (_keras if case.library == "keras" else _torch)(case, side, double)
-    if state is None:
-        names = [name for name, _ in tensors(case, model)]
-        shift = 1.0 if _norms(names) else 0.0
-        state = [
-            draw(name, shape, case.gain, shift) if shape else np.zeros(())
-            for name, shape in ((name, tuple(np.shape(v))) for name, v in tensors(case, model))
-        ]
-        state = [_input_norm(n, v) for n, v in zip(names, state, strict=True)]
+    model = build(case, side, double)
+    if state is not None:
         assign(case, model, state)
-        assign(case, model, settled(case, model, side))
-    else:
-        assign(case, model, state)
+        return model
+    arrays = tensors(case, model)
+    shift = 1.0 if _norms([name for name, _ in arrays]) else 0.0
+
+    def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.startswith("normalization"):  # of the input, in Keras's EfficientNet; it is already normalized
+            return np.full(shape, 1.0 if "variance" in name else 0.0)
+        return draw(name, shape, case.gain, shift) if shape else np.zeros(())
+
+    assign(case, model, [value(name, tuple(np.shape(v))) for name, v in arrays])
+    assign(case, model, with_statistics(case, model, side))
     return model
 
 
-def _input_norm(name: str, value: np.ndarray) -> np.ndarray:
-    if not name.startswith("normalization"):  # Keras's EfficientNet, whose input is normalised already
-        return value
-    return np.ones_like(value) if "variance" in name else np.zeros_like(value)
-
-
 def tensors(case: Case, model: Any) -> list[tuple[str, Any]]:
-    """Returns the reference's arrays with its own names, in its own order."""
+    """Returns the arrays of the reference with its own names, in its own order."""
     if case.library == "keras":
         return [(_path(v), v.value) for v in model.weights if "seed_generator" not in v.path]
     return [(name, value.numpy()) for name, value in model.state_dict().items()]
@@ -56,12 +56,12 @@ def _path(variable: Any) -> str:
 
 
 def values(case: Case, model: Any) -> list[np.ndarray]:
-    """Returns copies of the reference's arrays in its own order."""
+    """Returns copies of the arrays of the reference, in its own order."""
     return [np.array(value) for _, value in tensors(case, model)]
 
 
 def assign(case: Case, model: Any, state: list[np.ndarray]) -> None:
-    """Sets all arrays, in the reference's order."""
+    """Sets all arrays, in the order of the reference."""
     if case.library == "keras":
         for variable, value in zip([v for v in model.weights if "seed_generator" not in v.path], state, strict=True):
             variable.assign(value)
@@ -77,10 +77,10 @@ def _norms(names: list[str]) -> bool:
     return any(re.search(r"(moving|running)_var", name) for name in names)
 
 
-def settled(case: Case, model: Any, side: int) -> list[np.ndarray]:
-    """Returns the arrays with running statistics of random images, then moved at random by half their size.
+def with_statistics(case: Case, model: Any, side: int) -> list[np.ndarray]:
+    """Returns the arrays with running statistics of random images, each changed at random by up to half its size.
 
-    Wholly random statistics would make the images' maps fade into one another through a deep network.
+    Completely random statistics would make a deep network's output independent of its input.
     """
     names = [name for name, _ in tensors(case, model)]
     start = values(case, model)
@@ -111,14 +111,12 @@ def settled(case: Case, model: Any, side: int) -> list[np.ndarray]:
             model(torch.from_numpy(feed(case, images)))
         model.eval()
         now = values(case, model)
-    moved = []
-    for name, value in zip(names, now, strict=True):
-        if re.search(r"(moving_variance|running_var)$", name):
-            value = value * draw(name, value.shape)  # 0.5..1.5
-        elif re.search(r"(moving_mean|running_mean)$", name):
-            value = value + draw(name, value.shape)
-        moved.append(value)
-    return moved
+    scale, offset = re.compile(r"(moving_variance|running_var)$"), re.compile(r"(moving_mean|running_mean)$")
+    return [
+        value * draw(name, value.shape) if scale.search(name)  # 0.5..1.5
+        else value + draw(name, value.shape) if offset.search(name) else value
+        for name, value in zip(names, now, strict=True)
+    ]  # fmt: skip
 
 
 def _keras(case: Case, side: int, double: bool) -> Any:
@@ -127,7 +125,7 @@ def _keras(case: Case, side: int, double: bool) -> Any:
     keras.config.set_floatx("float64" if double else "float32")
     keras.config.set_dtype_policy("float64" if double else "float32")
     if double:
-        # Keras's BatchNorm asks this function for its dtype, which knows no float64 as a result.
+        # Keras's BatchNorm takes its dtype from this function, which never returns float64.
         keras.src.backend.result_type = lambda *types: "float64"
     if case.layout == "ours":
         return studies.build(case.name, side)
@@ -151,7 +149,7 @@ def _torch(case: Case, side: int, double: bool) -> Any:
         if hasattr(layer, "drop_rate"):
             layer.drop_rate = 0.0
         if type(layer).__name__ in ("StdConv2d", "StdConv2dSame"):
-            layer.eps = 1e-10  # of the released code; timm has 1e-8
+            layer.eps = 1e-10  # as in the released code; timm has 1e-8
     return (model.double() if double else model.float()).eval()
 
 
@@ -164,21 +162,21 @@ def import_torchvision(torch: Any) -> Any:
         for name in (*pools, *(f"_{pool}_backward" for pool in pools), "qroi_align", "qnms"):
             with contextlib.suppress(RuntimeError):  # a torchvision may bring it
                 library.define(f"{name}(...) -> ...")
-        import_torchvision.library = library  # kept: it goes away with its last reference
+        import_torchvision.library = library  # its definitions live as long as the object
     import torchvision
 
     return torchvision
 
 
 def parameters(model: Any) -> int:
-    """Returns the reference's own count of what it trains."""
+    """Returns the library's own count of trainable parameters."""
     if hasattr(model, "trainable_weights"):
         return sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     return sum(p.numel() for p in model.parameters())
 
 
 def feed(case: Case, images: np.ndarray) -> np.ndarray:
-    """Returns normalised RGB images as the reference takes them."""
+    """Converts normalized RGB images to the input of the reference."""
     if case.library != "keras":
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     if case.name.startswith("EfficientNetB"):
@@ -204,9 +202,9 @@ def logits(case: Case, model: Any, images: np.ndarray) -> np.ndarray:
 
 
 def gradients(case: Case, model: Any, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the logits in training mode and the gradients of their mean square, by the names of the file.
+    """Returns the logits in training mode and the gradients of their mean square, by the reference's own names.
 
-    Random parts (dropout, stochastic depth) are off.
+    Dropout and stochastic depth are off.
     """
     if case.library == "keras":
         import jax
@@ -229,31 +227,44 @@ def gradients(case: Case, model: Any, images: np.ndarray) -> tuple[np.ndarray, d
     return out.detach().numpy(), {n: p.grad.numpy() for n, p in model.named_parameters()}
 
 
+def file_name(case: Case, name: str, shape: tuple[int, ...]) -> str:
+    """Returns the name in the released file of a tensor of the reference."""
+    if case.library != "keras":
+        return _bit_name(name) if case.layout == "bit" else name
+    layer = name.partition("/")[0]
+    new, (weight,) = released(case.name, layer, {name: shape})
+    return f"{new}/{weight.removesuffix(':0').removeprefix(new + '/')}"
+
+
+def file_shapes(case: Case, model: Any, today: bool = False) -> dict[str, list[int]]:
+    """Returns the shapes of the tensors of the released file by name; `today`: with the names of Keras 3."""
+    shapes = {}
+    for name, value in tensors(case, model):
+        if not name.startswith("normalization"):
+            array = _bit_array(value) if case.layout == "bit" else value
+            shapes[name if today else file_name(case, name, np.shape(value))] = list(np.shape(array))
+    return shapes
+
+
 def tensor_facts(case: Case, model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns {"shift", "tensors": {name in the file: [name it was drawn by, its shape then, whether
-    the file has it turned]}}, and what was not
-    drawn, the running statistics, by the file's names.
+    """Returns facts and running statistics, both by the names of the file.
+
+    Facts: {"shift": of `draw`, "tensors": {name in the file: [name for `draw`, shape, is it transposed there]}}.
     """
-    listed = tensors(case, model)
-    found, stats = {}, {}
-    for name, value in listed:
-        value = np.asarray(value)
-        layer, _, leaf = name.rpartition("/")
-        if case.library == "keras":
-            new, (weight,) = released(case.name, layer, {f"{layer}/{leaf}": value.shape})
-            file_name = f"{new}/{weight.removesuffix(':0').removeprefix(new + '/')}"
-        else:
-            file_name = _bit_name(name) if case.layout == "bit" else name
+    arrays = [(name, np.asarray(value)) for name, value in tensors(case, model)]
+    facts, stats = {}, {}
+    for name, value in arrays:
         if not value.shape or name.startswith("normalization"):
             continue
-        found[file_name] = [name, list(value.shape), case.layout == "bit" and value.ndim == 4]
+        new = file_name(case, name, value.shape)
+        facts[new] = [name, list(value.shape), case.layout == "bit" and value.ndim == 4]
         if _norms([name]) or re.search(r"(moving|running)_mean", name):
-            stats[file_name] = value
-    return {"shift": 1.0 if _norms([n for n, _ in listed]) else 0.0, "tensors": found}, stats
+            stats[new] = value
+    return {"shift": 1.0 if _norms([name for name, _ in arrays]) else 0.0, "tensors": facts}, stats
 
 
 def write(case: Case, model: Any, path: Path) -> None:
-    """Writes the reference's weights as its publisher's files have them."""
+    """Writes the weights of the reference in the format of the released file."""
     if case.layout == "ours":
         names = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
         split = [(n.rpartition("/")[0].replace(".", "/"), n.rpartition("/")[2], v) for n, v in tensors(case, model)]
@@ -261,9 +272,7 @@ def write(case: Case, model: Any, path: Path) -> None:
     elif case.library == "keras":
         _write_h5(case, model, path)
     elif path.suffix == ".npz":
-        np.savez(
-            path, **{_bit_name(name): _bit_array(name, value.numpy()) for name, value in model.state_dict().items()}
-        )
+        np.savez(path, **{_bit_name(name): _bit_array(value.numpy()) for name, value in model.state_dict().items()})
     elif path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
@@ -295,13 +304,8 @@ def _write_h5(case: Case, model: Any, path: Path) -> None:
 
 
 def _chunked(group: Any, name: str) -> list[Any]:
-    if name in group.attrs:
-        return list(group.attrs[name])
-    found, number = [], 0
-    while f"{name}{number}" in group.attrs:
-        found += list(group.attrs[f"{name}{number}"])
-        number += 1
-    return found
+    parts = [name] if name in group.attrs else [f"{name}{n}" for n in range(1000) if f"{name}{n}" in group.attrs]
+    return [item for part in parts for item in group.attrs[part]]
 
 
 BIT = (
@@ -330,5 +334,5 @@ def _leaf(name: str) -> str:
     return f"{start}/{names.get(leaf, leaf)}"
 
 
-def _bit_array(name: str, value: np.ndarray) -> np.ndarray:
+def _bit_array(value: np.ndarray) -> np.ndarray:
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value

@@ -1,4 +1,4 @@
-"""Saliency maps beside torch: the same weights, the formulas of the papers written out with autograd and hooks.
+"""Saliency maps against torch: the same weights, the formulas of the papers by autograd and hooks.
 
 python -m pytest tests/parity/test_saliency.py (needs the extra `parity` with torch)
 """
@@ -19,7 +19,7 @@ TOLERANCE = 5e-4  # of 1, the maps' range: float32 through whole networks
 
 
 def pixels() -> np.ndarray:
-    """Two smooth random colour images, uint8."""
+    """Two smooth random color images, uint8."""
     from PIL import Image
 
     small = np.random.default_rng(5).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
@@ -31,8 +31,8 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
     import torch
     from torch.nn import functional
 
-    kept: list[Any] = []
-    hook = getattr(model, layer).register_forward_hook(lambda module, given, out: kept.append(out))
+    outputs: list[Any] = []
+    hook = getattr(model, layer).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     x = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
 
@@ -41,7 +41,7 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
 
     score = scores(x)
     hook.remove()
-    last = kept[0]
+    last = outputs[0]
     g = torch.autograd.grad(score.sum(), last)[0]
     last = last.detach()
     plus = g**2 / torch.clamp(2 * g**2 + last.sum((2, 3), keepdim=True) * g**3, min=1e-30)
@@ -51,20 +51,20 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
         "gradcam_positive": (g * (g > 0) * (last > 0)).mean((2, 3)),
         "gradcam++": (plus * torch.relu(g)).sum((2, 3)),
     }
-    found = {}
+    results = {}
     for name, w in weights.items():
         raw = (w[:, :, None, None] * last).sum(1, keepdim=True)
         raw = raw if name == "gradcam_positive" else torch.relu(raw)
         full = functional.interpolate(raw, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[:, 0]
         low = full.amin((1, 2), keepdim=True) if name == "gradcam_positive" else 0.0
-        found[name] = ((full - low) / (full.amax((1, 2), keepdim=True) - low)).numpy()
+        results[name] = ((full - low) / (full.amax((1, 2), keepdim=True) - low)).numpy()
 
     total = torch.zeros_like(x)
     for i in range(STEPS):
         at = (x * ((i + 0.5) / STEPS)).requires_grad_()
         total += torch.autograd.grad(scores(at).sum(), at)[0]
     raw = torch.relu((x * total / STEPS).sum(1))
-    found["integrated_gradients"] = (raw / raw.amax((1, 2), keepdim=True)).numpy()
+    results["integrated_gradients"] = (raw / raw.amax((1, 2), keepdim=True)).numpy()
 
     fall = torch.zeros(len(x), SIDE, SIDE)
     with torch.no_grad():
@@ -74,12 +74,12 @@ def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarr
                 hidden[:, :, top : top + PATCH, left : left + PATCH] = x.mean((2, 3), keepdim=True)
                 fall[:, top : top + PATCH, left : left + PATCH] = (score - scores(hidden))[:, None, None]
     raw = torch.relu(fall)
-    found["occlusion"] = (raw / raw.amax((1, 2), keepdim=True)).numpy()
-    return found
+    results["occlusion"] = (raw / raw.amax((1, 2), keepdim=True)).numpy()
+    return results
 
 
 @pytest.mark.parametrize("key", LAYERS)
-def test_maps_are_torchs(key: str, tmp_path: Any) -> None:
+def test_maps_equal_torch(key: str, tmp_path: Any) -> None:
     import lungjax
     from lungjax.config import InputSpec
     from lungjax.explain.saliency import METHODS, Explainer
@@ -88,18 +88,18 @@ def test_maps_are_torchs(key: str, tmp_path: Any) -> None:
     model = ref.make(case, SIDE)
     ref.write(case, model, tmp_path / filename(case))
     images = pixels()
-    wanted = torch_maps(model, LAYERS[key], images)
+    expected = torch_maps(model, LAYERS[key], images)
     net, variables, _ = lungjax.create(case.model, f"file:{tmp_path / filename(case)}", size=SIDE)
     spec = InputSpec(size=(SIDE, SIDE), channels=3, mean=MEAN, std=STD)
     explainer = Explainer(net, variables, spec, steps=STEPS, patch=PATCH, stride=STRIDE, align=False)
     found = {}
     for method in METHODS:
         maps, _ = explainer.maps(images, np.asarray(TARGETS), method)
-        difference = np.abs(maps - np.nan_to_num(wanted[method]))  # torch divides a map without evidence by 0
-        # Along the path of integrated gradients a unit near zero opens in one library and not in the other: single
-        # pixels differ by up to 0.015, so the mean is compared.
+        difference = np.abs(maps - np.nan_to_num(expected[method]))  # torch divides a map without evidence by 0
+        # Along the path of integrated gradients a unit near zero is positive in only one library: single pixels
+        # differ by up to 0.015, so the mean is compared.
         worst = difference.mean() if method == "integrated_gradients" else difference.max()
         found[method] = float(maps.std()), float(worst)
         print(f"{key}, {method}: {found[method][1]:.1e} of maps that spread {found[method][0]:.3f}")
-    assert all(spread > 0.02 for spread, _ in found.values()), found  # else there is nothing to compare
+    assert all(spread > 0.02 for spread, _ in found.values()), found  # not constant
     assert all(difference < TOLERANCE for _, difference in found.values()), found

@@ -1,24 +1,19 @@
-"""report.html: one whole page, whatever the names, whatever a report lacks; numbers and pictures are the run's own."""
+"""report.html: self-contained, valid and safe whatever the names are; numbers and figures are those of the run."""
 
 import base64
 import io
-import itertools
 import json
-import re
 from dataclasses import replace
-from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from random_predictions import guesses
 
 from lungjax.config import Config, EvalConfig, ModelConfig, OptimConfig
 from lungjax.evaluation import metrics
-from lungjax.evaluation.predictions import Predictions
-from lungjax.report import html, plots, style, write
-from lungjax.report import page as report_page
+from lungjax.report import context, plots, render, style, write
 
 EVIL = ('<script>alert("x")</script>', "a & b's | c", "NonCOVID")
 CONFIG = Config(
@@ -30,7 +25,6 @@ CONFIG = Config(
 FACTS = {
     "dataset": "folder/mine",
     "counts": {"train": dict(zip(EVIL, (50, 40, 30), strict=True))},
-    "parameters": 25442,
     "steps": 60,
     "versions": {"lungjax": "0.1.0", "jax": "0.10.2"},
 }
@@ -40,48 +34,39 @@ ABOUT = {
     "citation": "A <b> et al.",
     "clean": "by patient",
 }
-VOID = {"meta", "img", "br"}
 
 
-def make(n=36, seed=0):
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) // 2 % 3
-    scores = rng.dirichlet(np.ones(3), n)
-    ids = np.array([f'"><img src=x onerror=alert({i})>.png' for i in range(n)])
-    groups = np.array([f"p{i // 2}" for i in range(n)])
-    sources = np.array(["here<i>", "there"])[np.arange(n) % 2]
-    return Predictions(ids, groups, sources, labels, scores.astype(np.float32), EVIL)
+def make(seed=0):
+    p = guesses(np.arange(36) // 2 % 3, EVIL, seed, 0.0, slices=2, sources=("here<i>", "there"))
+    return replace(p, ids=np.array([f'"><img src=x onerror=alert({i})>\x1b[2J.png' for i in range(36)]))
 
 
 def image(row):
     return np.full((8, 8, 1), 7 * row % 256, np.uint8)
 
 
-def split(leaks):
-    return {"images": 20, "exact_twin_in_train": 1, "near_twin_in_train": 2, "group_in_train": 3, "any": leaks}
-
-
 def summary(leaks=5):
     counts = {"images": dict.fromkeys(EVIL, 11), "groups": dict.fromkeys(EVIL, 4)}
+    leak = {"images": 20, "exact_twin_in_train": 1, "near_twin_in_train": 2, "group_in_train": 3, "any": leaks}
     return {
-        "name": "folder/mine", "images": 99, "classes": list(EVIL), "group_name": "patients", "groups": 33,
+        "images": 99, "classes": list(EVIL), "group_name": "patients", "groups": 33, "stage": "", "size": None,
         "protocols": {"clean": {"train": counts, "val": counts, "test": counts}},
         "sources": {"here<i>": {EVIL[0]: 9}, "": {EVIL[1]: 8}},
         "sizes": {"width": [10, 20, 30], "height": [11, 21, 31], "common": [["10 x 11", 1234]]},
         "pixels": {"mean": 0.5, "std": 0.25},
         "duplicates": {"sets": 1, "images": 2, "sets_with_several_labels": 0},
-        "twins": {"near_pairs": 6, "left_out": 7, "leaks": {"clean": {"test": split(leaks)}}},
+        "twins": {"near_pairs": 6, "left_out": 7, "leaks": {"clean": {"test": leak}}},
         "groups_with_several_labels": 0, "skipped": ["<x>.png: broken"] * 25, "unstaged": [],
         "notes": ["a note & more"], "warnings": ["a <warning>"],
     }  # fmt: skip
 
 
 class Page(HTMLParser):
-    """What a page is made of; raises if a tag is closed that isn't the last one open."""
+    """The tags, text and tables of a page; raises for tags that are not nested."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.words, self.tables, self.at = [], [], [], [], {}
+        self.open, self.tags, self.words, self.tables = [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -90,7 +75,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         assert len(dict(attrs)) == len(attrs), "an attribute twice"
-        if tag not in VOID:
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -110,205 +95,176 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += " " * ("small" in self.open) + data
 
     def table(self, *head):
-        """The one table whose first row begins so."""
+        """The only table whose first row begins so."""
         (found,) = [table for table in self.tables if table and tuple(table[0][: len(head)]) == head]
         assert len({len(row) for row in found}) == 1, "ragged rows"
         return found
 
+    def facts(self):
+        """The rows of two-column tables."""
+        return {row[0]: row[1] for table in self.tables for row in table if len(row) == 2}
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder, and what `explain` was asked."""
-    workdir, asked = tmp_path_factory.mktemp("page"), []
+    """A run's folder, and the arguments of `explain`."""
+    workdir, calls = tmp_path_factory.mktemp("page"), []
 
     def explain(images, targets):
-        asked.append((images, targets))
+        calls.append((images, targets))
         return np.tile(np.linspace(0, 1, 8, dtype=np.float32), (len(images), 8, 1))
 
-    results = {"test": make(), "val": make(seed=1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style, "DPI", 40)
+        results = {"test": make(), "val": make(1)}
         write.write_report(workdir, CONFIG, results, [], FACTS, image, explain, summary(), ABOUT)
-    return workdir, asked
+    return workdir, calls
 
 
-def test_the_page_is_whole_and_asks_for_nothing(run):
-    workdir, _ = run
-    text = (workdir / "report.html").read_text("utf-8")
-    page = Page(text)
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "i", "link", "iframe", "object", "form", "base"}
+@pytest.fixture(scope="module")
+def page(run):
+    return Page((run[0] / "report.html").read_text("utf-8"))
+
+
+@pytest.fixture
+def saved(run):
+    return json.loads((run[0] / "report.json").read_text())
+
+
+def render_page(run, report, config=CONFIG, *details):
+    """The page of a changed report, without figures."""
+    return Page(render.render("report.html.j2", **context.build(config, report, {}, run[0] / "plots", *details)))
+
+
+def test_page_is_self_contained(run, page):
+    assert not {tag for tag, _ in page.tags} & {"script", "i", "link", "iframe", "object", "form", "base"}
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
-    assert sorted(link[1:] for link in links if link.startswith("#")) == sorted(ids)
+    assert sorted(link[1:] for link in links if link.startswith("#")) == sorted(ids) == sorted(context.SECTIONS)
     assert all(link.startswith(("#", "https://")) for link in links)
-    assert "https://creativecommons.org/licenses/by/4.0/" in links  # without the bracket and the point behind it
-    assert all("href" not in attrs for tag, attrs in page.tags if tag != "a")
+    assert "https://creativecommons.org/licenses/by/4.0/" in links  # without the bracket and the period after it
+    text = (run[0] / "report.html").read_text("utf-8")
     assert "url(" not in text and "@import" not in text
     (policy,) = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; img-src data:")
     assert any(attrs.get("name") == "viewport" for _, attrs in page.tags)
 
 
-def test_every_picture_is_in_the_page(run):
-    workdir, _ = run
-    page = Page((workdir / "report.html").read_text("utf-8"))
-    held = []
+def test_embedded_figures(run, page):
+    embedded = []
     for attrs in [attrs for tag, attrs in page.tags if tag == "img"]:
         kind, _, data = attrs["src"].partition(",")
         assert kind == "data:image/png;base64" and attrs["alt"]
-        held.append(base64.b64decode(data, validate=True))
-        with Image.open(io.BytesIO(held[-1])) as picture:
+        embedded.append(base64.b64decode(data, validate=True))
+        with Image.open(io.BytesIO(embedded[-1])) as picture:
             assert (attrs["width"], attrs["height"]) == tuple(map(str, picture.size))
-    saved = {path.name: path.read_bytes() for path in (workdir / "plots").iterdir()}
-    assert "mistakes.png" in saved and sorted(held) == sorted(saved.values())
+    files = {path.name: path.read_bytes() for path in (run[0] / "plots").iterdir()}
+    assert "mistakes.png" in files and sorted(embedded) == sorted(files.values())
 
 
-def test_names_are_shown_as_they_are(run):
-    page = Page((run[0] / "report.html").read_text("utf-8"))
-    confusion = page.tables[[t[0][0] for t in page.tables].index("true \\ predicted")]
+def test_names_are_escaped(run, page):
+    confusion = next(table for table in page.tables if table[0][0] == "true / predicted")
     assert [row[0] for row in confusion[1:]] == list(EVIL) and confusion[0][1:] == list(EVIL)
     assert page.text.startswith("small</title>: cbr_tiny on folder/mine")
     assert "<x>.png: broken" in page.text and "and 5 more" in page.text and "a <warning>" in page.text
-    assert html.text("a\x00b\x1b") == "a\ufffdb\ufffd" and html.text("a\tb\n") == "a\tb\n"
+    assert page.table("image (test)")[1][0].startswith('"><img src=x') and "\ufffd[2J.png" in page.text
+    assert render.escape_html("a\x00b\tc\n") == "a\ufffdb\tc\n"
+    text = (run[0] / "report.md").read_text("utf-8")
+    assert "\x1b" not in text and "<img" not in text.replace("\\<img", "") and "a \\& b's \\| c" in text
+    assert render.escape_markdown("a|*b*\n[c](d) `e` <f> $g$") == r"a\|\*b\* \[c\](d) \`e\` \<f> \$g\$"
 
 
-def test_mistakes_are_the_wrong_ones_and_explained_for_what_was_named(run):
-    workdir, asked = run
+def test_mistakes(run, page, saved):
+    _, calls = run
     test = make()
     wrong = plots.choose_examples(test, 3)[1]
-    ((images, targets),) = asked
+    ((images, targets),) = calls
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     assert images[:, 0, 0, 0].tolist() == [7 * row % 256 for row in wrong]
     assert targets.tolist() == test.probabilities[wrong].argmax(axis=1).tolist()
     assert all(test.labels[row] != target for row, target in zip(wrong, targets, strict=True))
-    told = json.loads((workdir / "report.json").read_text())["mistakes"]
-    assert [one["id"] for one in told] == test.ids[wrong].tolist()
-    table = Page((workdir / "report.html").read_text("utf-8")).table("image (test)")
-    assert [row[:3] for row in table[1:]] == [
-        [str(test.ids[row]), EVIL[test.labels[row]], EVIL[test.predicted[row]]] for row in wrong
+    assert [each["id"] for each in saved["mistakes"]] == test.ids[wrong].tolist()
+    assert [row[1:] for row in page.table("image (test)")[1:]] == [
+        [EVIL[test.labels[row]], EVIL[test.predicted[row]], f"{test.probabilities[row].max():.3f}"] for row in wrong
     ]
-    assert [row[3] for row in table[1:]] == [f"{test.probabilities[row].max():.3f}" for row in wrong]
 
 
-def test_the_overlay_shows_the_map(tmp_path):
-    test, row = make(), plots.choose_examples(make(), 1)[1]
-    dark, heat = np.zeros((1, 64, 64, 1), np.uint8), np.zeros((1, 64, 64), np.float32)
+def test_heat_map_overlay(tmp_path):
+    row, dark, heat = plots.choose_examples(make(), 1)[1], np.zeros((1, 64, 64, 1), np.uint8), np.zeros((1, 64, 64))
     heat[:, :, 32:] = 1
-    plots.mistakes(test, row, dark, heat, tmp_path / "m.png")
+    plots.mistakes(make(), row, dark, heat, tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     middle = pixels[pixels.shape[0] // 3]
-    assert (middle[len(middle) // 4] == 0).all()  # the image itself is black
-    # Half of viridis's two ends, (68, 1, 84) and (253, 231, 37): violet where nothing is, yellow where the map is 1.
+    assert (middle[len(middle) // 4] == 0).all()  # the image without the map
+    # Half of the ends of viridis, (68, 1, 84) and (253, 231, 37): violet where the map is 0, yellow where it is 1.
     np.testing.assert_allclose(middle[int(len(middle) * 0.6)], (34, 0, 42), atol=3)
     np.testing.assert_allclose(middle[int(len(middle) * 0.9)], (126, 115, 18), atol=3)
 
 
-def test_numbers_and_their_intervals_are_the_reports(run):
-    workdir, _ = run
-    said = json.loads((workdir / "report.json").read_text())
+def test_numbers_and_intervals(run, saved):
     for unit in ("slice", "patient"):
-        said["test"][unit]["intervals"] = {"accuracy": [0.1234, 0.5678], f"per_class.{EVIL[1]}.recall": [0.2, 0.9]}
-    for unit in ("slice", "patient"):
-        said["val"][unit].pop("intervals", None)
+        saved["test"][unit]["intervals"] = {"accuracy": [0.1234, 0.5678], f"per_class.{EVIL[1]}.recall": [0.2, 0.9]}
     point = {"threshold": 0.4, "sensitivity": 0.81, "specificity": 0.7, "ppv": 0.3, "npv": 0.9, "ppv_at": 0.15,
              "npv_at": None, "intervals": {"sensitivity": [0.7, 0.88]}}  # fmt: skip
-    said |= {
-        "calibration": {"temperature": 1.25, "fitted_on": "val", "test": {"ece": 0.061}, "test_scaled": {"ece": 0.02}},
+    saved |= {
         "operating_points": {EVIL[0]: {"youden": point}},
         "controls": {"source_only": {"n": 36, "accuracy": 0.44, "balanced_accuracy": None, "auc_macro": 0.61}},
     }
-    page = Page(report_page.page(CONFIG, said, {}, workdir / "plots", summary(), ABOUT))
-    level = said["test"]["slice"]
+    page = render_page(run, saved)
+    level = saved["test"]["slice"]
     results = {row[0]: row[1:] for row in page.table("", "test, per slice")}
     assert results["accuracy"][0] == f"{level['accuracy']:.3f} 0.123 to 0.568"
-    assert results["accuracy"][2] == f"{said['val']['slice']['accuracy']:.3f}"
+    assert results["accuracy"][2] == f"{saved['val']['slice']['accuracy']:.3f}"
     assert results["examples"] == ["36", "18", "36", "18"]
     classes = next(t for t in page.tables if t[0][0] == "class against the rest")
     recall = classes[2][2 + metrics.PER_CLASS.index("recall")]
     assert recall == f"{level['per_class'][EVIL[1]]['recall']:.3f} 0.200 to 0.900"
     points = page.table("class", "chosen for")
     assert points[0][-2:] == ["PPV, at 10 % prevalence", "NPV, at 10 % prevalence"]
-    assert points[1] == [EVIL[0], "youden", "0.400", "0.810 0.700 to 0.880", "0.700", "0.300", "0.900", "0.150", "-"]
-    scaled = page.table("test probabilities")
-    assert [row[:2] for row in scaled[1:]] == [["as they are", "0.061"], ["after temperature 1.250", "0.020"]]
-    assert ["no network: the source of the image alone", "36", "0.440", "-", "0.610"] in page.table("", "n")
-    card = page.text[page.text.index("Headings of Mitchell") :]
-    assert "an AUC of 0.610 from the source alone" in card and "95 % intervals" in card
+    assert points[1] == [EVIL[0], "youden", "0.4", "0.810 0.700 to 0.880", "0.700", "0.300", "0.900", "0.150", "-"]
+    assert page.table("test probabilities")[1][1] == f"{saved['calibration']['test']['ece']:.3f}"
+    assert ["source of the image alone, no network", "36", "0.440", "-", "0.610"] in page.table("", "n")
+    card = page.text[page.text.index("Headings as in Mitchell") :]
+    assert "0.610 from the source alone" in card and "95 % intervals" in card
 
 
-def test_what_is_known_of_the_data_is_told(run):
-    page = Page((run[0] / "report.html").read_text("utf-8"))
+def test_data_section(run, page, saved):
     assert page.table("protocol, split")[1] == ["clean, test", "20", "1", "2", "3", "5"]
-    assert "In this run's protocol 5 test images are known from train" in page.text
-    assert "Of 20 test images 5 are known from train" in page.text
-    clean = Page(report_page.page(CONFIG, report_of(run), {}, run[0] / "plots", summary(leaks=0)))
-    assert "None in this run's protocol." in clean.text and "not known to this page" in clean.text
+    assert "In this run's protocol 5 test images have a counterpart in train" in page.text
+    assert "5 of 20 test images have a counterpart in train" in page.text
+    clean = render_page(run, saved, CONFIG, summary(leaks=0))
+    assert "None in this run's protocol." in clean.text and "Data license: not recorded" in clean.text
     assert page.table("source", EVIL[0])[1:] == [["here<i>", "9", "0", "0"], ["(none)", "0", "8", "0"]]
-    settings = {row[0]: row[1] for table in page.tables for row in table if len(row) == 2}
-    assert settings["optim.lr"] == "0.0125" and "optim.b1" not in settings
-    assert settings["jax"] == "0.10.2" and settings["patients"] == "33"
-    assert "Data licence: CC BY 4.0" in page.text
+    facts = page.facts()
+    assert facts["optim.lr"] == "0.0125" and "optim.b1" not in facts
+    assert facts["jax"] == "0.10.2" and facts["patients"] == "33"
+    assert "Data license: CC BY 4.0" in page.text
 
 
-def test_other_splits_than_the_data_sets_own_are_said(run):
-    said = report_of(run)
-    elsewhere = said | {"facts": FACTS | {"external": {"trained_on": "ct_cov19", "split": "test"}}}
-    page = Page(report_page.page(CONFIG, elsewhere, {}, run[0] / "plots", summary(), ABOUT))
+def test_other_splits(run, saved):
+    external = saved | {"facts": FACTS | {"external": {"trained_on": "ct_cov19", "split": "test"}}}
+    page = render_page(run, external, CONFIG, summary(), ABOUT)
     assert "trained on ct_cov19 (" in page.text and "not the data set of the training images" in page.text
-    parted = replace(CONFIG, data=replace(CONFIG.data, folds=5, fold=2))
-    folds = Page(report_page.page(parted, said, {}, run[0] / "plots", summary(), ABOUT))
-    assert "part 2 of 5 (from 0) is test" in folds.text and "A part of a cross-validation by patient" in folds.text
+    config = replace(CONFIG, data=replace(CONFIG.data, folds=5, fold=2))
+    folds = render_page(run, saved, config, summary(), ABOUT)
+    assert "fold 2 (counted from 0) is the test split" in folds.text and "One fold of a cross-validation" in folds.text
     for other in (page, folds):
-        assert "known from train (copy" not in other.text and "In this run's protocol" not in other.text
+        assert "have a counterpart in train" not in other.text and "In this run's protocol" not in other.text
 
 
-def report_of(run):
-    return json.loads((run[0] / "report.json").read_text())
-
-
-def test_a_report_of_an_older_lungjax_still_makes_a_page(run):
-    """Without intervals, calibration, operating points, controls, mistakes, validation, sources and facts."""
-    old = report_of(run)
-    for key in ("mistakes", "val", "calibration", "operating_points", "controls"):
-        old.pop(key, None)
-    old["facts"], old["test"]["by_source"] = {}, {}
-    for level in (old["test"]["slice"], old["test"]["patient"]):
-        for key in ("ece", "brier", "intervals", "study"):
-            level.pop(key, None)
-    page = Page(report_page.page(Config(), old, {}, run[0] / "plots"))
-    heads = [unescape(words) for words in report_page.SECTIONS.values()]
-    assert all(f" {words} " in page.text for words in heads)
+def test_report_without_optional_parts(run, saved):
+    for key in ("val", "calibration", "operating_points"):
+        del saved[key]
+    saved |= {"facts": {}, "controls": {}, "mistakes": []}
+    saved["test"]["by_source"] = {}
+    page = render_page(run, saved, Config())
+    assert all(f" {words} " in page.text for words in context.SECTIONS.values())
     assert "Calibration" not in page.text and "Operating" not in page.text and "bootstrap" not in page.text
-    old["no_lungs"] = old["test"]["slice"]
-    page = Page(report_page.page(Config(), old, {}, run[0] / "plots"))
-    assert any(row[0] == "the network, lungs blacked out" for row in page.table("", "n"))
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
+def test_figure_that_is_not_png(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
-    with pytest.raises(ValueError, match=r"a\.png is not a PNG"):
-        html.embedded(tmp_path / "a.png", "caption")
-
-
-def test_tables_take_markup_of_lungjax_only():
-    text = html.table(["a"], [["<b>"], [html.Markup("<b>x</b>")], [1234], [True]])
-    assert re.findall("<td>(.*?)</td>", text) == ["&lt;b&gt;", "<b>x</b>", "1,234", "True"]
-
-
-def test_no_text_of_the_mistakes_lies_on_another(monkeypatch, tmp_path):
-    kept = []
-    monkeypatch.setattr(style, "save", lambda figure, path: kept.append(figure))
-    long = tuple(f"{name} {'wide and long ' * 5}" for name in "ABC")
-    test = replace(make(), classes=long, ids=np.array([f"{'folder-' * 12}{i}" for i in range(36)]))
-    images = np.zeros((3, 8, 8, 1), np.uint8)
-    plots.mistakes(test, plots.choose_examples(test, 3)[1], images, images[..., 0], tmp_path / "m.png")
-    FigureCanvasAgg(kept[0]).draw()
-    boxes = [text.get_window_extent() for text in kept[0].texts]
-    boxes += [axis.get_window_extent() for axis in kept[0].axes]
-    assert len(boxes) == 3 * 3 + 3 * 2
-    for a, b in itertools.combinations(boxes, 2):
-        assert min(a.x1, b.x1) - max(a.x0, b.x0) < 2 or min(a.y1, b.y1) - max(a.y0, b.y0) < 2
-    assert max(box.x1 for box in boxes) <= kept[0].bbox.x1 and min(box.y0 for box in boxes) >= 0
+    with pytest.raises(ValueError, match="PNG"):
+        render.embed(tmp_path / "a.png", "caption")

@@ -1,4 +1,4 @@
-"""Cross-validation of small runs: each image once, finished folds left alone, and the numbers over folds by hand."""
+"""Cross-validation: pooled predictions, finished folds, metrics over folds by hand."""
 
 import json
 from dataclasses import replace
@@ -22,6 +22,7 @@ CLASSES = ("left", "middle", "right")
 @pytest.fixture(autouse=True)
 def network(monkeypatch):
     monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
+    without_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def changed(*assignments):
     return config
 
 
-def said(data, at, offset):
+def predict(data, at, offset):
     probabilities = np.full((len(at), 3), 0.2)
     probabilities[np.arange(len(at)), (data.columns["label"][at] + offset) % 3] = 0.6
     names = {"ids": "file", "groups": "group", "sources": "source", "labels": "label"}
@@ -47,13 +48,13 @@ def said(data, at, offset):
 
 
 def quick(config, workdir, data_dir, *_):
-    """Leaves what `train.run` leaves, of a network that is right about two images in three."""
+    """Leaves what `train.run` leaves, of a network with two of three images right."""
     data = train.open_data(config, data_dir)
     (workdir / "checkpoints/last/2").mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps(workdirs.data_facts(data)))
     for split in ("val", "test"):
-        predicted = said(data, data.rows(split), (np.arange(len(data.rows(split))) % 3 == 0).astype(int))
+        predicted = predict(data, data.rows(split), (np.arange(len(data.rows(split))) % 3 == 0).astype(int))
         predicted = replace(predicted, logits=np.log(predicted.probabilities))
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
     predictions.write(baselines.source_only(data), workdir / "predictions_source_only.csv")
@@ -62,24 +63,22 @@ def quick(config, workdir, data_dir, *_):
     (workdir / "report.md").write_text("")
 
 
-def test_folds_are_run_once_each_and_pooled(root, monkeypatch, capsys):
-    workdir, real, begun = root / "cv", train.run, []
+def test_folds_are_trained_once_and_pooled(root, monkeypatch, capsys):
+    workdir, real, trained = root / "cv", train.run, []
 
     def counted(config, folder, *others):
-        begun.append(config.data.fold)
-        if begun == [0, 1]:
+        trained.append(config.data.fold)
+        if trained == [0, 1]:
             raise ValueError("the disk is full")
-        with monkeypatch.context() as patch:
-            without_pictures(patch)
-            return (real if begun == [0, 1, 1] else quick)(config, folder, *others)
+        return (real if trained == [0, 1, 1] else quick)(config, folder, *others)
 
     monkeypatch.setattr(train, "run", counted)
     with pytest.raises(ValueError, match="the disk is full"):
         cross_validation.run(changed(), 3, workdir, root / "data")
-    assert "fold 1 failed; finished and kept: fold0" in capsys.readouterr().out
+    assert "fold 1 failed; finished folds: fold0" in capsys.readouterr().out
     assert (workdir / "fold0/report.md").exists() and not (workdir / "report.md").exists()
     assert cross_validation.run(changed(), 3, workdir, root / "data") == workdir / "report.md"
-    assert begun == [0, 1, 1, 2], "the finished fold was left alone"
+    assert trained == [0, 1, 1, 2], "the finished fold was trained again"
 
     pooled = predictions.read(workdir / "predictions_test.csv")
     each = [predictions.read(workdir / f"fold{i}/predictions_test.csv") for i in range(3)]
@@ -102,38 +101,32 @@ def test_folds_are_run_once_each_and_pooled(root, monkeypatch, capsys):
     assert (over["mean"], over["low"], over["high"]) == pytest.approx((np.mean(scores), min(scores), max(scores)))
     text = (workdir / "report.md").read_text()
     assert "tested once, by one of 3 networks" in text and f"{np.mean(scores):.3f}" in text
-    assert not (workdir / "plots/training.png").exists()
     assert report["controls"]["source_only"]["n"] == 30
 
     with pytest.raises(ValueError, match="optim.lr: 0.03 -> 0.5"):
         cross_validation.run(changed("optim.lr=0.5"), 3, workdir, root / "data")
-    with pytest.raises(ValueError, match="something else than 4 folds|data.folds: 3 -> 4"):
+    with pytest.raises(ValueError, match="other files than 4 folds|data.folds: 3 -> 4"):
         cross_validation.run(changed(), 4, workdir, root / "data")
     cross_validation.run(changed(), 3, workdir, root / "data", mode="evaluate")
-    assert begun == [0, 1, 1, 2, 0, 1, 2]
+    assert trained == [0, 1, 1, 2, 0, 1, 2]
     (workdir / "fold2/metrics.jsonl").write_text('{"step": 1}\n')  # interrupted, and then evaluated: it has a report
     cross_validation.run(changed(), 3, workdir, root / "data")
-    assert begun[7:] == [2]
+    assert trained[7:] == [2]
 
 
-@pytest.mark.parametrize(
-    ("count", "words"), [(2, "--folds=2: 3 or more"), (0, "3 or more"), (6, "left has 5 patients")]
-)
-def test_what_can_not_be_dealt_is_said_before_anything_is_trained(root, count, words):
-    with pytest.raises(ValueError, match=words):
-        cross_validation.run(changed(), count, root / "none", root / "data")
+def test_impossible_folds_and_foreign_workdir(root, tmp_path):
+    for count, hint in ((2, "3 or more"), (0, "3 or more"), (6, "left has 5 patients")):
+        with pytest.raises(ValueError, match=hint):
+            cross_validation.run(changed(), count, root / "none", root / "data")
     assert not (root / "none").exists()
-
-
-def test_a_foreign_folder_is_left_alone(root, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="something else than 3 folds, such as thesis.tex"):
+    with pytest.raises(ValueError, match="thesis.tex"):
         cross_validation.run(changed(), 3, tmp_path, root / "data")
 
 
-def test_pooling_refuses_what_does_not_fit(root):
+def test_pooling(root):
     data = datasets.open_dataset("folder/few", root / "data")
-    parts = [said(data, np.arange(i, 30, 3)[::-1], i) for i in range(3)]
+    parts = [predict(data, np.arange(i, 30, 3)[::-1], i) for i in range(3)]
     pooled = cross_validation.pool(parts, data)
     assert pooled.ids.tolist() == data.columns["file"].tolist() and pooled.logits is None
     assert pooled.extra["fold"].tolist() == ["0", "1", "2"] * 10
@@ -142,13 +135,13 @@ def test_pooling_refuses_what_does_not_fit(root):
         cross_validation.pool([parts[0], parts[0]], data)
     with pytest.raises(ValueError, match="different classes"):
         cross_validation.pool([parts[0], replace(parts[1], classes=("a", "b", "c"))], data)
-    with pytest.raises(ValueError, match="x.png is no image of folder/few"):
+    with pytest.raises(ValueError, match="x.png is not an image"):
         cross_validation.pool([replace(parts[0], ids=np.asarray(["x.png", *parts[0].ids[1:]]))], data)
 
 
-def test_the_spread_leaves_out_what_is_undefined(root):
+def test_spread_ignores_undefined_metrics(root):
     data = datasets.open_dataset("folder/few", root / "data")
     first = np.flatnonzero(data.columns["label"] == 0)
-    over = cross_validation.spread([said(data, first, 0), said(data, np.arange(30), 1)])
+    over = cross_validation.spread([predict(data, first, 0), predict(data, np.arange(30), 1)])
     assert over["slice.accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "values": [1.0, 0.0]}
     assert over["slice.auc_macro"]["values"][0] is None and over["slice.auc_macro"]["mean"] == pytest.approx(0.25)

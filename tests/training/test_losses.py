@@ -27,7 +27,7 @@ def test_softmax_loss_equals_scikit_learn():
     np.testing.assert_allclose(loss(logits, labels).mean(), log_loss(labels, p, labels=[0, 1, 2]), rtol=1e-5)
 
 
-def test_class_weights_multiply_and_are_not_divided_out():
+def test_class_weights_are_factors():
     logits, labels = np.zeros((2, 3), np.float32), np.asarray([0, 2])
     np.testing.assert_allclose(loss(logits, labels, [1.0, 1.0, 4.0]), np.log(3) * np.asarray([1, 4]), rtol=1e-6)
 
@@ -39,7 +39,7 @@ def test_label_smoothing_by_hand():
     np.testing.assert_allclose(loss(logits, [0], smoothing=0.3), [want], rtol=1e-6)
 
 
-def test_sigmoid_speaks_for_the_named_class():
+def test_sigmoid_of_the_positive_class():
     logits = np.asarray([[3.0], [-1.0]], np.float32)
     p = 1 / (1 + np.exp(-logits[:, 0]))
     np.testing.assert_allclose(outputs.probabilities(jnp.asarray(logits), 1), np.stack([1 - p, p], 1), rtol=1e-5)
@@ -53,11 +53,11 @@ def test_sigmoid_loss_is_finite_at_extreme_logits():
     assert np.isfinite(loss([[500.0], [-500.0]], [0, 1], positive=1, classes=2)).all()
 
 
-def test_the_softmax_of_class_logits_are_the_probabilities():
+def test_softmax_of_class_logits():
     pair, one = jnp.asarray([[3.0, -1.0], [0.5, 2.0]]), jnp.asarray([[4.0], [-1.5]])
     for logits, positive in ((pair, None), (one, 0), (one, 1)):
-        found = np.exp(outputs.class_logits(logits, positive))
+        exponentials = np.exp(outputs.class_logits(logits, positive))
         np.testing.assert_allclose(
-            found / found.sum(1, keepdims=True), outputs.probabilities(logits, positive), rtol=1e-5
+            exponentials / exponentials.sum(1, keepdims=True), outputs.probabilities(logits, positive), rtol=1e-5
         )
-    assert outputs.class_logits(one, 0)[0].tolist() == [4.0, 0.0], "the sigmoid's own logit is the positive class's"
+    assert outputs.class_logits(one, 0)[0].tolist() == [4.0, 0.0]

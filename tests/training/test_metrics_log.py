@@ -1,7 +1,7 @@
 from lungjax.training import metrics_log
 
 
-def test_rewind_drops_what_a_resumed_run_will_write_again(tmp_path):
+def test_rewind_drops_later_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 30):
         metrics_log.append(path, {"step": step, "loss": 1 / step})
@@ -10,7 +10,7 @@ def test_rewind_drops_what_a_resumed_run_will_write_again(tmp_path):
     assert [row["loss"] for row in metrics_log.read(path)] == [0.1, 0.05, 0.5]
 
 
-def test_a_line_cut_short_is_left_out(tmp_path):
+def test_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics_log.append(path, {"step": 1})
     with path.open("a") as file:

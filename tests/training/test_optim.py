@@ -41,7 +41,7 @@ def test_schedules_by_hand():
     np.testing.assert_allclose([line(0), line(5), line(10)], [1.0, 0.5, 0.0])
 
 
-def test_weight_decay_leaves_biases_alone():
+def test_weight_decay_of_kernels_only():
     config = OptimConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.5)
     params = updated(config, grads=jax.tree.map(jnp.zeros_like, PARAMS))
     np.testing.assert_allclose(params["stem_conv"]["kernel"], 0.95)
@@ -59,7 +59,7 @@ def test_clip_norm_bounds_the_step():
     np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-5)
 
 
-def test_the_optimizer_of_the_trained_part_keeps_nothing_for_the_rest():
+def test_no_optimizer_state_for_frozen_parameters():
     config = OptimConfig(freeze=r"^(?!head/)", weight_decay=0.1)
     frozen = optim.frozen_paths(config, PARAMS)
     assert frozen == {"stem_conv/kernel", "stem_conv/bias"}
@@ -69,16 +69,10 @@ def test_the_optimizer_of_the_trained_part_keeps_nothing_for_the_rest():
     assert jax.tree.structure(params) == jax.tree.structure(trained)
     assert all((np.asarray(leaf) != 1.0).all() for leaf in jax.tree.leaves(params))
     assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == 2 * (6 + 3)  # Adam's two of each
-    with pytest.raises(ValueError, match="nothing is left"):
-        optim.frozen_paths(OptimConfig(freeze="."), PARAMS)
-    with pytest.raises(ValueError, match="optim.freeze='block9' matches no parameter, such as 'stem_conv/kernel'"):
-        optim.frozen_paths(OptimConfig(freeze="block9"), PARAMS)
-    with pytest.raises(ValueError, match="optim.freeze='\\(stem': not a regular expression"):
-        optim.frozen_paths(OptimConfig(freeze="(stem"), PARAMS)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_lr_factors_scale_the_step_and_the_first_that_fits_counts(name):
+def test_lr_factors_scale_updates(name):
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), PARAMS)
@@ -97,27 +91,16 @@ def test_lr_factors_scale_the_step_and_the_first_that_fits_counts(name):
         np.testing.assert_array_equal(scaled[path], plain[path] * np.float32(factor), err_msg=path)
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ("block9=2", "'block9=2' matches no trained parameter, such as 'stem_conv/kernel'"),
-        ("^head/", "'\\^head/': expected REGEX=FACTOR"),
-        ("^head/=fast", "'\\^head/=fast': expected REGEX=FACTOR"),
-        ("^head/=-1", "expected REGEX=FACTOR"),
-        ("^head/=nan", "expected REGEX=FACTOR"),
-        ("^head/=inf", "expected REGEX=FACTOR"),
-        ("=2", "expected REGEX=FACTOR"),
-        ("(head=2", "not a regular expression"),
-    ],
-)
-def test_lr_factors_that_cannot_be_read_or_match_nothing_are_named(setting, words):
-    config = OptimConfig(lr_factors=("^stem=1", setting))
-    with pytest.raises(ValueError, match=f"optim.lr_factors.*{words}"):
-        optim.make_optimizer(config, lambda step: 0.1, PARAMS)
+def test_invalid_lr_factors():
+    malformed = ("^head/", "^head/=fast", "^head/=-1", "^head/=nan", "^head/=inf", "=2")
+    hints = {"block9=2": "matches no trained parameter", "(head=2": "not a regular expression"}
+    for setting, hint in (hints | dict.fromkeys(malformed, "expected REGEX=FACTOR")).items():
+        with pytest.raises(ValueError, match=f"optim.lr_factors.*{hint}"):
+            optim.make_optimizer(OptimConfig(lr_factors=("^stem=1", setting)), lambda step: 0.1, PARAMS)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
-def test_every_optimizer_goes_downhill(name):
+def test_every_optimizer_descends(name):
     assert (np.asarray(updated(OptimConfig(name=name))["head"]["dense"]["kernel"]) < 1).all()
 
 

@@ -1,7 +1,6 @@
-"""One code path for one device, several, and several hosts: the same losses, data and predictions."""
+"""One code path for one device, several devices and several hosts."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -14,193 +13,169 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_bn
+import run_steps
+import runs
 
 from lungjax import config as configs
 from lungjax import models
-from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
+from lungjax.config import Config, ModelConfig, TrainConfig
+from lungjax.evaluation import predictions
 from lungjax.runtime import distributed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import metrics_log, program
+from lungjax.training import metrics_log, program, train
 
-HERE = Path(__file__).parents[1]
-
-
-def start(out: Path, devices: int, *arguments: str, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, str(HERE / "run_small.py"), str(out), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+MESH = jax.sharding.AbstractMesh((8,), ("data",))
 
 
-def start_hosts(out: Path, *each: str) -> list[subprocess.Popen]:
-    """Two processes of two devices; `each` are the arguments of a host."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [start(out, 2, "--hosts=2", f"--host={i}", f"--port={port}", *extra.split()) for i, extra in enumerate(each)]
+@pytest.fixture(autouse=True)
+def network(monkeypatch, small_data):
+    runs.patched(monkeypatch, small_data)
 
 
-def start_in_slurm(out: Path, *each: str) -> list[subprocess.Popen]:
-    """The same without addresses: two tasks as SLURM would start them."""
+def losses(workdir):
+    return [row["train.loss"] for row in metrics_log.read(workdir / "metrics.jsonl") if "train.loss" in row]
+
+
+def test_two_hosts_stop_resume_and_equal_one(tmp_path):
+    """SIGTERM to one host saves on both; the resumed run equals that of one device, which can continue it."""
+    fields = (
+        "train.steps=8 train.shard_params=True train.keep=last optim.schedule=constant optim.name=sgd optim.lr=0.01"
+    )
+    hosts = runs.start_hosts(tmp_path / "two", *[f"{fields} --pause=0.15"] * 2)
+    runs.wait_for_step(tmp_path / "two", 2, hosts[0])
+    hosts[1].send_signal(signal.SIGTERM)
+    runs.finish(hosts, code=128 + signal.SIGTERM)
+    assert 2 <= newest(tmp_path / "two", "last") < 8
+    runs.finish(runs.start_hosts(tmp_path / "two", fields, fields))
+    config = runs.changed(runs.PLAIN, *fields.split())
+    train.run(config, tmp_path / "one", tmp_path)
+    result = np.load(tmp_path / "two.npz")
+    assert result["devices"] == 4 and len(set(losses(tmp_path / "one"))) == 8
+    np.testing.assert_allclose(result["losses"], losses(tmp_path / "one"), rtol=1e-5)
+    one = predictions.read(tmp_path / "one/predictions_test.csv").probabilities
+    np.testing.assert_allclose(result["probabilities"], one, atol=1e-5)
+    for name in ("one", "two"):  # a longer run, which lungjax would otherwise refuse in the same folder
+        saved = tmp_path / name / "config.json"
+        saved.write_text(saved.read_text().replace('"steps": 8', '"steps": 10'))
+        train.run(runs.changed(config, "train.steps=10"), tmp_path / name, tmp_path)
+    assert len(losses(tmp_path / "two")) == 10
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_failing_host_stops_all(tmp_path):
+    """A regular exit would wait five minutes for the other host, which waits for this host's part of the step."""
+    begin = time.time()
+    errors = runs.finish(runs.start_hosts(tmp_path / "run", "train.steps=50", "train.steps=50 --fail_at=4"), code=2)
+    assert time.time() - begin < 120
+    assert "host 1 of 2: 7.png can't be read" in errors[1] and "host 0 of 2" in errors[0]
+
+
+@pytest.mark.slow
+def test_differing_hosts_in_slurm_and_bad_setup(tmp_path):
     with socket.socket() as free:
         for job in range(1000, 2000):
             with contextlib.suppress(OSError):
                 free.bind(("localhost", 61440 + job))  # the port that jax derives from the job's number
                 break
-    cluster = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    return [
-        start(out, 2, *extra.split(), **cluster, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-        for i, extra in enumerate(each)
-    ]
-
-
-def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [code] * len(processes), said
-    return [err for _, err in said]
-
-
-def test_two_hosts_of_two_devices_are_one_of_four_stop_together_and_go_on_alone(tmp_path):
-    fields = "train.steps=8 train.eval_steps=4 train.batch_size=8 train.shard_params=True"
-    one = start(tmp_path / "one", 4, *fields.split())
-    two = start_hosts(tmp_path / "two", *[f"{fields} --pause=0.15"] * 2)
-    deadline = time.time() + 120
-    while len(metrics_log.read(tmp_path / "two/metrics.jsonl")) < 2 and time.time() < deadline:
-        time.sleep(0.01)
-    two[1].send_signal(signal.SIGTERM)  # one of them, and both save and end
-    finish(two, code=128 + signal.SIGTERM)
-    stopped = newest(tmp_path / "two", "last")
-    assert stopped is not None and 2 <= stopped < 8
-    finish([one, *start_hosts(tmp_path / "two", fields, fields)])
-    found = {name: np.load(tmp_path / f"{name}.npz") for name in ("one", "two")}
-    assert found["one"]["devices"] == found["two"]["devices"] == 4
-    losses = found["one"]["losses"]
-    assert len(losses) == 8 and len(set(losses)) == 8
-    np.testing.assert_allclose(found["two"]["losses"], losses, rtol=1e-6)
-    np.testing.assert_allclose(found["two"]["probabilities"], found["one"]["probabilities"], atol=1e-6)
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
-    assert [report["facts"]["hosts"] for report in reports] == [1, 2]
-    assert reports[0]["test"]["slice"]["confusion"] == reports[1]["test"]["slice"]["confusion"]
-    # What two hosts wrote, one host of one device goes on with, over the same data: the end of step 10 is that of
-    # the run that never moved.
-    for name in ("one", "two"):
-        config = tmp_path / name / "config.json"
-        config.write_text(config.read_text().replace('"steps": 8', '"steps": 10'))
-    fields = fields.replace("steps=8", "steps=10")
-    finish([start(tmp_path / "one", 4, *fields.split()), start(tmp_path / "two", 1, *fields.split())])
-    ends = [metrics_log.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
-    ends = [[row["train.loss"] for row in rows if "train.loss" in row] for rows in ends]
-    assert len(ends[0]) == 10
-    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-5)
-
-
-def test_hosts_that_differ_or_fail_end_all_with_the_reason(tmp_path):
-    differing = start_in_slurm(tmp_path / "run", "", "optim.lr=0.5")
-    failing = start_hosts(tmp_path / "run", "", "train.monitor=slice.acuracy")
-    for said in finish(differing, code=2):
-        assert "the hosts differ in the configuration (host 0 against 1)" in said
-    for said in finish(failing, code=2):
-        assert "host 1 of 2: train.monitor='slice.acuracy'" in said
+    slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [{**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    hosts = [runs.start(tmp_path / "run", 2, **tasks[0]), runs.start(tmp_path / "run", 2, "optim.lr=0.5", **tasks[1])]
+    for errors in runs.finish(hosts, code=2):
+        assert "differ in the configuration (host 0 against 1)" in errors
+    for errors in runs.finish(runs.start_hosts(tmp_path / "run", "", "train.monitor=slice.acuracy"), code=2):
+        assert "host 1 of 2: train.monitor='slice.acuracy'" in errors
     assert not (tmp_path / "run").exists()
 
 
-def test_a_host_that_fails_alone_while_training_ends_at_once_and_holds_nobody(tmp_path):
-    """A usual exit waits five minutes for the others, which wait for this host's part of the step."""
-    begun = time.time()
-    errors = finish(start_hosts(tmp_path / "run", "train.steps=50", "train.steps=50 --fail_at=4"), code=2)
-    assert time.time() - begun < 120
-    assert "lungjax: host 1 of 2: 7.png can't be read" in errors[1] and "host 0 of 2" in errors[0]
-
-
-def test_each_device_alone_and_parameters_cut_make_the_global_step(tmp_path):
-    """On 8 devices, with frozen BatchNorm and without dropout all three are the same step; see run_steps.py."""
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory):
+    """What run_steps.py saves on eight devices, by mode."""
+    path = tmp_path_factory.mktemp("steps") / "steps.npz"
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(HERE / "run_steps.py"), str(tmp_path / "steps.npz")]
-    subprocess.run(command, env=env, check=True)
-    found = np.load(tmp_path / "steps.npz")
-    paths = [name.removeprefix("global/") for name in found if name.startswith("global/")]
-    assert len(paths) > 5
-    for path in paths:
-        for other in ("per_device", "cut"):
-            np.testing.assert_allclose(found[f"{other}/{path}"], found[f"global/{path}"], atol=2e-7, err_msg=path)
-    assert np.abs(found["global/stage2_conv/kernel"] - found["first/stage2_conv/kernel"]).max() > 1e-3
-    # With live statistics a device's own ones make another step; here is why the two are not the same thing.
-    assert np.abs(found["live_per_device/stage2_conv/kernel"] - found["live/stage2_conv/kernel"]).max() > 1e-4
-    assert found["bytes_cut"] < 0.3 * found["bytes_whole"]
-    np.testing.assert_allclose(found["norm/spread"], found["norm/alone"], rtol=2e-5, atol=2e-6)
+    subprocess.run([sys.executable, str(Path(run_steps.__file__)), str(path)], env=env, check=True)
+    arrays = np.load(path)
+    modes = {name.partition("/")[0] for name in arrays}
+    return {mode: {n.partition("/")[2]: arrays[n] for n in arrays if n.startswith(f"{mode}/")} for mode in modes}
 
 
-def test_a_mesh_that_does_not_fit_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"train.devices=3: there are 1; allowed is 1 to that"):
+@pytest.mark.parametrize("mode", ["global", "per_device", "sharded", "live"])
+def test_step_on_eight_devices_equals_one(eight_devices, monkeypatch, mode):
+    monkeypatch.setitem(models.MODELS, "wide", None)
+    one = run_steps.steps("live" if mode == "live" else "global")
+    eight = eight_devices[mode]
+    assert eight.keys() == one.keys() and len(one) > 5
+    if mode == "sharded":
+        assert eight.pop("bytes") < 0.3 * one.pop("bytes")
+    for name, array in one.items():
+        np.testing.assert_allclose(eight[name], array, atol=5e-6, err_msg=name)
+
+
+def test_batch_statistics_are_global_unless_per_device(eight_devices):
+    live, own = (eight_devices[mode]["stage2_conv/kernel"] for mode in ("live", "live_per_device"))
+    assert np.abs(live - own).max() > 1e-4
+    norm = eight_devices["norm"]
+    np.testing.assert_allclose(norm["sharded"], norm["one"], rtol=2e-5, atol=2e-6)
+
+
+def test_mesh_errors(monkeypatch):
+    with pytest.raises(ValueError, match="train.devices=3"):
         meshes.make_mesh(3)
-    mesh = jax.sharding.AbstractMesh((8,), ("data",))
-    with pytest.raises(ValueError, match="batch_size=12 can't be cut over 8 devices; set it to 8 or 16"):
-        meshes.check_batch(12, mesh, "train.batch_size")
-    with pytest.raises(ValueError, match="set it to 8$"):
-        meshes.check_batch(4, mesh, "train.batch_size")
-    with pytest.raises(ValueError, match="over 8 devices in train.accumulate=3 parts; set it to 48 or 72"):
-        meshes.check_batch(64, mesh, "train.batch_size", 3)
+    for size, parts, hint in ((12, 1, "set it to 8 or 16"), (4, 1, "set it to 8$"), (64, 3, "set it to 48 or 72")):
+        with pytest.raises(ValueError, match=hint):
+            meshes.check_batch(size, MESH, "train.batch_size", parts)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 hosts work together with all their devices"):
+    with pytest.raises(ValueError, match="2 hosts"):
         meshes.make_mesh(1, devices=[jax.devices()[0]] * 2)
 
 
-def test_what_to_try_when_memory_is_short_is_allowed():
-    """Each tip, taken alone, passes the checks of the configuration and of the mesh."""
+def test_memory_tips_are_valid():
     for assignments in ([], ["train.sync_batch_norm=False"], ["train.accumulate=3", "train.remat=True"]):
-        config = Config(train=TrainConfig(batch_size=24))
-        for assignment in assignments:
-            config = overrides.override(config, assignment)
+        config = runs.changed(Config(train=TrainConfig(batch_size=24)), *assignments)
         tips = program.smaller(config, 4)
         assert tips
         for tip in tips:
-            tried = overrides.override(config, tip)
-            configs.check(tried)
+            smaller = runs.changed(config, tip)
+            configs.check(smaller)
             mesh = jax.sharding.AbstractMesh((4,), ("data",))
-            meshes.check_batch(tried.train.batch_size, mesh, "train.batch_size", tried.train.accumulate)
+            meshes.check_batch(smaller.train.batch_size, mesh, "train.batch_size", smaller.train.accumulate)
 
 
-def test_large_arrays_are_cut_along_their_longest_even_axis():
-    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+def test_out_of_memory_advice():
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
+    advice = r"batch_size=8.*32, 32.*accumulate=2.*remat=True.*batch_size=4.*99 bytes"
+    with pytest.raises(ValueError, match=advice), program.memory_advice(runs.CONFIG, 1):
+        raise error
+    with pytest.raises(jax.errors.JaxRuntimeError), program.memory_advice(runs.CONFIG, 1):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_sharding_of_large_arrays():
     shapes = {"wide": (3, 3, 64, 4096), "odd": (3, 3, 1001, 257), "small": (8, 8), "scalar": ()}
-    cut = meshes.state_sharding({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}, mesh, cut=True)
-    assert {k: tuple(v.spec) for k, v in cut.items()} == {
-        "wide": (None, None, None, "data"), "odd": (), "small": (), "scalar": (),
-    }  # fmt: skip
+    abstract = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    shardings = meshes.state_sharding(abstract, MESH, shard=True)
+    specs = {name: tuple(sharding.spec) for name, sharding in shardings.items()}
+    assert specs == {"wide": (None, None, None, "data"), "odd": (), "small": (), "scalar": ()}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_unreachable_hosts():
+    for arguments, hint in (
         (("localhost:1", 2, None), "give all three"),
         (("localhost:1", 2, 2), "allowed is 0 to 1"),
-        ((None, None, None), "did not come together"),
-    ],
-)
-def test_hosts_that_cannot_be_found_are_explained(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        distributed.start(*arguments)
+        ((None, None, None), "could not connect"),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            distributed.start(*arguments)
 
 
-def test_accelerators_compute_in_bfloat16_and_keep_float32(monkeypatch, small_data):
-    monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
+def test_bfloat16_on_accelerators():
     assert models.build(ModelConfig(), 3).dtype == jnp.float32
     assert models.build(ModelConfig(), 3, platform="tpu").dtype == jnp.bfloat16
     assert models.build(ModelConfig(dtype="float32"), 3, platform="gpu").dtype == jnp.float32
-    config = Config(
-        input=InputSpec(size=(32, 32)),
-        model=ModelConfig(name="small_bn", dtype="bfloat16"),
-        optim=OptimConfig(),
-        train=TrainConfig(batch_size=8, steps=3),
-    )
-    labels = small_data.columns["label"][:36]
-    compiled = program.build(
-        overrides.override(config, "input.mean=0.5"), small_data.classes, labels, meshes.make_mesh()
-    )
-    wide = [leaf for leaf in jax.tree.leaves(compiled.abstract_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    assert {leaf.dtype for leaf in wide} == {jnp.dtype("float32")}
-    batch = {"image": np.zeros((8, 32, 32, 1), np.uint8), "label": np.zeros(8, np.int32)}
-    text = compiled.train_step.lower(compiled.abstract_state, batch).as_text()
-    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
-    assert any("bf16" in line for line in convolutions)
+    config = runs.changed(runs.PLAIN, "model.dtype=bfloat16")
+    built = runs.build(config)
+    floats = {leaf.dtype for leaf in jax.tree.leaves(built.abstract_state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert floats == {jnp.dtype("float32")}
+    text = built.train_step.lower(built.abstract_state, runs.batch_of(config)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    assert any("bf16" in line for line in products)

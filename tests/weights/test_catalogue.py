@@ -1,233 +1,153 @@
-"""Every network that public weights exist for has a clean record of them, and the command says what a file is."""
+"""The catalogue's rows are valid and agree with an independent collection; the command lists, fetches and checks."""
 
 import os
 import re
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import groupby
 
+import commands
 import numpy as np
 import pytest
-from test_weight_files import write_safetensors
+from weight_writers import as_timm, install, leaves, write_safetensors
 
 from lungjax import models
 from lungjax.config import Config, check
+from lungjax.weights import __main__ as command
 from lungjax.weights import catalogue
-from lungjax.weights.readers import open_tensors
 from lungjax.weights.rules import layouts
 
-FAMILIES = {
-    "efficientnet_": "b0 b1 b2 b3 b4 b5 b6 b7 lite0 lite1 lite2 lite3 lite4",
-    "efficientnetv2_": "b0 b1 b2 b3 s m l xl",
-    "resnet": "18 34 50 101 152 50_v15 101_v15 152_v15 50v2 101v2 152v2",
-    "bit_": "r50x1 r101x1 r50x3 r101x3 r152x2 r152x4",
-    "convnext_": "tiny small base large xlarge",
-    "convnextv2_": "atto femto pico nano tiny base large huge",
-    "densenet": "121 161 169 201",
-    "vgg": "16 19",
-    "mobilenetv3_": "small large",
-}
-REQUIRED = ["mobilenet", "mobilenetv2"] + [f"{name}{v}" for name, text in FAMILIES.items() for v in text.split()]
-# Of these graphs no second copy is published in a format with names that a rule table could know.
-ALONE = {"resnet50", "resnet101", "resnet152", "resnet50v2", "resnet101v2", "resnet152v2", "efficientnetv2_xl",
-         "efficientnet_lite3", "efficientnet_lite4"}  # fmt: skip
 
-
-def test_every_network_has_a_first_choice_and_a_second_where_there_is_one():
-    assert {record.model for record in catalogue.RECORDS} == set(REQUIRED)
-    for model in REQUIRED:
-        found = catalogue.records(model)
-        assert catalogue.primary(model) is catalogue.find(model) is found[0]
-        assert (len(found) > 1) == (model not in ALONE), model
-
-
-@pytest.mark.parametrize(
-    "model,name",
-    [
-        ("efficientnet_b0", "efficientnet_b0.keras"),
-        ("efficientnet_lite0", "efficientnet_lite0.pypi"),
-        ("efficientnet_lite3", "efficientnet_lite3.in1k"),
-        ("efficientnetv2_s", "efficientnetv2_s.keras"),
-        ("efficientnetv2_xl", "efficientnetv2_xl.in21k_ft_in1k"),
-        ("resnet50", "resnet50.keras"),
-        ("resnet50_v15", "resnet50_v15.tv_in1k"),
-        ("resnet50v2", "resnet50v2.keras"),
-        ("bit_r50x1", "bit_r50x1.goog_s"),
-        ("convnext_tiny", "convnext_tiny.fb_in1k"),
-        ("convnext_xlarge", "convnext_xlarge.fb_in22k_ft_in1k"),
-        ("convnextv2_atto", "convnextv2_atto.fcmae_ft_in1k"),
-        ("densenet121", "densenet121.keras"),
-        ("densenet161", "densenet161.tv_in1k"),
-        ("mobilenetv3_small", "mobilenetv3_small.keras"),
-    ],
-)
-def test_the_first_choices(model, name):
-    assert catalogue.primary(model).name == name
-
-
-@pytest.mark.parametrize("record", catalogue.RECORDS, ids=lambda record: record.name)
-def test_records_are_sound(record):
-    model, tag = record.name.split(".")
-    assert model == record.model and re.fullmatch(r"[a-z0-9_]+", tag)
-    assert re.fullmatch(r"|md5:[0-9a-f]{32}|sha256:[0-9a-f]{8}|sha256:[0-9a-f]{64}", record.checksum)
-    assert re.fullmatch(r"https://[\w./-]+", record.url) or (not record.url and record.package)
-    assert re.fullmatch(r"[\w.-]+\.(h5|safetensors|npz|pth|pt)", record.filename)
-    assert "/" not in record.filename and record.url.endswith((record.filename, "/model.safetensors", ""))
-    check(Config(input=record.input))
-    assert record.input.channels == len(record.input.mean) == len(record.input.std) == 3
-    assert 0.8 < record.crop <= 1 and record.classes in (1000, 21843) and 10 <= record.megabytes < 5000
-    assert record.top1 is None or 65 < record.top1 < 88
-    assert record.noncommercial == record.model.startswith("convnextv2")
-
-
-def test_names_and_files_are_unique():
-    assert len({record.name for record in catalogue.RECORDS}) == len(catalogue.RECORDS)
-    assert len({record.filename for record in catalogue.RECORDS}) == len(catalogue.RECORDS)
-
-
-@pytest.mark.parametrize("model", REQUIRED)
-def test_rules_and_fields_are_those_of_the_network(model):
-    network = models.MODELS[model]()
-    for record in catalogue.records(model):
-        assert record.layout in layouts(model), record.name
+def test_rows_are_valid():
+    assert len(catalogue.RECORDS) == 211
+    for record in catalogue.RECORDS:
+        model, tag = record.name.split(".")
+        assert model == record.model and re.fullmatch(r"[a-z0-9_]+", tag), record
+        assert re.fullmatch(r"|md5:[0-9a-f]{32}|sha256:[0-9a-f]{8}|sha256:[0-9a-f]{64}", record.checksum), record
+        assert re.fullmatch(r"https://[\w./-]+", record.url) or (not record.url and record.package), record
+        assert re.fullmatch(r"[\w.-]+\.(h5|safetensors|npz|pth|pt)", record.filename), record
+        assert record.url.endswith((record.filename, "/model.safetensors", "")), record
+        check(Config(input=record.input))
+        assert record.input.interpolation in ("bilinear", "bicubic"), record
+        assert 0.8 < record.crop <= 1 and record.classes in (1000, 21843) and 10 <= record.megabytes < 5000, record
+        assert record.top1 is None or 65 < record.top1 < 88, record
+        assert record.license in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "not stated"), (
+            record
+        )
+        assert record.noncommercial == record.model.startswith("convnextv2"), record
+        assert record.layout in layouts(model), record
+        network = models.MODELS[model]()
         for name, value in record.network:
-            assert name in {field.name for field in fields(network)}, record.name
-            assert name != "padding" or value in network.paddings
+            assert name in {field.name for field in fields(network)}, record
+            assert name != "padding" or value in network.paddings, record
+    for column in ("name", "filename"):
+        assert len({getattr(record, column) for record in catalogue.RECORDS}) == len(catalogue.RECORDS)
+    models_of_rows = [record.model for record in catalogue.RECORDS]
+    assert len([model for model, _ in groupby(models_of_rows)]) == len(set(models_of_rows)) == 61  # adjacent rows
 
 
-def test_inputs_of_the_five_ways_to_normalise():
-    def fed(name, pixel):
-        spec = catalogue.find(name).input
-        return [(p / 255 - m) / s for p, m, s in zip(pixel, spec.mean, spec.std, strict=True)]
-
-    pixel = (10, 128, 250)  # red, green, blue
-    caffe = [pixel[0] - 123.68, pixel[1] - 116.779, pixel[2] - 103.939]
-    assert fed("resnet50.keras", pixel) == pytest.approx(caffe) == fed("vgg16.keras", pixel)
-    assert fed("efficientnetv2_s.keras", pixel) == pytest.approx([p / 128 - 1 for p in pixel])
-    for name in ("resnet50v2", "mobilenet", "mobilenetv2", "mobilenetv3_small", "bit_r50x1", "efficientnetv2_s.in1k"):
-        assert fed(name, pixel) == pytest.approx([p / 127.5 - 1 for p in pixel])
-    rgb = [(10 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (250 / 255 - 0.406) / 0.225]
-    for name in ("efficientnet_b0", "efficientnetv2_b0", "densenet121", "convnext_tiny", "vgg16.tv_in1k"):
-        assert fed(name, pixel) == pytest.approx(rgb)
+# Checksum, normalization, size, top-1, license: from the documentation and code of Keras, timm, torchvision and BiT.
+FACTS = {
+    "efficientnet_b0.keras": ("md5:902e53a9f72be733fc0bcb005b3ebbac", "imagenet", 224, 77.1, "apache-2.0"),
+    "efficientnetv2_s.keras": ("md5:e1d88a8495beba45748fedd0cecbe016", "v2", 384, 83.9, "apache-2.0"),
+    "efficientnetv2_xl.in21k_ft_in1k": ("", "half", 512, 86.75, "apache-2.0"),
+    "resnet50.keras": ("md5:2cb95161c43110f7111970584f804107", "caffe", 224, 74.9, "mit"),
+    "resnet50_v15.torchvision_v1": ("sha256:0676ba61", "imagenet", 224, 76.13, "bsd-3-clause"),
+    "bit_r50x1.goog_m_in1k": ("", "half", 480, 80.68, "apache-2.0"),
+    "convnextv2_atto.fcmae_ft_in1k": ("", "imagenet", 224, 76.64, "cc-by-nc-4.0"),
+    "vgg16.keras": ("md5:64373286793e3c8b2b4e3219cbf3544b", "caffe", 224, 71.3, "cc-by-4.0"),
+    "mobilenetv3_small.keras": ("md5:8768d4c2e7dee89b9d02b2d03d65d862", "half", 224, 68.1, "apache-2.0"),
+}
 
 
-def test_fields_that_only_some_sources_want():
-    assert dict(catalogue.find("efficientnet_b0.ra_in1k").network) == {"epsilon": 1e-5, "padding": "symmetric"}
-    assert dict(catalogue.find("efficientnet_b7.torchvision_v1").network) == {"padding": "symmetric"}
-    assert dict(catalogue.find("densenet121.tv_in1k").network) == {"epsilon": 1e-5}
-    for name in ("efficientnet_b0.aa_in1k", "efficientnet_b0.keras", "mobilenetv3_small.in1k", "convnext_tiny.fb_in1k"):
-        assert not catalogue.find(name).network
+def test_rows_agree_with_published_facts():
+    for name, (checksum, normalization, size, top1, license) in FACTS.items():
+        record = catalogue.find(name)
+        mean, std = catalogue.NORMALIZATIONS[normalization]
+        assert (record.input.mean, record.input.std) == (mean, std), name
+        assert (record.checksum, record.input.size, record.license) == (checksum, (size, size), license), name
+        assert record.top1 == pytest.approx(top1, abs=0.01), name
+    for name, network in (
+        ("efficientnet_b0.ra_in1k", {"epsilon": 1e-5, "padding": "symmetric"}),
+        ("efficientnet_b7.torchvision_v1", {"padding": "symmetric"}),
+        ("densenet121.tv_in1k", {"epsilon": 1e-5}),
+        ("efficientnet_b0.keras", {}),
+    ):
+        assert dict(catalogue.find(name).network) == network
 
 
-@pytest.mark.parametrize(
-    "name,message",
-    [
-        ("efficientnet_b9.keras", r"weights 'efficientnet_b9.keras': unknown; the nearest: efficientnet_b\d.keras"),
-        ("bit_r50x1.goog", "bit_r50x1 has bit_r50x1.goog_s, bit_r50x1.goog_m_in1k"),
-        ("", "unknown"),
-    ],
-)
-def test_unknown_names_are_answered_with_the_nearest(name, message):
-    with pytest.raises(ValueError, match=message):
-        catalogue.find(name)
-    with pytest.raises(ValueError, match="cbr_small: no public ImageNet weights"):
-        catalogue.primary("cbr_small")
+def test_normalizations():
+    pixel = np.asarray([10.0, 128.0, 250.0])  # red, green, blue
+    for name, expected in (
+        ("caffe", pixel - [123.68, 116.779, 103.939]),
+        ("v2", pixel / 128 - 1),
+        ("half", pixel / 127.5 - 1),
+        ("imagenet", (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]),
+    ):
+        mean, std = catalogue.NORMALIZATIONS[name]
+        np.testing.assert_allclose((pixel / 255 - mean) / std, expected)
 
 
-def test_the_listing_is_a_table():
-    lines = catalogue.listing().splitlines()
-    assert len(lines) == len(catalogue.RECORDS) + 1 and lines[0].split()[:3] == ["name", "MB", "top-1"]
+def test_find():
+    for name in ("efficientnet_lite0.pypi", "efficientnetv2_xl.in21k_ft_in1k", "bit_r50x1.goog_s"):
+        assert catalogue.find(name.partition(".")[0]) == catalogue.find(name) and catalogue.find(name).name == name
+    for name, message in (
+        ("efficientnet_b9.keras", r"efficientnet_b\d.keras"), ("bit_r50x1.goog", "bit_r50x1.goog_s, bit_r50x1.goog_m"),
+        ("cbr_small", "unknown"), ("", "unknown"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            catalogue.find(name)
+
+
+def test_list_command(capsys):
+    assert commands.run(command, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 212 and lines[0].split()[:3] == ["name", "MB", "top-1"]
     line = next(line for line in lines if line.startswith("convnextv2_huge.fcmae_ft_in1k "))
     assert line.split()[1:6] == ["2641", "86.3", "224", "1000", "cc-by-nc-4.0"]
-    assert [row.split()[0] for row in catalogue.listing(r"vgg19\.[tk]").splitlines()[1:]] == [
-        "vgg19.keras", "vgg19.tv_in1k", "vgg19.torchvision_v1",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="--match=vgg99: no record"):
-        catalogue.listing("vgg99")
-    with pytest.raises(ValueError, match="not a regular expression"):
-        catalogue.listing("(")
+    assert commands.run(command, "--list", r"--match=vgg19\.[tk]") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["name", "vgg19.keras", "vgg19.tv_in1k", "vgg19.torchvision_v1"]
 
 
-# The command. EfficientNet-Lite0 by the names and shapes of EfficientNet-PyTorch, from the paper's table.
-STAGES = ((1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80), (3, 5, 6, 112), (4, 5, 6, 192), (1, 3, 6, 320))
-
-
-def lite0(classes=1000):
-    shapes = {"_conv_stem.weight": (32, 3, 3, 3)}
-
-    def norm(name, width):
-        for leaf in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{leaf}"] = (width,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    norm("_bn0", 32)
-    inputs, number = 32, 0
-    for repeats, kernel, expand, width in STAGES:
-        for _ in range(repeats):
-            block, middle = f"_blocks.{number}", inputs * expand
-            if expand > 1:
-                shapes[f"{block}._expand_conv.weight"] = (middle, inputs, 1, 1)
-                norm(f"{block}._bn0", middle)
-            shapes[f"{block}._depthwise_conv.weight"] = (middle, 1, kernel, kernel)
-            norm(f"{block}._bn1", middle)
-            shapes[f"{block}._project_conv.weight"] = (width, middle, 1, 1)
-            norm(f"{block}._bn2", width)
-            inputs, number = width, number + 1
-    shapes["_conv_head.weight"] = (1280, 320, 1, 1)
-    norm("_bn1", 1280)
-    shapes |= {"_fc.weight": (classes, 1280), "_fc.bias": (classes,)}
-    return {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
-
-
-def identify(tmp_path, arrays):
-    from lungjax.weights import identify
-
-    return identify.by_content(open_tensors(write_safetensors(tmp_path / "w", arrays)))
-
-
-def test_a_file_is_known_by_its_tensors(tmp_path):
-    assert "the tensors of efficientnet_lite0.pypi; no published checksum" in identify(tmp_path, lite0())
-    answer = identify(tmp_path, lite0(classes=7))
-    assert "the tensors of efficientnet_lite0.pypi, but for its classifier" in answer and "(7, 1280)" in answer
-
-
-def test_what_differs_from_the_nearest_network_is_named(tmp_path):
-    without = lite0()
-    del without["_blocks.3._bn1.running_var"]
-    with pytest.raises(ValueError, match="nearest is efficientnet_lite0, but\n.*only in the network: .*/bn/var"):
-        identify(tmp_path, without)
-    with pytest.raises(ValueError, match="nearest is efficientnet_lite0, but\n.*only in the file: _extra.weight"):
-        identify(tmp_path, lite0() | {"_extra.weight": np.zeros(3)})
-    turned = lite0()
-    turned["_conv_head.weight"] = turned["_conv_head.weight"].transpose(1, 0, 2, 3)
-    with pytest.raises(ValueError, match="nearest is efficientnet_lite0, but\n.*top_conv/kernel: _conv_head.weight"):
-        identify(tmp_path, turned)
-    with pytest.raises(ValueError, match="its tensors .net.0.weight, ....* are not named as in any file"):
-        identify(tmp_path, {"net.0.weight": np.zeros((3, 3))})
-
-
-def command(*arguments, **environment):
-    line = [sys.executable, "-m", "lungjax.weights", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
-
-
-def test_the_command_lists_without_jax(tmp_path):
-    result = command("--list", "--match=efficientnet_lite0")
-    assert result.returncode == 0 and [line.split()[0] for line in result.stdout.splitlines()] == [
-        "name", "efficientnet_lite0.pypi", "efficientnet_lite0.in1k",
-    ]  # fmt: skip
-    code = "import sys; from lungjax.weights import __main__; print([m for m in ('jax', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_the_command_answers_mistakes_in_one_line(tmp_path):
+def test_command_errors(tmp_path, capsys):
     (tmp_path / "w.h5").write_bytes(b"<html>")
-    for arguments, message in (
-        ((), "one of --list"),
-        (("--list", "more"), "unexpected argument 'more'"),
-        (("--fetch=vgg17",), "lungjax: weights 'vgg17': unknown"),
-        ((f"--check={tmp_path}/w.h5",), "w.h5: a web page"),
+    for arguments, code, message in (
+        ((), 1, "--list"),
+        (("--list", "more"), 1, "'more'"),
+        (("--list", "--match=vgg99"), 2, "vgg99"),
+        (("--list", "--match=("), 2, "regular expression"),
+        (("--fetch=vgg17",), 2, "vgg17"),
+        ((f"--check={tmp_path}/w.h5",), 2, "web page"),
     ):
-        result = command(*arguments)
-        assert result.returncode != 0 and message in result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
+        assert commands.run(command, *arguments) == code
+        output = capsys.readouterr()
+        assert message in output.out + output.err
+
+
+def test_smoke_process_without_jax():
+    line = [sys.executable, "-X", "importtime", "-m", "lungjax.weights", "--list", "--match=vgg16"]
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0 and "vgg16.keras" in result.stdout
+    assert not re.search(r"\| +(jax|torch|flax)$", result.stderr, re.M)
+
+
+def test_check_command(tmp_path, capsys, monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setattr(catalogue, "RECORDS", [r for r in catalogue.RECORDS if r.model in ("tiny", "wide")])
+    tensors, other = as_timm(leaves()), as_timm(leaves(classes=7))
+    kernel, statistic = "conv_head.weight", "blocks.1.0.bn2.running_var"
+    for change, code, messages in (
+        (tensors, 0, ["tiny.half, tiny.torch (epsilon=1e-05, padding=symmetric);"]),
+        (other, 0, ["tiny.half, ", "except for the classifier", "(7, 16)"]),
+        ({name: tensors[name] for name in tensors if name != statistic}, 2, ["nearest is tiny", "block1/bn/var"]),
+        (tensors | {"extra.weight": np.zeros(3)}, 2, ["nearest is tiny", "only in the file: extra"]),
+        (tensors | {kernel: tensors[kernel].transpose(1, 0, 2, 3)}, 2, ["nearest is tiny", f"kernel: {kernel}"]),
+        ({"net.0.weight": np.zeros((3, 3))}, 2, ["net.0.weight", "any known file"]),
+    ):
+        path = write_safetensors(tmp_path / "w", change)
+        assert commands.run(command, f"--check={path}") == code
+        output = capsys.readouterr()
+        for message in messages:
+            assert message in output.out + output.err

@@ -1,9 +1,8 @@
-"""Convolutions, NHWC by HWIO, in forms that XLA compiles well where they run.
+"""Convolutions, NHWC by HWIO, in forms that XLA compiles to fast code on each platform.
 
-The forms for the CPU are chosen when the function is lowered, so the same traced model runs the plain
-operation on an accelerator. `tests/benchmarks/README.md` has the measurements behind each choice. The choice
-sits inside gradient rules of our own (nothing is differentiated through it), so forward-mode derivatives
-(`jax.jvp`) of these functions are not defined; `jax.grad` and `jax.vjp` are.
+The form is chosen at lowering, so the same traced model runs CPU forms on a CPU and the plain operation on an
+accelerator. `tests/benchmarks/README.md` has the measurements behind each form. The choice is inside custom gradient
+rules, so forward-mode derivatives (`jax.jvp`) of these functions are undefined; `jax.grad` and `jax.vjp` work.
 """
 
 import functools
@@ -21,31 +20,30 @@ Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 Padding = str | int | Sequence[int | Sequence[int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-FEW_CHANNELS = 3  # up to so many (an image's), a forward convolution is a sum of scaled slices
-FUSED_TERMS = 27  # more terms than these in one loop spill the registers
-SLICED_TERMS = 49  # and with more than these the compiler's own convolution is faster
-SUMMED_CELLS = 8, 4  # rows and columns of cells that one element of the kernel's gradient adds up
+MAX_SLICED_CHANNELS = 3  # of an image: a forward convolution of at most these channels is a sum of scaled slices
+MAX_FUSED_TERMS = 27  # more terms in one loop spill registers
+MAX_SLICED_TERMS = 49  # with more terms XLA's own convolution is faster
+MAX_SUMMED_CELLS = 8, 4  # rows and columns of cells that one element of the kernel's gradient sums
 
-
-# A value that jit's caches know of, so that a program traced in one form is never taken for the other.
+# Part of the key of jit's caches, so a program traced in one form is never reused for the other.
 _PLAIN: Any = jax.make_user_context(False)
 
 
 def plain_forms() -> AbstractContextManager[None]:
-    """Returns a context in which networks are traced with the compiler's plain operations, as exports want them.
+    """Returns a context in which networks are traced with XLA's plain operations, for exports and quick compiles.
 
-    No form for a single platform is then in the program, and 1x1 convolutions are convolutions.
+    The program then has no platform-specific forms, and 1x1 convolutions are convolutions.
     """
     return _PLAIN(True)
 
 
 def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Returns cpu(*args) where the program is lowered for a CPU and default(*args) elsewhere or in `plain_forms`."""
+    """Returns cpu(*args) if lowered for a CPU; default(*args) on other platforms and inside `plain_forms`."""
     return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 def pair(value: int | Sequence[int]) -> Pair:
-    """Returns (value, value) for a number, and a pair as it is."""
+    """Returns (value, value) for a number, and a pair unmodified."""
     if isinstance(value, int):
         return value, value
     height, width = value
@@ -53,11 +51,10 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 
 def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
-    """Returns ((top, bottom), (left, right)) for "SAME", "VALID", a number or pairs, as lax would pad.
+    """Returns ((top, bottom), (left, right)) for "SAME", "VALID", a number or pairs, as in lax.
 
     "SYMMETRIC" is torch's (kernel - 1) // 2 on every side, which differs from SAME on even maps at stride 2.
-
-    Raises ValueError for any other word.
+    Raises ValueError for any other string.
     """
     if isinstance(padding, int):
         return (padding, padding), (padding, padding)
@@ -75,21 +72,20 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 
 @functools.cache
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
-    """Returns the options to give `jax.jit` where whole steps are compiled; empty but on the CPU.
+    """Returns the `compiler_options` of `jax.jit` for whole steps; empty except on the CPU.
 
-    `platform` is the one compiled for; None is this process's. `train` is False for prediction alone.
+    `platform` is the compilation target, by default this process's. `train` is False for prediction.
 
-    Without them XLA hands float32 convolutions to YNNPACK, which runs them on one core, and those without
-    padding several times slower still; XLA's older convolution takes all cores. The options name what YNNPACK
-    keeps: in training products and reductions; in prediction reductions alone, since with a product it takes in the
-    bias, the gate and the next product, and is slower at that than one loop and one product each. A jaxlib that
-    doesn't know them is left alone.
+    By default XLA offloads float32 convolutions to YNNPACK, which runs them on one core, and those without padding
+    several times slower still; XLA's older convolution uses all cores. The options restrict YNNPACK: in training to
+    products and reductions, in prediction to reductions, since it fuses a product with the bias, the gate and the next
+    product, which is slower than separate loops. Empty too if jaxlib doesn't know the options.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
-    kept = ("DOT", "REDUCE") if train else ("REDUCE",)
+    fusions = ("DOT", "REDUCE") if train else ("REDUCE",)
     options = {
-        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kept),
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in fusions),
         "xla_cpu_prefer_vector_width": 512,
     }
     try:
@@ -100,12 +96,12 @@ def compiler_options(platform: str | None = None, train: bool = True) -> dict[st
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, groups: int = 1) -> jax.Array:
-    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D] by the compiler's own convolution."""
+    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D] by XLA's own convolution."""
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups)
 
 
 def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves each channel of x [B, H, W, C] with its own kernel [h, w, 1, C] by the compiler's own."""
+    """Convolves each channel of x [B, H, W, C] with its kernel in [h, w, 1, C] by XLA's own convolution."""
     return plain_conv(x, kernel, strides, pads, x.shape[-1])
 
 
@@ -120,8 +116,8 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> j
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies x [..., C] with kernel [C, D].
 
-    XLA copies the first factor of the kernel's gradient to another layout, so the narrower map comes first there;
-    autodiff has x second always.
+    XLA copies the first operand of the kernel's gradient to another layout, so here it is the narrower map; in
+    autodiff it is always dy.
     """
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -144,9 +140,9 @@ product.defvjp(_product_save, _product_gradients)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves each channel of x [B, H, W, C] with its own kernel [h, w, 1, C].
+    """Convolves each channel of x [B, H, W, C] with its kernel in [h, w, 1, C].
 
-    On the CPU all three pieces are sums of shifted slices, accumulated in float32 at least.
+    On the CPU, forward pass and gradients are sums of shifted slices, accumulated in float32 or wider.
     """
     return _choose(_depthwise_forward, plain_depthwise, strides, pads)(x, kernel)
 
@@ -161,8 +157,8 @@ def _depthwise_gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -
 def dense_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     """Convolves x [B, H, W, C] with kernel [h, w, C, D].
 
-    On the CPU an image of few channels is convolved as scaled slices; the gradient to the input is a product
-    and a sum of slices where the plain one would mostly multiply zeros (strides, kernels as big as the map).
+    On the CPU an image of few channels is convolved as scaled slices; the gradient of the input is a product
+    and a sum of slices where the plain one would mostly multiply zeros (strides, kernels as large as the map).
     """
     return _choose(_dense_forward, plain_conv, strides, pads)(x, kernel)
 
@@ -182,8 +178,8 @@ dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
 
 
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
-    forms = {"cpu": partial(cpu, strides=strides, pads=pads)}
-    return partial(cpu_or_default, default=partial(plain, strides=strides, pads=pads), **forms)
+    cpu, plain = (partial(form, strides=strides, pads=pads) for form in (cpu, plain))
+    return partial(cpu_or_default, cpu=cpu, default=plain)
 
 
 def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
@@ -197,35 +193,35 @@ def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
 
 
 def to_float32(x: jax.Array) -> jax.Array:
-    """Returns x as float32, or as what it is where that has more digits."""
+    """Returns x in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
-    """Pads the map, or crops it where a number is negative."""
+    """Pads the map, or crops it where a pad is negative."""
     rows, columns = pads
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
 
 
 def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Returns function(*args), computed once and from arguments in memory.
+    """Returns function(*args), computed exactly once and from arguments in memory.
 
-    XLA's CPU fusion takes a sum of slices for cheap and recomputes it in everything that reads it (batch norm
-    and activation, forward and backward). It fuses neither into nor out of a conditional, so here is one,
-    always taken; the barrier hides that from the compiler.
+    XLA's CPU fusion considers a sum of slices cheap and recomputes it in each of its readers (batch norm and
+    activation, forward and backward). It does not fuse across a conditional, so this is one that is always taken; the
+    barrier hides that from the compiler.
     """
     result = jax.eval_shape(function, *args)
-    taken = lax.optimization_barrier(jnp.array(True))
+    predicate = lax.optimization_barrier(jnp.array(True))
     like_first = (args[0].shape, args[0].dtype) == (result.shape, result.dtype)
 
-    def other(*args: jax.Array) -> jax.Array:  # what there is already needs no code of its own
+    def other(*args: jax.Array) -> jax.Array:  # never taken; an existing array needs no code
         return args[0] if like_first else jnp.zeros(result.shape, result.dtype)
 
-    return lax.cond(taken, function, other, *args)
+    return lax.cond(predicate, function, other, *args)
 
 
 def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, jax.Array]]:
-    """Returns (i, j, slice) of a padded map for every tap of the window, in rows, then columns."""
+    """Returns (i, j, slice) of a padded map for every tap of the window, row by row."""
     (down, across), taps = strides, itertools.product(range(window[0]), range(window[1]))
     height, width = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
     return [(i, j, x[:, i : i + height : down, j : j + width : across]) for i, j in taps]
@@ -243,14 +239,14 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pad
 
 def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     kh, kw, depth, _ = kernel.shape
-    if depth > FEW_CHANNELS or kh * kw * depth > SLICED_TERMS:
+    if depth > MAX_SLICED_CHANNELS or kh * kw * depth > MAX_SLICED_TERMS:
         return plain_conv(x, kernel, strides, pads)
 
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
         for i, j, part in slices(padded, (kh, kw), strides):
-            if j == 0 and i > 0 and kh * kw * depth > FUSED_TERMS:
-                total = lax.optimization_barrier(total)  # one loop for each row of the kernel
+            if j == 0 and i > 0 and kh * kw * depth > MAX_FUSED_TERMS:
+                total = lax.optimization_barrier(total)  # one loop per row of the kernel
             for c in range(depth):
                 total += to_float32(part[..., c : c + 1]) * to_float32(kernel[i, j, c])
         return total.astype(x.dtype)
@@ -259,28 +255,23 @@ def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -
 
 
 def scatter_gradient(
-    arrays: list[jax.Array],
-    shape: tuple[int, ...],
-    window: Pair,
-    strides: Pair,
-    pads: Pads,
-    term: Callable[..., jax.Array],
+    arrays: list[jax.Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads, term: Callable[..., Any]
 ) -> jax.Array:
-    """Adds up for every cell of a map of `shape` the terms of the windows that cover it.
+    """Returns a map of `shape`: each cell is the sum of the terms of the windows that cover it.
 
-    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *parts)` is what windows give to their cell (i, j).
-    One sum for each phase of the stride: row s * q + a lies in row i = a + top (mod s) of the window at
-    q + (a + top - i) / s, so that no time goes into the zeros of a dilated map.
+    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *parts)` is what windows add to their cell (i, j).
+    One sum per phase of the stride: row s * q + a is in row i = a + top (mod s) of the window at
+    q + (a + top - i) / s, so no time is spent on the zeros of a dilated map.
     """
-    counts, first, spare = [], [], []
+    counts, first, extra = [], [], []
     for size, k, s, (low, _), windows in zip(shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True):
         counts.append(-(-size // s))
-        first.append((low - k + 1) // s)  # the windows read run from here, for the first cell,
-        spare.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # to so many past the last one
+        first.append((low - k + 1) // s)  # windows are read from this one, for the first cell,
+        extra.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # to this many past the last one
 
     def taps(axis: int, phase: int) -> list[Pair]:
-        whole = [(i, *divmod(phase + pads[axis][0] - i, strides[axis])) for i in range(window[axis])]
-        return [(i, offset - first[axis]) for i, offset, rest in whole if rest == 0]
+        offsets = [(i, *divmod(phase + pads[axis][0] - i, strides[axis])) for i in range(window[axis])]
+        return [(i, offset - first[axis]) for i, offset, rest in offsets if rest == 0]
 
     def add_up(*padded: jax.Array) -> jax.Array:
         def piece(a: int, b: int) -> jax.Array:
@@ -293,7 +284,7 @@ def scatter_gradient(
         full = jnp.stack(rows, 2).reshape(shape[0], counts[0] * strides[0], counts[1] * strides[1], shape[3])
         return full[:, : shape[1], : shape[2]]
 
-    return isolate_fusion(add_up, *(pad(a, spare) for a in arrays))
+    return isolate_fusion(add_up, *(pad(a, extra) for a in arrays))
 
 
 def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -304,20 +295,20 @@ def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair,
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """A loop over the map for all taps of a 3x3 kernel, or of one row of a bigger one (those compile too long).
+    """One loop over the map for all taps of a 3x3 kernel, or for one row of a larger one, which compiles too slowly.
 
-    An element of the loop's result adds up a handful of cells; with one product for each, memory would be the limit.
+    Each element of the loop's result sums a few cells; with one product each, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
-    rows, columns = (_parts(n, most) for n, most in zip(dy.shape[1:3], SUMMED_CELLS, strict=True))
+    rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
     dy = pad(dy, [(0, -n % parts) for n, parts in zip(dy.shape[1:3], (rows, columns), strict=True)])
     height, width = dy.shape[1:3]
     block = width // columns
     (down, across), span = strides, (height - 1) * strides[0] + 1
-    # What is read past the padded map's end meets the zeros added to dy.
+    # Cells read past the end of the padded map are multiplied with the zeros added to dy.
     reach = [(n - 1) * s + k for n, s, k in zip((height, width), strides, (kh, kw), strict=True)]
-    padded = pad(x, [(low, most - low - n) for (low, _), most, n in zip(pads, reach, x.shape[1:3], strict=True)])
-    together = kh if kh * kw <= 9 else 1
+    padded = pad(x, [(low, end - low - n) for (low, _), end, n in zip(pads, reach, x.shape[1:3], strict=True)])
+    kernel_rows = kh if kh * kw <= 9 else 1  # per loop
 
     def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
         def tap(i: int, j: int) -> jax.Array:
@@ -328,26 +319,25 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
                 total += to_float32(x) * to_float32(dy[:, row::rows, column : column + block])
             return total
 
-        return jnp.stack([tap(i, j) for i, j in itertools.product(range(together), range(kw))])
+        return jnp.stack([tap(i, j) for i, j in itertools.product(range(kernel_rows), range(kw))])
 
-    def kernel_rows(i: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(padded, i, span + together - 1, 1)
+    def sums_from(i: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(padded, i, span + kernel_rows - 1, 1)
         return isolate_fusion(add_up, part, dy).sum((2, 3)).sum(1)
 
-    sums = kernel_rows(jnp.array(0)) if together == kh else lax.map(kernel_rows, jnp.arange(kh))
+    sums = sums_from(jnp.array(0)) if kernel_rows == kh else lax.map(sums_from, jnp.arange(kh))
     return sums.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _parts(cells: int, most: int) -> int:
-    """Returns into how many parts to cut an axis: many, and with few cells to fill up the last one."""
-    return min(range(1, most + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
+def _parts(cells: int, limit: int) -> int:
+    """Returns the number of parts to split an axis into: many, with little padding of the last one."""
+    return min(range(1, limit + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
 def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     if x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
         return _plain_gradients(plain_conv)[0](x, kernel, dy, strides, pads)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    contract = (((3,), (3,)), ((), ()))
+    dtype, contract = jnp.promote_types(x.dtype, jnp.float32), (((3,), (3,)), ((), ()))
     product = lax.dot_general(dy, kernel, contract, preferred_element_type=dtype)  # [B, h, w, kh, kw, C]
 
     def add_up(product: jax.Array) -> jax.Array:

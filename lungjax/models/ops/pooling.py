@@ -1,4 +1,4 @@
-"""Pooling of maps [B, H, W, C], in forms that XLA compiles well where they run; see `lungjax.models.ops.conv`."""
+"""Pooling of maps [B, H, W, C], in forms that are fast on each platform; see `lungjax.models.ops.conv`."""
 
 import functools
 from functools import partial
@@ -23,22 +23,20 @@ from lungjax.models.ops.conv import (
 
 
 def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Takes the maximum of each window of x [B, H, W, C] by the compiler's own reduction."""
+    """Returns the maximum of each window of x [B, H, W, C] by XLA's own reduction."""
     lowest = np.array(-np.inf, x.dtype)
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Takes the maximum of each window of x [B, H, W, C]; padded cells never win.
+    """Returns the maximum of each window of x [B, H, W, C]; padded cells never win.
 
-    The gradient goes to the first of equal maxima, in rows, then columns. On the CPU the maximum is one of shifted
-    slices: one loop, which takes in the bias and the activation before it as well.
+    The gradient goes to the first of equal maxima, row by row. On the CPU it is the maximum of shifted slices: one
+    loop, which is fused with the bias and the activation before it.
     """
-    forms = {"cpu": _window_max, "default": plain_window_max}
-    return cpu_or_default(
-        x, **{name: partial(f, window=window, strides=strides, pads=pads) for name, f in forms.items()}
-    )
+    cpu, plain = (partial(f, window=window, strides=strides, pads=pads) for f in (_window_max, plain_window_max))
+    return cpu_or_default(x, cpu=cpu, default=plain)
 
 
 def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
@@ -61,8 +59,8 @@ window_max.defvjp(_window_max_save, _window_max_gradient)
 
 
 def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    # The winner is searched for anew. A comparison with the forward pass's maximum may find no cell: the compiler is
-    # free to recompute x for the gradient, and another fusion rounds otherwise.
+    # The winner is searched for again. A comparison with the maximum of the forward pass may match no cell: the
+    # compiler is free to recompute x for the gradient, and another fusion rounds differently.
     def find(padded: jax.Array) -> jax.Array:
         (_, _, best), *others = slices(padded, window, strides)
         winner = jnp.zeros(best.shape, jnp.int16)
@@ -81,32 +79,27 @@ def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pad
 
 @jax.custom_vjp
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """Takes the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
-    return cpu_or_default(x, cpu=_halve, default=plain_halve)
+    """Returns the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
+    plain = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
+    return cpu_or_default(x, cpu=_avg_pool, default=plain)
 
 
-def plain_halve(x: jax.Array) -> jax.Array:
-    """Takes the mean of each 2 x 2 cells by the compiler's own reduction."""
-    return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
-
-
-def _halve(x: jax.Array) -> jax.Array:
+def _avg_pool(x: jax.Array) -> jax.Array:
     total = sum(to_float32(part) for _, _, part in slices(x, (2, 2), (2, 2)))
     return (total / 4).astype(x.dtype)
 
 
-def _halve_save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return avg_pool_2x2(x), (x[:, :1], x[:, :, :1])  # of which the shapes are read
+def _avg_pool_save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return avg_pool_2x2(x), (x[:, :1], x[:, :, :1])  # only their shapes are used
 
 
-def _halve_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _avg_pool_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     height, width = saved[1].shape[1], saved[0].shape[2]
     batch, rows, columns, channels = dy.shape
-    each = jnp.broadcast_to(
-        (to_float32(dy) / 4).astype(dy.dtype)[:, :, None, :, None], (batch, rows, 2, columns, 2, channels)
-    )
-    full = each.reshape(batch, 2 * rows, 2 * columns, channels)
+    quarter = (to_float32(dy) / 4).astype(dy.dtype)[:, :, None, :, None]
+    cells = jnp.broadcast_to(quarter, (batch, rows, 2, columns, 2, channels))
+    full = cells.reshape(batch, 2 * rows, 2 * columns, channels)
     return (pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
 
 
-avg_pool_2x2.defvjp(_halve_save, _halve_gradient)
+avg_pool_2x2.defvjp(_avg_pool_save, _avg_pool_gradient)

@@ -1,7 +1,59 @@
-"""The results tables of the studies, as printed: `TABLES` by name."""
+"""The results tables of the studies, as printed: `TABLES` by name, from tables.toml and cells.csv.
 
-from lungjax.tables.cells import Table
-from lungjax.tables.published import covid_xray, covidnet_ct, covidx_ct, ct_cov19, ictcf, nccid, transfusion
+cells.csv has one row per cell: table, row, column, experiment (as `--experiment` takes it), metric, published and note.
+`published` is the printed text, so that it can be checked against the source: ".966" or "96.6%", both 0.966 with three
+digits; "1" and "0" are rates that a report with two digits prints so; empty where the study printed none.
+"""
 
-MODULES = (nccid, ct_cov19, ictcf, covid_xray, covidx_ct, covidnet_ct, transfusion)
-TABLES: dict[str, Table] = {table.name: table for module in MODULES for table in module.TABLES}
+import csv
+import tomllib
+from decimal import Decimal, InvalidOperation
+from importlib.resources import files
+from typing import Any
+
+from lungjax.tables.cells import Cell, Table
+
+MIN_DECIMALS = 2  # of a report that prints 1.00 and not 1
+
+
+def parse_number(text: str) -> tuple[float | None, int]:
+    """Returns the value of a printed number, a rate in 0..1 or a loss, and its digits after the decimal point.
+
+    Raises ValueError for text that is not a number.
+    """
+    if not text:
+        return None, MIN_DECIMALS
+    try:
+        digits = Decimal(text.removesuffix("%"))
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not a printed number: write .966 or 96.6%, or leave it empty") from None
+    if text.endswith("%"):
+        digits = digits.scaleb(-2)
+    return float(digits), max(MIN_DECIMALS, -int(digits.as_tuple().exponent))
+
+
+def read(cells_csv: str, tables_toml: str) -> dict[str, Table]:
+    """Returns the tables by name from the text of both files. Raises ValueError for a cell or table that is invalid."""
+    entries = tomllib.loads(tables_toml)
+    cells: dict[str, list[Cell]] = {name: [] for name in entries["table"]}
+    for line in csv.DictReader(cells_csv.splitlines()):
+        if line["table"] not in cells:
+            raise ValueError(f"cells.csv: table {line['table']!r} has no entry in tables.toml")
+        own = {key: line[key] for key in ("row", "column", "experiment", "metric", "note")}
+        published, decimals = parse_number(line["published"])
+        cells[line["table"]].append(Cell(published=published, decimals=decimals, **own))
+    tables = {}
+    for name, entry in entries["table"].items():
+        shared = entries["study"].get(entry.pop("study", ""), {"notes": []})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        fields["counts"] = {split: tuple(counts) for split, counts in entry.get("counts", {}).items()}
+        fields["correlate"] = tuple(map(tuple, entry.get("correlate", ())))
+        fields["notes"] = (*entry.get("notes", ()), *shared["notes"])
+        tables[name] = Table(name=name, cells=tuple(cells[name]), **fields)
+    return tables
+
+
+_FOLDER = files(__name__)
+TABLES = read((_FOLDER / "cells.csv").read_text("utf-8"), (_FOLDER / "tables.toml").read_text("utf-8"))

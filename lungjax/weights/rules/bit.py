@@ -1,50 +1,25 @@
 """BiT: the released npz files, and timm's names."""
 
-import re
+from lungjax.weights.convert import Rules, blocks
 
-from lungjax.weights.convert import Rules
-
-# The norm that stands beside a convolution in a file is the one before it.
-NORMS = {"a": "preact_norm", "b": "norm1", "c": "norm2", "1": "preact_norm", "2": "norm1", "3": "norm2"}
-CONVS = {"a": "conv1", "b": "conv2", "c": "conv3"}
 SCOPE = r"(?:_\d+)?"  # some files number their scopes: standardized_conv2d_17
-
-
-def _unit(match: re.Match[str]) -> str:
-    stage, unit, letter, kind = match.groups()
-    return f"stage{stage}_block{int(unit)}/{NORMS[letter] if kind == 'group_norm' else CONVS[letter]}"
-
-
-def _projection(match: re.Match[str]) -> str:
-    return f"stage{match[1]}_block{int(match[2])}/shortcut_conv"
-
-
-def _timm(match: re.Match[str]) -> str:
-    stage, block, name = match.groups()
-    if name == "downsample.conv":
-        name = "shortcut_conv"
-    elif name.startswith("norm"):
-        name = NORMS[name[-1]]
-    return f"stage{int(stage) + 1}_block{int(block) + 1}/{name}"
-
-
-RULES = {
-    "bit": Rules(
-        layers=(
-            (rf"resnet/root_block/standardized_conv2d{SCOPE}", "stem_conv"),
-            (rf"resnet/block([1-4])/unit(\d+)/([abc])/(group_norm|standardized_conv2d){SCOPE}", _unit),
-            (rf"resnet/block([1-4])/unit(\d+)/a/proj/standardized_conv2d{SCOPE}", _projection),
-            (rf"resnet/group_norm{SCOPE}", "top_norm"),
-            (rf"resnet/head/conv2d{SCOPE}", "head/dense"),
-        ),
-    ),
-    "timm": Rules(
-        layers=(
-            (r"stem\.conv", "stem_conv"),
-            (r"stages\.([0-3])\.blocks\.(\d+)\.(norm[1-3]|conv[1-3]|downsample\.conv)", _timm),
-            ("norm", "top_norm"),
-            (r"head\.fc", "head/dense"),
-        ),
-        torch=True,
-    ),
-}
+# A norm in the file precedes the convolution of the same letter.
+RELEASED = {
+    "a/group_norm": "preact_norm", "b/group_norm": "norm1", "c/group_norm": "norm2",
+    "a/standardized_conv2d": "conv1", "b/standardized_conv2d": "conv2", "c/standardized_conv2d": "conv3",
+    "a/proj/standardized_conv2d": "shortcut_conv",
+}  # fmt: skip
+TIMM = {
+    "norm1": "preact_norm", "norm2": "norm1", "norm3": "norm2", "conv1": "conv1", "conv2": "conv2", "conv3": "conv3",
+    "downsample.conv": "shortcut_conv",
+}  # fmt: skip
+RELEASED_LAYERS = (
+    (rf"resnet/root_block/standardized_conv2d{SCOPE}", "stem_conv"),
+    blocks(r"resnet/block(\d)/unit(\d+)/", RELEASED, suffix=SCOPE),
+    (rf"resnet/group_norm{SCOPE}", "top_norm"), (rf"resnet/head/conv2d{SCOPE}", "head/dense"),
+)  # fmt: skip
+TIMM_LAYERS = (
+    (r"stem\.conv", "stem_conv"), blocks(r"stages\.(\d)\.blocks\.(\d+)\.", TIMM, stage=1, block=1),
+    ("norm", "top_norm"), (r"head\.fc", "head/dense"),
+)  # fmt: skip
+RULES = {"bit": Rules(RELEASED_LAYERS), "timm": Rules(TIMM_LAYERS, torch=True)}

@@ -1,59 +1,40 @@
-"""MobileNetV3: files of Keras (the released ones' names and today's), timm and torchvision.
+"""MobileNetV3: files of Keras (released and new names), timm and torchvision.
 
-Names number the blocks or the stages through, so each layout has a table for each size.
+The files number blocks or stages consecutively, so each layout has one table per size.
 """
 
-import re
+from lungjax.weights.convert import Rules, numbered_blocks
+from lungjax.weights.rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP, TORCHVISION_FIRST, TORCHVISION_LAYERS
+from lungjax.weights.rules.mobilenetv2 import CONVS, NORMS
 
-from lungjax.weights.convert import Rules
-from lungjax.weights.rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP
-from lungjax.weights.rules.mobilenet import depthwise, unit
-from lungjax.weights.rules.mobilenetv2 import CONVS, KINDS, NORMS
-
-REPEATS = {"mobilenetv3_small": (1, 2, 3, 2, 3), "mobilenetv3_large": (1, 2, 3, 4, 2, 3)}
-
-
-def _keras(name: str) -> Rules:
-    block, norm = r"(?i)expanded_conv(?:_(\d+))?[/_]", "[/_](?:batchnorm|bn)"  # released: slashes and BatchNorm
-
-    def at(match: re.Match[str]) -> str:
-        return unit(int(match[1] or 0), REPEATS[name])
-
-    tail = (("(?i)conv", "stem_conv"), (f"(?i)conv{norm}", "stem_bn"), ("(?i)conv_1", "top_conv"))
-    head = ((f"(?i)conv_1{norm}", "top_bn"), ("(?i)conv_2", "head/hidden1"), ("(?i)logits", "head/dense"))
-    blocks = (
-        (block + KINDS, lambda match: f"{at(match)}/{CONVS[match[2]]}"),
-        (block + KINDS + norm, lambda match: f"{at(match)}/{NORMS[match[2]]}"),
-        (block + "squeeze_excite[/_]conv", lambda match: f"{at(match)}/se/reduce"),
-        (block + "squeeze_excite[/_]conv_1", lambda match: f"{at(match)}/se/expand"),
-    )
-    return Rules((*tail, *head, *blocks), special=((r"/dwconv/kernel$", depthwise),))
-
-
-def _torchvision(name: str) -> Rules:
-    def place(match: re.Match[str]) -> str:
-        """A block is a sequence: expand (not in the first), depthwise, squeeze-excite (not in all), project."""
-        block, step = int(match[1]) - 1, match[2]
-        kind = {"0": "expand", "1": "depthwise"} if block else {"0": "depthwise"}
-        names = CONVS if match[3] == "0" else NORMS
-        return f"{unit(block, REPEATS[name])}/{names[kind.get(step, 'project')]}"
-
-    def squeeze(match: re.Match[str]) -> str:
-        return f"{unit(int(match[1]) - 1, REPEATS[name])}/se/{'reduce' if match[2] == '1' else 'expand'}"
-
-    blocks = ((r"features\.(\d+)\.block\.\d\.fc([12])", squeeze), (r"features\.(\d+)\.block\.(\d)\.([01])", place))
-    stem = ((r"features\.0\.0", "stem_conv"), (r"features\.0\.1", "stem_bn"))
-    top = ((r"features\.\d+\.0", "top_conv"), (r"features\.\d+\.1", "top_bn"))
-    return Rules(
-        (*blocks, *stem, *top, (r"classifier\.0", "head/hidden1"), (r"classifier\.3", "head/dense")), torch=True
-    )
-
-
-def _timm(name: str) -> Rules:
-    last = rf"blocks\.{len(REPEATS[name])}\.0\."  # the last 1x1 convolution counts as a stage
-    top = ((last + "conv", "top_conv"), (last + "bn1", "top_bn"), ("conv_head", "head/hidden1"))
-    return Rules((*top, *TIMM_TOP, *TIMM_FIRST, *TIMM_BLOCK), torch=True)
-
-
-MAKERS = {"keras": _keras, "torchvision": _torchvision, "timm": _timm}
-RULES = {f"{layout}_{name}": make(name) for layout, make in MAKERS.items() for name in REPEATS}
+KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1": "se/expand"}
+KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}
+KERAS_RELEASED |= {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
+KERAS_NEW = {name.replace("BatchNorm", "bn").replace("/", "_").lower(): path for name, path in KERAS_RELEASED.items()}
+# torchvision's blocks are sequences, in which the squeeze-excitation may be missing.
+FIRST = TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
+BLOCK = TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
+RULES: dict[str, Rules] = {}
+for _name, _repeats in {"mobilenetv3_small": (1, 2, 3, 2, 3), "mobilenetv3_large": (1, 2, 3, 4, 2, 3)}.items():
+    _keras = (
+        ("(?i)conv", "stem_conv"), ("(?i)conv[/_](batchnorm|bn)", "stem_bn"),
+        numbered_blocks(r"expanded_conv(?:_(\d+))?", KERAS_RELEASED | KERAS_NEW, _repeats),
+        ("(?i)conv_1", "top_conv"), ("(?i)conv_1[/_](batchnorm|bn)", "top_bn"),
+        ("(?i)conv_2", "head/hidden1"), ("(?i)logits", "head/dense"),
+    )  # fmt: skip
+    _last = rf"blocks\.{len(_repeats)}\.0\."  # the last 1x1 convolution counts as a stage
+    _timm = (
+        (_last + "conv", "top_conv"), (_last + "bn1", "top_bn"), ("conv_head", "head/hidden1"),
+        *TIMM_TOP, TIMM_FIRST, TIMM_BLOCK,
+    )  # fmt: skip
+    _torchvision = (
+        numbered_blocks(r"features\.(1)\.block\.", FIRST, _repeats, first=1),
+        numbered_blocks(r"features\.(\d+)\.block\.", BLOCK, _repeats, first=1),
+        (r"features\.0\.0", "stem_conv"), (r"features\.0\.1", "stem_bn"), (r"features\.\d+\.0", "top_conv"),
+        (r"features\.\d+\.1", "top_bn"), (r"classifier\.0", "head/hidden1"), (r"classifier\.3", "head/dense"),
+    )  # fmt: skip
+    RULES |= {
+        f"keras_{_name}": Rules(_keras),
+        f"timm_{_name}": Rules(_timm, torch=True),
+        f"torchvision_{_name}": Rules(_torchvision, torch=True),
+    }

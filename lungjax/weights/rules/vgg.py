@@ -1,50 +1,36 @@
-"""VGG-16 and VGG-19: Keras's Oxford weights (BGR) and torchvision's own, the latter also as timm writes them."""
-
-import re
-from collections.abc import Callable
+"""VGG-16 and VGG-19: Keras's Oxford weights (BGR) and torchvision's own, the latter also with timm's names."""
 
 import numpy as np
 
-from lungjax.weights.convert import Replacement, Rules
+from lungjax.weights.convert import Rule, Rules
 
-REPEATS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+KERAS = (
+    (r"block(\d)_conv(\d)", r"stage\1_block\2/conv"), (r"fc([12])", r"head/hidden\1"), ("predictions", "head/dense")
+)  # fmt: skip
+TORCHVISION = ((r"classifier\.0", "head/hidden1"), (r"classifier\.3", "head/hidden2"), (r"classifier\.6", "head/dense"))
+TIMM = ((r"pre_logits\.fc([12])", r"head/hidden\1"), (r"head\.fc", "head/dense"))
 
 
-def _feature(name: str) -> Callable[[re.Match[str]], str]:
-    """Torch numbers convolutions, activations and pools alike, so a number is not the same layer at both depths."""
-    places, index = {}, 0
-    for stage, repeats in enumerate(REPEATS[name], 1):
-        for i in range(1, repeats + 1):
-            places[index] = f"stage{stage}_block{i}/conv"
-            index += 2  # its activation follows
+def _features(repeats: tuple[int, ...]) -> tuple[Rule, ...]:
+    """Torch numbers convolutions, activations and pools alike, so numbers depend on the depth."""
+    rules, index = [], 0
+    for stage, count in enumerate(repeats, 1):
+        for block in range(1, count + 1):
+            rules.append((rf"features\.{index}", f"stage{stage}_block{block}/conv"))
+            index += 2  # an activation follows
         index += 1  # the pool
-    return lambda match: places.get(int(match[1]), match[0])
+    return tuple(rules)
 
 
-def flat(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Turns the first dense kernel [O, 512 * 7 * 7] or [O, 512, 7, 7] into ours, whose map is flattened as h, w, c."""
+def _flatten_hwc(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Turns the first dense kernel [O, 512 * 7 * 7] or [O, 512, 7, 7] into ours, for a map flattened as h, w, c."""
     return array.reshape(len(array), 512, 7, 7).transpose(2, 3, 1, 0).reshape(-1, len(array))
 
 
-def _torch(name: str, head: tuple[tuple[str, str], ...]) -> Rules:
-    layers: tuple[tuple[str, Replacement], ...] = ((r"features\.(\d+)", _feature(name)), *head)
-    return Rules(layers, special=((r"^head/hidden1/kernel$", flat),), torch=True)
-
-
-TORCHVISION = ((r"classifier\.0", "head/hidden1"), (r"classifier\.3", "head/hidden2"), (r"classifier\.6", "head/dense"))
-TIMM = ((r"pre_logits\.fc([12])", r"head/hidden\1"), (r"head\.fc", "head/dense"))
-RULES = {
-    "keras": Rules(
-        layers=(
-            (r"block(\d)_conv(\d)", r"stage\1_block\2/conv"),
-            (r"fc([12])", r"head/hidden\1"),
-            ("predictions", "head/dense"),
-        ),
-        # The file's network takes BGR, ours RGB.
-        special=((r"^stage1_block1/conv/kernel$", lambda array, shape: array[:, :, ::-1]),),
-    ),
-    "torchvision_vgg16": _torch("vgg16", TORCHVISION),
-    "torchvision_vgg19": _torch("vgg19", TORCHVISION),
-    "timm_vgg16": _torch("vgg16", TIMM),
-    "timm_vgg19": _torch("vgg19", TIMM),
-}
+# The first kernel in the file is for BGR images, ours for RGB.
+RULES = {"keras": Rules(KERAS, special=((r"^stage1_block1/conv/kernel$", lambda array, shape: array[:, :, ::-1]),))}
+for _name, _repeats in {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}.items():
+    for _layout, _head in {"torchvision": TORCHVISION, "timm": TIMM}.items():
+        RULES[f"{_layout}_{_name}"] = Rules(
+            (*_features(_repeats), *_head), special=((r"^head/hidden1/kernel$", _flatten_hwc),), torch=True
+        )

@@ -1,0 +1,63 @@
+"""The base class of all networks: size check, head, and recomputation of activations in the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lungjax.config import HeadConfig
+from lungjax.models.head import Head, min_cells
+
+
+class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
+    """A feature map, defined by the subclass, and the head.
+
+    A subclass defines `feature_map` and `_stride`; by default it has the published head.
+    """
+
+    head: HeadConfig = HeadConfig()
+    outputs: int = 1000  # logits
+    remat: bool = False  # recompute the activations of each block in the backward pass
+    dtype: Any = jnp.float32  # of the activations; parameters are float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Maps images [B, H, W, C], normalized, to (logits [B, outputs] in float32, {"last": the feature map}).
+
+        Raises ValueError for images smaller than `minimum_size`.
+        """
+        size, minimum = images.shape[1:3], self.minimum_size()
+        if size[0] < minimum[0] or size[1] < minimum[1]:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels are too small for this network: at least "
+                f"{minimum[0]} x {minimum[1]}; raise input.size"
+            )
+        x = self.feature_map(images, train=train)
+        return Head(self.head, self.outputs, name="head")(x, train=train), {"last": x}
+
+    def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] to the last feature map [B, h, w, c]."""
+        raise NotImplementedError
+
+    def minimum_size(self) -> tuple[int, int]:
+        """Returns the smallest height and width in pixels that the network and its head accept."""
+        side = self._min_side(min_cells(self.head))
+        return side, side
+
+    def _min_side(self, cells: int) -> int:
+        """Returns the smallest side in pixels for `cells` cells per side of the feature map.
+
+        This is their total stride: with less, a cell would see more padding than image (Keras has the same limit), or
+        without padding, a cell would be missing.
+        """
+        return self._stride() * cells
+
+    def _stride(self) -> int:
+        """Returns the total stride of the feature map in pixels."""
+        raise NotImplementedError
+
+    def block_runner(self, block: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Returns `block(module, x)`, whose activations are recomputed in the backward pass if `remat` is set."""
+        return nn.remat(block) if self.remat else block

@@ -1,0 +1,287 @@
+"""What report.html and report.md show: one context of numbers, tables and figures for both templates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lungjax.config import AugmentConfig, Config, fields_of, overrides
+from lungjax.evaluation import metrics
+from lungjax.report.render import Number, Table, count, embed, rate
+
+SECTIONS = {
+    "summary": "Summary",
+    "results": "Results",
+    "figures": "Figures",
+    "mistakes": "Worst mistakes",
+    "data": "Data",
+    "configuration": "Configuration",
+    "card": "Model card",
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy (mean recall)",
+    "auc_macro": "AUC, mean over classes",
+    "auc_micro": "AUC, pooled",
+    "average_precision_macro": "average precision, mean over classes",
+    "precision_macro": "precision, mean over classes",
+    "recall_macro": "recall (sensitivity), mean over classes",
+    "specificity_macro": "specificity, mean over classes",
+    "f1_macro": "F1, mean over classes",
+    "f1_weighted": "F1, weighted by class size",
+    "loss": "cross-entropy",
+    "ece": "expected calibration error",
+    "brier": "Brier score",
+}
+STUDY_METRICS = {
+    "f1_weighted": "weighted F1 as in TensorFlow Addons (CT-COV19)",
+    "auc_micro_logits": "pooled AUC of the logits (CT-COV19)",
+    "f1_macro_harmonic": "harmonic mean of mean precision and mean recall (COVIDx CT)",
+    "accuracy_rounded": "accuracy after rounding the probabilities to 0 or 1 (ictcf)",
+}
+SHORT_METRICS = {
+    "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auc_macro": "AUC", "auc": "AUC", "f1": "F1",
+    "npv": "NPV", "ppv": "PPV", "average_precision": "average precision",
+}  # fmt: skip
+HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+# Neither F1 nor precision of a source: for a class that it lacks, each false positive would make them zero.
+COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
+CONTROLS = {
+    "no_lungs": "network, lungs blacked out",
+    "source_only": "source of the image alone, no network",
+}
+CAPTIONS = {
+    "confusion_slice.png": "Confusion matrix per slice.",
+    "confusion_patient.png": "Confusion matrix per patient.",
+    "roc.png": "ROC curves, test slices.",
+    "pr.png": "Precision-recall curves, test slices.",
+    "reliability.png": "Reliability diagram, test slices: accuracy by confidence.",
+    "decision_curve.png": "Decision curves, test slices: net benefit of each class against the rest.",
+    "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
+    "mistakes.png": "Worst mistakes, test slices, each with the Grad-CAM map of its predicted class (yellow: highest).",
+    "training.png": "Training: the train loss includes class weights and label smoothing, if set.",
+}
+LEAKS = {
+    "images": "images",
+    "exact_twin_in_train": "exact copy in train",
+    "near_twin_in_train": "near duplicate in train",
+    "group_in_train": "{} in train",
+    "any": "any of these",
+}
+
+
+def build(
+    config: Config,
+    report: Mapping[str, Any],
+    files: Iterable[str],
+    plots: Path,
+    summary: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the context of report.html.j2 and report.md.j2.
+
+    Args:
+      config: of the run.
+      report: as in report.json; see `lungjax.report.write`.
+      files: the figures in page order, keys of CAPTIONS.
+      plots: the folder of the figures.
+      summary: summary.json of the prepared data; None omits that part.
+      about: what is known of the data set, the fields of `datasets.About`; None omits it.
+
+    Raises ValueError for a figure that is not a PNG file, OSError for one that is missing.
+    """
+    facts = report["facts"]
+    figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}
+    return {
+        "title": f"{report['name']}: {config.model.name} on {facts.get('dataset', config.data.dataset)}",
+        "sections": SECTIONS,
+        "config": config,
+        "report": report,
+        "run": facts,
+        "headline": {
+            f"On {count(level['n'], f'test {unit}')}": {words: number(level, name) for name, words in HEADLINE.items()}
+            for unit, level in distinct_levels(report["test"]).items()
+        },
+        "results": _results(config, report),
+        "mistakes_figure": figures.pop("mistakes.png", None),
+        "figures": list(figures.values()),
+        "mistakes": Table(
+            ["image (test)", "true", "predicted", "probability"],
+            [[each["id"], each["true"], each["predicted"], rate(each["probability"])] for each in report["mistakes"]],
+            note="The true classes take turns, highest probability first; a second image of a patient comes last.",
+            text=True,
+        ),
+        "counts": _counts(facts.get("counts")),
+        "about": about or {},
+        "summary": summary,
+        "prepared": _prepared(summary) if summary else [],
+        "leak_table": leak_table(summary) if summary else None,
+        "changed": changed(config, Config()),
+        "config_json": overrides.to_json(config),
+        "augmentation": [f"{key}={value}" for key, value in changed(config.augment, AugmentConfig()).items()],
+    }
+
+
+def distinct_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the slice level, and the patient level where it differs from it."""
+    units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
+    return {unit: levels[unit] for unit in units}
+
+
+def number(level: Mapping[str, Any], name: str, value: float | None = None) -> Number:
+    """Returns a level's metric with its interval; `value` is that of a dotted `name`, such as per_class.a.recall."""
+    return Number(level.get(name, value), *level.get("intervals", {}).get(name, ()))
+
+
+def changed(section: Any, defaults: Any) -> dict[str, Any]:
+    """Returns the fields of `section` that differ from `defaults`, by dotted path, except the name."""
+    before = fields_of(defaults)
+    return {k: v for k, v in fields_of(section).items() if v != before[k] and k != "name"}
+
+
+def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
+    """Returns every table of metrics."""
+    test, classes = report["test"], report["classes"]
+    columns = {
+        f"{split}, per {unit}": level
+        for split in ("test", "val")
+        if split in report
+        for unit, level in distinct_levels(report[split]).items()
+    }
+    rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
+    rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
+    note = (
+        "A dash is an undefined number, such as the recall of a class without examples. Per patient: the mean "
+        "probability over the slices of a patient."
+    )
+    if any(level["intervals"] for level in columns.values()):
+        note += f" With 95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws."
+    tables = [Table(["", *columns], rows, note=note)]
+    if "folds" in report["facts"]:
+        tables.append(_folds(report["facts"]["folds"]))
+    for unit, level in distinct_levels(test).items():
+        tables += [_classes(unit, level), _confusion(unit, level, classes)]
+    if test["by_source"]:
+        tables.append(_sources(test["by_source"], classes))
+    if "calibration" in report:
+        tables.append(_calibration(report["calibration"]))
+    if report.get("operating_points"):
+        tables.append(_operating_points(config, report["operating_points"]))
+    if report["controls"]:
+        tables.append(_controls(report))
+    studies = [
+        [words, *(number(level, f"study.{name}", level["study"][name]) for level in columns.values())]
+        for name, words in STUDY_METRICS.items()
+        if any(level["study"].get(name) is not None for level in columns.values())
+    ]
+    if studies:
+        note = "Metrics as defined in the published studies; only for comparison with their tables."
+        tables.append(Table(["definition", *columns], studies, "Metrics of the studies", note))
+    return tables
+
+
+def _folds(folds: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, spread in folds["over"].items():
+        unit, _, metric = name.partition(".")
+        values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
+        rows.append([f"{METRICS[metric]}, per {unit}", *map(Number, values)])
+    return Table(["", "mean", "min", "max", *(f"fold {i}" for i in range(folds["count"]))], rows, "Over the folds")
+
+
+def _classes(unit: str, level: Mapping[str, Any]) -> Table:
+    head = ["class against the rest", "n", *(SHORT_METRICS.get(name, name) for name in metrics.PER_CLASS)]
+    rows = [
+        [name, values["n"], *(number(level, f"per_class.{name}.{key}", values[key]) for key in metrics.PER_CLASS)]
+        for name, values in level["per_class"].items()
+    ]
+    return Table(head, rows, f"Classes, per {unit} (test)")
+
+
+def _confusion(unit: str, level: Mapping[str, Any], classes: Sequence[str]) -> Table:
+    rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
+    return Table(["true / predicted", *classes], rows, f"Confusion, per {unit} (test)")
+
+
+def _sources(by_source: Mapping[str, Any], classes: Sequence[str]) -> Table:
+    rows = [
+        [source, n["n"], *(n["per_class"][c]["n"] for c in classes), *(number(n, name) for name in COMPARED)]
+        for source, n in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
+    ]
+    head = ["source", "n", *classes, *(SHORT_METRICS[name] for name in COMPARED)]
+    return Table(head, rows, "Sources, per slice (test)")
+
+
+def _calibration(calibration: Mapping[str, Any]) -> Table:
+    names = ("ece", "brier", "loss")
+    kinds = {"test": "uncalibrated", "test_scaled": f"temperature-scaled, T = {rate(calibration['temperature'])}"}
+    rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
+    note = (
+        f"0 is perfect calibration. The logits are divided by the temperature, which was fitted on "
+        f"{calibration['fitted_on']}; a temperature above 1 means that the network was overconfident."
+    )
+    return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
+
+
+def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
+    """Sensitivity, specificity and predictive values at thresholds that were chosen on val."""
+    names = {name: SHORT_METRICS.get(name, name) for name in ("sensitivity", "specificity", "ppv", "npv")}
+    if config.eval.prevalence:
+        at = f"at {100 * config.eval.prevalence:g} % prevalence"
+        names |= {"ppv_at": f"PPV, {at}", "npv_at": f"NPV, {at}"}
+    rows = [
+        [name, rule.replace("_", " "), f"{point['threshold']:.3g}", *(number(point, key) for key in names)]
+        for name, rules in points.items()
+        for rule, point in rules.items()
+    ]
+    note = (
+        "A class is predicted if its probability reaches the threshold, which was chosen on val for the maximum sum of "
+        "sensitivity and specificity (youden) or for a minimum sensitivity. PPV and NPV hold for the class frequencies "
+        "of the test split; PPV is lower where the disease is rarer."
+    )
+    return Table(["class", "chosen for", "threshold", *names.values()], rows, "Operating points (test)", note)
+
+
+def _controls(report: Mapping[str, Any]) -> Table:
+    """What is reached without the lungs, or without any image."""
+    levels = {"network, as tested": report["test"]["slice"]}
+    levels |= {CONTROLS.get(name, name): level for name, level in report["controls"].items()}
+    rows = [[words, level["n"], *(number(level, name) for name in COMPARED)] for words, level in levels.items()]
+    note = "Shortcut baselines that a trained network must beat."
+    if "no_lungs" in report["controls"]:
+        note += (
+            " Blacked out: the lungs of all test slices in which lungs were found; their outline, and lesions that the "
+            "mask missed, remain visible."
+        )
+    return Table(["", "n", *(SHORT_METRICS[name] for name in COMPARED)], rows, "Controls (test, per slice)", note)
+
+
+def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:
+    if not counts:
+        return None
+    classes = list(next(iter(counts.values())))
+    rows = [[split, *(n.get(c, 0) for c in classes), sum(n.values())] for split, n in counts.items()]
+    return Table(["split", *classes, "all"], rows)
+
+
+def _prepared(summary: Mapping[str, Any]) -> list[Table]:
+    """Returns the splits and sources of the prepared data set."""
+    groups, classes = summary["group_name"], summary["classes"]
+    head = ["split", *(f"{c}, images" for c in classes), *(f"{c}, {groups}" for c in classes)]
+    tables = []
+    for name, splits in summary["protocols"].items():
+        rows = [[split, *n["images"].values(), *n["groups"].values()] for split, n in splits.items()]
+        tables.append(Table(head, rows, f"Splits of protocol {name}"))
+    if len(summary["sources"]) > 1:
+        rows = [[name or "(none)", *(n.get(c, 0) for c in classes)] for name, n in summary["sources"].items()]
+        tables.append(Table(["source", *classes], rows, "Images per source"))
+    return tables
+
+
+def leak_table(summary: Mapping[str, Any]) -> Table:
+    """Returns how many val and test images have a counterpart in train, by protocol and split."""
+    rows = [
+        [f"{protocol}, {split}", *(n[key] for key in LEAKS)]
+        for protocol, splits in summary["twins"]["leaks"].items()
+        for split, n in splits.items()
+    ]
+    return Table(["protocol, split", *(words.format(summary["group_name"]) for words in LEAKS.values())], rows)

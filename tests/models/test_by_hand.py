@@ -1,0 +1,149 @@
+"""Small networks and blocks by hand, where the goldens do not tell two graphs apart."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from kernels import draw, quick_jit
+from random_weights import random_images, random_variables
+
+from lungjax import models
+from lungjax.config import HeadConfig
+from lungjax.models import mobilenet
+from lungjax.models.convnext import ConvNeXt, GlobalResponseNorm
+from lungjax.models.densenet import DENSENET
+from lungjax.models.layers import BatchNorm, Conv, DropPath, SqueezeExcite
+from lungjax.models.ops.conv import plain_forms
+from lungjax.models.resnet import ResNet, pool_zeros
+from lungjax.models.vgg import Vgg
+from lungjax.models.xray_cnn import XrayCNN
+
+SHAPE = (33, 40, 3)
+
+
+def test_vgg():
+    """The kernel takes the cell to the right and adds 1, ReLU, the pool takes the largest, flat row by row."""
+    module = Vgg((1,), (1,), head=HeadConfig(pool="flatten"), outputs=2)
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, 2] = 1
+    layer = {"kernel": kernel, "bias": np.ones(1, np.float32)}
+    dense = {"kernel": np.array([[1, 0], [0, 1], [10, 0], [0, 10]], np.float32), "bias": np.zeros(2, np.float32)}
+    variables = {"params": {"stage1_block1": {"conv": layer}, "head": {"dense": dense}}}
+    # Shifted left, plus 1: [3 -8 -8 1 | 6 1 8 1 | 1 2 1 1 | 1 1 9 1]; a fifth column or row has no pool of its own.
+    images = np.array([[1, 2, -9, -9], [0, 5, 0, 7], [3, 0, 1, 0], [0, 0, 0, 8]], np.float32)
+    logits, features = module.apply(variables, images[None, ..., None], train=False)
+    assert features["last"][0, ..., 0].tolist() == [[6, 8], [2, 9]]
+    assert logits.tolist() == [[26, 98]]
+    wide = np.pad(images, ((0, 1), (0, 1)))
+    assert module.apply(variables, wide[None, ..., None], train=False)[1]["last"].shape == (1, 2, 2, 1)
+
+
+def test_xray_cnn_dropout():
+    images = np.random.default_rng(0).normal(size=(2, 40, 40, 3)).astype(np.float32)
+    module = XrayCNN((4, 8), head=HeadConfig(pool="avg"), outputs=1)
+
+    def run(key):
+        variables, options = module.init(key, images, train=False), {"rngs": {"dropout": key}}
+        return [module.clone(dropout=dropout).apply(variables, images, train=train, **options)[1]["last"]
+                for dropout, train in ((0.0, False), (0.0, True), (0.5, False), (0.5, True))]  # fmt: skip
+
+    with plain_forms():
+        expected, *same, dropped = map(np.asarray, quick_jit(run)(jax.random.key(0)))
+    for features in same:
+        np.testing.assert_array_equal(features, expected)
+    assert (dropped[expected > 0] == 0).mean() > 0.25
+
+
+def test_mobilenet_padding_at_stride_two():
+    """The kernel takes the center of its window from a map of cell numbers (SAME on 5 x 5 is symmetric)."""
+    kernel = np.zeros((3, 3, 1, 2), np.float32)
+    kernel[1, 1] = 0.1  # the results stay below the cut of ReLU6
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    params = {"dwconv": {"kernel": kernel}, "conv": {"kernel": np.eye(2, dtype=np.float32)[None, None]}}
+    params |= {name: {"scale": one, "bias": zero} for name in ("dwconv_bn", "bn")}
+    stats = {name: {"mean": zero, "var": one - 1e-3} for name in ("dwconv_bn", "bn")}
+    norm = partial(BatchNorm, momentum=0.9, epsilon=1e-3)
+    for side, padding, expected in (
+        (5, "same", [[7, 9], [17, 19]]),  # (0, 1) puts the center of the first window on row and column 1
+        (5, "symmetric", [[1, 3, 5], [11, 13, 15], [21, 23, 25]]),
+        (4, "same", [[6, 8], [14, 16]]),
+        (4, "symmetric", [[1, 3], [9, 11]]),
+    ):
+        block = mobilenet.Block(2, 2, padding, Conv, norm)
+        x = np.repeat(np.arange(1.0, side**2 + 1, dtype=np.float32).reshape(1, side, side, 1), 2, -1)
+        with plain_forms():
+            result = quick_jit(partial(block.apply, train=False))({"params": params, "batch_stats": stats}, x)
+        np.testing.assert_allclose(10 * result[0, ..., 1], expected, rtol=1e-5)
+
+
+def test_stride_convolution_of_resnet():
+    """v1 and v1.5 have the same parameters and different outputs."""
+    v15 = ResNet((1, 1), width=8, outputs=5)
+    v1, variables, images = v15.clone(stride_conv=1), random_variables(v15, SHAPE), random_images(SHAPE)
+    assert models.leaf_shapes(v1, SHAPE) == models.leaf_shapes(v15, SHAPE)
+    with plain_forms():
+        one, other = quick_jit(lambda v: [m.apply(v, images, train=False)[1]["last"] for m in (v1, v15)])(variables)
+    assert one.shape == other.shape
+    assert np.abs(one - other).max() > 0.1 * np.ptp(one)
+
+
+def test_pool_with_a_border_of_zeros():
+    rows = -np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 4, 1)
+    assert np.asarray(pool_zeros(rows))[0, :, :, 0].tolist() == [[0, 0], [0, -6]]
+
+
+def test_batch_norm_of_densenet():
+    """That of Keras, except 161, which only torch has."""
+    fields = {name: (make().epsilon, make().momentum) for name, make in DENSENET.items()}
+    assert fields == dict.fromkeys(DENSENET, (1.001e-5, 0.99)) | {"densenet161": (1e-5, 0.9)}
+
+
+def test_layer_scale_of_convnext():
+    """The output of a block is the input plus the scaled branch."""
+    module, images = ConvNeXt((1,), (4,), drop_path=0.0, outputs=5), random_images((16, 16, 3))
+    variables = random_variables(module, (16, 16, 3))
+
+    def run(scale):
+        block = variables["params"]["stage1_block1"] | {"layer_scale": jnp.full(4, scale)}
+        return module.apply({"params": variables["params"] | {"stage1_block1": block}}, images, train=False)[1]["last"]
+
+    with plain_forms():
+        zero, one, two = map(np.asarray, quick_jit(lambda: [run(scale) for scale in (0.0, 1.0, 2.0)])())
+    assert np.abs(one - zero).max() > 0.1
+    np.testing.assert_allclose(two - zero, 2 * (one - zero), atol=1e-5)
+
+
+def test_global_response_norm_of_a_zero_channel():
+    """Its gradient is finite; at the initial zeros the norm is the identity."""
+    x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
+    module = GlobalResponseNorm(jnp.float32)
+    values = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    gradient = quick_jit(jax.grad(lambda x: (module.apply(values, x) ** 2).sum()))(x)
+    assert np.isfinite(gradient).all() and np.any(gradient[..., 0])
+    np.testing.assert_array_equal(module.init_with_output(jax.random.key(0), x)[0], x)
+
+
+def test_squeeze_excite():
+    x = draw(0, 2, 5, 3, 6)
+    module = SqueezeExcite(2, activation=nn.relu)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    shapes = {"reduce": {"kernel": (1, 1, 6, 2), "bias": (2,)}, "expand": {"kernel": (1, 1, 2, 6), "bias": (6,)}}
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
+    p = jax.tree.map(lambda a: draw(a.size, *a.shape), params)
+    squeezed = np.maximum(np.mean(x, (1, 2)) @ p["reduce"]["kernel"][0, 0] + p["reduce"]["bias"], 0)
+    gate = 1 / (1 + np.exp(-(squeezed @ p["expand"]["kernel"][0, 0] + p["expand"]["bias"])))
+    np.testing.assert_allclose(quick_jit(module.apply)({"params": p}, x), x * gate[:, None, None], rtol=1e-5, atol=1e-6)
+
+
+def test_drop_path_drops_whole_examples():
+    x = draw(0, 4000, 2, 2, 1) + 10
+    module = DropPath(0.2)
+    y = module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    ratio = np.asarray(y / x).reshape(4000, -1)
+    dropped = (ratio == 0).all(1)
+    np.testing.assert_allclose(ratio[~dropped], 1.25, rtol=1e-5)
+    assert abs(dropped.mean() - 0.2) < 0.03
+    np.testing.assert_array_equal(module.apply({}, x, train=False), x)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, train=True), x)
