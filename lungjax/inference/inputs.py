@@ -87,19 +87,19 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
     if pattern is not None and pattern.groups < 1:
         raise ValueError(f"--group_pattern={group_pattern}: put parentheses around the part that names the patient")
     inputs = Inputs()
-    seen: dict[str, str] = {}
+    series_by_path: dict[str, str] = {}
     headers: dict[str, list[dicom.Header]] = {}
     names: dict[str, tuple[str, str]] = {}  # group and short name of each DICOM slice
     for path, group, short in _files(paths, inputs):
         match = pattern.search(str(path)) if pattern and not group else None
         series = group or (match.group(1) or "" if match else "")
         place = os.path.realpath(path)
-        if place in seen:
-            if seen[place] != series:
-                before = f"of {seen[place]!r}" if seen[place] else "without a patient"
+        if place in series_by_path:
+            if series_by_path[place] != series:
+                before = f"of {series_by_path[place]!r}" if series_by_path[place] else "without a patient"
                 inputs.failures.append((str(path), f"given before, {before}, and predicted as that"))
             continue
-        seen[place] = series
+        series_by_path[place] = series
         try:
             header = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:

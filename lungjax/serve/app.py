@@ -115,9 +115,9 @@ class Service:
             pairs = [(file.input.pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
             pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))
         results = []
-        for file, (_, p), drawn in zip(good, maps, pictures, strict=True):
+        for file, (_, p), urls in zip(good, maps, pictures, strict=True):
             explained = classes[int(np.argmax(p)) if target is None else target]
-            results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | drawn)
+            results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | urls)
         return self._answer(request, "/explain", files, results, {})
 
     async def describe(self) -> dict[str, Any]:
