@@ -1,4 +1,4 @@
-"""Small scans for tests: a body whose every corner differs, as a DICOM series and as NIfTI, stored in many ways."""
+"""Small scans for tests: an asymmetric body as a DICOM series and as NIfTI, in many storage orders."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pydicom
 from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
 HU = (-2048, 1)  # intercept and slope
-# How slices may be stored: axis and sign of z, y, x of the body for (slices, rows, columns).
+# Storage orders: axis and sign of z, y, x of the body for (slices, rows, columns).
 STORED = {
     "head first": "+z+y+x",
     "foot first": "-z+y+x",
@@ -22,7 +22,7 @@ VECTOR = {"x": np.array([1.0, 0, 0]), "y": np.array([0, 1.0, 0]), "z": np.array(
 
 
 def body(shape=(6, 10, 8)):
-    """Hounsfield units, int16 [z, y, x]: foot to head, front to back, right to left; smooth, without symmetry."""
+    """Hounsfield units, int16 [z, y, x]: foot to head, front to back, right to left; smooth and asymmetric."""
     z, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
     hu = -1000 + 700 * z + 450 * y * y + 250 * x**3
     hu[0, 0, 0], hu[-1, -1, -1] = -1000, 300
@@ -30,7 +30,7 @@ def body(shape=(6, 10, 8)):
 
 
 def dataset(pixels, modality, **tags):
-    """One DICOM file around unsigned 16-bit pixels; a tag that is None is left out."""
+    """One DICOM file with 16-bit pixels; a tag that is None is left out."""
     meta = pydicom.dataset.FileMetaDataset()
     kind = CTImageStorage if modality == "CT" else DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
@@ -60,24 +60,23 @@ def save(data, path):
 
 
 def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
-    """Writes a body [z, y, x] of `spacing` mm as a series; InstanceNumbers are drawn. Returns the paths.
+    """Writes a body [z, y, x] of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
 
-    `change`: {number of the slice: tags that only it has}.
+    `change`: {number of the slice: its own tags}.
     """
     signs, letters = STORED[stored][::2], STORED[stored][1::2]
-    stack, mm = hu, dict(zip("zyx", spacing, strict=True))
-    stack = np.transpose(stack, ["zyx".index(letter) for letter in letters])
+    mm = dict(zip("zyx", spacing, strict=True))
+    stack = np.transpose(hu, ["zyx".index(letter) for letter in letters])
     stack = stack[tuple(slice(None, None, -1 if sign == "-" else 1) for sign in signs)]
     steps = [VECTOR[c] * mm[c] * (-1 if s == "-" else 1) for s, c in zip(signs, letters, strict=True)]
-    corner = sum(
-        VECTOR[c] * mm[c] * (hu.shape["zyx".index(c)] - 1) for s, c in zip(signs, letters, strict=True) if s == "-"
-    )
+    sides = {c: mm[c] * (hu.shape["zyx".index(c)] - 1) for c in letters}
+    corner = sum(VECTOR[c] * sides[c] for s, c in zip(signs, letters, strict=True) if s == "-")
     numbers = np.random.default_rng(1).permutation(len(stack))
     paths = []
     for i, slice_of in enumerate(stack):
         if i in skip:
             continue
-        known = {
+        common = {
             "RescaleIntercept": HU[0],
             "RescaleSlope": HU[1],
             "PixelSpacing": [mm[letters[1]], mm[letters[2]]],
@@ -86,21 +85,19 @@ def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=
             "InstanceNumber": int(numbers[i]),
         }
         pixels = ((slice_of.astype(np.int32) - HU[0]) // HU[1]).astype(np.uint16)
-        data = dataset(pixels, "CT", **(known | tags | (change or {}).get(i, {})))
+        data = dataset(pixels, "CT", **(common | tags | (change or {}).get(i, {})))
         paths.append(str(save(data, folder / f"IM{numbers[i]:04d}{suffix}")))
     return paths
 
 
 def nifti(path: Path, hu, spacing=(1.0, 1.0, 1.0), axes="RAS", unit="mm", dtype=np.int16, code=1):
-    """Writes a body [z, y, x] as NIfTI whose array axes go to `axes`, such as RAS or LPS."""
+    """Writes a body [z, y, x] as NIfTI with array axes towards `axes`, such as RAS or LPS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = hu.transpose(2, 1, 0)[::-1, ::-1]  # x to the right, y to the front, z to the head
     affine = np.diag([spacing[2], spacing[1], spacing[0], 1.0])
     image = nibabel.Nifti1Image(array.astype(dtype), affine)
-    ornt = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
-    )
-    image = image.as_reoriented(ornt)
+    start, end = (nibabel.orientations.axcodes2ornt(codes) for codes in ("RAS", axes))
+    image = image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
     image.header.set_xyzt_units(unit)
     image.set_sform(image.affine, code)
     image.set_qform(image.affine, code)

@@ -20,8 +20,9 @@ from lungjax import cli, datasets, prepare
 from lungjax.data import prepared
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
-from lungjax.datasets.build import staging, writer
+from lungjax.datasets.build import staging, tfds_builder, writer
 from lungjax.datasets.listing import Example, Listing
+from lungjax.runtime import environment
 
 
 def make_folder(root, count=24, seed=0):
@@ -228,6 +229,16 @@ def test_disk_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(ValueError, match="--data_dir"):
         write(tmp_path)
+
+
+def test_few_images_wait_in_memory(tmp_path, monkeypatch):
+    make_folder(tmp_path, count=200)
+    reads, ahead = [], []
+    read_bytes, record = Path.read_bytes, tfds_builder.record
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    monkeypatch.setattr(tfds_builder, "record", lambda *args: ahead.append(len(reads) - len(ahead)) or record(*args))
+    write(tmp_path)
+    assert len(ahead) == 200 and max(ahead) <= 6 * environment.cores()
 
 
 def test_records_in_another_order_are_detected(tmp_path, monkeypatch):

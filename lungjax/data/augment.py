@@ -120,11 +120,7 @@ def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
 
 
 def _draw_affine(
-    draws: _Draws,
-    config: AugmentConfig,
-    inside: tuple[int, int],
-    size: tuple[int, int],
-    boxes: jax.Array | None,
+    draws: _Draws, config: AugmentConfig, inside: tuple[int, int], size: tuple[int, int], boxes: jax.Array | None
 ) -> jax.Array:
     """Returns the `affine` of parameters drawn from the ranges in `config`."""
 
@@ -312,10 +308,10 @@ def mix(
         return images, labels, jnp.ones(labels.shape, jnp.float32)
     height, width = images.shape[1:3]
     keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place), _MIX))(places)
-    cut = jnp.asarray(not config.mixup)
+    use_cutmix = jnp.asarray(not config.mixup)
     if len(alphas) == 2:
-        cut = jax.random.bernoulli(jax.random.fold_in(keys[0], 1))
-    alpha = jnp.where(cut, config.cutmix, config.mixup)
+        use_cutmix = jax.random.bernoulli(jax.random.fold_in(keys[0], 1))
+    alpha = jnp.where(use_cutmix, config.cutmix, config.mixup)
     share = jax.vmap(lambda k: jax.random.beta(k, alpha, alpha))(keys)
     own = share[:, None, None]
     if config.cutmix:
@@ -329,8 +325,8 @@ def mix(
             return (jnp.arange(length) >= low) & (jnp.arange(length) < high)
 
         rows, columns = span(0, height), span(1, width)
-        share = jnp.where(cut, 1 - rows.mean(1) * columns.mean(1), share)
-        own = jnp.where(cut, 1 - (rows[:, :, None] & columns[:, None, :]), own)
+        share = jnp.where(use_cutmix, 1 - rows.mean(1) * columns.mean(1), share)
+        own = jnp.where(use_cutmix, 1 - (rows[:, :, None] & columns[:, None, :]), own)
     partners = jnp.roll(images, 1, axis=0)  # sends one image to the next device, where a shuffle would send all
     mixed = partners + own[..., None] * (images - partners)
     return mixed, jnp.roll(labels, 1), share

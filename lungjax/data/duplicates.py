@@ -23,7 +23,7 @@ DISTANCES = ((20_000, 8), (100_000, 6))  # images up to which, bits
 MIN_CORRELATION = 0.9  # of the details of two copies
 BLOCK = 1 << 20  # hash pairs compared at a time
 MAX_PARTNERS = 20_000  # hashes of a band that each hash is compared with
-MAX_COPIES = 100  # images of one hash that are paired with another image
+MAX_COPIES = 100  # images of one hash that an image is paired with
 MAX_PAIRS = 10_000_000
 BATCH = 256  # pictures aligned at a time
 CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
@@ -88,39 +88,41 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
         )
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
-    unique, start, count = np.unique(hashes[images], return_index=True, return_counts=True)
-    mixed = np.add.reduceat(groups[images] != groups[images[start]].repeat(count), start) > 0 if len(unique) else start
-    owner = np.where(mixed, -1, groups[images[start]])  # the only group of a hash, or -1
-    notes: list[str] = []
-    parts = [_equal_hashes(np.where(owner < 0, count, 0), start, notes)]
+    values, owner = hashes[images], groups[images]
+    _, start, run, count = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.arange(len(images)) - start[run]  # among the images of one hash, in which groups take turns
+    parts, notes = [_late_copies(rank, owner != owner[start[run]], run)], []
+    if len(parts[0]):
+        notes.append(_limit_note(count))
     total, skipped, full = len(parts[0]), 0, False
+    early = np.flatnonzero(rank < MAX_COPIES)
     masks = [np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1))) for band in range(distance + 1)]
     for band, mask in enumerate(masks):
-        order = np.lexsort((unique, unique & mask))
-        values = unique[order]
-        partners = np.searchsorted(values & mask, values & mask, side="right") - np.arange(len(values)) - 1
+        order = early[np.lexsort((values[early], values[early] & mask))]
+        ordered = values[order]
+        partners = np.searchsorted(ordered & mask, ordered & mask, side="right") - np.arange(len(order)) - 1
         skipped += int(np.maximum(partners - MAX_PARTNERS, 0).sum())
         for first, second in _blocks(np.minimum(partners, MAX_PARTNERS)):
-            differ = values[first] ^ values[second]
+            differ = ordered[first] ^ ordered[second]
             near = np.bitwise_count(differ) <= distance
             a, b, differ = order[first[near]], order[second[near]], differ[near]
-            new = (owner[a] != owner[b]) | (owner[a] < 0)
+            new = owner[a] != owner[b]
             for earlier in masks[:band]:
                 new &= differ & earlier != 0
-            a, b = a[new], b[new]
-            fits = np.cumsum(np.minimum(count[a], MAX_COPIES) * np.minimum(count[b], MAX_COPIES)) <= MAX_PAIRS - total
-            parts.append(_members(a[fits], b[fits], count, start, notes))
+            parts.append(np.column_stack([a[new], b[new]])[: MAX_PAIRS - total])
             total += len(parts[-1])
-            if full := not fits.all():
-                notes.append(f"the search stopped there: over {MAX_PAIRS:,} pairs of images have similar hashes")
+            if full := total >= MAX_PAIRS:
+                notes.append(f"the search stopped there: {MAX_PAIRS:,} pairs of images have similar hashes")
                 break
         if full:
             break
     if skipped:
         notes.append(f"{skipped:,} comparisons were left out: over {MAX_PARTNERS:,} hashes are equal in a band")
-    pairs = np.sort(images[np.concatenate(parts)], axis=1)
-    pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
-    return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(dict.fromkeys(notes)))
+    places = np.concatenate(parts)
+    if not len(parts[0]) and count[run[places]].max(initial=0) > MAX_COPIES:
+        notes.append(_limit_note(count))
+    pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
+    return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
 
 def confirm(pairs: np.ndarray, read: Callable[[int], np.ndarray], minimum: float = MIN_CORRELATION) -> np.ndarray:
@@ -209,33 +211,19 @@ def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield first, first + 1 + pair - (ends[first] - partners[first])
 
 
-def _equal_hashes(count: np.ndarray, start: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Returns places of pairs with one hash, int64 [n, 2]: each image with the next `MAX_COPIES` of its hash."""
-    first = np.cumsum(count) - count
-    partners = (first + count).repeat(count) - np.arange(int(count.sum())) - 1
-    shift = (start - first).repeat(count)
-    limit = MAX_COPIES
-    while np.minimum(partners, limit).sum() > MAX_PAIRS // 2:
-        limit //= 2
-    if (partners > limit).any():
-        notes.append(_limit_note(count, limit))
-    pairs = [np.column_stack([a + shift[a], b + shift[b]]) for a, b in _blocks(np.minimum(partners, limit))]
-    return np.concatenate([np.zeros((0, 2), np.int64), *pairs])
+def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Returns places of pairs, int64 [n, 2]: images of rank MAX_COPIES and more with those before them in their hash.
+
+    `other_group` is True for images that are not in the group of the first image of their hash.
+    """
+    mixed = np.bincount(run, other_group, minlength=1) > 0
+    late = np.flatnonzero((rank >= MAX_COPIES) & mixed[run])
+    before = np.arange(1, 1 + min(MAX_COPIES, MAX_PAIRS // 2 // max(len(late), 1)))
+    return np.column_stack([late.repeat(len(before)), (late[:, None] - before).ravel()])
 
 
-def _members(a: np.ndarray, b: np.ndarray, count: np.ndarray, start: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Returns places of pairs of images, int64 [n, 2], for pairs of hashes: the first `MAX_COPIES` of each."""
-    in_a, in_b = np.minimum(count[a], MAX_COPIES), np.minimum(count[b], MAX_COPIES)
-    if max(count[a].max(initial=0), count[b].max(initial=0)) > MAX_COPIES:
-        notes.append(_limit_note(count, MAX_COPIES))
-    size = in_a * in_b
-    pair = np.arange(len(a)).repeat(size)
-    step = np.arange(int(size.sum())) - (np.cumsum(size) - size)[pair]
-    return np.column_stack([start[a][pair] + step // in_b[pair], start[b][pair] + step % in_b[pair]])
-
-
-def _limit_note(count: np.ndarray, limit: int) -> str:
-    return f"up to {count.max():,} images have one hash: each was paired with only {limit} of them"
+def _limit_note(count: np.ndarray) -> str:
+    return f"up to {count.max():,} images have one hash: each was paired with at most {MAX_COPIES} of them"
 
 
 @functools.cache

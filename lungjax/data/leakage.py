@@ -51,10 +51,10 @@ def clean(
     group, same, label = _codes(groups), _codes(pixels), np.asarray(labels)
     notes = []
 
-    def remove(lost: np.ndarray, reason: str) -> None:
-        rank[lost] = -1
-        if lost.any():
-            notes.append(f"removed from the clean protocol: {_plural(int(lost.sum()), 'image')} ({reason})")
+    def remove(rows: np.ndarray, reason: str) -> None:
+        rank[rows] = -1
+        if rows.any():
+            notes.append(f"removed from the clean protocol: {_plural(int(rows.sum()), 'image')} ({reason})")
 
     latest = np.full(group.max(initial=-1) + 1, -1)
     np.maximum.at(latest, group, rank)
@@ -169,8 +169,8 @@ def pairs_named(
     for i, j in np.asarray(near, np.int64).reshape(-1, 2).tolist():
         if i in where and j in where:
             rated.append(rate(i, "~", j))
-    named = [f"{file} ({'+'.join(where[i])}, {labels[i]})" if i in where else "" for i, file in enumerate(files)]
-    return [f"{named[i]} {join} {named[j]}" for *_, i, join, j in sorted(rated)[:limit]]
+    texts = [f"{file} ({'+'.join(where[i])}, {labels[i]})" if i in where else "" for i, file in enumerate(files)]
+    return [f"{texts[i]} {join} {texts[j]}" for *_, i, join, j in sorted(rated)[:limit]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +221,8 @@ def cross(a: Side, b: Side, group_name: str = "patients") -> dict[str, Any]:
             f"{alike:,} a near twin"
         )
     lines += [search.note] if search.note else []
-    found = {"groups": groups, "exact": exact, "near": near}
-    return found | {"examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    counts = {"groups": groups, "exact": exact, "near": near}
+    return counts | {"examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
 
 
 def _codes(values: Sequence[str]) -> np.ndarray:

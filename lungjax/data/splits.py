@@ -62,13 +62,13 @@ def complete(
     `splits` are all "" (three splits are made) or all names; a missing val or test split is taken from train, by group.
     Raises ValueError if there is no train split.
     """
-    given = set(splits)
-    if given == {""}:
+    names = set(splits)
+    if names == {""}:
         note = f"splits made by group, stratified by class, 70/15/15, seed {seed}"
         return make_splits(labels, groups, SHARES, seed), [note]
-    missing = [split for split in SPLITS if split not in given]
+    missing = [split for split in SPLITS if split not in names]
     if "train" in missing:
-        raise ValueError(f"there is no train split, only {', '.join(sorted(given))}")
+        raise ValueError(f"there is no train split, only {', '.join(sorted(names))}")
     if not missing:
         return list(splits), []
     total = sum(SHARES[split] for split in ("train", *missing))

@@ -98,8 +98,8 @@ def _duplicates(labels: Sequence[str], pixels: Sequence[str]) -> dict[str, int]:
     members = defaultdict(list)
     for digest, label in zip(pixels, labels, strict=True):
         members[digest].append(label)
-    sets = [found for found in members.values() if len(found) > 1]
-    conflicting = sum(len(set(found)) > 1 for found in sets)
+    sets = [copies for copies in members.values() if len(copies) > 1]
+    conflicting = sum(len(set(copies)) > 1 for copies in sets)
     return {"sets": len(sets), "images": sum(map(len, sets)), "sets_with_several_labels": conflicting}
 
 

@@ -88,8 +88,8 @@ class Model:
 
         `targets` are class numbers, one per image; None takes the predicted classes. `method` is one of `methods`.
         """
-        pixels = self._pixels(images, boxes)
         self.check_method(method)
+        pixels = self._pixels(images, boxes)
         if targets is None:
             return self.maps(pixels, self.outputs(pixels)["probabilities"].argmax(-1), method)
         return self.maps(pixels, np.asarray(targets), method)

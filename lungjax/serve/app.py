@@ -34,7 +34,7 @@ from lungjax.serve import docs, schemas, uploads
 from lungjax.serve.batching import Device
 from lungjax.serve.metrics import Metrics
 from lungjax.serve.middleware import Guard, error_response
-from lungjax.serve.multipart import Budget, File, discard, receive
+from lungjax.serve.multipart import Budget, File, receive
 from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
@@ -135,15 +135,13 @@ class Service:
         """Counters and times for Prometheus."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def refuse(self, request: Request, error: Any) -> Response:
+    async def refuse(self, _: Request, error: Any) -> Response:
         """Answers a request with an UploadError."""
         self.metrics.refused.labels(error.reason).inc()
-        await discard(request)
         return error_response(error)
 
-    async def unknown_route(self, request: Request, error: Any) -> Response:
+    async def unknown_route(self, _: Request, error: Any) -> Response:
         """Answers a request for another path or method."""
-        await discard(request)
         words = {404: "no such page; see /docs", 405: "another method is required; see /docs"}
         return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
 

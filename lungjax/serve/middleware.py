@@ -10,13 +10,11 @@ import traceback
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from lungjax.serve.metrics import Metrics
-from lungjax.serve.multipart import discard
 from lungjax.serve.settings import LOOPBACK, Settings
 from lungjax.serve.uploads import UploadError
 
@@ -63,7 +61,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, state = time.perf_counter(), {"images": 0, "status": 0, "read": False, "close": False}
+        start, state = time.perf_counter(), {"images": 0, "status": 0, "read": scope["method"] in ("GET", "HEAD")}
         scope["lungjax"] = state
 
         async def tracked_receive() -> Any:
@@ -78,7 +76,7 @@ class Guard:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("content-security-policy", POLICY)
-                if state["close"]:
+                if not state["read"]:  # the protocol drops the remaining body
                     headers["connection"] = "close"
             await send(message)
 
@@ -90,7 +88,6 @@ class Guard:
                 await self.app(scope, tracked_receive, tracked_send)
             else:
                 self.metrics.refused.labels(problem.reason).inc()
-                await discard(Request(scope, tracked_receive))
                 await error_response(problem)(scope, tracked_receive, tracked_send)
         except ClientDisconnect:
             state["status"] = state["status"] or CLIENT_CLOSED
@@ -144,7 +141,6 @@ class Guard:
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
             return  # the answer has begun
-        state["close"] = True
         message = f"an error in the service, number {number} in its log"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 

@@ -23,7 +23,6 @@ FORM = "multipart/form-data"
 FIELDS = ("files", "file")
 TRIM_BYTES = 48 * 2**20
 MIN_RATE = 65536  # bytes per second after the first `read_seconds`
-DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of a refused body that are read, so that its sender gets the answer
 
 
 @dataclass
@@ -94,30 +93,6 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
         if isinstance(error, MultiPartException):
             raise UploadError(400, "form", "damaged multipart data") from None
         raise
-
-
-async def discard(request: Request) -> None:
-    """Reads the remainder of a body for a moment: a client that is still sending may miss the answer otherwise.
-
-    If more remains, the connection closes with the answer. A client that waits for "100 Continue" sends nothing.
-    """
-    state = request.scope["lungjax"]
-    if state["read"] or request.method in ("GET", "HEAD"):
-        return
-    state["close"] = True
-    if request.headers.get("expect"):
-        return
-    remaining = DISCARD_BYTES
-    try:
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while remaining > 0:
-                message = await request.receive()
-                remaining -= len(message.get("body", b""))
-                if message["type"] != "http.request" or state["read"]:
-                    state["close"] = not state["read"]
-                    return
-    except TimeoutError:
-        return
 
 
 def _parser(request: Request, settings: Settings) -> Callable[..., Any]:

@@ -72,10 +72,7 @@ def rate_rows(rounds: int) -> None:
         seeds = [variable.value for variable in model.non_trainable_variables]
         ours = jax.jit(partial(augment, config=CONFIG, size=(SIDE, SIDE)))
         places = jnp.arange(BATCH, dtype=jnp.uint32)
-        calls = {
-            "keras": partial(theirs, seeds, images),
-            "ours": partial(ours, images, places, jax.random.key(0)),
-        }
+        calls = {"keras": partial(theirs, seeds, images), "ours": partial(ours, images, places, jax.random.key(0))}
         ms = medians(calls, rounds)
         rates = {name: 1e3 * BATCH / value for name, value in ms.items()}
         print(f"| {channels} | {rates['keras']:.0f} | {rates['ours']:.0f} | {ms['keras'] / ms['ours']:.1f} |")

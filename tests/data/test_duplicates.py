@@ -199,8 +199,8 @@ def test_real_images(shared):
     for kind, rate in (("ct", 4), ("xray", 4)):
         with open(shared / "data" / kind / "labels.csv") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
-        wanted = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
-        rows = [row for i, row in enumerate(rows) if i % rate == 0 or any(name in row["path"] for name in wanted)]
+        pairs_by_eye = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
+        rows = [row for i, row in enumerate(rows) if i % rate == 0 or any(name in row["path"] for name in pairs_by_eye)]
         small, hashes = [], []
         for row in rows:
             image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))

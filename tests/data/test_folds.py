@@ -18,14 +18,9 @@ def table(rows, protocol="clean"):
     """`rows` are (label, group, split[, pixels]); without pixels every image is unique."""
     rows = [(*row, f"x{i}") if len(row) == 3 else row for i, row in enumerate(rows)]
     label, group, split, pixels = (list(column) for column in zip(*rows, strict=True))
-    columns = {
-        "file": np.asarray([f"{i:04}" for i in range(len(rows))]),
-        "label": np.asarray(label, np.int64),
-        "group": np.asarray(group, np.str_),
-        "split": np.asarray(split, np.str_),
-        "split_study": np.asarray(split, np.str_),
-        "pixels": np.asarray(pixels, np.str_),
-    }
+    columns = {"label": np.asarray(label, np.int64), "file": np.asarray([f"{i:04}" for i in range(len(rows))])}
+    columns |= {"group": np.asarray(group), "pixels": np.asarray(pixels)}
+    columns |= dict.fromkeys(("split", "split_study"), np.asarray(split))
     return Prepared("mine", tuple("abcd")[: max(label) + 1], columns, [None] * len(rows), None, "f" * 64, protocol)
 
 

@@ -9,73 +9,54 @@ SPLITS = ("train", "val", "test")
 NONE = np.zeros((0, 2), np.int64)
 
 
-def clean(rows, near=()):
-    """`rows` are (split, label, group, pixels)."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return leakage.clean(*columns, np.array(near, np.int64).reshape(-1, 2))
+def clean(text, near=()):
+    """Rows are "split label group pixels", separated by commas; the split "-" is none."""
+    splits, labels, groups, pixels = zip(*(row.split() for row in text.split(",")), strict=True)
+    splits = ["" if split == "-" else split for split in splits]
+    return leakage.clean(splits, list(map(int, labels)), groups, pixels, np.array(near, np.int64).reshape(-1, 2))
 
 
 def test_clean_keeps_what_leaks_nothing():
-    rows = [("train", 0, "a", "1"), ("val", 0, "b", "2"), ("test", 1, "c", "3"), ("", 1, "d", "4")]
-    assert clean(rows) == (["train", "val", "test", ""], [])
-    rows = [("train", 0, "a", "1"), ("", 1, "a", "1"), ("", 0, "b", "2"), ("val", 1, "b", "3")]
-    assert clean(rows, [(0, 2)]) == (["train", "", "", "val"], [])  # images in no split remove nothing
+    assert clean("train 0 a 1, val 0 b 2, test 1 c 3, - 1 d 4") == (["train", "val", "test", ""], [])
+    # Images in no split remove nothing.
+    assert clean("train 0 a 1, - 1 a 1, - 0 b 2, val 1 b 3", [(0, 2)]) == (["train", "", "", "val"], [])
     assert leakage.clean([], [], [], [], NONE) == ([], [])
 
 
 def test_clean_groups():
-    rows = [
-        ("train", 0, "a", "1"),
-        ("test", 0, "a", "2"),
-        ("val", 0, "a", "3"),
-        ("train", 0, "b", "4"),
-        ("val", 0, "b", "5"),
-    ]
-    splits, notes = clean(rows)
+    splits, notes = clean("train 0 a 1, test 0 a 2, val 0 a 3, train 0 b 4, val 0 b 5")
     assert splits == ["", "test", "", "", "val"]
     assert len(notes) == 1 and "3 images" in notes[0] and "patients" in notes[0]
 
 
 def test_clean_exact_copies():
-    rows = [("train", 0, "a", "x"), ("test", 0, "b", "x"), ("val", 0, "c", "x"), ("train", 0, "a", "y")]
-    splits, notes = clean(rows)
+    splits, notes = clean("train 0 a x, test 0 b x, val 0 c x, train 0 a y")
     assert splits == ["", "test", "", "train"] and "2 images" in notes[0]
-    rows = [("train", 0, "b", "x"), ("train", 0, "a", "x"), ("train", 0, "c", "x")]
-    assert clean(rows)[0] == clean(rows[::-1])[0] == ["", "train", ""]  # in any order, the first group stays
-    assert clean([rows[1], rows[1]])[0] == ["train", ""]
+    for rows in ("train 0 b x, train 0 a x, train 0 c x", "train 0 c x, train 0 a x, train 0 b x"):
+        assert clean(rows)[0] == ["", "train", ""]  # the first group stays
+    assert clean("train 0 a x, train 0 a x")[0] == ["train", ""]
 
 
 def test_clean_copies_with_different_labels():
-    rows = [
-        ("train", 0, "a", "x"),
-        ("test", 1, "b", "x"),
-        ("test", 1, "c", "x"),
-        ("train", 1, "d", "y"),
-        # The first of these is removed with its patient, but its label still contradicts the other.
-        ("train", 0, "e", "z"),
-        ("test", 1, "f", "z"),
-        ("val", 0, "e", "w"),
-    ]
-    splits, notes = clean(rows)
+    # The first z is removed with its patient, but its label still contradicts the other.
+    splits, notes = clean("train 0 a x, test 1 b x, test 1 c x, train 1 d y, train 0 e z, test 1 f z, val 0 e w")
     assert splits == ["", "", "", "train", "", "", "val"]
     assert "1 image " in notes[0] and "4 images" in notes[1] and "labels" in notes[1]
 
 
 def test_clean_near_twins():
-    rows = [("train", 0, "a", "1"), ("val", 0, "b", "2"), ("test", 0, "c", "3"), ("train", 0, "d", "4")]
-    splits, notes = clean(rows, [(1, 2), (3, 2)])
+    splits, notes = clean("train 0 a 1, val 0 b 2, test 0 c 3, train 0 d 4", [(1, 2), (3, 2)])
     assert splits == ["train", "", "test", ""] and "2 images" in notes[0] and "near" in notes[0]
-    rows = rows[:3]
+    rows = "train 0 a 1, val 0 b 2, test 0 c 3"
     assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val is removed, so train may stay
     assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
-    rows[2] = ("test", 0, "c", "2")  # val is removed as a copy of test, which train's twin then is
-    assert clean(rows, [(0, 1)])[0] == ["", "", "test"]
-    rows[2] = ("test", 1, "c", "2")  # both are removed for their labels
-    assert clean(rows, [(0, 1)])[0] == ["train", "", ""]
+    # val is removed as a copy of test, which is then train's twin; with different labels both are removed.
+    assert clean("train 0 a 1, val 0 b 2, test 0 c 2", [(0, 1)])[0] == ["", "", "test"]
+    assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
 
 
 def test_clean_near_twins_in_one_split():
-    rows = [("train", 0, "a", "1"), ("train", 0, "b", "2"), ("train", 1, "c", "3")]
+    rows = "train 0 a 1, train 0 b 2, train 1 c 3"
     assert clean(rows, [(0, 1)]) == (["train"] * 3, [])
     splits, notes = clean(rows, [(0, 1), (1, 2)])
     assert splits == ["train"] * 3 and "1 near pair " in notes[0]
@@ -107,13 +88,13 @@ def test_clean_leaves_no_leak_in_any_order():
         order = rng.permutation(len(splits))
         shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near])
         # Copies in one group and split are interchangeable.
-        kept = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
-        assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(kept)
+        expected = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
+        assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(expected)
 
 
 def test_clean_invalid_columns():
     with pytest.raises(ValueError, match="valid"):
-        clean([("valid", 0, "a", "1")])
+        clean("valid 0 a 1")
     with pytest.raises(ValueError, match="labels"):
         leakage.clean(["train", "val"], [0], ["a", "b"], ["1", "2"], NONE)
 
@@ -124,21 +105,10 @@ def test_leaks():
     members = {"train": [0, 0, 0, 1, 2], "val": [3, 4, 7], "test": [3, 3, 5, 6, 2]}
     near = np.array([(1, 5), (3, 6), (2, 3)])  # of the last, 3 has an exact copy in train, which counts
     leaks = leakage.leaks(members, groups, pixels, near)
-    assert leaks["val"] == {
-        "images": 3,
-        "exact_twin_in_train": 2,  # 3 is a copy of 0, 7 of 1
-        "near_twin_in_train": 0,
-        "group_in_train": 1,  # 4 is of a
-        "any": 3,
-    }
-    assert leaks["test"] == {
-        "images": 4,
-        "exact_twin_in_train": 2,  # 3, and 2, which is in both splits
-        "near_twin_in_train": 2,  # 5 of 1; 6 of 3, a copy of 0
-        "group_in_train": 1,
-        "any": 4,
-        "exact_twin_in_val": 1,
-    }
+    names = ("images", "exact_twin_in_train", "near_twin_in_train", "group_in_train", "any")
+    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 is a twin of 1, 6 of a copy of 0.
+    assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
+    assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
     assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}
     val, test = leakage.leak_notes(leaks)
     assert val.startswith("2 of 3 val images") and "in val" not in val and "1 have" not in test
@@ -180,9 +150,8 @@ def test_cross():
     two = side("two", ["x", "y", "z", "w", "v"], ["p9", "p3", "q", "q", "r"], ["0", "0", "8", "9", "8"], images)
     result = leakage.cross(one, two)
     lines = result.pop("lines")
-    assert result == {
-        "groups": ["p3"], "exact": [1, 2], "near": [1, 2], "examples": ["a = x", "c ~ z"], "note": "",
-    }  # fmt: skip
+    assert result | {"examples": 0} == {"groups": ["p3"], "exact": [1, 2], "near": [1, 2], "examples": 0, "note": ""}
+    assert result["examples"] == ["a = x", "c ~ z"]
     assert lines[0].endswith("1 (p3)") and lines[1].startswith("1 of 4 images of one has")
     other = leakage.cross(one, side("three", ["x"], ["p4"], ["9"], [picture(9)]))
     assert (other["exact"], other["near"], other["groups"], other["examples"]) == ([0, 0], [0, 0], [], [])

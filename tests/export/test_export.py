@@ -83,7 +83,7 @@ def network_outputs(functions, pixels):
     """Logits and pooled features of a plain forward pass."""
     spec = functions.metadata.input
     x = (pixels.astype(np.float32) / 255 - np.float32(spec.mean)) / np.float32(spec.std)
-    logits, features = functions.module.apply(functions.variables, x, train=False)
+    logits, features = jax.jit(partial(functions.module.apply, train=False))(functions.variables, x)
     return np.asarray(logits), np.asarray(features["last"]).mean((1, 2))
 
 

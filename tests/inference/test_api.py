@@ -79,8 +79,8 @@ def test_create_size_head_and_fields(zoo):
 
 
 def test_create_without_weights():
-    net, variables, spec = lungjax.create("simple", "none", channels=1, size=32)
-    assert spec == InputSpec(size=(32, 32), channels=1) and net.outputs == 1000
+    net, variables, spec = lungjax.create("simple", "none", channels=1)
+    assert spec == InputSpec(size=(224, 224), channels=1) and net.outputs == 1000
     assert variables["params"]["stem_conv"]["kernel"].shape == (3, 3, 1, 16)
     assert np.asarray(variables["params"]["head"]["dense"]["kernel"]).std() > 0
 

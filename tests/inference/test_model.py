@@ -3,7 +3,9 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from brightness import brightness
@@ -37,14 +39,14 @@ def test_features_and_explain(model):
     images = np.random.default_rng(0).integers(0, 256, (5, 40, 40), dtype=np.uint8)
     network, spec = model.network, model.metadata.input
     x = lungjax.preprocess(images, spec)
-    logits, features = network.module.apply(network.variables, x, train=False)
+    logits, features = jax.jit(partial(network.module.apply, train=False))(network.variables, x)
     np.testing.assert_allclose(model.features(images), features["last"].mean((1, 2)), atol=1e-5)
     np.testing.assert_allclose(model.logits(images), logits, atol=1e-5)
     explainer = Explainer(network.module, network.variables, spec)
     pixels = np.stack([model.prepare(image).pixels for image in images])
     np.testing.assert_allclose(model.explain(images), explainer.maps(pixels)[0], atol=1e-5)
-    maps = model.explain(images[:2], [2, 0], "occlusion")
-    np.testing.assert_allclose(maps, explainer.maps(pixels[:2], np.asarray([2, 0]), "occlusion")[0], atol=1e-5)
+    maps = model.explain(images[:2], [2, 0], "gradcam_positive")
+    np.testing.assert_allclose(maps, explainer.maps(pixels[:2], np.asarray([2, 0]), "gradcam_positive")[0], atol=1e-5)
     for arguments, word in (((images, None, "gradcan"), "gradcam"), ((images, [0]), "5 class numbers"),
                             ((images[:1], [3]), "0 to 2")):  # fmt: skip
         with pytest.raises(ValueError, match=word):

@@ -76,7 +76,6 @@ def test_slow_body(strict):
 
 
 def test_lingering_close(strict, monkeypatch):
-    monkeypatch.setattr(multipart, "DISCARD_SECONDS", 0.05)
     for seconds, limit, part in ((0.8, 2**20, b"x"), (30.0, 10_000, b"x" * 500)):
         monkeypatch.setattr(protocol, "LINGER_SECONDS", seconds)
         monkeypatch.setattr(protocol, "LINGER_BYTES", limit)

@@ -182,14 +182,7 @@ def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
     turn = np.linspace(0, 2 * np.pi, 500)
     circle = np.stack([y + 250 * np.sin(turn), x + 250 * np.cos(turn)], 1)
     snake = segmentation.active_contour(
-        filters.gaussian(bare, 3),
-        circle,
-        alpha=0.1,
-        beta=10,
-        gamma=0.001,
-        w_line=1,
-        w_edge=1,
-        max_num_iter=iterations,
+        filters.gaussian(bare, 3), circle, alpha=0.1, beta=10, gamma=0.001, w_line=1, w_edge=1, max_num_iter=iterations
     )
     rows, columns = draw.polygon(*snake.astype(int).T, shape=bare.shape)
     mask = np.zeros(bare.shape, bool)
