@@ -21,14 +21,9 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` ask for.
 
     With folds, the images in splits of the clean protocol are divided into that many parts by patient, where patients
-    with near twins count as one; part `fold` is test, the next one val, the rest train. With a fraction, only that
-    fraction of the train patients of each class remains; smaller fractions are subsets of larger ones. Name,
-    fingerprint and images stay those of the prepared copy; `data` itself is not changed.
-
-    Args:
-      data: the prepared data set, with the splits of its protocol.
-      config: of the run, validated by `config.check`.
-      near: int64 [P, 2], rows of near twins in different groups (`near_duplicates.read`); used only with folds.
+    with near twins (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; part `fold` is test, the next
+    one val, the rest train. With a fraction, only that fraction of the train patients of each class remains; smaller
+    fractions are subsets of larger ones. Name, fingerprint and images stay the same; `data` itself is not changed.
 
     Raises ValueError for folds of a study's protocol, and if a part would lack a class.
     """

@@ -89,10 +89,9 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     classes = tuple(info["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
-    if len(records) != len(columns["label"]):
+    if len(records) != (count := len(columns["label"])):
         raise ValueError(
-            f"{directory}: index.csv has {len(columns['label'])} rows, the records {len(records)}: "
-            "prepare it again with --overwrite"
+            f"{directory}: index.csv has {count} rows, the records {len(records)}: prepare it again with --overwrite"
         )
     window = tuple(info["window"]) if info["window"] else None
     return Prepared(

@@ -32,30 +32,23 @@ def apply_stage(
     if size:
         full = images.full_region(array)
         box = move_box(box, full, size)
-        if array.dtype == np.uint8:
-            array = images.resize(array, full, size, "bilinear", True)
-        else:
-            array = np.rint(images.resize(array.astype(np.float32), full, size, "bilinear", True)).astype(np.uint16)
+        small = images.resize(array if array.dtype == np.uint8 else array.astype(np.float32), full, size, "bilinear", True)
+        array = small if small.dtype == np.uint8 else np.rint(small).astype(np.uint16)
     return array, box, region, found
 
 
 def keep(
     array: np.ndarray,
-    box: Sequence[float] | None = None,
-    stage: str = "",
-    size: tuple[int, int] | None = None,
-    window: tuple[float, float] | None = None,
+    box: Sequence[float] | None,
+    stage: str,
+    size: tuple[int, int] | None,
+    window: tuple[float, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Returns what a data set keeps of an image, its box in that, and whether the stage found a body or lung.
 
-    Args:
-      array: [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255.
-      box: xmin, ymin, xmax, ymax in pixels; None is the full image.
-      stage: such as "lungs"; "" is the unmodified image.
-      size: height and width of the stored copy; None is the size of the image.
-      window: of 16-bit images, which become float32 in 0..255.
-
-    Raises ValueError for a 16-bit image without a window.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255; `box` None is the full image, `stage` "" the
+    unmodified one, `size` (height, width) None its own size. With `window`, 16-bit images become float32 in 0..255;
+    without, they raise ValueError.
     """
     if array.dtype == np.uint16 and window is None:
         raise ValueError(
@@ -80,13 +73,8 @@ def picture(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Returns an image as a trained network's input, uint8 [H, W, C], what its data set would `keep`, and warnings.
 
-    Args:
-      array: as in `keep`.
-      metadata: of the network.
-      box: of the body in pixels; None finds it if the network was trained on it.
-      prepared: whether the image is already in the stage of the training images.
-
-    Raises ValueError as `keep`.
+    `array` as in `keep`. `box` is the body's, in pixels; None finds it if the network was trained on it. `prepared`:
+    the image is already in the stage of the training images. Raises ValueError as `keep` does.
     """
     warnings: list[str] = []
     if box is None and metadata.box and not prepared:
@@ -104,11 +92,11 @@ def body_box(array: np.ndarray) -> Box | None:
     """Returns the box around the body in a CT slice; None if nothing contrasts with the background."""
     from lungjax.data.imaging import lung_masks  # late, as above
 
-    points = np.argwhere(lung_masks.body_mask(images.gray(array)))
-    if not len(points):
+    mask = lung_masks.body_mask(images.gray(array))
+    if not mask.any():
         return None
-    (top, left), (bottom, right) = points.min(0), points.max(0) + 1
-    return float(left), float(top), float(right), float(bottom)
+    left, top, right, bottom = map(float, lung_masks.bounding_box(mask))
+    return left, top, right, bottom
 
 
 def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:

@@ -130,15 +130,13 @@ def series(headers: Sequence[Header]) -> Series:
     ordered, along, places = tuple(headers[i] for i in ranks), along[ranks], places[ranks]
     steps = np.diff(along)
     for i in np.flatnonzero(steps < 0.01)[:1]:
-        raise Unreadable(
-            f"{ordered[i].path} and {ordered[i + 1].path} have the same series and position: copies, or several "
-            "scans in one series; keep one of them"
-        )
+        pair = f"{ordered[i].path} and {ordered[i + 1].path}"
+        raise Unreadable(f"{pair} have the same series and position: copies, or several scans; keep one of them")
     step = float(np.median(steps)) if len(steps) else 1.0
     sides = (len(headers), *first.size)
     shape = (sides[order[0]], sides[order[1]], sides[order[2]])
-    notes, flaw = _flaws(ordered, steps, step, places, normal)
-    return Series(ordered, next(p for p, a in PLANES.items() if a == axis), shape, step, flaw, notes)
+    flaw, *notes = _flaws(ordered, steps, step, places, normal)
+    return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
 @named_errors("DICOM")
@@ -303,9 +301,9 @@ def _directions(orientation: Sequence[float]) -> np.ndarray:
 def _check_alike(first: Header, other: Header) -> None:
     pair = f"{first.path} and {other.path} are of one series"
     for header in (first, other):
-        for name, value in (("ImageOrientationPatient", header.orientation), ("ImagePositionPatient", header.position)):
-            if value is None:
-                raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
+        if header.orientation is None or header.position is None:
+            name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
+            raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
     if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
         raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
@@ -320,26 +318,26 @@ def _check_alike(first: Header, other: Header) -> None:
 
 def _flaws(
     ordered: Sequence[Header], steps: np.ndarray, step: float, places: np.ndarray, normal: np.ndarray
-) -> tuple[tuple[str, ...], str]:
-    """Returns the notes of a series, and why no other plane can be cut from it."""
+) -> list[str]:
+    """Returns why no other plane can be cut from a series, "" if any can, and its notes."""
     if len(ordered) == 1:
-        return (), "a single slice"
+        return ["a single slice"]
     if ordered[0].spacing is None:
-        return (), "no PixelSpacing"
+        return ["no PixelSpacing"]
     stack = places[-1] - places[0]
     if np.linalg.norm(stack - (stack @ normal) * normal) > MAX_TILT * np.linalg.norm(stack):
-        return (), "a tilted gantry: each slice is shifted against the next"
+        return ["a tilted gantry: each slice is shifted against the next"]
     uneven = np.flatnonzero(np.abs(steps - step) > STEP_TOLERANCE * step)
     if not len(uneven):
-        return (), ""
+        return [""]
     i = int(uneven[0])
     files = " and ".join(os.path.basename(str(header.path)) for header in ordered[i : i + 2])
     missing = int(np.rint(steps[uneven] / step - 1).clip(min=0).sum())
     if missing:
         flaw = f"about {missing} missing slices, the first between {files} ({steps[i]:g} mm, else {step:g} mm)"
-        return ("with missing slices",), flaw
-    flaw = f"uneven distances between slices, {steps[i]:g} mm between {files}, else {step:g} mm"
-    return ("with uneven distances between slices",), flaw
+        return [flaw, "with missing slices"]
+    uneven_steps = "uneven distances between slices"
+    return [f"{uneven_steps}, {steps[i]:g} mm between {files}, else {step:g} mm", f"with {uneven_steps}"]
 
 
 def _windowed(data: Any, values: np.ndarray, inside: np.ndarray) -> np.ndarray:
