@@ -93,13 +93,8 @@ def test_air_above_table_and_trachea_are_not_lung():
 def test_stages():
     image, _ = drawing()
     body, lung = lung_masks.body_mask(image), lung_masks.lung_mask(image)
-    for stage, mask in (
-        ("nobackg", body),
-        ("crop", body),
-        ("lungs_nocrop", lung),
-        ("lungs", lung),
-        ("no_lungs", ~lung),
-    ):
+    masks = {"nobackg": body, "crop": body, "lungs_nocrop": lung, "lungs": lung, "no_lungs": ~lung}
+    for stage, mask in masks.items():
         result = lung_masks.apply(image, stage)
         x0, y0, x1, y1 = (int(v) for v in result.region)
         assert result.found and result.image.dtype == np.uint8

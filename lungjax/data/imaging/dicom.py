@@ -27,6 +27,7 @@ ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
 STEP_TOLERANCE = 0.1  # of the median distance between slices
 DEFAULT_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or convert it to uncompressed DICOM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def _check(data: Any, path: File, modality: str) -> None:
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is not None and syntax.is_compressed and not _can_decode(syntax):
         name = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
-        raise Unreadable(f"{path}: its pixels are compressed ({name}) and {_decoder_hint(syntax)}")
+        raise Unreadable(f"{path}: its pixels are compressed ({name}): {DECODERS}")
 
 
 def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:
@@ -234,14 +235,6 @@ def _can_decode(syntax: Any) -> bool:
         return False
 
 
-def _decoder_hint(syntax: Any) -> str:
-    name = syntax.name.upper()
-    if "JPEG" not in name and "RLE" not in name:
-        return "no package decodes that: convert the file to uncompressed DICOM"
-    plugin = "openjpeg" if "2000" in name else "rle" if "RLE" in name else "libjpeg"
-    return f"no installed package decodes that: pip install pylibjpeg pylibjpeg-{plugin}"
-
-
 def _pixels(data: Any, path: File) -> np.ndarray:
     """Returns the stored values, [rows, columns], or [rows, columns, 3] RGB."""
     if "PixelData" not in data:
@@ -253,7 +246,7 @@ def _pixels(data: Any, path: File) -> np.ndarray:
     except Exception as error:  # decoders raise anything
         syntax = data.file_meta.get("TransferSyntaxUID", None)
         compressed = syntax is not None and syntax.is_compressed
-        hint = f"if the file is complete, {_decoder_hint(syntax)}" if compressed else "the file may be truncated"
+        hint = f"if the file is complete, {DECODERS}" if compressed else "the file may be truncated"
         reason = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
         raise Unreadable(f"{path}: {reason}; {hint}") from None
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
