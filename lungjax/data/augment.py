@@ -77,9 +77,9 @@ def augment(
       config: the operations and their ranges.
       size: height and width of the result.
       boxes: float32 [B, 4], xmin, ymin, xmax, ymax as fractions of the image: the part that is shown; None is all.
-      body: uint8 [B, h, w], above zero inside the body; required by `config.exterior`.
+      body: uint8 [B, h, w], above zero inside the body.
 
-    Raises ValueError if boxes or body are missing that the config requires.
+    Raises ValueError if `config` requires boxes or body and they are None.
     """
     if config.exterior and body is None:
         raise ValueError(f"augment.exterior={config.exterior}: the images come without body masks; set it to 0")
@@ -207,8 +207,7 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
     """Returns float32 [B, H, W, C], each pixel sampled bilinearly from its image where `matrix` (see `affine`) says.
 
-    images: [B, h, w, C], uint8 or float32. fill: a border of `fill_value` ("constant", blended into the outermost
-    pixels), the outermost pixels ("edge"), or the mirror image ("reflect", the border pixel twice): scipy's
+    images: [B, h, w, C], uint8 or float32. fill: "constant" (`fill_value`), "edge" or "reflect", which are scipy's
     grid-constant, nearest and reflect. No sample may be further away than eight times the longer side.
     """
     h, w = images.shape[1:3]

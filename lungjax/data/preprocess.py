@@ -4,8 +4,6 @@ Preparing a data set and predicting share these steps: a 16-bit image is shrunk 
 windowed before a stage is cut out.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from lungjax.config.metadata import Metadata
@@ -37,55 +35,38 @@ def apply_stage(
     return array, box, region, found
 
 
-def keep(
-    array: np.ndarray,
-    box: Sequence[float] | None,
-    stage: str,
-    size: tuple[int, int] | None,
-    window: tuple[float, float] | None,
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns what a data set keeps of an image, its box in that, and whether the stage found a body or lung.
+def picture(
+    array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Returns an image as a trained network's input, uint8 [H, W, C], as its data set would store it, and warnings.
 
-    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255; `box` None is the full image, `stage` "" the
-    unmodified one, `size` (height, width) None its own size. With `window`, 16-bit images become float32 in 0..255;
-    without, they raise ValueError.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; None finds it
+    if the network was trained on it. `prepared`: the image is already in the stage of the training images. Raises
+    ValueError for a 16-bit image if the network has no window.
     """
+    window, warnings, found = metadata.window, list[str](), True
     if array.dtype == np.uint16 and window is None:
         raise ValueError(
             "a 16-bit image, but the network was trained on 8-bit ones: its window is unknown; lungjax.predict takes "
             "--window=low,high"
         )
-    x0, y0, x1, y1 = images.full_region(array) if box is None else map(float, box)
-    place, found = (x0, y0, x1, y1), True
+    if box is None and metadata.box and not prepared:
+        box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
+        if box is None:
+            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
+    box = box or images.full_region(array)
+    stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:
         array = images.gray(_to_8_bit(array, window))
     elif size and array.dtype != np.uint16:
         array = _to_8_bit(array, window)
     if stage or size:
-        array, place, _, found = apply_stage(array, place, stage, size)
-    if array.dtype == np.uint16 and window:
-        array = images.show(array, window)
-    return array, np.asarray(place, np.float32), found
-
-
-def picture(
-    array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a trained network's input, uint8 [H, W, C], what its data set would `keep`, and warnings.
-
-    `array` as in `keep`. `box` is the body's, in pixels; None finds it if the network was trained on it. `prepared`:
-    the image is already in the stage of the training images. Raises ValueError as `keep` does.
-    """
-    warnings: list[str] = []
-    if box is None and metadata.box and not prepared:
-        box = body_box(_to_8_bit(array, metadata.window)) if metadata.box == "body" else None
-        if box is None:
-            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
-    stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
-    stored, place, found = keep(array, box, stage, size, metadata.window)
+        array, box, _, found = apply_stage(array, box, stage, size)
     if not found:
         warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
-    return images.to_input(stored, place, metadata.input, 0.0), stored, warnings
+    if array.dtype == np.uint16 and window:
+        array = images.show(array, window)
+    return images.to_input(array, np.asarray(box, np.float32), metadata.input, 0.0), array, warnings
 
 
 def body_box(array: np.ndarray) -> Box | None:

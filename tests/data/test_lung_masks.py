@@ -159,18 +159,6 @@ def test_canny_equals_opencv():
     assert not study_masks.canny(step // 8, 240, 255).any()
 
 
-def test_longest_contour():
-    lines = np.zeros((60, 60), bool)
-    lines[5:45, 5:45] = True
-    lines[8:42, 8:42] = False  # a frame: its outer outline is the longest
-    lines[20:30, 20:30] = True
-    lines[50:58, 2:58:2] = True  # many short ones
-    expected = np.zeros((60, 60), bool)
-    expected[5:45, 5:45] = True
-    np.testing.assert_array_equal(study_masks.longest_contour(lines), expected)
-    assert study_masks.longest_contour(np.zeros((9, 9), bool)) is None
-
-
 def test_study_body_mask():
     square = np.full((512, 512), 20, np.uint8)
     body = ellipse(square.shape, (240, 256), (150, 200))
