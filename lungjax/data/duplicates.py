@@ -106,13 +106,13 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
         notes.append(f"{skipped:,} comparisons were left out: over {MAX_PARTNERS:,} hashes are equal in a band")
     places = np.concatenate(parts)
     if len(parts[0]) or count[run[places]].max(initial=0) > MAX_COPIES:
-        notes.insert(0, f"up to {count.max():,} images have one hash: each was paired with at most {MAX_COPIES} of them")
+        notes.insert(0, f"up to {count.max():,} images have one hash, each paired with at most {MAX_COPIES} of them")
     pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
     return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
 
 def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns the correlation of the details of two pictures, float64 [P] in -1..1; copies have MIN_CORRELATION or more.
+    """Returns the correlation of the details of two pictures, float64 [P] in -1..1; MIN_CORRELATION makes them copies.
 
     `pairs` int64 [P, 2] are image numbers, `read` returns the gray picture of one, uint8 [H, W]. Both thumbnails are
     reduced to local detail (without brightness and contrast), and one is shifted and stretched onto the other. The
@@ -151,8 +151,6 @@ def near_twins(
 
 
 def _shrink(gray: np.ndarray) -> np.ndarray:
-    if gray.ndim != 2 or gray.dtype != np.uint8:
-        raise ValueError(f"a picture of shape {gray.shape} and {gray.dtype}: it must be gray, uint8 [H, W]")
     if gray.shape == (SIDE, SIDE):
         return gray.astype(np.float32)
     picture = Image.fromarray(gray).convert("F")  # not rounded: a dark picture has few gray levels
@@ -193,14 +191,9 @@ def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> 
     return np.column_stack([late.repeat(len(before)), (late[:, None] - before).ravel()])
 
 
-@functools.cache
-def _gauss(sigma: float) -> np.ndarray:
-    """Returns the matrix of a Gaussian filter along one side of a thumbnail: smooth = G @ image @ G.T."""
-    return gaussian_filter1d(np.eye(SIDE, dtype=np.float32), sigma, axis=0)
-
-
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
-    return _gauss(sigma) @ image @ _gauss(sigma).T
+    gauss = gaussian_filter1d(np.eye(SIDE, dtype=np.float32), sigma, axis=0)  # of one side of a thumbnail
+    return gauss @ image @ gauss.T
 
 
 def _detail(small: np.ndarray) -> np.ndarray:

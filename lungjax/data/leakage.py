@@ -72,9 +72,10 @@ def leaks(
 ) -> dict[str, dict[str, int]]:
     """Counts how many images of val and test are known from train.
 
-    `members` are the images of each split; repeated images count once. Other arguments as in `clean`. Returns, for val and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image
-    itself); `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also
-    `exact_twin_in_val`, which matters because val selects the epoch.
+    `members` are the images of each split; repeated images count once. Other arguments as in `clean`. Returns, for val
+    and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image itself);
+    `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also `exact_twin_in_val`, which
+    matters because val selects the epoch.
     """
     group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}

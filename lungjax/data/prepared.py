@@ -169,10 +169,9 @@ def quiet_tfds() -> Iterator[None]:
 def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
-    `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str; `label` is int64, an index
-    of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
-    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False if a stage found no body
-    or lung.
+    `label` is int64, an index of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin,
+    xmax, ymax in pixels, max exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False
+    if a stage found no body or lung; others are str.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}

@@ -30,9 +30,16 @@ def apply_stage(
     if size:
         full = images.full_region(array)
         box = move_box(box, full, size)
-        small = images.resize(array if array.dtype == np.uint8 else array.astype(np.float32), full, size, "bilinear", True)
+        values = array if array.dtype == np.uint8 else array.astype(np.float32)
+        small = images.resize(values, full, size, "bilinear", True)
         array = small if small.dtype == np.uint8 else np.rint(small).astype(np.uint16)
     return array, box, region, found
+
+
+def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
+    """Raises ValueError for a 16-bit image without a window."""
+    if array.dtype == np.uint16 and window is None:
+        raise ValueError("a 16-bit image, but the network's window is unknown: lungjax.predict takes --window=low,high")
 
 
 def picture(
@@ -45,11 +52,7 @@ def picture(
     ValueError for a 16-bit image if the network has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
-    if array.dtype == np.uint16 and window is None:
-        raise ValueError(
-            "a 16-bit image, but the network was trained on 8-bit ones: its window is unknown; lungjax.predict takes "
-            "--window=low,high"
-        )
+    check_window(array, window)
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:

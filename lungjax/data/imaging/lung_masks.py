@@ -60,14 +60,13 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
     """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False if there are none.
 
     Vessels and lesions, inside or at the chest wall, are included, and large bubbles in stomach or bowel; the trachea
-    is not where it is separate. The spine is assumed above or below, not at a side. Raises ValueError for anything but a gray uint8 image.
+    is not where it is separate. The spine is assumed above or below, not at a side. Raises as `body_mask` does.
     """
     view = _prepare(_check_gray(image))
     mask, sides = (None, 0) if view is None else _lungs(view)
-    if view is not None and sides < 2:
-        # In a soft-tissue window fat is dark too, and joins a lung to the air outside: look below its level.
-        deeper = _prepare(image, view.level)
-        other, other_sides = (None, 0) if deeper is None else _lungs(deeper)
+    # In a soft-tissue window fat is dark too, and joins a lung to the air outside: look below its level.
+    if view is not None and sides < 2 and (deeper := _prepare(image, view.level)):
+        other, other_sides = _lungs(deeper)
         if other is not None and (mask is None or (other_sides > sides and other.sum() > mask.sum())):
             mask = other
     return _enlarge(mask, view, image.shape)
@@ -76,11 +75,10 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
 def apply(image: np.ndarray, stage: str) -> StageResult:
     """Returns a stage of a gray uint8 image [H, W].
 
-    The robust stages keep the image's own pixels: `nobackg` blacks out everything but the body, `crop` crops that to
-    the body's box without raised arms, `lungs_nocrop` blacks out everything but the lungs, `lungs` crops that to the
-    lungs' box, `no_lungs` blacks out the lungs. The `study_` stages and `features` are those of `study_masks`.
-
-    Raises ValueError for an unknown stage and for anything but a gray uint8 image.
+    `nobackg` blacks out everything but the body, `crop` crops that to the body's box without raised arms,
+    `lungs_nocrop` blacks out everything but the lungs, `lungs` crops that to the lungs' box, `no_lungs` blacks out the
+    lungs. The `study_` stages and `features` are those of `study_masks`. Raises ValueError for an unknown stage and for
+    anything but a gray uint8 image.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
