@@ -48,7 +48,8 @@ def clean(
     latest = np.full(group.max(initial=-1) + 1, -1)
     np.maximum.at(latest, group, rank)
     remove((rank >= 0) & (rank < latest[group]), f"their {group_name} are also in a later split")
-    conflict = _conflicting(same, label, initial >= 0)[same]
+    kinds = np.unique(np.column_stack([same, label])[initial >= 0], axis=0)
+    conflict = np.bincount(kinds[:, 0], minlength=count + 1)[same] > 1  # its copies have several labels
     remove(conflict & (rank >= 0), "equal images have different labels")
     order = np.lexsort((np.arange(count), group, -rank, same))
     representative = order[np.unique(same[order], return_index=True)[1]][same]  # of each set of copies
@@ -209,12 +210,6 @@ def cross(a: Side, b: Side) -> dict[str, Any]:
 def _codes(values: Sequence[str]) -> np.ndarray:
     """Returns the place of each value among the sorted distinct ones, int64 [N]."""
     return np.unique(np.asarray(values, np.str_), return_inverse=True)[1]
-
-
-def _conflicting(same: np.ndarray, label: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Returns for each set of copies whether its used images have several labels, bool [sets]."""
-    kinds = np.unique(np.column_stack([same, np.unique(label, return_inverse=True)[1]])[used], axis=0)
-    return np.bincount(kinds[:, 0], minlength=int(same.max(initial=-1)) + 1) > 1
 
 
 def _plural(count: int, noun: str) -> str:

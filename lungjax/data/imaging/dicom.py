@@ -26,7 +26,6 @@ TAGS = [
 ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
 STEP_TOLERANCE = 0.1  # of the median distance between slices
-DEFAULT_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or convert it to uncompressed DICOM"
 
 
@@ -190,9 +189,8 @@ def xray(path: File) -> bytes:
 def _read(path: File, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
     source = path.open() if isinstance(path, MemoryFile) else path
-    options = {"stop_before_pixels": True, "specific_tags": TAGS} if header_only else {}
     try:
-        return pydicom.dcmread(source, **options)
+        return pydicom.dcmread(source, stop_before_pixels=header_only, specific_tags=TAGS if header_only else None)
     except OSError as error:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
@@ -278,7 +276,7 @@ def _volume(headers: Sequence[Header], step: float) -> Volume:
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
         stack[i] = _hu(one.path)
-    directions = _directions(first.orientation or DEFAULT_ORIENTATION)
+    directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
     if len(headers) > 1:  # sorted along the body; the normal may point against it
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
