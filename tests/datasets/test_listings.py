@@ -416,3 +416,40 @@ def test_covid_ct_real_names(shared, tmp_path):
         names[groups[file]].add(example.group)
     # MedPix's patient 3 has two runs of numbers.
     assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}
+
+
+def real_xrays(shared):
+    with (shared / "data/xray/labels.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_covid_xray_5k_real_names(shared):
+    """The study's repository, except for 5 images of COVID-19; their cases are known from another data set."""
+    listing, by_file = listed(covid_xray_5k, shared / "data/covid_xray_study/data_set")
+    counts = Counter((example.study, example.label) for example in listing.examples)
+    assert counts == {("train", 0): 119, ("train", 1): 994, ("val+test", 0): 97, ("val+test", 1): 1473}
+    assert all(re.fullmatch(r"patient\d{5}", example.group) for example in listing.examples if example.label)
+    assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # the finding
+    cases = {Path(r["path"]).stem: r["group"] for r in real_xrays(shared) if r["source"] == "talo-cohen"}
+    groups = defaultdict(set)
+    for file, example in by_file.items():
+        groups[cases.get(f"cohen_{Path(file).stem}", "cohen-unknown")].add(example.group)
+    del groups["cohen-unknown"]  # bare ids, which do not show the patient
+    assert len(groups) == 20 and all(len(by_name) == 1 for by_name in groups.values())
+    splits = splits_of_groups(example for example in listing.examples if example.study == "train")
+    assert all(len(names) == 1 for names in splits.values())
+
+
+def test_covid_chestxray_real_names(shared, tmp_path):
+    names = {"COVID": "Pneumonia/Viral/COVID-19", "Normal": "No Finding", "Pneumonia": "Pneumonia"}
+    rows = [row for row in real_xrays(shared) if row["source"] in ("hannover", "talo-nih")]
+    labels = {row["path"]: int(row["label"] == "COVID") for row in rows}
+    lines = [f"{r['group']},,,,{names[r['label']]},,PA,X-ray,{r['path'].replace('/', ',')},,," for r in rows]
+    write_text(tmp_path / "metadata.csv", COLLECTION[0], *lines)
+    listing, by_file = listed(covid_chestxray, tmp_path, "covid")
+    assert {file: example.label for file, example in by_file.items()} == labels
+    assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
+    share = Counter((example.split, example.label) for example in listing.examples)
+    for label in (0, 1):
+        total = sum(share[split, label] for split in ("train", "val", "test"))
+        assert all(0.1 < share[split, label] / total < 0.2 for split in ("val", "test"))
