@@ -16,7 +16,7 @@ from random_predictions import guesses
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.evaluation import bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import plots, style, write
+from lungjax.report import context, plots, style, write
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
 LONG = (
@@ -225,6 +225,9 @@ def test_minimal_run(tmp_path):
     assert r"| a\|b | 0 | - | - | 1.000 |" in text
     assert all(len({len(row) for row in table}) == 1 for table in tables(text))
     assert not (tmp_path / "plots" / "confusion_patient.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert all(f">{words}</h2>" in page for words in context.SECTIONS.values())
+    assert "Calibration" not in page and "Operating" not in page
     with pytest.raises(ValueError, match="test split"):
         write.write_report(tmp_path, Config(), {"val": p}, [], {}, image)
 

@@ -254,16 +254,6 @@ def test_other_splits(run, saved):
         assert "have a counterpart in train" not in other.text and "In this run's protocol" not in other.text
 
 
-def test_report_without_optional_parts(run, saved):
-    for key in ("val", "calibration", "operating_points"):
-        del saved[key]
-    saved |= {"facts": {}, "controls": {}, "mistakes": []}
-    saved["test"]["by_source"] = {}
-    page = render_page(run, saved, Config())
-    assert all(f" {words} " in page.text for words in context.SECTIONS.values())
-    assert "Calibration" not in page.text and "Operating" not in page.text and "bootstrap" not in page.text
-
-
 def test_figure_that_is_not_png(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
     with pytest.raises(ValueError, match="PNG"):
