@@ -25,7 +25,6 @@ from lungjax import config as configs
 SPLITS = ("val", "test")
 UNITS = ("slice", "patient")
 CHARTS = ("bars", "confusions", "curves")
-POOLINGS = ("micro", "macro", "micro_logits")
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class Table:
     elsewhere: str = ""  # how the data of the published numbers differ; then there are no verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
-    # Of the chart "curves": all example-class pairs pooled, the mean over classes, or the raw logits pooled.
-    pooling: str = "micro"
+
     chosen_from: str = ""  # the table whose best configuration is scored here; see the module's docstring
     correlate: tuple[tuple[str, str], ...] = ()  # pairs of columns; see the module's docstring
 
@@ -100,7 +98,6 @@ class Table:
                 raise ValueError(f"table {self.name}: two cells at {place[0]}, {place[1]}")
         for what, given, known in (
             ("charts", self.charts, CHARTS),
-            ("pooling", [self.pooling], POOLINGS),
             ("counts", self.counts, SPLITS + ("train",)),
             ("correlate", [column for pair in self.correlate for column in pair], self.columns),
         ):

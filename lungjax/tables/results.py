@@ -355,14 +355,10 @@ def _missing(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def write(
-    table: Table, results: Sequence[Result], options: Options, reader: Reader,
-    draw: Callable[[Table, Sequence[Result], Reader, Path], dict[str, str]],
-) -> Path:  # fmt: skip
-    """Writes NAME.csv, the figures and NAME.md into WORKDIR/tables; returns the path of the last one."""
-    folder = options.workdir / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / f"{table.name}.csv", as_csv(results))
-    path = folder / f"{table.name}.md"
-    atomic_write(path, markdown(table, results, options, draw(table, results, reader, folder)))
+def write(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> Path:
+    """Writes NAME.csv and NAME.md into WORKDIR/tables; returns the path of the page. `captions` as for `markdown`."""
+    path = options.workdir / "tables" / f"{table.name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path.with_suffix(".csv"), as_csv(results))
+    atomic_write(path, markdown(table, results, options, captions))
     return path
