@@ -168,7 +168,7 @@ def smallest(config: Config) -> Config:
     """
     size = models.minimum_size(config.model)
     # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
-    constant = {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0, "schedule_steps": 0}
+    constant: dict[str, Any] = {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0, "schedule_steps": 0}
     return Config(
         input=replace(config.input, size=size, crop="none", crop_size=(0, 0), box_margin=0.0),
         model=replace(config.model, weights="none"),

@@ -154,15 +154,6 @@ def test_state_of_a_run(trial, options, spoil, kind, word):
     assert (planned[1].command in result.commands) == (kind != "finished")
 
 
-def test_patience_ends_a_run_early(trial, options):
-    run = runs.plan(trial, options)[0]
-    fabricate(run, steps=9)
-    assert runs.check(run, options.data_dir, {}).kind == "unfinished"
-    lines = [json.dumps({"step": s, "val.slice.accuracy": a}) for s, a in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.9))]
-    (run.folder / "metrics.jsonl").write_text("\n".join(lines))
-    assert runs.check(run, options.data_dir, {}).kind == "finished"
-
-
 def test_numbers_verdicts_and_files(trial, options):
     for run in runs.plan(trial, options):
         fabricate(run)

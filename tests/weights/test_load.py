@@ -121,11 +121,6 @@ def test_other_class_count(zoo):
     assert lungjax.create("tiny", f"file:{path}", classes=3)[1]["params"]["head"]["dense"]["bias"].shape == (3,)
 
 
-def test_too_small_images():
-    with pytest.raises(ValueError, match="too small for vgg16"):
-        lungjax.create("vgg16", "none", size=(31, 64))
-
-
 def test_repeated_gray_is_the_same_network(zoo):
     write(zoo, "h5", leaves())
     net, variables, spec = lungjax.create("tiny", weights_dir=zoo, channels=1)
