@@ -42,12 +42,12 @@ def slices(count):
 def prepared(tmp_path_factory):
     """Twelve images, prepared as folder/mine; two test images are also in train."""
     root = tmp_path_factory.mktemp("explore")
-    drawn = slices(10)
+    images = slices(10)
     with (root / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "split", "group", "source"])
         for i, (label, split, group, source, which) in enumerate(ROWS):
-            image = Image.fromarray(drawn[int(str(which).strip("=~"))])
+            image = Image.fromarray(images[int(str(which).strip("=~"))])
             if str(which).startswith("~"):
                 image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
             image.save(root / f"{i:02}.png")
@@ -69,8 +69,8 @@ def page(prepared):
 
 def tables(text):
     """All tables of a page, each a list of rows of cells."""
-    found = re.findall(r"<table>(.*?)</table>", text, re.S)
-    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in found]
+    blocks = re.findall(r"<table>(.*?)</table>", text, re.S)
+    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in blocks]
     return [[[unescape(c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in table] for table in rows]
 
 
@@ -141,8 +141,8 @@ def test_command_errors(prepared, tmp_path, monkeypatch, capsys):
         (["--dataset=folder/mine", "--out=full"], "not empty"),
     ):
         assert commands.run(explore, f"--data_dir={prepared}", *arguments) == 2
-        said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1 and said.startswith("lungjax: ") and word in said
+        output = capsys.readouterr().err
+        assert len(output.splitlines()) == 1 and output.startswith("lungjax: ") and word in output
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
 
 

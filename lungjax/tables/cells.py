@@ -119,15 +119,10 @@ class Table:
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
     """Returns the cells whose experiments can answer a cell: itself, or the candidates of a table that chooses.
 
-    Raises ValueError if `chosen_from` is unknown, or has no row or column of that name.
+    Raises ValueError if the table `chosen_from` has no row or column of that name.
     """
     if not table.chosen_from:
         return (cell,)
-    if table.chosen_from not in tables:
-        raise ValueError(
-            f"table {table.name}: chosen_from={table.chosen_from!r} is no table; "
-            f"{configs.nearest(table.chosen_from, tables)}"
-        )
     matches = tuple(other for other in tables[table.chosen_from].cells if cell.row in (other.row, other.column))
     if not matches:
         raise ValueError(f"table {table.name}: {table.chosen_from} has no row or column {cell.row!r} to choose from")

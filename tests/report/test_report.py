@@ -167,15 +167,15 @@ def test_markdown_numbers(run):
     saved = json.loads((workdir / "report.json").read_text())
     text = (workdir / "report.md").read_text()
     assert "not for clinical use" in text
-    found = tables(text)
-    assert all(len({len(row) for row in table}) == 1 for table in found), "a table with ragged rows"
-    cells = {row[0]: row[1:] for table in found for row in table}
+    blocks = tables(text)
+    assert all(len({len(row) for row in table}) == 1 for table in blocks), "a table with ragged rows"
+    cells = {row[0]: row[1:] for table in blocks for row in table}
     columns = [saved[split][level] for split in ("test", "val") for level in ("slice", "patient")]
     for name, words in (("accuracy", "accuracy"), ("auc_macro", "AUC, mean over classes"), ("ece", "expected")):
-        shown = next(values for key, values in cells.items() if key.startswith(words))
+        row = next(row for key, row in cells.items() if key.startswith(words))
         numbers = [(level[name], *level["intervals"][name]) for level in columns]
-        assert shown == [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in numbers]
-    confusion = [row[1:] for row in found[2][2:]]
+        assert row == [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in numbers]
+    confusion = [row[1:] for row in blocks[2][2:]]
     assert confusion == [[str(n) for n in row] for row in saved["test"]["slice"]["confusion"]]
     mosmed = saved["test"]["by_source"]["mosmed"]
     assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
@@ -267,9 +267,9 @@ def test_choice_of_examples():
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that would be saved."""
-    drawn = []
-    monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
-    return drawn
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.append(figure))
+    return figures
 
 
 def texts_of(figure):

@@ -78,9 +78,9 @@ class Page:
 
     def table(self, *head):
         """The only table whose first row begins so."""
-        (found,) = [table for table in self.tables if table and tuple(table[0][: len(head)]) == head]
-        assert len({len(row) for row in found}) == 1, "ragged rows"
-        return found
+        (match,) = [table for table in self.tables if table and tuple(table[0][: len(head)]) == head]
+        assert len({len(row) for row in match}) == 1, "ragged rows"
+        return match
 
     def facts(self):
         """The rows of two-column tables."""
