@@ -79,8 +79,8 @@ def test_missing_files_and_names(tmp_path):
         compare.compare(a, a, "tset")
     with pytest.raises(ValueError, match=r"nearest: slice\.accuracy"):
         compare.compare(a, a, names=["slice.acuracy"])
-    for broken in ("{", "[]", "{}"):
-        (b / "report.json").write_text(broken)
+    for text in ("{", "[]", "{}"):
+        (b / "report.json").write_text(text)
         with pytest.raises(ValueError, match=r"report\.json is not a report"):
             compare.compare(a, b)
     (b / "report.json").unlink()
@@ -101,5 +101,5 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "c.md").read_text() == result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c.md"}
     assert commands.run(compare, a, positional=("RUN_A", "RUN_B")) == 1
-    said = capsys.readouterr()
-    assert "RUN_B" in said.out + said.err
+    output = capsys.readouterr()
+    assert "RUN_B" in output.out + output.err
