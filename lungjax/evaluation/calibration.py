@@ -61,21 +61,18 @@ def bins(predictions: Predictions, count: int = metrics.BINS) -> list[dict[str, 
     highest probability and accuracy, both None in an empty bin.
     """
     p = predictions
-    probabilities = np.asarray(p.probabilities, dtype=np.float64)
-    top = probabilities.max(axis=1, initial=0)
-    correct = p.predicted == p.labels
+    top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
     place = metrics.confidence_bins(top, count)
-    n = np.bincount(place, minlength=count)
-    confidence, hits = (np.bincount(place, weights=x, minlength=count) for x in (top, correct))
+    sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
     return [
         {
             "low": i / count,
             "high": (i + 1) / count,
-            "n": int(n[i]),
-            "confidence": float(confidence[i] / n[i]) if n[i] else None,
-            "accuracy": float(hits[i] / n[i]) if n[i] else None,
+            "n": int(n),
+            "confidence": float(confidence / n) if n else None,
+            "accuracy": float(hits / n) if n else None,
         }
-        for i in range(count)
+        for i, (n, confidence, hits) in enumerate(zip(*sums, strict=True))
     ]
 
 
@@ -88,15 +85,14 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}
     for suffix, p in (("", test), ("_scaled", apply_temperature(test, temperature))):
-        level = metrics.summarize(p.labels, p.probabilities, p.classes, p.ids)
+        level = metrics.summarize(p)
         result |= {f"test{suffix}": {key: level[key] for key in SCORES}, f"bins{suffix}": bins(p)}
     return result
 
 
 def _logits(p: Predictions) -> np.ndarray:
     """Returns logits float64 [N, C] of the probabilities."""
-    probabilities = np.asarray(p.probabilities, dtype=np.float64)
-    metrics.check_probabilities(probabilities, p.ids)
+    metrics.check_probabilities(p)
     if p.logits is not None:
         return np.asarray(p.logits, dtype=np.float64)
-    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return np.log(np.maximum(np.asarray(p.probabilities, dtype=np.float64), np.finfo(np.float32).tiny))

@@ -6,7 +6,7 @@ column of the data set. Every metric of a report follows from this file.
 """
 
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,14 @@ class Predictions:
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
 
 
+def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
+    """Returns the predictions of rows [M] int, in that order; rows may repeat."""
+    p = predictions
+    columns = {name: getattr(p, name)[rows] for name in ("ids", "groups", "sources", "labels", "probabilities")}
+    logits = None if p.logits is None else p.logits[rows]
+    return replace(p, **columns, logits=logits, extra={name: values[rows] for name, values in p.extra.items()})
+
+
 def write(predictions: Predictions, path: Path) -> None:
     """Writes the CSV atomically; probabilities and logits as float32, in the fewest digits that read back the same."""
     names = np.asarray(predictions.classes, dtype=np.str_)
@@ -101,39 +109,33 @@ def read(path: Path) -> Predictions:
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
+    number = {name: i for i, name in enumerate(classes)}
     for line, row in lines:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {line}: {len(row)} values, expected {len(header)}")
-    number = {name: i for i, name in enumerate(classes)}
-    values = {name: [row[i] for _, row in lines] for i, name in enumerate(header)}
-    for (line, _), label in zip(lines, values["label"], strict=True):
-        if label not in number:
+        if (label := row[header.index("label")]) not in number:
             raise ValueError(f"{path}, line {line}: label {label!r} is not one of {', '.join(classes)}")
-    scores, logits = (
-        [_floats(path, lines, kind + name, values[kind + name]) for name in names]
-        for kind, names in (("p_", classes), ("logit_", given))
-    )
+    values = {name: np.asarray([row[i] for _, row in lines], np.str_) for i, name in enumerate(header)}
+
+    def floats(prefix: str) -> np.ndarray:
+        table = np.empty((len(lines), len(classes)), np.float32)
+        for column, name in enumerate(prefix + name for name in classes):
+            for row, text in enumerate(values[name].tolist()):
+                try:
+                    table[row, column] = float(text)
+                except ValueError:
+                    message = f"{path}, line {lines[row][0]}: {name} is {text!r}, expected a number"
+                    raise ValueError(message) from None
+        return table
+
+    extra = {name.removeprefix("extra_"): column for name, column in values.items() if name.startswith("extra_")}
     return Predictions(
-        ids=np.asarray(values["id"], dtype=np.str_),
-        groups=np.asarray(values["group"], dtype=np.str_),
-        sources=np.asarray(values["source"], dtype=np.str_),
-        labels=np.asarray([number[name] for name in values["label"]], dtype=np.int64),
-        probabilities=np.stack(scores, axis=1),
+        ids=values["id"],
+        groups=values["group"],
+        sources=values["source"],
+        labels=np.asarray([number[name] for name in values["label"].tolist()], dtype=np.int64),
+        probabilities=floats("p_"),
         classes=classes,
-        logits=np.stack(logits, axis=1) if given else None,
-        extra={
-            name.removeprefix("extra_"): np.asarray(column, dtype=np.str_)
-            for name, column in values.items()
-            if name.startswith("extra_")
-        },
+        logits=floats("logit_") if given else None,
+        extra=extra,
     )
-
-
-def _floats(path: Path, lines: list[tuple[int, list[str]]], name: str, texts: list[str]) -> np.ndarray:
-    numbers = np.empty(len(texts), np.float32)
-    for i, text in enumerate(texts):
-        try:
-            numbers[i] = float(text)
-        except ValueError:
-            raise ValueError(f"{path}, line {lines[i][0]}: {name} is {text!r}, expected a number") from None
-    return numbers

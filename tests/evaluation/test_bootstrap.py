@@ -8,7 +8,7 @@ from random_predictions import make_predictions, random_predictions
 from sklearn import metrics as sk
 
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, take
 
 DRAWS = 12
 
@@ -76,7 +76,7 @@ def test_every_interval_against_scikit_learn(ties):
     assert min((p.labels[r] == 2).sum() for r in rows) == 0, "some draw lacks the rare class"
     each = [by_scikit_learn(p, r) for r in rows]
     intervals = bootstrap.intervals(p, DRAWS, seed=3)
-    point = metrics.numbers(metrics.summarize(p.labels, p.probabilities, p.classes, logits=p.logits))
+    point = metrics.numbers(metrics.summarize(p))
     assert intervals.keys() == point.keys() == each[0].keys()
     for name, ends in intervals.items():
         low, high = percentiles([draw[name] for draw in each])
@@ -98,7 +98,7 @@ def test_draws_depend_on_the_seed_alone(monkeypatch):
 def test_copies_of_slices_narrow_no_interval():
     p = dataclasses.replace(random_predictions(60), groups=np.array([f"p{i:02}" for i in range(60)]))
     ids = np.array([f"{i}" for i in range(240)])
-    four = dataclasses.replace(bootstrap.take(p, np.repeat(np.arange(60), 4)), ids=ids)
+    four = dataclasses.replace(take(p, np.repeat(np.arange(60), 4)), ids=ids)
     once, often = bootstrap.intervals(p, 100), bootstrap.intervals(four, 100)
     assert all(often[name] == pytest.approx(once[name], abs=1e-12) for name in once)
     alone = bootstrap.intervals(dataclasses.replace(four, groups=np.full(240, "")), 100)
@@ -128,7 +128,7 @@ def test_undefined_in_most_draws():
     assert bootstrap.over_runs([one], ["accuracy"], 200) == {"accuracy": (1, None, None)}
     same = bootstrap.paired_difference(one, one, ["accuracy"])["accuracy"]
     assert same == bootstrap.Difference(1, 1, 0, None, None, None)
-    none = bootstrap.take(p, np.zeros(0, int))
+    none = take(p, np.zeros(0, int))
     assert bootstrap.intervals(none) == {} and bootstrap.intervals(none, unit="patient") == {}
     assert bootstrap.over_runs([none], ["auc_macro"]) == {"auc_macro": (None, None, None)}
 
@@ -140,7 +140,7 @@ def test_patient_level():
 
 
 def shuffled(p: Predictions) -> Predictions:
-    return bootstrap.take(p, np.random.default_rng(0).permutation(len(p)))
+    return take(p, np.random.default_rng(0).permutation(len(p)))
 
 
 def test_runs_are_averaged_and_resampled():
@@ -194,9 +194,9 @@ def test_runs_of_different_test_sets():
     groups = np.where(p.ids == "i7", "elsewhere", p.groups)
     for changed, words in (
         (dataclasses.replace(p, classes=("a", "b", "d")), "classes: a, b, c and a, b, d"),
-        (bootstrap.take(p, np.arange(89)), "examples, 90 and 89: 1 only in the first, such as i89"),
+        (take(p, np.arange(89)), "examples, 90 and 89: 1 only in the first, such as i89"),
         (dataclasses.replace(p, ids=np.char.add(p.ids, "x")), "90 only in the first, such as i0; 90 only"),
-        (bootstrap.take(p, np.array([0, *range(1, 89), 0])), "examples, 90 and 90: 1 only in the first"),
+        (take(p, np.array([0, *range(1, 89), 0])), "examples, 90 and 90: 1 only in the first"),
         (dataclasses.replace(p, labels=labels), "labels for 1 of 90 examples, such as i4"),
         (dataclasses.replace(p, groups=groups), "patients for 1 of 90 examples, such as i7: .*'elsewhere'"),
     ):

@@ -91,7 +91,7 @@ def test_json_numbers(run):
     test = results["test"]
     mosmed = test.sources == "mosmed"
     assert saved["test"]["by_source"]["mosmed"]["intervals"]["accuracy"] == list(
-        bootstrap.intervals(bootstrap.take(test, np.flatnonzero(mosmed)), 40)["accuracy"]
+        bootstrap.intervals(predictions.take(test, np.flatnonzero(mosmed)), 40)["accuracy"]
     )
     for unit in ("slice", "patient"):
         assert saved["test"][unit]["intervals"] == {
@@ -195,7 +195,7 @@ def test_warnings(tmp_path):
 
     assert warned(p, make(1, tag="v")) == ""
     where = np.flatnonzero(p.labels < 2)
-    assert "test split has no examples of COVID-19" in warned(bootstrap.take(p, where))
+    assert "test split has no examples of COVID-19" in warned(predictions.take(p, where))
     assert "few examples of Normal (15), Pneumonia (15) and COVID-19 (15)" in warned(make(n=45))
     mixed = replace(p, groups=np.where(p.groups == "t1", "t0", p.groups))
     assert "test numbers per patient exclude 1 patient" in warned(mixed)
@@ -296,7 +296,7 @@ def check_overlaps(figure):
 @pytest.mark.parametrize("c", [3, 10])
 def test_long_names_do_not_overlap(figures, tmp_path, c):
     p = make(n=40 * c, classes=LONG[:c])
-    matrix = metrics.summarize(p.labels, p.probabilities, p.classes)["confusion"]
+    matrix = metrics.summarize(p)["confusion"]
     plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")
     plots.roc_curves(p.labels, p.probabilities, p.classes, tmp_path / "roc.png")
     bins = calibration.bins(p)
