@@ -31,7 +31,7 @@ from lungjax.datasets import DatasetName
 from lungjax.datasets.phantom import slices
 from lungjax.evaluation import bootstrap
 from lungjax.explain.saliency import Explainer
-from lungjax.models import trees
+from lungjax.report import render
 
 FIRST_SEED = 2**40  # of patients in no data set: those of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices of a patient searched for a lesion
@@ -148,19 +148,14 @@ def area(curves: np.ndarray) -> np.ndarray:
 
 def module_order(module: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
     """Returns the names of a network's submodules with parameters, in the order of their calls."""
-    called: dict[str, None] = {}
+    names: list[str] = []
 
-    def note(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if len(context.module.path) == 1 and context.method_name == "__call__":
-            called[context.module.path[0]] = None
-        return method(*args, **kwargs)
+    def init() -> None:
+        variables = module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+        names.extend(variables["params"])  # here in the order of creation; outside jax sorts them
 
-    def init() -> Any:
-        with nn.intercept_methods(note):
-            return module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
-
-    params = jax.eval_shape(init)["params"]
-    return [name for name in called if name in params]
+    jax.eval_shape(init)
+    return names
 
 
 def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> dict[str, Any]:
@@ -170,11 +165,11 @@ def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> di
     """
     rng = np.random.default_rng([seed, 33])
 
-    def change(path: str, leaf: Any) -> Any:
-        return rng.permutation(np.ravel(leaf)).reshape(np.shape(leaf)) if path.split("/")[0] in modules else leaf
+    def permute(leaf: Any) -> Any:
+        return rng.permutation(np.ravel(leaf)).reshape(np.shape(leaf))
 
     return {
-        kind: trees.unflatten({path: change(path, leaf) for path, leaf in trees.flatten(tree or {}).items()})
+        kind: {name: jax.tree.map(permute, part) if name in modules else part for name, part in (tree or {}).items()}
         for kind, tree in variables.items()
     }
 
@@ -302,48 +297,4 @@ def measure(
 
 def markdown(name: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the result of `measure` as a page. `what` describes the images."""
-    parts = [f"# Quality of the saliency maps of {name}", f"Measured on {what}."]
-    pointing = {method: dict(row["pointing"]) for method, row in rows.items() if "pointing" in row}
-    for row in pointing.values():
-        rate = row["classified_correctly"]["hit_rate"]
-        row["correct"] = "-" if rate is None else f"{rate:.2f}"
-    if pointing:
-        columns = {
-            "hits (95 %)": "{hit_rate:.2f} ({interval[0]:.2f} to {interval[1]:.2f})",
-            "if classified correctly": "{correct}",
-            "chance": "{chance:.2f}",
-            "chance in the lungs": "{chance_in_lungs:.2f}",
-            "random map": "{random:.2f}",
-            "with tolerance: hits": "{hit_rate_tolerant:.2f}",
-            "with tolerance: chance": "{chance_tolerant:.2f}",
-            "with tolerance: random map": "{random_tolerant:.2f}",
-        }
-        pixels = next(iter(pointing.values()))["tolerance_pixels"]
-        parts += ["## Is the map's maximum on the lesion?", _table(columns, pointing)]
-        parts += [f"The maps explain the true finding. With tolerance, maxima up to {pixels:.1f} pixels away are hits."]
-    columns = {
-        "area under the deletion curve": "{area:.3f}",
-        "random map": "{random_area:.3f}",
-        "better than random": "{better_than_random:.0%}",
-    }
-    parts += ["## Do the marked pixels matter?", _table(columns, {m: row["deletion"] for m, row in rows.items()})]
-    parts += ["The class's probability as pixels are replaced by the image's mean in the map's order; lower is better."]
-    sane = {
-        m: row["sanity"] | {"verdict": "passed" if row["sanity"]["passed"] else "**FAILED**"} for m, row in rows.items()
-    }
-    first = next(iter(sane.values()))
-    stages = {stage["shuffled"]: f"{{stages[{i}][correlation]:.2f}}" for i, stage in enumerate(first["stages"])}
-    parts += ["## Do the maps depend on the weights?", _table({"verdict": "{verdict}"} | stages, sane)]
-    parts += [
-        f"Rank correlation of the maps with those after these weights were shuffled, mean of {first['n']} images and "
-        f"{first['draws']} draws. A method fails above {UNCHANGED} in the first or last column: it shows the image "
-        "rather than the network."
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a Markdown table with a column per format string, which is filled from each row."""
-    lines = [["method", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[method, *(text.format(**row) for text in columns.values())] for method, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return render.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.explain import panels, quality, saliency
+from lungjax.explain import panels, quality
 from lungjax.explain.saliency import Explainer
 from lungjax.report import style
+from lungjax.report.sheets import FRAME, Section, Tile, draw
 
 TILES = (4, 7)  # columns and rows of a sheet
 CHUNK = 64  # images in memory at a time
@@ -103,37 +103,16 @@ def explain_split(
                 verdict = [classes[label], classes[predicted], "yes" if predicted != label else "no"]
                 p = [f"{value:.6g}" for value in scores[row]]
                 writer.writerow([page * size + i + 1, f"page_{page + 1:03}.png", *ids, *verdict, *p])
-                tiles.append((ids[0], pixels[i], panels.visible(maps[i], method), label, scores[row]))
+                wrong = f"wrong, true: {classes[label]}" if predicted != label else "correct"
+                frame = style.WRONG if predicted != label else FRAME
+                lines = (ids[0], panels.prediction(scores[row], classes), wrong)
+                tiles.append(Tile(pixels[i], lines, frame=frame, wide=True))
+                tiles.append(Tile(pixels[i], heat=panels.visible(maps[i], method), frame=frame))
             explained = "the predicted class" if target is None else classes[target]
             title = f"{data.name}, {split}: {panels.TITLES[method]} for {explained}, page {page + 1} of {pages}"
-            sheet(out / f"page_{page + 1:03}.png", f"{title}, by falling confidence", tiles, classes)
+            section = Section(tiles, f"{title}, by falling confidence")
+            draw([section], out / f"page_{page + 1:03}.png", 2 * TILES[0], paired=True, aspect=2.0)
     return bad
-
-
-def sheet(path: Path, heading: str, tiles: Sequence[tuple[Any, ...]], classes: Sequence[str]) -> None:
-    """Draws a page with image and overlay of each tile (name, image, map, label, probabilities)."""
-    columns, rows = min(TILES[0], len(tiles)), math.ceil(len(tiles) / TILES[0])
-    tall = tiles[0][1].shape[0] / tiles[0][1].shape[1]
-    figure = style.figure(2.9 * max(columns, 2), (1.4 * tall + 0.62) * rows + 0.5, layout="compressed")
-    figure.suptitle(style.plain(heading), fontsize=11, color=style.INK)
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, (name, image, heat, label, p) in zip(axes, tiles, strict=False):
-        wrong = int(p.argmax()) != label
-        both = np.concatenate([np.broadcast_to(image, (*image.shape[:2], 3)), saliency.overlay(image, heat)], axis=1)
-        axis.imshow(both)
-        color = style.WRONG if wrong else style.INK
-        last = f"wrong, true: {style.short(classes[label], 24)}" if wrong else "correct"
-        axis.set_title(
-            f"{style.short(name, 34)}\n{panels.prediction(p, classes)}\n{last}", fontsize=7.5, color=color, loc="left"
-        )
-        if wrong:
-            axis.set_axis_on()
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set(color=style.WRONG, linewidth=2.5)
-    style.save(figure, path)
 
 
 def measure_quality(
