@@ -127,7 +127,8 @@ def paired_difference(
         if ends is not None:
             tails = (values <= 0).sum(), (values >= 0).sum()
             p = float(min(1.0, 2 * (min(tails) + 1) / (np.isfinite(values).sum() + 1)))
-        result[name] = Difference(first, second, difference, *(ends or (None, None)), p)
+        low, high = ends or (None, None)
+        result[name] = Difference(first, second, difference, low, high, p)
     return result
 
 

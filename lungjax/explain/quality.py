@@ -14,7 +14,7 @@ Three checks, each with the result of an uninformed map:
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ FIRST_SEED = 2**40  # of patients in no data set: those of phantom_ct start at -
 LEVELS = 5  # slices of a patient searched for a lesion
 TOLERANCE = 0.05  # of the shorter side: distance from the lesion that counts as a hit in the tolerant game
 DELETIONS = 20  # steps of the deletion curve
+SANITY_IMAGES = 16
 DRAWS = 3  # of shuffled weights
 # Mean rank correlation with the trained network's map above which a map counts as unchanged. Our choice, the paper has
 # none: at 0.5 a quarter of the ranks' variance is still the same.
@@ -54,21 +55,15 @@ class Slices:
     labels: np.ndarray  # int64 [N], of the finding
 
 
-def draw_slices(
-    classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int, first_seed: int = FIRST_SEED
-) -> Slices:
+def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
     """Returns `count` slices of new patients with alternating findings, and their masks, cropped and resized alike.
 
-    Args:
-      classes: of the network, phantom_ct's in any order.
-      spec: the network's input.
-      name: the training data set, for its stage and size.
-      count: of slices; patients without a visible lesion in LEVELS slices are skipped.
-      first_seed: of the patients.
+    `classes` are phantom_ct's in any order; `name` is the training data set, for its stage and size. Patients without a
+    visible lesion in LEVELS slices are skipped.
     """
     findings = [finding for finding in slices.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-    for seed in itertools.count(first_seed):
+    for seed in itertools.count(FIRST_SEED):
         if len(rows) == count:
             break
         finding = findings[len(rows) % len(findings)]
@@ -245,40 +240,28 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
 def measure(
     explainer: Explainer,
     images: np.ndarray,
-    targets: np.ndarray | None,
+    targets: np.ndarray | int | None,
     methods: Sequence[str],
     slices: Slices | None = None,
-    sane: int = 16,
-    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Returns {method: {"pointing", "deletion", "sanity"}} of a network.
 
-    Args:
-      explainer: of the network.
-      images: uint8 [N, H, W, C] for the deletion curve; ignored where `slices` are given.
-      targets: int [N], the classes to explain; None takes the predicted ones.
-      methods: of saliency.METHODS.
-      slices: with lesion masks; all checks use their images, and explain the true finding.
-      sane: number of images of the sanity check.
-      say: receives progress messages.
-
-    Raises ValueError if there is no image.
+    Measured on `images` uint8 [N, H, W, C], N at least 1, for the classes `targets` int [N] or of all images, None for
+    the predicted ones; "pointing" only on `slices`, which replace both and explain the true finding. Prints progress.
     """
     if slices is not None:
         images, targets = slices.images, slices.labels
-    if not len(images):
-        raise ValueError("no image to measure the maps on")
     predicted = explainer.probabilities(images).argmax(-1)
-    targets = predicted if targets is None else np.asarray(targets)
+    targets = predicted if targets is None else np.broadcast_to(targets, len(images))
     result: dict[str, Any] = {}
     for method in methods:
-        say(f"{method}: maps of {len(images)} images")
+        print(f"{method}: maps of {len(images)} images")
         maps, _ = explainer.maps(images, targets, method)
         random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)
         row: dict[str, Any] = {}
         if slices is not None:
             row["pointing"] = pointing(maps, slices, random, predicted == slices.labels)
-        say(f"{method}: deletion curves")
+        print(f"{method}: deletion curves")
         curves = [deletion(explainer, images, each, targets) for each in (maps, random)]
         areas = [area(curve) for curve in curves]
         row["deletion"] = {
@@ -289,8 +272,8 @@ def measure(
             "curve": curves[0].mean(0).round(5).tolist(),
             "random_curve": curves[1].mean(0).round(5).tolist(),
         }
-        say(f"{method}: sanity check")
-        row["sanity"] = sanity(explainer, images[:sane], method)
+        print(f"{method}: sanity check")
+        row["sanity"] = sanity(explainer, images[:SANITY_IMAGES], method)
         result[method] = row
     return result
 

@@ -90,10 +90,7 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
 
 @dataclass(eq=False)
 class Explainer:
-    """Computes the maps of one network, and caches its compiled programs.
-
-    Raises ValueError for a patch or stride that does not fit into the image, or no steps.
-    """
+    """Computes the maps of one network, and caches its compiled programs. Raises ValueError for an invalid patch."""
 
     module: nn.Module  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
@@ -106,29 +103,25 @@ class Explainer:
     align: bool = True  # places gradcam and gradcam++ by their receptive field; False stretches them, as published
 
     def __post_init__(self) -> None:
-        """Fills in the defaults, and checks steps, patch and stride."""
+        """Fills in the defaults."""
         self.batch_size = self.batch_size or folding.batch_size(Config(input=self.spec), 1, jax.default_backend())
         self.patch = self.patch or max(min(self.spec.size) // 7, 1)
         self.stride = self.stride or max(self.patch // 2, 1)
         self._programs: dict[str, Any] = {}
-        if self.steps < 1 or not 1 <= self.stride <= self.patch <= min(self.spec.size):
+        if not 1 <= self.stride <= self.patch <= min(self.spec.size):
             raise ValueError(
-                f"steps={self.steps}, patch={self.patch}, stride={self.stride}: at least 1, a patch no larger than the "
-                f"image ({self.spec.size[0]} x {self.spec.size[1]}) and a stride no larger than the patch"
+                f"patch={self.patch}: must fit into the image, and the stride {self.stride} into the patch"
             )
 
     def maps(
-        self, images: np.ndarray, targets: np.ndarray | None = None, method: str = "gradcam"
+        self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str = "gradcam"
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps float32 [B, H, W] in 0..1 and class probabilities float32 [B, C].
 
-        Args:
-          images: uint8 [B, H, W, C], network inputs before normalization.
-          targets: int [B], the class to explain in each image; None takes the most probable one.
-          method: one of METHODS.
-
-        Maps of the last layer are interpolated linearly to the input's size. Maps are divided by their maximum, so that
-        0 remains "no evidence for this class"; gradcam_positive is min-max scaled, as in the study.
+        `images` are uint8 [B, H, W, C], network inputs before normalization, and `targets` int [B] the class to explain
+        in each, or one class for all, or None for the most probable one. Maps of the last layer are interpolated
+        linearly to the input's size. Maps are divided by their maximum, so that 0 remains "no evidence for this class";
+        gradcam_positive is min-max scaled, as in the study.
 
         Raises ValueError for an unknown method, images of another shape or dtype, and invalid targets.
         """
@@ -296,14 +289,14 @@ class Explainer:
     def _logits(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return self._network(folded, normalize(pixels, self.spec))[0].astype(jnp.float32)
 
-    def _checked(self, images: np.ndarray, targets: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _checked(self, images: np.ndarray, targets: np.ndarray | int | None) -> tuple[np.ndarray, np.ndarray]:
         images, shape = np.asarray(images), (*self.spec.size, self.spec.channels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             expected = ", ".join(map(str, shape))
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, {expected}]")
         if targets is None:
             return images, np.full(len(images), -1, np.int32)
-        indices = np.asarray(targets)
+        indices = np.full(len(images), targets) if np.ndim(targets) == 0 else np.asarray(targets)
         if indices.shape != (len(images),) or ((indices < 0) | (indices >= self.classes)).any():
             raise ValueError(f"targets={indices.tolist()}: expected {len(images)} numbers from 0 to {self.classes - 1}")
         return images, indices.astype(np.int32)
@@ -335,12 +328,5 @@ def heat_colors(heat: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Returns the mean of an image uint8 [H, W, 1 or 3] and the colors of its map [H, W] in 0..1, uint8 [H, W, 3].
-
-    Raises ValueError if the two differ in height or width.
-    """
-    if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.shape[:2] != np.shape(heat):
-        raise ValueError(
-            f"image {list(image.shape)} and map {list(np.shape(heat))}: expected [H, W, 1 or 3] and [H, W]"
-        )
+    """Returns the mean of an image uint8 [H, W, 1 or 3] and the colors of its map [H, W] in 0..1, uint8 [H, W, 3]."""
     return np.rint((image.astype(np.float32) + heat_colors(heat)) / 2).astype(np.uint8)
