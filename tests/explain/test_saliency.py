@@ -229,5 +229,5 @@ def test_overlay_is_the_mean_of_image_and_colors():
     for row, color in ((0, low), (1, high)):
         np.testing.assert_allclose(colors[row, 1], color, atol=1)
         np.testing.assert_allclose(colors[row, 4], (100 + np.asarray(color)) / 2, atol=1)
-    with pytest.raises(ValueError, match="map"):
+    with pytest.raises(ValueError, match="broadcast"):
         saliency.overlay(image, heat.T)
