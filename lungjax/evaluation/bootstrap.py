@@ -47,13 +47,9 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Returns the 95 % interval (low, high) of each metric of a level, by dotted name (`metrics.numbers`).
 
-    Metrics without an interval, see the module's docstring, are left out; with draws=0 all are.
-
-    Args:
-      predictions: of the examples.
-      draws: number of samples of patients.
-      seed: of the draws; the same seed draws the same patients of a data set.
-      unit: "slice" for the level over examples, "patient" for the one over patients (`metrics.by_patient`).
+    Metrics without an interval, see the module's docstring, are left out; with draws=0 all are. The same `seed` draws
+    the same patients of a data set. `unit` is "slice" for the level over examples, "patient" for the one over patients
+    (`metrics.by_patient`).
 
     Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
     """
@@ -71,11 +67,7 @@ def over_runs(
     patients and seeds. (Three runs say little about seeds: a bootstrap of three values underestimates their variance
     by a third.)
 
-    Args:
-      runs: predictions for the same examples, in any order.
-      names: dotted names of metrics, such as "accuracy" or "study.auc_micro_logits".
-      draws, seed, unit: as in `intervals`.
-
+    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits".
     Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
     """
     if not runs:
@@ -108,12 +100,8 @@ def paired_difference(
     more, and at most 1: the level at which the percentile interval just touches zero (Efron and Tibshirani 1993,
     ch. 15.4). With 2,000 draws it is at least 0.001. There is no correction for multiple comparisons.
 
-    Args:
-      a, b: predictions for the same examples, in any order.
-      names: dotted names of metrics; None takes all.
-      draws, seed, unit: as in `intervals`.
-
-    Raises ValueError for different examples, an unknown name, and as `intervals`.
+    `a` and `b` are for the same examples, in any order; `names` are dotted, None takes all. Raises ValueError for
+    different examples, an unknown name, and as `intervals`.
     """
     points, drawn = _evaluate([a, b], names, draws, seed, unit)
     result = {}

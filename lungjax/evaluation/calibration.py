@@ -54,15 +54,16 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
     )
 
 
-def bins(predictions: Predictions, count: int = metrics.BINS) -> list[dict[str, Any]]:
-    """Returns the bins of a reliability diagram: `count` of equal width, of the highest probability.
+def bins(predictions: Predictions) -> list[dict[str, Any]]:
+    """Returns the bins of a reliability diagram: `metrics.BINS` of equal width, of the highest probability.
 
     Each is {low, high, n, confidence, accuracy}: its edges (it includes the upper one), number of examples, their mean
     highest probability and accuracy, both None in an empty bin.
     """
     p = predictions
     top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
-    place = metrics.confidence_bins(top, count)
+    place = metrics.confidence_bins(top)
+    count = metrics.BINS
     sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
     return [
         {

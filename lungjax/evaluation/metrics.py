@@ -102,9 +102,9 @@ def addends(predictions: Predictions) -> dict[str, Addends]:
     }
 
 
-def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
-    """Returns the index [N] of each confidence among `count` equal bins of 0..1, which include their upper edge."""
-    return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
+def confidence_bins(confidence: np.ndarray) -> np.ndarray:
+    """Returns the index [N] of each confidence among BINS equal bins of 0..1, which include their upper edge."""
+    return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
 
 
 def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:

@@ -67,16 +67,16 @@ def test_bounds_and_certain_predictions():
 
 def test_bins_against_scikit_learn():
     p = make(900, 2.0)
-    bins = calibration.bins(p, 10)
+    bins = calibration.bins(p)
     right, top = p.predicted == p.labels, p.probabilities.max(axis=1)
-    shares, means = sk_calibration.calibration_curve(right, top, n_bins=10)
+    shares, means = sk_calibration.calibration_curve(right, top, n_bins=15)
     full = [b for b in bins if b["n"]]
-    assert len(bins) == 10 and len(full) < 10 and sum(b["n"] for b in bins) == 900
+    assert len(bins) == 15 and len(full) < 15 and sum(b["n"] for b in bins) == 900
     np.testing.assert_allclose([b["accuracy"] for b in full], shares)
     np.testing.assert_allclose([b["confidence"] for b in full], means)
     assert all(b["accuracy"] is b["confidence"] is None for b in bins if not b["n"])
     assert all(b["low"] <= b["confidence"] <= b["high"] for b in full)
-    ece = sum(b["n"] / 900 * abs(b["accuracy"] - b["confidence"]) for b in calibration.bins(p) if b["n"])
+    ece = sum(b["n"] / 900 * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"])
     assert metrics.summarize(p)["ece"] == pytest.approx(ece)
 
 
