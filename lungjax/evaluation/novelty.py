@@ -143,7 +143,7 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
     threshold = _threshold(val_scores)
     val_alarms, alarms = (int((scores > threshold).sum()) for scores in (val_scores, test_scores))
     n = len(test_scores)
-    rate = {"rate": alarms / n if n else None, "interval": bootstrap.wilson(alarms, n)}
+    rate: dict[str, Any] = {"rate": alarms / n if n else None, "interval": bootstrap.wilson(alarms, n)}
     false_alarms = {"val": {"n": len(val_scores), "alarms": val_alarms}, "test": {"n": n, "alarms": alarms} | rate}
     return Novelty(parts, threshold, false_alarms)
 

@@ -32,11 +32,8 @@ class Predictions:
     def __post_init__(self) -> None:
         """Checks shapes, labels and class names; the metrics check the values of `probabilities`."""
         n, c = len(self.ids), len(self.classes)
+        tables = {"probabilities": self.probabilities} | ({} if self.logits is None else {"logits": self.logits})
         rows = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
-        tables = {
-            "probabilities": self.probabilities,
-            "logits": self.probabilities if self.logits is None else self.logits,
-        }
         for columns, shape in ((tables, (n, c)), (rows, (n,))):
             for name, values in columns.items():
                 if np.shape(values) != shape:
@@ -109,33 +106,27 @@ def read(path: Path) -> Predictions:
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
-    number = {name: i for i, name in enumerate(classes)}
+    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(given)] for name in classes]
+    labels, numbers = [], []
     for line, row in lines:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {line}: {len(row)} values, expected {len(header)}")
-        if (label := row[header.index("label")]) not in number:
+        if (label := row[header.index("label")]) not in classes:
             raise ValueError(f"{path}, line {line}: label {label!r} is not one of {', '.join(classes)}")
-    values = {name: np.asarray([row[i] for _, row in lines], np.str_) for i, name in enumerate(header)}
-
-    def floats(prefix: str) -> np.ndarray:
-        table = np.empty((len(lines), len(classes)), np.float32)
-        for column, name in enumerate(prefix + name for name in classes):
-            for row, text in enumerate(values[name].tolist()):
-                try:
-                    table[row, column] = float(text)
-                except ValueError:
-                    message = f"{path}, line {lines[row][0]}: {name} is {text!r}, expected a number"
-                    raise ValueError(message) from None
-        return table
-
-    extra = {name.removeprefix("extra_"): column for name, column in values.items() if name.startswith("extra_")}
+        labels.append(classes.index(label))
+        try:
+            numbers.append([float(row[i]) for i in places])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+    columns = {name: np.asarray([row[i] for _, row in lines], np.str_) for i, name in enumerate(header)}
+    table = np.asarray(numbers, np.float32).reshape(len(lines), len(places))
     return Predictions(
-        ids=values["id"],
-        groups=values["group"],
-        sources=values["source"],
-        labels=np.asarray([number[name] for name in values["label"].tolist()], dtype=np.int64),
-        probabilities=floats("p_"),
+        ids=columns["id"],
+        groups=columns["group"],
+        sources=columns["source"],
+        labels=np.asarray(labels, np.int64),
+        probabilities=table[:, : len(classes)],
         classes=classes,
-        logits=floats("logit_") if given else None,
-        extra=extra,
+        extra={name.removeprefix("extra_"): column for name, column in columns.items() if name.startswith("extra_")},
+        logits=table[:, len(classes) :] if given else None,
     )
