@@ -16,6 +16,7 @@ from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; without mistakes the optimum is zero
 SCORES = ("ece", "brier", "loss")
+EMPTY = {"confidence": None, "accuracy": None}  # a bin without examples
 
 
 def fit_temperature(predictions: Predictions) -> float:
@@ -65,16 +66,11 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     place = metrics.confidence_bins(top)
     count = metrics.BINS
     sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
-    return [
-        {
-            "low": i / count,
-            "high": (i + 1) / count,
-            "n": int(n),
-            "confidence": float(confidence / n) if n else None,
-            "accuracy": float(hits / n) if n else None,
-        }
-        for i, (n, confidence, hits) in enumerate(zip(*sums, strict=True))
-    ]
+    result = []
+    for i, (n, confidence, hits) in enumerate(zip(*sums, strict=True)):
+        means = {"confidence": float(confidence / n), "accuracy": float(hits / n)} if n else EMPTY
+        result.append({"low": i / count, "high": (i + 1) / count, "n": int(n), **means})
+    return result
 
 
 def summary(val: Predictions, test: Predictions) -> dict[str, Any]:

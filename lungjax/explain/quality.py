@@ -199,14 +199,9 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
             correlations.append(rank_correlation(before, after))
             empty.append(~after.any((1, 2)))
         some = f"the head and {count} of {len(below)} modules below" if count else "the head"
-        stages.append(
-            {
-                "shuffled": "the whole network" if count and count == len(below) else some,
-                "modules": len(changed),
-                "correlation": float(np.mean(correlations)),
-                "empty": float(np.mean(empty)),
-            }
-        )
+        name = "the whole network" if count and count == len(below) else some
+        means = {"correlation": float(np.mean(correlations)), "empty": float(np.mean(empty))}
+        stages.append({"shuffled": name, "modules": len(changed), **means})
     unchanged = max(stages[0]["correlation"], stages[-1]["correlation"]) > UNCHANGED
     blank = float((~before.any((1, 2))).mean())
     return {"n": len(images), "draws": draws, "stages": stages, "empty": blank, "passed": not unchanged and blank < 1}
