@@ -268,7 +268,7 @@ class Explainer:
     def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return outputs.probabilities(self._logits(folded, pixels), self.positive)
 
-    def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> Maps:
+    def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> tuple[Any, Any]:
         def score(at: jax.Array) -> tuple[jax.Array, jax.Array]:
             each = class_scores(self._logits(folded, at), target, self.positive)
             return each.sum(), each
