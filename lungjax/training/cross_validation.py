@@ -16,7 +16,7 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import bootstrap, metrics, predictions
+from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
@@ -140,7 +140,7 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     if (counts > 1).any():
         raise ValueError(f"{names[counts > 1][0]} was tested in two folds: delete the folder and start over")
     order = np.argsort(_rows(pooled, data), kind="stable")
-    return bootstrap.take(pooled, order)
+    return predictions.take(pooled, order)
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:

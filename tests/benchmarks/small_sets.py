@@ -66,7 +66,7 @@ def tables(data: str, root: Path, seeds: int) -> str:
         if runs:
             names, counts = np.unique(runs[0].sources, return_counts=True)
             sources = dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1]))
-            parts = ([bootstrap.take(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
+            parts = ([predictions.take(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
             by_source.append([f"{model}, {start}", *(f"{cell(p, 'auc_macro')}; {cell(p, 'accuracy')}" for p in parts)])
     head = ["AUC; accuracy per slice", *(f"{s}, {n} images" for s, n in sources.items())]
     return f"{markdown(rows)}\n\n{markdown([head, *by_source])}"

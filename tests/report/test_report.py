@@ -90,7 +90,7 @@ def test_json_numbers(run):
     assert saved["version"] == 1 and saved["classes"] == list(CLASSES)
     test = results["test"]
     mosmed = test.sources == "mosmed"
-    own = bootstrap.intervals(bootstrap.take(test, np.flatnonzero(mosmed)), 40)
+    own = bootstrap.intervals(predictions.take(test, np.flatnonzero(mosmed)), 40)
     assert saved["test"]["by_source"]["mosmed"]["intervals"]["accuracy"] == list(own["accuracy"])
     for unit in ("slice", "patient"):
         expected = bootstrap.intervals(test, 40, unit=unit)
@@ -193,7 +193,7 @@ def test_warnings(tmp_path):
 
     assert warned(p, make(1, tag="v")) == ""
     where = np.flatnonzero(p.labels < 2)
-    assert "test split has no examples of COVID-19" in warned(bootstrap.take(p, where))
+    assert "test split has no examples of COVID-19" in warned(predictions.take(p, where))
     assert "few examples of Normal (15), Pneumonia (15) and COVID-19 (15)" in warned(make(n=45))
     mixed = replace(p, groups=np.where(p.groups == "t1", "t0", p.groups))
     assert "test numbers per patient exclude 1 patient" in warned(mixed)
@@ -295,7 +295,7 @@ def check_overlaps(figure):
 
 def test_long_names_do_not_overlap(figures, tmp_path):
     p = make(n=400, classes=LONG)
-    matrix = metrics.summarize(p.labels, p.probabilities, p.classes)["confusion"]
+    matrix = metrics.summarize(p)["confusion"]
     plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")
     plots.roc_curves(p.labels, p.probabilities, p.classes, tmp_path / "roc.png")
     bins = calibration.bins(p)
