@@ -135,12 +135,12 @@ def train(run: Run, weights_dir: Path | None) -> None:
     ):
         checkpoint = checkpoints.restore(abstract_state)
         if checkpoint:
-            current, progress = checkpoint[0], Progress.from_dict(checkpoint[1])
+            current, progress = checkpoint[0], Progress(**checkpoint[1])
             print_line(f"Resuming from step {int(current.step)} of {run.program.steps} in {workdir}")
         else:
             current, progress = run.program.new_state(start), Progress()
             if config.train.on_nan == "rewind":  # needs a checkpoint to return to
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
         if int(current.step) < run.program.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(workdir)
         while True:
@@ -215,10 +215,10 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
                         f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
                     )
                     # The best weights are tested; with train.keep=last those are the newest.
-                    checkpoints.save(current, progress.to_dict(), best=better or config.train.keep == "last")
+                    checkpoints.save(current, vars(progress), best=better or config.train.keep == "last")
                     last_save, clock = step, time.perf_counter()
                 elif due(config.train.save_steps) and last_save < step:
-                    checkpoints.save(current, progress.to_dict())
+                    checkpoints.save(current, vars(progress))
                     last_save = step
                 if progress.stopped:
                     print_line(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
@@ -240,7 +240,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
             watch.check()  # for a signal during the last validation, whose state is saved
         except signals.Interrupted as stop:
             if last_save < step:
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
             checkpoints.wait()
             saved_note = "Checkpoint saved; rerun" if step else "Rerun"
             print_line(f"{stop} at step {step}. {saved_note} the same command to resume")
@@ -249,7 +249,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
             if last_save < error.step - 1 and config.train.on_nan == "stop":
                 # The state has not changed since the step before.
                 current = current.replace(step=filled(current.step, error.step - 1))
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
             raise
 
 
@@ -294,7 +294,7 @@ def rewind(
         raise ValueError(f"{error}. The run was rewound {MAX_REWINDS} times already")
     checkpoint = checkpoints.restore(abstract_state)
     assert checkpoint is not None  # train.on_nan=rewind saves one at the start
-    current, restored = checkpoint[0], Progress.from_dict(checkpoint[1])
+    current, restored = checkpoint[0], Progress(**checkpoint[1])
     restored.rewinds = progress.rewinds + 1
     restored.skipped_batches = progress.skipped_batches + error.step - int(current.step)
     print_line(f"{error.cause}. Rewinding to step {int(current.step)}; continuing with the examples after that batch")

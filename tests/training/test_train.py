@@ -153,16 +153,17 @@ def test_warm_start_accounts_for_every_name(tmp_path, complete):
     other = changed(config, "model.name=simple")
     with pytest.raises(ValueError, match="does not fit") as error:
         train.run(other, tmp_path / "other", tmp_path)
-    for problem in ("only in the file: stem_bn/scale", "only in the network: stage", "stem_conv/kernel", "wanted"):
+    for problem in ("only in the file: stem_bn/scale", "only in the network: stage", "stem_conv/kernel", "expected"):
         assert problem in str(error.value)
     assert not (tmp_path / "other").exists()
 
 
 def test_tuning_a_head_on_another_run(tmp_path):
     """The statistics of images and weights are those of the source run; only the head is trained."""
-    source = changed(CONFIG, "train.steps=4", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
+    source = changed(CONFIG, "train.steps=2", "train.eval_steps=2", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
     train.run(source, tmp_path / "source", tmp_path)
-    config = changed(CONFIG, f"model.weights=run:{tmp_path / 'source'}", "optim.tune=head", "optim.lr_factors=bias$=2")
+    tuning = ("train.steps=2", "train.eval_steps=2", "optim.tune=head", "optim.lr_factors=bias$=2")
+    config = changed(CONFIG, f"model.weights=run:{tmp_path / 'source'}", *tuning)
     train.run(config, tmp_path / "run", tmp_path)
     saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert saved == dataclasses.replace(config, input=saved.input)
