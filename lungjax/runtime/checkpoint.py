@@ -155,12 +155,8 @@ def newest(workdir: Path, kind: str) -> int | None:
 def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
     """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
 
-    Only reads, so the run may still be training. Call on all hosts.
-
-    Args:
-      workdir: of the run.
-      abstract_variables: shapes with shardings; None for numpy arrays on this host.
-
+    Only reads, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with shardings;
+    None restores numpy arrays on this host.
     Raises ValueError if there are none, none is intact, or they belong to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"

@@ -94,11 +94,9 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         # The only evaluation on the test split, with the best weights.
         variables, best_step = restore_best(workdir, run.program.abstract_state.variables)
         results = {split: predict(run, variables, run.data, split) for split in ("val", "test")}
-        no_lungs = without_lungs(run.data, data_dir)
-        if no_lungs is not None:
+        if (no_lungs := without_lungs(run.data, data_dir)) is not None:
             results["no_lungs"] = predict(run, variables, no_lungs, "test")
-        source_only = baselines.source_only(run.data)
-        if source_only is not None:
+        if (source_only := baselines.source_only(run.data)) is not None:
             results["source_only"] = source_only
     facts = describe(run) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
     return write_report(run, results, facts, explainer(run, variables), datasets.describe(run.data, data_dir))
@@ -319,28 +317,23 @@ def predict(
     run: Run, variables: dict[str, Any], data: Prepared, split: str, watch: signals.Watch | None = None
 ) -> Predictions:
     """Returns predictions of a split; raises Interrupted between batches if `watch` received a signal."""
+    compiled, check = run.program, watch.check if watch else lambda: None
+    folded = compiled.network.fold(variables)
     return predict_split.predict(
-        run.program.predict_step,
-        run.program.network.fold(variables),
-        data,
-        split,
-        run.config,
-        run.program.mesh,
-        progress=watch is None,
-        check=watch.check if watch else lambda: None,
+        compiled.predict_step, folded, data, split, run.config, compiled.mesh, progress=watch is None, check=check
     )
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Returns the facts of a report about machine, software, data and network."""
     data = run.data
-    counts = {
-        split: np.bincount(data.columns["label"][data.rows(split)], minlength=len(data.classes)).tolist()
-        for split in ("train", "val", "test")
-    }
+    labels = {split: data.columns["label"][data.rows(split)] for split in ("train", "val", "test")}
     return {
         **workdirs.data_facts(data),
-        "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
+        "counts": {
+            split: dict(zip(data.classes, np.bincount(n, minlength=len(data.classes)).tolist(), strict=True))
+            for split, n in labels.items()
+        },
         "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
         "steps": run.program.steps,
         "compute_type": str(np.dtype(run.program.module.dtype)),

@@ -178,20 +178,12 @@ def test_networks_take_their_input():
         assert all(np.less_equal(models.minimum_size(config.model), config.input.size)), choice
 
 
-def assert_published_parameters(large):
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_published_parameters(large):
     for choice, (classes, expected) in TRAINED.items():
         if bool(re.search(LARGE, choice)) == large:
             counts = tuple(sum(map(math.prod, shapes.values())) for shapes in leaves(choice, classes))
             assert expected in (counts, counts[1]), (choice, counts)
-
-
-def test_published_parameters():
-    assert_published_parameters(large=False)
-
-
-@pytest.mark.slow
-def test_published_parameters_of_large_variants():
-    assert_published_parameters(large=True)
 
 
 def test_covidx_ct_trained_blocks():
