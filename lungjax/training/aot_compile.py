@@ -266,8 +266,9 @@ def _open_data(config: Config, data_dir: Path) -> Prepared:
         name=name.full,
         classes=classes,
         columns={
-            **{name: np.full(n, "train") for name in ("file", "split", "split_study")},
+            "file": np.full(n, "black.png"),
             "label": np.arange(n),
+            **dict.fromkeys(("split", "split_study"), np.full(n, "train")),
             "box": np.tile(np.asarray([0, 0, BODY_SIDE, BODY_SIDE], np.float32), (n, 1)),
         },
         records=[record] * n,

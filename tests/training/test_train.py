@@ -51,6 +51,9 @@ def test_files_of_a_run(tmp_path, complete):
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
 
+    assert early_stopping.is_complete(workdir, CONFIG, 12) and not early_stopping.is_complete(workdir, CONFIG, 13)
+    assert not early_stopping.is_complete(tmp_path, CONFIG, 12)
+
     # The best step is the first with the best validation score, and its weights are tested.
     scores = {r["step"]: r["val.slice.accuracy"] for r in rows if "val.slice.loss" in r}
     assert newest(workdir, "best") == max(scores, key=lambda s: (scores[s], -s))
@@ -73,11 +76,6 @@ def test_early_stopping_is_final(tmp_path):
     assert json.loads((tmp_path / "run/report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)
     assert metrics_log.read(tmp_path / "run/metrics.jsonl") == rows
-
-
-def test_is_complete(tmp_path, complete):
-    assert early_stopping.is_complete(complete, CONFIG, 12) and not early_stopping.is_complete(complete, CONFIG, 13)
-    assert not early_stopping.is_complete(tmp_path, CONFIG, 12)
 
 
 def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):

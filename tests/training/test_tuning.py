@@ -49,11 +49,9 @@ TRAINED = {
     **{(name, "head"): "" for name in NETWORKS},
 }
 FREEZE = "optim.freeze=^stem|^stage1"
-FAMILIES = [
-    "tiny_cbr",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_efficientnet", "tiny_resnet", "tiny_densenet")),
-]
-REMAT = ["false", pytest.param("true", marks=pytest.mark.slow)]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+FAMILIES = ["tiny_cbr", slow("tiny_efficientnet"), slow("tiny_resnet"), slow("tiny_densenet")]
+REMAT = ["false", slow("true")]
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +60,14 @@ def networks(monkeypatch):
         monkeypatch.setitem(models.MODELS, name, network)
 
 
+def side(name):
+    return 24 if name == "tiny_cbr" else 16
+
+
 def config_of(name, *assignments):
     """Plain gradient descent without dropout, whose step is the gradient."""
-    side = 24 if name == "tiny_cbr" else 16
     plain = changed(
-        runs.PLAIN, f"model.name={name}", f"input.size={side}", "model.head.dropout=0", "optim.name=sgd",
+        runs.PLAIN, f"model.name={name}", f"input.size={side(name)}", "model.head.dropout=0", "optim.name=sgd",
         "optim.lr=0.125", "optim.momentum=0", "optim.schedule=constant", "optim.freeze=",
     )  # fmt: skip
     if name in ("tiny_efficientnet", "tiny_convnext"):
@@ -75,8 +76,7 @@ def config_of(name, *assignments):
 
 
 def shapes(name):
-    side = 24 if name == "tiny_cbr" else 16
-    images = jnp.zeros((1, side, side, 1))
+    images = jnp.zeros((1, side(name), side(name), 1))
     return jax.eval_shape(lambda: NETWORKS[name](outputs=3).init(jax.random.key(0), images, train=False))["params"]
 
 
@@ -119,11 +119,7 @@ def test_invalid_tune_and_freeze():
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("tiny_cbr", "train.accumulate=2"),
-        pytest.param("tiny_efficientnet", "train.remat=true", marks=pytest.mark.slow),
-    ],
+    ("name", "variant"), [("tiny_cbr", "train.accumulate=2"), slow("tiny_efficientnet", "train.remat=true")]
 )
 def test_frozen_parameters_stay_bit_exact(name, variant):
     config = config_of(name, "optim.name=adamw", "optim.weight_decay=0.1", "optim.lr=0.01", "optim.tune=head", variant)
@@ -135,7 +131,7 @@ def test_frozen_parameters_stay_bit_exact(name, variant):
     assert runs.different(before.params, jax.device_get(current.params)) == trained
 
 
-@pytest.mark.parametrize("name", ["tiny_cbr", pytest.param("tiny_densenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny_cbr", slow("tiny_resnet"), slow("tiny_densenet")])
 def test_no_backward_pass_below_trained_layers(name):
     flops = {}
     for tune in ("head", "blocks:1", "all"):
@@ -147,12 +143,7 @@ def test_no_backward_pass_below_trained_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "norms"),
-    [
-        ("tiny_cbr", "frozen"),
-        pytest.param("tiny_convnext", "update", marks=pytest.mark.slow),
-        pytest.param("tiny_densenet", "update", marks=pytest.mark.slow),
-    ],
+    ("name", "norms"), [("tiny_cbr", "frozen"), slow("tiny_convnext", "update"), slow("tiny_densenet", "update")]
 )
 def test_tuned_gradients_equal_full_training(name, norms):
     config = config_of(name, f"optim.frozen_batch_norm={norms}")
