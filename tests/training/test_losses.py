@@ -29,8 +29,8 @@ def test_class_weights_are_factors():
 def test_label_smoothing_by_hand():
     logits = np.asarray([[2.0, 0.0, 0.0]], np.float32)
     log_p = logits[0] - np.log(np.exp(logits[0]).sum())
-    want = -(0.8 * log_p[0] + 0.1 * log_p[1] + 0.1 * log_p[2])
-    np.testing.assert_allclose(loss(logits, [0], smoothing=0.3), [want], rtol=1e-6)
+    expected = -(0.8 * log_p[0] + 0.1 * log_p[1] + 0.1 * log_p[2])
+    np.testing.assert_allclose(loss(logits, [0], smoothing=0.3), [expected], rtol=1e-6)
 
 
 def test_sigmoid_of_the_positive_class():

@@ -31,7 +31,7 @@ NETWORKS = {
     "tiny_cbr": partial(Transfusion, 3, (4, 8, 8), pool=2),
 }
 # Trained modules besides the head, by hand.
-TRAINED = {
+TRAINED_MODULES = {
     ("tiny_efficientnet", "blocks:1"): "stage3_block2 top_conv top_bn",
     ("tiny_efficientnet", "blocks:3"): "stage2_block1 stage3_block1 stage3_block2 top_conv top_bn",
     ("tiny_efficientnet", "stages:1"): "stage3_block1 stage3_block2 top_conv top_bn",
@@ -82,7 +82,7 @@ def shapes(name):
 
 def test_tune_trains_last_units_and_what_follows():
     params = {name: shapes(name) for name in NETWORKS}
-    for (name, tune), modules in TRAINED.items():
+    for (name, tune), modules in TRAINED_MODULES.items():
         paths = set(trees.flatten(params[name]))
         trained = {*modules.split(), "head"}
         assert trained <= set(params[name])
