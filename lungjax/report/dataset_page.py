@@ -108,7 +108,8 @@ def _protocol(view: View, protocol: str) -> dict[str, Any]:
     """Images and groups of each class and split."""
     groups, classes = view.summary["group_name"], view.data.classes
     data = dataclasses.replace(view.data, protocol=protocol)
-    counts = statistics.count_splits(data, groups)
+    numbers = view.summary["protocols"][protocol]
+    counts = {s: {"images": [*n["images"].values()], groups: [*n["groups"].values()]} for s, n in numbers.items()}
     path = f"classes_{protocol}.png"
     dataset_charts.split_bars(counts, classes, view.out / path)
     rows = [
