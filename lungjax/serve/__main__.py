@@ -76,7 +76,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
     from lungjax.inference.model import load
     from lungjax.serve.app import build
     from lungjax.serve.middleware import LOG, describe
-    from lungjax.serve.protocol import LingeringProtocol
+    from lungjax.serve.protocol import HeadTimeoutProtocol
 
     model = load(FLAGS.model)
     LOG.setLevel(logging.INFO)
@@ -94,7 +94,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
 
     config = uvicorn.Config(
         build(model, settings, on_failure),
-        http=LingeringProtocol,
+        http=HeadTimeoutProtocol,
         loop="asyncio",
         ws="none",
         lifespan="on",

@@ -1,5 +1,7 @@
 """Middleware around every request: access control, the number of requests, logging, and unexpected errors."""
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -34,6 +36,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
 CLIENT_CLOSED = 499  # status in log and metrics if the client left before the answer, as in nginx
 
 
@@ -66,8 +69,17 @@ class Guard:
 
         async def tracked_receive() -> Any:
             message = await receive()
-            state["read"] = state["read"] or (message["type"] == "http.request" and not message.get("more_body"))
+            state["read"] = state["read"] or not message.get("more_body")
             return message
+
+        async def discard() -> None:
+            """Reads the remaining body for a moment: a client that is still sending may miss the answer otherwise."""
+            remaining = DISCARD_BYTES
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DISCARD_SECONDS):
+                    while remaining > 0 and not state["read"]:
+                        message = await tracked_receive()
+                        remaining -= len(message.get("body", b""))
 
         async def tracked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -76,7 +88,9 @@ class Guard:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("content-security-policy", POLICY)
-                if not state["read"]:  # the protocol drops the remaining body
+                if not state["read"] and "expect" not in Headers(scope=scope):
+                    await discard()
+                if not state["read"]:
                     headers["connection"] = "close"
             await send(message)
 
