@@ -24,10 +24,9 @@ LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
 OPEN = ("/docs", "/openapi.json", "/health")  # without a token, as the page; they reveal nothing of model or images
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+FRAME_POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+IMAGE_POLICY = "script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
+POLICY = f"default-src 'none'; {IMAGE_POLICY}; {FRAME_POLICY}"
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -42,12 +41,8 @@ CLIENT_CLOSED = 499  # status in log and metrics if the client left before the a
 
 def error_response(error: UploadError) -> JSONResponse:
     """Returns the answer for a refused request."""
-    headers = {}
-    if error.status == 503:
-        headers["retry-after"] = "2" if error.reason == "starting" else "1"
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"error": str(error)}, error.status, headers)
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}  # seconds
+    return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
 
 
 class Guard:
@@ -139,11 +134,8 @@ class Guard:
         """
         try:
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):
-            return True
-        try:
+            if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):
+                return True
             ipaddress.ip_address(name)
         except ValueError:
             return False

@@ -160,7 +160,7 @@ def test_token():
         assert service.post("/predict", ("a", bytes(3 * 2**20)))[0] == 401  # answered, although the body was not read
         assert service.post("/predict", ("a", flat(1)), **right)[0] == 200
         assert service.model.calls == [1]
-        for path in ("/", "/health", "/page/page.js", "/docs"):
+        for path in ("/", "/health", "/page.js", "/docs"):
             assert service.ask("GET", path)[0] == 200
         tree = service.ask("GET", "/openapi.json")[1]
         assert tree["paths"]["/predict"]["post"]["security"] == [{"token": []}]
