@@ -77,13 +77,10 @@ class Functions:
 
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
-        rng, (height, width, channels) = np.random.default_rng(batch), self.image_shape
-        total = np.zeros((batch, height, width, channels))
+        rng, shape = np.random.default_rng(batch), (batch, *self.image_shape)
+        total = 0.3 * rng.normal(size=shape)
         for side in (2, 5, 13, 34):
-            grid = rng.normal(size=(batch, side, side, channels))
-            rows, columns = (np.arange(n) * side // n for n in (height, width))
-            total += grid[:, rows][:, :, columns]
-        total += 0.3 * rng.normal(size=total.shape)
+            total += jax.image.resize(rng.normal(size=(batch, side, side, shape[-1])), shape, "nearest")
         return np.asarray(np.clip(128 + 32 * total, 0, 255), np.uint8)
 
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -28,29 +28,12 @@ CONFIG = """name: "{name}"
 backend: "onnxruntime"
 max_batch_size: {batch}
 input [
-  {{
-    name: "pixels"
-    data_type: TYPE_UINT8
-    dims: [ {height}, {width}, {channels} ]
-  }}
+  {{ name: "pixels" data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }}
 ]
 output [
-  {{
-    name: "probabilities"
-    data_type: TYPE_FP32
-    dims: [ {classes} ]
-    label_filename: "labels.txt"
-  }},
-  {{
-    name: "logits"
-    data_type: TYPE_FP32
-    dims: [ {classes} ]
-  }},
-  {{
-    name: "features"
-    data_type: TYPE_FP32
-    dims: [ {features} ]
-  }}
+  {{ name: "probabilities" data_type: TYPE_FP32 dims: [ {classes} ] label_filename: "labels.txt" }},
+  {{ name: "logits" data_type: TYPE_FP32 dims: [ {classes} ] }},
+  {{ name: "features" data_type: TYPE_FP32 dims: [ {features} ] }}
 ]
 dynamic_batching {{
   preferred_batch_size: [ {preferred} ]

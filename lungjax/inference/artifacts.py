@@ -120,11 +120,6 @@ class Program:
         outputs = self._call("gradcam", pixels, np.asarray(targets, np.int32))
         return np.asarray(outputs["maps"]), np.asarray(outputs["probabilities"])
 
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        """Platforms that the programs are compiled for, in jax's terms."""
-        return tuple(self.programs["predict"].platforms)
-
     def _call(self, name: str, pixels: np.ndarray, *rest: np.ndarray) -> Any:
         check_pixels(pixels, self.metadata)
         if not len(pixels):
@@ -148,8 +143,6 @@ class Program:
 def read_pyz(path: str | Path) -> Program:
     """Opens a `model.pyz`. Raises ValueError for a foreign, newer or damaged file, saying what is wrong."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             if ABOUT not in archive.namelist():
@@ -256,9 +249,6 @@ def read_onnx(path: str | Path, threads: int = 0) -> Session:
 
     Raises ValueError if onnxruntime is not installed, and for a foreign or damaged file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     try:
         import onnxruntime
     except ImportError:
