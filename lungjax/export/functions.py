@@ -69,12 +69,6 @@ class Functions:
         """Height, width and channels of the pixels."""
         return artifacts.image_shape(self.metadata)
 
-    @cached_property
-    def feature_count(self) -> int:
-        """The number of features F."""
-        pixels = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
-        return int(jax.eval_shape(self.predict, self.weights, pixels)["features"].shape[1])
-
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
         rng, shape = np.random.default_rng(batch), (batch, *self.image_shape)

@@ -35,7 +35,6 @@ def main() -> int:
     parser.add_argument("--maps", metavar="FOLDER", help="also write Grad-CAM maps, 8-bit grayscale PNG")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per batch (default %(default)s)")
     parser.add_argument("--prepared", action="store_true", help="the images are segmented like the training images")
-    parser.add_argument("--about", action="store_true", help="print the model's metadata as JSON")
     flags = parser.parse_args()
     try:
         return predict(flags)
@@ -51,9 +50,6 @@ def predict(flags: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
     model = artifacts.read_pyz(Path(__file__).parent)  # the zip itself
     description = model.metadata
-    if flags.about:
-        print(json.dumps(description.public(), indent=1, ensure_ascii=False))
-        return 0
     if not flags.paths:
         raise ValueError("give image files or folders; see --help")
     if flags.batch < 1:
