@@ -2,8 +2,7 @@
 
     predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
               "features" float32 [b, F]}
-    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W],
-              "probabilities"}
+    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}
 
 Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
 a flat dict of float32 arrays with folded batch norms (`lungjax.models.folding`).
@@ -61,8 +60,7 @@ class Functions:
         with conv.plain_forms():
             folded = _tree(weights)
             head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
-            maps, probabilities = self._cam(folded, head, pixels, targets)
-            return {"maps": maps, "probabilities": probabilities}
+            return {"maps": self._cam(folded, head, pixels, targets)[0]}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,11 +112,8 @@ class Functions:
 
     @cached_property
     def _cam(self) -> Any:
-        def calibrated(logits: jax.Array) -> jax.Array:
-            return model.calibrated(logits, self.metadata)
-
         explainer = saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
-        return explainer.cam("gradcam", calibrated)
+        return explainer.cam("gradcam")
 
     @cached_property
     def _reference(self) -> Any:

@@ -79,7 +79,7 @@ def predict(flags: argparse.Namespace) -> int:
         for (name, image), p in zip(inputs, probabilities, strict=False):
             write(records.record(description, name, p, image.novelty, image.warnings, flags.rule))
         if flags.maps:
-            maps, _ = model.gradcam(batch, np.full(size, -1, np.int32))
+            maps = model.gradcam(batch, np.full(size, -1, np.int32))
             for (name, _), heat in zip(inputs, maps, strict=False):
                 save_map(heat, Path(flags.maps), Path(name).stem, names)
     print(metadata.NOTICE, file=sys.stderr)
