@@ -191,8 +191,8 @@ def judge_volumes(gate: Any, gathered: Any) -> dict[str, dict[str, Any]]:
         point, probability = record["decisions"].get(name), float(p[metadata.classes.index(name)])
         passed = point["called"] if point else record["predicted"] == name
         decision = {"class": name, "probability": round(probability, 6), "passed": passed}
-        error = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
-        judged[series] = {"series": series, "gate": decision, **error}
+        rejection = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
+        judged[series] = {"series": series, "gate": decision, **rejection}
     single = sum(gathered.series.get(item.series) is None for item in gathered.items)
     if single:
         print(f"--gate: {single} of {len(gathered.items)} images do not belong to a volume and are not judged")
