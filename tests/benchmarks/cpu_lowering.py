@@ -6,24 +6,18 @@ Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" 
 with default options; "ours" is compiled as in training.
 """
 
-import argparse
-import os
-import statistics
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.models import layers
 from lungjax.models.ops import conv
-from lungjax.runtime import environment
+from tests.benchmarks import harness
 
 # kind, batch, side, channels in, channels out, kernel, stride, padding
 LAYERS = [
@@ -45,28 +39,15 @@ LAYERS = [
 ]
 
 
-def interleaved(ours: Callable, plain: Callable, args: tuple, rounds: int) -> tuple[float, float]:
-    """Returns the median milliseconds of two compiled functions, called in turns."""
-    times: tuple[list[float], list[float]] = [], []
-    for _ in range(rounds + 1):
-        for function, measured in zip((ours, plain), times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            measured.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])  # the first is a warm-up
-
-
-def compiled(function: Callable, args: tuple, plain: bool) -> Callable:
-    """Compiles the plain operations, or ours as in training."""
-    options = {} if plain else conv.compiler_options()
-    with conv.plain_forms() if plain else nullcontext():
-        return jax.jit(function, compiler_options=options).lower(*args).compile()
-
-
 def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
-    """Prints one line of the table."""
-    ours, plain = interleaved(*(compiled(function, args, plain) for plain in (False, True)), args, rounds)
-    print(f"| {name} | {part} | {plain:.1f} | {ours:.1f} | {plain / ours:.1f} |", flush=True)
+    """Compiles the plain operations, and ours as in training; prints one line of the table."""
+    with conv.plain_forms():
+        plain = jax.jit(function).lower(*args).compile()
+    ours = jax.jit(function, compiler_options=conv.compiler_options()).lower(*args).compile()
+    ms = harness.median_ms({"ours": partial(ours, *args), "plain": partial(plain, *args)}, rounds)
+    print(
+        harness.row(name, part, *(f"{x:.1f}" for x in (ms["plain"], ms["ours"], ms["plain"] / ms["ours"]))), flush=True
+    )
 
 
 def layer_rows(rounds: int) -> None:
@@ -104,32 +85,17 @@ def step_rows(rounds: int) -> None:
         labels = jnp.arange(batch) % 3
         variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), images)
 
-        def step(variables, images, module=module, labels=labels):
-            def loss(params):
-                options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
-                (logits, _), updates = module.apply({**variables, "params": params}, images, **options)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
-
-            (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-            params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
-            return value, {"params": params, **updates}
-
+        step = partial(harness.sgd_step, module, labels=labels)
         row(f"{name}, {batch} x {side} px", "training step", step, (variables, images), rounds)
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--layers", action="store_true", help="single layers only")
-    only.add_argument("--steps", action="store_true", help="whole training steps only")
-    parser.add_argument("--rounds", type=int, default=7, help="calls of each, after a warm-up")
-    parser.add_argument("--keep_freed", action="store_true", help="keep freed memory, as in training")
-    flags = parser.parse_args()
+    flags = harness.parse(__doc__, layers=False, steps=False, rounds=7, keep_freed=False)
     if flags.keep_freed:
-        environment.keep_freed_memory()
-    print(f"jax {jax.__version__}, {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, float32\n")
-    print("| what | part | plain, ms | ours, ms | times faster |\n| --- | --- | ---: | ---: | ---: |")
+        harness.keep_freed_memory()
+    print(f"{harness.machine()}, float32\n")
+    print(harness.header("what", "part", "plain, ms", "ours, ms", "times faster"))
     if not flags.layers:
         step_rows(flags.rounds)
     if not flags.steps:

@@ -16,6 +16,8 @@ from tests import scans
 
 SIDE = 512
 BOUNDARY = b"boundary-of-a-part"
+FORM = f"multipart/form-data; boundary={BOUNDARY.decode()}"
+Request = bytes | list[tuple[bytes, float]]  # parts, each with the seconds until the next
 
 
 def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
@@ -27,11 +29,7 @@ def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
 def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + b"--\r\n") -> bytes:
     """Returns a request with files in a form."""
     head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % BOUNDARY
-    return request(
-        b"".join(head + file + b"\r\n" for file in files) + end,
-        f"multipart/form-data; boundary={BOUNDARY.decode()}",
-        path,
-    )
+    return request(b"".join(head + file + b"\r\n" for file in files) + end, FORM, path)
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -47,11 +45,9 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
         return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
-    rng = np.random.default_rng(0)
-    images = []
+    rng, images = np.random.default_rng(0), []
     for _ in range(count):
-        blobs = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8))
-        blobs = blobs.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        blobs = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         noisy = np.asarray(blobs, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
         images.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
     return images
@@ -99,8 +95,8 @@ def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
     }
 
 
-def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
-    """Returns requests of each malformed kind; b"slow" and b"chunked" are sent piece by piece by the client."""
+def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
+    """Returns requests of each malformed kind."""
     from pydicom.encaps import encapsulate
     from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
@@ -127,10 +123,11 @@ def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
     cuts = [(whole, "image/png"), (jpeg, "image/jpeg"), (slice_of, "application/dicom")]
     elements = slice_of + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    mebibyte = b"100000\r\n" + bytes(2**20) + b"\r\n"
     return {
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
         "huge, declared": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
-        "huge, chunked": [b"chunked"],
+        "huge, chunked": [[(part, 0) for part in (head + b"Transfer-Encoding: chunked\r\n\r\n", *[mebibyte] * 80, b"0\r\n\r\n")]],
         "ZIP bomb": [form(packed.getvalue())],
         "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
         "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],
@@ -152,10 +149,10 @@ def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
         "empty": [form(b""), form(), request(b"", "image/png")],
         "bad multipart": [
             form(whole, end=b""),
-            request(b"--other\r\n\r\n", f"multipart/form-data; boundary={BOUNDARY.decode()}"),
+            request(b"--other\r\n\r\n", FORM),
             request(whole, "multipart/form-data"),
         ],
-        "slow body": [b"slow"],
+        "slow body": [[(head + b"Content-Length: 900\r\n\r\n", 0), *[(b"x", 0.5)] * 60]],
     }  # fmt: skip
 
 
