@@ -109,7 +109,6 @@ def step_rows(rounds: int) -> None:
 
 
 def main() -> None:
-    """Prints the tables."""
     rounds = harness.parse(__doc__, rounds=5).rounds
     if keras.backend.backend() != "jax":
         sys.exit(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")

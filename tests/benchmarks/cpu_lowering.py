@@ -90,7 +90,6 @@ def step_rows(rounds: int) -> None:
 
 
 def main() -> None:
-    """Prints the table."""
     flags = harness.parse(__doc__, layers=False, steps=False, rounds=7, keep_freed=False)
     if flags.keep_freed:
         harness.keep_freed_memory()

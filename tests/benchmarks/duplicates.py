@@ -20,25 +20,21 @@ from tests.benchmarks import harness
 PATIENTS, PLANTED = 6_068, 5_000
 
 
+def words(bits: np.ndarray) -> np.ndarray:
+    """Returns bits bool [N, 64] as uint64 [N]."""
+    return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
+
+
 def make_hashes(images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns hashes uint64 [N], groups int64 [N] and the planted pairs int64 [P, 2]."""
     groups = np.sort(rng.integers(0, PATIENTS, images))
-    chest = rng.random(64) < 0.5
-    first = np.ones(images, bool)
-    first[1:] = np.diff(groups) > 0
-    start = np.flatnonzero(first)
-    unusual = rng.uniform(0.02, 0.3, len(start))[:, None]  # with the walk below, as similar as real hashes
-    begin = chest ^ (rng.random((len(start), 64)) < unusual)
-    steps = np.zeros((images, 64), bool)
-    turned = rng.integers(0, 5, images)
-    bits = rng.permutation(64)[(64 * rng.random((images, 4)) ** 6).astype(np.int64)]
-    for k in range(4):
-        rows = np.flatnonzero((turned > k) & ~first)
-        steps[rows, bits[rows, k]] ^= True
-    walked = np.cumsum(steps, axis=0, dtype=np.int32)
-    walked -= np.repeat(walked[start], np.diff(np.append(start, images)), axis=0)
-    now = np.repeat(begin, np.diff(np.append(start, images)), axis=0) ^ (walked % 2 == 1)
-    hashes = np.packbits(now, axis=1).view(">u8")[:, 0].astype(np.uint64)
+    _, first, patient = np.unique(groups, return_index=True, return_inverse=True)
+    unusual = rng.uniform(0.02, 0.3, (len(first), 1))  # with the walk below, as similar as real hashes
+    begin = words((rng.random(64) < 0.5) ^ (rng.random((len(first), 64)) < unusual))
+    bits = rng.permutation(64).astype(np.uint64)[(64 * rng.random((images, 4)) ** 6).astype(np.int64)]
+    flips = np.where(np.arange(4) < rng.integers(0, 5, (images, 1)), np.uint64(1) << bits, np.uint64(0))
+    walk = np.bitwise_xor.accumulate(np.bitwise_xor.reduce(flips, axis=1))
+    hashes = walk ^ (begin ^ walk[first])[patient]
     chosen = rng.permutation(images)[: 2 * PLANTED].reshape(2, -1)
     for source, copy, turn in zip(*chosen, rng.integers(0, DISTANCE + 1, PLANTED), strict=True):
         mask = sum(1 << int(bit) for bit in rng.choice(64, turn, replace=False))

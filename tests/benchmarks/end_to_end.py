@@ -80,7 +80,6 @@ class Loop:
 
 
 def main() -> None:
-    """Prints the table."""
     args = harness.parse(__doc__, work=Path, networks=["cbr_small", "efficientnet_b0"], rounds=3, drawn=1000)
     harness.keep_freed_memory()
     rows = []

@@ -44,7 +44,6 @@ def make(name: str, side: int) -> Functions:
 
 
 def runner(form: str, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from pixels to logits of a written export."""
     if form == "savedmodel":
         tf = savedmodel.load_packages()
         loaded = tf.saved_model.load(str(path))

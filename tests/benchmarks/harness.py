@@ -64,6 +64,15 @@ def folder(path: Path | None) -> Iterator[Path]:
         yield path or Path(temporary)
 
 
+def phantom(finding: str, seed: int) -> tuple[Any, Any]:
+    """Returns a synthetic CT slice of a patient: uint8 [H, W], and what was drawn."""
+    from lungjax.datasets.phantom import slices
+
+    patient = slices.new_patient(seed, finding)
+    drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
+    return slices.gray(drawn.hu, patient.window), drawn
+
+
 def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
     """Returns the loss of a training step, and the variables after it."""
     import jax
@@ -125,6 +134,12 @@ def busy_seconds() -> float:
     times = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split()[0] in names]
     # user, nice, system, irq, softirq (not idle, iowait); guests are part of user
     return sum(int(t[i]) for t in times for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid: int | str = "self") -> tuple[float, float]:
+    """Returns the resident and the private memory of a process in MiB."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["RssAnon"].split()[0]) / 1024
 
 
 class Watch:

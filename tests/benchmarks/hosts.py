@@ -18,7 +18,6 @@ import runs
 
 
 def main() -> None:
-    """Prints one line per comparison."""
     flags = harness.parse(__doc__, positional="fields", steps=50)
     fields = [f"train.steps={flags.steps}", f"train.eval_steps={flags.steps}", "train.batch_size=16", *flags.fields]
     with tempfile.TemporaryDirectory() as folder:

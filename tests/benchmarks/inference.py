@@ -98,8 +98,7 @@ class Network:
         lowered = jax.jit(function, compiler_options=conv.compiler_options()).lower(variables, images)
         start = time.perf_counter()
         program = lowered.compile()
-        seconds = time.perf_counter() - start
-        return lambda: timed(lambda: program(variables, images)), seconds
+        return lambda: timed(lambda: program(variables, images)), time.perf_counter() - start
 
 
 def batch_sizes(args: Namespace) -> None:
@@ -144,7 +143,6 @@ def folded_and_plain(args: Namespace) -> None:
 
 
 def main() -> None:
-    """Prints the tables."""
     args = harness.parse(__doc__, batch_sizes=False, folding=False, networks=NETWORKS, rounds=5, torch_python="")
     harness.keep_freed_memory()
     print(f"{harness.machine()}, float32\n")

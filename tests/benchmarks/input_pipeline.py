@@ -18,6 +18,7 @@ and tf per round (median, lowest and highest), and the highest use of the cores 
 image in one thread, step by step.
 """
 
+import contextlib
 import os
 import statistics
 import time
@@ -34,10 +35,7 @@ NAMES = {"source": NAME, "copy": f"{NAME}-{SIDE}"}
 CORES = (0, 1)
 SECONDS, WARM_UP = 3.0, 1.0  # per turn; batches made during other turns are consumed in the warm-up
 MAX_OTHERS, MAX_REPEATS = 0.1, 15  # fraction of the cores that others may use in a turn; repetitions of a turn
-Batches = tuple[str, Callable[[int], np.ndarray], Iterator[Any]]
-
-
-# Runs in the contenders' processes. Each returns versions, a function that reads one file, and batches.
+Batches = tuple[str, Iterator[Any]]  # with versions
 
 
 def torch_batches(files: list[str]) -> Batches:
@@ -55,9 +53,8 @@ def torch_batches(files: list[str]) -> Batches:
                 small = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(small)[..., None]), index % 2
 
-    data = Files()
-    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=len(CORES))
-    return f"torch {torch.__version__}, Pillow {PIL.__version__}", lambda i: data[i][0].numpy(), iter(loader)
+    loader = torch.utils.data.DataLoader(Files(), BATCH, shuffle=True, num_workers=len(CORES))
+    return f"torch {torch.__version__}, Pillow {PIL.__version__}", iter(loader)
 
 
 def tf_batches(files: list[str]) -> Batches:
@@ -65,11 +62,9 @@ def tf_batches(files: list[str]) -> Batches:
     import tensorflow as tf
 
     def load(file: Any, label: Any) -> Any:
-        text = tf.io.read_file(file)
-        if files[0].endswith(".png"):
-            image = tf.io.decode_png(text, channels=1)
-        else:
-            image = tf.io.decode_jpeg(text, channels=1, dct_method="INTEGER_ACCURATE")  # as Pillow decodes
+        as_pillow = {} if files[0].endswith(".png") else {"dct_method": "INTEGER_ACCURATE"}
+        decode = tf.io.decode_jpeg if as_pillow else tf.io.decode_png
+        image = decode(tf.io.read_file(file), channels=1, **as_pillow)
         image = tf.image.resize(image, (SIDE, SIDE), "bilinear", antialias=True)
         return tf.cast(tf.round(image), tf.uint8), label
 
@@ -77,8 +72,7 @@ def tf_batches(files: list[str]) -> Batches:
     data = data.shuffle(len(files)).repeat().map(load, tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE)
     options = tf.data.Options()
     options.threading.private_threadpool_size = len(CORES)
-    batches = data.with_options(options).as_numpy_iterator()
-    return f"tensorflow {tf.__version__}", lambda i: load(files[i], 0)[0].numpy(), batches
+    return f"tensorflow {tf.__version__}", data.with_options(options).as_numpy_iterator()
 
 
 def lungjax_batches(name: str, work: str) -> Batches:
@@ -93,9 +87,8 @@ def lungjax_batches(name: str, work: str) -> Batches:
 
     data = datasets.open_dataset(name, Path(work, "data"))
     config = Config(input=InputSpec(size=(SIDE, SIDE)), train=TrainConfig(batch_size=BATCH))
-    rows, reader = data.rows("train"), pipeline.Reader(data, config.input)
-    versions = f"lungjax, grain {grain.__version__}, Pillow {PIL.__version__}"
-    return versions, lambda i: reader(rows[i]), pipeline.train_batches(data, config, start=0)
+    batches = pipeline.train_batches(data, config, start=0)
+    return f"lungjax, grain {grain.__version__}, Pillow {PIL.__version__}", batches
 
 
 def time_steps(name: str, work: Path) -> dict[str, float]:
@@ -136,12 +129,9 @@ def time_steps(name: str, work: Path) -> dict[str, float]:
 def family_seconds() -> float:
     """Returns the CPU seconds of this process and its children, running or ended."""
     parents, ticks = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
             parents[int(entry.name)], ticks[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
     family = {os.getpid()}
     while children := {pid for pid, parent in parents.items() if parent in family} - family:
@@ -153,9 +143,9 @@ def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], C
     """Returns facts, and a function for turns."""
     os.sched_setaffinity(0, CORES)
     if name in NAMES:
-        versions, read, batches = lungjax_batches(NAMES[name], work)
+        versions, batches = lungjax_batches(NAMES[name], work)
     else:
-        versions, read, batches = (torch_batches if name == "torch" else tf_batches)(files)
+        versions, batches = (torch_batches if name == "torch" else tf_batches)(files)
 
     def turn() -> dict[str, float]:
         until = time.perf_counter() + WARM_UP
@@ -163,29 +153,23 @@ def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], C
             next(batches)
         watch, until, images = harness.Watch(family_seconds), time.perf_counter() + SECONDS, 0
         while time.perf_counter() < until:
-            batch = next(batches)
-            images += len(batch["image"] if isinstance(batch, dict) else batch[0])
+            next(batches)
+            images += BATCH
         wall, used, others = watch.read()
         return {"rate": images / wall, "of_cpu": images / used, "others": others}
 
-    mean = statistics.mean(float(np.mean(read(i))) for i in range(min(16, len(files))))
-    return {"versions": versions, "mean": mean}, turn
-
-
-# Runs in the process that the user starts.
+    return {"versions": versions}, turn
 
 
 def draw(folder: Path, count: int) -> None:
     """Writes `count` synthetic slices as 512 x 512 gray PNG, one folder per class."""
     from PIL import Image
 
-    from lungjax.datasets.phantom import slices
+    from lungjax.datasets.phantom.slices import CLASSES
 
     for seed in range(count):
-        finding = slices.CLASSES[seed % len(slices.CLASSES)]
-        patient = slices.new_patient(seed, finding)
-        slice_ = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
-        picture = Image.fromarray(slices.gray(slice_.hu, patient.window))
+        finding = CLASSES[seed % len(CLASSES)]
+        picture = Image.fromarray(harness.phantom(finding, seed)[0])
         (folder / finding).mkdir(parents=True, exist_ok=True)
         picture.resize((512, 512), Image.Resampling.BICUBIC).save(folder / finding / f"p{seed:05}.png")
 
@@ -195,15 +179,9 @@ def prepare(source: Path, work: Path) -> list[str]:
     from lungjax import datasets
 
     for name in NAMES.values():
-        try:
-            data = datasets.open_dataset(name, work / "data")
-        except ValueError:
-            start = time.perf_counter()
+        if not (work / "data" / name).exists():
             datasets.write(name, source, work / "data", datasets.PrepareOptions())
-            data = datasets.open_dataset(name, work / "data")
-            print(f"{name}: {len(data.records)} images prepared in {time.perf_counter() - start:.1f} s")
-        size = sum(file.stat().st_size for file in (work / "data" / name).rglob("*array_record*"))
-        print(f"{name}: {size / len(data.records):.0f} bytes per image in the records")
+    data = datasets.open_dataset(NAME, work / "data")
     return [str(source / file) for file in data.columns["file"][data.rows("train")]]
 
 
@@ -212,8 +190,7 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
     processes = {}
     for name, python in pythons.items():
         processes[name] = harness.Process(python, "input_pipeline", "contender", name=name, work=str(work), files=files)
-        facts = processes[name].answer()
-        print(f"{name}: {facts['versions']}; mean of the first files {facts['mean']:.2f}", flush=True)
+        print(f"{name}: {processes[name].answer()['versions']}", flush=True)
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     for _ in range(rounds):
         for name, process in processes.items():
@@ -252,7 +229,6 @@ def step_table(work: Path) -> str:
 
 
 def main() -> None:
-    """Prints the tables."""
     args = harness.parse(__doc__, source=Path, work=Path, torch_python="", tf_python="", drawn=1000, rounds=5)
     with harness.folder(args.work) as work:
         source = args.source or work / "drawn"

@@ -43,7 +43,6 @@ def last_step(workdir: Path) -> int:
 
 
 def main() -> None:
-    """Runs both and prints the comparison; exit code 1 if they differ."""
     flags = harness.parse(__doc__, kills=20, seed=0)
     rng = random.Random(flags.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -40,9 +40,6 @@ TURN_SECONDS = 1.0
 Turn = Callable[..., dict[str, Any]]
 
 
-# Runs in the contenders' processes.
-
-
 def pixels(network: str, batch: int) -> np.ndarray:
     """Returns images uint8 [batch, SIDE, SIDE, channels]."""
     shape = (batch, SIDE, SIDE, channels(network))
@@ -194,9 +191,6 @@ def turns(call: Callable[[int], Any]) -> Turn:
     return turn
 
 
-# Runs in the process that the user starts.
-
-
 def distance(a: Any, b: Any) -> float:
     """Returns the largest difference of logits [B, C], relative to the range of an image's logits."""
     a, b = np.asarray(a), np.asarray(b)
@@ -251,7 +245,6 @@ def measure(network: str, args: Namespace) -> tuple[list[list[str]], list[str]]:
 
 
 def main() -> None:
-    """Prints both tables."""
     models = ["efficientnet_b0", "cbr_small"]
     args = harness.parse(__doc__, ["out"], out=Path, models=models, rounds=9, peer_python="")
     results = [measure(network, args) for network in args.models]

@@ -26,13 +26,6 @@ FIRST_SEED = 3000
 TIMED, SNAKES = 24, 4  # slices to time, and of these also with the study's snake
 
 
-def draw(finding: str, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Returns a slice of a patient: image uint8 and lungs bool, [H, W], and the location of its lesions."""
-    patient = slices.new_patient(seed, finding)
-    drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
-    return slices.gray(drawn.hu, patient.window), drawn.lung, location(drawn)
-
-
 def location(drawn: slices.Phantom) -> str:
     """Returns whether a slice has lesions, and whether one touches the chest wall along at least 8 pixels."""
     if not drawn.lesion.any():
@@ -61,17 +54,16 @@ def speeds(images: list[np.ndarray]) -> list[tuple[str, float, int]]:
 
 
 def main() -> None:
-    """Prints the tables."""
     patients = harness.parse(__doc__, patients=150).patients
     print(harness.header("lung_mask, Dice", "mean", "5th percentile", "slices"))
     timed = []
     scores = defaultdict(list)
     for finding in slices.CLASSES:
         for number in range(patients):
-            image, lung, place = draw(finding, FIRST_SEED + number)
-            score = dice(lung_masks.lung_mask(image), lung)
+            image, drawn = harness.phantom(finding, FIRST_SEED + number)
+            score = dice(lung_masks.lung_mask(image), drawn.lung)
             scores[finding].append(score)
-            scores[f"of all: {place}"].append(score)
+            scores[f"of all: {location(drawn)}"].append(score)
             if number < TIMED // 3:
                 timed.append(np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.BICUBIC)))
     for name, values in scores.items():

@@ -16,14 +16,7 @@ from unittest import mock
 from tests.benchmarks import harness
 
 
-def resident() -> tuple[float, float]:
-    """Returns the resident and the private memory of this process in MiB (Linux)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["RssAnon"].split()[0]) / 1024
-
-
 def main() -> None:
-    """Runs and prints the table."""
     steps = harness.parse(__doc__, steps=2000).steps
     harness.keep_freed_memory()
     from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -41,7 +34,7 @@ def main() -> None:
     append = metrics_log.append
 
     def record(path: Path, row: dict[str, Any]) -> None:
-        memory[row["step"]] = resident()
+        memory[row["step"]] = harness.resident()
         append(path, row)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):

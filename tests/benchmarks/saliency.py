@@ -36,7 +36,6 @@ def measure(name: str, count: int, rounds: int) -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
     args = harness.parse(__doc__, networks=["efficientnet_b0", "resnet50v2", "cbr_small"], images=64, rounds=3)
     print(f"{args.images} images of {SIDE} px, {harness.machine()}\n")
     print(harness.header("network", "one prediction", *METHODS), flush=True)

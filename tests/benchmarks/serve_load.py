@@ -72,11 +72,6 @@ class Server:
             time.sleep(0.05)
         return self.fail()
 
-    def memory(self) -> float:
-        """Returns its resident memory in MiB."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
-
     def processor(self) -> float:
         """Returns its processor seconds so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -131,8 +126,7 @@ class Client:
 async def closed_loop(server: Server, clients: int, seconds: float, requests: list[bytes]) -> list[float]:
     """Returns the milliseconds of each answer to `clients` that send one request after the other."""
     latencies: list[float] = []
-    turns = itertools.cycle(requests)
-    end = time.perf_counter() + seconds
+    turns, end = itertools.cycle(requests), time.perf_counter() + seconds
 
     async def run() -> None:
         client = Client(server)
@@ -210,7 +204,7 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            memory.append(((time.perf_counter() - start) / 60, server.memory()))
+            memory.append(((time.perf_counter() - start) / 60, harness.resident(server.process.pid)[0]))
             await asyncio.sleep(10)
 
     async def everything() -> None:
@@ -218,32 +212,30 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
 
     asyncio.run(everything())
     code, sizes, half = server.stop(), [size for _, size in memory], np.asarray(memory[len(memory) // 2 :])
-    sums = {
-        kind: dict(sum((c for k, c in counts.items() if k.startswith(kind)), Counter())) for kind in ("good", "bad")
-    }
     growth = f"{np.polyfit(*half.T, 1)[0]:+.2f}" if len(half) > 2 else "?"
     p50, p95 = np.percentile(latencies, [50, 95])
     kinds = [(k, ", ".join(f"{n} x {status}" for status, n in sorted(c.items()))) for k, c in sorted(counts.items())]
     return (
-        f"{minutes:g} minutes of {Path(model).name}: good {good}, bad {bad}, without a reason "
-        f"{sorted(without_reason)}; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\n"
-        f"Memory {sizes[0]:.0f} MiB at the start, {sizes[min(6, len(sizes) - 1)]:.0f} after a minute, {sizes[-1]:.0f} at the end, at most "
-        f"{max(sizes):.0f}; second half {growth} MiB per minute.\n\n{harness.table(('kind', 'answers'), kinds)}"
+        f"{minutes:g} minutes of {Path(model).name}: good {good}, bad {bad}, without a reason {sorted(without_reason)}"
+        f"; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\nMemory {sizes[0]:.0f} MiB at the start, "
+        f"{sizes[min(6, len(sizes) - 1)]:.0f} after a minute, {sizes[-1]:.0f} at the end, at most {max(sizes):.0f}; "
+        f"second half {growth} MiB per minute.\n\n{harness.table(('kind', 'answers'), kinds)}"
     )
 
 
 def start_times(model: str, images: list[Image.Image], count: int) -> list[float]:
     """Returns the seconds of `count` starts, after one that fills the compilation cache."""
-    seconds = []
-    for _ in range(count + 1):
+
+    def start() -> float:
         server = Server(model)
-        seconds.append(server.first_answer(encoded(images[0])))
+        seconds = server.first_answer(encoded(images[0]))
         server.stop()
-    return seconds[1:]
+        return seconds
+
+    return harness.take_turns({"start": start}, count)["start"]
 
 
 def main() -> None:
-    """Measures what the flags say."""
     args = harness.parse(__doc__, ["models"], models=str, seconds=5.0, rounds=5, minutes=0.0, starts=0, images=Path)
     images = pictures(args.images)
     with tempfile.TemporaryDirectory() as folder:

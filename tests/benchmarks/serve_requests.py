@@ -21,7 +21,6 @@ Request = bytes | list[tuple[bytes, float]]  # parts, each with the seconds unti
 
 
 def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
-    """Returns an HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
@@ -33,7 +32,6 @@ def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + 
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """Returns an image file."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -54,26 +52,22 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
 
 
 def scan(picture: Image.Image, series: str, **tags: Any) -> Any:
-    """Returns a CT slice as a pydicom data set."""
     pixels = np.asarray(picture, np.uint16) * 6
     rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
     return scans.dataset(pixels, "CT", SeriesInstanceUID=series, **rescale, **tags)
 
 
 def written(data: Any) -> bytes:
-    """Returns a data set as a file."""
     buffer = io.BytesIO()
     data.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
-    """Returns a chunk of a PNG."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
-    """Returns a grayscale PNG file."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(pixels, 9))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + body + chunk(b"IEND", b"")
@@ -124,10 +118,11 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
     elements = slice_of + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
     mebibyte = b"100000\r\n" + bytes(2**20) + b"\r\n"
+    chunks = [head + b"Transfer-Encoding: chunked\r\n\r\n", *[mebibyte] * 80, b"0\r\n\r\n"]
     return {
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
         "huge, declared": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
-        "huge, chunked": [[(part, 0) for part in (head + b"Transfer-Encoding: chunked\r\n\r\n", *[mebibyte] * 80, b"0\r\n\r\n")]],
+        "huge, chunked": [[(part, 0) for part in chunks]],
         "ZIP bomb": [form(packed.getvalue())],
         "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
         "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],

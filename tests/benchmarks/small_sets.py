@@ -74,7 +74,6 @@ def tables(data: str, root: Path) -> str:
 
 
 def main() -> None:
-    """Runs what is missing if requested, and prints the tables."""
     flags = harness.parse(__doc__, workdir=Path("runs/small_sets"), run=False)
     for seed in range(SEEDS):
         for data in EPOCHS:

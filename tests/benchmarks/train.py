@@ -143,7 +143,6 @@ def result_file(folder: Path, platform: str, step: tuple[str, int, int]) -> Path
 
 
 def main() -> None:
-    """Measures the missing training steps, or prints the tables."""
     args = harness.parse(
         __doc__, ["out"], out=Path, platform="cpu", table=False, seconds=1e9, rounds=5, keras_python="", torch_python=""
     )

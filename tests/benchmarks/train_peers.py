@@ -30,13 +30,10 @@ KERAS = {
     "efficientnet_b0": "EfficientNetB0", "mobilenetv2": "MobileNetV2", "efficientnetv2_s": "EfficientNetV2S",
     "convnext_tiny": "ConvNeXtTiny", "resnet50v2": "ResNet50V2", "densenet121": "DenseNet121",
 }  # fmt: skip
-TIMM: dict[str, tuple[str, dict[str, float]]] = {
-    "efficientnet_b0": ("tf_efficientnet_b0", {"drop_rate": 0.2, "drop_path_rate": 0.2}),
-    "mobilenetv2": ("mobilenetv2_100", {}),
-    "efficientnetv2_s": ("tf_efficientnetv2_s", {"drop_rate": 0.2, "drop_path_rate": 0.2}),
-    "convnext_tiny": ("convnext_tiny", {}),
-    "densenet121": ("densenet121", {}),
-}
+TIMM = {
+    "efficientnet_b0": "tf_efficientnet_b0", "mobilenetv2": "mobilenetv2_100",
+    "efficientnetv2_s": "tf_efficientnetv2_s", "convnext_tiny": "convnext_tiny", "densenet121": "densenet121",
+}  # fmt: skip
 
 
 def channels(network: str) -> int:
@@ -66,19 +63,17 @@ def torch_network(network: str) -> Any:
             import_torchvision(torch)
         import timm
 
-        name, options = TIMM[network]
-        return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
+        drop = {"drop_rate": 0.2, "drop_path_rate": 0.2} if network.startswith("efficientnet") else {}
+        return timm.create_model(TIMM[network], pretrained=False, num_classes=CLASSES, **drop)
     if network == "resnet50v2":
         return resnet50v2()
     kernel, widths, last_pool = CBR[network]
     stack: list[Any] = []
-    for number, width in enumerate(widths, 1):
-        stack += [torch.nn.Conv2d(widths[number - 2] if number > 1 else 1, width, kernel)]
-        stack += [torch.nn.BatchNorm2d(width, eps=1e-3, momentum=0.01), torch.nn.ReLU(inplace=True)]
-        if number < len(widths) or last_pool:
-            stack.append(torch.nn.MaxPool2d(3, 2))
+    for into, width in zip((1, *widths), widths, strict=False):
+        norm = torch.nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+        stack += [torch.nn.Conv2d(into, width, kernel), norm, torch.nn.ReLU(inplace=True), torch.nn.MaxPool2d(3, 2)]
     ends = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], CLASSES)]
-    return torch.nn.Sequential(*stack, *ends)
+    return torch.nn.Sequential(*(stack if last_pool else stack[:-1]), *ends)
 
 
 def resnet50v2() -> Any:
@@ -116,31 +111,32 @@ def resnet50v2() -> Any:
 
 def normalized(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 images [batch, side, side, channels] and int32 labels, for the peers."""
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch, side, side, channels(network))).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(batch, side, side, channels(network))).astype(np.float32)
     return images, (np.arange(batch) % CLASSES).astype(np.int32)
 
 
-def compiled(step: Any, *shapes: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns a jitted step compiled, and facts: seconds for tracing and compiling, XLA's count of its operations."""
+# A function that trains one step and returns its loss on the device, and facts.
+Framework = tuple[Callable[[], Any], dict[str, Any]]
+
+
+def jax_framework(
+    step: Any, shapes: Any, state: Any, data: Any, loss_of: Callable[[Any], Any], **facts: Any
+) -> Framework:
+    """Compiles a jitted function from state and data to a pair with the new state; facts have XLA's count of operations.
+
+    `shapes` are those of state and data, and `loss_of` returns the new state and the loss.
+    """
     start = time.perf_counter()
     program = step.lower(*shapes).compile()
-    seconds = time.perf_counter() - start
-    return program, {"compile_seconds": seconds, "flops": (program.cost_analysis() or {}).get("flops")}
+    facts["compile_seconds"] = time.perf_counter() - start
+    facts["flops"] = (program.cost_analysis() or {}).get("flops")
 
+    def advance() -> Any:
+        nonlocal state
+        state, loss = loss_of(program(state, data))
+        return loss
 
-def jax_peak() -> Callable[[], int] | None:
-    """Returns a function for the peak memory of the device, None if jax doesn't count it (CPU)."""
-    import jax
-
-    device = jax.devices()[0]
-    counted = "peak_bytes_in_use" in (device.memory_stats() or {})
-    return (lambda: device.memory_stats()["peak_bytes_in_use"]) if counted else None
-
-
-# A function that runs that many steps, waits, and returns the last loss; facts; and a function that returns the peak
-# memory of the device, None for that of the process.
-Framework = tuple[Callable[[int], float], dict[str, Any], Callable[[], int] | None]
+    return advance, facts
 
 
 def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
@@ -148,7 +144,6 @@ def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
     harness.keep_freed_memory()
-
     import flax
     import jax
     import optax
@@ -165,26 +160,17 @@ def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
         optim=OptimConfig(name="adam", lr=LR),
         train=TrainConfig(batch_size=batch, steps=10**6),
     )
-    mesh = meshes.make_mesh(1)
-    labels = (np.arange(batch) % CLASSES).astype(np.int32)
+    mesh, labels = meshes.make_mesh(1), (np.arange(batch) % CLASSES).astype(np.int32)
     built = program.build(config, tuple("abc"), labels, mesh)
     images = np.random.default_rng(0).integers(0, 256, (batch, side, side, channels(network)), np.uint8)
     examples = {"image": images, "label": labels, "place": np.arange(batch, dtype=np.uint32)}
-    on_device = meshes.to_devices(examples, mesh)
-    step, facts = compiled(built.train_step, built.abstract_state, on_device)
-    current = built.new_state({})
-
-    def advance(steps: int) -> float:
-        nonlocal current
-        for _ in range(steps):
-            current, metrics = step(current, on_device)
-        jax.block_until_ready(current)
-        return float(metrics["loss"])
-
-    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values())
+    data, state = meshes.to_devices(examples, mesh), built.new_state({})
     versions = f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
-    facts |= {"versions": f"{versions}, {jax.devices()[0].device_kind}", "parameters": count}
-    return advance, facts, jax_peak()
+    return jax_framework(
+        built.train_step, (built.abstract_state, data), state, data, lambda out: (out[0], out[1]["loss"]),
+        versions=f"{versions}, {jax.devices()[0].device_kind}",
+        parameters=sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values()),
+    )  # fmt: skip
 
 
 def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
@@ -203,21 +189,13 @@ def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=loss)
     model.optimizer.build(model.trainable_variables)
     groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
-    current: Any = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
+    state = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
     data = tuple(jax.device_put(array) for array in normalized(network, batch, side))
-    built, facts = compiled(jax.jit(model.train_step, donate_argnums=0), current, data)
-    logs: Any = {}
-
-    def advance(steps: int) -> float:
-        nonlocal current, logs
-        for _ in range(steps):
-            logs, current = built(current, data)
-        jax.block_until_ready(current)
-        return float(logs["loss"])
-
-    count = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
-    versions = f"keras {keras.__version__}, jax {jax.__version__}"
-    return advance, facts | {"versions": versions, "parameters": count}, jax_peak()
+    return jax_framework(
+        jax.jit(model.train_step, donate_argnums=0), (state, data), state, data, lambda out: (out[1], out[0]["loss"]),
+        versions=f"keras {keras.__version__}, jax {jax.__version__}",
+        parameters=sum(int(np.prod(variable.shape)) for variable in model.trainable_variables),
+    )  # fmt: skip
 
 
 def torch(network: str, side: int, batch: int, dtype: str) -> Framework:
@@ -236,42 +214,52 @@ def torch(network: str, side: int, batch: int, dtype: str) -> Framework:
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
     y = torch.from_numpy(labels.astype(np.int64)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    half = dtype == "bfloat16"
 
-    def advance(steps: int) -> float:
-        for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = torch.nn.functional.cross_entropy(run(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return loss.item()
+    def advance() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(run(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss
 
-    seconds, _ = harness.timed(lambda: advance(1))
-    count = sum(p.numel() for p in model.parameters())
+    seconds, _ = harness.timed(lambda: advance().item())
     versions = f"torch {torch.__version__}"
     if network in TIMM:
         import timm
 
         versions += f", timm {timm.__version__}"
-    facts = {"versions": versions, "parameters": count, "compile_seconds": seconds}
-    return advance, facts, torch.cuda.max_memory_allocated if on_gpu else None
+    count = sum(p.numel() for p in model.parameters())
+    return advance, {"versions": versions, "parameters": count, "compile_seconds": seconds}
+
+
+def peak_bytes() -> int:
+    """Returns the peak memory of the GPU, without one that of the process."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    stats = sys.modules["jax"].devices()[0].memory_stats() if "jax" in sys.modules else {}
+    return (stats or {}).get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def contender(name: str, case: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
     """Compiles and warms up; returns facts, and a function for turns and for the peak memory at the end."""
-    advance, facts, device_peak = {"ours": ours, "keras": keras, "torch": torch}[name](**case)
-    advance(1)
-    steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: advance(WARM_STEPS))[0]))
+    advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](**case)
+
+    def run(steps: int) -> float:
+        for _ in range(steps):
+            loss = advance()
+        if name == "torch" and loss.is_cuda:
+            sys.modules["torch"].cuda.synchronize()
+        return float(loss)  # waits for the step
+
+    run(1)
+    steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))[0]))
 
     def reply(end: bool) -> dict[str, Any]:
         if end:
-            peak = device_peak or (lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            return {"peak_bytes": peak()}
+            return {"peak_bytes": peak_bytes()}
         watch = harness.Watch()
-        loss = advance(steps)
+        loss = run(steps)
         wall, _, others = watch.read()
         return {"seconds": wall / steps, "loss": loss, "others": others}
 
