@@ -1,10 +1,6 @@
-"""Times `lungjax.data.augment` against the preprocessing layers of Keras on its JAX backend, in one process.
+"""Rate of `lungjax.data.augment` and of Keras's preprocessing layers on its JAX backend, in one process.
 
-    KERAS_BACKEND=jax python tests/benchmarks/augment.py [--rounds=5]
-
-Needs the extra "parity". Prints markdown tables: images per second for a batch of 64 uint8 images of 224 x 224 with
-flip, rotation, zoom and shift (constant fill, bilinear), one jitted call each, in turns, medians; the largest
-gray-level difference for the parameters drawn by each Keras layer; and the time added to a training step.
+KERAS_BACKEND=jax python tests/benchmarks/augment.py [--rounds=5]        # extra "parity"
 """
 
 import math

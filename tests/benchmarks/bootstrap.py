@@ -1,10 +1,8 @@
-"""Processor time of 95 % intervals of all metrics, compared with a loop over scikit-learn that resamples rows.
+"""Processor time of 95 % intervals of all metrics, and of a loop over scikit-learn that resamples rows.
 
     OPENBLAS_NUM_THREADS=1 python tests/benchmarks/bootstrap.py [--draws=2000]
 
-For each draw the loop computes accuracy, log loss, Brier score, precision, recall, F1, and AUC and average precision
-per class and pooled: fewer metrics than lungjax. Its time is scaled from 5 draws. Both use the same draws and must
-agree.
+The loop computes fewer metrics than lungjax, with the same draws; its intervals must agree, its time is scaled.
 """
 
 import tracemalloc

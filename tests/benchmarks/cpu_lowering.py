@@ -1,9 +1,6 @@
 """Times the CPU forms of `lungjax.models.ops` against the plain operations, side by side in one process.
 
-    python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7] [--keep_freed]
-
-Prints a markdown table: milliseconds, medians over interleaved rounds. "plain" is `conv.plain_forms()` under `jax.jit`
-with default options; "ours" is compiled as in training.
+python tests/benchmarks/cpu_lowering.py [--layers | --steps] [--rounds=7] [--keep_freed]
 """
 
 from collections.abc import Callable

@@ -3,12 +3,7 @@
     python -m tests.benchmarks.end_to_end [--work=FOLDER] [--networks=cbr_small,efficientnet_b0] [--rounds=3]
         [--drawn=1000]
 
-Draws 512 x 512 PNG slices into the folder, from which another run reads them, and prepares them unmodified ("source")
-and as a copy at 224 x 224 ("copy"). The loop is that of `lungjax.training.train`: `train.device_batches`, the step, and
-metrics fetched every `train.log_steps`; the third contender repeats one batch ("memory"). They take turns in one
-process, with one compiled step; a turn starts with uncounted steps, so that batches read ahead during other turns are
-used up. Prints markdown: images per second (median), and the fraction of the rate in memory that each reaches in the
-same round (target: 0.95).
+A turn starts with uncounted steps, so that batches read ahead during other turns are used up.
 """
 
 import itertools

@@ -1,9 +1,8 @@
-"""How close exports are to the network: python tests/benchmarks/export_equality.py [NETWORK:SIDE ...] [--formats=...]
+"""Differences of exports from the network.
 
-For each network and format the largest difference of logits by their range, at batches of 1, 3 and 8 images, from
-`module.apply` in float32 with this platform's own operations, not folded; also the size of the file and the seconds of
-the export with its own check. Weights and running statistics are random. Formats whose packages are missing are
-skipped.
+    python tests/benchmarks/export_equality.py [NETWORK:SIDE ...] [--formats=jax,onnx,savedmodel]
+
+Formats whose packages are missing are skipped.
 """
 
 import sys

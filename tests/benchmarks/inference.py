@@ -3,12 +3,7 @@
     python -m tests.benchmarks.inference [--batch_sizes | --folding] [--networks=NAME,...] [--rounds=5]
         [--torch_python=PYTHON]
 
-Everything that is compared is compiled first and then called in turns. The first table has images per second of the
-folded network by batch size, divided by its best, by wall time and by processor time. The second compares folded and
-plain norms with 8 images: milliseconds per call; the median ratio over rounds, by wall time and by processor time;
-seconds to compile both, to find the pairs, to fold for the first time and (ms) again. With `PYTHON`, which needs torch
-and torchvision, torch takes a turn in both: eager, channels last, evaluation mode, `inference_mode`, one thread per
-core, in a separate process that is idle otherwise. Prints markdown.
+`PYTHON` needs torch and torchvision.
 """
 
 import contextlib

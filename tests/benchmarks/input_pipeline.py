@@ -3,19 +3,8 @@
     python tests/benchmarks/input_pipeline.py --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
-FOLDER contains a folder of JPEG or PNG files per class; without --source, 512 x 512 PNG slices are drawn. Every
-contender makes endless shuffled batches of 64 gray uint8 images of 224 x 224 (bilinear, antialiased) on cores 0 and 1.
-Each runs in its own process; they take turns and are idle otherwise:
-
-- torch: Pillow, DataLoader with two processes; `PYTHON` needs torch, Pillow and numpy.
-- tf: tf.io.decode_*, tf.image.resize, tf.data with AUTOTUNE and two threads; `PYTHON` needs tensorflow.
-- source: `lungjax.data.pipeline.train_batches` with defaults, from unmodified prepared files.
-- copy: the same from a copy at 224 x 224, prepared as folder/bench-224.
-
-A turn in which other processes used more than 10% of the cores is repeated, at most 15 times. Prints markdown: images
-per second (median, lowest and highest of the rounds), per second of CPU time (children included), the ratios to torch
-and tf per round (median, lowest and highest), and the highest use of the cores by others; then the CPU time of one
-image in one thread, step by step.
+FOLDER contains a folder of JPEG or PNG files per class; without --source, slices are drawn. The interpreters need torch
+with Pillow, and tensorflow. A turn in which other processes used more than 10% of the cores is repeated.
 """
 
 import contextlib

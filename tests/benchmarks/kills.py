@@ -1,9 +1,4 @@
-"""Kills a run at random moments and compares it with an uninterrupted run: python -m tests.benchmarks.kills
-
-Each kill is a SIGKILL to a process that trains a small network (tests/run_small.py: 150 steps, a validation every 6, a
-checkpoint every 2), some time after at least one more step. Prints the moment of each kill and whether weights,
-optimizer, best score and validation losses at the end are bit-identical.
-"""
+"""Kills a run at random moments and compares it with an uninterrupted one: python -m tests.benchmarks.kills"""
 
 import json
 import random

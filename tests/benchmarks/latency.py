@@ -4,16 +4,6 @@
         [--peer_python=PYTHON]
 
 Needs the extra `parity`, torch, onnxscript and onnxruntime; `--peer_python` names an interpreter that has these.
-onnxruntime gets the file one would deploy: the network exported by torch.onnx (timm's; CBR is written out), norms
-folded, all graph optimizations, with its default number of threads and with two. lungjax loads the same weights; its
-logits must agree to 1e-4 of their range.
-
-lungjax starts from uint8 pixels, normalizes them in the program, and ends with probabilities on the host. onnxruntime
-starts from float32 pixels that are already normalized and transposed, and ends with logits, which favors it.
-
-Each contender runs in its own process, which is idle except in its turns. Ratios are of the medians within each round:
-median (lowest..highest), above 1 where onnxruntime is faster. The start-up of lungjax is measured with an empty
-compilation cache and with the cache of that start. Prints markdown.
 """
 
 import statistics
@@ -29,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import harness
-from tests.benchmarks.train_peers import CBR, channels, torch_network
+from tests.benchmarks.train_peers import CBR, CLASSES, channels, torch_network
 
 SIDE = 224
 BATCHES = (1, 8)
@@ -52,23 +42,17 @@ def for_onnx(images: np.ndarray) -> np.ndarray:
 
 
 def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
-    """Writes FOLDER/weights, FOLDER/NETWORK.onnx with a dynamic batch size, and FOLDER/logits.npy.
+    """Writes FOLDER/NETWORK.onnx with a dynamic batch size, FOLDER/logits.npy and the weights.
 
-    CBR has the layers of `train_peers.py`; other networks are timm's, with the random weights of tests.parity.
-    torch.onnx folds the norms into the convolutions.
+    CBR has the layers of `train_peers.py`, and no file of weights; other networks are timm's, with the random weights
+    of tests.parity. torch.onnx folds the norms into the convolutions.
     """
     import torch
 
     path = Path(folder)
     if network in CBR:
-        torch.manual_seed(0)
         model = torch_network(network)
-        for norm in (layer for layer in model if isinstance(layer, torch.nn.BatchNorm2d)):
-            torch.nn.init.normal_(norm.bias)
-            norm.momentum = None  # cumulative mean
-        with torch.no_grad():
-            model.train()(torch.from_numpy(for_onnx(pixels(network, 8))))
-        np.savez(path / "weights.npz", **cbr_leaves(model))
+        load_cbr(model, network)
     else:
         from tests.parity import references
         from tests.parity.__main__ import filename
@@ -87,24 +71,35 @@ def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
     return {}, None
 
 
-def cbr_leaves(model: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of a CBR network in torch with our names and axes."""
+def random_network(network: str) -> tuple[Any, Any]:
+    """Returns a network of lungjax and its random variables."""
+    from lungjax import models
+    from tests.random_weights import random_variables
+
+    module = models.MODELS[network](outputs=CLASSES)
+    return module, random_variables(module, (SIDE, SIDE, channels(network)))
+
+
+def load_cbr(model: Any, network: str) -> None:
+    """Loads the variables of `random_network` into a CBR network in torch."""
     import torch
 
-    leaves, number = {}, 0
+    variables, name = random_network(network)[1], "stem"
     for layer in model:
         if isinstance(layer, torch.nn.Conv2d):
-            number += 1
-            name = "stem" if number == 1 else f"stage{number}"
-            leaves[f"{name}_conv/kernel"] = layer.weight.detach().numpy().transpose(2, 3, 1, 0)
-            leaves[f"{name}_conv/bias"] = layer.bias.detach().numpy()
+            weights = variables["params"][f"{name}_conv"]
+            state = {"weight": weights["kernel"].transpose(3, 2, 0, 1), "bias": weights["bias"]}
         elif isinstance(layer, torch.nn.BatchNorm2d):
-            names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-            leaves |= {f"{name}_bn/{ours}": getattr(layer, of).detach().numpy() for ours, of in names.items()}
+            weights, statistics = (variables[part][f"{name}_bn"] for part in ("params", "batch_stats"))
+            state = {"weight": weights["scale"], "bias": weights["bias"]}
+            state |= {"running_mean": statistics["mean"], "running_var": statistics["var"]}
+            name = f"stage{int(name.removeprefix('stage').replace('stem', '1')) + 1}"
         elif isinstance(layer, torch.nn.Linear):
-            leaves["head/dense/kernel"] = layer.weight.detach().numpy().T
-            leaves["head/dense/bias"] = layer.bias.detach().numpy()
-    return leaves
+            weights = variables["params"]["head"]["dense"]
+            state = {"weight": weights["kernel"].T, "bias": weights["bias"]}
+        else:
+            continue
+        layer.load_state_dict({key: torch.tensor(array) for key, array in state.items()}, strict=False)
 
 
 def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:
@@ -115,24 +110,20 @@ def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:
     import jax.numpy as jnp
 
     import lungjax
-    from lungjax import models
     from lungjax.config import InputSpec
     from lungjax.config.metadata import Metadata
     from lungjax.inference.model import named_outputs
-    from lungjax.models import folding, trees
+    from lungjax.models import folding
     from lungjax.models.inputs import normalize
     from lungjax.models.ops import conv
 
     spec = InputSpec(size=(SIDE, SIDE), channels=channels(network), mean=(0.5,), std=(0.5,))
-    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".npz", ".pth")]
+    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".pth")]
     imported = time.perf_counter()
-    if files[0].name == "weights.npz":
-        leaves = dict(np.load(files[0]))
-        module = models.MODELS[network](outputs=len(leaves["head/dense/bias"]))
-        parts = trees.split(leaves, {path for path in leaves if path.endswith(("/mean", "/var"))})
-        variables = dict(zip(("params", "batch_stats"), map(trees.unflatten, parts), strict=True))
-    else:
+    if files:
         module, variables, _ = lungjax.create(network, weights=f"file:{files[0]}")
+    else:
+        module, variables = random_network(network)
     variables = jax.tree.map(jnp.asarray, variables)
     built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
     folded = built.fold(variables)

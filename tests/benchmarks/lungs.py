@@ -1,11 +1,4 @@
-"""Measures the robust body and lung masks on phantoms.
-
-    python tests/benchmarks/lungs.py [--patients=150]
-
-Prints markdown tables: Dice of `lung_mask` against the drawn lungs, per class and by location of the lesions (one slice
-of each phantom patient, at alternating levels), and slices of 512 x 512 per second on one core for both masks and the
-CT-COV19 study's snake, in turns on the same slices. `lungjax.explore` draws the masks on the slices of a data set.
-"""
+"""Dice of `lung_mask` on phantoms, and rates of all masks: python tests/benchmarks/lungs.py [--patients=150]"""
 
 import os
 import statistics

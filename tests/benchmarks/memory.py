@@ -1,12 +1,4 @@
-"""Checks that memory stays flat over a long `lungjax.training.train.run` with validations and checkpoints.
-
-    python -m tests.benchmarks.memory [--steps=2000]
-
-Trains the "Simple" CNN at 64 px on the synthetic data set phantom_ct/tiny, with a validation every 100 steps and a
-checkpoint every 50, and prints the process's resident memory at ten points of the run, as markdown, and its growth from
-a quarter of the run to the end. Pages of mapped files (libraries, records) come and go, so private memory is listed
-separately. Memory freed by XLA stays with the process.
-"""
+"""Memory over a long run with validations and checkpoints: python -m tests.benchmarks.memory [--steps=2000]"""
 
 import tempfile
 from pathlib import Path

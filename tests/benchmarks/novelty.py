@@ -4,10 +4,7 @@
         [--network] [--images=2000] [--outliers=150]
 
 FOLDER/data has `ct`, `xray` and `covidx_ct_volume`, the first two with a `labels.csv` of columns path, split and group
-(no group in two splits). Each score is fitted on up to --images training images, its threshold chosen on the validation
-images, and the share of test images and outliers above the threshold printed. Outliers are made of --outliers test
-images, unless they are photographs or of another set. --network adds a published score. Parts: outliers; sources (leave
-one source out); few (small training sets).
+(no group in two splits). Outliers are made of --outliers test images, unless they are photographs or of another set.
 """
 
 import csv

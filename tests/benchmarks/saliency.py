@@ -1,10 +1,6 @@
-"""Time of saliency maps, in forward passes.
+"""Time of saliency maps, in forward passes of the same images.
 
-    python tests/benchmarks/saliency.py [--networks=NAME,...] [--images=64] [--rounds=3]
-
-The unit is the prediction of the same 224 px images by the folded network in the same batches. Maps and prediction
-alternate, after compilation. Prints, as markdown, the seconds of a prediction and each method's ratio to it in
-wall-clock and processor time (medians of the rounds). Images are in memory; nothing is read or written.
+python tests/benchmarks/saliency.py [--networks=NAME,...] [--images=64] [--rounds=3]
 """
 
 import statistics

@@ -3,16 +3,7 @@
     python -m tests.benchmarks.serve_load --models=RUN_OR_NETWORK,... [--rounds=5] [--minutes=10] [--starts=3]
         [--images=FOLDER] [--seconds=5]
 
-- Throughput: one client that sends one image at a time, and 32 clients, in turns of --seconds; images per second of
-  each, the ratio of each round (median, lowest and highest), p50 and p95 of the latency, and the server's processor
-  time per image. `others` is the largest share of the cores that other programs used.
-- Malformed requests (`--minutes`, with the first model): 12 clients, a tenth of whose requests are malformed; counts by
-  kind and status, the server's memory every 10 seconds, and its growth over the second half.
-- Start (`--starts`): from the start of the process until /predict answers 200, with the compilation cache of a first
-  start, which is not counted.
-
-A model that is not a folder is a network with random weights. The clients are one process with open connections. Images
-are 512 px PNG files of the slices in `--images`, or random ones. Prints markdown.
+A model that is not a folder is a network with random weights. Images are those of FOLDER, or phantoms.
 """
 
 import asyncio

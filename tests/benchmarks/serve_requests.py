@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lungjax.datasets.phantom.slices import CLASSES
 from tests import scans
+from tests.benchmarks import harness
 
 SIDE = 512
 BOUNDARY = b"boundary-of-a-part"
@@ -38,17 +40,13 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
-    """Returns grayscale images of 512 px: of the files in `folder`, or random ones."""
+    """Returns grayscale images of 512 px: of the files in `folder`, or phantoms."""
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
         return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
-    rng, images = np.random.default_rng(0), []
-    for _ in range(count):
-        blobs = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        noisy = np.asarray(blobs, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
-        images.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
-    return images
+    drawn = (harness.phantom(CLASSES[seed % len(CLASSES)], seed)[0] for seed in range(count))
+    return [Image.fromarray(image).resize((SIDE, SIDE)) for image in drawn]
 
 
 def scan(picture: Image.Image, series: str, **tags: Any) -> Any:

@@ -1,8 +1,6 @@
 """The 30 runs behind the first tables of experiments/README.md: python -m tests.benchmarks.small_sets --run
 
-Two small real data sets, prepared as `folder/ct`, `folder/ct-no_lungs` and `folder/xray` (commands in
-experiments/README.md), five initializations, three seeds. Runs what is missing, each in its own process, then prints
-the tables; without --run it prints the commands of missing runs, and the tables of finished ones. Hours on 2 cores.
+Runs what is missing, each in its own process, then prints the tables; without --run it prints the commands.
 """
 
 import shlex

@@ -4,10 +4,6 @@
         [--keras_python=PYTHON] [--torch_python=PYTHON]
     python -m tests.benchmarks.train --out=FOLDER --table            # the results as markdown tables
 
-Each framework runs in its own process (`train_peers.py`), which compiles while the others are idle; then they take
-turns, so that a machine that slows down slows all of them. A ratio is computed within each round. A peer may run in
-another interpreter.
-
 Each training step writes FOLDER/STEP.json, also if a framework fails, and is skipped if that exists. With --seconds the
 script ends before that limit, so a long list can be run in pieces; an unfinished step is measured anew.
 """

@@ -119,13 +119,8 @@ def normalized(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndar
 Framework = tuple[Callable[[], Any], dict[str, Any]]
 
 
-def jax_framework(
-    step: Any, shapes: Any, state: Any, data: Any, loss_of: Callable[[Any], Any], **facts: Any
-) -> Framework:
-    """Compiles a jitted function from state and data to a pair with the new state; facts have XLA's count of operations.
-
-    `shapes` are those of state and data, and `loss_of` returns the new state and the loss.
-    """
+def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callable, **facts: Any) -> Framework:
+    """Compiles a jitted function of state and data; `unpack` returns the new state and the loss of its result."""
     start = time.perf_counter()
     program = step.lower(*shapes).compile()
     facts["compile_seconds"] = time.perf_counter() - start
@@ -133,7 +128,7 @@ def jax_framework(
 
     def advance() -> Any:
         nonlocal state
-        state, loss = loss_of(program(state, data))
+        state, loss = unpack(program(state, data))
         return loss
 
     return advance, facts
