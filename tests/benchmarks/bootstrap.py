@@ -38,21 +38,14 @@ def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
         rows = np.concatenate([rows_of[i] for i in np.repeat(np.arange(len(names)), counts)])
         labels, s = p.labels[rows], probabilities[rows]
         predicted, one_hot = s.argmax(axis=1), np.eye(CLASSES)[labels]
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(
-            labels, predicted, average="macro", zero_division=0
-        )
-        values = {
-            "accuracy": sk.accuracy_score(labels, predicted),
-            "loss": sk.log_loss(labels, s / s.sum(axis=1, keepdims=True)),
-            "brier": ((s - one_hot) ** 2).sum(axis=1).mean(),
-            "precision_macro": precision,
-            "recall_macro": recall,
-            "f1_macro": f1,
-            "auc_macro": sk.roc_auc_score(one_hot, s),
-            "auc_micro": sk.roc_auc_score(one_hot, s, average="micro"),
-            "average_precision_macro": sk.average_precision_score(one_hot, s),
-            "average_precision_micro": sk.average_precision_score(one_hot, s, average="micro"),
-        }
+        scores = sk.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+        values = dict(zip(("precision_macro", "recall_macro", "f1_macro"), scores, strict=False))
+        values["accuracy"] = sk.accuracy_score(labels, predicted)
+        values["loss"] = sk.log_loss(labels, s / s.sum(axis=1, keepdims=True))
+        values["brier"] = ((s - one_hot) ** 2).sum(axis=1).mean()
+        for average in ("macro", "micro"):
+            values[f"auc_{average}"] = sk.roc_auc_score(one_hot, s, average=average)
+            values[f"average_precision_{average}"] = sk.average_precision_score(one_hot, s, average=average)
         for name, value in values.items():
             values_of.setdefault(name, []).append(value)
     return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in values_of.items()}

@@ -18,22 +18,15 @@ from tests.benchmarks import harness
 
 # kind, batch, side, channels in, channels out, kernel, stride, padding
 LAYERS = [
-    ("depthwise", 8, 28, 144, 144, 3, 1, "SAME"),
-    ("depthwise", 8, 56, 144, 144, 3, 2, "SAME"),
-    ("depthwise", 8, 14, 672, 672, 5, 1, "SAME"),
-    ("depthwise", 8, 56, 96, 96, 7, 1, "SAME"),
-    ("pointwise", 8, 56, 64, 256, 1, 1, "SAME"),
-    ("pointwise", 8, 7, 1280, 320, 1, 1, "SAME"),
-    ("dense", 8, 224, 3, 24, 3, 2, "SAME"),
-    ("dense", 8, 112, 24, 24, 3, 1, "SAME"),
-    ("dense", 8, 112, 24, 96, 3, 2, "SAME"),
-    ("dense", 8, 56, 48, 192, 3, 1, "SAME"),
-    ("dense", 32, 128, 1, 32, 7, 1, "VALID"),
-    ("dense", 32, 60, 32, 64, 7, 1, "VALID"),
-    ("dense", 32, 26, 64, 128, 7, 1, "VALID"),
-    ("dense", 32, 9, 128, 256, 7, 1, "VALID"),
+    ("depthwise", 8, 28, 144, 144, 3, 1, "SAME"), ("depthwise", 8, 56, 144, 144, 3, 2, "SAME"),
+    ("depthwise", 8, 14, 672, 672, 5, 1, "SAME"), ("depthwise", 8, 56, 96, 96, 7, 1, "SAME"),
+    ("pointwise", 8, 56, 64, 256, 1, 1, "SAME"), ("pointwise", 8, 7, 1280, 320, 1, 1, "SAME"),
+    ("dense", 8, 224, 3, 24, 3, 2, "SAME"), ("dense", 8, 112, 24, 24, 3, 1, "SAME"),
+    ("dense", 8, 112, 24, 96, 3, 2, "SAME"), ("dense", 8, 56, 48, 192, 3, 1, "SAME"),
+    ("dense", 32, 128, 1, 32, 7, 1, "VALID"), ("dense", 32, 60, 32, 64, 7, 1, "VALID"),
+    ("dense", 32, 26, 64, 128, 7, 1, "VALID"), ("dense", 32, 9, 128, 256, 7, 1, "VALID"),
     ("pool", 32, 122, 32, 32, 3, 2, "VALID"),
-]
+]  # fmt: skip
 
 
 def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
@@ -42,9 +35,8 @@ def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> N
         plain = jax.jit(function).lower(*args).compile()
     ours = jax.jit(function, compiler_options=conv.compiler_options()).lower(*args).compile()
     ms = harness.median_ms({"ours": partial(ours, *args), "plain": partial(plain, *args)}, rounds)
-    print(
-        harness.row(name, part, *(f"{x:.1f}" for x in (ms["plain"], ms["ours"], ms["plain"] / ms["ours"]))), flush=True
-    )
+    values = (ms["plain"], ms["ours"], ms["plain"] / ms["ours"])
+    print(harness.row(name, part, *(f"{value:.1f}" for value in values)), flush=True)
 
 
 def layer_rows(rounds: int) -> None:
@@ -63,9 +55,8 @@ def layer_rows(rounds: int) -> None:
             return module.apply({"params": {"kernel": kernel}}, x)
 
         def gradients(x, kernel, dy, forward=forward, image=channels <= 3):
-            if image:  # training needs no gradient of the image
-                return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](dy)
-            return jax.vjp(forward, x, kernel)[1](dy)
+            # Training needs no gradient of the image.
+            return jax.vjp(partial(forward, x), kernel)[1](dy) if image else jax.vjp(forward, x, kernel)[1](dy)
 
         name = f"{kind} {size}x{size}/{stride} {padding}, {batch} x {side} px, {channels} -> {features}"
         dy = jnp.asarray(draw(size=jax.eval_shape(forward, x, kernel).shape), jnp.float32)
@@ -81,7 +72,6 @@ def step_rows(rounds: int) -> None:
         images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, side, side, 1)), jnp.float32)
         labels = jnp.arange(batch) % 3
         variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), images)
-
         step = partial(harness.sgd_step, module, labels=labels)
         row(f"{name}, {batch} x {side} px", "training step", step, (variables, images), rounds)
 

@@ -64,7 +64,6 @@ class Network:
     """One network with random weights, plain and folded."""
 
     def __init__(self, name: str) -> None:
-        """Draws weights, traces and folds; measures the time of each."""
         import jax
         import jax.numpy as jnp
 
@@ -97,7 +96,6 @@ class Network:
 
 
 def batch_sizes(args: Namespace) -> None:
-    """Prints images per second by batch size."""
     print(harness.header("images per second, relative to the best", "best", *map(str, SIZES)))
     for name in args.networks:
         network = Network(name)
@@ -113,7 +111,6 @@ def batch_sizes(args: Namespace) -> None:
 
 
 def folded_and_plain(args: Namespace) -> None:
-    """Prints plain and torch against folded norms."""
     heads = (
         f"{BATCH} x {SIDE} px", "folded norms", "plain, ms", "folded, ms", "plain / folded", "torch / folded",
         "compile plain, s", "folded, s", "find pairs, s", "first fold, s", "fold, ms",

@@ -28,7 +28,6 @@ Batches = tuple[str, Iterator[Any]]  # with versions
 
 
 def torch_batches(files: list[str]) -> Batches:
-    """torch's DataLoader."""
     import PIL
     import torch
     from PIL import Image
@@ -47,7 +46,6 @@ def torch_batches(files: list[str]) -> Batches:
 
 
 def tf_batches(files: list[str]) -> Batches:
-    """tf.data."""
     import tensorflow as tf
 
     def load(file: Any, label: Any) -> Any:
@@ -210,7 +208,6 @@ def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
 
 
 def step_table(work: Path) -> str:
-    """Returns the time of each step."""
     times = [time_steps(name, work) for name in NAMES.values()]
     rows = [[key, *(f"{one[key]:.0f}" for one in times)] for key in times[0]]
     rows.append(["total", *(f"{sum(one.values()):.0f}" for one in times)])

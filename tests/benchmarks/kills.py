@@ -32,7 +32,6 @@ def outcome(workdir: Path) -> dict[str, Any]:
 
 
 def last_step(workdir: Path) -> int:
-    """Returns the last logged step, 0 if there is none."""
     rows = metrics_log.read(workdir / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0
 

@@ -84,22 +84,17 @@ def load_cbr(model: Any, network: str) -> None:
     """Loads the variables of `random_network` into a CBR network in torch."""
     import torch
 
-    variables, name = random_network(network)[1], "stem"
-    for layer in model:
-        if isinstance(layer, torch.nn.Conv2d):
-            weights = variables["params"][f"{name}_conv"]
-            state = {"weight": weights["kernel"].transpose(3, 2, 0, 1), "bias": weights["bias"]}
-        elif isinstance(layer, torch.nn.BatchNorm2d):
-            weights, statistics = (variables[part][f"{name}_bn"] for part in ("params", "batch_stats"))
-            state = {"weight": weights["scale"], "bias": weights["bias"]}
-            state |= {"running_mean": statistics["mean"], "running_var": statistics["var"]}
-            name = f"stage{int(name.removeprefix('stage').replace('stem', '1')) + 1}"
-        elif isinstance(layer, torch.nn.Linear):
-            weights = variables["params"]["head"]["dense"]
-            state = {"weight": weights["kernel"].T, "bias": weights["bias"]}
-        else:
-            continue
-        layer.load_state_dict({key: torch.tensor(array) for key, array in state.items()}, strict=False)
+    from lungjax.models import trees
+
+    leaves = {path: torch.tensor(array) for path, array in trees.flatten(random_network(network)[1]).items()}
+    convs, norms = ([x for x in model if isinstance(x, kind)] for kind in (torch.nn.Conv2d, torch.nn.BatchNorm2d))
+    for name, conv, norm in zip(("stem", "stage2", "stage3", "stage4", "stage5"), convs, norms, strict=False):
+        conv.weight.data = leaves[f"params/{name}_conv/kernel"].permute(3, 2, 0, 1).contiguous()
+        conv.bias.data = leaves[f"params/{name}_conv/bias"]
+        norm.weight.data, norm.bias.data = (leaves[f"params/{name}_bn/{leaf}"] for leaf in ("scale", "bias"))
+        norm.running_mean, norm.running_var = (leaves[f"batch_stats/{name}_bn/{leaf}"] for leaf in ("mean", "var"))
+    model[-1].weight.data = leaves["params/head/dense/kernel"].T.contiguous()
+    model[-1].bias.data = leaves["params/head/dense/bias"]
 
 
 def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:

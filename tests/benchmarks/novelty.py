@@ -195,7 +195,6 @@ def percent(scores: np.ndarray) -> str:
 
 
 def compare(name: str, data: dict[str, list[Any]], kinds: Any, fits: dict[str, Any]) -> None:
-    """Prints the percentages above the threshold."""
     train, val, test = ([p for p, _ in data[split]] for split in SPLITS)
     scores = {label: fit(train, val) for label, fit in fits.items()}
     rows, detected = [], []

@@ -19,7 +19,6 @@ SIDE = 224
 
 
 def measure(name: str, count: int, rounds: int) -> str:
-    """Returns a network's row of the table."""
     module = models.build(ModelConfig(name=name), classes=3)
     explainer = Explainer(module, state.init(module, (SIDE, SIDE, 3), 0), InputSpec(size=(SIDE, SIDE), channels=3))
     images = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)

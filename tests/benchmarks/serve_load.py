@@ -36,8 +36,6 @@ MALFORMED_FRACTION = 0.1
 
 
 class Server:
-    """A service in a separate process."""
-
     def __init__(self, model: str) -> None:
         self.started = time.perf_counter()
         command = [sys.executable, "-m", "lungjax.serve", f"--model={model}", "--port=0"]
@@ -64,7 +62,6 @@ class Server:
         return self.fail()
 
     def processor(self) -> float:
-        """Returns its processor seconds so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -81,8 +78,6 @@ class Server:
 
 
 class Client:
-    """One connection that stays open."""
-
     def __init__(self, server: Server) -> None:
         self.port, self.writer = int(server.url.split(":")[2].strip("/")), None
 
@@ -108,7 +103,6 @@ class Client:
         return int(head[9:12]), body
 
     def close(self) -> None:
-        """Ends the connection."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None

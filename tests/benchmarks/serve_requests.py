@@ -28,7 +28,6 @@ def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
 
 
 def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + b"--\r\n") -> bytes:
-    """Returns a request with files in a form."""
     head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % BOUNDARY
     return request(b"".join(head + file + b"\r\n" for file in files) + end, FORM, path)
 
@@ -88,7 +87,6 @@ def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
 
 
 def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
-    """Returns requests of each malformed kind."""
     from pydicom.encaps import encapsulate
     from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
@@ -134,16 +132,11 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
         "run-length DICOM bomb": [form(written(runs))],
         "DICOM of many elements": [form(elements)],
         "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
-        "wrong type": [
-            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n")),
-            request(b"{}", "application/json"),
-        ],
+        "wrong type": [*map(form, (b"%PDF-1.7\n", b"<html></html>", b"a,b\n")), request(b"{}", "application/json")],
         "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
         "empty": [form(b""), form(), request(b"", "image/png")],
         "bad multipart": [
-            form(whole, end=b""),
-            request(b"--other\r\n\r\n", FORM),
-            request(whole, "multipart/form-data"),
+            form(whole, end=b""), request(b"--other\r\n\r\n", FORM), request(whole, "multipart/form-data")
         ],
         "slow body": [[(head + b"Content-Length: 900\r\n\r\n", 0), *[(b"x", 0.5)] * 60]],
     }  # fmt: skip
@@ -166,10 +159,8 @@ def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
-    score = novelty.fit(images, images[:8], []).to_dict()
-    about = {"best_step": 1, "fingerprint": ""}
-    metadata = Metadata(name, classes, size, "phantom_ct", novelty=score, about=about)
-    (workdir / "model.json").write_text(metadata.to_json())
+    extra = {"novelty": novelty.fit(images, images[:8], []).to_dict(), "about": {"best_step": 1, "fingerprint": ""}}
+    (workdir / "model.json").write_text(Metadata(name, classes, size, "phantom_ct", **extra).to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(best, {"step": 1, "best_step": 1}, best=True)
     return str(workdir)

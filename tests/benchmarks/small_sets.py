@@ -24,7 +24,6 @@ STARTS = [*((model, "none") for model in CBR), (LITE, "none"), (LITE, "imagenet"
 
 
 def command(data: str, model: str, weights: str, seed: int, workdir: Path) -> list[str]:
-    """Returns the arguments of one run."""
     if model == LITE:
         flags = [f"--experiment=finetune:dataset=folder/{data},weights={weights},size=128"]
     else:

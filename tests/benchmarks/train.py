@@ -100,7 +100,6 @@ def missing(results: dict[str, Facts], name: str) -> str:
 
 
 def seconds_of(facts: Facts) -> list[float]:
-    """Returns the seconds of a step in each turn."""
     return [turn["seconds"] for turn in facts["turns"]]
 
 
@@ -125,7 +124,6 @@ def arithmetic(results: dict[str, Facts]) -> list[str]:
 
 
 def costs(results: dict[str, Facts]) -> list[str]:
-    """Returns compile time, peak memory and parameters of all."""
     cells = []
     for key, unit, form in (("compile_seconds", 1, ".1f"), ("peak_bytes", 2**30, ".2f"), ("parameters", 1e6, ".2f")):
         values = [results.get(name, {}).get(key) for name in CONTENDERS]
@@ -134,7 +132,6 @@ def costs(results: dict[str, Facts]) -> list[str]:
 
 
 def result_file(folder: Path, platform: str, step: tuple[str, int, int]) -> Path:
-    """Returns the file of a training step."""
     return folder / f"{'-'.join(map(str, (platform, *step)))}.json"
 
 
