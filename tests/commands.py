@@ -11,13 +11,19 @@ def run(command, *arguments, positional=()) -> int:
     `positional` are the names of the arguments that the command takes besides flags. The flags of the command are
     removed again, so that several commands run in one process.
     """
-    before = set(flags.FLAGS)
+    own = {"traceback"}
+
+    def define_flags() -> None:
+        before = set(flags.FLAGS)
+        command.define_flags()
+        own.update(set(flags.FLAGS) - before)
+
     try:
-        cli.run(command.main, command.define_flags, positional, [command.__name__, *map(str, arguments)])
+        cli.run(command.main, define_flags, positional, [command.__name__, *map(str, arguments)])
     except SystemExit as end:
         return end.code or 0
     finally:
-        for name in set(flags.FLAGS) - before:
+        for name in own & set(flags.FLAGS):  # not those of packages that the command imported
             delattr(flags.FLAGS, name)
         flags.FLAGS.mark_as_parsed()
     return 0

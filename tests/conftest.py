@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +36,16 @@ def small_bn():
     from lungjax.models.transfusion import Transfusion
 
     return partial(Transfusion, 3, (4, 8))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run a few times: compiled quickly, not well."""
+    from lungjax.models.ops import conv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +117,11 @@ def trained_run(tmp_path_factory) -> TrainedRun:
     """
     import folders
 
-    from lungjax.config import ModelConfig, overrides
+    from lungjax.config import overrides
     from lungjax.training import train
 
     root, classes = tmp_path_factory.mktemp("trained"), ("left", "middle", "right")
     splits = ("train", "train", "train", "val", "val", "test")
     folders.prepare(root, "mine", folders.rows(classes, 6, splits=splits))
-    spec = replace(folders.CONFIG.input, mean=(0.3,), std=(0.2,))
-    config = replace(folders.CONFIG, model=ModelConfig(name="simple"), input=spec)
-    train.run(overrides.override(config, "data.dataset=folder/mine"), root / "run", root / "data")
+    train.run(overrides.override(folders.CONFIG, "data.dataset=folder/mine"), root / "run", root / "data")
     return TrainedRun(root / "run", root / "data", root / "in_mine", classes)

@@ -11,8 +11,8 @@ from lungjax.config import Config, EvalConfig, InputSpec, ModelConfig, OptimConf
 
 CONFIG = Config(
     name="small",
-    input=InputSpec(size=(32, 32)),
-    model=ModelConfig(name="small_bn"),
+    input=InputSpec(size=(32, 32), mean=(0.3,), std=(0.2,)),
+    model=ModelConfig(name="simple"),
     optim=OptimConfig(lr=3e-2),
     train=TrainConfig(batch_size=8, steps=2, eval_steps=2, log_steps=1, monitor="slice.accuracy"),
     eval=EvalConfig(batch_size=8, examples=1, draws=40),

@@ -50,8 +50,9 @@ def test_help_starts_with_our_flags(tmp_path):
 
 def test_from_nothing_to_a_report_after_sigkill(tmp_path):
     arguments = [
-        "--experiment=phantom_demo:dataset=phantom_ct/tiny", "--set=input.size=64", "--set=train.batch_size=8",
-        "--set=train.steps=30", "--set=train.eval_steps=5", "--set=model.name=simple",
+        "--experiment=phantom_demo:dataset=phantom_ct/tiny", "--set=input.size=32", "--set=train.batch_size=8",
+        "--set=train.steps=60", "--set=train.eval_steps=10", "--set=model.name=simple", "--set=augment=none",
+        "--set=eval.draws=20", "--set=eval.examples=1",
     ]  # fmt: skip
     workdir = tmp_path / "runs/phantom_demo"
     command = [sys.executable, "-m", "lungjax.main", *arguments]

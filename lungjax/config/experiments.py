@@ -27,13 +27,9 @@ def names() -> dict[str, Path]:
 
 def listing() -> str:
     """Returns one line per experiment: its name and the first line of its docstring."""
-    paths = names()
-    width = max(map(len, paths), default=0)
-    lines = []
-    for name, path in paths.items():
-        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-        lines.append(f"{name:{width}}  {doc.partition(chr(10))[0]}")
-    return "\n".join(lines)
+    docs = {name: ast.get_docstring(ast.parse(path.read_text())) or "" for name, path in names().items()}
+    width = max(map(len, docs), default=0)
+    return "\n".join(f"{name:{width}}  {doc.partition(chr(10))[0]}" for name, doc in docs.items())
 
 
 def load(choice: str) -> Config:
@@ -58,13 +54,7 @@ def load(choice: str) -> Config:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return _call(module.get_config, text, choice)
-
-
-def _call(get_config: object, text: str, choice: str) -> Config:
-    assert callable(get_config)
-    parameters = inspect.signature(get_config).parameters
-    arguments = {}
+    parameters, arguments = inspect.signature(module.get_config).parameters, {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
@@ -73,7 +63,7 @@ def _call(get_config: object, text: str, choice: str) -> Config:
             takes = schema.nearest(key, parameters) if parameters else "it takes none"
             raise ValueError(f"--experiment={choice}: no argument {key!r}; {takes}")
         arguments[key] = overrides.parse(value, parameters[key].annotation, f"--experiment={choice}: {key}")
-    config = get_config(**arguments)
+    config = module.get_config(**arguments)
     if not isinstance(config, Config):
         raise ValueError(f"--experiment={choice}: get_config returned {type(config).__name__}, not a lungjax Config")
     return config

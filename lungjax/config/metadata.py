@@ -143,11 +143,8 @@ def _problem(metadata: Metadata) -> str:
             return f"`input.{name}` {statistic}: expected one number or three"
     if metadata.window is not None and not (_numbers(metadata.window, 2) and metadata.window[0] < metadata.window[1]):
         return f"`window` {metadata.window}: expected two increasing numbers, or null"
-    if (
-        not isinstance(windows, tuple)
-        or len(windows) not in (1, 3)
-        or any(not _numbers(w, 2) or w[1] <= 0 for w in windows)
-    ):
+    pairs = isinstance(windows, tuple) and all(_numbers(window, 2) and window[1] > 0 for window in windows)
+    if not (pairs and len(windows) in (1, 3)):
         return f"`hu_windows` {windows}: expected one or three pairs of center and width"
     choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("input.channels", metadata.input.channels, (1, 3)),

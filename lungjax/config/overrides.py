@@ -94,16 +94,12 @@ def parse(text: str, hint: Any, what: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    kinds = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
-        return " or ".join(_type_name(o) for o in typing.get_args(hint))
-    if hint is type(None):
-        return "None"
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if kinds[-1] is ...:
-            return f"comma-separated {_type_name(kinds[0])}s"
-        return ", ".join(_type_name(k) for k in kinds)
-    return getattr(hint, "__name__", str(hint))
+        return " or ".join(_type_name(kind) for kind in kinds)
+    if kinds:  # a tuple
+        return f"comma-separated {kinds[0].__name__}s" if kinds[-1] is ... else ", ".join(k.__name__ for k in kinds)
+    return "None" if hint is type(None) else hint.__name__
 
 
 def to_json(config: Config) -> str:

@@ -11,14 +11,6 @@ from collections.abc import Iterable
 from lungjax.config.schema import AugmentConfig, nearest
 
 
-def _turns(degrees: float) -> float:
-    return degrees / 360
-
-
-def _tangent(degrees: float) -> float:
-    return math.tan(math.radians(degrees))
-
-
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
     """CT-COV19 study, layers of Keras: flip, rotation, zoom, translation; black outside.
 
@@ -33,17 +25,12 @@ def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scal
     It turns and shears about the box's middle before it crops and resizes, and moves gray levels by whole numbers.
     """
     return AugmentConfig(
-        probability=0.5,
-        exterior=0.5,
-        flip_horizontal=0.5,
-        rotation=_turns(degrees),
-        shear=shear,
-        box_jitter=jitter,
-        intensity_shift=shift,
-        intensity_scale=scale,
-    )
+        probability=0.5, exterior=0.5, flip_horizontal=0.5, rotation=degrees / 360, shear=shear, box_jitter=jitter,
+        intensity_shift=shift, intensity_scale=scale,
+    )  # fmt: skip
 
 
+SHEAR_02 = math.tan(math.radians(0.2))
 PRESETS: dict[str, AugmentConfig] = {
     "none": AugmentConfig(),
     # Whole-lung NCCID study: imgaug's CoarseDropout and Invert, then Keras layers. There the dropped patches are
@@ -58,20 +45,20 @@ PRESETS: dict[str, AugmentConfig] = {
     "ct_cov19_lungs_nocrop": _ct_cov19(0.1, 0.2, 0.15),
     "ct_cov19_lungs": _ct_cov19(0.05, 0.1, 0.05),
     # iCTCF study (non-informative slices): Keras's generator, offline, 15 degrees; "nearest" is edge.
-    "ictcf": AugmentConfig(rotation=_turns(15), shift=(0.1, 0.1), fill="edge"),
+    "ictcf": AugmentConfig(rotation=15 / 360, shift=(0.1, 0.1), fill="edge"),
     # COVID X-ray study, Keras's generator: offline for the COVID class, and on-line. Its shear of 0.2 is in degrees,
     # next to nothing; its generator draws the zoom of height and width apart.
     "xray_covid_offline": AugmentConfig(
-        flip_horizontal=0.5, rotation=_turns(5), zoom=(-0.3, 0.3), zoom_apart=True, shear=_tangent(0.2), fill="edge",
+        flip_horizontal=0.5, rotation=5 / 360, zoom=(-0.3, 0.3), zoom_apart=True, shear=SHEAR_02, fill="edge",
         brightness=(0.2, 1.0),
     ),
     "xray_covid_online": AugmentConfig(
-        flip_horizontal=0.5, rotation=_turns(40), zoom=(-0.2, 0.2), zoom_apart=True, shear=_tangent(0.2),
+        flip_horizontal=0.5, rotation=40 / 360, zoom=(-0.2, 0.2), zoom_apart=True, shear=SHEAR_02,
         shift=(0.2, 0.2), fill="edge", brightness=(0.2, 1.0),
     ),
     # COVIDx CT transfer-learning study, torchvision: flips, then 30 degrees about the middle of the whole image, with
     # nearest pixels, before its centre crop.
-    "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=_turns(30)),
+    "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=30 / 360),
     # The defaults of COVIDNet-CT's training script, and those of its class.
     "covidnet_ct": _covidnet_ct(15, shear=0.2, jitter=0.075, shift=15, scale=0.15),
     "covidnet_ct_class": _covidnet_ct(10, shear=0.15, jitter=0.025, shift=10, scale=0.2),

@@ -130,8 +130,9 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
     """
     pixels = []
     for array, box in read_images(images, boxes):
-        image, place, _ = preprocessing.keep(array, box)
-        pixels.append(image_files.to_input(image, place, spec, 0.0))
+        preprocessing.check_window(array, None)
+        place = image_files.full_region(array) if box is None else box
+        pixels.append(image_files.to_input(array, np.asarray(place, np.float32), spec, 0.0))
     return np.asarray(normalize(jnp.asarray(np.stack(pixels)), spec))
 
 

@@ -17,17 +17,16 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lungjax.runtime import distributed
-from lungjax.runtime.files import sync_folder
+from lungjax.runtime.files import atomic_write, sync_folder
 
 PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
@@ -42,18 +41,6 @@ RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command a
 StateT = TypeVar("StateT")
 
 
-class State(Protocol):
-    """A tree of arrays with a step and the variables for prediction."""
-
-    @property
-    def step(self) -> Any:
-        """Steps done, a scalar."""
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Parameters and statistics."""
-
-
 class Checkpoints:
     """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
@@ -65,24 +52,13 @@ class Checkpoints:
         self.folder = workdir / "checkpoints"
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        distributed.on_first_host(self._open)
-
-    def _open(self) -> None:
-        try:
-            for kind in KINDS:
-                (self.folder / kind).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder / kind):
-                    _clear(self.folder / kind)
-        except OSError as error:
-            raise ValueError(f"{self.folder} can't be written ({error.strerror}); choose another --workdir") from error
+        distributed.on_first_host(lambda: _open(self.folder))
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for this host's part of a pending save; its error is raised, or added as a note to `error`."""
         try:
             self._finish_pending()  # not `wait`: other hosts may not have raised, and would not join
@@ -93,11 +69,12 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
 
-    def save(self, state: State, progress: dict[str, Any], best: bool = False) -> None:
+    def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
         """Starts to write the state and `progress` (numbers by name); with `best` also the weights as the best.
 
-        Returns once the values are copied, so the next step may overwrite the state. First waits for the previous save
-        and raises ValueError if that failed on a full or read-only disk, or if this one does not fit; the earlier
+        `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
+        once the values are copied, so the next step may overwrite the state. First waits for the previous save and
+        raises ValueError if that failed on a full or read-only disk, or if this one does not fit; the earlier
         checkpoints stay intact. Call on every host with the same arguments.
         """
         self.wait()
@@ -131,14 +108,9 @@ class Checkpoints:
     def _finish(self, step: int, progress: str, writes: dict[str, Any]) -> None:
         """Waits for orbax, commits the new folders and deletes old ones; runs in the worker thread."""
         with _disk_errors(self.folder, step):
-            errors = []
-            for write in writes.values():
-                try:
-                    write.result()
-                except Exception as error:  # the other write must finish too
-                    errors.append(error)
-            if errors:
-                raise errors[0]
+            with ExitStack() as stack:  # if one write fails, the other must finish too
+                for write in writes.values():
+                    stack.callback(write.result)
             if distributed.is_first_host():
                 (self.folder / "last" / f"{step}.partial" / PROGRESS).write_text(progress)
                 for kind in sorted(writes):  # best before last: a state must not refer to a missing best
@@ -167,16 +139,12 @@ class Checkpoints:
             for bad in damaged:
                 others = len(list(folder.glob(f"{bad.name}.damaged*")))
                 bad.rename(bad.with_suffix(f".damaged{others or ''}"))
-            self._drop_bests_after(step, bool(progress.get("best_step")))
+            bests = _steps(self.folder / "best")
+            newer = [best for best in bests if best > step]
+            # If the state refers to a best and all are newer, one is better than none.
+            for best in newer[1:] if newer == bests and progress.get("best_step") else newer:
+                _remove(self.folder / "best" / str(best))
         return state, progress
-
-    def _drop_bests_after(self, step: int, keep_one: bool) -> None:
-        steps = _steps(self.folder / "best")
-        newer = [s for s in steps if s > step]
-        if keep_one and newer == steps:
-            newer = newer[1:]
-        for late in newer:
-            _remove(self.folder / "best" / str(late))
 
 
 def newest(workdir: Path, kind: str) -> int | None:
@@ -187,12 +155,8 @@ def newest(workdir: Path, kind: str) -> int | None:
 def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
     """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
 
-    Only reads, so the run may still be training. Call on all hosts.
-
-    Args:
-      workdir: of the run.
-      abstract_variables: shapes with shardings; None for numpy arrays on this host.
-
+    Only reads, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with shardings;
+    None restores numpy arrays on this host.
     Raises ValueError if there are none, none is intact, or they belong to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
@@ -202,14 +166,14 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
     path = folder / str(step)
     if abstract_variables is None:  # orbax would restore to the devices of that run, which may not exist here
         abstract_variables = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _metadata(path)["variables"]
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _metadata(path, "variables")
         )
     else:
         _check_same(path, "variables", abstract_variables)
     return ocp.load_checkpointables(path.absolute(), {"variables": abstract_variables})["variables"], step
 
 
-def check_network(workdir: Path, abstract_state: State) -> None:
+def check_network(workdir: Path, abstract_state: Any) -> None:
     """Raises ValueError if the newest intact state of a workdir has other names or shapes than `abstract_state`.
 
     Call on the first host only.
@@ -290,14 +254,9 @@ def _commit(folder: Path, step: int) -> None:
     path = folder / f"{step}.partial"
     files = sorted(p for p in path.rglob("*") if p.is_file())
     checksums = {p.relative_to(path).as_posix(): [p.stat().st_size, _checksum(p, sync=True)] for p in files}
-    unfinished = path / f"{CHECKSUMS}.partial"
-    with unfinished.open("w") as file:
-        json.dump(checksums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path / CHECKSUMS)
-    for parent in (*(p for p in path.rglob("*") if p.is_dir()), path):
+    for parent in path.rglob("*/"):
         sync_folder(parent)
+    atomic_write(path / CHECKSUMS, json.dumps(checksums, indent=1))
     _install(path)
 
 
@@ -315,6 +274,17 @@ def _remove(path: Path) -> None:
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _open(folder: Path) -> None:
+    """Makes the folders of both kinds, checks that they are writable, and clears them."""
+    try:
+        for kind in KINDS:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder / kind):
+                _clear(folder / kind)
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written ({error.strerror}); choose another --workdir") from error
 
 
 def _clear(folder: Path) -> None:
@@ -338,9 +308,9 @@ def _make_room(folder: Path, step: int, size: int) -> None:
         )
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """Returns the names, shapes and types in a checkpoint, without its values."""
-    return ocp.checkpointables_metadata(path.absolute()).metadata
+def _metadata(path: Path, name: str) -> Any:
+    """Returns the shapes and types of a tree in a checkpoint, without its values."""
+    return ocp.checkpointables_metadata(path.absolute()).metadata[name]
 
 
 def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
@@ -350,7 +320,7 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}" for p, x in leaves}
 
-    saved, here = describe(_metadata(path)[name]), describe(abstract_tree)
+    saved, here = describe(_metadata(path, name)), describe(abstract_tree)
     different = [key for key in here | saved if here.get(key) != saved.get(key)]
     if different:
         lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]

@@ -122,12 +122,9 @@ def check_same(facts: Mapping[str, str]) -> None:
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
     all_digests = np.asarray(multihost_utils.process_allgather(digests)).reshape(-1, *digests.shape)
-    differ = (all_digests != all_digests[0]).any(2)  # [hosts, facts]
-    lines = [
-        f"{name} (host 0 against {', '.join(map(str, np.flatnonzero(differ[:, i])))})"
-        for i, name in enumerate(facts)
-        if differ[:, i].any()
-    ]
+    differ = (all_digests != all_digests[0]).any(2).T  # [facts, hosts]
+    hosts = {name: ", ".join(map(str, np.flatnonzero(row))) for name, row in zip(facts, differ, strict=True)}
+    lines = [f"{name} (host 0 against {others})" for name, others in hosts.items() if others]
     if lines:
         raise CollectiveError(
             f"the hosts differ in {'; '.join(lines)}. Give every host the same command, code and prepared data"

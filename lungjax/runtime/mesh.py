@@ -55,8 +55,7 @@ def state_sharding(shapes: Any, mesh: Mesh, shard: bool) -> Any:
         sides = [(side, axis) for axis, side in enumerate(leaf.shape) if side % mesh.size == 0]
         if not shard or not sides or leaf.size < MIN_SHARDED_SIZE:
             return replicated(mesh)
-        axis = max(sides)[1]
-        return NamedSharding(mesh, PartitionSpec(*(AXIS if i == axis else None for i in range(leaf.ndim))))
+        return NamedSharding(mesh, PartitionSpec(*[None] * max(sides)[1], AXIS))
 
     return jax.tree.map(one, shapes)
 

@@ -32,15 +32,17 @@ def commit() -> str:
         return ""
 
 
+def version(package: str) -> str:
+    """Returns the version of a package, "" if it is not installed, such as lungjax run from a checkout."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that affect results."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # lungjax itself, run from a checkout
-            versions[name] = "not installed"
-    return versions
+    return {name: version(name) or "not installed" for name in PACKAGES}
 
 
 def facts() -> dict[str, Any]:

@@ -4,14 +4,13 @@ XLA's TPU compiler (libtpu) needs shapes, shardings and the name of a topology o
 are read.
 """
 
-import dataclasses
 import importlib.util
 import io
 import math
 import os
 import re
 import time
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import mesh as meshes
-from lungjax.training import program, state
+from lungjax.runtime import provenance
+from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
@@ -35,7 +35,7 @@ DEFAULT_STEPS = 1000  # where the data set is unavailable; only the constants of
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Generation:
     """One TPU generation: published figures of a chip, and the slice shapes."""
 
@@ -71,10 +71,9 @@ def devices(topology: str) -> list[Any]:
         )
     flat = generation.shapes == SHAPES_2D
     if not (shape in SHAPES_2D if flat else shape.count("x") == 2):
-        raise ValueError(
-            f"--compile_for={topology}: {name} comes as {', '.join(f'{name}:{shape}' for shape in generation.shapes)}"
-            f"{'' if flat else ' and other boxes of 2x2 chips'}"
-        )
+        choices = ", ".join(f"{name}:{shape}" for shape in generation.shapes)
+        others = "" if flat else " and other boxes of 2x2 chips"
+        raise ValueError(f"--compile_for={topology}: {name} comes as {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install '.[tpu]' (or libtpu); no TPU is needed")
     options: dict[str, Any] = {}
@@ -85,7 +84,7 @@ def devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--compile_for={topology}: the TPU compiler says: {_first_line(error)}") from error
+        raise ValueError(f"--compile_for={topology}: the TPU compiler says: {str(error).splitlines()[0]}") from error
 
 
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
@@ -109,7 +108,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     data = _open_data(config, data_dir)
     if len(data.records) <= len(data.classes):
         steps = config.train.steps or DEFAULT_STEPS
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+        config = replace(config, train=replace(config.train, steps=steps))
     built = program.build(config, data.classes, data.columns["label"][pipeline.train_rows(data)], mesh)
     batch = batch_shapes(config, data, mesh)
     sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
@@ -121,12 +120,13 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(does_not_fit(str(error), config, topology, len(chips), sizes)) from error
+    compiler = provenance.version("libtpu") or "of TPU_LIBRARY_PATH"
     rows = [
         *_describe(config, topology, chips, built),
         *_describe_memory(compiled.memory_analysis(), config, topology, len(chips), sizes),
         *_describe_cost(compiled.cost_analysis(), config, topology),
         *count_collectives(compiled.as_text()),
-        ("compiled", f"in {time.perf_counter() - started:.0f} s by libtpu {_libtpu_version()}; nothing was run"),
+        ("compiled", f"in {time.perf_counter() - started:.0f} s by libtpu {compiler}; nothing was run"),
     ]
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
@@ -135,15 +135,12 @@ def _describe(config: Config, topology: str, chips: list[Any], built: program.Pr
     hosts = len({chip.process_index for chip in chips})
     parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
     height, width = config.input.size
+    images = config.train.batch_size
     micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
     return [
         ("chips", f"{len(chips)} {topology.partition(':')[0]} on {hosts} host{'s' if hosts > 1 else ''}"),
         ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
-        (
-            "batch",
-            f"{config.train.batch_size} images of {height} x {width}, {config.train.batch_size / len(chips):g} per "
-            f"chip{micro}",
-        ),
+        ("batch", f"{images} images of {height} x {width}, {images / len(chips):g} per chip{micro}"),
     ]
 
 
@@ -174,23 +171,20 @@ def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> lis
     chip = GENERATIONS[topology.partition(":")[0]]
     # XLA counts the body of a loop once. The only loop of the step runs over the micro-batches.
     flops = cost["flops"] * config.train.accumulate
-    accessed = cost["bytes accessed"] * config.train.accumulate
-    seconds = flops / (chip.speed * 1e12)
+    gigabytes = cost["bytes accessed"] * config.train.accumulate / 1e9
+    seconds, transfer = flops / (chip.speed * 1e12), gigabytes / chip.bandwidth
+    step = f"{1e3 * seconds:.3g} ms"
     return [
-        (
-            "arithmetic",
-            f"{flops / 1e9:,.1f} GFLOP per chip and step: {_milliseconds(seconds)} at {chip.speed:g} TFLOP/s",
-        ),
+        ("arithmetic", f"{flops / 1e9:,.1f} GFLOP per chip and step: {step} at {chip.speed:g} TFLOP/s"),
         (
             "memory traffic",
-            f"at most {accessed / 1e9:.3g} GB per chip and step: {_milliseconds(accessed / (chip.bandwidth * 1e9))} at "
-            f"{chip.bandwidth:g} GB/s, on-chip memory included",
+            f"at most {gigabytes:.3g} GB per chip and step: {1e3 * transfer:.3g} ms at {chip.bandwidth:g} GB/s, "
+            "on-chip memory included",
         ),
         (
             "bound",
-            f"a step takes at least {_milliseconds(seconds)} (arithmetic): at most "
-            f"{config.train.batch_size / seconds:,.0f} images/s. Memory traffic, collectives and reading images may "
-            "take longer",
+            f"a step takes at least {step} (arithmetic): at most {config.train.batch_size / seconds:,.0f} images/s. "
+            "Memory traffic, collectives and reading images may take longer",
         ),
     ]
 
@@ -219,12 +213,8 @@ def count_collectives(text: str) -> list[tuple[str, str]]:
 
 def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of a global training batch, as the pipeline makes it."""
-    one = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, batch_size=1),
-        data=dataclasses.replace(config.data, workers=0),
-    )
-    example = next(pipeline.train_batches(data, one, start=0))
+    train, reading = replace(config.train, batch_size=1), replace(config.data, workers=0)
+    example = next(pipeline.train_batches(data, replace(config, train=train, data=reading), start=0))
     sharding, size = meshes.batch_sharding(mesh), config.train.batch_size
     return {
         name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=sharding)
@@ -278,8 +268,7 @@ def _open_data(config: Config, data_dir: Path) -> Prepared:
         columns={
             "file": np.full(n, "black.png"),
             "label": np.arange(n),
-            "split": np.full(n, "train"),
-            "split_study": np.full(n, "train"),
+            **dict.fromkeys(("split", "split_study"), np.full(n, "train")),
             "box": np.tile(np.asarray([0, 0, BODY_SIDE, BODY_SIDE], np.float32), (n, 1)),
         },
         records=[record] * n,
@@ -291,25 +280,9 @@ def _open_data(config: Config, data_dir: Path) -> Prepared:
 
 
 def _bytes_per_chip(shapes: Any) -> int:
-    return state.size(
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), shapes)
-    )
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _size(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
-
-
-def _libtpu_version() -> str:
-    try:
-        return metadata.version("libtpu")
-    except metadata.PackageNotFoundError:
-        return "of TPU_LIBRARY_PATH"

@@ -16,7 +16,7 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import bootstrap, metrics, predictions
+from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
@@ -31,26 +31,14 @@ SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # p
 
 
 def run(
-    config: Config,
-    count: int,
-    workdir: Path,
-    data_dir: Path,
-    mode: str = "train",
-    weights_dir: Path | None = None,
+    config: Config, count: int, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
     """Trains and tests `count` runs in WORKDIR/fold0, fold1, ... and reports over all; returns WORKDIR/report.md.
 
-    Finished folds are not trained again, an unfinished one resumes. Each has its own report. WORKDIR gets the pooled
-    `predictions_test.csv` (column `extra_fold`) and those of the controls, `report.json`, `report.md` and plots;
-    `facts.folds` of report.json has mean, minimum and maximum of the metrics over folds.
-
-    Args:
-      config: of the runs; its data.folds and data.fold are set here.
-      count: number of folds, 3 or more.
-      workdir: of all folds; must contain nothing else.
-      data_dir: as for `train.run`.
-      mode: "train", or "evaluate" to test all folds again.
-      weights_dir: as for `train.run`.
+    Finished folds are not trained again, an unfinished one resumes. Each has its own report. WORKDIR must contain
+    nothing else and gets the pooled `predictions_test.csv` (column `extra_fold`) and those of the controls,
+    `report.json`, `report.md` and plots; `facts.folds` of report.json has mean, minimum and maximum of the metrics
+    over folds. The other arguments are those of `train.run`.
 
     Raises ValueError before training if the data can't be split into `count` folds or WORKDIR contains other files,
     then as `train.run` for each fold; finished folds stay unchanged.
@@ -72,10 +60,8 @@ def run(
         try:
             train.run(part, folder, data_dir, mode, weights_dir)
         except (ValueError, OSError):
-            done = [f"fold{k}" for k, other in enumerate(folders[:i]) if (other / "report.md").exists()]
-            train.print_line(
-                f"fold {i} failed; finished folds: {', '.join(done) or 'none'}. Rerun the same command to resume"
-            )
+            done = ", ".join(other.name for other in folders[:i] if (other / "report.md").exists())
+            train.print_line(f"fold {i} failed; finished folds: {done or 'none'}. Rerun the same command to resume")
             raise
     distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"
@@ -112,8 +98,9 @@ def write(
     config = load.resolve(config)
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
     facts = _facts(folders, fold_predictions, data) | {"seconds": round(time.time() - started, 1)}
-    description = datasets.describe(data, data_dir)
-    reporting.write_report(workdir, config, results, [], facts, lambda i: reader(rows[i]), **description)
+    reporting.write_report(
+        workdir, config, results, [], facts, lambda i: reader(rows[i]), **datasets.describe(data, data_dir)
+    )
 
 
 def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
@@ -125,22 +112,18 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     if any(p.classes != first.classes or p.extra.keys() != first.extra.keys() for p in parts):
         raise ValueError("the folds have different classes or columns: they were trained on different data")
     fold = np.repeat([str(i) for i in range(len(parts))], [len(p) for p in parts])
+    names = ["ids", "groups", "sources", "labels", "probabilities"]
+    if all(p.logits is not None for p in parts):
+        names.append("logits")
     pooled = Predictions(
-        **{
-            name: np.concatenate([getattr(p, name) for p in parts])
-            for name in ("ids", "groups", "sources", "labels", "probabilities")
-        },
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names},
         classes=first.classes,
         extra={k: np.concatenate([p.extra[k] for p in parts]) for k in first.extra} | {"fold": fold},
-        logits=None
-        if any(p.logits is None for p in parts)
-        else np.concatenate([p.logits for p in parts if p.logits is not None]),
     )
-    names, counts = np.unique(pooled.ids, return_counts=True)
+    ids, counts = np.unique(pooled.ids, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{names[counts > 1][0]} was tested in two folds: delete the folder and start over")
-    order = np.argsort(_rows(pooled, data), kind="stable")
-    return bootstrap.take(pooled, order)
+        raise ValueError(f"{ids[counts > 1][0]} was tested in two folds: delete the folder and start over")
+    return predictions.take(pooled, np.argsort(_rows(pooled, data)))
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
@@ -181,13 +164,11 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
 
 def _rows(p: Predictions, data: Prepared) -> np.ndarray:
     """Returns the rows of predicted images in the data set, int64 [N]."""
-    files = data.columns["file"]
-    order = np.argsort(files)
-    rows = order[np.minimum(np.searchsorted(files, p.ids, sorter=order), len(files) - 1)]
-    unknown = files[rows] != p.ids
-    if unknown.any():
-        raise ValueError(f"{p.ids[unknown][0]} is not an image of {data.name}: delete the folder and start over")
-    return rows
+    rows = {name: row for row, name in enumerate(data.columns["file"].tolist())}
+    unknown = [name for name in p.ids.tolist() if name not in rows]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an image of {data.name}: delete the folder and start over")
+    return np.asarray([rows[name] for name in p.ids.tolist()])
 
 
 def _check_folder(workdir: Path, count: int) -> None:

@@ -3,12 +3,10 @@
 Saved with every checkpoint, so that a resumed run decides as an uninterrupted one.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +20,7 @@ from lungjax.training import metrics_log
 
 @dataclass
 class Progress:
-    """Numbers only, updated in place."""
+    """Numbers only, updated in place; a checkpoint holds `vars(progress)`."""
 
     best: float = math.nan  # value of train.monitor
     best_step: int = 0
@@ -32,15 +30,6 @@ class Progress:
     skipped_batches: int = 0  # by train.on_nan=rewind: step s uses batch s - 1 + skipped_batches
     rewinds: int = 0
     consecutive_bad_steps: int = 0  # that train.on_nan=skip skipped
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Returns all fields, for a checkpoint."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Progress":
-        """The inverse of `to_dict`."""
-        return cls(**fields)
 
     def update(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
         """Compares the validation of `step` with the best so far; returns whether it is better."""
@@ -81,13 +70,9 @@ def check_monitor(config: Config, data: Prepared) -> None:
         if not len(data.rows(split)):
             raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
     rows, classes = data.rows("val"), len(data.classes)
+    files, groups, sources, labels = (data.columns[name][rows] for name in ("file", "group", "source", "label"))
     uniform = Predictions(
-        ids=data.columns["file"][rows],
-        groups=data.columns["group"][rows],
-        sources=data.columns["source"][rows],
-        labels=data.columns["label"][rows],
-        probabilities=np.full((len(rows), classes), 1 / classes),
-        classes=data.classes,
+        files, groups, sources, labels, np.full((len(rows), classes), 1 / classes), classes=data.classes
     )
     scores, name = metrics.flat_levels(uniform), config.train.monitor
     if name not in scores:

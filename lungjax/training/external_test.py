@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp, softmax
@@ -21,9 +20,9 @@ from lungjax.config import Config, nearest, overrides
 from lungjax.data import pipeline
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
-from lungjax.evaluation import baselines, bootstrap, predictions
+from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import write
+from lungjax.report import write as reporting
 from lungjax.runtime import distributed
 from lungjax.runtime.checkpoint import restore_best
 from lungjax.training import program, train
@@ -43,12 +42,7 @@ class LabelMap:
 
 
 def evaluate(
-    config: Config,
-    workdir: Path,
-    data_dir: Path,
-    dataset: str,
-    label_map: str = "",
-    split: str = "test",
+    config: Config, workdir: Path, data_dir: Path, dataset: str, label_map: str = "", split: str = "test"
 ) -> Path:
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
@@ -110,44 +104,32 @@ def evaluate(
         "external": {
             "trained_on": run.data.name,
             "split": split,
-            "label_map": {name: _target(mapping, label) for label, name in enumerate(other.classes)},
+            "label_map": {
+                name: IGNORED if index < 0 else mapping.classes[index]
+                for name, index in zip(other.classes, mapping.labels, strict=True)
+            },
         },
         "notes": [f"Tested on {what} of {other.name}; trained and chosen on {run.data.name}.", *notes],
     }
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
     # A heat map is of one class of the run, so there is none for a tested class of several.
-    single = all(len(members) == 1 for members in mapping.members)
-    explain = train.explainer(run, variables) if single else None
-    description = datasets.describe(other, data_dir)
-    distributed.on_first_host(
-        lambda: _write(
-            folder, run.config, results, facts, view, explain and _map_targets(explain, mapping), description
-        )
-    )
-    return folder / "report.md"
-
-
-def _map_targets(explain: write.Explain, mapping: LabelMap) -> write.Explain:
-    """Returns `explain` for indices of tested classes, each of which is one class of the run."""
+    explain_class = train.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
     run_classes = np.asarray([members[0] for members in mapping.members])
-    return lambda images, targets: explain(images, run_classes[targets])
+    explain = explain_class and (lambda images, targets: explain_class(images, run_classes[targets]))
+    description = datasets.describe(other, data_dir)
+    reader, rows = pipeline.Reader(view, run.config.input), view.rows("test")
 
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = reporting.write_report(
+            folder, run.config, results, [], facts, lambda i: reader(rows[i]), explain, **description
+        )
+        for warning in baselines.warnings(report):
+            train.print_line(warning)
 
-def _write(
-    folder: Path,
-    config: Config,
-    results: dict[str, Predictions],
-    facts: dict[str, Any],
-    view: Prepared,
-    explain: write.Explain | None,
-    description: dict[str, Any],
-) -> None:
-    reader, rows = pipeline.Reader(view, config.input), view.rows("test")
-    folder.mkdir(parents=True, exist_ok=True)
-    report = write.write_report(folder, config, results, [], facts, lambda i: reader(rows[i]), explain, **description)
-    for warning in baselines.warnings(report):
-        train.print_line(warning)
+    distributed.on_first_host(write)
+    return folder / "report.md"
 
 
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
@@ -193,9 +175,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
     groups = sorted({target for target in targets.values() if target})
     for i, count in Counter(i for target in groups for i in target).items():
         if count > 1:
-            raise ValueError(
-                f"--label_map={text}: {run_classes[i]} is in two different right sides; only one is allowed"
-            )
+            raise ValueError(f"--label_map={text}: {run_classes[i]} is in two right sides; only one is allowed")
     if len(groups) < 2:
         raise ValueError(f"--label_map={text}: at least two tested classes are needed")
     return LabelMap(
@@ -203,11 +183,6 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
         members=tuple(groups),
         labels=tuple(groups.index(targets[name]) if targets[name] else -1 for name in other_classes),
     )
-
-
-def _target(mapping: LabelMap, label: int) -> str:
-    index = mapping.labels[label]
-    return IGNORED if index < 0 else mapping.classes[index]
 
 
 def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
@@ -224,15 +199,10 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
 
 
 def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarray) -> Predictions:
-    """Returns the predictions of a run as probabilities of the tested classes.
+    """Returns the predictions over the C classes of a run as those over the K tested classes.
 
     Probabilities of the members of a class are added, then normalized to a sum of one. The sum is a log-sum-exp of
-    logits, which stays exact for confident networks.
-
-    Args:
-      predicted: over the C classes of the run.
-      mapping: to K tested classes.
-      labels: [N] of the other data set, all mapped.
+    logits, which stays exact for confident networks. `labels` [N] are those of the other data set, all mapped.
     """
     logits = predicted.logits
     if logits is None:
@@ -254,7 +224,7 @@ def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))
-    val = bootstrap.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))
+    val = predictions.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))
     groups = np.asarray([f"{name}: {group}" if group else "" for group in val.groups.tolist()], np.str_)
     return replace(map_predictions(val, own, val.labels), groups=groups)
 

@@ -39,14 +39,9 @@ class Program:
 
 
 def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: jax.sharding.Mesh) -> Program:
-    """Returns the program; nothing is compiled yet.
+    """Returns the program of a complete configuration (`weights.load.resolve`); nothing is compiled yet.
 
-    Args:
-      config: complete (`weights.load.resolve`).
-      classes: of the data set, in label order.
-      labels: [N] of the train split, for the number of steps and the class weights.
-      mesh: of devices.
-
+    `classes` are in label order; `labels` [N] of the train split give the number of steps and the class weights.
     Raises ValueError for incompatible settings.
     """
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
@@ -57,8 +52,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     smallest = models.minimum_size(config.model)
     if any(side < limit for side, limit in zip(config.input.size, smallest, strict=True)):
         raise ValueError(
-            f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} "
-            "(height, width) or more"
+            f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} (height, width) or "
+            "more"
         )
     positive = outputs.positive_class(config, classes)
     steps, eval_steps = step_counts(config, len(labels))

@@ -37,13 +37,8 @@ def create(
 ) -> TrainState:
     """Initializes a state; pure, so under jit no random numbers are drawn for leaves that `start` replaces.
 
-    Args:
-      module: the network.
-      optimizer: of the trainable parameters.
-      image_shape: [height, width, channels] of the network's input.
-      seed: of the random initialization.
-      frozen: paths of parameters without optimizer state.
-      start: leaves by path ("stem_conv/kernel", "stem_bn/mean") that replace random ones.
+    `image_shape` is [height, width, channels] of the network's input, `frozen` are paths of parameters without
+    optimizer state, `start` are leaves by path ("stem_conv/kernel", "stem_bn/mean") that replace random ones.
     """
     variables = init(module, image_shape, seed, start)
     return TrainState(

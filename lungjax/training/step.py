@@ -29,11 +29,8 @@ Metrics = dict[str, jax.Array]
 def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> Any:
     """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
 
-    An interceptor, so that networks need not pass the choice on.
-
-    Args:
-      choice: `optim.frozen_batch_norm`.
-      frozen: paths of frozen parameters.
+    `choice` is `optim.frozen_batch_norm`, `frozen` are paths of parameters. An interceptor, so that networks need not
+    pass the choice on.
     """
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -77,18 +74,11 @@ def make_train_step(
     def inputs(batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.Array | float]:
         # Augmentation depends on the seed and the example's position in the sequence, not on step, batch or device.
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        images = augment.augment(
-            batch["image"],
-            batch.get("place"),
-            key,
-            config.augment,
-            config.input.size,
-            batch.get("box"),
-            batch.get("body"),
-        )
+        place, box, body = (batch.get(name) for name in ("place", "box", "body"))
+        images = augment.augment(batch["image"], place, key, config.augment, config.input.size, box, body)
         if not (config.augment.mixup or config.augment.cutmix):
             return normalize(images, config.input), None, 1.0
-        images, mixed_labels, share = augment.mix(images, batch["label"], batch.get("place"), key, config.augment)
+        images, mixed_labels, share = augment.mix(images, batch["label"], place, key, config.augment)
         return normalize(images, config.input), mixed_labels, share
 
     def loss_fn(

@@ -94,11 +94,9 @@ def run(config: Config, workdir: Path, data_dir: Path, mode: str = "train", weig
         # The only evaluation on the test split, with the best weights.
         variables, best_step = restore_best(workdir, run.program.abstract_state.variables)
         results = {split: predict(run, variables, run.data, split) for split in ("val", "test")}
-        no_lungs = without_lungs(run.data, data_dir)
-        if no_lungs is not None:
+        if (no_lungs := without_lungs(run.data, data_dir)) is not None:
             results["no_lungs"] = predict(run, variables, no_lungs, "test")
-        source_only = baselines.source_only(run.data)
-        if source_only is not None:
+        if (source_only := baselines.source_only(run.data)) is not None:
             results["source_only"] = source_only
     facts = describe(run) | {"best_step": best_step, "seconds": round(time.time() - started, 1)}
     return write_report(run, results, facts, explainer(run, variables), datasets.describe(run.data, data_dir))
@@ -135,12 +133,12 @@ def train(run: Run, weights_dir: Path | None) -> None:
     ):
         checkpoint = checkpoints.restore(abstract_state)
         if checkpoint:
-            current, progress = checkpoint[0], Progress.from_dict(checkpoint[1])
+            current, progress = checkpoint[0], Progress(**checkpoint[1])
             print_line(f"Resuming from step {int(current.step)} of {run.program.steps} in {workdir}")
         else:
             current, progress = run.program.new_state(start), Progress()
             if config.train.on_nan == "rewind":  # needs a checkpoint to return to
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
         if int(current.step) < run.program.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(workdir)
         while True:
@@ -215,10 +213,10 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
                         f"accuracy {scores['slice.accuracy']:.4f}{', best so far' if better else ''}"
                     )
                     # The best weights are tested; with train.keep=last those are the newest.
-                    checkpoints.save(current, progress.to_dict(), best=better or config.train.keep == "last")
+                    checkpoints.save(current, vars(progress), best=better or config.train.keep == "last")
                     last_save, clock = step, time.perf_counter()
                 elif due(config.train.save_steps) and last_save < step:
-                    checkpoints.save(current, progress.to_dict())
+                    checkpoints.save(current, vars(progress))
                     last_save = step
                 if progress.stopped:
                     print_line(f"No better {config.train.monitor} in {config.train.patience} validations: stopping")
@@ -240,7 +238,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
             watch.check()  # for a signal during the last validation, whose state is saved
         except signals.Interrupted as stop:
             if last_save < step:
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
             checkpoints.wait()
             saved_note = "Checkpoint saved; rerun" if step else "Rerun"
             print_line(f"{stop} at step {step}. {saved_note} the same command to resume")
@@ -249,7 +247,7 @@ def train_loop(  # noqa: C901, PLR0912, PLR0915
             if last_save < error.step - 1 and config.train.on_nan == "stop":
                 # The state has not changed since the step before.
                 current = current.replace(step=filled(current.step, error.step - 1))
-                checkpoints.save(current, progress.to_dict())
+                checkpoints.save(current, vars(progress))
             raise
 
 
@@ -294,7 +292,7 @@ def rewind(
         raise ValueError(f"{error}. The run was rewound {MAX_REWINDS} times already")
     checkpoint = checkpoints.restore(abstract_state)
     assert checkpoint is not None  # train.on_nan=rewind saves one at the start
-    current, restored = checkpoint[0], Progress.from_dict(checkpoint[1])
+    current, restored = checkpoint[0], Progress(**checkpoint[1])
     restored.rewinds = progress.rewinds + 1
     restored.skipped_batches = progress.skipped_batches + error.step - int(current.step)
     print_line(f"{error.cause}. Rewinding to step {int(current.step)}; continuing with the examples after that batch")
@@ -319,28 +317,23 @@ def predict(
     run: Run, variables: dict[str, Any], data: Prepared, split: str, watch: signals.Watch | None = None
 ) -> Predictions:
     """Returns predictions of a split; raises Interrupted between batches if `watch` received a signal."""
+    compiled, check = run.program, watch.check if watch else lambda: None
+    folded = compiled.network.fold(variables)
     return predict_split.predict(
-        run.program.predict_step,
-        run.program.network.fold(variables),
-        data,
-        split,
-        run.config,
-        run.program.mesh,
-        progress=watch is None,
-        check=watch.check if watch else lambda: None,
+        compiled.predict_step, folded, data, split, run.config, compiled.mesh, progress=watch is None, check=check
     )
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Returns the facts of a report about machine, software, data and network."""
     data = run.data
-    counts = {
-        split: np.bincount(data.columns["label"][data.rows(split)], minlength=len(data.classes)).tolist()
-        for split in ("train", "val", "test")
-    }
+    labels = {split: data.columns["label"][data.rows(split)] for split in ("train", "val", "test")}
     return {
         **workdirs.data_facts(data),
-        "counts": {split: dict(zip(data.classes, n, strict=True)) for split, n in counts.items()},
+        "counts": {
+            split: dict(zip(data.classes, np.bincount(n, minlength=len(data.classes)).tolist(), strict=True))
+            for split, n in labels.items()
+        },
         "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
         "steps": run.program.steps,
         "compute_type": str(np.dtype(run.program.module.dtype)),

@@ -23,20 +23,10 @@ from lungjax.training.state import TrainState
 
 # Fields that change neither weights nor data order, so that a run may resume with other values.
 MUTABLE_FIELDS = (
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "train.log_steps",
-    "train.save_steps",
-    "train.devices",
-    "train.shard_params",
-    "train.on_nan",
-    "eval.batch_size",
-    "eval.examples",
-    "eval.draws",
-    "eval.sensitivity",
+    "data.workers", "data.threads", "data.prefetch", "train.log_steps", "train.save_steps", "train.devices",
+    "train.shard_params", "train.on_nan", "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity",
     "eval.prevalence",
-)
+)  # fmt: skip
 
 
 def unreadable(workdir: Path) -> list[str]:
@@ -71,7 +61,10 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json, so no run to evaluate; train first (--mode=train)")
-        if workdir.exists() and (not workdir.is_dir() or any(_is_foreign(p.name) for p in workdir.iterdir())):
+        # A run that is killed before its first save leaves only the lock and unfinished files.
+        if workdir.exists() and not (
+            workdir.is_dir() and all(p.name == "lock" or p.name.startswith(files.PARTIAL) for p in workdir.iterdir())
+        ):
             raise ValueError(f"{workdir} is not empty and is not a lungjax run directory; choose another --workdir")
         return
     if newest(workdir, "last") is None:
@@ -83,11 +76,6 @@ def check(workdir: Path, config: Config, mode: str) -> None:
             f"{workdir} is the run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
             "--workdir, or delete that one to start over"
         )
-
-
-def _is_foreign(name: str) -> bool:
-    """Returns whether a file is not one that a run leaves if it is killed before its first save."""
-    return name != "lock" and not name.startswith(files.PARTIAL)
 
 
 def check_same_data(workdir: Path, data: Prepared) -> None:

@@ -66,7 +66,7 @@ TRAINED = {
     "covidx_ct:model=vgg16,unfreeze=4,protocol=study": (3, VGG + 3 * CONV),
     "covidx_ct:model=vgg16,unfreeze=2": (3, VGG + 2 * CONV),
 }
-LARGE = "v2_b[12]|convnext_(small|base)|resnet1|efficientnet_b[37]|densenet201"
+LARGE = "v2_b[12]|convnext_(small|base)|resnet1|resnet50v2|efficientnet_b[37]|densenet201"
 # The gray levels 0, 128, 255 in the first input channel.
 IMAGENET, ROOTS = (-2.11790, 0.07406, 2.24891), (-1.01350, 0.03544, 1.07619)
 INPUTS = {
@@ -178,20 +178,12 @@ def test_networks_take_their_input():
         assert all(np.less_equal(models.minimum_size(config.model), config.input.size)), choice
 
 
-def assert_published_parameters(large):
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_published_parameters(large):
     for choice, (classes, expected) in TRAINED.items():
         if bool(re.search(LARGE, choice)) == large:
             counts = tuple(sum(map(math.prod, shapes.values())) for shapes in leaves(choice, classes))
             assert expected in (counts, counts[1]), (choice, counts)
-
-
-def test_published_parameters():
-    assert_published_parameters(large=False)
-
-
-@pytest.mark.slow
-def test_published_parameters_of_large_variants():
-    assert_published_parameters(large=True)
 
 
 def test_covidx_ct_trained_blocks():

@@ -19,13 +19,8 @@ from lungjax.training import state
 
 def make(step: int, value: float | None = None, shape: tuple[int, int] = (3, 4), name: str = "dense"):
     kernel = jnp.full(shape, float(step) if value is None else value)
-    return state.TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        params={name: {"kernel": kernel}},
-        batch_stats={},
-        opt_state=({name: {"kernel": kernel * 2}}, {}),
-    )
+    opt_state = ({name: {"kernel": kernel * 2}}, {})
+    return state.TrainState(jnp.int32(step), jnp.int32(0), {name: {"kernel": kernel}}, {}, opt_state)
 
 
 def abstract(**changes):
@@ -231,16 +226,20 @@ def test_state_of_another_network(workdir):
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
 
 
+def fail_with(code):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
 @pytest.mark.parametrize(
     ("at", "code", "words"),
     [("save", errno.ENOSPC, "full"), ("wait", errno.EROFS, "read-only"), ("exit", errno.ENOSPC, "full")],
 )
 def test_failed_background_save_is_reported_next(workdir, monkeypatch, at, code, words):
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "fsync", fail_with(code))
         checkpoints = Checkpoints(workdir)
         checkpoints.save(make(12), {}, best=True)
         report = pytest.raises(ValueError, match=f"checkpoint of step 12 .*{words}.*intact")
@@ -257,7 +256,7 @@ def test_failed_background_save_is_reported_next(workdir, monkeypatch, at, code,
 
 
 def test_failed_save_is_a_note_on_another_error(workdir, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
     with pytest.raises(KeyError) as error, Checkpoints(workdir) as checkpoints:
         checkpoints.save(make(12), {})
         raise KeyError("of the training loop")
@@ -273,11 +272,7 @@ def test_disk_without_room_or_permission(workdir, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(ValueError, match="can't be written"):
         Checkpoints(tmp_path)
-
-    def refuse(dir):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail_with(errno.EROFS))
     with pytest.raises(ValueError, match="Read-only file system"):
         Checkpoints(workdir)
 

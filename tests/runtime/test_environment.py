@@ -17,11 +17,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def page_faults(choice: str) -> tuple[str, int]:
     result = subprocess.run([sys.executable, "-c", COUNT, choice], capture_output=True, text=True, check=True)
-    kept, faults = result.stdout.split()
-    return kept, int(faults)
+    applied, faults = result.stdout.split()
+    return applied, int(faults)
 
 
 def test_freed_memory_is_used_again_without_page_faults():
-    kept, few = page_faults("keep")
-    assert kept == str(platform.libc_ver()[0] == "glibc")
-    assert kept == "False" or few * 10 < page_faults("leave")[1]
+    reused, few = page_faults("keep")
+    assert reused == str(platform.libc_ver()[0] == "glibc")
+    assert reused == "False" or few * 10 < page_faults("leave")[1]

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import small_bn, without_pictures
+import runs
+from conftest import without_pictures
 from folders import CONFIG, prepare, rows
 from sklearn.metrics import accuracy_score
 
-from lungjax import datasets, models
+from lungjax import datasets
 from lungjax.config import overrides
 from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
@@ -20,8 +21,7 @@ CLASSES = ("left", "middle", "right")
 
 
 @pytest.fixture(autouse=True)
-def network(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
+def no_pictures(monkeypatch):
     without_pictures(monkeypatch)
 
 
@@ -33,10 +33,7 @@ def root(tmp_path_factory):
 
 
 def changed(*assignments):
-    config = overrides.override(CONFIG, "data.dataset=folder/few")
-    for assignment in assignments:
-        config = overrides.override(config, assignment)
-    return config
+    return runs.changed(CONFIG, "data.dataset=folder/few", *assignments)
 
 
 def predict(data, at, offset):

@@ -3,24 +3,25 @@
 import hashlib
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import commands
 import numpy as np
 import pytest
-from conftest import small_bn, without_pictures
+from conftest import without_pictures
 from folders import CONFIG, prepare, rows
 from PIL import Image
 from scipy import special
 
-from lungjax import datasets, main, models
+from lungjax import datasets, main
 from lungjax.config import overrides
 from lungjax.datasets import overlap
 from lungjax.evaluation import predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.inference.model import load
 from lungjax.runtime import environment
-from lungjax.training import external_test, train
+from lungjax.training import external_test
 
 OURS, THEIRS = ("left", "middle", "right"), ("L", "M", "R", "junk")
 MAP = "L=left,M=middle+right,R=middle+right,junk=-"
@@ -35,29 +36,25 @@ def jpeg(image):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(trained_run, tmp_path_factory):
     """A run on folder/mine; folder/other is new, folder/again has a copy and a near duplicate in its test split."""
     root = tmp_path_factory.mktemp("external")
-    mine = rows(OURS, 4, splits=SPLITS)
+    for source, name in ((trained_run.workdir, "run"), (trained_run.data_dir, "data"), (trained_run.images, "in_mine")):
+        shutil.copytree(source, root / name)
+    mine = rows(OURS, 6, splits=("train", "train", "train", "val", "val", "test"))  # those of `trained_run`
     other = rows(THEIRS, 4, splits=SPLITS, prefix="q", seed=1)
     learned = [row["image"] for row in mine if row["split"] in ("train", "val")]
     again = [{**row, "path": f"z{row['path']}"} for row in other]
     test = [row for row in again if row["split"] == "test"]
     test[0]["image"], test[3]["image"] = learned[0], jpeg(learned[7])
     test[1]["image"] = next(row["image"] for row in mine if row["split"] == "test")  # the run has not seen it
-    for name, images in (("mine", mine), ("other", other), ("again", again)):
+    for name, images in (("other", other), ("again", again)):
         prepare(root, name, images)
-    config = overrides.override(CONFIG, "data.dataset=folder/mine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "small_bn", small_bn())
-        without_pictures(patch)
-        train.run(config, root / "run", root / "data")
     return root
 
 
 @pytest.fixture(autouse=True)
-def network(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "small_bn", small_bn())
+def no_pictures(monkeypatch):
     without_pictures(monkeypatch)
 
 
@@ -106,7 +103,7 @@ def test_own_test_split_repeats_the_predictions(root):
     assert again.ids.tolist() == own.ids.tolist() and again.classes == own.classes
     np.testing.assert_allclose(again.probabilities, own.probabilities, rtol=1e-5)
     np.testing.assert_array_equal(again.labels, own.labels)
-    for split, patients in (("train", "6 patients"), ("val", "3 patients")):
+    for split, patients in (("train", "9 patients"), ("val", "6 patients")):
         with pytest.raises(ValueError, match=patients):
             external_test.evaluate(config, root / "run", root / "data", "folder/mine", split=split)
 
@@ -166,8 +163,8 @@ def test_overlap_of_stages(root):
     mine, again = (datasets.open_dataset(f"folder/{name}-20", data_dir) for name in ("mine", "again"))
     # Without pictures of their own, so that only those of the whole images can be looked at.
     staged = [replace(data, name=data.name.replace("-20", "-nobackg-20"), records=None) for data in (mine, again)]
-    found = overlap._whole(staged[1], np.array([5, 2]), data_dir)
-    assert found[0].name == "folder/again-20" and found[1].tolist() == [5, 2]
+    whole, rows = overlap._whole(staged[1], np.array([5, 2]), data_dir)
+    assert whole.name == "folder/again-20" and rows.tolist() == [5, 2]
     with pytest.raises(ValueError, match="1 are exact copies and 1 near"):
         overlap.refuse(staged[0], staged[1], data_dir, "it")
     lone = replace(mine, name="folder/lone-nobackg")
@@ -194,21 +191,19 @@ def test_label_map_errors():
 
 
 def test_mapped_probabilities():
-    mapping = external_test.read_map(
-        "R=right, M=left+middle ,L=-", ("L", "M", "R"), ("left", "middle", "right", "other")
-    )
+    classes = ("left", "middle", "right", "other")
+    mapping = external_test.read_map("R=right, M=left+middle ,L=-", ("L", "M", "R"), classes)
     assert mapping.classes == ("left+middle", "right") and mapping.labels == (-1, 0, 1)
     p = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
     text = np.asarray(["x", "y", "z"])
-    predicted = Predictions(text, text, text, np.zeros(3, int), p, ("left", "middle", "right", "other"))
+    predicted = Predictions(text, text, text, np.zeros(3, int), p, classes)
     labels = np.array([1, 2, 2])
     result = external_test.map_predictions(predicted, mapping, labels)
     assert result.labels.tolist() == [0, 1, 1]
     np.testing.assert_allclose(result.probabilities[:2], [[0.5, 0.5], [0.75, 0.25]], rtol=1e-6)
     np.testing.assert_allclose(result.probabilities[2], [2 / 3, 1 / 3], rtol=1e-6)
-    confident = external_test.map_predictions(
-        replace(predicted, logits=np.array([[0.0, 0, 0, 900]] * 3)), mapping, labels
-    )
+    sure = replace(predicted, logits=np.array([[0.0, 0, 0, 900]] * 3))
+    confident = external_test.map_predictions(sure, mapping, labels)
     np.testing.assert_allclose(confident.probabilities, [[2 / 3, 1 / 3]] * 3, rtol=1e-6)
     powers = np.exp(confident.logits)
     np.testing.assert_allclose(powers / powers.sum(1, keepdims=True), confident.probabilities, rtol=1e-6)
@@ -220,9 +215,8 @@ def test_val_split_without_ignored_classes():
     mapping = external_test.read_map("A=a,C=c", ("A", "C"), ("a", "b", "c"))
     p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]])
     text = np.asarray(["x", "y", "z"])
-    val = external_test.map_val(
-        Predictions(text, np.asarray(["p", "p", ""]), text, np.arange(3), p, tuple("abc")), mapping, "own"
-    )
+    own = Predictions(text, np.asarray(["p", "p", ""]), text, np.arange(3), p, tuple("abc"))
+    val = external_test.map_val(own, mapping, "own")
     assert val.ids.tolist() == ["x", "z"] and val.labels.tolist() == [0, 1] and val.groups.tolist() == ["own: p", ""]
     np.testing.assert_allclose(val.probabilities, [[6 / 7, 1 / 7], [1 / 9, 8 / 9]], rtol=1e-6)
 

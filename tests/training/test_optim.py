@@ -63,8 +63,8 @@ def test_no_optimizer_state_for_frozen_parameters():
     config = OptimConfig(freeze=r"^(?!head/)", weight_decay=0.1)
     frozen = optim.frozen_paths(config, PARAMS)
     assert frozen == {"stem_conv/kernel", "stem_conv/bias"}
-    trained, kept = trees.split(PARAMS, frozen)
-    assert list(trained) == ["head"] and list(kept) == ["stem_conv"]
+    trained, rest = trees.split(PARAMS, frozen)
+    assert list(trained) == ["head"] and list(rest) == ["stem_conv"]
     params, opt_state = updated(config, params=trained, state=True)
     assert jax.tree.structure(params) == jax.tree.structure(trained)
     assert all((np.asarray(leaf) != 1.0).all() for leaf in jax.tree.leaves(params))
@@ -78,15 +78,15 @@ def test_lr_factors_scale_updates(name):
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), PARAMS)
     factors = ("^head/dense/bias=0", "^head/=8", "kernel$=0.5")
     plain, scaled = {}, {}
-    for result, given in ((plain, ()), (scaled, factors)):
-        chosen = dataclasses.replace(config, lr_factors=given)
-        optimizer = optim.make_optimizer(chosen, optim.make_schedule(chosen, 10), PARAMS)
+    for result, setting in ((plain, ()), (scaled, factors)):
+        changed = dataclasses.replace(config, lr_factors=setting)
+        optimizer = optim.make_optimizer(changed, optim.make_schedule(changed, 10), PARAMS)
         opt_state = optimizer.init(PARAMS)
         for _ in range(2):  # also where the optimiser remembers
             updates, opt_state = optimizer.update(grads, opt_state, PARAMS)
         result |= trees.flatten(updates)
-    wanted = {"stem_conv/kernel": 0.5, "stem_conv/bias": 1, "head/dense/kernel": 8, "head/dense/bias": 0}
-    for path, factor in wanted.items():
+    expected = {"stem_conv/kernel": 0.5, "stem_conv/bias": 1, "head/dense/kernel": 8, "head/dense/bias": 0}
+    for path, factor in expected.items():
         assert np.all(plain[path] != 0)
         np.testing.assert_array_equal(scaled[path], plain[path] * np.float32(factor), err_msg=path)
 
@@ -106,8 +106,8 @@ def test_every_optimizer_descends(name):
 
 def test_class_weights():
     labels, classes = np.asarray([0, 0, 0, 1, 2, 2]), ("a", "b", "c")
-    want = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    np.testing.assert_allclose(optim.class_weights("balanced", labels, classes), want, rtol=1e-6)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(optim.class_weights("balanced", labels, classes), expected, rtol=1e-6)
     np.testing.assert_allclose(optim.class_weights("1,2.5,0", labels, classes), [1, 2.5, 0])
     np.testing.assert_allclose(optim.class_weights("none", labels, classes), 1)
     for bad in ("1,2", "heavy", "1,2,-1"):

@@ -51,6 +51,9 @@ def test_files_of_a_run(tmp_path, complete):
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
 
+    assert early_stopping.is_complete(workdir, CONFIG, 12) and not early_stopping.is_complete(workdir, CONFIG, 13)
+    assert not early_stopping.is_complete(tmp_path, CONFIG, 12)
+
     # The best step is the first with the best validation score, and its weights are tested.
     scores = {r["step"]: r["val.slice.accuracy"] for r in rows if "val.slice.loss" in r}
     assert newest(workdir, "best") == max(scores, key=lambda s: (scores[s], -s))
@@ -73,11 +76,6 @@ def test_early_stopping_is_final(tmp_path):
     assert json.loads((tmp_path / "run/report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)
     assert metrics_log.read(tmp_path / "run/metrics.jsonl") == rows
-
-
-def test_is_complete(tmp_path, complete):
-    assert early_stopping.is_complete(complete, CONFIG, 12) and not early_stopping.is_complete(complete, CONFIG, 13)
-    assert not early_stopping.is_complete(tmp_path, CONFIG, 12)
 
 
 def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
@@ -153,16 +151,17 @@ def test_warm_start_accounts_for_every_name(tmp_path, complete):
     other = changed(config, "model.name=simple")
     with pytest.raises(ValueError, match="does not fit") as error:
         train.run(other, tmp_path / "other", tmp_path)
-    for problem in ("only in the file: stem_bn/scale", "only in the network: stage", "stem_conv/kernel", "wanted"):
+    for problem in ("only in the file: stem_bn/scale", "only in the network: stage", "stem_conv/kernel", "expected"):
         assert problem in str(error.value)
     assert not (tmp_path / "other").exists()
 
 
 def test_tuning_a_head_on_another_run(tmp_path):
     """The statistics of images and weights are those of the source run; only the head is trained."""
-    source = changed(CONFIG, "train.steps=4", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
+    source = changed(CONFIG, "train.steps=2", "train.eval_steps=2", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
     train.run(source, tmp_path / "source", tmp_path)
-    config = changed(CONFIG, f"model.weights=run:{tmp_path / 'source'}", "optim.tune=head", "optim.lr_factors=bias$=2")
+    tuning = ("train.steps=2", "train.eval_steps=2", "optim.tune=head", "optim.lr_factors=bias$=2")
+    config = changed(CONFIG, f"model.weights=run:{tmp_path / 'source'}", *tuning)
     train.run(config, tmp_path / "run", tmp_path)
     saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert saved == dataclasses.replace(config, input=saved.input)
