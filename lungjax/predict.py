@@ -95,17 +95,15 @@ def with_windows(metadata: Metadata) -> Metadata:
 
 
 def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
-    """Writes all files into `out`; returns the name of each failed image and series, and the reason.
+    """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
 
-    Args:
-      model: `inference.model.Model`.
-      gathered: `inputs.Inputs`.
-      out: an existing folder.
-      gate: another model, which decides which volumes are predicted.
+    `model` and `gate`, which decides what volumes are predicted, are `inference.model.Model`, `gathered` is
+    `inputs.Inputs`.
     """
     metadata = model.metadata
-    rejected, judged = judge_volumes(gate, gathered) if gate else ({}, {})
-    failures = [*gathered.failures, *((name, record["error"]) for name, record in rejected.items())]
+    judged = judge_volumes(gate, gathered) if gate else {}
+    rejected = {series: record["error"] for series, record in judged.items() if "error" in record}
+    failures = [*gathered.failures, *rejected.items()]
     counts: Counter[str] = Counter()
     probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
@@ -141,16 +139,13 @@ def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tupl
     if gathered.series:
         with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"]) as write:
             for series in gathered.series:
-                if series in rejected:
-                    write(rejected[series])
-                    continue
                 if series not in probabilities:
-                    write({"series": series, "error": "none of its slices could be read"})
+                    write({"series": series, "error": "none of its slices could be read"} | judged.get(series, {}))
                     continue
                 rows, missing = np.stack(probabilities[series]), unreadable[series]
                 notes = [*gathered.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
                 record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
-                write(record | ({"gate": judged[series]} if series in judged else {}))
+                write({**judged.get(series, {}), **record})
                 print(line(f"{series} ({len(rows)} slices)", record))
     return failures
 
@@ -177,12 +172,11 @@ def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
                 yield item, result, None if isinstance(result, str) else next(rows)
 
 
-def judge_volumes(gate: Any, gathered: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Returns by series the records of those that the gate rejects, and its judgment of all."""
+def judge_volumes(gate: Any, gathered: Any) -> dict[str, dict[str, Any]]:
+    """Returns by series the judgment of the gate: a record with `gate`, and with `error` if it rejects the volume."""
     from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
 
     metadata, name = gate.metadata, FLAGS.gate_class
-    rejected: dict[str, dict[str, Any]] = {}
     judged: dict[str, dict[str, Any]] = {}
     for series, middle in gathered.series.items():
         if middle is None:
@@ -190,20 +184,19 @@ def judge_volumes(gate: Any, gathered: Any) -> tuple[dict[str, dict[str, Any]], 
         try:
             result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
         except (ValueError, OSError) as error:
-            rejected[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            judged[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
             continue
         p = gate.outputs(result.pixels[None])["probabilities"][0]
         record = records.record(metadata, series, p)
         point, probability = record["decisions"].get(name), float(p[metadata.classes.index(name)])
         passed = point["called"] if point else record["predicted"] == name
-        judged[series] = {"class": name, "probability": round(probability, 6), "passed": passed}
-        if not passed:
-            why = f"rejected by the gate: the probability of {name} is {probability:.3f}"
-            rejected[series] = {"series": series, "error": why, "gate": judged[series]}
+        decision = {"class": name, "probability": round(probability, 6), "passed": passed}
+        rejection = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
+        judged[series] = {"series": series, "gate": decision, **rejection}
     single = sum(gathered.series.get(item.series) is None for item in gathered.items)
     if single:
         print(f"--gate: {single} of {len(gathered.items)} images do not belong to a volume and are not judged")
-    return rejected, judged
+    return judged
 
 
 def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:

@@ -38,6 +38,16 @@ def small_bn():
     return partial(Transfusion, 3, (4, 8))
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run a few times: compiled quickly, not well."""
+    from lungjax.models.ops import conv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images for development; only tests that want it may skip."""

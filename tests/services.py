@@ -128,7 +128,7 @@ def running(model=None, warm=True, **settings):
     model = model or Brightness()
     app = build(model, Settings(**settings))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, http=protocol.LingeringProtocol, lifespan="on", ws="none"
+        app, log_config=None, access_log=False, http=protocol.HeadTimeoutProtocol, lifespan="on", ws="none"
     )
     server, listening = uvicorn.Server(config), command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

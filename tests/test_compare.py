@@ -37,7 +37,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_numbers(tmp_path):
     a, b = make(0, 0.5), make(1, 3.0)
-    shuffled = bootstrap.take(b, np.random.default_rng(0).permutation(60))
+    shuffled = predictions.take(b, np.random.default_rng(0).permutation(60))
     folders = save(tmp_path / "a", a), save(tmp_path / "b", shuffled, "large")
     text = compare.compare(*folders, draws=300, seed=2)
     table = rows(text)
@@ -62,7 +62,7 @@ def test_different_runs(tmp_path):
     for other, facts, word in (
         (p, {"fingerprint": "cd" * 32}, "versions of folder/ct.*cdcdcdcdcdcd"),
         (p, {"dataset": "folder/xray"}, "folder/xray"),
-        (bootstrap.take(p, np.arange(30)), {}, "such as i_030"),
+        (predictions.take(p, np.arange(30)), {}, "such as i_030"),
         (replace(p, labels=labels), {}, "such as i_007"),
         (replace(p, classes=("x", "y")), {}, r"classes.*COVID\|x"),
     ):
@@ -79,8 +79,8 @@ def test_missing_files_and_names(tmp_path):
         compare.compare(a, a, "tset")
     with pytest.raises(ValueError, match=r"nearest: slice\.accuracy"):
         compare.compare(a, a, names=["slice.acuracy"])
-    for broken in ("{", "[]", "{}"):
-        (b / "report.json").write_text(broken)
+    for text in ("{", "[]", "{}"):
+        (b / "report.json").write_text(text)
         with pytest.raises(ValueError, match=r"report\.json is not a report"):
             compare.compare(a, b)
     (b / "report.json").unlink()
@@ -101,5 +101,5 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "c.md").read_text() == result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c.md"}
     assert commands.run(compare, a, positional=("RUN_A", "RUN_B")) == 1
-    said = capsys.readouterr()
-    assert "RUN_B" in said.out + said.err
+    output = capsys.readouterr()
+    assert "RUN_B" in output.out + output.err

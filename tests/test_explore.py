@@ -13,7 +13,6 @@ from sklearn.metrics import recall_score
 from sklearn.utils import compute_class_weight
 
 from lungjax import datasets, explore
-from lungjax.config import presets
 from lungjax.data import statistics
 from lungjax.data.imaging import study_masks
 from lungjax.datasets import PrepareOptions
@@ -43,12 +42,12 @@ def slices(count):
 def prepared(tmp_path_factory):
     """Twelve images, prepared as folder/mine; two test images are also in train."""
     root = tmp_path_factory.mktemp("explore")
-    drawn = slices(10)
+    images = slices(10)
     with (root / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "split", "group", "source"])
         for i, (label, split, group, source, which) in enumerate(ROWS):
-            image = Image.fromarray(drawn[int(str(which).strip("=~"))])
+            image = Image.fromarray(images[int(str(which).strip("=~"))])
             if str(which).startswith("~"):
                 image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
             image.save(root / f"{i:02}.png")
@@ -70,8 +69,8 @@ def page(prepared):
 
 def tables(text):
     """All tables of a page, each a list of rows of cells."""
-    found = re.findall(r"<table>(.*?)</table>", text, re.S)
-    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in found]
+    blocks = re.findall(r"<table>(.*?)</table>", text, re.S)
+    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in blocks]
     return [[[unescape(c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in table] for table in rows]
 
 
@@ -119,46 +118,32 @@ def test_duplicates(page):
     assert numbers == [("1", "1", "0")] * 2
 
 
-def test_skipped_parts(prepared, tmp_path, monkeypatch):
+def test_command_without_stages(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset_page, "MAX_HISTOGRAMS", 4)
     monkeypatch.setattr(style, "DPI", 40)
-    data = datasets.open_dataset("folder/mine", prepared)
-    augmentations = {"none": presets.preset("none")}
-    index = dataset_page.write(data, prepared, tmp_path / "out", augmentations, stages=False, samples=1)
-    text = index.read_text("utf-8")
+    flags = ["--dataset=folder/mine", "--augment=none", "--nostages", "--samples=1", f"--out={tmp_path / 'out'}"]
+    assert commands.run(explore, f"--data_dir={prepared}", *flags) == 0
+    text = (tmp_path / "out/index.html").read_text("utf-8")
+    assert str(tmp_path / "out/index.html") in capsys.readouterr().out
     assert "Skipped: body and lung masks are for CT slices" in text and "a random 4 of 12 images" in text
     assert not (tmp_path / "out/stages.png").exists()
 
 
-def test_mistakes_stop_before_work(prepared, tmp_path):
-    data = datasets.open_dataset("folder/mine", prepared)
-    with pytest.raises(ValueError, match="covidnet_ct needs masks"):
-        dataset_page.write(data, prepared, tmp_path / "out", {"covidnet_ct": presets.preset("covidnet_ct")})
+def test_command_errors(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
-        dataset_page.write(data, prepared, tmp_path / "full", {})
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
-
-
-def test_command(prepared, tmp_path, monkeypatch, capsys):
-    for i in range(12):
-        path = tmp_path / "unsplit" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16), dtype=np.uint8)).save(path)
-    datasets.write("folder/unsplit", tmp_path / "unsplit", prepared, PrepareOptions(), quiet=True)
-    monkeypatch.chdir(tmp_path)
     for arguments, word in (
         (["--dataset=foldr"], "nearest: folder"),
         (["--dataset=folder/other"], "not prepared"),
         (["--dataset=folder/mine", "--augment=none,nccd"], "nearest: nccid"),
-        (["--dataset=folder/unsplit", "--protocol=study"], "splits"),
-        (["--dataset=folder/mine", "--out=unsplit"], "not empty"),
+        (["--dataset=folder/mine", "--augment=covidnet_ct"], "masks"),
+        (["--dataset=folder/mine", "--out=full"], "not empty"),
     ):
         assert commands.run(explore, f"--data_dir={prepared}", *arguments) == 2
-        said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1 and said.startswith("lungjax: ") and word in said
-    assert not (tmp_path / "explore").exists()
+        output = capsys.readouterr().err
+        assert len(output.splitlines()) == 1 and output.startswith("lungjax: ") and word in output
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
 
 
 def test_shortcut_baseline():

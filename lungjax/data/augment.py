@@ -1,10 +1,8 @@
 """Augments train images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
 
 All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from pixels of the result to pixels of
-the image, which is sampled once, bilinearly. A chain of layers samples it four times, blurs it four times, and cuts off
-corners that a later layer would have brought back.
-
-Random numbers depend on the key and the example's place alone, never on the batch, the device or the host. A disabled
+the image, which is sampled once, bilinearly, where a chain of layers would blur it and cut off corners repeatedly.
+Random numbers depend on the key and the example's place alone, not on the batch, the device or the host. A disabled
 operation adds nothing to the compiled program. `AugmentConfig` documents units and order.
 """
 
@@ -79,9 +77,9 @@ def augment(
       config: the operations and their ranges.
       size: height and width of the result.
       boxes: float32 [B, 4], xmin, ymin, xmax, ymax as fractions of the image: the part that is shown; None is all.
-      body: uint8 [B, h, w], above zero inside the body; required by `config.exterior`.
+      body: uint8 [B, h, w], above zero inside the body.
 
-    Raises ValueError if boxes or body are missing that the config requires.
+    Raises ValueError if `config` requires boxes or body and they are None.
     """
     if config.exterior and body is None:
         raise ValueError(f"augment.exterior={config.exterior}: the images come without body masks; set it to 0")
@@ -124,7 +122,7 @@ def _draw_affine(
 ) -> jax.Array:
     """Returns the `affine` of parameters drawn from the ranges in `config`."""
 
-    def symmetric(limits: dict[str, float]) -> jax.Array:
+    def symmetric(**limits: float) -> jax.Array:
         return jnp.stack([draws.uniform(name, -limit, limit) for name, limit in limits.items()], -1)
 
     flip = angle = zoom = shear = shift = None
@@ -143,10 +141,10 @@ def _draw_affine(
         along_y = draws.chance("shear_axis", 0.5)
         shear = jnp.stack([jnp.where(along_y, tangent, 0), jnp.where(along_y, 0, tangent)], -1)
     if any(config.shift):
-        limits = {"shift_height": config.shift[0], "shift_width": config.shift[1]}
-        shift = draws.maybe("shift", symmetric(limits), 0.0)
+        shifts = symmetric(shift_height=config.shift[0], shift_width=config.shift[1])
+        shift = draws.maybe("shift", shifts, 0.0)
     if boxes is not None and config.box_jitter:
-        jitter = symmetric(dict.fromkeys(("left", "top", "right", "bottom"), config.box_jitter))
+        jitter = symmetric(**dict.fromkeys(("left", "top", "right", "bottom"), config.box_jitter))
         sides = boxes[:, 2:] - boxes[:, :2]
         moves = draws.maybe("box_jitter", jitter, 0.0) * jnp.concatenate([sides, sides], -1)
         boxes = jnp.clip(boxes + moves, 0, 1)
@@ -209,19 +207,16 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
     """Returns float32 [B, H, W, C], each pixel sampled bilinearly from its image where `matrix` (see `affine`) says.
 
-    images: [B, h, w, C], uint8 or float32. fill: a border of `fill_value` ("constant", blended into the outermost
-    pixels), the outermost pixels ("edge"), or the mirror image ("reflect", the border pixel twice): scipy's
+    images: [B, h, w, C], uint8 or float32. fill: "constant" (`fill_value`), "edge" or "reflect", which are scipy's
     grid-constant, nearest and reflect. No sample may be further away than eight times the longer side.
     """
     h, w = images.shape[1:3]
     if fill == "constant" and fill_value != int(fill_value):
         images = images.astype(jnp.float32)
     # One more pixel on each side, so that no corner of a sample needs a bounds check.
-    around = ((0, 0), (1, 1), (1, 1), (0, 0))
-    if fill == "constant":
-        padded = jnp.pad(images, around, constant_values=int(fill_value) if images.dtype == jnp.uint8 else fill_value)
-    else:
-        padded = jnp.pad(images, around, mode="edge")
+    value = int(fill_value) if images.dtype == jnp.uint8 else fill_value
+    options = {"constant_values": value} if fill == "constant" else {"mode": "edge"}
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), **options)
     pixels = padded.reshape(images.shape[0], -1, images.shape[3])
     # Coordinates are integers in units of 2 ** -bits pixels. The compiler may round a float differently where it is
     # computed twice, for place and weight; at a pixel's border the wrong pixel would then get the full weight.
@@ -303,14 +298,12 @@ def mix(
     float32 [B], the share of each image that is its own: loss = share * loss(labels) + (1 - share) * loss(partners').
     With both enabled, one of them is drawn for the batch.
     """
-    alphas = [alpha for alpha in (config.mixup, config.cutmix) if alpha]
-    if not alphas:
+    if not (config.mixup or config.cutmix):
         return images, labels, jnp.ones(labels.shape, jnp.float32)
     height, width = images.shape[1:3]
     keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place), _MIX))(places)
-    use_cutmix = jnp.asarray(not config.mixup)
-    if len(alphas) == 2:
-        use_cutmix = jax.random.bernoulli(jax.random.fold_in(keys[0], 1))
+    both = bool(config.mixup and config.cutmix)
+    use_cutmix = jax.random.bernoulli(jax.random.fold_in(keys[0], 1)) if both else jnp.asarray(not config.mixup)
     alpha = jnp.where(use_cutmix, config.cutmix, config.mixup)
     share = jax.vmap(lambda k: jax.random.beta(k, alpha, alpha))(keys)
     own = share[:, None, None]

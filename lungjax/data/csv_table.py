@@ -20,10 +20,9 @@ class Table(NamedTuple):
 def read_table(path: Path, required: Iterable[str] = ()) -> Table:
     """Reads a CSV file; blank lines are skipped, and white space around names and values.
 
-    The delimiter is the one that is most frequent in the first line.
-
-    Raises ValueError, with the line number, for a column of `required` that is missing or repeated, a row of another
-    length than the header, and malformed CSV; also for text that is not UTF-8. An unreadable file raises OSError.
+    The delimiter is the most frequent in the first line. Raises ValueError, with the line number, for a column of
+    `required` that is missing or repeated, a row of another length than the header, and malformed CSV; also for text
+    that is not UTF-8. An unreadable file raises OSError.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:

@@ -1,7 +1,7 @@
 """Near duplicates: the same picture saved again, found by a 64-bit hash and confirmed on the pictures.
 
 A hash alone is not enough, because chests are alike: of 7.5 million pairs of CT slices of different patients, 41 have
-hashes within 4 bits. So `near_pairs` only proposes, and `confirm` compares details after aligning the two pictures.
+hashes within 4 bits. So `near_pairs` only proposes, and `likeness` compares details after aligning the two pictures.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Near:
 def thumbnail(gray: np.ndarray) -> np.ndarray:
     """Returns a gray picture, uint8 [H, W], as uint8 [64, 64]; a thumbnail is returned unmodified.
 
-    `confirm` uses nothing else of a picture, so its `read` may return stored thumbnails.
+    `likeness` uses nothing else of a picture, so its `read` may return stored thumbnails.
     """
     return np.clip(np.rint(_shrink(gray)), 0, 255).astype(np.uint8)
 
@@ -70,30 +70,16 @@ def phash(gray: np.ndarray) -> int:
 def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE) -> Near:
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
-    Hashes that differ in d bits are equal in one of d + 1 bands, so sorting by each band finds every pair. Memory is
-    bounded for any hashes, by skipping pairs where very many are alike; `note` reports it.
-
-    Args:
-        hashes: uint64 [N]; a hash of 0 is never paired.
-        groups: int64 [N]; pairs within a group are not returned.
-        distance: 0 to 15.
-
-    Raises ValueError for another distance or different lengths.
+    `hashes` uint64 [N], of which 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d
+    bits are equal in one of d + 1 bands, so sorting by each band finds every pair. Memory is bounded for any hashes, by
+    skipping pairs where very many are alike; `note` reports it.
     """
-    hashes, groups = np.asarray(hashes, np.uint64), np.asarray(groups, np.int64)
-    if not 0 <= distance <= 15 or hashes.shape != groups.shape or hashes.ndim != 1:
-        raise ValueError(
-            f"distance {distance}, {hashes.shape} hashes and {groups.shape} groups: the distance must be 0 to 15, "
-            "and every hash needs one group"
-        )
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
     values, owner = hashes[images], groups[images]
     _, start, run, count = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
     rank = np.arange(len(images)) - start[run]  # among the images of one hash, in which groups take turns
     parts, notes = [_late_copies(rank, owner != owner[start[run]], run)], []
-    if len(parts[0]):
-        notes.append(_limit_note(count))
     total, skipped, full = len(parts[0]), 0, False
     early = np.flatnonzero(rank < MAX_COPIES)
     masks = [np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1))) for band in range(distance + 1)]
@@ -112,38 +98,28 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
             parts.append(np.column_stack([a[new], b[new]])[: MAX_PAIRS - total])
             total += len(parts[-1])
             if full := total >= MAX_PAIRS:
-                notes.append(f"the search stopped there: {MAX_PAIRS:,} pairs of images have similar hashes")
                 break
         if full:
+            notes.append(f"the search stopped there: {MAX_PAIRS:,} pairs of images have similar hashes")
             break
     if skipped:
         notes.append(f"{skipped:,} comparisons were left out: over {MAX_PARTNERS:,} hashes are equal in a band")
     places = np.concatenate(parts)
-    if not len(parts[0]) and count[run[places]].max(initial=0) > MAX_COPIES:
-        notes.append(_limit_note(count))
+    if len(parts[0]) or count[run[places]].max(initial=0) > MAX_COPIES:
+        notes.insert(0, f"up to {count.max():,} images have one hash, each paired with at most {MAX_COPIES} of them")
     pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
     return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
 
-def confirm(pairs: np.ndarray, read: Callable[[int], np.ndarray], minimum: float = MIN_CORRELATION) -> np.ndarray:
-    """Returns which pairs of images are one picture, bool [P].
-
-    Both thumbnails are reduced to local detail (without brightness and contrast), one is shifted and stretched onto
-    the other, and their correlation must reach `minimum`. The maximum for CT slices of different patients is 0.82 (of
-    the 7,500 most similar of 7.5 million pairs), for X-rays of different people 0.72 and of one person 0.86; copies
-    with JPEG quality 30, half the size or without a border of 2% have at least 0.95. Adjacent slices of one scan may
-    also pass.
-
-    Args:
-        pairs: int64 [P, 2] of image numbers.
-        read: returns the gray picture of a number, uint8 [H, W].
-        minimum: correlation of one picture.
-    """
-    return likeness(pairs, read) >= minimum
-
-
 def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns the correlation of details that `confirm` uses, float64 [P] in -1..1."""
+    """Returns the correlation of the details of two pictures, float64 [P] in -1..1; MIN_CORRELATION makes them copies.
+
+    `pairs` int64 [P, 2] are image numbers, `read` returns the gray picture of one, uint8 [H, W]. Both thumbnails are
+    reduced to local detail (without brightness and contrast), and one is shifted and stretched onto the other. The
+    maximum for CT slices of different patients is 0.82 (of the 7,500 most similar of 7.5 million pairs), for X-rays of
+    different people 0.72 and of one person 0.86; copies with JPEG quality 30, half the size or without a border of 2%
+    have at least 0.95. Adjacent slices of one scan may also pass for copies.
+    """
     detail = functools.lru_cache(CACHE_SIZE)(lambda i: _detail(thumbnail(read(i))).astype(np.float16))
     result = np.zeros(len(pairs))
     inner = np.s_[:, 4:-4, 4:-4]  # a stretched picture repeats its edge outside
@@ -156,32 +132,25 @@ def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray
 
 
 def near_twins(
-    hashes: np.ndarray,
-    groups: Sequence[str],
-    pixels: Sequence[str],
-    read: Callable[[int], np.ndarray],
-    distance: int | None = None,
+    hashes: np.ndarray, groups: Sequence[str], pixels: Sequence[str], read: Callable[[int], np.ndarray]
 ) -> Near:
     """Returns the confirmed near duplicates across groups.
 
     Exact copies (equal `pixels`) are not near duplicates, and only the first of the copies in a group is compared:
-    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `confirm`, with group names instead of
-    numbers; `distance` None means 8 bits for up to 20,000 images, 6 for up to 100,000, else 4.
+    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `likeness`, with group names instead of
+    numbers.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
     group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]
     rows = np.sort(np.unique(np.column_stack([same, group]), axis=0, return_index=True)[1])
-    if distance is None:
-        distance = next((bits for images, bits in DISTANCES if len(rows) <= images), DISTANCE)
+    distance = next((bits for images, bits in DISTANCES if len(rows) <= images), DISTANCE)
     near = near_pairs(np.asarray(hashes, np.uint64)[rows], group[rows], distance)
     pairs = rows[near.pairs]
     pairs = pairs[same[pairs[:, 0]] != same[pairs[:, 1]]]
-    return Near(pairs[confirm(pairs, read)], near.note)
+    return Near(pairs[likeness(pairs, read) >= MIN_CORRELATION], near.note)
 
 
 def _shrink(gray: np.ndarray) -> np.ndarray:
-    if gray.ndim != 2 or gray.dtype != np.uint8:
-        raise ValueError(f"a picture of shape {gray.shape} and {gray.dtype}: it must be gray, uint8 [H, W]")
     if gray.shape == (SIDE, SIDE):
         return gray.astype(np.float32)
     picture = Image.fromarray(gray).convert("F")  # not rounded: a dark picture has few gray levels
@@ -222,18 +191,9 @@ def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> 
     return np.column_stack([late.repeat(len(before)), (late[:, None] - before).ravel()])
 
 
-def _limit_note(count: np.ndarray) -> str:
-    return f"up to {count.max():,} images have one hash: each was paired with at most {MAX_COPIES} of them"
-
-
-@functools.cache
-def _gauss(sigma: float) -> np.ndarray:
-    """Returns the matrix of a Gaussian filter along one side of a thumbnail: smooth = G @ image @ G.T."""
-    return gaussian_filter1d(np.eye(SIDE, dtype=np.float32), sigma, axis=0)
-
-
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
-    return _gauss(sigma) @ image @ _gauss(sigma).T
+    gauss = gaussian_filter1d(np.eye(SIDE, dtype=np.float32), sigma, axis=0)  # of one side of a thumbnail
+    return gauss @ image @ gauss.T
 
 
 def _detail(small: np.ndarray) -> np.ndarray:

@@ -10,12 +10,9 @@ HIDDEN = (".", "__MACOSX")  # prefixes of names that are skipped
 def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None) -> list[str]:
     """Returns the files below `folder`, relative to it with "/", sorted, without hidden files and folders.
 
-    Links to folders are followed; links to missing files are listed, so that reading them names them.
-
-    Args:
-      folder: where to look.
-      on_error: called with the path and the reason for a folder that can't be read and a link to a folder that
-        contains it. None raises ValueError.
+    Links to folders are followed; links to missing files are listed, so that reading them names them. `on_error` is
+    called with path and reason for a folder that can't be read and a link to a folder that contains it; None raises
+    ValueError.
     """
 
     def fail(path: str, reason: str) -> None:

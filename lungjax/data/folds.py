@@ -21,14 +21,9 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` ask for.
 
     With folds, the images in splits of the clean protocol are divided into that many parts by patient, where patients
-    with near twins count as one; part `fold` is test, the next one val, the rest train. With a fraction, only that
-    fraction of the train patients of each class remains; smaller fractions are subsets of larger ones. Name,
-    fingerprint and images stay those of the prepared copy; `data` itself is not changed.
-
-    Args:
-      data: the prepared data set, with the splits of its protocol.
-      config: of the run, validated by `config.check`.
-      near: int64 [P, 2], rows of near twins in different groups (`near_duplicates.read`); used only with folds.
+    with near twins (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; part `fold` is test, the next
+    one val, the rest train. With a fraction, only that fraction of the train patients of each class remains; smaller
+    fractions are subsets of larger ones. Name, fingerprint and images stay the same; `data` itself is not changed.
 
     Raises ValueError for folds of a study's protocol, and if a part would lack a class.
     """
@@ -50,12 +45,11 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     """
     rows = np.flatnonzero(data.columns["split"] != "")
     labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)
-    patients = [len(np.unique(groups[labels == label])) for label in range(len(data.classes))]
-    scarce = int(np.argmin(patients))
-    if patients[scarce] < count:
+    patients, name = min((len(np.unique(groups[labels == i])), name) for i, name in enumerate(data.classes))
+    if patients < count:
         raise ValueError(
-            f"data.folds={count}: {data.classes[scarce]} has {patients[scarce]} patients (those with twins count as "
-            f"one) in {data.name}, and each part needs one; {_fewer_folds(patients[scarce])}"
+            f"data.folds={count}: {name} has {patients} patients (those with twins count as one) in {data.name}, and "
+            f"each part needs one: use at most {patients} folds (the minimum is {MIN_FOLDS})"
         )
     parts = splits.make_splits(labels.tolist(), groups.tolist(), {str(i): 1 / count for i in range(count)})
     members, first, group = np.unique(groups, return_index=True, return_inverse=True)
@@ -65,7 +59,7 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     if place is None:
         raise ValueError(
             f"data.folds={count}: the parts of {data.name} can't all have every class, because patients have images "
-            f"of several classes; {_fewer_folds(count - 1)}"
+            "of several classes: use fewer folds"
         )
     part = np.full(len(data.columns["label"]), -1, np.int64)
     part[rows] = place[group]
@@ -108,10 +102,6 @@ def linked_groups(data: Prepared, rows: np.ndarray, near: np.ndarray) -> np.ndar
     member = connected_components(edges, directed=False)[1][: len(names)]
     first = np.unique(member, return_index=True)[1]  # of each component
     return names[first[member]][group]
-
-
-def _fewer_folds(count: int) -> str:
-    return f"use at most data.folds={count}" if count >= MIN_FOLDS else f"the minimum is {MIN_FOLDS} parts"
 
 
 def _take_fraction(data: Prepared, fraction: float) -> Prepared:

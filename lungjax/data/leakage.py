@@ -14,7 +14,6 @@ from lungjax.data import duplicates
 from lungjax.data.prepared import SPLITS
 
 MAX_PAIRS = 20  # pairs that are listed; the counts are complete
-TRAIN = SPLITS[0]
 
 
 def clean(
@@ -23,7 +22,7 @@ def clean(
     groups: Sequence[str],
     pixels: Sequence[str],
     near: np.ndarray,
-    group_name: str = "patients",
+    group_name: str,
 ) -> tuple[list[str], list[str]]:
     """Returns the splits of the clean protocol, with "" for removed images, and notes on what was removed.
 
@@ -31,21 +30,11 @@ def clean(
     copy is kept (the copy in the latest split stays; none does if their labels differ), or if a near twin is in a
     later split. Of several copies in a split, the one with the first group name stays.
 
-    Args:
-        splits: train, val, test, or "" for images that are in no split from the start.
-        labels: of each image.
-        groups: of each image.
-        pixels: of each image; equal for exact copies.
-        near: int64 [P, 2], pairs of near twins, see `duplicates.near_twins`.
-        group_name: plural noun for groups, for the notes.
-
-    Raises ValueError for another split or columns of different lengths.
+    Columns hold a value per image: `splits` is "" for images that are in none from the start, and `pixels` is equal
+    for exact copies. `near` int64 [P, 2] are pairs of near twins, see `duplicates.near_twins`. The notes call groups
+    `group_name`, a plural noun.
     """
     count = len(splits)
-    if not len(labels) == len(groups) == len(pixels) == count:
-        raise ValueError(f"{count} splits, {len(labels)} labels, {len(groups)} groups and {len(pixels)} pixels")
-    if unknown := sorted(set(splits) - {"", *SPLITS}):
-        raise ValueError(f"split {unknown[0]!r}; allowed are {', '.join(SPLITS)} and '' (none)")
     rank = np.array([SPLITS.index(split) if split else -1 for split in splits], np.int64)  # train 0, test 2, none -1
     initial = rank.copy()
     group, same, label = _codes(groups), _codes(pixels), np.asarray(labels)
@@ -83,23 +72,19 @@ def leaks(
 ) -> dict[str, dict[str, int]]:
     """Counts how many images of val and test are known from train.
 
-    Args:
-        members: the images of each split; repeated images count once.
-        groups: of each image.
-        pixels: of each image; equal for exact copies.
-        near: int64 [P, 2], pairs of near twins.
-
-    Returns, for val and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image
-    itself); `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also
-    `exact_twin_in_val`, which matters because val selects the epoch.
+    `members` are the images of each split; repeated images count once. Other arguments as in `clean`. Returns, for val
+    and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image itself);
+    `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also `exact_twin_in_val`, which
+    matters because val selects the epoch.
     """
     group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}
-    exact = np.isin(same, same[rows[TRAIN]])
+    train = rows["train"]
+    exact = np.isin(same, same[train])
     pairs = same[np.asarray(near, np.int64).reshape(-1, 2)]
     pairs = np.concatenate([pairs, pairs[:, ::-1]])
-    twin = np.isin(same, pairs[np.isin(pairs[:, 1], same[rows[TRAIN]]), 0]) & ~exact
-    patient = np.isin(group, group[rows[TRAIN]])
+    twin = np.isin(same, pairs[np.isin(pairs[:, 1], same[train]), 0]) & ~exact
+    patient = np.isin(group, group[train])
     result = {}
     for split in SPLITS[1:]:
         at = rows[split]
@@ -116,10 +101,8 @@ def leaks(
     return result
 
 
-def leak_notes(
-    leaks: Mapping[str, Mapping[str, int]], of: str = "the study's split", group_name: str = "patients"
-) -> list[str]:
-    """Returns a sentence for each split in the result of `leaks`."""
+def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str) -> list[str]:
+    """Returns a sentence for each split in the result of `leaks`; `of` names the splits."""
     notes = []
     for split, counts in leaks.items():
         exact, near, shared = (counts[f"{k}_in_train"] for k in ("exact_twin", "near_twin", "group"))
@@ -140,9 +123,8 @@ def pairs_named(
     labels: Sequence[Any],
     pixels: Sequence[str],
     near: np.ndarray,
-    limit: int = MAX_PAIRS,
 ) -> list[str]:
-    """Returns at most `limit` pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
+    """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
 
     "=" joins exact copies (one pair per set of copies), "~" near twins. Pairs with different labels come first, then
     pairs across splits, exact copies before near twins, then by name. Images in no split are left out.
@@ -170,7 +152,7 @@ def pairs_named(
         if i in where and j in where:
             rated.append(rate(i, "~", j))
     texts = [f"{file} ({'+'.join(where[i])}, {labels[i]})" if i in where else "" for i, file in enumerate(files)]
-    return [f"{texts[i]} {join} {texts[j]}" for *_, i, join, j in sorted(rated)[:limit]]
+    return [f"{texts[i]} {join} {texts[j]}" for *_, i, join, j in sorted(rated)[:MAX_PAIRS]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +167,12 @@ class Side:
     read: Callable[[int], np.ndarray]  # the gray picture of a row, uint8 [H, W]
 
 
-def cross(a: Side, b: Side, group_name: str = "patients") -> dict[str, Any]:
+def cross(a: Side, b: Side) -> dict[str, Any]:
     """Finds groups and images that two data sets share.
 
-    Returns `groups`: names of groups in both; `exact` and `near`: how many images of each have an exact copy, or else
-    a near twin, in the other; `examples`: at most MAX_PAIRS pairs; `note`: what the search skipped, or ""; `lines`:
-    all of it as text.
+    Returns `exact` and `near`: how many images of each have an exact copy, or else a near twin, in the other;
+    `examples`: at most MAX_PAIRS pairs; `note`: what the search skipped, or ""; `lines`: all of it, and the names of
+    the groups in both, as text.
     """
     groups = sorted(set(a.groups) & set(b.groups))
     both = set(a.pixels) & set(b.pixels)
@@ -214,15 +196,14 @@ def cross(a: Side, b: Side, group_name: str = "patients") -> dict[str, Any]:
         for i, j in sorted(pairs, key=lambda p: (a.files[p[0]], b.files[p[1]]))[:limit]
     ]
     names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
-    lines = [f"{group_name} with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
+    lines = [f"patients with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
     for side, other, equal, alike in ((a, b, exact[0], near[0]), (b, a, exact[1], near[1])):
         lines.append(
             f"{equal:,} of {len(side.files):,} images of {side.name} {_have(equal)} an exact copy in {other.name}, "
             f"{alike:,} a near twin"
         )
     lines += [search.note] if search.note else []
-    counts = {"groups": groups, "exact": exact, "near": near}
-    return counts | {"examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
 
 
 def _codes(values: Sequence[str]) -> np.ndarray:

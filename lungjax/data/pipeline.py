@@ -76,10 +76,8 @@ def train_rows(data: Prepared) -> np.ndarray:
     counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
     missing = [name for name, n in zip(data.classes, counts, strict=True) if n == 0]
     if missing:
-        raise ValueError(
-            f"{data.name}: no training example of {', '.join(missing)}; add some, or prepare the data set "
-            "without that class"
-        )
+        names = ", ".join(missing)
+        raise ValueError(f"{data.name}: no training example of {names}; add some, or prepare it without that class")
     return rows
 
 
@@ -123,10 +121,8 @@ def train_batches(
     position in the global sequence, which seeds its augmentation. Raises ValueError if augment.exterior needs body
     masks that the data set doesn't have.
     """
-    if config.augment.exterior and not data.body:
-        raise ValueError(
-            f"augment.exterior={config.augment.exterior}: {data.name} has no masks of the body, only CT sets have"
-        )
+    if (share := config.augment.exterior) and not data.body:
+        raise ValueError(f"augment.exterior={share}: {data.name} has no masks of the body, only CT sets have")
     reader = Reader(data, config.input, config.input.box_margin, body=config.augment.exterior > 0)
     labels = data.columns["label"]
     local = config.train.batch_size // hosts

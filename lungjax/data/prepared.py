@@ -89,10 +89,9 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     classes = tuple(info["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
-    if len(records) != len(columns["label"]):
+    if len(records) != (count := len(columns["label"])):
         raise ValueError(
-            f"{directory}: index.csv has {len(columns['label'])} rows, the records {len(records)}: "
-            "prepare it again with --overwrite"
+            f"{directory}: index.csv has {count} rows, the records {len(records)}: prepare it again with --overwrite"
         )
     window = tuple(info["window"]) if info["window"] else None
     return Prepared(
@@ -170,10 +169,9 @@ def quiet_tfds() -> Iterator[None]:
 def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
-    `file`, `split`, `split_study`, `group`, `source`, `pixels` and further columns are str; `label` is int64, an index
-    of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin, xmax, ymax in pixels, max
-    exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False if a stage found no body
-    or lung.
+    `label` is int64, an index of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin,
+    xmax, ymax in pixels, max exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False
+    if a stage found no body or lung; others are str.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}

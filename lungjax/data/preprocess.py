@@ -4,8 +4,6 @@ Preparing a data set and predicting share these steps: a 16-bit image is shrunk 
 windowed before a stage is cut out.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from lungjax.config.metadata import Metadata
@@ -32,83 +30,57 @@ def apply_stage(
     if size:
         full = images.full_region(array)
         box = move_box(box, full, size)
-        if array.dtype == np.uint8:
-            array = images.resize(array, full, size, "bilinear", True)
-        else:
-            array = np.rint(images.resize(array.astype(np.float32), full, size, "bilinear", True)).astype(np.uint16)
+        values = array if array.dtype == np.uint8 else array.astype(np.float32)
+        small = images.resize(values, full, size, "bilinear", True)
+        array = small if small.dtype == np.uint8 else np.rint(small).astype(np.uint16)
     return array, box, region, found
 
 
-def keep(
-    array: np.ndarray,
-    box: Sequence[float] | None = None,
-    stage: str = "",
-    size: tuple[int, int] | None = None,
-    window: tuple[float, float] | None = None,
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns what a data set keeps of an image, its box in that, and whether the stage found a body or lung.
-
-    Args:
-      array: [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255.
-      box: xmin, ymin, xmax, ymax in pixels; None is the full image.
-      stage: such as "lungs"; "" is the unmodified image.
-      size: height and width of the stored copy; None is the size of the image.
-      window: of 16-bit images, which become float32 in 0..255.
-
-    Raises ValueError for a 16-bit image without a window.
-    """
+def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
+    """Raises ValueError for a 16-bit image without a window."""
     if array.dtype == np.uint16 and window is None:
-        raise ValueError(
-            "a 16-bit image, but the network was trained on 8-bit ones: its window is unknown; lungjax.predict takes "
-            "--window=low,high"
-        )
-    x0, y0, x1, y1 = images.full_region(array) if box is None else map(float, box)
-    place, found = (x0, y0, x1, y1), True
-    if stage:
-        array = images.gray(_to_8_bit(array, window))
-    elif size and array.dtype != np.uint16:
-        array = _to_8_bit(array, window)
-    if stage or size:
-        array, place, _, found = apply_stage(array, place, stage, size)
-    if array.dtype == np.uint16 and window:
-        array = images.show(array, window)
-    return array, np.asarray(place, np.float32), found
+        raise ValueError("a 16-bit image, but the network's window is unknown: lungjax.predict takes --window=low,high")
 
 
 def picture(
     array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a trained network's input, uint8 [H, W, C], what its data set would `keep`, and warnings.
+    """Returns an image as a trained network's input, uint8 [H, W, C], as its data set would store it, and warnings.
 
-    Args:
-      array: as in `keep`.
-      metadata: of the network.
-      box: of the body in pixels; None finds it if the network was trained on it.
-      prepared: whether the image is already in the stage of the training images.
-
-    Raises ValueError as `keep`.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; None finds it
+    if the network was trained on it. `prepared`: the image is already in the stage of the training images. Raises
+    ValueError for a 16-bit image if the network has no window.
     """
-    warnings: list[str] = []
+    window, warnings, found = metadata.window, list[str](), True
+    check_window(array, window)
     if box is None and metadata.box and not prepared:
-        box = body_box(_to_8_bit(array, metadata.window)) if metadata.box == "body" else None
+        box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
             warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
+    box = box or images.full_region(array)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
-    stored, place, found = keep(array, box, stage, size, metadata.window)
+    if stage:
+        array = images.gray(_to_8_bit(array, window))
+    elif size and array.dtype != np.uint16:
+        array = _to_8_bit(array, window)
+    if stage or size:
+        array, box, _, found = apply_stage(array, box, stage, size)
     if not found:
         warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
-    return images.to_input(stored, place, metadata.input, 0.0), stored, warnings
+    if array.dtype == np.uint16 and window:
+        array = images.show(array, window)
+    return images.to_input(array, np.asarray(box, np.float32), metadata.input, 0.0), array, warnings
 
 
 def body_box(array: np.ndarray) -> Box | None:
     """Returns the box around the body in a CT slice; None if nothing contrasts with the background."""
     from lungjax.data.imaging import lung_masks  # late, as above
 
-    points = np.argwhere(lung_masks.body_mask(images.gray(array)))
-    if not len(points):
+    mask = lung_masks.body_mask(images.gray(array))
+    if not mask.any():
         return None
-    (top, left), (bottom, right) = points.min(0), points.max(0) + 1
-    return float(left), float(top), float(right), float(bottom)
+    left, top, right, bottom = map(float, lung_masks.bounding_box(mask))
+    return left, top, right, bottom
 
 
 def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:

@@ -1,25 +1,10 @@
-"""Statistics of a prepared data set: counts per split, shortcut baselines, duplicates, samples."""
+"""Statistics of a prepared data set: counts per value, shortcut baselines, duplicates, samples."""
 
 import itertools
 
 import numpy as np
 
-from lungjax.data.prepared import SPLITS, Prepared
-
-
-def count_splits(data: Prepared, group_name: str) -> dict[str, dict[str, list[int]]]:
-    """Returns {split: {"images": [per class], group_name: [per class]}} of the set's protocol; empty splits too.
-
-    A group with images of two classes counts in both; an image that a study repeats counts each time.
-    """
-    labels, c = data.columns["label"], len(data.classes)
-    counts = {}
-    for split in SPLITS:
-        rows = data.rows(split)
-        images = np.bincount(labels[rows], minlength=c)
-        groups = [len(np.unique(data.columns["group"][rows[labels[rows] == label]])) for label in range(c)]
-        counts[split] = {"images": images.tolist(), group_name: groups}
-    return counts
+from lungjax.data.prepared import Prepared
 
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +23,8 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
     """Returns class probabilities of each test image from its key alone, float64 [n, C]; rows sum to 1.
 
     The class frequencies among train images of the same key, smoothed by `classes` further images with the frequencies
-    of the train split (Laplace's rule for balanced classes). A key that is not in train gets the latter. `keys` [N] of
-    any type, `labels` int [N], `train` and `test` rows; train must not be empty.
+    of the train split, which a key that is not in train gets. `keys` [N] of any type, `labels` int [N], `train` and
+    `test` rows; train must not be empty.
     """
     names, at = np.unique(keys[train], return_inverse=True)
     counts = np.zeros((len(names) + 1, classes))  # the last row is for keys that are not in train

@@ -35,13 +35,10 @@ def train_test_split(
     rows = np.split(np.argsort(member, kind="stable"), np.cumsum(sizes)[:-1])
     to_train = _approximate_mode(sizes, trains, random)
     to_test = _approximate_mode(sizes - to_train, tests, random)
-    train: list[int] = []
-    test: list[int] = []
-    for members, first, second in zip(rows, to_train, to_test, strict=True):
-        shuffled = members[random.permutation(len(members))]
-        train.extend(shuffled[:first])
-        test.extend(shuffled[first : first + second])
-    return random.permutation(train), random.permutation(test)
+    shuffled = [members[random.permutation(len(members))] for members in rows]
+    train = [members[:first] for members, first in zip(shuffled, to_train, strict=True)]
+    test = [members[a : a + b] for members, a, b in zip(shuffled, to_train, to_test, strict=True)]
+    return random.permutation(np.concatenate(train)), random.permutation(np.concatenate(test))
 
 
 def resample(count: int, draws: int, seed: int) -> np.ndarray:

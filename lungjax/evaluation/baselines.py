@@ -11,7 +11,7 @@ from lungjax.evaluation.predictions import Predictions
 
 # AUC from which a baseline is warned about; 0.5 is chance. Without lungs little should be left. The classes of honest
 # sources differ, too: two equal sources with 60 % and 40 % of a class give 0.6, with 70 % and 30 % 0.7.
-TELLING = {"no_lungs": 0.6, "source_only": 0.7}
+WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
@@ -28,14 +28,9 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
     in_train = np.isin(sources[rows], sources[named])
     overall = np.bincount(labels[train], minlength=classes) / len(train)
     frequencies = statistics.frequencies(sources, labels, named, rows, classes)
-    return Predictions(
-        ids=data.columns["file"][rows],
-        groups=data.columns["group"][rows],
-        sources=sources[rows],
-        labels=labels[rows],
-        probabilities=np.where(in_train[:, None], frequencies, overall),
-        classes=data.classes,
-    )
+    probabilities = np.where(in_train[:, None], frequencies, overall)
+    ids, groups = data.columns["file"][rows], data.columns["group"][rows]
+    return Predictions(ids, groups, sources[rows], labels[rows], probabilities, data.classes)
 
 
 def warnings(report: Mapping[str, Any]) -> Iterator[str]:
@@ -50,5 +45,5 @@ def warnings(report: Mapping[str, Any]) -> Iterator[str]:
     }
     for name, text in texts.items():
         auc = report["controls"].get(name, {}).get("auc_macro")
-        if auc is not None and auc >= TELLING[name]:
+        if auc is not None and auc >= WARNING_AUC[name]:
             yield text.format(auc, reference)

@@ -16,6 +16,7 @@ from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; without mistakes the optimum is zero
 SCORES = ("ece", "brier", "loss")
+EMPTY = {"confidence": None, "accuracy": None}  # a bin without examples
 
 
 def fit_temperature(predictions: Predictions) -> float:
@@ -54,29 +55,22 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
     )
 
 
-def bins(predictions: Predictions, count: int = metrics.BINS) -> list[dict[str, Any]]:
-    """Returns the bins of a reliability diagram: `count` of equal width, of the highest probability.
+def bins(predictions: Predictions) -> list[dict[str, Any]]:
+    """Returns the bins of a reliability diagram: `metrics.BINS` of equal width, of the highest probability.
 
     Each is {low, high, n, confidence, accuracy}: its edges (it includes the upper one), number of examples, their mean
     highest probability and accuracy, both None in an empty bin.
     """
     p = predictions
-    probabilities = np.asarray(p.probabilities, dtype=np.float64)
-    top = probabilities.max(axis=1, initial=0)
-    correct = p.predicted == p.labels
-    place = metrics.confidence_bins(top, count)
-    n = np.bincount(place, minlength=count)
-    confidence, hits = (np.bincount(place, weights=x, minlength=count) for x in (top, correct))
-    return [
-        {
-            "low": i / count,
-            "high": (i + 1) / count,
-            "n": int(n[i]),
-            "confidence": float(confidence[i] / n[i]) if n[i] else None,
-            "accuracy": float(hits[i] / n[i]) if n[i] else None,
-        }
-        for i in range(count)
-    ]
+    top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
+    place = metrics.confidence_bins(top)
+    count = metrics.BINS
+    sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
+    result = []
+    for i, (n, confidence, hits) in enumerate(zip(*sums, strict=True)):
+        means = {"confidence": float(confidence / n), "accuracy": float(hits / n)} if n else EMPTY
+        result.append({"low": i / count, "high": (i + 1) / count, "n": int(n), **means})
+    return result
 
 
 def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
@@ -88,15 +82,14 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}
     for suffix, p in (("", test), ("_scaled", apply_temperature(test, temperature))):
-        level = metrics.summarize(p.labels, p.probabilities, p.classes, p.ids)
+        level = metrics.summarize(p)
         result |= {f"test{suffix}": {key: level[key] for key in SCORES}, f"bins{suffix}": bins(p)}
     return result
 
 
 def _logits(p: Predictions) -> np.ndarray:
     """Returns logits float64 [N, C] of the probabilities."""
-    probabilities = np.asarray(p.probabilities, dtype=np.float64)
-    metrics.check_probabilities(probabilities, p.ids)
+    metrics.check_probabilities(p)
     if p.logits is not None:
         return np.asarray(p.logits, dtype=np.float64)
-    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return np.log(np.maximum(np.asarray(p.probabilities, dtype=np.float64), np.finfo(np.float32).tiny))

@@ -26,14 +26,14 @@ These are scikit-learn's definitions with `zero_division=nan`. A class without e
 and F1 zero, which lowers their means.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lungjax.evaluation import study_metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, take
 
 Level = dict[str, Any]
 
@@ -43,103 +43,79 @@ WEIGHTED = ("precision", "recall", "f1", "auc", "average_precision")
 BINS = 15  # of the expected calibration error
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """The contribution of each of N examples to the sums that all metrics but the areas under curves follow from."""
+class Addends(NamedTuple):
+    """What the examples add to one of the sums from which all metrics but the areas under curves follow."""
 
-    cells: np.ndarray  # [N] int, label * C + predicted class: its cell of the confusion matrix
-    loss: np.ndarray  # [N] float64
-    brier: np.ndarray  # [N] float64
-    bins: np.ndarray  # [N] int, 0..BINS-1, of its highest probability
-    gaps: np.ndarray  # [N] float64, highest probability - (1 if right else 0)
-    named: np.ndarray  # [N, C] bool, `study_metrics.named`
-    rounded: np.ndarray  # [N] bool, whether `study_metrics.rounded` is the label
+    shape: tuple[int, ...]  # of the sum
+    places: np.ndarray  # [K] int, index into the flattened sum
+    rows: np.ndarray  # [K] int, the example
+    values: np.ndarray  # [K] float64
 
 
-def summarize(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    classes: Sequence[str],
-    ids: np.ndarray | None = None,
-    logits: np.ndarray | None = None,
-) -> Level:
-    """Returns all metrics of a set of examples, JSON-ready: one "level" of the report.
+def summarize(predictions: Predictions) -> Level:
+    """Returns all metrics of the N examples, JSON-ready: one "level" of the report. N may be 0.
 
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
     WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
-    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, if undefined.
-
-    Args:
-      labels: [N] int, 0..C-1. N may be 0.
-      probabilities: [N, C], each row summing to 1.
-      classes: C names.
-      ids: [N] names for the error messages.
-      logits: [N, C] whose softmax the probabilities are, for `study.auc_micro_logits`.
+    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, if undefined;
+    `study.auc_micro_logits` is None without logits.
 
     Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
     """
-    labels = np.asarray(labels, dtype=np.int64)
-    scores = np.asarray(probabilities, dtype=np.float64).reshape(len(labels), len(classes))
-    check_probabilities(scores, ids)
-    n, c = scores.shape
-    each = sufficient_statistics(labels, scores, logits)
-    is_class = labels[:, None] == np.arange(c)  # [N, C]
-    confusion = np.bincount(each.cells, minlength=c**2).reshape(c, c)
-    sums = {
-        "confusion": confusion,
-        "loss": each.loss.sum(),
-        "brier": each.brier.sum(),
-        "gaps": np.bincount(each.bins, weights=each.gaps, minlength=BINS),
-        "named": each.named.sum(axis=0),
-        "named_right": (each.named & is_class).sum(axis=0),
-        "rounded": each.rounded.sum(),
+    p = predictions
+    check_probabilities(p)
+    scores, c = np.asarray(p.probabilities, dtype=np.float64), len(p.classes)
+    is_class = p.labels[:, None] == np.arange(c)  # [N, C]
+    sums = {  # float64, also without examples
+        name: np.bincount(part.places, part.values, math.prod(part.shape)).reshape(part.shape).astype(np.float64)
+        for name, part in addends(p).items()
     }
     areas = {
         "auc": np.array([auc(is_class[:, i], scores[:, i]) for i in range(c)]),
         "average_precision": np.array([average_precision(is_class[:, i], scores[:, i]) for i in range(c)]),
         "auc_micro": auc(is_class.ravel(), scores.ravel()),
         "average_precision_micro": average_precision(is_class.ravel(), scores.ravel()),
-        "auc_micro_logits": np.nan if logits is None else auc(is_class.ravel(), np.asarray(logits).ravel()),
+        "auc_micro_logits": np.nan if p.logits is None else auc(is_class.ravel(), np.ravel(p.logits)),
     }
-    level = _to_python(metrics_from_statistics(sums, areas, classes))
-    counts = confusion.sum(axis=1)
-    per_class = {name: {"n": int(counts[i]), **level["per_class"][name]} for i, name in enumerate(classes)}
-    return {"n": n, **level, "confusion": confusion.tolist(), "per_class": per_class}
+    level = _to_python(metrics_from_sums(sums, areas, p.classes))
+    confusion = sums["confusion"].astype(int).tolist()
+    per_class = {name: {"n": sum(confusion[i]), **level["per_class"][name]} for i, name in enumerate(p.classes)}
+    return {"n": len(p), **level, "confusion": confusion, "per_class": per_class}
 
 
-def sufficient_statistics(
-    labels: np.ndarray, probabilities: np.ndarray, logits: np.ndarray | None = None
-) -> Statistics:
-    """Returns the statistics of `labels` [N] int, `probabilities` [N, C] float64 and `logits` [N, C] or None."""
-    n, c = probabilities.shape
-    rows = np.arange(n)
-    predicted = probabilities.argmax(axis=1) if n else labels
-    top = probabilities[rows, predicted]
-    true = probabilities[rows, labels]
-    return Statistics(
-        cells=labels * c + predicted,
-        loss=-np.log(np.maximum(true, np.finfo(np.float64).eps)),
-        brier=((probabilities - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1),
-        bins=confidence_bins(top),
-        gaps=top - (predicted == labels),
-        named=study_metrics.named(probabilities if logits is None else np.asarray(logits)),
-        rounded=study_metrics.rounded(probabilities) == labels,
-    )
+def addends(predictions: Predictions) -> dict[str, Addends]:
+    """Returns the addends of each sum that `metrics_from_sums` takes."""
+    p = predictions
+    labels, scores, c = p.labels, np.asarray(p.probabilities, dtype=np.float64), len(p.classes)
+    rows, zeros, ones = np.arange(len(p)), np.zeros(len(p), np.int64), np.ones(len(p))
+    top = scores[rows, p.predicted]
+    loss = -np.log(np.maximum(scores[rows, labels], np.finfo(np.float64).eps))
+    brier = ((scores - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1)
+    example, highest = np.nonzero(study_metrics.highest(scores if p.logits is None else np.asarray(p.logits)))
+    return {
+        "confusion": Addends((c, c), labels * c + p.predicted, rows, ones),
+        "highest": Addends((c, c), labels[example] * c + highest, example, np.ones(len(example))),
+        "gaps": Addends((BINS,), confidence_bins(top), rows, top - (p.predicted == labels)),
+        "loss": Addends((), zeros, rows, loss),
+        "brier": Addends((), zeros, rows, brier),
+        "rounded": Addends((), zeros, rows, (study_metrics.argmax_of_rounded(scores) == labels).astype(np.float64)),
+    }
 
 
-def confidence_bins(confidence: np.ndarray, count: int = BINS) -> np.ndarray:
-    """Returns the index [N] of each confidence among `count` equal bins of 0..1, which include their upper edge."""
-    return np.searchsorted(np.arange(1, count) / count, confidence, side="left")
+def confidence_bins(confidence: np.ndarray) -> np.ndarray:
+    """Returns the index [N] of each confidence among BINS equal bins of 0..1, which include their upper edge."""
+    return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
 
 
-def metrics_from_statistics(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
+def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
     """Returns the metrics of a level except `n` and `confusion`, NaN where undefined, for any leading axes [...].
 
     The same definition serves a set of examples and the draws of a bootstrap.
 
     Args:
-      sums: over the examples: "confusion" [..., C, C] counts, "loss", "brier" and "rounded" [...], "gaps" [..., BINS],
-        "named" [..., C], and "named_right" [..., C], of the class's own examples; see `Statistics`.
+      sums: over the examples: "confusion" [..., C, C], count of examples by true and predicted class; "highest"
+        [..., C, C], the same with `study_metrics.highest` as prediction; "gaps" [..., BINS], highest probability - (1
+        if right else 0) per bin of it; "loss", "brier" and "rounded" [...], right by `study_metrics.argmax_of_rounded`.
       areas: "auc" and "average_precision" [..., C]; "auc_micro", "average_precision_micro", "auc_micro_logits" [...].
       classes: C names.
     """
@@ -187,29 +163,15 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
     """
     p = predictions
     sources = np.where(p.sources == "", "unknown", p.sources)
-    rows_of = {str(name): sources == name for name in np.unique(sources)} if (p.sources != "").any() else {}
-    return {
-        **whole_levels(p),
-        "by_source": {
-            name: summarize(
-                p.labels[rows],
-                p.probabilities[rows],
-                p.classes,
-                p.ids[rows],
-                None if p.logits is None else p.logits[rows],
-            )
-            for name, rows in rows_of.items()
-        },
-    }
+    names = np.unique(sources) if (p.sources != "").any() else ()
+    by_source = {str(name): summarize(take(p, np.flatnonzero(sources == name))) for name in names}
+    return {**whole_levels(p), "by_source": by_source}
 
 
 def whole_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns the levels `slice` and `patient` of `report_levels`."""
-    p = predictions
-    patients, mixed = by_patient(p)
-    patient = summarize(patients.labels, patients.probabilities, p.classes, patients.ids)
-    slices = summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits)
-    return {"slice": slices, "patient": patient | {"mixed_groups": mixed}}
+    patients, mixed = by_patient(predictions)
+    return {"slice": summarize(predictions), "patient": summarize(patients) | {"mixed_groups": mixed}}
 
 
 def flat_levels(predictions: Predictions) -> dict[str, float | None]:
@@ -230,7 +192,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     its own, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
     """
     p = predictions
-    check_probabilities(np.asarray(p.probabilities, dtype=np.float64), p.ids)
+    check_probabilities(p)
     keys, first, member, counts = np.unique(patient_keys(p), return_index=True, return_inverse=True, return_counts=True)
     n = len(keys)
 
@@ -258,20 +220,19 @@ def patient_keys(predictions: Predictions) -> np.ndarray:
     return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))
 
 
-def check_probabilities(probabilities: np.ndarray, ids: np.ndarray | None = None) -> None:
-    """Raises ValueError naming the examples whose rows [N, C] are not probabilities."""
-    p = probabilities
+def check_probabilities(predictions: Predictions) -> None:
+    """Raises ValueError naming the examples whose rows are not probabilities."""
+    p = np.asarray(predictions.probabilities, dtype=np.float64)
     for what, bad in (
         ("are NaN or infinite", ~np.isfinite(p).all(axis=1)),
         ("are outside 0..1", ((p < -1e-6) | (p > 1 + 1e-6)).any(axis=1)),
         ("don't sum to 1", np.abs(p.sum(axis=1) - 1) > 1e-3),
     ):
         if bad.any():
-            rows = np.flatnonzero(bad)
-            names = ", ".join(f"row {row}" if ids is None else str(ids[row]) for row in rows[:5])
-            more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+            ids = predictions.ids[bad]
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             raise ValueError(
-                f"the probabilities of {len(rows)} of {len(p)} examples {what}: {names}{more}; "
+                f"the probabilities of {len(ids)} of {len(p)} examples {what}: {', '.join(ids[:5])}{more}; "
                 "training has probably diverged"
             )
 
@@ -294,19 +255,12 @@ def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def auc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the area under the ROC curve by ranks (Mann-Whitney), ties one half; NaN without both sides.
+    """Returns the area under the ROC curve, ties one half; NaN without both sides.
 
     `positive` [N] bool, `scores` [N], higher meaning more likely positive.
     """
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, member, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks = last - (counts - 1) / 2  # from 1; the mean rank of each set of ties
-    above = ranks[member[positive]].sum() - positives * (positives + 1) / 2
-    return float(above / positives / negatives)
+    hits, alarms, _ = _cumulative_counts(positive, scores)
+    return float(_ratio(np.trapezoid(hits, alarms), hits[-1] * alarms[-1]))
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
@@ -349,8 +303,7 @@ def _cumulative_counts(positive: np.ndarray, scores: np.ndarray) -> tuple[np.nda
     """Returns true and false positives [T + 1] and thresholds: infinity, and the T distinct scores, falling."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    is_end = np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)]  # the last of each set of ties
-    ends = np.flatnonzero(is_end)
+    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)])  # the last of each set of ties
     hits = np.cumsum(positive[order], dtype=np.float64)[ends]
     alarms = ends + 1 - hits
     return np.append(0.0, hits), np.append(0.0, alarms), np.append(np.inf, ranked[ends])

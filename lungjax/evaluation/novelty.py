@@ -25,7 +25,7 @@ Picture = np.ndarray | Image.Image  # [H, W] or [H, W, 3], uint8 or float in 0..
 
 SIDE = 64  # pixels
 FALSE_ALARMS = 0.01  # share of new images of the same kind that may score above 1
-MIN_IMAGES = {"training": 20, "validation": 5}
+MIN_IMAGES = (20, 5)  # for training and validation
 RIDGE = 0.2  # of the training images' standard deviation, added to it along every feature
 POWER = 8  # of the mean that joins the three distances: nearly their maximum
 # Smallest standard deviation of each feature, in its unit: gray levels of 0..255; 20 times a logarithm, so 1 is 5
@@ -82,24 +82,18 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
-    """A fitted score, made by `fit` or `from_dict`."""
+    """A fitted score, made by `fit` or `from_dict`. Raises ValueError for an array that is no picture, as `measure`."""
 
     parts: dict[str, Gaussian]
     threshold: float
     false_alarms: dict[str, dict[str, Any]]  # {"val": {"n", "alarms"}, "test": {"n", "alarms", "rate", "interval"}}
 
     def score(self, picture: Picture) -> float:
-        """Returns the novelty of a picture, finite and at least 0; above 1 it should be warned about.
-
-        Raises ValueError for an array of another shape.
-        """
+        """Returns the novelty of a picture, finite and at least 0; above 1 it should be warned about."""
         return float(_score(self.parts, measure(picture)) / self.threshold)
 
     def reason(self, picture: Picture) -> str:
-        """Returns in a few words what differs most from the training images, such as "darker overall".
-
-        Raises ValueError for an array of another shape.
-        """
+        """Returns in a few words what differs most from the training images, such as "darker overall"."""
         features = measure(picture)
         if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:  # gray levels
             return "almost uniform image"
@@ -118,14 +112,10 @@ class Novelty:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready content for `from_dict`, about 90 kB as text."""
-        parts = {
-            name: {
-                "mean": part.mean.tolist(),
-                "covariance": part.covariance[np.tril_indices(len(part.mean))].tolist(),
-                "unit": part.unit,
-            }
-            for name, part in self.parts.items()
-        }
+        parts = {}
+        for name, part in self.parts.items():
+            lower = part.covariance[np.tril_indices(len(part.mean))]
+            parts[name] = {"mean": part.mean.tolist(), "covariance": lower.tolist(), "unit": part.unit}
         return {"threshold": self.threshold, "false_alarms": self.false_alarms, "parts": parts}
 
 
@@ -133,19 +123,16 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
     """Fits the score to training images, chooses thresholds on validation images, and counts false alarms on test.
 
     Pictures are measured one by one and not kept. 2,000 training and 1,000 validation images are enough; the counts are
-    too good if a patient has images in several of the three.
-
-    Raises ValueError for fewer than 20 training or 5 validation images, or an array of another shape.
+    too good if a patient has images in several of the three. Raises ValueError for fewer images than MIN_IMAGES, and as
+    `measure`.
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
     reference, held_out = _measure_all(train), _measure_all(val)
-    counts = {"training": len(reference["detail"]), "validation": len(held_out["detail"])}
-    if any(counts[name] < count for name, count in MIN_IMAGES.items()):
-        raise ValueError(
-            f"{counts['training']} training and {counts['validation']} validation images are too few for a novelty "
-            f"score: at least {MIN_IMAGES['training']} and {MIN_IMAGES['validation']}"
-        )
+    counts = len(reference["detail"]), len(held_out["detail"])
+    if counts[0] < MIN_IMAGES[0] or counts[1] < MIN_IMAGES[1]:
+        needed = f"a novelty score needs at least {MIN_IMAGES[0]} and {MIN_IMAGES[1]}"
+        raise ValueError(f"{counts[0]} training and {counts[1]} validation images: {needed}")
     parts = {}
     for name, tolerances in TOLERANCES.items():
         ridge = np.diag(tolerances**2 + (RIDGE * reference[name].std(axis=0)) ** 2)
@@ -154,11 +141,10 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
         parts[name] = Gaussian(part.mean, part.covariance, unit)
     val_scores, test_scores = _score(parts, held_out), _score(parts, _measure_all(test))
     threshold = _threshold(val_scores)
-    alarms, n = int((test_scores > threshold).sum()), len(test_scores)
-    false_alarms: dict[str, dict[str, Any]] = {
-        "val": {"n": len(val_scores), "alarms": int((val_scores > threshold).sum())},
-        "test": {"n": n, "alarms": alarms, "rate": alarms / n if n else None, "interval": bootstrap.wilson(alarms, n)},
-    }
+    val_alarms, alarms = (int((scores > threshold).sum()) for scores in (val_scores, test_scores))
+    n = len(test_scores)
+    rate: dict[str, Any] = {"rate": alarms / n if n else None, "interval": bootstrap.wilson(alarms, n)}
+    false_alarms = {"val": {"n": len(val_scores), "alarms": val_alarms}, "test": {"n": n, "alarms": alarms} | rate}
     return Novelty(parts, threshold, false_alarms)
 
 
@@ -173,11 +159,11 @@ def from_dict(content: Mapping[str, Any]) -> Novelty:
             mean = np.asarray(part["mean"], np.float64).reshape(size)
             parts[name] = Gaussian(mean, lower + np.tril(lower, -1).T, float(part["unit"]))
             # `score` fails for a covariance that is not positive definite.
-            if not np.isfinite(mean).all() or not math.isfinite(parts[name].score(mean + 1)):
-                raise ValueError(f"{name} is not finite")
+            if not (np.isfinite(mean).all() and 0 < parts[name].score(mean + 1) < math.inf):
+                raise ValueError(f"{name} is out of range")
         threshold = float(content["threshold"])
-        if not all(0 < value < math.inf for value in (threshold, *(part.unit for part in parts.values()))):
-            raise ValueError("threshold or unit out of range")
+        if not 0 < threshold < math.inf:
+            raise ValueError("threshold out of range")
         return Novelty(parts, threshold, {split: dict(counts) for split, counts in content["false_alarms"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the novelty score of the model is damaged ({error!r}); write it again") from None

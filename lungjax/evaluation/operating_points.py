@@ -10,6 +10,7 @@ Predictive values depend on the prevalence. `ppv` and `npv` are those of the tes
 Bayes' rule from the same sensitivity and specificity at a stated prevalence.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,32 +26,27 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Args:
-      predictions: of the split to choose on.
-      class_index: the positive class.
-      rule: "youden", or "sensitivity_" and a number above 0 and up to 1.
-
     Raises ValueError for an unknown rule, or a split without examples of the class, or without others.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
-    positive = predictions.labels == class_index
-    fpr, tpr, thresholds = metrics.roc_curve(positive, _scores(predictions, class_index))
-    fpr, tpr, thresholds = fpr[1:], tpr[1:], thresholds[1:]  # without the threshold infinity
-    if rule == "youden":
-        return float(thresholds[np.argmax(tpr - fpr)])  # the first of equals
-    return float(thresholds[np.argmax(tpr >= _sensitivity(rule))])
+    name, _, number = rule.partition("_")
+    sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
+    if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
+        raise ValueError(f"rule {rule!r}: allowed are youden, and sensitivity_X with X above 0 and up to 1")
+    fpr, tpr, thresholds = metrics.roc_curve(predictions.labels == class_index, _scores(predictions, class_index))
+    good = tpr - fpr if rule == "youden" else tpr >= sensitivity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, and not the threshold infinity
 
 
-def metrics_at_threshold(
+def metrics_at_thresholds(
     predictions: Predictions,
-    class_index: int,
-    threshold: float,
+    thresholds: Sequence[tuple[int, float]],
     prevalence: float = 0.0,
     draws: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Returns the metrics of a threshold on `predictions` (the test split), JSON-ready.
+) -> list[dict[str, Any]]:
+    """Returns the metrics of each (class index, threshold) on `predictions` (the test split), JSON-ready.
 
     Keys: `threshold`; `sensitivity`, `specificity`, `ppv`, `npv`, 0..1 or None if undefined; `ppv_at` and `npv_at` at
     `at_prevalence`, all three None if it is 0 (unknown); the counts `tp`, `fp`, `fn`, `tn`; `intervals`, {name: [low,
@@ -58,7 +54,35 @@ def metrics_at_threshold(
 
     Raises ValueError for a prevalence outside 0..1.
     """
-    return _at_all(predictions, [(class_index, threshold)], prevalence, draws, seed)[0]
+    if not 0 <= prevalence <= 1:
+        raise ValueError(f"prevalence={prevalence}: allowed is 0 to 1")
+    if not thresholds:
+        return []
+    p, limits = predictions, np.asarray([threshold for _, threshold in thresholds])[:, None]
+    positive = p.labels == np.asarray([i for i, _ in thresholds])[:, None]  # [K, N]
+    called = np.stack([_scores(p, i) for i, _ in thresholds]) >= limits
+    cells = np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])  # as COUNTS
+    keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
+    of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
+    samples = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
+    drawn = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in samples)], axis=1)
+    counts = cells.sum(axis=2)  # [4, K]
+    rates, drawn_rates = (
+        _rates(x, prevalence) for x in (counts.astype(np.float64), drawn.reshape(4, len(thresholds), -1))
+    )
+    points = []
+    for k, (_, threshold) in enumerate(thresholds):
+        intervals = {name: bootstrap.interval(values[k]) for name, values in drawn_rates.items()}
+        points.append(
+            {
+                "threshold": threshold,
+                **{name: None if np.isnan(values[k]) else float(values[k]) for name, values in rates.items()},
+                "at_prevalence": prevalence or None,
+                **dict(zip(COUNTS, counts[:, k].tolist(), strict=True)),
+                "intervals": {name: list(ends) for name, ends in intervals.items() if ends is not None},
+            }
+        )
+    return points
 
 
 def points(
@@ -69,15 +93,15 @@ def points(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics_at_threshold(...)}}, for every class.
+    """Returns `operating_points` of the report, {class: {rule: metrics of its threshold}}, for every class.
 
-    {} for a class that val is one-sided for; `missing_rules` says why. Raises as `choose` and `metrics_at_threshold`.
+    {} for a class that val is one-sided for; `missing_rules` says why. Raises as `metrics_at_thresholds`.
     """
     rules = ("youden", f"sensitivity_{sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
     thresholds = [(i, choose(val, i, rule)) for i, rule in keys]
     result: dict[str, dict[str, Any]] = {name: {} for name in val.classes}
-    for (i, rule), point in zip(keys, _at_all(test, thresholds, prevalence, draws, seed), strict=True):
+    for (i, rule), point in zip(keys, metrics_at_thresholds(test, thresholds, prevalence, draws, seed), strict=True):
         result[val.classes[i]][rule] = point
     return result
 
@@ -88,51 +112,24 @@ def missing_rules(val: Predictions) -> list[str]:
     return [f"There is no operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
 
 
-def net_benefit(
-    predictions: Predictions, class_index: int, thresholds: Sequence[float] | None = None
-) -> dict[str, list[float]]:
-    """Returns a decision curve (Vickers and Elkin, Medical Decision Making 26:565, 2006).
+def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[float]]:
+    """Returns a decision curve (Vickers and Elkin, Medical Decision Making 26:565, 2006) for at least one example.
 
     At a threshold probability t a false positive costs t / (1 - t) of the gain of a true positive, and examples with a
     probability of at least t are called positive: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated
     probabilities.
 
-    Args:
-      predictions: N examples, at least one.
-      class_index: the positive class.
-      thresholds: above 0 and below 1; 0.01, 0.02, ... 0.99 if None.
-
-    Returns {"thresholds", "model", "all"}, lists of equal length; "all" calls every example positive. Calling none
-    positive has a net benefit of zero. Raises ValueError for no example or a threshold out of range.
+    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" calls every example
+    positive. Calling none positive has a net benefit of zero.
     """
-    t = np.arange(1, 100) / 100 if thresholds is None else np.asarray(thresholds, dtype=np.float64)
-    if not ((t > 0) & (t < 1)).all():
-        raise ValueError(f"threshold probabilities from {t.min():g} to {t.max():g}: must be above 0 and below 1")
-    n = len(predictions)
-    if not n:
-        raise ValueError("no example for a decision curve")
-    positive = predictions.labels == class_index
-    scores = _scores(predictions, class_index)
-    hits, alarms = (
-        side.sum() - np.searchsorted(np.sort(scores[side]), t, side="left") for side in (positive, ~positive)
-    )
-    odds = t / (1 - t)
-    share = positive.mean()
+    t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
+    odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)
+    hits, alarms = (side.sum() - np.searchsorted(np.sort(scores[side]), t) for side in (positive, ~positive))
     return {
         "thresholds": t.tolist(),
-        "model": ((hits - alarms * odds) / n).tolist(),
+        "model": ((hits - alarms * odds) / len(predictions)).tolist(),
         "all": (share - (1 - share) * odds).tolist(),
     }
-
-
-def _sensitivity(rule: str) -> float:
-    try:
-        sensitivity = float(rule.removeprefix("sensitivity_"))
-    except ValueError:
-        sensitivity = 0.0
-    if not rule.startswith("sensitivity_") or not 0 < sensitivity <= 1:
-        raise ValueError(f"rule {rule!r}: allowed are youden, and sensitivity_X with X above 0 and up to 1")
-    return sensitivity
 
 
 def _one_sided(p: Predictions, class_index: int) -> str:
@@ -146,46 +143,6 @@ def _one_sided(p: Predictions, class_index: int) -> str:
 
 def _scores(p: Predictions, class_index: int) -> np.ndarray:
     return np.asarray(p.probabilities, dtype=np.float64)[:, class_index]
-
-
-def _at_all(
-    p: Predictions, thresholds: Sequence[tuple[int, float]], prevalence: float, draws: int, seed: int
-) -> list[dict[str, Any]]:
-    """Returns `metrics_at_threshold` of each (class, threshold), with one set of draws for all."""
-    if not 0 <= prevalence <= 1:
-        raise ValueError(f"prevalence={prevalence}: allowed is 0 to 1")
-    if not thresholds:
-        return []
-    cells = np.stack([_cells(p, i, threshold) for i, threshold in thresholds])  # [K, 4, N]
-    keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
-    of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
-    shape = (len(thresholds), 4, -1)
-    drawn = [
-        (of_patient @ counts).reshape(shape)
-        for counts in (bootstrap.resample_patients(len(keys), draws, seed, 256) if len(keys) > 1 else ())
-    ]
-    rates = _rates(np.moveaxis(np.concatenate(drawn, axis=2), 1, 0), prevalence) if drawn else {}
-    sums = cells.sum(axis=2)
-    points = []
-    for k, (_, threshold) in enumerate(thresholds):
-        own = {name: float(value) for name, value in _rates(sums[k].astype(np.float64), prevalence).items()}
-        intervals = {name: bootstrap.interval(values[k]) for name, values in rates.items()}
-        points.append(
-            {
-                "threshold": threshold,
-                **{name: None if np.isnan(value) else value for name, value in own.items()},
-                "at_prevalence": prevalence or None,
-                **{name: int(n) for name, n in zip(COUNTS, sums[k], strict=True)},
-                "intervals": {name: list(ends) for name, ends in intervals.items() if ends is not None},
-            }
-        )
-    return points
-
-
-def _cells(p: Predictions, class_index: int, threshold: float) -> np.ndarray:
-    """Returns [4, N] bool: true positives, false positives, false negatives, true negatives."""
-    positive, called = p.labels == class_index, _scores(p, class_index) >= threshold
-    return np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])
 
 
 def _rates(counts: np.ndarray, prevalence: float) -> Mapping[str, np.ndarray]:

@@ -41,7 +41,7 @@ def predict(
     def keep(out: dict[str, jax.Array]) -> None:
         batch = jax.device_get(out)
         each = zip(batch["row"], batch["probabilities"], batch["logits"], strict=True)
-        scores.update((int(r), (p, z)) for r, p, z in each if r >= 0)  # -1 is padding
+        scores.update((int(row), (p, z)) for row, p, z in each if row >= 0)  # -1 is padding
 
     ahead = None  # computed while the next batch is read and transferred
     total = -(-len(rows) // size)
@@ -53,14 +53,8 @@ def predict(
         ahead = out
     if ahead is not None:
         keep(ahead)
+    probabilities, logits = (np.stack(values) for values in zip(*(scores[int(row)] for row in rows), strict=True))
     columns = {name: values[rows] for name, values in data.columns.items()}
-    return Predictions(
-        ids=columns["file"],
-        groups=columns["group"],
-        sources=columns["source"],
-        labels=columns["label"],
-        probabilities=np.stack([scores[int(r)][0] for r in rows]),
-        logits=np.stack([scores[int(r)][1] for r in rows]),
-        classes=data.classes,
-        extra={name: values for name, values in columns.items() if name not in prepared.RESERVED},
-    )
+    extra = {name: values for name, values in columns.items() if name not in prepared.RESERVED}
+    ids, groups, sources, labels = (columns[name] for name in ("file", "group", "source", "label"))
+    return Predictions(ids, groups, sources, labels, probabilities, data.classes, extra, logits)

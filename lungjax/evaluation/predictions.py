@@ -6,7 +6,7 @@ column of the data set. Every metric of a report follows from this file.
 """
 
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,8 @@ class Predictions:
     def __post_init__(self) -> None:
         """Checks shapes, labels and class names; the metrics check the values of `probabilities`."""
         n, c = len(self.ids), len(self.classes)
+        tables = {"probabilities": self.probabilities} | ({} if self.logits is None else {"logits": self.logits})
         rows = {"groups": self.groups, "sources": self.sources, "labels": self.labels, **self.extra}
-        tables = {
-            "probabilities": self.probabilities,
-            "logits": self.probabilities if self.logits is None else self.logits,
-        }
         for columns, shape in ((tables, (n, c)), (rows, (n,))):
             for name, values in columns.items():
                 if np.shape(values) != shape:
@@ -55,6 +52,14 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """The class of the highest probability, the first of equals, int64 [N]."""
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
+
+
+def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
+    """Returns the predictions of rows [M] int, in that order; rows may repeat."""
+    p = predictions
+    columns = {name: getattr(p, name)[rows] for name in ("ids", "groups", "sources", "labels", "probabilities")}
+    logits = None if p.logits is None else p.logits[rows]
+    return replace(p, **columns, logits=logits, extra={name: values[rows] for name, values in p.extra.items()})
 
 
 def write(predictions: Predictions, path: Path) -> None:
@@ -101,39 +106,27 @@ def read(path: Path) -> Predictions:
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
+    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(given)] for name in classes]
+    labels, numbers = [], []
     for line, row in lines:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {line}: {len(row)} values, expected {len(header)}")
-    number = {name: i for i, name in enumerate(classes)}
-    values = {name: [row[i] for _, row in lines] for i, name in enumerate(header)}
-    for (line, _), label in zip(lines, values["label"], strict=True):
-        if label not in number:
+        if (label := row[header.index("label")]) not in classes:
             raise ValueError(f"{path}, line {line}: label {label!r} is not one of {', '.join(classes)}")
-    scores, logits = (
-        [_floats(path, lines, kind + name, values[kind + name]) for name in names]
-        for kind, names in (("p_", classes), ("logit_", given))
-    )
-    return Predictions(
-        ids=np.asarray(values["id"], dtype=np.str_),
-        groups=np.asarray(values["group"], dtype=np.str_),
-        sources=np.asarray(values["source"], dtype=np.str_),
-        labels=np.asarray([number[name] for name in values["label"]], dtype=np.int64),
-        probabilities=np.stack(scores, axis=1),
-        classes=classes,
-        logits=np.stack(logits, axis=1) if given else None,
-        extra={
-            name.removeprefix("extra_"): np.asarray(column, dtype=np.str_)
-            for name, column in values.items()
-            if name.startswith("extra_")
-        },
-    )
-
-
-def _floats(path: Path, lines: list[tuple[int, list[str]]], name: str, texts: list[str]) -> np.ndarray:
-    numbers = np.empty(len(texts), np.float32)
-    for i, text in enumerate(texts):
+        labels.append(classes.index(label))
         try:
-            numbers[i] = float(text)
-        except ValueError:
-            raise ValueError(f"{path}, line {lines[i][0]}: {name} is {text!r}, expected a number") from None
-    return numbers
+            numbers.append([float(row[i]) for i in places])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+    columns = {name: np.asarray([row[i] for _, row in lines], np.str_) for i, name in enumerate(header)}
+    table = np.asarray(numbers, np.float32).reshape(len(lines), len(places))
+    return Predictions(
+        ids=columns["id"],
+        groups=columns["group"],
+        sources=columns["source"],
+        labels=np.asarray(labels, np.int64),
+        probabilities=table[:, : len(classes)],
+        classes=classes,
+        extra={name.removeprefix("extra_"): column for name, column in columns.items() if name.startswith("extra_")},
+        logits=table[:, len(classes) :] if given else None,
+    )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 
-def named(outputs: np.ndarray) -> np.ndarray:
+def highest(outputs: np.ndarray) -> np.ndarray:
     """Returns [N, C] bool: the classes that TensorFlow Addons 0.23 predicts from outputs [N, C].
 
     Those of the highest output, unless it is zero ("make sure [0, 0, 0] doesn't become [1, 1, 1]").
@@ -21,7 +21,7 @@ def named(outputs: np.ndarray) -> np.ndarray:
     return (outputs == outputs.max(axis=1, keepdims=True, initial=-np.inf)) & (np.abs(outputs) > 1e-12)
 
 
-def rounded(probabilities: np.ndarray) -> np.ndarray:
+def argmax_of_rounded(probabilities: np.ndarray) -> np.ndarray:
     """Returns [N] int: the class after rounding probabilities [N, C], halves to even as numpy and TensorFlow do."""
     return np.round(probabilities).argmax(axis=1) if len(probabilities) else np.zeros(0, np.int64)
 
@@ -31,15 +31,12 @@ def values(
 ) -> dict[str, np.ndarray]:
     """Returns the metrics of the module's docstring, NaN where undefined, for any leading axes [...].
 
-    Args:
-      sums: of `metrics.Statistics`: "confusion" [..., C, C], "rounded" [...], "named" [..., C], and "named_right"
-        [..., C] of the class's own examples.
-      rates: "precision" and "recall" [..., C], NaN where undefined.
-      auc_micro_logits: [...], passed on.
+    `sums` are those of `metrics.metrics_from_sums`, `rates` have "precision" and "recall" [..., C], NaN where
+    undefined, and `auc_micro_logits` [...] is passed on.
     """
-    counts = sums["confusion"].sum(axis=-1)
-    n = counts.sum(axis=-1)
-    precision, recall = _no_nan(sums["named_right"], sums["named"]), _no_nan(sums["named_right"], counts)
+    counts, n = sums["confusion"].sum(axis=-1), sums["confusion"].sum(axis=(-2, -1))
+    hits = np.diagonal(sums["highest"], axis1=-2, axis2=-1)
+    precision, recall = _no_nan(hits, sums["highest"].sum(axis=-2)), _no_nan(hits, counts)
     f1 = _no_nan(2 * precision * recall, precision + recall)
     mean_precision, mean_recall = rates["precision"].mean(axis=-1), rates["recall"].mean(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -47,10 +44,9 @@ def values(
             "f1_weighted": (f1 * counts).sum(axis=-1) / n,
             "auc_micro_logits": auc_micro_logits,
             "f1_macro_harmonic": 2 * mean_precision * mean_recall / (mean_precision + mean_recall),
-            "accuracy_rounded": np.asarray(sums["rounded"], dtype=np.float64) / n,
+            "accuracy_rounded": sums["rounded"] / n,
         }
 
 
 def _no_nan(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    part = np.asarray(part, dtype=np.float64)
-    return np.divide(part, whole, out=np.zeros_like(part), where=np.asarray(whole) != 0)
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)

@@ -6,7 +6,7 @@ reported and skipped; the exit code is then 1.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.config import EXPLANATIONS as METHODS
-from lungjax.config import metadata, nearest
+from lungjax.config import nearest
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
 from lungjax.inference.inputs import Item, gather
 from lungjax.runtime import environment
 
 FLAGS = flags.FLAGS
+QUALITY_IMAGES = 100
 
 
 def define_flags() -> None:
@@ -33,7 +34,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
     flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, for --quality all.")
     flags.DEFINE_string("class", None, "The class to explain; default the predicted one of each image.")
-    flags.DEFINE_integer("count", None, "Number of images of --split (default all) or --quality (100).", lower_bound=1)
+    flags.DEFINE_integer(
+        "count", None, f"Images of --split (default all), --quality ({QUALITY_IMAGES}).", lower_bound=1
+    )
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_bool("save_maps", False, "Also save the maps as .npy, float32 [H, W] in 0..1.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
@@ -56,26 +59,25 @@ def main(_: list[str]) -> None:
     # Here, since they import jax, which is slow and must be configured first.
     from lungjax.explain import sheets
     from lungjax.explain.saliency import Explainer
-    from lungjax.inference.model import load_network
-    from lungjax.models import outputs
+    from lungjax.inference.model import load_finished
     from lungjax.training import train
 
-    run, data_dir = load_network(FLAGS.workdir), Path(FLAGS.data_dir).expanduser()
-    target = class_number(run.classes, FLAGS["class"].value)
-    positive = outputs.positive_class(run.config, run.classes)
-    explainer = Explainer(run.module, run.variables, run.config.input, positive, run.config.eval.batch_size)
-    out = Path(FLAGS.out or Path(FLAGS.workdir) / "explain").expanduser()
+    workdir, data_dir = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
+    run, description = load_finished(workdir)
+    label = FLAGS["class"].value
+    if label is not None and label not in run.classes:
+        raise ValueError(f"--class={label}: {nearest(label, run.classes)}")
+    target = None if label is None else run.classes.index(label)
+    size = run.config.eval.batch_size
+    explainer = Explainer(run.module, run.variables, run.config.input, description.positive, size)
+    out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "explain"
     out.mkdir(parents=True, exist_ok=True)
     methods = FLAGS.method or ["gradcam"]
     bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
         print("The last feature map is one cell: only occlusion and integrated_gradients localize.")
     if FLAGS.images:
-        file = Path(FLAGS.workdir) / metadata.FILE
-        name = datasets.resolve(run.config.data.dataset)[0]
-        fallback = Metadata(run.config.name, run.classes, run.config.input, name.full, name.stage, name.size)
-        # An unfinished run has no model.json.
-        description = replace(metadata.read(file) if file.exists() else fallback, **windows)
+        description = replace(description, **windows)
         inputs = gather(FLAGS.images, description)
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, description, bad)
@@ -88,24 +90,15 @@ def main(_: list[str]) -> None:
             folder = out / f"{FLAGS.split}_{method}"
             bad += sheets.explain_split(explainer, data, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
-        count = FLAGS.count or sheets.QUALITY_IMAGES
         synthetic = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
         images = None if synthetic else train.open_data(run.config, data_dir)
-        bad += sheets.measure_quality(
-            explainer, run.config, run.classes, run.step, images, FLAGS.method or METHODS, target, out, count
-        )
+        methods, count = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES
+        bad += sheets.measure_quality(explainer, run.config, run.classes, run.step, images, methods, target, out, count)
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: skipped: {problem}", file=sys.stderr)
     if bad:
         sys.exit(1)
-
-
-def class_number(classes: Sequence[str], name: str | None) -> int | None:
-    """Returns the index of a class, None for None. Raises ValueError for an unknown one."""
-    if name is not None and name not in classes:
-        raise ValueError(f"--class={name}: {nearest(name, classes)}")
-    return None if name is None else classes.index(name)
 
 
 def read(items: Iterable[Item], description: Metadata, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:

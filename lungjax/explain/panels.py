@@ -24,17 +24,9 @@ def draw(
     target: int,
     method: str,
 ) -> None:
-    """Writes the figure as PNG, atomically.
+    """Writes the figure of the class `target` as PNG, atomically.
 
-    Args:
-      path: of the file.
-      name: of the image, for the heading.
-      image: uint8 [H, W, 1 or 3].
-      heat: [H, W] in 0..1.
-      probabilities: [classes].
-      classes: names in that order.
-      target: index of the explained class.
-      method: one of `saliency.METHODS`.
+    `image` is uint8 [H, W, 1 or 3], `heat` [H, W] in 0..1, `probabilities` [C], `method` one of `saliency.METHODS`.
     """
     clipped = visible(heat, method)
     heading = f"{prediction(probabilities, classes)}  ·  {style.short(name, 60)}"
@@ -70,10 +62,7 @@ def file_name(name: str, used: set[str]) -> str:
     parts = [part for part in PurePath(name).parts if part not in ("/", "..")]
     stem = "_".join(parts).removesuffix(next((end for end in images.SUFFIXES if name.lower().endswith(end)), ""))
     plain = "".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem) or "image"
-    unique = plain
-    for number in itertools.count(2):
-        if unique not in used:
-            break
-        unique = f"{plain}_{number}"
+    numbered = (f"{plain}_{number}" for number in itertools.count(2))
+    unique = next(each for each in itertools.chain([plain], numbered) if each not in used)
     used.add(unique)
     return unique

@@ -14,7 +14,7 @@ Three checks, each with the result of an uninformed map:
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,12 +31,13 @@ from lungjax.datasets import DatasetName
 from lungjax.datasets.phantom import slices
 from lungjax.evaluation import bootstrap
 from lungjax.explain.saliency import Explainer
-from lungjax.models import trees
+from lungjax.report import render
 
 FIRST_SEED = 2**40  # of patients in no data set: those of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices of a patient searched for a lesion
 TOLERANCE = 0.05  # of the shorter side: distance from the lesion that counts as a hit in the tolerant game
 DELETIONS = 20  # steps of the deletion curve
+SANITY_IMAGES = 16
 DRAWS = 3  # of shuffled weights
 # Mean rank correlation with the trained network's map above which a map counts as unchanged. Our choice, the paper has
 # none: at 0.5 a quarter of the ranks' variance is still the same.
@@ -54,21 +55,15 @@ class Slices:
     labels: np.ndarray  # int64 [N], of the finding
 
 
-def draw_slices(
-    classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int, first_seed: int = FIRST_SEED
-) -> Slices:
+def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
     """Returns `count` slices of new patients with alternating findings, and their masks, cropped and resized alike.
 
-    Args:
-      classes: of the network, phantom_ct's in any order.
-      spec: the network's input.
-      name: the training data set, for its stage and size.
-      count: of slices; patients without a visible lesion in LEVELS slices are skipped.
-      first_seed: of the patients.
+    `classes` are phantom_ct's in any order; `name` is the training data set, for its stage and size. Patients without a
+    visible lesion in LEVELS slices are skipped.
     """
     findings = [finding for finding in slices.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-    for seed in itertools.count(first_seed):
+    for seed in itertools.count(FIRST_SEED):
         if len(rows) == count:
             break
         finding = findings[len(rows) % len(findings)]
@@ -148,19 +143,14 @@ def area(curves: np.ndarray) -> np.ndarray:
 
 def module_order(module: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
     """Returns the names of a network's submodules with parameters, in the order of their calls."""
-    called: dict[str, None] = {}
+    names: list[str] = []
 
-    def note(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if len(context.module.path) == 1 and context.method_name == "__call__":
-            called[context.module.path[0]] = None
-        return method(*args, **kwargs)
+    def init() -> None:
+        variables = module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+        names.extend(variables["params"])  # here in the order of creation; outside jax sorts them
 
-    def init() -> Any:
-        with nn.intercept_methods(note):
-            return module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
-
-    params = jax.eval_shape(init)["params"]
-    return [name for name in called if name in params]
+    jax.eval_shape(init)
+    return names
 
 
 def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> dict[str, Any]:
@@ -170,11 +160,11 @@ def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> di
     """
     rng = np.random.default_rng([seed, 33])
 
-    def change(path: str, leaf: Any) -> Any:
-        return rng.permutation(np.ravel(leaf)).reshape(np.shape(leaf)) if path.split("/")[0] in modules else leaf
+    def permute(leaf: Any) -> Any:
+        return rng.permutation(np.ravel(leaf)).reshape(np.shape(leaf))
 
     return {
-        kind: trees.unflatten({path: change(path, leaf) for path, leaf in trees.flatten(tree or {}).items()})
+        kind: {name: jax.tree.map(permute, part) if name in modules else part for name, part in (tree or {}).items()}
         for kind, tree in variables.items()
     }
 
@@ -209,14 +199,9 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
             correlations.append(rank_correlation(before, after))
             empty.append(~after.any((1, 2)))
         some = f"the head and {count} of {len(below)} modules below" if count else "the head"
-        stages.append(
-            {
-                "shuffled": "the whole network" if count and count == len(below) else some,
-                "modules": len(changed),
-                "correlation": float(np.mean(correlations)),
-                "empty": float(np.mean(empty)),
-            }
-        )
+        name = "the whole network" if count and count == len(below) else some
+        means = {"correlation": float(np.mean(correlations)), "empty": float(np.mean(empty))}
+        stages.append({"shuffled": name, "modules": len(changed), **means})
     unchanged = max(stages[0]["correlation"], stages[-1]["correlation"]) > UNCHANGED
     blank = float((~before.any((1, 2))).mean())
     return {"n": len(images), "draws": draws, "stages": stages, "empty": blank, "passed": not unchanged and blank < 1}
@@ -250,40 +235,28 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
 def measure(
     explainer: Explainer,
     images: np.ndarray,
-    targets: np.ndarray | None,
+    targets: np.ndarray | int | None,
     methods: Sequence[str],
     slices: Slices | None = None,
-    sane: int = 16,
-    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Returns {method: {"pointing", "deletion", "sanity"}} of a network.
 
-    Args:
-      explainer: of the network.
-      images: uint8 [N, H, W, C] for the deletion curve; ignored where `slices` are given.
-      targets: int [N], the classes to explain; None takes the predicted ones.
-      methods: of saliency.METHODS.
-      slices: with lesion masks; all checks use their images, and explain the true finding.
-      sane: number of images of the sanity check.
-      say: receives progress messages.
-
-    Raises ValueError if there is no image.
+    Measured on `images` uint8 [N, H, W, C], N at least 1, for the classes `targets` int [N] or of all images, None for
+    the predicted ones; "pointing" only on `slices`, which replace both and explain the true finding. Prints progress.
     """
     if slices is not None:
         images, targets = slices.images, slices.labels
-    if not len(images):
-        raise ValueError("no image to measure the maps on")
     predicted = explainer.probabilities(images).argmax(-1)
-    targets = predicted if targets is None else np.asarray(targets)
+    targets = predicted if targets is None else np.broadcast_to(targets, len(images))
     result: dict[str, Any] = {}
     for method in methods:
-        say(f"{method}: maps of {len(images)} images")
+        print(f"{method}: maps of {len(images)} images")
         maps, _ = explainer.maps(images, targets, method)
         random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)
         row: dict[str, Any] = {}
         if slices is not None:
             row["pointing"] = pointing(maps, slices, random, predicted == slices.labels)
-        say(f"{method}: deletion curves")
+        print(f"{method}: deletion curves")
         curves = [deletion(explainer, images, each, targets) for each in (maps, random)]
         areas = [area(curve) for curve in curves]
         row["deletion"] = {
@@ -294,56 +267,12 @@ def measure(
             "curve": curves[0].mean(0).round(5).tolist(),
             "random_curve": curves[1].mean(0).round(5).tolist(),
         }
-        say(f"{method}: sanity check")
-        row["sanity"] = sanity(explainer, images[:sane], method)
+        print(f"{method}: sanity check")
+        row["sanity"] = sanity(explainer, images[:SANITY_IMAGES], method)
         result[method] = row
     return result
 
 
 def markdown(name: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the result of `measure` as a page. `what` describes the images."""
-    parts = [f"# Quality of the saliency maps of {name}", f"Measured on {what}."]
-    pointing = {method: dict(row["pointing"]) for method, row in rows.items() if "pointing" in row}
-    for row in pointing.values():
-        rate = row["classified_correctly"]["hit_rate"]
-        row["correct"] = "-" if rate is None else f"{rate:.2f}"
-    if pointing:
-        columns = {
-            "hits (95 %)": "{hit_rate:.2f} ({interval[0]:.2f} to {interval[1]:.2f})",
-            "if classified correctly": "{correct}",
-            "chance": "{chance:.2f}",
-            "chance in the lungs": "{chance_in_lungs:.2f}",
-            "random map": "{random:.2f}",
-            "with tolerance: hits": "{hit_rate_tolerant:.2f}",
-            "with tolerance: chance": "{chance_tolerant:.2f}",
-            "with tolerance: random map": "{random_tolerant:.2f}",
-        }
-        pixels = next(iter(pointing.values()))["tolerance_pixels"]
-        parts += ["## Is the map's maximum on the lesion?", _table(columns, pointing)]
-        parts += [f"The maps explain the true finding. With tolerance, maxima up to {pixels:.1f} pixels away are hits."]
-    columns = {
-        "area under the deletion curve": "{area:.3f}",
-        "random map": "{random_area:.3f}",
-        "better than random": "{better_than_random:.0%}",
-    }
-    parts += ["## Do the marked pixels matter?", _table(columns, {m: row["deletion"] for m, row in rows.items()})]
-    parts += ["The class's probability as pixels are replaced by the image's mean in the map's order; lower is better."]
-    sane = {
-        m: row["sanity"] | {"verdict": "passed" if row["sanity"]["passed"] else "**FAILED**"} for m, row in rows.items()
-    }
-    first = next(iter(sane.values()))
-    stages = {stage["shuffled"]: f"{{stages[{i}][correlation]:.2f}}" for i, stage in enumerate(first["stages"])}
-    parts += ["## Do the maps depend on the weights?", _table({"verdict": "{verdict}"} | stages, sane)]
-    parts += [
-        f"Rank correlation of the maps with those after these weights were shuffled, mean of {first['n']} images and "
-        f"{first['draws']} draws. A method fails above {UNCHANGED} in the first or last column: it shows the image "
-        "rather than the network."
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a Markdown table with a column per format string, which is filled from each row."""
-    lines = [["method", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[method, *(text.format(**row) for text in columns.values())] for method, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return render.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)

@@ -11,7 +11,8 @@ last map of one cell) is all zeros, not noise stretched to 0..1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -87,12 +88,9 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
     return jnp.where(targets == positive, logits[:, 0], -logits[:, 0])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Explainer:
-    """Computes the maps of one network, and caches its compiled programs.
-
-    Raises ValueError for a patch or stride that does not fit into the image, or no steps.
-    """
+    """Computes the maps of one network, and caches its compiled programs. Raises ValueError for an invalid patch."""
 
     module: nn.Module  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
@@ -105,25 +103,25 @@ class Explainer:
     align: bool = True  # places gradcam and gradcam++ by their receptive field; False stretches them, as published
 
     def __post_init__(self) -> None:
-        """Checks steps, patch and stride."""
-        if self.steps < 1 or not 1 <= self._patch <= min(self.spec.size) or not 1 <= self._stride <= self._patch:
+        """Fills in the defaults."""
+        self.batch_size = self.batch_size or folding.batch_size(Config(input=self.spec), 1, jax.default_backend())
+        self.patch = self.patch or max(min(self.spec.size) // 7, 1)
+        self.stride = self.stride or max(self.patch // 2, 1)
+        self._programs: dict[str, Any] = {}
+        if not 1 <= self.stride <= self.patch <= min(self.spec.size):
             raise ValueError(
-                f"steps={self.steps}, patch={self.patch}, stride={self.stride}: at least 1, a patch no larger than the "
-                f"image ({self.spec.size[0]} x {self.spec.size[1]}) and a stride no larger than the patch"
+                f"patch={self.patch}: must fit into the image, and the stride {self.stride} into the patch"
             )
 
     def maps(
-        self, images: np.ndarray, targets: np.ndarray | None = None, method: str = "gradcam"
+        self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str = "gradcam"
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps float32 [B, H, W] in 0..1 and class probabilities float32 [B, C].
 
-        Args:
-          images: uint8 [B, H, W, C], network inputs before normalization.
-          targets: int [B], the class to explain in each image; None takes the most probable one.
-          method: one of METHODS.
-
-        Maps of the last layer are interpolated linearly to the input's size. Maps are divided by their maximum, so that
-        0 remains "no evidence for this class"; gradcam_positive is min-max scaled, as in the study.
+        `images` are uint8 [B, H, W, C], network inputs before normalization, and `targets` int [B] the class to explain
+        in each, or one class for all, or None for the most probable one. Maps of the last layer are interpolated
+        linearly to the input's size. Maps are divided by their maximum, so that 0 remains "no evidence for this class";
+        gradcam_positive is min-max scaled, as in the study.
 
         Raises ValueError for an unknown method, images of another shape or dtype, and invalid targets.
         """
@@ -131,27 +129,24 @@ class Explainer:
             raise ValueError(f"method={method!r}: {nearest(method, METHODS)}")
         images, targets = self._checked(images, targets)
         if method in CAMS:
-            program = self._program(method, lambda: self.cam(method))
-            return self._batched(images, targets, lambda x, t: program(self._folded, self._head, x, t), 2)
+            program = self._program(method)
+            return self._batched(images, targets, lambda x, target: program(self._folded, self._head, x, target))
         probabilities = self.probabilities(images)
-        targets = np.where(targets < 0, probabilities.argmax(-1) if len(images) else targets, targets)
+        targets = np.where(targets < 0, probabilities.argmax(-1), targets)
         if method == "occlusion":
-            maps = [self._occluded(image, target) for image, target in zip(images, targets, strict=True)]
+            maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
             return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
         attributions, _ = self.attributions(images, targets)
         # Only evidence for the class, as the ReLU of the other methods.
-        raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2), initial=0)
-        return np.asarray(_scaled(jnp.asarray(raw), jnp.asarray(size), False)), probabilities
+        raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
+        return np.asarray(_scaled(raw, size)), probabilities
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns class probabilities float32 [B, C] of uint8 images [B, H, W, C]."""
         images, targets = self._checked(images, None)
-
-        def make() -> Any:
-            return lambda folded, pixels: outputs.probabilities(self._logits(folded, pixels), self.positive)
-
-        program = self._program("predict", make)
-        return self._batched(images, targets, lambda x, _: (program(self._folded, x),), 1)[0]
+        program = self._program("predict")
+        (result,) = self._batched(images, targets, lambda x, _: (program(self._folded, x),))
+        return result
 
     def attributions(self, images: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Integrated gradients (Sundararajan et al., ICML 2017, arXiv 1703.01365) from a black image.
@@ -162,19 +157,7 @@ class Explainer:
         as in `maps`.
         """
         images, targets = self._checked(images, targets)
-
-        def make() -> Any:
-            def slope(folded: Any, x: jax.Array, part: jax.Array, target: jax.Array) -> Any:
-                def score(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-                    each = class_scores(self._logits(folded, at), target, self.positive)
-                    return each.sum(), each
-
-                gradient, each = jax.grad(score, has_aux=True)(part * x)
-                return x * gradient, each
-
-            return slope
-
-        program = self._program("integrated_gradients", make)
+        program = self._program("slope")
 
         def integrate(pixels: np.ndarray, target: np.ndarray) -> tuple[Any, Any]:
             x = jnp.asarray(pixels, jnp.float32)
@@ -183,12 +166,13 @@ class Explainer:
             image, black = (program(self._folded, x, np.float32(part), target)[1] for part in (1.0, 0.0))
             return total / self.steps, image - black
 
-        return self._batched(images, targets, integrate, 2)
+        return self._batched(images, targets, integrate)
 
     def with_variables(self, variables: dict[str, Any]) -> "Explainer":
-        """Returns an explainer of the same network with other variables, without compiling again."""
-        other = replace(self, variables=variables)
-        other.__dict__.update(_network=self._network, _compiled=self._compiled)
+        """Returns an explainer of the same network with other variables, which shares the compiled programs."""
+        other = copy(self)
+        other.variables = variables
+        vars(other).pop("_folded", None)
         return other
 
     @cached_property
@@ -202,7 +186,7 @@ class Explainer:
         if method in CAMS:
             return self.map_size
         height, width = self.spec.size
-        return (-(-height // self._stride), -(-width // self._stride)) if method == "occlusion" else (height, width)
+        return (-(-height // self.stride), -(-width // self.stride)) if method == "occlusion" else (height, width)
 
     @property
     def classes(self) -> int:
@@ -235,45 +219,24 @@ class Explainer:
 
         return run
 
-    def _occluded(self, image: np.ndarray, target: int) -> np.ndarray:
+    def _occlusion(self, image: np.ndarray, target: int) -> np.ndarray:
         """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): how far the score falls where a patch is hidden.
 
         A square of the image's mean color slides over the image, including its far edges. A pixel's value is the mean
         fall of the score over the patches that cover it, 0 if the score rises. Returns float32 [H, W].
         """
-
-        def make() -> Any:
-            def run(folded: Any, image: jax.Array, fill: jax.Array, corners: jax.Array, target: jax.Array) -> jax.Array:
-                rows, columns = jnp.arange(image.shape[0]), jnp.arange(image.shape[1])
-                down = (rows >= corners[:, :1]) & (rows < corners[:, :1] + self._patch)
-                across = (columns >= corners[:, 1:]) & (columns < corners[:, 1:] + self._patch)
-                hidden = (down[:, :, None] & across[:, None, :])[..., None]
-                logits = self._logits(folded, jnp.where(hidden, fill, image.astype(jnp.float32)))
-                return class_scores(logits, jnp.broadcast_to(target, (len(corners),)), self.positive)
-
-            return run
-
-        program = self._program("occlusion", make)
-        (height, width), side = self.spec.size, self._patch
-        tops, lefts = (sorted({*range(0, end - side, self._stride), end - side}) for end in (height, width))
+        program, (height, width), side = self._program("occlude"), self.spec.size, self.patch
+        tops, lefts = (sorted({*range(0, end - side, self.stride), end - side}) for end in (height, width))
         # The first corner hides nothing: its score is that of the whole image, from the same program.
         corners = np.asarray([(height, width), *((top, left) for top in tops for left in lefts)], np.int32)
-        size = min(self._batch, len(corners))
         fill = image.reshape(-1, image.shape[-1]).mean(0).astype(np.float32)
-        scores = np.concatenate(
-            [
-                np.asarray(
-                    program(self._folded, image, fill, pad_batch(corners[at : at + size], size), np.int32(target))
-                )
-                for at in range(0, len(corners), size)
-            ]
-        )
+        targets = np.full(len(corners), target, np.int32)
+        (scores,) = self._batched(corners, targets, lambda at, t: (program(self._folded, image, fill, at, t),))
         fall, count = np.zeros((2, height, width), np.float32)
-        for (top, left), score in zip(corners[1:], scores[1:], strict=False):
+        for (top, left), score in zip(corners[1:], scores[1:], strict=True):
             fall[top : top + side, left : left + side] += scores[0] - score
             count[top : top + side, left : left + side] += 1
-        raw, largest = np.maximum(fall / count, 0), np.abs(scores[: len(corners)]).max()
-        return np.asarray(_scaled(jnp.asarray(raw[None]), jnp.asarray(largest[None]), False))[0]
+        return np.asarray(_scaled(np.maximum(fall / count, 0)[None], np.abs(scores).max(keepdims=True)))[0]
 
     def _last(self, variables: dict[str, Any], image: jax.Array) -> jax.Array:
         last: jax.Array = self.module.apply(variables, image, train=False)[1]["last"]
@@ -282,18 +245,6 @@ class Explainer:
     @property
     def _image(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *self.spec.size, self.spec.network_channels), jnp.float32)
-
-    @property
-    def _patch(self) -> int:
-        return self.patch or max(min(self.spec.size) // 7, 1)
-
-    @property
-    def _stride(self) -> int:
-        return self.stride or max(self._patch // 2, 1)
-
-    @property
-    def _batch(self) -> int:
-        return self.batch_size or folding.batch_size(Config(input=self.spec), 1, jax.default_backend())
 
     @cached_property
     def _network(self) -> folding.FoldedModel:
@@ -307,48 +258,64 @@ class Explainer:
     def _head(self) -> dict[str, Any]:  # not folded: no norm of the head follows a convolution
         return {name: (self.variables.get(name) or {}).get("head", {}) for name in ("params", "batch_stats")}
 
-    @cached_property
-    def _compiled(self) -> dict[str, Any]:
-        return {}
+    def _program(self, name: str) -> Any:
+        if name not in self._programs:
+            own = {"predict": self._predict, "slope": self._slope, "occlude": self._occlude}
+            function = self.cam(name) if name in CAMS else own[name]
+            self._programs[name] = jax.jit(function, compiler_options=conv.compiler_options())
+        return self._programs[name]
 
-    def _program(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self._compiled:
-            self._compiled[name] = jax.jit(make(), compiler_options=conv.compiler_options())
-        return self._compiled[name]
+    def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
+        return outputs.probabilities(self._logits(folded, pixels), self.positive)
+
+    def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> tuple[Any, Any]:
+        def score(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+            each = class_scores(self._logits(folded, at), target, self.positive)
+            return each.sum(), each
+
+        gradient, each = jax.grad(score, has_aux=True)(part * x)
+        return x * gradient, each
+
+    def _occlude(
+        self, folded: dict[str, Any], image: jax.Array, fill: jax.Array, corners: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        rows, columns = jnp.arange(image.shape[0]), jnp.arange(image.shape[1])
+        down = (rows >= corners[:, :1]) & (rows < corners[:, :1] + self.patch)
+        across = (columns >= corners[:, 1:]) & (columns < corners[:, 1:] + self.patch)
+        hidden = (down[:, :, None] & across[:, None, :])[..., None]
+        logits = self._logits(folded, jnp.where(hidden, fill, image.astype(jnp.float32)))
+        return class_scores(logits, targets, self.positive)
 
     def _logits(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return self._network(folded, normalize(pixels, self.spec))[0].astype(jnp.float32)
 
-    def _checked(self, images: np.ndarray, targets: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _checked(self, images: np.ndarray, targets: np.ndarray | int | None) -> tuple[np.ndarray, np.ndarray]:
         images, shape = np.asarray(images), (*self.spec.size, self.spec.channels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             expected = ", ".join(map(str, shape))
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, {expected}]")
         if targets is None:
             return images, np.full(len(images), -1, np.int32)
-        indices = np.asarray(targets)
+        indices = np.full(len(images), targets) if np.ndim(targets) == 0 else np.asarray(targets)
         if indices.shape != (len(images),) or ((indices < 0) | (indices >= self.classes)).any():
             raise ValueError(f"targets={indices.tolist()}: expected {len(images)} numbers from 0 to {self.classes - 1}")
         return images, indices.astype(np.int32)
 
-    def _batched(self, images: np.ndarray, targets: np.ndarray, run: Callable[..., Any], outputs: int) -> Any:
-        """Returns the outputs of `run(images, targets)`, computed in batches of one size."""
-        size = min(self._batch, len(images))
-        parts = []
-        for at in range(0, len(images), max(size, 1)):
-            pixels = images[at : at + size]
-            results = run(pad_batch(pixels, size), pad_batch(targets[at : at + size], size))
-            parts.append([np.asarray(result)[: len(pixels)] for result in results])
-        if not parts:
-            return (np.zeros((0, *self.spec.size), np.float32), np.zeros((0, self.classes), np.float32))[-outputs:]
+    def _batched(self, rows: np.ndarray, targets: np.ndarray, run: Callable[..., Any]) -> Any:
+        """Returns the outputs of `run(rows, targets)`, computed in batches of one size."""
+        size, parts = max(min(self.batch_size, len(rows)), 1), []
+        for at in range(0, max(len(rows), 1), size):  # no row: one of padding, for the shapes
+            batch = rows[at : at + size]
+            results = run(pad_batch(batch, size), pad_batch(targets[at : at + size], size))
+            parts.append([np.asarray(result)[: len(batch)] for result in results])
         return tuple(np.concatenate(results) for results in zip(*parts, strict=True))
 
 
-def _scaled(full: jax.Array, size: jax.Array, min_max: bool) -> jax.Array:
+def _scaled(full: jax.Array | np.ndarray, size: jax.Array | np.ndarray, min_max: bool = False) -> jax.Array:
     """Returns maps [B, H, W] in 0..1, zeros if constant up to rounding relative to the summands' `size` [B]."""
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
     constant = high - low <= ROUNDING * size[:, None, None]
-    low, top = (low, high - low + EPSILON) if min_max else (jnp.zeros_like(low), high)
+    low, top = (low, high - low + EPSILON) if min_max else (0.0, high)
     return jnp.where(constant, 0.0, (full - low) / jnp.where(constant, 1.0, top))
 
 
@@ -361,12 +328,5 @@ def heat_colors(heat: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Returns the mean of an image uint8 [H, W, 1 or 3] and the colors of its map [H, W] in 0..1, uint8 [H, W, 3].
-
-    Raises ValueError if the two differ in height or width.
-    """
-    if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.shape[:2] != np.shape(heat):
-        raise ValueError(
-            f"image {list(image.shape)} and map {list(np.shape(heat))}: expected [H, W, 1 or 3] and [H, W]"
-        )
+    """Returns the mean of an image uint8 [H, W, 1 or 3] and the colors of its map [H, W] in 0..1, uint8 [H, W, 3]."""
     return np.rint((image.astype(np.float32) + heat_colors(heat)) / 2).astype(np.uint8)

@@ -3,10 +3,9 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,13 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.explain import panels, quality, saliency
+from lungjax.explain import panels, quality
 from lungjax.explain.saliency import Explainer
 from lungjax.report import style
+from lungjax.report.sheets import FRAME, Section, Tile, draw
 
 TILES = (4, 7)  # columns and rows of a sheet
 CHUNK = 64  # images in memory at a time
-QUALITY_IMAGES = 100
 
 
 def explain_images(
@@ -32,25 +31,18 @@ def explain_images(
     out: Path,
     save_maps: bool = False,
 ) -> int:
-    """Writes NAME_METHOD.png for each image and method; returns the number of images.
+    """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
 
-    Args:
-      explainer: of the network.
-      pictures: name and network input uint8 [H, W, C] of each image.
-      classes: of the network.
-      methods: of `saliency.METHODS`.
-      target: index of the class to explain, None for the predicted one.
-      out: an existing folder.
-      save_maps: also writes NAME_METHOD.npy.
+    `pictures` are name and network input uint8 [H, W, C] of each. `target` is the class to explain, None for the
+    predicted one. `save_maps` also writes NAME_METHOD.npy.
     """
     used: set[str] = set()
     count, rest = 0, iter(pictures)
     while chunk := list(islice(rest, CHUNK)):
         names = [panels.file_name(name, used) for name, _ in chunk]
         stack = np.stack([pixels for _, pixels in chunk])
-        targets = None if target is None else np.full(len(stack), target)
         for method in methods:
-            maps, probabilities = explainer.maps(stack, targets, method)
+            maps, probabilities = explainer.maps(stack, target, method)
             for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
                 explained = int(p.argmax()) if target is None else target
                 panels.draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
@@ -94,46 +86,26 @@ def explain_split(
         for page in range(pages):
             rows = order[page * size : (page + 1) * size]
             pixels = [reader(row) for row in rows]
-            targets = None if target is None else np.full(len(rows), target)
-            maps, _ = explainer.maps(np.stack(pixels), targets, method)
+            maps, _ = explainer.maps(np.stack(pixels), target, method)
             tiles = []
-            for i, row in enumerate(rows):
-                label, predicted = int(columns["label"][row]), int(scores[row].argmax())
-                ids = [str(columns[name][row]) for name in names]
-                verdict = [classes[label], classes[predicted], "yes" if predicted != label else "no"]
-                p = [f"{value:.6g}" for value in scores[row]]
-                writer.writerow([page * size + i + 1, f"page_{page + 1:03}.png", *ids, *verdict, *p])
-                tiles.append((ids[0], pixels[i], panels.visible(maps[i], method), label, scores[row]))
+            for rank, (row, image, heat) in enumerate(zip(rows, pixels, maps, strict=True), page * size + 1):
+                p, label, ids = scores[row], columns["label"][row], [str(columns[name][row]) for name in names]
+                wrong = int(p.argmax()) != label
+                verdict = [classes[label], classes[p.argmax()], "yes" if wrong else "no"]
+                writer.writerow([rank, f"page_{page + 1:03}.png", *ids, *verdict, *(f"{value:.6g}" for value in p)])
+                frame = style.WRONG if wrong else FRAME
+                lines = (
+                    ids[0],
+                    panels.prediction(p, classes),
+                    f"wrong, true: {classes[label]}" if wrong else "correct",
+                )
+                tiles += [Tile(image, lines, frame=frame, wide=True)]
+                tiles += [Tile(image, heat=panels.visible(heat, method), frame=frame)]
             explained = "the predicted class" if target is None else classes[target]
             title = f"{data.name}, {split}: {panels.TITLES[method]} for {explained}, page {page + 1} of {pages}"
-            sheet(out / f"page_{page + 1:03}.png", f"{title}, by falling confidence", tiles, classes)
+            section = Section(tiles, f"{title}, by falling confidence")
+            draw([section], out / f"page_{page + 1:03}.png", 2 * TILES[0], paired=True, aspect=2.0)
     return bad
-
-
-def sheet(path: Path, heading: str, tiles: Sequence[tuple[Any, ...]], classes: Sequence[str]) -> None:
-    """Draws a page with image and overlay of each tile (name, image, map, label, probabilities)."""
-    columns, rows = min(TILES[0], len(tiles)), math.ceil(len(tiles) / TILES[0])
-    tall = tiles[0][1].shape[0] / tiles[0][1].shape[1]
-    figure = style.figure(2.9 * max(columns, 2), (1.4 * tall + 0.62) * rows + 0.5, layout="compressed")
-    figure.suptitle(style.plain(heading), fontsize=11, color=style.INK)
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, (name, image, heat, label, p) in zip(axes, tiles, strict=False):
-        wrong = int(p.argmax()) != label
-        both = np.concatenate([np.broadcast_to(image, (*image.shape[:2], 3)), saliency.overlay(image, heat)], axis=1)
-        axis.imshow(both)
-        color = style.WRONG if wrong else style.INK
-        last = f"wrong, true: {style.short(classes[label], 24)}" if wrong else "correct"
-        axis.set_title(
-            f"{style.short(name, 34)}\n{panels.prediction(p, classes)}\n{last}", fontsize=7.5, color=color, loc="left"
-        )
-        if wrong:
-            axis.set_axis_on()
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set(color=style.WRONG, linewidth=2.5)
-    style.save(figure, path)
 
 
 def measure_quality(
@@ -146,7 +118,6 @@ def measure_quality(
     target: int | None,
     out: Path,
     count: int,
-    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns the unreadable images.
 
@@ -158,21 +129,20 @@ def measure_quality(
     if data is None:
         name = datasets.resolve(config.data.dataset)[0]
         slices = quality.draw_slices(classes, explainer.spec, name, count)
-        rows = quality.measure(explainer, slices.images, None, methods, slices, say=say)
+        rows = quality.measure(explainer, slices.images, None, methods, slices)
         what = f"{count} synthetic slices with a lesion, each of a new patient"
     else:
         row_numbers = _evenly_spaced(np.unique(data.rows("test")).tolist(), count)
         pixels, _ = _read_rows(pipeline.Reader(data, explainer.spec), row_numbers, bad)
         if not pixels:
             raise ValueError(f"{data.name}: no image of the test split could be read\n  " + "\n  ".join(bad))
-        targets = None if target is None else np.full(len(pixels), target)
-        rows = quality.measure(explainer, np.stack(pixels), targets, methods, say=say)
+        rows = quality.measure(explainer, np.stack(pixels), target, methods)
         what = f"{len(pixels)} images of the test split of {data.name}, without lesion masks"
     content = {"name": config.name, "step": step, "images": what, "methods": rows}
     (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
     page = quality.markdown(config.name, what, rows)
     (out / "quality.md").write_text(page, "utf-8")
-    say(page)
+    print(page)
     return bad
 
 

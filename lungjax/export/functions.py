@@ -2,8 +2,7 @@
 
     predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
               "features" float32 [b, F]}
-    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W],
-              "probabilities"}
+    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}
 
 Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
 a flat dict of float32 arrays with folded batch norms (`lungjax.models.folding`).
@@ -61,29 +60,19 @@ class Functions:
         with conv.plain_forms():
             folded = _tree(weights)
             head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
-            maps, probabilities = self._cam(folded, head, pixels, targets)
-            return {"maps": maps, "probabilities": probabilities}
+            return {"maps": self._cam(folded, head, pixels, targets)[0]}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the pixels."""
         return artifacts.image_shape(self.metadata)
 
-    @cached_property
-    def feature_count(self) -> int:
-        """The number of features F."""
-        pixels = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
-        return int(jax.eval_shape(self.predict, self.weights, pixels)["features"].shape[1])
-
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
-        rng, (height, width, channels) = np.random.default_rng(batch), self.image_shape
-        total = np.zeros((batch, height, width, channels))
+        rng, shape = np.random.default_rng(batch), (batch, *self.image_shape)
+        total = 0.3 * rng.normal(size=shape)
         for side in (2, 5, 13, 34):
-            grid = rng.normal(size=(batch, side, side, channels))
-            rows, columns = (np.arange(n) * side // n for n in (height, width))
-            total += grid[:, rows][:, :, columns]
-        total += 0.3 * rng.normal(size=total.shape)
+            total += jax.image.resize(rng.normal(size=(batch, side, side, shape[-1])), shape, "nearest")
         return np.asarray(np.clip(128 + 32 * total, 0, 255), np.uint8)
 
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -123,11 +112,8 @@ class Functions:
 
     @cached_property
     def _cam(self) -> Any:
-        def calibrated(logits: jax.Array) -> jax.Array:
-            return model.calibrated(logits, self.metadata)
-
         explainer = saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
-        return explainer.cam("gradcam", calibrated)
+        return explainer.cam("gradcam")
 
     @cached_property
     def _reference(self) -> Any:

@@ -6,11 +6,7 @@
 axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute something else.
 """
 
-import contextlib
-import io
 import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +52,24 @@ def load_packages() -> Any:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{FILE} needs the package {error.name}: pip install -e '.[export]'") from None
+    for name in ("jax2onnx", "onnx_ir"):  # they warn of each plugin whose package is not installed, and of each shape
+        logging.getLogger(name).setLevel(logging.ERROR)
     return onnx
 
 
 def convert(functions: Functions) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
+    from jax2onnx import to_onnx
+
     weights = functions.weights  # outside of the trace, in which they would be abstract
-    with _quiet():
-        from jax2onnx import to_onnx
 
-        def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
-            outputs = functions.predict(weights, pixels)
-            return tuple(outputs[name] for name in artifacts.OUTPUTS)
+    def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
+        outputs = functions.predict(weights, pixels)
+        return tuple(outputs[name] for name in artifacts.OUTPUTS)
 
-        model = to_onnx(
-            predict,
-            [jax.ShapeDtypeStruct(("B", *functions.image_shape), np.uint8)],
-            model_name="lungjax",
-            input_names=["pixels"],
-            output_names=list(artifacts.OUTPUTS),
-        )
+    pixels: Any = jax.ShapeDtypeStruct(("B", *functions.image_shape), np.uint8)
+    names = list(artifacts.OUTPUTS)
+    model = to_onnx(predict, [pixels], model_name="lungjax", input_names=["pixels"], output_names=names)
     fix_pools(model)
     fix_borders(model)
     drop_unused(model)
@@ -104,8 +98,7 @@ def fix_pools(model: Any) -> None:
         after = [other for other in graph.node if node.output[0] in other.input]
         if (outer.op_type, inner.op_type, *(o.op_type for o in after)) != ("Unsqueeze", "Unsqueeze", "Squeeze"):
             raise ValueError(f"{FILE}: unknown form of the max pool {node.name}; please report the version of jax2onnx")
-        pads = list(options.get("pads", [0] * 8))
-        strides = list(options.get("strides", [1] * 4))
+        pads, strides = options.get("pads", [0] * 8), options.get("strides", [1] * 4)
         assert window[0] == window[3] == strides[0] == strides[3] == 1 and not any(pads[::4] + pads[3::4])
         names = [f"{node.name}_{part}" for part in ("nchw", "pooled")]
         nodes += [
@@ -117,10 +110,7 @@ def fix_pools(model: Any) -> None:
             helper.make_node("Transpose", names[1:], list(after[0].output), f"{node.name}_out", perm=TO_NHWC),
         ]  # fmt: skip
         removed |= {outer.name, inner.name, after[0].name}
-        shapes = {node.output[0], outer.output[0], inner.output[0]}
-        remaining = [value for value in graph.value_info if value.name not in shapes]
-        del graph.value_info[:]
-        graph.value_info.extend(remaining)
+    del graph.value_info[:]  # optional, and wrong for the replaced nodes
     del graph.node[:]
     graph.node.extend(node for node in nodes if node.name not in removed)
 
@@ -153,16 +143,3 @@ def drop_unused(model: Any) -> None:
     remaining = [array for array in graph.initializer if array.name in read]
     del graph.initializer[:]
     graph.initializer.extend(remaining)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences jax2onnx, which logs each plugin whose package is not installed."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

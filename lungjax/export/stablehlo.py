@@ -63,7 +63,7 @@ def load_packages() -> Any:
 
 def members(functions: Functions) -> dict[str, bytes]:
     """Returns the files in the zip, by name."""
-    package = Path(lungjax.__file__).parent
+    package, flatbuffers = Path(lungjax.__file__).parent, Path(load_packages().__file__).parent
     about = {
         "artifact": "lungjax",
         "format": artifacts.FORMAT,
@@ -76,10 +76,7 @@ def members(functions: Functions) -> dict[str, bytes]:
         SCRIPT: Path(__file__).with_name("standalone.py").read_bytes(),
         "lungjax/__init__.py": LICENSES,
         **{f"lungjax/{name}": (package / name).read_bytes() for name in PACKED},
-        **{
-            f"flatbuffers/{file.name}": file.read_bytes()
-            for file in sorted(Path(load_packages().__file__).parent.glob("*.py"))
-        },
+        **{f"flatbuffers/{file.name}": file.read_bytes() for file in sorted(flatbuffers.glob("*.py"))},
         artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
         artifacts.MODEL: functions.metadata.to_json().encode(),
         artifacts.WEIGHTS: _npz(functions.weights),

@@ -8,7 +8,6 @@ images. For research use only. Not a medical device, not for diagnosis.
 
 import argparse
 import csv
-import glob
 import json
 import sys
 from pathlib import Path
@@ -30,35 +29,34 @@ BATCH = 8
 def main() -> int:
     """Reads the command line, predicts, and returns the exit code: 1 if an image could not be read."""
     parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders of them, or patterns")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders of them")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
     parser.add_argument("--rule", default=records.RULE, help="operating point of the decisions (default %(default)s)")
     parser.add_argument("--maps", metavar="FOLDER", help="also write Grad-CAM maps, 8-bit grayscale PNG")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per batch (default %(default)s)")
     parser.add_argument("--prepared", action="store_true", help="the images are segmented like the training images")
-    parser.add_argument("--about", action="store_true", help="print the model's metadata as JSON")
     flags = parser.parse_args()
     try:
         return predict(flags)
+    except ImportError as error:
+        needs = f"the model was trained on segmented bodies or lungs, which needs the package {error.name}"
+        print(f"model.pyz: {needs}: pip install scikit-image, or give segmented images --prepared", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"model.pyz: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def predict(flags: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
     model = artifacts.read_pyz(Path(__file__).parent)  # the zip itself
     description = model.metadata
-    if flags.about:
-        print(json.dumps(description.public(), indent=1, ensure_ascii=False))
-        return 0
     if not flags.paths:
         raise ValueError("give image files or folders; see --help")
     if flags.batch < 1:
         raise ValueError(f"--batch={flags.batch}: at least 1")
     records.check_rule(description, flags.rule)
     if (description.stage or description.box == "body") and not flags.prepared:
-        check_masks()  # before any image is read
+        from lungjax.data.imaging import lung_masks  # noqa: F401  # fails before any image is read
     prepare = artifacts.Preprocessor(description)
     files = gather(flags.paths)
     write = writer(description, flags.json)
@@ -81,7 +79,7 @@ def predict(flags: argparse.Namespace) -> int:
         for (name, image), p in zip(inputs, probabilities, strict=False):
             write(records.record(description, name, p, image.novelty, image.warnings, flags.rule))
         if flags.maps:
-            maps, _ = model.gradcam(batch, np.full(size, -1, np.int32))
+            maps = model.gradcam(batch, np.full(size, -1, np.int32))
             for (name, _), heat in zip(inputs, maps, strict=False):
                 save_map(heat, Path(flags.maps), Path(name).stem, names)
     print(metadata.NOTICE, file=sys.stderr)
@@ -89,34 +87,17 @@ def predict(flags: argparse.Namespace) -> int:
 
 
 def gather(paths: list[str]) -> list[str]:
-    """Returns the files that the paths stand for: files, the images of folders, and matches of patterns.
-
-    Raises ValueError for a missing path and a folder without images.
-    """
+    """Returns the files, and the images of folders. Raises ValueError for a folder without images."""
     files: list[str] = []
     for path in paths:
-        if Path(path).is_dir():
-            matches = [
-                str(Path(path, name)) for name in list_files(Path(path)) if name.lower().endswith(images.SUFFIXES)
-            ]
-        else:  # some shells leave patterns to the program
-            matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            reason = f"no images ({', '.join(images.SUFFIXES)})" if Path(path).is_dir() else "no such file"
-            raise ValueError(f"{path}: {reason}")
-        files += matches
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        names = [name for name in list_files(Path(path)) if name.lower().endswith(images.SUFFIXES)]
+        if not names:
+            raise ValueError(f"{path}: no images ({', '.join(images.SUFFIXES)})")
+        files += [str(Path(path, name)) for name in names]
     return files
-
-
-def check_masks() -> None:
-    """Raises ValueError if scikit-image, which segments bodies and lungs, is missing."""
-    try:
-        from lungjax.data.imaging import lung_masks  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"the model was trained on segmented bodies or lungs, which needs the package {error.name}: "
-            "pip install scikit-image, or give images that are segmented already, with --prepared"
-        ) from None
 
 
 def writer(description: Metadata, as_json: bool) -> Any:

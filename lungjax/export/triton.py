@@ -28,29 +28,12 @@ CONFIG = """name: "{name}"
 backend: "onnxruntime"
 max_batch_size: {batch}
 input [
-  {{
-    name: "pixels"
-    data_type: TYPE_UINT8
-    dims: [ {height}, {width}, {channels} ]
-  }}
+  {{ name: "pixels" data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }}
 ]
 output [
-  {{
-    name: "probabilities"
-    data_type: TYPE_FP32
-    dims: [ {classes} ]
-    label_filename: "labels.txt"
-  }},
-  {{
-    name: "logits"
-    data_type: TYPE_FP32
-    dims: [ {classes} ]
-  }},
-  {{
-    name: "features"
-    data_type: TYPE_FP32
-    dims: [ {features} ]
-  }}
+  {{ name: "probabilities" data_type: TYPE_FP32 dims: [ {classes} ] label_filename: "labels.txt" }},
+  {{ name: "logits" data_type: TYPE_FP32 dims: [ {classes} ] }},
+  {{ name: "features" data_type: TYPE_FP32 dims: [ {features} ] }}
 ]
 dynamic_batching {{
   preferred_batch_size: [ {preferred} ]
@@ -98,7 +81,8 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     with atomic_folder(path / model_name(metadata), FILE) as model:  # other models of the repository stay
         (model / "1").mkdir()
         _, difference = onnx.write(functions, model / "1")
-        (model / "config.pbtxt").write_text(config(metadata, functions.feature_count), "utf-8")
+        features = functions.reference(functions.sample(1))["features"].shape[1]
+        (model / "config.pbtxt").write_text(config(metadata, features), "utf-8")
         (model / "labels.txt").write_text("".join(f"{name}\n" for name in metadata.classes), "utf-8")
         (model / FILE).write_text(metadata.to_json(), "utf-8")
         (model / "README.md").write_text(readme(metadata), "utf-8")

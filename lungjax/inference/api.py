@@ -34,9 +34,8 @@ Boxes = Sequence[Any] | None
 def list_models(match: str = "*", weights: bool | None = None) -> list[str]:
     """Returns the names of the networks.
 
-    Args:
-      match: shell pattern such as "efficientnet*".
-      weights: True for those with public ImageNet weights, False for those without.
+    `match` is a shell pattern such as "efficientnet*"; `weights` selects those with (True) or without (False) public
+    ImageNet weights.
     """
     names = fnmatch.filter(models.MODELS, match)
     return [name for name in names if weights is None or bool(catalogue.records(name)) == weights]
@@ -107,23 +106,16 @@ def create(
 
 def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
     """Returns variables with the leaves of `start`, which is emptied; missing leaves are initialized."""
-    shape = (*spec.size, spec.network_channels)
-    paths = list(models.leaf_shapes(module, shape))
-    leaves = {path: jnp.asarray(start.pop(path)) for path in list(start)}  # in memory once
-    if len(leaves) < len(paths):
 
-        @jax.jit
-        def missing() -> dict[str, jax.Array]:  # the compiler removes what is not returned
-            initial = state.init(module, shape, seed)
-            flat = trees.flatten(initial["params"]) | trees.flatten(initial["batch_stats"])
-            return {path: leaf for path, leaf in flat.items() if path not in leaves}
+    def initialize() -> dict[str, jax.Array]:
+        return trees.flatten(state.init(module, (*spec.size, spec.network_channels), seed))
 
-        leaves |= missing()
-    running = {path for path in leaves if path.endswith(("/mean", "/var"))}
-    return {
-        "params": trees.unflatten({path: leaves[path] for path in paths if path not in running}),
-        "batch_stats": trees.unflatten({path: leaves[path] for path in paths if path in running}),
-    }
+    names = {path.partition("/")[2]: path for path in jax.eval_shape(initialize)}  # without the collection
+    leaves = {names[path]: jnp.asarray(start.pop(path)) for path in list(start)}  # in memory once
+    missing = set(names.values()) - leaves.keys()
+    if missing:  # the compiler removes what is not returned
+        leaves |= jax.jit(lambda: {path: leaf for path, leaf in initialize().items() if path in missing})()
+    return {"batch_stats": {}} | trees.unflatten(leaves)
 
 
 def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarray:
@@ -138,8 +130,9 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
     """
     pixels = []
     for array, box in read_images(images, boxes):
-        image, place, _ = preprocessing.keep(array, box)
-        pixels.append(image_files.to_input(image, place, spec, 0.0))
+        preprocessing.check_window(array, None)
+        place = image_files.full_region(array) if box is None else box
+        pixels.append(image_files.to_input(array, np.asarray(place, np.float32), spec, 0.0))
     return np.asarray(normalize(jnp.asarray(np.stack(pixels)), spec))
 
 

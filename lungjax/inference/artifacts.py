@@ -7,8 +7,7 @@ A `model.pyz` is an uncompressed zip:
     weights.npz          float32 arrays by path, batch norms folded
     predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"
                          [b, classes], "features" [b, F]}
-    gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W],
-                         "probabilities" [b, classes]}
+    gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W]}
     __main__.py, lungjax/, flatbuffers/    the script that `python model.pyz scan.png` runs, with a copy of this file
 
 Images are cropped and resized before the program; normalization, temperature and softmax are inside. This reader
@@ -37,7 +36,7 @@ from lungjax.evaluation import novelty
 FORMAT = 1
 ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
 OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
-PROGRAMS = {"predict": OUTPUTS, "gradcam": ("maps", "probabilities")}
+PROGRAMS = {"predict": OUTPUTS, "gradcam": ("maps",)}
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Compiler options that a file may set. Others, which could write files for example, are ignored.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
@@ -112,18 +111,9 @@ class Program:
         outputs: dict[str, Any] = self._call("predict", pixels)
         return outputs
 
-    def gradcam(self, pixels: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns Grad-CAM maps float32 [B, H, W] in 0..1, and calibrated probabilities [B, classes].
-
-        `targets` are the class numbers that the maps explain, int [B]; -1 is the predicted class.
-        """
-        outputs = self._call("gradcam", pixels, np.asarray(targets, np.int32))
-        return np.asarray(outputs["maps"]), np.asarray(outputs["probabilities"])
-
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        """Platforms that the programs are compiled for, in jax's terms."""
-        return tuple(self.programs["predict"].platforms)
+    def gradcam(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Returns Grad-CAM maps float32 [B, H, W] in 0..1 of the classes `targets` int [B]; -1 is the predicted one."""
+        return np.asarray(self._call("gradcam", pixels, np.asarray(targets, np.int32))["maps"])
 
     def _call(self, name: str, pixels: np.ndarray, *rest: np.ndarray) -> Any:
         check_pixels(pixels, self.metadata)
@@ -148,8 +138,6 @@ class Program:
 def read_pyz(path: str | Path) -> Program:
     """Opens a `model.pyz`. Raises ValueError for a foreign, newer or damaged file, saying what is wrong."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             if ABOUT not in archive.namelist():
@@ -232,7 +220,7 @@ def _fits(name: str, program: Any, weights: Mapping[str, np.ndarray], metadata: 
             and (tuple(pixels.shape[1:]), pixels.dtype) == (image_shape(metadata), np.uint8)
             and len(rest) == (name == "gradcam")
             and set(outputs) == set(PROGRAMS[name])
-            and outputs["probabilities"].shape[1:] == (len(metadata.classes),)
+            and (name == "gradcam" or outputs["probabilities"].shape[1:] == (len(metadata.classes),))
         )
     except Exception:  # a program of another structure
         return False
@@ -256,9 +244,6 @@ def read_onnx(path: str | Path, threads: int = 0) -> Session:
 
     Raises ValueError if onnxruntime is not installed, and for a foreign or damaged file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     try:
         import onnxruntime
     except ImportError:

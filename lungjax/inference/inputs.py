@@ -25,6 +25,7 @@ PATH_COLUMNS = ("path", "file", "image")
 GROUP_COLUMNS = ("group", "patient", "series")
 KINDS = f"images ({images.FORMAT_NAMES}), DICOM files, NIfTI volumes, folders and CSV lists"
 
+Cut = Callable[[str, int, Windows], bytes]  # plane, number of the slice, windows -> the slice as a PNG file
 MiddleSlice = Callable[[str, Windows], bytes]  # plane, windows -> the middle slice of a volume as a PNG file
 
 
@@ -58,8 +59,12 @@ class Inputs:
             self.series.setdefault(item.series, None)
         self.items.append(item)
 
-    def add_volume(self, name: str, group: str, notes: Sequence[str], middle: MiddleSlice) -> str:
-        """Adds a volume to its group, or as its own series; returns the name of the series."""
+    def add_volume(self, name: str, group: str, notes: Sequence[str], cut: Cut, shape: Sequence[int]) -> str:
+        """Adds a volume of `shape` to its group, or as its own series; returns the name of the series."""
+
+        def middle(plane: str, windows: Windows) -> bytes:
+            return cut(plane, volumes.middle_slice(shape[volumes.PLANES[plane]]), windows)
+
         series, number = group or name, 1
         while not group and series in self.series:  # several series in one folder
             number += 1
@@ -68,6 +73,13 @@ class Inputs:
         if self.series.get(series) is None:
             self.series[series] = middle
         return series
+
+    def add_slices(self, name: str, short: str, series: str, cut: Cut, shape: Sequence[int], data: Metadata) -> None:
+        """Adds the slices of a volume of `shape`, in the plane and windows of the metadata."""
+        for i in _numbers(shape[volumes.PLANES[data.plane]], data):
+            suffix = f"#{data.plane}-{i:04d}"
+            slice_data = partial(cut, data.plane, i, data.hu_windows)
+            self.items.append(Item(name + suffix, slice_data, series, short + suffix))
 
 
 def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
@@ -194,44 +206,31 @@ def _add_dicom(
     def read(path: dicom.File) -> Callable[[], bytes]:
         return partial(dicom.picture, path, metadata.hu_windows)
 
-    def cut(plane: str, number: int, windows: Windows) -> bytes:
-        return dicom.cut(paths, series.step, plane, number, windows)
-
     def check(plane: str) -> None:
         if series.flaw and plane != series.plane:
             raise ValueError(f"no {plane} plane can be cut: {series.flaw}")
 
-    def middle(plane: str, windows: Windows) -> bytes:
+    def cut(plane: str, number: int, windows: Windows) -> bytes:
         check(plane)
-        return cut(plane, volumes.middle_slice(series.shape[volumes.PLANES[plane]]), windows)
+        return dicom.cut(paths, series.step, plane, number, windows)
 
     if len(paths) == 1 and plane == series.plane:
         inputs.add(Item(first, read(first), group, short))
         return
     check(plane)
     folder = os.path.dirname(first) or first
-    name = inputs.add_volume(folder, group, series.notes, middle)
+    name = inputs.add_volume(folder, group, series.notes, cut, series.shape)
     if plane == series.plane:  # slice by slice: the volume need not be in memory
         for i in _numbers(len(paths), metadata):
             inputs.items.append(Item(str(paths[i]), read(paths[i]), name, names[str(paths[i])][1]))
         return
-    short = os.path.dirname(short) or os.path.basename(folder)
-    for i in _numbers(series.shape[volumes.PLANES[plane]], metadata):
-        suffix = f"#{plane}-{i:04d}"
-        inputs.items.append(Item(folder + suffix, partial(cut, plane, i, metadata.hu_windows), name, short + suffix))
+    inputs.add_slices(folder, os.path.dirname(short) or os.path.basename(folder), name, cut, series.shape, metadata)
 
 
 def _add_nifti(inputs: Inputs, path: str, group: str, short: str, metadata: Metadata) -> None:
-    header, plane = nifti.header(path), metadata.plane
-
-    def middle(plane: str, windows: Windows) -> bytes:
-        return nifti.picture(path, plane, volumes.middle_slice(header.shape[volumes.PLANES[plane]]), windows)
-
-    name = inputs.add_volume(path, group, header.notes, middle)
-    for i in _numbers(header.shape[volumes.PLANES[plane]], metadata):
-        suffix = f"#{plane}-{i:04d}"
-        data = partial(nifti.picture, path, plane, i, metadata.hu_windows)
-        inputs.items.append(Item(path + suffix, data, name, short + suffix))
+    header, cut = nifti.header(path), partial(nifti.picture, path)
+    name = inputs.add_volume(path, group, header.notes, cut, header.shape)
+    inputs.add_slices(path, short, name, cut, header.shape, metadata)
 
 
 def _numbers(count: int, metadata: Metadata) -> Sequence[int]:

@@ -176,7 +176,7 @@ def load(path: str | Path) -> Model:
         size = folding.batch_size(Config(input=program.metadata.input), 1, backend)
         return Model(
             program.metadata, "pyz", backend, size, ("gradcam",), program.outputs,
-            lambda pixels, targets, _: program.gradcam(pixels, targets)[0],
+            lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
@@ -218,16 +218,9 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
     """Returns `artifacts.OUTPUTS` of a network's logits [B, outputs] and last map [B, h, w, F]."""
-    return {
-        "probabilities": calibrated(logits, metadata),
-        "logits": outputs.class_logits(logits, metadata.positive),
-        "features": outputs.pooled_features(last),
-    }
-
-
-def calibrated(logits: jax.Array, metadata: Metadata) -> jax.Array:
-    """Returns calibrated probabilities [B, classes] of a network's logits [B, outputs]."""
-    return jax.nn.softmax(outputs.class_logits(logits, metadata.positive) / np.float32(metadata.temperature))
+    scores = outputs.class_logits(logits, metadata.positive)
+    probabilities = jax.nn.softmax(scores / np.float32(metadata.temperature))  # calibrated
+    return {"probabilities": probabilities, "logits": scores, "features": outputs.pooled_features(last)}
 
 
 def _load_run(workdir: Path) -> Model:

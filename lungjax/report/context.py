@@ -45,10 +45,7 @@ SHORT_METRICS = {
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 # Neither F1 nor precision of a source: for a class that it lacks, each false positive would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
-CONTROLS = {
-    "no_lungs": "network, lungs blacked out",
-    "source_only": "source of the image alone, no network",
-}
+CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
     "confusion_slice.png": "Confusion matrix per slice.",
     "confusion_patient.png": "Confusion matrix per patient.",

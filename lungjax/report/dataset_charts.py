@@ -69,7 +69,11 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
     axis.set_xticks(np.linspace(0, 1, 6), [f"{20 * i}%" for i in range(6)])
     axis.set_xlabel("Share of the source's images", color=style.INK)
     axis.tick_params(axis="y", length=0)
-    _legend_over(axis, [style.short(name, 26) for name in classes])
+    longest = max(len(style.short(name, 26)) for name in classes) * 0.08 + 0.5  # inches, about
+    axis.legend(
+        frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, int(5.6 / longest)),
+        borderaxespad=0.1, handlelength=1.4,
+    )  # fmt: skip
     style.save(figure, path)
 
 
@@ -126,11 +130,3 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> No
     axes[-1].set_xticks([*range(0, 256, 32), 255])
     axes[-1].set_xlabel(f"Gray level, 0 is black and 255 is white ({LEVELS} levels per bin)", color=style.INK)
     style.save(figure, path)
-
-
-def _legend_over(axis: Any, names: Sequence[str]) -> None:
-    longest = max(len(name) for name in names) * 0.08 + 0.5  # inches, about
-    axis.legend(
-        frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, int(5.6 / longest)),
-        borderaxespad=0.1, handlelength=1.4,
-    )  # fmt: skip

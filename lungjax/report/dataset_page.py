@@ -108,7 +108,8 @@ def _protocol(view: View, protocol: str) -> dict[str, Any]:
     """Images and groups of each class and split."""
     groups, classes = view.summary["group_name"], view.data.classes
     data = dataclasses.replace(view.data, protocol=protocol)
-    counts = statistics.count_splits(data, groups)
+    numbers = view.summary["protocols"][protocol]
+    counts = {s: {"images": [*n["images"].values()], groups: [*n["groups"].values()]} for s, n in numbers.items()}
     path = f"classes_{protocol}.png"
     dataset_charts.split_bars(counts, classes, view.out / path)
     rows = [
@@ -190,7 +191,8 @@ def _gray_levels(view: View) -> Figure:
     class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, drawn, strict=True)]
     weights = np.repeat(class_weights, [len(b) for b in drawn])
     with ThreadPoolExecutor(min(environment.cores(), 8)) as pool:
-        shares = np.stack(list(pool.map(lambda row: _histogram(view.gray(row)), rows)))
+        counts = list(pool.map(lambda row: np.bincount(view.gray(row).ravel(), minlength=256), rows))
+    shares = np.stack([count / count.sum() for count in counts])
     names = np.asarray(classes)[labels[rows]]
     of_class = statistics.mean_histograms(shares, names, weights, len(classes))
     panels = {"By class": {name: of_class[name] for name in classes if name in of_class}}
@@ -201,7 +203,3 @@ def _gray_levels(view: View) -> Figure:
     sample = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
     return Figure("gray_levels.png", f"From {sample}, each with equal weight{more}. The vertical axis is logarithmic.")
-
-
-def _histogram(gray: np.ndarray) -> np.ndarray:
-    return np.bincount(gray.ravel(), minlength=256) / gray.size

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -116,24 +115,14 @@ def stages(view: View) -> list[Figure]:
     rows = statistics.spread(np.arange(len(view.data.columns["label"])), view.data, SLICES, view.rng)
     tiles = []
     for row in rows:
-        tiles += [_outlined(view, row), *(_staged(view, row, name)[0] for name in lung_masks.ROBUST)]
+        tiles += [_outlined(view, row), *(_staged(view, row, name) for name in lung_masks.ROBUST)]
     # The fixed threshold and contour of the studies need a complete body in a lung window and fail on other slices.
     best = max(rows, key=lambda row: _complete_and_bright(view.gray(row)))
-    study = [_staged(view, best, name) for name in study_masks.STAGES]
-    times = ", ".join(f"{n} {s:.2f} s" for n, (_, s) in zip(study_masks.STAGES, study, strict=True))
+    study = [_outlined(view, best), *(_staged(view, best, name) for name in study_masks.STAGES)]
+    caption = "The default stages (prepare --dataset=NAME-STAGE); one row per slice, from different sources."
     return [
-        view.sheet(
-            "stages.png",
-            "The default stages (prepare --dataset=NAME-STAGE); one row per slice, from different sources.",
-            tiles,
-            rows,
-        ),
-        view.sheet(
-            "stages_study.png",
-            f"The stages of the published studies for one slice, and the time of each: {times}.",
-            [_outlined(view, best), *(tile for tile, _ in study)],
-            [best],
-        ),
+        view.sheet("stages.png", caption, tiles, rows),
+        view.sheet("stages_study.png", "The stages of the published studies for one slice.", study, [best]),
     ]
 
 
@@ -156,16 +145,13 @@ def _outlined(view: View, row: int) -> Tile:
     return Tile(gray, (*view.origin(row), *empty), "original", masks)
 
 
-def _staged(view: View, row: int, stage: str) -> tuple[Tile, float]:
-    """Returns a slice in a stage, and the seconds that it took."""
+def _staged(view: View, row: int, stage: str) -> Tile:
     from lungjax.data.imaging import lung_masks
 
-    start = time.perf_counter()
     staged = lung_masks.apply(view.gray(row), stage)
-    seconds = time.perf_counter() - start
     height, width = staged.image.shape
     lines = (f"{width} x {height} pixels", *(() if staged.found else ("not found: previous stage",)))
-    return Tile(staged.image, lines, stage), seconds
+    return Tile(staged.image, lines, stage)
 
 
 def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str, Figure]:

@@ -58,7 +58,7 @@ def describe(
       data: the training data.
       results: predictions of "test", and of "val" if it exists, which temperature and thresholds are chosen on.
       report: content of report.json.
-      detector: of `look`.
+      detector: of `fit_novelty`.
       dataset: of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)

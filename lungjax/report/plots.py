@@ -24,13 +24,9 @@ MAX_PANELS = 12  # classes with a decision curve
 def training_curves(
     history: Sequence[Mapping[str, Any]], path: Path, monitor: str, best_step: int | None = None
 ) -> None:
-    """Draws loss, the monitored validation metric and the learning rate by step.
+    """Draws loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
 
-    Args:
-      history: rows of metrics.jsonl, each with `step` and some of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
-      path: the PNG to write.
-      monitor: such as "slice.auc_macro".
-      best_step: marked if given.
+    `history`: rows of metrics.jsonl, each with `step` and some of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
     """
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
@@ -51,7 +47,9 @@ def training_curves(
     axes[0].set_ylim(bottom=0)
     axes[-1].set_ylim(bottom=0)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
-    axes[-1].set_xlabel("Step" + _epochs(history), color=style.INK)
+    row = next((row for row in reversed(history) if row.get("epoch")), None)
+    epoch = f" (one epoch is {row['step'] / row['epoch']:,.0f} steps)" if row else ""
+    axes[-1].set_xlabel(f"Step{epoch}", color=style.INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
@@ -74,11 +72,6 @@ def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None
         values = np.convolve(np.pad(values, width // 2, mode="edge"), np.ones(width) / width, mode="valid")
         label = f"train (mean of {width} points)"
     axis.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=label)
-
-
-def _epochs(history: Sequence[Mapping[str, Any]]) -> str:
-    rows = [row for row in history if row.get("epoch")]
-    return f" (one epoch is {rows[-1]['step'] / rows[-1]['epoch']:,.0f} steps)" if rows else ""
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str) -> None:
@@ -184,14 +177,10 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
 
 
 def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
-    """Draws misclassified images, each next to a copy with its heat map.
+    """Draws the misclassified images of M >= 1 `rows` (see `choose_examples`), each next to a copy with its heat map.
 
-    Args:
-      predictions: of all examples.
-      rows: the M rows to draw, at least one; see `choose_examples`.
-      images: uint8 [M, h, w, 1 or 3], the input of the network.
-      heats: [M, h, w] in 0..1, the contribution of each pixel to the predicted class.
-      path: the PNG to write.
+    `images` uint8 [M, h, w, 1 or 3] are the network's input, `heats` [M, h, w] in 0..1 the contribution of each pixel
+    to the predicted class.
     """
     p, tiles = predictions, []
     for row, image, heat in zip(rows, images, heats, strict=True):
@@ -248,10 +237,7 @@ def _square(title: str, labels: tuple[str, str], classes: int, path: Path) -> It
 def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str, Any]] | None, path: Path) -> None:
     """Draws accuracy by confidence (the highest probability) and, below, the number of examples per bin.
 
-    Args:
-      bins: of the uncalibrated probabilities, see `calibration.bins`.
-      scaled: of the probabilities after temperature scaling, if known.
-      path: the PNG to write.
+    `bins` are of the uncalibrated probabilities (see `calibration.bins`), `scaled` of the temperature-scaled ones.
     """
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

@@ -131,7 +131,7 @@ def assemble(
         "facts": dict(facts),
         **splits,
     }
-    controls = {name: _slice_level(results[name], config) for name in baselines.TELLING if name in results}
+    controls = {name: _slice_level(results[name], config) for name in baselines.WARNING_AUC if name in results}
     if "no_lungs" in controls:
         report["no_lungs"] = controls["no_lungs"]
     report["mistakes"] = _mistakes(results["test"], config.eval.examples)
@@ -158,12 +158,12 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
     if len(levels["by_source"]) <= MAX_SOURCES:
         sources = np.where(p.sources == "", "unknown", p.sources)
         for name, level in levels["by_source"].items():
-            level["intervals"] = _intervals(bootstrap.take(p, np.flatnonzero(sources == name)), config)
+            level["intervals"] = _intervals(predictions.take(p, np.flatnonzero(sources == name)), config)
     return levels
 
 
 def _slice_level(p: Predictions, config: Config) -> dict[str, Any]:
-    level = metrics.summarize(p.labels, p.probabilities, p.classes, p.ids, p.logits)
+    level = metrics.summarize(p)
     return level | {"intervals": _intervals(p, config)}
 
 

@@ -76,7 +76,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
     from lungjax.inference.model import load
     from lungjax.serve.app import build
     from lungjax.serve.middleware import LOG, describe
-    from lungjax.serve.protocol import LingeringProtocol
+    from lungjax.serve.protocol import HeadTimeoutProtocol
 
     model = load(FLAGS.model)
     LOG.setLevel(logging.INFO)
@@ -94,7 +94,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
 
     config = uvicorn.Config(
         build(model, settings, on_failure),
-        http=LingeringProtocol,
+        http=HeadTimeoutProtocol,
         loop="asyncio",
         ws="none",
         lifespan="on",
@@ -137,22 +137,15 @@ def greet(metadata: Any, settings: Any, listening: socket.socket) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Returns a bound socket. Raises ValueError if the port is taken or not permitted, or the address is not local."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise ValueError(f"--host={host}: no such address") from None
-    listening = socket.socket(
-        family, kind, protocol
-    )  # including the protocol, which asyncio needs to disable Nagle's algorithm
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(address)
-        listening.listen(256)  # reserves the port while the model is opened
+        listening = socket.create_server(address, family=family, backlog=256)
     except OSError as error:
-        listening.close()
-        why = (error.strerror or str(error)).lower()
-        raise ValueError(
-            f"--port={port} at {host} is unavailable ({why}); give another --port, or 0 for a free one"
-        ) from None
+        why = os.strerror(error.errno or 0).lower()
+        raise ValueError(f"--port={port} at {host} is unavailable ({why}); give another one, or 0 for any") from None
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not set it on this socket's children
     return listening
 
 

@@ -29,23 +29,21 @@ from lungjax.config.metadata import NOTICE
 from lungjax.explain import panels, saliency
 from lungjax.inference import records
 from lungjax.inference.model import Model
+from lungjax.report import render
 from lungjax.runtime import environment
-from lungjax.serve import docs, schemas, uploads
+from lungjax.serve import schemas, uploads
 from lungjax.serve.batching import Device
 from lungjax.serve.metrics import Metrics
-from lungjax.serve.middleware import Guard, error_response
+from lungjax.serve.middleware import FRAME_POLICY, Guard, error_response
 from lungjax.serve.multipart import Budget, File, receive
 from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
-CONTENT_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-}
+CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
+# Of /docs. FastAPI's own page loads Swagger from a content delivery network, which a hospital may not reach.
+DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
-ERRORS = (400, 401, 403, 408, 413, 415, 421, 422, 500, 503, 504)
 DESCRIPTION = (
     "A trained network for lung images over HTTP. Images stay in memory until they are answered, and are not written "
     "to disk. Patient data of DICOM files appears neither in answers nor in the log."
@@ -239,7 +237,7 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
     app.add_exception_handler(UploadError, service.refuse)
     app.add_exception_handler(HTTPException, service.unknown_route)
     app.state.service = service
-    work: dict[str, Any] = {"responses": schemas.responses(*ERRORS), "openapi_extra": schemas.BODY}
+    work: dict[str, Any] = {"responses": schemas.ERRORS, "openapi_extra": schemas.BODY}
     app.post("/predict", response_model=schemas.Predictions, **work)(service.predict)
     app.post("/explain", response_model=schemas.Explanations, **work)(service.explain)
     app.get("/model")(service.describe)
@@ -252,8 +250,9 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
         return JSONResponse(openapi_tree(app, settings))
 
     async def documentation(_: Request) -> Response:
-        text = docs.page(openapi_tree(app, settings), bool(settings.token))
-        return HTMLResponse(text, headers={"content-security-policy": docs.POLICY})
+        tree = openapi_tree(app, settings)
+        text = render.render("openapi.html.j2", title=app.title, tree=tree, token=bool(settings.token))
+        return HTMLResponse(text, headers={"content-security-policy": DOCS_POLICY})
 
     async def page(request: Request) -> Response:
         content, content_type = files[request.url.path]
@@ -276,28 +275,25 @@ def openapi_tree(app: FastAPI, settings: Settings) -> dict[str, Any]:
 
 
 def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
-    """Returns the network's input, the map and the overlay as data URLs."""
+    """Returns the network's input, the map and the overlay as data URLs of PNG files."""
     heat = panels.visible(heat, method)
     image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     pictures = {"image": image, "heat": saliency.heat_colors(heat), "overlay": saliency.overlay(pixels, heat)}
-    return {name: data_url(picture) for name, picture in pictures.items()}
-
-
-def data_url(picture: np.ndarray) -> str:
-    """Returns a picture as a PNG data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    urls = {}
+    for name, picture in pictures.items():
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
+        urls[name] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return urls
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
-    """Returns content and type of the page's files by path: index.html at /, the others at / and /page/."""
+    """Returns content and type of the page's files by path; that of index.html is /."""
     files: dict[str, tuple[bytes, str]] = {}
     for file in resources.files("lungjax.serve").joinpath("page").iterdir():
         content_type = CONTENT_TYPES.get(PurePath(file.name).suffix)
         if content_type:
-            paths = ("/",) if file.name == "index.html" else (f"/{file.name}", f"/page/{file.name}")
-            files.update(dict.fromkeys(paths, (file.read_bytes(), content_type)))
+            files["/" if file.name == "index.html" else f"/{file.name}"] = file.read_bytes(), content_type
     return files
 
 

@@ -1,5 +1,7 @@
 """Middleware around every request: access control, the number of requests, logging, and unexpected errors."""
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -22,10 +24,9 @@ LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
 OPEN = ("/docs", "/openapi.json", "/health")  # without a token, as the page; they reveal nothing of model or images
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+FRAME_POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+IMAGE_POLICY = "script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
+POLICY = f"default-src 'none'; {IMAGE_POLICY}; {FRAME_POLICY}"
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -34,17 +35,14 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
 CLIENT_CLOSED = 499  # status in log and metrics if the client left before the answer, as in nginx
 
 
 def error_response(error: UploadError) -> JSONResponse:
     """Returns the answer for a refused request."""
-    headers = {}
-    if error.status == 503:
-        headers["retry-after"] = "2" if error.reason == "starting" else "1"
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"error": str(error)}, error.status, headers)
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}  # seconds
+    return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
 
 
 class Guard:
@@ -66,8 +64,17 @@ class Guard:
 
         async def tracked_receive() -> Any:
             message = await receive()
-            state["read"] = state["read"] or (message["type"] == "http.request" and not message.get("more_body"))
+            state["read"] = state["read"] or not message.get("more_body")
             return message
+
+        async def discard() -> None:
+            """Reads the remaining body for a moment: a client that is still sending may miss the answer otherwise."""
+            remaining = DISCARD_BYTES
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DISCARD_SECONDS):
+                    while remaining > 0 and not state["read"]:
+                        message = await tracked_receive()
+                        remaining -= len(message.get("body", b""))
 
         async def tracked_send(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -76,7 +83,9 @@ class Guard:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("content-security-policy", POLICY)
-                if not state["read"]:  # the protocol drops the remaining body
+                if not state["read"] and "expect" not in Headers(scope=scope):
+                    await discard()
+                if not state["read"]:
                     headers["connection"] = "close"
             await send(message)
 
@@ -125,11 +134,8 @@ class Guard:
         """
         try:
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):
-            return True
-        try:
+            if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):
+                return True
             ipaddress.ip_address(name)
         except ValueError:
             return False

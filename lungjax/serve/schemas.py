@@ -106,23 +106,18 @@ class Health(Strict):
 
 
 BINARY = {"type": "string", "format": "binary"}
+FILES = {"files": {"type": "array", "items": BINARY, "minItems": 1}}
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": f"{FORMAT_NAMES}, or DICOM: files in the form field `files`, or one file as the request body.",
         "content": {
-            FORM: {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {"files": {"type": "array", "items": BINARY, "minItems": 1}},
-                }
-            },
+            FORM: {"schema": {"type": "object", "required": ["files"], "properties": FILES}},
             **{kind: {"schema": BINARY} for kind in RAW},
         },
     }
 }
-ERRORS = {
+REASONS = {
     400: "Damaged multipart data.",
     401: "Missing or wrong token.",
     403: "A request from a page of another site.",
@@ -135,8 +130,6 @@ ERRORS = {
     503: "Starting, or overloaded: try again after Retry-After seconds.",
     504: "The computation took too long.",
 }
-
-
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the OpenAPI description of errors."""
-    return {status: {"model": Problem, "description": ERRORS[status]} for status in statuses}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": reason} for status, reason in REASONS.items()
+}

@@ -31,12 +31,5 @@ class Settings:
 
     def limits(self) -> dict[str, int | float]:
         """Returns the limits that /model reports to clients."""
-        return {
-            "files": self.files,
-            "file_bytes": self.file.bytes,
-            "request_bytes": self.request_bytes,
-            "pixels": self.file.pixels,
-            "side": self.file.side,
-            "min_side": self.file.min_side,
-            "seconds": self.seconds,
-        }
+        limits = {"files": self.files, "request_bytes": self.request_bytes, "seconds": self.seconds}
+        return limits | {"file_bytes": self.file.bytes} | {k: v for k, v in vars(self.file).items() if k != "bytes"}

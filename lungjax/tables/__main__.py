@@ -72,7 +72,7 @@ def main(_: list[str]) -> None:
     failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
     reader = results.Reader(table, options, FLAGS.draws, failed)
     answers = results.evaluate(table, tables, reader)
-    path = results.write(table, answers, options, reader, charts.draw)
+    path = results.write(table, answers, options, charts.draw(table, answers, reader, options.workdir / "tables"))
     print(results.summary(table, answers))
     print(f"Table: {path}")
     if failed:

@@ -25,7 +25,6 @@ from lungjax import config as configs
 SPLITS = ("val", "test")
 UNITS = ("slice", "patient")
 CHARTS = ("bars", "confusions", "curves")
-POOLINGS = ("micro", "macro", "micro_logits")
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class Table:
     elsewhere: str = ""  # how the data of the published numbers differ; then there are no verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
-    # Of the chart "curves": all example-class pairs pooled, the mean over classes, or the raw logits pooled.
-    pooling: str = "micro"
+
     chosen_from: str = ""  # the table whose best configuration is scored here; see the module's docstring
     correlate: tuple[tuple[str, str], ...] = ()  # pairs of columns; see the module's docstring
 
@@ -100,7 +98,6 @@ class Table:
                 raise ValueError(f"table {self.name}: two cells at {place[0]}, {place[1]}")
         for what, given, known in (
             ("charts", self.charts, CHARTS),
-            ("pooling", [self.pooling], POOLINGS),
             ("counts", self.counts, SPLITS + ("train",)),
             ("correlate", [column for pair in self.correlate for column in pair], self.columns),
         ):
@@ -122,15 +119,10 @@ class Table:
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
     """Returns the cells whose experiments can answer a cell: itself, or the candidates of a table that chooses.
 
-    Raises ValueError if `chosen_from` is unknown, or has no row or column of that name.
+    Raises ValueError if the table `chosen_from` has no row or column of that name.
     """
     if not table.chosen_from:
         return (cell,)
-    if table.chosen_from not in tables:
-        raise ValueError(
-            f"table {table.name}: chosen_from={table.chosen_from!r} is no table; "
-            f"{configs.nearest(table.chosen_from, tables)}"
-        )
     matches = tuple(other for other in tables[table.chosen_from].cells if cell.row in (other.row, other.column))
     if not matches:
         raise ValueError(f"table {table.name}: {table.chosen_from} has no row or column {cell.row!r} to choose from")

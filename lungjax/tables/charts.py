@@ -17,11 +17,9 @@ from lungjax.tables.results import Group, Reader, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MAX_BARS = 28  # cells up to which all bars share one axis
 COLUMNS = 5  # panels per row
 MAX_LETTERS = 14  # of the name of a class
-GRID = np.linspace(0, 1, 501)  # at which the curves of the classes are averaged
+
 VERDICTS = {
     "inside": (style.COLORS[0], "ours, published number inside the interval"),
     "above": (style.CORRECT, "ours, above it"),
@@ -56,45 +54,17 @@ def draw(table: Table, results: Sequence[Result], reader: Reader, folder: Path) 
 
 
 def bars(table: Table, results: Sequence[Result], path: Path) -> None:
-    """Draws each cell: our number as a bar with its interval, the published one as a mark.
+    """Draws each cell: our number as a bar with its interval, colored by verdict, the published one as a mark.
 
-    Few cells share one axis, with a group per row and a color per column. Many cells get a panel per row, colored by
-    verdict. Losses and other numbers above 1 are skipped.
+    A panel per row or, in a table that is longer than wide, per column. Losses and other numbers above 1 are skipped.
     """
-    shown = [r for r in results if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
-    if len(shown) <= MAX_BARS and len(table.columns) <= len(style.COLORS):
-        _one_axis(table, shown, path)
-    else:
-        _panels(table, shown, path)
-
-
-def _one_axis(table: Table, shown: Sequence[Result], path: Path) -> None:
-    columns = [name for name in table.columns if any(r.cell.column == name for r in shown)]
-    color = {name: style.COLORS[i] for i, name in enumerate(columns)}
-    figure = style.figure(9, 1.3 + 0.2 * len(shown) + 0.14 * len(table.rows))
-    axis = figure.subplots()
-    style.style(axis)
-    place, ticks, labels = 0.0, [], []
-    for row in table.rows:
-        own = [r for r in shown if r.cell.row == row]
-        for i, r in enumerate(own):
-            _bar(axis, place + i, r, color[r.cell.column])
-        ticks.append(place + (len(own) - 1) / 2)
-        labels.append(style.short(row, 34))
-        place += len(own) + 0.7
-    axis.set_yticks(ticks, labels)
-    axis.set_ylim(place - 0.7, -0.8)
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=color[name], label=style.short(name, 30)) for name in columns]
-    _finish(figure, axis, table, shown, path, patches)
-
-
-def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
+    shown = [r for r in results if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
     shown = [r for r in shown if r.ours is not None or r.cell.published is not None]
     rows = [row for row in table.rows if any(r.cell.row == row for r in shown)]
     columns = [column for column in table.columns if any(r.cell.column == column for r in shown)]
-    # In a table that is longer than it is wide, the panels are the columns.
     transposed = len(columns) < len(rows)
     panels, lines = (columns, rows) if transposed else (rows, columns)
     across = min(COLUMNS, len(panels))
@@ -116,11 +86,15 @@ def _panels(table: Table, shown: Sequence[Result], path: Path) -> None:
     axes[0].set_ylim(len(lines) - 0.4, -0.6)
     for axis in axes[: len(panels)]:
         axis.tick_params(labelsize=7.5, labelbottom=True)
-    from matplotlib.patches import Patch
-
+    axes[0].set_xlim(0, 1)
+    axes[0].set_xticks(np.linspace(0, 1, 6))
     used = {r.verdict for r in shown if r.ours is not None}
-    patches = [Patch(color=color, label=label) for word, (color, label) in VERDICTS.items() if word in used]
-    _finish(figure, axes[0], table, shown, path, patches)
+    marks: list[Any] = [Line2D([], [], color="black", linewidth=2, label="published")]
+    marks += [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
+    marks += [Patch(color=color, label=label) for word, (color, label) in VERDICTS.items() if word in used]
+    figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 4), frameon=False, fontsize=9)
+    style.save(figure, path)
 
 
 def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
@@ -131,22 +105,6 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
     if result.cell.published is not None:
         axis.plot([result.cell.published] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, zorder=4,
                   solid_capstyle="butt")  # fmt: skip
-
-
-def _finish(figure: Any, axis: "Axes", table: Table, shown: Sequence[Result], path: Path, patches: list[Any]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MultipleLocator
-
-    axis.set_xlim(0, 1)
-    axis.xaxis.set_major_locator(MultipleLocator(0.2))
-    marks = [Line2D([], [], color="black", linewidth=2, label="published")]
-    marks += [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
-    figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
-    figure.legend(
-        handles=[*marks, *patches], loc="outside lower center", ncols=min(len(marks) + len(patches), 4), frameon=False,
-        fontsize=9,
-    )  # fmt: skip
-    style.save(figure, path)
 
 
 def confusions(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
@@ -213,7 +171,7 @@ def _matrix(axis: "Axes", each: Sequence[Predictions], left: bool, bottom: bool)
 def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> None:
     """Draws ROC and precision-recall curves of each network's best run, the best seed of its best cell.
 
-    Networks differ by name, weights and trained parameters. `table.pooling` is how the classes are pooled.
+    Networks differ by name, weights and trained parameters. All example-class pairs are pooled (micro).
     """
     figure = style.figure(12.6, 5.2)
     left, right = figure.subplots(1, 2)
@@ -225,19 +183,15 @@ def curves(table: Table, done: Sequence[Result], reader: Reader, path: Path) -> 
     left.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
     for i, (name, result, seed, predictions) in enumerate(best_runs(done, reader)):
         look = {**style.line_style(i), "linewidth": 1.7}
-        (x, y, area), (recall, precision, mean) = pooled(predictions, table.pooling)
+        (x, y, area), (recall, precision, mean) = pooled(predictions)
         label = f"{name}\n{result.cell.split}, seed {seed}: AUC {area:.3f}, AP {mean:.3f}"
         left.plot(x, y, label=label, **look)
         right.plot(recall, precision, drawstyle="steps-pre", **look)
     left.set(xlabel="False positive rate (1 - specificity)", ylabel="True positive rate (sensitivity)")
     right.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
-    pooling = {
-        "micro": "all example-class pairs pooled (micro)",
-        "macro": "mean over classes (macro)",
-        "micro_logits": "raw logits of all example-class pairs pooled (micro), as in the study",
-    }[table.pooling]
+    subtitle = "Each network's best run, all example-class pairs pooled (micro)"
     left.set_title(style.plain(table.title), loc="left", fontsize=11, color=style.INK, pad=24)
-    left.text(0, 1.03, f"Each network's best run, {pooling}", transform=left.transAxes, fontsize=9, color=style.MUTED)
+    left.text(0, 1.03, subtitle, transform=left.transAxes, fontsize=9, color=style.MUTED)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, labelspacing=0.8)
     style.save(figure, path)
@@ -270,28 +224,13 @@ def best_runs(done: Sequence[Result], reader: Reader) -> list[tuple[str, Result,
 Curve = tuple[np.ndarray, np.ndarray, float]
 
 
-def pooled(predictions: Predictions, how: str) -> tuple[Curve, Curve]:
-    """Returns ROC (false and true positive rate, area) and PR (recall, precision, average precision) of all classes.
+def pooled(p: Predictions) -> tuple[Curve, Curve]:
+    """Returns ROC (false and true positive rate, area) and PR (recall, precision, average precision) of all pairs.
 
-    `how` is one of `cells.POOLINGS`; without logits, probabilities are used.
+    A pair is an example and a class (micro average).
     """
-    is_class = predictions.labels[:, None] == np.arange(len(predictions.classes))
-    scores = np.asarray(predictions.probabilities, np.float64)
-    if how == "micro_logits" and predictions.logits is not None:
-        scores = np.asarray(predictions.logits, np.float64)
-    if how != "macro":
-        pairs, values = is_class.ravel(), scores.ravel()
-        x, y, _ = metrics.roc_curve(pairs, values)
-        recall, precision, _ = metrics.pr_curve(pairs, values)
-        return (x, y, metrics.auc(pairs, values)), (recall, precision, metrics.average_precision(pairs, values))
-    roc, pr, areas = [], [], []
-    for positive, values in zip(is_class.T, scores.T, strict=True):
-        if positive.all() or not positive.any():
-            continue
-        x, y, _ = metrics.roc_curve(positive, values)
-        roc.append(np.interp(GRID, x, y))
-        recall, precision, _ = metrics.pr_curve(positive, values)
-        pr.append(precision[np.minimum(np.searchsorted(recall, GRID), len(recall) - 1)])
-        areas.append((metrics.auc(positive, values), metrics.average_precision(positive, values)))
-    area, mean = np.mean(areas, axis=0)
-    return (GRID, np.mean(roc, axis=0), float(area)), (GRID, np.mean(pr, axis=0), float(mean))
+    pairs = (p.labels[:, None] == np.arange(len(p.classes))).ravel()
+    scores = np.asarray(p.probabilities, np.float64).ravel()
+    x, y, _ = metrics.roc_curve(pairs, scores)
+    recall, precision, _ = metrics.pr_curve(pairs, scores)
+    return (x, y, metrics.auc(pairs, scores)), (recall, precision, metrics.average_precision(pairs, scores))

@@ -61,11 +61,15 @@ class Result:
     low: float | None = None
     high: float | None = None
     seeds: int = 0
-    difference: float | None = None
     verdict: str = ""  # one of VERDICTS, or ""
     commands: tuple[str, ...] = ()  # of the missing runs
     group: Group | None = None  # the runs of the number
     chosen: Cell | None = None  # the best candidate, in a table that chooses
+
+    @property
+    def difference(self) -> float | None:
+        """Returns our number minus the published one."""
+        return None if self.ours is None or self.cell.published is None else self.ours - self.cell.published
 
 
 class Reader:
@@ -88,18 +92,16 @@ class Reader:
                 self._groups[experiment] = Group(experiment, (), (State("unusable", str(error)),))
             else:
                 states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
-                states = [self._read(run, state) for run, state in zip(planned, states, strict=True)]
+                for i, (run, state) in enumerate(zip(planned, states, strict=True)):
+                    if state.report is None:
+                        continue
+                    try:
+                        for split in cells.SPLITS:
+                            runs.read_predictions(run, state.report, split)
+                    except (ValueError, KeyError) as error:
+                        states[i] = State("damaged", str(error))
                 self._groups[experiment] = Group(experiment, planned, tuple(states))
         return self._groups[experiment]
-
-    def _read(self, run: Run, state: State) -> State:
-        if state.kind == "finished" and state.report is not None:
-            try:
-                for split in cells.SPLITS:
-                    runs.read_predictions(run, state.report, split)
-            except (ValueError, KeyError) as error:
-                return State("damaged", str(error))
-        return state
 
     def predictions(self, group: Group, split: str) -> tuple[Predictions, ...]:
         """Returns the predictions of a finished group's seeds."""
@@ -146,11 +148,11 @@ class Reader:
         if value is None:
             return Result(cell, "undefined", f"{cell.metric} is undefined for these predictions", group=group)
         ours, low, high = value
-        difference = None if cell.published is None else ours - cell.published
+
         # Overrides make a different experiment, to which the published number does not apply.
         other = self._table.elsewhere or any(run.changed for run in group.runs)
         verdict = "" if other else compare(cell, low, high)
-        return Result(cell, "finished", "", ours, low, high, len(group.runs), difference, verdict, group=group)
+        return Result(cell, "finished", "", ours, low, high, len(group.runs), verdict, group=group)
 
     def _unfinished(self, cell: Cell, group: Group) -> Result:
         left = [(i, state) for i, state in enumerate(group.states) if state.kind != "finished"]
@@ -269,10 +271,8 @@ def summary(table: Table, results: Sequence[Result]) -> str:
     missing = _missing(results)
     lines += [*correlations(table, results), *missing["reasons"]]
     if missing["commands"]:
-        lines += [
-            "",
-            f"Required data sets (python -m lungjax.prepare --dataset=NAME --help): {', '.join(missing['datasets'])}.",
-        ]
+        needed = ", ".join(missing["datasets"])
+        lines += ["", f"Required data sets (python -m lungjax.prepare --dataset=NAME --help): {needed}."]
         lines += ["", f"Not run: {len(missing['commands'])} commands", *missing["commands"]]
     return "\n".join(lines)
 
@@ -355,14 +355,10 @@ def _missing(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def write(
-    table: Table, results: Sequence[Result], options: Options, reader: Reader,
-    draw: Callable[[Table, Sequence[Result], Reader, Path], dict[str, str]],
-) -> Path:  # fmt: skip
-    """Writes NAME.csv, the figures and NAME.md into WORKDIR/tables; returns the path of the last one."""
-    folder = options.workdir / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / f"{table.name}.csv", as_csv(results))
-    path = folder / f"{table.name}.md"
-    atomic_write(path, markdown(table, results, options, draw(table, results, reader, folder)))
+def write(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> Path:
+    """Writes NAME.csv and NAME.md into WORKDIR/tables; returns the path of the page. `captions` as for `markdown`."""
+    path = options.workdir / "tables" / f"{table.name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path.with_suffix(".csv"), as_csv(results))
+    atomic_write(path, markdown(table, results, options, captions))
     return path

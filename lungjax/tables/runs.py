@@ -30,8 +30,6 @@ from lungjax.runtime.checkpoint import newest
 from lungjax.training import early_stopping, workdir
 from lungjax.weights import load
 
-# Only the last one gives numbers.
-STATES = ("missing", "unfinished", "other configuration", "other data", "damaged", "unusable", "finished")
 BY_RUNNING = ("missing", "unfinished", "damaged")  # states that executing the run resolves
 MAX_EXCLUDED = 0.02  # share of a published split that a run under the clean protocol may lack
 MAX_FIELDS = 4  # differing fields that are named
@@ -77,7 +75,7 @@ class Run:
 class State:
     """The state of a run's folder."""
 
-    kind: str  # one of STATES
+    kind: str  # of BY_RUNNING, or "other configuration", "other data", "unusable", "finished"
     reason: str = ""  # a sentence; "" if finished
     report: Mapping[str, Any] | None = None  # of a finished run
 

@@ -111,7 +111,8 @@ def check(cell: Cell) -> tuple[Config, tuple[str, ...]]:
     config, classes = complete(cell.experiment)
     value = bootstrap.over_runs([_predictions(classes)], [cell.name], draws=2, seed=0, unit=cell.unit).get(cell.name)
     if value is None or None in value:
-        raise ValueError(f"metric {cell.metric!r}: {configs.nearest(cell.name, _names(classes))}")
+        names = sorted(bootstrap.intervals(_predictions(classes), draws=2))
+        raise ValueError(f"metric {cell.metric!r}: {configs.nearest(cell.name, names)}")
     _augmented(config.augment, config.input)
     return config, classes
 
@@ -125,11 +126,6 @@ def _predictions(classes: tuple[str, ...]) -> Predictions:
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     ids = np.asarray([str(i) for i in range(len(labels))])
     return Predictions(ids, ids, np.full(len(ids), ""), labels, shares, classes, logits=logits)
-
-
-@lru_cache(maxsize=16)
-def _names(classes: tuple[str, ...]) -> list[str]:
-    return sorted(bootstrap.intervals(_predictions(classes), draws=2))
 
 
 @lru_cache(maxsize=256)
@@ -161,11 +157,7 @@ def shapes(config: Config, classes: tuple[str, ...]) -> int:
 def _shapes(config: Config, classes: tuple[str, ...]) -> int:
     mesh = meshes.make_mesh(1)
     labels = np.arange(LABELS) % len(classes)
-    return count(program.build(config, classes, labels, mesh).abstract_state.params)
-
-
-def count(params: Any) -> int:
-    """Returns the number of elements in a tree of arrays or shapes."""
+    params = program.build(config, classes, labels, mesh).abstract_state.params
     return sum(leaf.size for leaf in trees.flatten(params).values())
 
 
@@ -174,26 +166,22 @@ def smallest(config: Config) -> Config:
 
     Everything that changes the compiled program stays: network, head, norms, optimizer and frozen parameters.
     """
+    size = models.minimum_size(config.model)
+    # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
+    constant: dict[str, Any] = {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0, "schedule_steps": 0}
     return Config(
-        input=replace(
-            config.input, size=models.minimum_size(config.model), crop="none", crop_size=(0, 0), box_margin=0.0
-        ),
+        input=replace(config.input, size=size, crop="none", crop_size=(0, 0), box_margin=0.0),
         model=replace(config.model, weights="none"),
-        # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
-        optim=replace(
-            config.optim, lr=LEARNING_RATE, class_weights="none", schedule="constant", warmup_steps=0, schedule_steps=0
-        ),
+        optim=replace(config.optim, class_weights="none", **constant),
         train=configs.TrainConfig(batch_size=BATCH, steps=2),
     )
 
 
 def distinct(config: Config, classes: tuple[str, ...]) -> str:
     """Returns a key that is equal for cells with the same network and frozen parameters."""
-    small = smallest(config)
+    small, channels = smallest(config), config.input.network_channels
     trained = (small.optim.tune, small.optim.freeze, small.optim.frozen_batch_norm)
-    outputs = len(classes)
-    channels = config.input.network_channels
-    return repr((small.model, trained, small.input.size, channels, outputs, small.model.head.positive_class))
+    return repr((small.model, trained, small.input.size, channels, len(classes), small.model.head.positive_class))
 
 
 def attempt(config: Config, classes: tuple[str, ...]) -> str:
@@ -205,11 +193,8 @@ def attempt(config: Config, classes: tuple[str, ...]) -> str:
         state = compiled.new_state(random_leaves(compiled.abstract_state.variables))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (BATCH, *small.input.size, small.input.channels), dtype=np.uint8)
-        batch = {
-            "image": images,
-            "label": np.arange(BATCH, dtype=np.int32) % len(classes),
-            "place": np.arange(BATCH, dtype=np.uint32),
-        }
+        label, place = np.arange(BATCH, dtype=np.int32) % len(classes), np.arange(BATCH, dtype=np.uint32)
+        batch = {"image": images, "label": label, "place": place}
         for number in (1, 2):
             state, values = compiled.train_step(state, batch)
             if not bool(values["finite"]):

@@ -16,7 +16,7 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import bootstrap, metrics, predictions
+from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
@@ -123,7 +123,7 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     ids, counts = np.unique(pooled.ids, return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"{ids[counts > 1][0]} was tested in two folds: delete the folder and start over")
-    return bootstrap.take(pooled, np.argsort(_rows(pooled, data)))
+    return predictions.take(pooled, np.argsort(_rows(pooled, data)))
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:

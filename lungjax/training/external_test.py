@@ -20,7 +20,7 @@ from lungjax.config import Config, nearest, overrides
 from lungjax.data import pipeline
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
-from lungjax.evaluation import baselines, bootstrap, predictions
+from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed
@@ -224,7 +224,7 @@ def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))
-    val = bootstrap.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))
+    val = predictions.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))
     groups = np.asarray([f"{name}: {group}" if group else "" for group in val.groups.tolist()], np.str_)
     return replace(map_predictions(val, own, val.labels), groups=groups)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 from skimage import data
 
 from lungjax import models
 from lungjax.config import ModelConfig
+from lungjax.data.imaging import images
 from lungjax.models import trees
 from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import PretrainedWeights
@@ -87,16 +87,14 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
 def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:
     """Returns "" if a cat is in the top five for a photograph of one, preprocessed as the record expects."""
     module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
-    side, spec = record.input.size[0], record.input
-    photo = Image.fromarray(data.chelsea())
-    scale = side / record.crop / min(photo.size)
-    method = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), method)
-    x, y = (photo.width - side) // 2, (photo.height - side) // 2
-    pixels = np.asarray(photo.crop((x, y, x + side, y + side)), np.float32) / 255
+    photo, spec = data.chelsea(), record.input
+    side = round(record.crop * min(photo.shape[:2]))
+    top, left = ((length - side) // 2 for length in photo.shape[:2])
+    square = photo[top : top + side, left : left + side]
+    pixels = images.resize(square, (0, 0, side, side), spec.size, spec.interpolation, True) / np.float32(255)
     batch = ((pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32))[None]
     running = [path for path in leaves if path.endswith(("/mean", "/var"))]
     params, stats = trees.split(trees.unflatten(leaves), running)
     logits, _ = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "batch_stats": stats}, batch)
-    top = np.argsort(-np.asarray(logits[0]))[:5].tolist()
-    return "" if CATS & set(top) else f"the photograph of a cat is {top}; cats are {sorted(CATS)}"
+    best = np.argsort(-np.asarray(logits[0]))[:5].tolist()
+    return "" if CATS & set(best) else f"the photograph of a cat is {best}; cats are {sorted(CATS)}"

@@ -1,44 +1,31 @@
-"""Processor time of 95 % intervals of all metrics, compared with a loop over scikit-learn that resamples rows.
+"""Processor time of 95 % intervals of all metrics, and of a loop over scikit-learn that resamples rows.
 
-    OPENBLAS_NUM_THREADS=1 python tests/benchmarks/bootstrap.py [--draws=2000] [--peer_draws=5]
+    OPENBLAS_NUM_THREADS=1 python tests/benchmarks/bootstrap.py [--draws=2000]
 
-For each draw the loop computes accuracy, log loss, Brier score, precision, recall, F1, and AUC and average precision
-per class and pooled: fewer metrics than lungjax. Its time is scaled from `peer_draws` to `draws`. Both use the same
-draws and must agree.
+The loop computes fewer metrics than lungjax, with the same draws; its intervals must agree, its time is scaled.
 """
 
-import argparse
-import time
 import tracemalloc
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from sklearn import metrics as sk
 
 from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
+from tests.benchmarks import harness
+from tests.random_predictions import make_predictions
 
 CASES = ((500, 500), (500, 60), (35_000, 35_000), (35_000, 700))  # examples, patients
-CLASSES = ("a", "b", "c")
+CLASSES, PEER_DRAWS = 3, 5
 
 
 def make(examples: int, patients: int) -> Predictions:
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, len(CLASSES), examples)
-    logits = rng.normal(size=(examples, len(CLASSES))).astype(np.float32)
+    labels = rng.integers(0, CLASSES, examples)
+    logits = rng.normal(size=(examples, CLASSES)).astype(np.float32)
     logits[np.arange(examples), labels] += 1.5
-    p = np.exp(logits.astype(np.float64))
-    of = np.arange(examples) if patients == examples else rng.integers(0, patients, examples)
-    return Predictions(
-        ids=np.array([f"i{i}" for i in range(examples)]),
-        groups=np.array([f"p{i}" for i in of]),
-        sources=np.full(examples, ""),
-        labels=labels,
-        probabilities=(p / p.sum(axis=1, keepdims=True)).astype(np.float32),
-        classes=CLASSES,
-        logits=logits,
-    )
+    numbers = np.arange(examples) if patients == examples else rng.integers(0, patients, examples)
+    return make_predictions(labels, np.exp(logits.astype(np.float64)), [f"p{i}" for i in numbers], logits=logits)
 
 
 def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
@@ -50,58 +37,39 @@ def by_loop(p: Predictions, draws: int) -> dict[str, tuple[float, float]]:
     for counts in np.concatenate(list(bootstrap.resample_patients(len(names), draws, 0, 64)), axis=1).T.astype(int):
         rows = np.concatenate([rows_of[i] for i in np.repeat(np.arange(len(names)), counts)])
         labels, s = p.labels[rows], probabilities[rows]
-        predicted, one_hot = s.argmax(axis=1), np.eye(len(CLASSES))[labels]
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(
-            labels, predicted, average="macro", zero_division=0
-        )
-        values = {
-            "accuracy": sk.accuracy_score(labels, predicted),
-            "loss": sk.log_loss(labels, s / s.sum(axis=1, keepdims=True)),
-            "brier": ((s - one_hot) ** 2).sum(axis=1).mean(),
-            "precision_macro": precision,
-            "recall_macro": recall,
-            "f1_macro": f1,
-            "auc_macro": sk.roc_auc_score(one_hot, s),
-            "auc_micro": sk.roc_auc_score(one_hot, s, average="micro"),
-            "average_precision_macro": sk.average_precision_score(one_hot, s),
-            "average_precision_micro": sk.average_precision_score(one_hot, s, average="micro"),
-        }
+        predicted, one_hot = s.argmax(axis=1), np.eye(CLASSES)[labels]
+        scores = sk.precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+        values = dict(zip(("precision_macro", "recall_macro", "f1_macro"), scores, strict=False))
+        values["accuracy"] = sk.accuracy_score(labels, predicted)
+        values["loss"] = sk.log_loss(labels, s / s.sum(axis=1, keepdims=True))
+        values["brier"] = ((s - one_hot) ** 2).sum(axis=1).mean()
+        for average in ("macro", "micro"):
+            values[f"auc_{average}"] = sk.roc_auc_score(one_hot, s, average=average)
+            values[f"average_precision_{average}"] = sk.average_precision_score(one_hot, s, average=average)
         for name, value in values.items():
             values_of.setdefault(name, []).append(value)
     return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in values_of.items()}
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns processor seconds and the result."""
-    start = time.process_time()
-    result = call()
-    return time.process_time() - start, result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--peer_draws", type=int, default=5)
-    args = parser.parse_args()
-    print("| examples | patients | metrics | lungjax, s | memory, MB | loop over scikit-learn, s | ratio |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    draws = harness.parse(__doc__, draws=2000).draws
+    heads = ("examples", "patients", "metrics", "lungjax, s", "memory, MB", "loop over scikit-learn, s", "ratio")
+    print(harness.header(*heads))
     for examples, patients in CASES:
         p = make(examples, patients)
-        seconds, intervals = timed(lambda p=p: bootstrap.intervals(p, args.draws))
+        _, seconds = harness.timed(lambda p=p: bootstrap.intervals(p, draws))
         tracemalloc.start()
-        bootstrap.intervals(p, min(args.draws, 300))
+        intervals = bootstrap.intervals(p, min(draws, 300))
         memory = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
-        peer_seconds, expected = timed(lambda p=p: by_loop(p, args.peer_draws))
-        same = bootstrap.intervals(p, args.peer_draws)
+        expected: dict[str, tuple[float, float]] = {}
+        _, peer_seconds = harness.timed(lambda p=p, expected=expected: expected.update(by_loop(p, PEER_DRAWS)))
+        same = bootstrap.intervals(p, PEER_DRAWS)
         for name, ends in expected.items():
             np.testing.assert_allclose(same[name], ends, atol=1e-6, err_msg=name)
-        peer_seconds *= args.draws / args.peer_draws
-        print(
-            f"| {examples:,} | {patients:,} | {len(intervals)} | {seconds:.2f} | {memory:.0f} | {peer_seconds:.0f} | "
-            f"{peer_seconds / seconds:.0f} |",
-            flush=True,
-        )
+        peer_seconds *= draws / PEER_DRAWS
+        cells = (f"{examples:,}", f"{patients:,}", len(intervals), f"{seconds:.2f}", f"{memory:.0f}")
+        print(harness.row(*cells, f"{peer_seconds:.0f}", f"{peer_seconds / seconds:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,41 @@
 """Times the search for near duplicates with as many hashes as COVIDx CT has slices.
 
-    python tests/benchmarks/duplicates.py [--images=431205] [--distance=4]
+    python tests/benchmarks/duplicates.py [--images=431205]
 
 Hashes are synthetic: each patient starts near a common chest and walks from slice to slice by 0 to 4 flipped bits,
-some bits far more often than others. Copies with 0 to `distance` flipped bits are planted in other patients. It also
-prints how similar the hashes are, to compare with real ones: of 7.5 million pairs of real CT slices of different
-patients (3,883 images of five sources) 5.5e-6 are within 4 bits, and 6.6e-3 of all pairs are compared in 5 bands.
+some bits far more often than others. Copies with 0 to 4 flipped bits are planted in other patients. Of 7.5 million
+pairs of real CT slices of different patients 5.5e-6 are within 4 bits, and 6.6e-3 of all pairs are compared in 5 bands.
 """
 
-import argparse
 import time
 import tracemalloc
 
 import numpy as np
 
 from lungjax.data import duplicates
+from lungjax.data.duplicates import DISTANCE
+from tests.benchmarks import harness
 
 PATIENTS, PLANTED = 6_068, 5_000
 
 
-def make_hashes(images: int, distance: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def words(bits: np.ndarray) -> np.ndarray:
+    """Returns bits bool [N, 64] as uint64 [N]."""
+    return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
+
+
+def make_hashes(images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns hashes uint64 [N], groups int64 [N] and the planted pairs int64 [P, 2]."""
     groups = np.sort(rng.integers(0, PATIENTS, images))
-    chest = rng.random(64) < 0.5
-    first = np.ones(images, bool)
-    first[1:] = np.diff(groups) > 0
-    start = np.flatnonzero(first)
-    unusual = rng.uniform(0.02, 0.3, len(start))[:, None]  # with the walk below, as similar as real hashes
-    begin = chest ^ (rng.random((len(start), 64)) < unusual)
-    steps = np.zeros((images, 64), bool)
-    turned = rng.integers(0, 5, images)
-    bits = rng.permutation(64)[(64 * rng.random((images, 4)) ** 6).astype(np.int64)]
-    for k in range(4):
-        rows = np.flatnonzero((turned > k) & ~first)
-        steps[rows, bits[rows, k]] ^= True
-    walked = np.cumsum(steps, axis=0, dtype=np.int32)
-    walked -= np.repeat(walked[start], np.diff(np.append(start, images)), axis=0)
-    now = np.repeat(begin, np.diff(np.append(start, images)), axis=0) ^ (walked % 2 == 1)
-    hashes = np.packbits(now, axis=1).view(">u8")[:, 0].astype(np.uint64)
+    _, first, patient = np.unique(groups, return_index=True, return_inverse=True)
+    unusual = rng.uniform(0.02, 0.3, (len(first), 1))  # with the walk below, as similar as real hashes
+    begin = words((rng.random(64) < 0.5) ^ (rng.random((len(first), 64)) < unusual))
+    bits = rng.permutation(64).astype(np.uint64)[(64 * rng.random((images, 4)) ** 6).astype(np.int64)]
+    flips = np.where(np.arange(4) < rng.integers(0, 5, (images, 1)), np.uint64(1) << bits, np.uint64(0))
+    walk = np.bitwise_xor.accumulate(np.bitwise_xor.reduce(flips, axis=1))
+    hashes = walk ^ (begin ^ walk[first])[patient]
     chosen = rng.permutation(images)[: 2 * PLANTED].reshape(2, -1)
-    for source, copy, turn in zip(*chosen, rng.integers(0, distance + 1, PLANTED), strict=True):
+    for source, copy, turn in zip(*chosen, rng.integers(0, DISTANCE + 1, PLANTED), strict=True):
         mask = sum(1 << int(bit) for bit in rng.choice(64, turn, replace=False))
         hashes[copy] = hashes[source] ^ np.uint64(mask)
     pairs = np.sort(chosen.T, axis=1)
@@ -47,34 +43,29 @@ def make_hashes(images: int, distance: int, rng: np.random.Generator) -> tuple[n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=431_205)
-    parser.add_argument("--distance", type=int, default=duplicates.DISTANCE)
-    args = parser.parse_args()
+    images = harness.parse(__doc__, images=431_205).images
     rng = np.random.default_rng(0)
-    hashes, groups, planted = make_hashes(args.images, args.distance, rng)
-    i, j = rng.integers(0, args.images, (2, 20_000_000))
-    away = groups[i] != groups[j]
-    similar = np.bitwise_count(hashes[i] ^ hashes[j])[away] <= args.distance
-    bands = args.distance + 1
-    compared = 0
+    hashes, groups, planted = make_hashes(images, rng)
+    i, j = rng.integers(0, images, (2, 20_000_000))
+    similar = np.bitwise_count(hashes[i] ^ hashes[j])[groups[i] != groups[j]] <= DISTANCE
+    bands, compared = DISTANCE + 1, 0
     for band in range(bands):
         mask = np.uint64(sum(1 << bit for bit in range(band, 64, bands)))
         compared += int(sum(n * (n - 1) // 2 for n in np.unique(hashes & mask, return_counts=True)[1].tolist()))
-    total = args.images * (args.images - 1) // 2
+    total = images * (images - 1) // 2
     print(
-        f"{args.images:,} synthetic hashes of {PATIENTS:,} patients: {similar.mean():.1e} of the pairs of different "
-        f"patients within {args.distance} bits, {compared / total:.1e} of all pairs to compare in {bands} bands"
+        f"{images:,} synthetic hashes of {PATIENTS:,} patients: {similar.mean():.1e} of the pairs of different "
+        f"patients within {DISTANCE} bits, {compared / total:.1e} of all pairs to compare in {bands} bands"
     )
-    del i, j, away, similar
+    del i, j, similar
     started = time.perf_counter()
-    near = duplicates.near_pairs(hashes, groups, args.distance)
+    near = duplicates.near_pairs(hashes, groups, DISTANCE)
     seconds = time.perf_counter() - started
     tracemalloc.start()  # in a separate run, which it slows down
-    duplicates.near_pairs(hashes, groups, args.distance)
+    duplicates.near_pairs(hashes, groups, DISTANCE)
     peak = tracemalloc.get_traced_memory()[1]
-    keys = near.pairs[:, 0] * args.images + near.pairs[:, 1]
-    recall = np.isin(planted[:, 0] * args.images + planted[:, 1], keys).mean()
+    keys = near.pairs[:, 0] * images + near.pairs[:, 1]
+    recall = np.isin(planted[:, 0] * images + planted[:, 1], keys).mean()
     print(
         f"{seconds:.1f} s, peak memory {peak / 2**20:,.0f} MiB, {len(near.pairs):,} pairs, recall of "
         f"{len(planted):,} planted twins {recall:.4f}; {near.note or 'nothing was skipped'}"

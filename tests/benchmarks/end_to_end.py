@@ -1,38 +1,31 @@
 """Times the training loop fed from files against the same compiled step on one batch in memory.
 
-    python -m tests.benchmarks.end_to_end [--work=FOLDER] [--source=FOLDER] [--networks=cbr_small,efficientnet_b0]
-        [--batch=16] [--rounds=3] [--seconds=10] [--drawn=1000]
+    python -m tests.benchmarks.end_to_end [--work=FOLDER] [--networks=cbr_small,efficientnet_b0] [--rounds=3]
+        [--drawn=1000]
 
---source has one folder of JPEG or PNG files per class; without it 512 x 512 PNG slices are drawn. They are prepared
-unmodified ("source") and as a copy at 224 x 224 ("copy"). The loop is that of `lungjax.training.train`:
-`train.device_batches`, the step, and metrics fetched every `train.log_steps`; the third contender repeats one batch
-("memory"). They take turns in one process, with one compiled step; a turn starts with uncounted steps, so that batches
-read ahead during other turns are used up. Prints markdown: images per second (median), and the fraction of the rate in
-memory that each reaches in the same round (target: 0.95).
+A turn starts with uncounted steps, so that batches read ahead during other turns are used up.
 """
 
-import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import input_pipeline
-from tests.benchmarks.input_pipeline import NAME, SIDE
-from tests.benchmarks.train_peers import busy_seconds
+from tests.benchmarks import harness, input_pipeline
+from tests.benchmarks.input_pipeline import NAME, NAMES, SIDE
 
-NAMES = {"source": NAME, "copy": f"{NAME}-{SIDE}"}
+BATCH = 16
+SECONDS = 10.0  # minimum length of a turn
 
 
 class Loop:
     """The training loop of one network: a state that continues from turn to turn, and its sources of batches."""
 
-    def __init__(self, network: str, batch: int, work: Path):
+    def __init__(self, network: str, work: Path):
         import jax
 
         from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, TrainConfig
@@ -42,7 +35,7 @@ class Loop:
             data=DataConfig(dataset=NAME),
             input=InputSpec(size=(SIDE, SIDE)),
             model=ModelConfig(name=network),
-            train=TrainConfig(batch_size=batch, steps=10**6, monitor="slice.accuracy"),
+            train=TrainConfig(batch_size=BATCH, steps=10**6, monitor="slice.accuracy"),
         )
         runs = {}
         for name, dataset in NAMES.items():
@@ -68,60 +61,36 @@ class Loop:
             pending.append(values)
         jax.device_get(pending)
 
-    def turn(self, name: str, seconds: float) -> tuple[float, float]:
-        """Returns images per second over at least `seconds`, and the fraction of the cores used by other processes."""
-        from lungjax.runtime import environment
-
-        log_steps = self.config.train.log_steps
-        self.steps(name, environment.cores() + 3 + self.config.data.prefetch)  # batches read ahead, and one more
-        busy, used, start, count = busy_seconds(), time.process_time(), time.perf_counter(), 0
-        while not count or time.perf_counter() - start < seconds:
+    def turn(self, name: str) -> tuple[float, float]:
+        """Returns images per second, and the fraction of the cores used by other processes."""
+        log_steps, count = self.config.train.log_steps, 0
+        self.steps(name, harness.cores() + 3 + self.config.data.prefetch)  # batches read ahead, and one more
+        watch, until = harness.Watch(), time.perf_counter() + SECONDS
+        while not count or time.perf_counter() < until:
             self.steps(name, log_steps)
             count += log_steps
-        wall = time.perf_counter() - start
-        others = (busy_seconds() - busy - (time.process_time() - used)) / wall / environment.cores()
-        return count * self.config.train.batch_size / wall, max(others, 0.0)
+        wall, _, others = watch.read()
+        print(f"  {name}: {count * BATCH / wall:.2f} images/s, others {others:.0%}", file=sys.stderr, flush=True)
+        return count * BATCH / wall, others
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="one folder of images per class; drawn if omitted")
-    parser.add_argument("--work", type=Path, help="folder for the data; kept, so a second run is faster")
-    parser.add_argument("--networks", default="cbr_small,efficientnet_b0")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0, help="minimum length of a turn")
-    parser.add_argument("--drawn", type=int, default=1000)
-    args = parser.parse_args()
-
-    from lungjax.runtime import environment
-
-    environment.keep_freed_memory()  # as in lungjax.main, before jax is imported
-    heads = ["images/s", "memory", "source", "fraction", "copy", "fraction", "others"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        source = args.source or work / "drawn"
-        if not source.exists():
-            input_pipeline.draw(source, args.drawn)
-        input_pipeline.prepare(source, work)
-        for network in args.networks.split(","):
-            loop = Loop(network, args.batch, work)
-            rates: dict[str, list[float]] = {name: [] for name in loop.batches}
-            busiest = 0.0
-            for name in [*rates] * args.rounds:
-                rate, others = loop.turn(name, args.seconds)
-                rates[name].append(rate)
-                busiest = max(busiest, others)
-                print(f"  {name}: {rate:.2f} images/s, others {others:.0%}", file=sys.stderr, flush=True)
-            cells = [f"{network}, {args.batch} x {SIDE} px", f"{statistics.median(rates['memory']):.1f}"]
+    args = harness.parse(__doc__, work=Path, networks=["cbr_small", "efficientnet_b0"], rounds=3, drawn=1000)
+    harness.keep_freed_memory()
+    rows = []
+    with harness.folder(args.work) as work:
+        if not (work / "drawn").exists():
+            input_pipeline.draw(work / "drawn", args.drawn)
+        input_pipeline.prepare(work / "drawn", work)
+        for network in args.networks:
+            loop = Loop(network, work)
+            turns = [(name, *loop.turn(name)) for name in [*loop.batches] * args.rounds]
+            rates = {name: [rate for other, rate, _ in turns if other == name] for name in loop.batches}
+            cells = [f"{network}, {BATCH} x {SIDE} px", f"{statistics.median(rates['memory']):.1f}"]
             for name in NAMES:
-                parts = [a / b for a, b in zip(rates[name], rates["memory"], strict=True)]
-                cells.append(f"{statistics.median(rates[name]):.1f}")
-                cells.append(f"{statistics.median(parts):.3f} ({min(parts):.3f}..{max(parts):.3f})")
-            lines.append(f"| {' | '.join([*cells, f'{busiest:.0%}'])} |")
-    print("\n" + "\n".join(lines))
+                cells += [f"{statistics.median(rates[name]):.1f}", harness.ratio(rates[name], rates["memory"], 3)]
+            rows.append([*cells, f"{max(others for *_, others in turns):.0%}"])
+    print("\n" + harness.table(("images/s", "memory", "source", "fraction", "copy", "fraction", "others"), rows))
 
 
 if __name__ == "__main__":

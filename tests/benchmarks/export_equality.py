@@ -1,12 +1,10 @@
-"""How close exports are to the network: python tests/benchmarks/export_equality.py [NETWORK:SIDE ...] [--formats=...]
+"""Differences of exports from the network.
 
-For each network and format the largest difference of logits by their range, at batches of 1, 3 and 8 images, from
-`module.apply` in float32 with this platform's own operations, not folded; also the size of the file and the seconds of
-the export with its own check. Weights and running statistics are random. Formats whose packages are missing are
-skipped. --exact adds the network's own rounding: its difference from float64.
+    python tests/benchmarks/export_equality.py [NETWORK:SIDE ...] [--formats=jax,onnx,savedmodel]
+
+Formats whose packages are missing are skipped.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -17,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from random_weights import random_variables
-
 from lungjax import models
 from lungjax.config import InputSpec, ModelConfig
 from lungjax.config.metadata import Metadata
 from lungjax.export import onnx, savedmodel, stablehlo
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
+from tests.benchmarks import harness
+from tests.random_weights import random_variables
 
 NETWORKS = (
     "cbr_small:224", "xray_cnn:256", "efficientnet_b0:224", "efficientnetv2_s:128", "convnext_tiny:128",
@@ -45,18 +42,7 @@ def make(name: str, side: int) -> Functions:
     return Functions(metadata, module, variables)
 
 
-def exact_logits(functions: Functions, pixels: np.ndarray) -> np.ndarray:
-    """Returns the logits in float64."""
-    spec = functions.metadata.input
-    with jax.enable_x64(True):
-        module = functions.module.clone(dtype=jnp.float64)
-        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), functions.variables)
-        x = (pixels / 255.0 - np.asarray(spec.mean)) / np.asarray(spec.std)
-        return np.concatenate([module.apply(variables, x[i : i + 1], train=False)[0] for i in range(len(x))])
-
-
 def runner(form: str, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from pixels to logits of a written export."""
     if form == "savedmodel":
         tf = savedmodel.load_packages()
         loaded = tf.saved_model.load(str(path))
@@ -66,29 +52,22 @@ def runner(form: str, path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("networks", nargs="*", default=NETWORKS)
-    parser.add_argument("--formats", default="jax,onnx,savedmodel")
-    parser.add_argument("--exact", action="store_true")
-    flags = parser.parse_args()
+    flags = harness.parse(__doc__, positional="networks", formats=list(WRITERS))
     formats = []
-    for form in flags.formats.split(","):
+    for form in flags.formats:
         try:
             WRITERS[form].load_packages()
             formats.append(form)
         except ValueError as error:
             print(f"skipped: {error}", file=sys.stderr)
-    end = " float32 |" if flags.exact else ""
-    print(f"| network, pixels | format | batch 1 | batch 3 | batch 8 | MiB | s |{end}")
-    print(f"| --- | --- | ---: | ---: | ---: | ---: | ---: |{' ---: |' if end else ''}", flush=True)
-    for network in flags.networks:
+    heads = ("network, pixels", "format", *(f"batch {batch}" for batch in BATCHES), "MiB", "s")
+    print(harness.header(*heads), flush=True)
+    for network in flags.networks or NETWORKS:
         name, _, side = network.partition(":")
         functions = make(name, int(side))
         pixels = {batch: functions.sample(batch) for batch in BATCHES}
         expected = {batch: functions.reference(images)["logits"] for batch, images in pixels.items()}
         span = np.ptp(np.concatenate(list(expected.values())))
-        if flags.exact:
-            end = f" {np.abs(expected[3] - exact_logits(functions, pixels[3])).max() / span:.1e} |"
         for form in formats:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.monotonic()
@@ -97,7 +76,7 @@ def main() -> None:
                 differences = [np.abs(run(pixels[batch]) - expected[batch]).max() / span for batch in BATCHES]
                 size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20
                 cells = [f"{name}, {side}", form, *(f"{value:.1e}" for value in differences)]
-                print(f"| {' | '.join(cells)} | {size:.1f} | {seconds:.0f} |{end}", flush=True)
+                print(harness.row(*cells, f"{size:.1f}", f"{seconds:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,6 @@ Trains the same small run (tests/run_small.py) both ways for 50 steps, and print
 predictions. Fields change the run, such as model.name=efficientnet_lite0 input.size=64.
 """
 
-import argparse
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,39 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from lungjax.evaluation import predictions
+from tests.benchmarks import harness
 
-SCRIPT = Path(__file__).parent.parent / "run_small.py"
-
-
-def start(out: Path, devices: int, arguments: list[str]) -> subprocess.Popen:
-    """Starts one process with `devices` CPU devices."""
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *arguments], env=env, **quiet)
+sys.path.insert(0, str(harness.ROOT / "tests"))
+import runs
 
 
 def main() -> None:
-    """Prints one line per comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fields", nargs="*")
-    parser.add_argument("--steps", type=int, default=50)
-    flags = parser.parse_args()
+    flags = harness.parse(__doc__, positional="fields", steps=50)
     fields = [f"train.steps={flags.steps}", f"train.eval_steps={flags.steps}", "train.batch_size=16", *flags.fields]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder, "one"), Path(folder, "two")
-        hosts = [start(two, 2, [*fields, "--hosts=2", f"--host={i}", f"--port={port}"]) for i in range(2)]
-        codes = [process.wait() for process in [*hosts, start(one, 4, fields)]]
-        if any(codes):
-            sys.exit(f"exit codes of the processes: {codes}")
+        runs.finish([*runs.start_hosts(two, *[" ".join(fields)] * 2), runs.start(one, 4, *fields)])
         losses = [np.load(out.with_suffix(".npz"))["losses"] for out in (one, two)]
         error = np.abs(losses[1] / losses[0] - 1)
         print(f"{len(error)} losses, relative difference: first five {error[:5].max():.1e}, all {error.max():.1e}")
         a, b = (predictions.read(out / "predictions_test.csv") for out in (one, two))
-        same = (a.predicted == b.predicted).all()
-        error = np.abs(a.probabilities - b.probabilities).max()
+        same, error = (a.predicted == b.predicted).all(), np.abs(a.probabilities - b.probabilities).max()
         print(f"{len(a)} test images: same classes {same}, maximum difference of probabilities {error:.1e}")
 
 

@@ -1,11 +1,5 @@
-"""Kills a run at random moments and compares it with an uninterrupted run: python -m tests.benchmarks.kills
+"""Kills a run at random moments and compares it with an uninterrupted one: python -m tests.benchmarks.kills"""
 
-Each kill is a SIGKILL to a process that trains a small network (tests/run_small.py: 150 steps, a validation every 6, a
-checkpoint every 2), some time after at least one more step. Prints the moment of each kill and whether weights,
-optimizer, best score and validation losses at the end are bit-identical.
-"""
-
-import argparse
 import json
 import random
 import subprocess
@@ -15,53 +9,43 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from orbax.checkpoint import v1 as ocp
-
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log
+from tests.benchmarks import harness
 
-SCRIPT = Path(__file__).parent.parent / "run_small.py"
-FIELDS = ["model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2"]
+sys.path.insert(0, str(harness.ROOT / "tests"))
+import runs
+
+FIELDS = ("model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def outcome(workdir: Path) -> dict[str, Any]:
     """Returns the bytes of every array of the last state, its progress, and the validation losses."""
-    import jax
-
-    last = workdir / "checkpoints/last" / str(newest(workdir, "last"))
-    state = ocp.load_checkpointables(last.absolute())["state"]
     rows = metrics_log.read(workdir / "metrics.jsonl")
+    progress = workdir / "checkpoints/last" / str(newest(workdir, "last")) / "progress.json"
     return {
-        "arrays": {
-            jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path(state)
-        },
-        "progress": json.loads((last / "progress.json").read_text()),
+        "arrays": {path: array.tobytes() for path, array in runs.last_state(workdir).items()},
+        "progress": json.loads(progress.read_text()),
         "validation losses": [row["val.slice.loss"] for row in rows if "val.slice.loss" in row],
     }
 
 
 def last_step(workdir: Path) -> int:
-    """Returns the last logged step, 0 if there is none."""
     rows = metrics_log.read(workdir / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0
 
 
 def main() -> None:
-    """Runs both and prints the comparison; exit code 1 if they differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
+    flags = harness.parse(__doc__, kills=20, seed=0)
     rng = random.Random(flags.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        command = [sys.executable, str(SCRIPT), "--pause=0.08"]
-        subprocess.run([*command, str(whole), *FIELDS], check=True, **QUIET)
+        command = [sys.executable, str(harness.ROOT / "tests/run_small.py"), "--pause=0.08", *FIELDS]
+        subprocess.run([*command, str(whole)], check=True, **QUIET)
         moments = []
         while len(moments) < flags.kills:
-            process = subprocess.Popen([*command, str(killed), *FIELDS], **QUIET)
+            process = subprocess.Popen([*command, str(killed)], **QUIET)
             # Half of the kills come during training, the others at any time after the start.
             in_training = len(moments) % 2
             target = (newest(killed, "last") or 0) + rng.randint(1, 12)
@@ -76,7 +60,7 @@ def main() -> None:
             process.kill()
             process.wait()
             moments.append((last_step(killed), newest(killed, "last")))
-        subprocess.run([*command, str(killed), *FIELDS], check=True, **QUIET)
+        subprocess.run([*command, str(killed)], check=True, **QUIET)
         print(f"{len(moments)} kills; (last logged step, newest checkpoint) at each: {moments}")
         one, two = outcome(whole), outcome(killed)
         same = {name: one[name] == two[name] for name in one}

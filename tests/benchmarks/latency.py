@@ -1,89 +1,180 @@
 """Latency of single images and batches of eight: lungjax against onnxruntime, in turns.
 
-    python -m tests.benchmarks.latency --out=FOLDER [--models=efficientnet_b0,cbr_small] [--batches=1,8]
-        [--rounds=9] [--turn_seconds=1] [--peer_python=PYTHON]
+    python -m tests.benchmarks.latency --out=FOLDER [--models=efficientnet_b0,cbr_small] [--rounds=9]
+        [--peer_python=PYTHON]
 
 Needs the extra `parity`, torch, onnxscript and onnxruntime; `--peer_python` names an interpreter that has these.
-onnxruntime gets the file one would deploy: the network exported by torch.onnx (timm's; CBR is written out), norms
-folded, all graph optimizations, with its default number of threads and with two. lungjax loads the same weights; its
-logits must agree to 1e-4 of their range.
-
-lungjax starts from uint8 pixels, normalizes them in the program, and ends with probabilities on the host. onnxruntime
-starts from float32 pixels that are already normalized and transposed, and ends with logits, which favors it.
-
-Each contender runs in a separate process (`latency_peers.py`), which is idle except in its turns. Ratios are of the
-medians within each round: median (lowest..highest), above 1 where onnxruntime is faster. The start-up of lungjax is
-measured with an empty compilation cache and with the cache of that start. Prints markdown.
 """
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.train_peers import busy_seconds
+from tests.benchmarks import harness
+from tests.benchmarks.train_peers import CBR, CLASSES, channels, torch_network
 
-ROOT = Path(__file__).parent.parent.parent
+SIDE = 224
+BATCHES = (1, 8)
+CHECKED = 2  # images whose logits are compared
 LIMIT = 1e-4  # of the range of an image's logits
+TURN_SECONDS = 1.0
+
+Turn = Callable[..., dict[str, Any]]
 
 
-class Process:
-    """A contender in its own process."""
+def pixels(network: str, batch: int) -> np.ndarray:
+    """Returns images uint8 [batch, SIDE, SIDE, channels]."""
+    shape = (batch, SIDE, SIDE, channels(network))
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
-    def __init__(self, python: str, folder: Path, cache: Path, **flags: Any):
-        """Starts it and waits for its `facts`. Raises RuntimeError if it fails."""
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONSAFEPATH": "1",  # names in this folder must not hide libraries
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # as lungjax.cli sets it
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [python, str(Path(__file__).with_name("latency_peers.py")), f"--folder={folder}"]
-        command += [f"--{name}={value}" for name, value in flags.items()]
-        start = time.perf_counter()
-        self.log = folder / f"{flags['task']}.log"
-        with self.log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env
-            )
-        self.facts = self.answer()
-        self.facts["seconds"] = time.perf_counter() - start
 
-    def answer(self) -> dict[str, Any]:
-        """Returns the next line. Raises RuntimeError with the error of the process."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            end = " | ".join(self.log.read_text(errors="replace").splitlines()[-4:])
-            raise RuntimeError(f"ended with code {self.process.wait()}: {end[-600:]}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+def for_onnx(images: np.ndarray) -> np.ndarray:
+    """Returns float32 [B, C, H, W] in -1..1, the input of the ONNX file."""
+    return np.ascontiguousarray((images.astype(np.float32) / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5)
 
-    def turn(self, batch: int, seconds: float) -> dict[str, Any]:
-        """Returns the times of a turn, with the share of the cores that other programs used."""
-        cores, start, busy = len(os.sched_getaffinity(0)), time.perf_counter(), busy_seconds()
-        print(json.dumps({"batch": batch, "seconds": seconds}), file=self.process.stdin, flush=True)
-        answer = self.answer()
-        wall = time.perf_counter() - start
-        mine = answer["processor_ms"] / 1e3 * (len(answer["ms"]) + 2)
-        return answer | {"others": max((busy_seconds() - busy - mine) / wall / cores, 0.0)}
 
-    def close(self) -> None:
-        """Ends it."""
-        self.process.kill()
-        self.process.wait()
+def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
+    """Writes FOLDER/NETWORK.onnx with a dynamic batch size, FOLDER/logits.npy and the weights.
+
+    CBR has the layers of `train_peers.py`, and no file of weights; other networks are timm's, with the random weights
+    of tests.parity. torch.onnx folds the norms into the convolutions.
+    """
+    import torch
+
+    path = Path(folder)
+    if network in CBR:
+        model = torch_network(network)
+        load_cbr(model, network)
+    else:
+        from tests.parity import references
+        from tests.parity.__main__ import filename
+        from tests.parity.cases import CASES
+
+        case = next(case for key, case in CASES.items() if key.startswith(f"{network} timm:"))
+        model = references.make(case, SIDE)
+        references.write(case, model, path / filename(case))
+    shape = (CHECKED, channels(network), SIDE, SIDE)
+    options = {"dynamo": True, "external_data": False, "optimize": True}
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(model.eval(), (torch.zeros(shape),), path / f"{network}.onnx", **options)
+    images = torch.from_numpy(for_onnx(pixels(network, CHECKED)))
+    with torch.no_grad():
+        np.save(path / "logits.npy", model(images).numpy())
+    return {}, None
+
+
+def random_network(network: str) -> tuple[Any, Any]:
+    """Returns a network of lungjax and its random variables."""
+    from lungjax import models
+    from tests.random_weights import random_variables
+
+    module = models.MODELS[network](outputs=CLASSES)
+    return module, random_variables(module, (SIDE, SIDE, channels(network)))
+
+
+def load_cbr(model: Any, network: str) -> None:
+    """Loads the variables of `random_network` into a CBR network in torch."""
+    import torch
+
+    from lungjax.models import trees
+
+    leaves = {path: torch.tensor(array) for path, array in trees.flatten(random_network(network)[1]).items()}
+    convs, norms = ([x for x in model if isinstance(x, kind)] for kind in (torch.nn.Conv2d, torch.nn.BatchNorm2d))
+    for name, conv, norm in zip(("stem", "stage2", "stage3", "stage4", "stage5"), convs, norms, strict=False):
+        conv.weight.data = leaves[f"params/{name}_conv/kernel"].permute(3, 2, 0, 1).contiguous()
+        conv.bias.data = leaves[f"params/{name}_conv/bias"]
+        norm.weight.data, norm.bias.data = (leaves[f"params/{name}_bn/{leaf}"] for leaf in ("scale", "bias"))
+        norm.running_mean, norm.running_var = (leaves[f"batch_stats/{name}_bn/{leaf}"] for leaf in ("mean", "var"))
+    model[-1].weight.data = leaves["params/head/dense/kernel"].T.contiguous()
+    model[-1].bias.data = leaves["params/head/dense/bias"]
+
+
+def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:
+    """Returns facts with the seconds of each step, and turns from uint8 pixels to probabilities on the host."""
+    start = time.perf_counter()
+    harness.keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+
+    import lungjax
+    from lungjax.config import InputSpec
+    from lungjax.config.metadata import Metadata
+    from lungjax.inference.model import named_outputs
+    from lungjax.models import folding
+    from lungjax.models.inputs import normalize
+    from lungjax.models.ops import conv
+
+    spec = InputSpec(size=(SIDE, SIDE), channels=channels(network), mean=(0.5,), std=(0.5,))
+    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".pth")]
+    imported = time.perf_counter()
+    if files:
+        module, variables, _ = lungjax.create(network, weights=f"file:{files[0]}")
+    else:
+        module, variables = random_network(network)
+    variables = jax.tree.map(jnp.asarray, variables)
+    built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
+    folded = built.fold(variables)
+
+    def forward(folded: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
+        logits, features = built(folded, normalize(pixels, spec))
+        return named_outputs(logits, features["last"], metadata)
+
+    metadata = Metadata(network, tuple(map(str, range(module.outputs))), spec, "")
+    compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
+    ready = time.perf_counter()
+
+    def call(batch: int) -> np.ndarray:
+        return np.asarray(compiled(folded, images[batch])["probabilities"])
+
+    images = {batch: pixels(network, batch) for batch in BATCHES}
+    call(1)
+    answered = time.perf_counter()
+    seconds = [imported - start, ready - imported, answered - ready]
+    logits = np.asarray(compiled(folded, pixels(network, CHECKED))["logits"])
+    return {"seconds": seconds, "versions": f"jax {jax.__version__}", "logits": logits.tolist()}, turns(call)
+
+
+def onnx(network: str, folder: str, threads: int) -> tuple[dict[str, Any], Turn]:
+    """Returns facts, and turns from normalized float32 pixels [B, C, H, W] to logits; 0 threads: one per core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    path = Path(folder, f"{network}.onnx")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    images = {batch: for_onnx(pixels(network, batch)) for batch in (*BATCHES, CHECKED)}
+
+    def call(batch: int) -> np.ndarray:
+        return session.run(None, {name: images[batch]})[0]
+
+    facts = {"versions": f"onnxruntime {onnxruntime.__version__}", "logits": call(CHECKED).tolist()}
+    return facts, turns(call)
+
+
+def turns(call: Callable[[int], Any]) -> Turn:
+    """Returns a function for turns of calls with a batch size."""
+
+    def turn(batch: int, duration: float) -> dict[str, Any]:
+        call(batch)
+        call(batch)
+        times: list[float] = []
+        watch, end = harness.Watch(), time.perf_counter() + duration
+        while time.perf_counter() < end or len(times) < 5:
+            times.append(1e3 * harness.timed(lambda: call(batch))[0])
+        _, used, others = watch.read()
+        return {"ms": times, "processor_ms": 1e3 * used / len(times), "others": others}
+
+    return turn
 
 
 def distance(a: Any, b: Any) -> float:
@@ -92,75 +183,64 @@ def distance(a: Any, b: Any) -> float:
     return float((np.abs(a - b).max(1) / np.ptp(b, axis=1)).max())
 
 
-def run(network: str, args: argparse.Namespace) -> tuple[list[str], str]:
+def start(python: str, function: str, folder: Path, cache: Path, **arguments: Any) -> tuple[harness.Process, Any]:
+    """Starts a contender; returns its process and its facts."""
+    env = harness.CPU | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",  # as lungjax.cli sets it
+    }
+    process = harness.Process(python, "latency", function, env, network=folder.name, folder=str(folder), **arguments)
+    return process, process.answer()
+
+
+def measure(network: str, args: Namespace) -> tuple[list[list[str]], list[str]]:
     """Measures one network; returns its rows of the first table and its row of the second."""
     folder = args.out / network
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "logits.npy").exists():
-        Process(args.peer_python, folder, folder, task="make", network=network).close()
+        start(args.peer_python, "make", folder, folder)[0].close()
     expected = np.load(folder / "logits.npy")
     with tempfile.TemporaryDirectory() as cache:
-        empty = Process(sys.executable, folder, Path(cache), task="ours", network=network)
-        empty.close()
-        mine = Process(sys.executable, folder, Path(cache), task="ours", network=network)
-    peer = Process(args.peer_python, folder, folder, task="onnx", network=network)
-    pair = Process(args.peer_python, folder, folder, task="onnx", network=network, threads=2)
-    contenders = {"ours": mine, "onnx": peer, "onnx2": pair}
-    for name, process in contenders.items():
-        if (far := distance(process.facts["logits"], expected)) > LIMIT:
-            raise SystemExit(f"{network}: logits of {name} differ from torch's by {far:.1e} of their range")
-    off = distance(mine.facts["logits"], peer.facts["logits"])
-    rows = []
-    for batch in args.batches:
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-        for number in range(args.rounds + 1):  # the first warms up
-            for name, process in contenders.items():
-                found = process.turn(batch, args.turn_seconds if number else 0.2)
-                if number:
-                    turns[name].append(found)
-        middle = {name: [statistics.median(t["ms"]) for t in found] for name, found in turns.items()}
-        every = {name: np.concatenate([t["ms"] for t in found]) for name, found in turns.items()}
-        cells = [f"{network}, {batch} x 224 px"]
-        cells += [f"{np.median(times):.1f} / {np.quantile(times, 0.95):.1f}" for times in every.values()]
-        for name in ("onnx", "onnx2"):
-            ratios = [a / b for a, b in zip(middle["ours"], middle[name], strict=True)]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})")
-        cells += [f"{min(every['ours']) / min(every['onnx']):.2f}"]
-        cells += [f"{np.median([t['processor_ms'] for t in turns['ours']]):.1f}"]
-        cells += [f"{max(t['others'] for found in turns.values() for t in found):.0%}"]
-        rows.append(f"| {' | '.join(cells)} |")
-        print(rows[-1], file=sys.stderr, flush=True)
-    for process in contenders.values():
+        process, empty = start("", "ours", folder, Path(cache))
         process.close()
-    cells = [network, f"{off:.1e}"]
-    for process in (empty, mine):
-        parts = [process.facts[f"{name}_seconds"] for name in ("import", "load", "first")]
-        cells.append(f"{sum(parts):.1f} ({', '.join(f'{part:.1f}' for part in parts)})")
-    versions = f"{mine.facts['versions']}, {peer.facts['versions']}"
-    return rows, f"| {' | '.join(cells)} | {versions} |"
+        contenders = {"ours": start("", "ours", folder, Path(cache))}
+    contenders |= {f"onnx{n}": start(args.peer_python, "onnx", folder, folder, threads=n) for n in (0, 2)}
+    for name, (_, facts) in contenders.items():
+        if (far := distance(facts["logits"], expected)) > LIMIT:
+            sys.exit(f"{network}: logits of {name} differ from torch's by {far:.1e} of their range")
+    rows = []
+    for batch in BATCHES:
+        request = {"batch": batch, "duration": TURN_SECONDS}
+        calls = {name: partial(process.ask, **request) for name, (process, _) in contenders.items()}
+        turns = harness.take_turns(calls, args.rounds)
+        medians = {name: [statistics.median(t["ms"]) for t in values] for name, values in turns.items()}
+        every = {name: np.concatenate([t["ms"] for t in values]) for name, values in turns.items()}
+        cells = [f"{network}, {batch} x {SIDE} px"]
+        cells += [f"{np.median(times):.1f} / {np.quantile(times, 0.95):.1f}" for times in every.values()]
+        cells += [harness.ratio(medians["ours"], medians[name]) for name in ("onnx0", "onnx2")]
+        cells += [f"{min(every['ours']) / min(every['onnx0']):.2f}"]
+        cells += [f"{np.median([t['processor_ms'] for t in turns['ours']]):.1f}"]
+        rows.append([*cells, f"{max(t['others'] for values in turns.values() for t in values):.0%}"])
+    for process, _ in contenders.values():
+        process.close()
+    mine, peer = contenders["ours"][1], contenders["onnx0"][1]
+    cells = [network, f"{distance(mine['logits'], peer['logits']):.1e}"]
+    for seconds in (empty["seconds"], mine["seconds"]):
+        cells.append(f"{sum(seconds):.1f} ({', '.join(f'{part:.1f}' for part in seconds)})")
+    return rows, [*cells, f"{mine['versions']}, {peer['versions']}"]
 
 
 def main() -> None:
-    """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of weights and ONNX files")
-    parser.add_argument("--models", default="efficientnet_b0,cbr_small", help="comma-separated")
-    parser.add_argument("--batches", default="1,8", help="batch sizes, comma-separated")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--turn_seconds", type=float, default=1.0)
-    parser.add_argument("--peer_python", default=sys.executable, help="an interpreter with torch, timm and onnxruntime")
-    args = parser.parse_args()
-    args.batches = [int(batch) for batch in args.batches.split(",")]
-    results = [run(network, args) for network in args.models.split(",")]
-    columns: tuple[str, ...] = (
+    models = ["efficientnet_b0", "cbr_small"]
+    args = harness.parse(__doc__, ["out"], out=Path, models=models, rounds=9, peer_python="")
+    results = [measure(network, args) for network in args.models]
+    heads = (
         "cpu, float32", "ours, ms: median / p95", "onnxruntime", "with 2 threads", "ours / onnxruntime",
         "ours / 2 threads", "of the fastest calls", "ours, processor ms", "others",
     )  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
-    print("\n".join(row for rows, _ in results for row in rows))
-    columns = ("", "logits differ by", "first answer, s (import, load, compile and run)", "from the cache", "versions")
-    print(f"\n| {' | '.join(columns)} |\n| --- |{' ---: |' * 3} --- |")
-    print("\n".join(row for _, row in results))
+    print(harness.table(heads, [cells for rows, _ in results for cells in rows]))
+    heads = ("", "logits differ by", "first answer, s (import, load, compile and run)", "from the cache", "versions")
+    print("\n" + harness.table(heads, [cells for _, cells in results]))
 
 
 if __name__ == "__main__":

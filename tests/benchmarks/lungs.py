@@ -1,19 +1,10 @@
-"""Measures the robust body and lung masks on phantoms.
+"""Dice of `lung_mask` on phantoms, and rates of all masks: python tests/benchmarks/lungs.py [--patients=150]"""
 
-    python tests/benchmarks/lungs.py [--patients=150] [--first=3000] [--slices=24] [--snakes=4]
-
-Prints markdown tables: Dice of `lung_mask` against the drawn lungs, per class and by location of the lesions (one slice
-of each phantom patient, at alternating levels), and slices of 512 x 512 per second on one core for both masks and the
-CT-COV19 study's snake, in turns on the same slices. `lungjax.explore` draws the masks on the slices of a data set.
-"""
-
-import argparse
 import os
 import statistics
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -22,16 +13,10 @@ from skimage import morphology
 
 from lungjax.data.imaging import lung_masks, study_masks
 from lungjax.datasets.phantom import slices
+from tests.benchmarks import harness
 
-
-def phantoms(finding: str, first: int, patients: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Returns one slice per patient: image uint8 and lungs bool, [H, W], and the location of its lesions."""
-    out = []
-    for seed in range(first, first + patients):
-        patient = slices.new_patient(seed, finding)
-        drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
-        out.append((slices.gray(drawn.hu, patient.window), drawn.lung, location(drawn)))
-    return out
+FIRST_SEED = 3000
+TIMED, SNAKES = 24, 4  # slices to time, and of these also with the study's snake
 
 
 def location(drawn: slices.Phantom) -> str:
@@ -47,56 +32,38 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * (a & b).sum() / (a.sum() + b.sum()))
 
 
-def seconds(function: Callable[[np.ndarray], object], image: np.ndarray) -> float:
-    """Returns the CPU seconds of one call, without those of other processes."""
-    start = time.process_time()
-    function(image)
-    return time.process_time() - start
-
-
-def speeds(images: list[np.ndarray], snakes: int) -> list[tuple[str, float, int]]:
-    """Returns name, slices per second (median of the slices) and slices measured."""
-    times: dict[str, list[float]] = {"body_mask": [], "lung_mask": [], "the study's snake": []}
+def speeds(images: list[np.ndarray]) -> list[tuple[str, float, int]]:
+    """Returns name, slices per processor second (median of the slices) and slices measured."""
+    times = defaultdict(list)
     lung_masks.lung_mask(images[0])
     for i, image in enumerate(images):
-        times["body_mask"].append(seconds(lung_masks.body_mask, image))
-        times["lung_mask"].append(seconds(lung_masks.lung_mask, image))
-        if i < snakes:
+        calls = {"body_mask": partial(lung_masks.body_mask, image), "lung_mask": partial(lung_masks.lung_mask, image)}
+        if i < SNAKES:
             bare = np.where(lung_masks.body_mask(image), image, 0).astype(np.uint8)
-            times["the study's snake"].append(seconds(study_masks.snake_mask, bare))
-    return [(name, 1 / statistics.median(values), len(values)) for name, values in times.items() if values]
-
-
-def square(image: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.BICUBIC))
+            calls["the study's snake"] = partial(study_masks.snake_mask, bare)
+        for name, call in calls.items():
+            times[name].append(harness.timed(call)[1])
+    return [(name, 1 / statistics.median(values), len(values)) for name, values in times.items()]
 
 
 def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, default=150)
-    parser.add_argument("--first", type=int, default=3000, help="seed of the first phantom patient")
-    parser.add_argument("--slices", type=int, default=24, help="slices to time")
-    parser.add_argument("--snakes", type=int, default=4, help="of these also with the study's snake")
-    args = parser.parse_args()
-
-    print("| lung_mask, Dice | mean | 5th percentile | slices |\n| --- | --- | --- | --- |")
+    patients = harness.parse(__doc__, patients=150).patients
+    print(harness.header("lung_mask, Dice", "mean", "5th percentile", "slices"))
     timed = []
     scores = defaultdict(list)
     for finding in slices.CLASSES:
-        for number, (image, lung, place) in enumerate(phantoms(finding, args.first, args.patients)):
-            score = dice(lung_masks.lung_mask(image), lung)
+        for number in range(patients):
+            image, drawn = harness.phantom(finding, FIRST_SEED + number)
+            score = dice(lung_masks.lung_mask(image), drawn.lung)
             scores[finding].append(score)
-            scores[f"of all: {place}"].append(score)
-            timed += [square(image)] if number < -(-args.slices // 3) else []
+            scores[f"of all: {location(drawn)}"].append(score)
+            if number < TIMED // 3:
+                timed.append(np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.BICUBIC)))
     for name, values in scores.items():
-        print(f"| {name} | {np.mean(values):.4f} | {np.percentile(values, 5):.4f} | {len(values)} |", flush=True)
-
-    print("\n| 512 x 512, one core | slices/s | against the snake | slices |\n| --- | --- | --- | --- |")
-    rates = speeds(timed[: args.slices], args.snakes)
-    slowest = rates[-1][1]
-    for name, rate, count in rates:
-        print(f"| {name} | {rate:.3g} | {rate / slowest:.3g} | {count} |")
+        print(harness.row(name, f"{np.mean(values):.4f}", f"{np.percentile(values, 5):.4f}", len(values)), flush=True)
+    rates = speeds(timed)
+    rows = [(name, f"{rate:.3g}", f"{rate / rates[-1][1]:.3g}", count) for name, rate, count in rates]
+    print("\n" + harness.table(("512 x 512, one core", "slices/s", "against the snake", "slices"), rows))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
 """Which out-of-distribution images `lungjax.evaluation.novelty` detects, beside a score on network features.
 
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
-        [--network] [--train=2000] [--each=150]
+        [--network] [--images=2000] [--outliers=150]
 
 FOLDER/data has `ct`, `xray` and `covidx_ct_volume`, the first two with a `labels.csv` of columns path, split and group
-(no group in two splits). Each score is fitted on up to --train training images, its threshold chosen on the validation
-images, and the share of test images and outliers above the threshold printed. Outliers are made of --each test images,
-unless they are photographs or of another set.
-
---network adds a published score: the Mahalanobis distance (Lee et al., arXiv 1807.03888) of EfficientNet-Lite0's pooled
-ImageNet features, with a range check of intensity, color and aspect ratio. Parts: outliers; sources (leave one source
-out); few (small training sets).
+(no group in two splits). Outliers are made of --outliers test images, unless they are photographs or of another set.
 """
 
-import argparse
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +20,7 @@ from PIL import Image, ImageDraw
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, phantom_ct
 from lungjax.evaluation import novelty
+from tests.benchmarks import harness
 
 Picture = np.ndarray
 Score = Callable[[Sequence[Picture]], np.ndarray]
@@ -39,14 +33,14 @@ SPLITS = ("train", "val", "test")
 def load(name: str, shared: Path) -> dict[str, list[tuple[Picture, str]]]:
     """Returns pictures and their sources by split."""
     pictures: dict[str, list[tuple[Picture, str]]] = {split: [] for split in SPLITS}
+    folder = shared / "data" / name
     if name == "phantom":
         for example in phantom_ct.listing(None, "default", PrepareOptions()).examples:
             pictures[example.split].append((images.decode(example.image(), None), example.source))
         return pictures
-    with (shared / "data" / name / "labels.csv").open() as file:
-        for row in csv.DictReader(file):
-            picture = images.decode((shared / "data" / name / row["path"]).read_bytes(), None)
-            pictures[row["split"]].append((picture, row.get("source") or Path(row["path"]).name.split("_")[0]))
+    for row in csv.DictReader((folder / "labels.csv").read_text().splitlines()):
+        picture = images.decode((folder / row["path"]).read_bytes(), None)
+        pictures[row["split"]].append((picture, row.get("source") or Path(row["path"]).name.split("_")[0]))
     return pictures
 
 
@@ -68,7 +62,6 @@ def window(picture: Picture, low: float, high: float) -> Picture:
 
 
 def screenshot(picture: Picture) -> Picture:
-    """A viewer's window with the picture in it."""
     page = Image.new("RGB", (1280, 800), (240, 240, 240))
     draw = ImageDraw.Draw(page)
     draw.rectangle((0, 0, 1280, 60), fill=(40, 60, 120))
@@ -87,18 +80,6 @@ def text(background: int, ink: int) -> Picture:
     return np.asarray(page)
 
 
-def on_paper(picture: Picture) -> Picture:
-    height, width = picture.shape
-    page = np.full((int(height * 1.5), int(width * 1.5)), 245, np.uint8)
-    page[height // 4 : height // 4 + height, width // 4 : width // 4 + width] = picture
-    return page
-
-
-def cropped(picture: Picture) -> Picture:
-    height, width = picture.shape
-    return picture[height // 3 : height // 3 + height // 4, width // 6 : width // 6 + width // 4]
-
-
 def heat_map(picture: Picture) -> Picture:
     height, width = picture.shape
     row, column = np.mgrid[:height, :width]
@@ -114,27 +95,20 @@ def jpeg(picture: Picture) -> Picture:
 
 
 def outliers(
-    test: Sequence[Picture], other: Sequence[Picture], volume: Picture, each: int
+    test: Sequence[Picture], other: Sequence[Picture], volume: Picture, count: int
 ) -> Iterator[tuple[str, list[Picture]]]:
-    """Yields kinds of outliers and their pictures; kinds that begin with "=" should score as the test images.
+    """Yields kinds of outliers and `count` pictures; kinds that begin with "=" should score as the test images.
 
-    Args:
-        test: gray pictures of the set.
-        other: of the other modality.
-        volume: [slices, H, W], slices of a patient from the shoulders down.
-        each: pictures of a kind.
+    `other` is of the other modality, `volume` [slices, H, W] of a patient, from the shoulders down.
     """
     rng = np.random.default_rng(0)
-    some = [test[i] for i in rng.permutation(len(test))[:each]]
+    some = [test[i] for i in rng.permutation(len(test))[:count]]
     photos = photographs(COLOR)
 
     def noisy(p: Picture, by: float) -> Picture:
         return np.clip(p + rng.normal(0, by, p.shape), 0, 255).astype(np.uint8)
 
-    def small(p: Picture) -> Picture:
-        return resized(p, 256, 256)
-
-    yield "the other modality", [other[i] for i in rng.permutation(len(other))[:each]]
+    yield "the other modality", [other[i] for i in rng.permutation(len(other))[:count]]
     yield "color photographs", photos
     yield "gray photographs", [images.gray(p) for p in (*photographs(GRAY), *photos)]
     yield "blank, 0 to 255", [np.full((256, 256), v, np.uint8) for v in (0, 1, 64, 128, 200, 255)]
@@ -143,8 +117,9 @@ def outliers(
     yield "page of text", [text(245, 20), text(30, 230)]
     yield "screenshot of a viewer", [screenshot(p) for p in some[:60]]
     yield "the same in gray", [images.gray(screenshot(p)) for p in some[:60]]
-    fours = zip(some[::4], some[1::4], some[2::4], some[3::4], strict=False)
-    yield "four in one picture", [np.block([[small(a), small(b)], [small(c), small(d)]]) for a, b, c, d in fours]
+    small = [resized(p, 256, 256) for p in some]
+    fours = zip(small[::4], small[1::4], small[2::4], small[3::4], strict=False)
+    yield "four in one picture", [np.block([[a, b], [c, d]]) for a, b, c, d in fours]
     changes: dict[str, Callable[[Picture], Picture]] = {
         "color heat map over it": heat_map,
         "tinted, as old film": lambda p: np.clip(in_color(p) * np.asarray([1.0, 0.88, 0.7]), 0, 255).astype(np.uint8),
@@ -158,8 +133,8 @@ def outliers(
         "a twelfth of the width, enlarged": lambda p: resized(resized(p, 12, 12), p.shape[1], p.shape[0]),
         "noise of 60 gray levels added": lambda p: noisy(p, 60),
         "upper half black": lambda p: np.where(np.arange(len(p))[:, None] < len(p) // 2, 0, p).astype(np.uint8),
-        "a sixteenth of the area": cropped,
-        "white margin, as on paper": on_paper,
+        "a sixteenth of the area": lambda p: p[len(p) // 3 :, p.shape[1] // 6 :][: len(p) // 4, : p.shape[1] // 4],
+        "white margin, as on paper": lambda p: np.pad(p, [(n // 4, n // 4) for n in p.shape], constant_values=245),
         "stretched to twice the width": lambda p: resized(p, 2 * p.shape[1], p.shape[0]),
         "= half the size": lambda p: resized(p, p.shape[1] // 2, p.shape[0] // 2),
         "= twice the size": lambda p: resized(p, 2 * p.shape[1], 2 * p.shape[0]),
@@ -169,9 +144,8 @@ def outliers(
     }
     for name, change in changes.items():
         yield name, [change(p) for p in some]
-    yield "volume: axial, lungs", list(volume[6:42])
-    yield "volume: axial, shoulders", list(volume[:3])
-    yield "volume: axial, abdomen", list(volume[-3:])
+    for part, place in (("lungs", slice(6, 42)), ("shoulders", slice(3)), ("abdomen", slice(-3, None))):
+        yield f"volume: axial, {part}", list(volume[place])
     yield "volume: coronal", [resized(volume[:, k], 512, 350) for k in range(160, 340, 10)]
     yield "volume: sagittal", [resized(volume[:, :, k], 512, 350) for k in range(160, 340, 10)]
 
@@ -182,7 +156,11 @@ def fit_ours(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
 
 
 def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
-    """Fits Mahalanobis distance (covariance shrunk by a tenth) and range check, at half the false alarms each."""
+    """Fits a published score and a range check of intensity, color and aspect ratio, at half the false alarms each.
+
+    The score is the Mahalanobis distance (Lee et al., arXiv 1807.03888, covariance shrunk by a tenth) of
+    EfficientNet-Lite0's pooled ImageNet features.
+    """
     import jax
 
     import lungjax
@@ -191,17 +169,11 @@ def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
     run = jax.jit(lambda x: net.apply(variables, x, train=False)[1]["last"].mean((1, 2)))
 
     def features(pictures: Sequence[Picture]) -> np.ndarray:
-        out = []
-        for start in range(0, len(pictures), 16):
-            batch = [in_color(p) if p.ndim == 2 else p for p in pictures[start : start + 16]]
-            pixels = np.concatenate([lungjax.preprocess(p, spec).reshape(1, *spec.size, 3) for p in batch])
-            padded = np.concatenate([pixels, np.zeros((16 - len(pixels), *pixels.shape[1:]), pixels.dtype)])
-            out.append(np.asarray(run(padded))[: len(batch)])
-        return np.concatenate(out)
+        colored = (in_color(p) if p.ndim == 2 else p for p in pictures)
+        return np.concatenate([run(lungjax.preprocess(p, spec).reshape(1, *spec.size, 3)) for p in colored])
 
     def simple(pictures: Sequence[Picture]) -> np.ndarray:
-        measured = [novelty.measure(p) for p in pictures]
-        return np.asarray([[*m["intensity"][[0, 3, 6]], *m["detail"][[5, 6]]] for m in measured])
+        return np.asarray([[*m["intensity"][[0, 3, 6]], *m["detail"][[5, 6]]] for m in map(novelty.measure, pictures)])
 
     reference = features(train)
     mean, deviation = reference.mean(0), np.maximum(reference.std(0), 0.1 * reference.std(0).mean())
@@ -218,29 +190,21 @@ def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
     return lambda pictures: (scores(pictures) / thresholds[:, None]).max(0)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    print("| " + " | ".join(header) + " |\n| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |")
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
-    print(flush=True)
-
-
 def percent(scores: np.ndarray) -> str:
     return f"{100 * (scores > 1).mean():.{1 if len(scores) > 150 else 0}f}"
 
 
 def compare(name: str, data: dict[str, list[Any]], kinds: Any, fits: dict[str, Any]) -> None:
-    """Prints the percentage above the threshold and, of our score, the median."""
     train, val, test = ([p for p, _ in data[split]] for split in SPLITS)
     scores = {label: fit(train, val) for label, fit in fits.items()}
     rows, detected = [], []
     for kind, pictures in [(f"**test images, {len(test)}**", test), *kinds]:
         values = [score(pictures) for score in scores.values()]
-        rows.append([kind, *map(percent, values), f"{np.median(values[-1]):.2f}"])
+        rows.append([kind, *map(percent, values)])
         if kind[0] not in "=*":
             detected.append([float((v > 1).mean()) for v in values])
-    rows.append(["mean of the kinds without =", *(f"{100 * v:.1f}" for v in np.mean(detected, axis=0)), ""])
-    print_table([f"{name}: above the threshold, %", *scores, "median of ours"], rows)
+    rows.append(["mean of the kinds without =", *(f"{100 * v:.1f}" for v in np.mean(detected, axis=0))])
+    print(harness.table([f"{name}: above the threshold, %", *scores], rows) + "\n", flush=True)
 
 
 def sources(name: str, data: dict[str, list[Any]]) -> None:
@@ -252,7 +216,8 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
         fitted = novelty.fit(*parts)
         detected = percent(np.asarray([fitted.score(p) for p in unseen]))
         rows.append([f"{name}: {left}", len(unseen), detected, f"{100 * fitted.false_alarms['test']['rate']:.1f}"])
-    print_table(("source left out", "images", "above the threshold, %", "test images of the others, %"), rows)
+    heads = ("source left out", "images", "above the threshold, %", "test images of the others, %")
+    print(harness.table(heads, rows) + "\n", flush=True)
 
 
 def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
@@ -263,36 +228,32 @@ def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
         alarms, detected = [], []
         for seed in range(6):
             rng = np.random.default_rng(seed)
-            drawn = [
-                [data[s][i][0] for i in rng.permutation(len(data[s]))[:n]] for s, n in zip(SPLITS, counts, strict=False)
-            ]
+            splits = zip((data["train"], data["val"]), counts, strict=True)
+            drawn = [[pairs[i][0] for i in rng.permutation(len(pairs))[:n]] for pairs, n in splits]
             fitted = novelty.fit(*drawn, test)
             alarms.append(100 * fitted.false_alarms["test"]["rate"])
             detected.append(np.mean([100 * (fitted.score(p) > 1) for p in other[:100]]))
         cells = [f"{np.mean(alarms):.1f} ({max(alarms):.1f})", f"{np.mean(detected):.0f}"]
         rows.append([f"{name}: {counts[0]} + {counts[1]}", *cells])
-    print_table(("training + validation images", "false alarms, % (worst of 6)", "other modality detected, %"), rows)
+    heads = ("training + validation images", "false alarms, % (worst of 6)", "other modality detected, %")
+    print(harness.table(heads, rows) + "\n", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--sets", default="ct,xray,phantom")
-    parser.add_argument("--parts", default="outliers,sources,few")
-    parser.add_argument("--network", action="store_true")
-    parser.add_argument("--train", type=int, default=2000)
-    parser.add_argument("--each", type=int, default=150)
-    args = parser.parse_args()
+    args = harness.parse(
+        __doc__, ["shared"], shared=Path, sets=["ct", "xray", "phantom"], parts=["outliers", "sources", "few"],
+        network=False, images=2000, outliers=150,
+    )  # fmt: skip
     files = sorted((args.shared / "data/covidx_ct_volume").glob("*.jpg"))
     volume = np.stack([np.asarray(Image.open(file)) for file in files])
     fits = ({"network": fit_network} if args.network else {}) | {"ours": fit_ours}
-    for name in args.sets.split(","):
+    for name in args.sets:
         data = load(name, args.shared)
-        order = np.random.default_rng(0).permutation(len(data["train"]))[: args.train]
+        order = np.random.default_rng(0).permutation(len(data["train"]))[: args.images]
         data["train"] = [data["train"][i] for i in order]
         other = [images.gray(p) for p, _ in load(OTHER[name], args.shared)["test"]]
         if "outliers" in args.parts:
-            compare(name, data, outliers([images.gray(p) for p, _ in data["test"]], other, volume, args.each), fits)
+            compare(name, data, outliers([images.gray(p) for p, _ in data["test"]], other, volume, args.outliers), fits)
         if "sources" in args.parts and name != "phantom":
             sources(name, data)
         if "few" in args.parts:

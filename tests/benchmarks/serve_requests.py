@@ -12,72 +12,59 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lungjax.datasets.phantom.slices import CLASSES
 from tests import scans
+from tests.benchmarks import harness
 
 SIDE = 512
 BOUNDARY = b"boundary-of-a-part"
+FORM = f"multipart/form-data; boundary={BOUNDARY.decode()}"
+Request = bytes | list[tuple[bytes, float]]  # parts, each with the seconds until the next
 
 
 def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
-    """Returns an HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
 def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + b"--\r\n") -> bytes:
-    """Returns a request with files in a form."""
     head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % BOUNDARY
-    return request(
-        b"".join(head + file + b"\r\n" for file in files) + end,
-        f"multipart/form-data; boundary={BOUNDARY.decode()}",
-        path,
-    )
+    return request(b"".join(head + file + b"\r\n" for file in files) + end, FORM, path)
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """Returns an image file."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
-    """Returns grayscale images of 512 px: of the files in `folder`, or random ones."""
+    """Returns grayscale images of 512 px: of the files in `folder`, or phantoms."""
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
         return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(count):
-        blobs = Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8))
-        blobs = blobs.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        noisy = np.asarray(blobs, np.float32) + rng.normal(0, 8, (SIDE, SIDE))
-        images.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
-    return images
+    drawn = (harness.phantom(CLASSES[seed % len(CLASSES)], seed)[0] for seed in range(count))
+    return [Image.fromarray(image).resize((SIDE, SIDE)) for image in drawn]
 
 
 def scan(picture: Image.Image, series: str, **tags: Any) -> Any:
-    """Returns a CT slice as a pydicom data set."""
     pixels = np.asarray(picture, np.uint16) * 6
     rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
     return scans.dataset(pixels, "CT", SeriesInstanceUID=series, **rescale, **tags)
 
 
 def written(data: Any) -> bytes:
-    """Returns a data set as a file."""
     buffer = io.BytesIO()
     data.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
-    """Returns a chunk of a PNG."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
-    """Returns a grayscale PNG file."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(pixels, 9))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + body + chunk(b"IEND", b"")
@@ -99,8 +86,7 @@ def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
     }
 
 
-def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
-    """Returns requests of each malformed kind; b"slow" and b"chunked" are sent piece by piece by the client."""
+def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
     from pydicom.encaps import encapsulate
     from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
@@ -127,10 +113,12 @@ def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
     cuts = [(whole, "image/png"), (jpeg, "image/jpeg"), (slice_of, "application/dicom")]
     elements = slice_of + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    mebibyte = b"100000\r\n" + bytes(2**20) + b"\r\n"
+    chunks = [head + b"Transfer-Encoding: chunked\r\n\r\n", *[mebibyte] * 80, b"0\r\n\r\n"]
     return {
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
         "huge, declared": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
-        "huge, chunked": [b"chunked"],
+        "huge, chunked": [[(part, 0) for part in chunks]],
         "ZIP bomb": [form(packed.getvalue())],
         "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
         "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],
@@ -144,18 +132,13 @@ def malformed(images: list[Image.Image]) -> dict[str, list[bytes]]:
         "run-length DICOM bomb": [form(written(runs))],
         "DICOM of many elements": [form(elements)],
         "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
-        "wrong type": [
-            *(form(data) for data in (b"%PDF-1.7\n", b"<html></html>", b"path,label\n")),
-            request(b"{}", "application/json"),
-        ],
+        "wrong type": [*map(form, (b"%PDF-1.7\n", b"<html></html>", b"a,b\n")), request(b"{}", "application/json")],
         "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
         "empty": [form(b""), form(), request(b"", "image/png")],
         "bad multipart": [
-            form(whole, end=b""),
-            request(b"--other\r\n\r\n", f"multipart/form-data; boundary={BOUNDARY.decode()}"),
-            request(whole, "multipart/form-data"),
+            form(whole, end=b""), request(b"--other\r\n\r\n", FORM), request(whole, "multipart/form-data")
         ],
-        "slow body": [b"slow"],
+        "slow body": [[(head + b"Content-Length: 900\r\n\r\n", 0), *[(b"x", 0.5)] * 60]],
     }  # fmt: skip
 
 
@@ -176,10 +159,8 @@ def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
-    score = novelty.fit(images, images[:8], []).to_dict()
-    about = {"best_step": 1, "fingerprint": ""}
-    metadata = Metadata(name, classes, size, "phantom_ct", novelty=score, about=about)
-    (workdir / "model.json").write_text(metadata.to_json())
+    extra = {"novelty": novelty.fit(images, images[:8], []).to_dict(), "about": {"best_step": 1, "fingerprint": ""}}
+    (workdir / "model.json").write_text(Metadata(name, classes, size, "phantom_ct", **extra).to_json())
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(best, {"step": 1, "best_step": 1}, best=True)
     return str(workdir)

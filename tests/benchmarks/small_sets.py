@@ -1,11 +1,8 @@
 """The 30 runs behind the first tables of experiments/README.md: python -m tests.benchmarks.small_sets --run
 
-Two small real data sets, prepared as `folder/ct`, `folder/ct-no_lungs` and `folder/xray` (commands in
-experiments/README.md), five initializations, three seeds. Runs what is missing, each in its own process, then prints
-the tables; without --run it prints the commands of missing runs, and the tables of finished ones. Hours on 2 cores.
+Runs what is missing, each in its own process, then prints the tables; without --run it prints the commands.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -16,8 +13,10 @@ import numpy as np
 
 from lungjax.evaluation import bootstrap, predictions
 from lungjax.evaluation.predictions import Predictions
+from tests.benchmarks import harness
 
 EPOCHS = {"ct": 4, "xray": 6}
+SEEDS = 3
 # With the study's valid padding, these sizes give last feature maps of a few cells.
 CBR = {"simple": 128, "cbr_small": 128, "cbr_tiny": 96}
 LITE = "efficientnet_lite0"
@@ -25,7 +24,6 @@ STARTS = [*((model, "none") for model in CBR), (LITE, "none"), (LITE, "imagenet"
 
 
 def command(data: str, model: str, weights: str, seed: int, workdir: Path) -> list[str]:
-    """Returns the arguments of one run."""
     if model == LITE:
         flags = [f"--experiment=finetune:dataset=folder/{data},weights={weights},size=128"]
     else:
@@ -35,9 +33,9 @@ def command(data: str, model: str, weights: str, seed: int, workdir: Path) -> li
     return ["-m", "lungjax.main", *flags]
 
 
-def results(data: str, model: str, weights: str, root: Path, seeds: int, kind: str = "test") -> list[Predictions]:
+def results(data: str, model: str, weights: str, root: Path, kind: str = "test") -> list[Predictions]:
     """Returns the predictions of the finished runs, one per seed."""
-    files = [root / f"{data}-{model}-{weights}-{s}" / f"predictions_{kind}.csv" for s in range(seeds)]
+    files = [root / f"{data}-{model}-{weights}-{s}" / f"predictions_{kind}.csv" for s in range(SEEDS)]
     return [predictions.read(file) for file in files if file.exists() and (file.parent / "report.md").exists()]
 
 
@@ -51,41 +49,30 @@ def cell(runs: Sequence[Predictions], name: str, unit: str = "slice") -> str:
     return f"{mean:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
 
 
-def tables(data: str, root: Path, seeds: int) -> str:
+def tables(data: str, root: Path) -> str:
     """Returns the two tables of a data set in markdown: complete test split, and per source."""
     rows = [["network", "start", "seeds", "AUC, slice", "AUC, patient", "accuracy, slice"]]
     rows[0] += ["AUC, no lungs"] if data == "ct" else []
     by_source, sources = [], {}
     for model, weights in STARTS:
-        runs = results(data, model, weights, root, seeds)
+        runs = results(data, model, weights, root)
         start = "ImageNet" if weights == "imagenet" else "random"
         scores = [cell(runs, "auc_macro"), cell(runs, "auc_macro", "patient"), cell(runs, "accuracy")]
         if data == "ct":
-            scores.append(cell(results(data, model, weights, root, seeds, "no_lungs"), "auc_macro"))
+            scores.append(cell(results(data, model, weights, root, "no_lungs"), "auc_macro"))
         rows.append([model, start, str(len(runs)), *scores])
         if runs:
             names, counts = np.unique(runs[0].sources, return_counts=True)
             sources = dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1]))
-            parts = ([bootstrap.take(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
+            parts = ([predictions.take(p, np.flatnonzero(p.sources == s)) for p in runs] for s in sources)
             by_source.append([f"{model}, {start}", *(f"{cell(p, 'auc_macro')}; {cell(p, 'accuracy')}" for p in parts)])
     head = ["AUC; accuracy per slice", *(f"{s}, {n} images" for s, n in sources.items())]
-    return f"{markdown(rows)}\n\n{markdown([head, *by_source])}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table whose first row is the header."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+    return f"{harness.table(rows[0], rows[1:])}\n\n{harness.table(head, by_source)}"
 
 
 def main() -> None:
-    """Runs what is missing if requested, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/small_sets"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--run", action="store_true")
-    flags = parser.parse_args()
-    for seed in range(flags.seeds):
+    flags = harness.parse(__doc__, workdir=Path("runs/small_sets"), run=False)
+    for seed in range(SEEDS):
         for data in EPOCHS:
             for model, weights in STARTS:
                 folder = flags.workdir / f"{data}-{model}-{weights}-{seed}"
@@ -95,7 +82,7 @@ def main() -> None:
                     if flags.run and subprocess.run([sys.executable, *arguments]).returncode:
                         print(f"failed: {folder}", file=sys.stderr)
     for data in EPOCHS:
-        print(f"\n## {data}\n\n{tables(data, flags.workdir, flags.seeds)}")
+        print(f"\n## {data}\n\n{tables(data, flags.workdir)}")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,144 @@
 """The frameworks of `train.py`: each process trains one network, and is idle between requests.
 
-Started by `train.py`, by path, in an interpreter that needs only its own library: lungjax with jax, flax and optax
-(grain, TFDS, orbax, h5py and scikit-image are hidden, so that a machine without them measures the same), Keras with
-jax, or torch with timm. The process builds and compiles, prints one line of JSON, and then answers each line
-{"steps": n} with the seconds per step, and {"end": true} with its peak memory.
+Each interpreter needs only its own library: lungjax with jax, flax and optax (grain, TFDS, orbax, h5py and scikit-image
+are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
 
-All train the same layers (`train_networks.py`) with Adam in float32.
+All train the same layers with Adam in float32. Layers, classes, dropout and stochastic depth are those of lungjax's
+networks; those that a library lacks (Keras's ResNet50V2 in torch, CBR in both) are defined here or in tests.parity.
 """
 
-import argparse
-import json
 import os
+import resource
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.train_networks import CLASSES, TIMM, channels, keras_network, torch_network
+from tests.benchmarks import harness
+from tests.parity.studies import CBR, build
 
 LR = 1e-3
+WARM_STEPS = 3  # after the first step: torch tunes its kernels for some steps
+TURN_SECONDS = 2.0  # length of a turn; at least one step
 ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotlib", "PIL", "tqdm")
 
+CLASSES = 3
+KERAS = {
+    "efficientnet_b0": "EfficientNetB0", "mobilenetv2": "MobileNetV2", "efficientnetv2_s": "EfficientNetV2S",
+    "convnext_tiny": "ConvNeXtTiny", "resnet50v2": "ResNet50V2", "densenet121": "DenseNet121",
+}  # fmt: skip
+TIMM = {
+    "efficientnet_b0": "tf_efficientnet_b0", "mobilenetv2": "mobilenetv2_100",
+    "efficientnetv2_s": "tf_efficientnetv2_s", "convnext_tiny": "convnext_tiny", "densenet121": "densenet121",
+}  # fmt: skip
 
-@dataclass
-class Contender:
-    """A compiled training step and its facts."""
 
-    advance: Callable[[int], float]  # runs that many steps and waits; returns the last loss
-    versions: str
-    parameters: int
-    compile_seconds: float
-    facts: dict[str, Any] = field(default_factory=dict)
-    peak_bytes: Callable[[], int] | None = None  # on the device; None: the peak of the process
+def channels(network: str) -> int:
+    """Returns the number of image channels: the CBR networks are for gray images."""
+    return 1 if network in CBR else 3
+
+
+def keras_network(network: str, side: int) -> Any:
+    """Returns the Keras model with three logits, from keras.applications if it is there."""
+    import keras
+
+    if network in KERAS:
+        plain = {"include_preprocessing": False} if network in ("efficientnetv2_s", "convnext_tiny") else {}
+        make = getattr(keras.applications, KERAS[network])
+        return make(weights=None, input_shape=(side, side, 3), classes=CLASSES, classifier_activation=None, **plain)
+    return build(network, side, channels=1, outputs=CLASSES)
+
+
+def torch_network(network: str) -> Any:
+    """Returns the torch module with three logits, from timm if it has the same layers."""
+    import torch
+
+    if network in TIMM:
+        if torch.version.cuda is None:  # timm imports torchvision, whose operators a CPU-only torch may lack
+            from tests.parity.references import import_torchvision
+
+            import_torchvision(torch)
+        import timm
+
+        drop = {"drop_rate": 0.2, "drop_path_rate": 0.2} if network.startswith("efficientnet") else {}
+        return timm.create_model(TIMM[network], pretrained=False, num_classes=CLASSES, **drop)
+    if network == "resnet50v2":
+        return resnet50v2()
+    kernel, widths, last_pool = CBR[network]
+    stack: list[Any] = []
+    for into, width in zip((1, *widths), widths, strict=False):
+        norm = torch.nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+        stack += [torch.nn.Conv2d(into, width, kernel), norm, torch.nn.ReLU(inplace=True), torch.nn.MaxPool2d(3, 2)]
+    ends = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], CLASSES)]
+    return torch.nn.Sequential(*(stack if last_pool else stack[:-1]), *ends)
+
+
+def resnet50v2() -> Any:
+    """Returns Keras's ResNet50V2: timm's has its strides elsewhere and a sixth more arithmetic."""
+    import torch
+    from torch import nn
+
+    norm = partial(nn.BatchNorm2d, eps=1.001e-5, momentum=0.01)
+
+    class Block(nn.Module):
+        def __init__(self, into: int, width: int, stride: int):
+            super().__init__()
+            self.preact = nn.Sequential(norm(into), nn.ReLU(inplace=True))
+            self.grows = into != 4 * width
+            self.shortcut = nn.Conv2d(into, 4 * width, 1, stride) if self.grows else nn.MaxPool2d(1, stride)
+            self.branch = nn.Sequential(
+                nn.Conv2d(into, width, 1, bias=False), norm(width), nn.ReLU(inplace=True),
+                nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(inplace=True),
+                nn.Conv2d(width, 4 * width, 1),
+            )  # fmt: skip
+
+        def forward(self, x: Any) -> Any:
+            y = self.preact(x)
+            return self.shortcut(y if self.grows else x) + self.branch(y)
+
+    layers: list[Any] = [nn.Conv2d(3, 64, 7, 2, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)]
+    into = 64
+    for stage, repeats in enumerate((3, 4, 6, 3)):
+        for i in range(1, repeats + 1):
+            layers.append(Block(into, 64 * 2**stage, 2 if i == repeats and stage < 3 else 1))
+            into = 256 * 2**stage
+    ends = [norm(into), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, CLASSES)]
+    return torch.nn.Sequential(*layers, *ends)
 
 
 def normalized(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 images [batch, side, side, channels] and int32 labels, for the peers."""
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch, side, side, channels(network))).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(batch, side, side, channels(network))).astype(np.float32)
     return images, (np.arange(batch) % CLASSES).astype(np.int32)
 
 
-def compiled(step: Any, *shapes: Any) -> tuple[Any, float, dict[str, Any]]:
-    """Returns a jitted step compiled, the seconds for tracing and compiling, and XLA's count of its operations."""
+# A function that trains one step and returns its loss on the device, and facts.
+Framework = tuple[Callable[[], Any], dict[str, Any]]
+
+
+def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callable, **facts: Any) -> Framework:
+    """Compiles a jitted function of state and data; `unpack` returns the new state and the loss of its result."""
     start = time.perf_counter()
     program = step.lower(*shapes).compile()
-    seconds = time.perf_counter() - start
-    return program, seconds, {"flops": (program.cost_analysis() or {}).get("flops")}
+    facts["compile_seconds"] = time.perf_counter() - start
+    facts["flops"] = (program.cost_analysis() or {}).get("flops")
+
+    def advance() -> Any:
+        nonlocal state
+        state, loss = unpack(program(state, data))
+        return loss
+
+    return advance, facts
 
 
-def jax_peak() -> Callable[[], int] | None:
-    """Returns a function for the peak memory of the device, None if jax doesn't count it (CPU)."""
-    import jax
-
-    stats = jax.devices()[0].memory_stats()
-    if not stats or "peak_bytes_in_use" not in stats:
-        return None
-    return lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-
-
-def lungjax_contender(cell: dict[str, Any]) -> Contender:
+def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
     """lungjax, compiled as by `lungjax.training.train`."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
-    from lungjax.runtime import environment
-
-    environment.keep_freed_memory()  # as lungjax.main does
-
+    harness.keep_freed_memory()
     import flax
     import jax
     import optax
@@ -81,36 +148,27 @@ def lungjax_contender(cell: dict[str, Any]) -> Contender:
     from lungjax.runtime import mesh as meshes
     from lungjax.training import program
 
-    network, side, batch = cell["network"], cell["size"], cell["batch"]
     config = Config(
         input=InputSpec(size=(side, side), channels=channels(network), mean=(0.5,), std=(0.25,)),
         # Keras's and timm's ConvNeXt drop no paths by default.
-        model=ModelConfig(name=network, dtype=cell["dtype"], drop_path=0.0 if "convnext" in network else None),
+        model=ModelConfig(name=network, dtype=dtype, drop_path=0.0 if "convnext" in network else None),
         optim=OptimConfig(name="adam", lr=LR),
         train=TrainConfig(batch_size=batch, steps=10**6),
     )
-    mesh = meshes.make_mesh(1)
-    labels = (np.arange(batch) % CLASSES).astype(np.int32)
+    mesh, labels = meshes.make_mesh(1), (np.arange(batch) % CLASSES).astype(np.int32)
     built = program.build(config, tuple("abc"), labels, mesh)
     images = np.random.default_rng(0).integers(0, 256, (batch, side, side, channels(network)), np.uint8)
     examples = {"image": images, "label": labels, "place": np.arange(batch, dtype=np.uint32)}
-    on_device = meshes.to_devices(examples, mesh)
-    step, seconds, facts = compiled(built.train_step, built.abstract_state, on_device)
-    current = built.new_state({})
-
-    def advance(steps: int) -> float:
-        nonlocal current
-        for _ in range(steps):
-            current, metrics = step(current, on_device)
-        jax.block_until_ready(current)
-        return float(metrics["loss"])
-
-    count = sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values())
+    data, state = meshes.to_devices(examples, mesh), built.new_state({})
     versions = f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
-    return Contender(advance, f"{versions}, {jax.devices()[0].device_kind}", count, seconds, facts, jax_peak())
+    return jax_framework(
+        built.train_step, (built.abstract_state, data), state, data, lambda out: (out[0], out[1]["loss"]),
+        versions=f"{versions}, {jax.devices()[0].device_kind}",
+        parameters=sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values()),
+    )  # fmt: skip
 
 
-def keras_contender(cell: dict[str, Any]) -> Contender:
+def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
     """Keras 3 on jax: exactly the function that `fit` compiles, `Model.train_step` under jit with its state donated.
 
     It is called without the loop, callbacks and iterator of `fit`, which could slow it, on a batch on the device.
@@ -119,123 +177,85 @@ def keras_contender(cell: dict[str, Any]) -> Contender:
     import jax
     import keras
 
-    if cell["dtype"] == "bfloat16":
+    if dtype == "bfloat16":
         keras.config.set_dtype_policy("mixed_bfloat16")
-    model = keras_network(cell["network"], cell["size"])
+    model = keras_network(network, side)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=loss)
     model.optimizer.build(model.trainable_variables)
     groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
-    current: Any = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
-    data = tuple(jax.device_put(array) for array in normalized(cell["network"], cell["batch"], cell["size"]))
-    built, seconds, facts = compiled(jax.jit(model.train_step, donate_argnums=0), current, data)
-    logs: Any = {}
-
-    def advance(steps: int) -> float:
-        nonlocal current, logs
-        for _ in range(steps):
-            logs, current = built(current, data)
-        jax.block_until_ready(current)
-        return float(logs["loss"])
-
-    count = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
-    versions = f"keras {keras.__version__}, jax {jax.__version__}"
-    return Contender(advance, versions, count, seconds, facts, jax_peak())
+    state = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
+    data = tuple(jax.device_put(array) for array in normalized(network, batch, side))
+    return jax_framework(
+        jax.jit(model.train_step, donate_argnums=0), (state, data), state, data, lambda out: (out[1], out[0]["loss"]),
+        versions=f"keras {keras.__version__}, jax {jax.__version__}",
+        parameters=sum(int(np.prod(variable.shape)) for variable in model.trainable_variables),
+    )  # fmt: skip
 
 
-def torch_contender(cell: dict[str, Any]) -> Contender:
+def torch(network: str, side: int, batch: int, dtype: str) -> Framework:
     """torch and timm, channels_last, fused Adam: eager on the CPU; on a GPU torch.compile, and autocast to bfloat16."""
     import torch
 
-    on_gpu = os.environ["BENCHMARK_DEVICE"] == "gpu"
+    on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.backends.cudnn.benchmark = True
     if not on_gpu:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(harness.cores())
     torch.manual_seed(0)
-    network = torch_network(cell["network"]).to(device, memory_format=torch.channels_last).train()
-    run = network
-    if cell["platform"] == "gpu":
-        run = torch.compile(network, backend="inductor")
-    images, labels = normalized(cell["network"], cell["batch"], cell["size"])
+    model = torch_network(network).to(device, memory_format=torch.channels_last).train()
+    run = torch.compile(model, backend="inductor") if on_gpu else model
+    images, labels = normalized(network, batch, side)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
     y = torch.from_numpy(labels.astype(np.int64)).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LR, fused=True)
-    half = cell["dtype"] == "bfloat16"
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
-    def advance(steps: int) -> float:
-        for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = torch.nn.functional.cross_entropy(run(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return loss.item()
+    def advance() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(run(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss
 
-    start = time.perf_counter()
-    advance(1)
-    seconds = time.perf_counter() - start
-    count = sum(p.numel() for p in network.parameters())
+    seconds, _ = harness.timed(lambda: advance().item())
     versions = f"torch {torch.__version__}"
-    if cell["network"] in TIMM:
+    if network in TIMM:
         import timm
 
         versions += f", timm {timm.__version__}"
-    return Contender(advance, versions, count, seconds, {}, torch.cuda.max_memory_allocated if on_gpu else None)
+    count = sum(p.numel() for p in model.parameters())
+    return advance, {"versions": versions, "parameters": count, "compile_seconds": seconds}
 
 
-def process_peak() -> int:
-    """Returns the peak memory of this process in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def busy_seconds() -> float:
-    """Returns the seconds that the cores of this process have worked for any process; 0 without /proc/stat."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    times = [line.split() for line in stat.read_text().splitlines() if line.split()[0] in names]
-    return sum(int(t[i]) for t in times for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
+def peak_bytes() -> int:
+    """Returns the peak memory of the GPU, without one that of the process."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    stats = sys.modules["jax"].devices()[0].memory_stats() if "jax" in sys.modules else {}
+    return (stats or {}).get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def turn(advance: Callable[[int], float], steps: int) -> dict[str, float]:
-    """Runs steps; returns seconds per step, the last loss, and the share of the cores that other processes used."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    busy, used, start = busy_seconds(), time.process_time(), time.perf_counter()
-    loss = advance(steps)
-    wall = time.perf_counter() - start
-    others = (busy_seconds() - busy - (time.process_time() - used)) / wall / cores
-    return {"seconds": wall / steps, "loss": loss, "others": max(others, 0.0)}
+def contender(name: str, case: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    """Compiles and warms up; returns facts, and a function for turns and for the peak memory at the end."""
+    advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](**case)
 
+    def run(steps: int) -> float:
+        for _ in range(steps):
+            loss = advance()
+        if name == "torch" and loss.is_cuda:
+            sys.modules["torch"].cuda.synchronize()
+        return float(loss)  # waits for the step
 
-def main() -> None:
-    """Answers requests until {"end": true}; an error is the last line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cell", required=True, help="a cell of train.py as JSON")
-    args = parser.parse_args()
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries must not mix with the answers
-    cell = json.loads(args.cell)
-    try:
-        builders = {"ours": lungjax_contender, "keras": keras_contender, "torch": torch_contender}
-        made = builders[cell["contender"]](cell)
-        facts = {"versions": made.versions, "parameters": made.parameters, "compile_seconds": made.compile_seconds}
-        print(json.dumps({**facts, **made.facts}), file=out, flush=True)
-        for line in sys.stdin:
-            request = json.loads(line)
-            peak = made.peak_bytes or process_peak
-            answer = {"peak_bytes": peak()} if "end" in request else turn(made.advance, request["steps"])
-            print(json.dumps(answer), file=out, flush=True)
-    except Exception as error:
-        traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
-    os._exit(0)  # without waiting for threads of libraries
+    run(1)
+    steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))[0]))
 
+    def reply(end: bool) -> dict[str, Any]:
+        if end:
+            return {"peak_bytes": peak_bytes()}
+        watch = harness.Watch()
+        loss = run(steps)
+        wall, _, others = watch.read()
+        return {"seconds": wall / steps, "loss": loss, "others": others}
 
-if __name__ == "__main__":
-    main()
+    return facts, reply

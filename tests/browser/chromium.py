@@ -80,26 +80,20 @@ class Browser:
         if session:
             message["sessionId"] = session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + SECONDS
         while True:
-            answer = self._read(end - time.monotonic())
-            if answer is None:
-                raise RuntimeError(f"the browser did not answer {method} in {SECONDS:g} s")
+            answer = self._read()
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return answer["result"]
             self.events.append(answer)
 
-    def _read(self, seconds: float) -> dict[str, Any] | None:
-        end = time.monotonic() + seconds
+    def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                return None
-            data = os.read(self._in, 1 << 20)
+            ready, _, _ = select.select([self._in], [], [], SECONDS)
+            data = os.read(self._in, 1 << 20) if ready else b""
             if not data:
-                raise RuntimeError("the browser exited")
+                raise RuntimeError(f"the browser exited, or sent nothing for {SECONDS:g} s")
             self._rest += data
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)

@@ -19,22 +19,8 @@ import numpy as np
 import pytest
 import scans
 from PIL import Image
-from visits import (
-    NAMELESS,
-    OUT,
-    READY,
-    WATCH,
-    card,
-    change,
-    click,
-    drop,
-    finished,
-    picture,
-    post,
-    served,
-    wait_for,
-    wait_for_map,
-)
+from services import wait_for
+from visits import NAMELESS, OUT, READY, WATCH, card, change, click, drop, finished, picture, post, served, wait_for_map
 
 TESTS = Path(__file__).parent.parent
 CLASSES = ("left", "middle", "right")
@@ -78,8 +64,8 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def service(trained, tmp_path_factory):
-    with served(trained, tmp_path_factory.mktemp("logs")) as address:
+def service(trained):
+    with served(trained) as address:
         yield address
 
 
@@ -335,12 +321,12 @@ def test_busy_service_and_model_without_maps(opened, service, files):
     assert not [event for event in page.events("Network.requestWillBeSent") if "explain" in event["request"]["url"]]
 
 
-def test_token_and_synthetic_data_warning(opened, trained, files, tmp_path):
+def test_token_and_synthetic_data_warning(opened, trained, files):
     text = (trained / "model.json").read_text("utf-8")
     with ExitStack() as stack:
         (trained / "model.json").write_text(text.replace('"folder/small"', '"phantom_ct/default"'), "utf-8")
         stack.callback((trained / "model.json").write_text, text, "utf-8")
-        address = stack.enter_context(served(trained, tmp_path, TOKEN))
+        address = stack.enter_context(served(trained, TOKEN))
         page = opened(address)
         page.until("!document.getElementById('token').hidden")
         assert not page.run(READY)

@@ -2,20 +2,17 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from chromium import Page
+from services import running
 
-ROOT = Path(__file__).parent.parent.parent
+import lungjax
+
 READY = "!document.getElementById('layout').hidden"
 # Runs before the page's scripts: counts violations of the content policy, and layout shifts.
 WATCH = """window.violations = []; window.shift = 0;
@@ -48,36 +45,10 @@ CARD = """(() => {
 
 
 @contextmanager
-def served(run: Path, folder: Path, token: str = "") -> Iterator[str]:
+def served(run: Path, token: str = "") -> Iterator[str]:
     """Serves a run on a free port; yields the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}/"
-    environment = os.environ | ({"LUNGJAX_TOKEN": token} if token else {})
-    log = folder / f"serve_{port}.log"
-    command = [sys.executable, "-m", "lungjax.serve", f"--model={run}", f"--port={port}"]
-    with log.open("w") as lines:
-        process = subprocess.Popen(command, stdout=lines, stderr=lines, env=environment, cwd=ROOT)
-    try:
-        end = time.monotonic() + 120
-        while not answers(f"{address}health"):
-            assert process.poll() is None, f"the service ended: {log.read_text()[-2000:]}"
-            assert time.monotonic() < end, f"the service did not start: {log.read_text()[-2000:]}"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(90)
-
-
-def answers(address: str) -> bool:
-    """Whether an address answers 200."""
-    try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.HTTPError):
-        return False
+    with running(lungjax.load(run), token=token) as service:
+        yield f"http://127.0.0.1:{service.port}/"
 
 
 def post(address: str, path: Path) -> Any:
@@ -123,14 +94,6 @@ def click(page: Page, selector: str) -> None:
 def wait_for_map(page: Page) -> None:
     """Waits for the first saliency map."""
     page.until("[...document.querySelectorAll('.heat')].some((image) => image.complete && image.naturalWidth)")
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    """Waits until a function returns true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
 
 
 def picture(page: Page, name: str) -> None:

@@ -5,17 +5,16 @@ import functools
 import io
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from lungjax.data import duplicates
 
 
 @functools.cache
-def chest(seed: int, size: int = 200) -> np.ndarray:
-    """A synthetic slice: body, lungs and vessels with places and sizes drawn by `seed`, uint8 [size, size]."""
+def chest(seed: int) -> np.ndarray:
+    """A synthetic slice: body, lungs and vessels with places and sizes drawn by `seed`, uint8 [200, 200]."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size - 0.5
+    y, x = np.mgrid[:200, :200] / 200 - 0.5
     wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
     image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
     for side in (-1, 1):
@@ -39,11 +38,6 @@ def scale(image: np.ndarray, factor: float) -> np.ndarray:
 
 def gamma(image: np.ndarray, power: float, add: float = 0.0) -> np.ndarray:
     return np.clip(255 * (image / 255.0) ** power + add, 0, 255).round().astype(np.uint8)
-
-
-def cut_border(image: np.ndarray, part: float) -> np.ndarray:
-    h, w = (round(part * n) for n in image.shape)
-    return image[h : image.shape[0] - h, w : image.shape[1] - w]
 
 
 COPIES = (
@@ -75,27 +69,12 @@ def test_flat_pictures_have_no_hash():
     assert duplicates.phash(gamma(chest(0), 1.0, -20) // 8) != 0  # dark, but not flat
 
 
-def test_hash_is_signs_of_low_frequencies():
-    image = chest(0, 64)
-    bits = [duplicates.phash(image) >> k & 1 for k in range(63, -1, -1)]
-    place = np.arange(64)
-    waves = np.cos(np.pi / 64 * (place[None, :] + 0.5) * place[:, None])
-    spectrum = waves @ image.astype(float) @ waves.T
-    radius = (place[:, None] ** 2 + place[None, :] ** 2).astype(float)
-    # The 64 lowest of radius 5 and more, ties by row: bits in that order.
-    order = sorted((radius[y, x], y, x) for y in range(64) for x in range(64) if radius[y, x] >= 25)[:64]
-    np.testing.assert_array_equal(bits, [spectrum[y, x] > 0 for _, y, x in order])
-
-
 def test_thumbnail_replaces_its_picture():
     image = chest(3)
     small = duplicates.thumbnail(image)
     assert small.shape == (64, 64) and small.dtype == np.uint8
     np.testing.assert_array_equal(duplicates.thumbnail(small), small)
     assert hamming(duplicates.phash(image), duplicates.phash(small)) <= 1
-    for wrong in (image[..., None], image.astype(np.float32)):
-        with pytest.raises(ValueError, match="gray"):
-            duplicates.phash(wrong)
 
 
 def brute_force(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[list[int]]:
@@ -127,16 +106,9 @@ def test_search_equals_brute_force(monkeypatch):
         assert len(expected) > 50 and near.note == "" and near.pairs.tolist() == expected
         shuffled = duplicates.near_pairs(hashes[order], groups[order], distance)
         assert sorted(np.sort(order[shuffled.pairs], axis=1).tolist()) == expected
-
-
-def test_search_of_empty_and_invalid_input():
     for none in (np.zeros(0, np.uint64), np.zeros(7, np.uint64)):
         near = duplicates.near_pairs(none, np.arange(len(none)))
         assert near.pairs.shape == (0, 2) and near.note == ""
-    hashes = np.array([5, 5, 4, 0, 0], np.uint64)
-    for groups, distance in ((np.arange(5), -1), (np.arange(5), 16), (np.arange(4), 4)):
-        with pytest.raises(ValueError, match="distance"):
-            duplicates.near_pairs(hashes, groups, distance)
 
 
 def test_many_equal_hashes_are_bounded():
@@ -158,9 +130,8 @@ def test_groups_take_turns_in_equal_hashes(monkeypatch):
 
 
 def test_limits_are_reported(monkeypatch):
-    rng = np.random.default_rng(0)
     band = np.uint64(sum(1 << bit for bit in range(0, 64, 5)))
-    hashes = rng.integers(1, 2**64 - 1, 2000, dtype=np.uint64) & ~band
+    hashes = np.random.default_rng(0).integers(1, 2**64 - 1, 2000, dtype=np.uint64) & ~band
     assert duplicates.near_pairs(hashes, np.arange(2000), 4).note == ""
     monkeypatch.setattr(duplicates, "MAX_PARTNERS", 500)
     near = duplicates.near_pairs(hashes, np.arange(2000), 4)
@@ -172,15 +143,14 @@ def test_limits_are_reported(monkeypatch):
     assert len(near.pairs) <= 1000 and "stopped" in near.note
 
 
-def test_confirm():
+def test_likeness():
     pictures = [chest(seed) for seed in range(6)]
-    changes = [*COPIES, lambda a: cut_border(a, 0.03), lambda a: cut_border(a, 0.04)[:, 6:]]
+    changes = [*COPIES, lambda a: a[6:-6, 6:-6], lambda a: a[8:-8, 14:-8]]
     images = pictures + [change(a) for a in pictures for change in changes]
     pairs = np.array([(i // len(changes), 6 + i) for i in range(len(images) - 6)])
-    assert duplicates.confirm(pairs, images.__getitem__).all()
+    assert duplicates.likeness(pairs, images.__getitem__).min() >= duplicates.MIN_CORRELATION
     others = np.array([(i, j) for i in range(6) for j in range(i)])
     assert duplicates.likeness(others, images.__getitem__).max() < 0.87  # one smooth outline fits another
-    assert duplicates.confirm(np.zeros((0, 2), np.int64), images.__getitem__).shape == (0,)
 
 
 def test_near_twins():
@@ -196,11 +166,11 @@ def test_near_twins():
 
 
 def test_real_images(shared):
-    for kind, rate in (("ct", 4), ("xray", 4)):
+    for kind in ("ct", "xray"):
         with open(shared / "data" / kind / "labels.csv") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
         pairs_by_eye = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
-        rows = [row for i, row in enumerate(rows) if i % rate == 0 or any(name in row["path"] for name in pairs_by_eye)]
+        rows = [row for i, row in enumerate(rows) if i % 4 == 0 or any(name in row["path"] for name in pairs_by_eye)]
         small, hashes = [], []
         for row in rows:
             image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))
@@ -209,7 +179,7 @@ def test_real_images(shared):
         hashes, groups, names = np.array(hashes, np.uint64), [r["group"] for r in rows], [r["path"] for r in rows]
         assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
         if kind == "ct":  # without groups, slices of one patient that are in the collection twice (verified by eye)
-            near = duplicates.near_twins(hashes, names, names, small.__getitem__, distance=4).pairs
+            near = duplicates.near_twins(hashes, names, names, small.__getitem__).pairs
             assert all(groups[i] == groups[j] for i, j in near)
             pairs = {(names[i], names[j]) for i, j in near}
             assert ("COVID/seg20_r03.jpg", "COVID/seg20_r04.jpg") in pairs

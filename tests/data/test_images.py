@@ -118,12 +118,9 @@ def test_exif_orientation_is_ignored():
 
 
 def deep_color_png():
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + struct.pack(">HHH", 1000, 2000, 3000))
-    return images.SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    data = encoded(COLOR)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def test_unsupported_files():

@@ -1,26 +1,24 @@
 """The clean protocol and the leak counts on hand-made columns, and two data sets compared."""
 
 import numpy as np
-import pytest
 
 from lungjax.data import duplicates, leakage
 
 SPLITS = ("train", "val", "test")
-NONE = np.zeros((0, 2), np.int64)
 
 
 def clean(text, near=()):
     """Rows are "split label group pixels", separated by commas; the split "-" is none."""
     splits, labels, groups, pixels = zip(*(row.split() for row in text.split(",")), strict=True)
     splits = ["" if split == "-" else split for split in splits]
-    return leakage.clean(splits, list(map(int, labels)), groups, pixels, np.array(near, np.int64).reshape(-1, 2))
+    near = np.array(near, np.int64).reshape(-1, 2)
+    return leakage.clean(splits, list(map(int, labels)), groups, pixels, near, "patients")
 
 
 def test_clean_keeps_what_leaks_nothing():
     assert clean("train 0 a 1, val 0 b 2, test 1 c 3, - 1 d 4") == (["train", "val", "test", ""], [])
     # Images in no split remove nothing.
     assert clean("train 0 a 1, - 1 a 1, - 0 b 2, val 1 b 3", [(0, 2)]) == (["train", "", "", "val"], [])
-    assert leakage.clean([], [], [], [], NONE) == ([], [])
 
 
 def test_clean_groups():
@@ -80,23 +78,16 @@ def test_clean_leaves_no_leak_in_any_order():
         rng = np.random.default_rng(seed)
         *columns, near = random_columns(rng)
         splits, _, groups, pixels = columns
-        result, _ = leakage.clean(*columns, near)
+        result, _ = leakage.clean(*columns, near, "patients")
         after = leakage.leaks(members(result), groups, pixels, near)
         assert all(counts["images"] > 10 and counts["any"] == 0 for counts in after.values())
         assert leakage.leaks(members(splits), groups, pixels, near)["test"]["any"] > 20
         assert all(d in ("", s) for d, s in zip(result, splits, strict=True))
         order = rng.permutation(len(splits))
-        shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near])
+        shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near], "patients")
         # Copies in one group and split are interchangeable.
         expected = [(pixels[i], groups[i], s) for i, s in enumerate(result) if s]
         assert sorted((pixels[i], groups[i], s) for i, s in zip(order, shuffled, strict=True) if s) == sorted(expected)
-
-
-def test_clean_invalid_columns():
-    with pytest.raises(ValueError, match="valid"):
-        clean("valid 0 a 1")
-    with pytest.raises(ValueError, match="labels"):
-        leakage.clean(["train", "val"], [0], ["a", "b"], ["1", "2"], NONE)
 
 
 def test_leaks():
@@ -110,7 +101,7 @@ def test_leaks():
     assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
     assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
     assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}
-    val, test = leakage.leak_notes(leaks)
+    val, test = leakage.leak_notes(leaks, "protocol=study", "patients")
     assert val.startswith("2 of 3 val images") and "in val" not in val and "1 have" not in test
     assert "1 has an exact copy in val" in test
 
@@ -129,7 +120,6 @@ def test_worst_pairs_first():
         "b.png (train, ill) ~ f.png (train, ill)",
     ]
     assert leakage.pairs_named(members, files, labels, pixels, near) == pairs
-    assert leakage.pairs_named(members, files, labels, pixels, near, limit=2) == pairs[:2]
     assert leakage.pairs_named({}, files, labels, pixels, near) == []
 
 
@@ -150,11 +140,10 @@ def test_cross():
     two = side("two", ["x", "y", "z", "w", "v"], ["p9", "p3", "q", "q", "r"], ["0", "0", "8", "9", "8"], images)
     result = leakage.cross(one, two)
     lines = result.pop("lines")
-    assert result | {"examples": 0} == {"groups": ["p3"], "exact": [1, 2], "near": [1, 2], "examples": 0, "note": ""}
-    assert result["examples"] == ["a = x", "c ~ z"]
+    assert result == {"exact": [1, 2], "near": [1, 2], "examples": ["a = x", "c ~ z"], "note": ""}
     assert lines[0].endswith("1 (p3)") and lines[1].startswith("1 of 4 images of one has")
     other = leakage.cross(one, side("three", ["x"], ["p4"], ["9"], [picture(9)]))
-    assert (other["exact"], other["near"], other["groups"], other["examples"]) == ([0, 0], [0, 0], [], [])
+    assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
 
 
 def test_cross_lists_both_kinds_of_pairs():

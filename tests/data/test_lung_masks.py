@@ -93,13 +93,8 @@ def test_air_above_table_and_trachea_are_not_lung():
 def test_stages():
     image, _ = drawing()
     body, lung = lung_masks.body_mask(image), lung_masks.lung_mask(image)
-    for stage, mask in (
-        ("nobackg", body),
-        ("crop", body),
-        ("lungs_nocrop", lung),
-        ("lungs", lung),
-        ("no_lungs", ~lung),
-    ):
+    masks = {"nobackg": body, "crop": body, "lungs_nocrop": lung, "lungs": lung, "no_lungs": ~lung}
+    for stage, mask in masks.items():
         result = lung_masks.apply(image, stage)
         x0, y0, x1, y1 = (int(v) for v in result.region)
         assert result.found and result.image.dtype == np.uint8
@@ -162,18 +157,6 @@ def test_canny_equals_opencv():
     step[:, 4:] = 255
     np.testing.assert_array_equal(study_masks.canny(step, 240, 255), np.arange(8) == np.full((6, 1), 3))
     assert not study_masks.canny(step // 8, 240, 255).any()
-
-
-def test_longest_contour():
-    lines = np.zeros((60, 60), bool)
-    lines[5:45, 5:45] = True
-    lines[8:42, 8:42] = False  # a frame: its outer outline is the longest
-    lines[20:30, 20:30] = True
-    lines[50:58, 2:58:2] = True  # many short ones
-    expected = np.zeros((60, 60), bool)
-    expected[5:45, 5:45] = True
-    np.testing.assert_array_equal(study_masks.longest_contour(lines), expected)
-    assert study_masks.longest_contour(np.zeros((9, 9), bool)) is None
 
 
 def test_study_body_mask():

@@ -27,13 +27,6 @@ def joined(parts):
     return [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
 
 
-def test_batch(small_data):
-    batch = take(small_data, CONFIG, 1)[0]
-    assert batch["image"].shape == (6, 20, 20, 1) and batch["image"].dtype == np.uint8
-    assert batch["label"].dtype == np.int32
-    np.testing.assert_array_equal(batch["place"], range(6))
-
-
 def test_epochs_cover_every_example_once(small_data):
     rows, order = pipeline.train_rows(small_data).tolist(), pipeline.order(small_data, CONFIG)
     first, second = ([order[i + len(rows) * epoch] for i in range(len(rows))] for epoch in (0, 1))
@@ -55,7 +48,10 @@ def test_order_depends_on_seed_and_step_alone(small_data):
 
 def test_worker_processes_keep_the_order(small_data):
     config = dataclasses.replace(CONFIG, data=DataConfig(workers=2))
-    assert_equal(take(small_data, config, 6, start=5), take(small_data, CONFIG, 6, start=5))
+    batches = take(small_data, CONFIG, 6, start=5)
+    assert_equal(take(small_data, config, 6, start=5), batches)
+    assert batches[0]["image"].shape == (6, 20, 20, 1) and batches[0]["image"].dtype == np.uint8
+    np.testing.assert_array_equal(batches[0]["place"], range(30, 36))
 
 
 def test_balanced_sampling(small_data):

@@ -1,6 +1,5 @@
 """Splits by group, and the splits of studies against scikit-learn itself."""
 
-import random
 from collections import Counter
 
 import numpy as np
@@ -12,14 +11,10 @@ from lungjax.data import splits, study_splits
 
 def patients(seed=0, count=300):
     """Patients of 1 to 40 slices, one class each, classes 70 : 20 : 10."""
-    rng = random.Random(seed)
-    labels, groups = [], []
-    for p in range(count):
-        label = rng.choices([0, 1, 2], [70, 20, 10])[0]
-        for _ in range(rng.randint(1, 40)):
-            labels.append(label)
-            groups.append(f"patient {p}")
-    return labels, groups
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 41, count)
+    labels = np.repeat(rng.choice(3, count, p=[0.7, 0.2, 0.1]), sizes)
+    return labels.tolist(), [f"patient {p}" for p in np.repeat(np.arange(count), sizes)]
 
 
 def mixed_patients():
@@ -38,7 +33,7 @@ def test_groups_stay_together_and_shares_are_close():
 def test_order_of_examples_does_not_matter():
     labels, groups = patients()
     result = dict(zip(groups, splits.make_splits(labels, groups, seed=1), strict=True))
-    order = random.Random(5).sample(range(len(labels)), len(labels))
+    order = np.random.default_rng(5).permutation(len(labels))
     shuffled = splits.make_splits([labels[i] for i in order], [groups[i] for i in order], seed=1)
     assert {groups[i]: split for i, split in zip(order, shuffled, strict=True)} == result
     assert dict(zip(groups, splits.make_splits(labels, groups, seed=2), strict=True)) != result

@@ -211,7 +211,7 @@ def test_bad_dicom_files(tmp_path):
         (ct(PixelSpacing=[0, 1]), "0 x 1 mm"),
         (ct(ImagePositionPatient=[1, 2]), "ImagePositionPatient"),
         (ct(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "unit vectors"),
-        (compressed(pydicom.uid.MPEG2MPML), "no package"),
+        (compressed(pydicom.uid.MPEG2MPML), "uncompressed"),
     )
     for read, cases in ((lambda path: dicom.picture(path, WIDE), pixel_errors), (dicom.header, header_errors)):
         for data, word in cases:

@@ -1,6 +1,5 @@
 """A user's folder: three layouts, 8 and 16 bits, splits and groups, and error messages."""
 
-import csv
 import os
 
 import numpy as np
@@ -203,16 +202,3 @@ def test_folder_errors(tmp_path):
     save(tmp_path / "in/train/b/x.png")
     with pytest.raises(ValueError, match="next to train: a"):
         prepare(tmp_path)
-
-
-def test_real_folder(shared, tmp_path):
-    """A sample of the real CT set: prefixes as sources, all images listed, no divided patient."""
-    with (shared / "data/ct/labels.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))[::40]
-    lines = [f"{shared / 'data/ct' / r['path']},{r['label']},{r['split']},{r['group']}" for r in rows]
-    write_table(tmp_path, "\n".join(["path,label,split,group", *lines]))
-    result, data = prepare(tmp_path, options=PrepareOptions(source_pattern="^([a-z0-9]+)_"))
-    assert result["images"] == len(rows) == len(data.records)
-    assert result["twins"]["leaks"]["clean"]["test"]["group_in_train"] == 0
-    assert {"mosmed", "sarscov2", "ucsd"} <= set(result["sources"])
-    assert data.records[7]["image"] == (shared / "data/ct" / rows[7]["path"]).read_bytes()

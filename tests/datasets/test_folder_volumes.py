@@ -1,9 +1,9 @@
 """DICOM and NIfTI in the layouts of `folder`: what is listed, what is kept of a person, what is refused."""
 
 import io
-import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +68,9 @@ def test_series_in_class_folders(tmp_path):
         for example, expected in zip(slices, hu + i, strict=True):
             np.testing.assert_array_equal(pixels(example), windowed(expected))
     assert len({(e.group, e.split) for e in result.examples}) == len({e.group for e in result.examples}) == 2
+    assert {e.group for e in listing(tmp_path, salt="other").examples}.isdisjoint(e.group for e in result.examples)
+    index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
+    assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # nothing personal
     notes = ("8 CT series", "2 files that are not images", "48 axial images of CT volumes, window -350 +/- 650")
     for note in (*notes, "1 DICOM files left out: localizers", "1 DICOM files left out: SR objects"):
         assert any(line.startswith(note) for line in result.notes)
@@ -75,10 +78,7 @@ def test_series_in_class_folders(tmp_path):
 
 def test_planes_and_positions(tmp_path):
     hu = class_folders(tmp_path)
-    middle = listing(tmp_path, plane="coronal", position="mid")
-    assert len(middle.examples) == 2 and not middle.body
-    assert [e.file.rpartition("/")[2] for e in middle.examples] == ["coronal-0005"] * 2
-    np.testing.assert_array_equal(pixels(middle.examples[0]), windowed(hu[::-1, 5]))
+    assert not listing(tmp_path, plane="coronal").body
     assert len(listing(tmp_path, plane="sagittal").examples) == 2 * 8
     (first, _) = listing(tmp_path, position="mid").examples
     assert first.file.endswith("/0003")
@@ -118,18 +118,6 @@ def test_table_of_folders_volumes_and_slices(tmp_path):
         np.testing.assert_array_equal(pixels(example), windowed(hu[i]))
     with pytest.raises(ValueError, match="several labels"):
         listing(tmp_path, plane="coronal").examples[0].image()
-
-
-def test_no_personal_data(tmp_path):
-    class_folders(tmp_path / "in", count=2)
-    for i in range(2):
-        data = scans.dataset(np.arange(12, dtype=np.uint16).reshape(3, 4) + i, "CR", PatientID=f"ID-{i}")
-        scans.save(data, tmp_path / "in" / "ab"[i] / f"Doe^Jane ID-{i}.dcm")
-    result = listing(tmp_path / "in")
-    index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
-    assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes} {result.classes}")
-    other = listing(tmp_path / "in", salt="other")
-    assert {e.group for e in other.examples}.isdisjoint(e.group for e in result.examples)
 
 
 def test_bad_files_and_series(tmp_path):
@@ -192,13 +180,8 @@ def test_prepared_volumes(tmp_path):
         hu = rng.integers(-1000, 300, (6, 10, 8), dtype=np.int16)
         scans.series(tmp_path / "in" / split / "ab"[i % 2] / f"Doe^Jane {i}", hu, **uids(i, f"ID-{i}"))
         expected[f"series-{pseudonym(f'1.2.{i}')}/coronal-0005"] = hu[::-1, 5]
-    damaged = scans.series(tmp_path / "in/train/a/damaged", scans.body(), **uids(9, "Q"))
-    for path in damaged[1:]:
-        os.remove(path)
-    with open(damaged[0], "r+b") as file:
-        data = file.read()
-        file.seek(0)
-        file.write(data.replace(b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"))
+    damaged = Path(scans.series(tmp_path / "in/train/a/damaged", scans.body()[:1], **uids(9, "Q"))[0])
+    damaged.write_bytes(damaged.read_bytes().replace(b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"))
     scans.save(scans.dataset(np.zeros((4, 4), np.uint16), "MR"), tmp_path / "in/train/b/mr.dcm")
     windows = (*WIDE, (40.0, 400.0), (-600.0, 1500.0))
     options = PrepareOptions(salt="secret", hu_windows=windows, plane="coronal", position="mid")
@@ -207,7 +190,7 @@ def test_prepared_volumes(tmp_path):
         datasets.write("folder/x-12x16", **settings)
     skipped = datasets.write("folder/x-12x16", on_bad_image="skip", **settings)["skipped"]
     assert sorted(bool("mr.dcm" in line) for line in skipped) == [False, True]
-    assert any(os.path.basename(damaged[0]) in line for line in skipped)
+    assert any(damaged.name in line for line in skipped)
     data = datasets.open_dataset("folder/x-12x16", tmp_path / "data")
     assert set(data.columns["file"].tolist()) == set(expected)
     for file, record in zip(data.columns["file"].tolist(), data.records, strict=True):
@@ -217,25 +200,3 @@ def test_prepared_volumes(tmp_path):
         np.testing.assert_allclose(image[..., 0].astype(int), np.asarray(resized).astype(int), atol=1)
     files = [path for path in (tmp_path / "data/folder").rglob("*") if path.is_file()]
     assert files and not [path for path in files if re.search(b"Doe|ID-", path.read_bytes())]
-
-
-def test_real_volume(shared, tmp_path):
-    """50 real slices as DICOM and as NIfTI: axial slices are unchanged, coronal cuts agree."""
-    files = sorted((shared / "data/covidx_ct_volume").glob("*.jpg"))
-    gray = np.stack([np.asarray(Image.open(file).convert("L").resize((256, 256))) for file in files])[::-1]
-    hu = np.rint(gray / 255 * 1500 - 1350).astype(np.int16)  # the lung window inverted
-    scans.series(tmp_path / "a/dicom", hu, (6.0, 1.4, 1.4))
-    scans.nifti(tmp_path / "b/scan.nii", hu, (6.0, 1.4, 1.4), axes="LPS")
-    lung = {"hu_windows": ((-600.0, 1500.0),)}
-    slices = [e for e in listing(tmp_path, **lung).examples if e.label == 0]
-    assert len(slices) == len(files)
-    np.testing.assert_allclose(pixels(slices[20]).astype(int), gray[20], atol=1)
-    one, other = listing(tmp_path, plane="coronal", position="mid", **lung).examples
-    picture = pixels(one)
-    assert picture.shape == (round(50 * 6.0 / 1.4), 256)
-    np.testing.assert_array_equal(picture, pixels(other))
-    # Head up: lungs and trachea above, liver below.
-    dark = picture[:, 70:186] < 100
-    assert dark[:50].mean() > 3 * dark[-50:].mean()
-    # The patient's right on the left: the liver, below on the left, leaves lung on the right.
-    assert dark[-60:, :58].mean() < dark[-60:, 58:].mean()

@@ -110,13 +110,3 @@ def test_body_mask_through_crop_and_resize(phantom):
             expected = images.resize(truth, view, made["body"].shape, "bilinear", True) > 127
             actual = made["body"] > 127
             assert 2 * (expected & actual).sum() / (expected.sum() + actual.sum()) > 0.98
-
-
-def test_box_margin():
-    image = np.arange(100 * 120).reshape(100, 120).astype(np.uint8)
-    columns = {"file": np.array(["f"]), "box": np.asarray([[20, 5, 60, 85]], np.float32)}
-    data = Prepared("x", ("a", "b"), columns, [{"image": encoded(image)}], None, "0")
-    made = pipeline.Reader(data, InputSpec(size=(80, 40), crop="box"), 0.25).example(0)
-    assert made["image"].shape == (120, 60, 1)
-    # 10 px are kept on each side; above the box there are 5 of the 20 px requested, below it 15.
-    np.testing.assert_allclose(made["box"], [10 / 60, 5 / 100, 50 / 60, 85 / 100], rtol=1e-6)

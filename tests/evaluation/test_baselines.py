@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation import baselines, metrics
 
@@ -52,18 +51,6 @@ def test_no_baseline_without_two_sources():
     assert baselines.source_only(make([(0, "a"), (1, "a")], TEST)) is None
     assert baselines.source_only(make([(0, "a"), (1, ""), (1, "a")], TEST)) is None
     assert baselines.source_only(make(TRAIN, TEST), "val") is None
-
-
-def test_guess_from_frequencies():
-    rng = np.random.default_rng(0)
-    labels, keys = rng.choice(3, 400, p=[0.7, 0.2, 0.1]), rng.integers(0, 9, 400)
-    train, test = np.arange(300), np.arange(300, 400)
-    keys[test[:4]] = 20  # not in train
-    counts = np.array([[np.sum((keys[train] == k) & (labels[train] == c)) for c in range(3)] for k in range(21)])
-    best = (parts := counts / np.bincount(labels[train])) == parts.max(axis=1, keepdims=True)
-    right = (best / best.sum(axis=1, keepdims=True))[keys[test], labels[test]]
-    expected = np.mean([right[labels[test] == c].mean() for c in range(3)])
-    assert statistics.guess(keys, labels, train, test, 3) == pytest.approx(expected)
 
 
 def test_warnings():

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 from random_predictions import make_predictions, random_predictions
-from sklearn import metrics as sk
+from scikit_metrics import by_scikit_learn
 
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, take
 
 DRAWS = 12
 
@@ -26,43 +26,6 @@ def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
     return [np.repeat(np.arange(len(p)), times) for times in drawn_counts(p, draws, seed).T]
 
 
-def by_scikit_learn(p: Predictions, rows: np.ndarray) -> dict[str, float]:
-    """All numbers of a level over explicit rows, NaN where scikit-learn or the definition has none."""
-    labels, s, z = p.labels[rows], p.probabilities[rows], p.logits[rows]
-    predicted, c = s.argmax(axis=1), len(p.classes)
-    one_hot = np.eye(c)[labels]
-    two_sided = [0 < one_hot[:, i].sum() < len(rows) for i in range(c)]
-    shares = one_hot.mean(axis=0)
-    result = {"accuracy": (predicted == labels).mean(), "loss": sk.log_loss(labels, s, labels=range(c))}
-    result["brier"] = ((s - one_hot) ** 2).sum(axis=1).mean()
-    place = np.ceil(s.max(axis=1) * 15 - 1e-12)
-    result["ece"] = sum(abs((s.max(axis=1) - (predicted == labels))[place == b].sum()) for b in range(16)) / len(rows)
-    each = sk.precision_recall_fscore_support(labels, predicted, labels=range(c), zero_division=np.nan)
-    rates = dict(zip(("precision", "recall", "f1"), each, strict=False))
-    for name, score in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
-        rates[name] = np.array([score(one_hot[:, i], s[:, i]) if two_sided[i] else np.nan for i in range(c)])
-        result[f"{name}_micro"] = score(one_hot.ravel(), s.ravel())
-    rest = [
-        sk.precision_recall_fscore_support(labels != i, predicted != i, labels=[True], zero_division=np.nan)
-        for i in range(c)
-    ]
-    rates["npv"], rates["specificity"] = (np.array([r[k][0] for r in rest]) for k in (0, 1))
-    for name, values in rates.items():
-        result |= {f"per_class.{p.classes[i]}.{name}": values[i] for i in range(c)}
-        result[f"{name}_macro"] = np.nanmean(values)
-        if name not in ("npv", "specificity"):
-            defined = ~np.isnan(values)
-            result[f"{name}_weighted"] = np.average(values[defined], weights=shares[defined])
-    result["balanced_accuracy"] = result["recall_macro"]
-    named = (z == z.max(axis=1, keepdims=True)) & (z != 0)  # TensorFlow Addons: both of a tie
-    result["study.f1_weighted"] = sk.f1_score(one_hot, named, average="weighted", zero_division=0)
-    result["study.auc_micro_logits"] = sk.roc_auc_score(one_hot.ravel(), z.ravel())
-    precision, recall = rates["precision"].mean(), rates["recall"].mean()
-    result["study.f1_macro_harmonic"] = 2 * precision * recall / (precision + recall)
-    result["study.accuracy_rounded"] = (np.round(s).argmax(axis=1) == labels).mean()
-    return result
-
-
 def percentiles(values):
     values = np.array(values)
     values = values[~np.isnan(values)]
@@ -76,7 +39,7 @@ def test_every_interval_against_scikit_learn(ties):
     assert min((p.labels[r] == 2).sum() for r in rows) == 0, "some draw lacks the rare class"
     each = [by_scikit_learn(p, r) for r in rows]
     intervals = bootstrap.intervals(p, DRAWS, seed=3)
-    point = metrics.numbers(metrics.summarize(p.labels, p.probabilities, p.classes, logits=p.logits))
+    point = metrics.numbers(metrics.summarize(p))
     assert intervals.keys() == point.keys() == each[0].keys()
     for name, ends in intervals.items():
         low, high = percentiles([draw[name] for draw in each])
@@ -98,7 +61,7 @@ def test_draws_depend_on_the_seed_alone(monkeypatch):
 def test_copies_of_slices_narrow_no_interval():
     p = dataclasses.replace(random_predictions(60), groups=np.array([f"p{i:02}" for i in range(60)]))
     ids = np.array([f"{i}" for i in range(240)])
-    four = dataclasses.replace(bootstrap.take(p, np.repeat(np.arange(60), 4)), ids=ids)
+    four = dataclasses.replace(take(p, np.repeat(np.arange(60), 4)), ids=ids)
     once, often = bootstrap.intervals(p, 100), bootstrap.intervals(four, 100)
     assert all(often[name] == pytest.approx(once[name], abs=1e-12) for name in once)
     alone = bootstrap.intervals(dataclasses.replace(four, groups=np.full(240, "")), 100)
@@ -128,7 +91,7 @@ def test_undefined_in_most_draws():
     assert bootstrap.over_runs([one], ["accuracy"], 200) == {"accuracy": (1, None, None)}
     same = bootstrap.paired_difference(one, one, ["accuracy"])["accuracy"]
     assert same == bootstrap.Difference(1, 1, 0, None, None, None)
-    none = bootstrap.take(p, np.zeros(0, int))
+    none = take(p, np.zeros(0, int))
     assert bootstrap.intervals(none) == {} and bootstrap.intervals(none, unit="patient") == {}
     assert bootstrap.over_runs([none], ["auc_macro"]) == {"auc_macro": (None, None, None)}
 
@@ -140,7 +103,7 @@ def test_patient_level():
 
 
 def shuffled(p: Predictions) -> Predictions:
-    return bootstrap.take(p, np.random.default_rng(0).permutation(len(p)))
+    return take(p, np.random.default_rng(0).permutation(len(p)))
 
 
 def test_runs_are_averaged_and_resampled():
@@ -194,9 +157,9 @@ def test_runs_of_different_test_sets():
     groups = np.where(p.ids == "i7", "elsewhere", p.groups)
     for changed, words in (
         (dataclasses.replace(p, classes=("a", "b", "d")), "classes: a, b, c and a, b, d"),
-        (bootstrap.take(p, np.arange(89)), "examples, 90 and 89: 1 only in the first, such as i89"),
+        (take(p, np.arange(89)), "examples, 90 and 89: 1 only in the first, such as i89"),
         (dataclasses.replace(p, ids=np.char.add(p.ids, "x")), "90 only in the first, such as i0; 90 only"),
-        (bootstrap.take(p, np.array([0, *range(1, 89), 0])), "examples, 90 and 90: 1 only in the first"),
+        (take(p, np.array([0, *range(1, 89), 0])), "examples, 90 and 90: 1 only in the first"),
         (dataclasses.replace(p, labels=labels), "labels for 1 of 90 examples, such as i4"),
         (dataclasses.replace(p, groups=groups), "patients for 1 of 90 examples, such as i7: .*'elsewhere'"),
     ):

@@ -19,10 +19,6 @@ def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
     return make_predictions(labels, np.exp(z * sharpness), logits=z * sharpness + 7.0 if logits else None)
 
 
-def summarize(p):
-    return metrics.summarize(p.labels, p.probabilities, p.classes)
-
-
 def test_temperature_undoes_the_sharpening():
     for sharpness, logits in ((0.5, True), (1.0, False), (3.0, True), (3.0, False)):
         p = make(sharpness=sharpness, logits=logits)
@@ -36,7 +32,7 @@ def test_temperature_undoes_the_sharpening():
         assert temperature == pytest.approx(optimize.brent(loss, brack=(0.2, sharpness, 9)), rel=1e-4)
         scaled = calibration.apply_temperature(p, temperature)
         np.testing.assert_array_equal(scaled.predicted, p.predicted)
-        before, after = summarize(p), summarize(scaled)
+        before, after = metrics.summarize(p), metrics.summarize(scaled)
         assert after["loss"] == pytest.approx(loss(temperature)) and after["loss"] <= before["loss"]
         assert after["ece"] < 0.03 and after["accuracy"] == before["accuracy"]
         if sharpness != 1:
@@ -71,17 +67,17 @@ def test_bounds_and_certain_predictions():
 
 def test_bins_against_scikit_learn():
     p = make(900, 2.0)
-    bins = calibration.bins(p, 10)
+    bins = calibration.bins(p)
     right, top = p.predicted == p.labels, p.probabilities.max(axis=1)
-    shares, means = sk_calibration.calibration_curve(right, top, n_bins=10)
+    shares, means = sk_calibration.calibration_curve(right, top, n_bins=15)
     full = [b for b in bins if b["n"]]
-    assert len(bins) == 10 and len(full) < 10 and sum(b["n"] for b in bins) == 900
+    assert len(bins) == 15 and len(full) < 15 and sum(b["n"] for b in bins) == 900
     np.testing.assert_allclose([b["accuracy"] for b in full], shares)
     np.testing.assert_allclose([b["confidence"] for b in full], means)
     assert all(b["accuracy"] is b["confidence"] is None for b in bins if not b["n"])
     assert all(b["low"] <= b["confidence"] <= b["high"] for b in full)
-    ece = sum(b["n"] / 900 * abs(b["accuracy"] - b["confidence"]) for b in calibration.bins(p) if b["n"])
-    assert summarize(p)["ece"] == pytest.approx(ece)
+    ece = sum(b["n"] / 900 * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"])
+    assert metrics.summarize(p)["ece"] == pytest.approx(ece)
 
 
 def test_summary_fits_on_val_and_describes_test():
@@ -89,7 +85,7 @@ def test_summary_fits_on_val_and_describes_test():
     summary = calibration.summary(val, test)
     assert summary["temperature"] == calibration.fit_temperature(val) != calibration.fit_temperature(test)
     assert summary["fitted_on"] == "val"
-    level = summarize(test)
+    level = metrics.summarize(test)
     assert summary["test"] == {name: level[name] for name in ("ece", "brier", "loss")}
     scaled = calibration.apply_temperature(test, summary["temperature"])
     brier = sum(sk.brier_score_loss(test.labels == i, scaled.probabilities[:, i]) for i in range(3))

@@ -1,16 +1,18 @@
 """Every metric against scikit-learn, and by hand where it has none."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from random_predictions import make_predictions
+from scikit_metrics import by_scikit_learn
 from sklearn import metrics as sk
 
 from lungjax.evaluation import metrics
+from lungjax.evaluation.predictions import take
 
 TOLERANCE = 1e-12
-CLASSES = ("a", "b", "c")
 
 
 def random_case(seed, n=300, c=3, ties=True, labels=None):
@@ -18,157 +20,104 @@ def random_case(seed, n=300, c=3, ties=True, labels=None):
     labels = rng.integers(0, c, n) if labels is None else labels
     scores = rng.random((n, c))
     scores[np.arange(n), labels] += 0.4
-    if ties:
-        scores = np.ceil(scores * 4)
-    return labels, scores / scores.sum(axis=1, keepdims=True)
+    return make_predictions(labels, np.ceil(scores * 4) if ties else scores)
 
 
-def close(value, expected):
-    if np.isnan(expected):
-        assert value is None
-    else:
-        assert value == pytest.approx(expected, abs=TOLERANCE)
+def level_of(labels, scores):
+    return metrics.summarize(make_predictions(labels, scores))
+
+
+def check_against_scikit_learn(given):
+    level = metrics.summarize(given)
+    numbers, expected = metrics.numbers(level), by_scikit_learn(given)
+    assert numbers.keys() == expected.keys()
+    for name, value in numbers.items():
+        assert value == (None if np.isnan(expected[name]) else pytest.approx(expected[name], abs=TOLERANCE)), name
+    return level
 
 
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("c", [2, 3, 7])
 def test_every_metric_against_scikit_learn(c, ties):
-    labels, p = random_case(c, 300, c, ties)
-    names = tuple(f"class {i}" for i in range(c))
-    level = metrics.summarize(labels, p, names)
-    predicted, one_hot = p.argmax(axis=1), np.eye(c)[labels]
-    assert level["n"] == 300
-    assert level["confusion"] == sk.confusion_matrix(labels, predicted, labels=range(c)).tolist()
-    close(level["accuracy"], sk.accuracy_score(labels, predicted))
-    close(level["balanced_accuracy"], sk.balanced_accuracy_score(labels, predicted))
-    close(level["loss"], sk.log_loss(labels, p, labels=range(c)))
-    close(level["brier"], sum(sk.brier_score_loss(labels == i, p[:, i]) for i in range(c)))
-    for average in ("macro", "weighted"):
-        scores = sk.precision_recall_fscore_support(labels, predicted, average=average, zero_division=np.nan)
-        for name, expected in zip(("precision", "recall", "f1"), scores, strict=False):
-            close(level[f"{name}_{average}"], expected)
-    for average in ("macro", "weighted", "micro"):
-        close(level[f"auc_{average}"], sk.roc_auc_score(one_hot, p, average=average))
-        close(level[f"average_precision_{average}"], sk.average_precision_score(one_hot, p, average=average))
-    each = sk.precision_recall_fscore_support(labels, predicted, zero_division=np.nan)
-    for i, name in enumerate(names):
-        row = level["per_class"][name]
-        for key, expected in zip(("precision", "recall", "f1", "n"), each, strict=True):
-            close(row[key], expected[i])
-        close(row["auc"], sk.roc_auc_score(one_hot[:, i], p[:, i]))
-        close(row["average_precision"], sk.average_precision_score(one_hot[:, i], p[:, i]))
-        rest = sk.precision_recall_fscore_support(
-            labels != i, predicted != i, pos_label=True, average="binary", zero_division=np.nan
-        )
-        close(row["npv"], rest[0])
-        close(row["specificity"], rest[1])
-
-
-def test_specificity_and_npv_by_hand():
-    labels = np.array([0, 0, 0, 1, 1, 2])
-    level = metrics.summarize(labels, np.eye(3)[[0, 1, 0, 1, 2, 2]], CLASSES)
-    assert {name: (row["specificity"], row["npv"]) for name, row in level["per_class"].items()} == {
-        "a": (1.0, 3 / 4),  # TN 3 of 3 others; 4 not predicted a, of which one is a
-        "b": (3 / 4, 3 / 4),
-        "c": (4 / 5, 1.0),
-    }
-    assert level["specificity_macro"] == pytest.approx((1 + 3 / 4 + 4 / 5) / 3)
-    assert level["npv_macro"] == pytest.approx((3 / 4 + 3 / 4 + 1) / 3)
+    given = random_case(c, 300, c, ties)
+    logits = np.log(given.probabilities) + np.random.default_rng(0).normal(size=(300, 1)) * 3
+    level = check_against_scikit_learn(given)
+    assert level["n"] == 300 and level["study"]["auc_micro_logits"] is None
+    assert level["confusion"] == sk.confusion_matrix(given.labels, given.predicted, labels=range(c)).tolist()
+    assert [row["n"] for row in level["per_class"].values()] == np.bincount(given.labels).tolist()
+    check_against_scikit_learn(replace(given, logits=logits))
 
 
 def test_absent_class_is_undefined():
-    labels, p = random_case(3, labels=np.random.default_rng(0).integers(0, 2, 200), n=200)
-    predicted = p.argmax(axis=1)
-    level = metrics.summarize(labels, p, CLASSES)
-    absent = level["per_class"]["c"]
+    absent = check_against_scikit_learn(random_case(3, 200, labels=np.arange(200) % 2))["per_class"]["c"]
     assert absent == absent | {"n": 0, "recall": None, "auc": None, "average_precision": None, "npv": 1.0}
-    both = [sk.roc_auc_score(labels == i, p[:, i]) for i in (0, 1)]
-    close(level["auc_macro"], np.mean(both))
-    close(level["auc_weighted"], np.average(both, weights=np.bincount(labels)))
-    close(level["auc_micro"], sk.roc_auc_score(np.eye(3)[labels].ravel(), p.ravel()))
-    close(level["balanced_accuracy"], sk.recall_score(labels, predicted, labels=[0, 1], average="macro"))
-    for name, score in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
-        for average in ("macro", "weighted"):
-            close(
-                level[f"{name}_{average}"],
-                score(labels, predicted, labels=range(3), average=average, zero_division=np.nan),
-            )
     # A class that is never predicted has no precision.
-    never = metrics.summarize(np.array([0, 1, 2, 2]), np.eye(3)[[0, 0, 1, 1]] * 0.6 + 0.4 / 3, CLASSES)
+    never = level_of([0, 1, 2, 2], np.eye(3)[[0, 0, 1, 1]] * 0.6 + 0.4 / 3)
     assert never["per_class"]["c"] == never["per_class"]["c"] | {"precision": None, "recall": 0, "f1": 0}
     assert never["precision_macro"] == pytest.approx((1 / 2 + 0) / 2)
 
 
 def test_one_class_one_example_and_none():
-    single = metrics.summarize(np.zeros(5, int), np.tile([0.7, 0.3], (5, 1)), ("a", "b"))
+    single = level_of(np.zeros(5), np.tile([0.7, 0.3], (5, 1)))
     assert single["accuracy"] == single["balanced_accuracy"] == 1
     assert single["auc_macro"] is single["average_precision_macro"] is single["auc_weighted"] is None
     assert single["per_class"]["a"]["specificity"] is None
-    one = metrics.summarize(np.array([1]), np.array([[0.25, 0.75]]), ("a", "b"))
+    one = level_of([1], [[0.25, 0.75]])
     assert one["confusion"] == [[0, 0], [0, 1]] and one["loss"] == pytest.approx(-np.log(0.75))
-    none = metrics.summarize(np.zeros(0, int), np.zeros((0, 2)), ("a", "b"))
+    none = level_of([], np.zeros((0, 2)))
     assert none["n"] == 0 and not any(v is not None for v in metrics.numbers(none).values())
 
 
 def test_perfect_and_all_wrong_predictions():
     labels = np.arange(12) % 3
-    perfect = metrics.numbers(metrics.summarize(labels, np.eye(3)[labels], CLASSES))
+    perfect = metrics.numbers(level_of(labels, np.eye(3)[labels]))
     zeros = {"loss", "ece", "brier"}
     ones = [name for name in perfect if name not in zeros and not name.endswith("logits")]
     assert all(perfect[name] == 1 for name in ones) and len(ones) == 40 and all(perfect[name] == 0 for name in zeros)
-    wrong = metrics.summarize(labels, np.eye(3)[(labels + 1) % 3], CLASSES)
+    wrong = level_of(labels, np.eye(3)[(labels + 1) % 3])
     assert wrong["accuracy"] == wrong["f1_macro"] == 0
     assert wrong["loss"] == pytest.approx(sk.log_loss(labels, np.eye(3)[(labels + 1) % 3]), rel=1e-9)
 
 
 def test_curves_against_scikit_learn():
     for ties in (True, False):
-        labels, p = random_case(5, 200, ties=ties)
-        positive, scores = labels == 1, p[:, 1]
-        roc = metrics.roc_curve(positive, scores)
-        for values, expected in zip(roc, sk.roc_curve(positive, scores, drop_intermediate=False), strict=True):
+        given = random_case(5, 200, ties=ties)
+        positive, scores = given.labels == 1, given.probabilities[:, 1]
+        for values, expected in zip(
+            metrics.roc_curve(positive, scores), sk.roc_curve(positive, scores, drop_intermediate=False), strict=True
+        ):
             np.testing.assert_allclose(values, expected, atol=TOLERANCE)
         recall, precision, thresholds = metrics.pr_curve(positive, scores)
         expected = sk.precision_recall_curve(positive, scores)
         for values, other in zip((precision, recall, thresholds[1:]), expected, strict=True):
             np.testing.assert_allclose(values[::-1], other, atol=TOLERANCE)
-        assert metrics.auc(positive, scores) == pytest.approx(np.trapezoid(roc[1], roc[0]), abs=TOLERANCE)
 
 
 def test_calibration_by_definition():
-    labels, p = random_case(4, 400, 3, ties=False)
-    top, right = p.max(axis=1), p.argmax(axis=1) == labels
+    given = random_case(4, 400, ties=False)
+    top, right = given.probabilities.max(axis=1), given.predicted == given.labels
     # The loop of Guo et al.: bins without their lower edge.
     ece = 0.0
     for low in np.arange(15) / 15:
         inside = (top > low) & (top <= low + 1 / 15)
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - top[inside].mean())
-    close(metrics.summarize(labels, p, CLASSES)["ece"], ece)
+    assert metrics.summarize(given)["ece"] == pytest.approx(ece, abs=TOLERANCE)
     # By hand: 0.6 is in the bin (8/15, 9/15], with its upper edge, and 0.61 in the next.
-    level = metrics.summarize(np.array([0, 1, 1]), np.array([[0.6, 0.4], [0.6, 0.4], [0.61, 0.39]]), ("a", "b"))
+    level = level_of([0, 1, 1], [[0.6, 0.4], [0.6, 0.4], [0.61, 0.39]])
     assert level["ece"] == pytest.approx((abs(1.2 - 1) + 0.61) / 3)
     assert level["brier"] == pytest.approx((2 * 0.16 + 2 * 0.36 + 2 * 0.61**2) / 3)
 
 
-def test_study_metrics_by_their_own_formulas():
-    labels, p = random_case(2, 60, 3, ties=False)
-    logits = np.log(p) + np.random.default_rng(0).normal(size=(60, 1)) * 3
-    study = metrics.summarize(labels, p, CLASSES, logits=logits)["study"]
-    assert study["f1_weighted"] == pytest.approx(sk.f1_score(labels, p.argmax(axis=1), average="weighted"))
-    assert study["auc_micro_logits"] == pytest.approx(sk.roc_auc_score(np.eye(3)[labels].ravel(), logits.ravel()))
-    assert metrics.summarize(labels, p, CLASSES)["study"]["auc_micro_logits"] is None
-    precision, recall = (f(labels, p.argmax(axis=1), average="macro") for f in (sk.precision_score, sk.recall_score))
-    assert study["f1_macro_harmonic"] == pytest.approx(2 / (1 / precision + 1 / recall))
+def test_study_metrics_by_hand():
     # Rounded: without a probability above a half the first class is predicted.
-    p = np.array([[0.2, 0.45, 0.35], [0.0, 0.5, 0.5], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]])
-    level = metrics.summarize(np.array([0, 1, 1, 2]), p, CLASSES)
-    assert level["accuracy"] == 3 / 4 and level["study"]["accuracy_rounded"] == 3 / 4
-    level = metrics.summarize(np.array([1, 1, 1, 2]), p, CLASSES)
-    assert level["accuracy"] == 1 and level["study"]["accuracy_rounded"] == 2 / 4
+    p = [[0.2, 0.45, 0.35], [0.0, 0.5, 0.5], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]]
+    for labels, accuracy, rounded in (([0, 1, 1, 2], 3 / 4, 3 / 4), ([1, 1, 1, 2], 1, 2 / 4)):
+        level = level_of(labels, p)
+        assert level["accuracy"] == accuracy and level["study"]["accuracy_rounded"] == rounded
     # TensorFlow Addons: each class of a tie counts as predicted, and 0 / 0 is 0. Class b: one of two predictions is
     # right, its only example is found; class a: its only example is missed.
-    study = metrics.summarize(np.array([1, 0]), np.array([[0.0, 0.5, 0.5], [0.1, 0.8, 0.1]]), CLASSES)["study"]
+    study = level_of([1, 0], [[0.0, 0.5, 0.5], [0.1, 0.8, 0.1]])["study"]
     assert study["f1_weighted"] == pytest.approx((2 * 0.5 * 1 / 1.5 + 0) / 2)
     assert study["f1_macro_harmonic"] is None  # class a is never predicted, class c has no example
 
@@ -180,15 +129,14 @@ def test_invalid_probabilities_are_named():
         ((1.5, -0.5, 0), "outside 0..1"),
         ((0.5, 0.6, 0.5), "sum to 1"),
     ):
-        labels, p = random_case(0, 20)
-        given = make_predictions(labels, p)
+        given = random_case(0, 20)
         given.probabilities[[3, 7]] = bad
         for function in (metrics.by_patient, metrics.report_levels):
             with pytest.raises(ValueError, match=rf"2 of 20 .*{words}.* i3, i7"):
                 function(given)
-        p[:] = bad
-        with pytest.raises(ValueError, match="row 4 and 15 more"):
-            metrics.summarize(labels, p, CLASSES)
+        given.probabilities[:] = bad
+        with pytest.raises(ValueError, match="i4 and 15 more"):
+            metrics.summarize(given)
 
 
 def patients():
@@ -223,19 +171,17 @@ def test_patients_are_means_without_mixed_labels():
 def test_levels_of_slices_patients_and_sources():
     p = patients()
     levels = metrics.report_levels(p)
-    assert levels["slice"] == metrics.summarize(p.labels, p.probabilities, CLASSES)
+    assert levels["slice"] == metrics.summarize(p)
     assert levels["patient"]["n"] == 4 and levels["patient"]["mixed_groups"] == 1
     assert levels["patient"]["accuracy"] == 1 and levels["slice"]["accuracy"] == 6 / 8
     assert {source: level["n"] for source, level in levels["by_source"].items()} == {"x": 5, "y": 1, "unknown": 2}
-    x = p.sources == "x"
-    assert levels["by_source"]["x"] == metrics.summarize(p.labels[x], p.probabilities[x], CLASSES)
+    assert levels["by_source"]["x"] == metrics.summarize(take(p, np.flatnonzero(p.sources == "x")))
     assert metrics.report_levels(make_predictions(p.labels, p.probabilities))["by_source"] == {}
 
 
 def test_large_test_split_takes_less_than_a_second():
-    labels, p = random_case(0, 30_000, ties=False)
-    groups = [f"p{i // 70}" for i in range(30_000)]
-    given = make_predictions(labels, p, groups, groups)
+    groups = np.array([f"p{i // 70}" for i in range(30_000)])
+    given = replace(random_case(0, 30_000, ties=False), groups=groups, sources=groups)
     start = time.process_time()
     metrics.report_levels(given)
     assert time.process_time() - start < 1

@@ -51,37 +51,43 @@ def test_thresholds_by_hand():
             operating_points.choose(p, 1, rule)
 
 
+def at(p, threshold, **options):
+    (point,) = operating_points.metrics_at_thresholds(p, [(1, threshold)], **options)
+    return point
+
+
 def test_metrics_at_a_threshold_by_hand():
     p = two([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0.9, 0.8, 0.5, 0.2, 0.7, 0.5, 0.1, 0.1, 0.1, 0.1])
-    point = operating_points.metrics_at_threshold(p, 1, 0.5, prevalence=0.1, draws=200)
+    point = at(p, 0.5, prevalence=0.1, draws=200)
     expected = {"threshold": 0.5, "tp": 3, "fp": 2, "fn": 1, "tn": 4, "ppv": 3 / 5, "npv": 4 / 5}
     assert point == point | expected | {"sensitivity": 3 / 4, "at_prevalence": 0.1}
     assert point["specificity"] == pytest.approx(4 / 6)
     # Of 1,200 people 120 have it: 90 are found, with 360 false alarms; 720 of 750 that are cleared are healthy.
     assert point["ppv_at"] == pytest.approx(90 / 450) and point["npv_at"] == pytest.approx(720 / 750)
     assert point["intervals"].keys() == set(operating_points.RATES)
-    bare = operating_points.metrics_at_threshold(p, 1, 0.5, draws=0)
+    bare = at(p, 0.5, draws=0)
     assert bare["ppv_at"] is bare["npv_at"] is bare["at_prevalence"] is None and bare["intervals"] == {}
-    never = operating_points.metrics_at_threshold(p, 1, 0.95, prevalence=0.1, draws=0)
+    never = at(p, 0.95, prevalence=0.1, draws=0)
     assert never["ppv"] is never["ppv_at"] is None and never["sensitivity"] == 0 and never["npv_at"] == 0.9
-    only = operating_points.metrics_at_threshold(two([0, 0], [0.9, 0.1]), 1, 0.5)
+    only = at(two([0, 0], [0.9, 0.1]), 0.5)
     assert only["sensitivity"] is only["npv_at"] is None and only["specificity"] == 0.5 and only["ppv"] == 0
     for bad in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match="prevalence="):
-            operating_points.metrics_at_threshold(p, 1, 0.5, prevalence=bad)
+            at(p, 0.5, prevalence=bad)
 
 
 def test_intervals_are_over_patients():
     p = make()
-    point = operating_points.metrics_at_threshold(p, 1, 0.3, prevalence=0.2, draws=40, seed=5)
-    names = sorted({"0" + g for g in p.groups.tolist()})
-    counts = next(bootstrap.resample_patients(len(names), 40, 5, 40))[[names.index("0" + g) for g in p.groups.tolist()]]
+    point = at(p, 0.3, prevalence=0.2, draws=40, seed=5)
+    names, member = np.unique(p.groups, return_inverse=True)
+    counts = next(bootstrap.resample_patients(len(names), 40, 5, 40))[member]
     called, positive = p.probabilities[:, 1] >= 0.3, p.labels == 1
     sensitivity = np.array([sk.recall_score(positive, called, sample_weight=w) for w in counts.T])
     specificity = np.array([sk.recall_score(~positive, ~called, sample_weight=w) for w in counts.T])
     ppv = np.array([sk.precision_score(positive, called, sample_weight=w) for w in counts.T])
-    at = sensitivity * 0.2 / (sensitivity * 0.2 + (1 - specificity) * 0.8)
-    for name, values in (("sensitivity", sensitivity), ("specificity", specificity), ("ppv", ppv), ("ppv_at", at)):
+    ppv_at = sensitivity * 0.2 / (sensitivity * 0.2 + (1 - specificity) * 0.8)
+    expected = {"sensitivity": sensitivity, "specificity": specificity, "ppv": ppv, "ppv_at": ppv_at}
+    for name, values in expected.items():
         assert point["intervals"][name] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist()), name
 
 
@@ -93,7 +99,7 @@ def test_points_chosen_on_val_and_counted_on_test():
         assert list(rules) == ["youden", "sensitivity_0.9"]
         for rule, point in rules.items():
             threshold = operating_points.choose(val, i, rule)
-            assert point == operating_points.metrics_at_threshold(test, i, threshold, 0.05, draws=50)
+            assert [point] == operating_points.metrics_at_thresholds(test, [(i, threshold)], 0.05, draws=50)
     assert operating_points.missing_rules(val) == []
     without = dataclasses.replace(val, labels=np.where(val.labels == 2, 1, val.labels))
     points = operating_points.points(without, test, draws=0)
@@ -108,17 +114,12 @@ def test_points_chosen_on_val_and_counted_on_test():
 
 
 def test_net_benefit_by_hand():
-    p = two([1, 1, 0, 0, 0], [0.9, 0.5, 0.5, 0.2, 0.1])
-    curve = operating_points.net_benefit(p, 1, [0.05, 0.2, 0.5, 0.8])
+    curve = operating_points.net_benefit(two([1, 1, 0, 0, 0], [0.9, 0.5, 0.5, 0.2, 0.1]), 1)
+    assert curve["thresholds"][0] == 0.01 and len(curve["model"]) == len(curve["all"]) == 99
+    at = [curve["thresholds"].index(t) for t in (0.05, 0.2, 0.5, 0.8)]
     # Called: all five; four; three (the tie is called); one.
     expected = [2 / 5 - 3 / 5 / 19, 2 / 5 - 2 / 5 / 4, 2 / 5 - 1 / 5, 1 / 5]
-    assert curve["model"] == pytest.approx(expected)
-    assert curve["all"] == pytest.approx([2 / 5 - 3 / 5 / 19, 2 / 5 - 3 / 5 / 4, 2 / 5 - 3 / 5, 2 / 5 - 3 / 5 * 4])
-    usual = operating_points.net_benefit(make(), 0)
-    assert usual["thresholds"][0] == 0.01 and len(usual["model"]) == len(usual["all"]) == 99
-    assert operating_points.net_benefit(two([0, 0], [0.9, 0.1]), 1, [0.5])["model"] == [-0.5], "no example of the class"
-    for bad in (0.0, 1.0):
-        with pytest.raises(ValueError, match="threshold probabilities"):
-            operating_points.net_benefit(p, 1, [bad, 0.5])
-    with pytest.raises(ValueError, match="no example"):
-        operating_points.net_benefit(bootstrap.take(p, np.zeros(0, int)), 1)
+    assert [curve["model"][i] for i in at] == pytest.approx(expected)
+    everyone = [2 / 5 - 3 / 5 / 19, 2 / 5 - 3 / 5 / 4, 2 / 5 - 3 / 5, 2 / 5 - 3 / 5 * 4]
+    assert [curve["all"][i] for i in at] == pytest.approx(everyone)
+    assert operating_points.net_benefit(two([0, 0], [0.9, 0.1]), 1)["model"][49] == -0.5, "no example of the class"

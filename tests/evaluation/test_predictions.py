@@ -92,7 +92,7 @@ def test_broken_csv_is_named_with_its_line(tmp_path):
         (f"{header}\n", "no column p_CLASS"),
         (f"{header},p_a\nx,,,a,a\n", "line 2: 5 values, expected 6"),
         (f"{header},p_a\nx,,,b,a,1\n", "line 2: label 'b'"),
-        (f"{header},p_a\nx,,,a,a,1\ny,,,a,a,high\n", "line 3: p_a is 'high'"),
+        (f"{header},p_a\nx,,,a,a,1\ny,,,a,a,high\n", "line 3: .*'high'"),
         (f"{header},p_a,p_b,logit_b\nx,,,a,a,1,0,1\n", "logits of b, but probabilities of a, b"),
     ):
         (tmp_path / "p.csv").write_text(text)

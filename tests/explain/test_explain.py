@@ -13,25 +13,17 @@ from conftest import png, small_bn
 from PIL import Image
 from random_weights import random_variables
 
-from lungjax.config import Config, DataConfig, InputSpec, metadata
+from lungjax.config import Config, DataConfig, InputSpec
 from lungjax.data import pipeline, preprocess
 from lungjax.explain import __main__ as command
 from lungjax.explain import panels, quality, sheets
 from lungjax.explain.saliency import Explainer
 from lungjax.inference import model
-from lungjax.models.ops import conv
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLASSES = ("left", "middle", "right")
 SPEC = InputSpec(size=(24, 32), channels=1)
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Each program runs a few times: compiled quickly, not well."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +33,13 @@ def explainer():
 
 
 def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys):
+    (tmp_path / "in/deep").mkdir(parents=True)
     for name, data in {
         "in/a.png": png(PICTURE),
         "in/deep/a.png": png(PICTURE[:, ::-1]),
         "in/cut.png": png(PICTURE)[:200],
         "deep.png": png((PICTURE * np.uint16(200)).astype(np.uint16)),
     }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     Image.fromarray(PICTURE).save(tmp_path / "b.jpg")
     Image.fromarray(PICTURE).save(tmp_path / "in/a.tiff")
@@ -59,14 +51,13 @@ def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys)
     figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert figures == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
     # The map of the network's input, prepared as for prediction.
-    network, description = model.load_network(trained_run.workdir), metadata.read(trained_run.workdir / metadata.FILE)
+    network, description = model.load_finished(trained_run.workdir)
     own = Explainer(network.module, network.variables, network.config.input)
     expected, _ = own.maps(preprocess.picture(PICTURE, description)[0][None])
     np.testing.assert_allclose(np.load(tmp_path / "out/a_gradcam.npy"), expected[0], atol=1e-5)
     with Image.open(tmp_path / "out/a_gradcam.png") as figure:
         assert (np.ptp(np.asarray(figure.convert("RGB")).astype(int), axis=-1) > 60).any()  # colors of the map
-    deep = f"--images={tmp_path / 'deep.png'}"
-    assert commands.run(command, *flags, deep, "--window=0,51000", "--class=middle") == 0
+    assert commands.run(command, *flags, f"--images={tmp_path / 'deep.png'}", "--window=0,51000", "--class=middle") == 0
     assert (tmp_path / "out/deep_gradcam.png").exists()
 
 
@@ -94,16 +85,14 @@ def test_file_names_are_unique():
 
 def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(sheets, "TILES", (2, 3))
-    broken = [dict(record) for record in small_data.records]
-    bad_row = int(small_data.rows("test")[4])
-    broken[bad_row]["image"] = broken[bad_row]["image"][:100]
-    data = replace(small_data, records=broken)
+    records, bad_row = list(small_data.records), int(small_data.rows("test")[4])
+    records[bad_row] = records[bad_row] | {"image": records[bad_row]["image"][:100]}
+    data = replace(small_data, records=records)
     (problem,) = sheets.explain_split(explainer, data, "test", "gradcam", None, tmp_path)
     assert data.columns["file"][bad_row] in problem
     with (tmp_path / "index.csv").open() as file:
         lines = list(csv.DictReader(file))
-    rows = [row for row in data.rows("test") if row != bad_row]
-    reader = pipeline.Reader(data, SPEC)
+    rows, reader = [row for row in data.rows("test") if row != bad_row], pipeline.Reader(data, SPEC)
     p = explainer.probabilities(np.stack([reader(row) for row in rows]))
     top = {str(data.columns["file"][row]): (CLASSES[q.argmax()], q.max()) for row, q in zip(rows, p, strict=True)}
     assert [line["file"] for line in lines] == sorted(top, key=lambda name: -top[name][1])
@@ -119,20 +108,16 @@ def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_p
 
 def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "DELETIONS", 3)
-    config = Config(name="small", input=SPEC, data=DataConfig(dataset="folder/small"))
-    messages = []
 
-    def measure(config, classes, data, count):
-        arguments = (explainer, config, classes, 7, data, ["gradcam"], None, tmp_path, count, messages.append)
-        assert sheets.measure_quality(*arguments) == []
+    def measure(dataset, classes, data, count):
+        config = Config(name="small", input=SPEC, data=DataConfig(dataset=dataset))
+        assert sheets.measure_quality(explainer, config, classes, 7, data, ["gradcam"], None, tmp_path, count) == []
         return json.loads((tmp_path / "quality.json").read_text()), (tmp_path / "quality.md").read_text()
 
-    content, page = measure(config, CLASSES, small_data, 5)
+    content, page = measure("folder/small", CLASSES, small_data, 5)
     assert "5 images of the test split of folder/small" in content["images"] and content["step"] == 7
     assert content["methods"]["gradcam"].keys() == {"deletion", "sanity"} and "lesion?" not in page
-    assert "sanity" in " ".join(messages)
-    phantoms = replace(config, data=DataConfig(dataset="phantom_ct/tiny"))
-    content, page = measure(phantoms, ("COVID-19", "Normal", "Pneumonia"), None, 4)
+    content, page = measure("phantom_ct/tiny", ("COVID-19", "Normal", "Pneumonia"), None, 4)
     game = content["methods"]["gradcam"]["pointing"]
     assert game["n"] == 4 and 0 < game["chance"] < game["chance_in_lungs"] < 1
     assert game["chance"] < game["chance_tolerant"] and "lesion?" in page and "| gradcam |" in page

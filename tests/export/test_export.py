@@ -29,9 +29,7 @@ from lungjax.export import __main__ as export
 from lungjax.export import stablehlo, triton
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
-from lungjax.models.layers import Conv
 from lungjax.models.ops import conv
-from lungjax.models.ops.pooling import avg_pool_2x2
 from lungjax.runtime import files
 
 SPEC = InputSpec(
@@ -119,9 +117,8 @@ def small_maps(small, pixels, targets):
 def test_gradcam_maps(small, exported):
     pixels = images(3)
     for targets in (None, [0, 1, 2], [2, 0, 2]):
-        maps, probabilities = exported.gradcam(pixels, np.asarray([-1, -1, -1] if targets is None else targets))
+        maps = exported.gradcam(pixels, np.asarray([-1, -1, -1] if targets is None else targets))
         np.testing.assert_allclose(maps, small_maps(small, pixels, targets), atol=1e-5)
-        np.testing.assert_allclose(probabilities, exported.outputs(pixels)["probabilities"], atol=1e-6)
         assert maps.shape == (3, *SPEC.size) and maps.max() > 0.9
 
 
@@ -136,38 +133,16 @@ def test_sigmoid_head(tmp_path):
     np.testing.assert_allclose(outputs["logits"], np.stack([z, 0 * z], 1), atol=1e-5)
     np.testing.assert_allclose(outputs["probabilities"][:, 0], special.expit(z / 1.7), atol=1e-6)
     for target in (0, 1):
-        maps = exported.gradcam(pixels, np.full(2, target))[0]
+        maps = exported.gradcam(pixels, np.full(2, target))
         np.testing.assert_allclose(maps, small_maps(functions, pixels, [target, target]), atol=1e-5)
 
 
 def test_plain_operations_for_every_platform(exported):
-    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert tuple(exported.programs["predict"].platforms) == ("cpu", "cuda", "tpu")
     text = exported.programs["predict"].mlir_module()
     # jax writes each convolution once per platform; two of the network.
     assert len(re.findall("= stablehlo.convolution", text)) == 2 * 3
     assert not re.search("optimization_barrier|stablehlo.if|stablehlo.dot_general.*x8xf32.*x8xf32", text)
-
-
-def test_plain_forms_of_layers():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 9, 6)), jnp.float32)
-    for layer, groups, strides in (
-        (Conv(6, 3, groups=-1), 6, 1), (Conv(6, 3, 2, groups=-1), 6, 2), (Conv(4, 1), 1, 1), (Conv(4, 1, 2), 1, 2)
-    ):  # fmt: skip
-        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
-        rng = np.random.default_rng(1)
-        variables = jax.tree.map(lambda leaf, rng=rng: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-        run = jax.jit(lambda x, layer=layer, variables=variables: layer.apply(variables, x))
-        usual = run(x)  # traced in the usual form first: the plain one must not come from its cache
-        with conv.plain_forms():
-            text = run.lower(x).as_text()
-            np.testing.assert_allclose(run(x), usual, atol=1e-5)
-        assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"constant", "convolution"}
-        assert f"feature_group_count = {groups} " in text
-        assert f"stride = [{strides}, {strides}]" in text + "stride = [1, 1]"
-        assert "convolution" not in run.lower(x).as_text()
-    with conv.plain_forms():
-        assert "platform_index" not in str(jax.make_jaxpr(avg_pool_2x2)(jnp.zeros((1, 4, 4, 2))))
-    assert "platform_index" in str(jax.make_jaxpr(avg_pool_2x2)(jnp.zeros((1, 4, 4, 2))))
 
 
 STRANGER = """
@@ -285,8 +260,6 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         write()
         with pytest.raises(ValueError, match=word):
             artifacts.read_pyz(path)
-    with pytest.raises(ValueError, match="no such file"):
-        artifacts.read_pyz(tmp_path / "gone.pyz")
     with pytest.raises(ValueError, match=r"uint8 \[B, 24, 32, 1\]"):
         artifacts.read_pyz(pyz).outputs(np.zeros((1, 24, 32, 3), np.uint8))
 
@@ -361,12 +334,8 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_triton_configuration():
+def test_triton_names():
     metadata = replace(METADATA, name="my run: 3/a")
-    text = triton.config(metadata, 8)
-    assert text.count("{") == text.count("}") and text.count("[") == text.count("]")
-    assert 'name: "my_run_3_a"' in text and triton.model_name(replace(METADATA, name="..")) == "model"
-    assert re.search(r'name: "pixels"\s+data_type: TYPE_UINT8\s+dims: \[ 24, 32, 1 \]', text)
-    outputs = re.findall(r'name: "(\w+)"\s+data_type: TYPE_FP32\s+dims: \[ (\d) \]', text)
-    assert outputs == [("probabilities", "3"), ("logits", "3"), ("features", "8")]
+    assert 'name: "my_run_3_a"' in triton.config(metadata, 8)
+    assert triton.model_name(replace(METADATA, name="..")) == "model"
     assert "(1, 24, 32, 1)" in triton.readme(metadata) and "research use only" in triton.readme(metadata)

@@ -1,9 +1,7 @@
 """SavedModel, with TensorFlow: python -m pytest tests/export_extra/test_savedmodel.py (pip install tensorflow-cpu)"""
 
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from test_onnx import make
@@ -30,15 +28,3 @@ def test_file_equals_network(name, tmp_path):
             np.testing.assert_allclose(outputs["probabilities"].numpy(), expected["probabilities"], atol=1e-5)
     assert metadata.read(path / "assets.extra/model.json") == functions.metadata
     assert str(Path(models.__file__).parent.parent).encode() not in (path / "saved_model.pb").read_bytes()
-
-
-def test_wrong_export_is_not_kept(tmp_path):
-    (tmp_path / "savedmodel").mkdir()
-    (tmp_path / "savedmodel/old").write_text("")
-    functions = make("xray_cnn")
-    wrong = replace(functions)
-    scaled = jax.tree.map(lambda leaf: 1.01 * leaf, functions.variables)
-    wrong.__dict__["weights"] = replace(functions, variables=scaled).weights
-    with pytest.raises(ValueError, match="differ"):
-        savedmodel.write(wrong, tmp_path)
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["savedmodel", "savedmodel/old"]

@@ -10,8 +10,11 @@ from weight_writers import CLASSES, KERAS, SIDE, install, leaves, write
 
 import lungjax
 from lungjax import models
-from lungjax.config import HeadConfig, InputSpec
+from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig
 from lungjax.models import trees
+from lungjax.runtime import mesh as meshes
+from lungjax.training import program
+from lungjax.weights import load as loading
 
 
 @pytest.fixture
@@ -76,6 +79,18 @@ def test_create_size_head_and_fields(zoo):
         lungjax.create("tiny", size=48, head=head, weights_dir=zoo)  # the classes of the weights, another head
     with pytest.raises(ValueError, match="too small"):
         lungjax.create("simple", "none", size=8)
+
+
+def test_training_starts_from_the_same_numbers(zoo):
+    """On gray images with weights for color: three channels in the network, the weights' normalization."""
+    write(zoo, "safetensors", leaves())
+    config = Config(model=ModelConfig(name="tiny", weights="half"), input=InputSpec(size=(SIDE, SIDE)))
+    config = loading.resolve(config)
+    run = program.build(config, ("a", "b", "c"), np.arange(9) % 3, meshes.make_mesh(1))
+    variables = run.new_state(loading.leaves(config, run.module, zoo)).variables
+    _, created, spec = lungjax.create("tiny", "half", classes=3, size=SIDE, channels=1, weights_dir=zoo)
+    assert spec.mean == config.input.mean == (0.5,) * 3 and spec.network_channels == config.input.network_channels == 3
+    jax.tree.map(np.testing.assert_array_equal, variables, created)
 
 
 def test_create_without_weights():

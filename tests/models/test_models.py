@@ -222,7 +222,7 @@ def test_training_step_of_a_shallow_network(name):
     # new = decay * old + (1 - decay) * batch, and the batch's variance is not negative
     ratios = [new[path] / old[path] for path in old if path.endswith("var")]
     assert all(np.all(ratio >= module.momentum - 1e-6) for ratio in ratios)
-    assert not ratios or min(ratio.min() for ratio in ratios) < module.momentum + 0.005
+    assert not ratios or min(ratio.min() for ratio in ratios) < (1 + module.momentum) / 2  # not a slower decay
 
 
 def test_evaluation_and_frozen_norms_keep_statistics():

@@ -103,7 +103,7 @@ def test_model_health_and_unknown_routes(service):
 
 
 def test_page_and_headers(service):
-    for path in ("/", "/page/page.js", "/page.css"):
+    for path in ("/", "/page.js", "/page.css"):
         status, content, headers = service.ask("GET", path)
         assert status == 200 and len(content) > 100
         policy = headers["content-security-policy"]

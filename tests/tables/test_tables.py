@@ -62,8 +62,8 @@ def fabricate(run, skill=1.0, **facts):
     history = '{"step": 1, "train.loss": 1.0}\n{"step": 2, "val.slice.accuracy": 0.5}\n'
     (run.folder / "metrics.jsonl").write_text(history)
     counts = {split: dict(zip(CLASSES, COUNTS[split], strict=True)) for split in COUNTS}
-    known = {"dataset": "phantom_ct/tiny", "fingerprint": "f" * 64, "counts": counts, "steps": 2}
-    report = {"classes": list(CLASSES), "facts": known | facts}
+    run_facts = {"dataset": "phantom_ct/tiny", "fingerprint": "f" * 64, "counts": counts, "steps": 2}
+    report = {"classes": list(CLASSES), "facts": run_facts | facts}
     for split in ("val", "test"):
         p = predict(split, skill, run.seed)
         predictions.write(p, run.folder / f"predictions_{split}.csv")
@@ -79,8 +79,8 @@ def table(*own, **kwargs):
     return Table("t", "A table", "a page", own, **kwargs)
 
 
-def evaluate(made, options, draws=50, tables=None):
-    return results.evaluate(made, tables or {}, results.Reader(made, options, draws))
+def evaluate(sample, options, draws=50, tables=None):
+    return results.evaluate(sample, tables or {}, results.Reader(sample, options, draws))
 
 
 def test_verdict_allows_for_rounding():
@@ -154,27 +154,18 @@ def test_state_of_a_run(trial, options, spoil, kind, word):
     assert (planned[1].command in result.commands) == (kind != "finished")
 
 
-def test_patience_ends_a_run_early(trial, options):
-    run = runs.plan(trial, options)[0]
-    fabricate(run, steps=9)
-    assert runs.check(run, options.data_dir, {}).kind == "unfinished"
-    lines = [json.dumps({"step": s, "val.slice.accuracy": a}) for s, a in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.9))]
-    (run.folder / "metrics.jsonl").write_text("\n".join(lines))
-    assert runs.check(run, options.data_dir, {}).kind == "finished"
-
-
 def test_numbers_verdicts_and_files(trial, options):
     for run in runs.plan(trial, options):
         fabricate(run)
     seeds = [predict("val", 1.0, seed) for seed in (0, 1)]
     expected = np.mean([reference.f1_score(p.labels, p.predicted, average="weighted") for p in seeds])
-    made = table(
+    sample = table(
         cell(trial, published=0.05, note="A note | of ours."),
         cell(trial, "a", "test acc", metric="test.slice.accuracy", published=1.0),
         cell(trial, "a", "same", published=round(expected, 3)),
         cell(trial, "b", "F1", ":size=64"),
     )
-    answers = evaluate(made, options, 300)
+    answers = evaluate(sample, options, 300)
     assert answers[0].ours == pytest.approx(expected, abs=1e-9)
     assert answers[0].low < expected < answers[0].high
     assert answers[0].difference == pytest.approx(expected - 0.05)
@@ -186,16 +177,16 @@ def test_numbers_verdicts_and_files(trial, options):
         f"--data_dir={options.data_dir}"
         for seed in (0, 1)
     )
-    other = evaluate(replace(made, elsewhere="of other patients."), options, 300)
+    other = evaluate(replace(sample, elsewhere="of other patients."), options, 300)
     assert other[0].ours == answers[0].ours and not any(r.verdict for r in other)
 
-    path = results.write(made, answers, options, None, lambda *_: {"t_bars.png": "bars"})
+    path = results.write(sample, answers, options, {"t_bars.png": "bars"})
     rows = list(csv.DictReader((path.parent / "t.csv").read_text().splitlines()))
     assert float(rows[0]["ours"]) == pytest.approx(expected, abs=1e-5) and rows[3]["ours"] == ""
     assert rows[3]["state"] == "not run" and rows[3]["command"].count("lungjax.main") == 2
     text = path.read_text()
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text and "(t_bars.png)" in text
-    for page in (text, results.summary(made, answers)):
+    for page in (text, results.summary(sample, answers)):
         assert "not run" in page and answers[3].commands[0] in page
 
 
@@ -266,41 +257,39 @@ def test_table_that_chooses(trial, options):
 def test_pooled_curves():
     p = predict("val", 1.0, 0)
     one_hot = np.eye(3)[p.labels]
-    for how, scores in (("micro", p.probabilities), ("macro", p.probabilities), ("micro_logits", p.logits)):
-        average = how.split("_")[0]
-        roc, pr = charts.pooled(p, how)
-        assert roc[2] == pytest.approx(reference.roc_auc_score(one_hot, scores, average=average))
-        assert pr[2] == pytest.approx(reference.average_precision_score(one_hot, scores, average=average))
-        assert np.trapezoid(roc[1], roc[0]) == pytest.approx(roc[2], abs=5e-3)
+    roc, pr = charts.pooled(p)
+    assert roc[2] == pytest.approx(reference.roc_auc_score(one_hot, p.probabilities, average="micro"))
+    assert pr[2] == pytest.approx(reference.average_precision_score(one_hot, p.probabilities, average="micro"))
+    assert np.trapezoid(roc[1], roc[0]) == pytest.approx(roc[2], abs=5e-3)
 
 
 def test_charts_of_the_best_runs(trial, options):
-    made = table(
+    sample = table(
         *(cell(trial, row, column, f":size={size}") for row in "ab" for column, size in (("c", 48), ("d", 64))),
         charts=("bars", "confusions", "curves"),
     )
     for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
         for run in runs.plan(name, options):
             fabricate(run, skill)
-    reader = results.Reader(made, options, draws=50)
-    answers = results.evaluate(made, {}, reader)
+    reader = results.Reader(sample, options, draws=50)
+    answers = results.evaluate(sample, {}, reader)
     ((name, best, seed, _),) = charts.best_runs(answers, reader)
     scores = [
         reference.f1_score(p.labels, p.predicted, average="weighted") for p in (predict("val", 2.0, s) for s in (0, 1))
     ]
     assert best.cell.column == "d" and seed == int(np.argmax(scores)) and name == "a, d"
     files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
-    assert list(charts.draw(made, answers, reader, options.workdir)) == files
+    assert list(charts.draw(sample, answers, reader, options.workdir)) == files
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
-    nothing = [results.Result(one, "not run") for one in made.cells]
-    assert list(charts.draw(made, nothing, reader, options.workdir)) == files[:1]
+    nothing = [results.Result(one, "not run") for one in sample.cells]
+    assert list(charts.draw(sample, nothing, reader, options.workdir)) == files[:1]
     assert not (options.workdir / files[2]).exists(), "a chart of runs that are gone"
 
 
 def test_execution_of_missing_runs(trial, options, monkeypatch):
     """A failed run stops no other, finished runs are not repeated, and unprepared data is reported once."""
-    made = table(cell(trial), cell(trial, "b", arguments=":size=8"), cell(trial, "c", arguments=":dataset=ct_cov19"))
-    executed, said = [], []
+    sample = table(cell(trial), cell(trial, "b", arguments=":size=8"), cell(trial, "c", arguments=":dataset=ct_cov19"))
+    executed, output = [], []
 
     def execute(run):
         executed.append(run.command)
@@ -309,15 +298,15 @@ def test_execution_of_missing_runs(trial, options, monkeypatch):
         return fabricate(run) or (0, "")
 
     monkeypatch.setattr(runs, "execute", execute)
-    failures = results.run_missing(made, {}, options, said.append)
+    failures = results.run_missing(sample, {}, options, output.append)
     assert len(executed) == 4 and len(failures) == 4
     assert sum("exit code 2" in how and "too small" in how for how in failures.values()) == 2
     assert sum("not prepared" in how for how in failures.values()) == 2
-    assert sum("lungjax.prepare --dataset=ct_cov19" in line for line in said) == 1
-    answers = results.evaluate(made, {}, results.Reader(made, options, 100, failures))
+    assert sum("lungjax.prepare --dataset=ct_cov19" in line for line in output) == 1
+    answers = results.evaluate(sample, {}, results.Reader(sample, options, 100, failures))
     assert [r.state for r in answers] == ["finished", "failed", "failed"]
     executed.clear()
-    assert results.run_missing(table(cell(trial)), {}, options, said.append) == {} and not executed
+    assert results.run_missing(table(cell(trial)), {}, options, output.append) == {} and not executed
 
 
 def test_ctrl_c_saves_the_run(tmp_path, options, trial, monkeypatch, capfd):
@@ -337,7 +326,7 @@ def test_ctrl_c_saves_the_run(tmp_path, options, trial, monkeypatch, capfd):
 
 
 def test_smoke(trial, monkeypatch):
-    made = table(
+    sample = table(
         cell(trial),
         cell(trial, "a", "augmented", metric="test.patient.per_class.COVID-19.recall"),
         cell(trial, "b", "metric", metric="test.slice.f1_wighted"),
@@ -347,7 +336,7 @@ def test_smoke(trial, monkeypatch):
         cell(trial, "b", "size", arguments=":size=9"),
     )
     lines = []
-    failures = smoke.run({"t": made}, {"t": made}, lines.append)
+    failures = smoke.run({"t": sample}, {"t": sample}, lines.append)
     for word, line in zip(("f1_weighted", "modle", "cbr_tiny", "ct_cov19", "too small"), failures, strict=True):
         assert word in line and line.startswith("t: b, ")
     assert any("a: 2 cells ok; 25,475 parameters, 1 trained" in line for line in lines)
@@ -367,7 +356,7 @@ def test_command(tmp_path, capsys):
         (["--table=nccid_val", f"--workdir={tmp_path / 'w'}", "--set=optim.lrr=1"], "optim.lr"),
     ):
         assert commands.run(command, *arguments) in (1, 2)
-        said = capsys.readouterr()
-        assert word in said.out + said.err and not (tmp_path / "w").exists()
+        output = capsys.readouterr()
+        assert word in output.out + output.err and not (tmp_path / "w").exists()
     assert commands.run(command, "--table=nccid_val", f"--workdir={tmp_path / 'w'}", "--seeds=1") == 0
     assert "0.9804" in capsys.readouterr().out and (tmp_path / "w/tables/nccid_val.md").is_file()

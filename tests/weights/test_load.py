@@ -1,7 +1,6 @@
 """Weights of every format reach the network unchanged, or an error names what is wrong."""
 
 import hashlib
-import re
 from dataclasses import replace
 
 import jax
@@ -15,7 +14,6 @@ from lungjax.config import Config, InputSpec, ModelConfig
 from lungjax.models import trees
 from lungjax.weights import catalogue, identify, load
 
-ALL = pytest.mark.parametrize("form", FORMATS)
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
 
 
@@ -39,41 +37,16 @@ def resolved(channels=1, mean=None, std=None, **fields):
     return load.resolve(Config(input=spec, model=ModelConfig(**({"name": "tiny"} | fields))))
 
 
-@ALL
+@pytest.mark.parametrize("form", FORMATS)
 def test_formats(zoo, form):
     ours = leaves()
+    if form == "safetensors":
+        ours = {path: array.astype(np.float16) for path, array in ours.items()}
     result = flat(lungjax.create("tiny", f"file:{write(zoo, form, ours)}")[1])
     assert result.keys() == ours.keys()
     for path, array in ours.items():
         assert result[path].dtype == np.float32
         np.testing.assert_array_equal(result[path], array, err_msg=path)
-
-
-@ALL
-def test_missing_extra_and_transposed_tensors(zoo, form):
-    writer, named, filename = FORMATS[form]
-    tensors = named(leaves())
-    kernel = next(name for name in tensors if re.search(r"block2a_project_conv|blocks\.1\.0\.conv_pwl", name))
-    extra = kernel.replace("project_conv", "project_conv2").replace("conv_pwl", "conv_pwl2")
-    ours = "stage2_block1/project_conv/kernel"
-    turned = tensors[kernel].swapaxes(-1, -2) if tensors[kernel].shape[-1] > 1 else tensors[kernel].swapaxes(0, 1)
-    for change, line in (
-        ({name: array for name, array in tensors.items() if name != kernel}, f"only in the network: {ours}"),
-        (tensors | {extra: np.ones(3, np.float32)}, f"only in the file: {extra} (3,)"),
-        (tensors | {kernel: turned.copy()}, f"{ours}: {kernel} {turned.shape} gives (1, 1, 12, 48)"),
-    ):
-        path = writer(zoo / filename, change)
-        with pytest.raises(ValueError, match=r"does not fit \(1 names\)") as error:
-            lungjax.create("tiny", f"file:{path}")
-        assert str(error.value).startswith(f"{path} (tiny.") and line in str(error.value)
-        path.unlink()
-
-
-def test_half_precision_becomes_single(zoo):
-    half = {path: array.astype(np.float16) for path, array in leaves().items()}
-    result = flat(lungjax.create("tiny", f"file:{write(zoo, 'safetensors', half)}")[1])
-    assert {array.dtype for array in result.values()} == {np.dtype(np.float32)}
-    np.testing.assert_array_equal(result["top_conv/kernel"], half["top_conv/kernel"])
 
 
 def test_file_of_another_network(zoo):
@@ -146,11 +119,6 @@ def test_other_class_count(zoo):
     with pytest.raises(ValueError, match=r"\(2 names\)(.|\n)*head/dense/bias: predictions/bias \(7,\)"):
         lungjax.create("tiny", f"file:{path}")
     assert lungjax.create("tiny", f"file:{path}", classes=3)[1]["params"]["head"]["dense"]["bias"].shape == (3,)
-
-
-def test_too_small_images():
-    with pytest.raises(ValueError, match="too small for vgg16"):
-        lungjax.create("vgg16", "none", size=(31, 64))
 
 
 def test_repeated_gray_is_the_same_network(zoo):

@@ -27,6 +27,7 @@ ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
 STEP_TOLERANCE = 0.1  # of the median distance between slices
 DEFAULT_ORIENTATION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or convert it to uncompressed DICOM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +131,13 @@ def series(headers: Sequence[Header]) -> Series:
     ordered, along, places = tuple(headers[i] for i in ranks), along[ranks], places[ranks]
     steps = np.diff(along)
     for i in np.flatnonzero(steps < 0.01)[:1]:
-        raise Unreadable(
-            f"{ordered[i].path} and {ordered[i + 1].path} have the same series and position: copies, or several "
-            "scans in one series; keep one of them"
-        )
+        pair = f"{ordered[i].path} and {ordered[i + 1].path}"
+        raise Unreadable(f"{pair} have the same series and position: copies, or several scans; keep one of them")
     step = float(np.median(steps)) if len(steps) else 1.0
     sides = (len(headers), *first.size)
     shape = (sides[order[0]], sides[order[1]], sides[order[2]])
-    notes, flaw = _flaws(ordered, steps, step, places, normal)
-    return Series(ordered, next(p for p, a in PLANES.items() if a == axis), shape, step, flaw, notes)
+    flaw, *notes = _flaws(ordered, steps, step, places, normal)
+    return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
 @named_errors("DICOM")
@@ -213,7 +212,7 @@ def _check(data: Any, path: File, modality: str) -> None:
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is not None and syntax.is_compressed and not _can_decode(syntax):
         name = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
-        raise Unreadable(f"{path}: its pixels are compressed ({name}) and {_decoder_hint(syntax)}")
+        raise Unreadable(f"{path}: its pixels are compressed ({name}): {DECODERS}")
 
 
 def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:
@@ -236,14 +235,6 @@ def _can_decode(syntax: Any) -> bool:
         return False
 
 
-def _decoder_hint(syntax: Any) -> str:
-    name = syntax.name.upper()
-    if "JPEG" not in name and "RLE" not in name:
-        return "no package decodes that: convert the file to uncompressed DICOM"
-    plugin = "openjpeg" if "2000" in name else "rle" if "RLE" in name else "libjpeg"
-    return f"no installed package decodes that: pip install pylibjpeg pylibjpeg-{plugin}"
-
-
 def _pixels(data: Any, path: File) -> np.ndarray:
     """Returns the stored values, [rows, columns], or [rows, columns, 3] RGB."""
     if "PixelData" not in data:
@@ -255,7 +246,7 @@ def _pixels(data: Any, path: File) -> np.ndarray:
     except Exception as error:  # decoders raise anything
         syntax = data.file_meta.get("TransferSyntaxUID", None)
         compressed = syntax is not None and syntax.is_compressed
-        hint = f"if the file is complete, {_decoder_hint(syntax)}" if compressed else "the file may be truncated"
+        hint = f"if the file is complete, {DECODERS}" if compressed else "the file may be truncated"
         reason = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
         raise Unreadable(f"{path}: {reason}; {hint}") from None
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
@@ -303,9 +294,9 @@ def _directions(orientation: Sequence[float]) -> np.ndarray:
 def _check_alike(first: Header, other: Header) -> None:
     pair = f"{first.path} and {other.path} are of one series"
     for header in (first, other):
-        for name, value in (("ImageOrientationPatient", header.orientation), ("ImagePositionPatient", header.position)):
-            if value is None:
-                raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
+        if header.orientation is None or header.position is None:
+            name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
+            raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
     if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
         raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
@@ -320,26 +311,26 @@ def _check_alike(first: Header, other: Header) -> None:
 
 def _flaws(
     ordered: Sequence[Header], steps: np.ndarray, step: float, places: np.ndarray, normal: np.ndarray
-) -> tuple[tuple[str, ...], str]:
-    """Returns the notes of a series, and why no other plane can be cut from it."""
+) -> list[str]:
+    """Returns why no other plane can be cut from a series, "" if any can, and its notes."""
     if len(ordered) == 1:
-        return (), "a single slice"
+        return ["a single slice"]
     if ordered[0].spacing is None:
-        return (), "no PixelSpacing"
+        return ["no PixelSpacing"]
     stack = places[-1] - places[0]
     if np.linalg.norm(stack - (stack @ normal) * normal) > MAX_TILT * np.linalg.norm(stack):
-        return (), "a tilted gantry: each slice is shifted against the next"
+        return ["a tilted gantry: each slice is shifted against the next"]
     uneven = np.flatnonzero(np.abs(steps - step) > STEP_TOLERANCE * step)
     if not len(uneven):
-        return (), ""
+        return [""]
     i = int(uneven[0])
     files = " and ".join(os.path.basename(str(header.path)) for header in ordered[i : i + 2])
     missing = int(np.rint(steps[uneven] / step - 1).clip(min=0).sum())
     if missing:
         flaw = f"about {missing} missing slices, the first between {files} ({steps[i]:g} mm, else {step:g} mm)"
-        return ("with missing slices",), flaw
-    flaw = f"uneven distances between slices, {steps[i]:g} mm between {files}, else {step:g} mm"
-    return ("with uneven distances between slices",), flaw
+        return [flaw, "with missing slices"]
+    uneven_steps = "uneven distances between slices"
+    return [f"{uneven_steps}, {steps[i]:g} mm between {files}, else {step:g} mm", f"with {uneven_steps}"]
 
 
 def _windowed(data: Any, values: np.ndarray, inside: np.ndarray) -> np.ndarray:

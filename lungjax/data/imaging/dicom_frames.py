@@ -71,10 +71,7 @@ def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
 
 
 def _check_rle(frame: bytes, pixels: int) -> None:
-    """Raises ValueError if a run-length coded segment expands to more than one byte per pixel.
-
-    Two bytes may expand to 128. Counting is as slow as decoding, and stops where a segment is full.
-    """
+    """Raises ValueError if a run-length coded segment expands to more than one byte per pixel."""
     count = int.from_bytes(frame[:4], "little")
     if not 1 <= count <= 15 or len(frame) < 64:
         raise ValueError("damaged run-length coding")

@@ -31,11 +31,6 @@ FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B")
 ALLOWED = "allowed are 8-bit gray or color and unsigned 16-bit gray"
-KERNELS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
 
 
@@ -50,8 +45,7 @@ def digest(array: np.ndarray) -> str:
 def encode(array: np.ndarray) -> bytes:
     """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG without filters or compression.
 
-    array_record compresses records itself, to about 1.4 times the size of a compressed PNG, and `read` needs a tenth
-    of the time (tests/benchmarks/README.md).
+    array_record compresses records itself, and `read` needs a tenth of the time (tests/benchmarks/README.md).
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
@@ -67,8 +61,8 @@ def encode(array: np.ndarray) -> bytes:
 def _decode_own(data: bytes) -> np.ndarray | None:
     """Returns the pixels of a file from `encode`; None for any other file, and if it is damaged.
 
-    Pillow takes twice the time, most of it in Python code that blocks other decoding threads: 2.2 times the rate of
-    torch's DataLoader became 3.4 (tests/benchmarks/README.md). zlib verifies the checksum of the pixels.
+    Pillow takes twice the time, most of it in Python code that blocks other decoding threads. zlib verifies the
+    checksum of the pixels.
     """
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
@@ -102,11 +96,10 @@ def gray(array: np.ndarray) -> np.ndarray:
 
 
 def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
-    """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB).
+    """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 if it has 16 bits.
 
-    uint8 for 8-bit images; float32 in 0..255 for 16-bit ones, whose values `window` become 0 and 255.
-    `formats` are Pillow's names of the formats to try, all of FORMATS by default. Raises ValueError for an unreadable
-    image, and for 16 bits without a window.
+    16-bit values `window` become 0 and 255. `formats` are Pillow's names of the formats to try, all of FORMATS by
+    default. Raises ValueError for an unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -143,13 +136,9 @@ def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, margin: float) -> np.ndarray:
     """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
 
-    Args:
-        image: [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`.
-        box: xmin, ymin, xmax, ymax in pixels, max exclusive; used if spec.crop is "box".
-        spec: size, channels, crop, crop_size, interpolation and antialias.
-        margin: fraction of the box's side added on each edge, clipped to the image.
-
-    Raises ValueError for an empty box, or an unknown crop or interpolation.
+    `image` is [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`. `box`, used if spec.crop is
+    "box", is xmin, ymin, xmax, ymax in pixels, max exclusive; `margin` is the fraction of its side added on each edge,
+    clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
     if spec.crop not in CROPS:
         raise ValueError(f"input.crop={spec.crop!r}: allowed are {', '.join(CROPS)}")
@@ -180,8 +169,8 @@ def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: in
 def center(size: tuple[int, int], width: int, height: int) -> Region:
     """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    An odd remainder is split as in torchvision's CenterCrop: half of it, rounded to even. torchvision pads an image
-    that is smaller than the window; here the window shrinks. Raises ValueError for a size below one pixel.
+    An odd remainder is split as in torchvision's CenterCrop: half of it, rounded to even. Raises ValueError for a size
+    below one pixel.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
@@ -220,7 +209,7 @@ def resize(
         # Pillow's box argument alone would let the kernel read beyond the region.
         cropped = picture if edges == (0, 0, *picture.size) else picture.crop(edges)
         inside = (left - edges[0], top - edges[1], right - edges[0], bottom - edges[1])
-        return np.asarray(cropped.resize((size[1], size[0]), KERNELS[kernel], box=inside))
+        return np.asarray(cropped.resize((size[1], size[0]), Image.Resampling[kernel.upper()], box=inside))
     image = np.asarray(image)
     if kernel == "nearest":
         rows = np.floor(_centers(top, bottom, size[0])).astype(np.int64).clip(0, image.shape[0] - 1)

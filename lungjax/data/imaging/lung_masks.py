@@ -4,7 +4,7 @@ These masks are the robust ones: no learned part, one slice at a time, gray leve
 studies' own masks; `apply` makes both kinds of stage by name.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ from skimage import filters
 from lungjax.config import nearest
 from lungjax.data.imaging import lung_outline, study_masks
 from lungjax.data.imaging.images import Region, full_region
-from lungjax.data.imaging.study_masks import Box, bounding_box
+from lungjax.data.imaging.study_masks import bounding_box
 
 ROBUST = ("nobackg", "crop", "lungs_nocrop", "lungs", "no_lungs")
 STAGES = (*ROBUST, *study_masks.STAGES)
@@ -59,16 +59,14 @@ def body_mask(image: np.ndarray) -> np.ndarray:
 def lung_mask(image: np.ndarray) -> np.ndarray:
     """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False if there are none.
 
-    Vessels and lesions, inside or at the chest wall, are included; the trachea is not where it is separate from the
-    lungs. A large bubble in stomach or bowel is included, as its gray level is that of lung. The spine is assumed above
-    or below, not at a side. Raises ValueError for anything but a gray uint8 image.
+    Vessels and lesions, inside or at the chest wall, are included, and large bubbles in stomach or bowel; the trachea
+    is not where it is separate. The spine is assumed above or below, not at a side. Raises as `body_mask` does.
     """
     view = _prepare(_check_gray(image))
     mask, sides = (None, 0) if view is None else _lungs(view)
-    if view is not None and sides < 2:
-        # In a soft-tissue window fat is dark too, and joins a lung to the air outside: look below its level.
-        deeper = _prepare(image, view.level)
-        other, other_sides = (None, 0) if deeper is None else _lungs(deeper)
+    # In a soft-tissue window fat is dark too, and joins a lung to the air outside: look below its level.
+    if view is not None and sides < 2 and (deeper := _prepare(image, view.level)):
+        other, other_sides = _lungs(deeper)
         if other is not None and (mask is None or (other_sides > sides and other.sum() > mask.sum())):
             mask = other
     return _enlarge(mask, view, image.shape)
@@ -77,50 +75,32 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
 def apply(image: np.ndarray, stage: str) -> StageResult:
     """Returns a stage of a gray uint8 image [H, W].
 
-    The robust stages keep the image's own pixels: `nobackg` blacks out everything but the body, `crop` crops that to
-    the body's box without raised arms, `lungs_nocrop` blacks out everything but the lungs, `lungs` crops that to the
-    lungs' box, `no_lungs` blacks out the lungs. The `study_` stages and `features` are those of `study_masks`.
-
-    Raises ValueError for an unknown stage and for anything but a gray uint8 image.
+    `nobackg` blacks out everything but the body, `crop` crops that to the body's box without raised arms,
+    `lungs_nocrop` blacks out everything but the lungs, `lungs` crops that to the lungs' box, `no_lungs` blacks out the
+    lungs. The `study_` stages and `features` are those of `study_masks`. Raises ValueError for an unknown stage and for
+    anything but a gray uint8 image.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
     _check_gray(image)
     if stage in study_masks.STAGES:
         return StageResult(*study_masks.apply(image, stage))
-    if stage in ("nobackg", "crop"):
-        return _body_stage(image, stage == "crop")
-    lung = lung_mask(image)
-    if stage == "no_lungs":
-        return StageResult(_masked(image, ~lung), full_region(image), bool(lung.any()))
-    if not lung.any():
-        return replace(_body_stage(image, stage == "lungs"), found=False)
-    return _stage(_masked(image, lung), bounding_box(lung) if stage == "lungs" else None)
-
-
-def _body_stage(image: np.ndarray, crop: bool) -> StageResult:
-    body = body_mask(image)
-    if not body.any():
+    lung = lung_mask(image) if "lungs" in stage else None
+    found = lung is None or bool(lung.any())
+    if lung is not None and stage == "no_lungs":
+        return StageResult(np.where(lung, 0, image).astype(np.uint8), full_region(image), found)
+    mask = lung if lung is not None and found else body_mask(image)
+    if not mask.any():
         return StageResult(image, full_region(image), False)
-    return _stage(_masked(image, body), _chest_box(body) if crop else None)
-
-
-def _chest_box(body: np.ndarray) -> Box:
-    """Returns the body's box without raised arms, by the CT-COV19 study's rule if it removes less than a quarter."""
-    box = bounding_box(body)
-    chest = study_masks.without_arms(body, box)
-    return chest if chest[1] - box[1] < 0.25 * (box[3] - box[1]) else box
-
-
-def _masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.where(mask, image, 0).astype(np.uint8)
-
-
-def _stage(image: np.ndarray, box: Box | None) -> StageResult:
-    if box is None:
-        return StageResult(image, full_region(image), True)
-    x0, y0, x1, y1 = box
-    return StageResult(image[y0:y1, x0:x1], (float(x0), float(y0), float(x1), float(y1)), True)
+    black = np.where(mask, image, 0).astype(np.uint8)
+    if stage not in ("crop", "lungs"):
+        return StageResult(black, full_region(image), found)
+    x0, top, x1, y1 = bounding_box(mask)
+    y0 = top
+    if mask is not lung:  # raised arms are cut off by the CT-COV19 study's rule if it removes less than a quarter
+        y0 = study_masks.without_arms(mask, (x0, top, x1, y1))[1]
+        y0 = y0 if y0 - top < 0.25 * (y1 - top) else top
+    return StageResult(black[y0:y1, x0:x1], (float(x0), float(y0), float(x1), float(y1)), found)
 
 
 def _check_gray(image: np.ndarray) -> np.ndarray:
@@ -227,9 +207,8 @@ def _outer(dark: np.ndarray) -> np.ndarray:
 def _body(outer: np.ndarray, dark: np.ndarray) -> np.ndarray | None:
     solid = ~outer
     # Opening removes table and leads, which are much thinner than the body.
-    radius = max(1, round(0.012 * max(solid.shape)))
-    opened = _open(solid, radius)
-    labels, count = ndimage.label(opened)
+    side = 2 * max(1, round(0.012 * max(solid.shape))) + 1
+    labels, count = ndimage.label(ndimage.grey_opening(solid.view(np.uint8), (side, side), mode="nearest"))
     if not count:
         return None
     area = np.bincount(labels.ravel())
@@ -239,20 +218,13 @@ def _body(outer: np.ndarray, dark: np.ndarray) -> np.ndarray | None:
     return body if body.mean() > 0.03 and (body & ~dark).any() else None
 
 
-def _open(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Opens a mask with a square; beyond the image's edge the mask repeats."""
-    side = 2 * radius + 1
-    core = ndimage.minimum_filter(mask.view(np.uint8), side, mode="nearest")
-    return ndimage.maximum_filter(core, side, mode="nearest").view(bool)
-
-
 def _lungs(view: _View) -> tuple[np.ndarray | None, int]:
     """Returns the lungs at the view's size, or None, and the number of sides of the body that have one."""
     x0, _, x1, _ = bounding_box(view.body)
     width, area = x1 - x0, float(view.body.sum())
     inner = view.dark & view.body & ~view.outer
-    labels, count = ndimage.label(inner)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    labels, _ = ndimage.label(inner)
+    sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     large = np.flatnonzero(sizes > 0.004 * area)
     if not len(large) or sizes[large].max() < 0.01 * area:

@@ -4,7 +4,7 @@ import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar
 
 MAX_READS = 200_000  # per file; an element of a DICOM file takes two, and a CT slice has a few hundred elements
 
@@ -54,26 +54,24 @@ class MissingPackage(ValueError):
     """An optional package that is not installed; the message says how to install it."""
 
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def named_errors(kind: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def named_errors(kind: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorates a reader of DICOM or NIfTI files so that any error of a damaged file becomes Unreadable.
 
     The reader's first argument is the file. Packages convert values lazily, so any access may raise any exception.
     pydicom's errors quote values, which may identify a patient: for a file in memory they are left out.
     """
 
-    def decorate(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    def decorate(read: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(read)
-        def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        def wrapper(file: File, *args: Any) -> Result:
             try:
-                return read(*args, **kwargs)
+                return read(file, *args)
             except (Unreadable, MissingPackage):
                 raise
             except Exception as error:
-                file = cast(File, args[0])
                 reason = quote(file, f" ({type(error).__name__}: {error})")
                 raise Unreadable(f"{file}: a damaged {kind} file{reason and ' ' + reason}") from None
 

@@ -25,9 +25,7 @@ class Header:
 
 @named_errors("NIfTI")
 def header(path: str) -> Header:
-    """Reads the header of a NIfTI file, without its values.
-
-    Meters and microns are converted to mm; an unknown unit is taken as mm, with a note.
+    """Reads the header of a NIfTI file; an unknown unit is taken as mm, with a note.
 
     Raises ValueError for a file that is not NIfTI or has more than three dimensions, and for a unit that is not a
     length or voxels outside 0.1 to 10 mm.
@@ -54,17 +52,13 @@ def header(path: str) -> Header:
             f"{path}: voxels of {sides} mm (unit in the file: {unit}); a chest CT has {MIN_SPACING:g} to "
             f"{MAX_SPACING:g} mm: correct the unit (xyzt_units) or the affine"
         )
-    notes = []
-    if unit == "unknown":
-        notes.append("without a unit of length: taken as mm")
+    notes = ["without a unit of length: taken as mm"] if unit == "unknown" else []
     if not (image.header["qform_code"] or image.header["sform_code"]):
         notes.append("without an orientation (qform and sform code 0): taken as stored, possibly mirrored")
     # For each body axis (x, y, z), the array axis along it.
     places = nibabel.io_orientation(image.affine)[:, 0].astype(int).tolist()
     z, y, x = (places.index(axis) for axis in (2, 1, 0))
-    return Header(
-        (int(shape[z]), int(shape[y]), int(shape[x])), (float(sizes[z]), float(sizes[y]), float(sizes[x])), tuple(notes)
-    )
+    return Header((shape[z], shape[y], shape[x]), (float(sizes[z]), float(sizes[y]), float(sizes[x])), tuple(notes))
 
 
 @named_errors("NIfTI")

@@ -37,31 +37,25 @@ def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
         return (picture, region, True) if picture.any() else (image, region, False)
     square = resize(image)
     body = body_mask(square)
-    if body is None or not (bare := np.where(body, square, 0).astype(np.uint8)).any():
+    if body is None or not (picture := np.where(body, square, 0).astype(np.uint8)).any():
         return square, region, False
-    if stage == "study_nobackg":
-        return bare, region, True
-    if stage != "study_crop":
-        lung = snake_mask(bare)
-        inside = np.where(lung, bare, 0).astype(np.uint8)
-        found = bool(inside.any())
-        if stage == "study_lungs_nocrop":
-            return (inside if found else bare), region, found
-        if found:
-            return *_cut(inside, bounding_box(lung), image.shape), True
-    return *_cut(bare, without_arms(bare, bounding_box(body)), image.shape), stage == "study_crop"
+    box, found = without_arms(picture, bounding_box(body)), True
+    if "lungs" in stage:
+        lung = snake_mask(picture)
+        inside = np.where(lung, picture, 0).astype(np.uint8)
+        if found := bool(inside.any()):
+            picture, box = inside, bounding_box(lung)
+    if stage in ("study_nobackg", "study_lungs_nocrop"):
+        return picture, region, found
+    x0, y0, x1, y1 = box
+    across, down = image.shape[1] / SIDE, image.shape[0] / SIDE
+    return picture[y0:y1, x0:x1], (x0 * across, y0 * down, x1 * across, y1 * down), found
 
 
 def bounding_box(mask: np.ndarray) -> Box:
     """Returns the box of a mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _cut(square: np.ndarray, box: Box, shape: tuple[int, ...]) -> tuple[np.ndarray, Region]:
-    x0, y0, x1, y1 = box
-    across, down = shape[1] / SIDE, shape[0] / SIDE
-    return square[y0:y1, x0:x1], (x0 * across, y0 * down, x1 * across, y1 * down)
 
 
 def without_arms(picture: np.ndarray, box: Box) -> Box:
@@ -72,10 +66,7 @@ def without_arms(picture: np.ndarray, box: Box) -> Box:
 
 
 def resize(image: np.ndarray) -> np.ndarray:
-    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV.
-
-    The study tested the height only; here another width is resized too, as its later steps require.
-    """
+    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV, whatever its size."""
     if image.shape == (SIDE, SIDE):
         return image
     big = transform.resize(image, (SIDE, SIDE), order=1, mode="edge", anti_aliasing=False, preserve_range=True)
@@ -93,7 +84,11 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
     best = longest_contour(lines)
     if best is None:
         return None
-    return _repair(best[MARGIN:-MARGIN, MARGIN:-MARGIN])
+    mask = best[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
+    # An image edge that cuts the body leaves it open at the top.
+    if len(top := np.flatnonzero(mask[0])):
+        mask[:5, top[0] : top[-1] + 1] = True
+    return np.asarray(ndimage.binary_fill_holes(mask))
 
 
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -134,16 +129,14 @@ def longest_contour(lines: np.ndarray) -> np.ndarray | None:
     if best is None:
         return None
     out = np.zeros(lines.shape, bool)
-    rows, columns = best[2]
-    out[rows, columns] = best[3][1:-1, 1:-1]
+    out[best[2]] = best[3][1:-1, 1:-1]
     return out
 
 
 def _contours(lines: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarray]]:
     """Returns each contour's box and its filled area with a margin of one pixel, from the bottom up as OpenCV does."""
-    out = []
-    for region in measure.regionprops(measure.label(lines, connectivity=2)):
-        out.append((region.slice, np.pad(region.image_filled, 1)))
+    components = measure.regionprops(measure.label(lines, connectivity=2))
+    out = [(region.slice, np.pad(region.image_filled, 1)) for region in components]
     # OpenCV's outline of a hole lies on the pixels around it, so it includes them.
     holes = segmentation.clear_border(measure.label(~lines, connectivity=1))
     for region in measure.regionprops(holes):
@@ -158,15 +151,6 @@ def _hull_length(filled: np.ndarray) -> float:
     if (np.ptp(points, 0) == 0).any():
         return 2.0 * float(np.ptp(points, 0).max())
     return float(spatial.ConvexHull(points).area)  # in two dimensions, scipy's "area" is the perimeter
-
-
-def _repair(mask: np.ndarray) -> np.ndarray:
-    """Closes a mask at the upper edge: rows 0..4 between its first and last pixel there, then all holes."""
-    mask = mask.copy()
-    top = np.flatnonzero(mask[0])
-    if len(top):
-        mask[:5, top[0] : top[-1] + 1] = True
-    return np.asarray(ndimage.binary_fill_holes(mask))
 
 
 def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:

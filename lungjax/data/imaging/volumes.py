@@ -54,16 +54,11 @@ def need(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise MissingPackage(
-            f"{what} need the package {package}, which is not installed: pip install 'lungjax[dicom]'"
-        ) from None
+        raise MissingPackage(f"{what} need {package}, which is missing: pip install 'lungjax[dicom]'") from None
 
 
 def pseudonym(name: str, salt: str) -> str:
-    """Returns 12 hex digits that replace `name`: its BLAKE2b hash, keyed with `salt`.
-
-    Without a secret salt, anyone who can list the possible names can reverse the hash.
-    """
+    """Returns 12 hex digits that replace `name`: its BLAKE2b hash, keyed with `salt`, which must be secret."""
     key = salt.encode()
     key = key if len(key) <= hashlib.blake2b.MAX_KEY_SIZE else hashlib.blake2b(key).digest()
     return hashlib.blake2b(name.encode(), key=key, digest_size=6).hexdigest()
@@ -82,10 +77,9 @@ def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[
 
 
 def canonical(array: np.ndarray, directions: np.ndarray, spacing: Sequence[float]) -> Volume:
-    """Returns a stored scan, int16 with three axes, as a `Volume`.
+    """Returns a stored scan, int16 with three axes, as a `Volume`; an oblique scan is not interpolated.
 
-    `directions` as in `canonical_axes`, `spacing` in mm along the array's own axes. Axes are permuted and flipped,
-    never interpolated: an oblique scan gives its nearest planes.
+    `directions` as in `canonical_axes`, `spacing` in mm along the array's own axes.
     """
     order, signs = canonical_axes(directions)
     flipped = array.transpose(order)[tuple(slice(None, None, sign) for sign in signs)]
@@ -135,10 +129,7 @@ def raise_error(problem: str) -> bytes:
 
 
 def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
-    """Caches the last CACHE_SIZE results of `read`, whose arguments must be hashable.
-
-    Threads that ask for the same volume wait for the one that reads it: a volume may have half a gigabyte.
-    """
+    """Caches the last CACHE_SIZE results of `read`, whose volumes are large: threads wait for the one that reads."""
     cached = functools.lru_cache(maxsize=CACHE_SIZE)(read)
     lock = threading.Lock()
 

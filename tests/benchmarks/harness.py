@@ -1,0 +1,255 @@
+"""What benchmarks share: flags, processes that take turns, times, ratios and Markdown tables.
+
+    python -m tests.benchmarks.harness MODULE FUNCTION        # the child process of `Process`
+
+Frameworks that are compared may run in other interpreters, so this module needs the standard library only.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # environment of processes that compute on the CPU
+
+Times = tuple[float, float]  # wall seconds, and processor seconds of all threads
+
+
+def parse(doc: str | None, required: Iterable[str] = (), positional: str = "", **defaults: Any) -> argparse.Namespace:
+    """Returns the flags of the command line: one per keyword, of the type of its default.
+
+    False is a switch, a list is comma-separated, and a type has no default. `positional` names further arguments.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if positional:
+        parser.add_argument(positional, nargs="*")
+    for name, default in defaults.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        elif isinstance(default, list):
+            item = type(default[0])
+            parser.add_argument(
+                f"--{name}", default=default, type=lambda text, item=item: [item(part) for part in text.split(",")]
+            )
+        else:
+            kind, value = (default, None) if isinstance(default, type) else (type(default), default)
+            parser.add_argument(f"--{name}", type=kind, default=value, required=name in required)
+    return parser.parse_args()
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory with the process, as `lungjax.main` does; call it before jax is imported."""
+    from lungjax.runtime import environment
+
+    environment.keep_freed_memory()
+
+
+@contextlib.contextmanager
+def folder(path: Path | None) -> Iterator[Path]:
+    """Yields `path`, or a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        yield path or Path(temporary)
+
+
+def phantom(finding: str, seed: int) -> tuple[Any, Any]:
+    """Returns a synthetic CT slice of a patient: uint8 [H, W], and what was drawn."""
+    from lungjax.datasets.phantom import slices
+
+    patient = slices.new_patient(seed, finding)
+    drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
+    return slices.gray(drawn.hu, patient.window), drawn
+
+
+def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
+    """Returns the loss of a training step, and the variables after it."""
+    import jax
+    import optax
+
+    def loss(params: Any) -> Any:
+        options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
+        (logits, _), updates = module.apply({**variables, "params": params}, images, **options)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    return value, {"params": jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads), **updates}
+
+
+# Times.
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> str:
+    """Returns jax's version and device, and the number of cores."""
+    import jax
+
+    return f"jax {jax.__version__}, {jax.default_backend()}, {cores()} cores"
+
+
+def timed(call: Callable[[], Any]) -> Times:
+    """Returns the times of a call, with the computations of jax that it starts."""
+    start, used = time.perf_counter(), time.process_time()
+    result = call()
+    if "jax" in sys.modules:
+        sys.modules["jax"].block_until_ready(result)
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[Any]]:
+    """Returns the results of each call, after one round to warm up."""
+    results: dict[Any, list[Any]] = {key: [] for key in calls}
+    for number in range(rounds + 1):
+        for key, call in calls.items():
+            result = call()
+            if number:
+                results[key].append(result)
+    return results
+
+
+def median_ms(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """Returns the median milliseconds of each call, which take turns."""
+    times = take_turns({key: lambda call=call: timed(call) for key, call in calls.items()}, rounds)
+    return {key: 1e3 * statistics.median(wall for wall, _ in values) for key, values in times.items()}
+
+
+def busy_seconds() -> float:
+    """Returns the seconds that the cores of this process have worked for any process."""
+    names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    times = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split()[0] in names]
+    # user, nice, system, irq, softirq (not idle, iowait); guests are part of user
+    return sum(int(t[i]) for t in times for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid: int | str = "self") -> tuple[float, float]:
+    """Returns the resident and the private memory of a process in MiB."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["RssAnon"].split()[0]) / 1024
+
+
+class Watch:
+    """Measures from its creation on: wall seconds, processor seconds, and the use of the cores by other processes."""
+
+    def __init__(self, processor: Callable[[], float] = time.process_time):
+        """Starts it; `processor` returns the processor seconds of the processes that are measured."""
+        self.processor = processor
+        self.start = (time.perf_counter(), processor(), busy_seconds())
+
+    def read(self) -> tuple[float, float, float]:
+        """Returns wall seconds, processor seconds, and the share of the cores that other processes used."""
+        now = (time.perf_counter(), self.processor(), busy_seconds())
+        wall, used, busy = (b - a for a, b in zip(self.start, now, strict=True))
+        return wall, used, max((busy - used) / wall / cores(), 0.0)
+
+
+# Processes.
+
+
+class Process:
+    """A function of a module of this folder in its own process, idle until it is asked.
+
+    The function returns facts, and a function from a request to its answer, both JSON.
+    """
+
+    def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):
+        """Starts it with `python`, by default this interpreter. `answer` returns its facts."""
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTHONSAFEPATH": "1",  # modules of this folder must not hide a library
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            **env,
+        }
+        command = [python or sys.executable, "-m", "tests.benchmarks.harness", module, function]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = subprocess.Popen(command, text=True, env=env, **pipes)
+        self._send(arguments)
+
+    def _send(self, request: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and `answer` raises its error
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def answer(self, seconds: float | None = None) -> Any:
+        """Returns the next answer; raises RuntimeError with an error of the process, TimeoutError after `seconds`."""
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            end = " | ".join(self.log.read().splitlines()[-4:])
+            raise RuntimeError(f"ended with code {self.process.wait()}: {end[-600:]}")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def ask(self, seconds: float | None = None, **request: Any) -> Any:
+        """Sends a request and returns its answer; raises as `answer`."""
+        self._send(request)
+        return self.answer(seconds)
+
+    def close(self) -> None:
+        """Kills the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def main() -> None:
+    """Answers requests until the input ends; an error is the last answer."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    module, function = sys.argv[1:]
+    try:
+        start = getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)
+        facts, reply = start(**json.loads(sys.stdin.readline()))
+        print(json.dumps(facts), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(reply(**json.loads(line))), file=out, flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
+    os._exit(0)  # without waiting for threads of libraries
+
+
+# Tables.
+
+
+def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> str:
+    """Returns "median (lowest..highest)" of the ratios within each round."""
+    ratios = [a / b for a, b in zip(values, units, strict=True)]
+    low, high = min(ratios), max(ratios)
+    return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+
+
+def row(*cells: Any) -> str:
+    """Returns a row of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def header(*heads: str) -> str:
+    """Returns the header of a table, with its first column to the left and the others to the right."""
+    return f"{row(*heads)}\n{row('---', *['---:'] * (len(heads) - 1))}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a complete table."""
+    return "\n".join([header(*heads), *(row(*cells) for cells in rows)])
+
+
+if __name__ == "__main__":
+    main()
