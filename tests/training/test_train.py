@@ -115,7 +115,7 @@ def test_mistakes_before_training(tmp_path):
             train.run(changed(CONFIG, "model.name=simple", assignment), tmp_path / "run", tmp_path)
 
 
-@pytest.mark.parametrize("variant", ["train.accumulate=4", "train.remat=true"])
+@pytest.mark.parametrize("variant", ["train.accumulate=4", pytest.param("train.remat=true", marks=pytest.mark.slow)])
 def test_variants_equal_the_plain_step(variant):
     """Also with augmentation, which depends on the position of an example in the sequence only."""
     config = changed(SGD, "optim.frozen_batch_norm=frozen", "augment=ct_cov19_original", "augment.contrast=0.5,1.5")
