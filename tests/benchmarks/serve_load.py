@@ -197,11 +197,13 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
 
     asyncio.run(everything())
     code, sizes, half = server.stop(), [size for _, size in memory], np.asarray(memory[len(memory) // 2 :])
+    sums = {kind: sum((c for k, c in counts.items() if k.startswith(kind)), Counter()) for kind in ("good", "bad")}
     growth = f"{np.polyfit(*half.T, 1)[0]:+.2f}" if len(half) > 2 else "?"
     p50, p95 = np.percentile(latencies, [50, 95])
     kinds = [(k, ", ".join(f"{n} x {status}" for status, n in sorted(c.items()))) for k, c in sorted(counts.items())]
     return (
-        f"{minutes:g} minutes of {Path(model).name}: good {good}, bad {bad}, without a reason {sorted(without_reason)}"
+        f"{minutes:g} minutes of {Path(model).name}: good {dict(sums['good'])}, bad {dict(sums['bad'])}, "
+        f"without a reason {sorted(without_reason)}"
         f"; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\nMemory {sizes[0]:.0f} MiB at the start, "
         f"{sizes[min(6, len(sizes) - 1)]:.0f} after a minute, {sizes[-1]:.0f} at the end, at most {max(sizes):.0f}; "
         f"second half {growth} MiB per minute.\n\n{harness.table(('kind', 'answers'), kinds)}"
