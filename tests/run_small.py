@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
-import runs
+import small_runs as runs
 
 from lungjax.evaluation import predictions
 from lungjax.runtime import distributed, signals

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
-import runs
+import small_runs as runs
 
 from lungjax import models
 from lungjax.data import pipeline

@@ -14,7 +14,7 @@ from lungjax.evaluation import predictions
 from tests.benchmarks import harness
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
-import runs
+import small_runs as runs
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from lungjax.training import metrics_log
 from tests.benchmarks import harness
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
-import runs
+import small_runs as runs
 
 FIELDS = ("model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import runs
+import small_runs as runs
 from conftest import without_pictures
 from folders import CONFIG, prepare, rows
 from sklearn.metrics import accuracy_score

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-import runs
-from runs import CONFIG, PLAIN, changed
+import small_runs as runs
+from small_runs import CONFIG, PLAIN, changed
 
 from lungjax.config import overrides
 from lungjax.data import pipeline

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_steps
-import runs
+import small_runs as runs
 
 from lungjax import config as configs
 from lungjax import models

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from runs import changed
+import small_runs as runs
+from small_runs import changed
 
 from lungjax import models
 from lungjax.config import OptimConfig
