@@ -21,7 +21,8 @@ READABLE_SCALE = 0.6  # of a figure's width, below which its text is illegible
 MIN_SCROLL_WIDTH = 420  # pixels; a figure that is legible at this width fits every screen
 MAX_LISTED = 8  # names in a sentence
 CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), 127)}  # invalid in HTML
-MARKDOWN = re.compile(r"[\\|*_`<&\[\]$~]")
+# An underscore between letters or digits is no emphasis: names such as slice.auc_macro stay as they are.
+MARKDOWN = re.compile(r"[\\|*`<&\[\]$~]|(?<![^\W_])_|_(?![^\W_])")
 LINK = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)\]])")
 
 

@@ -181,7 +181,7 @@ def test_markdown_numbers(run):
     assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
     assert cells["train"] == ["1,234", "30", "40", "1,304"] and cells["eval.examples"] == ["3"]
     assert cells["time, last start to end"] == ["1 h 2 min"]
-    assert "step 40, the best by val slice.auc\\_macro (0.8125)" in text and "2,108,672 parameters" in text
+    assert "step 40, the best by val slice.auc_macro (0.8125)" in text and "2,108,672 parameters" in text
 
 
 def test_warnings(tmp_path):
