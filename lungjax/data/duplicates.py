@@ -18,7 +18,7 @@ from lungjax.data.imaging import images as image_files
 SIDE = 64  # pixels of a thumbnail
 MIN_DEVIATION = 2.0  # gray levels; a thumbnail with a smaller standard deviation has no content to hash
 DISTANCE = 4  # bits; finds 99% of re-saved copies
-# A larger distance finds more copies without a border, but proposes so many pairs that only small sets can afford it.
+# A larger distance finds more copies without a border, but its many candidate pairs are affordable only for small sets.
 DISTANCES = ((20_000, 8), (100_000, 6))  # images up to which, bits
 MIN_CORRELATION = 0.9  # of the details of two copies
 BLOCK = 1 << 20  # hash pairs compared at a time
