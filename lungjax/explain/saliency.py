@@ -13,7 +13,7 @@ last map of one cell) is all zeros, not noise stretched to 0..1.
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -193,12 +193,11 @@ class Explainer:
         """The number of classes."""
         return 2 if self.positive is not None else int(self.module.outputs)
 
-    def cam(self, method: str, to_probabilities: Callable[[jax.Array], jax.Array] | None = None) -> Any:
+    def cam(self, method: str) -> Any:
         """Returns a method of CAMS as a function of folded variables, the head's variables, pixels, and targets.
 
-        Targets of -1 are the most probable class. `to_probabilities` maps logits to the returned probabilities.
+        Targets of -1 are the most probable class.
         """
-        to_probabilities = to_probabilities or partial(outputs.probabilities, positive=self.positive)
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
         places = None if stretched else receptive_field.places(self._last, self.variables, self._image)
         places = receptive_field.over(places, self.spec.size, self.map_size)
@@ -206,7 +205,7 @@ class Explainer:
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._network(folded, normalize(pixels, self.spec))
-            probabilities = to_probabilities(logits)
+            probabilities = outputs.probabilities(logits, self.positive)
             targets = jnp.where(targets < 0, probabilities.argmax(-1), targets)
             last = features["last"].astype(jnp.float32)
 
