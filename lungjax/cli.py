@@ -28,7 +28,8 @@ def run(
     Args:
       main: gets the program's name and the positional arguments.
       define_flags: defines the flags of the command, so that importing its module defines none.
-      arguments: names of the positional arguments; a last name with "..." stands for one or more.
+      arguments: names of the positional arguments; a last name with "..." stands for one or more, a name in brackets
+        is optional.
       argv: replaces sys.argv.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
@@ -40,7 +41,7 @@ def run(
         if len(values) > len(arguments) and not variadic:
             usage = f"{' '.join(arguments)} and flags, which start with --" if arguments else "flags start with --"
             raise app.UsageError(f"unexpected argument {values[len(arguments)]!r}: {usage}")
-        if len(values) < len(arguments):
+        if len(values) < sum(not name.startswith("[") for name in arguments):
             raise app.UsageError(f"{' '.join(arguments[len(values) :])} missing: give {' '.join(arguments)}")
         main(argv)
 

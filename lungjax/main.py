@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
     flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_string("profile", None, "START:STOP, steps whose jax.profiler trace goes to WORKDIR/profile.")
     flags.DEFINE_bool("list", False, "Prints every experiment and exits.")
 
 
@@ -56,6 +57,7 @@ def main(_: list[str]) -> None:
     for assignment in FLAGS.set:
         config = overrides.override(config, assignment)
     configs.check(config)
+    profile = read_steps(FLAGS.profile) if FLAGS.profile else None
     default = Path("runs") / (config.name + (f"_folds{FLAGS.folds}" if FLAGS.folds is not None else ""))
     if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
         default = Path(experiment).parent
@@ -82,9 +84,17 @@ def main(_: list[str]) -> None:
         elif FLAGS.folds is not None:
             report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
-            report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir)
+            report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
         print(f"Report: {report.with_suffix('.html')}")
+
+
+def read_steps(text: str) -> tuple[int, int]:
+    """Returns the first and last step of "START:STOP". Raises UsageError for anything else."""
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise app.UsageError(f"--profile={text}: expected START:STOP, two steps from 1 such as 10:20")
+    return int(start), int(stop)
 
 
 def check_flags() -> None:
@@ -93,6 +103,8 @@ def check_flags() -> None:
         raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
     if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so no run to test")
+    if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
+        raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
     for name in ("label_map", "split"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")

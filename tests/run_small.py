@@ -20,7 +20,7 @@ import small_runs as runs
 
 from lungjax.evaluation import predictions
 from lungjax.runtime import distributed, signals
-from lungjax.training import metrics_log, train
+from lungjax.training import metrics_log, setup, train
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         distributed.start()
 
     runs.patched(pytest.MonkeyPatch(), conftest.make_small_data())
-    device_batches = train.device_batches
+    device_batches = setup.Run.batches
 
     def slow_batches(run, start):
         for step, batch in enumerate(device_batches(run, start), start + 1):
@@ -49,7 +49,7 @@ def main() -> None:
                 raise ValueError("7.png can't be read")
             yield batch
 
-    train.device_batches = slow_batches
+    setup.Run.batches = slow_batches
     out = flags.out
     try:
         with distributed.abort_all_on_error():

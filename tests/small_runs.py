@@ -21,7 +21,7 @@ from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfi
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import metrics_log, optim, program, train
+from lungjax.training import metrics_log, optim, program, setup
 
 # With everything that must survive an interruption: dropout, augmentation, mixing, a schedule, frozen parameters.
 CONFIG = Config(
@@ -46,7 +46,7 @@ def changed(config: Config, *assignments: str) -> Config:
 def patched(patch: pytest.MonkeyPatch, data) -> None:
     """Lets runs find the small network and open `data`, and leaves out the figures of their reports."""
     patch.setitem(models.MODELS, "small_bn", conftest.small_bn())
-    patch.setattr(train, "open_dataset", lambda *_, **__: data)
+    patch.setattr(setup, "open_dataset", lambda *_, **__: data)
     conftest.without_pictures(patch)
 
 

@@ -208,6 +208,8 @@ class TrainConfig:
     keep: str = "best"  # one of KEEPS: test the best weights by `monitor`, or those of the last step
     accumulate: int = 1  # micro-batches per step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    tensorboard: bool = False  # also write metrics, configuration and figures as TensorBoard events (extra tensorboard)
+    log_parameters: bool = False  # print a table of the parameters at the start
     devices: int = 0  # number on a single host; 0 is all devices of all hosts
     sync_batch_norm: bool = True  # statistics of the global batch; False: per device (as in torch)
     shard_params: bool = False  # shard parameters and optimizer state over the devices instead of replicating them

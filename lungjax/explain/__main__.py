@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
     from lungjax.explain import sheets
     from lungjax.explain.saliency import Explainer
     from lungjax.inference.model import load_finished
-    from lungjax.training import train
+    from lungjax.training import setup
 
     workdir, data_dir = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
     run, description = load_finished(workdir)
@@ -85,13 +85,13 @@ def main(_: list[str]) -> None:
             reasons = "\n  ".join(bad or ["the folders have no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     if FLAGS.split:
-        data = train.open_data(run.config, data_dir)
+        data = setup.open_data(run.config, data_dir)
         for method in methods:
             folder = out / f"{FLAGS.split}_{method}"
             bad += sheets.explain_split(explainer, data, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
         synthetic = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
-        images = None if synthetic else train.open_data(run.config, data_dir)
+        images = None if synthetic else setup.open_data(run.config, data_dir)
         methods, count = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES
         bad += sheets.measure_quality(explainer, run.config, run.classes, run.step, images, methods, target, out, count)
     print(f"Written to {out}")

@@ -11,6 +11,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from lungjax.runtime import signals
 
@@ -52,6 +53,12 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
 def is_first_host() -> bool:
     """Returns whether this host logs and writes."""
     return jax.process_index() == 0
+
+
+def print_once(line: str) -> None:
+    """Prints a line on the first host, above its progress bar."""
+    if is_first_host():
+        tqdm.write(line)
 
 
 def broadcast_int(value: int) -> int:

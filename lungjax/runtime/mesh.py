@@ -5,6 +5,7 @@ batch and a step on eight devices equals the step on one.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,33 +71,25 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
         raise ValueError(f"{field}={batch_size} can't be split over {mesh.size} devices{micro}; set it to {near}")
 
 
-def per_device_gradients(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Computes gradients on each device's part of the batch and averages all results, as with `jax.pmap`.
+def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Runs `train_step(state, batch, axis=...)` on each device's part of the batch, as with `jax.pmap`.
 
-    `gradients(params, frozen_params, batch_stats, batch, key)` is that of the training step. Each device has its own
-    key, and mixes (mixup, cutmix) only its own images.
+    The step averages its gradients, metrics and BatchNorm statistics over `axis`. Each device has its own dropout key,
+    and mixes (mixup, cutmix) only its own images.
     """
-
-    def local(params: Any, frozen_params: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
-        key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-        return jax.lax.pmean(gradients(params, frozen_params, batch_stats, batch, key), AXIS)
-
     copy, part = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma=False: differentiation would otherwise sum the gradients over the devices before the mean.
-    return jax.shard_map(local, mesh=mesh, in_specs=(copy, copy, copy, part, copy), out_specs=copy, check_vma=False)
+    return jax.shard_map(
+        partial(train_step, axis=AXIS), mesh=mesh, in_specs=(copy, part), out_specs=copy, check_vma=False
+    )
 
 
-def with_gathered_params(gradients: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Gathers sharded parameters on every device, and shards their gradients again.
+def gather_params(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Runs a step with sharded parameters gathered on every device, so that no convolution is sharded itself."""
 
-    The constraints keep the compiler from sharding the convolutions themselves.
-    """
-
-    def wrapped(params: Any, frozen_params: Any, batch_stats: Any, batch: Any, key: jax.Array) -> Any:
-        params, frozen_params = jax.lax.with_sharding_constraint((params, frozen_params), replicated(mesh))
-        grads, batch_stats, metrics = gradients(params, frozen_params, batch_stats, batch, key)
-        shardings = state_sharding(grads, mesh, shard=True)
-        return jax.lax.with_sharding_constraint(grads, shardings), batch_stats, metrics
+    def wrapped(state: Any, batch: Any) -> Any:
+        params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
+        return train_step(state.replace(params=params), batch)
 
     return wrapped
 

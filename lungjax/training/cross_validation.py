@@ -20,7 +20,7 @@ from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
-from lungjax.training import early_stopping, train
+from lungjax.training import early_stopping, setup, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -50,18 +50,20 @@ def run(
     for part in parts:
         configs.check(part)
     distributed.run_on_all_hosts(lambda: _check_folder(workdir, count))
-    data = distributed.run_on_all_hosts(lambda: train.open_data(parts[0], data_dir))
+    data = distributed.run_on_all_hosts(lambda: setup.open_data(parts[0], data_dir))
     folders = [workdir / f"fold{i}" for i in range(count)]
     for i, (part, folder) in enumerate(zip(parts, folders, strict=True)):
         if mode == "train" and distributed.run_on_all_hosts(partial(is_finished, folder, part, data)):
-            train.print_line(f"fold {i} is finished: {folder}")
+            distributed.print_once(f"fold {i} is finished: {folder}")
             continue
-        train.print_line(f"fold {i} of 0 to {count - 1}: {folder}")
+        distributed.print_once(f"fold {i} of 0 to {count - 1}: {folder}")
         try:
             train.run(part, folder, data_dir, mode, weights_dir)
         except (ValueError, OSError):
             done = ", ".join(other.name for other in folders[:i] if (other / "report.md").exists())
-            train.print_line(f"fold {i} failed; finished folds: {done or 'none'}. Rerun the same command to resume")
+            distributed.print_once(
+                f"fold {i} failed; finished folds: {done or 'none'}. Rerun the same command to resume"
+            )
             raise
     distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"

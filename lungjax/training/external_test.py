@@ -25,7 +25,7 @@ from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed
 from lungjax.runtime.checkpoint import restore_best
-from lungjax.training import program, train
+from lungjax.training import final_report, program, setup
 from lungjax.weights import load
 
 TESTABLE_SPLITS = (*SPLITS, "all")
@@ -63,7 +63,7 @@ def evaluate(
     if split not in TESTABLE_SPLITS:
         raise ValueError(f"--split={split}: {nearest(split, TESTABLE_SPLITS)}")
     run = distributed.run_on_all_hosts(
-        lambda: train.set_up(load.resolve(config), workdir, data_dir, "evaluate", started)
+        lambda: setup.set_up(load.resolve(config), workdir, data_dir, "evaluate", started)
     )
     other = distributed.run_on_all_hosts(lambda: datasets.open_dataset(dataset, data_dir))
     distributed.check_same(
@@ -87,14 +87,14 @@ def evaluate(
                 labels = images.columns["label"]
                 columns = images.columns | {"label": np.zeros_like(labels)}
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
-                predicted = train.predict(run, variables, unlabeled, "test")
+                predicted = run.predict(variables, "test", unlabeled)
                 results[name] = map_predictions(predicted, mapping, labels[images.rows("test")])
     val = workdir / "predictions_val.csv"
     if val.exists():
         results["val"] = map_val(predictions.read(val), mapping, run.data.name)
         notes.append(f"Thresholds and temperature come from the run's own val split, of {run.data.name}.")
     counts = np.bincount(results["test"].labels, minlength=len(mapping.classes))
-    facts = train.describe(run) | {
+    facts = final_report.describe(run) | {
         "dataset": other.name,
         "classes": list(mapping.classes),
         "fingerprint": other.fingerprint,
@@ -114,7 +114,9 @@ def evaluate(
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
     # A heat map is of one class of the run, so there is none for a tested class of several.
-    explain_class = train.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
+    explain_class = (
+        final_report.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
+    )
     run_classes = np.asarray([members[0] for members in mapping.members])
     explain = explain_class and (lambda images, targets: explain_class(images, run_classes[targets]))
     description = datasets.describe(other, data_dir)
@@ -126,7 +128,7 @@ def evaluate(
             folder, run.config, results, [], facts, lambda i: reader(rows[i]), explain, **description
         )
         for warning in baselines.warnings(report):
-            train.print_line(warning)
+            distributed.print_once(warning)
 
     distributed.on_first_host(write)
     return folder / "report.md"

@@ -1,11 +1,88 @@
 """`metrics.jsonl`: one JSON object per line, appended during training on the first host."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from lungjax.data import pipeline
+from lungjax.runtime import distributed
 from lungjax.runtime.files import atomic_write
+
+if TYPE_CHECKING:  # `setup` imports this module
+    from lungjax.training.setup import Run
+
+
+class MetricsLog:
+    """Metrics of a run in training, to metrics.jsonl, TensorBoard and the progress bar of the first host.
+
+    A context manager. Rows after `step`, which a resumed run writes again, are dropped at the start.
+    """
+
+    def __init__(self, run: "Run", step: int):
+        self.run, self.path = run, run.workdir / "metrics.jsonl"
+        self.epoch_steps = len(pipeline.train_rows(run.data)) / run.config.train.batch_size
+        self.first_step = step
+        self.pending: list[Any] = []  # metrics of the steps since the last row, still on the devices
+        self.clock = time.perf_counter()  # of the last row
+        self.events = None
+        if distributed.is_first_host():
+            rows = rewind(self.path, step)
+            if run.config.train.tensorboard:
+                from lungjax.training.event_files import EventFiles
+
+                self.events = EventFiles(run.workdir, rows)
+        hidden = not distributed.is_first_host()
+        self.bar = tqdm(total=run.program.steps, initial=step, unit="step", desc=run.config.name, disable=hidden)
+
+    def __enter__(self) -> "MetricsLog":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the progress bar and the event files."""
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        """Adds the metrics of a step without waiting for the devices, except for the first step."""
+        self.pending.append(metrics)
+        self.bar.update()
+        if self.bar.n == self.first_step + 1:
+            jax.block_until_ready(metrics)
+            distributed.print_once(f"First step {time.time() - self.run.started:.1f} s after the start")
+
+    def fetch(self) -> list[dict[str, Any]]:
+        """Waits for the devices; returns the metrics of the steps since the last call."""
+        pending, self.pending = self.pending, []
+        return jax.device_get(pending)
+
+    def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]], count: int) -> None:
+        """Writes a row with the means over `metrics`, those of the finite ones among the last `count` steps."""
+        rate = count * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
+        if metrics:
+            row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
+            self.write(step, {**row, "lr": float(self.run.program.schedule(step - 1)), "images_per_s": round(rate, 2)})
+            self.bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
+        self.reset_clock()
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Writes one row."""
+        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), **row}
+        if distributed.is_first_host():
+            append(self.path, row)
+        if self.events:
+            self.events.add_row(row)
+
+    def reset_clock(self) -> None:
+        """Starts the time of the next row, after work that is no training."""
+        self.clock = time.perf_counter()
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

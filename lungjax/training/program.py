@@ -68,6 +68,19 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     network = folding.FoldedModel(module, first.variables, image_shape)
     replicated, batch_sharding = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     state_sharding = meshes.state_sharding(first, mesh, config.train.shard_params)
+    train_step: Callable[..., Any] = partial(
+        step.train_step,
+        module=module,
+        optimizer=optimizer,
+        config=config,
+        class_weights=weights,
+        positive=positive,
+        frozen=frozen,
+    )
+    if not config.train.sync_batch_norm:
+        train_step = meshes.per_device(train_step, mesh)
+    elif config.train.shard_params:
+        train_step = meshes.gather_params(train_step, mesh)
     return Program(
         mesh=mesh,
         module=module,
@@ -79,7 +92,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), first, state_sharding
         ),
         train_step=jax.jit(
-            step.make_train_step(module, optimizer, config, weights, positive, frozen, mesh),
+            train_step,
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, replicated),
             donate_argnums=0,
@@ -87,7 +100,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         ),
         network=network,
         predict_step=jax.jit(
-            step.make_predict_step(network, config, positive),
+            partial(step.predict_step, network=network, config=config, positive=positive),
             in_shardings=(None, batch_sharding),  # folded variables keep their own sharding
             out_shardings=replicated,
             compiler_options=conv.compiler_options(platform, train=False),

@@ -24,8 +24,8 @@ from lungjax.training.state import TrainState
 # Fields that change neither weights nor data order, so that a run may resume with other values.
 MUTABLE_FIELDS = (
     "data.workers", "data.threads", "data.prefetch", "train.log_steps", "train.save_steps", "train.devices",
-    "train.shard_params", "train.on_nan", "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity",
-    "eval.prevalence",
+    "train.shard_params", "train.on_nan", "train.tensorboard", "train.log_parameters",
+    "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity", "eval.prevalence",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class Loop:
         import jax
 
         from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, TrainConfig
-        from lungjax.training import train
+        from lungjax.training import setup
 
         self.config = Config(
             data=DataConfig(dataset=NAME),
@@ -40,10 +40,10 @@ class Loop:
         runs = {}
         for name, dataset in NAMES.items():
             config = replace(self.config, data=DataConfig(dataset=dataset))
-            runs[name] = train.set_up(config, work / "run", work / "data", "train", time.time())
+            runs[name] = setup.set_up(config, work / "run", work / "data", "train", time.time())
         # One compiled step for all: the configurations differ only in the name of the data set.
         self.program = runs["source"].program
-        batches = {name: train.device_batches(replace(run, program=self.program), 0) for name, run in runs.items()}
+        batches = {name: replace(run, program=self.program).batches(0) for name, run in runs.items()}
         memory = next(batches["source"])
         self.batches: dict[str, Iterator[dict[str, Any]]] = {"memory": itertools.repeat(memory), **batches}
         start = time.perf_counter()

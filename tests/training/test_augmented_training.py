@@ -17,7 +17,7 @@ from lungjax.config.presets import PRESETS
 from lungjax.data import augment, pipeline
 from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
-from lungjax.training import losses, step, train
+from lungjax.training import losses, setup, step, train
 
 AUGMENTED = ["augment=ct_cov19_original", "augment.contrast=0.5,1.5", "augment.mixup=0.5"]
 
@@ -49,7 +49,7 @@ def test_predictions_are_not_augmented():
     batch, first = runs.batch_of(PLAIN) | {"row": jnp.arange(8)}, runs.first_state(PLAIN)
     apply = partial(runs.build(PLAIN).module.apply, train=False)
     a, b = (
-        jax.jit(step.make_predict_step(apply, config, None))(first.variables, batch)["probabilities"]
+        jax.jit(partial(step.predict_step, network=apply, config=config))(first.variables, batch)["probabilities"]
         for config in (PLAIN, changed(PLAIN, *AUGMENTED))
     )
     np.testing.assert_array_equal(a, b)
@@ -99,7 +99,7 @@ def phantoms(tmp_path_factory):
 
 
 def test_report_of_the_control_without_lungs(phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_dataset", datasets.open_dataset)
+    monkeypatch.setattr(setup, "open_dataset", datasets.open_dataset)
     config = changed(
         PLAIN, "data.dataset=phantom_ct/tiny", "input.crop=box", "train.steps=2", "train.monitor=slice.loss",
         "augment.exterior=0.5",

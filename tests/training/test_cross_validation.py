@@ -14,7 +14,7 @@ from lungjax import datasets
 from lungjax.config import overrides
 from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
-from lungjax.training import cross_validation, train
+from lungjax.training import cross_validation, setup, train
 from lungjax.training import workdir as workdirs
 
 CLASSES = ("left", "middle", "right")
@@ -46,7 +46,7 @@ def predict(data, at, offset):
 
 def quick(config, workdir, data_dir, *_):
     """Leaves what `train.run` leaves, of a network with two of three images right."""
-    data = train.open_data(config, data_dir)
+    data = setup.open_data(config, data_dir)
     (workdir / "checkpoints/last/2").mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(overrides.to_json(config))
     (workdir / "data.json").write_text(json.dumps(workdirs.data_facts(data)))

@@ -19,7 +19,7 @@ from lungjax.data import pipeline
 from lungjax.models import trees
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import metrics_log, train
+from lungjax.training import metrics_log, setup, train
 from lungjax.training import workdir as workdirs
 
 REWIND = ("train.on_nan=rewind", "train.save_steps=4", "train.steps=8")
@@ -55,13 +55,13 @@ def stopped(folders, tmp_path):
 
 def batches_that(monkeypatch, change):
     """Applies `change(step, batch)` to every training batch."""
-    device_batches = train.device_batches
+    device_batches = setup.Run.batches
 
     def batches(run, start):
         for step, batch in enumerate(device_batches(run, start), start + 1):
             yield change(step, batch)
 
-    monkeypatch.setattr(train, "device_batches", batches)
+    monkeypatch.setattr(setup.Run, "batches", batches)
 
 
 def interrupt(monkeypatch, number, at):
@@ -246,7 +246,7 @@ def test_unsuitable_splits_before_training(tmp_path, monkeypatch, small_data):
         ({"label": np.where(splits == "val", 0, labels)}, "slice.auc_macro", "undefined on the val split"),
     ):
         other = dataclasses.replace(small_data, columns=small_data.columns | columns)
-        monkeypatch.setattr(train, "open_dataset", lambda *_, other=other, **__: other)
+        monkeypatch.setattr(setup, "open_dataset", lambda *_, other=other, **__: other)
         with pytest.raises(ValueError, match=hint):
             train.run(changed(CONFIG, f"train.monitor={monitor}"), tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from lungjax.config import OptimConfig, overrides
 from lungjax.evaluation import metrics, predictions
 from lungjax.models import trees
 from lungjax.runtime.checkpoint import newest, restore_best
-from lungjax.training import early_stopping, metrics_log, optim, state, train
+from lungjax.training import early_stopping, metrics_log, optim, setup, state, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -88,7 +88,7 @@ def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
     with pytest.raises(ValueError, match="not empty"):
         train.run(CONFIG, tmp_path / "foreign", tmp_path)
     other = dataclasses.replace(small_data, fingerprint="1" * 64)
-    monkeypatch.setattr(train, "open_dataset", lambda *_, **__: other)
+    monkeypatch.setattr(setup, "open_dataset", lambda *_, **__: other)
     with pytest.raises(ValueError, match="other images"):
         train.run(CONFIG, workdir, tmp_path)
 

@@ -1,0 +1,25 @@
+"""Writes TensorBoard events of finished or interrupted runs: python -m lungjax.tensorboard RUN...
+
+Training writes them as it goes with --set=train.tensorboard=True. Both need the extra `tensorboard`.
+"""
+
+from pathlib import Path
+
+from lungjax import cli
+
+
+def define_flags() -> None:
+    """This command has no flags."""
+
+
+def main(argv: list[str]) -> None:
+    """Writes the events of each run, and prints how to look at them."""
+    from lungjax.training import event_files
+
+    folders = [event_files.write(Path(name)) for name in argv[1:]]
+    specification = ",".join(f"{Path(name).name}:{folder}" for name, folder in zip(argv[1:], folders, strict=True))
+    print(f"tensorboard --logdir_spec={specification}" if len(folders) > 1 else f"tensorboard --logdir={folders[0]}")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags, ("RUN...",))

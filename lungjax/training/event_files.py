@@ -1,0 +1,69 @@
+"""TensorBoard events of a run: metrics, configuration and figures. Needs the extra `tensorboard`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lungjax.training import metrics_log
+
+FOLDER = "tensorboard"  # in the workdir
+
+
+class EventFiles:
+    """Writes the events of a run to WORKDIR/tensorboard.
+
+    They always have the content of metrics.jsonl: the folder is written anew at the start, with the rows so far, so a
+    resumed run repeats no step. Raises ValueError without the extra.
+    """
+
+    def __init__(self, workdir: Path, rows: Iterable[Mapping[str, Any]]):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError("TensorBoard events need the extra: pip install 'lungjax[tensorboard]'") from None
+        folder = workdir / FOLDER
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        # A viewer that is open drops the events of the deleted files from purge_step on.
+        self.writer = SummaryWriter(str(folder), purge_step=0)
+        config = json.dumps(json.loads((workdir / "config.json").read_text("utf-8")), indent=1)
+        self.writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()), 0)
+        for row in rows:
+            self.add_row(row)
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Adds the numbers of one row of metrics.jsonl, as "train/loss" for "train.loss"."""
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"])
+        self.writer.flush()
+
+    def add_figures(self, folder: Path, step: int) -> None:
+        """Adds the figures (PNG) of a report."""
+        for path in sorted(folder.glob("*.png")):
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self.writer.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        self.writer.close()
+
+
+def write(workdir: Path) -> Path:
+    """Writes all events of a run, finished or not; returns their folder.
+
+    Raises ValueError if `workdir` is no run.
+    """
+    if not (workdir / "config.json").is_file():
+        raise ValueError(f"{workdir}: no config.json, so no run; give the workdir of a run")
+    rows = metrics_log.read(workdir / "metrics.jsonl")
+    events = EventFiles(workdir, rows)
+    report = workdir / "report.json"
+    if report.is_file():
+        events.add_figures(workdir / "plots", json.loads(report.read_text("utf-8"))["best"]["step"])
+    events.close()
+    return workdir / FOLDER

@@ -1,0 +1,129 @@
+"""The data and the program of a run, opened and checked before anything is written."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lungjax import models
+from lungjax.config import Config
+from lungjax.data import folds, pipeline
+from lungjax.data.prepared import Prepared
+from lungjax.datasets import open_dataset
+from lungjax.datasets.build import near_duplicates
+from lungjax.evaluation import predict_split
+from lungjax.evaluation.predictions import Predictions
+from lungjax.models import trees
+from lungjax.runtime import mesh as meshes
+from lungjax.runtime.signals import Watch
+from lungjax.training import optim, program
+from lungjax.training import workdir as workdirs
+from lungjax.training.early_stopping import check_monitor
+from lungjax.training.program import Program
+from lungjax.weights import load
+
+
+@dataclass(frozen=True)
+class Run:
+    """The constants of a run; the training state and the progress change."""
+
+    config: Config
+    workdir: Path
+    data: Prepared
+    program: Program
+    started: float  # time.time() at the start
+
+    def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Yields global training batches from index `start` on, with `data.prefetch` further ones in transfer."""
+        place = {"host": jax.process_index(), "hosts": jax.process_count()}
+        batches = pipeline.train_batches(self.data, self.config, start=start, **place)
+        ready = []
+        try:
+            for batch in batches:
+                ready.append(meshes.to_devices(batch, self.program.mesh))
+                if len(ready) > self.config.data.prefetch:
+                    yield ready.pop(0)
+        finally:
+            batches.close()  # stops its threads and processes
+
+    def batch_names(self, index: int) -> str:
+        """Returns the first file names of training batch `index`."""
+        return shorten(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
+
+    def predict(
+        self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
+    ) -> Predictions:
+        """Returns predictions of a split of the run's data, or of `data`.
+
+        Raises Interrupted between batches if `watch` received a signal.
+        """
+        folded, check = self.program.network.fold(variables), watch.check if watch else lambda: None
+        return predict_split.predict(
+            self.program.predict_step,
+            folded,
+            data or self.data,
+            split,
+            self.config,
+            self.program.mesh,
+            progress=watch is None,
+            check=check,
+        )
+
+
+def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
+    """Opens the data and builds the program; raises ValueError if workdir, configuration and data are incompatible."""
+    workdirs.check(workdir, config, mode)
+    data = open_data(config, data_dir)
+    workdirs.check_same_data(workdir, data)
+    check_monitor(config, data)
+    labels = data.columns["label"][pipeline.train_rows(data)]
+    mesh = meshes.make_mesh(config.train.devices)
+    return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)
+
+
+def open_data(config: Config, data_dir: Path) -> Prepared:
+    """Returns the configured data set with its splits or folds. Raises ValueError if it is missing or unsuitable."""
+    data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
+    near = near_duplicates.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
+    return folds.apply(data, config, near)
+
+
+def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the leaves of `model.weights` by path, and the paths of the leaves that stay random."""
+    config, module = run.config, run.program.module
+    leaves = load.leaves(config, module, weights_dir)
+    paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
+    return leaves, [path for path in paths if path not in leaves]
+
+
+def summary(run: Run) -> str:
+    """Returns devices, network, length and folder of a run, one per line, and a table with `train.log_parameters`."""
+    config, built = run.config, run.program
+    devices, hosts = built.mesh.devices.flat, jax.process_count()
+    params = trees.flatten(built.abstract_state.params)
+    frozen = optim.frozen_paths(config.optim, built.abstract_state.params)
+    total, trained = (sum(params[p].size for p in params if p not in left_out) for left_out in ((), frozen))
+    epochs = built.steps * config.train.batch_size / len(pipeline.train_rows(run.data))
+    lines = [
+        f"Devices: {len(devices)} x {devices[0].device_kind} on {hosts} host{'s' * (hosts > 1)}, mesh axis "
+        f"{meshes.AXIS}={built.mesh.size}",
+        f"Network: {config.model.name}, {total:,} parameters, {trained:,} trained, {np.dtype(built.module.dtype)}",
+        f"Training: {built.steps:,} steps of {config.train.batch_size} images ({epochs:.4g} epochs), validation every "
+        f"{built.eval_steps:,} steps",
+        f"Run: {run.workdir}",
+    ]
+    if config.train.log_parameters:
+        width = max(map(len, params))
+        for path, leaf in params.items():
+            note = "  frozen" if path in frozen else ""
+            lines.append(f"  {path:{width}}  {leaf.size:>11,}  {'x'.join(map(str, leaf.shape))}{note}")
+    return "\n".join(lines)
+
+
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Returns the first names with commas, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
