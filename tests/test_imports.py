@@ -24,7 +24,16 @@ PACKAGES = (
     "serve",
     "tables",
 )
-COMMANDS = {"cli", "main", "prepare", "explore", "predict", "compare"}  # leaves, as each package's __main__
+COMMANDS = {
+    "cli",
+    "main",
+    "prepare",
+    "explore",
+    "predict",
+    "compare",
+    "runs",
+    "tensorboard",
+}  # leaves, as each package's __main__
 
 
 def imported(path: Path) -> set[str]:

@@ -34,6 +34,8 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         (["--experiment=cbr_folder"], "python -m lungjax.prepare --dataset=folder"),
         (["--experiment=cbr_folder:dataset=covidx_ct/4a"], "3a"),
         (["phantom_demo"], "unexpected argument"),
+        (["--experiment=phantom_demo", "--profile=10-20"], "START:STOP"),
+        (["--experiment=phantom_demo", "--profile=20:10"], "START:STOP"),
         ([], "--list"),
     ):
         assert commands.run(main, *arguments) in (1, 2), arguments
