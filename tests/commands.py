@@ -6,7 +6,7 @@ from lungjax import cli
 
 
 def run(command, *arguments, positional=()) -> int:
-    """Returns the exit code of a command's module, such as `lungjax.prepare`; what it prints goes to capsys.
+    """Returns the exit code of a command's module, such as `lungjax.prepare`; capsys captures the output.
 
     `positional` are the names of the arguments that the command takes besides flags. The flags of the command are
     removed again, so that several commands run in one process.

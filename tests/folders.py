@@ -28,7 +28,7 @@ def picture(place: int, seed: int) -> np.ndarray:
 
 
 def rows(classes, patients, images=2, splits=None, prefix="p", seed=0):
-    """Rows of labels.csv with their pictures: `patients` of each class, so many images each, two sources."""
+    """Rows of labels.csv with their images: `patients` per class, two sources."""
     made = []
     for place, name in enumerate(classes):
         for p in range(patients):

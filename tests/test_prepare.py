@@ -48,7 +48,7 @@ def assert_nothing_opens(root):
 
 
 def python(code, root, *arguments):
-    """Runs code in a process of its own; returns its exit code and output."""
+    """Runs code in a separate process; returns its exit code and output."""
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True)
 
 

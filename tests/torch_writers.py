@@ -1,4 +1,4 @@
-"""An assembler of pickles that writes what torch.save would, and what it never would; both formats of its files."""
+"""Writes pickles like those of torch.save, in both of its formats, and malicious ones."""
 
 import struct
 import zipfile

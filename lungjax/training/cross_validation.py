@@ -25,7 +25,7 @@ from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
 POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are in the test split of another fold
-PREFIXES = ("predictions_", "report.", "plots")  # of the files besides foldN
+PREFIXES = ("predictions_", "report.", "plots")  # of the files next to foldN
 SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
 SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
 

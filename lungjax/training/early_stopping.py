@@ -1,4 +1,4 @@
-"""Progress of training besides the state: the best validation so far, and the position in the data.
+"""Progress of a run outside its training state: the best validation so far, and the position in the data.
 
 Saved with every checkpoint, so that a resumed run decides as an uninterrupted one.
 """

@@ -113,7 +113,7 @@ def evaluate(
     }
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
-    # A heat map is of one class of the run, so there is none for a tested class of several.
+    # A heat map explains one class of the run, not a tested class that merges several.
     explain_class = (
         final_report.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
     )
@@ -137,8 +137,8 @@ def evaluate(
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
     """Reads "A=X,B=Y+Z,C=-": A is the class X of the run, B is Y or Z, C is ignored.
 
-    Classes of the other data set with the same right side are tested as one; a class of the run without a left side is
-    taken for impossible. The tested classes have the names of the run, such as "Y+Z".
+    Classes of the other data set with the same right side are tested as one; the probability of a class of the run
+    without a left side is dropped. The tested classes have the names of the run, such as "Y+Z".
 
     Args:
       text: "" if both have the same names.

@@ -161,7 +161,7 @@ def test_overlap_of_stages(root):
     for name in ("mine", "again"):
         datasets.write(f"folder/{name}-20", root / f"in_{name}", data_dir, datasets.PrepareOptions(), quiet=True)
     mine, again = (datasets.open_dataset(f"folder/{name}-20", data_dir) for name in ("mine", "again"))
-    # Without pictures of their own, so that only those of the whole images can be looked at.
+    # Without records, so that only the images before the stage can be compared.
     staged = [replace(data, name=data.name.replace("-20", "-nobackg-20"), records=None) for data in (mine, again)]
     whole, rows = overlap._whole(staged[1], np.array([5, 2]), data_dir)
     assert whole.name == "folder/again-20" and rows.tolist() == [5, 2]
