@@ -84,12 +84,12 @@ def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     )
 
 
-def gather_params(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Runs a step with sharded parameters gathered on every device, so that no convolution is sharded itself."""
+def gather_params(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Gathers sharded parameters on every device before a network's `apply`, so that no convolution is sharded."""
 
-    def wrapped(state: Any, batch: Any) -> Any:
-        params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-        return train_step(state.replace(params=params), batch)
+    def wrapped(variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        params = jax.lax.with_sharding_constraint(variables["params"], replicated(mesh))
+        return apply({**variables, "params": params}, *args, **kwargs)
 
     return wrapped
 

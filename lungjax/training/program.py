@@ -70,7 +70,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     state_sharding = meshes.state_sharding(first, mesh, config.train.shard_params)
     train_step: Callable[..., Any] = partial(
         step.train_step,
-        module=module,
+        apply=meshes.gather_params(module.apply, mesh) if config.train.shard_params else module.apply,
         optimizer=optimizer,
         config=config,
         class_weights=weights,
@@ -79,8 +79,6 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     )
     if not config.train.sync_batch_norm:
         train_step = meshes.per_device(train_step, mesh)
-    elif config.train.shard_params:
-        train_step = meshes.gather_params(train_step, mesh)
     return Program(
         mesh=mesh,
         module=module,

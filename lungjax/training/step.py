@@ -28,7 +28,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    module: nn.Module,
+    apply: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     config: Config,
     class_weights: jax.Array,
@@ -39,8 +39,9 @@ def train_step(
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
-    constants of the run: `class_weights` [C], `positive` class of a sigmoid output, paths of `frozen` parameters, and
-    the mesh `axis` if each device calls this function on its part of the batch (`mesh.per_device`).
+    constants of the run: `apply` of the network's module, `class_weights` [C], `positive` class of a sigmoid output,
+    paths of `frozen` parameters, and the mesh `axis` if each device calls this function on its part of the batch
+    (`mesh.per_device`).
 
     With `train.accumulate` above one the batch is split into micro-batches whose gradients are averaged; identical to
     the full-batch step if BatchNorm is frozen or absent and dropout is off.
@@ -63,7 +64,7 @@ def train_step(
 
     def loss_fn(params: Any, batch_stats: Any, examples: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
         with frozen_batch_norm(config.optim.frozen_batch_norm, frozen):
-            (logits, _), updates = module.apply(
+            (logits, _), updates = apply(
                 {"params": trees.merge(params, frozen_params), "batch_stats": batch_stats},
                 normalize(examples["image"], config.input),
                 train=True,
