@@ -19,7 +19,7 @@ from lungjax.config import nearest
 from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.bootstrap import Difference
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import render
+from lungjax.report import templating
 
 FLAGS = flags.FLAGS
 
@@ -89,7 +89,7 @@ def compare(
         if without:
             note = f"{note} No logits in {' and '.join(without)}: test again (--mode=evaluate).".strip()
     head = ["metric", "A", "B", "B - A", "95 % interval", "p"]
-    return render.render(
+    return templating.render(
         "compare.md.j2",
         runs={
             name: {"folder": run, "name": report["name"], "dataset": report["facts"].get("dataset", "unknown")}
@@ -101,7 +101,7 @@ def compare(
         draws=draws,
         seed=str(seed),
         note=note,
-        comparison=render.Table(head, [_row(name, differences[name]) for name in names]),
+        comparison=templating.Table(head, [_row(name, differences[name]) for name in names]),
     )
 
 
@@ -143,7 +143,7 @@ def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 def _row(name: str, d: Difference) -> list[str]:
     interval = "-" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
     difference = "-" if d.difference is None else f"{d.difference:+.3f}"
-    return [name, render.rate(d.a), render.rate(d.b), difference, interval, render.rate(d.p)]
+    return [name, templating.rate(d.a), templating.rate(d.b), difference, interval, templating.rate(d.p)]
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from lungjax.data import statistics
 from lungjax.data.imaging import study_masks
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets.phantom import slices as phantom
-from lungjax.report import dataset_page, sheets, style
-from lungjax.report.sheets import Section, Tile
+from lungjax.report import contact_sheet, dataset_page, style
+from lungjax.report.contact_sheet import Section, Tile
 
 SECTIONS = [
     "Caveats", "Classes and patients", "Sources", "Image sizes", "Gray levels", "Samples", "Stages and masks",
@@ -192,13 +192,13 @@ def test_tiles(tmp_path):
     image, mask = np.full((40, 50), 90, np.uint8), np.zeros((40, 50), bool)
     mask[10:30] = True
     tile = Tile(image, ("short",), "head", {"body": mask})
-    sheets.draw([Section([tile] * 2)], tmp_path / "short.png", 2)
+    contact_sheet.draw([Section([tile] * 2)], tmp_path / "short.png", 2)
     long = replace(tile, lines=("WWWW_$100_a very long name of a file " * 3, "x" * 90), head="M" * 60)
-    sheets.draw([Section([long] * 2)], tmp_path / "long.png", 2)
+    contact_sheet.draw([Section([long] * 2)], tmp_path / "long.png", 2)
     short, other = (Image.open(tmp_path / f"{name}.png") for name in ("short", "long"))
     assert abs(short.width - other.width) <= 2
-    orange = np.asarray([int(sheets.CONTOURS[0][0][i : i + 2], 16) for i in (1, 3, 5)])
+    orange = np.asarray([int(contact_sheet.CONTOURS[0][0][i : i + 2], 16) for i in (1, 3, 5)])
     seen = (np.abs(np.asarray(short.convert("RGB")).astype(int) - orange).sum(axis=-1) < 30).sum(axis=0)
     left, right = np.array_split(seen, 2)
     assert left.sum() > 300 and right.sum() > 300
-    assert sheets.fit("name.png", 2.0, 8.0) == "name.png"
+    assert contact_sheet.fit("name.png", 2.0, 8.0) == "name.png"

@@ -59,7 +59,11 @@ def intervals(
 
 
 def over_runs(
-    runs: Sequence[Predictions], names: Sequence[str], draws: int = 2000, seed: int = 0, unit: str = "slice"
+    runs: Sequence[Predictions],
+    names: Sequence[str] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+    unit: str = "slice",
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, None where undefined.
 
@@ -67,8 +71,8 @@ def over_runs(
     patients and seeds. (Three runs say little about seeds: a bootstrap of three values underestimates their variance
     by a third.)
 
-    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits".
-    Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
+    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits",
+    None takes all. Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
     """
     if not runs:
         raise ValueError("no runs to average over")
@@ -77,7 +81,7 @@ def over_runs(
     # A separate stream, so that the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
-    for name in names:
+    for name in points[0] if names is None else names:
         values = [value for point in points if (value := point[name]) is not None]
         mean = float(np.mean(values)) if len(values) == k else None
         each = np.stack([run[name] for run in drawn], axis=1)  # [draws, runs]

@@ -158,14 +158,17 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def report_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
 
-    `slice` is over all examples, `patient` over the groups (see `by_patient`), `by_source` over the examples of each
-    source: {} if no source is known, and otherwise "unknown" for examples without one. Raises as `summarize`.
+    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize`.
     """
-    p = predictions
-    sources = np.where(p.sources == "", "unknown", p.sources)
-    names = np.unique(sources) if (p.sources != "").any() else ()
-    by_source = {str(name): summarize(take(p, np.flatnonzero(sources == name))) for name in names}
-    return {**whole_levels(p), "by_source": by_source}
+    sources = {name: summarize(part) for name, part in by_source(predictions).items()}
+    return {**whole_levels(predictions), "by_source": sources}
+
+
+def by_source(predictions: Predictions) -> dict[str, Predictions]:
+    """Returns the predictions of each source, "unknown" for examples without one; {} if no source is known."""
+    names = np.where(predictions.sources == "", "unknown", predictions.sources)
+    known = (predictions.sources != "").any()
+    return {str(name): take(predictions, np.flatnonzero(names == name)) for name in np.unique(names) if known}
 
 
 def whole_levels(predictions: Predictions) -> dict[str, Any]:

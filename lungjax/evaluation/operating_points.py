@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lungjax.config import EvalConfig
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions
 
@@ -85,23 +86,17 @@ def metrics_at_thresholds(
     return points
 
 
-def points(
-    val: Predictions,
-    test: Predictions,
-    sensitivity: float = 0.95,
-    prevalence: float = 0.0,
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics of its threshold}}, for every class.
+def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}, for every class.
 
-    {} for a class that val is one-sided for; `missing_rules` says why. Raises as `metrics_at_thresholds`.
+    {} for a class without a threshold; `missing_rules` gives the reason. Raises as `metrics_at_thresholds`.
     """
-    rules = ("youden", f"sensitivity_{sensitivity:g}")
+    rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
     thresholds = [(i, choose(val, i, rule)) for i, rule in keys]
     result: dict[str, dict[str, Any]] = {name: {} for name in val.classes}
-    for (i, rule), point in zip(keys, metrics_at_thresholds(test, thresholds, prevalence, draws, seed), strict=True):
+    metrics_of = metrics_at_thresholds(test, thresholds, options.prevalence, options.draws)
+    for (i, rule), point in zip(keys, metrics_of, strict=True):
         result[val.classes[i]][rule] = point
     return result
 

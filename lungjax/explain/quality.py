@@ -31,7 +31,7 @@ from lungjax.datasets import DatasetName
 from lungjax.datasets.phantom import slices
 from lungjax.evaluation import bootstrap
 from lungjax.explain.saliency import Explainer
-from lungjax.report import render
+from lungjax.report import templating
 
 FIRST_SEED = 2**40  # of patients in no data set: those of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices of a patient searched for a lesion
@@ -275,4 +275,4 @@ def measure(
 
 def markdown(name: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the result of `measure` as a page. `what` describes the images."""
-    return render.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)
+    return templating.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)

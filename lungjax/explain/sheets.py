@@ -16,7 +16,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.explain import panels, quality
 from lungjax.explain.saliency import Explainer
 from lungjax.report import style
-from lungjax.report.sheets import FRAME, Section, Tile, draw
+from lungjax.report.contact_sheet import FRAME, Section, Tile, draw
 
 TILES = (4, 7)  # columns and rows of a sheet
 CHUNK = 64  # images in memory at a time

@@ -6,7 +6,7 @@ from typing import Any
 
 from lungjax.config import AugmentConfig, Config, fields_of, overrides
 from lungjax.evaluation import metrics
-from lungjax.report.render import Number, Table, count, embed, rate
+from lungjax.report.templating import Number, Table, count, embed, rate
 
 SECTIONS = {
     "summary": "Summary",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.report import style
-from lungjax.report.sheets import fit
+from lungjax.report.contact_sheet import fit
 
 LEVELS = 4  # gray levels per bin of a histogram
 FLOOR = 1e-4  # share of the pixels below which a histogram is not drawn

@@ -1,4 +1,4 @@
-"""The page of a prepared data set: counts, sources, sizes and gray levels; the image sheets are in `dataset_sheets`."""
+"""The page of a prepared data set: counts, sources, sizes and gray levels; the image sheets are in `dataset_images`."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,9 @@ from lungjax import datasets
 from lungjax.config import PROTOCOLS, AugmentConfig, InputSpec, presets
 from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
-from lungjax.report import context, dataset_charts, dataset_sheets
-from lungjax.report.dataset_sheets import View
-from lungjax.report.render import Figure, Table, render
+from lungjax.report import context, dataset_charts, dataset_images
+from lungjax.report.dataset_images import View
+from lungjax.report.templating import Figure, Table, render
 from lungjax.runtime import environment
 
 MAX_HISTOGRAMS = 2000  # images that the histograms read
@@ -92,15 +92,15 @@ def _context(view: View, augmentations: Mapping[str, AugmentConfig], samples: in
         "sizes": _sizes(view),
         "gray_levels": _gray_levels(view),
         "seed": str(view.seed),
-        "samples": dataset_sheets.samples(view, samples),
-        "stages": dataset_sheets.stages(view),
+        "samples": dataset_images.samples(view, samples),
+        "stages": dataset_images.stages(view),
         "stage": view.masks and datasets.resolve(data.name)[0].stage,
-        "augmentations": dataset_sheets.augmentations(view, augmentations),
-        "draws": dataset_sheets.DRAWS,
+        "augmentations": dataset_images.augmentations(view, augmentations),
+        "draws": dataset_images.DRAWS,
         "width": width,
         "height": height,
         "leaks": context.leak_table(summary),
-        "duplicates": dataset_sheets.duplicates(view),
+        "duplicates": dataset_images.duplicates(view),
     }
 
 

@@ -29,7 +29,7 @@ from lungjax.config.metadata import NOTICE
 from lungjax.explain import panels, saliency
 from lungjax.inference import records
 from lungjax.inference.model import Model
-from lungjax.report import render
+from lungjax.report import templating
 from lungjax.runtime import environment
 from lungjax.serve import schemas, uploads
 from lungjax.serve.batching import Device
@@ -251,7 +251,7 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
 
     async def documentation(_: Request) -> Response:
         tree = openapi_tree(app, settings)
-        text = render.render("openapi.html.j2", title=app.title, tree=tree, token=bool(settings.token))
+        text = templating.render("openapi.html.j2", title=app.title, tree=tree, token=bool(settings.token))
         return HTMLResponse(text, headers={"content-security-policy": DOCS_POLICY})
 
     async def page(request: Request) -> Response:

@@ -50,10 +50,10 @@ def main(_: list[str]) -> None:
     if FLAGS.smoke:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from lungjax.tables import smoke  # here, after the flags: it imports jax
+        from lungjax.tables import smoke_test  # here, after the flags: it imports jax
 
         chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
-        failures = smoke.run(tables, chosen, lambda line: print(line, flush=True))
+        failures = smoke_test.run(tables, chosen, lambda line: print(line, flush=True))
         if failures:
             print("\n".join(["Failures:", *failures]))
             sys.exit(1)
@@ -70,10 +70,9 @@ def main(_: list[str]) -> None:
     table = tables[FLAGS.table]
     runs.plan(cells.experiments(table, tables)[0], options)  # reports a mistake in --set once, not for each cell
     failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
-    reader = results.Reader(table, options, FLAGS.draws, failed)
-    answers = results.evaluate(table, tables, reader)
-    path = results.write(table, answers, options, charts.draw(table, answers, reader, options.workdir / "tables"))
-    print(results.summary(table, answers))
+    answers = results.evaluate(table, tables, results.Reader(table, options, FLAGS.draws, failed))
+    path = results.write(table, answers, options, charts.draw(table, answers, options.workdir / "tables"))
+    print(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
         print(f"{len(failed)} run{'s' * (len(failed) > 1)} failed:")

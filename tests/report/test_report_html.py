@@ -13,7 +13,7 @@ from random_predictions import guesses
 
 from lungjax.config import Config, EvalConfig, ModelConfig, OptimConfig
 from lungjax.evaluation import metrics
-from lungjax.report import context, plots, render, style, write
+from lungjax.report import context, plots, style, templating, write
 
 EVIL = ('<script>alert("x")</script>', "a & b's | c", "NonCOVID")
 CONFIG = Config(
@@ -115,7 +115,7 @@ def saved(run):
 
 def render_page(run, report, config=CONFIG, *details):
     """The page of a changed report, without figures."""
-    return Page(render.render("report.html.j2", **context.build(config, report, {}, run[0] / "plots", *details)))
+    return Page(templating.render("report.html.j2", **context.build(config, report, {}, run[0] / "plots", *details)))
 
 
 def test_page_is_self_contained(run, page):
@@ -151,10 +151,10 @@ def test_names_are_escaped(run, page):
     assert page.text.startswith("small</title>: cbr_tiny on folder/mine")
     assert "<x>.png: broken" in page.text and "and 5 more" in page.text and "a <warning>" in page.text
     assert page.table("image (test)")[1][0].startswith('"><img src=x') and "\ufffd[2J.png" in page.text
-    assert render.escape_html("a\x00b\tc\n") == "a\ufffdb\tc\n"
+    assert templating.escape_html("a\x00b\tc\n") == "a\ufffdb\tc\n"
     text = (run[0] / "report.md").read_text("utf-8")
     assert "\x1b" not in text and "<img" not in text.replace("\\<img", "") and "a \\& b's \\| c" in text
-    assert render.escape_markdown("a|*b*\n[c](d) `e` <f> $g$") == r"a\|\*b\* \[c\](d) \`e\` \<f> \$g\$"
+    assert templating.escape_markdown("a|*b*\n[c](d) `e` <f> $g$") == r"a\|\*b\* \[c\](d) \`e\` \<f> \$g\$"
 
 
 def test_mistakes(run, page, saved):
@@ -239,4 +239,4 @@ def test_other_splits(run, saved):
 def test_figure_that_is_not_png(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
     with pytest.raises(ValueError, match="PNG"):
-        render.embed(tmp_path / "a.png", "caption")
+        templating.embed(tmp_path / "a.png", "caption")

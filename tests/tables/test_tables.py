@@ -19,7 +19,7 @@ from lungjax.config import overrides
 from lungjax.evaluation import predictions
 from lungjax.runtime import signals
 from lungjax.tables import __main__ as command
-from lungjax.tables import cells, charts, results, runs, smoke
+from lungjax.tables import cells, charts, results, runs, smoke_test
 from lungjax.tables.cells import Cell, Table
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
@@ -186,8 +186,7 @@ def test_numbers_verdicts_and_files(trial, options):
     assert rows[3]["state"] == "not run" and rows[3]["command"].count("lungjax.main") == 2
     text = path.read_text()
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text and "(t_bars.png)" in text
-    for page in (text, results.summary(sample, answers)):
-        assert "not run" in page and answers[3].commands[0] in page
+    assert "not run" in text and answers[3].commands[0] in text
 
 
 def test_counts_of_the_published_splits(trial, options, monkeypatch):
@@ -254,15 +253,6 @@ def test_table_that_chooses(trial, options):
         cells.candidates(chooser, replace(test[0], row="d"), tables)
 
 
-def test_pooled_curves():
-    p = predict("val", 1.0, 0)
-    one_hot = np.eye(3)[p.labels]
-    roc, pr = charts.pooled(p)
-    assert roc[2] == pytest.approx(reference.roc_auc_score(one_hot, p.probabilities, average="micro"))
-    assert pr[2] == pytest.approx(reference.average_precision_score(one_hot, p.probabilities, average="micro"))
-    assert np.trapezoid(roc[1], roc[0]) == pytest.approx(roc[2], abs=5e-3)
-
-
 def test_charts_of_the_best_runs(trial, options):
     sample = table(
         *(cell(trial, row, column, f":size={size}") for row in "ab" for column, size in (("c", 48), ("d", 64))),
@@ -271,18 +261,17 @@ def test_charts_of_the_best_runs(trial, options):
     for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
         for run in runs.plan(name, options):
             fabricate(run, skill)
-    reader = results.Reader(sample, options, draws=50)
-    answers = results.evaluate(sample, {}, reader)
-    ((name, best, seed, _),) = charts.best_runs(answers, reader)
+    answers = evaluate(sample, options)
+    ((name, best, seed, _),) = charts.best_runs(answers)
     scores = [
         reference.f1_score(p.labels, p.predicted, average="weighted") for p in (predict("val", 2.0, s) for s in (0, 1))
     ]
     assert best.cell.column == "d" and seed == int(np.argmax(scores)) and name == "a, d"
     files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
-    assert list(charts.draw(sample, answers, reader, options.workdir)) == files
+    assert list(charts.draw(sample, answers, options.workdir)) == files
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
-    nothing = [results.Result(one, "not run") for one in sample.cells]
-    assert list(charts.draw(sample, nothing, reader, options.workdir)) == files[:1]
+    nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
+    assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
     assert not (options.workdir / files[2]).exists(), "a chart of runs that are gone"
 
 
@@ -336,15 +325,16 @@ def test_smoke(trial, monkeypatch):
         cell(trial, "b", "size", arguments=":size=9"),
     )
     lines = []
-    failures = smoke.run({"t": sample}, {"t": sample}, lines.append)
+    failures = smoke_test.run({"t": sample}, {"t": sample}, lines.append)
     for word, line in zip(("f1_weighted", "modle", "cbr_tiny", "ct_cov19", "too small"), failures, strict=True):
         assert word in line and line.startswith("t: b, ")
     assert any("a: 2 cells ok; 25,475 parameters, 1 trained" in line for line in lines)
     assert any("b: 5 cells 5 FAILED" in line for line in lines)
     assert "7 cells of 1 tables, 1 distinct networks trained: 5 failures" in lines[-1]
     infinite = {"head/dense/kernel": np.full((32, 3), np.inf, np.float32)}
-    monkeypatch.setattr(smoke, "random_leaves", lambda like: infinite)
-    assert "at step 1" in smoke.attempt(*smoke.complete(trial))
+    monkeypatch.setattr(smoke_test, "random_leaves", lambda _: infinite)
+    (failure,) = smoke_test.run({}, {"t": table(cell(trial))}, lines.append)
+    assert "at step 1" in failure
 
 
 def test_command(tmp_path, capsys):

@@ -15,9 +15,9 @@ from lungjax.config import AugmentConfig, InputSpec
 from lungjax.data import prepared, statistics
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
-from lungjax.report import sheets
-from lungjax.report.render import Figure
-from lungjax.report.sheets import Section, Tile
+from lungjax.report import contact_sheet
+from lungjax.report.contact_sheet import Section, Tile
+from lungjax.report.templating import Figure
 
 MAX_PAIRS = 12  # duplicates on a sheet
 MAX_CANDIDATES = 12  # images from which the one with the largest lungs is augmented
@@ -91,7 +91,7 @@ class View:
         self, path: str, caption: str, tiles: Sequence[Tile], rows: Sequence[int], paired: bool = False
     ) -> Figure:
         """Draws a sheet; returns its figure with the file names of `rows`."""
-        sheets.draw([Section(tiles)], self.out / path, min(4 if paired else 6, len(tiles)), paired)
+        contact_sheet.draw([Section(tiles)], self.out / path, min(4 if paired else 6, len(tiles)), paired)
         return Figure(path, caption, [self.text("file", row) for row in rows])
 
 
