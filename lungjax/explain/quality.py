@@ -13,9 +13,11 @@ Three checks, each with the result of an uninformed map:
 """
 
 import itertools
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +26,15 @@ import numpy as np
 from flax import linen as nn
 from scipy import ndimage, stats
 
-from lungjax.config import InputSpec
+from lungjax import datasets
+from lungjax.config import Config, InputSpec
 from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
+from lungjax.data.pipeline import Reader
 from lungjax.datasets import DatasetName
-from lungjax.datasets.phantom import slices
+from lungjax.datasets.phantom import slices as phantom
 from lungjax.evaluation import bootstrap
+from lungjax.explain import figures
 from lungjax.explain.saliency import Explainer
 from lungjax.report import templating
 
@@ -61,16 +66,16 @@ def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, coun
     `classes` are phantom_ct's in any order; `name` is the training data set, for its stage and size. Patients without a
     visible lesion in LEVELS slices are skipped.
     """
-    findings = [finding for finding in slices.CLASSES if finding != "Normal"]
+    findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
     for seed in itertools.count(FIRST_SEED):
         if len(rows) == count:
             break
         finding = findings[len(rows) % len(findings)]
-        patient = slices.new_patient(seed, finding)
-        levels = slices.levels(patient, LEVELS)
+        patient = phantom.new_patient(seed, finding)
+        levels = phantom.levels(patient, LEVELS)
         for i in np.random.default_rng([seed, 30]).permutation(LEVELS):
-            image, lesion, lung = _as_input(slices.draw_slice(patient, levels[i]), patient.window, spec, name)
+            image, lesion, lung = _as_input(phantom.draw_slice(patient, levels[i]), patient.window, spec, name)
             if lesion.any():
                 rows.append((image, lesion, lung, list(classes).index(finding)))
                 break
@@ -79,10 +84,10 @@ def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, coun
 
 
 def _as_input(
-    phantom: slices.Phantom, window: tuple[float, float], spec: InputSpec, name: DatasetName
+    drawn: phantom.Phantom, window: tuple[float, float], spec: InputSpec, name: DatasetName
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    left, top, right, bottom = (float(side) for side in phantom.box)
-    gray = slices.gray(phantom.hu, window)
+    left, top, right, bottom = (float(side) for side in drawn.box)
+    gray = phantom.gray(drawn.hu, window)
     stored, box, region, _ = preprocess.apply_stage(gray, (left, top, right, bottom), name.stage, name.size)
     place, one_channel = np.asarray(box, np.float32), replace(spec, channels=1)
 
@@ -90,7 +95,7 @@ def _as_input(
         pixels = image_files.resize(mask.astype(np.uint8) * 255, region, stored.shape[:2], "bilinear", True)
         return image_files.to_input(pixels, place, one_channel, 0.0)[..., 0] > 127
 
-    return image_files.to_input(stored, place, spec, 0.0), resized(phantom.lesion), resized(phantom.lung)
+    return image_files.to_input(stored, place, spec, 0.0), resized(drawn.lesion), resized(drawn.lung)
 
 
 def near(masks: np.ndarray, pixels: float) -> np.ndarray:
@@ -134,11 +139,6 @@ def deletion(
         done = until
         curve.append(explainer.probabilities(current.reshape(images.shape))[np.arange(count), targets])
     return np.stack(curve, axis=1).astype(np.float64)
-
-
-def area(curves: np.ndarray) -> np.ndarray:
-    """Returns the area under each curve [N, steps + 1] over 0..1."""
-    return np.asarray(np.trapezoid(curves, axis=-1) / (curves.shape[-1] - 1))
 
 
 def module_order(module: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
@@ -258,7 +258,7 @@ def measure(
             row["pointing"] = pointing(maps, slices, random, predicted == slices.labels)
         print(f"{method}: deletion curves")
         curves = [deletion(explainer, images, each, targets) for each in (maps, random)]
-        areas = [area(curve) for curve in curves]
+        areas = [np.trapezoid(curve, axis=-1) / DELETIONS for curve in curves]
         row["deletion"] = {
             "n": len(images),
             "area": float(areas[0].mean()),
@@ -273,6 +273,39 @@ def measure(
     return result
 
 
-def markdown(name: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the result of `measure` as a page. `what` describes the images."""
-    return templating.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)
+def write(
+    explainer: Explainer,
+    config: Config,
+    classes: Sequence[str],
+    step: int,
+    reader: Reader | None,
+    methods: Sequence[str],
+    target: int | None,
+    out: Path,
+    count: int,
+) -> list[str]:
+    """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
+
+    Measures on `count` evenly spaced images of the reader's test split, without the pointing game. `reader` None is for
+    networks of phantom_ct: synthetic slices of `count` new patients, with lesion masks. `config`, `classes` and `step`
+    are those of the run.
+    """
+    bad: list[str] = []
+    if reader is None:
+        slices = draw_slices(classes, explainer.spec, datasets.resolve(config.data.dataset)[0], count)
+        methods_of = measure(explainer, slices.images, None, methods, slices)
+        images = f"{count} synthetic slices with a lesion, each of a new patient"
+    else:
+        name = reader.data.name
+        rows = figures.evenly_spaced(np.unique(reader.data.rows("test")).tolist(), count)
+        pixels, _ = figures.read_rows(reader, rows, bad)
+        if not pixels:
+            raise ValueError("\n  ".join([f"{name}: no image of the test split could be read", *bad]))
+        methods_of = measure(explainer, np.stack(pixels), target, methods)
+        images = f"{len(pixels)} images of the test split of {name}, without lesion masks"
+    content = {"name": config.name, "step": step, "images": images, "methods": methods_of}
+    (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+    page = templating.render("quality.md.j2", **content, unchanged=UNCHANGED)
+    (out / "quality.md").write_text(page, "utf-8")
+    print(page)
+    return bad

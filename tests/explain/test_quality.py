@@ -51,8 +51,7 @@ def test_deletion_curve_by_hand():
     np.testing.assert_allclose(curve[0, :3], [1, fill, fill])
     wrong = quality.deletion(FirstCell(), images, 1 - right, np.zeros(1, int), steps=16)
     np.testing.assert_allclose(wrong[0, [0, 15, 16]], [1, 1, fill])
-    np.testing.assert_allclose(quality.area(np.asarray([[1.0, 0.5, 0.0], [1, 1, 1]])), [0.5, 1])
-    assert quality.area(curve)[0] < quality.area(wrong)[0]
+    assert curve.mean() < wrong.mean()
 
 
 def test_rank_correlation_against_scipy():
@@ -84,9 +83,6 @@ def test_sanity_check_of_gradcam_and_of_brightness():
     assert order == ["stem_conv", "stem_bn", "stage2_conv", "stage2_bn", "head"]
     assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "the whole network"
     assert good["stages"][-1]["modules"] == len(order)
-    deletion = {"area": 0.25, "random_area": 0.5, "better_than_random": 0.75}
-    page = quality.markdown("x", "y", {"edges": {"sanity": bad, "deletion": deletion}})
-    assert "| edges | **FAILED** | 1.000" in page and "| edges | 0.250 | 0.500 | 75% |" in page
 
 
 def test_shuffling_permutes_the_values_of_one_module():
