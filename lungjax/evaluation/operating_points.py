@@ -1,13 +1,13 @@
 """Operating points: thresholds of class probabilities, their metrics, and decision curves.
 
-Each class is decided against the rest: an example is called positive if the class's probability is at least the
-threshold. Thresholds are chosen on the validation split and evaluated on the test split. Rules:
+Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
+Thresholds are chosen on the validation split and evaluated on the test split. Rules:
 
-    youden             the highest sensitivity + specificity (Youden, Cancer 3:32, 1950), the highest such threshold
+    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); of equals the highest threshold
     sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another number)
 
 Predictive values depend on the prevalence. `ppv` and `npv` are those of the test split; `ppv_at` and `npv_at` follow by
-Bayes' rule from the same sensitivity and specificity at a stated prevalence.
+Bayes' rule from the same sensitivity and specificity at a given prevalence.
 """
 
 import re
@@ -27,17 +27,17 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or a split without examples of the class, or without others.
+    Raises ValueError for an unknown rule, or a split without examples of the class or of the other classes.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
     name, _, number = rule.partition("_")
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
-        raise ValueError(f"rule {rule!r}: allowed are youden, and sensitivity_X with X above 0 and up to 1")
+        raise ValueError(f"rule {rule!r}: allowed are youden and sensitivity_X with 0 < X <= 1")
     fpr, tpr, thresholds = metrics.roc_curve(predictions.labels == class_index, _scores(predictions, class_index))
     good = tpr - fpr if rule == "youden" else tpr >= sensitivity
-    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, and not the threshold infinity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, without the threshold infinity
 
 
 def metrics_at_thresholds(
@@ -102,20 +102,20 @@ def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str
 
 
 def missing_rules(val: Predictions) -> list[str]:
-    """Returns a sentence for each class without an operating point."""
+    """Returns one sentence per class without an operating point."""
     reasons = {name: _one_sided(val, i) for i, name in enumerate(val.classes)}
-    return [f"There is no operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
+    return [f"No operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
 
 
 def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[float]]:
-    """Returns a decision curve (Vickers and Elkin, Medical Decision Making 26:565, 2006) for at least one example.
+    """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
-    At a threshold probability t a false positive costs t / (1 - t) of the gain of a true positive, and examples with a
-    probability of at least t are called positive: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated
-    probabilities.
+    At a threshold probability t a false positive costs t / (1 - t) of the benefit of a true positive, and examples with
+    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated probabilities
+    of at least one example.
 
-    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" calls every example
-    positive. Calling none positive has a net benefit of zero.
+    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" treats every example.
+    Treating none has a net benefit of zero.
     """
     t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
     odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)
@@ -128,11 +128,11 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
 
 
 def _one_sided(p: Predictions, class_index: int) -> str:
-    """Returns why no threshold can be chosen on these examples, "" if one can."""
+    """Returns why no threshold can be chosen on these examples, or ""."""
     positive = p.labels == class_index
     if positive.any() and not positive.all():
         return ""
-    what = "only examples" if positive.any() else "no example"
+    what = "only examples" if positive.any() else "no examples"
     return f"the validation split has {what} of {p.classes[class_index]}"
 
 

@@ -89,9 +89,10 @@ def main(_: list[str]) -> None:
     synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"
     needs_data = FLAGS.split or (FLAGS.quality and not synthetic)
     reader = pipeline.Reader(train.open_data(config, data_dir), config.input) if needs_data else None
-    for method in methods if FLAGS.split and reader else ():
-        folder = out / f"{FLAGS.split}_{method}"
-        bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
+    if FLAGS.split and reader:
+        for method in methods:
+            folder = out / f"{FLAGS.split}_{method}"
+            bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
         methods, count, images = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES, None if synthetic else reader
         bad += quality.write(explainer, config, run.classes, run.step, images, methods, target, out, count)

@@ -55,7 +55,7 @@ def draw(
 
 
 def visible(heat: np.ndarray, method: str) -> np.ndarray:
-    """Returns the map for drawing; integrated gradients are clipped, since single pixels dominate them."""
+    """Returns the map to draw: integrated gradients are clipped, because single pixels dominate them."""
     if method != "integrated_gradients" or not heat.any():
         return heat
     return np.minimum(heat / np.percentile(heat[heat > 0], 98), 1)
@@ -68,7 +68,7 @@ def prediction(probabilities: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def file_name(name: str, used: set[str]) -> str:
-    """Returns a file name for an image that is not in `used`, and adds it there."""
+    """Returns a file name for an image that is not in `used`, and adds it to `used`."""
     parts = [part for part in PurePath(name).parts if part not in ("/", "..")]
     stem = "_".join(parts).removesuffix(next((end for end in images.SUFFIXES if name.lower().endswith(end)), ""))
     plain = "".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem) or "image"

@@ -1,4 +1,4 @@
-"""The figures of a report; each function draws one PNG file."""
+"""Figures of a report."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,17 @@ from lungjax.report.contact_sheet import Section, Tile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_ANNOTATED = 16  # classes up to which each cell of a confusion matrix shows its number
-MIN_SMOOTHED = 60  # points from which the loss is drawn with a running mean
+MAX_ANNOTATED = 16  # classes up to which the cells of a confusion matrix have numbers
+MIN_SMOOTHED = 60  # points from which the loss has a running mean
 MAX_PANELS = 12  # classes with a decision curve
 
 
 def training_curves(
     history: Sequence[Mapping[str, Any]], path: Path, monitor: str, best_step: int | None = None
 ) -> None:
-    """Draws loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
+    """Draws the loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
 
-    `history`: rows of metrics.jsonl, each with `step` and some of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
+    `history` are rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
     """
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
@@ -56,7 +56,7 @@ def training_curves(
 
 
 def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draws one column of the history; a long train loss in a light color under its running mean."""
+    """Draws one column of the history; a long train loss in a lighter color below its running mean."""
     points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
     if not points:
         return
@@ -168,7 +168,7 @@ def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, loo
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
-    """Draws up to `count` images each with correct and, below, wrong predictions; see `choose_examples`.
+    """Draws up to `count` images with correct and as many with wrong predictions; see `choose_examples`.
 
     `read_image` returns the image of a row, uint8 [h, w], [h, w, 1] or [h, w, 3].
     """
@@ -204,17 +204,17 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 
 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows each of correct and of wrong predictions; deterministic.
+    """Returns up to `count` rows of correct and as many of wrong predictions; deterministic.
 
-    The true classes take turns. Correct predictions are spread evenly over the rows of a class; wrong ones start with
-    the highest probability, the first of each patient before any second one.
+    The true classes take turns. Correct predictions are spread evenly over the rows of a class. Wrong ones are sorted
+    by falling probability, the first of each patient before second ones.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
     right, wrong = [], []
     for label in range(len(p.classes)):
         rows = np.flatnonzero((p.labels == label) & (predicted == label))
-        # Multiples of the golden ratio: any number of first rows is spread evenly.
+        # Multiples of the golden ratio: the first rows are spread evenly, whatever their number.
         right.append(rows[np.argsort(np.arange(len(rows)) * 0.6180339887498949 % 1)].tolist())
         rows = np.flatnonzero((p.labels == label) & (predicted != label))
         rows = rows[np.argsort(-confidence[rows], kind="stable")]
@@ -231,9 +231,9 @@ def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str, Any]] | None, path: Path) -> None:
-    """Draws accuracy by confidence (the highest probability) and, below, the number of examples per bin.
+    """Draws accuracy by confidence (the highest probability), and the number of examples per bin.
 
-    `bins` are of the uncalibrated probabilities (see `calibration.bins`), `scaled` of the temperature-scaled ones.
+    `bins` are those of uncalibrated probabilities (`calibration.bins`), `scaled` those of temperature-scaled ones.
     """
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -261,9 +261,9 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
 
 
 def decision_curves(predictions: Predictions, path: Path) -> None:
-    """Draws the net benefit of each class by threshold probability, with those of treating all and none.
+    """Draws the net benefit by threshold probability of the network, of treating all and of treating none.
 
-    At most the MAX_PANELS most frequent classes. Raises ValueError without any example.
+    One panel per class, for at most the MAX_PANELS most frequent ones. Raises ValueError without examples.
     """
     p = predictions
     n = [int((p.labels == i).sum()) for i in range(len(p.classes))]
@@ -285,7 +285,7 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.plot(t, curve["model"], color=style.COLORS[0], linewidth=1.8, label="network")
         share = n[i] / len(p)
         top = max(share, 0.02)
-        axis.set_ylim(-0.35 * top, 1.1 * top)  # treating all falls without bound
+        axis.set_ylim(-0.35 * top, 1.1 * top)  # that of treating all is unbounded below
         axis.set_xlim(0, 1)
         title = f"{style.short(p.classes[i], 24)} ({style.percent(share)})"
         axis.set_title(title, loc="left", fontsize=10, color=style.INK)

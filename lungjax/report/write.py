@@ -128,7 +128,7 @@ def assemble(
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "warnings": [],
         "facts": dict(facts),
-        **splits,
+        **{split: _levels(results[split], config) for split in ("test", "val") if split in results},
         "controls": {
             name: metrics.summarize(p) | {"intervals": bootstrap.intervals(p, config.eval.draws)}
             for name, p in results.items()
@@ -147,7 +147,7 @@ def assemble(
     if len(results.get("val", ())):
         report["calibration"] = calibration.summary(results["val"], test)
         report["operating_points"] = operating_points.points(results["val"], test, config.eval)
-    caveats = warnings(config, results, splits, history, step)
+    caveats = warnings(config, results, history, report)
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
     return report
 
@@ -163,15 +163,11 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
 
 
 def warnings(
-    config: Config,
-    results: Mapping[str, Predictions],
-    splits: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    best_step: int | None,
+    config: Config, results: Mapping[str, Predictions], history: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yields caveats about the numbers of `splits`, one per line."""
-    for split, levels in splits.items():
-        level, patient = levels["slice"], levels["patient"]
+    """Yields caveats about the numbers of a report, one per line."""
+    for split in ("test", "val") if "val" in report else ("test",):
+        level, patient = report[split]["slice"], report[split]["patient"]
         counts = {name: values["n"] for name, values in level["per_class"].items()}
         absent = [name for name, n in counts.items() if not n]
         few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < MIN_EXAMPLES]
@@ -185,12 +181,12 @@ def warnings(
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
             yield f"Never predicted on the {split} split: {listed(never)}. The precision is undefined."
-    p, level = results["test"], splits["test"]["slice"]
+    p, level = results["test"], report["test"]["slice"]
     frequency = max(v["n"] for v in level["per_class"].values()) / level["n"]
     if level["accuracy"] <= frequency and len(p.classes) > 1:
         chance = f"always predicting the most frequent class ({frequency:.3f})"
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
-    if level["n"] > 1 and splits["test"]["patient"]["n"] == level["n"]:
+    if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
         yield (
             "No two test images share a patient, so the scores per patient equal those per slice. If patients have "
             "several images, add a group column to the data set."
@@ -204,9 +200,9 @@ def warnings(
     patients = len(np.unique(metrics.patient_keys(p)))
     if config.eval.draws and patients < MIN_PATIENTS:
         yield f"The test images come from {count(patients, 'patient')}: too few for reliable intervals."
-    yield from _source_warnings(p, splits["test"]["by_source"])
+    yield from _source_warnings(p, report["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
-    if config.train.keep == "best" and len(scored) > 1 and best_step == scored[-1]:
+    if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
         yield "The last validation was the best: longer training may give better weights."
 
 

@@ -183,7 +183,7 @@ def best_runs(done: Sequence[Result]) -> list[tuple[str, Result, int, Prediction
     for own in networks.values():
         best = max((r for r in own if r.cell.metric == own[0].cell.metric), key=lambda r: r.ours or 0.0)
         predictions, metric = best.group.predictions[best.cell.split], f"{best.cell.unit}.{best.cell.name}"
-        seed = int(np.argmax([metrics.numbers(metrics.whole_levels(p))[metric] for p in predictions]))
+        seed = int(np.argmax([metrics.numbers(metrics.unit_levels(p))[metric] for p in predictions]))
         places = [best.cell.row, best.cell.column]
         if best.chosen:
             places = [best.chosen.row, best.chosen.column]

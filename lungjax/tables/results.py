@@ -52,7 +52,7 @@ class Result:
     cell: Cell
     group: Group  # the runs of the number
     state: str  # "finished", or why the number is missing or not final
-    reason: str = ""  # the same as a sentence
+    reason: str = ""  # the details
     ours: float | None = None
     low: float | None = None
     high: float | None = None
@@ -70,7 +70,7 @@ class Reader:
     """Reads the run folders of a table, each once."""
 
     def __init__(self, table: Table, options: Options, draws: int = 2000, failures: Mapping[str, str] | None = None):
-        """`failures`: how runs failed just now, by command line."""
+        """`failures` are the errors of `run_missing`, by command line."""
         self._table, self._options, self._draws = table, options, draws
         self._failures = failures or {}
         self._groups: dict[str, Group] = {}
@@ -134,7 +134,7 @@ class Reader:
 
 
 def compare(cell: Cell, low: float | None, high: float | None) -> str:
-    """Returns a verdict: is the published number "inside" our interval, or ours "above" or "below"? "" if unknown."""
+    """Returns the verdict: published number "inside" our interval, or ours "above" or "below"; "" if unknown."""
     if cell.published is None or low is None or high is None:
         return ""
     if low - cell.slack > cell.published:
@@ -150,7 +150,7 @@ def evaluate(table: Table, tables: Mapping[str, Table], reader: Reader) -> list[
 
 
 def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reader) -> Result:
-    """Returns the result of the candidate that is best by its own metric, scored by the cell's metric."""
+    """Returns the result of the candidate with the best own metric, scored by the cell's metric."""
     scored = [reader.result(candidate) for candidate in cells.candidates(table, cell, tables)]
     finished = [result for result in scored if result.ours is not None]
     commands = tuple(dict.fromkeys(command for result in scored for command in result.commands))
@@ -170,9 +170,9 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes every run that is missing, unfinished or damaged, one after the other.
+    """Executes every missing, unfinished or damaged run, one after the other.
 
-    Returns how runs failed, by command line. Raises `signals.Interrupted` once an interrupted run has saved.
+    Returns the errors of failed runs, by command line. Raises `signals.Interrupted` after an interrupted run has saved.
     """
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported
@@ -181,25 +181,25 @@ def run_missing(
         group = Reader(table, options).group(name)
         for run, state in zip(group.runs, group.states, strict=False):
             needed = runs.unprepared(run, options.data_dir)
-            if needed and state.kind in runs.BY_RUNNING:
+            if needed and state.kind in runs.EXECUTABLE:
                 failures[run.command] = f"{needed} is not prepared in {options.data_dir}"
                 if needed not in unprepared:
                     say(f"Skipped, {failures[run.command]}: python -m lungjax.prepare --dataset={needed} --help")
                 unprepared.add(needed)
-            elif state.kind in runs.BY_RUNNING:
+            elif state.kind in runs.EXECUTABLE:
                 say(f"[{number}/{len(names)}] {run.command}")
                 code, tail = runs.execute(run)
                 if code:
                     failures[run.command] = f"{runs.ending(code)}: {tail.splitlines()[-1] if tail else 'no output'}"
                     say(f"Failed, {runs.ending(code)}; the last lines:\n{textwrap.indent(tail, '    ')}\nContinuing.")
         for state in group.states:
-            if state.kind not in (*runs.BY_RUNNING, "finished"):
+            if state.kind not in (*runs.EXECUTABLE, "finished"):
                 say(f"[{number}/{len(names)}] skipped, {state.kind}: {name}: {state.reason}")
     return failures
 
 
 def correlations(table: Table, results: Sequence[Result]) -> list[str]:
-    """Returns a sentence per pair of columns in `table.correlate`: Spearman's rho, published and ours."""
+    """Returns one sentence per pair of columns in `table.correlate`: Spearman's rho, published and ours."""
     from scipy import stats
 
     lines = []
@@ -225,7 +225,7 @@ def place(cell: Cell) -> str:
 
 
 def markdown(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> str:
-    """Returns the table as a page. `captions` are those of the figures next to it, by file name."""
+    """Returns the table as a page. `captions` are those of its figures, by file name."""
     verdicts = [f"{n} {word}" for word in VERDICTS if (n := sum(r.verdict == word for r in results))]
     choice = any(r.chosen for r in results)
     rows = []
@@ -268,7 +268,7 @@ def _rounded(value: float | None, cell: Cell) -> str:
 
 
 def _missing(results: Sequence[Result]) -> dict[str, Any]:
-    """Returns why cells have no number, the commands that make them, and the data sets that these need."""
+    """Returns the reasons for missing numbers, the commands that compute them, and the data sets these need."""
     reasons: dict[str, list[str]] = {}
     for r in results:
         if r.reason and r.state not in (NOT_RUN, "finished"):

@@ -42,7 +42,8 @@ def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[
 
     `say` prints one line per row of each table, and a summary.
     """
-    started, failures, tested = time.monotonic(), [], 0
+    started, tested = time.monotonic(), 0
+    failures: list[str] = []
     train_and_predict.cache_clear()
     for table in chosen.values():
         say(f"{table.name}: {table.title}")
@@ -120,7 +121,7 @@ def _numbers(classes: tuple[str, ...]) -> dict[str, Any]:
     logits = np.random.default_rng(0).normal(size=(len(labels), len(classes))) + 1.5 * np.eye(len(classes))[labels]
     shares = special.softmax(logits, axis=1)
     ids = np.arange(len(labels)).astype(str)
-    return metrics.numbers(metrics.whole_levels(Predictions(ids, ids, ids, labels, shares, classes, logits=logits)))
+    return metrics.numbers(metrics.unit_levels(Predictions(ids, ids, ids, labels, shares, classes, logits=logits)))
 
 
 @lru_cache(maxsize=256)
@@ -161,9 +162,9 @@ def smallest(config: Config) -> Config:
     It keeps network, head and frozen parameters, so that cells with the same ones are trained once.
     """
     optim = {name: getattr(config.optim, name) for name in ("tune", "freeze", "frozen_batch_norm")}
-    channels = {"channels": config.input.channels, "mean": (0.0,) * config.input.network_channels}
+    size, mean = models.minimum_size(config.model), (0.0,) * config.input.network_channels
     return Config(
-        input=configs.InputSpec(size=models.minimum_size(config.model), **channels),
+        input=configs.InputSpec(size=size, channels=config.input.channels, mean=mean),
         model=replace(config.model, weights="none"),
         # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
         optim=configs.OptimConfig(lr=LEARNING_RATE, **optim),

@@ -81,7 +81,7 @@ def test_sanity_check_of_gradcam_and_of_brightness():
     assert [stage["correlation"] for stage in bad["stages"]] == [1.0] * len(bad["stages"])
     order = quality.module_order(module, (SIDE, SIDE, 3))
     assert order == ["stem_conv", "stem_bn", "stage2_conv", "stage2_bn", "head"]
-    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "the whole network"
+    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "all weights"
     assert good["stages"][-1]["modules"] == len(order)
 
 
