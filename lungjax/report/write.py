@@ -115,10 +115,7 @@ def assemble(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the content of report.json; arguments as in `write_report`."""
-    test, splits = (
-        results["test"],
-        {name: _levels(results[name], config) for name in ("test", "val") if name in results},
-    )
+    test = results["test"]
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {

@@ -1,4 +1,4 @@
-"""The baseline of the source alone, against sums by hand, and the warnings."""
+"""Shortcut baseline from the source alone, by hand, and the warnings."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_smoothing_follows_the_class_frequencies():
     np.testing.assert_allclose(baselines.source_only(data).probabilities, expected)
     split = np.asarray(["train*2"] * 6 + ["train"] * 4 + ["test"] * 3)
     study = replace(data, protocol="study", columns=data.columns | {"split_study": split})
-    # An image that a study repeats counts as often.
+    # Images that a study repeats count repeatedly.
     np.testing.assert_allclose(baselines.source_only(study).probabilities[2], np.array([12, 2, 2]) / 16)
 
 
@@ -55,7 +55,7 @@ def test_no_baseline_without_two_sources():
 
 def test_warnings():
     for share, warned in ((0.6, False), (0.69, False), (0.71, True), (1.0, True)):
-        # Two sources of 1000 images; `share` of the ill are of the first, as many of the well of the other.
+        # Two sources of 1000 images: `share` of the ill are from the first, of the well from the second.
         parts = zip((0, 1, 0, 1), "aabb", (share, 1 - share, 1 - share, share), strict=True)
         rows = [(label, source) for label, source, part in parts for _ in range(round(1000 * part))]
         level = metrics.report_levels(baselines.source_only(make(rows, rows)))["slice"]

@@ -1,3 +1,5 @@
+"""Calibration against scikit-learn and SciPy."""
+
 import dataclasses
 
 import numpy as np
@@ -11,7 +13,7 @@ from lungjax.evaluation import calibration, metrics
 
 
 def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
-    """Labels drawn from softmax(z); the network says softmax(z * sharpness)."""
+    """Labels are drawn from softmax(z), the predictions are softmax(z * sharpness)."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, c)) * 1.5
     true = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
@@ -19,7 +21,7 @@ def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
     return make_predictions(labels, np.exp(z * sharpness), logits=z * sharpness + 7.0 if logits else None)
 
 
-def test_temperature_undoes_the_sharpening():
+def test_temperature_inverts_sharpening():
     for sharpness, logits in ((0.5, True), (1.0, False), (3.0, True), (3.0, False)):
         p = make(sharpness=sharpness, logits=logits)
         temperature = calibration.fit_temperature(p)
@@ -53,11 +55,11 @@ def test_bounds_and_certain_predictions():
     for shift, bound in enumerate(calibration.BOUNDS):  # all right, all wrong
         p = make_predictions(labels, 0.1 * np.eye(3)[(labels + shift) % 3] + 0.3)
         assert calibration.fit_temperature(p) == bound
-    # Probabilities of exactly 0 and 1, one of them wrong, stay finite.
+    # Probabilities of exactly 0 and 1, one of them wrong, remain finite.
     certain = make_predictions(labels, np.eye(3)[np.where(np.arange(50) == 0, (labels + 1) % 3, labels)])
     assert np.isfinite(calibration.apply_temperature(certain, 5.0).probabilities).all()
     none = make_predictions([], np.zeros((0, 3)))
-    with pytest.raises(ValueError, match="no example"):
+    with pytest.raises(ValueError, match="no examples"):
         calibration.fit_temperature(none)
     assert len(calibration.apply_temperature(none, 2.0)) == 0 and all(b["n"] == 0 for b in calibration.bins(none))
     for bad in (0, -1, np.nan, np.inf):
@@ -80,7 +82,7 @@ def test_bins_against_scikit_learn():
     assert metrics.summarize(p)["ece"] == pytest.approx(ece)
 
 
-def test_summary_fits_on_val_and_describes_test():
+def test_summary_of_val_and_test():
     val, test = make(600, 3.0, seed=1), make(500, 3.0, seed=2)
     summary = calibration.summary(val, test)
     assert summary["temperature"] == calibration.fit_temperature(val) != calibration.fit_temperature(test)
