@@ -1,4 +1,4 @@
-"""Which runs count for a table, our numbers and verdicts, the written files, and the smoke test of all cells."""
+"""Results tables: states of runs, numbers, verdicts, files, charts and the smoke test."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def predict(split, skill, seed):
 
 
 def fabricate(run, skill=1.0, **facts):
-    """Writes the folder of a finished run."""
+    """Writes a folder like that of a finished run."""
     run.folder.mkdir(parents=True)
     (run.folder / "config.json").write_text(overrides.to_json(run.config))
     history = '{"step": 1, "train.loss": 1.0}\n{"step": 2, "val.slice.accuracy": 0.5}\n'
@@ -108,13 +108,6 @@ def test_invalid_cells_and_tables():
         table(cell("x"), charts=("curve",))
 
 
-def replace_text(name, old, new):
-    def spoil(folder):
-        (folder / name).write_text((folder / name).read_text().replace(old, new))
-
-    return spoil
-
-
 def prepare_again(folder):
     where = folder.parents[2] / "data/phantom_ct/tiny/2.0.0"
     where.mkdir(parents=True)
@@ -123,30 +116,31 @@ def prepare_again(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "word"),
+    ("name", "old", "new", "kind", "word"),
     [
-        (lambda folder: None, "finished", ""),
-        (lambda folder: (folder / "report.json").unlink(), "unfinished", "report.json"),
-        (replace_text("metrics.jsonl", '\n{"step": 2, "val.slice.accuracy": 0.5}', ""), "unfinished", "step 1 of 2"),
-        (replace_text("config.json", '"lr": 0.001', '"lr": 0.5'), "other configuration", "optim.lr"),
-        (replace_text("config.json", '"log_steps": 10', '"log_steps": 7'), "finished", ""),
-        (replace_text("report.json", "phantom_ct/tiny", "folder/mine"), "other data", "folder/mine"),
-        (replace_text("report.json", "ffff", "0000"), "other data", "another seed"),
-        (prepare_again, "other data", "splits"),
-        (lambda folder: (folder / "report.json").write_text("{"), "damaged", "report.json"),
-        (replace_text("predictions_val.csv", "val_019", "\n"), "damaged", "predictions_val.csv"),
-        (
-            lambda folder: predictions.write(predict("val", 3.0, 7), folder / "predictions_val.csv"),
-            "damaged",
-            "accuracy",
-        ),
+        ("config.json", '"log_steps": 10', '"log_steps": 7', "finished", ""),
+        ("report.json", None, None, "unfinished", "report.json"),
+        ("metrics.jsonl", '\n{"step": 2, "val.slice.accuracy": 0.5}', "", "unfinished", "step 1 of 2"),
+        ("config.json", '"lr": 0.001', '"lr": 0.5', "other configuration", "optim.lr"),
+        ("report.json", "phantom_ct/tiny", "folder/mine", "other data", "folder/mine"),
+        ("report.json", "ffff", "0000", "other data", "another seed"),
+        ("", None, None, "other data", "splits"),
+        ("report.json", '{"classes"', "{", "damaged", "report.json"),
+        ("predictions_val.csv", "val_019", "\n", "damaged", "predictions_val.csv"),
+        ("report.json", '"accuracy": 0', '"accuracy": 1', "damaged", "accuracy"),
     ],
 )
-def test_state_of_a_run(trial, options, spoil, kind, word):
+def test_state_of_a_run(trial, options, name, old, new, kind, word):
     planned = runs.plan(trial, options)
     for run in planned:
         fabricate(run)
-    spoil(planned[1].folder)
+    path = planned[1].folder / name
+    if not name:
+        prepare_again(planned[1].folder)
+    elif old is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace(old, new))
     state = results.Reader(table(cell(trial)), options).group(trial).states[1]
     assert state.kind == kind and word in state.reason
     result = evaluate(table(cell(trial)), options)[0]
@@ -190,7 +184,7 @@ def test_numbers_verdicts_and_files(trial, options):
 
 
 def test_counts_of_the_published_splits(trial, options, monkeypatch):
-    """Only the clean protocol may lack a few images, and no run may have more."""
+    """Only the clean protocol may lack a few images; more are never allowed."""
     clean = runs.plan(trial, options)[0]
     config = overrides.override(clean.config, "data.protocol=study")
     study = replace(clean, folder=clean.folder.with_name("study"), config=config, protocol="study")
@@ -208,7 +202,7 @@ def test_counts_of_the_published_splits(trial, options, monkeypatch):
 
 
 def test_overrides_give_no_verdict(trial, options):
-    """Neither another data set nor another configuration answers a published number."""
+    """Runs with another data set or configuration get no verdict."""
     override = replace(options, sets=("data.dataset=phantom_ct/tiny",))
     for run in runs.plan(f"{trial}:dataset=ct_cov19", override):
         fabricate(run)
@@ -227,13 +221,9 @@ def test_table_that_chooses(trial, options):
     val = tuple(cell(trial, f"s{i}", row, f":size={size}") for row in sizes for i, size in enumerate(sizes[row]))
     for one, skill in zip(val, skills, strict=True):
         fabricate(runs.plan(one.experiment, options)[0], skill)
-    test = tuple(
-        cell(trial, row, column, ":size=48", metric, published)
-        for row, both in (("a", (0.5, 0.9)), ("b", (0.6, 0.8)), ("c", (0.7, 0.7)))
-        for column, metric, published in zip(
-            ("Val", "Test"), ("val.slice.f1_weighted", "test.slice.accuracy"), both, strict=True
-        )
-    )
+    columns = {"Val": "val.slice.f1_weighted", "Test": "test.slice.accuracy"}
+    published = iter((0.5, 0.9, 0.6, 0.8, 0.7, 0.7))
+    test = [cell(trial, row, name, ":size=48", columns[name], next(published)) for row in "abc" for name in columns]
     chooser = table(*test, chosen_from="val", correlate=(("Val", "Test"),))
     tables = {"t": chooser, "val": replace(table(*val), name="val")}
     answers = evaluate(chooser, options, tables=tables)
@@ -272,11 +262,11 @@ def test_charts_of_the_best_runs(trial, options):
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
     nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
     assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
-    assert not (options.workdir / files[2]).exists(), "a chart of runs that are gone"
+    assert not (options.workdir / files[2]).exists(), "chart of deleted runs"
 
 
-def test_execution_of_missing_runs(trial, options, monkeypatch):
-    """A failed run stops no other, finished runs are not repeated, and unprepared data is reported once."""
+def test_execute_missing_runs(trial, options, monkeypatch):
+    """Continues after a failed run, skips finished runs, and reports unprepared data once."""
     sample = table(cell(trial), cell(trial, "b", arguments=":size=8"), cell(trial, "c", arguments=":dataset=ct_cov19"))
     executed, output = [], []
 
@@ -298,7 +288,7 @@ def test_execution_of_missing_runs(trial, options, monkeypatch):
     assert results.run_missing(table(cell(trial)), {}, options, output.append) == {} and not executed
 
 
-def test_ctrl_c_saves_the_run(tmp_path, options, trial, monkeypatch, capfd):
+def test_ctrl_c_saves_a_run(tmp_path, options, trial, monkeypatch, capfd):
     script = tmp_path / "python"
     script.write_text(
         f"#!{sys.executable}\nimport signal, sys, time\n"
