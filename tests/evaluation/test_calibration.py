@@ -1,7 +1,5 @@
 """Calibration against scikit-learn and SciPy."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from random_predictions import make_predictions
@@ -39,15 +37,6 @@ def test_temperature_inverts_sharpening():
         assert after["ece"] < 0.03 and after["accuracy"] == before["accuracy"]
         if sharpness != 1:
             assert before["ece"] > 0.08 and after["brier"] < before["brier"]
-
-
-def test_scaling_one_sigmoid_logit():
-    p = make(500, c=2)
-    z = np.stack([np.zeros(500), p.logits[:, 1] - p.logits[:, 0]], axis=1)
-    scaled = calibration.apply_temperature(dataclasses.replace(p, logits=z), 2.0)
-    np.testing.assert_allclose(scaled.probabilities[:, 1], 1 / (1 + np.exp(-z[:, 1] / 2)), atol=1e-12)
-    np.testing.assert_allclose(scaled.probabilities, calibration.apply_temperature(p, 2.0).probabilities, atol=1e-12)
-    np.testing.assert_array_equal(scaled.logits, z / 2)
 
 
 def test_bounds_and_certain_predictions():

@@ -1,4 +1,4 @@
-"""The command that draws saliency maps: files and splits, unreadable images, and the page of quality."""
+"""The explain command: figures of files and splits, unreadable images, and the quality page."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys)
     assert all(name in errors for name in ("cut.png", "gone.png", "deep.png")) and "b.jpg" not in errors
     figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert figures == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
-    # The map of the network's input, prepared as for prediction.
+    # The map of the network's input, preprocessed as for prediction.
     network, description = model.load_finished(trained_run.workdir)
     own = Explainer(network.module, network.variables, network.config.input)
     expected, _ = own.maps(preprocess.picture(PICTURE, description)[0][None])
