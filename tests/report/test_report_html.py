@@ -191,8 +191,6 @@ def test_numbers_and_intervals(run, saved):
     level = saved["test"]["slice"]
     results = {row[0]: row[1:] for row in page.table("", "test, per slice")}
     assert results["accuracy"][0] == f"{level['accuracy']:.3f} 0.123 to 0.568"
-    assert results["accuracy"][2] == f"{saved['val']['slice']['accuracy']:.3f}"
-    assert results["examples"] == ["36", "18", "36", "18"]
     classes = next(t for t in page.tables if t[0][0] == "class against the rest")
     recall = classes[2][2 + metrics.PER_CLASS.index("recall")]
     assert recall == f"{level['per_class'][EVIL[1]]['recall']:.3f} 0.200 to 0.900"
