@@ -17,6 +17,7 @@ from absl import app, flags
 from lungjax import cli, datasets
 from lungjax.config import experiments as experiment_files
 from lungjax.config import nearest
+from lungjax.report.templating import count
 from lungjax.tables import cells, published
 
 FLAGS = flags.FLAGS
@@ -75,9 +76,11 @@ def main(_: list[str]) -> None:
     print(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
-        print(f"{len(failed)} run{'s' * (len(failed) > 1)} failed:")
-        for command, how in failed.items():
-            print(f"  {command}\n    {how}")
+        print(
+            f"{count(len(failed), 'run')} failed:",
+            *(f"  {run}\n    {error}" for run, error in failed.items()),
+            sep="\n",
+        )
         sys.exit(1)
 
 

@@ -44,10 +44,8 @@ class Cell:
         where = f"{self.row}, {self.column}"
         parts = self.metric.split(".", 2)
         if len(parts) < 3 or parts[0] not in SPLITS or parts[1] not in UNITS:
-            raise ValueError(
-                f"{where}: metric {self.metric!r} is not SPLIT.UNIT.NAME, such as test.slice.accuracy, with SPLIT of "
-                f"{', '.join(SPLITS)} and UNIT of {', '.join(UNITS)}"
-            )
+            allowed = f"SPLIT.UNIT.NAME, with SPLIT of {', '.join(SPLITS)} and UNIT of {', '.join(UNITS)}"
+            raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}, such as test.slice.accuracy")
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
             raise ValueError(f"{where}: published {self.published}: rates must be in 0..1")

@@ -73,11 +73,9 @@ def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[
         except ValueError as error:
             failures.append(str(error))
             say(f"    {error}")
-    trained, minutes = train_and_predict.cache_info().misses, (time.monotonic() - started) / 60
-    say(
-        f"{tested} cells of {len(chosen)} tables, {trained} distinct networks trained: {len(failures)} failures in "
-        f"{minutes:.1f} minutes"
-    )
+    trained = train_and_predict.cache_info().misses
+    total = f"{tested} cells of {count(len(chosen), 'table')}, {count(trained, 'distinct network')} trained"
+    say(f"{total}: {count(len(failures), 'failure')} in {(time.monotonic() - started) / 60:.1f} minutes")
     return failures
 
 

@@ -27,7 +27,7 @@ TRAIN = [(0, "a")] * 5 + [(1, "a")] + [(1, "b")] * 4 + [(0, "")] * 2  # of the t
 TEST = [(0, "a"), (1, "b"), (1, ""), (0, "elsewhere"), (1, "a")]
 
 
-def test_smoothed_class_frequencies_of_the_source():
+def test_class_frequencies_of_the_source():
     p = baselines.source_only(make(TRAIN, TEST))
     a, b = [(5 + 1) / (6 + 2), (1 + 1) / (6 + 2)], [(0 + 1) / (4 + 2), (4 + 1) / (4 + 2)]
     unknown = [7 / 12, 5 / 12]  # of all training images
@@ -36,14 +36,14 @@ def test_smoothed_class_frequencies_of_the_source():
     assert p.sources.tolist() == ["a", "b", "", "elsewhere", "a"] and p.logits is None
 
 
-def test_smoothing_follows_the_class_frequencies():
+def test_smoothing_by_class_frequencies():
     data = make([(0, "a")] * 6 + [(1, "a")] * 2 + [(2, "b")] * 2, [(0, "a"), (2, "b"), (1, "c")], ("x", "y", "z"))
     prior = np.array([0.6, 0.2, 0.2])
     expected = [(np.array([6, 2, 0]) + 3 * prior) / 11, (np.array([0, 0, 2]) + 3 * prior) / 5, prior]
     np.testing.assert_allclose(baselines.source_only(data).probabilities, expected)
+    # Images that a study repeats count repeatedly.
     split = np.asarray(["train*2"] * 6 + ["train"] * 4 + ["test"] * 3)
     study = replace(data, protocol="study", columns=data.columns | {"split_study": split})
-    # Images that a study repeats count repeatedly.
     np.testing.assert_allclose(baselines.source_only(study).probabilities[2], np.array([12, 2, 2]) / 16)
 
 

@@ -34,15 +34,10 @@ def explainer():
 
 def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys):
     (tmp_path / "in/deep").mkdir(parents=True)
-    for name, data in {
-        "in/a.png": png(PICTURE),
-        "in/deep/a.png": png(PICTURE[:, ::-1]),
-        "in/cut.png": png(PICTURE)[:200],
-        "deep.png": png((PICTURE * np.uint16(200)).astype(np.uint16)),
-    }.items():
-        (tmp_path / name).write_bytes(data)
-    Image.fromarray(PICTURE).save(tmp_path / "b.jpg")
-    Image.fromarray(PICTURE).save(tmp_path / "in/a.tiff")
+    for name in ("in/a.png", "in/a.tiff", "in/deep/a.png", "b.jpg"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+    (tmp_path / "in/cut.png").write_bytes(png(PICTURE)[:200])
+    (tmp_path / "deep.png").write_bytes(png((PICTURE * np.uint16(200)).astype(np.uint16)))
     flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
     files = ",".join(str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png"))
     assert commands.run(command, *flags, f"--images={files}", "--save_maps") == 1

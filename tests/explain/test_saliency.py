@@ -210,8 +210,8 @@ def test_invalid_arguments():
     explainer = toy()
     with pytest.raises(ValueError, match=r"method='gradcm'.*gradcam"):
         explainer.maps(IMAGES, None, "gradcm")
-    for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, :8], IMAGES[..., :1]):
-        with pytest.raises(ValueError, match="uint8 .B, 16, 16, 3."):
+    for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, :8]):
+        with pytest.raises(ValueError, match="uint8"):
             explainer.maps(images)
     for targets in ([0, 1], [0, 1, 3], [-1, 0, 0]):
         with pytest.raises(ValueError, match="targets"):
