@@ -25,7 +25,6 @@ from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions, take
 
 UNITS = ("slice", "patient")
-LEVEL = 95  # percent
 ROUNDING = 1e-12  # smaller differences come from the order of summation
 BLOCK = 400_000  # examples x draws at a time
 
@@ -172,7 +171,7 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
     defined = values[~np.isnan(values)]
     if not len(defined) or 2 * len(defined) < len(values):
         return None
-    low, high = np.percentile(defined, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
 
 

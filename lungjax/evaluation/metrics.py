@@ -178,13 +178,8 @@ def unit_levels(predictions: Predictions) -> dict[str, Any]:
 
 
 def flat_levels(predictions: Predictions) -> dict[str, float | None]:
-    """Returns the scalars of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
-    return {
-        f"{level}.{name}": value
-        for level, values in unit_levels(predictions).items()
-        for name, value in values.items()
-        if value is None or isinstance(value, (int, float))
-    }
+    """Returns the metrics of the slice and patient levels that are not per class, such as "slice.auc_macro"."""
+    return {name: value for name, value in numbers(unit_levels(predictions)).items() if name.count(".") == 1}
 
 
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:

@@ -220,7 +220,7 @@ def test_other_splits(run, saved):
     config = replace(CONFIG, data=replace(CONFIG.data, folds=5, fold=2))
     folds = render_page(run, saved, config, summary(), ABOUT)
     assert "fold 2 (counted from 0) is the test split" in folds.text and "One fold of a cross-validation" in folds.text
-    assert "counterpart in train" not in page.text + folds.text
+    assert "have a counterpart in train" not in page.text + folds.text
 
 
 def test_figure_that_is_not_png(tmp_path):
