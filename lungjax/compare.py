@@ -62,7 +62,7 @@ def compare(
         a, b = splits[0], bootstrap.align(*splits)
     except ValueError as error:
         raise ValueError(f"{run_a} and {run_b} can't be compared: {error}") from error
-    known = metrics.numbers(metrics.unit_levels(a))
+    available = metrics.numbers(metrics.unit_levels(a))
     patients = len(np.unique(metrics.patient_keys(a)))
     if names is None:
         recalls = (f"per_class.{name}.recall" for name in a.classes)
@@ -70,8 +70,8 @@ def compare(
         names = [f"{unit}.{name}" for unit, name in itertools.product(units, (*DEFAULT_METRICS, *recalls))]
     names = [name.removeprefix(f"{split}.") for name in names]  # as in report.json
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown metric {name!r}; {nearest(name, known)}")
+        if name not in available:
+            raise ValueError(f"unknown metric {name!r}; {nearest(name, available)}")
     differences: dict[str, Difference] = {}
     for unit in bootstrap.UNITS:
         own = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]

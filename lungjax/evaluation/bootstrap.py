@@ -52,8 +52,8 @@ def intervals(
 
     Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
     """
-    (point,), (drawn,) = _evaluate([predictions], None, draws, seed, unit)
-    ends = {name: _ends(name, values, point[name]) for name, values in drawn.items()}
+    (point,), (samples,) = _evaluate([predictions], None, draws, seed, unit)
+    ends = {name: _ends(name, values, point[name]) for name, values in samples.items()}
     return {name: pair for name, pair in ends.items() if pair is not None}
 
 
@@ -74,7 +74,7 @@ def over_runs(
     """
     if not runs:
         raise ValueError("no runs to average over")
-    points, drawn = _evaluate(runs, names, draws, seed, unit)
+    points, samples = _evaluate(runs, names, draws, seed, unit)
     k = len(runs)
     # A separate stream: the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
@@ -82,7 +82,7 @@ def over_runs(
     for name in points[0] if names is None else names:
         values = [value for point in points if (value := point[name]) is not None]
         mean = float(np.mean(values)) if len(values) == k else None
-        each = np.stack([run[name] for run in drawn], axis=1)  # [draws, runs]
+        each = np.stack([run[name] for run in samples], axis=1)  # [draws, runs]
         ends = _ends(name, np.where(weights > 0, weights * each, 0.0).sum(axis=1) / k, mean)
         result[name] = (mean, *(ends or (None, None)))
     return result
@@ -105,11 +105,11 @@ def paired_difference(
     `a` and `b` are for the same examples, in any order; `names` are dotted, None takes all. Raises ValueError for
     different examples, an unknown name, and as `intervals`.
     """
-    points, drawn = _evaluate([a, b], names, draws, seed, unit)
+    points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
     for name in points[0] if names is None else names:
         first, second = points[0][name], points[1][name]
-        values = drawn[1][name] - drawn[0][name]
+        values = samples[1][name] - samples[0][name]
         values[np.abs(values) < ROUNDING] = 0.0
         ends = interval(values)
         difference = None if first is None or second is None else second - first
@@ -272,7 +272,7 @@ def _area_sampler(
         np.cumsum(alarms, axis=0, out=alarms)  # in place, here and below: memory traffic dominates
         positives, negatives = hits.sum(axis=0), negative @ counts  # [draws]
         defined = (positives > 0) & (negatives > 0)
-        # A positive example ranks below the negatives so far, and with half weight below those of its own score.
+        # A positive example ranks below the negatives so far; ties count one half.
         below = np.einsum("rd,rd->d", hits, alarms) - np.einsum("rd,rd->d", hits, tie @ counts) / 2
         auc = 1 - below / np.where(defined, positives * negatives, np.nan)
         precision = np.cumsum(hits, axis=0)

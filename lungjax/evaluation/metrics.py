@@ -166,9 +166,10 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
 
 def by_source(predictions: Predictions) -> dict[str, Predictions]:
     """Returns the predictions of each source, "unknown" for examples without one; {} if no source is known."""
+    if not (predictions.sources != "").any():
+        return {}
     names = np.where(predictions.sources == "", "unknown", predictions.sources)
-    known = (predictions.sources != "").any()
-    return {str(name): take(predictions, np.flatnonzero(names == name)) for name in np.unique(names) if known}
+    return {str(name): take(predictions, np.flatnonzero(names == name)) for name in np.unique(names)}
 
 
 def unit_levels(predictions: Predictions) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 
 
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
-    """Returns one prediction per group, and the number of groups left out because their labels are mixed.
+    """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
     Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
     "several" if it differs within the group. Rows are sorted by name, without extra columns. An example with the group

@@ -65,15 +65,15 @@ def metrics_at_thresholds(
     cells = np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])  # as COUNTS
     keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
     of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
-    samples = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
-    drawn = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in samples)], axis=1)
+    blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
+    samples = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in blocks)], axis=1)
     counts = cells.sum(axis=2)  # [4, K]
-    rates, drawn_rates = (
-        _rates(x, prevalence) for x in (counts.astype(np.float64), drawn.reshape(4, len(thresholds), -1))
+    rates, sample_rates = (
+        _rates(x, prevalence) for x in (counts.astype(np.float64), samples.reshape(4, len(thresholds), -1))
     )
     points = []
     for k, (_, threshold) in enumerate(thresholds):
-        intervals = {name: bootstrap.interval(values[k]) for name, values in drawn_rates.items()}
+        intervals = {name: bootstrap.interval(values[k]) for name, values in sample_rates.items()}
         points.append(
             {
                 "threshold": threshold,

@@ -98,15 +98,15 @@ def read(path: Path) -> Predictions:
         lines = [(reader.line_num, row) for row in reader]
     missing = [name for name in COLUMNS if name not in header]
     classes = tuple(name.removeprefix("p_") for name in header if name.startswith("p_"))
-    given = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]
-    if given and tuple(given) != classes:
-        raise ValueError(f"{path}: logits of {', '.join(given)}, but probabilities of {', '.join(classes)}")
+    logit_classes = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]
+    if logit_classes and tuple(logit_classes) != classes:
+        raise ValueError(f"{path}: logits of {', '.join(logit_classes)}, but probabilities of {', '.join(classes)}")
     if missing or not classes:
         raise ValueError(
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
-    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(given)] for name in classes]
+    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(logit_classes)] for name in classes]
     labels, numbers = [], []
     for line, row in lines:
         if len(row) != len(header):
@@ -128,5 +128,5 @@ def read(path: Path) -> Predictions:
         probabilities=table[:, : len(classes)],
         classes=classes,
         extra={name.removeprefix("extra_"): column for name, column in columns.items() if name.startswith("extra_")},
-        logits=table[:, len(classes) :] if given else None,
+        logits=table[:, len(classes) :] if logit_classes else None,
     )

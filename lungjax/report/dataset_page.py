@@ -180,11 +180,11 @@ def _gray_levels(view: View) -> Figure:
     """Returns the figure of gray-level histograms by class and by source."""
     labels, sources, classes = view.data.columns["label"], view.data.columns["source"], view.data.classes
     by_class = [np.flatnonzero(labels == label) for label in range(len(classes))]
-    drawn = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
-    rows = np.concatenate(drawn)
+    samples = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
+    rows = np.concatenate(samples)
     # The sample is balanced by class, so the mean over a source weights each image by its class.
-    class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, drawn, strict=True)]
-    weights = np.repeat(class_weights, [len(b) for b in drawn])
+    class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, samples, strict=True)]
+    weights = np.repeat(class_weights, [len(b) for b in samples])
     with ThreadPoolExecutor(min(environment.cores(), 8)) as pool:
         counts = list(pool.map(lambda row: np.bincount(view.gray(row).ravel(), minlength=256), rows))
     shares = np.stack([count / count.sum() for count in counts])
@@ -195,6 +195,6 @@ def _gray_levels(view: View) -> Figure:
     if several > 1:
         panels["By source"] = statistics.mean_histograms(shares, sources[rows], weights, MAX_ROWS)
     dataset_charts.histograms(panels, view.out / "gray_levels.png")
-    sample = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
+    images = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
-    return Figure("gray_levels.png", f"From {sample}, each with equal weight{more}. The vertical axis is logarithmic.")
+    return Figure("gray_levels.png", f"From {images}, each with equal weight{more}. The vertical axis is logarithmic.")

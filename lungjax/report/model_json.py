@@ -118,8 +118,8 @@ def _patients(data: Prepared) -> dict[str, dict[str, int]]:
 def _box(config: Config, data: Prepared) -> str:
     name, entry = datasets.resolve(data.name)
     columns = data.columns
-    whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
-    if config.input.crop != "box" or (columns["box"] == whole).all():
+    frames = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
+    if config.input.crop != "box" or (columns["box"] == frames).all():
         return ""
     return "body" if entry.axial and name.base != "folder" else "given"  # users may give boxes of anything
 

@@ -267,16 +267,16 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
     """
     p = predictions
     n = [int((p.labels == i).sum()) for i in range(len(p.classes))]
-    shown = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])
-    columns = min(len(shown), 3)
-    rows = math.ceil(len(shown) / columns)
+    panels = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
     figure = style.figure(max(3.4 * columns, 5.6), 2.9 * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis in axes.flat[: len(shown)][-columns:]:
+    for axis in axes.flat[: len(panels)][-columns:]:
         axis.tick_params(labelbottom=True)  # also above an empty cell
-    for axis, i in zip(axes.flat, shown, strict=False):
+    for axis, i in zip(axes.flat, panels, strict=False):
         curve = operating_points.net_benefit(p, i)
         t = curve["thresholds"]
         style.style(axis)
@@ -289,7 +289,7 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.set_xlim(0, 1)
         title = f"{style.short(p.classes[i], 24)} ({style.percent(share)})"
         axis.set_title(title, loc="left", fontsize=10, color=style.INK)
-    left_out = f", the {len(shown)} most frequent of {len(n)} classes" if len(shown) < len(n) else ""
+    left_out = f", the {len(panels)} most frequent of {len(n)} classes" if len(panels) < len(n) else ""
     figure.suptitle(f"Net benefit{left_out}", x=0.01, ha="left", fontsize=12, color=style.INK)
     figure.supxlabel("Threshold probability", fontsize=10, color=style.INK)
     handles, labels = axes.flat[0].get_legend_handles_labels()

@@ -16,7 +16,7 @@
     test, val           the splits, each:
       .slice            level over all examples
       .patient          level over patients (mean probability over a patient's slices), and
-        .mixed_groups   patients left out because their slices have different labels
+        .mixed_groups   patients excluded because their slices have different labels
       .by_source.NAME   level over the examples of a source; {} if the sources are unknown
     controls            shortcut baselines (`lungjax.evaluation.baselines`), each a level over test slices: no_lungs,
                         the network with the lungs blacked out, if prepared; source_only, the source of an image alone,
@@ -30,7 +30,7 @@
                         that val lacks
     mistakes            the worst of the test split: id, true and predicted class, probability of the latter
 
-A level; `lungjax.evaluation.metrics` has the definitions, and says when a number is None:
+A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
 
     n, loss, ece, brier, accuracy, balanced_accuracy,
     precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,

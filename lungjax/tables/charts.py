@@ -61,10 +61,10 @@ def bars(table: Table, results: Sequence[Result], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = [r for r in results if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
-    shown = [r for r in shown if r.ours is not None or r.cell.published is not None]
-    rows = [row for row in table.rows if any(r.cell.row == row for r in shown)]
-    columns = [column for column in table.columns if any(r.cell.column == column for r in shown)]
+    visible = [r for r in results if max(r.cell.published or 0, r.ours or 0) <= 1 and r.cell.name != "loss"]
+    visible = [r for r in visible if r.ours is not None or r.cell.published is not None]
+    rows = [row for row in table.rows if any(r.cell.row == row for r in visible)]
+    columns = [column for column in table.columns if any(r.cell.column == column for r in visible)]
     transposed = len(columns) < len(rows)
     panels, lines = (columns, rows) if transposed else (rows, columns)
     across = min(COLUMNS, len(panels))
@@ -76,7 +76,7 @@ def bars(table: Table, results: Sequence[Result], path: Path) -> None:
     for axis, panel in zip(axes, panels, strict=False):
         style.style(axis)
         axis.set_title(style.short(panel, 30), loc="left", fontsize=10, color=style.INK)
-        for r in shown:
+        for r in visible:
             name, line = (r.cell.column, r.cell.row) if transposed else (r.cell.row, r.cell.column)
             if name == panel:
                 _bar(axis, at[line], r, VERDICTS[r.verdict][0])
@@ -88,9 +88,11 @@ def bars(table: Table, results: Sequence[Result], path: Path) -> None:
         axis.tick_params(labelsize=7.5, labelbottom=True)
     axes[0].set_xlim(0, 1)
     axes[0].set_xticks(np.linspace(0, 1, 6))
-    used = {r.verdict for r in shown if r.ours is not None}
+    used = {r.verdict for r in visible if r.ours is not None}
     marks: list[Any] = [Line2D([], [], color="black", linewidth=2, label="published")]
-    marks += [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in shown) else []
+    marks += (
+        [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in visible) else []
+    )
     marks += [Patch(color=color, label=label) for word, (color, label) in VERDICTS.items() if word in used]
     figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
     figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 4), frameon=False, fontsize=9)

@@ -97,11 +97,11 @@ def test_runs_are_averaged_and_resampled():
     result = bootstrap.over_runs([runs[0], shuffled(runs[1])], names, DRAWS, seed=4)
     rows = drawn_rows(runs[0], DRAWS, 4)
     each = [[by_scikit_learn(p, r) for r in rows] for p in runs]
-    whole = [by_scikit_learn(p, np.arange(len(p))) for p in runs]
+    full = [by_scikit_learn(p, np.arange(len(p))) for p in runs]
     weights = np.random.default_rng([4, 2]).multinomial(2, [1 / 2] * 2, size=DRAWS)
     for name in names:
         values = [sum(k * each[r][d][name] for r, k in enumerate(weights[d]) if k) / 2 for d in range(DRAWS)]
-        assert result[name] == pytest.approx((np.mean([w[name] for w in whole]), *percentiles(values)), abs=1e-10)
+        assert result[name] == pytest.approx((np.mean([w[name] for w in full]), *percentiles(values)), abs=1e-10)
     alone, expected = bootstrap.over_runs(runs[:1], names, 80), bootstrap.intervals(runs[0], 80)
     assert all(alone[name][1:] == pytest.approx(expected[name]) for name in names)
 
