@@ -1,8 +1,8 @@
 """Compares two runs on the same test examples: python -m lungjax.compare RUN_A RUN_B
 
 Prints a Markdown table with each metric of A and B, the difference B - A, its 95 % interval by paired bootstrap over
-patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Two
-runs also differ by their seeds: a difference between two runs is not always one between two networks.
+patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Runs
+of the same network differ by their seeds, too: a difference between runs need not be one between networks.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from lungjax.config import nearest
 from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.bootstrap import Difference
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import render
+from lungjax.report import templating
 
 FLAGS = flags.FLAGS
 
@@ -32,10 +32,10 @@ DEFAULT_METRICS = (
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("split", "test", "The split to compare: predictions_SPLIT.csv of both runs.")
-    flags.DEFINE_list("metrics", None, "Metrics, such as slice.auc_macro,patient.per_class.COVID.recall.")
+    flags.DEFINE_list("metrics", None, "Metrics such as slice.auc_macro,patient.per_class.COVID.recall.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Random seed of the draws.")
-    flags.DEFINE_string("out", None, "A file to which the table is also written.")
+    flags.DEFINE_string("out", None, "Also write the table to this file.")
 
 
 def main(argv: list[str]) -> None:
@@ -49,18 +49,11 @@ def main(argv: list[str]) -> None:
 def compare(
     run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000, seed: int = 0
 ) -> str:
-    """Returns the comparison of two runs as Markdown.
+    """Returns the comparison of two run folders with report.json and predictions_SPLIT.csv as Markdown.
 
-    Args:
-      run_a: a folder with report.json and predictions_SPLIT.csv.
-      run_b: the other one.
-      split: "test", "val" or another predicted split.
-      names: metrics, UNIT.NAME with UNIT "slice" or "patient"; None compares DEFAULT_METRICS and the recall of each
-        class, also per patient if patients have several slices.
-      draws: of the bootstrap.
-      seed: of the draws.
-
-    Raises ValueError for a missing file, an unknown metric, or runs that can't be compared.
+    `names` are metrics, UNIT.NAME with UNIT "slice" or "patient"; None compares DEFAULT_METRICS and the recall of each
+    class, also per patient if patients have several slices. `draws` and `seed` are those of the bootstrap. Raises
+    ValueError for a missing file, an unknown metric, or runs that can't be compared.
     """
     reports = [_report(run) for run in (run_a, run_b)]
     splits = [_predictions(run, split) for run in (run_a, run_b)]
@@ -69,7 +62,7 @@ def compare(
         a, b = splits[0], bootstrap.align(*splits)
     except ValueError as error:
         raise ValueError(f"{run_a} and {run_b} can't be compared: {error}") from error
-    known = [f"{unit}.{name}" for unit, level in metrics.whole_levels(a).items() for name in metrics.numbers(level)]
+    available = metrics.numbers(metrics.unit_levels(a))
     patients = len(np.unique(metrics.patient_keys(a)))
     if names is None:
         recalls = (f"per_class.{name}.recall" for name in a.classes)
@@ -77,19 +70,19 @@ def compare(
         names = [f"{unit}.{name}" for unit, name in itertools.product(units, (*DEFAULT_METRICS, *recalls))]
     names = [name.removeprefix(f"{split}.") for name in names]  # as in report.json
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown metric {name!r}; {nearest(name, known)}")
+        if name not in available:
+            raise ValueError(f"unknown metric {name!r}; {nearest(name, available)}")
     differences: dict[str, Difference] = {}
     for unit in bootstrap.UNITS:
         own = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
-        of_unit = bootstrap.paired_difference(a, b, own, draws, seed, unit) if own else {}
-        differences |= {f"{unit}.{name}": difference for name, difference in of_unit.items()}
+        results = bootstrap.paired_difference(a, b, own, draws, seed, unit) if own else {}
+        differences |= {f"{unit}.{name}": difference for name, difference in results.items()}
     if any(".study." in name for name in names):
         without = [str(run) for run, p in zip((run_a, run_b), splits, strict=True) if p.logits is None]
         if without:
             note = f"{note} No logits in {' and '.join(without)}: test again (--mode=evaluate).".strip()
     head = ["metric", "A", "B", "B - A", "95 % interval", "p"]
-    return render.render(
+    return templating.render(
         "compare.md.j2",
         runs={
             name: {"folder": run, "name": report["name"], "dataset": report["facts"].get("dataset", "unknown")}
@@ -101,7 +94,7 @@ def compare(
         draws=draws,
         seed=str(seed),
         note=note,
-        comparison=render.Table(head, [_row(name, differences[name]) for name in names]),
+        comparison=templating.Table(head, [_row(name, differences[name]) for name in names]),
     )
 
 
@@ -113,7 +106,7 @@ def _report(run: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
         return {"name": report["name"], "facts": report["facts"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a report of lungjax ({error}); python -m lungjax.main writes one") from error
+        raise ValueError(f"{path} is not a report of a lungjax run ({error})") from error
 
 
 def _predictions(run: Path, split: str) -> Predictions:
@@ -133,17 +126,15 @@ def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     if names[0] != names[1]:
         return f"The networks saw different images of these examples: {names[0]} and {names[1]}."
     if prints[0] != prints[1]:
-        raise ValueError(
-            f"they have different versions of {names[0]}, fingerprints {prints[0][:12]} and {prints[1][:12]}: other "
-            "images, labels or splits; train one of them again"
-        )
+        versions = f"different versions of {names[0]}, fingerprints {prints[0][:12]} and {prints[1][:12]}"
+        raise ValueError(f"{versions}: images, labels or splits differ; train one of them again")
     return ""
 
 
 def _row(name: str, d: Difference) -> list[str]:
     interval = "-" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
     difference = "-" if d.difference is None else f"{d.difference:+.3f}"
-    return [name, render.rate(d.a), render.rate(d.b), difference, interval, render.rate(d.p)]
+    return [name, templating.rate(d.a), templating.rate(d.b), difference, interval, templating.rate(d.p)]
 
 
 if __name__ == "__main__":

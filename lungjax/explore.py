@@ -1,7 +1,6 @@
 """Writes a page of figures about a prepared data set: python -m lungjax.explore --dataset=folder/mine
 
-Counts, sources, sizes, gray levels, samples, stages with their masks, augmented images and duplicates. Only the
-augmented images need jax.
+It shows counts, sources, sizes, gray levels, samples, stages with their masks, augmented images and duplicates.
 """
 
 from pathlib import Path
@@ -18,9 +17,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("dataset", None, "A prepared data set, as NAME/CONFIGURATION-STAGE-SIZE.")
-    flags.DEFINE_string("data_dir", "data", "The folder where lungjax.prepare wrote the data sets.")
-    flags.DEFINE_string("out", None, "The folder of the page, new or empty; default explore/NAME.")
-    flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "The protocol whose splits the page describes.")
+    flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
+    flags.DEFINE_string("out", None, "Output folder, new or empty; default explore/NAME.")
+    flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "Protocol of the splits.")
     flags.DEFINE_list(
         "augment", [], "Comma-separated presets; default covidnet_ct for CT and xray_covid_online for X-rays."
     )
@@ -36,7 +35,6 @@ def main(_: list[str]) -> None:
     augmentations = {name: presets.preset(name) for name in FLAGS.augment}
     full = datasets.resolve(FLAGS.dataset)[0].full
     out = Path(FLAGS.out or Path("explore") / full).expanduser()
-    dataset_page.check_free(out)
     data_dir = Path(FLAGS.data_dir).expanduser()
     data = datasets.open_dataset(FLAGS.dataset, data_dir, FLAGS.protocol)
     print(f"Page: {dataset_page.write(data, data_dir, out, augmentations, FLAGS.stages, FLAGS.seed, FLAGS.samples)}")

@@ -201,12 +201,12 @@ def judge_volumes(gate: Any, gathered: Any) -> dict[str, dict[str, Any]]:
 
 def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:
     """Draws the saliency map of the predicted class."""
-    from lungjax.explain import panels  # here, since most calls draw nothing
+    from lungjax.explain import figures  # here, since most calls draw nothing
 
     best = int(p.argmax())
     heat = model.maps(pixels[None], np.asarray([best]), FLAGS.method)[0]
-    path = folder / f"{panels.file_name(name, file_names)}_{FLAGS.method}.png"
-    panels.draw(path, name, pixels, heat, p, model.metadata.classes, best, FLAGS.method)
+    path = folder / f"{figures.file_name(name, file_names)}_{FLAGS.method}.png"
+    figures.draw(path, name, pixels, heat, p, model.metadata.classes, best, FLAGS.method)
 
 
 @contextlib.contextmanager

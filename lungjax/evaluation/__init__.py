@@ -1,1 +1,1 @@
-"""Predictions to numbers with intervals."""
+"""Metrics of predictions with confidence intervals; README.md describes them."""

@@ -1,14 +1,14 @@
 """95 % confidence intervals by bootstrap over patients: of one run, of several runs, of the difference of two.
 
-Slices of a patient are correlated, so a draw takes patients with replacement, and all slices of each as often as it was
-drawn (cluster bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its
-own patient. Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap",
-1993, ch. 13). A draw in which a metric is undefined, such as the AUC of a class that was not drawn, does not count for
-it; a metric undefined in more than half of the draws has no interval, nor has any for fewer than two patients. An
-interval covers the choice of patients, not of the training seed; for that see `over_runs`.
+Slices of a patient are correlated, so a draw samples patients with replacement, with all their slices (cluster
+bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its own patient.
+Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
+Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for it. A metric has no
+interval if it is undefined in more than half of the draws, or if there are fewer than two patients. An interval covers
+the choice of patients, not of the training seed; for that see `over_runs`.
 
-Nothing is resampled in memory: a draw is a count per patient. All metrics but the areas under curves follow from sums
-over examples, one sparse product with the counts; the areas from cumulative sums along the ranking by score, which is
+A draw is a count per patient; no examples are copied. All metrics except the areas under curves follow from sums over
+examples, a sparse product with the counts. The areas follow from cumulative sums along the ranking by score, which is
 computed once. Draws are processed in blocks to bound memory.
 """
 
@@ -25,7 +25,6 @@ from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions, take
 
 UNITS = ("slice", "patient")
-LEVEL = 95  # percent
 ROUNDING = 1e-12  # smaller differences come from the order of summation
 BLOCK = 400_000  # examples x draws at a time
 
@@ -47,40 +46,43 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Returns the 95 % interval (low, high) of each metric of a level, by dotted name (`metrics.numbers`).
 
-    Metrics without an interval, see the module's docstring, are left out; with draws=0 all are. The same `seed` draws
-    the same patients of a data set. `unit` is "slice" for the level over examples, "patient" for the one over patients
-    (`metrics.by_patient`).
+    Metrics without an interval (see the module's docstring) are missing; with draws=0 all are. The same `seed` draws
+    the same patients of a data set. `unit` is "slice" for the level over examples, "patient" for the level over
+    patients (`metrics.by_patient`).
 
     Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
     """
-    (point,), (drawn,) = _evaluate([predictions], None, draws, seed, unit)
-    ends = {name: _ends(name, values, point[name]) for name, values in drawn.items()}
+    (point,), (samples,) = _evaluate([predictions], None, draws, seed, unit)
+    ends = {name: _ends(name, values, point[name]) for name, values in samples.items()}
     return {name: pair for name, pair in ends.items() if pair is not None}
 
 
 def over_runs(
-    runs: Sequence[Predictions], names: Sequence[str], draws: int = 2000, seed: int = 0, unit: str = "slice"
+    runs: Sequence[Predictions],
+    names: Sequence[str] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+    unit: str = "slice",
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, None where undefined.
 
-    Each draw resamples patients and runs, and averages over these runs, so the interval covers the choice of both
-    patients and seeds. (Three runs say little about seeds: a bootstrap of three values underestimates their variance
-    by a third.)
+    Each draw resamples patients and runs and averages over the runs, so the interval covers the choice of patients and
+    of seeds. With three runs it underestimates the variance between seeds by a third.
 
-    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits".
-    Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
+    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits",
+    None takes all. Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
     """
     if not runs:
         raise ValueError("no runs to average over")
-    points, drawn = _evaluate(runs, names, draws, seed, unit)
+    points, samples = _evaluate(runs, names, draws, seed, unit)
     k = len(runs)
-    # A separate stream, so that the patients are those of `intervals` for any number of runs.
+    # A separate stream: the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
-    for name in names:
+    for name in points[0] if names is None else names:
         values = [value for point in points if (value := point[name]) is not None]
         mean = float(np.mean(values)) if len(values) == k else None
-        each = np.stack([run[name] for run in drawn], axis=1)  # [draws, runs]
+        each = np.stack([run[name] for run in samples], axis=1)  # [draws, runs]
         ends = _ends(name, np.where(weights > 0, weights * each, 0.0).sum(axis=1) / k, mean)
         result[name] = (mean, *(ends or (None, None)))
     return result
@@ -94,20 +96,20 @@ def paired_difference(
     seed: int = 0,
     unit: str = "slice",
 ) -> dict[str, Difference]:
-    """Returns the difference of two networks on the same examples, by name; each draw takes the same patients for both.
+    """Returns the difference of two networks on the same examples, by name; each draw uses the same patients for both.
 
-    `p` is twice the smaller share of draws with a difference of at most, or at least, zero, each counted with one draw
-    more, and at most 1: the level at which the percentile interval just touches zero (Efron and Tibshirani 1993,
-    ch. 15.4). With 2,000 draws it is at least 0.001. There is no correction for multiple comparisons.
+    `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
+    most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
+    draws it is at least 0.001. It is not corrected for multiple comparisons.
 
     `a` and `b` are for the same examples, in any order; `names` are dotted, None takes all. Raises ValueError for
     different examples, an unknown name, and as `intervals`.
     """
-    points, drawn = _evaluate([a, b], names, draws, seed, unit)
+    points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
     for name in points[0] if names is None else names:
         first, second = points[0][name], points[1][name]
-        values = drawn[1][name] - drawn[0][name]
+        values = samples[1][name] - samples[0][name]
         values[np.abs(values) < ROUNDING] = 0.0
         ends = interval(values)
         difference = None if first is None or second is None else second - first
@@ -121,14 +123,14 @@ def paired_difference(
 
 
 def align(a: Predictions, b: Predictions) -> Predictions:
-    """Returns b with its rows in a's order. Raises ValueError with the difference if the test sets differ."""
+    """Returns b with its rows in a's order. Raises ValueError naming the difference if the test sets differ."""
     if a.classes != b.classes:
         raise ValueError(f"different classes: {', '.join(a.classes)} and {', '.join(b.classes)}")
     order_a, order_b = np.argsort(a.ids, kind="stable"), np.argsort(b.ids, kind="stable")
     if len(a) != len(b) or (a.ids[order_a] != b.ids[order_b]).any():
-        missing = {"first": np.setdiff1d(a.ids, b.ids), "second": np.setdiff1d(b.ids, a.ids)}
-        parts = [f"{len(ids)} only in the {which}, such as {ids[0]}" for which, ids in missing.items() if len(ids)]
-        raise ValueError(f"different examples, {len(a)} and {len(b)}: {'; '.join(parts) or 'some are duplicates'}")
+        ids = np.setxor1d(a.ids, b.ids)
+        reason = f"{len(ids)} of them in only one, such as {ids[0]}" if len(ids) else "some are duplicates"
+        raise ValueError(f"different examples, {len(a)} and {len(b)}: {reason}")
     rows = np.empty(len(a), np.int64)
     rows[order_a] = order_b
     b = take(b, rows)
@@ -137,17 +139,15 @@ def align(a: Predictions, b: Predictions) -> Predictions:
         differ = np.flatnonzero(one != other)
         if len(differ):
             i = differ[0]
-            raise ValueError(
-                f"different {what} for {len(differ)} of {len(a)} examples, such as {a.ids[i]}: "
-                f"{str(one[i])!r} and {str(other[i])!r}"
-            )
+            values = f"{a.ids[i]}: {str(one[i])!r} and {str(other[i])!r}"
+            raise ValueError(f"different {what} for {len(differ)} of {len(a)} examples, such as {values}")
     return b
 
 
 def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`], `draws` columns in all.
+    """Yields how often each patient was drawn, float64 [patients, up to `block`], in total `draws` columns.
 
-    The draws don't depend on `block`.
+    The draws do not depend on `block`.
     """
     rng = np.random.default_rng(seed)
     for start in range(0, draws, block):
@@ -167,19 +167,19 @@ def wilson(count: int, n: int) -> list[float]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:
-    """Returns the percentile interval of the defined draws; None if they are fewer than half, or none."""
+    """Returns the percentile interval of the defined draws; None if fewer than half are defined."""
     defined = values[~np.isnan(values)]
     if not len(defined) or 2 * len(defined) < len(values):
         return None
-    low, high = np.percentile(defined, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
 
 
 def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
-    """Returns the interval of a metric from its draws; for the calibration error the reflected one.
+    """Returns the percentile interval of a metric from its draws; for the calibration error the basic interval.
 
-    A draw repeats examples, which moves the mean of a bin away from its confidence, so the percentiles of ECE are too
-    high, often above ECE itself. The reflected ("basic") interval is as far below (Efron and Tibshirani, ch. 13.4).
+    A draw repeats examples, which moves the mean of a bin away from its confidence: the percentiles of ECE are too
+    high, often above ECE itself. The basic interval reflects them at the estimate (Efron and Tibshirani, ch. 13.4).
     """
     ends = interval(values)
     if ends is None or name != "ece" or point is None:
@@ -222,7 +222,7 @@ def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.
 
     `member` [N] int is the patient of each example.
     """
-    totals = {  # sparse [size, patients]: what each patient adds to a sum
+    totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()
     }
@@ -272,7 +272,7 @@ def _area_sampler(
         np.cumsum(alarms, axis=0, out=alarms)  # in place, here and below: memory traffic dominates
         positives, negatives = hits.sum(axis=0), negative @ counts  # [draws]
         defined = (positives > 0) & (negatives > 0)
-        # A positive example ranks below the negatives so far, and with half weight below those of its own score.
+        # A positive example ranks below the negatives so far; ties count one half.
         below = np.einsum("rd,rd->d", hits, alarms) - np.einsum("rd,rd->d", hits, tie @ counts) / 2
         auc = 1 - below / np.where(defined, positives * negatives, np.nan)
         precision = np.cumsum(hits, axis=0)

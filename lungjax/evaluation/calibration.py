@@ -1,8 +1,8 @@
 """Calibration: reliability bins, and temperature scaling.
 
-Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by one number T that is fitted on the validation
-split: above 1 it makes probabilities less extreme, below 1 more. The predicted class does not change. ECE and Brier
-score are defined in `lungjax.evaluation.metrics`.
+Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
+split. T above 1 makes probabilities less extreme. The predicted class does not change. `lungjax.evaluation.metrics`
+defines ECE and Brier score.
 """
 
 from dataclasses import replace
@@ -16,18 +16,17 @@ from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; without mistakes the optimum is zero
 SCORES = ("ece", "brier", "loss")
-EMPTY = {"confidence": None, "accuracy": None}  # a bin without examples
 
 
 def fit_temperature(predictions: Predictions) -> float:
     """Returns the temperature, within BOUNDS, that minimizes the mean cross-entropy of the predictions.
 
-    Without logits it uses the logarithms of the probabilities, which differ from them by a constant per example. Raises
+    Missing logits are replaced by log probabilities, which differ from them by a constant per example. Raises
     ValueError without examples, or for invalid probabilities.
     """
     p = predictions
     if not len(p):
-        raise ValueError("no example to fit a temperature on")
+        raise ValueError("no examples to fit a temperature to")
     logits, rows = _logits(p), np.arange(len(p))
 
     def loss(log_temperature: float) -> float:
@@ -36,12 +35,12 @@ def fit_temperature(predictions: Predictions) -> float:
 
     # Convex in 1 / T, so unimodal in log T.
     minimum = optimize.minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
-    ends = {loss(np.log(t)): t for t in BOUNDS}  # the search only approaches them
+    ends = {loss(np.log(t)): t for t in BOUNDS}  # the search does not reach them
     return float(np.exp(minimum.x)) if minimum.fun <= min(ends) else ends[min(ends)]
 
 
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Returns the predictions with logits divided by the temperature, and their probabilities, in float64.
+    """Returns predictions with scaled logits and their probabilities, in float64.
 
     Raises ValueError for a temperature that is not above zero, or invalid probabilities.
     """
@@ -56,9 +55,9 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
 
 
 def bins(predictions: Predictions) -> list[dict[str, Any]]:
-    """Returns the bins of a reliability diagram: `metrics.BINS` of equal width, of the highest probability.
+    """Returns the bins of a reliability diagram, `metrics.BINS` bins of equal width over the highest probability.
 
-    Each is {low, high, n, confidence, accuracy}: its edges (it includes the upper one), number of examples, their mean
+    Each is {low, high, n, confidence, accuracy}: edges (the upper one is included), number of examples, their mean
     highest probability and accuracy, both None in an empty bin.
     """
     p = predictions
@@ -66,18 +65,19 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     place = metrics.confidence_bins(top)
     count = metrics.BINS
     sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
-    result = []
-    for i, (n, confidence, hits) in enumerate(zip(*sums, strict=True)):
-        means = {"confidence": float(confidence / n), "accuracy": float(hits / n)} if n else EMPTY
-        result.append({"low": i / count, "high": (i + 1) / count, "n": int(n), **means})
+    result: list[dict[str, Any]] = []
+    for i, (n, *totals) in enumerate(zip(*sums, strict=True)):
+        confidence, accuracy = (float(total / n) if n else None for total in totals)
+        edges = {"low": i / count, "high": (i + 1) / count}
+        result.append({**edges, "n": int(n), "confidence": confidence, "accuracy": accuracy})
     return result
 
 
 def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns `calibration` of the report: a temperature fitted on val, and the test split before and after scaling.
+    """Returns `calibration` of the report: the temperature fitted on val, and the test split before and after scaling.
 
-    Keys: `temperature`, `fitted_on`, `test` and `test_scaled` with `ece`, `brier` and `loss` each, `bins` and
-    `bins_scaled` of the test split. Raises as `fit_temperature`.
+    Keys: `temperature`, `fitted_on`; `test` and `test_scaled`, each with SCORES; `bins` and `bins_scaled` of the test
+    split. Raises as `fit_temperature`.
     """
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}

@@ -1,7 +1,7 @@
 """The metrics of a report, from labels and probabilities, in numpy and float64.
 
-Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix and the predicted class the one
-of the highest probability (the first of equals):
+Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix. The predicted class has the
+highest probability; the first one if tied.
 
     precision (positive predictive value)  TP / (TP + FP)      recall (sensitivity)  TP / (TP + FN)
     npv (negative predictive value)        TN / (TN + FN)      specificity           TN / (TN + FP)
@@ -21,9 +21,9 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
 `study` has the metrics of the reproduced studies, see `lungjax.evaluation.study_metrics`.
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
-average precision without both sides. Means are over the classes where the metric is defined, None if it is for none.
-These are scikit-learn's definitions with `zero_division=nan`. A class without examples that is predicted has precision
-and F1 zero, which lowers their means.
+average precision without positives or negatives. Means are over the classes with a defined metric, None if there are no
+such classes. These are scikit-learn's definitions with `zero_division=nan`. A class without examples that is predicted
+has precision and F1 zero, which lowers their means.
 """
 
 import math
@@ -44,7 +44,7 @@ BINS = 15  # of the expected calibration error
 
 
 class Addends(NamedTuple):
-    """What the examples add to one of the sums from which all metrics but the areas under curves follow."""
+    """Contributions of the examples to one of the sums from which all metrics but the areas under curves follow."""
 
     shape: tuple[int, ...]  # of the sum
     places: np.ndarray  # [K] int, index into the flattened sum
@@ -57,7 +57,7 @@ def summarize(predictions: Predictions) -> Level:
 
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
     WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
-    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1 or None, if undefined;
+    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1, or None if undefined;
     `study.auc_micro_logits` is None without logits.
 
     Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
@@ -103,19 +103,19 @@ def addends(predictions: Predictions) -> dict[str, Addends]:
 
 
 def confidence_bins(confidence: np.ndarray) -> np.ndarray:
-    """Returns the index [N] of each confidence among BINS equal bins of 0..1, which include their upper edge."""
+    """Returns the bin index [N] of each confidence among BINS equal bins of 0..1, which include their upper edge."""
     return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
 
 
 def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes: Sequence[str]) -> Level:
     """Returns the metrics of a level except `n` and `confusion`, NaN where undefined, for any leading axes [...].
 
-    The same definition serves a set of examples and the draws of a bootstrap.
+    Used for a set of examples and for the draws of a bootstrap.
 
     Args:
-      sums: over the examples: "confusion" [..., C, C], count of examples by true and predicted class; "highest"
-        [..., C, C], the same with `study_metrics.highest` as prediction; "gaps" [..., BINS], highest probability - (1
-        if right else 0) per bin of it; "loss", "brier" and "rounded" [...], right by `study_metrics.argmax_of_rounded`.
+      sums: over the examples: "confusion" [..., C, C], counts by true and predicted class; "highest" [..., C, C], the
+        same with `study_metrics.highest` as prediction; "gaps" [..., BINS], highest probability - (1 if correct else
+        0) per bin; "loss" and "brier" [...]; "rounded" [...], correct by `study_metrics.argmax_of_rounded`.
       areas: "auc" and "average_precision" [..., C]; "auc_micro", "average_precision_micro", "auc_micro_logits" [...].
       classes: C names.
     """
@@ -158,38 +158,37 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def report_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
 
-    `slice` is over all examples, `patient` over the groups (see `by_patient`), `by_source` over the examples of each
-    source: {} if no source is known, and otherwise "unknown" for examples without one. Raises as `summarize`.
+    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize`.
     """
-    p = predictions
-    sources = np.where(p.sources == "", "unknown", p.sources)
-    names = np.unique(sources) if (p.sources != "").any() else ()
-    by_source = {str(name): summarize(take(p, np.flatnonzero(sources == name))) for name in names}
-    return {**whole_levels(p), "by_source": by_source}
+    sources = {name: summarize(part) for name, part in by_source(predictions).items()}
+    return {**unit_levels(predictions), "by_source": sources}
 
 
-def whole_levels(predictions: Predictions) -> dict[str, Any]:
+def by_source(predictions: Predictions) -> dict[str, Predictions]:
+    """Returns the predictions of each source, "unknown" for examples without one; {} if no source is known."""
+    if not (predictions.sources != "").any():
+        return {}
+    names = np.where(predictions.sources == "", "unknown", predictions.sources)
+    return {str(name): take(predictions, np.flatnonzero(names == name)) for name in np.unique(names)}
+
+
+def unit_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns the levels `slice` and `patient` of `report_levels`."""
     patients, mixed = by_patient(predictions)
     return {"slice": summarize(predictions), "patient": summarize(patients) | {"mixed_groups": mixed}}
 
 
 def flat_levels(predictions: Predictions) -> dict[str, float | None]:
-    """Returns the scalars of the slice and patient levels by dotted name, such as "slice.auc_macro"."""
-    return {
-        f"{level}.{name}": value
-        for level, values in whole_levels(predictions).items()
-        for name, value in values.items()
-        if value is None or isinstance(value, (int, float))
-    }
+    """Returns the metrics of the slice and patient levels that are not per class, such as "slice.auc_macro"."""
+    return {name: value for name, value in numbers(unit_levels(predictions)).items() if name.count(".") == 1}
 
 
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
-    """Returns one prediction per group, and the number of groups left out because their labels are mixed.
+    """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
-    The probability is the mean over the group's examples, in float64. Ids and groups are the group's name, sources its
-    source ("several" if it has more), rows sorted by name, no extra columns. An example with the group "" is a group of
-    its own, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
+    Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
+    "several" if it differs within the group. Rows are sorted by name, without extra columns. An example with the group
+    "" is its own group, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
     """
     p = predictions
     check_probabilities(p)
@@ -214,9 +213,9 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
 
 
 def patient_keys(predictions: Predictions) -> np.ndarray:
-    """Returns [N] str, equal for two examples exactly if they belong to one patient."""
+    """Returns one key per example, [N] str, equal for examples of the same patient."""
     p = predictions
-    # The prefix keeps a group's name and an example's id apart: id "7" without a group is not patient "7".
+    # The prefix distinguishes groups from ids: id "7" without a group is not patient "7".
     return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))
 
 
@@ -230,10 +229,9 @@ def check_probabilities(predictions: Predictions) -> None:
     ):
         if bad.any():
             ids = predictions.ids[bad]
-            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            names = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
             raise ValueError(
-                f"the probabilities of {len(ids)} of {len(p)} examples {what}: {', '.join(ids[:5])}{more}; "
-                "training has probably diverged"
+                f"the probabilities of {len(ids)} of {len(p)} examples {what}: {names}; diverged training?"
             )
 
 
@@ -255,7 +253,7 @@ def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def auc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the area under the ROC curve, ties one half; NaN without both sides.
+    """Returns the area under the ROC curve, ties one half; NaN without positives or negatives.
 
     `positive` [N] bool, `scores` [N], higher meaning more likely positive.
     """
@@ -264,7 +262,7 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the sum of (recall step) x precision over the thresholds; NaN without both sides.
+    """Returns the sum of (recall step) x precision over the thresholds; NaN without positives or negatives.
 
     Without negatives it would be 1 for any scores. `positive` [N] bool, `scores` [N].
     """
@@ -278,7 +276,7 @@ def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.
     """Returns false positive rate, true positive rate and threshold, one point per distinct score.
 
     The first point is (0, 0) at threshold infinity; an example is predicted positive if its score is at least the
-    threshold. NaN where a side is empty. `positive` [N] bool, `scores` [N].
+    threshold. Rates without positives or negatives are NaN. `positive` [N] bool, `scores` [N].
     """
     hits, alarms, thresholds = _cumulative_counts(positive, scores)
     with np.errstate(invalid="ignore"):
@@ -309,21 +307,21 @@ def _cumulative_counts(positive: np.ndarray, scores: np.ndarray) -> tuple[np.nda
     return np.append(0.0, hits), np.append(0.0, alarms), np.append(np.inf, ranked[ends])
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Returns part / whole, NaN where the whole is zero."""
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Returns part / total, NaN where the total is zero."""
     part = np.asarray(part, dtype=np.float64)
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=np.asarray(whole) != 0)
+    return np.divide(part, total, out=np.full(part.shape, np.nan), where=np.asarray(total) != 0)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Returns the (weighted) mean of the defined values along the last axis; NaN without any, or any weight."""
+    """Returns the (weighted) mean of the defined values along the last axis; NaN if the weights sum to zero."""
     defined = ~np.isnan(values)
     weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
     return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
 
 
 def _to_python(value: Any) -> Any:
-    """Returns a tree with Python floats for its numbers, and None for NaN."""
+    """Returns the tree with Python floats, and None for NaN."""
     if isinstance(value, Mapping):
         return {name: _to_python(inner) for name, inner in value.items()}
     return None if np.isnan(value) else float(value)

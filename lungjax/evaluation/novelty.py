@@ -1,15 +1,16 @@
-"""Novelty score: how far an image is from the training images, to warn about out-of-distribution input.
+"""Novelty detection: a score that warns about out-of-distribution input, computed from the image alone.
 
-A classifier returns a class even for a photograph, another organ or a blank page. Here an image is shrunk to 64 x 64
-pixels and described by three feature vectors: "intensity" (gray-level quantiles, black, white, the four borders),
+A classifier returns a class even for a photograph, another organ or a blank page. The novelty score shrinks an image to
+64 x 64 pixels and computes three feature vectors: "intensity" (gray-level quantiles, black, white, the four borders),
 "detail" (local differences, aspect ratio, color), and "layout" (an 8 x 8 thumbnail normalized for brightness and
-contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each the score has the
-Mahalanobis distance to the training images, with a regularized covariance, in units of the value that one validation
-image in a hundred exceeds; it joins the three by a power mean and divides by the threshold of that.
+contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each vector it takes the
+Mahalanobis distance to the training images, with a regularized covariance, in units of the 99th percentile of the
+validation images. The score is the power mean of the three distances, divided so that 1 % of the validation images
+score above 1.
 
-No network takes part, so the score is the same for every network of a data set and for every export. The Mahalanobis
-distance on network features (Lee et al., arXiv 1807.03888) detected fewer outliers. tests/benchmarks/README.md has the
-comparison, and what the score misses: a mirrored image, or one with an unseen finding, is not novel.
+No network is involved, so the score is the same for every network of a data set and for every export. The Mahalanobis
+distance of network features (Lee et al., arXiv 1807.03888) detected fewer outliers. tests/benchmarks/README.md has the
+comparison and the limits: mirrored images and unseen findings are not novel.
 """
 
 import math
@@ -24,24 +25,24 @@ from PIL import Image
 Picture = np.ndarray | Image.Image  # [H, W] or [H, W, 3], uint8 or float in 0..255, of any size
 
 SIDE = 64  # pixels
-FALSE_ALARMS = 0.01  # share of new images of the same kind that may score above 1
-MIN_IMAGES = (20, 5)  # for training and validation
-RIDGE = 0.2  # of the training images' standard deviation, added to it along every feature
-POWER = 8  # of the mean that joins the three distances: nearly their maximum
+FALSE_ALARMS = 0.01  # share of in-distribution images that may score above 1
+MIN_IMAGES = (20, 5)  # of the train and val splits
+RIDGE = 0.2  # added to each standard deviation, as a fraction of it
+POWER = 8  # exponent of the power mean of the three distances: nearly their maximum
 # Smallest standard deviation of each feature, in its unit: gray levels of 0..255; 20 times a logarithm, so 1 is 5
-# percent; 50 times a contrast or a correlation. It defines how much is much where the training images never vary: in
-# grayscale images every color is 0.
+# percent; 50 times a contrast or a correlation. It applies where the training images do not vary: the color of
+# grayscale images is always 0.
 TOLERANCES = {
     "intensity": np.full(13, 2.0),
     "detail": np.asarray([2.0] * 5 + [1.0, 1.5]),
     "layout": np.asarray([4.0] * 64 + [3.0] * 64 + [2.0] * 2),
 }
-MIN_THRESHOLD = 0.5  # half a tolerance in every feature is never novel, even if all training images are the same
+MIN_THRESHOLD = 0.5  # half a tolerance in every feature is not novel, even if all training images are equal
 BORDERS = ("top", "bottom", "left", "right")
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 COLOR = 6  # index in "detail"
-# What a value below and above the training images means, for each feature of "intensity" and "detail".
+# Descriptions of values below and above those of the training images, for the features of "intensity" and "detail".
 MEANINGS = {
     "intensity": (
         *[("its dark areas are darker", "its dark areas are brighter")] * 3,
@@ -82,18 +83,18 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
-    """A fitted score, made by `fit` or `from_dict`. Raises ValueError for an array that is no picture, as `measure`."""
+    """A score fitted by `fit` or read by `from_dict`. Raises ValueError for invalid pictures, as `measure`."""
 
     parts: dict[str, Gaussian]
     threshold: float
     false_alarms: dict[str, dict[str, Any]]  # {"val": {"n", "alarms"}, "test": {"n", "alarms", "rate", "interval"}}
 
     def score(self, picture: Picture) -> float:
-        """Returns the novelty of a picture, finite and at least 0; above 1 it should be warned about."""
+        """Returns the novelty of a picture, finite and at least 0; values above 1 deserve a warning."""
         return float(_score(self.parts, measure(picture)) / self.threshold)
 
     def reason(self, picture: Picture) -> str:
-        """Returns in a few words what differs most from the training images, such as "darker overall"."""
+        """Returns the largest difference from the training images in a few words, such as "darker overall"."""
         features = measure(picture)
         if features["intensity"][len(QUANTILES) - 1] - features["intensity"][0] < 4:  # gray levels
             return "almost uniform image"
@@ -111,7 +112,7 @@ class Novelty:
         return MEANINGS[name][largest][int(deviations[largest] > 0)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready content for `from_dict`, about 90 kB as text."""
+        """Returns the score as JSON-ready content, about 90 kB as text."""
         parts = {}
         for name, part in self.parts.items():
             lower = part.covariance[np.tril_indices(len(part.mean))]
@@ -120,11 +121,10 @@ class Novelty:
 
 
 def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture]) -> Novelty:
-    """Fits the score to training images, chooses thresholds on validation images, and counts false alarms on test.
+    """Fits the score to train images, chooses the threshold on val images, and counts false alarms on test images.
 
-    Pictures are measured one by one and not kept. 2,000 training and 1,000 validation images are enough; the counts are
-    too good if a patient has images in several of the three. Raises ValueError for fewer images than MIN_IMAGES, and as
-    `measure`.
+    Pictures are measured one at a time; 2,000 train and 1,000 val images are enough. The counts are optimistic if
+    patients have images in several splits. Raises ValueError for fewer images than MIN_IMAGES, and as `measure`.
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
@@ -149,7 +149,7 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
 
 
 def from_dict(content: Mapping[str, Any]) -> Novelty:
-    """Returns the score that `Novelty.to_dict` wrote. Raises ValueError for anything else."""
+    """Returns the score of `Novelty.to_dict`. Raises ValueError for invalid content."""
     try:
         parts = {}
         for name, tolerances in TOLERANCES.items():
@@ -166,13 +166,13 @@ def from_dict(content: Mapping[str, Any]) -> Novelty:
             raise ValueError("threshold out of range")
         return Novelty(parts, threshold, {split: dict(counts) for split, counts in content["false_alarms"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the novelty score of the model is damaged ({error!r}); write it again") from None
+        raise ValueError(f"the novelty score of the model is damaged ({error!r}); export the model again") from None
 
 
 def measure(picture: Picture) -> dict[str, np.ndarray]:
     """Returns the features of a picture, float64: "intensity" [13], "detail" [7] and "layout" [130].
 
-    Raises ValueError for an array other than [H, W], [H, W, 1] or [H, W, 3], or without a pixel.
+    Raises ValueError for arrays other than [H, W], [H, W, 1] or [H, W, 3], and for empty ones.
     """
     image = picture if isinstance(picture, Image.Image) else _to_image(np.asarray(picture))
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
@@ -218,7 +218,7 @@ def _pooled(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _oriented_gradients(pixels: np.ndarray) -> np.ndarray:
-    """Mean gradient of each of 4 directions in each of 4 x 4 cells, [4, 4, 4], on a logarithmic scale."""
+    """Returns the log mean gradient in each of 4 directions and 4 x 4 cells, [4, 4, 4]."""
     down, across = np.gradient(pixels)
     strength = np.hypot(down, across)
     angle = np.mod(np.arctan2(down, across), np.pi) * (4 / np.pi)
@@ -237,22 +237,22 @@ def _score(parts: Mapping[str, Gaussian], features: Mapping[str, np.ndarray]) ->
 
 
 def _conformal(scores: np.ndarray) -> float:
-    """Returns the value of rank ceil((n + 1)(1 - FALSE_ALARMS)), the largest for few scores."""
+    """Returns the score of rank ceil((n + 1)(1 - FALSE_ALARMS)), or the largest one."""
     rank = math.ceil((len(scores) + 1) * (1 - FALSE_ALARMS))
     return float(np.sort(scores)[min(rank, len(scores)) - 1])
 
 
 def _threshold(scores: np.ndarray) -> float:
-    """Returns a value that new scores of the same kind exceed with a probability of at most FALSE_ALARMS.
+    """Returns a value that further scores of the same distribution exceed with probability FALSE_ALARMS.
 
-    For few scores the conformal rank is too low: one in eleven exceeds the largest of ten. So the threshold is at least
-    the prediction bound of a normal distribution of their logarithms (Student's t).
+    The conformal rank is too low for few scores: one in eleven exceeds the largest of ten. So the threshold is at least
+    the prediction bound of a log-normal distribution (Student's t).
     """
     from scipy import stats  # here: model.pyz only scores
 
     n, logs = len(scores), np.log(np.maximum(scores, 1e-3))
     bound = logs.mean() + stats.t.ppf(1 - FALSE_ALARMS, n - 1) * math.sqrt(1 + 1 / n) * logs.std(ddof=1)
-    # A score that equals the threshold but for rounding is no alarm.
+    # A score that exceeds the threshold only by rounding is not an alarm.
     return max(_conformal(scores), math.exp(bound), MIN_THRESHOLD) * (1 + 1e-9)
 
 

@@ -1,13 +1,13 @@
 """Operating points: thresholds of class probabilities, their metrics, and decision curves.
 
-Each class is decided against the rest: an example is called positive if the class's probability is at least the
-threshold. Thresholds are chosen on the validation split and evaluated on the test split. Rules:
+Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
+Thresholds are chosen on the validation split and evaluated on the test split. Rules:
 
-    youden             the highest sensitivity + specificity (Youden, Cancer 3:32, 1950), the highest such threshold
+    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); of equals the highest threshold
     sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another number)
 
 Predictive values depend on the prevalence. `ppv` and `npv` are those of the test split; `ppv_at` and `npv_at` follow by
-Bayes' rule from the same sensitivity and specificity at a stated prevalence.
+Bayes' rule from the same sensitivity and specificity at a given prevalence.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lungjax.config import EvalConfig
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions
 
@@ -26,17 +27,17 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or a split without examples of the class, or without others.
+    Raises ValueError for an unknown rule, or a split without examples of the class or of the other classes.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
     name, _, number = rule.partition("_")
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
-        raise ValueError(f"rule {rule!r}: allowed are youden, and sensitivity_X with X above 0 and up to 1")
+        raise ValueError(f"rule {rule!r}: allowed are youden and sensitivity_X with 0 < X <= 1")
     fpr, tpr, thresholds = metrics.roc_curve(predictions.labels == class_index, _scores(predictions, class_index))
     good = tpr - fpr if rule == "youden" else tpr >= sensitivity
-    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, and not the threshold infinity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, without the threshold infinity
 
 
 def metrics_at_thresholds(
@@ -64,15 +65,15 @@ def metrics_at_thresholds(
     cells = np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])  # as COUNTS
     keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
     of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
-    samples = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
-    drawn = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in samples)], axis=1)
+    blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
+    samples = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in blocks)], axis=1)
     counts = cells.sum(axis=2)  # [4, K]
-    rates, drawn_rates = (
-        _rates(x, prevalence) for x in (counts.astype(np.float64), drawn.reshape(4, len(thresholds), -1))
+    rates, sample_rates = (
+        _rates(x, prevalence) for x in (counts.astype(np.float64), samples.reshape(4, len(thresholds), -1))
     )
     points = []
     for k, (_, threshold) in enumerate(thresholds):
-        intervals = {name: bootstrap.interval(values[k]) for name, values in drawn_rates.items()}
+        intervals = {name: bootstrap.interval(values[k]) for name, values in sample_rates.items()}
         points.append(
             {
                 "threshold": threshold,
@@ -85,42 +86,36 @@ def metrics_at_thresholds(
     return points
 
 
-def points(
-    val: Predictions,
-    test: Predictions,
-    sensitivity: float = 0.95,
-    prevalence: float = 0.0,
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics of its threshold}}, for every class.
+def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}, for every class.
 
-    {} for a class that val is one-sided for; `missing_rules` says why. Raises as `metrics_at_thresholds`.
+    {} for a class without a threshold; `missing_rules` gives the reason. Raises as `metrics_at_thresholds`.
     """
-    rules = ("youden", f"sensitivity_{sensitivity:g}")
+    rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
     thresholds = [(i, choose(val, i, rule)) for i, rule in keys]
     result: dict[str, dict[str, Any]] = {name: {} for name in val.classes}
-    for (i, rule), point in zip(keys, metrics_at_thresholds(test, thresholds, prevalence, draws, seed), strict=True):
+    metrics_of = metrics_at_thresholds(test, thresholds, options.prevalence, options.draws)
+    for (i, rule), point in zip(keys, metrics_of, strict=True):
         result[val.classes[i]][rule] = point
     return result
 
 
 def missing_rules(val: Predictions) -> list[str]:
-    """Returns a sentence for each class without an operating point."""
+    """Returns one sentence per class without an operating point."""
     reasons = {name: _one_sided(val, i) for i, name in enumerate(val.classes)}
-    return [f"There is no operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
+    return [f"No operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
 
 
 def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[float]]:
-    """Returns a decision curve (Vickers and Elkin, Medical Decision Making 26:565, 2006) for at least one example.
+    """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
-    At a threshold probability t a false positive costs t / (1 - t) of the gain of a true positive, and examples with a
-    probability of at least t are called positive: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated
-    probabilities.
+    At a threshold probability t a false positive costs t / (1 - t) of the benefit of a true positive, and examples with
+    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated probabilities
+    of at least one example.
 
-    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" calls every example
-    positive. Calling none positive has a net benefit of zero.
+    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" treats every example.
+    Treating none has a net benefit of zero.
     """
     t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
     odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)
@@ -133,11 +128,11 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
 
 
 def _one_sided(p: Predictions, class_index: int) -> str:
-    """Returns why no threshold can be chosen on these examples, "" if one can."""
+    """Returns why no threshold can be chosen on these examples, or ""."""
     positive = p.labels == class_index
     if positive.any() and not positive.all():
         return ""
-    what = "only examples" if positive.any() else "no example"
+    what = "only examples" if positive.any() else "no examples"
     return f"the validation split has {what} of {p.classes[class_index]}"
 
 

@@ -43,16 +43,14 @@ def predict(
         each = zip(batch["row"], batch["probabilities"], batch["logits"], strict=True)
         scores.update((int(row), (p, z)) for row, p, z in each if row >= 0)  # -1 is padding
 
-    ahead = None  # computed while the next batch is read and transferred
+    running: list[dict[str, jax.Array]] = []  # computed while the next batch is read and transferred
     total = -(-len(rows) // size)
     for batch in tqdm(batches, f"predicting {split}", total, disable=not progress, leave=False):
         check()
-        out = predict_step(variables, meshes.to_devices(batch, mesh))
-        if ahead is not None:
-            keep(ahead)
-        ahead = out
-    if ahead is not None:
-        keep(ahead)
+        running.append(predict_step(variables, meshes.to_devices(batch, mesh)))
+        if len(running) > 1:
+            keep(running.pop(0))
+    keep(running.pop())
     probabilities, logits = (np.stack(values) for values in zip(*(scores[int(row)] for row in rows), strict=True))
     columns = {name: values[rows] for name, values in data.columns.items()}
     extra = {name: values for name, values in columns.items() if name not in prepared.RESERVED}

@@ -1,8 +1,8 @@
 """Predictions for the examples of a split, in memory and as a CSV file.
 
 Columns of the CSV, one row per example: `id`, `group` (patient), `source`, `label` and `predicted` (class names),
-`p_CLASS` and, if the logits are known, `logit_CLASS` for each class in label order, `extra_NAME` for each further
-column of the data set. Every metric of a report follows from this file.
+`p_CLASS` and, if logits are known, `logit_CLASS` for each class in label order, `extra_NAME` for each additional column
+of the data set. Every metric of a report follows from this file.
 """
 
 import csv
@@ -21,13 +21,13 @@ class Predictions:
     """N examples and the probabilities of C classes. Raises ValueError for inconsistent shapes, labels or classes."""
 
     ids: np.ndarray  # [N] str, unique in the data set
-    groups: np.ndarray  # [N] str, the patient; each "" is a patient of its own
+    groups: np.ndarray  # [N] str, the patient; each "" is a separate patient
     sources: np.ndarray  # [N] str, such as the hospital; "" is unknown
     labels: np.ndarray  # [N] int64, 0..C-1
     probabilities: np.ndarray  # [N, C] float32 or float64, each row sums to 1
     classes: tuple[str, ...]  # C names in label order
-    extra: dict[str, np.ndarray] = field(default_factory=dict)  # further columns, each [N] str
-    logits: np.ndarray | None = None  # [N, C], whose softmax are the probabilities; None if unknown
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # additional columns, each [N] str
+    logits: np.ndarray | None = None  # [N, C], probabilities = softmax(logits); None if unknown
 
     def __post_init__(self) -> None:
         """Checks shapes, labels and class names; the metrics check the values of `probabilities`."""
@@ -50,12 +50,12 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The class of the highest probability, the first of equals, int64 [N]."""
+        """The class with the highest probability, the first one if tied, int64 [N]."""
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
 
 
 def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
-    """Returns the predictions of rows [M] int, in that order; rows may repeat."""
+    """Returns the predictions of rows [M] int, in this order; rows may repeat."""
     p = predictions
     columns = {name: getattr(p, name)[rows] for name in ("ids", "groups", "sources", "labels", "probabilities")}
     logits = None if p.logits is None else p.logits[rows]
@@ -63,7 +63,7 @@ def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
 
 
 def write(predictions: Predictions, path: Path) -> None:
-    """Writes the CSV atomically; probabilities and logits as float32, in the fewest digits that read back the same."""
+    """Writes the CSV atomically, with the shortest digits from which `read` restores each float32 exactly."""
     names = np.asarray(predictions.classes, dtype=np.str_)
     header = [
         *COLUMNS,
@@ -72,13 +72,13 @@ def write(predictions: Predictions, path: Path) -> None:
         *(f"extra_{name}" for name in predictions.extra),
     ]
     numbers = [predictions.probabilities, *([] if predictions.logits is None else [predictions.logits])]
-    # numpy prints float32 in its own digits: "0.1" and not 0.10000000149011612.
+    # As float32: "0.1" instead of "0.10000000149011612".
     digits = np.concatenate(numbers, axis=1).astype(np.float32).astype(np.str_)
     text = (predictions.ids, predictions.groups, predictions.sources)
     columns = [*text, names[predictions.labels], names[predictions.predicted], *digits.T, *predictions.extra.values()]
     with (
         atomic_file(Path(path)) as partial,
-        # File names may have bytes that are not UTF-8; they are preserved.
+        # File names may contain bytes that are not UTF-8; surrogateescape preserves them.
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -89,8 +89,8 @@ def write(predictions: Predictions, path: Path) -> None:
 def read(path: Path) -> Predictions:
     """Reads the CSV of `write`; probabilities and logits are float32.
 
-    Raises ValueError naming the file and the line for a missing column, a row of another length, an unknown class, a
-    value that is not a number, or logits of some classes only.
+    Raises ValueError naming file and line for a missing column, a row of the wrong length, an unknown class, a value
+    that is not a number, or logits of only some classes.
     """
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.reader(file)
@@ -98,15 +98,15 @@ def read(path: Path) -> Predictions:
         lines = [(reader.line_num, row) for row in reader]
     missing = [name for name in COLUMNS if name not in header]
     classes = tuple(name.removeprefix("p_") for name in header if name.startswith("p_"))
-    given = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]
-    if given and tuple(given) != classes:
-        raise ValueError(f"{path}: logits of {', '.join(given)}, but probabilities of {', '.join(classes)}")
+    logit_classes = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]
+    if logit_classes and tuple(logit_classes) != classes:
+        raise ValueError(f"{path}: logits of {', '.join(logit_classes)}, but probabilities of {', '.join(classes)}")
     if missing or not classes:
         raise ValueError(
             f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
             f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
         )
-    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(given)] for name in classes]
+    places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(logit_classes)] for name in classes]
     labels, numbers = [], []
     for line, row in lines:
         if len(row) != len(header):
@@ -128,5 +128,5 @@ def read(path: Path) -> Predictions:
         probabilities=table[:, : len(classes)],
         classes=classes,
         extra={name.removeprefix("extra_"): column for name, column in columns.items() if name.startswith("extra_")},
-        logits=table[:, len(classes) :] if given else None,
+        logits=table[:, len(classes) :] if logit_classes else None,
     )

@@ -1,11 +1,11 @@
 """Metrics as the reproduced studies define them, for comparison with their tables: `study` of a level.
 
 f1_weighted         CT-COV19: TensorFlow Addons' F1Score(average="weighted") of the network's outputs (logits if known).
-                    All classes that share the highest output count as predicted, and 0 / 0 is 0.
+                    All classes tied for the highest output count as predicted, and 0 / 0 is 0.
 auc_micro_logits    CT-COV19: micro-average AUC of the raw logits, which are comparable only within an image.
-f1_macro_harmonic   COVIDx CT: the harmonic mean of macro precision and macro recall; None if undefined for a class.
-accuracy_rounded    ictcf: the predicted class is the first of the highest after rounding the probabilities to 0 or 1, a
-                    half to 0; so it is the first class if none exceeds a half.
+f1_macro_harmonic   COVIDx CT: harmonic mean of macro precision and macro recall; None if undefined for a class.
+accuracy_rounded    ictcf: accuracy of the argmax after rounding the probabilities to 0 or 1 (0.5 to 0): the first class
+                    if no probability exceeds 0.5.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ import numpy as np
 def highest(outputs: np.ndarray) -> np.ndarray:
     """Returns [N, C] bool: the classes that TensorFlow Addons 0.23 predicts from outputs [N, C].
 
-    Those of the highest output, unless it is zero ("make sure [0, 0, 0] doesn't become [1, 1, 1]").
+    These have the highest output, unless it is zero ("make sure [0, 0, 0] doesn't become [1, 1, 1]").
     """
     return (outputs == outputs.max(axis=1, keepdims=True, initial=-np.inf)) & (np.abs(outputs) > 1e-12)
 
 
 def argmax_of_rounded(probabilities: np.ndarray) -> np.ndarray:
-    """Returns [N] int: the class after rounding probabilities [N, C], halves to even as numpy and TensorFlow do."""
+    """Returns the argmax [N] of rounded probabilities [N, C]; halves round to even, as in NumPy and TensorFlow."""
     return np.round(probabilities).argmax(axis=1) if len(probabilities) else np.zeros(0, np.int64)
 
 
@@ -32,7 +32,7 @@ def values(
     """Returns the metrics of the module's docstring, NaN where undefined, for any leading axes [...].
 
     `sums` are those of `metrics.metrics_from_sums`, `rates` have "precision" and "recall" [..., C], NaN where
-    undefined, and `auc_micro_logits` [...] is passed on.
+    undefined, and `auc_micro_logits` [...] is passed through.
     """
     counts, n = sums["confusion"].sum(axis=-1), sums["confusion"].sum(axis=(-2, -1))
     hits = np.diagonal(sums["highest"], axis1=-2, axis2=-1)
@@ -48,5 +48,5 @@ def values(
         }
 
 
-def _no_nan(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
+def _no_nan(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return np.divide(part, total, out=np.zeros_like(part), where=total != 0)

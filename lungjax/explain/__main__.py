@@ -1,7 +1,7 @@
 """Draws saliency maps of a trained network: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
-Writes image, map and overlay of each image as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws sheets of a whole
-split by falling confidence, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
+Writes image, map and overlay of each image as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws contact sheets of a
+split, most confident first, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
 reported and skipped; the exit code is then 1.
 """
 
@@ -30,18 +30,19 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "A finished run.")
     flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans, as for lungjax.predict.")
-    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Draw sheets of this split of the run's data set.")
-    flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
-    flags.DEFINE_list("method", [], f"Of {', '.join(METHODS)}; default gradcam, for --quality all.")
-    flags.DEFINE_string("class", None, "The class to explain; default the predicted one of each image.")
-    flags.DEFINE_integer(
-        "count", None, f"Images of --split (default all), --quality ({QUALITY_IMAGES}).", lower_bound=1
+    flags.DEFINE_enum(
+        "split", None, ["train", "val", "test"], "Draw contact sheets of this split of the run's data set."
     )
+    flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
+    flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, for --quality all.")
+    flags.DEFINE_string("class", None, "The class to explain; default the predicted class of each image.")
+    count = f"Number of images for --split (default all) and --quality (default {QUALITY_IMAGES})."
+    flags.DEFINE_integer("count", None, count, lower_bound=1)
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_bool("save_maps", False, "Also save the maps as .npy, float32 [H, W] in 0..1.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the one of the run's data set.")
-    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the one of the run.")
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the window of the run's data set.")
+    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the window of the run.")
 
 
 def main(_: list[str]) -> None:
@@ -57,7 +58,8 @@ def main(_: list[str]) -> None:
     windows |= {"hu_windows": (cli.read_hu_window(FLAGS.hu_window),)} if FLAGS.hu_window else {}
     environment.prepare_jax()
     # Here, since they import jax, which is slow and must be configured first.
-    from lungjax.explain import sheets
+    from lungjax.data import pipeline
+    from lungjax.explain import figures, quality
     from lungjax.explain.saliency import Explainer
     from lungjax.inference.model import load_finished
     from lungjax.training import setup
@@ -68,8 +70,8 @@ def main(_: list[str]) -> None:
     if label is not None and label not in run.classes:
         raise ValueError(f"--class={label}: {nearest(label, run.classes)}")
     target = None if label is None else run.classes.index(label)
-    size = run.config.eval.batch_size
-    explainer = Explainer(run.module, run.variables, run.config.input, description.positive, size)
+    config = run.config
+    explainer = Explainer(run.module, run.variables, config.input, description.positive, config.eval.batch_size)
     out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "explain"
     out.mkdir(parents=True, exist_ok=True)
     methods = FLAGS.method or ["gradcam"]
@@ -81,19 +83,19 @@ def main(_: list[str]) -> None:
         inputs = gather(FLAGS.images, description)
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, description, bad)
-        if not sheets.explain_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
+        if not figures.draw_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
             reasons = "\n  ".join(bad or ["the folders have no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
-    if FLAGS.split:
-        data = setup.open_data(run.config, data_dir)
+    synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"
+    needs_data = FLAGS.split or (FLAGS.quality and not synthetic)
+    reader = pipeline.Reader(setup.open_data(config, data_dir), config.input) if needs_data else None
+    if FLAGS.split and reader:
         for method in methods:
             folder = out / f"{FLAGS.split}_{method}"
-            bad += sheets.explain_split(explainer, data, FLAGS.split, method, target, folder, FLAGS.count)
+            bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
-        synthetic = datasets.resolve(run.config.data.dataset)[0].base == "phantom_ct"
-        images = None if synthetic else setup.open_data(run.config, data_dir)
-        methods, count = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES
-        bad += sheets.measure_quality(explainer, run.config, run.classes, run.step, images, methods, target, out, count)
+        methods, count, images = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES, None if synthetic else reader
+        bad += quality.write(explainer, config, run.classes, run.step, images, methods, target, out, count)
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: skipped: {problem}", file=sys.stderr)
@@ -102,7 +104,7 @@ def main(_: list[str]) -> None:
 
 
 def read(items: Iterable[Item], description: Metadata, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and pixels of each image; unreadable ones are added to `bad`, with the reason."""
+    """Yields the name and pixels of each readable image; adds the errors of the others to `bad`."""
     for item in items:
         try:
             yield item.short, preprocess.picture(item.read(), description)[0]

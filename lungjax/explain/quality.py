@@ -1,21 +1,21 @@
-"""Quality of saliency maps: do they point at the lesion, do the pixels they mark matter, do they depend on the weights?
+"""Quality of saliency maps: pointing game, deletion curve and sanity check, each compared with an uninformed map.
 
-Three checks, each with the result of an uninformed map:
-
-- pointing game (Zhang et al., IJCV 2018, arXiv 1608.00507): is the map's maximum on the lesion? Only synthetic slices
-  have lesion masks. Chance is the lesion's share of the image; `chance_in_lungs` its share of the lungs, the result of
-  a map that finds the lungs and nothing else;
-- deletion curve (Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421): the class's probability as the pixels are replaced
-  by the image's mean in the map's order; a lower area under it is better;
-- sanity check (Adebayo et al., NeurIPS 2018, arXiv 1810.03292): rank correlation of the map with the map after the
-  weights were shuffled, first those of the head, then more and more from the top down. A map that stays the same shows
-  the image rather than the network.
+- Pointing game (Zhang et al., IJCV 2018, arXiv 1608.00507): is the map's maximum on the lesion? Only synthetic slices
+  have lesion masks. Chance is the lesion's share of the image; `chance_in_lungs`, its share of the lungs, is the result
+  of a map that only highlights the lungs.
+- Deletion curve (Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421): the probability of the class as pixels are
+  replaced by the image's mean in the order of the map; a lower area under the curve is better.
+- Sanity check (Adebayo et al., NeurIPS 2018, arXiv 1810.03292): rank correlation with the map after shuffling weights,
+  first those of the head, then of more and more layers from the top. A map that does not change shows the image rather
+  than the network.
 """
 
 import itertools
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,30 +24,33 @@ import numpy as np
 from flax import linen as nn
 from scipy import ndimage, stats
 
-from lungjax.config import InputSpec
+from lungjax import datasets
+from lungjax.config import Config, InputSpec
 from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
+from lungjax.data.pipeline import Reader
 from lungjax.datasets import DatasetName
-from lungjax.datasets.phantom import slices
+from lungjax.datasets.phantom import slices as phantom
 from lungjax.evaluation import bootstrap
+from lungjax.explain import figures
 from lungjax.explain.saliency import Explainer
-from lungjax.report import render
+from lungjax.report import templating
 
-FIRST_SEED = 2**40  # of patients in no data set: those of phantom_ct start at --seed * 100,000
-LEVELS = 5  # slices of a patient searched for a lesion
-TOLERANCE = 0.05  # of the shorter side: distance from the lesion that counts as a hit in the tolerant game
+FIRST_SEED = 2**40  # of new patients: the seeds of phantom_ct start at --seed * 100,000
+LEVELS = 5  # slices per patient that are searched for a lesion
+TOLERANCE = 0.05  # fraction of the shorter side: largest distance from the lesion of a hit with tolerance
 DELETIONS = 20  # steps of the deletion curve
 SANITY_IMAGES = 16
 DRAWS = 3  # of shuffled weights
-# Mean rank correlation with the trained network's map above which a map counts as unchanged. Our choice, the paper has
-# none: at 0.5 a quarter of the ranks' variance is still the same.
+# Mean rank correlation with the original map above which a map counts as unchanged. This is our choice, the paper gives
+# no limit: at 0.5 a quarter of the ranks' variance is explained.
 UNCHANGED = 0.5
-PARTS = (0.25, 0.5, 0.75, 1.0)  # of the modules below the head that are shuffled too, from the top down
+PARTS = (0.25, 0.5, 0.75, 1.0)  # fractions of the modules below the head that are also shuffled, from the top
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """N synthetic slices with a visible lesion, as network inputs, each of another patient."""
+    """N synthetic slices with a visible lesion as network inputs, one per patient."""
 
     images: np.ndarray  # uint8 [N, H, W, C]
     lesions: np.ndarray  # bool [N, H, W]
@@ -56,21 +59,21 @@ class Slices:
 
 
 def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
-    """Returns `count` slices of new patients with alternating findings, and their masks, cropped and resized alike.
+    """Returns `count` slices of new patients with alternating findings, and their masks, preprocessed alike.
 
-    `classes` are phantom_ct's in any order; `name` is the training data set, for its stage and size. Patients without a
-    visible lesion in LEVELS slices are skipped.
+    `classes` are those of phantom_ct in any order; `name`, the training data set, gives stage and size. Patients
+    without a visible lesion in LEVELS slices are skipped.
     """
-    findings = [finding for finding in slices.CLASSES if finding != "Normal"]
+    findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
     for seed in itertools.count(FIRST_SEED):
         if len(rows) == count:
             break
         finding = findings[len(rows) % len(findings)]
-        patient = slices.new_patient(seed, finding)
-        levels = slices.levels(patient, LEVELS)
+        patient = phantom.new_patient(seed, finding)
+        levels = phantom.levels(patient, LEVELS)
         for i in np.random.default_rng([seed, 30]).permutation(LEVELS):
-            image, lesion, lung = _as_input(slices.draw_slice(patient, levels[i]), patient.window, spec, name)
+            image, lesion, lung = _as_input(phantom.draw_slice(patient, levels[i]), patient.window, spec, name)
             if lesion.any():
                 rows.append((image, lesion, lung, list(classes).index(finding)))
                 break
@@ -79,10 +82,10 @@ def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, coun
 
 
 def _as_input(
-    phantom: slices.Phantom, window: tuple[float, float], spec: InputSpec, name: DatasetName
+    drawn: phantom.Phantom, window: tuple[float, float], spec: InputSpec, name: DatasetName
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    left, top, right, bottom = (float(side) for side in phantom.box)
-    gray = slices.gray(phantom.hu, window)
+    left, top, right, bottom = (float(side) for side in drawn.box)
+    gray = phantom.gray(drawn.hu, window)
     stored, box, region, _ = preprocess.apply_stage(gray, (left, top, right, bottom), name.stage, name.size)
     place, one_channel = np.asarray(box, np.float32), replace(spec, channels=1)
 
@@ -90,7 +93,7 @@ def _as_input(
         pixels = image_files.resize(mask.astype(np.uint8) * 255, region, stored.shape[:2], "bilinear", True)
         return image_files.to_input(pixels, place, one_channel, 0.0)[..., 0] > 127
 
-    return image_files.to_input(stored, place, spec, 0.0), resized(phantom.lesion), resized(phantom.lung)
+    return image_files.to_input(stored, place, spec, 0.0), resized(drawn.lesion), resized(drawn.lung)
 
 
 def near(masks: np.ndarray, pixels: float) -> np.ndarray:
@@ -101,7 +104,7 @@ def near(masks: np.ndarray, pixels: float) -> np.ndarray:
 def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Returns whether the maximum of each map [N, H, W] is in its mask, float64 [N].
 
-    If several pixels share the maximum, the share of them in the mask. A map of zeros is a miss.
+    If several pixels are tied, the share of them in the mask. A map of zeros is a miss.
     """
     top = maps.max((1, 2), keepdims=True)
     tied = (maps == top) & (top > 0)
@@ -109,7 +112,7 @@ def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def random_maps(count: int, grain: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
-    """Returns noise with the resolution `grain` of a method's maps, resized like them, float32 [count, *size]."""
+    """Returns noise of the resolution `grain`, resized like the maps of a method, float32 [count, *size]."""
     noise = np.random.default_rng([seed, 31]).random((count, *grain), np.float32)
     return np.array(jax.image.resize(noise, (count, *size), "linear"))
 
@@ -119,8 +122,8 @@ def deletion(
 ) -> np.ndarray:
     """Returns the deletion curve of each image, the probability of its class, float64 [N, steps + 1].
 
-    In column i, i / steps of the pixels are replaced by the image's mean, those with the highest values in the map
-    first, equal values in random order.
+    In column i, the fraction i / steps of the pixels with the highest values in the map is replaced by the image's
+    mean; ties are broken at random.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)
@@ -136,27 +139,22 @@ def deletion(
     return np.stack(curve, axis=1).astype(np.float64)
 
 
-def area(curves: np.ndarray) -> np.ndarray:
-    """Returns the area under each curve [N, steps + 1] over 0..1."""
-    return np.asarray(np.trapezoid(curves, axis=-1) / (curves.shape[-1] - 1))
-
-
 def module_order(module: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
     """Returns the names of a network's submodules with parameters, in the order of their calls."""
     names: list[str] = []
 
     def init() -> None:
         variables = module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
-        names.extend(variables["params"])  # here in the order of creation; outside jax sorts them
+        names.extend(variables["params"])  # in the order of creation; the result of eval_shape is sorted
 
     jax.eval_shape(init)
     return names
 
 
 def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> dict[str, Any]:
-    """Returns variables with the values of every tensor of `modules` permuted.
+    """Returns variables in which the values of every tensor of `modules` are permuted.
 
-    Unlike a new initialization this keeps the scale of the activations, and running variances positive.
+    Unlike a new initialization this preserves the scale of the activations and positive running variances.
     """
     rng = np.random.default_rng([seed, 33])
 
@@ -170,20 +168,20 @@ def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> di
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 where one of them is constant."""
+    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 if either is constant."""
     ranks = [stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (one, other)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
-    spread = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return np.asarray(np.divide((a * b).sum(1), spread, out=np.zeros(len(a)), where=spread > 0))
+    norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.asarray(np.divide((a * b).sum(1), norms, out=np.zeros(len(a)), where=norms > 0))
 
 
 def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = DRAWS) -> dict[str, Any]:
-    """Returns how much of the maps is left after shuffling weights, for the same classes.
+    """Returns the similarity of the maps before and after shuffling weights, for the same classes.
 
-    `stages` has a row for the head alone and for the head with each of PARTS of the modules below it: `shuffled` (in
-    words), `modules`, `correlation` (mean over images and draws) and `empty` (share of maps without evidence
-    afterwards, whose correlation counts as 0). `passed` is False if the correlation is above UNCHANGED with the head or
-    with everything shuffled, or if all maps of the trained network are empty.
+    `stages` has one row for the head and one for the head with each of PARTS of the modules below it: `shuffled` (a
+    description), `modules` (their number), `correlation` (mean over images and draws) and `empty` (share of maps
+    without evidence afterwards, whose correlation counts as 0). `passed` is False if the correlation is above UNCHANGED
+    after shuffling the head or everything, or if all maps of the trained network are empty.
     """
     targets = explainer.probabilities(images).argmax(-1)
     before, _ = explainer.maps(images, targets, method)
@@ -199,7 +197,7 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
             correlations.append(rank_correlation(before, after))
             empty.append(~after.any((1, 2)))
         some = f"the head and {count} of {len(below)} modules below" if count else "the head"
-        name = "the whole network" if count and count == len(below) else some
+        name = "all weights" if count and count == len(below) else some
         means = {"correlation": float(np.mean(correlations)), "empty": float(np.mean(empty))}
         stages.append({"shuffled": name, "modules": len(changed), **means})
     unchanged = max(stages[0]["correlation"], stages[-1]["correlation"]) > UNCHANGED
@@ -207,10 +205,10 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
     return {"n": len(images), "draws": draws, "stages": stages, "empty": blank, "passed": not unchanged and blank < 1}
 
 
-def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Returns the pointing game of `maps` on `slices`, strict and with TOLERANCE, with chance and random maps.
+def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """Returns the pointing game of `maps` on `slices`, without and with TOLERANCE, and that of chance and random maps.
 
-    `right` bool [N]: which slices the network classifies correctly; they are also counted separately.
+    `correct` bool [N] are the slices that the network classifies correctly, which are also counted separately.
     """
     pixels = TOLERANCE * min(maps.shape[1:])
     wide = near(slices.lesions, pixels)
@@ -227,52 +225,80 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, right: np.nda
         "hit_rate_tolerant": float(hits(maps, wide).mean()),
         "chance_tolerant": float(wide.mean()),
         "random_tolerant": float(hits(random, wide).mean()),
-        "classified_correctly": {"n": int(right.sum()), "hit_rate": float(hit[right].mean()) if right.any() else None},
+        "classified_correctly": {
+            "n": int(correct.sum()),
+            "hit_rate": float(hit[correct].mean()) if correct.any() else None,
+        },
         "empty": float((~maps.any((1, 2))).mean()),
     }
 
 
 def measure(
-    explainer: Explainer,
-    images: np.ndarray,
-    targets: np.ndarray | int | None,
-    methods: Sequence[str],
-    slices: Slices | None = None,
+    explainer: Explainer, method: str, images: np.ndarray, targets: np.ndarray, slices: Slices | None = None
 ) -> dict[str, Any]:
-    """Returns {method: {"pointing", "deletion", "sanity"}} of a network.
+    """Returns {"pointing", "deletion", "sanity"} of a method; prints progress.
 
-    Measured on `images` uint8 [N, H, W, C], N at least 1, for the classes `targets` int [N] or of all images, None for
-    the predicted ones; "pointing" only on `slices`, which replace both and explain the true finding. Prints progress.
+    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. "pointing" needs their `slices`.
     """
-    if slices is not None:
-        images, targets = slices.images, slices.labels
-    predicted = explainer.probabilities(images).argmax(-1)
-    targets = predicted if targets is None else np.broadcast_to(targets, len(images))
+    print(f"{method}: maps of {len(images)} images")
+    maps, _ = explainer.maps(images, targets, method)
+    random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)
     result: dict[str, Any] = {}
-    for method in methods:
-        print(f"{method}: maps of {len(images)} images")
-        maps, _ = explainer.maps(images, targets, method)
-        random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)
-        row: dict[str, Any] = {}
-        if slices is not None:
-            row["pointing"] = pointing(maps, slices, random, predicted == slices.labels)
-        print(f"{method}: deletion curves")
-        curves = [deletion(explainer, images, each, targets) for each in (maps, random)]
-        areas = [area(curve) for curve in curves]
-        row["deletion"] = {
-            "n": len(images),
-            "area": float(areas[0].mean()),
-            "random_area": float(areas[1].mean()),
-            "better_than_random": float((areas[0] < areas[1]).mean()),
-            "curve": curves[0].mean(0).round(5).tolist(),
-            "random_curve": curves[1].mean(0).round(5).tolist(),
-        }
-        print(f"{method}: sanity check")
-        row["sanity"] = sanity(explainer, images[:SANITY_IMAGES], method)
-        result[method] = row
-    return result
+    if slices is not None:
+        correct = explainer.probabilities(images).argmax(-1) == slices.labels
+        result["pointing"] = pointing(maps, slices, random, correct)
+    print(f"{method}: deletion curves")
+    curves = [deletion(explainer, images, each, targets) for each in (maps, random)]
+    areas = [np.trapezoid(curve, dx=1 / DELETIONS, axis=-1) for curve in curves]
+    result["deletion"] = {
+        "n": len(images),
+        "area": float(areas[0].mean()),
+        "random_area": float(areas[1].mean()),
+        "better_than_random": float((areas[0] < areas[1]).mean()),
+        "curve": curves[0].mean(0).round(5).tolist(),
+        "random_curve": curves[1].mean(0).round(5).tolist(),
+    }
+    print(f"{method}: sanity check")
+    return result | {"sanity": sanity(explainer, images[:SANITY_IMAGES], method)}
 
 
-def markdown(name: str, what: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the result of `measure` as a page. `what` describes the images."""
-    return render.render("quality.md.j2", name=name, images=what, rows=rows, unchanged=UNCHANGED)
+def write(
+    explainer: Explainer,
+    config: Config,
+    classes: Sequence[str],
+    step: int,
+    reader: Reader | None,
+    methods: Sequence[str],
+    target: int | None,
+    out: Path,
+    count: int,
+) -> list[str]:
+    """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
+
+    Measures on `count` evenly spaced images of the reader's test split, for the class `target` or the predicted ones,
+    without the pointing game. `reader` None is for networks of phantom_ct: synthetic slices of `count` new patients,
+    for the true finding. `config`, `classes` and `step` are those of the run.
+    """
+    bad: list[str] = []
+    slices = None
+    if reader is None:
+        slices = draw_slices(classes, explainer.spec, datasets.resolve(config.data.dataset)[0], count)
+        images, targets = slices.images, slices.labels
+        description = f"{count} synthetic slices with a lesion, each of a new patient"
+    else:
+        name = reader.data.name
+        rows = figures.evenly_spaced(np.unique(reader.data.rows("test")).tolist(), count)
+        pixels, _ = figures.read_rows(reader, rows, bad)
+        if not pixels:
+            raise ValueError("\n  ".join([f"{name}: no image of the test split could be read", *bad]))
+        images = np.stack(pixels)
+        predicted = explainer.probabilities(images).argmax(-1)
+        targets = predicted if target is None else np.full(len(images), target)
+        description = f"{len(pixels)} images of the test split of {name}, without lesion masks"
+    results = {method: measure(explainer, method, images, targets, slices) for method in methods}
+    content = {"name": config.name, "step": step, "images": description, "methods": results}
+    (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+    page = templating.render("quality.md.j2", **content, unchanged=UNCHANGED)
+    (out / "quality.md").write_text(page, "utf-8")
+    print(page)
+    return bad

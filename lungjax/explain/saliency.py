@@ -1,13 +1,13 @@
-"""Saliency maps, [H, W] in 0..1 over a network's input: five methods, for every network.
+"""Saliency maps of a network's input, [H, W] in 0..1, by five methods.
 
-Every network returns its last feature map and has a submodule `head` that turns it into logits, so the three CAM
-methods need one forward pass and the gradient of the head. The score of a class is its logit; for a sigmoid head, z for
-the positive class and -z for the other.
+Every network returns its last feature map and has a submodule `head` that maps it to logits, so the three CAM methods
+need one forward pass and the gradient of the head. The score of a class is its logit; with a sigmoid head, z for the
+positive class and -z for the other one.
 
-With valid padding the last feature map covers the inner part of the image, and is placed there
-(`models.receptive_field`). The papers stretch it over the whole image, and so does gradcam_positive. A map shows what
-the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or from a
-last map of one cell) is all zeros, not noise stretched to 0..1.
+With valid padding the last feature map covers only the center of the image, and its map is placed there
+(`models.receptive_field`). The papers stretch it over the entire image, and so does gradcam_positive. A map shows which
+pixels the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or
+from a last feature map of one cell) is all zeros rather than amplified noise.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 
 METHODS = EXPLANATIONS
-ROUNDING = 1e-5  # a map whose values differ by less, relative to its summands, is constant
-EPSILON = 1e-8  # of the CT-COV19 study's min-max scaling
+ROUNDING = 1e-5  # range of values, relative to the size of the summands, below which a map is constant
+EPSILON = 1e-8  # in the min-max scaling of the CT-COV19 study
 
 Maps = tuple[jax.Array, jax.Array]  # a raw map [B, h, w], and the size of its summands [B]
 
@@ -48,8 +48,8 @@ def gradcam(last: jax.Array, gradient: jax.Array) -> Maps:
 def gradcam_positive(last: jax.Array, gradient: jax.Array) -> Maps:
     """The CT-COV19 study's variant (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
 
-    A channel's weight is the mean of its gradient where activation and gradient are positive, 0 elsewhere, without a
-    ReLU of the sum. No weight is negative, so evidence against the class is not subtracted.
+    A channel's weight is the mean of its gradient where activation and gradient are positive, and 0 elsewhere; there is
+    no ReLU of the sum. No weight is negative, so evidence against the class is not subtracted.
     """
     both = (last > 0) & (gradient > 0)
     return _weighted(last, jnp.where(both, gradient, 0.0).mean((1, 2)))
@@ -59,9 +59,9 @@ def gradcam_plus_plus(last: jax.Array, gradient: jax.Array) -> Maps:
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv 1710.11063, equation 19), for the exponential of the score.
 
     With g the gradient of the score at a cell and S the sum of the channel's activations, the paper's coefficient
-    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); a channel's weight is the sum of that. The factor
-    exp(score), the same for all cells, is omitted. The paper assumes positive activations; for others (BiT and ConvNeXt
-    have no final ReLU) S sums the positive ones, which keeps the coefficient in 0..1/2.
+    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); its sum is the channel's weight. The factor
+    exp(score), the same for all cells, is omitted. The paper assumes positive activations; without a final ReLU (BiT,
+    ConvNeXt) S sums only positive ones, which keeps the coefficient in 0..1/2.
     """
     rise = nn.relu(gradient)
     total = nn.relu(last).sum((1, 2), keepdims=True)
@@ -82,7 +82,7 @@ CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
 
 
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
-    """Returns the score [B] of each example's class in `targets` [B] from its logits [B, outputs]."""
+    """Returns the score [B] of the class `targets` [B] of each example from its logits [B, outputs]."""
     if positive is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jnp.where(targets == positive, logits[:, 0], -logits[:, 0])
@@ -90,17 +90,17 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
 
 @dataclass(eq=False)
 class Explainer:
-    """Computes the maps of one network, and caches its compiled programs. Raises ValueError for an invalid patch."""
+    """Computes the maps of a network and caches its compiled programs. Raises ValueError for an invalid patch."""
 
     module: nn.Module  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
-    spec: InputSpec  # of the images, with the weights' mean and std
+    spec: InputSpec  # with the mean and std of the weights
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
-    batch_size: int = 0  # images (and occluded copies) at once; 0 chooses as for prediction
+    batch_size: int = 0  # number of images or of occluded copies; 0 is the batch size of prediction
     steps: int = 32  # of integrated_gradients
-    patch: int = 0  # side of occlusion's square in pixels; 0 is a seventh of the shorter side
+    patch: int = 0  # side of the occluded square in pixels; 0 is a seventh of the shorter side
     stride: int = 0  # of the square in pixels; 0 is half a patch
-    align: bool = True  # places gradcam and gradcam++ by their receptive field; False stretches them, as published
+    align: bool = True  # place gradcam and gradcam++ by receptive field; False stretches them, as published
 
     def __post_init__(self) -> None:
         """Fills in the defaults."""
@@ -109,21 +109,19 @@ class Explainer:
         self.stride = self.stride or max(self.patch // 2, 1)
         self._programs: dict[str, Any] = {}
         if not 1 <= self.stride <= self.patch <= min(self.spec.size):
-            raise ValueError(
-                f"patch={self.patch}: must fit into the image, and the stride {self.stride} into the patch"
-            )
+            raise ValueError(f"patch={self.patch}, stride={self.stride}: expected 1 <= stride <= patch <= image side")
 
     def maps(
         self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str = "gradcam"
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps float32 [B, H, W] in 0..1 and class probabilities float32 [B, C].
 
-        `images` are uint8 [B, H, W, C], network inputs before normalization, and `targets` int [B] the class to explain
-        in each, or one class for all, or None for the most probable one. Maps of the last layer are interpolated
-        linearly to the input's size. Maps are divided by their maximum, so that 0 remains "no evidence for this class";
-        gradcam_positive is min-max scaled, as in the study.
+        `images` are uint8 [B, H, W, C], network inputs before normalization. `targets` are the classes to explain, int
+        [B], one class for all images, or None for the most probable class. CAMs are interpolated linearly to the input
+        size. Maps are divided by their maximum, so that 0 means "no evidence for this class"; gradcam_positive is
+        min-max scaled, as in the study.
 
-        Raises ValueError for an unknown method, images of another shape or dtype, and invalid targets.
+        Raises ValueError for an unknown method, images of the wrong shape or dtype, and invalid targets.
         """
         if method not in METHODS:
             raise ValueError(f"method={method!r}: {nearest(method, METHODS)}")
@@ -137,7 +135,7 @@ class Explainer:
             maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
             return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
         attributions, _ = self.attributions(images, targets)
-        # Only evidence for the class, as the ReLU of the other methods.
+        # Only evidence for the class, as by the ReLU of the other methods.
         raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
         return np.asarray(_scaled(raw, size)), probabilities
 
@@ -153,8 +151,8 @@ class Explainer:
 
         Returns float32 [B, H, W, C], the pixel values times the mean gradient of the score along the path from black to
         the image (midpoints of `steps` equal parts), and [B], the difference of the scores of image and black. By the
-        completeness axiom the attributions of an image add up to that difference, up to the error of `steps`. Arguments
-        as in `maps`.
+        completeness axiom the attributions of an image add up to this difference, up to the discretization error.
+        Arguments as in `maps`.
         """
         images, targets = self._checked(images, targets)
         program = self._program("slope")
@@ -169,7 +167,7 @@ class Explainer:
         return self._batched(images, targets, integrate)
 
     def with_variables(self, variables: dict[str, Any]) -> "Explainer":
-        """Returns an explainer of the same network with other variables, which shares the compiled programs."""
+        """Returns an explainer of the same network with other variables; it shares the compiled programs."""
         other = copy(self)
         other.variables = variables
         vars(other).pop("_folded", None)
@@ -177,12 +175,12 @@ class Explainer:
 
     @cached_property
     def map_size(self) -> tuple[int, int]:
-        """Height and width of the last feature map in cells, the resolution of the CAM methods."""
+        """Height and width of the last feature map, the resolution of the CAM methods."""
         shape = jax.eval_shape(self._last, self.variables, self._image).shape
         return int(shape[1]), int(shape[2])
 
     def grain(self, method: str) -> tuple[int, int]:
-        """Returns the rows and columns of a method's maps before they are resized."""
+        """Returns the height and width of a method's maps before resizing."""
         if method in CAMS:
             return self.map_size
         height, width = self.spec.size
@@ -194,9 +192,9 @@ class Explainer:
         return 2 if self.positive is not None else int(self.module.outputs)
 
     def cam(self, method: str) -> Any:
-        """Returns a method of CAMS as a function of folded variables, the head's variables, pixels, and targets.
+        """Returns a method of CAMS as a function of folded variables, head variables, pixels, and targets.
 
-        Targets of -1 are the most probable class.
+        Target -1 is the most probable class.
         """
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
         places = None if stretched else receptive_field.places(self._last, self.variables, self._image)
@@ -219,14 +217,14 @@ class Explainer:
         return run
 
     def _occlusion(self, image: np.ndarray, target: int) -> np.ndarray:
-        """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): how far the score falls where a patch is hidden.
+        """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): the drop of the score if a patch is hidden.
 
         A square of the image's mean color slides over the image, including its far edges. A pixel's value is the mean
-        fall of the score over the patches that cover it, 0 if the score rises. Returns float32 [H, W].
+        drop of the score over the patches that cover it, 0 if the score rises. Returns float32 [H, W].
         """
         program, (height, width), side = self._program("occlude"), self.spec.size, self.patch
         tops, lefts = (sorted({*range(0, end - side, self.stride), end - side}) for end in (height, width))
-        # The first corner hides nothing: its score is that of the whole image, from the same program.
+        # The patch of the first corner is outside the image: the same program computes the score of the full image.
         corners = np.asarray([(height, width), *((top, left) for top in tops for left in lefts)], np.int32)
         fill = image.reshape(-1, image.shape[-1]).mean(0).astype(np.float32)
         targets = np.full(len(corners), target, np.int32)
@@ -254,7 +252,7 @@ class Explainer:
         return self._network.fold(self.variables)
 
     @property
-    def _head(self) -> dict[str, Any]:  # not folded: no norm of the head follows a convolution
+    def _head(self) -> dict[str, Any]:  # not folded: the head has no norm after a convolution
         return {name: (self.variables.get(name) or {}).get("head", {}) for name in ("params", "batch_stats")}
 
     def _program(self, name: str) -> Any:
@@ -301,9 +299,9 @@ class Explainer:
         return images, indices.astype(np.int32)
 
     def _batched(self, rows: np.ndarray, targets: np.ndarray, run: Callable[..., Any]) -> Any:
-        """Returns the outputs of `run(rows, targets)`, computed in batches of one size."""
+        """Returns the outputs of `run(rows, targets)`, computed in batches of a fixed size."""
         size, parts = max(min(self.batch_size, len(rows)), 1), []
-        for at in range(0, max(len(rows), 1), size):  # no row: one of padding, for the shapes
+        for at in range(0, max(len(rows), 1), size):  # without rows, a batch of padding gives the shapes
             batch = rows[at : at + size]
             results = run(pad_batch(batch, size), pad_batch(targets[at : at + size], size))
             parts.append([np.asarray(result)[: len(batch)] for result in results])
@@ -311,7 +309,7 @@ class Explainer:
 
 
 def _scaled(full: jax.Array | np.ndarray, size: jax.Array | np.ndarray, min_max: bool = False) -> jax.Array:
-    """Returns maps [B, H, W] in 0..1, zeros if constant up to rounding relative to the summands' `size` [B]."""
+    """Returns maps [B, H, W] scaled to 0..1; zeros if constant up to rounding relative to the summands' `size` [B]."""
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
     constant = high - low <= ROUNDING * size[:, None, None]
     low, top = (low, high - low + EPSILON) if min_max else (0.0, high)
@@ -319,7 +317,7 @@ def _scaled(full: jax.Array | np.ndarray, size: jax.Array | np.ndarray, min_max:
 
 
 def heat_colors(heat: np.ndarray) -> np.ndarray:
-    """Returns a map [H, W] in 0..1 as uint8 [H, W, 3] in viridis, which is perceptually uniform."""
+    """Returns a map [H, W] in 0..1 in the perceptually uniform colors of viridis, uint8 [H, W, 3]."""
     from matplotlib import colormaps  # here: most callers draw nothing
 
     levels = np.rint(np.clip(heat, 0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What report.html and report.md show: one context of numbers, tables and figures for both templates."""
+"""The template context of report.html and report.md: their numbers, tables and figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from lungjax.config import AugmentConfig, Config, fields_of, overrides
 from lungjax.evaluation import metrics
-from lungjax.report.render import Number, Table, count, embed, rate
+from lungjax.report.templating import Number, Table, count, embed, rate
 
 SECTIONS = {
     "summary": "Summary",
@@ -43,7 +43,7 @@ SHORT_METRICS = {
     "npv": "NPV", "ppv": "PPV", "average_precision": "average precision",
 }  # fmt: skip
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
-# Neither F1 nor precision of a source: for a class that it lacks, each false positive would make them zero.
+# Neither F1 nor precision: for a class that the source lacks, each false positive would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
@@ -55,7 +55,7 @@ CAPTIONS = {
     "decision_curve.png": "Decision curves, test slices: net benefit of each class against the rest.",
     "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
     "mistakes.png": "Worst mistakes, test slices, each with the Grad-CAM map of its predicted class (yellow: highest).",
-    "training.png": "Training: the train loss includes class weights and label smoothing, if set.",
+    "training.png": "Training: the train loss includes class weights and label smoothing, if any.",
 }
 LEAKS = {
     "images": "images",
@@ -74,17 +74,10 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2.
+    """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
 
-    Args:
-      config: of the run.
-      report: as in report.json; see `lungjax.report.write`.
-      files: the figures in page order, keys of CAPTIONS.
-      plots: the folder of the figures.
-      summary: summary.json of the prepared data; None omits that part.
-      about: what is known of the data set, the fields of `datasets.About`; None omits it.
-
-    Raises ValueError for a figure that is not a PNG file, OSError for one that is missing.
+    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises ValueError for a figure that
+    is not a PNG file, OSError for a missing one.
     """
     facts = report["facts"]
     figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}
@@ -104,7 +97,7 @@ def build(
         "mistakes": Table(
             ["image (test)", "true", "predicted", "probability"],
             [[each["id"], each["true"], each["predicted"], rate(each["probability"])] for each in report["mistakes"]],
-            note="The true classes take turns, highest probability first; a second image of a patient comes last.",
+            note="The true classes take turns, highest probability first; second images of a patient come last.",
             text=True,
         ),
         "counts": _counts(facts.get("counts")),
@@ -119,13 +112,13 @@ def build(
 
 
 def distinct_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the slice level, and the patient level where it differs from it."""
+    """Returns the slice level, and the patient level if patients have several slices."""
     units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
     return {unit: levels[unit] for unit in units}
 
 
 def number(level: Mapping[str, Any], name: str, value: float | None = None) -> Number:
-    """Returns a level's metric with its interval; `value` is that of a dotted `name`, such as per_class.a.recall."""
+    """Returns a level's metric with its interval; a dotted `name`, such as per_class.a.recall, needs its `value`."""
     return Number(level.get(name, value), *level.get("intervals", {}).get(name, ()))
 
 
@@ -136,7 +129,7 @@ def changed(section: Any, defaults: Any) -> dict[str, Any]:
 
 
 def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
-    """Returns every table of metrics."""
+    """Returns the tables of metrics."""
     test, classes = report["test"], report["classes"]
     columns = {
         f"{split}, per {unit}": level
@@ -156,7 +149,9 @@ def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
     if "folds" in report["facts"]:
         tables.append(_folds(report["facts"]["folds"]))
     for unit, level in distinct_levels(test).items():
-        tables += [_classes(unit, level), _confusion(unit, level, classes)]
+        rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
+        confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {unit} (test)")
+        tables += [_classes(unit, level), confusion]
     if test["by_source"]:
         tables.append(_sources(test["by_source"], classes))
     if "calibration" in report:
@@ -194,11 +189,6 @@ def _classes(unit: str, level: Mapping[str, Any]) -> Table:
     return Table(head, rows, f"Classes, per {unit} (test)")
 
 
-def _confusion(unit: str, level: Mapping[str, Any], classes: Sequence[str]) -> Table:
-    rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
-    return Table(["true / predicted", *classes], rows, f"Confusion, per {unit} (test)")
-
-
 def _sources(by_source: Mapping[str, Any], classes: Sequence[str]) -> Table:
     rows = [
         [source, n["n"], *(n["per_class"][c]["n"] for c in classes), *(number(n, name) for name in COMPARED)]
@@ -220,7 +210,6 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
 
 
 def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
-    """Sensitivity, specificity and predictive values at thresholds that were chosen on val."""
     names = {name: SHORT_METRICS.get(name, name) for name in ("sensitivity", "specificity", "ppv", "npv")}
     if config.eval.prevalence:
         at = f"at {100 * config.eval.prevalence:g} % prevalence"
@@ -233,22 +222,19 @@ def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
     note = (
         "A class is predicted if its probability reaches the threshold, which was chosen on val for the maximum sum of "
         "sensitivity and specificity (youden) or for a minimum sensitivity. PPV and NPV hold for the class frequencies "
-        "of the test split; PPV is lower where the disease is rarer."
+        "of the test split; PPV is lower if the disease is rarer."
     )
     return Table(["class", "chosen for", "threshold", *names.values()], rows, "Operating points (test)", note)
 
 
 def _controls(report: Mapping[str, Any]) -> Table:
-    """What is reached without the lungs, or without any image."""
     levels = {"network, as tested": report["test"]["slice"]}
     levels |= {CONTROLS.get(name, name): level for name, level in report["controls"].items()}
     rows = [[words, level["n"], *(number(level, name) for name in COMPARED)] for words, level in levels.items()]
     note = "Shortcut baselines that a trained network must beat."
     if "no_lungs" in report["controls"]:
-        note += (
-            " Blacked out: the lungs of all test slices in which lungs were found; their outline, and lesions that the "
-            "mask missed, remain visible."
-        )
+        note += " Blacked out: the lungs of all test slices in which lungs were detected."
+        note += " Their outline, and lesions outside the mask, remain visible."
     return Table(["", "n", *(SHORT_METRICS[name] for name in COMPARED)], rows, "Controls (test, per slice)", note)
 
 
@@ -261,7 +247,7 @@ def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:
 
 
 def _prepared(summary: Mapping[str, Any]) -> list[Table]:
-    """Returns the splits and sources of the prepared data set."""
+    """Returns the tables of splits and sources of the prepared data set."""
     groups, classes = summary["group_name"], summary["classes"]
     head = ["split", *(f"{c}, images" for c in classes), *(f"{c}, {groups}" for c in classes)]
     tables = []
@@ -275,7 +261,7 @@ def _prepared(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def leak_table(summary: Mapping[str, Any]) -> Table:
-    """Returns how many val and test images have a counterpart in train, by protocol and split."""
+    """Returns the table of val and test images with a counterpart in train, by protocol and split."""
     rows = [
         [f"{protocol}, {split}", *(n[key] for key in LEAKS)]
         for protocol, splits in summary["twins"]["leaks"].items()

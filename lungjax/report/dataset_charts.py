@@ -1,4 +1,4 @@
-"""The charts of a data set's page; each function draws one PNG file."""
+"""Charts of a data set's page; each function draws one PNG file."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from lungjax.report import style
-from lungjax.report.sheets import fit
+from lungjax.report.contact_sheet import fit
 
 LEVELS = 4  # gray levels per bin of a histogram
 FLOOR = 1e-4  # share of the pixels below which a histogram is not drawn
 
 
 def split_bars(counts: Mapping[str, Mapping[str, Sequence[int]]], classes: Sequence[str], path: Path) -> None:
-    """Draws a bar per class and split: images on the left, patients on the right.
+    """Draws one bar per class and split: images on the left, patients on the right.
 
     `counts` is {split: {"images": numbers per class, "patients": ...}}.
     """
@@ -78,9 +78,9 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
 
 
 def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws width and height of the images, one panel per class.
+    """Draws the image sizes, one panel per class; the area of a bubble is the share of the class with that size.
 
-    `sizes` [N, 2] int (width, height), `labels` [N] int. The area of a bubble is the share of the class with it.
+    `sizes` [N, 2] int (width, height), `labels` [N] int.
     """
     columns = min(len(classes), 4 if len(classes) != 3 else 3)
     rows = math.ceil(len(classes) / columns)

@@ -1,4 +1,4 @@
-"""The page of a prepared data set: counts, sources, sizes and gray levels; the image sheets are in `dataset_sheets`."""
+"""Page about a prepared data set: counts, sources, sizes, gray levels, and the figures of `dataset_images`."""
 
 import dataclasses
 import itertools
@@ -14,20 +14,14 @@ from lungjax import datasets
 from lungjax.config import PROTOCOLS, AugmentConfig, InputSpec, presets
 from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
-from lungjax.report import context, dataset_charts, dataset_sheets
-from lungjax.report.dataset_sheets import View
-from lungjax.report.render import Figure, Table, render
+from lungjax.report import context, dataset_charts, dataset_images
+from lungjax.report.dataset_images import View
+from lungjax.report.templating import Figure, Table, render
 from lungjax.runtime import environment
 
 MAX_HISTOGRAMS = 2000  # images that the histograms read
 MAX_ROWS = 10  # sources with a curve, sizes in the table
 MAX_BARS = 24  # sources with a bar
-
-
-def check_free(out: Path) -> None:
-    """Raises ValueError if `out` exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} is not empty: name a new folder, or remove that one")
 
 
 def write(
@@ -39,27 +33,28 @@ def write(
     seed: int = 0,
     samples: int = 12,
 ) -> Path:
-    """Writes figures and index.html into `out`, which appears when it is complete; returns the page.
+    """Writes figures and index.html into `out`, a new or empty folder that appears when complete; returns the page.
 
     Args:
-      data: the data set.
-      data_dir: the folder it is in.
-      out: a new or empty folder.
-      augmentations: to show; {} for the default one.
-      stages: whether to find bodies and lungs; None if the data set was prepared with masks.
-      seed: of the images that are shown.
+      data: the data set, prepared in `data_dir`.
+      data_dir: the folder of the data sets.
+      out: output folder.
+      augmentations: configurations by name; {} shows the default one.
+      stages: whether to segment bodies and lungs; None does if the data set was prepared with masks.
+      seed: random seed of the choice of images.
       samples: images per class.
 
     Raises ValueError if `out` is not empty, an augmentation needs body masks that the data set lacks, or an image can't
     be read.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out} is not empty: choose a new folder, or delete that one")
     masks = data.body if stages is None else stages
     default = "covidnet_ct" if data.body else "ct_cov19_original" if masks else "xray_covid_online"
     augmentations = augmentations or {default: presets.preset(default)}
     for name, config in augmentations.items():
         if config.exterior and not data.body:
-            raise ValueError(f"--augment={name} needs masks of the body, which only CT data sets have, not {data.name}")
-    check_free(out)
+            raise ValueError(f"--augment={name} needs body masks, which {data.name} lacks; only CT data sets have them")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # from a killed run
     partial.mkdir(parents=True)
@@ -92,20 +87,20 @@ def _context(view: View, augmentations: Mapping[str, AugmentConfig], samples: in
         "sizes": _sizes(view),
         "gray_levels": _gray_levels(view),
         "seed": str(view.seed),
-        "samples": dataset_sheets.samples(view, samples),
-        "stages": dataset_sheets.stages(view),
+        "samples": dataset_images.samples(view, samples),
+        "stages": dataset_images.stages(view),
         "stage": view.masks and datasets.resolve(data.name)[0].stage,
-        "augmentations": dataset_sheets.augmentations(view, augmentations),
-        "draws": dataset_sheets.DRAWS,
+        "augmentations": dataset_images.augmentations(view, augmentations),
+        "draws": dataset_images.DRAWS,
         "width": width,
         "height": height,
         "leaks": context.leak_table(summary),
-        "duplicates": dataset_sheets.duplicates(view),
+        "duplicates": dataset_images.duplicates(view),
     }
 
 
 def _protocol(view: View, protocol: str) -> dict[str, Any]:
-    """Images and groups of each class and split."""
+    """Returns the images and groups per class and split."""
     groups, classes = view.summary["group_name"], view.data.classes
     data = dataclasses.replace(view.data, protocol=protocol)
     numbers = view.summary["protocols"][protocol]
@@ -134,7 +129,7 @@ def _imbalance(data: Prepared) -> dict[str, Any]:
 
 
 def _sources(view: View) -> dict[str, Any] | None:
-    """Sources and their classes; None for a single source."""
+    """Returns the sources and their classes; None for a single source."""
     classes, columns = view.data.classes, view.data.columns
     names, table = statistics.count_values(columns["source"], columns["label"], len(classes))
     counts = {str(name) or "(none)": row for name, row in zip(names, table.tolist(), strict=True)}
@@ -164,7 +159,7 @@ def _shortcuts(data: Prepared) -> Table | None:
 
 
 def _sizes(view: View) -> dict[str, Any]:
-    """Width and height of the images of each class."""
+    """Returns the width and height of the images per class."""
     columns, classes = view.data.columns, view.data.classes
     pairs = np.column_stack([columns["width"], columns["height"]])
     sizes, counts = statistics.count_values(pairs, columns["label"], len(classes))
@@ -182,14 +177,14 @@ def _sizes(view: View) -> dict[str, Any]:
 
 
 def _gray_levels(view: View) -> Figure:
-    """Histograms of the pixels by class and by source."""
+    """Returns the figure of gray-level histograms by class and by source."""
     labels, sources, classes = view.data.columns["label"], view.data.columns["source"], view.data.classes
     by_class = [np.flatnonzero(labels == label) for label in range(len(classes))]
-    drawn = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
-    rows = np.concatenate(drawn)
-    # The sample is balanced by class, so in the mean of a source each image is weighted by its class.
-    class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, drawn, strict=True)]
-    weights = np.repeat(class_weights, [len(b) for b in drawn])
+    samples = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
+    rows = np.concatenate(samples)
+    # The sample is balanced by class, so the mean over a source weights each image by its class.
+    class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, samples, strict=True)]
+    weights = np.repeat(class_weights, [len(b) for b in samples])
     with ThreadPoolExecutor(min(environment.cores(), 8)) as pool:
         counts = list(pool.map(lambda row: np.bincount(view.gray(row).ravel(), minlength=256), rows))
     shares = np.stack([count / count.sum() for count in counts])
@@ -200,6 +195,6 @@ def _gray_levels(view: View) -> Figure:
     if several > 1:
         panels["By source"] = statistics.mean_histograms(shares, sources[rows], weights, MAX_ROWS)
     dataset_charts.histograms(panels, view.out / "gray_levels.png")
-    sample = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
+    images = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
-    return Figure("gray_levels.png", f"From {sample}, each with equal weight{more}. The vertical axis is logarithmic.")
+    return Figure("gray_levels.png", f"From {images}, each with equal weight{more}. The vertical axis is logarithmic.")

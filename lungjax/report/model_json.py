@@ -1,4 +1,4 @@
-"""model.json of a run, for those who use its network: `metadata.Metadata` and the novelty score."""
+"""Metadata of a tested run for model.json, and the novelty score of its data set."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,13 +20,12 @@ BODY_BOX = (
     "pixels and change a prediction."
 )
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
-POINT = ("threshold", "sensitivity", "specificity", "ppv", "npv", "intervals")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Returns the novelty score of a data set, from at most MAX_IMAGES images of each split, evenly spaced.
+    """Fits the novelty score to at most MAX_IMAGES evenly spaced images of each split, without unreadable ones.
 
-    Unreadable images are skipped. None if too few are left.
+    Returns None if there are too few.
     """
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
@@ -54,12 +53,12 @@ def describe(
     """Returns the content of model.json for a run that was just tested.
 
     Args:
-      config: of the run, complete.
+      config: complete configuration of the run.
       data: the training data.
-      results: predictions of "test", and of "val" if it exists, which temperature and thresholds are chosen on.
+      results: predictions of "test" and, to choose temperature and thresholds, of "val".
       report: content of report.json.
-      detector: of `fit_novelty`.
-      dataset: of `datasets.describe`.
+      detector: result of `fit_novelty`.
+      dataset: result of `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
@@ -85,7 +84,7 @@ def describe(
         positive=positive_class(config, data.classes),
         temperature=temperature,
         points=points,
-        scores={level: _scores(report["test"][level], report["classes"]) for level in ("slice", "patient")},
+        scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
         patients=_patients(data),
         novelty=None if detector is None else detector.to_dict(),
@@ -104,7 +103,7 @@ def describe(
 
 
 def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    """Returns SPLIT.CLASS, the number of patients; {} if each has one image."""
+    """Returns the number of patients of each split and class; {} if each has one image."""
     groups = data.columns["group"]
     if len(np.unique(groups)) == len(groups):
         return {}
@@ -119,37 +118,23 @@ def _patients(data: Prepared) -> dict[str, dict[str, int]]:
 def _box(config: Config, data: Prepared) -> str:
     name, entry = datasets.resolve(data.name)
     columns = data.columns
-    whole = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
-    if config.input.crop != "box" or (columns["box"] == whole).all():
+    frames = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
+    if config.input.crop != "box" or (columns["box"] == frames).all():
         return ""
-    return "body" if entry.axial and name.base != "folder" else "given"  # a user's boxes may be of anything
+    return "body" if entry.axial and name.base != "folder" else "given"  # users may give boxes of anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns LEVEL.CLASS.RULE of calibrated predictions; "patient" only if some have several slices."""
+    """Returns the operating points per level of calibrated predictions; "patient" only if one has several slices."""
     pairs = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
         pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    options = config.eval
-    levels = {
-        level: operating_points.points(*pair, options.sensitivity, options.prevalence, options.draws)
-        for level, pair in pairs.items()
-        if len(pair[1])
-    }
-    return {
-        level: {
-            name: {rule: {key: point[key] for key in POINT} for rule, point in rules.items()}
-            for name, rules in classes.items()
-        }
-        for level, classes in levels.items()
-    }
+    return {level: operating_points.points(*pair, config.eval) for level, pair in pairs.items() if len(pair[1])}
 
 
-def _scores(level: Mapping[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
+def _scores(level: Mapping[str, Any]) -> dict[str, Any]:
     intervals = level.get("intervals", {})
-    rates = {
-        name: {key: level["per_class"][name].get(key) for key in ("n", "recall", "precision", "auc")}
-        for name in classes
+    return {
+        **{key: level.get(key) for key in SCORES},
+        "intervals": {key: intervals[key] for key in SCORES if key in intervals},
     }
-    scores = {key: level.get(key) for key in SCORES}
-    return scores | {"intervals": {key: intervals[key] for key in SCORES if key in intervals}, "per_class": rates}

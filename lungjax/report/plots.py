@@ -1,8 +1,7 @@
-"""The figures of a report; each function draws one PNG file."""
+"""Figures of a report."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +9,23 @@ import numpy as np
 
 from lungjax.evaluation import metrics, operating_points
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import sheets, style
-from lungjax.report.sheets import Section, Tile
+from lungjax.report import contact_sheet, style
+from lungjax.report.contact_sheet import Section, Tile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_ANNOTATED = 16  # classes up to which each cell of a confusion matrix shows its number
-MIN_SMOOTHED = 60  # points from which the loss is drawn with a running mean
+MAX_ANNOTATED = 16  # classes up to which the cells of a confusion matrix have numbers
+MIN_SMOOTHED = 60  # points from which the loss has a running mean
 MAX_PANELS = 12  # classes with a decision curve
 
 
 def training_curves(
     history: Sequence[Mapping[str, Any]], path: Path, monitor: str, best_step: int | None = None
 ) -> None:
-    """Draws loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
+    """Draws the loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
 
-    `history`: rows of metrics.jsonl, each with `step` and some of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
+    `history` are rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
     """
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
@@ -57,7 +56,7 @@ def training_curves(
 
 
 def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draws one column of the history; a long train loss in a light color under its running mean."""
+    """Draws one column of the history; a long train loss in a lighter color below its running mean."""
     points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
     if not points:
         return
@@ -79,85 +78,97 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
 
     `matrix` [C, C] counts, one row per true class. A row without examples has no shares.
     """
-    counts = np.asarray(matrix, dtype=np.float64)
     c = len(classes)
-    whole = counts.sum(axis=1, keepdims=True)
-    shares = np.divide(counts, whole, out=np.full_like(counts, np.nan), where=whole > 0)
     names = [style.short(name, 22) for name in classes]
     longest = max(map(len, names))
     side = min(max(0.75 * c, 2.6), 12)
     figure = style.figure(2 * side + 0.085 * longest + 1.6, side + 0.06 * longest + 1.5, layout="compressed")
     figure.suptitle(style.plain(title), fontsize=12, color=style.INK)
     left, right = figure.subplots(1, 2)
-    size = 10 if c <= 10 else 8
-    for axis, values, what in ((left, counts, "Counts"), (right, shares, "Share of the true class")):
-        highest = max(np.nanmax(values, initial=0), 1) if values is counts else 1
-        axis.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="equal")
-        axis.set_title(what, fontsize=11, color=style.INK)
+    for axis, shares in ((left, False), (right, True)):
+        confusion_cells(axis, np.asarray(matrix, dtype=np.float64), shares, 10 if c <= 10 else 8, side / c)
+        axis.set_title("Share of the true class" if shares else "Counts", fontsize=11, color=style.INK)
         axis.set_xlabel("Predicted", color=style.INK)
-        turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if c > 3 or longest > 9 else {}
-        axis.set_xticks(range(c), names, fontsize=9, **turned)
-        axis.set_yticks(range(c), names if axis is left else [""] * c, fontsize=9)
-        axis.set_xticks(np.arange(c + 1) - 0.5, minor=True)
-        axis.set_yticks(np.arange(c + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color="white", linewidth=1.5)
-        axis.tick_params(which="both", length=0, colors=style.INK)
-        axis.spines[:].set_visible(False)
-        for i, j in np.ndindex(c, c) if c <= MAX_ANNOTATED else ():
-            if not np.isnan(values[i, j]):
-                text = f"{values[i, j]:,.0f}" if values is counts else style.percent(float(values[i, j]))
-                color = "white" if values[i, j] > 0.55 * highest else style.INK
-                small = min(size, 46 / max(len(text), 1) * min(side / c / 0.75, 1))
-                axis.text(j, i, text, ha="center", va="center", fontsize=small, color=color)
+        rotation = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if c > 3 or longest > 9 else {}
+        axis.set_xticks(range(c), names, fontsize=9, **rotation)
+        axis.set_yticks(range(c), [""] * c if shares else names, fontsize=9)
     left.set_ylabel("True", color=style.INK)
     style.save(figure, path)
 
 
-def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws the ROC curve of each class against the rest, and the pooled (micro) curve.
+def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: float, cell: float) -> None:
+    """Draws the cells of a confusion matrix [C, C], as counts or as shares of each row.
 
-    `labels` [N] int, `probabilities` [N, C]. A class without positives or negatives has no AUC.
+    `cell` is the width of a cell in inches. Cells of rows without examples have no share.
     """
-    axis_labels = "False positive rate (1 - specificity)", "True positive rate (sensitivity)"
-    with _square("ROC: each class against the rest", axis_labels, len(classes), path) as axis:
+    total = counts.sum(axis=1, keepdims=True)
+    values = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0) if shares else counts
+    highest = 1 if shares else max(values.max(initial=0), 1)
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="equal")
+    edges = np.arange(len(counts) + 1) - 0.5
+    axis.set_xticks(edges, minor=True)
+    axis.set_yticks(edges, minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0, colors=style.INK)
+    axis.spines[:].set_visible(False)
+    for i, j in np.ndindex(counts.shape) if len(counts) <= MAX_ANNOTATED else ():
+        if not np.isnan(values[i, j]):
+            text = style.percent(float(values[i, j])) if shares else f"{values[i, j]:,.0f}"
+            color = "white" if values[i, j] > 0.55 * highest else style.INK
+            size = min(fontsize, 87 * cell / len(text))  # a digit is about 0.6 times as wide as high
+            axis.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
+
+
+def curves(kind: str, predictions: Predictions, path: Path) -> None:
+    """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
+
+    The legend has the areas under them; chance level of the average precision is the share of the class. A class
+    without positives or negatives has no area.
+    """
+    p, classes = predictions, predictions.classes
+    figure = style.figure(8.4, 5.6, layout="compressed")
+    axis = figure.subplots()
+    square(axis, kind)
+    title = {"roc": "ROC", "pr": "Precision and recall"}[kind]
+    axis.set_title(f"{title}: each class against the rest", loc="left", fontsize=12, color=style.INK)
+    scores, is_class = p.probabilities.astype(np.float64), p.labels[:, None] == np.arange(len(classes))
+    looks: list[dict[str, Any]] = [{**style.line_style(i), "linewidth": 1.8} for i in range(len(classes))]
+    looks += [{"color": style.INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}]
+    names = [*(style.short(name, 26) for name in classes), "all pooled (micro)"]
+    pairs = [*zip(is_class.T, scores.T, strict=True), (is_class.ravel(), scores.ravel())]
+    for name, (positive, values), look in zip(names, pairs, looks, strict=True):
+        area = curve(axis, kind, positive, values, look)
+        score = {"roc": f"AUC {area:.3f}", "pr": f"AP {area:.3f}, chance {positive.mean():.3f}"}[kind]
+        axis.lines[-1].set_label(f"{name}\n{score if area == area else 'undefined'}")
+    style.legend_beside(axis, len(classes))
+    style.save(figure, path)
+
+
+def square(axis: "Axes", kind: str) -> None:
+    """Prepares a square axis of 0..1 for ROC ("roc") or precision-recall ("pr") curves."""
+    style.style(axis)
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
+    if kind == "roc":
         axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-        for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
-            area = metrics.auc(positive, scores)
-            x, y, _ = metrics.roc_curve(positive, scores)
-            axis.plot(x, y, label=f"{name}\nAUC {area:.3f}" if area == area else f"{name}\nno AUC", **look)
+        axis.set(xlabel="False positive rate (1 - specificity)", ylabel="True positive rate (sensitivity)")
+    else:
+        axis.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
 
 
-def pr_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws the precision-recall curve of each class against the rest, and the pooled (micro) curve.
-
-    `labels` [N] int, `probabilities` [N, C]. The legend gives the average precision and that of chance, the share of
-    the class. A class without positives or negatives has no average precision.
-    """
-    axis_labels = "Recall (sensitivity)", "Precision (positive predictive value)"
-    with _square("Precision and recall: each class against the rest", axis_labels, len(classes), path) as axis:
-        for name, positive, scores, look in _one_against_rest(labels, probabilities, classes):
-            area = metrics.average_precision(positive, scores)
-            x, y, _ = metrics.pr_curve(positive, scores)
-            number = f"AP {area:.3f}, chance {positive.mean():.3f}" if area == area else "no AP"
-            # Steps, as the average precision counts them: between two thresholds the precision of the next one.
-            axis.plot(x, y, drawstyle="steps-pre", label=f"{name}\n{number}", **look)
-
-
-def _one_against_rest(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> list[Any]:
-    """Returns (name, positive, scores, line style) of each class, and of all pairs pooled (micro)."""
-    look: dict[str, Any]
-    scores = np.asarray(probabilities, dtype=np.float64)
-    is_class = np.asarray(labels)[:, None] == np.arange(len(classes))
-    curves: list[Any] = []
-    for i, name in enumerate(classes):
-        look = {**style.line_style(i), "linewidth": 1.8}
-        curves.append((style.short(name, 26), is_class[:, i], scores[:, i], look))
-    look = {"color": style.INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}
-    return [*curves, ("all pooled (micro)", is_class.ravel(), scores.ravel(), look)]
+def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
+    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N]."""
+    if kind == "roc":
+        x, y, _ = metrics.roc_curve(positive, scores)
+        axis.plot(x, y, **look)
+        return metrics.auc(positive, scores)
+    x, y, _ = metrics.pr_curve(positive, scores)
+    # The average precision is the area under steps: between two thresholds the precision is that of the next one.
+    axis.plot(x, y, drawstyle="steps-pre", **look)
+    return metrics.average_precision(positive, scores)
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
-    """Draws up to `count` images each with correct and, below, wrong predictions; see `choose_examples`.
+    """Draws up to `count` images with correct and as many with wrong predictions; see `choose_examples`.
 
     `read_image` returns the image of a row, uint8 [h, w], [h, w, 1] or [h, w, 3].
     """
@@ -173,7 +184,7 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
             tiles.append(Tile(np.asarray(read_image(row)), lines, frame=color))
         sections.append(Section(tiles, title, color))
     longest = max(len(section.tiles) for section in sections)
-    sheets.draw(sections, path, min(max(longest, 3), 6), aspect=2.0)
+    contact_sheet.draw(sections, path, min(max(longest, 3), 6), aspect=2.0)
 
 
 def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
@@ -189,21 +200,21 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
             probability = float(p.probabilities[row, label])
             lines.append(f"{what}: {style.short(p.classes[label], 36)} {style.percent(probability)}")
         tiles += [Tile(image, lines, frame=style.WRONG, wide=True), Tile(image, heat=heat, frame=style.WRONG)]
-    sheets.draw([Section(tiles)], path, 2 * min(len(rows), 2), paired=True, aspect=2.0)
+    contact_sheet.draw([Section(tiles)], path, 2 * min(len(rows), 2), paired=True, aspect=2.0)
 
 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows each of correct and of wrong predictions; deterministic.
+    """Returns up to `count` rows of correct and as many of wrong predictions; deterministic.
 
-    The true classes take turns. Correct predictions are spread evenly over the rows of a class; wrong ones start with
-    the highest probability, the first of each patient before any second one.
+    The true classes take turns. Correct predictions are spread evenly over the rows of a class. Wrong ones are sorted
+    by falling probability, the first of each patient before second ones.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
     right, wrong = [], []
     for label in range(len(p.classes)):
         rows = np.flatnonzero((p.labels == label) & (predicted == label))
-        # Multiples of the golden ratio: any number of first rows is spread evenly.
+        # Multiples of the golden ratio: the first rows are spread evenly, whatever their number.
         right.append(rows[np.argsort(np.arange(len(rows)) * 0.6180339887498949 % 1)].tolist())
         rows = np.flatnonzero((p.labels == label) & (predicted != label))
         rows = rows[np.argsort(-confidence[rows], kind="stable")]
@@ -219,25 +230,10 @@ def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
     return turns[:count]
 
 
-@contextlib.contextmanager
-def _square(title: str, labels: tuple[str, str], classes: int, path: Path) -> Iterator["Axes"]:
-    """Gives square axes of 0..1 to draw on, and saves them with a legend."""
-    figure = style.figure(8.4, 5.6, layout="compressed")
-    axis = figure.subplots()
-    style.style(axis)
-    axis.set_title(title, loc="left", fontsize=12, color=style.INK)
-    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axis.set_xlabel(labels[0], color=style.INK)
-    axis.set_ylabel(labels[1], color=style.INK)
-    yield axis
-    style.legend_beside(axis, classes)
-    style.save(figure, path)
-
-
 def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str, Any]] | None, path: Path) -> None:
-    """Draws accuracy by confidence (the highest probability) and, below, the number of examples per bin.
+    """Draws accuracy by confidence (the highest probability), and the number of examples per bin.
 
-    `bins` are of the uncalibrated probabilities (see `calibration.bins`), `scaled` of the temperature-scaled ones.
+    `bins` are those of uncalibrated probabilities (`calibration.bins`), `scaled` those of temperature-scaled ones.
     """
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -265,22 +261,22 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
 
 
 def decision_curves(predictions: Predictions, path: Path) -> None:
-    """Draws the net benefit of each class by threshold probability, with those of treating all and none.
+    """Draws the net benefit by threshold probability of the network, of treating all and of treating none.
 
-    At most the MAX_PANELS most frequent classes. Raises ValueError without any example.
+    One panel per class, for at most the MAX_PANELS most frequent ones. Raises ValueError without examples.
     """
     p = predictions
     n = [int((p.labels == i).sum()) for i in range(len(p.classes))]
-    shown = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])
-    columns = min(len(shown), 3)
-    rows = math.ceil(len(shown) / columns)
+    panels = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
     figure = style.figure(max(3.4 * columns, 5.6), 2.9 * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis in axes.flat[: len(shown)][-columns:]:
+    for axis in axes.flat[: len(panels)][-columns:]:
         axis.tick_params(labelbottom=True)  # also above an empty cell
-    for axis, i in zip(axes.flat, shown, strict=False):
+    for axis, i in zip(axes.flat, panels, strict=False):
         curve = operating_points.net_benefit(p, i)
         t = curve["thresholds"]
         style.style(axis)
@@ -289,11 +285,11 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.plot(t, curve["model"], color=style.COLORS[0], linewidth=1.8, label="network")
         share = n[i] / len(p)
         top = max(share, 0.02)
-        axis.set_ylim(-0.35 * top, 1.1 * top)  # treating all falls without bound
+        axis.set_ylim(-0.35 * top, 1.1 * top)  # that of treating all is unbounded below
         axis.set_xlim(0, 1)
         title = f"{style.short(p.classes[i], 24)} ({style.percent(share)})"
         axis.set_title(title, loc="left", fontsize=10, color=style.INK)
-    left_out = f", the {len(shown)} most frequent of {len(n)} classes" if len(shown) < len(n) else ""
+    left_out = f", the {len(panels)} most frequent of {len(n)} classes" if len(panels) < len(n) else ""
     figure.suptitle(f"Net benefit{left_out}", x=0.01, ha="left", fontsize=12, color=style.INK)
     figure.supxlabel("Threshold probability", fontsize=10, color=style.INK)
     handles, labels = axes.flat[0].get_legend_handles_labels()

@@ -1,8 +1,8 @@
-"""The style of all figures: colors, fonts, and how a file is saved.
+"""Style of all figures: colors, axes, legends and files.
 
 Figures are matplotlib Figure objects without pyplot, global state or display; matplotlib is imported when the first one
-is drawn. The colors are the palette of Okabe and Ito ("Color Universal Design", 2008) without yellow, which color-blind
-readers can distinguish; line styles change where colors repeat.
+is drawn. The colors are the color-blind safe palette of Okabe and Ito ("Color Universal Design", 2008) without yellow;
+line styles change where colors repeat.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def line_style(i: int) -> dict[str, Any]:
 
 
 def legend_beside(axis: "Axes", classes: int) -> None:
-    """Puts the legend of `classes` lines to the right of the axis."""
+    """Draws the legend of `classes` lines to the right of the axis."""
     axis.legend(
         frameon=False, fontsize=9 if classes <= 10 else 7, loc="upper left", bbox_to_anchor=(1.02, 1.0),
         labelspacing=0.8, handlelength=2.8, borderaxespad=0, ncols=1 + classes // 14,
@@ -65,7 +65,7 @@ def percent(share: float) -> str:
 
 
 def short(text: str, length: int) -> str:
-    """Cuts out the middle of a name longer than `length`; file names differ at their ends."""
+    """Shortens a name to `length` characters in the middle, since file names differ at their ends."""
     text = " ".join(text.split())
     if len(text) > length:
         end = (length - 1) // 2
@@ -74,6 +74,6 @@ def short(text: str, length: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Escapes $, which starts a formula in matplotlib, and replaces characters that can't be drawn."""
+    """Escapes $, which starts a formula in matplotlib, and replaces unprintable characters."""
     text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")

@@ -26,10 +26,10 @@ from starlette.exceptions import HTTPException
 from lungjax import __version__
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
-from lungjax.explain import panels, saliency
+from lungjax.explain import figures, saliency
 from lungjax.inference import records
 from lungjax.inference.model import Model
-from lungjax.report import render
+from lungjax.report import templating
 from lungjax.runtime import environment
 from lungjax.serve import schemas, uploads
 from lungjax.serve.batching import Device
@@ -251,7 +251,7 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
 
     async def documentation(_: Request) -> Response:
         tree = openapi_tree(app, settings)
-        text = render.render("openapi.html.j2", title=app.title, tree=tree, token=bool(settings.token))
+        text = templating.render("openapi.html.j2", title=app.title, tree=tree, token=bool(settings.token))
         return HTMLResponse(text, headers={"content-security-policy": DOCS_POLICY})
 
     async def page(request: Request) -> Response:
@@ -276,7 +276,7 @@ def openapi_tree(app: FastAPI, settings: Settings) -> dict[str, Any]:
 
 def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
     """Returns the network's input, the map and the overlay as data URLs of PNG files."""
-    heat = panels.visible(heat, method)
+    heat = figures.visible(heat, method)
     image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     pictures = {"image": image, "heat": saliency.heat_colors(heat), "overlay": saliency.overlay(pixels, heat)}
     urls = {}

@@ -1,1 +1,1 @@
-"""Results tables of the studies: published numbers and ours."""
+"""Results tables of the studies, published and ours."""

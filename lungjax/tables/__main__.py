@@ -4,8 +4,8 @@
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
     python -m lungjax.tables --smoke                                                  # tests every cell without data
 
-Writes WORKDIR/tables/NAME.md, NAME.csv and figures. Only finished runs of exactly that experiment on exactly that data
-set give a number; every other cell is `not run`, with the command to run.
+Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of the exact experiment on
+the exact data set give a number; other cells are `not run`, with the command to run.
 """
 
 import os
@@ -17,24 +17,25 @@ from absl import app, flags
 from lungjax import cli, datasets
 from lungjax.config import experiments as experiment_files
 from lungjax.config import nearest
+from lungjax.report.templating import count
 from lungjax.tables import cells, published
 
 FLAGS = flags.FLAGS
 
-# Programs of the smoke test run for two steps, so compilation dominates; without LLVM's expensive passes it is faster.
+# The smoke test runs each program for two steps, so compilation dominates; without expensive LLVM passes it is faster.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_bool("list", False, "Print every table with its title, cells and networks.")
-    flags.DEFINE_string("table", None, "The table's name; see --list.")
-    flags.DEFINE_string("workdir", None, "The folder of the runs, each in NAME/seedN.")
+    flags.DEFINE_bool("list", False, "List the tables with their titles, data sets and networks.")
+    flags.DEFINE_string("table", None, "Name of the table; see --list.")
+    flags.DEFINE_string("workdir", None, "Folder of the runs, each in NAME/seedN.")
     flags.DEFINE_bool("run", False, "Execute missing and unfinished runs, one after the other.")
     flags.DEFINE_integer("seeds", 3, "Runs per experiment, with train.seed 0, 1, ...", lower_bound=1)
-    flags.DEFINE_string("data_dir", "data", "The folder where lungjax.prepare wrote the data sets.")
-    flags.DEFINE_string("weights_dir", None, "A folder of downloaded weight files, searched first.")
-    flags.DEFINE_multi_string("set", [], "Override one field in every run, such as train.devices=1; repeatable.")
+    flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
+    flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
+    flags.DEFINE_multi_string("set", [], "Override a field in every run, such as train.devices=1; repeatable.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws over patients and seeds.", lower_bound=100)
     flags.DEFINE_bool("smoke", False, "Test every cell of every table (or of --table) without data.")
 
@@ -50,10 +51,10 @@ def main(_: list[str]) -> None:
     if FLAGS.smoke:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from lungjax.tables import smoke  # here, after the flags: it imports jax
+        from lungjax.tables import smoke_test  # here, after the flags: it imports jax
 
         chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
-        failures = smoke.run(tables, chosen, lambda line: print(line, flush=True))
+        failures = smoke_test.run(tables, chosen, lambda line: print(line, flush=True))
         if failures:
             print("\n".join(["Failures:", *failures]))
             sys.exit(1)
@@ -70,15 +71,16 @@ def main(_: list[str]) -> None:
     table = tables[FLAGS.table]
     runs.plan(cells.experiments(table, tables)[0], options)  # reports a mistake in --set once, not for each cell
     failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
-    reader = results.Reader(table, options, FLAGS.draws, failed)
-    answers = results.evaluate(table, tables, reader)
-    path = results.write(table, answers, options, charts.draw(table, answers, reader, options.workdir / "tables"))
-    print(results.summary(table, answers))
+    answers = results.evaluate(table, tables, results.Reader(table, options, FLAGS.draws, failed))
+    path = results.write(table, answers, options, charts.draw(table, answers, options.workdir / "tables"))
+    print(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
-        print(f"{len(failed)} run{'s' * (len(failed) > 1)} failed:")
-        for command, how in failed.items():
-            print(f"  {command}\n    {how}")
+        print(
+            f"{count(len(failed), 'run')} failed:",
+            *(f"  {run}\n    {error}" for run, error in failed.items()),
+            sep="\n",
+        )
         sys.exit(1)
 
 

@@ -1,19 +1,19 @@
-"""A results table of a study: cells with a published number, each of one experiment and one metric. Imports no jax.
+"""A results table of a study: its cells have a published number, an experiment and a metric. Imports no jax.
 
     Cell("Simple", "original-baseline", "ct_cov19:model=simple,images=original,protocol=study",
          "val.slice.study.f1_weighted", 0.778)
 
-`published` is a rate in 0..1 or a loss; `decimals` is the number of printed digits, which limits how exactly it can be
-compared. Cells with the same experiment share its runs.
+`published` is a rate in 0..1 or a loss; `decimals`, the number of printed digits, limits the precision of comparisons.
+Cells with the same experiment share its runs.
 
 **Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
 in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro".
 
-**Tables that choose.** With `chosen_from="ct_cov19_val"` the runs of a cell are not those of its own `experiment` (the
-study's choice) but those of the best candidate by our runs. Candidates are the cells of that table whose row or column
-is this cell's row; the best one has the highest mean of its own metric. So `ct_cov19_test` gives, for each network, the
-val and test scores of the configuration that is best on val. `correlate` names pairs of columns whose Spearman rank
-correlation over the rows is reported, for the published numbers and for ours.
+**Model selection.** With `chosen_from="ct_cov19_val"` a cell scores the best candidate by our runs instead of its own
+`experiment`, the study's choice. Candidates are the cells of that table whose row or column is the row of this cell;
+the best one has the highest mean of its own metric. So `ct_cov19_test` has, for each network, the val and test scores
+of the configuration that is best on val. `correlate` lists pairs of columns; the table reports their Spearman rank
+correlation over the rows, published and ours.
 """
 
 from collections import Counter
@@ -35,19 +35,17 @@ class Cell:
     column: str
     experiment: str  # as --experiment takes it, without the seed
     metric: str  # SPLIT.UNIT.NAME
-    published: float | None  # None if the study printed none
-    decimals: int = 3  # digits after the point as printed
-    note: str = ""  # one sentence, printed below the table
+    published: float | None  # None if the study printed no number
+    decimals: int = 3  # printed digits after the decimal point
+    note: str = ""  # one sentence below the table
 
     def __post_init__(self) -> None:
         """Raises ValueError for an invalid metric or published number."""
         where = f"{self.row}, {self.column}"
         parts = self.metric.split(".", 2)
         if len(parts) < 3 or parts[0] not in SPLITS or parts[1] not in UNITS:
-            raise ValueError(
-                f"{where}: metric {self.metric!r} is not SPLIT.UNIT.NAME, such as test.slice.accuracy, with SPLIT of "
-                f"{', '.join(SPLITS)} and UNIT of {', '.join(UNITS)}"
-            )
+            allowed = f"SPLIT.UNIT.NAME, with SPLIT of {', '.join(SPLITS)} and UNIT of {', '.join(UNITS)}"
+            raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}, such as test.slice.accuracy")
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
             raise ValueError(f"{where}: published {self.published}: rates must be in 0..1")
@@ -69,7 +67,7 @@ class Cell:
 
     @property
     def slack(self) -> float:
-        """Returns half a unit of the last printed digit, the largest rounding error of the published number."""
+        """Returns the largest rounding error of the published number, half a unit of the last printed digit."""
         return 0.5 * 10.0**-self.decimals
 
 
@@ -82,20 +80,19 @@ class Table:
     source: str  # where it was published
     cells: tuple[Cell, ...]
     # Images per class, in label order, of the study's splits, such as {"val": (908, 388, 45)}. A run with other counts
-    # used other data, and its number is not shown.
+    # used other data and does not count.
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    elsewhere: str = ""  # how the data of the published numbers differ; then there are no verdicts
+    elsewhere: str = ""  # how the data of the published numbers differ, which rules out verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
-
-    chosen_from: str = ""  # the table whose best configuration is scored here; see the module's docstring
+    chosen_from: str = ""  # the table whose best configuration is scored; see the module's docstring
     correlate: tuple[tuple[str, str], ...] = ()  # pairs of columns; see the module's docstring
 
     def __post_init__(self) -> None:
-        """Raises ValueError for two cells at one place, or an unknown chart, split or column."""
+        """Raises ValueError for duplicate cells, or an unknown chart, split or column."""
         for place, n in Counter((cell.row, cell.column) for cell in self.cells).items():
             if n > 1:
-                raise ValueError(f"table {self.name}: two cells at {place[0]}, {place[1]}")
+                raise ValueError(f"table {self.name}: two cells in {place[0]}, {place[1]}")
         for what, given, known in (
             ("charts", self.charts, CHARTS),
             ("counts", self.counts, SPLITS + ("train",)),
@@ -117,9 +114,9 @@ class Table:
 
 
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
-    """Returns the cells whose experiments can answer a cell: itself, or the candidates of a table that chooses.
+    """Returns the candidates for a cell: itself, or cells of the table `chosen_from`.
 
-    Raises ValueError if the table `chosen_from` has no row or column of that name.
+    Raises ValueError if that table has no matching row or column.
     """
     if not table.chosen_from:
         return (cell,)
@@ -130,5 +127,5 @@ def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[C
 
 
 def experiments(table: Table, tables: Mapping[str, Table]) -> list[str]:
-    """Returns the distinct experiments of a table in order. Raises as `candidates`."""
+    """Returns the distinct experiments of a table, in order. Raises as `candidates`."""
     return list(dict.fromkeys(one.experiment for cell in table.cells for one in candidates(table, cell, tables)))

@@ -1,8 +1,8 @@
 """A table with our numbers, read from finished runs and compared with the published ones.
 
-Ours is the mean over the seeds; its 95 % interval is a bootstrap over patients and seeds (`bootstrap.over_runs`). The
-published number is "inside" that interval, or ours is "above" or "below" it. Published numbers are rounded, so half a
-unit of their last digit counts as inside.
+Our number is the mean over the seeds, with a 95 % interval by bootstrap over patients and seeds
+(`bootstrap.over_runs`). A published number is "inside" the interval, or our number is "above" or "below" it. Published
+numbers are rounded, so half a unit of their last digit is tolerated.
 """
 
 import csv
@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lungjax.config import Config
 from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
-from lungjax.report import render
+from lungjax.report import templating
 from lungjax.runtime.files import atomic_write
 from lungjax.tables import cells, runs
 from lungjax.tables.cells import Cell, Table
@@ -28,26 +27,22 @@ CSV_COLUMNS = (
     "row", "column", "metric", "published", "ours", "low", "high", "seeds", "difference", "verdict", "state", "reason",
     "chosen", "command",
 )  # fmt: skip
-Value = tuple[float, float | None, float | None]  # mean, low, high
+Value = tuple[float | None, float | None, float | None]  # mean over the seeds, low, high
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one experiment, one per seed, and their states."""
+    """The runs of one experiment, one per seed."""
 
     experiment: str
     runs: tuple[Run, ...]  # () if the experiment can't be loaded
     states: tuple[State, ...]
+    predictions: Mapping[str, tuple[Predictions, ...]]  # of the finished runs, by split
 
     @property
     def finished(self) -> bool:
         """Returns whether every seed is finished."""
         return bool(self.runs) and all(state.kind == "finished" for state in self.states)
-
-    @property
-    def config(self) -> Config:
-        """Returns the configuration of the first seed."""
-        return self.runs[0].config
 
 
 @dataclass(frozen=True)
@@ -55,15 +50,14 @@ class Result:
     """A cell and our number for it."""
 
     cell: Cell
+    group: Group  # the runs of the number
     state: str  # "finished", or why the number is missing or not final
-    reason: str = ""  # the same as a sentence
+    reason: str = ""  # the details
     ours: float | None = None
     low: float | None = None
     high: float | None = None
-    seeds: int = 0
     verdict: str = ""  # one of VERDICTS, or ""
     commands: tuple[str, ...] = ()  # of the missing runs
-    group: Group | None = None  # the runs of the number
     chosen: Cell | None = None  # the best candidate, in a table that chooses
 
     @property
@@ -73,104 +67,74 @@ class Result:
 
 
 class Reader:
-    """Reads run folders, each once."""
+    """Reads the run folders of a table, each once."""
 
     def __init__(self, table: Table, options: Options, draws: int = 2000, failures: Mapping[str, str] | None = None):
-        """`failures`: how runs failed just now, by command line."""
+        """`failures` are the errors of `run_missing`, by command line."""
         self._table, self._options, self._draws = table, options, draws
         self._failures = failures or {}
         self._groups: dict[str, Group] = {}
-        self._predictions: dict[tuple[str, str], tuple[Predictions, ...]] = {}
-        self._values: dict[tuple[str, str], Value | None] = {}
+        self._levels: dict[tuple[str, str, str], dict[str, Value]] = {}
 
     def group(self, experiment: str) -> Group:
-        """Returns the runs of an experiment and their states; reads the predictions to find damaged ones."""
+        """Returns the runs of an experiment with their states and predictions."""
         if experiment not in self._groups:
-            try:
-                planned = runs.plan(experiment, self._options)
-            except (ValueError, ImportError, SyntaxError) as error:
-                self._groups[experiment] = Group(experiment, (), (State("unusable", str(error)),))
-            else:
-                states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
-                for i, (run, state) in enumerate(zip(planned, states, strict=True)):
-                    if state.report is None:
-                        continue
-                    try:
-                        for split in cells.SPLITS:
-                            runs.read_predictions(run, state.report, split)
-                    except (ValueError, KeyError) as error:
-                        states[i] = State("damaged", str(error))
-                self._groups[experiment] = Group(experiment, planned, tuple(states))
+            self._groups[experiment] = self._read(experiment)
         return self._groups[experiment]
 
-    def predictions(self, group: Group, split: str) -> tuple[Predictions, ...]:
-        """Returns the predictions of a finished group's seeds."""
-        key = (group.experiment, split)
-        if key not in self._predictions:
-            pairs = zip(group.runs, group.states, strict=True)
-            self._predictions[key] = tuple(
-                runs.read_predictions(run, state.report, split) for run, state in pairs if state.report
-            )
-        return self._predictions[key]
+    def _read(self, experiment: str) -> Group:
+        try:
+            planned = runs.plan(experiment, self._options)
+        except (ValueError, ImportError, SyntaxError) as error:
+            return Group(experiment, (), (State("unusable", str(error)),), {})
+        states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
+        predictions: list[tuple[Predictions, ...]] = [()] * len(cells.SPLITS)
+        for i, (run, state) in enumerate(zip(planned, states, strict=True)):
+            if state.report is not None:
+                try:
+                    own = [runs.read_predictions(run, state.report, split) for split in cells.SPLITS]
+                    predictions = [(*others, p) for others, p in zip(predictions, own, strict=True)]
+                except (ValueError, KeyError) as error:
+                    states[i] = State("damaged", str(error))
+        return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
 
-    def values(self, group: Group, metrics: Sequence[str]) -> dict[str, Value | None]:
-        """Returns mean over the seeds, low and high of each SPLIT.UNIT.NAME; None if undefined.
+    def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
+        """Returns `bootstrap.over_runs` of a finished group, and raises as it."""
+        key = (group.experiment, split, unit)
+        if key not in self._levels:
+            self._levels[key] = bootstrap.over_runs(group.predictions[split], draws=self._draws, unit=unit)
+        return self._levels[key]
 
-        Low and high are None without an interval, as for a single patient. Raises ValueError if the seeds predicted
-        different examples, or for invalid probabilities.
-        """
-        new = [metric for metric in dict.fromkeys(metrics) if (group.experiment, metric) not in self._values]
-        for split, unit in dict.fromkeys(tuple(metric.split(".")[:2]) for metric in new):
-            start = f"{split}.{unit}."
-            names = [metric.removeprefix(start) for metric in new if metric.startswith(start)]
-            values = bootstrap.over_runs(self.predictions(group, split), names, draws=self._draws, seed=0, unit=unit)
-            for name in names:
-                mean, low, high = values[name]
-                self._values[group.experiment, start + name] = None if mean is None else (mean, low, high)
-        return {metric: self._values[group.experiment, metric] for metric in metrics}
-
-    def each(self, group: Group, metric: str) -> list[float]:
-        """Returns a metric's value for each seed, NaN if undefined."""
-        split, unit, name = metric.split(".", 2)
-        seeds = self.predictions(group, split)
-        values = [bootstrap.over_runs([seed], [name], draws=0, unit=unit)[name][0] for seed in seeds]
-        return [float("nan") if value is None else value for value in values]
-
-    def result(self, cell: Cell, alike: Sequence[str] = ()) -> Result:
-        """Returns the result of a cell's own experiment; `alike` are further metrics to compute at the same time."""
+    def result(self, cell: Cell) -> Result:
+        """Returns the result of a cell's own experiment."""
         group = self.group(cell.experiment)
         if not group.finished:
             return self._unfinished(cell, group)
         try:
-            value = self.values(group, [cell.metric, *alike])[cell.metric]
+            ours, low, high = self._level(group, cell.split, cell.unit).get(cell.name, (None, None, None))
         except ValueError as error:
-            return Result(cell, "damaged", str(error), commands=tuple(run.command for run in group.runs), group=group)
-        if value is None:
-            return Result(cell, "undefined", f"{cell.metric} is undefined for these predictions", group=group)
-        ours, low, high = value
-
+            return Result(cell, group, "damaged", str(error), commands=tuple(run.command for run in group.runs))
+        if ours is None:
+            return Result(cell, group, "undefined", f"{cell.metric} is undefined for these predictions")
         # Overrides make a different experiment, to which the published number does not apply.
         other = self._table.elsewhere or any(run.changed for run in group.runs)
-        verdict = "" if other else compare(cell, low, high)
-        return Result(cell, "finished", "", ours, low, high, len(group.runs), verdict, group=group)
+        return Result(cell, group, "finished", "", ours, low, high, "" if other else compare(cell, low, high))
 
     def _unfinished(self, cell: Cell, group: Group) -> Result:
         left = [(i, state) for i, state in enumerate(group.states) if state.kind != "finished"]
         commands = tuple(group.runs[i].command for i, _ in left) if group.runs else ()
-        failed = [self._failures[command] for command in commands if command in self._failures]
+        for command in commands:
+            if command in self._failures:
+                return Result(cell, group, "failed", self._failures[command], commands=commands)
         worst = next((state for _, state in left if state.kind not in ("missing", "unfinished")), left[0][1])
-        if failed:
-            return Result(cell, "failed", failed[0], commands=commands, group=group)
         done = len(group.states) - len(left)
-        if worst.kind == "missing":
-            kind = NOT_RUN if not done else f"{NOT_RUN}: {done} of {len(group.states)} seeds"
-        else:
-            kind = f"{NOT_RUN}: {worst.kind}"
-        return Result(cell, kind, worst.reason, commands=commands, group=group)
+        kind = NOT_RUN if worst.kind == "missing" else f"{NOT_RUN}: {worst.kind}"
+        kind += f": {done} of {len(group.states)} seeds" if done and worst.kind == "missing" else ""
+        return Result(cell, group, kind, worst.reason, commands=commands)
 
 
 def compare(cell: Cell, low: float | None, high: float | None) -> str:
-    """Returns whether our interval is "above" or "below" the published number or it is "inside"; "" if unknown."""
+    """Returns the verdict: published number "inside" our interval, or ours "above" or "below"; "" if unknown."""
     if cell.published is None or low is None or high is None:
         return ""
     if low - cell.slack > cell.published:
@@ -182,36 +146,33 @@ def evaluate(table: Table, tables: Mapping[str, Table], reader: Reader) -> list[
     """Returns the result of every cell, in order."""
     if table.chosen_from:
         return [_chosen(table, cell, tables, reader) for cell in table.cells]
-    metrics: dict[str, list[str]] = {}
-    for cell in table.cells:
-        metrics.setdefault(cell.experiment, []).append(cell.metric)
-    return [reader.result(cell, metrics[cell.experiment]) for cell in table.cells]
+    return [reader.result(cell) for cell in table.cells]
 
 
 def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reader) -> Result:
-    """Returns the result of the candidate that is best by its own metric, scored by the cell's metric."""
+    """Returns the result of the candidate with the best own metric, scored by the cell's metric."""
     scored = [reader.result(candidate) for candidate in cells.candidates(table, cell, tables)]
     finished = [result for result in scored if result.ours is not None]
     commands = tuple(dict.fromkeys(command for result in scored for command in result.commands))
     if not finished:
         reason = f"none of the {len(scored)} configurations of {table.chosen_from} was run; {scored[0].reason}"
-        return Result(cell, NOT_RUN, reason, commands=commands)
+        return Result(cell, scored[0].group, NOT_RUN, reason, commands=commands)
     best = max(finished, key=lambda result: result.ours or 0.0)
     result = reader.result(replace(cell, experiment=best.cell.experiment))
     result = replace(result, cell=cell, commands=commands, chosen=best.cell)
     if len(finished) == len(scored):
         return result
     part = f"{len(finished)} of {len(scored)}"
-    # A choice from some of the candidates is a different experiment.
+    # A choice among some of the candidates is a different experiment.
     return replace(result, state=f"best of {part}", reason=f"chosen from {part}; the others were not run", verdict="")
 
 
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes every run that is missing, unfinished or damaged, one after the other.
+    """Executes every missing, unfinished or damaged run, one after the other.
 
-    Returns how runs failed, by command line. Raises `signals.Interrupted` once an interrupted run has saved.
+    Returns the errors of failed runs, by command line. Raises `signals.Interrupted` after an interrupted run has saved.
     """
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported
@@ -220,25 +181,25 @@ def run_missing(
         group = Reader(table, options).group(name)
         for run, state in zip(group.runs, group.states, strict=False):
             needed = runs.unprepared(run, options.data_dir)
-            if needed and state.kind in runs.BY_RUNNING:
+            if needed and state.kind in runs.EXECUTABLE:
                 failures[run.command] = f"{needed} is not prepared in {options.data_dir}"
                 if needed not in unprepared:
                     say(f"Skipped, {failures[run.command]}: python -m lungjax.prepare --dataset={needed} --help")
                 unprepared.add(needed)
-            elif state.kind in runs.BY_RUNNING:
+            elif state.kind in runs.EXECUTABLE:
                 say(f"[{number}/{len(names)}] {run.command}")
                 code, tail = runs.execute(run)
                 if code:
                     failures[run.command] = f"{runs.ending(code)}: {tail.splitlines()[-1] if tail else 'no output'}"
                     say(f"Failed, {runs.ending(code)}; the last lines:\n{textwrap.indent(tail, '    ')}\nContinuing.")
         for state in group.states:
-            if state.kind not in (*runs.BY_RUNNING, "finished"):
+            if state.kind not in (*runs.EXECUTABLE, "finished"):
                 say(f"[{number}/{len(names)}] skipped, {state.kind}: {name}: {state.reason}")
     return failures
 
 
 def correlations(table: Table, results: Sequence[Result]) -> list[str]:
-    """Returns a sentence per pair of columns in `table.correlate`: Spearman's rho, published and ours."""
+    """Returns one sentence per pair of columns in `table.correlate`: Spearman's rho, published and ours."""
     from scipy import stats
 
     lines = []
@@ -258,46 +219,13 @@ def correlations(table: Table, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def summary(table: Table, results: Sequence[Result]) -> str:
-    """Returns the text for a terminal: one line per cell, then why cells are missing and the commands for them."""
-    width = max(len(place(r.cell)) for r in results)
-    lines = [table.title]
-    for r in results:
-        published = "" if r.cell.published is None else f"{r.cell.published:.{r.cell.decimals}f}"
-        ours = _rounded(r.ours, r.cell) or r.state
-        ours += f" [{_rounded(r.low, r.cell)}, {_rounded(r.high, r.cell)}] {r.verdict}" if r.low is not None else ""
-        ours += f" ({r.state})" if r.ours is not None and r.state != "finished" else ""
-        lines.append(f"  {place(r.cell):{width}}  published {published:>6}  ours {ours}")
-    missing = _missing(results)
-    lines += [*correlations(table, results), *missing["reasons"]]
-    if missing["commands"]:
-        needed = ", ".join(missing["datasets"])
-        lines += ["", f"Required data sets (python -m lungjax.prepare --dataset=NAME --help): {needed}."]
-        lines += ["", f"Not run: {len(missing['commands'])} commands", *missing["commands"]]
-    return "\n".join(lines)
-
-
 def place(cell: Cell) -> str:
     """Returns "row, column" of a cell."""
     return f"{cell.row}, {cell.column}"
 
 
-def as_csv(results: Sequence[Result]) -> str:
-    """Returns one line per cell; the columns are CSV_COLUMNS. Numbers are not rounded."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for r in results:
-        numbers = [r.cell.published, r.ours, r.low, r.high, r.seeds, r.difference]
-        writer.writerow([
-            r.cell.row, r.cell.column, r.cell.metric, *("" if x is None else f"{x:.6g}" for x in numbers), r.verdict,
-            r.state, r.reason, r.chosen.experiment if r.chosen else "", " && ".join(r.commands),
-        ])  # fmt: skip
-    return text.getvalue()
-
-
 def markdown(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> str:
-    """Returns the table as a page. `captions` are those of the figures next to it, by file name."""
+    """Returns the table as a page. `captions` are those of its figures, by file name."""
     verdicts = [f"{n} {word}" for word in VERDICTS if (n := sum(r.verdict == word for r in results))]
     choice = any(r.chosen for r in results)
     rows = []
@@ -314,7 +242,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             *([place(r.chosen) if r.chosen else ""] * choice),
         ])  # fmt: skip
     head = ["", "", "published", "ours", "95 % interval", "difference", "verdict", *["our choice"] * choice]
-    return render.render(
+    return templating.render(
         "published.md.j2",
         title=table.title,
         source=table.source,
@@ -324,13 +252,13 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
         cell_count=len(results),
         scored=sum(r.ours is not None for r in results),
         verdicts=verdicts,
-        cells=render.Table(head, rows),
+        cells=templating.Table(head, rows),
         notes=[
             *correlations(table, results),
             *table.notes,
             *(f"{place(r.cell)}: {r.cell.note}" for r in results if r.cell.note),
         ],
-        figures=[render.Figure(name, caption) for name, caption in captions.items()],
+        figures=[templating.Figure(name, caption) for name, caption in captions.items()],
         missing=_missing(results),
     )
 
@@ -340,7 +268,7 @@ def _rounded(value: float | None, cell: Cell) -> str:
 
 
 def _missing(results: Sequence[Result]) -> dict[str, Any]:
-    """Returns why cells have no number, the commands that make them, and the data sets that these need."""
+    """Returns the reasons for missing numbers, the commands that compute them, and the data sets these need."""
     reasons: dict[str, list[str]] = {}
     for r in results:
         if r.reason and r.state not in (NOT_RUN, "finished"):
@@ -351,7 +279,7 @@ def _missing(results: Sequence[Result]) -> dict[str, Any]:
             for reason, places in reasons.items()
         ],
         "commands": list(dict.fromkeys(command for r in results for command in r.commands)),
-        "datasets": sorted({r.group.config.data.dataset for r in results if r.commands and r.group and r.group.runs}),
+        "datasets": sorted({r.group.runs[0].config.data.dataset for r in results if r.commands and r.group.runs}),
     }
 
 
@@ -359,6 +287,16 @@ def write(table: Table, results: Sequence[Result], options: Options, captions: M
     """Writes NAME.csv and NAME.md into WORKDIR/tables; returns the path of the page. `captions` as for `markdown`."""
     path = options.workdir / "tables" / f"{table.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path.with_suffix(".csv"), as_csv(results))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for r in results:
+        seeds = 0 if r.ours is None else len(r.group.runs)
+        numbers = [r.cell.published, r.ours, r.low, r.high, seeds, r.difference]  # not rounded
+        writer.writerow([
+            r.cell.row, r.cell.column, r.cell.metric, *("" if x is None else f"{x:.6g}" for x in numbers), r.verdict,
+            r.state, r.reason, r.chosen.experiment if r.chosen else "", " && ".join(r.commands),
+        ])  # fmt: skip
+    atomic_write(path.with_suffix(".csv"), text.getvalue())
     atomic_write(path, markdown(table, results, options, captions))
     return path

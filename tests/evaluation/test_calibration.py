@@ -1,4 +1,4 @@
-import dataclasses
+"""Calibration against scikit-learn and SciPy."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from lungjax.evaluation import calibration, metrics
 
 
 def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
-    """Labels drawn from softmax(z); the network says softmax(z * sharpness)."""
+    """Labels are drawn from softmax(z), the predictions are softmax(z * sharpness)."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, c)) * 1.5
     true = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
@@ -19,33 +19,23 @@ def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
     return make_predictions(labels, np.exp(z * sharpness), logits=z * sharpness + 7.0 if logits else None)
 
 
-def test_temperature_undoes_the_sharpening():
+def test_temperature_inverts_sharpening():
     for sharpness, logits in ((0.5, True), (1.0, False), (3.0, True), (3.0, False)):
         p = make(sharpness=sharpness, logits=logits)
         temperature = calibration.fit_temperature(p)
-        assert temperature == pytest.approx(sharpness, rel=0.08)
 
         def loss(t, p=p):
             q = p.probabilities ** (1 / t)
             return sk.log_loss(p.labels, q / q.sum(axis=1, keepdims=True), labels=range(3))
 
+        assert temperature == pytest.approx(sharpness, rel=0.08)
         assert temperature == pytest.approx(optimize.brent(loss, brack=(0.2, sharpness, 9)), rel=1e-4)
         scaled = calibration.apply_temperature(p, temperature)
         np.testing.assert_array_equal(scaled.predicted, p.predicted)
         before, after = metrics.summarize(p), metrics.summarize(scaled)
-        assert after["loss"] == pytest.approx(loss(temperature)) and after["loss"] <= before["loss"]
-        assert after["ece"] < 0.03 and after["accuracy"] == before["accuracy"]
+        assert after["loss"] == pytest.approx(loss(temperature)) and after["ece"] < 0.03
         if sharpness != 1:
             assert before["ece"] > 0.08 and after["brier"] < before["brier"]
-
-
-def test_scaling_one_sigmoid_logit():
-    p = make(500, c=2)
-    z = np.stack([np.zeros(500), p.logits[:, 1] - p.logits[:, 0]], axis=1)
-    scaled = calibration.apply_temperature(dataclasses.replace(p, logits=z), 2.0)
-    np.testing.assert_allclose(scaled.probabilities[:, 1], 1 / (1 + np.exp(-z[:, 1] / 2)), atol=1e-12)
-    np.testing.assert_allclose(scaled.probabilities, calibration.apply_temperature(p, 2.0).probabilities, atol=1e-12)
-    np.testing.assert_array_equal(scaled.logits, z / 2)
 
 
 def test_bounds_and_certain_predictions():
@@ -53,11 +43,11 @@ def test_bounds_and_certain_predictions():
     for shift, bound in enumerate(calibration.BOUNDS):  # all right, all wrong
         p = make_predictions(labels, 0.1 * np.eye(3)[(labels + shift) % 3] + 0.3)
         assert calibration.fit_temperature(p) == bound
-    # Probabilities of exactly 0 and 1, one of them wrong, stay finite.
+    # Probabilities of exactly 0 and 1, one of them wrong, remain finite.
     certain = make_predictions(labels, np.eye(3)[np.where(np.arange(50) == 0, (labels + 1) % 3, labels)])
     assert np.isfinite(calibration.apply_temperature(certain, 5.0).probabilities).all()
     none = make_predictions([], np.zeros((0, 3)))
-    with pytest.raises(ValueError, match="no example"):
+    with pytest.raises(ValueError, match="no examples"):
         calibration.fit_temperature(none)
     assert len(calibration.apply_temperature(none, 2.0)) == 0 and all(b["n"] == 0 for b in calibration.bins(none))
     for bad in (0, -1, np.nan, np.inf):
@@ -80,7 +70,7 @@ def test_bins_against_scikit_learn():
     assert metrics.summarize(p)["ece"] == pytest.approx(ece)
 
 
-def test_summary_fits_on_val_and_describes_test():
+def test_summary_of_val_and_test():
     val, test = make(600, 3.0, seed=1), make(500, 3.0, seed=2)
     summary = calibration.summary(val, test)
     assert summary["temperature"] == calibration.fit_temperature(val) != calibration.fit_temperature(test)

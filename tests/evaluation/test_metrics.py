@@ -1,6 +1,5 @@
-"""Every metric against scikit-learn, and by hand where it has none."""
+"""Metrics against scikit-learn and by hand."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -36,16 +35,15 @@ def check_against_scikit_learn(given):
     return level
 
 
-@pytest.mark.parametrize("ties", [True, False])
-@pytest.mark.parametrize("c", [2, 3, 7])
-def test_every_metric_against_scikit_learn(c, ties):
-    given = random_case(c, 300, c, ties)
-    logits = np.log(given.probabilities) + np.random.default_rng(0).normal(size=(300, 1)) * 3
-    level = check_against_scikit_learn(given)
-    assert level["n"] == 300 and level["study"]["auc_micro_logits"] is None
-    assert level["confusion"] == sk.confusion_matrix(given.labels, given.predicted, labels=range(c)).tolist()
-    assert [row["n"] for row in level["per_class"].values()] == np.bincount(given.labels).tolist()
-    check_against_scikit_learn(replace(given, logits=logits))
+def test_every_metric_against_scikit_learn():
+    for c, ties in ((2, True), (3, False), (7, True)):
+        given = random_case(c, 300, c, ties)
+        logits = np.log(given.probabilities) + np.random.default_rng(0).normal(size=(300, 1)) * 3
+        level = check_against_scikit_learn(given)
+        assert level["n"] == 300 and level["study"]["auc_micro_logits"] is None
+        assert level["confusion"] == sk.confusion_matrix(given.labels, given.predicted, labels=range(c)).tolist()
+        assert [row["n"] for row in level["per_class"].values()] == np.bincount(given.labels).tolist()
+        check_against_scikit_learn(replace(given, logits=logits))
 
 
 def test_absent_class_is_undefined():
@@ -57,7 +55,7 @@ def test_absent_class_is_undefined():
     assert never["precision_macro"] == pytest.approx((1 / 2 + 0) / 2)
 
 
-def test_one_class_one_example_and_none():
+def test_single_class_single_example_and_empty():
     single = level_of(np.zeros(5), np.tile([0.7, 0.3], (5, 1)))
     assert single["accuracy"] == single["balanced_accuracy"] == 1
     assert single["auc_macro"] is single["average_precision_macro"] is single["auc_weighted"] is None
@@ -66,17 +64,6 @@ def test_one_class_one_example_and_none():
     assert one["confusion"] == [[0, 0], [0, 1]] and one["loss"] == pytest.approx(-np.log(0.75))
     none = level_of([], np.zeros((0, 2)))
     assert none["n"] == 0 and not any(v is not None for v in metrics.numbers(none).values())
-
-
-def test_perfect_and_all_wrong_predictions():
-    labels = np.arange(12) % 3
-    perfect = metrics.numbers(level_of(labels, np.eye(3)[labels]))
-    zeros = {"loss", "ece", "brier"}
-    ones = [name for name in perfect if name not in zeros and not name.endswith("logits")]
-    assert all(perfect[name] == 1 for name in ones) and len(ones) == 40 and all(perfect[name] == 0 for name in zeros)
-    wrong = level_of(labels, np.eye(3)[(labels + 1) % 3])
-    assert wrong["accuracy"] == wrong["f1_macro"] == 0
-    assert wrong["loss"] == pytest.approx(sk.log_loss(labels, np.eye(3)[(labels + 1) % 3]), rel=1e-9)
 
 
 def test_curves_against_scikit_learn():
@@ -93,36 +80,27 @@ def test_curves_against_scikit_learn():
             np.testing.assert_allclose(values[::-1], other, atol=TOLERANCE)
 
 
-def test_calibration_by_definition():
-    given = random_case(4, 400, ties=False)
-    top, right = given.probabilities.max(axis=1), given.predicted == given.labels
-    # The loop of Guo et al.: bins without their lower edge.
-    ece = 0.0
-    for low in np.arange(15) / 15:
-        inside = (top > low) & (top <= low + 1 / 15)
-        if inside.any():
-            ece += inside.mean() * abs(right[inside].mean() - top[inside].mean())
-    assert metrics.summarize(given)["ece"] == pytest.approx(ece, abs=TOLERANCE)
-    # By hand: 0.6 is in the bin (8/15, 9/15], with its upper edge, and 0.61 in the next.
+def test_calibration_by_hand():
+    # 0.6 is in the bin (8/15, 9/15], 0.61 in the next.
     level = level_of([0, 1, 1], [[0.6, 0.4], [0.6, 0.4], [0.61, 0.39]])
     assert level["ece"] == pytest.approx((abs(1.2 - 1) + 0.61) / 3)
     assert level["brier"] == pytest.approx((2 * 0.16 + 2 * 0.36 + 2 * 0.61**2) / 3)
 
 
 def test_study_metrics_by_hand():
-    # Rounded: without a probability above a half the first class is predicted.
+    # Rounded: the first class is predicted if no probability exceeds 0.5.
     p = [[0.2, 0.45, 0.35], [0.0, 0.5, 0.5], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]]
     for labels, accuracy, rounded in (([0, 1, 1, 2], 3 / 4, 3 / 4), ([1, 1, 1, 2], 1, 2 / 4)):
         level = level_of(labels, p)
         assert level["accuracy"] == accuracy and level["study"]["accuracy_rounded"] == rounded
-    # TensorFlow Addons: each class of a tie counts as predicted, and 0 / 0 is 0. Class b: one of two predictions is
-    # right, its only example is found; class a: its only example is missed.
+    # TensorFlow Addons: all tied classes count as predicted, and 0 / 0 is 0. Class b has precision 1/2 and recall 1,
+    # class a recall 0.
     study = level_of([1, 0], [[0.0, 0.5, 0.5], [0.1, 0.8, 0.1]])["study"]
     assert study["f1_weighted"] == pytest.approx((2 * 0.5 * 1 / 1.5 + 0) / 2)
     assert study["f1_macro_harmonic"] is None  # class a is never predicted, class c has no example
 
 
-def test_invalid_probabilities_are_named():
+def test_invalid_probabilities():
     for bad, words in (
         ((np.nan, 0.5, 0.5), "NaN"),
         ((np.inf, 0, 0), "infinite"),
@@ -140,7 +118,7 @@ def test_invalid_probabilities_are_named():
 
 
 def patients():
-    """p1: two slices of one source; p2: labels mixed; p3: two sources; then two slices without a patient."""
+    """p1: two slices of one source; p2: mixed labels; p3: two sources; two slices without a patient."""
     return make_predictions(
         [0, 1, 0, 1, 1, 0, 2, 0],
         [
@@ -177,11 +155,3 @@ def test_levels_of_slices_patients_and_sources():
     assert {source: level["n"] for source, level in levels["by_source"].items()} == {"x": 5, "y": 1, "unknown": 2}
     assert levels["by_source"]["x"] == metrics.summarize(take(p, np.flatnonzero(p.sources == "x")))
     assert metrics.report_levels(make_predictions(p.labels, p.probabilities))["by_source"] == {}
-
-
-def test_large_test_split_takes_less_than_a_second():
-    groups = np.array([f"p{i // 70}" for i in range(30_000)])
-    given = replace(random_case(0, 30_000, ties=False), groups=groups, sources=groups)
-    start = time.process_time()
-    metrics.report_levels(given)
-    assert time.process_time() - start < 1

@@ -1,3 +1,5 @@
+"""Operating points and decision curves by hand, and against scikit-learn."""
+
 import dataclasses
 
 import numpy as np
@@ -5,17 +7,17 @@ import pytest
 from random_predictions import make_predictions
 from sklearn import metrics as sk
 
+from lungjax.config import EvalConfig
 from lungjax.evaluation import bootstrap, operating_points
 from lungjax.evaluation.predictions import Predictions
 
 
-def make(n=120, seed=0, patients=30, ties=True):
+def make(seed=0, ties=True):
+    """120 examples of 30 patients in three classes."""
     rng = np.random.default_rng(seed)
-    patient = rng.integers(0, patients, n)
-    labels = np.arange(patients)[patient] % 3
-    z = rng.normal(size=(n, 3))
-    z[np.arange(n), labels] += 1
-    return make_predictions(labels, np.exp(np.round(z) if ties else z), groups=[f"p{i}" for i in patient])
+    patient = rng.integers(0, 30, 120)
+    z = rng.normal(size=(120, 3)) + np.eye(3)[patient % 3]
+    return make_predictions(patient % 3, np.exp(np.round(z) if ties else z), groups=[f"p{i}" for i in patient])
 
 
 def two(positive, scores) -> Predictions:
@@ -47,7 +49,7 @@ def test_thresholds_by_hand():
     # An inverted classifier still gets one of its scores.
     assert operating_points.choose(two([0, 0, 1, 1], [0.9, 0.8, 0.2, 0.1]), 1, "youden") in (0.9, 0.1)
     for rule in ("best", "sensitivity_", "sensitivity_0", "sensitivity_1.2", "sensitivity_nan"):
-        with pytest.raises(ValueError, match=f"rule '{rule}'"):
+        with pytest.raises(ValueError, match=rule):
             operating_points.choose(p, 1, rule)
 
 
@@ -62,7 +64,7 @@ def test_metrics_at_a_threshold_by_hand():
     expected = {"threshold": 0.5, "tp": 3, "fp": 2, "fn": 1, "tn": 4, "ppv": 3 / 5, "npv": 4 / 5}
     assert point == point | expected | {"sensitivity": 3 / 4, "at_prevalence": 0.1}
     assert point["specificity"] == pytest.approx(4 / 6)
-    # Of 1,200 people 120 have it: 90 are found, with 360 false alarms; 720 of 750 that are cleared are healthy.
+    # Of 1,200 people 120 are ill: 90 true and 360 false positives; 720 of 750 negatives are healthy.
     assert point["ppv_at"] == pytest.approx(90 / 450) and point["npv_at"] == pytest.approx(720 / 750)
     assert point["intervals"].keys() == set(operating_points.RATES)
     bare = at(p, 0.5, draws=0)
@@ -72,7 +74,7 @@ def test_metrics_at_a_threshold_by_hand():
     only = at(two([0, 0], [0.9, 0.1]), 0.5)
     assert only["sensitivity"] is only["npv_at"] is None and only["specificity"] == 0.5 and only["ppv"] == 0
     for bad in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match="prevalence="):
+        with pytest.raises(ValueError, match="prevalence"):
             at(p, 0.5, prevalence=bad)
 
 
@@ -91,25 +93,24 @@ def test_intervals_are_over_patients():
         assert point["intervals"][name] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist()), name
 
 
-def test_points_chosen_on_val_and_counted_on_test():
+def test_points_from_val_and_test():
     val, test = make(seed=1), make(seed=2)
-    points = operating_points.points(val, test, 0.9, 0.05, draws=50)
-    assert list(points) == list(val.classes)
+    points = operating_points.points(val, test, EvalConfig(sensitivity=0.9, prevalence=0.05, draws=50))
+    assert list(points) == list(val.classes) and operating_points.missing_rules(val) == []
     for i, rules in enumerate(points.values()):
         assert list(rules) == ["youden", "sensitivity_0.9"]
         for rule, point in rules.items():
             threshold = operating_points.choose(val, i, rule)
             assert [point] == operating_points.metrics_at_thresholds(test, [(i, threshold)], 0.05, draws=50)
-    assert operating_points.missing_rules(val) == []
     without = dataclasses.replace(val, labels=np.where(val.labels == 2, 1, val.labels))
-    points = operating_points.points(without, test, draws=0)
+    points = operating_points.points(without, test, EvalConfig(draws=0))
     assert points["c"] == {} and points["a"]["sensitivity_0.95"]["tp"] > 0
     (reason,) = operating_points.missing_rules(without)
-    assert "no example of c" in reason
-    with pytest.raises(ValueError, match="no example of c"):
+    assert "no examples of c" in reason
+    with pytest.raises(ValueError, match="no examples of c"):
         operating_points.choose(without, 2, "youden")
     same = dataclasses.replace(val, labels=np.zeros(120, int))
-    assert operating_points.points(same, test, draws=0) == {"a": {}, "b": {}, "c": {}}
+    assert operating_points.points(same, test, EvalConfig(draws=0)) == {"a": {}, "b": {}, "c": {}}
     assert "only examples of a" in operating_points.missing_rules(same)[0]
 
 
@@ -117,7 +118,7 @@ def test_net_benefit_by_hand():
     curve = operating_points.net_benefit(two([1, 1, 0, 0, 0], [0.9, 0.5, 0.5, 0.2, 0.1]), 1)
     assert curve["thresholds"][0] == 0.01 and len(curve["model"]) == len(curve["all"]) == 99
     at = [curve["thresholds"].index(t) for t in (0.05, 0.2, 0.5, 0.8)]
-    # Called: all five; four; three (the tie is called); one.
+    # Positive: five; four; three (with the tie); one.
     expected = [2 / 5 - 3 / 5 / 19, 2 / 5 - 2 / 5 / 4, 2 / 5 - 1 / 5, 1 / 5]
     assert [curve["model"][i] for i in at] == pytest.approx(expected)
     everyone = [2 / 5 - 3 / 5 / 19, 2 / 5 - 3 / 5 / 4, 2 / 5 - 3 / 5, 2 / 5 - 3 / 5 * 4]

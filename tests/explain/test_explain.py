@@ -1,4 +1,4 @@
-"""The command that draws saliency maps: files and splits, unreadable images, and the page of quality."""
+"""The explain command: figures of files and splits, unreadable images, and the quality page."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from random_weights import random_variables
 from lungjax.config import Config, DataConfig, InputSpec
 from lungjax.data import pipeline, preprocess
 from lungjax.explain import __main__ as command
-from lungjax.explain import panels, quality, sheets
+from lungjax.explain import figures, quality
 from lungjax.explain.saliency import Explainer
 from lungjax.inference import model
 
@@ -34,15 +34,10 @@ def explainer():
 
 def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys):
     (tmp_path / "in/deep").mkdir(parents=True)
-    for name, data in {
-        "in/a.png": png(PICTURE),
-        "in/deep/a.png": png(PICTURE[:, ::-1]),
-        "in/cut.png": png(PICTURE)[:200],
-        "deep.png": png((PICTURE * np.uint16(200)).astype(np.uint16)),
-    }.items():
-        (tmp_path / name).write_bytes(data)
-    Image.fromarray(PICTURE).save(tmp_path / "b.jpg")
-    Image.fromarray(PICTURE).save(tmp_path / "in/a.tiff")
+    for name in ("in/a.png", "in/a.tiff", "in/deep/a.png", "b.jpg"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+    (tmp_path / "in/cut.png").write_bytes(png(PICTURE)[:200])
+    (tmp_path / "deep.png").write_bytes(png((PICTURE * np.uint16(200)).astype(np.uint16)))
     flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
     files = ",".join(str(tmp_path / name) for name in ("in", "b.jpg", "gone.png", "deep.png"))
     assert commands.run(command, *flags, f"--images={files}", "--save_maps") == 1
@@ -50,7 +45,7 @@ def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys)
     assert all(name in errors for name in ("cut.png", "gone.png", "deep.png")) and "b.jpg" not in errors
     figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert figures == ["a_2_gradcam.png", "a_gradcam.png", "b_gradcam.png", "deep_a_gradcam.png"]
-    # The map of the network's input, prepared as for prediction.
+    # The map of the network's input, preprocessed as for prediction.
     network, description = model.load_finished(trained_run.workdir)
     own = Explainer(network.module, network.variables, network.config.input)
     expected, _ = own.maps(preprocess.picture(PICTURE, description)[0][None])
@@ -79,16 +74,16 @@ def test_usage_errors(trained_run, tmp_path, capsys):
 
 def test_file_names_are_unique():
     used = set()
-    names = [panels.file_name(name, used) for name in ("a.png", "a.jpg", "a_2.png", "sub/a.png", "../weird name?.png")]
+    names = [figures.file_name(name, used) for name in ("a.png", "a.jpg", "a_2.png", "sub/a.png", "../weird name?.png")]
     assert names == ["a", "a_2", "a_2_2", "sub_a", "weird_name_"]
 
 
 def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sheets, "TILES", (2, 3))
+    monkeypatch.setattr(figures, "TILES", (2, 3))
     records, bad_row = list(small_data.records), int(small_data.rows("test")[4])
     records[bad_row] = records[bad_row] | {"image": records[bad_row]["image"][:100]}
     data = replace(small_data, records=records)
-    (problem,) = sheets.explain_split(explainer, data, "test", "gradcam", None, tmp_path)
+    (problem,) = figures.draw_split(explainer, pipeline.Reader(data, SPEC), "test", "gradcam", None, tmp_path)
     assert data.columns["file"][bad_row] in problem
     with (tmp_path / "index.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -102,19 +97,19 @@ def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_p
         assert float(line[f"p_{line['predicted']}"]) == pytest.approx(top[line["file"]][1], rel=1e-4)
     assert [line["page"] for line in lines[5:7]] == ["page_001.png", "page_002.png"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["page_001.png", "page_002.png"]
-    sheets.explain_split(explainer, small_data, "test", "gradcam", 2, tmp_path / "few", count=3)
+    figures.draw_split(explainer, pipeline.Reader(small_data, SPEC), "test", "gradcam", 2, tmp_path / "few", count=3)
     assert len((tmp_path / "few/index.csv").read_text().splitlines()) == 4
 
 
 def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "DELETIONS", 3)
 
-    def measure(dataset, classes, data, count):
+    def measure(dataset, classes, reader, count):
         config = Config(name="small", input=SPEC, data=DataConfig(dataset=dataset))
-        assert sheets.measure_quality(explainer, config, classes, 7, data, ["gradcam"], None, tmp_path, count) == []
+        assert quality.write(explainer, config, classes, 7, reader, ["gradcam"], None, tmp_path, count) == []
         return json.loads((tmp_path / "quality.json").read_text()), (tmp_path / "quality.md").read_text()
 
-    content, page = measure("folder/small", CLASSES, small_data, 5)
+    content, page = measure("folder/small", CLASSES, pipeline.Reader(small_data, SPEC), 5)
     assert "5 images of the test split of folder/small" in content["images"] and content["step"] == 7
     assert content["methods"]["gradcam"].keys() == {"deletion", "sanity"} and "lesion?" not in page
     content, page = measure("phantom_ct/tiny", ("COVID-19", "Normal", "Pneumonia"), None, 4)

@@ -1,4 +1,4 @@
-"""The checks of saliency maps: pointing game, deletion curve, sanity check, and the synthetic slices they use."""
+"""Checks of saliency maps: pointing game, deletion curve, sanity check, and their synthetic slices."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def test_pointing_game_by_hand():
 
 
 class FirstCell:
-    """Stands in for an `Explainer`: the probability of class 0 is the mean of the first 4 x 4 pixels."""
+    """A fake `Explainer`: the probability of class 0 is the mean of the first 4 x 4 pixels."""
 
     def probabilities(self, images):
         p = images[:, :4, :4].mean((1, 2, 3)) / 255
@@ -51,8 +51,7 @@ def test_deletion_curve_by_hand():
     np.testing.assert_allclose(curve[0, :3], [1, fill, fill])
     wrong = quality.deletion(FirstCell(), images, 1 - right, np.zeros(1, int), steps=16)
     np.testing.assert_allclose(wrong[0, [0, 15, 16]], [1, 1, fill])
-    np.testing.assert_allclose(quality.area(np.asarray([[1.0, 0.5, 0.0], [1, 1, 1]])), [0.5, 1])
-    assert quality.area(curve)[0] < quality.area(wrong)[0]
+    assert curve.mean() < wrong.mean()
 
 
 def test_rank_correlation_against_scipy():
@@ -63,7 +62,7 @@ def test_rank_correlation_against_scipy():
 
 
 class Brightness(Explainer):
-    """Its maps are the image's own brightness, whatever the weights."""
+    """Its maps are the brightness of the image, for any weights."""
 
     def maps(self, images, targets=None, method="gradcam"):
         return images.mean(-1).astype(np.float32) / 255, None
@@ -82,11 +81,8 @@ def test_sanity_check_of_gradcam_and_of_brightness():
     assert [stage["correlation"] for stage in bad["stages"]] == [1.0] * len(bad["stages"])
     order = quality.module_order(module, (SIDE, SIDE, 3))
     assert order == ["stem_conv", "stem_bn", "stage2_conv", "stage2_bn", "head"]
-    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "the whole network"
+    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "all weights"
     assert good["stages"][-1]["modules"] == len(order)
-    deletion = {"area": 0.25, "random_area": 0.5, "better_than_random": 0.75}
-    page = quality.markdown("x", "y", {"edges": {"sanity": bad, "deletion": deletion}})
-    assert "| edges | **FAILED** | 1.000" in page and "| edges | 0.250 | 0.500 | 75% |" in page
 
 
 def test_shuffling_permutes_the_values_of_one_module():
@@ -101,23 +97,24 @@ def test_shuffling_permutes_the_values_of_one_module():
 
 
 def test_masks_of_synthetic_slices_match_the_images():
-    classes = slices.CLASSES[::-1]
+    classes, name = slices.CLASSES[::-1], datasets.resolve("phantom_ct")[0]
     plain, boxed = InputSpec(size=(96, 96), channels=1), InputSpec(size=(64, 48), channels=1, crop="box")
-    name = datasets.resolve("phantom_ct")[0]
-    whole, cut = (quality.draw_slices(classes, spec, name, 2) for spec in (plain, boxed))
-    assert [classes[i] for i in whole.labels] == [c for c in slices.CLASSES if c != "Normal"]
-    assert whole.images.shape == (2, 96, 96, 1) and cut.lesions.shape == (2, 64, 48)
+    full, cropped = (quality.draw_slices(classes, spec, name, 2) for spec in (plain, boxed))
+    assert [classes[i] for i in full.labels] == [c for c in slices.CLASSES if c != "Normal"]
+    assert full.images.shape == (2, 96, 96, 1) and cropped.lesions.shape == (2, 64, 48)
+
+    def center(mask):
+        return np.asarray([axis.mean() + 0.5 for axis in np.nonzero(mask)])
+
     for i in range(2):
-        patient = slices.new_patient(quality.FIRST_SEED + i, classes[whole.labels[i]])
+        patient = slices.new_patient(quality.FIRST_SEED + i, classes[full.labels[i]])
         level = np.random.default_rng([patient.seed, 30]).permutation(quality.LEVELS)[0]
         phantom = slices.draw_slice(patient, slices.levels(patient, quality.LEVELS)[level])
-        # The lesion's center, relative to the image and to the box.
-        center = np.asarray([axis.mean() + 0.5 for axis in np.nonzero(phantom.lesion)])
         left, top, right, bottom = phantom.box
         for drawn, start, extent in (
-            (whole, (0, 0), phantom.lesion.shape),
-            (cut, (top, left), (bottom - top, right - left)),
+            (full, (0, 0), phantom.lesion.shape),
+            (cropped, (top, left), (bottom - top, right - left)),
         ):
-            place = np.asarray([axis.mean() + 0.5 for axis in np.nonzero(drawn.lesions[i])]) / drawn.lesions[i].shape
-            np.testing.assert_allclose(place, (center - start) / np.asarray(extent), atol=0.01)
-        assert (cut.lesions[i] & ~cut.lungs[i]).mean() < 0.005
+            place = center(drawn.lesions[i]) / drawn.lesions[i].shape
+            np.testing.assert_allclose(place, (center(phantom.lesion) - start) / np.asarray(extent), atol=0.01)
+        assert (cropped.lesions[i] & ~cropped.lungs[i]).mean() < 0.005

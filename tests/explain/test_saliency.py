@@ -1,4 +1,4 @@
-"""Saliency maps against numpy by hand, on networks with a known answer."""
+"""Saliency maps against NumPy, on small networks with known maps."""
 
 import functools
 import itertools
@@ -52,7 +52,7 @@ def toy(head=FLAT, outputs=3, positive=None, relu=True, **options):
 
 
 def by_hand(explainer, target):
-    """The toy's last map, the gradient of a class's logit by it and the logits, in float64 and without jax."""
+    """Returns the toy's last map, the gradient of a class's logit and the logits, in float64 by NumPy."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), explainer.variables["params"])
     x = (IMAGES / 255.0 - np.asarray(SPEC.mean)) / np.asarray(SPEC.std)
     x = x @ p["colors"]["kernel"] + p["colors"]["bias"]
@@ -70,7 +70,7 @@ def enlarged(raw):
 
 
 @pytest.mark.parametrize("relu", [True, False])
-def test_cams_by_their_papers_formulas(relu):
+def test_cams_by_the_formulas_of_the_papers(relu):
     explainer, evidence = toy(relu=relu), dict.fromkeys(saliency.CAMS, 0)
     for target in range(3):
         last, gradient, logits = by_hand(explainer, target)
@@ -82,7 +82,7 @@ def test_cams_by_their_papers_formulas(relu):
             alpha = g**2 / (2 * g**2 + a.sum() * g**3)
             raw["gradcam++"][b] += (alpha * np.maximum(g, 0)).sum() * a
         if not relu:
-            del raw["gradcam++"]  # the paper's maps have no negative values
+            del raw["gradcam++"]  # the paper assumes positive activations
         for name, map_ in raw.items():
             expected = enlarged(map_ if name == "gradcam_positive" else np.maximum(map_, 0))
             if name == "gradcam_positive":
@@ -111,7 +111,7 @@ def test_predicted_class_and_batches():
 
 
 def test_sigmoid_scores_both_classes():
-    """The map of the other class is that of a network with the sign of the last layer flipped."""
+    """The map of the negative class is that of a network with the sign of the last layer flipped."""
     one = toy(outputs=1, positive=0)
     flipped = dict(one.variables["params"], head=dict(one.variables["params"]["head"]))
     flipped["head"]["dense"] = jax.tree.map(lambda x: -x, flipped["head"]["dense"])
@@ -137,7 +137,7 @@ def test_integrated_gradients_add_up_to_the_difference():
 
 
 def corner_explainer(**options):
-    """A network whose first class depends on the brightness of the first cell alone."""
+    """A network whose first class depends only on the brightness of the first cell."""
     explainer = toy(HeadConfig(pool="flatten"), outputs=2, **options)
     p = jax.tree.map(np.zeros_like, explainer.variables["params"])
     p["colors"]["kernel"][:, 0] = 1
@@ -173,7 +173,7 @@ def test_places_of_cells_by_hand():
 
 
 def test_map_is_placed_by_the_receptive_field():
-    """A network of brightness with valid padding: stretched evenly, its map would miss the spot."""
+    """A network of brightness with valid padding: a stretched map would miss the spot."""
     module = small_bn()(outputs=2, padding="valid", head=HeadConfig(pool="avg"))
     spec = InputSpec(size=(48, 48), channels=1)
     variables = random_variables(module, (48, 48, 1))
@@ -194,7 +194,7 @@ def test_map_is_placed_by_the_receptive_field():
 
 
 def test_maps_without_evidence_are_zeros():
-    """If nothing depends on the map, or all cells are equal: not noise stretched to 0..1."""
+    """If the score does not depend on the map, or all cells are equal."""
     explainer = corner_explainer()
     for method in saliency.METHODS:
         assert not explainer.maps(IMAGES, 1, method)[0].any(), method
@@ -210,8 +210,8 @@ def test_invalid_arguments():
     explainer = toy()
     with pytest.raises(ValueError, match=r"method='gradcm'.*gradcam"):
         explainer.maps(IMAGES, None, "gradcm")
-    for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, :8], IMAGES[..., :1]):
-        with pytest.raises(ValueError, match="uint8 .B, 16, 16, 3."):
+    for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, :8]):
+        with pytest.raises(ValueError, match="uint8"):
             explainer.maps(images)
     for targets in ([0, 1], [0, 1, 3], [-1, 0, 0]):
         with pytest.raises(ValueError, match="targets"):
@@ -221,13 +221,7 @@ def test_invalid_arguments():
 
 
 def test_overlay_is_the_mean_of_image_and_colors():
-    image = np.full((2, 3, 1), 100, np.uint8)
-    heat = np.asarray([[0, 0, 0], [1, 1, 1]])
-    colors = np.concatenate([saliency.heat_colors(heat), saliency.overlay(image, heat)], axis=1)
-    assert colors.shape == (2, 6, 3) and colors.dtype == np.uint8
-    low, high = (68, 1, 84), (253, 231, 37)  # viridis's ends, from its table
-    for row, color in ((0, low), (1, high)):
-        np.testing.assert_allclose(colors[row, 1], color, atol=1)
-        np.testing.assert_allclose(colors[row, 4], (100 + np.asarray(color)) / 2, atol=1)
-    with pytest.raises(ValueError, match="broadcast"):
-        saliency.overlay(image, heat.T)
+    image, heat = np.full((2, 3, 1), 100, np.uint8), np.asarray([[0, 0, 0], [1, 1, 1]])
+    ends = np.asarray([[(68, 1, 84)] * 3, [(253, 231, 37)] * 3])  # of viridis
+    np.testing.assert_allclose(saliency.heat_colors(heat), ends, atol=1)
+    np.testing.assert_allclose(saliency.overlay(image, heat), (100 + ends) / 2, atol=1)

@@ -22,7 +22,7 @@ def describe(data, crop="box"):
 
 def test_where_boxes_come_from(small_data):
     boxed = replace(small_data, columns=small_data.columns | {"box": small_data.columns["box"] * 0.5})
-    assert describe(small_data).box == ""  # all boxes are the whole image
+    assert describe(small_data).box == ""  # every box is the full image
     assert describe(boxed).box == "given"  # of a user's data set
     assert describe(boxed, crop="none").box == ""
     body = describe(replace(boxed, name="covidx_ct/3a"))

@@ -1,6 +1,5 @@
-"""The published numbers against other numbers of the same studies: confusion matrices, reports, totals and notes."""
+"""Published numbers against other numbers of the same studies: confusion matrices, reports, totals and notes."""
 
-import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -114,13 +113,13 @@ def test_ct_cov19_tables_agree():
         area = areas[row].get(best.removeprefix("lungs-"))
         if area is not None:
             assert area == pytest.approx(numbers["Val AUC"], abs=0.5e-3)
-    # The note on LargeT, which is Tiny's network.
+    # The note on LargeT, which is identical to Tiny.
     noise = [abs(grid["Tiny"][column] - grid["LargeT"][column]) for column in grid["Tiny"]]
     assert np.mean(noise) == pytest.approx(0.044, abs=0.0005) and max(noise) == pytest.approx(0.158)
 
 
-def test_covidx_rates_fit_their_split():
-    # Recall times support over precision is the number of predictions of a class, which sum to the number of images.
+def test_covidx_rates_match_their_split():
+    # Recall x support / precision is the number of predictions of a class; they sum to the number of images.
     for table, row, split in (
         ("covidx_ct_3a", "test, repeat run", "test"),
         ("covidx_ct_2a", "val, last epoch (3)", "val"),
@@ -130,37 +129,9 @@ def test_covidx_rates_fit_their_split():
         assert (recall * support / precision).sum() == pytest.approx(support.sum(), abs=5)
         assert np.dot(recall, support) / support.sum() == pytest.approx(rows(table)[row]["accuracy"], abs=1e-4)
         np.testing.assert_allclose(f1, 2 * recall * precision / (recall + precision), atol=1.1e-4)
-    # The numbers of 2A are not of test, as its README seems to say.
+    # The numbers of 2A are not those of test, although its README suggests it.
     support = np.array(TABLES["covidx_ct_2a"].counts["test"])
     assert abs((recall * support / precision).sum() - support.sum()) > 50
-
-
-def test_facts_of_the_studies(shared):
-    """The numbers in notes that were taken from the studies independently of the tables."""
-
-    def lines(name, start, width):
-        text = (shared / "facts" / name).read_text("utf-8").split(start)[1].split("\n\n")[0]
-        cells = [[c.strip(" *") for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-        return [row for row in cells if len(row) == width and "---" not in row]
-
-    def numbers(cells):
-        return [float(x) for x in re.findall(r"\d*\.?\d+", " ".join(cells))]
-
-    grid = lines("ct_cov19.md", "| model | original | nobackg |", 6)
-    assert [numbers(row[1:]) for row in grid] == [list(rows("ct_cov19_val")[row[0]].values()) for row in grid]
-    reports = lines("ct_cov19.md", "| model | config | wF1 |", 8)
-    ours = [[r[c] for c in ("weighted F1", "accuracy", "macro F1")] for r in rows("ct_cov19_reports").values()]
-    assert [numbers(row[2:5]) for row in reports] == ours
-    rates = [report(r, ("COV", "Normal", "OtherPneumonia")).T for r in rows("ct_cov19_reports").values()]
-    assert [numbers(row[5:]) for row in reports] == [list(map(float, r.ravel())) for r in rates]
-    headline = lines("ct_cov19.md", "| model | configuration | Val F1 |", 6)
-    assert [numbers(row[2:]) for row in headline] == [list(rows("ct_cov19_test")[row[0]].values()) for row in headline]
-    scores = lines("kaggle_ct_noninformative.md", "| model | last train acc |", 6)
-    assert [len(table) for table in (grid, reports, headline, scores)] == [8, 32, 8, 9]
-    columns = ("val accuracy", "test accuracy", "test loss")
-    assert [numbers([row[2], *row[4:]]) for row in scores] == [
-        [rows("ictcf_test")[row[0]][column] for column in columns] for row in scores
-    ]
 
 
 def test_tables_are_complete():
@@ -186,7 +157,7 @@ def test_experiments_and_metrics():
             configs.check(config)
             # The official splits of COVIDx CT-2A are the clean ones: `study` there is another study's resampling.
             assert config.data.protocol == "study" or table.name in ("transfusion", "covidnet_ct_2a")
-            # Runs are in folders of this name: two experiments must not share one.
+            # Names of run folders are unique.
             assert names.setdefault(config.name, text) == text
 
 

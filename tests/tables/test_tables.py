@@ -1,4 +1,4 @@
-"""Which runs count for a table, our numbers and verdicts, the written files, and the smoke test of all cells."""
+"""Results tables: states of runs, numbers, verdicts, files, charts and the smoke test."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from lungjax.config import overrides
 from lungjax.evaluation import predictions
 from lungjax.runtime import signals
 from lungjax.tables import __main__ as command
-from lungjax.tables import cells, charts, results, runs, smoke
+from lungjax.tables import cells, charts, results, runs, smoke_test
 from lungjax.tables.cells import Cell, Table
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
@@ -56,7 +56,7 @@ def predict(split, skill, seed):
 
 
 def fabricate(run, skill=1.0, **facts):
-    """Writes the folder of a finished run."""
+    """Writes a folder like that of a finished run."""
     run.folder.mkdir(parents=True)
     (run.folder / "config.json").write_text(overrides.to_json(run.config))
     history = '{"step": 1, "train.loss": 1.0}\n{"step": 2, "val.slice.accuracy": 0.5}\n'
@@ -85,15 +85,10 @@ def evaluate(sample, options, draws=50, tables=None):
 
 def test_verdict_allows_for_rounding():
     one = Cell("a", "b", "x", "val.slice.accuracy", 0.81, decimals=2)
-    for low, high, verdict in (
-        (0.7, 0.8, "below"),  # 0.805 is the lowest number printed as 0.81
-        (0.7, 0.8051, "inside"),
-        (0.8149, 0.9, "inside"),
-        (0.8151, 0.9, "above"),
-        (None, None, ""),
-    ):
-        assert results.compare(one, low, high) == verdict
-    assert results.compare(replace(one, published=None), 0.1, 0.2) == ""
+    # 0.805 is the lowest number printed as 0.81, 0.815 the highest.
+    ends = {(0.7, 0.8): "below", (0.7, 0.8051): "inside", (0.8149, 0.9): "inside", (0.8151, 0.9): "above"}
+    assert {pair: results.compare(one, *pair) for pair in ends} == ends
+    assert results.compare(one, None, None) == results.compare(replace(one, published=None), 0.1, 0.2) == ""
 
 
 def test_invalid_cells_and_tables():
@@ -108,13 +103,6 @@ def test_invalid_cells_and_tables():
         table(cell("x"), charts=("curve",))
 
 
-def replace_text(name, old, new):
-    def spoil(folder):
-        (folder / name).write_text((folder / name).read_text().replace(old, new))
-
-    return spoil
-
-
 def prepare_again(folder):
     where = folder.parents[2] / "data/phantom_ct/tiny/2.0.0"
     where.mkdir(parents=True)
@@ -123,30 +111,31 @@ def prepare_again(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "word"),
+    ("name", "old", "new", "kind", "word"),
     [
-        (lambda folder: None, "finished", ""),
-        (lambda folder: (folder / "report.json").unlink(), "unfinished", "report.json"),
-        (replace_text("metrics.jsonl", '\n{"step": 2, "val.slice.accuracy": 0.5}', ""), "unfinished", "step 1 of 2"),
-        (replace_text("config.json", '"lr": 0.001', '"lr": 0.5'), "other configuration", "optim.lr"),
-        (replace_text("config.json", '"log_steps": 10', '"log_steps": 7'), "finished", ""),
-        (replace_text("report.json", "phantom_ct/tiny", "folder/mine"), "other data", "folder/mine"),
-        (replace_text("report.json", "ffff", "0000"), "other data", "another seed"),
-        (prepare_again, "other data", "splits"),
-        (lambda folder: (folder / "report.json").write_text("{"), "damaged", "report.json"),
-        (replace_text("predictions_val.csv", "val_019", "\n"), "damaged", "predictions_val.csv"),
-        (
-            lambda folder: predictions.write(predict("val", 3.0, 7), folder / "predictions_val.csv"),
-            "damaged",
-            "accuracy",
-        ),
+        ("config.json", '"log_steps": 10', '"log_steps": 7', "finished", ""),
+        ("report.json", None, None, "unfinished", "report.json"),
+        ("metrics.jsonl", '\n{"step": 2, "val.slice.accuracy": 0.5}', "", "unfinished", "step 1 of 2"),
+        ("config.json", '"lr": 0.001', '"lr": 0.5', "other configuration", "optim.lr"),
+        ("report.json", "phantom_ct/tiny", "folder/mine", "other data", "folder/mine"),
+        ("report.json", "ffff", "0000", "other data", "another seed"),
+        ("", None, None, "other data", "splits"),
+        ("report.json", '{"classes"', "{", "damaged", "report.json"),
+        ("predictions_val.csv", "val_019", "\n", "damaged", "predictions_val.csv"),
+        ("report.json", '"accuracy": 0', '"accuracy": 1', "damaged", "accuracy"),
     ],
 )
-def test_state_of_a_run(trial, options, spoil, kind, word):
+def test_state_of_a_run(trial, options, name, old, new, kind, word):
     planned = runs.plan(trial, options)
     for run in planned:
         fabricate(run)
-    spoil(planned[1].folder)
+    path = planned[1].folder / name
+    if not name:
+        prepare_again(planned[1].folder)
+    elif old is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace(old, new))
     state = results.Reader(table(cell(trial)), options).group(trial).states[1]
     assert state.kind == kind and word in state.reason
     result = evaluate(table(cell(trial)), options)[0]
@@ -167,49 +156,38 @@ def test_numbers_verdicts_and_files(trial, options):
     )
     answers = evaluate(sample, options, 300)
     assert answers[0].ours == pytest.approx(expected, abs=1e-9)
-    assert answers[0].low < expected < answers[0].high
-    assert answers[0].difference == pytest.approx(expected - 0.05)
+    assert answers[0].low < expected < answers[0].high and answers[0].difference == pytest.approx(expected - 0.05)
     assert [r.verdict for r in answers] == ["above", "below", "inside", ""]
     assert answers[3].state == "not run" and answers[3].ours is None
-    folder = options.workdir / "trial_simple_64_phantom_ct_tiny"
-    assert answers[3].commands == tuple(
-        f"python -m lungjax.main --experiment={trial}:size=64 --set=train.seed={seed} --workdir={folder}/seed{seed} "
-        f"--data_dir={options.data_dir}"
-        for seed in (0, 1)
+    assert answers[3].commands[1] == (
+        f"python -m lungjax.main --experiment={trial}:size=64 --set=train.seed=1 "
+        f"--workdir={options.workdir}/trial_simple_64_phantom_ct_tiny/seed1 --data_dir={options.data_dir}"
     )
     other = evaluate(replace(sample, elsewhere="of other patients."), options, 300)
     assert other[0].ours == answers[0].ours and not any(r.verdict for r in other)
-
     path = results.write(sample, answers, options, {"t_bars.png": "bars"})
     rows = list(csv.DictReader((path.parent / "t.csv").read_text().splitlines()))
     assert float(rows[0]["ours"]) == pytest.approx(expected, abs=1e-5) and rows[3]["ours"] == ""
     assert rows[3]["state"] == "not run" and rows[3]["command"].count("lungjax.main") == 2
     text = path.read_text()
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text and "(t_bars.png)" in text
-    for page in (text, results.summary(sample, answers)):
-        assert "not run" in page and answers[3].commands[0] in page
+    assert "not run" in text and answers[3].commands[0] in text
 
 
 def test_counts_of_the_published_splits(trial, options, monkeypatch):
-    """Only the clean protocol may lack a few images, and no run may have more."""
+    """Only the clean protocol may lack a few images; more are never allowed."""
     clean = runs.plan(trial, options)[0]
     config = overrides.override(clean.config, "data.protocol=study")
     study = replace(clean, folder=clean.folder.with_name("study"), config=config, protocol="study")
-    for run in (clean, study):
-        fabricate(run)
     monkeypatch.setattr(runs, "MAX_EXCLUDED", 0.3)
-    for run, counts, kind in (
-        (clean, (10, 6, 5), "finished"),
-        (clean, (10, 6, 6), "other data"),
-        (clean, (10, 6, 3), "other data"),
-        (study, (10, 6, 4), "finished"),
-        (study, (10, 6, 5), "other data"),
-    ):
-        assert runs.check(run, options.data_dir, {"val": counts}).kind == kind
+    for run, last, allowed in ((clean, (3, 4, 5, 6), (4, 5)), (study, (4, 5), (4,))):
+        fabricate(run)
+        states = {n: runs.check(run, options.data_dir, {"val": (10, 6, n)}).kind for n in last}
+        assert states == {n: "finished" if n in allowed else "other data" for n in last}
 
 
 def test_overrides_give_no_verdict(trial, options):
-    """Neither another data set nor another configuration answers a published number."""
+    """Runs with another data set or configuration get no verdict."""
     override = replace(options, sets=("data.dataset=phantom_ct/tiny",))
     for run in runs.plan(f"{trial}:dataset=ct_cov19", override):
         fabricate(run)
@@ -228,13 +206,9 @@ def test_table_that_chooses(trial, options):
     val = tuple(cell(trial, f"s{i}", row, f":size={size}") for row in sizes for i, size in enumerate(sizes[row]))
     for one, skill in zip(val, skills, strict=True):
         fabricate(runs.plan(one.experiment, options)[0], skill)
-    test = tuple(
-        cell(trial, row, column, ":size=48", metric, published)
-        for row, both in (("a", (0.5, 0.9)), ("b", (0.6, 0.8)), ("c", (0.7, 0.7)))
-        for column, metric, published in zip(
-            ("Val", "Test"), ("val.slice.f1_weighted", "test.slice.accuracy"), both, strict=True
-        )
-    )
+    columns = {"Val": "val.slice.f1_weighted", "Test": "test.slice.accuracy"}
+    published = iter((0.5, 0.9, 0.6, 0.8, 0.7, 0.7))
+    test = [cell(trial, row, name, ":size=48", columns[name], next(published)) for row in "abc" for name in columns]
     chooser = table(*test, chosen_from="val", correlate=(("Val", "Test"),))
     tables = {"t": chooser, "val": replace(table(*val), name="val")}
     answers = evaluate(chooser, options, tables=tables)
@@ -245,22 +219,12 @@ def test_table_that_chooses(trial, options):
     rho = stats.spearmanr([r.ours for r in answers[::2]], accuracies).statistic
     (line,) = results.correlations(chooser, answers)
     assert f"published -1.00, ours {rho:+.2f}" in line
-    assert "s1, a" in results.markdown(chooser, answers, options, {})
     (runs.plan(val[0].experiment, options)[0].folder / "report.json").unlink()
     part = evaluate(chooser, options, tables=tables)
     assert part[0].state == "best of 1 of 2" and part[0].ours is not None and not part[0].verdict
     assert len(part[0].commands) == 1 and part[2].state == "finished"
     with pytest.raises(ValueError, match="'d'"):
         cells.candidates(chooser, replace(test[0], row="d"), tables)
-
-
-def test_pooled_curves():
-    p = predict("val", 1.0, 0)
-    one_hot = np.eye(3)[p.labels]
-    roc, pr = charts.pooled(p)
-    assert roc[2] == pytest.approx(reference.roc_auc_score(one_hot, p.probabilities, average="micro"))
-    assert pr[2] == pytest.approx(reference.average_precision_score(one_hot, p.probabilities, average="micro"))
-    assert np.trapezoid(roc[1], roc[0]) == pytest.approx(roc[2], abs=5e-3)
 
 
 def test_charts_of_the_best_runs(trial, options):
@@ -271,23 +235,22 @@ def test_charts_of_the_best_runs(trial, options):
     for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
         for run in runs.plan(name, options):
             fabricate(run, skill)
-    reader = results.Reader(sample, options, draws=50)
-    answers = results.evaluate(sample, {}, reader)
-    ((name, best, seed, _),) = charts.best_runs(answers, reader)
+    answers = evaluate(sample, options)
+    ((name, best, seed, _),) = charts.best_runs(answers)
     scores = [
         reference.f1_score(p.labels, p.predicted, average="weighted") for p in (predict("val", 2.0, s) for s in (0, 1))
     ]
     assert best.cell.column == "d" and seed == int(np.argmax(scores)) and name == "a, d"
     files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
-    assert list(charts.draw(sample, answers, reader, options.workdir)) == files
+    assert list(charts.draw(sample, answers, options.workdir)) == files
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
-    nothing = [results.Result(one, "not run") for one in sample.cells]
-    assert list(charts.draw(sample, nothing, reader, options.workdir)) == files[:1]
-    assert not (options.workdir / files[2]).exists(), "a chart of runs that are gone"
+    nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
+    assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
+    assert not (options.workdir / files[2]).exists(), "chart of deleted runs"
 
 
-def test_execution_of_missing_runs(trial, options, monkeypatch):
-    """A failed run stops no other, finished runs are not repeated, and unprepared data is reported once."""
+def test_execute_missing_runs(trial, options, monkeypatch):
+    """Continues after a failed run, skips finished runs, and reports unprepared data once."""
     sample = table(cell(trial), cell(trial, "b", arguments=":size=8"), cell(trial, "c", arguments=":dataset=ct_cov19"))
     executed, output = [], []
 
@@ -300,8 +263,7 @@ def test_execution_of_missing_runs(trial, options, monkeypatch):
     monkeypatch.setattr(runs, "execute", execute)
     failures = results.run_missing(sample, {}, options, output.append)
     assert len(executed) == 4 and len(failures) == 4
-    assert sum("exit code 2" in how and "too small" in how for how in failures.values()) == 2
-    assert sum("not prepared" in how for how in failures.values()) == 2
+    assert sum("exit code 2" in error and "too small" in error for error in failures.values()) == 2
     assert sum("lungjax.prepare --dataset=ct_cov19" in line for line in output) == 1
     answers = results.evaluate(sample, {}, results.Reader(sample, options, 100, failures))
     assert [r.state for r in answers] == ["finished", "failed", "failed"]
@@ -309,7 +271,7 @@ def test_execution_of_missing_runs(trial, options, monkeypatch):
     assert results.run_missing(table(cell(trial)), {}, options, output.append) == {} and not executed
 
 
-def test_ctrl_c_saves_the_run(tmp_path, options, trial, monkeypatch, capfd):
+def test_ctrl_c_saves_a_run(tmp_path, options, trial, monkeypatch, capfd):
     script = tmp_path / "python"
     script.write_text(
         f"#!{sys.executable}\nimport signal, sys, time\n"
@@ -336,15 +298,15 @@ def test_smoke(trial, monkeypatch):
         cell(trial, "b", "size", arguments=":size=9"),
     )
     lines = []
-    failures = smoke.run({"t": sample}, {"t": sample}, lines.append)
+    failures = smoke_test.run({"t": sample}, {"t": sample}, lines.append)
     for word, line in zip(("f1_weighted", "modle", "cbr_tiny", "ct_cov19", "too small"), failures, strict=True):
         assert word in line and line.startswith("t: b, ")
     assert any("a: 2 cells ok; 25,475 parameters, 1 trained" in line for line in lines)
-    assert any("b: 5 cells 5 FAILED" in line for line in lines)
-    assert "7 cells of 1 tables, 1 distinct networks trained: 5 failures" in lines[-1]
+    assert "7 cells of 1 table, 1 distinct network trained: 5 failures" in lines[-1]
     infinite = {"head/dense/kernel": np.full((32, 3), np.inf, np.float32)}
-    monkeypatch.setattr(smoke, "random_leaves", lambda like: infinite)
-    assert "at step 1" in smoke.attempt(*smoke.complete(trial))
+    monkeypatch.setattr(smoke_test, "random_leaves", lambda _: infinite)
+    (failure,) = smoke_test.run({}, {"t": table(cell(trial))}, lines.append)
+    assert "at step 1" in failure
 
 
 def test_command(tmp_path, capsys):

@@ -106,11 +106,11 @@ def test_report_of_the_control_without_lungs(phantoms, tmp_path, monkeypatch):
     )  # fmt: skip
     report_path = train.run(config, tmp_path / "run", phantoms)
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["no_lungs"]["n"] == report["test"]["slice"]["n"] == 12
-    assert report["no_lungs"]["loss"] != report["test"]["slice"]["loss"]
+    assert report["controls"]["no_lungs"]["n"] == report["test"]["slice"]["n"] == 12
+    assert report["controls"]["no_lungs"]["loss"] != report["test"]["slice"]["loss"]
     assert "lungs blacked out" in report_path.read_text()
     warned = any("lungs blacked out" in warning for warning in report["warnings"])
-    assert warned == (report["no_lungs"]["auc_macro"] >= 0.6)
+    assert warned == (report["controls"]["no_lungs"]["auc_macro"] >= 0.6)
 
 
 def test_control_without_lungs_has_the_test_files(phantoms):

@@ -1,8 +1,8 @@
 """The results tables of the studies, as printed: `TABLES` by name, from tables.toml and cells.csv.
 
-cells.csv has one row per cell: table, row, column, experiment (as `--experiment` takes it), metric, published and note.
+cells.csv has one row per cell: table, row, column, experiment (as for `--experiment`), metric, published and note.
 `published` is the printed text, so that it can be checked against the source: ".966" or "96.6%", both 0.966 with three
-digits; "1" and "0" are rates that a report with two digits prints so; empty where the study printed none.
+digits; "1" and "0", as reports with two digits print 1.00 and 0.00; empty if the study printed no number.
 """
 
 import csv
@@ -13,7 +13,7 @@ from typing import Any
 
 from lungjax.tables.cells import Cell, Table
 
-MIN_DECIMALS = 2  # of a report that prints 1.00 and not 1
+MIN_DECIMALS = 2  # of a report that prints 1.00 as 1
 
 
 def parse_number(text: str) -> tuple[float | None, int]:
@@ -26,14 +26,14 @@ def parse_number(text: str) -> tuple[float | None, int]:
     try:
         digits = Decimal(text.removesuffix("%"))
     except InvalidOperation:
-        raise ValueError(f"{text!r} is not a printed number: write .966 or 96.6%, or leave it empty") from None
+        raise ValueError(f"{text!r} is not a number: write .966 or 96.6%, or leave it empty") from None
     if text.endswith("%"):
         digits = digits.scaleb(-2)
     return float(digits), max(MIN_DECIMALS, -int(digits.as_tuple().exponent))
 
 
 def read(cells_csv: str, tables_toml: str) -> dict[str, Table]:
-    """Returns the tables by name from the text of both files. Raises ValueError for a cell or table that is invalid."""
+    """Returns the tables by name from the text of both files. Raises ValueError for an invalid cell or table."""
     entries = tomllib.loads(tables_toml)
     cells: dict[str, list[Cell]] = {name: [] for name in entries["table"]}
     for line in csv.DictReader(cells_csv.splitlines()):

@@ -1,4 +1,4 @@
-"""The image sheets of a data set's page: samples, stages, augmented images and duplicates."""
+"""Contact sheets of a data set's page: samples, stages, augmented images and duplicates."""
 
 import dataclasses
 import json
@@ -15,42 +15,42 @@ from lungjax.config import AugmentConfig, InputSpec
 from lungjax.data import prepared, statistics
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
-from lungjax.report import sheets
-from lungjax.report.render import Figure
-from lungjax.report.sheets import Section, Tile
+from lungjax.report import contact_sheet, context
+from lungjax.report.contact_sheet import Section, Tile
+from lungjax.report.templating import Figure
 
 MAX_PAIRS = 12  # duplicates on a sheet
-MAX_CANDIDATES = 12  # images from which the one with the largest lungs is augmented
+MAX_CANDIDATES = 12  # images among which the one with the largest lungs is typical
 SLICES = 5  # on the sheet of the stages
-DRAWS = 11  # augmented images next to the original
+DRAWS = 11  # augmented copies of the image
 MAX_SIDE = 600  # pixels of an image on a sheet
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A data set with its images and summary, and the folder of the page."""
+    """A data set with its images and summary, and the output folder."""
 
     data: Prepared
     data_dir: Path
     out: Path  # for figures
     seed: int
-    masks: bool  # the images are CT slices, with bodies and lungs
+    masks: bool  # whether the images are CT slices, in which bodies and lungs can be segmented
 
     @cached_property
     def rng(self) -> np.random.Generator:
-        """Selects the images that are shown."""
+        """Random generator of the choice of images."""
         return np.random.default_rng(self.seed)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The summary.json of `lungjax.prepare`."""
+        """Content of the data set's summary.json."""
         path = prepared.directory(self.data_dir, self.data.name) / "summary.json"
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return summary
 
     @cached_property
     def typical_row(self) -> int:
-        """A train image of the largest source; of CT slices one with large lungs."""
+        """Row of a train image of the largest source; among CT slices one with large lungs."""
         rows = self.data.rows("train")
         sources, count = np.unique(self.data.columns["source"][rows], return_counts=True)
         rows = rows[self.data.columns["source"][rows] == sources[np.argmax(count)]]
@@ -83,7 +83,7 @@ class View:
         return str(self.data.columns[column][row])
 
     def origin(self, row: int) -> tuple[str, ...]:
-        """Returns lines with the file name, source and split of an image."""
+        """Returns the file name, source and split of an image, one line each."""
         source, split = self.text("source", row), str(statistics.cells(self.data)[row])
         return self.text("file", row), *([f"source: {source}"] if source else []), split or "in no split"
 
@@ -91,7 +91,7 @@ class View:
         self, path: str, caption: str, tiles: Sequence[Tile], rows: Sequence[int], paired: bool = False
     ) -> Figure:
         """Draws a sheet; returns its figure with the file names of `rows`."""
-        sheets.draw([Section(tiles)], self.out / path, min(4 if paired else 6, len(tiles)), paired)
+        contact_sheet.draw([Section(tiles)], self.out / path, min(4 if paired else 6, len(tiles)), paired)
         return Figure(path, caption, [self.text("file", row) for row in rows])
 
 
@@ -107,7 +107,7 @@ def samples(view: View, count: int) -> dict[str, Figure]:
 
 
 def stages(view: View) -> list[Figure]:
-    """Draws the stages of some slices with their masks; [] without masks, or if the data is in a stage already."""
+    """Draws the stages of some slices; [] without masks, or if the data set already has a stage."""
     if not view.masks or datasets.resolve(view.data.name)[0].stage:
         return []
     from lungjax.data.imaging import lung_masks, study_masks  # here: scikit-image takes a second
@@ -116,24 +116,14 @@ def stages(view: View) -> list[Figure]:
     tiles = []
     for row in rows:
         tiles += [_outlined(view, row), *(_staged(view, row, name) for name in lung_masks.ROBUST)]
-    # The fixed threshold and contour of the studies need a complete body in a lung window and fail on other slices.
-    best = max(rows, key=lambda row: _complete_and_bright(view.gray(row)))
-    study = [_outlined(view, best), *(_staged(view, best, name) for name in study_masks.STAGES)]
+    # The fixed threshold and contour of the studies fail on many slices; they work on one with large lungs.
+    typical = view.typical_row
+    study = [_outlined(view, typical), *(_staged(view, typical, name) for name in study_masks.STAGES)]
     caption = "The default stages (prepare --dataset=NAME-STAGE); one row per slice, from different sources."
     return [
         view.sheet("stages.png", caption, tiles, rows),
-        view.sheet("stages_study.png", "The stages of the published studies for one slice.", study, [best]),
+        view.sheet("stages_study.png", "The stages of the published studies for one slice.", study, [typical]),
     ]
-
-
-def _complete_and_bright(gray: np.ndarray) -> tuple[bool, bool, float]:
-    """Returns whether lungs are found, whether the body is bright enough for the studies, minus the cropped part."""
-    from lungjax.data.imaging import lung_masks, study_masks
-
-    body = lung_masks.body_mask(gray)
-    cropped = float(np.concatenate([body[0], body[-1], body[:, 0], body[:, -1]]).mean())
-    bright = bool(body.any()) and float((gray[body] > study_masks.THRESHOLD).mean()) > 0.3
-    return bool(lung_masks.lung_mask(gray).any()), bright, -cropped
 
 
 def _outlined(view: View, row: int) -> Tile:
@@ -158,8 +148,8 @@ def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str,
     """Draws one train image under each preset; returns the figures by preset."""
     figures = {}
     for name, config in presets.items():
-        fields = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-        values = ", ".join(f"{field}={_value(getattr(config, field))}" for field in fields) or "no augmentation"
+        fields = context.changed(config, AugmentConfig()).items()
+        values = ", ".join(f"{field}={value}" for field, value in fields) or "no augmentation"
         tiles = _draws(view, view.typical_row, config)
         caption = f"--set=augment={name}: {values}."
         figures[name] = view.sheet(f"augment_{name}.png", caption, tiles, [view.typical_row])
@@ -185,17 +175,11 @@ def _draws(view: View, row: int, config: AugmentConfig) -> list[Tile]:
     return [Tile(Reader(view.data, spec)(row)[..., 0], head="original"), *draws]
 
 
-def _value(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_value, value))})"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def duplicates(view: View) -> list[dict[str, Any]]:
     """Draws exact copies and near duplicates side by side; returns counts and figure of each kind."""
     from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 
-    near = f"the same picture saved twice, of different {view.summary['group_name']}"
+    near = f"nearly the same picture, of different {view.summary['group_name']}"
     return [
         _pairs(view, "Exact copies", "equal in every pixel", statistics.copies(view.data)),
         _pairs(view, "Near duplicates", near, near_duplicates.read(view.data, view.data_dir)),

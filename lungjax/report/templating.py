@@ -1,7 +1,7 @@
 """Pages from the Jinja templates in `templates/`: NAME.html.j2 and NAME.md.j2, with every value escaped.
 
-A page is rendered from one context of plain values, `Number`, `Table` and `Figure`. Templates that exist as HTML and as
-Markdown share their body, NAME.j2, and differ in the macros that it calls. HTML pages need no script and load nothing.
+The context of a page has plain values, `Number`, `Table` and `Figure`. A page in both formats has one body, NAME.j2,
+which calls the macros of the format. HTML pages are self-contained and have no scripts.
 """
 
 import base64
@@ -18,16 +18,16 @@ import markupsafe
 from markupsafe import Markup
 
 READABLE_SCALE = 0.6  # of a figure's width, below which its text is illegible
-MIN_SCROLL_WIDTH = 420  # pixels; a figure that is legible at this width fits every screen
+MIN_SCROLL_WIDTH = 420  # pixels; a figure that is legible at this width fits any screen
 MAX_LISTED = 8  # names in a sentence
 CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), 127)}  # invalid in HTML
-# An underscore between letters or digits is no emphasis: names such as slice.auc_macro stay as they are.
+# An underscore between letters or digits is not emphasis: names such as slice.auc_macro stay unmodified.
 MARKDOWN = re.compile(r"[\\|*`<&\[\]$~]|(?<![^\W_])_|_(?![^\W_])")
 LINK = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)\]])")
 
 
 class Number(NamedTuple):
-    """A metric in a table; None is undefined."""
+    """A metric of a table; None is undefined."""
 
     value: float | None
     low: float | None = None  # of the 95 % interval
@@ -40,9 +40,9 @@ class Number(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a page; the first cell of each row names the row."""
+    """A table of a page; the first cell of each row is its name."""
 
-    head: Sequence[str]  # all "" for none
+    head: Sequence[str]  # all "" for no head
     rows: Sequence[Sequence[Any]]
     title: str = ""
     note: str = ""  # a paragraph below
@@ -51,13 +51,13 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG picture of a page."""
+    """A PNG figure of a page."""
 
     path: str  # relative to the page
     caption: str
-    names: Sequence[str] = ()  # of the image files that it shows
-    source: str = ""  # a data URI; "" links to `path`
-    size: tuple[str, str] = ("", "")  # width and height in pixels, of an embedded one
+    names: Sequence[str] = ()  # of the image files in it
+    source: str = ""  # data URI of an embedded figure; "" links to `path`
+    size: tuple[str, str] = ("", "")  # width and height in pixels of an embedded figure
     min_width: str = ""  # CSS pixels below which it scrolls
 
 
@@ -78,7 +78,7 @@ def embed(path: Path, caption: str) -> Figure:
 
 
 def render(template: str, **context: Any) -> str:
-    """Returns a page. `template` is a file name in `templates/`; one that ends in .md.j2 gives Markdown, else HTML."""
+    """Renders a file of `templates/`: Markdown if its name ends in .md.j2, otherwise HTML."""
     html = not template.endswith(".md.j2")
     text = _environment(html).get_template(template).render(context, html=html)
     return text if html else re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
@@ -112,17 +112,17 @@ def _environment(html: bool) -> jinja2.Environment:
 
 
 def escape_html(text: str) -> Markup:
-    """Returns HTML that shows `text`, whatever characters it contains."""
+    """Returns HTML that displays `text` literally."""
     return markupsafe.escape(text.translate(CONTROL_CHARACTERS))
 
 
 def escape_markdown(text: str) -> Markup:
-    """Returns Markdown that shows `text` on one line: it neither ends a table cell nor turns into markup."""
+    """Returns one line of Markdown that displays `text` literally, also in a table cell."""
     return Markup(MARKDOWN.sub(r"\\\g<0>", re.sub(r"\s+", " ", text.translate(CONTROL_CHARACTERS))))
 
 
 def plain(value: Any) -> str:
-    """Returns a value as text: "1,234", "a, b" of a list, "jax 0.10" of a dict, "-" of None."""
+    """Formats a value: "1,234", "a, b" for a list, "jax 0.10" for a dict, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
@@ -133,7 +133,7 @@ def plain(value: Any) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Returns "0.931", "-" for an undefined number."""
+    """Returns "0.931", or "-" for an undefined number."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -143,7 +143,7 @@ def count(n: int, noun: str) -> str:
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:
-    """Returns "a, b and c"; only the first MAX_LISTED of many."""
+    """Returns "a, b and c", or the first MAX_LISTED names and the number of the others."""
     if len(names) > MAX_LISTED:
         return f"{', '.join(names[:MAX_LISTED])} {word} {len(names) - MAX_LISTED} more"
     return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

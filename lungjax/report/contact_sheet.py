@@ -1,6 +1,6 @@
-"""Sheets of images with text, mask contours or heat maps.
+"""Contact sheets: images with text, mask contours or heat maps.
 
-Images keep their gray levels, 0 black and 255 white, so that a darker source looks darker.
+Gray levels are not rescaled, so that a darker source looks darker.
 """
 
 import itertools
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 CONTOURS = ((style.COLORS[5], (0, (4, 1.5))), (style.COLORS[4], "-"))  # of the first and the second mask of a tile
 WIDTH, GAP, PAIR_GAP = 2.05, 0.12, 0.35  # inches: a tile with its gap, the gap, the extra gap between pairs
-TITLE, HEAD, LINE = 0.42, 0.24, 0.155  # inches: heights of a section's title, a tile's head, a line below a tile
+TITLE, HEAD, LINE = 0.42, 0.24, 0.155  # heights in inches: a section's title, a tile's head, a line below a tile
 FONT_SIZE = 8.2  # points, of the lines
 FRAME = "#999999"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a sheet."""
+    """One image of a contact sheet."""
 
     image: np.ndarray  # uint8 [h, w], [h, w, 1] or [h, w, 3]
     lines: Sequence[str] = ()  # below it; the first one, usually a file name, is muted
@@ -38,7 +38,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """Tiles, under a title if there is one."""
+    """Tiles below an optional title."""
 
     tiles: Sequence[Tile]
     title: str = ""
@@ -46,10 +46,10 @@ class Section:
 
 
 def draw(sections: Sequence[Section], path: Path, columns: int, paired: bool = False, aspect: float = 1.2) -> None:
-    """Draws sections of tiles, `columns` in a row, with a legend of at most two masks.
+    """Draws sections of tiles, `columns` per row, with a legend of at most two masks.
 
-    `paired` puts two tiles each close together. A tile is at most `aspect` times as high as it is wide; a taller image
-    is scaled down.
+    `paired` groups successive tiles in pairs. The height of a tile is at most `aspect` times its width; taller images
+    are scaled down.
     """
     side, pair_gap = WIDTH - GAP, PAIR_GAP if paired else 0.0
     masks = list(dict.fromkeys(name for section in sections for tile in section.tiles for name in tile.masks))
@@ -117,7 +117,7 @@ def _show(axis: "Axes", tile: Tile, masks: Sequence[str]) -> None:
 
 
 def fit(text: str, inches: float, size: float, weight: str = "normal") -> str:
-    """Cuts out the middle of `text` so that it is no wider than `inches` at font size `size` in points."""
+    """Shortens `text` in the middle to a width of at most `inches` at font size `size` in points."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
