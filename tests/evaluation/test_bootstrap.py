@@ -159,3 +159,22 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_binomial_interval_of_many():
+    n = 900
+    right = np.arange(n) < 0.8 * n
+    scores = np.where(right[:, None], [1.0, 0, 0], [0, 1.0, 0])
+    intervals = bootstrap.intervals(make_predictions(np.zeros(n), scores), 1000)
+    half = 1.96 * np.sqrt(0.8 * 0.2 / n)
+    assert intervals["accuracy"] == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
+    assert not intervals.keys() & {"auc_macro", "per_class.b.recall", "study.auc_micro_logits"}
+
+
+def test_wilson_interval():
+    for count, n in ((0, 10), (1, 10), (5, 100), (10, 100), (100, 100)):
+        z, p = 1.959964, count / n
+        half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+        by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
+        assert bootstrap.wilson(count, n) == pytest.approx(by_hand, abs=1e-6)
+    assert bootstrap.wilson(0, 0) == [0.0, 1.0]
