@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import commands
@@ -72,7 +73,6 @@ def test_command_runs_without_tensorflow_or_jax(tmp_path):
 def test_help(tmp_path):
     result = subprocess.run([sys.executable, "-m", "lungjax.prepare", "--help"], capture_output=True, text=True)
     assert 0 < result.stdout.index("--dataset") < result.stdout.index("--window")
-    assert "CT-COV19" in prepare.help_page(["--dataset=ct_cov19", "--help"])
 
 
 def test_mistakes(tmp_path, monkeypatch, capsys):
@@ -130,8 +130,8 @@ def test_records_equal_those_of_tfds(tmp_path):
     assert len(records) == len(expected) == 3
     for record, other in zip((records[i] for i in range(3)), expected, strict=True):
         assert all(record[name] == other[name] for name in ("image", "file", "group", "source"))
-        np.testing.assert_array_equal(record["body"], other["body"])
-    assert 0.2 < np.unpackbits(records[0]["body"]).mean() < 0.9
+        np.testing.assert_array_equal(np.frombuffer(zlib.decompress(record["body"]), np.uint8), other["body"])
+    assert other["body"].any() and not other["body"].all()
     with pytest.raises(IndexError):
         records[3]
 

@@ -6,18 +6,15 @@ hosts. The position depends on the step alone: a run resumes exactly, also on an
 """
 
 import functools
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import grain
 import numpy as np
 
 from lungjax.config import Config, InputSpec
+from lungjax.data.batching import pad_batch
 from lungjax.data.imaging import images
 from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import environment
@@ -98,12 +95,11 @@ def batch_rows(data: Prepared, config: Config, batch: int) -> np.ndarray:
 
 
 def _shuffle(rows: np.ndarray, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(partial(_row_at, rows, seed))
+    def row_at(index: int, _: int) -> int:
+        epoch, place = divmod(index, len(rows))
+        return int(rows[_permutation(seed, epoch, len(rows))[place]])
 
-
-def _row_at(rows: np.ndarray, seed: int, index: int, _: int) -> int:
-    epoch, place = divmod(index, len(rows))
-    return int(rows[_permutation(seed, epoch, len(rows))[place]])
+    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(row_at)
 
 
 @functools.lru_cache(maxsize=32)  # balanced sampling has one per class; 1.7 MB each for 425,000 rows
@@ -131,11 +127,11 @@ def train_batches(
     def load(index: int, _: int) -> Batch:
         places = (start + index) * size + host * local + np.arange(local)
         rows = np.asarray([sequence[place] for place in places.tolist()])
-        batch = _stack((reader.example(row) for row in rows.tolist()), local)
+        examples = [reader.example(row) for row in rows.tolist()]
+        batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Elements are batches: otherwise each worker would read every n-th example. A batch is also filled while its
-    # examples are still in the processor's cache.
+    # Elements are batches: otherwise each worker would read every n-th example.
     batches = grain.MapDataset.range(1).repeat(None).map_with_index(load).to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
@@ -146,14 +142,7 @@ def _begin_worker(*_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the process group: the run saves, and needs its batches until then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    environment.exit_with_parent()
 
 
 def eval_batches(
@@ -164,25 +153,15 @@ def eval_batches(
     `row` int32 [b] names the row; the last batch is padded with black images whose row is -1.
     """
     reader = Reader(data, config.input)
-    padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
+    padded = pad_batch(rows, len(rows) + -len(rows) % size, -1)
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)
 
     def load(rows: np.ndarray) -> Batch:
-        images = ({"image": empty if row < 0 else reader(row)} for row in rows.tolist())
-        return {**_stack(images, len(rows)), "row": rows.astype(np.int32)}
+        images = [empty if row < 0 else reader(row) for row in rows.tolist()]
+        return {"image": np.stack(images), "row": rows.astype(np.int32)}
 
     part = grain.MapDataset.source(padded)[host::hosts].batch(size // hosts).map(load)
     return iter(part.to_iter_dataset(_read_options(config)))
-
-
-def _stack(examples: Iterator[Batch], count: int) -> Batch:
-    batch: Batch = {}
-    for i, example in enumerate(examples):
-        if not batch:
-            batch = {key: np.empty((count, *value.shape), value.dtype) for key, value in example.items()}
-        for key, value in example.items():
-            batch[key][i] = value
-    return batch
 
 
 def _read_options(config: Config) -> grain.ReadOptions:

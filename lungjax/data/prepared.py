@@ -63,7 +63,7 @@ class Prepared:
 
     def body_mask(self, row: int) -> np.ndarray:
         """Returns the body mask, bool [BODY_SIDE, BODY_SIDE] over the full stored image."""
-        packed = np.asarray(self.records[int(row)]["body"], np.uint8)
+        packed = np.frombuffer(zlib.decompress(self.records[int(row)]["body"]), np.uint8)
         return np.unpackbits(packed).reshape(BODY_SIDE, BODY_SIDE).astype(bool)
 
 
@@ -107,14 +107,14 @@ def fingerprint(directory: Path) -> str:
 
 
 class Records:
-    """The records of a prepared data set; a feature is decoded when it is read. Picklable.
+    """The records of a prepared data set, each a dict of bytes. Picklable.
 
-    `records[row]["image"]` is the encoded image and `["file"]`, `["group"]`, `["source"]` a name, all bytes; `["body"]`
-    is uint8 [BODY_SIDE**2 / 8]. TFDS decodes every feature of a record, which takes as long as a small image does.
+    `records[row]["image"]` is the encoded image, `["body"]` the zlib-compressed bits of the body mask, and `["file"]`,
+    `["group"]` and `["source"]` are names. TFDS would decode every feature, which takes as long as a small image does.
     """
 
     def __init__(self, source: Any):
-        # Here, in the main thread of the process that unpickles it: two threads that import TFDS at once deadlock.
+        # Imported here, in the main thread of a worker: two threads that import TFDS at once deadlock.
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._source = source  # source[row] is a serialized tf.train.Example
@@ -128,20 +128,12 @@ class Records:
         """Returns the number of images."""
         return len(self._source)
 
-    def __getitem__(self, row: int) -> "_Record":
+    def __getitem__(self, row: int) -> dict[str, bytes]:
         """Returns a record. Raises IndexError outside 0..len - 1."""
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} of {len(self._source)}")
-        return _Record(self._parse(self._source[row]).features.feature)
-
-
-class _Record:
-    def __init__(self, features: Mapping[str, Any]):
-        self._features = features
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._features[name].bytes_list.value[0]
-        return np.frombuffer(zlib.decompress(value), np.uint8) if name == "body" else value
+        features = self._parse(self._source[row]).features.feature
+        return {name: features[name].bytes_list.value[0] for name in ("image", "body", "file", "group", "source")}
 
 
 def open_records(directory: Path) -> Records:

@@ -24,8 +24,7 @@ def apply_stage(
     if stage:
         from lungjax.data.imaging import lung_masks  # late: scikit-image takes a second
 
-        result = lung_masks.apply(array, stage)
-        array, region, found = result.image, result.region, result.found
+        array, region, found = lung_masks.apply(array, stage)
         box = move_box(box, region, array.shape)
     if size:
         full = images.full_region(array)

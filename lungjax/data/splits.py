@@ -1,7 +1,7 @@
 """Splits by group: no patient in two splits, and about the same share of every class."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,15 @@ def parse_study(cell: str) -> dict[str, int]:
             raise ValueError(f"{cell!r} is not a list of splits such as train, train*3 or val+test")
         counts[split] = int(times or 1)
     return counts
+
+
+def study_cells(count: int, **parts: Iterable[int]) -> list[str]:
+    """Returns the split of each of `count` rows, given the rows of each split; "" for rows in none."""
+    names = [""] * count
+    for split, rows in parts.items():
+        for row in rows:
+            names[row] = split
+    return names
 
 
 def hash_order(text: str) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from lungjax.data import splits, study_splits
+from lungjax.data import splits
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
@@ -119,11 +119,12 @@ def _generated(paths: list[list[Path]], seed: int) -> list[Example]:
 
 def _study(labels: list[int]) -> list[str]:
     """Returns the study's split of each image, drawn together with the generated ones."""
-    order = np.argsort(labels, kind="stable")
-    ordered = [labels[i] for i in order]
-    rest, test = study_splits.train_test_split(len(ordered), 0.1, SEED, ordered)
-    train, val = study_splits.train_test_split(len(rest), 0.2 / 0.9, SEED, [ordered[i] for i in rest])
-    return study_splits.cells(len(ordered), train=order[rest[train]], val=order[rest[val]], test=order[test])
+    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
+
+    rows, classes = np.argsort(labels, kind="stable"), np.asarray(labels)
+    rest, test = train_test_split(rows, test_size=0.1, random_state=SEED, stratify=classes[rows])
+    train, val = train_test_split(rest, test_size=0.2 / 0.9, random_state=SEED, stratify=classes[rest])
+    return splits.study_cells(len(rows), train=train, val=val, test=test)
 
 
 def _group(label: int, path: Path) -> str:

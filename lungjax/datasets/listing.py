@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lungjax.data.splits import parse_study as parse_study
+from lungjax.data.splits import parse_study
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,16 @@ class About:
 
 
 def compare_counts(
-    examples: Sequence[Example], classes: Sequence[str], expected: Mapping[str, tuple[int, ...]], name: str
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    expected: Mapping[str, Sequence[int]],
+    name: str,
+    unit: str = "images",
 ) -> list[str]:
-    """Returns one line per published split (of `Example.study`) with other images per class, or one that all agree.
+    """Returns one line per split of `Example.study` whose counts per class differ from the published ones.
 
-    `expected` maps a split, or "all" for the whole data set, to published counts in label order.
+    `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, one
+    line says so.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:
@@ -85,16 +90,8 @@ def compare_counts(
     for split, published in expected.items():
         actual = tuple(counts[split, label] for label in range(len(classes)))
         if actual != tuple(published):
-            lines.append(
-                difference("the data set" if split == "all" else split, "images", classes, actual, name, published)
-            )
-    return lines or [f"all images per class are as published for {name}"]
-
-
-def difference(
-    split: str, unit: str, classes: Sequence[str], actual: Sequence[int], name: str, published: Sequence[int]
-) -> str:
-    """Returns the note on a split whose counts per class differ from the published ones."""
-    numbers = [" / ".join(f"{count:,}" for count in counts) for counts in (actual, published)]
-    what = f"{numbers[0]} {unit} of {', '.join(classes)}"
-    return f"differs from the publication: {split} has {what}; {name} has {numbers[1]}"
+            ours, theirs = (" / ".join(f"{count:,}" for count in column) for column in (actual, published))
+            where = "the data set" if split == "all" else split
+            what = f"{ours} {unit} of {', '.join(classes)}"
+            lines.append(f"differs from the publication: {where} has {what}; {name} has {theirs}")
+    return lines or [f"the {unit} per class are as published for {name}"]

@@ -5,11 +5,10 @@ Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_ut
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lungjax.data import splits, study_splits
+from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts
@@ -52,7 +51,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     labels = [int(files.lookup(row["whole_lung"], {"0": "0", "1": "1"}, "whole_lung", where)) for where, row in rows]
     groups = [series(row["image_name"]) for _, row in rows]
     # The study drops rows without a file before it draws.
-    existing = np.asarray([i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()])
+    existing = [i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()]
     cells = _study(len(rows), existing)
     clean = splits.make_splits(labels, groups, seed=options.seed)
     examples = [
@@ -78,9 +77,11 @@ def series(file: str) -> str:
     return re.sub(r"(?<=\d)\.\d+\.\d+$", "", files.stem_of(file))
 
 
-def _study(count: int, existing: np.ndarray) -> list[str]:
+def _study(count: int, existing: Sequence[int]) -> list[str]:
+    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
+
     if len(existing) < 4:  # too few for three parts: no study split
         return [""] * count
-    train, rest = study_splits.train_test_split(len(existing), 1.0 - 0.70, SEED)
-    val, test = study_splits.train_test_split(len(rest), 0.15 / (0.15 + 0.15), SEED)
-    return study_splits.cells(count, train=existing[train], val=existing[rest[val]], test=existing[rest[test]])
+    train, rest = train_test_split(existing, test_size=1.0 - 0.70, random_state=SEED)
+    val, test = train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=SEED)
+    return splits.study_cells(count, train=train, val=val, test=test)

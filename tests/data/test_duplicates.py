@@ -4,25 +4,13 @@ import csv
 import functools
 import io
 
+import folders
 import numpy as np
 from PIL import Image
 
 from lungjax.data import duplicates
 
-
-@functools.cache
-def chest(seed: int) -> np.ndarray:
-    """A synthetic slice: body, lungs and vessels with places and sizes drawn by `seed`, uint8 [200, 200]."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:200, :200] / 200 - 0.5
-    wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
-    image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
-    for side in (-1, 1):
-        image[((x - 0.45 * wide * side) / (0.35 * wide)) ** 2 + (y / (0.7 * high)) ** 2 < 1] = 50
-    for _ in range(60):
-        cy, cx, r = *rng.uniform(-0.4, 0.4, 2), rng.uniform(0.008, 0.04)
-        image += rng.uniform(30, 80) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / r**2)
-    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+chest = functools.partial(folders.chest, size=200, vessels=60)
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:

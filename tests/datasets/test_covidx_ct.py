@@ -139,10 +139,10 @@ def test_official_label_files(shared, tmp_path):
             assert example.group in origin or example.source == "TCIA" or version == "1"
         assert all(len(names) == 1 for names in splits.values())
         # The train files of 2A and 3A are missing here: only they may differ.
-        notes = [note for note in covidx_ct.compare_counts(examples, version) if " train has " not in note]
-        assert len(notes) == (version == "1") and all("as published" in note for note in notes)
+        notes = [note for note in covidx_ct.compare_patients(examples, version) if " train has " not in note]
+        assert len(notes) == 2 * (version == "1") and all("as published" in note for note in notes)
     fewer = [example for example in listed["3a"] if example.split != "test" or example.group != "NCP_341"]
     lost = len(listed["3a"]) - len(fewer)
-    slices, patients = (note for note in covidx_ct.compare_counts(fewer, "3a") if " test has " in note)
+    slices, patients = (note for note in covidx_ct.compare_patients(fewer, "3a") if " test has " in note)
     assert f"17,922 / 7,965 / {7894 - lost:,} slices" in slices and slices.endswith("17,922 / 7,965 / 7,894")
     assert "164 / 138 / 200 patients" in patients and patients.endswith("164 / 138 / 201")

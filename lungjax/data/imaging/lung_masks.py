@@ -5,6 +5,7 @@ studies' own masks; `apply` makes both kinds of stage by name.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,13 +26,12 @@ FLAT = 2.0  # gray levels by which that area varies
 MIN_CONTRAST = 6.0  # gray levels between air and tissue
 
 
-@dataclass(frozen=True)
-class StageResult:
+class StageResult(NamedTuple):
     """An image in a stage."""
 
     image: np.ndarray  # uint8 [h, w]
-    region: Region  # of the original that it shows
-    found: bool  # False if there is no body or lung: `image` is the previous stage then
+    region: Region  # of the original image
+    found: bool  # False without a body or lung: `image` is then the previous stage
 
 
 @dataclass(frozen=True)

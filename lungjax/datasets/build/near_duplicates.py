@@ -1,4 +1,4 @@
-"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's."""
+"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's splits."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lungjax.data import duplicates, leakage, prepared, splits
-from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import resolve
 from lungjax.datasets.listing import Example, Listing
@@ -32,7 +31,7 @@ def search(
 ) -> Duplicates:
     """Detects exact copies and near duplicates in the columns of an index, and their effect on each protocol.
 
-    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], save reading the images again.
+    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images, which are not read again.
     """
     files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
     hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
@@ -74,24 +73,13 @@ def read(data: Prepared, data_dir: Path) -> np.ndarray:
 
 
 def cross(one: Prepared, other: Prepared) -> str:
-    """Returns, as markdown, the patients and images that two prepared data sets share.
+    """Returns the patients and images that two prepared data sets share, as markdown.
 
-    Raises ValueError for a stage, which hides a part of the images.
+    Raises ValueError for a stage, which hides part of the images.
     """
     for data in (one, other):
         if resolve(data.name)[0].stage:
-            raise ValueError(f"--cross compares complete images, and {data.name} is a stage: give the name without it")
-    shared = leakage.cross(side(one), side(other))
+            raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage from the name")
+    shared = leakage.cross(one, other)
     lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
     return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
-
-
-def side(data: Prepared, rows: np.ndarray | None = None) -> leakage.Side:
-    """Returns one side of `leakage.cross`: a prepared data set, or some of its `rows` [n]."""
-    rows = np.arange(len(data.columns["file"])) if rows is None else rows
-    files, groups, pixels = (data.columns[key][rows].tolist() for key in ("file", "group", "pixels"))
-
-    def read(place: int) -> np.ndarray:
-        return images.gray(images.decode(data.records[int(rows[place])]["image"], data.window))
-
-    return leakage.Side(data.name, files, groups, pixels, data.columns["phash"][rows], read)

@@ -9,7 +9,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -291,19 +290,7 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     slow = len(examples) if masks else sum(callable(example.image) for example in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _exit_with_parent)
-
-
-def _exit_with_parent() -> None:
-    """Ends this worker when its parent is killed; otherwise it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
 
 
 def _check_order(written: Path, name: str, files: Sequence[str]) -> None:
