@@ -1,6 +1,5 @@
 """Pretrained against random initialization by network size: the comparison of "Transfusion" (arXiv 1902.07208).
 
-    python -m lungjax.prepare --dataset=folder/xray --source=DIR
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=imagenet
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=meanvar:imagenet

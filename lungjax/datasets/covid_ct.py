@@ -19,18 +19,14 @@ MAX_GAP = 3  # between the file numbers of consecutive MedPix slices of one pati
 ABOUT = About(
     title="axial chest CT slices from papers and teaching files: COVID-19 or not",
     origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or zip)",
-    layout=(
-        "Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
-        "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
-        f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers)."
-    ),
+    layout="Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
+    "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
+    f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers).",
     licence="None stated for the images, which are figures of papers and web pages with individual terms.",
     citation="Yang et al.: COVID-CT-Dataset: a CT image dataset about COVID-19, arXiv 2003.13865, 2020.",
     study="The authors' split lists, by patient.",
-    clean=(
-        "The authors' split lists. The group of a COVID slice is its paper, which is coarser than the patient, because "
-        "several figures may show one scan; papers and near duplicates in several splits are kept in the last one."
-    ),
+    clean="The authors' split lists. The group of a COVID slice is its paper, because several figures may show one "
+    "scan.",
     expected={"default": {"train": (234, 191), "val": (58, 60), "test": (105, 98)}},
 )
 

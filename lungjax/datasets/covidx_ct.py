@@ -50,30 +50,19 @@ RULES = {
 
 ABOUT = About(
     title="axial chest CT slices: normal, pneumonia, COVID-19, from eleven sources",
-    origin=(
-        "https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024, roughly 0.15 "
-        "MB each, so up to about 65 GB, and the same again once prepared; 2b and 3b must be built from their sources)"
-    ),
-    layout=(
-        "The three label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
-        "3A_images with the PNG files; likewise for the other versions."
-    ),
-    licence=(
-        "By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
-        "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
-        "COVID-CT-MD unknown. Hence no commercial use of the whole set."
-    ),
-    citation=(
-        "Gunraj et al.: COVIDNet-CT: A Tailored Deep Convolutional Neural Network Design for Detection of COVID-19 "
-        "Cases from Chest CT Images, Frontiers in Medicine 7, 2020; Gunraj et al.: COVID-Net CT-2, Frontiers in "
-        "Medicine 8, 2022."
-    ),
-    study=(
-        "2a and 3a: the official split, resampled with replacement as in AbdullahMakhdoom/COVIDNet-CT-Identification "
-        "(seed 0): in train Normal and COVID-19 to the count of Pneumonia, in val Normal and Pneumonia to that of "
-        "COVID-19; test is unmodified. Other versions: the official split."
-    ),
-    clean="The official split, by patient; sources are unevenly distributed over it.",
+    origin="https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024 or about 65 "
+    "GB, and the same again once prepared; 2b and 3b must be built from their sources)",
+    layout="The label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
+    "3A_images with the PNG files; likewise for the other versions.",
+    licence="By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
+    "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
+    "COVID-CT-MD unknown. Hence no commercial use of the complete set.",
+    citation="Gunraj et al.: COVIDNet-CT, Frontiers in Medicine 7, 2020; COVID-Net CT-2, Frontiers in Medicine 8, "
+    "2022.",
+    study="2a and 3a: the official split, resampled with replacement as in "
+    "AbdullahMakhdoom/COVIDNet-CT-Identification (seed 0): in train Normal and COVID-19 to the count of Pneumonia, in "
+    "val Normal and Pneumonia to that of COVID-19; test is unmodified. Other versions: the official split.",
+    clean="The official split, by patient. Sources are unevenly distributed over it.",
     expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
 )
 

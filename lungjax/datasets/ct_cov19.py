@@ -20,19 +20,14 @@ TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class 
 ABOUT = About(
     title="axial chest CT slices: COVID-19, normal, other pneumonia",
     origin="https://github.com/m2dgithub/CT-COV19 (7,621 slices, JPEG and PNG, mostly 512 x 512; git clone or zip)",
-    layout=(
-        "{Train,Val,Test}/{COV,Normal,OtherPneumonia}/GROUP/FILE, as in the repository; images may also be directly in "
-        "the class folder, as in Val/OtherPneumonia."
-    ),
+    layout="{Train,Val,Test}/{COV,Normal,OtherPneumonia}/GROUP/FILE, as in the repository; images may also be "
+    "directly in the class folder, as in Val/OtherPneumonia.",
     licence="The repository states none: ask its author before you share images or use them commercially.",
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
-    clean=(
-        "The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks of "
-        f"{files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original validation images of "
-        "OtherPneumonia were taken out of the training folder, so the validation split of this class is made anew, by "
-        "block. Groups and near duplicates in several splits are kept in the last one (of train, val, test)."
-    ),
+    clean="The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks "
+    f"of {files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original val images of "
+    "OtherPneumonia were taken from the train folder, so val of this class is made anew, by block.",
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )
 

@@ -27,30 +27,26 @@ LAYOUTS = (
 
 ABOUT = About(
     title="your own CT slices, chest X-rays or CT volumes, in a folder",
-    origin="your own images, or any data set in one of the layouts below; the prepared copy is about as large as the "
-    "images (for volumes: as the images cut from them)",
+    origin="your own images, or any data set in one of the layouts below",
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
-    group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive); further
-    columns are kept
-  {train,val,test}/{class}/... (subfolders of a class folder are ignored; a missing val or test is cut from train)
+    group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
+  {train,val,test}/{class}/... (a missing val or test is cut from train)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
 (see --window). Without a group (or --group_pattern for the file names), each image counts as its own patient.
 
-DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may take the place of images, and a path in
-labels.csv may be such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
-  CT: the files of one SeriesInstanceUID are a volume, ordered by position. --plane=axial, coronal or sagittal,
-    --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in Hounsfield
-    units) is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images
-    have the patient's right on the left; the head is up. Localizers are left out.
+DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
+such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
+  CT: the files of one SeriesInstanceUID are a volume, ordered by position, without localizers. --plane=axial, coronal
+    or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
+    is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
+    patient's right on the left; the head is up.
   X-rays (CR, DX): in the window of the file, bones white.
   NIfTI: Hounsfield units in three dimensions.
-  Of a person, only a hash of the patient id is kept, as group. DICOM files appear in the index as
-    series-HASH/0007 or image-HASH, never by their path; groups of labels.csv and paths of other files are kept
-    unmodified. --on_bad_image=skip lists skipped files by path.
-The images of the NCCID study are --plane=coronal --position=mid in folder/NAME-64x128; the study's own files are
-stored upside down, these are not.""",
+  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
+    files are kept. --on_bad_image=skip lists skipped files by path.
+Images of the NCCID study are made by --plane=coronal --position=mid in folder/NAME-64x128, but not upside down.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",

@@ -21,22 +21,15 @@ VOLUMES = {"hu_windows": ((-600.0, 1500.0),), "plane": "coronal", "position": "m
 
 ABOUT = About(
     title="mid-coronal CT images: the whole lung, or not",
-    origin=(
-        "the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
-        "application (4,773 images of 64 x 128, JPEG). The study cut them itself; `folder` cuts such images from your "
-        "volumes (--plane=coronal --position=mid)"
-    ),
+    origin="the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
+    "application (4,773 images of 64 x 128, JPEG). The study cut them itself; `folder` cuts such images from your "
+    "volumes (--plane=coronal --position=mid)",
     layout=f"One folder with the JPEG files and {TABLE} (image_name,whole_lung; 0 or 1).",
     licence="The database's access agreement only; the study's repository has no license file.",
-    citation=(
-        "NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al.: An overview of the National COVID-19 "
-        "Chest Imaging Database, GigaScience 10, 2021."
-    ),
+    citation="NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al., GigaScience 10, 2021.",
     study="Scikit-learn's train_test_split twice (seed 42, 70/15/15), by image; a series may be in several splits.",
-    clean=(
-        "Three new splits by group (70/15/15). A group is the file name without its last two numbers, apparently the "
-        "series; the names are pseudonyms, so two series of one patient cannot be recognized."
-    ),
+    clean="Three new splits by series (70/15/15): the file name without its last two numbers. The names are "
+    "pseudonyms, so two series of one patient are not recognized.",
     expected={"default": {"test": (522, 194)}},
 )
 
