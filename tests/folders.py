@@ -1,6 +1,7 @@
 """Small folders of images for tests: a bright square whose place is the class, prepared as anyone's data set is."""
 
 import csv
+import io
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,13 @@ CONFIG = Config(
     train=TrainConfig(batch_size=8, steps=2, eval_steps=2, log_steps=1, monitor="slice.accuracy"),
     eval=EvalConfig(batch_size=8, examples=1, draws=40),
 )
+
+
+def encoded(image, form="PNG", **options) -> bytes:
+    """A Pillow image or an array as an image file."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
+    return file.getvalue()
 
 
 def picture(place: int, seed: int) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Small scans for tests: an asymmetric body as a DICOM series and as NIfTI, in many storage orders."""
 
+import io
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
 HU = (-2048, 1)  # intercept and slope
@@ -27,6 +29,17 @@ def body(shape=(6, 10, 8)):
     hu = -1000 + 700 * z + 450 * y * y + 250 * x**3
     hu[0, 0, 0], hu[-1, -1, -1] = -1000, 300
     return np.rint(hu).astype(np.int16)
+
+
+def pixels_of(data):
+    """The pixels of an encoded image."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def windowed(hu, window=(-350.0, 1300.0)):
+    """Hounsfield units as uint8; the default window, center and width, is the full range of the body."""
+    center, width = window
+    return np.rint(np.interp(hu, [center - width / 2, center + width / 2], [0, 255])).astype(np.uint8)
 
 
 def dataset(pixels, modality, **tags):

@@ -297,11 +297,6 @@ def test_presets():
         config = preset(name)
         spec = InputSpec(crop="box", box_margin=0.1) if config.box_jitter else InputSpec()
         check(Config(augment=config, input=spec))
-    for name in ("covidnet_ct", "xray_covid_online"):  # between them, they use nearly every operation
-        config = preset(name)
-        boxes = np.tile(np.float32([0.1, 0.1, 0.9, 0.9]), (4, 1)) if config.box_jitter else None
-        out = run(noise(4, 16, 16, 1), places(4), KEY, config, (12, 12), boxes, np.full((4, 16, 16), 255, np.uint8))
-        assert out.shape == (4, 12, 12, 1) and out.min() >= 0 and out.max() <= 255 and out.std() > 1
     assert preset("ictcf").rotation * 360 == pytest.approx(15) and preset("ct_cov19_lungs").zoom == (-0.1, 0.1)
     with pytest.raises(ValueError, match="ct_cov19_lungs"):
         preset("ct_cov19_lung")

@@ -159,12 +159,10 @@ def test_real_images(shared):
             rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
         pairs_by_eye = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
         rows = [row for i, row in enumerate(rows) if i % 4 == 0 or any(name in row["path"] for name in pairs_by_eye)]
-        small, hashes = [], []
-        for row in rows:
-            image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))
-            small.append(duplicates.thumbnail(image))
-            hashes.append(duplicates.phash(image))
-        hashes, groups, names = np.array(hashes, np.uint64), [r["group"] for r in rows], [r["path"] for r in rows]
+        pictures = [np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L")) for row in rows]
+        small = [duplicates.thumbnail(picture) for picture in pictures]
+        hashes = np.array([duplicates.phash(picture) for picture in pictures], np.uint64)
+        groups, names = [row["group"] for row in rows], [row["path"] for row in rows]
         assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
         if kind == "ct":  # without groups, slices of one patient that are in the collection twice (verified by eye)
             near = duplicates.near_twins(hashes, names, names, small.__getitem__).pairs

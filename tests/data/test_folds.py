@@ -139,9 +139,6 @@ def test_fraction_of_folds_and_of_a_study():
 
 
 def test_too_few_patients():
-    for invalid in ("data.fold=5", "data.fold=-1", "data.protocol=study"):
-        with pytest.raises(ValueError, match="fold"):
-            config("data.folds=5", invalid)
     data = table([(0, f"p{i}", "train") for i in range(20)] + [(1, f"q{i}", "test") for i in range(5)])
     folds.apply(data, config("data.folds=5"), NONE)
     for count, near, protocol, word in (

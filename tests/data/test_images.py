@@ -8,6 +8,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from folders import encoded
 from PIL import EpsImagePlugin, Image
 from scipy import ndimage
 
@@ -19,13 +20,6 @@ GRAY = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (9, 7), dtype=np.uint16)
 FULL = np.array([0, 0, 53, 37], np.float32)
-
-
-def encoded(image, form="PNG", **kwargs):
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    out = io.BytesIO()
-    picture.save(out, form, **kwargs)
-    return out.getvalue()
 
 
 def test_formats():

@@ -1,32 +1,22 @@
 """DICOM series and NIfTI volumes: one body gives the same images however it is stored; errors name the file."""
 
 import gzip
-import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")
 
 import scans  # noqa: E402
 from pydicom.pixels import apply_voi_lut  # noqa: E402
+from scans import pixels_of, windowed  # noqa: E402
 from skimage import transform  # noqa: E402
 
 from lungjax.data.imaging import dicom, nifti, volumes  # noqa: E402
 
 WIDE = ((-350.0, 1300.0),)  # the full range of the body
 XRAY = np.random.default_rng(0).integers(100, 4000, (9, 7), dtype=np.uint16)
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def windowed(hu, window=WIDE[0]):
-    center, width = window
-    return np.rint(np.interp(hu, [center - width / 2, center + width / 2], [0, 255])).astype(np.uint8)
 
 
 def views(hu):
@@ -44,12 +34,12 @@ def middle_of_series(paths, plane):
     index = volumes.middle_slice(series.shape[volumes.PLANES[plane]])
     ordered = tuple(header.path for header in series.headers)
     if plane == series.plane:
-        return pixels(dicom.picture(ordered[index], WIDE))
-    return pixels(dicom.cut(ordered, series.step, plane, index, WIDE))
+        return pixels_of(dicom.picture(ordered[index], WIDE))
+    return pixels_of(dicom.cut(ordered, series.step, plane, index, WIDE))
 
 
 def middle_of_nifti(path, plane):
-    return pixels(nifti.picture(path, plane, nifti.header(path).shape[volumes.PLANES[plane]] // 2, WIDE))
+    return pixels_of(nifti.picture(path, plane, nifti.header(path).shape[volumes.PLANES[plane]] // 2, WIDE))
 
 
 def test_series_in_any_storage_order(tmp_path):
@@ -100,9 +90,9 @@ def test_rescale_padding_and_windows(tmp_path):
     path = str(scans.save(data, tmp_path / "a.dcm"))
     expected = hu.copy()
     expected[:2, :2] = -1000
-    np.testing.assert_array_equal(pixels(dicom.picture(path, WIDE)), windowed(expected))
+    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(expected))
     three = ((-600.0, 1500.0), (40.0, 400.0), (-700.0, 500.0))
-    result = pixels(dicom.picture(path, three))
+    result = pixels_of(dicom.picture(path, three))
     for channel, window in enumerate(three):
         np.testing.assert_array_equal(result[..., channel], windowed(expected, window))
 
@@ -114,7 +104,7 @@ def test_xray_window(tmp_path):
         expected = apply_voi_lut(XRAY, data) / 4095 * 255
         for kind in ("MONOCHROME2", "MONOCHROME1"):
             data.PhotometricInterpretation = kind
-            result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+            result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
             np.testing.assert_allclose(result, expected if kind[-1] == "2" else 255 - expected, atol=0.51)
 
 
@@ -122,7 +112,7 @@ def test_xray_without_a_window(tmp_path):
     raw = XRAY.copy()
     raw[0] = 65535
     data = scans.dataset(raw, "CR", PixelPaddingValue=65535, PhotometricInterpretation="MONOCHROME1")
-    result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+    result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
     ends = [int(raw[1:].min()), int(raw[1:].max())]
     np.testing.assert_allclose(result[1:], np.interp(raw[1:], ends, [255, 0]), atol=0.51)
     assert (result[0] == 0).all()
@@ -131,7 +121,7 @@ def test_xray_without_a_window(tmp_path):
     table.LUTDescriptor = [4096, 0, 10]
     table.LUTData = np.rint(1023 * (np.arange(4096) / 4095) ** 2).astype(np.uint16).tobytes()
     data.VOILUTSequence = [table]
-    result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+    result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
     np.testing.assert_allclose(result, 255 * (XRAY / 4095.0) ** 2, atol=0.7)
 
 
@@ -145,10 +135,10 @@ def test_run_length_coding(tmp_path):
     np.testing.assert_array_equal(middle_of_series(packed, "coronal"), middle_of_series(paths, "coronal"))
 
 
-def test_single_slice_without_a_position(tmp_path):
+def test_single_slice_without_position(tmp_path):
     hu = scans.body()
     (path, *_) = scans.series(tmp_path, hu, ImageOrientationPatient=None, ImagePositionPatient=None)
-    np.testing.assert_array_equal(pixels(dicom.picture(path, WIDE)), windowed(hu[0]))
+    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(hu[0]))
     assert "single slice" in sort([path]).flaw
 
 

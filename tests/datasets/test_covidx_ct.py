@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from lungjax import datasets
-from lungjax.data.imaging import images
 from lungjax.datasets import covidx_ct
 from lungjax.datasets.covidx_ct import patient
 
@@ -70,7 +69,7 @@ def test_patient_and_source():
 def test_both_layouts(tmp_path):
     for config, layout in (("1", "readme"), ("2a", "kaggle")):
         root = tmp_path / layout
-        folder = write(root, config, layout)
+        write(root, config, layout)
         notes = prepare(root, config)["notes"]
         data = datasets.open_dataset(f"covidx_ct/{config}", root / "data")
         rows = [line.split() for split in ("train", "val", "test") for line in LINES[split]]
@@ -79,9 +78,6 @@ def test_both_layouts(tmp_path):
         assert data.columns["label"].tolist() == [int(row[1]) for row in rows]
         np.testing.assert_array_equal(data.columns["box"], np.array([row[2:] for row in rows], np.float32))
         assert [len(data.rows(split)) for split in ("train", "val", "test")] == [4, 2, 1]
-        for i, row in enumerate(rows):
-            image = images.decode(data.records[i]["image"], data.window)
-            np.testing.assert_array_equal(image, np.asarray(Image.open(folder / row[0])))
         assert any("differs from the publication" in note for note in notes), "an incomplete copy is accepted"
 
 
@@ -110,8 +106,6 @@ def test_missing_files(tmp_path):
     (folder / "COVIDCTMD-cap004-IM0063.png").unlink()
     with pytest.raises(ValueError, match=r"val_COVIDx_CT-3A.txt line 2: .*COVIDCTMD-cap004-IM0063.png"):
         prepare(tmp_path)
-    result = prepare(tmp_path, on_bad_image="skip")
-    assert result["images"] == 6 and "COVIDCTMD-cap004-IM0063.png" in result["skipped"][0]
     folder.rename(tmp_path / "pictures")
     with pytest.raises(ValueError, match="no image folder; looked for 3A_images.*, images"):
         prepare(tmp_path)

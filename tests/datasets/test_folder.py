@@ -8,7 +8,6 @@ from PIL import Image
 
 from lungjax import datasets
 from lungjax.data import prepared
-from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 
 
@@ -32,7 +31,8 @@ def write_table(root, text):
 
 def test_csv(tmp_path):
     names = ["a b.png", "Tür/ü.JPG", "c.tiff", "d.PNG"]
-    pixels = {name: save(tmp_path / "in" / name, i) for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        save(tmp_path / "in" / name, i)
     write_table(
         tmp_path,
         "\ufefflabel,path,split,group,source,age,xmin,ymin,xmax,ymax\n"
@@ -52,8 +52,6 @@ def test_csv(tmp_path):
     assert columns["age"] == ["61, about", "", "7", "8"]
     assert columns["box"] == [[1, 2, 9, 12], [0, 0, 10, 12], [0, 0, 10, 12], [0, 0, 10, 12]]
     assert columns["width"] == [10] * 4 and columns["height"] == [12] * 4
-    for i in (0, 2, 3):
-        np.testing.assert_array_equal(images.decode(data.records[i]["image"], None), pixels[names[i]])
 
 
 def test_split_folders(tmp_path):
@@ -107,10 +105,6 @@ def test_16_bit_images(tmp_path):
     assert data.window == (low, high)
     (note,) = (note for note in result["notes"] if note.startswith("8 of 10 images have 16 bits"))
     assert f"{low:g} to {high:g} become 0 to 255" in note
-    record = dict(zip(data.columns["file"].tolist(), data.records, strict=True))
-    shown = images.decode(record["train/a/0.png"]["image"], data.window)
-    np.testing.assert_allclose(shown, np.clip((train[0] - low) / (high - low), 0, 1) * 255, rtol=1e-4, atol=1e-3)
-    assert images.decode(record["val/b/y.png"]["image"], data.window).dtype == np.uint8
     result, data = prepare(tmp_path, window=(-100.0, 900.0), overwrite=True)
     assert data.window == (-100, 900) and any("-100 to 900 become 0 to 255" in note for note in result["notes"])
     for number, path in enumerate(sorted(tmp_path.glob("in/*/*/*"))):

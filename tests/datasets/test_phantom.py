@@ -118,10 +118,7 @@ def test_tiny_set_is_drawn_on_first_use(tmp_path):
     assert data.classes == phantom.CLASSES
     assert [len(data.rows(s)) for s in ("train", "val", "test")] == [30, 6, 12]
     for row in (0, 17, 47):
-        image = images.decode(data.records[row]["image"], data.window)
-        assert image.shape == (data.columns["height"][row], data.columns["width"][row])
-        np.testing.assert_array_equal(image, images.decode(listed[row].image(), None))
-        assert data.columns["file"][row] == listed[row].file
+        assert data.columns["file"][row] == listed[row].file and data.records[row]["image"] == listed[row].image()
         np.testing.assert_allclose(data.columns["box"][row], listed[row].box)
 
 
