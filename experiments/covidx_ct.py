@@ -30,7 +30,6 @@ from dataclasses import replace
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
-from lungjax.datasets.covidx_ct import ABOUT
 
 # The network here (torchvision's ResNet has its strides on the 3x3) and how many blocks its last stage has.
 MODELS = {
@@ -38,6 +37,7 @@ MODELS = {
     "resnet50": ("resnet50_v15", 3), "resnet101": ("resnet101_v15", 3), "resnet152": ("resnet152_v15", 3),
     "densenet121": ("densenet121", 16), "densenet161": ("densenet161", 24), "densenet201": ("densenet201", 32),
 }  # fmt: skip
+PNEUMONIA = {"1": 22061, "2a": 25496, "2b": 25496, "3a": 26970, "3b": 26970}  # slices of train
 
 
 def trained_blocks(model: str, unfreeze: int) -> list[int]:
@@ -51,8 +51,8 @@ def trained_blocks(model: str, unfreeze: int) -> list[int]:
 def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a", protocol: str = "clean") -> Config:
     """Arguments: model; unfreeze (0 to 4); version of COVIDx CT (study: 2a or 3a); protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
-    one_of("version", version, ("2a", "3a") if study else ABOUT.expected)
-    epoch = 3 * ABOUT.expected[version]["train"][1]  # each class as often as Pneumonia
+    one_of("version", version, ("2a", "3a") if study else PNEUMONIA)
+    epoch = 3 * PNEUMONIA[version]  # slices: each class as often as Pneumonia
     name, family = MODELS[one_of("model", model, MODELS)][0], model.rstrip("0123456789")
     one_of("unfreeze", str(unfreeze), "01234")
     blocks, stage = trained_blocks(model, unfreeze), 5 if family == "vgg" else 4

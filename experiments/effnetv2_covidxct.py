@@ -16,7 +16,6 @@ all slices of the official split and the best AUC on val.
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
-from lungjax.datasets.covidx_ct import ABOUT
 
 
 def get_config(
@@ -24,7 +23,7 @@ def get_config(
 ) -> Config:
     """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
-    one_of("version", version, ("2a", "3a") if study else ABOUT.expected)
+    one_of("version", version, ("2a", "3a") if study else ("1", "2a", "2b", "3a", "3b"))
     return Config(
         name=slug("effnetv2_covidxct", version, model, weights, "study" if study else ""),
         data=DataConfig(dataset=f"covidx_ct/{version}", protocol=protocol, sampling="natural" if study else "balanced"),

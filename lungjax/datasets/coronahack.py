@@ -70,4 +70,4 @@ def kermany(file: str) -> str:
 
 def patient(file: str) -> str:
     """Returns the patient of a file: Kermany's, or the case or paper of the COVID-19 collection."""
-    return kermany(file) or files.web_case(files.stem_of(file))
+    return kermany(file) or files.web_case(Path(file).stem)

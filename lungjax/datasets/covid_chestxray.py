@@ -75,14 +75,14 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes += compare_counts(examples, CLASSES[config], ABOUT.expected[config], "the collection")
     if skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common())
-        notes.append(f"{skipped.total()} rows left out: {reasons}")
+        notes.append(f"{skipped.total()} rows omitted: {reasons}")
     return Listing(CLASSES[config], examples, ("view", "finding", *EXTRA), tuple(notes))
 
 
 def label_of(finding: str, config: str, where: str) -> int | None:
-    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None leaves the row out.
+    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None for an unused row.
 
-    Raises ValueError, with the line `where`, for a finding that the collection does not have.
+    Raises ValueError with the line `where` for an unknown finding.
     """
     parts = finding.split("/")
     if parts[0] not in ROOT_FINDINGS:

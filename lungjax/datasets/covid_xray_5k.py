@@ -74,18 +74,18 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-XRay-5K")
     if len(real) < len(images):
         count = len(images) - len(real)
-        notes.append(f"{count} generated images in train/covid, recognized by name, are only in protocol=study")
+        notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
 
 
 def is_generated(file: str) -> bool:
     """Returns whether a file of train/covid has the name of a generated image."""
-    return GENERATED.match(files.stem_of(file)) is not None
+    return GENERATED.match(Path(file).stem) is not None
 
 
 def group(file: str, label: int) -> str:
     """Returns CheXpert's patient of a non-COVID file, else the case or paper in the file name."""
-    stem = files.stem_of(file)
+    stem = Path(file).stem
     match = CHEXPERT.match(stem)
     if label == 1:
         return match.group(2).lower() if match else stem
@@ -94,5 +94,5 @@ def group(file: str, label: int) -> str:
 
 def finding(path: str) -> str:
     """Returns the finding of a CheXpert file: its folder below the class, else the text before the patient number."""
-    match = CHEXPERT.match(files.stem_of(path))
+    match = CHEXPERT.match(Path(path).stem)
     return path.rpartition("/")[0] or (match.group(1) or "" if match else "")

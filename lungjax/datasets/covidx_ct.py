@@ -33,7 +33,7 @@ EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     "3b": {"train": ((35996, 26970, 300733), (321, 592, 4075)), "val": _VAL3, "test": _TEST3},
 }
 
-# File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is left out.
+# File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is ignored.
 RULES = {
     r"((?:NCP|CP|Normal)_\d+)_\d+_\d+\.": "CNCB",
     r"(?:\d*covid\d*|normal\d*|cdnormal\d*|normalcd\d*)_(patient\d+)_SR_": "COVID-CTset",
@@ -89,8 +89,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes = compare_patients(examples, config)
     if unknown:
         notes.append(
-            f"{len(unknown)} file names match no known rule, such as {unknown[0]}: the part before the last '-' or '_' "
-            "is taken as patient, and the source is left empty"
+            f"{len(unknown)} file names match no rule, such as {unknown[0]}: their patient is the part before the last "
+            "'-' or '_', and their source is empty"
         )
     if config in ("2a", "3a"):
         examples = resampled(examples)

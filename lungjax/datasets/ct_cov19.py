@@ -35,7 +35,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of the repository folder `source`; `config` is "original".
 
-    Raises ValueError for a missing split or class folder, a folder of an unknown class, or a folder without images.
+    Raises ValueError for a missing split or class folder, an unknown class, and a class without images.
     """
     images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in splits.SPLITS:
@@ -71,13 +71,13 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def group(path: str, label: int, flat: bool) -> str:
     """Returns the group of a slice by its path below the class folder: its patient, or its block of file numbers.
 
-    `flat` is for classes with some images outside their original folders: the folder is then ignored, so that such an
-    image is in one block with its neighbors.
+    `flat` ignores the folder, for classes with images outside their original folders: each is in one block with its
+    neighbors.
     """
     folder = path.rpartition("/")[0]
     if label == 0 and folder.isdigit():
         return f"COV/{folder}"
-    parts = [CLASSES[label], "" if flat else folder, files.block(files.stem_of(path))]
+    parts = [CLASSES[label], "" if flat else folder, files.block(Path(path).stem)]
     return "/".join(part for part in parts if part)
 
 

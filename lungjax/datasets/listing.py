@@ -1,7 +1,7 @@
-"""The examples of a data set before any image is read: types that all data set modules share.
+"""The examples of a data set before any image is read: types shared by all data set modules.
 
-A data set module defines `ABOUT` and `listing(source, config, options)`, which finds and labels the images of a folder
-as downloaded. TFDS is not imported here, so that help pages and error messages appear at once.
+A data set module defines `ABOUT` and `listing(source, config, options)`, which lists and labels the images of a
+downloaded folder. TFDS is not imported here, so that help pages and error messages are fast.
 """
 
 from collections import Counter
@@ -16,15 +16,15 @@ from lungjax.data.splits import parse_study
 class Example:
     """One image of a data set before it is read.
 
-    `split` is the starting point of the clean protocol, which then drops images with a duplicate in a later split;
-    `study` holds the study's splits and repetitions: "train", "train*3", "val+test", or "" for left out.
+    `split` is the initial split of the clean protocol, which then removes images with a duplicate in a later split;
+    `study` has the study's splits and repetitions: "train", "train*3", "val+test", or "" for unused images.
     """
 
     file: str  # name in reports; unique in the data set
     image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
     label: int
-    split: str  # train, val or test; "" leaves the image out of the clean protocol
-    group: str  # patient, or another unit that must not be divided by a split
+    split: str  # train, val or test; "" excludes the image from the clean protocol
+    group: str  # patient, or another unit that must be in a single split
     source: str = ""  # origin of the image, for scores per source
     box: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in pixels, max exclusive
     extra: tuple[str, ...] = ()  # values of Listing.extra
@@ -40,9 +40,9 @@ class Listing:
     examples: Sequence[Example]
     extra: tuple[str, ...] = ()  # names of further columns
     notes: tuple[str, ...] = ()  # remarks for the summary
-    group_name: str = "patients"  # what a group is, for the summary
-    study: str = ""  # description of protocol=study; "" if there is no published or given split
-    body: bool = False  # CT slices: store a body mask for each, see `lung_masks.body_mask`
+    group_name: str = "patients"  # name of the groups in the summary
+    study: str = ""  # description of protocol=study; "" without published or given splits
+    body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
     volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class About:
     layout: str  # required structure of the folder
     licence: str  # and restrictions of use
     citation: str
-    study: str = ""  # what protocol=study reproduces
-    clean: str = ""  # what protocol=clean does instead
+    study: str = ""  # of protocol=study
+    clean: str = ""  # of protocol=clean
     # Published images per class, in label order: {configuration: {split: counts}}.
     expected: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 

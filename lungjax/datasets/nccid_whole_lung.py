@@ -67,7 +67,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 def series(file: str) -> str:
     """Returns a file name such as "1.2.826.0.1.3680043.9.3218.1.1.7.1069.16.3.0.jpg" without its last two numbers."""
-    return re.sub(r"(?<=\d)\.\d+\.\d+$", "", files.stem_of(file))
+    return re.sub(r"(?<=\d)\.\d+\.\d+$", "", Path(file).stem)
 
 
 def _study(count: int, existing: Sequence[int]) -> list[str]:

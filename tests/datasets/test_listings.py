@@ -305,7 +305,7 @@ def test_covid_chestxray(tmp_path):
         assert {file: e.label for file, e in by_file.items()} == {f"images/{k}.png": v for k, v in labels.items()}
         assert listing.study == "" and not listing.body and {e.study for e in listing.examples} == {""}
         assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
-        assert any(note.startswith(f"{13 - len(labels)} rows left out: ") for note in listing.notes)
+        assert any(note.startswith(f"{13 - len(labels)} rows omitted: ") for note in listing.notes)
     first = by_file["images/a.png"]
     assert first.group == by_file["images/b.png"].group == "patient 2"
     assert first.source == "nejm.org" and first.image == str(tmp_path / "images/a.png")

@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,13 @@ from lungjax.datasets.listing import Example, Listing
 FILE = "near.csv"  # next to index.csv: the near duplicates of different groups, one pair per line
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Result of `search`; rows are places in the index."""
-
-    near: np.ndarray  # int64 [P, 2], rows of near duplicates in different groups
-    clean: list[str]  # split of each row, "" for left out
-    notes: list[str]
-    summary: dict[str, Any]
-
-
 def search(
     examples: Sequence[Example], columns: Mapping[str, Sequence[str]], listing: Listing, thumbnails: np.ndarray
-) -> Duplicates:
+) -> tuple[np.ndarray, list[str], list[str], dict[str, Any]]:
     """Detects exact copies and near duplicates in the columns of an index, and their effect on each protocol.
 
-    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images, which are not read again.
+    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images. Returns the near duplicates in
+    different groups as rows, int64 [P, 2]; the clean split of each row, "" for removed ones; notes; and the summary.
     """
     files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
     hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
@@ -48,7 +38,7 @@ def search(
         summary["leaks"][name] = leaks
         notes += leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)
         summary.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, twins.pairs))
-    return Duplicates(twins.pairs, clean, notes, summary)
+    return twins.pairs, clean, notes, summary
 
 
 def _members(cells: Sequence[str], split: str) -> list[int]:
