@@ -1,4 +1,4 @@
-"""Small folders of images for tests: a bright square whose place is the class, prepared as anyone's data set is."""
+"""Synthetic images and small prepared folders for tests: the class is the position of a bright square."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ def encoded(image, form="PNG", **options) -> bytes:
 
 
 def picture(place: int, seed: int) -> np.ndarray:
-    """A 40 x 40 image of coarse noise, alike to no other seed's, with a square at `place` 0, 1 or 2."""
+    """A 40 x 40 image of coarse noise, different for each seed, with a square at `place` 0, 1 or 2."""
     noise = np.random.default_rng(seed).integers(0, 90, (10, 10), dtype=np.uint8)
     image = np.kron(noise, np.ones((4, 4), np.uint8))
     image[10:25, 2 + 12 * place : 12 + 12 * place] += 150
@@ -52,7 +52,7 @@ def chest(seed: int, size: int = 64, vessels: int = 12) -> np.ndarray:
 
 
 def rows(classes, patients, images=2, splits=None, prefix="p", seed=0):
-    """Rows of labels.csv with their pictures: `patients` of each class, so many images each, two sources."""
+    """Rows of labels.csv with their images: `patients` per class, `images` per patient, two sources."""
     made = []
     for place, name in enumerate(classes):
         for p in range(patients):

@@ -1,4 +1,4 @@
-"""Preparing and opening: nothing half done, order kept, copies of the bytes, and the command itself."""
+"""Preparation: atomic writes, order and content of records, and the command."""
 
 import os
 import pickle
@@ -19,8 +19,7 @@ from lungjax import cli, datasets, prepare
 from lungjax.data import prepared
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
-from lungjax.datasets.build import staging, tfds_builder, writer
-from lungjax.runtime import environment
+from lungjax.datasets.build import staging, writer
 
 
 def make_folder(root, count=24, seed=0):
@@ -46,11 +45,11 @@ def assert_nothing_opens(root):
 
 
 def python(code, root, *arguments):
-    """Runs code in a process of its own; returns its exit code and output."""
+    """Runs code in a new process; returns its exit code and output."""
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True)
 
 
-def test_command_runs_without_tensorflow_or_jax(tmp_path):
+def test_command_without_tensorflow_and_jax(tmp_path):
     make_folder(tmp_path)
     code = (
         "import sys; from lungjax import cli, prepare\n"
@@ -67,7 +66,7 @@ def test_command_runs_without_tensorflow_or_jax(tmp_path):
     assert "24/24" in result.stderr and "images/s" in result.stderr
 
 
-def test_mistakes(tmp_path, monkeypatch, capsys):
+def test_invalid_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path)
     (folder / "train/a/b.png").write_bytes((folder / "train/a/000.png").read_bytes()[:150])
@@ -93,7 +92,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
             cli.read_window(text)
 
 
-def test_records_follow_the_index(tmp_path, monkeypatch):
+def test_order_of_records(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
     monkeypatch.setattr(writer, "SHARD_BYTES", 1000)
     write(tmp_path)
@@ -202,24 +201,14 @@ def test_incomplete_index(tmp_path):
     assert_nothing_opens(tmp_path)
 
 
-def test_disk_space_is_checked_first(tmp_path, monkeypatch):
+def test_insufficient_disk_space(tmp_path, monkeypatch):
     make_folder(tmp_path)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(ValueError, match="--data_dir"):
         write(tmp_path)
 
 
-def test_few_images_wait_in_memory(tmp_path, monkeypatch):
-    make_folder(tmp_path, count=200)
-    reads, ahead = [], []
-    read_bytes, record = Path.read_bytes, tfds_builder.record
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
-    monkeypatch.setattr(tfds_builder, "record", lambda *args: ahead.append(len(reads) - len(ahead)) or record(*args))
-    write(tmp_path)
-    assert len(ahead) == 200 and max(ahead) <= 6 * environment.cores()
-
-
-def test_records_in_another_order_are_detected(tmp_path, monkeypatch):
+def test_shuffled_records(tmp_path, monkeypatch):
     make_folder(tmp_path)
     original = prepared.open_records
     monkeypatch.setattr(prepared, "open_records", lambda path: list(reversed(list(original(path)))))
@@ -228,7 +217,7 @@ def test_records_in_another_order_are_detected(tmp_path, monkeypatch):
     assert_nothing_opens(tmp_path)
 
 
-def test_workers_end_with_a_killed_run(tmp_path):
+def test_workers_of_a_killed_run(tmp_path):
     command = [sys.executable, "-m", "lungjax.prepare", "--dataset=phantom_ct"]
     run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -246,8 +235,8 @@ def test_workers_end_with_a_killed_run(tmp_path):
     raise AssertionError("workers outlived the run by 20 s")
 
 
-def test_unpickled_records_import_nothing(tmp_path):
-    """Two threads that import TFDS at once deadlock, so unpickling imports it."""
+def test_imports_of_unpickled_records(tmp_path):
+    """Two threads that import TFDS at once deadlock, so unpickling must import everything."""
     make_folder(tmp_path)
     write(tmp_path)
     (tmp_path / "records").write_bytes(pickle.dumps(open_folder(tmp_path).records))
@@ -274,7 +263,7 @@ def test_statistics_of_16_bit_images(tmp_path):
             np.testing.assert_allclose((data.columns["mean"][i], data.columns["std"][i]), expected, atol=2e-5)
 
 
-def test_class_lost_to_twins_stays_in_the_study(tmp_path):
+def test_class_lost_to_duplicates(tmp_path):
     make_folder(tmp_path)
     for path in (tmp_path / "in/train/a").iterdir():
         path.write_bytes(next((tmp_path / "in/test/a").iterdir()).read_bytes())

@@ -1,6 +1,9 @@
-"""The clean protocol and the leak counts on hand-made columns, and two data sets compared."""
+"""The clean protocol, leak counts, and the comparison of two data sets, on synthetic columns."""
+
+import functools
 
 import numpy as np
+from folders import chest
 
 from lungjax.data import duplicates, leakage
 from lungjax.data.imaging import images
@@ -65,7 +68,7 @@ def members(column):
     return {split: [i for i, s in enumerate(column) if s == split] for split in SPLITS}
 
 
-def test_clean_leaves_no_leak_in_any_order():
+def test_clean_without_leaks_in_any_order():
     for seed in range(3):
         rng = np.random.default_rng(seed)
         *columns, near = random_columns(rng)
@@ -115,9 +118,7 @@ def test_worst_pairs_first():
     assert leakage.pairs_named({}, files, labels, pixels, near) == []
 
 
-def picture(seed: int) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 255, (12, 12), dtype=np.uint8)
-    return np.kron(coarse, np.ones((10, 10), np.uint8))
+picture = functools.partial(chest, size=120, vessels=60)
 
 
 def data_set(name, files, groups, pixels, pictures):
@@ -139,7 +140,7 @@ def test_cross():
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
 
 
-def test_cross_lists_both_kinds_of_pairs():
+def test_cross_with_both_kinds_of_pairs():
     pictures, names = [picture(s) for s in range(30)], [f"{s:02}" for s in range(30)]
     one = data_set("one", names, names, names, pictures)
     cropped = pictures[:27] + [image[2:-2] for image in pictures[27:]]

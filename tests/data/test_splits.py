@@ -21,7 +21,7 @@ def mixed_patients():
     return rng.integers(0, 3, 4000).tolist(), [f"g{i}" for i in rng.integers(0, 200, 4000)]
 
 
-def test_groups_stay_together_and_shares_are_close():
+def test_undivided_groups_and_shares():
     for labels, groups in (patients(0), patients(1), mixed_patients()):
         result = splits.make_splits(labels, groups)
         assert len(set(zip(groups, result, strict=True))) == len(set(groups))
@@ -29,7 +29,7 @@ def test_groups_stay_together_and_shares_are_close():
             assert abs(n / labels.count(label) - splits.SHARES[split]) < 0.03
 
 
-def test_order_of_examples_does_not_matter():
+def test_independence_of_example_order():
     labels, groups = patients()
     result = dict(zip(groups, splits.make_splits(labels, groups, seed=1), strict=True))
     order = np.random.default_rng(5).permutation(len(labels))
@@ -45,7 +45,7 @@ def test_few_groups():
     assert Counter(zip([0] * 20 + [1] * 20, result, strict=True)) == expected
 
 
-def test_missing_splits_come_from_train():
+def test_missing_splits_from_train():
     labels, groups = patients()
     given = ["test" if int(g.split()[1]) % 5 == 0 else "train" for g in groups]
     result, notes = splits.complete(given, labels, groups)

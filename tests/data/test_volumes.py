@@ -1,4 +1,4 @@
-"""DICOM series and NIfTI volumes: one body gives the same images however it is stored; errors name the file."""
+"""DICOM series and NIfTI volumes: equal images in every storage order, and errors that name the file."""
 
 import gzip
 
@@ -31,7 +31,7 @@ def sort(paths):
 
 def middle_of_series(paths, plane):
     series = sort(paths)
-    index = volumes.middle_slice(series.shape[volumes.PLANES[plane]])
+    index = series.shape[volumes.PLANES[plane]] // 2
     ordered = tuple(header.path for header in series.headers)
     if plane == series.plane:
         return pixels_of(dicom.picture(ordered[index], WIDE))
@@ -60,7 +60,7 @@ def test_nifti_in_any_axes(tmp_path):
             np.testing.assert_array_equal(middle_of_nifti(path, plane), windowed(expected), err_msg=axes + plane)
 
 
-def test_pixels_become_square(tmp_path):
+def test_square_pixels(tmp_path):
     hu, spacing = scans.body((12, 20, 16)), (2.5, 0.8, 0.5)
     paths = scans.series(tmp_path / "s", hu, spacing)
     path = scans.nifti(tmp_path / "n.nii", hu, spacing, axes="LPS")
@@ -142,18 +142,18 @@ def test_single_slice_without_position(tmp_path):
     assert "single slice" in sort([path]).flaw
 
 
-def test_files_are_read_once(tmp_path):
+def test_cached_volume(tmp_path):
     paths = scans.series(tmp_path, scans.body())
     series = sort(paths)
     ordered = tuple(header.path for header in series.headers)
     first = dicom.cut(ordered, series.step, "coronal", 1, WIDE)
     for path in paths[1:]:
         (tmp_path / path).unlink()
-    assert dicom.cut(ordered, series.step, "coronal", 1, WIDE) == first  # the volume is cached
-    dicom.picture(paths[0], WIDE)  # a slice reads its own file alone
+    assert dicom.cut(ordered, series.step, "coronal", 1, WIDE) == first
+    dicom.picture(paths[0], WIDE)  # a slice requires only its own file
 
 
-def test_series_that_is_no_stack(tmp_path):
+def test_inconsistent_series(tmp_path):
     for change, word in (
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, r"IM0\d+.dcm and .*IM0\d+.dcm .*orientations"),
         ({"PixelSpacing": [1.0, 0.9]}, "spacings, 1 x 1 and 1 x 0.9"),
@@ -165,7 +165,7 @@ def test_series_that_is_no_stack(tmp_path):
             sort(scans.series(tmp_path, scans.body(), change={2: change}))
 
 
-def test_flaws_of_a_series(tmp_path):
+def test_flaws_of_series(tmp_path):
     gap = sort(scans.series(tmp_path / "gap", scans.body((9, 4, 4)), skip=(3, 4)))
     assert "about 2 missing slices" in gap.flaw and "missing" in gap.notes[0] and gap.step == 1
     change = {5: {"ImagePositionPatient": [-100, 50, 11.7]}}
@@ -267,7 +267,7 @@ def test_invalid_options():
             volumes.check_options(*options)
 
 
-def test_pseudonyms_depend_on_the_salt():
+def test_salted_pseudonyms():
     name = volumes.pseudonym("ID-4711", "secret")
     assert len(name) == 12 and set(name) <= set("0123456789abcdef") and name == volumes.pseudonym("ID-4711", "secret")
     others = {volumes.pseudonym("ID-4711", salt) for salt in ("", "secret", "x" * 100, "x" * 101)}

@@ -26,12 +26,11 @@ LINES = {
 
 def write(root, config="3a", layout="kaggle"):
     version = config.upper()
-    folder = root / (f"{version}_images" if layout == "kaggle" else "images")
+    folder, tables = (f"{version}_images", f"_COVIDx_CT-{version}") if layout == "kaggle" else ("images", "_COVIDx-CT")
+    folder, rng = root / folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
     for split, lines in LINES.items():
-        name = f"{split}_COVIDx_CT-{version}.txt" if layout == "kaggle" else f"{split}_COVIDx-CT.txt"
-        (root / name).write_text("\n".join(lines) + "\n")
+        (root / f"{split}{tables}.txt").write_text("\n".join(lines) + "\n")
         for line in lines:
             Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(folder / line.split()[0])
     return folder

@@ -1,4 +1,4 @@
-"""A user's folder: three layouts, 8 and 16 bits, splits and groups, and error messages."""
+"""A user's folder: three layouts, 8 and 16 bits, splits, groups and errors."""
 
 import os
 
@@ -138,7 +138,7 @@ def test_duplicates_and_divided_groups(tmp_path):
     assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]
 
 
-def test_file_name_that_is_not_text(tmp_path):
+def test_undecodable_file_name(tmp_path):
     for name in (b"a/y.png", b"b/x\xff.png"):
         path = os.path.join(os.fsencode(tmp_path), b"in", name)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,4 +1,4 @@
-"""DICOM and NIfTI in the layouts of `folder`: what is listed, what is kept of a person, what is refused."""
+"""DICOM and NIfTI files in a user's folder: examples, pseudonyms and errors."""
 
 import pickle
 import re
@@ -138,12 +138,9 @@ def test_bad_files_and_series(tmp_path):
 def test_missing_slices(tmp_path):
     class_folders(tmp_path)
     scans.series(tmp_path / "a/gap", scans.body((9, 10, 8)), skip=(4,), **uids(8, "Q"))
-    name = f"series-{pseudonym('1.2.8')}"
-    assert f"1 CT series with missing slices, such as {name}" in listing(tmp_path).notes
-    first = listing(tmp_path, plane="coronal").examples[0]
-    assert first.file == name
+    assert any("missing slices" in note and pseudonym("1.2.8") in note for note in listing(tmp_path).notes)
     with pytest.raises(ValueError, match="no coronal plane"):
-        first.image()
+        listing(tmp_path, plane="coronal").examples[0].image()
 
 
 def test_table_errors(tmp_path):

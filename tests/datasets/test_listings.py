@@ -1,4 +1,4 @@
-"""Listings of the public data sets on small folders in their layouts, and on real images under their names."""
+"""Listings of the public data sets, on small folders in their layouts and on real file names."""
 
 import csv
 import importlib
@@ -360,35 +360,8 @@ def test_coronahack(tmp_path):
     assert_errors(coronahack, tmp_path, table, "default", errors)
 
 
-def test_covid_ct_real_names(shared, tmp_path):
-    """The UCSD images under the names of the repository: names alone keep patients and papers together."""
-    groups, lists = {}, defaultdict(list)
-    with (shared / "data/ct/labels.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        match = re.fullmatch(r"(COVID|NonCOVID)/ucsd_(.+)\.jpg", row["path"])
-        if match:
-            name, stem = match.groups()
-            web = row["group"].startswith("ucsd-crawled")
-            file = re.sub(r"-(\d+)$", r"%\1", stem) + ".jpg" if web else stem + ".png"
-            link = tmp_path / "Images-processed" / f"CT_{name}" / file
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(shared / "data/ct" / row["path"])
-            lists[name, row["split"]].append(file)
-            groups[f"CT_{name}/{file}"] = row["group"]
-    for (name, split), files in lists.items():
-        write_text(tmp_path / f"Data-split/{name}/{split}CT_{name}.txt", *files)
-    _, by_file = listed(covid_ct, tmp_path)
-    assert by_file.keys() == groups.keys() and len(groups) > 600
-    names = defaultdict(set)
-    for file, example in by_file.items():
-        names[groups[file]].add(example.group)
-    # MedPix's patient 3 has two runs of numbers.
-    assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}
-
-
 def test_covid_xray_5k_real_names(shared):
-    """The study's repository, except for 5 images of COVID-19; their cases are known from another data set."""
+    """The study's repository without 5 images of COVID-19; cases are known from another data set."""
     listing, by_file = listed(covid_xray_5k, shared / "data/covid_xray_study/data_set")
     counts = Counter((example.study, example.label) for example in listing.examples)
     assert counts == {("train", 0): 119, ("train", 1): 994, ("val+test", 0): 97, ("val+test", 1): 1473}

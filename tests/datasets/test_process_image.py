@@ -1,4 +1,4 @@
-"""Processing of one image: bytes kept, boxes moved, stages, sizes, masks."""
+"""Processing of one image: bytes, boxes, stages, sizes and masks."""
 
 import zlib
 
