@@ -43,7 +43,7 @@ def windowed(hu, window=(-350.0, 1300.0)):
 
 
 def dataset(pixels, modality, **tags):
-    """One DICOM file with 16-bit pixels; a tag that is None is left out."""
+    """One DICOM file with 16-bit pixels; tags that are None are omitted."""
     meta = pydicom.dataset.FileMetaDataset()
     kind = CTImageStorage if modality == "CT" else DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()

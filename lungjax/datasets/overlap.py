@@ -44,7 +44,7 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
             f"names. {advice}"
         )
     doubts = []
-    sides = [_whole(own, seen, data_dir), _whole(other, rows, data_dir)]
+    sides = [_without_stage(own, seen, data_dir), _without_stage(other, rows, data_dir)]
     if sides[0] and sides[1]:
         (own, seen), (other, rows) = sides[0], sides[1]
     elif resolve(own.name)[0].stage != resolve(other.name)[0].stage:
@@ -94,7 +94,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
     return (name.base, name.config) if name.base == "folder" else (name.base,)
 
 
-def _whole(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
+def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
     """Returns the data set without its stage, and the same images in it; None if it is not prepared or lacks one."""
     name = resolve(data.name)[0]
     if not name.stage:
@@ -103,8 +103,8 @@ def _whole(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, 
     for full in (replace(name, stage="").full, replace(name, stage="", size=None).full):
         folder = prepared.directory(data_dir, full)
         if prepared.is_prepared(folder):
-            whole = prepared.load(folder, full)
-            row = {file: i for i, file in enumerate(whole.columns["file"].tolist())}
+            complete = prepared.load(folder, full)
+            row = {file: i for i, file in enumerate(complete.columns["file"].tolist())}
             if row.keys() >= set(files):
-                return whole, np.asarray([row[file] for file in files], np.int64)
+                return complete, np.asarray([row[file] for file in files], np.int64)
     return None

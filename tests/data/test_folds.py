@@ -109,7 +109,7 @@ def test_nested_fractions():
     for fraction, part in zip(fractions, parts, strict=True):
         assert part["val"] == full["val"] and part["test"] == full["test"]
         names = set(groups[list(part["train"])].tolist())
-        assert {row for row in full["train"] if groups[row] in names} == part["train"], "whole patients"
+        assert {row for row in full["train"] if groups[row] in names} == part["train"], "complete patients"
         assert set(labels[list(part["train"])].tolist()) == {0, 1, 2}
         assert len(names) / patients == pytest.approx(fraction, abs=0.02)
     shares = [np.bincount(labels[list(rows)]) / len(rows) for rows in (full["train"], parts[3]["train"])]

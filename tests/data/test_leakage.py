@@ -92,7 +92,7 @@ def test_leaks():
     near = np.array([(1, 5), (3, 6), (2, 3)])  # of the last, 3 has an exact copy in train, which counts
     leaks = leakage.leaks(members, groups, pixels, near)
     names = ("images", "exact_twin_in_train", "near_twin_in_train", "group_in_train", "any")
-    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 is a twin of 1, 6 of a copy of 0.
+    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 duplicates 1, 6 a copy of 0.
     assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
     assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
     assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}

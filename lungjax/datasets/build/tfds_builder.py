@@ -56,7 +56,7 @@ def write(name: str, root: Path, description: str, classes: Sequence[str], shard
 
     Raises ValueError if the disk is full.
     """
-    tfds.disable_progress_bar()  # ours counts images over the whole data set
+    tfds.disable_progress_bar()  # replaced by one for the complete data set
     base, _, config = name.partition("/")
     kind: Any = type(base, (Builder,), {"name": base}, skip_registration=True)
     with prepared.quiet_tfds():
