@@ -110,7 +110,7 @@ def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str)
         exact, near, shared = (counts[f"{k}_in_train"] for k in ("exact_twin", "near_twin", "group"))
         text = (
             f"{of}: {counts['any']:,} of {counts['images']:,} {split} images leak from train (exact copies: {exact:,}; "
-            f"near duplicates: {near:,}; {group_name} in both: {shared:,})"
+            f"near duplicates: {near:,}; shared {group_name}: {shared:,})"
         )
         in_val = counts.get("exact_twin_in_val")
         notes.append(text + (f"; exact copies in val: {in_val:,}" if in_val else ""))
