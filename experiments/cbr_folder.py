@@ -1,6 +1,5 @@
 """CBR-Small (arXiv 1902.07208) on a user's folder of images, 128 px, gray.
 
-    python -m lungjax.prepare --dataset=folder --source=DIR
     python -m lungjax.main --experiment=cbr_folder
 
 Any number of classes; CT slices or chest X-rays. Two cores train on about 40 images per second. With the study's

@@ -1,6 +1,5 @@
 """COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, DeepCovid's ResNet18.
 
-    python -m lungjax.prepare --dataset=covid_xray_5k --source=DIR
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
 
@@ -30,17 +29,7 @@ never trained: its row is like the others'.
 
 from dataclasses import replace
 
-from lungjax.config import (
-    PROTOCOLS,
-    AugmentConfig,
-    Config,
-    DataConfig,
-    HeadConfig,
-    InputSpec,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
 
 FROZEN = ("mobilenetv2", "resnet101v2", "densenet201", "vgg16")
@@ -50,7 +39,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
     """Arguments: model; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("model", model, ("xray_cnn", *FROZEN, "resnet18"))
-    size, ranged, augment = (256, 256), model == "xray_cnn" or study, AugmentConfig()
+    size, ranged, augment = (256, 256), model == "xray_cnn" or study, preset("none")
     if model == "xray_cnn":
         network = ModelConfig(name=model, head=HeadConfig(output="sigmoid", positive_class="non"))
         optim, augment = OptimConfig(name="adam", lr=1e-3), preset("xray_covid_online")
@@ -61,16 +50,9 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
         size, ranged = (224, 224), False
         network = ModelConfig(name=model, weights="torchvision_v1")
         decays = tuple(epoch / 100 for epoch in range(7, 100, 7))
-        optim = OptimConfig(
-            name="sgd",
-            lr=1e-4,
-            momentum=0.9,
-            schedule="step",
-            decay_at=decays,
-            tune="head",
-            frozen_batch_norm="update",  # frozen norms follow the batch in torch's training mode
-        )
-        augment = AugmentConfig(zoom=(-0.7, 0.0), shift=(0.15, 0.15), fill="edge")
+        optim = OptimConfig(name="sgd", lr=1e-4, momentum=0.9, schedule="step", decay_at=decays, tune="head")
+        optim = replace(optim, frozen_batch_norm="update")  # frozen norms follow the batch in torch's training mode
+        augment = replace(augment, zoom=(-0.7, 0.0), shift=(0.15, 0.15), fill="edge")
         train = TrainConfig(batch_size=20, epochs=100, monitor="slice.accuracy" if study else "slice.auc_macro")
     else:
         head = HeadConfig(pool="avg2x2_flatten", hidden=(64,), hidden_dropout=0.5)

@@ -1,13 +1,12 @@
 """The official COVID-Net CT protocol on COVIDx CT, for any network: body box, 512 px, its augmentation and metrics.
 
-    python -m lungjax.prepare --dataset=covidx_ct/2a --source=DIR
     python -m lungjax.main --experiment=covidnet_ct:version=2a
     python -m lungjax.main --experiment=covidnet_ct:model=resnet50,version=2a,weights=imagenet,protocol=study
 
 Source: github.com/haydengunraj/COVIDNet-CT (arXiv 2009.05383, 2101.07433). Published accuracy / COVID sensitivity of
 their own networks, which exist only as a TensorFlow 1 graph and are not included: CT-1 L .991 / .973, S .985 / .947;
 CT-2 L .981 / .962, S .979 / .957. Their README calls the CT-2 numbers "3A", but the confusion matrices are of the
-25,658 test slices of 2A: there is no published 3A score.
+25,658 test slices of 2A; no 3A score is published.
 
 This experiment uses the defaults of their training script: batch 8, SGD with momentum 0.9, learning rate 1e-3 with
 cosine decay to 1 %, 20 epochs in which each class is repeated until all are about equally large, validation every 2,000
@@ -21,7 +20,7 @@ perhaps 5e-3 and 17 epochs). Not run on the real data set.
 | resizing | without antialiasing (OpenCV) | with antialiasing |
 
 Both use the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. For 2a and 3a, `study`
-is the resampling of another study (covidx_ct.py), so these use `clean`, which leaves out the duplicates that `prepare`
+is the resampling of another study (covidx_ct.py), so these use `clean`, which removes the duplicates that `prepare`
 reports. Their order of augmentations and Otsu's threshold differ slightly from ours (`lungjax.config.presets`).
 Caveats: slices were selected by an earlier network in most of train and by experts in val and test, and STOIC, iCTCF
 and Stony Brook are in train only: the scores say little about other hospitals.
@@ -32,12 +31,9 @@ from lungjax.config.presets import one_of, preset, slug
 
 BATCH, EPOCHS = 8, 20
 SLICES = {  # of train: Normal, Pneumonia, COVID-19
-    "1": (27201, 22061, 12520),
-    "2a": (35996, 25496, 82286),
-    "2b": (35996, 25496, 88467),
-    "3a": (35996, 26970, 294552),
-    "3b": (35996, 26970, 300733),
-}
+    "1": (27201, 22061, 12520), "2a": (35996, 25496, 82286), "2b": (35996, 25496, 88467),
+    "3a": (35996, 26970, 294552), "3b": (35996, 26970, 300733),
+}  # fmt: skip
 
 
 def get_config(

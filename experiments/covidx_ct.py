@@ -1,6 +1,5 @@
 """COVIDx CT by transfer learning: torchvision's VGG, ResNet and DenseNet from ImageNet, only the last layers trained.
 
-    python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
     python -m lungjax.main --experiment=covidx_ct
     python -m lungjax.main --experiment=covidx_ct:protocol=study
     python -m lungjax.main --experiment=covidx_ct:model=densenet161,version=2a,protocol=study
@@ -38,7 +37,7 @@ MODELS = {
     "resnet50": ("resnet50_v15", 3), "resnet101": ("resnet101_v15", 3), "resnet152": ("resnet152_v15", 3),
     "densenet121": ("densenet121", 16), "densenet161": ("densenet161", 24), "densenet201": ("densenet201", 32),
 }  # fmt: skip
-PNEUMONIA = {"1": 22061, "2a": 25496, "2b": 25496, "3a": 26970, "3b": 26970}  # train slices, a third of an epoch
+PNEUMONIA = {"1": 22061, "2a": 25496, "2b": 25496, "3a": 26970, "3b": 26970}  # slices of train
 
 
 def trained_blocks(model: str, unfreeze: int) -> list[int]:
@@ -53,6 +52,7 @@ def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a
     """Arguments: model; unfreeze (0 to 4); version of COVIDx CT (study: 2a or 3a); protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     one_of("version", version, ("2a", "3a") if study else PNEUMONIA)
+    epoch = 3 * PNEUMONIA[version]  # slices: each class as often as Pneumonia
     name, family = MODELS[one_of("model", model, MODELS)][0], model.rstrip("0123456789")
     one_of("unfreeze", str(unfreeze), "01234")
     blocks, stage = trained_blocks(model, unfreeze), 5 if family == "vgg" else 4
@@ -84,8 +84,8 @@ def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a
         optim=replace(frozen, name="adam", lr=1e-4, eps=1e-8, frozen_batch_norm="update"),
         train=TrainConfig(
             batch_size=64,
-            steps=round(epochs * 3 * PNEUMONIA[version] / 64),
-            eval_steps=round(3 * PNEUMONIA[version] / 64),
+            steps=round(epochs * epoch / 64),
+            eval_steps=round(epoch / 64),
             monitor="slice.f1_macro",
             keep="last" if study else "best",
         ),

@@ -1,6 +1,5 @@
 """CT-COV19: COVID-19, normal or other pneumonia; the study's grid of 8 networks, 5 image versions, 4 training variants.
 
-    python -m lungjax.prepare --dataset=ct_cov19 --source=CT-COV19              # or ct_cov19/study_lungs, ...
     python -m lungjax.main --experiment=ct_cov19:model=cbr_tiny
     python -m lungjax.main --experiment=ct_cov19:model=cbr_largew,class_weight=true,protocol=study
     python -m lungjax.main --experiment=ct_cov19:model=efficientnet_b3,weights=none,images=lungs,augment=true
@@ -27,17 +26,7 @@ BiT's augmentation has no numbers (here those of the others). The negative zoom 
 BiT: the hub module took 0..1 and rescaled internally; its public weights take the same numbers as 2x - 1.
 """
 
-from lungjax.config import (
-    PROTOCOLS,
-    AugmentConfig,
-    Config,
-    DataConfig,
-    HeadConfig,
-    InputSpec,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
 
 # Allowed initial weights of each network; the first is the default.
@@ -75,13 +64,9 @@ def get_config(
         name=slug("ct_cov19", model, weights if efficientnet else "", images, *options),
         data=DataConfig(dataset=f"ct_cov19{stage}", protocol=protocol),
         input=InputSpec(
-            size=size,
-            channels=3 if efficientnet and not frozen else 1,
-            mean=mean,
-            std=std,
-            antialias=not study,
+            size=size, channels=3 if efficientnet and not frozen else 1, mean=mean, std=std, antialias=not study
         ),
-        augment=preset(f"ct_cov19_{images}") if augment else AugmentConfig(),
+        augment=preset(f"ct_cov19_{images}" if augment else "none"),
         # ImageNet weights: a plain classifier on frozen features; random weights: the top of Keras.
         model=ModelConfig(name=model, weights=weights, head=HeadConfig(dropout=0.0) if frozen else HeadConfig()),
         optim=OptimConfig(

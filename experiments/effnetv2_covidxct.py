@@ -1,6 +1,5 @@
 """EfficientNetV2-S from ImageNet weights on COVIDx CT 3A: body box, 224 px, COVIDNet-CT's augmentation.
 
-    python -m lungjax.prepare --dataset=covidx_ct/3a --source=DIR
     python -m lungjax.main --experiment=effnetv2_covidxct
 
 Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. Download the weights
@@ -18,15 +17,13 @@ all slices of the official split and the best AUC on val.
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
 
-VERSIONS = ("1", "2a", "2b", "3a", "3b")
-
 
 def get_config(
     version: str = "3a", model: str = "efficientnetv2_s", weights: str = "imagenet", protocol: str = "clean"
 ) -> Config:
     """Arguments: version of COVIDx CT (1, 2a, 2b, 3a, 3b; study: 2a, 3a); model; weights; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
-    one_of("version", version, ("2a", "3a") if study else VERSIONS)
+    one_of("version", version, ("2a", "3a") if study else ("1", "2a", "2b", "3a", "3b"))
     return Config(
         name=slug("effnetv2_covidxct", version, model, weights, "study" if study else ""),
         data=DataConfig(dataset=f"covidx_ct/{version}", protocol=protocol, sampling="natural" if study else "balanced"),
@@ -35,10 +32,6 @@ def get_config(
         model=ModelConfig(name=model, weights=weights),
         optim=OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup_steps=1000, weight_decay=1e-5),
         train=TrainConfig(
-            batch_size=64,
-            epochs=5,
-            eval_steps=2000,
-            patience=0 if study else 10,
-            keep="last" if study else "best",
+            batch_size=64, epochs=5, eval_steps=2000, patience=0 if study else 10, keep="last" if study else "best"
         ),
     )

@@ -1,6 +1,5 @@
 """ImageNet weights, fine-tuned on a user's folder of images: EfficientNet-Lite0 at 160 px.
 
-    python -m lungjax.prepare --dataset=folder --source=DIR
     python -m lungjax.main --experiment=finetune                          # trains all layers
     python -m lungjax.main --experiment=finetune:tune=head                # only the classifier
     python -m lungjax.main --experiment=finetune:tune=blocks:3            # the last three blocks and the classifier

@@ -1,8 +1,6 @@
 """iCTCF: CT slices that are COVID-negative, COVID-positive, or without lung; nine networks from random weights, 512 px.
 
-    python -m lungjax.prepare --dataset=ictcf/features --source=DIR
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
-    python -m lungjax.prepare --dataset=ictcf/oversampled-features --source=DIR
     python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
 
 Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. Published test accuracy: EfficientNetV2-B0
@@ -27,17 +25,7 @@ stopping" with patience 10 in 10 epochs never stops.
 Not reproducible: the unseeded draw of copies, and Keras's AdamW, which also decays norms and biases.
 """
 
-from lungjax.config import (
-    PROTOCOLS,
-    AugmentConfig,
-    Config,
-    DataConfig,
-    HeadConfig,
-    InputSpec,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
 
 BATCHES = {  # derived from the steps of the published logs
@@ -74,7 +62,7 @@ def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol
             mean=mean if weights == "none" else None,
             std=std if weights == "none" else None,
         ),
-        augment=AugmentConfig() if study else preset("ictcf"),
+        augment=preset("none" if study else "ictcf"),
         model=ModelConfig(name=model, weights=weights, drop_path=0.0 if convnext else None, head=head),
         optim=OptimConfig(name="adamw", lr=0.01, weight_decay=1e-3) if resnet else OptimConfig(name="adam", lr=1e-3),
         train=TrainConfig(

@@ -1,6 +1,5 @@
 """Whole lung or not: EfficientNet-B1 on mid-coronal CT images of the NCCID, 64 x 128 px.
 
-    python -m lungjax.prepare --dataset=nccid_whole_lung --source=DIR
     python -m lungjax.weights --fetch=efficientnet_b1.keras
     python -m lungjax.main --experiment=nccid_whole_lung
     python -m lungjax.main --experiment=nccid_whole_lung:protocol=study

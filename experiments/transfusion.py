@@ -1,6 +1,5 @@
 """Pretrained against random initialization by network size: the comparison of "Transfusion" (arXiv 1902.07208).
 
-    python -m lungjax.prepare --dataset=folder/xray --source=DIR
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=imagenet
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=meanvar:imagenet
@@ -17,8 +16,8 @@ Adam at 1e-3, as in the paper for the retina; all layers are trained, with three
 network has the same number of parameters. Epochs, batch size and weights tested (best AUC on val) are our choice: the
 paper uses other data.
 
-protocol=study uses the original splits of a study's data set (`data.protocol`), clean (the default) splits by patient
-without duplicates; there is no other difference, and a user's folder has no study. The paper's count for CBR-Tiny
+protocol=study uses the original splits of a data set (`data.protocol`), clean (the default) splits by patient without
+duplicates; nothing else differs, and a user's folder has no study splits. The paper's count for CBR-Tiny
 (1,076,480) does not match its definition (5x5, 64 to 512: 4,303,360 by the same rule); `cbr_tiny` follows the definition.
 """  # noqa: E501 a command
 

@@ -1,6 +1,8 @@
-"""Small folders of images for tests: a bright square whose place is the class, prepared as anyone's data set is."""
+"""Synthetic images and small prepared folders for tests: the class is the position of a bright square."""
 
 import csv
+import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +21,38 @@ CONFIG = Config(
 )
 
 
+def encoded(image, form="PNG", **options) -> bytes:
+    """A Pillow image or an array as an image file."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
+    return file.getvalue()
+
+
 def picture(place: int, seed: int) -> np.ndarray:
-    """A 40 x 40 image of coarse noise, alike to no other seed's, with a square at `place` 0, 1 or 2."""
+    """A 40 x 40 image of coarse noise, different for each seed, with a square at `place` 0, 1 or 2."""
     noise = np.random.default_rng(seed).integers(0, 90, (10, 10), dtype=np.uint8)
     image = np.kron(noise, np.ones((4, 4), np.uint8))
     image[10:25, 2 + 12 * place : 12 + 12 * place] += 150
     return image
 
 
+@cache
+def chest(seed: int, size: int = 64, vessels: int = 12) -> np.ndarray:
+    """A synthetic slice, uint8 [size, size]: body, lungs and vessels whose places and sizes follow from `seed`."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
+    image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
+    for side in (-1, 1):
+        image[((x - 0.45 * wide * side) / (0.35 * wide)) ** 2 + (y / (0.7 * high)) ** 2 < 1] = 50
+    for _ in range(vessels):
+        cy, cx, r = *rng.uniform(-0.4, 0.4, 2), rng.uniform(0.01, 0.04)
+        image += rng.uniform(30, 80) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / r**2)
+    return np.clip(image + rng.normal(0, rng.uniform(1, 5), image.shape), 0, 255).astype(np.uint8)
+
+
 def rows(classes, patients, images=2, splits=None, prefix="p", seed=0):
-    """Rows of labels.csv with their images: `patients` per class, two sources."""
+    """Rows of labels.csv with their images: `patients` per class, `images` per patient, two sources."""
     made = []
     for place, name in enumerate(classes):
         for p in range(patients):

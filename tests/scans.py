@@ -1,10 +1,12 @@
 """Small scans for tests: an asymmetric body as a DICOM series and as NIfTI, in many storage orders."""
 
+import io
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
 HU = (-2048, 1)  # intercept and slope
@@ -29,8 +31,19 @@ def body(shape=(6, 10, 8)):
     return np.rint(hu).astype(np.int16)
 
 
+def pixels_of(data):
+    """The pixels of an encoded image."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def windowed(hu, window=(-350.0, 1300.0)):
+    """Hounsfield units as uint8; the default window, center and width, is the full range of the body."""
+    center, width = window
+    return np.rint(np.interp(hu, [center - width / 2, center + width / 2], [0, 255])).astype(np.uint8)
+
+
 def dataset(pixels, modality, **tags):
-    """One DICOM file with 16-bit pixels; a tag that is None is left out."""
+    """One DICOM file with 16-bit pixels; tags that are None are omitted."""
     meta = pydicom.dataset.FileMetaDataset()
     kind = CTImageStorage if modality == "CT" else DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()

@@ -1,9 +1,9 @@
 """Augments train images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
 
-All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from pixels of the result to pixels of
-the image, which is sampled once, bilinearly, where a chain of layers would blur it and cut off corners repeatedly.
-Random numbers depend on the key and the example's place alone, not on the batch, the device or the host. A disabled
-operation adds nothing to the compiled program. `AugmentConfig` documents units and order.
+All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from output to input pixels, and the
+image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers depend
+only on the key and the example's place, not on the batch, device or host. A disabled operation adds nothing to the
+compiled program. `AugmentConfig` documents units and order.
 """
 
 import math
@@ -76,15 +76,15 @@ def augment(
       key: of the run.
       config: the operations and their ranges.
       size: height and width of the result.
-      boxes: float32 [B, 4], xmin, ymin, xmax, ymax as fractions of the image: the part that is shown; None is all.
+      boxes: float32 [B, 4], the visible part: xmin, ymin, xmax, ymax as fractions of the image; None shows all of it.
       body: uint8 [B, h, w], above zero inside the body.
 
     Raises ValueError if `config` requires boxes or body and they are None.
     """
     if config.exterior and body is None:
-        raise ValueError(f"augment.exterior={config.exterior}: the images come without body masks; set it to 0")
+        raise ValueError(f"augment.exterior={config.exterior}: the images have no body masks; set it to 0")
     if config.box_jitter and boxes is None:
-        raise ValueError(f"augment.box_jitter={config.box_jitter}: the images come without boxes; use input.crop=box")
+        raise ValueError(f"augment.box_jitter={config.box_jitter}: the images have no boxes; use input.crop=box")
     draws = _Draws(places, key, config.probability)
     if config.exterior:
         excluded = draws.chance("exterior", config.exterior)[:, None, None, None]
@@ -94,7 +94,7 @@ def augment(
     if moves or flips or boxes is not None or tuple(size) != images.shape[1:3]:
         matrix = _draw_affine(draws, config, images.shape[1:3], size, boxes)
         matrix = jnp.broadcast_to(matrix, (images.shape[0], 2, 3))
-        # Without moves only the outer half of border pixels is outside the image.
+        # Without moves, samples leave the image by at most half a pixel.
         images = warp(images, matrix, size, config.fill if moves else "edge", config.fill_value)
     return _intensities(images.astype(jnp.float32), draws, config)
 
@@ -102,7 +102,7 @@ def augment(
 def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
     """COVIDNet-CT's exterior exclusion: non-black pixels outside the body get the mean of the dark ones among them.
 
-    Dark means at most the mean of the image's non-black pixels, in place of Otsu's threshold.
+    The threshold for dark is the mean of the image's non-black pixels, not Otsu's.
     """
     assert body is not None
     x = images.astype(jnp.float32)
@@ -208,7 +208,7 @@ def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str,
     """Returns float32 [B, H, W, C], each pixel sampled bilinearly from its image where `matrix` (see `affine`) says.
 
     images: [B, h, w, C], uint8 or float32. fill: "constant" (`fill_value`), "edge" or "reflect", which are scipy's
-    grid-constant, nearest and reflect. No sample may be further away than eight times the longer side.
+    grid-constant, nearest and reflect. Samples must be within eight times the longer side.
     """
     h, w = images.shape[1:3]
     if fill == "constant" and fill_value != int(fill_value):
@@ -295,8 +295,8 @@ def mix(
     """Mixes each image with the previous one of the batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
     images: float32 [B, H, W, C]. labels: int32 [B]. places: uint32 [B]. Returns images, the partners' labels [B] and
-    float32 [B], the share of each image that is its own: loss = share * loss(labels) + (1 - share) * loss(partners').
-    With both enabled, one of them is drawn for the batch.
+    float32 [B], the weight of the original: loss = share * loss(labels) + (1 - share) * loss(partners' labels). With
+    both enabled, one of them is drawn for the batch.
     """
     if not (config.mixup or config.cutmix):
         return images, labels, jnp.ones(labels.shape, jnp.float32)
@@ -312,7 +312,7 @@ def mix(
         side = jnp.sqrt(1 - share)
 
         def span(axis: int, length: int) -> jax.Array:
-            """Returns bool [B, length], True inside the rectangle, which the image's border cuts off."""
+            """Returns bool [B, length], True inside the rectangle, which is clipped at the image's border."""
             center, half = middle[:, axis] * length, side * length / 2
             low, high = jnp.round(center - half)[:, None], jnp.round(center + half)[:, None]
             return (jnp.arange(length) >= low) & (jnp.arange(length) < high)
@@ -320,6 +320,6 @@ def mix(
         rows, columns = span(0, height), span(1, width)
         share = jnp.where(use_cutmix, 1 - rows.mean(1) * columns.mean(1), share)
         own = jnp.where(use_cutmix, 1 - (rows[:, :, None] & columns[:, None, :]), own)
-    partners = jnp.roll(images, 1, axis=0)  # sends one image to the next device, where a shuffle would send all
+    partners = jnp.roll(images, 1, axis=0)  # sends one image to the next device; a shuffle would send all
     mixed = partners + own[..., None] * (images - partners)
     return mixed, jnp.roll(labels, 1), share

@@ -1,4 +1,4 @@
-"""Batches of a fixed size: the last one is padded, so that one compiled program serves all of them."""
+"""Batches of a fixed size: the last one is padded, so that one compiled program serves all."""
 
 import numpy as np
 

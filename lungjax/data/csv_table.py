@@ -1,4 +1,4 @@
-"""CSV files that a user gives, as spreadsheets write them: with a byte order mark, and commas, semicolons or tabs."""
+"""CSV files as spreadsheets write them: optional byte order mark; commas, semicolons or tabs."""
 
 import csv
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, required: Iterable[str] = ()) -> Table:
-    """Reads a CSV file; blank lines are skipped, and white space around names and values.
+    """Reads a CSV file; blank lines, and white space around names and values, are skipped.
 
-    The delimiter is the most frequent in the first line. Raises ValueError, with the line number, for a column of
-    `required` that is missing or repeated, a row of another length than the header, and malformed CSV; also for text
-    that is not UTF-8. An unreadable file raises OSError.
+    The delimiter is the most frequent one of the first line. Raises ValueError with the line number for a column of
+    `required` that is missing or repeated, a row that does not match the header, malformed CSV, and text that is not
+    UTF-8; OSError for an unreadable file.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:

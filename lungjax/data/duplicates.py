@@ -1,7 +1,7 @@
-"""Near duplicates: the same picture saved again, found by a 64-bit hash and confirmed on the pictures.
+"""Near duplicates: copies of an image that was saved again, detected by a 64-bit hash and confirmed on the pixels.
 
-A hash alone is not enough, because chests are alike: of 7.5 million pairs of CT slices of different patients, 41 have
-hashes within 4 bits. So `near_pairs` only proposes, and `likeness` compares details after aligning the two pictures.
+Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices of different patients, 41 have
+hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness` compares details after alignment.
 """
 
 import functools
@@ -17,19 +17,19 @@ from lungjax.data.imaging import images as image_files
 
 SIDE = 64  # pixels of a thumbnail
 MIN_DEVIATION = 2.0  # gray levels; a thumbnail with a smaller standard deviation has no content to hash
-DISTANCE = 4  # bits; finds 99% of re-saved copies
-# A larger distance finds more copies without a border, but its many candidate pairs are affordable only for small sets.
-DISTANCES = ((20_000, 8), (100_000, 6))  # images up to which, bits
+DISTANCE = 4  # bits; detects 99% of re-saved copies
+# A larger distance detects more cropped copies, but its many candidate pairs are affordable only for small sets.
+DISTANCES = ((20_000, 8), (100_000, 6))  # maximum number of images, bits
 MIN_CORRELATION = 0.9  # of the details of two copies
 BLOCK = 1 << 20  # hash pairs compared at a time
-MAX_PARTNERS = 20_000  # hashes of a band that each hash is compared with
-MAX_COPIES = 100  # images of one hash that an image is paired with
+MAX_PARTNERS = 20_000  # comparisons per hash and band
+MAX_COPIES = 100  # pairs per image with the same hash
 MAX_PAIRS = 10_000_000
 BATCH = 256  # pictures aligned at a time
 CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
 
-# The 64 lowest frequencies from radius 5 on. Lower ones only show that the picture is a chest: at equal recall of
-# re-saved copies they propose four to ten times as many pairs of different patients.
+# The 64 lowest frequencies from radius 5 on. Lower ones are common to all chests: at equal recall of re-saved copies
+# they propose four to ten times as many pairs of different patients.
 _FREQUENCIES = np.array(
     sorted(
         ((y, x) for y in range(12) for x in range(12) if y * y + x * x >= 25),
@@ -40,24 +40,21 @@ _FREQUENCIES = np.array(
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """Pairs of images that are, or may be, one picture."""
+    """Pairs of confirmed or candidate near duplicates."""
 
     pairs: np.ndarray  # int64 [P, 2], rows i < j, sorted
-    note: str = ""  # what was skipped because too many hashes are alike; "" if nothing was
+    note: str = ""  # limits that the search reached, "" if none
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
-    """Returns a gray picture, uint8 [H, W], as uint8 [64, 64]; a thumbnail is returned unmodified.
-
-    `likeness` uses nothing else of a picture, so its `read` may return stored thumbnails.
-    """
+    """Returns a gray image, uint8 [H, W], as uint8 [64, 64], the input of `likeness`; a thumbnail stays unmodified."""
     return np.clip(np.rint(_shrink(gray)), 0, 255).astype(np.uint8)
 
 
 def phash(gray: np.ndarray) -> int:
-    """Returns the 64-bit perceptual hash of a gray picture, uint8 [H, W]; 0 for a flat one.
+    """Returns the 64-bit perceptual hash of a gray image, uint8 [H, W]; 0 for a flat one.
 
-    Bits are the signs of 64 low frequencies (DCT) of the thumbnail. Saving as JPEG, resizing and small changes of
+    The bits are the signs of 64 low DCT frequencies of the thumbnail. JPEG compression, resizing and small changes of
     brightness, contrast or gamma flip a few bits; cropping by more than 1% flips many.
     """
     small = _shrink(gray)
@@ -70,9 +67,9 @@ def phash(gray: np.ndarray) -> int:
 def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE) -> Near:
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
-    `hashes` uint64 [N], of which 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d
-    bits are equal in one of d + 1 bands, so sorting by each band finds every pair. Memory is bounded for any hashes, by
-    skipping pairs where very many are alike; `note` reports it.
+    `hashes` uint64 [N], 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d bits are
+    equal in at least one of d + 1 bands, so sorting by each band yields every pair. Memory is bounded: pairs are
+    skipped where very many hashes are similar, and `note` reports it.
     """
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
@@ -100,25 +97,25 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
             if full := total >= MAX_PAIRS:
                 break
         if full:
-            notes.append(f"the search stopped there: {MAX_PAIRS:,} pairs of images have similar hashes")
+            notes.append(f"the search for near duplicates stopped at {MAX_PAIRS:,} candidate pairs")
             break
     if skipped:
-        notes.append(f"{skipped:,} comparisons were left out: over {MAX_PARTNERS:,} hashes are equal in a band")
+        notes.append(f"{skipped:,} comparisons were skipped: over {MAX_PARTNERS:,} hashes share a band")
     places = np.concatenate(parts)
     if len(parts[0]) or count[run[places]].max(initial=0) > MAX_COPIES:
-        notes.insert(0, f"up to {count.max():,} images have one hash, each paired with at most {MAX_COPIES} of them")
+        notes.insert(0, f"up to {count.max():,} images have one hash; at most {MAX_COPIES} pairs per image were tried")
     pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
     return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
 
 def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns the correlation of the details of two pictures, float64 [P] in -1..1; MIN_CORRELATION makes them copies.
+    """Returns the correlation of local detail for each pair, float64 [P] in -1..1; copies reach MIN_CORRELATION.
 
-    `pairs` int64 [P, 2] are image numbers, `read` returns the gray picture of one, uint8 [H, W]. Both thumbnails are
-    reduced to local detail (without brightness and contrast), and one is shifted and stretched onto the other. The
-    maximum for CT slices of different patients is 0.82 (of the 7,500 most similar of 7.5 million pairs), for X-rays of
-    different people 0.72 and of one person 0.86; copies with JPEG quality 30, half the size or without a border of 2%
-    have at least 0.95. Adjacent slices of one scan may also pass for copies.
+    `pairs` int64 [P, 2] are image numbers; `read` returns an image or its thumbnail, uint8 [H, W]. Local detail
+    excludes brightness and contrast; one image is shifted and stretched onto the other. Measured maxima: CT slices of
+    different patients 0.82 (the 7,500 most similar of 7.5 million pairs), X-rays of different people 0.72, of one
+    person 0.86. Copies with JPEG quality 30, half the size or a border of 2% removed have at least 0.95. Adjacent
+    slices of one scan may also count as copies.
     """
     detail = functools.lru_cache(CACHE_SIZE)(lambda i: _detail(thumbnail(read(i))).astype(np.float16))
     result = np.zeros(len(pairs))
@@ -134,11 +131,10 @@ def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray
 def near_twins(
     hashes: np.ndarray, groups: Sequence[str], pixels: Sequence[str], read: Callable[[int], np.ndarray]
 ) -> Near:
-    """Returns the confirmed near duplicates across groups.
+    """Returns the confirmed near duplicates across groups; arguments as in `near_pairs` and `likeness`.
 
-    Exact copies (equal `pixels`) are not near duplicates, and only the first of the copies in a group is compared:
-    `leakage` gives its twins to all copies. Arguments as in `near_pairs` and `likeness`, with group names instead of
-    numbers.
+    Exact copies (equal `pixels`) are not near duplicates. Only the first copy in a group is compared; `leakage` applies
+    its pairs to all copies. `groups` are names.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
     group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]
@@ -153,12 +149,12 @@ def near_twins(
 def _shrink(gray: np.ndarray) -> np.ndarray:
     if gray.shape == (SIDE, SIDE):
         return gray.astype(np.float32)
-    picture = Image.fromarray(gray).convert("F")  # not rounded: a dark picture has few gray levels
+    picture = Image.fromarray(gray).convert("F")  # not rounded: a dark image has few gray levels
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def _rank_in_group(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Returns how many earlier images have the hash and group of each, so that groups take turns."""
+    """Returns the number of earlier images with the same hash and group, int64 [n]; sorting by it alternates groups."""
     order = np.lexsort((groups, hashes))
     new = np.ones(len(order), bool)
     new[1:] = (np.diff(hashes[order]) != 0) | (np.diff(groups[order]) != 0)
@@ -181,9 +177,9 @@ def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Returns places of pairs, int64 [n, 2]: images of rank MAX_COPIES and more with those before them in their hash.
+    """Returns pairs of places, int64 [n, 2]: images of rank MAX_COPIES and above with their predecessors in the hash.
 
-    `other_group` is True for images that are not in the group of the first image of their hash.
+    `other_group` is True for images outside the group of the first image of their hash.
     """
     mixed = np.bincount(run, other_group, minlength=1) > 0
     late = np.flatnonzero((rank >= MAX_COPIES) & mixed[run])
@@ -210,8 +206,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _align(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
     """Returns `moving` [B, 64, 64] shifted and stretched along both axes to fit `fixed`.
 
-    Lucas & Kanade (1981), coarse to fine. Shift and stretch act on each axis separately, so that the warp is a product
-    with two matrices.
+    Lucas & Kanade (1981), coarse to fine. The axes are independent, so the warp is a product with two matrices.
     """
     scale = (np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2) / (SIDE / 2)  # -1..1
     move = np.zeros((len(fixed), 4), np.float32)  # down, stretch down, across, stretch across, in pixels
@@ -224,7 +219,7 @@ def _align(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
         error = (target - current)[:, 2:-2, 2:-2].reshape(len(fixed), -1, 1)
         transposed = slopes.transpose(0, 2, 1)
         step = np.linalg.solve(transposed @ slopes + 1e-3 * np.eye(4, dtype=np.float32), transposed @ error)[..., 0]
-        move = np.clip(move + np.clip(step, -2, 2), -5, 5)  # at most 8% of the picture, at either edge
+        move = np.clip(move + np.clip(step, -2, 2), -5, 5)  # at most 8% of the image, at either edge
         rows = _sampling_matrix(move[:, 0:1] + move[:, 1:2] * scale)
         columns = _sampling_matrix(move[:, 2:3] + move[:, 3:4] * scale)
         warped = rows @ moving @ columns.transpose(0, 2, 1)

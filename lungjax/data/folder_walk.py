@@ -1,4 +1,4 @@
-"""The files below a folder that a user gives. Imports nothing heavy: an exported model.pyz uses it as well."""
+"""Lists the files below a folder. An exported model.pyz contains this module, so it imports only os and pathlib."""
 
 import os
 from collections.abc import Callable
@@ -10,9 +10,8 @@ HIDDEN = (".", "__MACOSX")  # prefixes of names that are skipped
 def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None) -> list[str]:
     """Returns the files below `folder`, relative to it with "/", sorted, without hidden files and folders.
 
-    Links to folders are followed; links to missing files are listed, so that reading them names them. `on_error` is
-    called with path and reason for a folder that can't be read and a link to a folder that contains it; None raises
-    ValueError.
+    Links to folders are followed; broken links are listed, so that reading them raises an error with the name.
+    `on_error` receives path and reason of an unreadable folder or a circular link; without it, ValueError is raised.
     """
 
     def fail(path: str, reason: str) -> None:
@@ -23,7 +22,7 @@ def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None)
     def visit(path: str, prefix: str, parents: frozenset[str]) -> None:
         real = os.path.realpath(path)
         if real in parents:
-            fail(path, "a link to a folder that contains it")
+            fail(path, "a link to one of its parent folders")
             return
         try:
             entries = [entry for entry in os.scandir(path) if not is_hidden(entry.name)]
@@ -42,5 +41,5 @@ def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped: dotfiles, and what macOS adds to zip archives."""
+    """Returns whether a file or folder is skipped: dotfiles, and the metadata of macOS in zip archives."""
     return name.startswith(HIDDEN)

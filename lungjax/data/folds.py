@@ -1,7 +1,6 @@
-"""Splits of one run: cross-validation folds, and fewer training patients for a learning curve.
+"""Splits of one run: cross-validation folds, and fewer train patients for a learning curve.
 
-Both depend on names and labels alone, not on `train.seed` or the order of the images, so that runs of other seeds and
-networks use the same patients.
+Both depend only on names and labels, so runs with other seeds and networks use the same patients.
 """
 
 from dataclasses import replace
@@ -18,12 +17,12 @@ MIN_FOLDS = 3  # one for test, one for val, one for train
 
 
 def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
-    """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` ask for.
+    """Returns `data` with the splits of `data.folds`, `data.fold` and `train.fraction`.
 
-    With folds, the images in splits of the clean protocol are divided into that many parts by patient, where patients
-    with near twins (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; part `fold` is test, the next
-    one val, the rest train. With a fraction, only that fraction of the train patients of each class remains; smaller
-    fractions are subsets of larger ones. Name, fingerprint and images stay the same; `data` itself is not changed.
+    With folds, the images of the clean protocol are divided into `data.folds` parts by patient, where patients with
+    near duplicates (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; part `fold` is test, the next
+    one val, the remainder train. With a fraction, only that fraction of the train patients of each class remains;
+    smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
 
     Raises ValueError for folds of a study's protocol, and if a part would lack a class.
     """
@@ -38,17 +37,17 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the part of each image, int64 [N] in 0 to `count` - 1, -1 for images in no split of the clean protocol.
+    """Returns the part of each image, int64 [N] in 0 to `count` - 1, or -1 if it is in no split of the clean protocol.
 
-    No group, exact copy or near twin is in two parts, and every part has every class, as balanced as the groups allow.
-    Raises ValueError, naming class and numbers, if a class has too few groups.
+    Groups, exact copies and near duplicates are never divided; every part has every class, as balanced as the groups
+    allow. Raises ValueError with class and numbers if a class has too few groups.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
     labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)
     patients, name = min((len(np.unique(groups[labels == i])), name) for i, name in enumerate(data.classes))
     if patients < count:
         raise ValueError(
-            f"data.folds={count}: {name} has {patients} patients (those with twins count as one) in {data.name}, and "
+            f"data.folds={count}: {name} has {patients} patients in {data.name} (near duplicates count as one), and "
             f"each part needs one: use at most {patients} folds (the minimum is {MIN_FOLDS})"
         )
     parts = splits.make_splits(labels.tolist(), groups.tolist(), {str(i): 1 / count for i in range(count)})
@@ -58,8 +57,8 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     place = _fill_parts(np.asarray([int(parts[row]) for row in first]), images, count)
     if place is None:
         raise ValueError(
-            f"data.folds={count}: the parts of {data.name} can't all have every class, because patients have images "
-            "of several classes: use fewer folds"
+            f"data.folds={count}: {data.name} has patients with images of several classes, so some part would lack a "
+            "class: use fewer folds"
         )
     part = np.full(len(data.columns["label"]), -1, np.int64)
     part[rows] = place[group]
@@ -67,10 +66,10 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
 
 
 def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray | None:
-    """Returns the parts of groups, int64 [G], with a group of every class in each; None if that is impossible.
+    """Returns the part of each group, int64 [G], so that each part has every class; None if that is impossible.
 
-    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group whose part has
-    others of all its classes moves. `place` [G]; `images` per class, int64 [G, C].
+    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group moves whose part has
+    other groups of all its classes. `place` [G] are the parts before; `images` int64 [G, C] counts per class.
     """
     place, has = place.copy(), images > 0
     for label in range(images.shape[1]):
@@ -86,9 +85,9 @@ def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray
 
 
 def linked_groups(data: Prepared, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Returns the group of each of `rows`, str [n]; groups that share a picture get the first of their names.
+    """Returns the group of each of `rows`, str [n]; groups linked by duplicates get the first of their names.
 
-    Exact copies (`pixels`) share a picture, and near twins if both, or copies of both, are in `rows`.
+    Exact copies (`pixels`) link groups, and near duplicates if both images, or copies of them, are in `rows`.
     """
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     pixels = data.columns.get("pixels", data.columns["file"])

@@ -1,18 +1,20 @@
-"""Leakage between splits: exact copies, near twins and shared patients, counted or removed.
+"""Leakage between splits: exact copies, near duplicates and shared patients, counted or removed.
 
-A published split ("study") is left unmodified and counted; the clean protocol removes images until no test image has a
-twin or its patient in train or val. Everything here works on columns and reads no image.
+The splits of a study are only counted; the clean protocol removes images until no test image has a duplicate or its
+patient in train or val.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lungjax.data import duplicates
-from lungjax.data.prepared import SPLITS
+from lungjax.data.imaging import images
+from lungjax.data.prepared import Prepared
+from lungjax.data.splits import SPLITS
 
+Rows = np.ndarray | slice  # row numbers of a data set
 MAX_PAIRS = 20  # pairs that are listed; the counts are complete
 
 
@@ -24,15 +26,14 @@ def clean(
     near: np.ndarray,
     group_name: str,
 ) -> tuple[list[str], list[str]]:
-    """Returns the splits of the clean protocol, with "" for removed images, and notes on what was removed.
+    """Returns the splits of the clean protocol, with "" for removed images, and notes on the removed images.
 
-    Test goes before val and val before train. An image is removed if its group is also in a later split, if an exact
-    copy is kept (the copy in the latest split stays; none does if their labels differ), or if a near twin is in a
-    later split. Of several copies in a split, the one with the first group name stays.
+    Test has precedence over val, and val over train. An image is removed if its group or a near duplicate is in a
+    later split, and if it is an exact copy of an image that remains (the copy in the latest split, and there the one
+    with the first group name). Copies with different labels are all removed.
 
-    Columns hold a value per image: `splits` is "" for images that are in none from the start, and `pixels` is equal
-    for exact copies. `near` int64 [P, 2] are pairs of near twins, see `duplicates.near_twins`. The notes call groups
-    `group_name`, a plural noun.
+    Columns have one value per image; `splits` is "" for images in no split, and `pixels` is equal for exact copies.
+    `near`, int64 [P, 2], are pairs of near duplicates, see `duplicates.near_twins`. `group_name` is a plural noun.
     """
     count = len(splits)
     rank = np.array([SPLITS.index(split) if split else -1 for split in splits], np.int64)  # train 0, test 2, none -1
@@ -43,14 +44,14 @@ def clean(
     def remove(rows: np.ndarray, reason: str) -> None:
         rank[rows] = -1
         if rows.any():
-            notes.append(f"removed from the clean protocol: {_plural(int(rows.sum()), 'image')} ({reason})")
+            notes.append(f"images removed from the clean protocol ({reason}): {rows.sum():,}")
 
     latest = np.full(group.max(initial=-1) + 1, -1)
     np.maximum.at(latest, group, rank)
-    remove((rank >= 0) & (rank < latest[group]), f"their {group_name} are also in a later split")
+    remove((rank >= 0) & (rank < latest[group]), f"{group_name} in a later split")
     kinds = np.unique(np.column_stack([same, label])[initial >= 0], axis=0)
     conflict = np.bincount(kinds[:, 0], minlength=count + 1)[same] > 1  # its copies have several labels
-    remove(conflict & (rank >= 0), "equal images have different labels")
+    remove(conflict & (rank >= 0), "equal images with different labels")
     order = np.lexsort((np.arange(count), group, -rank, same))
     representative = order[np.unique(same[order], return_index=True)[1]][same]  # of each set of copies
     remove((rank >= 0) & (representative != np.arange(count)), "copies of another image")
@@ -59,24 +60,24 @@ def clean(
     both = np.concatenate([pairs, pairs[:, ::-1]])
     earlier, later = both.T
     before = rank.copy()
-    for place in (1, 0):  # val before train: train needn't avoid what val loses to test
+    for place in (1, 0):  # val first: an image that val loses to test no longer conflicts with train
         rank[earlier[(rank[earlier] == place) & (rank[later] > place)]] = -1
-    remove((before >= 0) & (rank < 0), "near twins of an image in a later split")
+    remove((before >= 0) & (rank < 0), "near duplicates of an image in a later split")
     remain = both[(rank[both] >= 0).all(axis=1) & (label[earlier] != label[later])]
     if len(remain):
-        notes.append(f"{_plural(len(remain) // 2, 'near pair')} in one split with different labels: check them")
+        notes.append(f"pairs of near duplicates in one split with different labels (check them): {len(remain) // 2:,}")
     return [SPLITS[r] if r >= 0 else "" for r in rank], notes
 
 
 def leaks(
     members: Mapping[str, Sequence[int]], groups: Sequence[str], pixels: Sequence[str], near: np.ndarray
 ) -> dict[str, dict[str, int]]:
-    """Counts how many images of val and test are known from train.
+    """Counts the images of val and test that training has seen.
 
     `members` are the images of each split; repeated images count once. Other arguments as in `clean`. Returns, for val
     and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image itself);
-    `near_twin_in_train` and no exact one; `group_in_train`; `any` of these; for test also `exact_twin_in_val`, which
-    matters because val selects the epoch.
+    `near_twin_in_train` without an exact one; `group_in_train`; `any` of these; for test also `exact_twin_in_val`,
+    because val selects the epoch.
     """
     group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}
@@ -103,18 +104,16 @@ def leaks(
 
 
 def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str) -> list[str]:
-    """Returns a sentence for each split in the result of `leaks`; `of` names the splits."""
+    """Returns one line per split in the result of `leaks`; `of` names the splits."""
     notes = []
     for split, counts in leaks.items():
         exact, near, shared = (counts[f"{k}_in_train"] for k in ("exact_twin", "near_twin", "group"))
         text = (
-            f"{exact:,} of {counts['images']:,} {split} images of {of} {_have(exact)} an exact copy in train, "
-            f"{near:,} a near twin, {shared:,} {'shares' if shared == 1 else 'share'} {group_name}; "
-            f"{counts['any']:,} {_have(counts['any'])} any of these"
+            f"{of}: {counts['any']:,} of {counts['images']:,} {split} images leak from train (exact copies: {exact:,}; "
+            f"near duplicates: {near:,}; shared {group_name}: {shared:,})"
         )
-        if in_val := counts.get("exact_twin_in_val"):
-            text += f"; {in_val:,} {_have(in_val)} an exact copy in val"
-        notes.append(text)
+        in_val = counts.get("exact_twin_in_val")
+        notes.append(text + (f"; exact copies in val: {in_val:,}" if in_val else ""))
     return notes
 
 
@@ -127,8 +126,8 @@ def pairs_named(
 ) -> list[str]:
     """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
 
-    "=" joins exact copies (one pair per set of copies), "~" near twins. Pairs with different labels come first, then
-    pairs across splits, exact copies before near twins, then by name. Images in no split are left out.
+    "=" joins exact copies (one pair per set of copies), "~" near duplicates. Pairs with different labels come first,
+    then pairs across splits, then exact copies, then by name. Images in no split are omitted.
     """
     where: dict[int, list[str]] = {}
     for split in SPLITS:
@@ -156,52 +155,47 @@ def pairs_named(
     return [f"{texts[i]} {join} {texts[j]}" for *_, i, join, j in sorted(rated)[:MAX_PAIRS]]
 
 
-@dataclass(frozen=True, eq=False)
-class Side:
-    """The columns of one prepared data set that `cross` compares."""
+def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = slice(None)) -> dict[str, Any]:
+    """Detects groups and images that two data sets, or some of their rows, share; splits are ignored.
 
-    name: str
-    files: Sequence[str]
-    groups: Sequence[str]
-    pixels: Sequence[str]  # equal for exact copies
-    hashes: np.ndarray  # uint64 [N], see `duplicates.phash`
-    read: Callable[[int], np.ndarray]  # the gray picture of a row, uint8 [H, W]
-
-
-def cross(a: Side, b: Side) -> dict[str, Any]:
-    """Finds groups and images that two data sets share.
-
-    Returns `exact` and `near`: how many images of each have an exact copy, or else a near twin, in the other;
-    `examples`: at most MAX_PAIRS pairs; `note`: what the search skipped, or ""; `lines`: all of it, and the names of
-    the groups in both, as text.
+    Returns `exact` and `near`: the number of images of each with an exact copy, or else a near duplicate, in the other;
+    `examples`: at most MAX_PAIRS pairs; `note`: the limits of the search, or ""; `lines`: all of it, and the names of
+    the shared groups, as text.
     """
-    groups = sorted(set(a.groups) & set(b.groups))
-    both = set(a.pixels) & set(b.pixels)
-    first = {b.pixels[j]: j for j in sorted(range(len(b.files)), key=lambda j: b.files[j], reverse=True)}
-    copies = [(i, first[a.pixels[i]]) for i in range(len(a.files)) if a.pixels[i] in both]
-    size = len(a.files)
+    sides = ((a, a_rows), (b, b_rows))
+    a_files, b_files = (data.columns["file"][rows].tolist() for data, rows in sides)
+    a_pixels, b_pixels = (data.columns["pixels"][rows].tolist() for data, rows in sides)
+    size, both = len(a_files), set(a_pixels) & set(b_pixels)
+    places = [(data, int(row)) for data, rows in sides for row in np.arange(len(data.columns["file"]))[rows]]
+
+    def read(i: int) -> np.ndarray:
+        data, row = places[i]
+        return images.gray(images.decode(data.records[row]["image"], data.window))
+
     search = duplicates.near_twins(
-        np.concatenate([np.asarray(side.hashes, np.uint64) for side in (a, b)]),
-        ["a"] * size + ["b"] * len(b.files),  # one group per data set: only pairs across both are searched
-        [*a.pixels, *b.pixels],
-        lambda i: a.read(i) if i < size else b.read(i - size),
+        np.concatenate([data.columns["phash"][rows] for data, rows in sides]),
+        ["a"] * size + ["b"] * len(b_files),  # one group per data set: only pairs across both are searched
+        a_pixels + b_pixels,
+        read,
     )
+    first = {b_pixels[j]: j for j in sorted(range(len(b_files)), key=b_files.__getitem__, reverse=True)}
+    copies = [(i, first[a_pixels[i]]) for i in range(size) if a_pixels[i] in both]
     twins = [(i, j - size) for i, j in search.pairs.tolist()]
-    similar = ({a.pixels[i] for i, _ in twins} - both, {b.pixels[j] for _, j in twins} - both)
-    exact = [sum(p in both for p in side.pixels) for side in (a, b)]
-    near = [sum(p in pixels for p in side.pixels) for side, pixels in zip((a, b), similar, strict=True)]
+    similar = {a_pixels[i] for i, _ in twins} - both, {b_pixels[j] for _, j in twins} - both
+    exact = [sum(p in both for p in pixels) for pixels in (a_pixels, b_pixels)]
+    near = [sum(p in alike for p in pixels) for pixels, alike in zip((a_pixels, b_pixels), similar, strict=True)]
     room = MAX_PAIRS - min(len(twins), MAX_PAIRS // 2)  # so that both kinds are listed
     examples = [
-        f"{a.files[i]} {join} {b.files[j]}"
+        f"{a_files[i]} {join} {b_files[j]}"
         for join, pairs, limit in (("=", copies, room), ("~", twins, MAX_PAIRS))
-        for i, j in sorted(pairs, key=lambda p: (a.files[p[0]], b.files[p[1]]))[:limit]
+        for i, j in sorted(pairs, key=lambda p: (a_files[p[0]], b_files[p[1]]))[:limit]
     ]
+    groups = np.intersect1d(a.columns["group"][a_rows], b.columns["group"][b_rows]).tolist()
     names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
     lines = [f"patients with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
-    for side, other, equal, alike in ((a, b, exact[0], near[0]), (b, a, exact[1], near[1])):
+    for name, other, total, i in ((a.name, b.name, size, 0), (b.name, a.name, len(b_files), 1)):
         lines.append(
-            f"{equal:,} of {len(side.files):,} images of {side.name} {_have(equal)} an exact copy in {other.name}, "
-            f"{alike:,} a near twin"
+            f"of {total:,} images of {name} in {other}: {exact[i]:,} exact copies, {near[i]:,} near duplicates"
         )
     lines += [search.note] if search.note else []
     return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
@@ -210,11 +204,3 @@ def cross(a: Side, b: Side) -> dict[str, Any]:
 def _codes(values: Sequence[str]) -> np.ndarray:
     """Returns the place of each value among the sorted distinct ones, int64 [N]."""
     return np.unique(np.asarray(values, np.str_), return_inverse=True)[1]
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _have(count: int) -> str:
-    return "has" if count == 1 else "have"

@@ -1,29 +1,26 @@
 """From a prepared data set to batches of uint8 images: decode, crop, resize, in a reproducible order.
 
-Training examples form one endless global sequence fixed by the seed. Batch `s` holds positions `s * B .. (s + 1) * B -
-1`, and host `h` of `n` reads the `h`-th of its `n` equal parts, so each device gets the same examples on any number of
-hosts. The position depends on the step alone: a run resumes exactly, also on another number of hosts.
+The seed determines one endless global sequence of training examples. Batch `s` has the positions `s * B` to
+`(s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts. The position depends only on the step,
+so a run resumes exactly, also on another number of hosts.
 """
 
 import functools
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import grain
 import numpy as np
 
 from lungjax.config import Config, InputSpec
+from lungjax.data.batching import pad_batch
 from lungjax.data.imaging import images
 from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import environment
 
 Batch = dict[str, np.ndarray]
-MAX_THREADS = 16  # beyond, Python's lock is the limit, and processes help (data.workers)
+MAX_THREADS = 16  # with more, Python's lock is the limit; use processes (data.workers)
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,19 @@ class Reader:
 
     data: Prepared
     spec: InputSpec
-    margin: float = 0.0  # fraction of the box's side to show around it, at the same scale
-    body: bool = False  # whether to return the body mask too
+    margin: float = 0.0  # visible margin around the box, as a fraction of its sides
+    body: bool = False  # whether to return the body mask as well
 
     def __call__(self, row: int) -> np.ndarray:
         """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""
         return self.example(row)["image"]
 
     def example(self, row: int) -> Batch:
-        """Returns `image` and what the device needs to augment it.
+        """Returns an image and the inputs of its augmentation.
 
-        `image` is uint8 [h, w, channels], of the spec's size plus the margin on each side. With a margin there is
-        `box`, float32 [4]: xmin, ymin, xmax, ymax as fractions of the image; with `body`, that mask, uint8 [h, w],
-        0 or 255. Raises ValueError naming the file if it can't be read.
+        `image` is uint8 [h, w, channels], of the spec's size plus the margin on each side. With a margin, `box` is
+        float32 [4]: xmin, ymin, xmax, ymax as fractions of the image. With `body`, `body` is its mask, uint8 [h, w], 0
+        or 255. Raises ValueError naming the file if it can't be read.
         """
         spec, box = self.spec, self.data.columns["box"][row]
         if self.margin:
@@ -98,31 +95,30 @@ def batch_rows(data: Prepared, config: Config, batch: int) -> np.ndarray:
 
 
 def _shuffle(rows: np.ndarray, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(partial(_row_at, rows, seed))
+    def row_at(index: int, _: int) -> int:
+        epoch, place = divmod(index, len(rows))
+        return int(rows[_permutation(seed, epoch, len(rows))[place]])
 
-
-def _row_at(rows: np.ndarray, seed: int, index: int, _: int) -> int:
-    epoch, place = divmod(index, len(rows))
-    return int(rows[_permutation(seed, epoch, len(rows))[place]])
+    return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(row_at)
 
 
 @functools.lru_cache(maxsize=32)  # balanced sampling has one per class; 1.7 MB each for 425,000 rows
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # A full epoch at a time: grain's own shuffle takes 20 to 50 microseconds per row, as long as a small record.
+    # A full epoch at a time: grain's shuffle takes 20 to 50 microseconds per row, as long as reading a small record.
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count).astype(np.uint32)
 
 
 def train_batches(
     data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
-    """Yields this host's part of each global batch from number `start` on, endlessly.
+    """Yields this host's part of each global batch, starting with number `start`, endlessly.
 
-    Each batch stacks what `Reader.example` returns, with `label` int32 [b] and `place` uint32 [b], the example's
-    position in the global sequence, which seeds its augmentation. Raises ValueError if augment.exterior needs body
-    masks that the data set doesn't have.
+    A batch has the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in the
+    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior is set and the data set has no
+    body masks.
     """
     if (share := config.augment.exterior) and not data.body:
-        raise ValueError(f"augment.exterior={share}: {data.name} has no masks of the body, only CT sets have")
+        raise ValueError(f"augment.exterior={share}: {data.name} has no body masks; only CT data sets have them")
     reader = Reader(data, config.input, config.input.box_margin, body=config.augment.exterior > 0)
     labels = data.columns["label"]
     local = config.train.batch_size // hosts
@@ -131,11 +127,11 @@ def train_batches(
     def load(index: int, _: int) -> Batch:
         places = (start + index) * size + host * local + np.arange(local)
         rows = np.asarray([sequence[place] for place in places.tolist()])
-        batch = _stack((reader.example(row) for row in rows.tolist()), local)
+        examples = [reader.example(row) for row in rows.tolist()]
+        batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Elements are batches: otherwise each worker would read every n-th example. A batch is also filled while its
-    # examples are still in the processor's cache.
+    # The elements are batches; with single examples, each worker would read every n-th one.
     batches = grain.MapDataset.range(1).repeat(None).map_with_index(load).to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
@@ -143,17 +139,10 @@ def train_batches(
 
 
 def _begin_worker(*_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the process group: the run saves, and needs its batches until then.
+    # Ctrl-C and a scheduler's SIGTERM reach the process group, but the run needs batches until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    environment.exit_with_parent()
 
 
 def eval_batches(
@@ -164,28 +153,18 @@ def eval_batches(
     `row` int32 [b] names the row; the last batch is padded with black images whose row is -1.
     """
     reader = Reader(data, config.input)
-    padded = np.concatenate([rows, np.full(-len(rows) % size, -1, rows.dtype)])
+    padded = pad_batch(rows, len(rows) + -len(rows) % size, -1)
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)
 
     def load(rows: np.ndarray) -> Batch:
-        images = ({"image": empty if row < 0 else reader(row)} for row in rows.tolist())
-        return {**_stack(images, len(rows)), "row": rows.astype(np.int32)}
+        images = [empty if row < 0 else reader(row) for row in rows.tolist()]
+        return {"image": np.stack(images), "row": rows.astype(np.int32)}
 
     part = grain.MapDataset.source(padded)[host::hosts].batch(size // hosts).map(load)
     return iter(part.to_iter_dataset(_read_options(config)))
 
 
-def _stack(examples: Iterator[Batch], count: int) -> Batch:
-    batch: Batch = {}
-    for i, example in enumerate(examples):
-        if not batch:
-            batch = {key: np.empty((count, *value.shape), value.dtype) for key, value in example.items()}
-        for key, value in example.items():
-            batch[key][i] = value
-    return batch
-
-
 def _read_options(config: Config) -> grain.ReadOptions:
-    # One more than cores: while it waits for Python's lock, the others decode.
+    # One more than cores, because one of them often waits for Python's lock.
     threads = config.data.threads or min(environment.cores() + 1, MAX_THREADS)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

@@ -1,7 +1,7 @@
 """A prepared data set: columns from `index.csv`, encoded images from TFDS records, in the same order.
 
-The index is a plain CSV next to the records, so that a set of 425,000 images opens in about a second without reading
-an image, and a person can inspect it. It is written last: a directory without it is not prepared.
+The index is a readable CSV file next to the records; a set of 425,000 images opens in about a second. It is written
+last: a directory without it is not prepared.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ COLUMNS = (
     "pixels", "phash", "mean", "std", "found",
 )  # fmt: skip
 RESERVED = (*COLUMNS, "box")
-SLICES = "slices"  # the only TFDS split: train, val and test are columns, and TFDS reserves "all"
+SLICES = "slices"  # the only TFDS split; train, val and test are columns
 VERSION = "2.0.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, whatever the image's size
-CHUNK = 20_000  # rows of an index read at a time, so that its text is never in memory at once
+CHUNK = 20_000  # rows of an index read at a time, to limit memory
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One data set, ready for random access. Picklable for reading processes."""
+    """One data set with random access. Picklable for worker processes."""
 
     name: str  # such as "covidx_ct/3a"
     classes: tuple[str, ...]  # display names in label order
@@ -46,7 +46,7 @@ class Prepared:
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
-    protocol: str = "clean"  # whose splits `rows` returns
+    protocol: str = "clean"  # of the splits that `rows` returns
     body: bool = False  # whether records have a body mask
     volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position
 
@@ -63,7 +63,7 @@ class Prepared:
 
     def body_mask(self, row: int) -> np.ndarray:
         """Returns the body mask, bool [BODY_SIDE, BODY_SIDE] over the full stored image."""
-        packed = np.asarray(self.records[int(row)]["body"], np.uint8)
+        packed = np.frombuffer(zlib.decompress(self.records[int(row)]["body"]), np.uint8)
         return np.unpackbits(packed).reshape(BODY_SIDE, BODY_SIDE).astype(bool)
 
 
@@ -73,19 +73,19 @@ def directory(data_dir: Path, name: str) -> Path:
 
 
 def is_prepared(directory: Path) -> bool:
-    """Whether `directory` contains a finished data set."""
+    """Returns whether `directory` contains a complete data set."""
     return (directory / "index.csv").is_file()
 
 
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the set has no study's splits and those are requested, or if its index and records differ in
+    Raises ValueError if the data set has no study splits and those are requested, or if index and records differ in
     length.
     """
     info = json.loads((directory / "lungjax.json").read_text("utf-8"))
     if protocol == "study" and not info["study"]:
-        raise ValueError(f"data.protocol=study: {name} came with no splits; use clean")
+        raise ValueError(f"data.protocol=study: {name} has no original splits; use clean")
     classes = tuple(info["classes"])
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
@@ -107,14 +107,14 @@ def fingerprint(directory: Path) -> str:
 
 
 class Records:
-    """The records of a prepared data set; a feature is decoded when it is read. Picklable.
+    """The records of a prepared data set, each a dict of bytes. Picklable.
 
-    `records[row]["image"]` is the encoded image and `["file"]`, `["group"]`, `["source"]` a name, all bytes; `["body"]`
-    is uint8 [BODY_SIDE**2 / 8]. TFDS decodes every feature of a record, which takes as long as a small image does.
+    `records[row]["image"]` is the encoded image, `["body"]` the zlib-compressed bits of the body mask, and `["file"]`,
+    `["group"]` and `["source"]` are names. TFDS would decode every feature, which takes as long as a small image does.
     """
 
     def __init__(self, source: Any):
-        # Here, in the main thread of the process that unpickles it: two threads that import TFDS at once deadlock.
+        # Imported here, in the main thread of a worker: two threads that import TFDS at once deadlock.
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._source = source  # source[row] is a serialized tf.train.Example
@@ -128,25 +128,17 @@ class Records:
         """Returns the number of images."""
         return len(self._source)
 
-    def __getitem__(self, row: int) -> "_Record":
+    def __getitem__(self, row: int) -> dict[str, bytes]:
         """Returns a record. Raises IndexError outside 0..len - 1."""
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} of {len(self._source)}")
-        return _Record(self._parse(self._source[row]).features.feature)
-
-
-class _Record:
-    def __init__(self, features: Mapping[str, Any]):
-        self._features = features
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._features[name].bytes_list.value[0]
-        return np.frombuffer(zlib.decompress(value), np.uint8) if name == "body" else value
+        features = self._parse(self._source[row]).features.feature
+        return {name: features[name].bytes_list.value[0] for name in ("image", "body", "file", "group", "source")}
 
 
 def open_records(directory: Path) -> Records:
     """Returns the records of a prepared data set, in the order they were written."""
-    import tensorflow_datasets as tfds  # late: it takes most of a second, and only opening needs it
+    import tensorflow_datasets as tfds  # here: it takes most of a second to import
 
     with quiet_tfds():
         builder = tfds.builder_from_directory(directory)
@@ -156,7 +148,7 @@ def open_records(directory: Path) -> Records:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Suppresses the steps that TFDS logs, and the size of a download that it prints."""
+    """Suppresses log messages of TFDS, and the download size that it prints."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

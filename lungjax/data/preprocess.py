@@ -1,7 +1,7 @@
-"""One image to a network's input: stage, stored size and window as in its data set, then crop and resize.
+"""One image to a network's input: stage, stored size and window of the data set, then crop and resize.
 
-Preparing a data set and predicting share these steps: a 16-bit image is shrunk before its window is applied, and
-windowed before a stage is cut out.
+Preparation and prediction share these steps. A 16-bit image is shrunk before its window is applied, but windowed
+before a stage.
 """
 
 import numpy as np
@@ -15,17 +15,16 @@ Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels, max
 def apply_stage(
     array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None
 ) -> tuple[np.ndarray, Box, Box, bool]:
-    """Returns an image in a stage and shrunk to `size` (height, width); "" and None skip a step.
+    """Returns an image in a stage and resized to `size` (height, width); "" and None skip a step.
 
-    Also the box in its pixels, the region of the original that it shows, and whether the stage found a body or lung.
+    Also returns the box in its pixels, its region of the original, and whether the stage detected a body or lung.
     `array` is uint8, uint16, or float32 in 0..255; for a stage, gray uint8 [H, W].
     """
     region, found = images.full_region(array), True
     if stage:
-        from lungjax.data.imaging import lung_masks  # late: scikit-image takes a second
+        from lungjax.data.imaging import lung_masks  # here: scikit-image takes a second to import
 
-        result = lung_masks.apply(array, stage)
-        array, region, found = result.image, result.region, result.found
+        array, region, found = lung_masks.apply(array, stage)
         box = move_box(box, region, array.shape)
     if size:
         full = images.full_region(array)
@@ -45,18 +44,18 @@ def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
 def picture(
     array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a trained network's input, uint8 [H, W, C], as its data set would store it, and warnings.
+    """Returns an image as a network's input, uint8 [H, W, C], as its data set would store it, and warnings.
 
-    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; None finds it
-    if the network was trained on it. `prepared`: the image is already in the stage of the training images. Raises
-    ValueError for a 16-bit image if the network has no window.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; with None it is
+    detected if the network was trained on it. `prepared`: the image is in the stage of the training images already.
+    Raises ValueError for a 16-bit image if the network has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
     check_window(array, window)
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("the network was trained on the body's box, which is unknown here: it sees the full image")
+            warnings.append("unknown body box: the network was trained on it, but gets the full image")
     box = box or images.full_region(array)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:
@@ -66,15 +65,15 @@ def picture(
     if stage or size:
         array, box, _, found = apply_stage(array, box, stage, size)
     if not found:
-        warnings.append(f"no body or lung found: the image is shown unmodified and not as {stage!r}")
+        warnings.append(f"no body or lung detected: the image is used without the stage {stage!r}")
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
     return images.to_input(array, np.asarray(box, np.float32), metadata.input, 0.0), array, warnings
 
 
 def body_box(array: np.ndarray) -> Box | None:
-    """Returns the box around the body in a CT slice; None if nothing contrasts with the background."""
-    from lungjax.data.imaging import lung_masks  # late, as above
+    """Returns the body's box in a CT slice; None without contrast to the background."""
+    from lungjax.data.imaging import lung_masks  # here, as above
 
     mask = lung_masks.body_mask(images.gray(array))
     if not mask.any():
@@ -84,7 +83,7 @@ def body_box(array: np.ndarray) -> Box | None:
 
 
 def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
-    """Returns `box` in the pixels of an image of `shape` (height, width) that shows `region`; all of it if disjoint."""
+    """Returns `box` in the pixels of an image of `shape` that shows `region`; the complete image if it is outside."""
     down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
     # Clipped after scaling: 256 * (224 / 256) may exceed 224, which TFDS refuses.
     left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
@@ -95,7 +94,7 @@ def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
 
 
 def _to_8_bit(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """Returns 8-bit pixels; 16-bit ones stay without a window."""
+    """Returns 8-bit pixels; without a window, 16-bit pixels are unchanged."""
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
     return array if array.dtype in (np.uint8, np.uint16) else np.rint(array).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Splits by group: no patient in two splits, and about the same share of every class."""
+"""Splits by group: no patient in two splits, and similar class frequencies."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
 
 
 def parse_study(cell: str) -> dict[str, int]:
-    """Returns how often each split of a cell such as "train", "train*3" or "val+test" counts its image.
+    """Returns the repetitions per split in a cell such as "train", "train*3" or "val+test".
 
     Raises ValueError for anything else.
     """
@@ -23,6 +23,15 @@ def parse_study(cell: str) -> dict[str, int]:
     return counts
 
 
+def study_cells(count: int, **parts: Iterable[int]) -> list[str]:
+    """Returns the split of each of `count` rows, given the rows of each split; "" for rows in none."""
+    names = [""] * count
+    for split, rows in parts.items():
+        for row in rows:
+            names[row] = split
+    return names
+
+
 def hash_order(text: str) -> bytes:
     """Returns a sort key that puts texts in a fixed pseudo-random order."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -33,9 +42,9 @@ def make_splits(
 ) -> list[str]:
     """Returns the split of each example, drawn by group and stratified by class.
 
-    Groups go from the largest to the smallest, equal ones in an order drawn by `seed`, each to the split where the
-    counts per class stay closest to `shares` (which sum to one). The result depends on names, labels and seed only,
-    not on the order of the examples.
+    Groups are assigned from the largest to the smallest, equal ones in an order drawn by `seed`, each to the split that
+    keeps the counts per class closest to `shares` (which sum to one). The result does not depend on the order of the
+    examples.
     """
     names, member = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
     counts = np.zeros((len(names), int(max(labels)) + 1))
@@ -46,7 +55,7 @@ def make_splits(
     order = sorted(range(len(names)), key=lambda i: (-counts[i, -1], hash_order(f"{seed}/{names[i]}")))
     choice = np.zeros(len(names), np.int64)
     for i in order:
-        # The squared distance to the target counts, relative to them, grows by this much in each split.
+        # Growth of the squared distance to the target counts, relative to them, in each split.
         growth = (((remaining - counts[i]) ** 2 - remaining**2) * scale).sum(axis=1)
         choice[i] = int(np.argmin(growth))
         remaining[choice[i]] -= counts[i]
@@ -57,10 +66,10 @@ def make_splits(
 def complete(
     splits: Sequence[str], labels: Sequence[int], groups: Sequence[str], seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Returns the split of each example with missing splits made, and notes on what was made.
+    """Returns the split of each example with missing splits added, and notes on them.
 
-    `splits` are all "" (three splits are made) or all names; a missing val or test split is taken from train, by group.
-    Raises ValueError if there is no train split.
+    If `splits` are all "", three splits are made; a missing val or test split is taken from train, by group. Raises
+    ValueError for a missing train split.
     """
     names = set(splits)
     if names == {""}:
@@ -68,7 +77,7 @@ def complete(
         return make_splits(labels, groups, SHARES, seed), [note]
     missing = [split for split in SPLITS if split not in names]
     if "train" in missing:
-        raise ValueError(f"there is no train split, only {', '.join(sorted(names))}")
+        raise ValueError(f"no train split, only {', '.join(sorted(names))}; name the training images train")
     if not missing:
         return list(splits), []
     total = sum(SHARES[split] for split in ("train", *missing))

@@ -22,12 +22,11 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
 def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
     """Returns class probabilities of each test image from its key alone, float64 [n, C]; rows sum to 1.
 
-    The class frequencies among train images of the same key, smoothed by `classes` further images with the frequencies
-    of the train split, which a key that is not in train gets. `keys` [N] of any type, `labels` int [N], `train` and
-    `test` rows; train must not be empty.
+    They are the class frequencies of train images with this key, smoothed by `classes` pseudo-images with the
+    frequencies of the train split. `keys` [N] have any type, `labels` int [N]; `train` (not empty) and `test` are rows.
     """
     names, at = np.unique(keys[train], return_inverse=True)
-    counts = np.zeros((len(names) + 1, classes))  # the last row is for keys that are not in train
+    counts = np.zeros((len(names) + 1, classes))  # the last row: keys missing in train
     np.add.at(counts, (at, labels[train]), 1)
     place = np.minimum(np.searchsorted(names, keys[test]), len(names) - 1)
     counts = counts[np.where(names[place] == keys[test], place, len(names))] + classes * counts.sum(axis=0) / len(train)
@@ -37,12 +36,12 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
     """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
 
-    Each test image gets the class with the largest share of its train images under this key; ties, and keys that are
-    not in train, are guessed at random. Arguments as in `frequencies`.
+    The guess is the class with the largest share of its train images under this key, random for ties and for keys
+    missing in train. Arguments as in `frequencies`.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
-    # Smoothed frequencies divided by the class frequencies have the order of the shares.
+    # Smoothed frequencies divided by class frequencies have the same order as the shares.
     shares = frequencies(keys, labels, train, test, classes) / np.bincount(labels[train], minlength=classes)
     best = np.isclose(shares, shares.max(axis=1, keepdims=True), rtol=1e-9, atol=0)
     right = (best / best.sum(axis=1, keepdims=True))[np.arange(len(test)), labels[test]]
@@ -74,9 +73,9 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns exact copies as rows, int64 [P, 2]: of each set of equal pixels, one image with each of the others.
+    """Returns exact copies as rows, int64 [P, 2]: one image of each set of equal pixels with each of the others.
 
-    That image is in a split of the protocol if any of the set is.
+    The first image is in a split of the protocol if any of the set is.
     """
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)
@@ -87,7 +86,7 @@ def copies(data: Prepared) -> np.ndarray:
 
 
 def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int]:
-    """Returns pairs int64 [P, 2], the worst first, how many are in two splits, and how many have two labels."""
+    """Returns pairs int64 [P, 2], the worst first, and the numbers of pairs across splits and across labels."""
     differ = {
         key: data.columns[key][pairs[:, 0]] != data.columns[key][pairs[:, 1]]
         for key in ("label", "split_study", "split", "group")

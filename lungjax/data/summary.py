@@ -1,4 +1,4 @@
-"""The summary of a prepared data set: counts and checks, for people (markdown) and programs (JSON)."""
+"""The summary of a prepared data set: counts and checks, as Markdown and JSON."""
 
 import json
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ import numpy as np
 
 from lungjax.data.splits import SPLITS, parse_study
 
-MAX_NAMES = 20  # images that are listed; the counts are complete
+MAX_NAMES = 20  # listed images; the counts are complete
 
 
 def summarize(
@@ -107,16 +107,14 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     warnings = []
     for split, leaks in result["twins"]["leaks"].get("study", {}).items():
         if leaks["any"]:
-            warnings.append(
-                f"protocol=study: {leaks['any']} of {leaks['images']} {split} images are known from train, so its "
-                "scores are too high"
-            )
+            share = f"{leaks['any']} of {leaks['images']}"
+            warnings.append(f"protocol=study: {share} {split} images leak from train, so its scores are too high")
     if conflicting := result["duplicates"]["sets_with_several_labels"]:
         warnings.append(f"{conflicting} sets of equal images have different labels")
     if result["unstaged"]:
-        warnings.append(f"in {len(result['unstaged'])} images the stage found no body or lung")
+        warnings.append(f"images without a detected body or lung: {len(result['unstaged'])}")
     if result["skipped"]:
-        warnings.append(f"{len(result['skipped'])} images were skipped")
+        warnings.append(f"skipped images: {len(result['skipped'])}")
     for split in SPLITS:
         counts = result["protocols"]["clean"].get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
@@ -128,7 +126,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns a summary as markdown that is also readable on a terminal."""
+    """Returns a summary as Markdown with aligned tables."""
     name, classes = result["group_name"], result["classes"]
     with_groups = result["groups"] < result["images"]
     groups = f", {result['groups']:,} {name}" if with_groups else ""
@@ -155,16 +153,16 @@ def markdown(result: dict[str, Any]) -> str:
         f"- Width {w0} to {w2} pixels, median {w1}; height {h0} to {h2}, median {h1}; most common {common}",
         f"- Pixels of the train split, in 0..1: mean {pixels['mean']}, standard deviation {pixels['std']} "
         f"(--set=input.mean={pixels['mean']} --set=input.std={pixels['std']}, unless weights bring their own)",
-        f"- Equal images (same decoded pixels): {copies['images']} in {copies['sets']} sets; with "
-        f"different labels: {copies['sets_with_several_labels']} sets",
-        f"- Near twins (the same picture in different {name}): {twins['near_pairs']} pairs",
+        f"- Exact copies: {copies['images']} images in {copies['sets']} sets, "
+        f"{copies['sets_with_several_labels']} of them with different labels",
+        f"- Near duplicates in different {name}: {twins['near_pairs']} pairs",
         *(f"  - {pair}" for pair in twins["pairs"]),
         f"- protocol=clean removes {twins['left_out']:,} of {result['images']:,} images",
         f"- {name.capitalize()} with images of several classes: {result['groups_with_several_labels']}",
-        f"- Images in which the stage found no body or lung: {len(result['unstaged'])}{without and ': ' + without}",
+        f"- Images without a detected body or lung: {len(result['unstaged'])}{without and ': ' + without}",
         f"- Skipped images: {len(result['skipped'])}",
         *(f"  - {line}" for line in result["skipped"][:MAX_NAMES]),
-        *(["  - ... summary.json lists all"] if len(result["skipped"]) > MAX_NAMES else []),
+        *(["  - ... (all in summary.json)"] if len(result["skipped"]) > MAX_NAMES else []),
         *(f"- {note}" for note in result["notes"]),
         *(f"- WARNING: {warning}" for warning in result["warnings"]),
     ]

@@ -1,7 +1,7 @@
 """Data sets by name: NAME/CONFIGURATION, or a version of one, NAME/CONFIGURATION-STAGE-SIZE.
 
-Each data set has a module with `ABOUT` and `listing(source, config, options)`; `build.writer.prepare` writes what is
-listed.
+Each data set has a module with `ABOUT` and `listing(source, config, options)`; `build.writer.prepare` writes the listed
+images.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Dataset:
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
     synthetic: bool = False  # drawn by lungjax on first use
     axial: bool = True  # may contain axial CT slices, which have stages
-    collection: str = ""  # name under which other data sets list it as a source
+    collection: str = ""  # name as a source in other data sets
 
 
 DATASETS: dict[str, Dataset] = {
@@ -56,13 +56,13 @@ DATASETS: dict[str, Dataset] = {
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of the user for listing a data set; all but `seed` are for `folder`."""
+    """The user's options for listing a data set; all except `seed` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
     source_pattern: str = ""  # regex; its first group, searched in the file name, is the source
     group_pattern: str = ""  # the same for the group (patient)
     classes: tuple[str, ...] = ()  # label order; () sorts the names
-    modality: str = ""  # "ct" or "xray" if the images don't show it; body masks of CT slices are stored
+    modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files
     # DICOM and NIfTI volumes:
     hu_windows: tuple[tuple[float, float], ...] = ((-600.0, 1500.0),)  # center and width in HU; three make RGB
     plane: str = "axial"  # or coronal, sagittal
@@ -70,7 +70,7 @@ class PrepareOptions:
     salt: str = ""  # of the hashes of patient ids
 
     def folder_flags(self) -> list[str]:
-        """Returns the flags with other values than the defaults that only `folder` accepts."""
+        """Returns the flags for `folder` whose values differ from the defaults."""
         default = PrepareOptions()
         names = [f.name for f in fields(self) if f.name not in ("seed", "salt")]
         changed = [name for name in names if getattr(self, name) != getattr(default, name)]
@@ -79,7 +79,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class DatasetName:
-    """A data set's name in its parts."""
+    """The parts of a data set's name."""
 
     base: str  # a key of DATASETS
     config: str
@@ -122,7 +122,7 @@ def resolve(name: str) -> tuple[DatasetName, Dataset]:
             "NAME/CONFIGURATION[-STAGE][-SIZE]"
         )
     if stage and not entry.axial:
-        raise ValueError(f"{name}: stages are for axial CT slices, and {base} has none; leave out {stage}")
+        raise ValueError(f"{name}: stages are for axial CT slices, and {base} has none; remove {stage}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", config):
         raise ValueError(f"data set {name!r}: the name after {base}/ may contain letters, digits, '_', '-' and '.'")
     return DatasetName(base, config, stage, size), entry
@@ -135,9 +135,9 @@ def about(base: str) -> About:
 
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
-    """Returns the facts on a prepared data set for reports: `summary`, and `about`, the fields of its `About`.
+    """Returns the description of a prepared data set for reports: `summary`, and `about`, the fields of its `About`.
 
-    Each is None if missing: nothing is published about a user's folder.
+    Each is None if missing; a user's folder has no `about`.
     """
     file = prepared.directory(Path(data_dir), data.name) / "summary.json"
     base = resolve(data.name)[0].base
@@ -148,7 +148,7 @@ def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
 
 
 def classes(name: str) -> tuple[str, ...]:
-    """Returns the classes of a data set, prepared or not, in label order; () if they depend on the images (folder).
+    """Returns the classes of a data set, prepared or not, in label order; () for `folder`, whose images define them.
 
     Raises ValueError for an unknown name.
     """
@@ -184,8 +184,8 @@ def help_text(name: str) -> str:
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
     """Opens a prepared data set; a synthetic one is drawn on first use.
 
-    Raises ValueError for an unknown name, an unknown protocol, and a data set that is not prepared, with the command
-    that prepares it.
+    Raises ValueError for an unknown name or protocol, and for a data set that is not prepared, with the command that
+    prepares it.
     """
     parts, entry = resolve(name)
     folder = prepared.directory(Path(data_dir), parts.full)
@@ -200,8 +200,8 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
 def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as the test split of another data set.
 
-    Images without a detected lung are left out. Returns None if NAME-no_lungs is not prepared, if `data` is a stage,
-    whose networks never saw the surroundings of the lungs, if classes or files differ, and if no lung was detected.
+    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if `data` is a stage,
+    whose networks have not seen the surroundings of the lungs, if classes or files differ, or if no lung was detected.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""
@@ -210,7 +210,7 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     dark = prepared.load(prepared.directory(data_dir, name), name)
     rows = np.isin(dark.columns["file"], data.columns["file"][data.rows("test")]) & dark.columns["found"]
     if dark.classes != data.classes or not rows.any():
-        print(f"No control without lungs: {name} has other classes or files than {data.name}, or no lung was detected")
+        print(f"No control without lungs: {name} and {data.name} differ in classes or files, or no lung was detected")
         return None
     return replace(dark, columns=dark.columns | {"split": np.where(rows, "test", "")})
 
@@ -226,10 +226,10 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
     if entry.synthetic and source is not None:
         flags.append("--source")
     if flags:
-        raise ValueError(f"{flags[0]} is for image folders, and {parts.base} does not use it; leave it out")
+        raise ValueError(f"{flags[0]} applies only to image folders, not to {parts.base}; remove it")
     if not entry.synthetic and (source is None or not source.is_dir()):
         problem = f"--source={source} is not a folder" if source else "--source=FOLDER is missing"
-        raise ValueError(f"{problem}: {parts.full} is made from {_origin(parts.base)}")
+        raise ValueError(f"{problem}: {parts.full} requires {_origin(parts.base)}")
     from lungjax.datasets.build import writer  # here: it imports TFDS
 
     if parts.base == "folder" and not options.salt:
@@ -254,10 +254,10 @@ def _salt(data_dir: Path) -> str:
         draft = file.with_name(f"{file.name}.{os.getpid()}")
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):  # another process was faster: its salt counts
+        with contextlib.suppress(FileExistsError):  # another process was faster; its salt is used
             os.link(draft, file)
         draft.unlink()
     salt = file.read_text().strip()
     if not salt:
-        raise ValueError(f"{file} is empty, and without a salt patient ids could be guessed; delete the file")
+        raise ValueError(f"{file} is empty, and without a salt patient ids can be guessed; delete the file")
     return salt

@@ -23,15 +23,10 @@ ABOUT = About(
     origin="https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset (5,910 X-rays, about 1.2 GB)",
     layout=f"{TABLE} and {FOLDER}/{FOLDER}/{{train,test}}/FILE, as in the archive.",
     licence="CC BY 4.0 for Kermany's images; individual licenses for the COVID-19 images, see covid_chestxray.",
-    citation=(
-        "P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al.: Identifying Medical Diagnoses and "
-        "Treatable Diseases by Image-Based Deep Learning, Cell 172, 2018."
-    ),
-    study="The original split (column Dataset_type). It has no validation part: the test images are used for that too.",
-    clean=(
-        "The original test split; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the "
-        "COVID-19 collection the case or paper). Patients in train and test stay in test only."
-    ),
+    citation="P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al., Cell 172, 2018.",
+    study="The original split (column Dataset_type), which has no validation part: test is also the validation set.",
+    clean="The original test split; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the "
+    "COVID-19 collection the case or paper). Patients in train and test stay in test only.",
     expected={"default": {"train": (1342, 3944), "test": (234, 390)}},
 )
 
@@ -75,4 +70,4 @@ def kermany(file: str) -> str:
 
 def patient(file: str) -> str:
     """Returns the patient of a file: Kermany's, or the case or paper of the COVID-19 collection."""
-    return kermany(file) or files.web_case(files.stem_of(file))
+    return kermany(file) or files.web_case(Path(file).stem)

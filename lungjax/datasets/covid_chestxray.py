@@ -25,15 +25,10 @@ ROOT_FINDINGS = ("No Finding", "Pneumonia", "Tuberculosis", "Unknown", "todo")  
 ABOUT = About(
     title="frontal chest X-rays: COVID-19 or not (covid), or by finding (findings)",
     origin="https://github.com/ieee8023/covid-chestxray-dataset (950 images; git clone or zip)",
-    layout=(
-        "metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows with the finding "
-        "Unknown or todo are left out; findings also leaves out pneumonia of unstated or other cause, and "
-        "tuberculosis."
-    ),
-    licence=(
-        "Per image (column license: Apache 2.0, CC BY, CC BY-NC-SA, or none stated); metadata and scripts CC BY-NC-SA "
-        "4.0."
-    ),
+    layout="metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows with the "
+    "finding Unknown or todo are omitted; findings also omits tuberculosis and pneumonia of unstated or other cause.",
+    licence="Per image (column license: Apache 2.0, CC BY, CC BY-NC-SA, or none); metadata and scripts CC BY-NC-SA "
+    "4.0.",
     citation="Cohen et al.: COVID-19 Image Data Collection: Prospective Predictions Are the Future, MELBA, 2020.",
     clean="Three new splits by patient (70/15/15). The collection has no splits, so there is no protocol=study.",
     # The README's table, which counts PA, AP and AP Supine views.
@@ -80,14 +75,14 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes += compare_counts(examples, CLASSES[config], ABOUT.expected[config], "the collection")
     if skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common())
-        notes.append(f"{skipped.total()} rows left out: {reasons}")
+        notes.append(f"{skipped.total()} rows omitted: {reasons}")
     return Listing(CLASSES[config], examples, ("view", "finding", *EXTRA), tuple(notes))
 
 
 def label_of(finding: str, config: str, where: str) -> int | None:
-    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None leaves the row out.
+    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None for an unused row.
 
-    Raises ValueError, with the line `where`, for a finding that the collection does not have.
+    Raises ValueError with the line `where` for an unknown finding.
     """
     parts = finding.split("/")
     if parts[0] not in ROOT_FINDINGS:

@@ -19,18 +19,14 @@ MAX_GAP = 3  # between the file numbers of consecutive MedPix slices of one pati
 ABOUT = About(
     title="axial chest CT slices from papers and teaching files: COVID-19 or not",
     origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or zip)",
-    layout=(
-        "Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
-        "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
-        f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers)."
-    ),
+    layout="Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
+    "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
+    f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers).",
     licence="None stated for the images, which are figures of papers and web pages with individual terms.",
     citation="Yang et al.: COVID-CT-Dataset: a CT image dataset about COVID-19, arXiv 2003.13865, 2020.",
     study="The authors' split lists, by patient.",
-    clean=(
-        "The authors' split lists. The group of a COVID slice is its paper, which is coarser than the patient, because "
-        "several figures may show one scan; papers and near duplicates in several splits are kept in the last one."
-    ),
+    clean="The authors' split lists. The group of a COVID slice is its paper, because several figures may show one "
+    "scan.",
     expected={"default": {"train": (234, 191), "val": (58, 60), "test": (105, 98)}},
 )
 
@@ -46,7 +42,12 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             names = (f"Data-split/{name}/{split}CT_{name}.txt", f"{split}CT_{name}.txt")
             lines = files.read_lines(files.find(source, names, f"{split} list of {name}"))
             rows += [(where, split, label, file) for where, file in lines]
-    folders = [_image_folder(source, name) for name in CLASSES]
+    hint = "unpack the zip files of Images-processed"
+    roots = {name: ("Images-processed/", f"Images-processed/CT_{name}/", "") for name in CLASSES}
+    folders = [
+        files.find(source, [f"{root}CT_{name}/" for root in roots[name]], f"image folder of {name}", hint)
+        for name in CLASSES
+    ]
     patients = _patients(source)
     negatives = [file for _, _, label, file in rows if label == 0]
     runs = _runs(negatives)
@@ -66,13 +67,13 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes = compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-CT")
     missing = len([file for file in negatives if file not in patients])
     if missing:
-        reason = f"{TABLE} lacks {missing} of them" if patients else f"there is no {TABLE}"
+        reason = f"{TABLE} lacks {missing} of them" if patients else f"{TABLE} is missing"
         notes.append(f"patients of NonCOVID slices are inferred from file numbers: {reason}")
     listed = {example.file for example in examples}
     for name, folder in zip(CLASSES, folders, strict=True):
         unlisted = sum(f"CT_{name}/{path}" not in listed for path in files.list_images(folder))
         if unlisted:
-            notes.append(f"images of {folder.name} in no split list, left out: {unlisted}")
+            notes.append(f"images of {folder.name} in no split list, omitted: {unlisted}")
     return Listing(CLASSES, examples, notes=tuple(notes), group_name="patients or papers", study=ABOUT.study, body=True)
 
 
@@ -81,7 +82,7 @@ def paper(file: str) -> str:
 
     Names of Elsevier's papers have no page: "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
     """
-    return re.sub(r"(?<=^PIIS\d{16}).*|-p\d+-[^-]*(?:-\d+)?$", "", files.stem_of(file))
+    return re.sub(r"(?<=^PIIS\d{16}).*|-p\d+-[^-]*(?:-\d+)?$", "", Path(file).stem)
 
 
 def web_patient(file: str) -> str:
@@ -91,20 +92,10 @@ def web_patient(file: str) -> str:
 
 
 def origin(file: str, label: int) -> str:
-    """Returns the source of a slice as far as its name shows it."""
+    """Returns the source of a slice according to its name."""
     if label:
         return "preprint" if re.match(r"\d{4}\.\d\d\.\d\d\.", file) else "paper"
     return "web" if web_patient(file) else "MedPix"
-
-
-def _image_folder(source: Path, name: str) -> Path:
-    folder = f"CT_{name}"
-    return files.find(
-        source,
-        (f"Images-processed/{folder}/", f"Images-processed/{folder}/{folder}/", f"{folder}/"),
-        f"image folder of {name}",
-        f"if {folder}.zip is there, unpack it in its place",
-    )
 
 
 def _patients(source: Path) -> dict[str, str]:
@@ -119,7 +110,7 @@ def _runs(names: Sequence[str]) -> dict[str, str]:
     """Returns the run of numbers of each numbered PNG file; MedPix's slices are numbered by patient."""
     numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
     runs, start, last = {}, 0, -MAX_GAP - 1
-    for number, file in sorted((int(files.stem_of(file)), file) for file in numbered):
+    for number, file in sorted((int(Path(file).stem), file) for file in numbered):
         if number - last > MAX_GAP:
             start = number
         runs[file] = f"medpix_run_{start}"

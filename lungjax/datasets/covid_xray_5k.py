@@ -23,34 +23,18 @@ CHEXPERT = re.compile(r"(?:(.+?)[-_ ]?)?(patient\d+)[-_]", re.IGNORECASE)
 
 ABOUT = About(
     title="chest X-rays: COVID-19 (COVID-19 image data collection) or not (CheXpert)",
-    origin=(
-        "data_upload_v3.zip, linked in https://github.com/shervinmin/DeepCovid (5,184 X-rays, or 5,520 with the "
-        "generated ones), or the folders train and test of "
-        "https://github.com/Mithunjack/covid-19-xay-image-classification (2,809 X-rays)"
-    ),
-    layout=(
-        "{train,test}/{covid,non}/FILE, or with more folders below these; also inside data_upload_v3. Generated files "
-        'in train/covid are recognized by their names ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of '
-        "Augmentor)."
-    ),
-    licence=(
-        "None for the whole set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). COVID-19 "
-        "images: individual licenses, see covid_chestxray."
-    ),
-    citation=(
-        "Minaee et al.: Deep-COVID: Predicting COVID-19 from chest X-ray images using deep transfer learning, Medical "
-        "Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et al.: COVID-19 image data collection, "
-        "2020."
-    ),
-    study=(
-        "Train with the generated images; the test images are also the validation set. In the study's repository 37 of "
-        "the 100 COVID-19 test images are also training images, and all generated images come from one X-ray."
-    ),
-    clean=(
-        "The original test split; val is cut from train by patient (the patient of CheXpert; for COVID-19 the case or "
-        "paper in the file name, else the image). Generated images and training images with a near duplicate in test "
-        "are left out."
-    ),
+    origin="data_upload_v3.zip, linked in https://github.com/shervinmin/DeepCovid (5,184 X-rays, or 5,520 with the "
+    "generated ones), or https://github.com/Mithunjack/covid-19-xay-image-classification (2,809 X-rays)",
+    layout="{train,test}/{covid,non}/FILE, with any subfolders, also inside data_upload_v3. Generated files in "
+    'train/covid are recognized by name ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of Augmentor).',
+    licence="None for the complete set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). "
+    "COVID-19 images: individual licenses, see covid_chestxray.",
+    citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
+    "al.: COVID-19 image data collection, 2020.",
+    study="Train with the generated images; test is also the validation set. In the study's repository 37 of the 100 "
+    "COVID-19 test images are also in train, and all generated images come from one X-ray.",
+    clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
+    "Generated images and train images with a near duplicate in test are removed.",
     expected={"default": {"train": (420, 2000), "test": (100, 3000)}},
 )
 
@@ -90,18 +74,18 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-XRay-5K")
     if len(real) < len(images):
         count = len(images) - len(real)
-        notes.append(f"{count} generated images in train/covid, recognized by name, are only in protocol=study")
+        notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
 
 
 def is_generated(file: str) -> bool:
     """Returns whether a file of train/covid has the name of a generated image."""
-    return GENERATED.match(files.stem_of(file)) is not None
+    return GENERATED.match(Path(file).stem) is not None
 
 
 def group(file: str, label: int) -> str:
     """Returns CheXpert's patient of a non-COVID file, else the case or paper in the file name."""
-    stem = files.stem_of(file)
+    stem = Path(file).stem
     match = CHEXPERT.match(stem)
     if label == 1:
         return match.group(2).lower() if match else stem
@@ -110,5 +94,5 @@ def group(file: str, label: int) -> str:
 
 def finding(path: str) -> str:
     """Returns the finding of a CheXpert file: its folder below the class, else the text before the patient number."""
-    match = CHEXPERT.match(files.stem_of(path))
+    match = CHEXPERT.match(Path(path).stem)
     return path.rpartition("/")[0] or (match.group(1) or "" if match else "")

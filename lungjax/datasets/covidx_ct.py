@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lungjax.data import splits, study_splits
+from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, difference
+from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official files
 
-# Slices and patients per class in the official tables (CT-1, val and test: counted in the files).
+# Slices and patients per class in the official tables (CT-1, val and test: counted in the files). In the train split of
+# the other versions the table counts 17 patients of TCIA twice, once per scan; here each counts once.
 _VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
 _VAL3, _TEST3 = ((17570, 8008, 8147), (164, 202, 194)), ((17922, 7965, 7894), (164, 138, 201))
 EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
@@ -26,16 +27,13 @@ EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
         "val": ((9107, 7400, 4529), (47, 190, 95)),
         "test": ((9450, 7395, 4346), (52, 125, 116)),
     },
-    "2a": {"train": ((35996, 25496, 82286), (321, 558, 1958)), "val": _VAL2, "test": _TEST2},
-    "2b": {"train": ((35996, 25496, 88467), (321, 558, 2714)), "val": _VAL2, "test": _TEST2},
-    "3a": {"train": ((35996, 26970, 294552), (321, 592, 3336)), "val": _VAL3, "test": _TEST3},
-    "3b": {"train": ((35996, 26970, 300733), (321, 592, 4092)), "val": _VAL3, "test": _TEST3},
+    "2a": {"train": ((35996, 25496, 82286), (321, 558, 1941)), "val": _VAL2, "test": _TEST2},
+    "2b": {"train": ((35996, 25496, 88467), (321, 558, 2697)), "val": _VAL2, "test": _TEST2},
+    "3a": {"train": ((35996, 26970, 294552), (321, 592, 3319)), "val": _VAL3, "test": _TEST3},
+    "3b": {"train": ((35996, 26970, 300733), (321, 592, 4075)), "val": _VAL3, "test": _TEST3},
 }
 
-# TCIA patients with two scans: the metadata has two ids for each, "_0" and "_1"; here they are one patient.
-TWO_SCANS = 17
-
-# File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is left out.
+# File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is ignored.
 RULES = {
     r"((?:NCP|CP|Normal)_\d+)_\d+_\d+\.": "CNCB",
     r"(?:\d*covid\d*|normal\d*|cdnormal\d*|normalcd\d*)_(patient\d+)_SR_": "COVID-CTset",
@@ -52,30 +50,19 @@ RULES = {
 
 ABOUT = About(
     title="axial chest CT slices: normal, pneumonia, COVID-19, from eleven sources",
-    origin=(
-        "https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024, roughly 0.15 "
-        "MB each, so up to about 65 GB, and the same again once prepared; 2b and 3b must be built from their sources)"
-    ),
-    layout=(
-        "The three label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
-        "3A_images with the PNG files; likewise for the other versions."
-    ),
-    licence=(
-        "By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
-        "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
-        "COVID-CT-MD unknown. Hence no commercial use of the whole set."
-    ),
-    citation=(
-        "Gunraj et al.: COVIDNet-CT: A Tailored Deep Convolutional Neural Network Design for Detection of COVID-19 "
-        "Cases from Chest CT Images, Frontiers in Medicine 7, 2020; Gunraj et al.: COVID-Net CT-2, Frontiers in "
-        "Medicine 8, 2022."
-    ),
-    study=(
-        "2a and 3a: the official split, resampled with replacement as in AbdullahMakhdoom/COVIDNet-CT-Identification "
-        "(seed 0): in train Normal and COVID-19 to the count of Pneumonia, in val Normal and Pneumonia to that of "
-        "COVID-19; test is unmodified. Other versions: the official split."
-    ),
-    clean="The official split, by patient; sources are unevenly distributed over it.",
+    origin="https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024 or about 65 "
+    "GB, and the same again once prepared; 2b and 3b must be built from their sources)",
+    layout="The label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
+    "3A_images with the PNG files; likewise for the other versions.",
+    licence="By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
+    "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
+    "COVID-CT-MD unknown. Hence no commercial use of the complete set.",
+    citation="Gunraj et al.: COVIDNet-CT, Frontiers in Medicine 7, 2020; COVID-Net CT-2, Frontiers in Medicine 8, "
+    "2022.",
+    study="2a and 3a: the official split, resampled with replacement as in "
+    "AbdullahMakhdoom/COVIDNet-CT-Identification (seed 0): in train Normal and COVID-19 to the count of Pneumonia, in "
+    "val Normal and Pneumonia to that of COVID-19; test is unmodified. Other versions: the official split.",
+    clean="The official split, by patient. Sources are unevenly distributed over it.",
     expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
 )
 
@@ -99,11 +86,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     folder = files.find(source, [f"{name}/" for name in folders], "image folder")
     examples = [example for split, table in tables.items() for example in read_labels(table, split, folder)]
     unknown = [example.file for example in examples if not example.source]
-    notes = compare_counts(examples, config)
+    notes = compare_patients(examples, config)
     if unknown:
         notes.append(
-            f"{len(unknown)} file names match no known rule, such as {unknown[0]}: the part before the last '-' or '_' "
-            "is taken as patient, and the source is left empty"
+            f"{len(unknown)} file names match no rule, such as {unknown[0]}: their patient is the part before the last "
+            "'-' or '_', and their source is empty"
         )
     if config in ("2a", "3a"):
         examples = resampled(examples)
@@ -111,10 +98,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples with the study's cells: how often its resampling, seed 0, drew each of them.
+    """Returns the examples with the study's cells: how often it drew each of them, in the order of the label file."""
+    from sklearn.utils import resample  # here: it takes two seconds to import
 
-    The rows of a class are drawn in the order of the label file, as sklearn.utils.resample does.
-    """
     result = list(examples)
     for split, (classes, target) in RESAMPLED.items():
         rows: list[list[int]] = [[] for _ in CLASSES]
@@ -122,9 +108,10 @@ def resampled(examples: Sequence[Example]) -> list[Example]:
             if example.split == split:
                 rows[example.label].append(i)
         for label in classes:
-            times = study_splits.resample(len(rows[label]), len(rows[target]), seed=0) if rows[label] else ()
-            for i, count in zip(rows[label], times, strict=True):
-                cell = "" if not count else split if count == 1 else f"{split}*{count}"
+            both = rows[label] and rows[target]
+            times = Counter(resample(rows[label], n_samples=len(rows[target]), random_state=0) if both else ())
+            for i in rows[label]:
+                cell = "" if not times[i] else split if times[i] == 1 else f"{split}*{times[i]}"
                 result[i] = replace(examples[i], study=cell)
     return result
 
@@ -169,16 +156,12 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
     return examples
 
 
-def compare_counts(examples: Sequence[Example], config: str) -> list[str]:
-    """Returns one line per split whose slices or patients per class differ from the published ones."""
-    slices = Counter((e.split, e.label) for e in examples)
-    patients = Counter((split, label) for split, label, _ in {(e.split, e.label, e.group) for e in examples})
-    name, lines = f"COVIDx CT-{config.upper()}", []
-    for split, published in EXPECTED[config].items():
-        for unit, counts, expected in zip(("slices", "patients"), (slices, patients), published, strict=True):
-            actual = tuple(counts[split, label] for label in range(len(CLASSES)))
-            merged = (*expected[:2], expected[2] - TWO_SCANS)
-            if actual == expected or (config != "1" and (unit, split, actual) == ("patients", "train", merged)):
-                continue
-            lines.append(difference(split, unit, CLASSES, actual, name, expected))
-    return lines or [f"all slices and patients per class are as published for {name}"]
+def compare_patients(examples: Sequence[Example], config: str) -> list[str]:
+    """Returns the result of `compare_counts` for slices and for patients."""
+    name = f"COVIDx CT-{config.upper()}"
+    one_per_patient = list({(e.split, e.label, e.group): e for e in examples}.values())
+    patients = {split: counts for split, (_, counts) in EXPECTED[config].items()}
+    return [
+        *compare_counts(examples, CLASSES, ABOUT.expected[config], name, "slices"),
+        *compare_counts(one_per_patient, CLASSES, patients, name, "patients"),
+    ]

@@ -20,19 +20,14 @@ TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class 
 ABOUT = About(
     title="axial chest CT slices: COVID-19, normal, other pneumonia",
     origin="https://github.com/m2dgithub/CT-COV19 (7,621 slices, JPEG and PNG, mostly 512 x 512; git clone or zip)",
-    layout=(
-        "{Train,Val,Test}/{COV,Normal,OtherPneumonia}/GROUP/FILE, as in the repository; images may also be directly in "
-        "the class folder, as in Val/OtherPneumonia."
-    ),
+    layout="{Train,Val,Test}/{COV,Normal,OtherPneumonia}/GROUP/FILE, as in the repository; images may also be "
+    "directly in the class folder, as in Val/OtherPneumonia.",
     licence="The repository states none: ask its author before you share images or use them commercially.",
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
-    clean=(
-        "The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks of "
-        f"{files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original validation images of "
-        "OtherPneumonia were taken out of the training folder, so the validation split of this class is made anew, by "
-        "block. Groups and near duplicates in several splits are kept in the last one (of train, val, test)."
-    ),
+    clean="The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks "
+    f"of {files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original val images of "
+    "OtherPneumonia were taken from the train folder, so val of this class is made anew, by block.",
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )
 
@@ -40,7 +35,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of the repository folder `source`; `config` is "original".
 
-    Raises ValueError for a missing split or class folder, a folder of an unknown class, or a folder without images.
+    Raises ValueError for a missing split or class folder, an unknown class, and a class without images.
     """
     images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in splits.SPLITS:
@@ -76,13 +71,13 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def group(path: str, label: int, flat: bool) -> str:
     """Returns the group of a slice by its path below the class folder: its patient, or its block of file numbers.
 
-    `flat` is for classes with some images outside their original folders: the folder is then ignored, so that such an
-    image is in one block with its neighbors.
+    `flat` ignores the folder, for classes with images outside their original folders: each is in one block with its
+    neighbors.
     """
     folder = path.rpartition("/")[0]
     if label == 0 and folder.isdigit():
         return f"COV/{folder}"
-    parts = [CLASSES[label], "" if flat else folder, files.block(files.stem_of(path))]
+    parts = [CLASSES[label], "" if flat else folder, files.block(Path(path).stem)]
     return "/".join(part for part in parts if part)
 
 

@@ -14,7 +14,7 @@ from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing
 
-COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept as they are
+COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept unmodified
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
@@ -27,30 +27,26 @@ LAYOUTS = (
 
 ABOUT = About(
     title="your own CT slices, chest X-rays or CT volumes, in a folder",
-    origin="your own images, or any data set in one of the layouts below; the prepared copy is about as large as the "
-    "images (for volumes: as the images cut from them)",
+    origin="your own images, or any data set in one of the layouts below",
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
-    group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive); further
-    columns are kept
-  {train,val,test}/{class}/... (subfolders of a class folder are ignored; a missing val or test is cut from train)
+    group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
+  {train,val,test}/{class}/... (a missing val or test is cut from train)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
 (see --window). Without a group (or --group_pattern for the file names), each image counts as its own patient.
 
-DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may take the place of images, and a path in
-labels.csv may be such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
-  CT: the files of one SeriesInstanceUID are a volume, ordered by position. --plane=axial, coronal or sagittal,
-    --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in Hounsfield
-    units) is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images
-    have the patient's right on the left; the head is up. Localizers are left out.
+DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
+such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
+  CT: the files of one SeriesInstanceUID are a volume, ordered by position, without localizers. --plane=axial, coronal
+    or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
+    is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
+    patient's right on the left; the head is up.
   X-rays (CR, DX): in the window of the file, bones white.
   NIfTI: Hounsfield units in three dimensions.
-  Of a person, only a hash of the patient id is kept, as group. DICOM files appear in the index as
-    series-HASH/0007 or image-HASH, never by their path; groups of labels.csv and paths of other files are kept
-    unmodified. --on_bad_image=skip lists skipped files by path.
-The images of the NCCID study are --plane=coronal --position=mid in folder/NAME-64x128; the study's own files are
-stored upside down, these are not.""",
+  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
+    files are kept. --on_bad_image=skip lists skipped files by path.
+Images of the NCCID study are made by --plane=coronal --position=mid in folder/NAME-64x128, but not upside down.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",
@@ -61,17 +57,14 @@ stored upside down, these are not.""",
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images of the folder `source` and those cut from its volumes; see ABOUT.
 
-    Without splits, three are made by group; a missing val or test split is cut from train. Without a group, each image
-    is its own. Classes are sorted (as numbers if all are), or in the order of options.classes.
-
-    Raises ValueError, with the line number if there is one, for a folder in none of the layouts, a malformed line, an
-    unknown split, an unknown class or a pattern without a match. An unusable DICOM or NIfTI file raises it when its
-    example is read, see `folder_volumes.expand`.
+    Classes are sorted (as numbers if all are), or in the order of options.classes. Raises ValueError for an unknown
+    layout, a malformed line, an unknown split or class, and a pattern without a match. An unusable DICOM or NIfTI file
+    raises it when its example is read, see `folder_volumes.expand`.
     """
     table = source / "labels.csv"
     rows, extra, notes = _from_csv(table) if table.is_file() else _from_folders(source)
     if not rows:
-        raise ValueError(f"{source}: no image found; allowed is {LAYOUTS}")
+        raise ValueError(f"{source}: no image found; expected {LAYOUTS}")
     if options.group_pattern:
         groups = _search(rows, "group", options.group_pattern)
         rows = [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
@@ -114,13 +107,13 @@ def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"--classes={','.join(order)}: the data has {', '.join(sorted(names))}, each once")
         return order
     if len(names) < 2:
-        raise ValueError(f"only one class, {next(iter(names))!r}; at least two are needed. Allowed is {LAYOUTS}")
+        raise ValueError(f"only one class, {next(iter(names))!r}; at least two are required. Expected {LAYOUTS}")
     numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int) if numbers else sorted(names))
 
 
 def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
-    """Returns the first group of a regex in each file name. Raises ValueError for a useless pattern or no match."""
+    """Returns the first group of a regex in each file name. Raises ValueError for an invalid pattern or no match."""
     flag = f"--{column}_pattern={pattern}"
     try:
         regex = re.compile(pattern)
@@ -129,7 +122,7 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
     if not regex.groups:
         raise ValueError(f"{flag} needs a group in parentheses, such as '^([a-z]+)_'")
     if any(getattr(row, column) for row in rows):
-        raise ValueError(f"{flag}: labels.csv already has a column {column}; leave one of them out")
+        raise ValueError(f"{flag}: labels.csv already has a column {column}; remove one of them")
     matches = [regex.search(os.path.basename(row.file)) for row in rows]
     for row, match in zip(rows, matches, strict=True):
         if not match or not match.group(1):
@@ -145,18 +138,16 @@ def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
         others = ", ".join(sorted(tops - set(split_of)))
-        raise ValueError(
-            f"{source}: other folders next to {', '.join(sorted(split_of))}: {others}; allowed is {LAYOUTS}"
-        )
+        raise ValueError(f"{source}: folders next to {', '.join(sorted(split_of))}: {others}; expected {LAYOUTS}")
     depth = 2 if split_of else 1
     rows = []
     for path in paths:
         parts = path.split("/")
         if len(parts) <= depth:
-            raise ValueError(f"{source}: {path} is not in a class folder; allowed is {LAYOUTS}")
+            raise ValueError(f"{source}: {path} is not in a class folder; expected {LAYOUTS}")
         rows.append(Row(path, str(source / path), parts[depth - 1], split_of.get(parts[0], "")))
     skipped = len(files) - len(paths)
-    return rows, (), [f"{skipped} files that are not images were left out"] if skipped else []
+    return rows, (), [f"{skipped} files that are not images were skipped"] if skipped else []
 
 
 def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
@@ -192,7 +183,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
         rows += folder_volumes.unfold(row) if is_folder else [row]
     without = next((row.where for row in rows if not row.split), None)
     if without and any(row.split for row in rows):
-        raise ValueError(f"{without}: no split, but other lines have one; give every line a split, or none")
+        raise ValueError(f"{without}: no split, but other lines have one; give all lines a split, or none")
     return rows, extra, []
 
 

@@ -1,4 +1,4 @@
-"""DICOM files and NIfTI volumes of a folder, expanded to examples: one for each image that is cut."""
+"""DICOM files and NIfTI volumes of a folder, expanded to one example per image."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Notes = dict[str, list[str]]  # remark -> files or series it applies to, "" for 
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a user's folder, or one DICOM or NIfTI file before its images are cut."""
+    """One image of a user's folder, or one DICOM or NIfTI file before it is expanded."""
 
     file: str
     image: Any  # a path, or a partial of a function that returns encoded bytes
@@ -29,9 +29,9 @@ class Row:
 
 
 def kind(path: str) -> str:
-    """Returns the kind of a file: "image", "dicom", "nifti" or "" for anything else.
+    """Returns the kind of a file by its suffix: "image", "dicom", "nifti" or "" for anything else.
 
-    The suffix decides; a file without one (or with digits, the end of a DICOM UID) is opened.
+    A file without suffix, or with digits (the end of a DICOM UID), is opened.
     """
     low = path.lower()
     for name, suffixes in (("image", images.SUFFIXES), ("dicom", dicom.SUFFIXES), ("nifti", nifti.SUFFIXES)):
@@ -44,31 +44,28 @@ def kind(path: str) -> str:
 
 
 def unfold(row: Row) -> list[Row]:
-    """Returns one row for each DICOM and NIfTI file of the folder in `row`. Raises ValueError if there is none."""
+    """Returns one row per DICOM and NIfTI file of the folder in `row`. Raises ValueError without any."""
     paths = [(name, os.path.join(row.image, name)) for name in list_files(row.image)]
     rows = [
         replace(row, file=f"{row.file}/{name}", image=path) for name, path in paths if kind(path) in ("dicom", "nifti")
     ]
     if not rows:
-        raise ValueError(
-            f"{row.where}: the folder {row.file} has no DICOM file and no NIfTI volume; give every other image its "
-            "own line"
-        )
+        raise ValueError(f"{row.where}: the folder {row.file} has no DICOM or NIfTI file; list other images by path")
     return rows
 
 
 def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], bool]:
-    """Replaces each row of a DICOM or NIfTI file by the images that `options` select of it.
+    """Replaces each row of a DICOM or NIfTI file by the images that `options` select.
 
-    DICOM files appear in the index without path and name, as "series-HASH/0007" (or "series-HASH/coronal-0031", and
-    "image-HASH" for X-rays and single slices); HASH and the group of rows without one are `volumes.pseudonym` of the
-    UID and of the patient's id. A NIfTI file keeps its path, as an image does, and is its own group.
+    The index has no path of a DICOM file, but "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" for
+    X-rays and single slices; HASH and the group of rows without one are `volumes.pseudonym` of the UID and of the
+    patient's id. A NIfTI file keeps its path and is its own group.
 
-    Problems of a file or a series are raised when its example is read, so that --on_bad_image=skip can leave it out;
-    these examples come first, so that otherwise nothing is written before they are detected.
+    Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
+    come first, so that without it nothing is written.
 
-    Returns the rows, notes, and whether all of them are axial CT slices. Raises ValueError for invalid options, a
-    package that is not installed, and a NIfTI file that is named twice.
+    Returns the rows, notes, and whether all images are axial CT slices. Raises ValueError for invalid options, a
+    missing package, and a NIfTI file that is listed twice.
     """
     kinds = {row.image: kind(row.image) for row in rows}
     by_kind = {name: [row for row in rows if kinds[row.image] == name] for name in ("dicom", "nifti")}
@@ -109,7 +106,7 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
             result.append(_bad(row, row.file, error))
             continue
         if header.aside:
-            notes.setdefault(f"DICOM files left out: {header.aside}", []).append("")
+            notes.setdefault(f"DICOM files skipped: {header.aside}", []).append("")
             continue
         patients.add(row.group or header.patient)
         row = replace(row, group=row.group or volumes.pseudonym(header.patient, options.salt))
@@ -124,7 +121,7 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
         xrays[name] = str(header.path)
         result.append(replace(row, file=name, image=partial(dicom.xray, header.path)))
     if len(xrays) + len(series) > 1 and len(patients) == 1:
-        notes["PatientID for all DICOM files: they count as one patient; give a group to distinguish them"] = [""]
+        notes["PatientID in all DICOM files, so they count as one patient; groups would distinguish them"] = [""]
     if xrays:
         notes["X-rays from DICOM files, each in its own window"] = [""] * len(xrays)
     if series:
@@ -146,7 +143,7 @@ def _from_series(
     rows = [row_of[header.path] for header in series.headers]
     boxed = next((row for row in rows if row.box is not None), None)
     if boxed:
-        raise ValueError(f"{boxed.file} belongs to a CT series, whose images are cut anew: it can't have a box")
+        raise ValueError(f"{boxed.file} is a slice of a CT series, which can't have a box")
     for note in series.notes:
         notes.setdefault(f"CT series {note}", []).append(name)
     if options.plane == series.plane:  # each slice may have its own label
@@ -183,11 +180,11 @@ def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
     try:
         header = nifti.header(row.image)
         if row.box is not None:
-            raise ValueError(f"{row.file} is a volume, whose images are cut anew: it can't have a box")
+            raise ValueError(f"{row.file} is a volume, which can't have a box")
     except ValueError as error:
         return [_bad(row, row.file, error)]
     notes.setdefault("NIfTI volumes", []).append("")
-    for note in (*header.notes, *([] if row.group else ["without a patient: each counts as its own"])):
+    for note in (*header.notes, *([] if row.group else ["without a patient: each counts as one"])):
         notes.setdefault(f"NIfTI volumes {note}", []).append(row.file)
     row = replace(row, group=row.group or row.file)
     cut = partial(nifti.picture, row.image, options.plane)
@@ -197,7 +194,7 @@ def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
 def _planes(
     row: Row, name: str, shape: Sequence[int], options: PrepareOptions, image: Callable[[int], Any]
 ) -> list[Row]:
-    """Returns one row for each plane of a volume, or for the middle one."""
+    """Returns one row per plane of a volume, or the row of the middle plane."""
     count = shape[volumes.PLANES[options.plane]]
     places = [volumes.middle_slice(count)] if options.position == "mid" else range(count)
     return [replace(row, file=_name(name, options.plane, i), image=image(i)) for i in places]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from lungjax.data import splits, study_splits
+from lungjax.data import splits
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
@@ -25,28 +25,19 @@ FOLDERS = ("Original CT Scans/", "CT Scans/", "")
 
 ABOUT = About(
     title="axial chest CT slices: COVID-negative, COVID-positive, non-informative (no lung)",
-    origin=(
-        "https://www.kaggle.com/datasets/azaemon/preprocessed-ct-scans-for-covid19 (19,685 original slices, about 4 GB "
-        "with the preprocessed ones, which are not needed)"
-    ),
+    origin="https://www.kaggle.com/datasets/azaemon/preprocessed-ct-scans-for-covid19 (19,685 original slices, about "
+    "4 GB with the preprocessed ones, which are not needed)",
     layout='"Original CT Scans/{nCT,pCT,NiCT}/FILE.jpg" as in the archive, or only the three folders; any letter case.',
     licence="CC BY 4.0 as stated on Kaggle.",
-    citation=(
-        "Ning et al.: Open resource of clinical data from patients with pneumonia for the prediction of COVID-19 "
-        "outcomes via deep learning, Nature Biomedical Engineering 4, 1197-1207, 2020; A. Z. B. Aziz: CT Scans for "
-        "COVID-19 Classification, Kaggle, 2020."
-    ),
-    study=(
-        "Scikit-learn's stratified train_test_split twice (seed 25, 70/20/10), by slice, after oversampling pCT and "
-        "niCT to 9,000 with rotated and shifted copies (the configuration oversampled has such copies, default does "
-        "not): copies of one slice are in several splits. The study's file order and copies are unpublished: the draw "
-        "uses the names in order of their numbers."
-    ),
-    clean=(
-        f"Three new splits (70/15/15) by blocks of {files.BLOCK_SIZE} consecutive file numbers of a class, because the "
-        "names contain no patients. Generated copies are left out. The edge of a block, or a scan in two classes, may "
-        "still divide slices of a patient. iCTCF is also part of COVIDx CT: do not test one with the other."
-    ),
+    citation="Ning et al., Nature Biomedical Engineering 4, 1197-1207, 2020; A. Z. B. Aziz: CT Scans for COVID-19 "
+    "Classification, Kaggle, 2020.",
+    study="Scikit-learn's stratified train_test_split twice (seed 25, 70/20/10), by slice, after oversampling pCT and "
+    "niCT to 9,000 with rotated and shifted copies, so copies of one slice are in several splits. Only the "
+    "configuration oversampled has these copies. The study's file order is unpublished: here names are ordered by "
+    "number.",
+    clean=f"Three new splits (70/15/15) by blocks of {files.BLOCK_SIZE} consecutive file numbers of a class, because "
+    "the names contain no patients; a block's edge may divide the slices of one. Generated copies are removed. iCTCF "
+    "is also part of COVIDx CT: do not test one with the other.",
     expected={
         "default": {"all": (9979, 4001, 5705)},
         "oversampled": {"test": (998, 900, 900), "all": (9979, 9000, 9000)},
@@ -119,11 +110,12 @@ def _generated(paths: list[list[Path]], seed: int) -> list[Example]:
 
 def _study(labels: list[int]) -> list[str]:
     """Returns the study's split of each image, drawn together with the generated ones."""
-    order = np.argsort(labels, kind="stable")
-    ordered = [labels[i] for i in order]
-    rest, test = study_splits.train_test_split(len(ordered), 0.1, SEED, ordered)
-    train, val = study_splits.train_test_split(len(rest), 0.2 / 0.9, SEED, [ordered[i] for i in rest])
-    return study_splits.cells(len(ordered), train=order[rest[train]], val=order[rest[val]], test=order[test])
+    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
+
+    rows, classes = np.argsort(labels, kind="stable"), np.asarray(labels)
+    rest, test = train_test_split(rows, test_size=0.1, random_state=SEED, stratify=classes[rows])
+    train, val = train_test_split(rest, test_size=0.2 / 0.9, random_state=SEED, stratify=classes[rest])
+    return splits.study_cells(len(rows), train=train, val=val, test=test)
 
 
 def _group(label: int, path: Path) -> str:

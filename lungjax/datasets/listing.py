@@ -1,7 +1,7 @@
-"""The examples of a data set before any image is read: types that all data set modules share.
+"""The examples of a data set before any image is read: types shared by all data set modules.
 
-A data set module defines `ABOUT` and `listing(source, config, options)`, which finds and labels the images of a folder
-as downloaded. TFDS is not imported here, so that help pages and error messages appear at once.
+A data set module defines `ABOUT` and `listing(source, config, options)`, which lists and labels the images of a
+downloaded folder. TFDS is not imported here, so that help pages and error messages are fast.
 """
 
 from collections import Counter
@@ -9,22 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lungjax.data.splits import parse_study as parse_study
+from lungjax.data.splits import parse_study
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One image of a data set before it is read.
 
-    `split` is the starting point of the clean protocol, which then drops images with a duplicate in a later split;
-    `study` holds the study's splits and repetitions: "train", "train*3", "val+test", or "" for left out.
+    `split` is the initial split of the clean protocol, which then removes images with a duplicate in a later split;
+    `study` has the study's splits and repetitions: "train", "train*3", "val+test", or "" for unused images.
     """
 
     file: str  # name in reports; unique in the data set
     image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
     label: int
-    split: str  # train, val or test; "" leaves the image out of the clean protocol
-    group: str  # patient, or another unit that must not be divided by a split
+    split: str  # train, val or test; "" excludes the image from the clean protocol
+    group: str  # patient, or another unit that must be in a single split
     source: str = ""  # origin of the image, for scores per source
     box: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in pixels, max exclusive
     extra: tuple[str, ...] = ()  # values of Listing.extra
@@ -40,9 +40,9 @@ class Listing:
     examples: Sequence[Example]
     extra: tuple[str, ...] = ()  # names of further columns
     notes: tuple[str, ...] = ()  # remarks for the summary
-    group_name: str = "patients"  # what a group is, for the summary
-    study: str = ""  # description of protocol=study; "" if there is no published or given split
-    body: bool = False  # CT slices: store a body mask for each, see `lung_masks.body_mask`
+    group_name: str = "patients"  # name of the groups in the summary
+    study: str = ""  # description of protocol=study; "" without published or given splits
+    body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
     volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position
 
     def __post_init__(self) -> None:
@@ -63,18 +63,23 @@ class About:
     layout: str  # required structure of the folder
     licence: str  # and restrictions of use
     citation: str
-    study: str = ""  # what protocol=study reproduces
-    clean: str = ""  # what protocol=clean does instead
+    study: str = ""  # of protocol=study
+    clean: str = ""  # of protocol=clean
     # Published images per class, in label order: {configuration: {split: counts}}.
     expected: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 def compare_counts(
-    examples: Sequence[Example], classes: Sequence[str], expected: Mapping[str, tuple[int, ...]], name: str
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    expected: Mapping[str, Sequence[int]],
+    name: str,
+    unit: str = "images",
 ) -> list[str]:
-    """Returns one line per published split (of `Example.study`) with other images per class, or one that all agree.
+    """Returns one line per split of `Example.study` whose counts per class differ from the published ones.
 
-    `expected` maps a split, or "all" for the whole data set, to published counts in label order.
+    `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, one
+    line says so.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:
@@ -85,16 +90,8 @@ def compare_counts(
     for split, published in expected.items():
         actual = tuple(counts[split, label] for label in range(len(classes)))
         if actual != tuple(published):
-            lines.append(
-                difference("the data set" if split == "all" else split, "images", classes, actual, name, published)
-            )
-    return lines or [f"all images per class are as published for {name}"]
-
-
-def difference(
-    split: str, unit: str, classes: Sequence[str], actual: Sequence[int], name: str, published: Sequence[int]
-) -> str:
-    """Returns the note on a split whose counts per class differ from the published ones."""
-    numbers = [" / ".join(f"{count:,}" for count in counts) for counts in (actual, published)]
-    what = f"{numbers[0]} {unit} of {', '.join(classes)}"
-    return f"differs from the publication: {split} has {what}; {name} has {numbers[1]}"
+            ours, theirs = (" / ".join(f"{count:,}" for count in column) for column in (actual, published))
+            where = "the data set" if split == "all" else split
+            what = f"{ours} {unit} of {', '.join(classes)}"
+            lines.append(f"differs from the publication: {where} has {what}; {name} has {theirs}")
+    return lines or [f"the {unit} per class are as published for {name}"]

@@ -5,11 +5,10 @@ Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_ut
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lungjax.data import splits, study_splits
+from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts
@@ -22,22 +21,15 @@ VOLUMES = {"hu_windows": ((-600.0, 1500.0),), "plane": "coronal", "position": "m
 
 ABOUT = About(
     title="mid-coronal CT images: the whole lung, or not",
-    origin=(
-        "the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
-        "application (4,773 images of 64 x 128, JPEG). The study cut them itself; `folder` cuts such images from your "
-        "volumes (--plane=coronal --position=mid)"
-    ),
+    origin="the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
+    "application (4,773 images of 64 x 128, JPEG). The study cut them itself; `folder` cuts such images from your "
+    "volumes (--plane=coronal --position=mid)",
     layout=f"One folder with the JPEG files and {TABLE} (image_name,whole_lung; 0 or 1).",
     licence="The database's access agreement only; the study's repository has no license file.",
-    citation=(
-        "NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al.: An overview of the National COVID-19 "
-        "Chest Imaging Database, GigaScience 10, 2021."
-    ),
+    citation="NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al., GigaScience 10, 2021.",
     study="Scikit-learn's train_test_split twice (seed 42, 70/15/15), by image; a series may be in several splits.",
-    clean=(
-        "Three new splits by group (70/15/15). A group is the file name without its last two numbers, apparently the "
-        "series; the names are pseudonyms, so two series of one patient cannot be recognized."
-    ),
+    clean="Three new splits by series (70/15/15): the file name without its last two numbers. The names are "
+    "pseudonyms, so two series of one patient are not recognized.",
     expected={"default": {"test": (522, 194)}},
 )
 
@@ -52,7 +44,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     labels = [int(files.lookup(row["whole_lung"], {"0": "0", "1": "1"}, "whole_lung", where)) for where, row in rows]
     groups = [series(row["image_name"]) for _, row in rows]
     # The study drops rows without a file before it draws.
-    existing = np.asarray([i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()])
+    existing = [i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()]
     cells = _study(len(rows), existing)
     clean = splits.make_splits(labels, groups, seed=options.seed)
     examples = [
@@ -75,12 +67,14 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 def series(file: str) -> str:
     """Returns a file name such as "1.2.826.0.1.3680043.9.3218.1.1.7.1069.16.3.0.jpg" without its last two numbers."""
-    return re.sub(r"(?<=\d)\.\d+\.\d+$", "", files.stem_of(file))
+    return re.sub(r"(?<=\d)\.\d+\.\d+$", "", Path(file).stem)
 
 
-def _study(count: int, existing: np.ndarray) -> list[str]:
+def _study(count: int, existing: Sequence[int]) -> list[str]:
+    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
+
     if len(existing) < 4:  # too few for three parts: no study split
         return [""] * count
-    train, rest = study_splits.train_test_split(len(existing), 1.0 - 0.70, SEED)
-    val, test = study_splits.train_test_split(len(rest), 0.15 / (0.15 + 0.15), SEED)
-    return study_splits.cells(count, train=existing[train], val=existing[rest[val]], test=existing[rest[test]])
+    train, rest = train_test_split(existing, test_size=1.0 - 0.70, random_state=SEED)
+    val, test = train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=SEED)
+    return splits.study_cells(count, train=train, val=val, test=test)

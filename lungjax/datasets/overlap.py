@@ -1,4 +1,4 @@
-"""Whether the test images for a network show patients that it has seen: comparison of two prepared data sets."""
+"""Whether test images show patients that a network was trained on: comparison of two prepared data sets."""
 
 import re
 from dataclasses import replace
@@ -9,24 +9,23 @@ import numpy as np
 from lungjax.data import leakage, prepared
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import DATASETS, resolve
-from lungjax.datasets.build import near_duplicates
 
 MAX_NAMES = 5  # patients, sources or pairs in an error message
 PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all folders prepared in one data_dir
 
 
 def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[str]:
-    """Raises ValueError if test images of `other` show patients in train or val of `own`; returns remaining doubts.
+    """Raises ValueError if the test split of `other` shows patients in train or val of `own`; returns remaining doubts.
 
     Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
     both contain, or that one of them is; equal pixels; near duplicates. For stages, the last two compare the complete
     images if those are prepared.
 
     Args:
-      own: the data set of the run, with its splits.
-      other: its test split has the images to be tested; may be the same data set.
+      own: the data set of the run.
+      other: the data set with the test images; may be the same one.
       data_dir: where both are prepared.
-      what: the tested images, for the message, such as "the test split of folder/b".
+      what: the test images, for the message, such as "the test split of folder/b".
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
     refusal = f"{what} can't test a run on {own.name}: "
@@ -45,20 +44,20 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
             f"names. {advice}"
         )
     doubts = []
-    sides = [_whole(own, seen, data_dir), _whole(other, rows, data_dir)]
+    sides = [_without_stage(own, seen, data_dir), _without_stage(other, rows, data_dir)]
     if sides[0] and sides[1]:
         (own, seen), (other, rows) = sides[0], sides[1]
     elif resolve(own.name)[0].stage != resolve(other.name)[0].stage:
         missing = other.name if sides[0] else own.name
-        doubts.append(f"Near twins can't be detected between stages; prepare {missing} without its stage as well.")
-    shared = leakage.cross(near_duplicates.side(own, seen), near_duplicates.side(other, rows))
+        doubts.append(f"Near duplicates can't be detected between stages; prepare {missing} without its stage as well.")
+    shared = leakage.cross(own, other, seen, rows)
     exact, near = shared["exact"][1], shared["near"][1]
     if exact or near:
         raise ValueError(
-            f"{refusal}of its {len(rows):,} images {exact:,} are exact copies and {near:,} near twins of images that "
-            f"it was trained or validated on, such as {'; '.join(shared['examples'][:MAX_NAMES])}. {advice}"
+            f"{refusal}of its {len(rows):,} images {exact:,} are exact copies and {near:,} near duplicates of images "
+            f"that it was trained or validated on, such as {'; '.join(shared['examples'][:MAX_NAMES])}. {advice}"
         )
-    return doubts + ([f"The search for near twins was incomplete: {shared['note']}."] if shared["note"] else [])
+    return doubts + ([f"The search for near duplicates was incomplete: {shared['note']}."] if shared["note"] else [])
 
 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
@@ -76,7 +75,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
     """Returns the sources, sorted, that two different public data sets both contain, or that one of them is.
 
-    The sources of users' folders and of synthetic images are not public names, so none of them is shared.
+    Sources of users' folders and of synthetic images are not public names, so they are never shared.
     """
     if _identity(one) == _identity(other):
         return []
@@ -90,13 +89,13 @@ def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.
 
 
 def _identity(data: Prepared) -> tuple[str, ...]:
-    """Returns what all versions of a data set have in common; each folder is a data set of its own."""
+    """Returns the part of the name that all versions of a data set share; every folder is a separate data set."""
     name = resolve(data.name)[0]
     return (name.base, name.config) if name.base == "folder" else (name.base,)
 
 
-def _whole(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set without its stage and the same images in it; None if it isn't prepared or lacks one."""
+def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
+    """Returns the data set without its stage, and the same images in it; None if it is not prepared or lacks one."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows
@@ -104,8 +103,8 @@ def _whole(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, 
     for full in (replace(name, stage="").full, replace(name, stage="", size=None).full):
         folder = prepared.directory(data_dir, full)
         if prepared.is_prepared(folder):
-            whole = prepared.load(folder, full)
-            row = {file: i for i, file in enumerate(whole.columns["file"].tolist())}
+            complete = prepared.load(folder, full)
+            row = {file: i for i, file in enumerate(complete.columns["file"].tolist())}
             if row.keys() >= set(files):
-                return whole, np.asarray([row[file] for file in files], np.int64)
+                return complete, np.asarray([row[file] for file in files], np.int64)
     return None

@@ -1,4 +1,4 @@
-"""Synthetic chest CT slices of Normal, Pneumonia and COVID-19 patients, drawn by lungjax: no download.
+"""Synthetic chest CT slices of Normal, Pneumonia and COVID-19 patients, without a download.
 
 See `lungjax.datasets.phantom.slices`. Patients are split 60 / 15 / 25 percent within each class; every class has the
 same share of every scanner.

@@ -13,9 +13,9 @@ BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of on
 
 
 def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:
-    """Returns the first existing path of `names`, relative to `source`; a trailing "/" asks for a folder.
+    """Returns the first existing path of `names`, relative to `source`; a trailing "/" means a folder.
 
-    Letter case does not matter. Raises ValueError with `names` if none exists.
+    Letter case is ignored. Raises ValueError with `names` if none exists.
     """
     for name in names:
         path: Path | None = source
@@ -32,9 +32,9 @@ def list_images(folder: Path) -> list[str]:
 
 
 def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
-    """Returns the images below the folder of class `name`, sorted: each path, and its part below that folder.
+    """Returns the images below the folder of class `name`, sorted: each path, absolute and relative to that folder.
 
-    Raises ValueError if there is no such folder or no image in it.
+    Raises ValueError if the folder is missing or has no image.
     """
     inner = find(folder, (f"{name}/",), f"folder of class {name}")
     paths = [(inner / path, path) for path in list_images(inner)]
@@ -44,7 +44,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its place. Raises ValueError as `read_table`, and for no rows."""
+    """Returns the rows of a CSV file, each with its place. Raises ValueError as `read_table`, and without rows."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -52,7 +52,7 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, s
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns the non-empty lines of a text file, each with its place. Raises ValueError if there are none."""
+    """Returns the nonempty lines of a text file, each with its place. Raises ValueError without any."""
     try:
         text = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -71,22 +71,22 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
 
 
 def block(stem: str) -> str:
-    """Returns the block of BLOCK_SIZE consecutive numbers to which the last number of a file name belongs.
+    """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
-    Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks. "neg_81" and
-    "neg_119" give "neg_block2"; a name without a number is its own block.
+    Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks: "neg_81" and
+    "neg_119" are in "neg_block2". A name without a number is its own block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
 
 
-# The end of a name that distinguishes the figures of one paper or web page: b2, 003, Fig9c, day27, PA ...
+# The end of a name that distinguishes the figures of one paper or web page: b2, 003, Fig9c, day27, PA
 _FIGURE = re.compile(
     r"[-_.](?:[a-z]\d?|\d{1,2}[a-z]?|0\d+|fig(?:ure)?\d*[a-z]?|f\d+[a-z]?|fx\d+|gr\d+[a-z]?|g\d+(?:mr\w+)?|case\d+[a-z]?|"
     r"day[-_]?\d+|\d+-(?:hours|days)|admission|left|right|pa|ap|lrg|html|webp|main|pdf|annot|original)$",
     re.IGNORECASE,
 )
-# Names with the id of a case, which must stay complete: a UUID or hash, and numbered cases of Radiopaedia and SIRM.
+# Ids of cases, which are kept complete: a UUID or hash, and numbered cases of Radiopaedia and SIRM.
 _CASE = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}(?=-)|case_\d+|"
     r"(?:radiop\w+-)?covid-19-(?:(?!day-)[a-z]+-)+\d+(?!-(?:hours|days)))(?![0-9a-z])",
@@ -97,8 +97,8 @@ _CASE = re.compile(
 def web_case(stem: str) -> str:
     """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
-    The ends of the names distinguish the figures of one paper, which may show several patients: the groups are rather
-    too large than too small. An id without a figure number is its own case.
+    The end of a name distinguishes the figures of one paper. These may show several patients, so a group may be too
+    large, but rarely too small. An id without a figure number is its own case.
     """
     match = _CASE.match(stem)
     if match:
@@ -107,11 +107,6 @@ def web_case(stem: str) -> str:
     while (shorter := _FIGURE.sub("", stem)) not in (stem, ""):
         stem = shorter
     return stem
-
-
-def stem_of(file: str) -> str:
-    """Returns the last part of a path without its suffix."""
-    return os.path.splitext(file.rpartition("/")[2])[0]
 
 
 def _entry(folder: Path, name: str) -> Path | None:

@@ -2,7 +2,9 @@
 
 import ctypes
 import ctypes.util
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 # From glibc's malloc.h. Its defaults return every large block to the kernel, so each training step would page-fault its
@@ -28,6 +30,18 @@ def without_tpu() -> None:
 def cores() -> int:
     """Returns how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def exit_with_parent() -> None:
+    """Makes this worker process exit when its parent does, even if the parent is killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def keep_freed_memory() -> bool:

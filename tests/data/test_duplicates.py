@@ -1,28 +1,16 @@
-"""Hashes of made copies, the search against brute force, and what counts as one picture."""
+"""Near duplicates: hashes of copies, the search against brute force, the likeness of copies and other images."""
 
 import csv
 import functools
 import io
 
+import folders
 import numpy as np
 from PIL import Image
 
 from lungjax.data import duplicates
 
-
-@functools.cache
-def chest(seed: int) -> np.ndarray:
-    """A synthetic slice: body, lungs and vessels with places and sizes drawn by `seed`, uint8 [200, 200]."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:200, :200] / 200 - 0.5
-    wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
-    image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
-    for side in (-1, 1):
-        image[((x - 0.45 * wide * side) / (0.35 * wide)) ** 2 + (y / (0.7 * high)) ** 2 < 1] = 50
-    for _ in range(60):
-        cy, cx, r = *rng.uniform(-0.4, 0.4, 2), rng.uniform(0.008, 0.04)
-        image += rng.uniform(30, 80) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / r**2)
-    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+chest = functools.partial(folders.chest, size=200, vessels=60)
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
@@ -54,7 +42,7 @@ def hamming(a: int, b: int) -> int:
     return (a ^ b).bit_count()
 
 
-def test_hash_of_copies_and_of_different_pictures():
+def test_hashes_of_copies_and_other_images():
     hashes = [duplicates.phash(chest(seed)) for seed in range(12)]
     for copy in COPIES:
         turned = [hamming(h, duplicates.phash(copy(chest(seed)))) for seed, h in enumerate(hashes)]
@@ -62,14 +50,14 @@ def test_hash_of_copies_and_of_different_pictures():
     assert min(hamming(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > 8
 
 
-def test_flat_pictures_have_no_hash():
+def test_hash_of_flat_images():
     noise = np.random.default_rng(0).normal(100, 3, (256, 256)).astype(np.uint8)
     for flat in (np.zeros((50, 70), np.uint8), np.full((512, 512), 200, np.uint8), noise):
         assert duplicates.phash(flat) == 0
     assert duplicates.phash(gamma(chest(0), 1.0, -20) // 8) != 0  # dark, but not flat
 
 
-def test_thumbnail_replaces_its_picture():
+def test_hash_of_thumbnail():
     image = chest(3)
     small = duplicates.thumbnail(image)
     assert small.shape == (64, 64) and small.dtype == np.uint8
@@ -111,7 +99,7 @@ def test_search_equals_brute_force(monkeypatch):
         assert near.pairs.shape == (0, 2) and near.note == ""
 
 
-def test_many_equal_hashes_are_bounded():
+def test_bound_on_equal_hashes():
     n = 30_000
     hashes = np.full(n, 99, np.uint64)
     hashes[::3] = 98
@@ -122,14 +110,14 @@ def test_many_equal_hashes_are_bounded():
     assert duplicates.near_pairs(hashes, np.zeros(n, int)).note == ""  # one group: nothing is lost
 
 
-def test_groups_take_turns_in_equal_hashes(monkeypatch):
+def test_alternating_groups_of_equal_hashes(monkeypatch):
     monkeypatch.setattr(duplicates, "MAX_COPIES", 3)
     hashes = np.array([9] * 50 + [9, 8], np.uint64)
     pairs = duplicates.near_pairs(hashes, np.array([1] * 50 + [2, 3])).pairs.tolist()
     assert [50, 51] in pairs  # not crowded out by the fifty of group 1
 
 
-def test_limits_are_reported(monkeypatch):
+def test_notes_on_search_limits(monkeypatch):
     band = np.uint64(sum(1 << bit for bit in range(0, 64, 5)))
     hashes = np.random.default_rng(0).integers(1, 2**64 - 1, 2000, dtype=np.uint64) & ~band
     assert duplicates.near_pairs(hashes, np.arange(2000), 4).note == ""
@@ -153,7 +141,7 @@ def test_likeness():
     assert duplicates.likeness(others, images.__getitem__).max() < 0.87  # one smooth outline fits another
 
 
-def test_near_twins():
+def test_near_duplicates():
     pictures = [chest(s) for s in range(5)]
     images = [*pictures, jpeg(pictures[0], 60), pictures[1], scale(pictures[2], 0.5), scale(pictures[0], 0.7)]
     groups = ["a", "b", "c", "d", "e", "f", "g", "c", "a"]  # c's copy is in its own group
@@ -171,12 +159,10 @@ def test_real_images(shared):
             rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
         pairs_by_eye = ("seg20_r03", "seg20_r04", "ucsd_115", "ucsd_117")
         rows = [row for i, row in enumerate(rows) if i % 4 == 0 or any(name in row["path"] for name in pairs_by_eye)]
-        small, hashes = [], []
-        for row in rows:
-            image = np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L"))
-            small.append(duplicates.thumbnail(image))
-            hashes.append(duplicates.phash(image))
-        hashes, groups, names = np.array(hashes, np.uint64), [r["group"] for r in rows], [r["path"] for r in rows]
+        pictures = [np.asarray(Image.open(shared / "data" / kind / row["path"]).convert("L")) for row in rows]
+        small = [duplicates.thumbnail(picture) for picture in pictures]
+        hashes = np.array([duplicates.phash(picture) for picture in pictures], np.uint64)
+        groups, names = [row["group"] for row in rows], [row["path"] for row in rows]
         assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
         if kind == "ct":  # without groups, slices of one patient that are in the collection twice (verified by eye)
             near = duplicates.near_twins(hashes, names, names, small.__getitem__).pairs

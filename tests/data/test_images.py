@@ -1,4 +1,4 @@
-"""Decoding and resizing against hand-made pixels, scipy's sampling and jax.image.resize."""
+"""Decoding and resizing compared with known pixels, scipy's sampling and jax.image.resize."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from folders import encoded
 from PIL import EpsImagePlugin, Image
 from scipy import ndimage
 
@@ -19,13 +20,6 @@ GRAY = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (9, 7), dtype=np.uint16)
 FULL = np.array([0, 0, 53, 37], np.float32)
-
-
-def encoded(image, form="PNG", **kwargs):
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    out = io.BytesIO()
-    picture.save(out, form, **kwargs)
-    return out.getvalue()
 
 
 def test_formats():
@@ -41,7 +35,7 @@ def test_formats():
                 assert images.digest(array) == images.digest(image)
 
 
-def test_encode_is_a_png_and_round_trips():
+def test_png_round_trip():
     for image in (GRAY, COLOR, DEEP, GRAY[:1, :1], np.zeros((40, 300), np.uint8)):
         data = images.encode(image)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
@@ -50,7 +44,7 @@ def test_encode_is_a_png_and_round_trips():
         assert array.dtype == image.dtype and form == "PNG"
 
 
-def test_damage_is_detected():
+def test_damaged_files():
     data = images.encode(GRAY[:9, :11])
     damaged = [data[:i] + bytes([data[i] ^ 85]) + data[i + 1 :] for i in range(len(data))]
     damaged += [data[:length] for length in range(len(data))]
@@ -68,7 +62,7 @@ def test_damage_is_detected():
                 images.read(data[: int(part * len(data))])
 
 
-def test_digest_distinguishes_pixels_and_shape():
+def test_digest_of_pixels_and_shape():
     changed = GRAY.copy()
     changed[3, 4] ^= 1
     digests = {images.digest(x) for x in (GRAY, changed, GRAY.reshape(53, 37))}
@@ -88,7 +82,7 @@ def test_16_bit_window():
             images.decode(data, None)
 
 
-def test_16_bit_is_rounded_after_the_resize():
+def test_16_bit_rounding_after_resizing():
     # 4 values per gray level: their mean is a full level, which rounding each value first would miss.
     image = np.tile(np.array([[101, 103]], np.uint16), (2, 1))
     decoded = images.decode(encoded(image), (0.0, 1020.0))
@@ -111,7 +105,7 @@ def test_color_modes():
     np.testing.assert_allclose(rgb, np.full((16, 16, 3), (200, 60, 20)), atol=4)
 
 
-def test_exif_orientation_is_ignored():
+def test_ignored_exif_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert images.decode(encoded(GRAY, "JPEG", exif=exif), None).shape == GRAY.shape
@@ -136,7 +130,7 @@ def test_unsupported_files():
             images.read(data)
 
 
-def test_box_equals_crop_first():
+def test_box_equals_crop():
     for kernel in ("nearest", "bilinear", "bicubic", "lanczos"):
         for antialias in (True, False):
             full = InputSpec(size=(16, 24), interpolation=kernel, antialias=antialias)
@@ -178,7 +172,7 @@ def test_center_crop():
         images.to_input(GRAY, FULL, InputSpec(size=(8, 8), crop="center"), 0.0)
 
 
-def test_plain_kernels_sample_at_pixel_centers():
+def test_plain_kernels_at_pixel_centers():
     for size in ((16, 24), (80, 100), (37, 53)):
         result = images.resize(GRAY, (0, 0, 53, 37), size, "bilinear", antialias=False)
         centers = [(np.arange(count) + 0.5) * side / count - 0.5 for count, side in zip(size, GRAY.shape, strict=True)]
@@ -221,8 +215,8 @@ def test_unknown_crop_and_kernel():
             images.to_input(GRAY, FULL, spec, 0.0)
 
 
-def test_postscript_starts_no_program(tmp_path, monkeypatch):
-    """Pillow's EPS plugin runs Ghostscript, found on PATH, on any file that begins like PostScript."""
+def test_no_program_for_postscript(tmp_path, monkeypatch):
+    """Pillow's EPS plugin runs Ghostscript from PATH on any file with a PostScript header."""
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
     gs, trace = tmp_path / "gs", tmp_path / "started"
     gs.write_text(f"#!/bin/sh\ntouch {trace}\n")

@@ -1,8 +1,13 @@
-"""The clean protocol and the leak counts on hand-made columns, and two data sets compared."""
+"""The clean protocol, leak counts, and the comparison of two data sets, on synthetic columns."""
+
+import functools
 
 import numpy as np
+from folders import chest
 
 from lungjax.data import duplicates, leakage
+from lungjax.data.imaging import images
+from lungjax.data.prepared import Prepared
 
 SPLITS = ("train", "val", "test")
 
@@ -15,49 +20,39 @@ def clean(text, near=()):
     return leakage.clean(splits, list(map(int, labels)), groups, pixels, near, "patients")
 
 
-def test_clean_keeps_what_leaks_nothing():
+def test_clean_groups_and_images_in_no_split():
     assert clean("train 0 a 1, val 0 b 2, test 1 c 3, - 1 d 4") == (["train", "val", "test", ""], [])
     # Images in no split remove nothing.
     assert clean("train 0 a 1, - 1 a 1, - 0 b 2, val 1 b 3", [(0, 2)]) == (["train", "", "", "val"], [])
-
-
-def test_clean_groups():
-    splits, notes = clean("train 0 a 1, test 0 a 2, val 0 a 3, train 0 b 4, val 0 b 5")
-    assert splits == ["", "test", "", "", "val"]
-    assert len(notes) == 1 and "3 images" in notes[0] and "patients" in notes[0]
+    splits, (note,) = clean("train 0 a 1, test 0 a 2, val 0 a 3, train 0 b 4, val 0 b 5")
+    assert splits == ["", "test", "", "", "val"] and "patients" in note and note.endswith(": 3")
 
 
 def test_clean_exact_copies():
-    splits, notes = clean("train 0 a x, test 0 b x, val 0 c x, train 0 a y")
-    assert splits == ["", "test", "", "train"] and "2 images" in notes[0]
+    splits, (note,) = clean("train 0 a x, test 0 b x, val 0 c x, train 0 a y")
+    assert splits == ["", "test", "", "train"] and "copies" in note and note.endswith(": 2")
     for rows in ("train 0 b x, train 0 a x, train 0 c x", "train 0 c x, train 0 a x, train 0 b x"):
         assert clean(rows)[0] == ["", "train", ""]  # the first group stays
     assert clean("train 0 a x, train 0 a x")[0] == ["train", ""]
-
-
-def test_clean_copies_with_different_labels():
     # The first z is removed with its patient, but its label still contradicts the other.
     splits, notes = clean("train 0 a x, test 1 b x, test 1 c x, train 1 d y, train 0 e z, test 1 f z, val 0 e w")
     assert splits == ["", "", "", "train", "", "", "val"]
-    assert "1 image " in notes[0] and "4 images" in notes[1] and "labels" in notes[1]
+    assert notes[0].endswith(": 1") and "labels" in notes[1] and notes[1].endswith(": 4")
 
 
-def test_clean_near_twins():
-    splits, notes = clean("train 0 a 1, val 0 b 2, test 0 c 3, train 0 d 4", [(1, 2), (3, 2)])
-    assert splits == ["train", "", "test", ""] and "2 images" in notes[0] and "near" in notes[0]
+def test_clean_near_duplicates():
+    splits, (note,) = clean("train 0 a 1, val 0 b 2, test 0 c 3, train 0 d 4", [(1, 2), (3, 2)])
+    assert splits == ["train", "", "test", ""] and "near" in note and note.endswith(": 2")
     rows = "train 0 a 1, val 0 b 2, test 0 c 3"
     assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val is removed, so train may stay
     assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
-    # val is removed as a copy of test, which is then train's twin; with different labels both are removed.
+    # val is removed as a copy of test, which is then train's duplicate; with different labels both are removed.
     assert clean("train 0 a 1, val 0 b 2, test 0 c 2", [(0, 1)])[0] == ["", "", "test"]
     assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
-
-
-def test_clean_near_twins_in_one_split():
-    rows = "train 0 a 1, train 0 b 2, train 1 c 3"
+    rows = "train 0 a 1, train 0 b 2, train 1 c 3"  # in one split
     assert clean(rows, [(0, 1)]) == (["train"] * 3, [])
-    splits, notes = clean(rows, [(0, 1), (1, 2)])
-    assert splits == ["train"] * 3 and "1 near pair " in notes[0]
+    splits, (note,) = clean(rows, [(0, 1), (1, 2)])
+    assert splits == ["train"] * 3 and "labels" in note and note.endswith(": 1")
 
 
 def random_columns(rng, n=400):
@@ -73,7 +68,7 @@ def members(column):
     return {split: [i for i, s in enumerate(column) if s == split] for split in SPLITS}
 
 
-def test_clean_leaves_no_leak_in_any_order():
+def test_clean_without_leaks_in_any_order():
     for seed in range(3):
         rng = np.random.default_rng(seed)
         *columns, near = random_columns(rng)
@@ -97,13 +92,13 @@ def test_leaks():
     near = np.array([(1, 5), (3, 6), (2, 3)])  # of the last, 3 has an exact copy in train, which counts
     leaks = leakage.leaks(members, groups, pixels, near)
     names = ("images", "exact_twin_in_train", "near_twin_in_train", "group_in_train", "any")
-    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 is a twin of 1, 6 of a copy of 0.
+    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 duplicates 1, 6 a copy of 0.
     assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
     assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
     assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}
     val, test = leakage.leak_notes(leaks, "protocol=study", "patients")
-    assert val.startswith("2 of 3 val images") and "in val" not in val and "1 have" not in test
-    assert "1 has an exact copy in val" in test
+    assert val.startswith("protocol=study: 3 of 3 val images") and "in val" not in val
+    assert test.endswith("exact copies in val: 1")
 
 
 def test_worst_pairs_first():
@@ -123,33 +118,31 @@ def test_worst_pairs_first():
     assert leakage.pairs_named({}, files, labels, pixels, near) == []
 
 
-def picture(seed: int) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 255, (12, 12), dtype=np.uint8)
-    return np.kron(coarse, np.ones((10, 10), np.uint8))
+picture = functools.partial(chest, size=120, vessels=60)
 
 
-def side(name, files, groups, pixels, images):
-    hashes = np.array([duplicates.phash(image) for image in images], np.uint64)
-    return leakage.Side(name, files, groups, pixels, hashes, images.__getitem__)
+def data_set(name, files, groups, pixels, pictures):
+    hashes = np.array([duplicates.phash(image) for image in pictures], np.uint64)
+    columns = {"file": np.array(files), "group": np.array(groups), "pixels": np.array(pixels), "phash": hashes}
+    return Prepared(name, ("a", "b"), columns, [{"image": images.encode(image)} for image in pictures], None, "0")
 
 
 def test_cross():
-    one = side("one", ["a", "b", "c", "d"], ["p1", "p2", "p2", "p3"], list("0123"), [picture(s) for s in range(4)])
+    one = data_set("one", list("abcd"), ["p1", "p2", "p2", "p3"], list("0123"), [picture(s) for s in range(4)])
     bright = np.clip(picture(2).astype(int) + 8, 0, 255).astype(np.uint8)
-    images = [picture(0), picture(0), bright, picture(7), bright]
-    two = side("two", ["x", "y", "z", "w", "v"], ["p9", "p3", "q", "q", "r"], ["0", "0", "8", "9", "8"], images)
+    pictures = [picture(0), picture(0), bright, picture(7), bright]
+    two = data_set("two", list("xyzwv"), ["p9", "p3", "q", "q", "r"], list("00898"), pictures)
     result = leakage.cross(one, two)
     lines = result.pop("lines")
     assert result == {"exact": [1, 2], "near": [1, 2], "examples": ["a = x", "c ~ z"], "note": ""}
-    assert lines[0].endswith("1 (p3)") and lines[1].startswith("1 of 4 images of one has")
-    other = leakage.cross(one, side("three", ["x"], ["p4"], ["9"], [picture(9)]))
+    assert lines[0].endswith("1 (p3)") and lines[1].startswith("of 4 images of one")
+    other = leakage.cross(one, two, np.array([1, 3]), np.array([0, 2, 3]))
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
 
 
-def test_cross_lists_both_kinds_of_pairs():
-    images = [picture(s) for s in range(30)]
-    names = [f"{s:02}" for s in range(30)]
-    one = side("one", names, names, names, images)
-    two = side("two", names, names, names[:27] + ["x", "y", "z"], images[:27] + [i[2:-2] for i in images[27:]])
-    examples = leakage.cross(one, two)["examples"]
+def test_cross_with_both_kinds_of_pairs():
+    pictures, names = [picture(s) for s in range(30)], [f"{s:02}" for s in range(30)]
+    one = data_set("one", names, names, names, pictures)
+    cropped = pictures[:27] + [image[2:-2] for image in pictures[27:]]
+    examples = leakage.cross(one, data_set("two", names, names, [*names[:27], *"xyz"], cropped))["examples"]
     assert len(examples) == 20 and examples[-3:] == ["27 ~ 27", "28 ~ 28", "29 ~ 29"]

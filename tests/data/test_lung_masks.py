@@ -1,4 +1,4 @@
-"""Body and lung masks against phantoms with known lungs, the studies' masks against hand-made cases."""
+"""Body and lung masks of phantoms with known lungs; masks of the studies in synthetic cases."""
 
 import csv
 
@@ -77,7 +77,7 @@ def test_body_without_table_and_arms():
     assert not mask[139:142, 20:70].any() and not mask[70:90, 2:12].any()
 
 
-def test_air_above_table_and_trachea_are_not_lung():
+def test_air_above_table_and_trachea():
     image, both = drawing()
     image[148:156, :] = 180  # a table from edge to edge, and up along the sides to the body
     image[80:156, :16] = 180
@@ -140,7 +140,7 @@ def test_invalid_images_and_stages():
 
 
 def test_real_slices(shared):
-    """Two lungs of plausible size nearly everywhere; the contours themselves are judged by eye."""
+    """Two lungs of plausible size in nearly all slices."""
     with open(shared / "data/ct/labels.csv") as lines:
         paths = [row["path"] for row in csv.DictReader(lines) if "/nor_" not in row["path"]]
     plausible = []
@@ -184,7 +184,7 @@ def test_study_crop_region():
     assert result.image.shape == pytest.approx(((y1 - y0) * 512 / 160, (x1 - x0) * 512 / 200))
 
 
-def test_snake_shrinks_from_its_circle():
+def test_shrinking_snake():
     square = np.zeros((512, 512), np.uint8)
     square[ellipse(square.shape, (250, 260), (120, 150))] = 200
     short, longer = study_masks.snake_mask(square, 2), study_masks.snake_mask(square, 20)

@@ -1,4 +1,4 @@
-"""Batches: their content, their order over epochs, hosts, processes and resumed runs."""
+"""Content and order of batches over epochs, hosts, processes and resumed runs."""
 
 import dataclasses
 import itertools
@@ -27,13 +27,13 @@ def joined(parts):
     return [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
 
 
-def test_epochs_cover_every_example_once(small_data):
+def test_epochs_cover_all_examples(small_data):
     rows, order = pipeline.train_rows(small_data).tolist(), pipeline.order(small_data, CONFIG)
     first, second = ([order[i + len(rows) * epoch] for i in range(len(rows))] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == rows and first != second
 
 
-def test_order_depends_on_seed_and_step_alone(small_data):
+def test_order_by_seed_and_step(small_data):
     for sampling in ("natural", "balanced"):
         config = dataclasses.replace(CONFIG, data=DataConfig(sampling=sampling))
         batches = take(small_data, config, 16)
@@ -46,7 +46,7 @@ def test_order_depends_on_seed_and_step_alone(small_data):
     assert any((x["image"] != y["image"]).any() for x, y in zip(take(small_data, CONFIG, 3), other, strict=True))
 
 
-def test_worker_processes_keep_the_order(small_data):
+def test_order_of_worker_processes(small_data):
     config = dataclasses.replace(CONFIG, data=DataConfig(workers=2))
     batches = take(small_data, CONFIG, 6, start=5)
     assert_equal(take(small_data, config, 6, start=5), batches)

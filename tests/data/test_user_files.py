@@ -1,4 +1,4 @@
-"""Folders and CSV files as users give them."""
+"""Folders and CSV files of users."""
 
 import os
 

@@ -1,32 +1,22 @@
-"""DICOM series and NIfTI volumes: one body gives the same images however it is stored; errors name the file."""
+"""DICOM series and NIfTI volumes: equal images in every storage order, and errors that name the file."""
 
 import gzip
-import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")
 
 import scans  # noqa: E402
 from pydicom.pixels import apply_voi_lut  # noqa: E402
+from scans import pixels_of, windowed  # noqa: E402
 from skimage import transform  # noqa: E402
 
 from lungjax.data.imaging import dicom, nifti, volumes  # noqa: E402
 
 WIDE = ((-350.0, 1300.0),)  # the full range of the body
 XRAY = np.random.default_rng(0).integers(100, 4000, (9, 7), dtype=np.uint16)
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def windowed(hu, window=WIDE[0]):
-    center, width = window
-    return np.rint(np.interp(hu, [center - width / 2, center + width / 2], [0, 255])).astype(np.uint8)
 
 
 def views(hu):
@@ -41,15 +31,15 @@ def sort(paths):
 
 def middle_of_series(paths, plane):
     series = sort(paths)
-    index = volumes.middle_slice(series.shape[volumes.PLANES[plane]])
+    index = series.shape[volumes.PLANES[plane]] // 2
     ordered = tuple(header.path for header in series.headers)
     if plane == series.plane:
-        return pixels(dicom.picture(ordered[index], WIDE))
-    return pixels(dicom.cut(ordered, series.step, plane, index, WIDE))
+        return pixels_of(dicom.picture(ordered[index], WIDE))
+    return pixels_of(dicom.cut(ordered, series.step, plane, index, WIDE))
 
 
 def middle_of_nifti(path, plane):
-    return pixels(nifti.picture(path, plane, nifti.header(path).shape[volumes.PLANES[plane]] // 2, WIDE))
+    return pixels_of(nifti.picture(path, plane, nifti.header(path).shape[volumes.PLANES[plane]] // 2, WIDE))
 
 
 def test_series_in_any_storage_order(tmp_path):
@@ -70,7 +60,7 @@ def test_nifti_in_any_axes(tmp_path):
             np.testing.assert_array_equal(middle_of_nifti(path, plane), windowed(expected), err_msg=axes + plane)
 
 
-def test_pixels_become_square(tmp_path):
+def test_square_pixels(tmp_path):
     hu, spacing = scans.body((12, 20, 16)), (2.5, 0.8, 0.5)
     paths = scans.series(tmp_path / "s", hu, spacing)
     path = scans.nifti(tmp_path / "n.nii", hu, spacing, axes="LPS")
@@ -100,9 +90,9 @@ def test_rescale_padding_and_windows(tmp_path):
     path = str(scans.save(data, tmp_path / "a.dcm"))
     expected = hu.copy()
     expected[:2, :2] = -1000
-    np.testing.assert_array_equal(pixels(dicom.picture(path, WIDE)), windowed(expected))
+    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(expected))
     three = ((-600.0, 1500.0), (40.0, 400.0), (-700.0, 500.0))
-    result = pixels(dicom.picture(path, three))
+    result = pixels_of(dicom.picture(path, three))
     for channel, window in enumerate(three):
         np.testing.assert_array_equal(result[..., channel], windowed(expected, window))
 
@@ -114,7 +104,7 @@ def test_xray_window(tmp_path):
         expected = apply_voi_lut(XRAY, data) / 4095 * 255
         for kind in ("MONOCHROME2", "MONOCHROME1"):
             data.PhotometricInterpretation = kind
-            result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+            result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
             np.testing.assert_allclose(result, expected if kind[-1] == "2" else 255 - expected, atol=0.51)
 
 
@@ -122,7 +112,7 @@ def test_xray_without_a_window(tmp_path):
     raw = XRAY.copy()
     raw[0] = 65535
     data = scans.dataset(raw, "CR", PixelPaddingValue=65535, PhotometricInterpretation="MONOCHROME1")
-    result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+    result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
     ends = [int(raw[1:].min()), int(raw[1:].max())]
     np.testing.assert_allclose(result[1:], np.interp(raw[1:], ends, [255, 0]), atol=0.51)
     assert (result[0] == 0).all()
@@ -131,7 +121,7 @@ def test_xray_without_a_window(tmp_path):
     table.LUTDescriptor = [4096, 0, 10]
     table.LUTData = np.rint(1023 * (np.arange(4096) / 4095) ** 2).astype(np.uint16).tobytes()
     data.VOILUTSequence = [table]
-    result = pixels(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
+    result = pixels_of(dicom.xray(str(scans.save(data, tmp_path / "a.dcm"))))
     np.testing.assert_allclose(result, 255 * (XRAY / 4095.0) ** 2, atol=0.7)
 
 
@@ -145,25 +135,25 @@ def test_run_length_coding(tmp_path):
     np.testing.assert_array_equal(middle_of_series(packed, "coronal"), middle_of_series(paths, "coronal"))
 
 
-def test_single_slice_without_a_position(tmp_path):
+def test_single_slice_without_position(tmp_path):
     hu = scans.body()
     (path, *_) = scans.series(tmp_path, hu, ImageOrientationPatient=None, ImagePositionPatient=None)
-    np.testing.assert_array_equal(pixels(dicom.picture(path, WIDE)), windowed(hu[0]))
+    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(hu[0]))
     assert "single slice" in sort([path]).flaw
 
 
-def test_files_are_read_once(tmp_path):
+def test_cached_volume(tmp_path):
     paths = scans.series(tmp_path, scans.body())
     series = sort(paths)
     ordered = tuple(header.path for header in series.headers)
     first = dicom.cut(ordered, series.step, "coronal", 1, WIDE)
     for path in paths[1:]:
         (tmp_path / path).unlink()
-    assert dicom.cut(ordered, series.step, "coronal", 1, WIDE) == first  # the volume is cached
-    dicom.picture(paths[0], WIDE)  # a slice reads its own file alone
+    assert dicom.cut(ordered, series.step, "coronal", 1, WIDE) == first
+    dicom.picture(paths[0], WIDE)  # a slice requires only its own file
 
 
-def test_series_that_is_no_stack(tmp_path):
+def test_inconsistent_series(tmp_path):
     for change, word in (
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, r"IM0\d+.dcm and .*IM0\d+.dcm .*orientations"),
         ({"PixelSpacing": [1.0, 0.9]}, "spacings, 1 x 1 and 1 x 0.9"),
@@ -175,7 +165,7 @@ def test_series_that_is_no_stack(tmp_path):
             sort(scans.series(tmp_path, scans.body(), change={2: change}))
 
 
-def test_flaws_of_a_series(tmp_path):
+def test_flaws_of_series(tmp_path):
     gap = sort(scans.series(tmp_path / "gap", scans.body((9, 4, 4)), skip=(3, 4)))
     assert "about 2 missing slices" in gap.flaw and "missing" in gap.notes[0] and gap.step == 1
     change = {5: {"ImagePositionPatient": [-100, 50, 11.7]}}
@@ -277,7 +267,7 @@ def test_invalid_options():
             volumes.check_options(*options)
 
 
-def test_pseudonyms_depend_on_the_salt():
+def test_salted_pseudonyms():
     name = volumes.pseudonym("ID-4711", "secret")
     assert len(name) == 12 and set(name) <= set("0123456789abcdef") and name == volumes.pseudonym("ID-4711", "secret")
     others = {volumes.pseudonym("ID-4711", salt) for salt in ("", "secret", "x" * 100, "x" * 101)}

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from lungjax import datasets
-from lungjax.data.imaging import images
 from lungjax.datasets import covidx_ct
 from lungjax.datasets.covidx_ct import patient
 
@@ -27,12 +26,11 @@ LINES = {
 
 def write(root, config="3a", layout="kaggle"):
     version = config.upper()
-    folder = root / (f"{version}_images" if layout == "kaggle" else "images")
+    folder, tables = (f"{version}_images", f"_COVIDx_CT-{version}") if layout == "kaggle" else ("images", "_COVIDx-CT")
+    folder, rng = root / folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
     for split, lines in LINES.items():
-        name = f"{split}_COVIDx_CT-{version}.txt" if layout == "kaggle" else f"{split}_COVIDx-CT.txt"
-        (root / name).write_text("\n".join(lines) + "\n")
+        (root / f"{split}{tables}.txt").write_text("\n".join(lines) + "\n")
         for line in lines:
             Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(folder / line.split()[0])
     return folder
@@ -70,7 +68,7 @@ def test_patient_and_source():
 def test_both_layouts(tmp_path):
     for config, layout in (("1", "readme"), ("2a", "kaggle")):
         root = tmp_path / layout
-        folder = write(root, config, layout)
+        write(root, config, layout)
         notes = prepare(root, config)["notes"]
         data = datasets.open_dataset(f"covidx_ct/{config}", root / "data")
         rows = [line.split() for split in ("train", "val", "test") for line in LINES[split]]
@@ -79,9 +77,6 @@ def test_both_layouts(tmp_path):
         assert data.columns["label"].tolist() == [int(row[1]) for row in rows]
         np.testing.assert_array_equal(data.columns["box"], np.array([row[2:] for row in rows], np.float32))
         assert [len(data.rows(split)) for split in ("train", "val", "test")] == [4, 2, 1]
-        for i, row in enumerate(rows):
-            image = images.decode(data.records[i]["image"], data.window)
-            np.testing.assert_array_equal(image, np.asarray(Image.open(folder / row[0])))
         assert any("differs from the publication" in note for note in notes), "an incomplete copy is accepted"
 
 
@@ -110,8 +105,6 @@ def test_missing_files(tmp_path):
     (folder / "COVIDCTMD-cap004-IM0063.png").unlink()
     with pytest.raises(ValueError, match=r"val_COVIDx_CT-3A.txt line 2: .*COVIDCTMD-cap004-IM0063.png"):
         prepare(tmp_path)
-    result = prepare(tmp_path, on_bad_image="skip")
-    assert result["images"] == 6 and "COVIDCTMD-cap004-IM0063.png" in result["skipped"][0]
     folder.rename(tmp_path / "pictures")
     with pytest.raises(ValueError, match="no image folder; looked for 3A_images.*, images"):
         prepare(tmp_path)
@@ -139,10 +132,10 @@ def test_official_label_files(shared, tmp_path):
             assert example.group in origin or example.source == "TCIA" or version == "1"
         assert all(len(names) == 1 for names in splits.values())
         # The train files of 2A and 3A are missing here: only they may differ.
-        notes = [note for note in covidx_ct.compare_counts(examples, version) if " train has " not in note]
-        assert len(notes) == (version == "1") and all("as published" in note for note in notes)
+        notes = [note for note in covidx_ct.compare_patients(examples, version) if " train has " not in note]
+        assert len(notes) == 2 * (version == "1") and all("as published" in note for note in notes)
     fewer = [example for example in listed["3a"] if example.split != "test" or example.group != "NCP_341"]
     lost = len(listed["3a"]) - len(fewer)
-    slices, patients = (note for note in covidx_ct.compare_counts(fewer, "3a") if " test has " in note)
+    slices, patients = (note for note in covidx_ct.compare_patients(fewer, "3a") if " test has " in note)
     assert f"17,922 / 7,965 / {7894 - lost:,} slices" in slices and slices.endswith("17,922 / 7,965 / 7,894")
     assert "164 / 138 / 200 patients" in patients and patients.endswith("164 / 138 / 201")

@@ -1,6 +1,5 @@
-"""DICOM and NIfTI in the layouts of `folder`: what is listed, what is kept of a person, what is refused."""
+"""DICOM and NIfTI files in a user's folder: examples, pseudonyms and errors."""
 
-import io
 import pickle
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
 
 import scans
+from scans import windowed
 
 from lungjax import datasets
 from lungjax.data.imaging import volumes
@@ -27,11 +27,7 @@ def listing(root, **options):
 
 def pixels(example):
     """The image, through a pickle, as in a worker process."""
-    return np.asarray(Image.open(io.BytesIO(pickle.loads(pickle.dumps(example.image))())))
-
-
-def windowed(hu):
-    return np.rint(np.interp(hu, [-1000, 300], [0, 255])).astype(np.uint8)
+    return scans.pixels_of(pickle.loads(pickle.dumps(example.image))())
 
 
 def pseudonym(name):
@@ -72,7 +68,7 @@ def test_series_in_class_folders(tmp_path):
     index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
     assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # nothing personal
     notes = ("8 CT series", "2 files that are not images", "48 axial images of CT volumes, window -350 +/- 650")
-    for note in (*notes, "1 DICOM files left out: localizers", "1 DICOM files left out: SR objects"):
+    for note in (*notes, "1 DICOM files skipped: localizers", "1 DICOM files skipped: SR objects"):
         assert any(line.startswith(note) for line in result.notes)
 
 
@@ -83,8 +79,6 @@ def test_planes_and_positions(tmp_path):
     (first, _) = listing(tmp_path, position="mid").examples
     assert first.file.endswith("/0003")
     np.testing.assert_array_equal(pixels(first), windowed(hu[3]))
-    with pytest.raises(ValueError, match="--plane=coronel: the nearest: coronal"):
-        listing(tmp_path, plane="coronel")
 
 
 def test_table_of_folders_volumes_and_slices(tmp_path):
@@ -144,12 +138,9 @@ def test_bad_files_and_series(tmp_path):
 def test_missing_slices(tmp_path):
     class_folders(tmp_path)
     scans.series(tmp_path / "a/gap", scans.body((9, 10, 8)), skip=(4,), **uids(8, "Q"))
-    name = f"series-{pseudonym('1.2.8')}"
-    assert f"1 CT series with missing slices, such as {name}" in listing(tmp_path).notes
-    first = listing(tmp_path, plane="coronal").examples[0]
-    assert first.file == name
+    assert any("missing slices" in note and pseudonym("1.2.8") in note for note in listing(tmp_path).notes)
     with pytest.raises(ValueError, match="no coronal plane"):
-        first.image()
+        listing(tmp_path, plane="coronal").examples[0].image()
 
 
 def test_table_errors(tmp_path):
@@ -194,7 +185,7 @@ def test_prepared_volumes(tmp_path):
     data = datasets.open_dataset("folder/x-12x16", tmp_path / "data")
     assert set(data.columns["file"].tolist()) == set(expected)
     for file, record in zip(data.columns["file"].tolist(), data.records, strict=True):
-        image = np.asarray(Image.open(io.BytesIO(record["image"])))
+        image = scans.pixels_of(record["image"])
         assert image.shape == (12, 16, 3)
         resized = Image.fromarray(windowed(expected[file])).resize((16, 12), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(image[..., 0].astype(int), np.asarray(resized).astype(int), atol=1)

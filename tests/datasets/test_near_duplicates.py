@@ -1,4 +1,4 @@
-"""Duplicates: counted for the study's splits, left out of the clean ones; two data sets compared."""
+"""Duplicates: counted in the study's splits, removed from the clean ones; comparison of two data sets."""
 
 import shutil
 from collections import Counter
@@ -7,6 +7,7 @@ from dataclasses import replace
 import commands
 import numpy as np
 import pytest
+from folders import chest
 from PIL import Image
 
 from lungjax import datasets, prepare
@@ -14,7 +15,6 @@ from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets.build import near_duplicates
-from lungjax.datasets.phantom import slices as phantom
 
 
 def test_study_repetitions(small_data):
@@ -31,12 +31,9 @@ def test_study_repetitions(small_data):
 
 
 def write_slices(root, names, seed):
-    """Synthetic slices of one patient each as PNG files."""
     for i, name in enumerate(names):
-        patient = phantom.new_patient(seed + i, "Normal")
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(phantom.gray(phantom.draw_slice(patient, 0.5).hu, patient.window)).save(path)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chest(seed + i, 200, 60)).save(root / name)
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +80,13 @@ def test_cross(xray_5k, capsys):
     flags = ["--dataset=folder/other", "--cross=covid_xray_5k", f"--data_dir={root / 'data'}"]
     assert commands.run(prepare, *flags) == 0
     output = capsys.readouterr().out
-    assert "1 of 11 images of folder/other" in output and "a/shared.png = test/non/testnon3.png" in output
+    assert "folder/other in covid_xray_5k/default: 1 exact" in output
+    assert "a/shared.png = test/non/testnon3.png" in output
     assert commands.run(prepare, "--dataset=folder/other-lungs", *flags[1:]) == 2
     assert "folder/other-lungs is a stage" in capsys.readouterr().err
 
 
-def test_similar_patients_are_not_duplicates(tmp_path):
-    """Synthetic chests at one level are as similar as slices of different patients get; none may be left out."""
+def test_no_duplicates_among_similar_patients(tmp_path):
+    """Synthetic slices at one level are as similar as slices of different patients; none may be removed."""
     result = datasets.write("phantom_ct/tiny", None, tmp_path, PrepareOptions(seed=3), quiet=True)
     assert result["twins"]["near_pairs"] == result["twins"]["left_out"] == 0

@@ -1,30 +1,15 @@
 """Novelty score of synthetic slices: outliers, thresholds, reasons and serialization."""
 
 import json
-from functools import cache
 
 import numpy as np
 import pytest
+from folders import chest
 from PIL import Image
 from skimage import data as photographs
 
 from lungjax.data.imaging import images
 from lungjax.evaluation import novelty
-
-
-@cache
-def chest(seed: int, size: int = 64) -> np.ndarray:
-    """A random synthetic slice with body, lungs and vessels, uint8 [size, size]."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size - 0.5
-    wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)
-    image = 20.0 + 150 * ((x / wide) ** 2 + (y / high) ** 2 < 1)
-    for side in (-1, 1):
-        image[((x - 0.45 * wide * side) / (0.35 * wide)) ** 2 + (y / (0.7 * high)) ** 2 < 1] = 50
-    for _ in range(12):
-        cy, cx, r = *rng.uniform(-0.4, 0.4, 2), rng.uniform(0.01, 0.04)
-        image += rng.uniform(30, 80) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / r**2)
-    return np.clip(image + rng.normal(0, rng.uniform(1, 5), image.shape), 0, 255).astype(np.uint8)
 
 
 def chests(first: int, count: int) -> list[np.ndarray]:

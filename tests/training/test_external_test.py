@@ -163,7 +163,7 @@ def test_overlap_of_stages(root):
     mine, again = (datasets.open_dataset(f"folder/{name}-20", data_dir) for name in ("mine", "again"))
     # Without records, so that only the images before the stage can be compared.
     staged = [replace(data, name=data.name.replace("-20", "-nobackg-20"), records=None) for data in (mine, again)]
-    whole, rows = overlap._whole(staged[1], np.array([5, 2]), data_dir)
+    whole, rows = overlap._without_stage(staged[1], np.array([5, 2]), data_dir)
     assert whole.name == "folder/again-20" and rows.tolist() == [5, 2]
     with pytest.raises(ValueError, match="1 are exact copies and 1 near"):
         overlap.refuse(staged[0], staged[1], data_dir, "it")

@@ -16,8 +16,8 @@ from lungjax.data.imaging.volumes import PLANES, Volume, Windows
 
 SUFFIXES = (".dcm", ".dicom")
 XRAYS = ("CR", "DX", "RG")
-NON_IMAGES = ("SR", "PR", "KO", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "AU")  # objects of a study
-OTHER_MODALITIES = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # that a message may name
+NON_IMAGES = ("SR", "PR", "KO", "SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "AU")
+OTHER_MODALITIES = ("MR", "US", "PT", "NM", "MG", "XA", "RF", "OT", "ES", "OP", "XC")  # safe to quote in messages
 TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "ImageType",
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelSpacing", "ImageOrientationPatient",
@@ -31,14 +31,14 @@ DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or conve
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of one DICOM file. `patient` is its only personal information."""
+    """The header of one DICOM file. Only `patient` is personal information."""
 
     path: File
     series: str  # SeriesInstanceUID
     image: str  # SOPInstanceUID
     patient: str  # PatientID, else the study's UID
     modality: str
-    aside: str  # why the file is not an image of the patient; "" if it is one
+    aside: str  # kind of a file that is not an image of the patient, such as "localizers"; "" for images
     size: tuple[int, int]  # rows, columns
     spacing: tuple[float, float] | None  # mm between rows, between columns
     orientation: tuple[float, ...] | None  # six direction cosines: along a row, down a column
@@ -53,12 +53,12 @@ class Series:
     plane: str  # of its slices
     shape: tuple[int, int, int]  # of its `Volume`
     step: float  # mm between slices, 1 for a single one
-    flaw: str  # why no other plane can be cut from it; "" if it can
+    flaw: str  # reason why no other plane can be cut; "" if it can
     notes: tuple[str, ...] = ()
 
 
 def is_dicom(path: str) -> bool:
-    """Whether a file has DICOM's magic bytes, DICM at byte 128. False for a missing file."""
+    """Returns whether a file has DICOM's magic bytes, DICM at byte 128; False for a missing file."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -70,7 +70,7 @@ def is_dicom(path: str) -> bool:
 def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
-    Raises ValueError, with the file's name, if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
+    Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
     compressed without an installed decoder, or a CT without a rescale.
     """
     data = _read(path, header_only=True)
@@ -110,9 +110,9 @@ def header(path: File) -> Header:
 def series(headers: Sequence[Header]) -> Series:
     """Sorts the slices of one CT series by their position along the slice normal.
 
-    InstanceNumber is not used: it may count backwards, or be missing. Missing slices and uneven distances are noted,
-    and forbid other planes. Raises ValueError, with two of the files, if sizes, pixel spacings or orientations
-    differ, if two slices have the same position, or if a position is missing.
+    InstanceNumber is ignored, because it may be reversed or missing. Missing slices and uneven distances are noted and
+    forbid other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if two
+    slices have the same position, or if a position is missing.
     """
     first = headers[0]
     if len(headers) == 1 and (first.orientation is None or first.position is None):
@@ -143,7 +143,7 @@ def series(headers: Sequence[Header]) -> Series:
 def picture(path: File, windows: Windows) -> bytes:
     """Returns the CT slice of one file as a PNG file, oriented as in `volumes`; no other file is read.
 
-    Raises ValueError as `header` does, and for pixels that can't be decoded.
+    Raises ValueError as `header`, and for pixels that can't be decoded.
     """
     one = series([header(path)])
     return volumes.picture(_volume(one.headers, one.step), one.plane, 0, windows)
@@ -152,14 +152,14 @@ def picture(path: File, windows: Windows) -> bytes:
 def cut(paths: tuple[File, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a series as a PNG file; the volume is cached for the next plane.
 
-    `paths` are in the order of `Series.headers`, `step` is its `step`. Raises ValueError as `picture` does.
+    `paths` are in the order of `Series.headers`, `step` is its `step`. Raises ValueError as `picture`.
     """
     return volumes.picture(volume(paths, step), plane, index, windows)
 
 
 @volumes.cache_latest
 def volume(paths: tuple[File, ...], step: float) -> Volume:
-    """Reads a sorted series whose slices are `step` mm apart. Raises ValueError as `picture` does."""
+    """Reads a sorted series whose slices are `step` mm apart. Raises ValueError as `picture`."""
     return _volume([header(path) for path in paths], step)
 
 
@@ -167,8 +167,8 @@ def volume(paths: tuple[File, ...], step: float) -> Volume:
 def xray(path: File) -> bytes:
     """Returns an X-ray as an 8-bit PNG file with white bone, also for MONOCHROME1.
 
-    The window is the file's own (WindowCenter and WindowWidth, else its VOI LUT), because scales differ between
-    manufacturers; without one, the range of the pixels becomes 0 to 255. Raises ValueError as `picture` does.
+    The window is that of the file (WindowCenter and WindowWidth, or its VOI LUT), because scales differ between
+    manufacturers; without one, the range of the pixels becomes 0 to 255. Raises ValueError as `picture`.
     """
     from pydicom.pixels import apply_modality_lut
 
@@ -253,7 +253,7 @@ def _pixels(data: Any, path: File) -> np.ndarray:
 
 
 def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
-    """Returns where the stored values mean "outside the scan", bool [rows, columns]."""
+    """Returns bool [rows, columns], True where the stored value marks pixels outside the scan."""
     value = data.get("PixelPaddingValue", None)
     if value is None:
         return np.zeros(pixels.shape, bool)
@@ -263,7 +263,7 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
 
 @named_errors("DICOM")
 def _hu(path: File) -> np.ndarray:
-    """Returns the Hounsfield units of one slice, int16 [rows, columns]; outside the scan is air."""
+    """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
     data = _read(path)
     pixels = _pixels(data, path)
     hu = pixels * np.float32(data.RescaleSlope) + np.float32(data.RescaleIntercept)
@@ -277,7 +277,7 @@ def _volume(headers: Sequence[Header], step: float) -> Volume:
     for i, one in enumerate(headers):
         stack[i] = _hu(one.path)
     directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
-    if len(headers) > 1:  # sorted along the body; the normal may point against it
+    if len(headers) > 1:  # the slices are sorted along the body, but the normal may point the other way
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
     return volumes.canonical(stack, directions, (step, *(first.spacing or (1.0, 1.0))))
@@ -294,7 +294,7 @@ def _check_alike(first: Header, other: Header) -> None:
     for header in (first, other):
         if header.orientation is None or header.position is None:
             name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
-            raise Unreadable(f"{header.path}: no {name}, so its series can't be sorted")
+            raise Unreadable(f"{header.path}: no {name}, so the series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
     if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
         raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
@@ -310,7 +310,7 @@ def _check_alike(first: Header, other: Header) -> None:
 def _flaws(
     ordered: Sequence[Header], steps: np.ndarray, step: float, places: np.ndarray, normal: np.ndarray
 ) -> list[str]:
-    """Returns why no other plane can be cut from a series, "" if any can, and its notes."""
+    """Returns the reason why no other plane can be cut from a series, or "", and notes."""
     if len(ordered) == 1:
         return ["a single slice"]
     if ordered[0].spacing is None:

@@ -1,6 +1,6 @@
 """Checks the size of a compressed DICOM image before it is decoded.
 
-Decoders trust the size in the compressed stream, not Rows and Columns, so a file of a few kilobytes could ask for
+Decoders use the size in the compressed stream, not Rows and Columns, so a file of a few kilobytes could allocate
 gigabytes.
 """
 
@@ -16,9 +16,9 @@ WITHOUT_SEGMENT = (0x01, 0xD8, *range(0xD0, 0xD8))
 
 
 def check(data: Any) -> None:
-    """Raises ValueError if the compressed pixels of a pydicom data set don't have the size of Rows and Columns.
+    """Raises ValueError if the compressed pixels of a pydicom data set differ in size from Rows and Columns.
 
-    Uncompressed pixels pass: pydicom compares their number of bytes.
+    Uncompressed pixels pass, because pydicom compares their number of bytes.
     """
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is None or not syntax.is_compressed or syntax.is_deflated:
@@ -46,7 +46,7 @@ def codestream_size(data: bytes) -> tuple[int, int]:
 
 
 def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
-    """Returns (marker, start, end) of each segment before the first scan of a JPEG, and where that scan starts.
+    """Returns (marker, start, end) of each segment before the first scan of a JPEG, and the start of that scan.
 
     Raises ValueError if it is not a JPEG, is damaged, or exceeds MAX_SEGMENTS or MAX_SCANS.
     """

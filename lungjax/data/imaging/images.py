@@ -1,8 +1,8 @@
 """Image files to network input: decode, window, crop, resize.
 
 8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
-without a window they are an error. Transparency is composed over black, palettes are looked up, CMYK becomes RGB.
-EXIF orientation is ignored: boxes refer to stored pixels, and CT exports have none.
+without a window they raise an error. Transparent pixels are composed over black, palette and CMYK images become RGB.
+EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from lungjax.config import CROPS, INTERPOLATIONS, InputSpec, nearest
 Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom exclusive
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# File suffixes, and Pillow's names of the formats. Its other plugins are never tried: some start programs on the file
-# whatever its suffix (EPS starts Ghostscript).
+# File suffixes, and Pillow's names of the formats. Its other plugins are disabled, because some run programs on a file
+# whatever its suffix (EPS runs Ghostscript).
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".mpo": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
     ".gif": "GIF", ".webp": "WEBP", ".jp2": "JPEG2000", ".j2k": "JPEG2000",
@@ -45,7 +45,7 @@ def digest(array: np.ndarray) -> str:
 def encode(array: np.ndarray) -> bytes:
     """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG without filters or compression.
 
-    array_record compresses records itself, and `read` needs a tenth of the time (tests/benchmarks/README.md).
+    array_record compresses records, and `read` takes a tenth of the time (tests/benchmarks/README.md).
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
@@ -59,10 +59,9 @@ def encode(array: np.ndarray) -> bytes:
 
 
 def _decode_own(data: bytes) -> np.ndarray | None:
-    """Returns the pixels of a file from `encode`; None for any other file, and if it is damaged.
+    """Returns the pixels of a file from `encode`; None for any other or damaged file.
 
-    Pillow takes twice the time, most of it in Python code that blocks other decoding threads. zlib verifies the
-    checksum of the pixels.
+    Pillow takes twice the time, mostly in Python code that blocks other threads. zlib verifies the pixels' checksum.
     """
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
@@ -86,7 +85,7 @@ def _decode_own(data: bytes) -> np.ndarray | None:
 
 
 def gray(array: np.ndarray) -> np.ndarray:
-    """Returns an image as uint8 [H, W]: the luminance of colors; other types than uint8 scaled by their range."""
+    """Returns an image as uint8 [H, W]: the luminance of colors; types other than uint8 are scaled to their range."""
     if array.ndim == 3:
         array = np.asarray(Image.fromarray(array).convert("L"))
     if array.dtype == np.uint8:
@@ -96,10 +95,10 @@ def gray(array: np.ndarray) -> np.ndarray:
 
 
 def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
-    """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 if it has 16 bits.
+    """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 for 16 bits.
 
-    16-bit values `window` become 0 and 255. `formats` are Pillow's names of the formats to try, all of FORMATS by
-    default. Raises ValueError for an unreadable image, and for 16 bits without a window.
+    `window` is the 16-bit values of 0 and 255. `formats` are Pillow's names of the formats to try, by default all of
+    FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -107,12 +106,12 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
 def load(
     data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
 ) -> np.ndarray | Image.Image:
-    """As `decode`, but gray 8-bit files stay Pillow images, which saves `to_input` two copies."""
+    """As `decode`, but gray 8-bit files remain Pillow images, which saves two copies in `to_input`."""
     image, _ = _open(data, formats)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
     if window is None:
-        raise ValueError("a 16-bit image, and the data set has no window: prepare it with --window=low,high")
+        raise ValueError("a 16-bit image in a data set without a window: prepare it with --window=low,high")
     return show(image, window)
 
 
@@ -169,8 +168,8 @@ def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: in
 def center(size: tuple[int, int], width: int, height: int) -> Region:
     """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    An odd remainder is split as in torchvision's CenterCrop: half of it, rounded to even. Raises ValueError for a size
-    below one pixel.
+    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for a size below one
+    pixel.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
@@ -197,16 +196,16 @@ def resize(
 ) -> np.ndarray:
     """Returns `region` of `image` resized to `size` (height, width).
 
-    With `antialias` the kernel widens when shrinking (Pillow's resampling; nothing outside the region is read).
-    Without it, the plain kernel is sampled at each output's center, with the region's edge repeated, as TensorFlow and
-    torch resize with antialias=False. bicubic is Keys' kernel with a = -0.5 in both (torch uses -0.75), lanczos has
-    3 lobes. "nearest" takes the pixel under the output's center in either case.
+    With `antialias` the kernel widens when shrinking (Pillow's resampling within the region). Without it, the plain
+    kernel is sampled at each output's center, with the region's edge repeated, as in TensorFlow and torch with
+    antialias=False. bicubic is Keys' kernel with a = -0.5 (torch uses -0.75), lanczos has 3 lobes. "nearest" takes the
+    pixel under the output's center in both cases.
     """
     left, top, right, bottom = region
     if antialias and kernel != "nearest":
         picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
         edges = (int(left), int(top), math.ceil(right), math.ceil(bottom))
-        # Pillow's box argument alone would let the kernel read beyond the region.
+        # With Pillow's box argument alone, the kernel would read beyond the region.
         cropped = picture if edges == (0, 0, *picture.size) else picture.crop(edges)
         inside = (left - edges[0], top - edges[1], right - edges[0], bottom - edges[1])
         return np.asarray(cropped.resize((size[1], size[0]), Image.Resampling[kernel.upper()], box=inside))
@@ -233,7 +232,7 @@ def _taps(low: float, high: float, count: int, limit: int, kernel: str) -> tuple
     radius = RADIUS[kernel]
     places = np.floor(center)[:, None].astype(np.int64) + np.arange(1 - radius, radius + 1)
     weights = kernel_weights(np.abs(center[:, None] - places), kernel)
-    weights /= weights.sum(axis=1, keepdims=True)  # lanczos does not sum to one by itself
+    weights /= weights.sum(axis=1, keepdims=True)  # those of lanczos do not sum to one
     inside = (max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit) - 1)
     return np.clip(places, *inside).T, weights.astype(np.float32).T
 
@@ -249,7 +248,7 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
-    """Decodes an image file: uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
+    """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
     Raises ValueError if the file is unreadable, truncated or multi-page, or its pixels are neither 8-bit nor unsigned
     16-bit gray.
@@ -270,8 +269,8 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
                 plain = picture.mode == "L" and "transparency" not in picture.info
                 return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image that can be read; allowed are {FORMAT_NAMES}") from None
-    except Exception as error:  # which one Pillow raises depends on format and damage
+        raise ValueError(f"not an image in a known format; allowed are {FORMAT_NAMES}") from None
+    except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)
 
@@ -282,12 +281,12 @@ def _unsupported(picture: Image.Image, data: bytes) -> str | None:
         return f"{pages} pages in one file: save one image per file"
     bits: tuple[int, ...] = ()
     if picture.format == "PNG":
-        bits = (data[24],)  # from the header: Pillow reduces 16-bit color to 8 bits
+        bits = (data[24],)  # from the header, because Pillow reduces 16-bit color to 8 bits
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         bits = tags.get(258, (1,))
         if picture.mode.startswith("I;16") and tags.get(262) == 0:
-            return "a 16-bit TIFF in which 0 is white: save it with 0 as black"
+            return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
         if 2 in tags.get(339, ()):
             return "signed pixel values: save it as unsigned 16-bit, such as Hounsfield units plus 1024"
     if max(bits, default=8) > 8 and not picture.mode.startswith("I;16"):

@@ -1,10 +1,11 @@
-"""Body and lung masks of a CT slice, and the stages (processed images) made with them.
+"""Body and lung masks of a CT slice, and stages, which are images processed with them.
 
-These masks are the robust ones: no learned part, one slice at a time, gray levels of any window. `study_masks` has the
-studies' own masks; `apply` makes both kinds of stage by name.
+The masks are not learned, need a single slice, and accept any window. `study_masks` has the masks of the studies;
+`apply` supports both kinds of stages.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,19 +20,18 @@ from lungjax.data.imaging.study_masks import bounding_box
 ROBUST = ("nobackg", "crop", "lungs_nocrop", "lungs", "no_lungs")
 STAGES = (*ROBUST, *study_masks.STAGES)
 
-SIDE = 256  # pixels; longer images are masked at this longest side, and the mask is enlarged again
+SIDE = 256  # pixels; larger images are reduced to this longest side, and their mask is enlarged
 BLACK = 10.0  # gray level; the area outside a round field of view is darker
 FLAT = 2.0  # gray levels by which that area varies
 MIN_CONTRAST = 6.0  # gray levels between air and tissue
 
 
-@dataclass(frozen=True)
-class StageResult:
+class StageResult(NamedTuple):
     """An image in a stage."""
 
     image: np.ndarray  # uint8 [h, w]
-    region: Region  # of the original that it shows
-    found: bool  # False if there is no body or lung: `image` is the previous stage then
+    region: Region  # of the original image
+    found: bool  # False without a body or lung: `image` is then the previous stage
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class _View:
 def body_mask(image: np.ndarray) -> np.ndarray:
     """Returns the body in a gray uint8 image [H, W], bool [H, W], with the lungs and without table and arms.
 
-    All False if nothing contrasts with the background. Raises ValueError for anything but a gray uint8 image.
+    All False without contrast to the background. Raises ValueError for anything but a gray uint8 image.
     """
     view = _prepare(_check_gray(image))
     return _enlarge(view.body if view else None, view, image.shape)
 
 
 def lung_mask(image: np.ndarray) -> np.ndarray:
-    """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False if there are none.
+    """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False without lungs.
 
-    Vessels and lesions, inside or at the chest wall, are included, and large bubbles in stomach or bowel; the trachea
-    is not where it is separate. The spine is assumed above or below, not at a side. Raises as `body_mask` does.
+    Includes vessels, lesions inside and at the chest wall, and large bubbles in stomach or bowel, but not a separate
+    trachea. The spine must be above or below the lungs, not at a side. Raises ValueError as `body_mask`.
     """
     view = _prepare(_check_gray(image))
     mask, sides = (None, 0) if view is None else _lungs(view)
-    # In a soft-tissue window fat is dark too, and joins a lung to the air outside: look below its level.
+    # In a soft-tissue window fat is dark and joins a lung to the air outside, so a lower level is tried.
     if view is not None and sides < 2 and (deeper := _prepare(image, view.level)):
         other, other_sides = _lungs(deeper)
         if other is not None and (mask is None or (other_sides > sides and other.sum() > mask.sum())):
@@ -75,10 +75,9 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
 def apply(image: np.ndarray, stage: str) -> StageResult:
     """Returns a stage of a gray uint8 image [H, W].
 
-    `nobackg` blacks out everything but the body, `crop` crops that to the body's box without raised arms,
-    `lungs_nocrop` blacks out everything but the lungs, `lungs` crops that to the lungs' box, `no_lungs` blacks out the
-    lungs. The `study_` stages and `features` are those of `study_masks`. Raises ValueError for an unknown stage and for
-    anything but a gray uint8 image.
+    `nobackg` is the body on black, `crop` its box without raised arms; `lungs_nocrop` the lungs on black, `lungs` their
+    box; `no_lungs` the image with black lungs. The `study_` stages and `features` are those of `study_masks`. Raises
+    ValueError for an unknown stage and for anything but a gray uint8 image.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
@@ -110,7 +109,7 @@ def _check_gray(image: np.ndarray) -> np.ndarray:
 
 
 def _enlarge(mask: np.ndarray | None, view: _View | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a view's mask at the image's size, with a smooth interpolated edge."""
+    """Returns a view's mask at the image's size, with an interpolated edge."""
     full = np.zeros(shape if view is None else view.shape, bool)
     if mask is not None and view is not None:
         full[view.inside] = mask
@@ -121,7 +120,7 @@ def _enlarge(mask: np.ndarray | None, view: _View | None, shape: tuple[int, ...]
 
 
 def _prepare(image: np.ndarray, below: float = 256.0) -> _View | None:
-    """Returns the input of both masks; None if gray levels `below` a level have no contrast."""
+    """Returns the input of both masks; None if the gray levels under `below` have no contrast."""
     shrink = max(image.shape) / SIDE
     if shrink > 1:
         size = max(1, round(image.shape[1] / shrink)), max(1, round(image.shape[0] / shrink))
@@ -193,10 +192,10 @@ def _outer(dark: np.ndarray) -> np.ndarray:
     labels, count = ndimage.label(dark)
     area = np.bincount(labels.ravel(), minlength=count + 1)
     contact = np.bincount(labels[ring], minlength=count + 1)
-    # Air runs along the edge; a lung meets it with a small part of its outline, both lungs joined with more.
+    # Air follows the edge; a lung touches it with a small part of its outline, joined lungs with more.
     is_lung = (contact**2 < np.where(area > 0.15 * dark.size, 4.0, 1.6) * area) & (area > 0.02 * dark.size)
     air = (contact > 0) & ~is_lung
-    # Wide, flat and low: air between the back and a table that runs from edge to edge.
+    # Wide, flat and low: air between the back and a table as wide as the image.
     for i, place in enumerate(ndimage.find_objects(labels), 1):
         high, wide = (s.stop - s.start for s in place)
         air[i] |= wide > 2.2 * high and wide > 0.25 * dark.shape[1] and place[0].start > 0.5 * dark.shape[0]
@@ -213,7 +212,7 @@ def _body(outer: np.ndarray, dark: np.ndarray) -> np.ndarray | None:
         return None
     area = np.bincount(labels.ravel())
     area[0] = 0
-    # Several only where the body is in pieces, as in an image of lungs masked before; arms are smaller.
+    # Several pieces only if the body is divided, as in an image of masked lungs; arms are smaller.
     body = ndimage.binary_fill_holes((area > 0.35 * area.max())[labels])
     return body if body.mean() > 0.03 and (body & ~dark).any() else None
 

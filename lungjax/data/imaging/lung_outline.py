@@ -4,19 +4,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage, spatial
 
-MIN_DEPTH = 0.08  # area of a bay divided by its squared opening; below, the outline is only flat there
-MAX_DEPTH = 0.9  # how far a bay that reaches the heart is filled, relative to its opening
-MIN_CONTRAST = 0.15  # of the step from lung to tissue, by which a lesion must be darker than the tissue behind it
+MIN_DEPTH = 0.08  # area of a bay divided by its squared opening; below, the outline is merely flat
+MAX_DEPTH = 0.9  # depth to which a bay that reaches the heart is filled, relative to its opening
+MIN_CONTRAST = 0.15  # minimum contrast of a lesion to the tissue behind it, relative to that of lung to tissue
 
 
 def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
     """Returns one lung, bool [h, w], including lesions at the chest wall.
 
-    `gray` is the image, [h, w]; `medial` is the sign of x towards the other lung. The lung may not touch the edge.
+    `gray` is the image, [h, w]; `medial` is the sign of x towards the other lung. The lung must not touch the edge.
 
-    The chest wall is convex, so a bay of the outline that opens outwards is lung. Bays towards the middle are heart,
-    vessels and spine, and a wide one towards the front is the dome of liver or spleen. The wall across a bay is drawn
-    as the arc that continues the outline at both ends.
+    The chest wall is convex, so a bay of the outline that opens outwards is lung. Medial bays are heart, vessels and
+    spine, and a wide anterior one is the dome of liver or spleen. The wall across a bay is an arc that continues the
+    outline at both ends.
     """
     edge = np.argwhere(lung & ~ndimage.binary_erosion(lung))
     if len(edge) < 12 or (np.ptp(edge, 0) < 3).any():
@@ -44,7 +44,7 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
         if bays & medial_bays:
             if normal[i, 1] * medial > -0.2:
                 continue
-            # A lesion that reaches the heart shares one bay with it: only the part near the wall is lung.
+            # A lesion that reaches the heart shares a bay with it; only the part near the wall is lung.
             frame = np.stack([normal[i], (ahead[i] - corners[i]) / chord[i]], 1)
             depth, along = ((points - middle[i]) @ frame / chord[i]).T
             near = (depth / MAX_DEPTH) ** 2 + (along / 0.6) ** 2 < 1
@@ -59,7 +59,7 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
 
 
 def _is_darker(gray: np.ndarray, lung: np.ndarray, part: np.ndarray, rest: np.ndarray) -> bool:
-    """Whether a part of a bay contains more air than the rest: a lesion, not liver or spleen."""
+    """Returns whether a part of a bay contains more air than the remainder: a lesion, not liver or spleen."""
     if not len(part) or not len(rest):
         return bool(len(part))
     air, solid = np.median(gray[lung]), np.median(gray[rest[:, 0], rest[:, 1]])

@@ -1,4 +1,4 @@
-"""Uploaded files in memory, read like files on disk. They may be a patient's: no message quotes their content."""
+"""Uploaded files in memory, read like files on disk. They may contain patient data, so no message quotes them."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ MAX_READS = 200_000  # per file; an element of a DICOM file takes two, and a CT 
 
 @dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """A file in memory. Messages contain its name, never its content; nor does `repr`."""
+    """A file in memory. Messages and `repr` contain its name, never its content."""
 
     name: str
     data: bytes = field(repr=False)
@@ -42,26 +42,26 @@ class _LimitedReads(io.BytesIO):
 
 
 def quote(file: File, text: Any, instead: str = "") -> str:
-    """Returns what a message may say about a file's content: `text` for a file on disk, else `instead`."""
+    """Returns the text that a message may quote: `text` for a file on disk, `instead` for one in memory."""
     return instead if isinstance(file, MemoryFile) else " ".join(str(text).split())
 
 
 class Unreadable(ValueError):
-    """A DICOM or NIfTI file that can't be read; the message starts with the file's name."""
+    """An unreadable DICOM or NIfTI file; the message starts with the file's name."""
 
 
 class MissingPackage(ValueError):
-    """An optional package that is not installed; the message says how to install it."""
+    """An optional package that is not installed; the message has the install command."""
 
 
 Result = TypeVar("Result")
 
 
 def named_errors(kind: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorates a reader of DICOM or NIfTI files so that any error of a damaged file becomes Unreadable.
+    """Decorates a reader, whose first argument is the file, so that errors of damaged files become Unreadable.
 
-    The reader's first argument is the file. Packages convert values lazily, so any access may raise any exception.
-    pydicom's errors quote values, which may identify a patient: for a file in memory they are left out.
+    Packages convert values lazily, so any access may raise any exception. pydicom's errors quote values, which may
+    identify a patient; for a file in memory they are omitted.
     """
 
     def decorate(read: Callable[..., Result]) -> Callable[..., Result]:

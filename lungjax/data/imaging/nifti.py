@@ -25,10 +25,10 @@ class Header:
 
 @named_errors("NIfTI")
 def header(path: str) -> Header:
-    """Reads the header of a NIfTI file; an unknown unit is taken as mm, with a note.
+    """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
-    Raises ValueError for a file that is not NIfTI or has more than three dimensions, and for a unit that is not a
-    length or voxels outside 0.1 to 10 mm.
+    Raises ValueError for a file that is not NIfTI or does not have three dimensions, a unit that is not a length, and
+    voxels outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = _open(nibabel, path)
@@ -44,7 +44,7 @@ def header(path: str) -> Header:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETERS:
         raise Unreadable(f"{path}: the unit of length is {unit}; allowed are mm, meter, micron and unknown (mm)")
-    # Stored as float32: rounding makes 0.8 mm equal to 0.8 mm in DICOM.
+    # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):
         sides = " x ".join(f"{size:g}" for size in sizes)
@@ -52,9 +52,9 @@ def header(path: str) -> Header:
             f"{path}: voxels of {sides} mm (unit in the file: {unit}); a chest CT has {MIN_SPACING:g} to "
             f"{MAX_SPACING:g} mm: correct the unit (xyzt_units) or the affine"
         )
-    notes = ["without a unit of length: taken as mm"] if unit == "unknown" else []
+    notes = ["without a unit of length: interpreted as mm"] if unit == "unknown" else []
     if not (image.header["qform_code"] or image.header["sform_code"]):
-        notes.append("without an orientation (qform and sform code 0): taken as stored, possibly mirrored")
+        notes.append("without an orientation (qform and sform code 0): possibly mirrored")
     # For each body axis (x, y, z), the array axis along it.
     places = nibabel.io_orientation(image.affine)[:, 0].astype(int).tolist()
     z, y, x = (places.index(axis) for axis in (2, 1, 0))
@@ -65,7 +65,7 @@ def header(path: str) -> Header:
 def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a NIfTI volume as a PNG file; the volume is cached for the next plane.
 
-    Raises ValueError as `header` does, and for a damaged file or values that are not Hounsfield units.
+    Raises ValueError as `header`, and for a damaged file or values that are not Hounsfield units.
     """
     return volumes.picture(volume(path), plane, index, windows)
 
@@ -73,7 +73,7 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 @volumes.cache_latest
 @named_errors("NIfTI")
 def volume(path: str) -> Volume:
-    """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture` does."""
+    """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture`."""
     spacing = header(path).spacing
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = nibabel.as_closest_canonical(_open(nibabel, path))
@@ -83,12 +83,12 @@ def volume(path: str) -> Volume:
     low, high = float(values.min()), float(values.max())
     if low > -500 or high < 0:
         hint = (
-            "it was windowed before, or is a mask: convert the scan again from DICOM, or give its slices as PNG"
+            "windowed before, or a mask: convert the scan again from DICOM, or use its slices as PNG"
             if low >= 0 and high <= 255
             else "a chest CT has air at -1000 and tissue above 0: convert the scan again from DICOM"
         )
         raise Unreadable(f"{path}: values of {low:g} to {high:g} are not Hounsfield units; {hint}")
-    np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place: half a gigabyte is common
+    np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place, to save memory
     # nibabel's canonical axes run to the right, to the front and to the head.
     return Volume(values.astype(np.int16)[::-1, ::-1].transpose(2, 1, 0), spacing)
 
@@ -98,7 +98,7 @@ def _open(nibabel: Any, path: str) -> Any:
         image = nibabel.load(path)
     except FileNotFoundError:
         raise Unreadable(f"{path}: no such file") from None
-    except Exception as error:  # nibabel has a parser per format, each with its own exceptions
+    except Exception as error:  # the exceptions of nibabel's parsers differ
         raise Unreadable(f"{path}: not a readable NIfTI file ({error})") from None
     if not isinstance(image, nibabel.Nifti1Image):  # the base class of NIfTI-2
         raise Unreadable(f"{path}: a {type(image).__name__}, expected NIfTI")

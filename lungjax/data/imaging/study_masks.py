@@ -1,4 +1,4 @@
-"""The masks of two studies as published, for `protocol=study`; `lung_masks` has the robust ones.
+"""The masks of two studies as published, for `protocol=study`; `lung_masks` has more robust ones.
 
 CT-COV19 (github.com/marta-0/covid-ct): body mask by OpenCV contours and lung mask by a snake, both at 512 x 512.
 iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): "preprocessed" images by a local
@@ -25,11 +25,11 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusi
 
 
 def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
-    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and whether it was found.
+    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and if it was detected.
 
-    `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image, `features` is the iCTCF study's
-    image (512 x 512 if a side was longer, else the original size). Without a body or lung, the previous stage is
-    returned.
+    `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image; `features` is the iCTCF study's
+    image (512 x 512 if a side was longer, else the original size). Without a body or lung, the result is the previous
+    stage.
     """
     region = full_region(image)
     if stage == "features":
@@ -53,7 +53,7 @@ def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
 
 
 def bounding_box(mask: np.ndarray) -> Box:
-    """Returns the box of a mask that is not empty."""
+    """Returns the box of a nonempty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -66,7 +66,7 @@ def without_arms(picture: np.ndarray, box: Box) -> Box:
 
 
 def resize(image: np.ndarray) -> np.ndarray:
-    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV, whatever its size."""
+    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV."""
     if image.shape == (SIDE, SIDE):
         return image
     big = transform.resize(image, (SIDE, SIDE), order=1, mode="edge", anti_aliasing=False, preserve_range=True)
@@ -116,7 +116,7 @@ def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def longest_contour(lines: np.ndarray) -> np.ndarray | None:
-    """Returns the filled contour that the study selects, bool [h, w]; None if there is no contour.
+    """Returns the filled contour that the study selects, bool [h, w]; None without contours.
 
     Contours are the outlines of components and of holes, without hierarchy. In order, a contour replaces the best one
     if its closed length is greater, or else if its convex hull's perimeter is.
@@ -137,7 +137,7 @@ def _contours(lines: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarray]]
     """Returns each contour's box and its filled area with a margin of one pixel, from the bottom up as OpenCV does."""
     components = measure.regionprops(measure.label(lines, connectivity=2))
     out = [(region.slice, np.pad(region.image_filled, 1)) for region in components]
-    # OpenCV's outline of a hole lies on the pixels around it, so it includes them.
+    # OpenCV's outline of a hole consists of the pixels around it, so it includes them.
     holes = segmentation.clear_border(measure.label(~lines, connectivity=1))
     for region in measure.regionprops(holes):
         rows, columns = (slice(s.start - 1, s.stop + 1) for s in region.slice)
@@ -177,9 +177,10 @@ def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
 def features(image: np.ndarray) -> np.ndarray:
     """Returns the iCTCF study's "preprocessed" image of a gray uint8 image [H, W], uint8.
 
-    A side above 512 makes it 512 x 512 (bicubic). Local Gaussian threshold over 401 pixels; erosion disk(4), closing
-    disk(6), Roberts edges, holes filled; everything else becomes black, and so does the largest bright component, the
-    body's tissue. The published "small regions" step removes nothing and is left out, as is the JPEG between steps.
+    Images with a side above 512 are resized to 512 x 512 (bicubic). Local Gaussian threshold over 401 pixels; erosion
+    disk(4), closing disk(6), Roberts edges, filled holes; everything else becomes black, and so does the largest bright
+    component, the body's tissue. The published "small regions" step has no effect and is omitted, as is the JPEG
+    compression between steps.
     """
     if max(image.shape) > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

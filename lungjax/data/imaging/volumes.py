@@ -1,8 +1,8 @@
 """Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
-A volume comes from a DICOM series (`dicom`) or a NIfTI file (`nifti`) and has the same axes either way. Images are in
-radiological orientation however the scan was stored: axial with the patient's right on the left and the chest up,
-coronal with the patient's right on the left and the head up, sagittal facing left with the head up.
+Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. Images are in radiological
+orientation: axial with the patient's right on the left and the chest up, coronal with the patient's right on the left
+and the head up, sagittal facing left with the head up.
 """
 
 import functools
@@ -23,7 +23,7 @@ from lungjax.data.imaging.memory_file import MissingPackage
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` normal to the plane
 POSITIONS = ("mid", "all")
-CACHE_SIZE = 2  # volumes: reading threads may be at the end of one and the start of the next
+CACHE_SIZE = 2  # volumes: threads may read the end of one and the start of the next
 
 Windows = tuple[tuple[float, float], ...]
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ class Volume:
 
 
 def check_options(plane: str, position: str, windows: Windows) -> None:
-    """Raises ValueError for an unknown plane or position, or windows that are not one or three of width > 0."""
+    """Raises ValueError for an unknown plane or position, and unless there are one or three windows of width > 0."""
     for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
@@ -50,7 +50,7 @@ def check_options(plane: str, position: str, windows: Windows) -> None:
 
 
 def need(package: str, what: str) -> Any:
-    """Imports an optional package. Raises MissingPackage, which says how to install it."""
+    """Imports an optional package. Raises MissingPackage with the install command."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -58,14 +58,14 @@ def need(package: str, what: str) -> Any:
 
 
 def pseudonym(name: str, salt: str) -> str:
-    """Returns 12 hex digits that replace `name`: its BLAKE2b hash, keyed with `salt`, which must be secret."""
+    """Returns 12 hex digits in place of `name`: its BLAKE2b hash, keyed with the secret `salt`."""
     key = salt.encode()
     key = key if len(key) <= hashlib.blake2b.MAX_KEY_SIZE else hashlib.blake2b(key).digest()
     return hashlib.blake2b(name.encode(), key=key, digest_size=6).hexdigest()
 
 
 def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns the array axes nearest to z, y and x of `Volume`, and for each 1, or -1 if it runs backwards.
+    """Returns the array axes nearest to z, y and x of `Volume`, and their signs, 1 or -1.
 
     `directions` [3, 3]: row i is the unit vector along axis i of the array, in DICOM's patient coordinates
     (x to the patient's left, y to the back, z to the head).
@@ -124,12 +124,12 @@ def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
 
 
 def raise_error(problem: str) -> bytes:
-    """Raises ValueError(problem). Stands for the image of an example whose error was found before reading it."""
+    """Raises ValueError(problem); the image of an example whose error is already known."""
     raise ValueError(problem)
 
 
 def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
-    """Caches the last CACHE_SIZE results of `read`, whose volumes are large: threads wait for the one that reads."""
+    """Caches the last CACHE_SIZE results of `read`; one thread reads at a time, because volumes are large."""
     cached = functools.lru_cache(maxsize=CACHE_SIZE)(read)
     lock = threading.Lock()
 

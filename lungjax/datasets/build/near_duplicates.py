@@ -1,15 +1,13 @@
-"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's."""
+"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's splits."""
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lungjax.data import duplicates, leakage, prepared, splits
-from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import resolve
 from lungjax.datasets.listing import Example, Listing
@@ -17,22 +15,13 @@ from lungjax.datasets.listing import Example, Listing
 FILE = "near.csv"  # next to index.csv: the near duplicates of different groups, one pair per line
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Result of `search`; rows are places in the index."""
-
-    near: np.ndarray  # int64 [P, 2], rows of near duplicates in different groups
-    clean: list[str]  # split of each row, "" for left out
-    notes: list[str]
-    summary: dict[str, Any]
-
-
 def search(
     examples: Sequence[Example], columns: Mapping[str, Sequence[str]], listing: Listing, thumbnails: np.ndarray
-) -> Duplicates:
+) -> tuple[np.ndarray, list[str], list[str], dict[str, Any]]:
     """Detects exact copies and near duplicates in the columns of an index, and their effect on each protocol.
 
-    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], save reading the images again.
+    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images. Returns the near duplicates in
+    different groups as rows, int64 [P, 2]; the clean split of each row, "" for removed ones; notes; and the summary.
     """
     files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
     hashes = np.asarray([int(text, 16) for text in columns["phash"]], np.uint64)
@@ -49,7 +38,7 @@ def search(
         summary["leaks"][name] = leaks
         notes += leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)
         summary.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, twins.pairs))
-    return Duplicates(twins.pairs, clean, notes, summary)
+    return twins.pairs, clean, notes, summary
 
 
 def _members(cells: Sequence[str], split: str) -> list[int]:
@@ -74,24 +63,13 @@ def read(data: Prepared, data_dir: Path) -> np.ndarray:
 
 
 def cross(one: Prepared, other: Prepared) -> str:
-    """Returns, as markdown, the patients and images that two prepared data sets share.
+    """Returns the patients and images that two prepared data sets share, as markdown.
 
-    Raises ValueError for a stage, which hides a part of the images.
+    Raises ValueError for a stage, which hides part of the images.
     """
     for data in (one, other):
         if resolve(data.name)[0].stage:
-            raise ValueError(f"--cross compares complete images, and {data.name} is a stage: give the name without it")
-    shared = leakage.cross(side(one), side(other))
+            raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage from the name")
+    shared = leakage.cross(one, other)
     lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
     return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
-
-
-def side(data: Prepared, rows: np.ndarray | None = None) -> leakage.Side:
-    """Returns one side of `leakage.cross`: a prepared data set, or some of its `rows` [n]."""
-    rows = np.arange(len(data.columns["file"])) if rows is None else rows
-    files, groups, pixels = (data.columns[key][rows].tolist() for key in ("file", "group", "pixels"))
-
-    def read(place: int) -> np.ndarray:
-        return images.gray(images.decode(data.records[int(rows[place])]["image"], data.window))
-
-    return leakage.Side(data.name, files, groups, pixels, data.columns["phash"][rows], read)

@@ -1,4 +1,4 @@
-"""Processing of one image of a data set: decoded, checked, staged, resized, hashed, measured."""
+"""Processing of one image of a data set: decode, check, stage, resize, hash, measure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from lungjax.datasets.listing import Example
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Processing of every image of a data set."""
+    """Options for all images of a data set."""
 
     stage: str = ""  # one of config.STAGES, "" for unmodified images
     size: tuple[int, int] | None = None  # height, width
@@ -26,12 +26,12 @@ class ImageOptions:
 class ProcessedImage:
     """The stored data of an image."""
 
-    data: bytes  # the original bytes of an unmodified 8-bit JPEG or PNG, else a PNG
+    data: bytes  # the original file of an unmodified 8-bit JPEG or PNG, else a PNG
     width: int
     height: int
-    box: Box  # in pixels of the stored image, max exclusive; the complete image if there is no box
+    box: Box  # in pixels of the stored image, max exclusive; by default the complete image
     pixels: str  # digest of the decoded original
-    phash: int  # of the original, as the thumbnail: see data.duplicates
+    phash: int  # of the original, like the thumbnail: see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
     mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
     std: float
@@ -46,11 +46,11 @@ class Problem:
     """Reason why an image can't be stored."""
 
     text: str
-    skippable: bool  # by --on_bad_image=skip; other problems must be fixed by the user
+    skippable: bool  # by --on_bad_image=skip
 
 
 def process_image(example: Example, options: ImageOptions) -> ProcessedImage | Problem:
-    """Reads and processes one image; runs in a worker process, so nothing is raised for a bad image."""
+    """Reads and processes one image; returns a Problem for a bad one, because it runs in a worker process."""
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
@@ -60,7 +60,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     box = example.box or (0.0, 0.0, float(width), float(height))
     if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         text = " ".join(f"{v:g}" for v in box)
-        return Problem(f"box {text} lies outside the image, which is {width} x {height} (width x height)", skippable=False)
+        return Problem(f"box {text} exceeds the image of {width} x {height} (width x height)", skippable=False)
     deep = array.dtype == np.uint16
     if deep and options.stage and options.window is None:
         return Problem(f"a 16-bit image: the stage {options.stage} needs --window=low,high", skippable=False)

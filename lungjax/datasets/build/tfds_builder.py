@@ -1,4 +1,4 @@
-"""The TFDS builder of every data set: the features of a record, and writing them."""
+"""The TFDS builder of all data sets: the features of a record, and how they are written."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,9 @@ Shards = Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]
 class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes the records of given shards.
 
-    `image` holds encoded bytes (uint8, or uint16 PNG for 16 bits); `box` is TFDS's ymin, xmin, ymax, xmax as fractions
-    of the image, the complete image if the data set has no boxes; `body` the bits of a body mask, row by row over the
-    complete image, all zero if there is none.
+    `image` is an encoded image (uint8, or uint16 PNG for 16 bits), `box` TFDS's ymin, xmin, ymax, xmax as fractions of
+    the image (by default the complete image), and `body` the bits of a body mask over the complete image, row by row
+    (zero without masks).
     """
 
     name = "lungjax"
@@ -56,14 +56,14 @@ def write(name: str, root: Path, description: str, classes: Sequence[str], shard
 
     Raises ValueError if the disk is full.
     """
-    tfds.disable_progress_bar()  # ours counts images over the whole data set
+    tfds.disable_progress_bar()  # replaced by one for the complete data set
     base, _, config = name.partition("/")
     kind: Any = type(base, (Builder,), {"name": base}, skip_registration=True)
     with prepared.quiet_tfds():
         writer = kind(data_dir=root, config=config, description=description, classes=classes, shards=shards)
         try:
             writer.download_and_prepare(file_format="array_record")
-        except RuntimeError as error:  # array_record's own, without an errno
+        except RuntimeError as error:  # of array_record, without an errno
             if "No space left" not in str(error):
                 raise
             raise ValueError(f"the disk is full: {name} was not written; choose another --data_dir") from None

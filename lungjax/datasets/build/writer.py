@@ -1,7 +1,7 @@
-"""Writes a data set: reads and checks every image once; TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once; writes TFDS records, index.csv and the summary.
 
-Everything happens in a staging directory that is renamed at the end, so an interrupted run leaves nothing that opens,
-and with `overwrite` the old data set stays until the new one is complete.
+The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
+the old one remains until the new one is complete.
 """
 
 import functools
@@ -9,7 +9,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,9 +25,9 @@ from lungjax.datasets.build.process_image import ImageOptions, Problem, Processe
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
 
-SHARD_BYTES = 128 << 20  # TFDS keeps the records of one shard in memory while it writes them
-GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image: it is stored uncompressed
-SKIP = "; --on_bad_image=skip leaves such images out"
+SHARD_BYTES = 128 << 20  # TFDS writes a shard from memory
+GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image, which is stored uncompressed
+SKIP = "; use --on_bad_image=skip to skip such images"
 
 
 @dataclass
@@ -39,10 +38,10 @@ class _Images:
     options: ImageOptions
     on_bad_image: str
     on_no_lung: str
-    thumbnails: Path  # a file with one thumbnail per row: they are too many for memory
+    thumbnails: Path  # a file with one thumbnail per row, because memory may not hold them
     bar: Any
     skipped: list[str]
-    examples: list[Example] = field(default_factory=list)  # the stored ones, in order
+    examples: list[Example] = field(default_factory=list)  # stored ones, in order
     columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
     unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
@@ -70,7 +69,7 @@ class _Images:
                     yield len(self.examples) - 1, tfds_builder.record(example, image)
 
     def _is_stored(self, example: Example, image: ProcessedImage | Problem) -> bool:
-        """Notes a bad image. Raises ValueError if it can't be skipped."""
+        """Returns whether to store an image, and records bad ones. Raises ValueError if it can't be skipped."""
         line = f"{_place(example)}{example.file}"
         if isinstance(image, Problem):
             line += f": {image.text}"
@@ -82,7 +81,7 @@ class _Images:
             self.unstaged.append(example.file)
             if self.on_no_lung == "fail":
                 raise ValueError(
-                    f"{line}: the stage {self.options.stage} detects nothing; use --on_no_lung=keep or skip to continue"
+                    f"{line}: the stage {self.options.stage} detects no body or lung; use --on_no_lung=keep or skip"
                 )
         return image.found or self.on_no_lung == "keep"
 
@@ -113,36 +112,36 @@ class _Images:
                 self.histogram += image.histogram
         self.examples.append(example)
 
-    def find_duplicates(self) -> near_duplicates.Duplicates:
-        """Returns the duplicates, and sets the splits of the clean protocol. Raises ValueError for a lost class."""
+    def find_duplicates(self) -> tuple[np.ndarray, list[str], dict[str, Any]]:
+        """Sets the clean splits; returns near duplicates, notes and a summary. Raises ValueError for a lost class."""
         if not self.examples:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"no readable image is left{first}")
         shape = (len(self.examples), duplicates.SIDE, duplicates.SIDE)
         thumbnails = np.memmap(self.thumbnails, np.uint8, "r", shape=shape)
-        result = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
-        self.columns["split"] = result.clean
+        near, clean, notes, twins = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
+        self.columns["split"] = clean
         classes = self.listing.classes
-        rows = zip(self.columns["label"], result.clean, strict=True)
+        rows = zip(self.columns["label"], clean, strict=True)
         empty = set(classes) - {label for label, split in rows if split == "train"}
         listed = {classes[example.label] for example in self.examples if example.split == "train"}
-        if empty and not (empty <= listed and self.listing.study):  # else the study's splits are usable; a warning says so
+        if empty and not (empty <= listed and self.listing.study):  # with study splits, a warning suffices
             lost = " after patients and images of later splits are removed" if empty & listed else ""
             names = ", ".join(c for c in classes if c in empty)
             raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
-        return result
+        return near, notes, twins
 
     def window(self) -> tuple[tuple[float, float] | None, list[str]]:
-        """Returns the window to record, and notes on it; scales mean and std of 16-bit images to it, without clipping.
+        """Returns the window of the data set, and notes on it; scales mean and std of 16-bit images to it.
 
         Raises ValueError if a window is needed and can't be derived from the train split.
         """
         window = self.options.window
         if not self.deep:
-            return None, ["--window was not used: no image has 16 bits"] if window else []
+            return None, ["--window has no effect: no image has 16 bits"] if window else []
         count = f"{self.deep} of {len(self.examples)} images have 16 bits"
         if window:
-            return window, [f"{count}; as requested, their values {window[0]:g} to {window[1]:g} become 0 to 255"]
+            return window, [f"{count}; the requested window is {window[0]:g} to {window[1]:g}"]
         total = np.cumsum(self.histogram)
         if total[-1] == 0:
             raise ValueError(f"{count}, but none of them is in the train split: give --window=low,high")
@@ -153,8 +152,8 @@ class _Images:
             for key, offset in (("mean", low), ("std", 0.0)):
                 self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
         return (low, high), [
-            f"{count}; the percentiles 0.5 and 99.5 of the train split became the window: {low:g} to {high:g} become 0 "
-            "to 255; --window=low,high sets it"
+            f"{count}; the window is percentiles 0.5 to 99.5 of the train split, {low:g} to {high:g}; --window=low,high "
+            "sets another"
         ]
 
 
@@ -176,16 +175,16 @@ def prepare(
 
     Args:
         name: data set and configuration, such as "folder/my_hospital".
-        listing: the examples, in the order in which they are stored.
+        listing: the examples in storage order.
         data_dir: the root of all prepared data sets.
         stage: one of config.STAGES, "" for unmodified images.
-        size: height and width of the stored images; None keeps the size of each.
-        window: 16-bit pixel values that become 0 and 255; None takes percentiles 0.5 and 99.5 of train.
-        on_bad_image: "fail", or "skip" to leave out and list unreadable and missing images.
-        on_no_lung: an image in which `stage` detects no body or lung: "keep" it at the stage before, "skip" it or "fail".
-        overwrite: replace a data set of that name.
-        keep: accept an existing one and return {}: two runs may both miss a synthetic data set.
-        quiet: no progress bar and no output, for data sets that are generated on first use.
+        size: height and width of the stored images; None keeps the original sizes.
+        window: 16-bit pixel values that become 0 and 255; None uses percentiles 0.5 and 99.5 of train.
+        on_bad_image: "fail", or "skip" to list and skip unreadable and missing images.
+        on_no_lung: "keep" the previous stage of an image without a detected body or lung, "skip" it, or "fail".
+        overwrite: replace an existing data set.
+        keep: return {} for an existing data set, which another process may have written.
+        quiet: no output, for data sets that are generated on first use.
 
     Raises ValueError for a bad image, a box outside its image, a class without a training example, too little disk
     space, or a data set that already exists.
@@ -207,7 +206,7 @@ def prepare(
             tfds_builder.write(name, root, name, listing.classes, shards)
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
-        search = images.find_duplicates()
+        near, leaks, twins = images.find_duplicates()
         window, notes = images.window()
         info = {
             "name": name,
@@ -219,7 +218,7 @@ def prepare(
             "body": listing.body,
             **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
         }
-        near_duplicates.write(search.near, images.columns["file"], written)
+        near_duplicates.write(near, images.columns["file"], written)
         header = [*prepared.COLUMNS, *listing.extra]
         rows = zip(*(images.columns[key] for key in header), strict=True)
         prepared.write_index(written, info, header, rows)
@@ -227,10 +226,10 @@ def prepare(
         result = summary.summarize(
             info,
             images.columns,
-            twins=search.summary,
+            twins=twins,
             skipped=images.skipped,
             unstaged=images.unstaged,
-            notes=[*listing.notes, *notes, *search.notes],
+            notes=[*listing.notes, *notes, *leaks],
             group_name=listing.group_name,
         )
         summary.write(result, written)
@@ -266,7 +265,7 @@ def _place(example: Example) -> str:
 def process_images(
     examples: Sequence[Example], options: ImageOptions
 ) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
-    """Yields each example with its processed image, in order; only a few images wait in memory."""
+    """Yields each example with its processed image, in order; few images are in memory at a time."""
     workers = environment.cores()
     remaining = iter(examples)
     with _pool(examples, options, workers) as pool:
@@ -285,29 +284,17 @@ def process_images(
 
 
 def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> Executor:
-    # Decoding releases Python's lock, so threads suffice; drawing and masks hold it. Spawned, not forked: the process
-    # may have XLA's threads by now. Starting a process takes a second or two, too long for few images.
+    # Decoding releases Python's lock, so threads suffice; drawing and masks hold it. Processes are spawned, because a
+    # fork is unsafe with XLA's threads. Their start takes a second or two, too long for few images.
     masks = bool(options.stage) or options.body
     slow = len(examples) if masks else sum(callable(example.image) for example in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _exit_with_parent)
-
-
-def _exit_with_parent() -> None:
-    """Ends this worker when its parent is killed; otherwise it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
 
 
 def _check_order(written: Path, name: str, files: Sequence[str]) -> None:
-    # Training assumes that record i is row i of the index; a TFDS that shuffled would mislabel everything.
+    # Training assumes that record i is row i of the index; if TFDS shuffled, every label would be wrong.
     source = prepared.open_records(written)
     count = len(files)
     sample = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}

@@ -70,7 +70,7 @@ class Chest:
         return a, max(self.depth, 0.8 * self.build.depth) + 0.75 * layer + 9
 
     def at(self, levels: Sequence[float], values: Sequence[float]) -> float:
-        """Returns a value that changes with the level, linear between given levels."""
+        """Returns a value at this level, interpolated linearly between given levels."""
         return float(np.interp(self.level, levels, values))
 
     @property
@@ -81,7 +81,7 @@ class Chest:
 
 @dataclass(frozen=True)
 class Lungs:
-    """The lungs of a slice; all float32 [H, W]."""
+    """The lungs of a slice; arrays are float32 [H, W]."""
 
     cover: np.ndarray  # lung fraction of the pixel
     depth: np.ndarray  # mm below the chest wall, positive inside
@@ -162,7 +162,7 @@ def draw_bones(hu: np.ndarray, c: Chest, g: Grid, rng: np.random.Generator) -> N
         bones += [(side * 26, c.spine + 19, 15, 4.5, side * 0.35)]  # transverse process
         bones += [(side * 11, c.spine + 29, 11, 3.2, side * 0.75)]  # lamina
         for angle in np.arange(-1.15, 1.4 - 0.43 * phase, 0.43) + 0.43 * phase:
-            # Ribs run down to the front, so each is cut obliquely: long and thin along the wall.
+            # Ribs descend to the front, so their cross-sections are oblique: long and thin along the wall.
             x, y, along = at_wall(c, side, angle, -5.5)
             if angle < -0.85 and c.level > 0.3:  # cartilage
                 paint(hu, g, (x, y), rng.uniform(5, 12), 4.5, along, 120)
@@ -190,7 +190,7 @@ def lungs(c: Chest, g: Grid, rng: np.random.Generator) -> Lungs:
         ellipse(x - 3, y + 0.78 * d, c.at((0.1, 0.35, 0.6), (20, 7, 5)), 0.42 * d),
         ellipse(x, y - c.spine, 24, 21),  # spine
         np.maximum(np.abs(x) - 25 + 0.35 * np.maximum(c.spine + 24 - y, 0), c.spine - y),
-        np.abs(x - 3 + 0.05 * y) - 1.4,  # where the pleurae of both lungs meet
+        np.abs(x - 3 + 0.05 * y) - 1.4,  # contact of the pleurae of both lungs
     ]
     if c.heart > 0.05:
         parts.append(ellipse(x - 16 * c.heart, y + 0.22 * d, 56 * c.heart, 46 * c.heart, 0.6))

@@ -1,7 +1,7 @@
-"""Drawing in millimeters: shapes as signed distances, painted with soft edges, and smooth noise.
+"""Drawing in millimeters: shapes as signed distances with soft edges, and smooth noise.
 
-x points to the patient's left (image right), y to the back (image bottom); the origin is the middle of the chest. A
-distance is negative inside its shape, so a slice can be drawn at any pixel size.
+x points to the patient's left (image right), y to the back (image bottom); the origin is the middle of the chest.
+Distances are negative inside a shape. A slice can be drawn at any pixel size.
 """
 
 import math

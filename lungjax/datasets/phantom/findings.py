@@ -15,13 +15,13 @@ from lungjax.datasets.phantom.anatomy import Chest, Lungs, at_wall
 from lungjax.datasets.phantom.canvas import Grid, cover, ellipse, noise, window
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
-SEVERITY = (0.4, 1.0)  # range over patients with a finding; the lower the minimum, the harder the task
-MIN_VISIBLE = 0.08  # lesion field from which a pixel counts as lesion
+SEVERITY = (0.4, 1.0)  # range over patients with a finding; a lower minimum makes the task harder
+MIN_VISIBLE = 0.08  # minimum lesion field of a lesion pixel
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion of a patient; it varies a little from slice to slice."""
+    """One lesion of a patient; it varies slightly between slices."""
 
     side: int  # -1 or 1, as Lungs.side
     angle: float  # position at the chest wall: 0 lateral, pi/2 at the back
@@ -106,7 +106,7 @@ def draw_incidental(
 ) -> np.ndarray:
     """Returns the field of findings that any class may have, float32 [H, W]; below 0 where air is trapped.
 
-    `patient` is seeded alike for all slices of a patient, `rng` for each slice.
+    `patient` has the same seed for all slices of a patient, `rng` one per slice.
     """
     middle, a, b = c.half
     field = patient.uniform(0.0, 0.04) * noise(rng, g, 22) + 0.012 * noise(rng, g, 5)
@@ -115,7 +115,7 @@ def draw_incidental(
         # Gravity-dependent opacity follows the back wall: as peripheral and posterior as COVID-19, but smooth.
         layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / (thickness * (1 + tilt * lung.side)), 0, 1)
         field += haze * rng.uniform(0.6, 1.2) * layer * np.clip((g.y - 0.35 * b) / (0.3 * b), 0, 1)
-    # Nodules, and in some patients an unspecific hazy spot: size in mm, density, width of the edge in mm.
+    # Nodules, and in some patients a nonspecific hazy spot: size in mm, density, width of the edge in mm.
     spots = [(rng.uniform(1.5, 4.5), rng.uniform(0.4, 1), 2.0) for _ in range(rng.poisson(patient.poisson(0.7)))]
     if patient.random() < 0.3:
         spots.append((rng.uniform(5, 15), patient.uniform(0.1, 0.3), 12.0))

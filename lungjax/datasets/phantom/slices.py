@@ -1,8 +1,8 @@
-"""Synthetic axial chest CT slices with known lungs and lesions, to try things out; no patient data.
+"""Synthetic axial chest CT slices with known lungs and lesions, for demonstrations and tests; no patient data.
 
-`draw_slice` returns Hounsfield units and true masks, `gray` the 8-bit image of a window. Everything follows from the
-seed. Scanner and body are drawn independently of the finding, so that window, size, noise and brightness are
-uninformative. Nothing learned from these drawings holds for patients.
+`draw_slice` returns Hounsfield units and true masks, `gray` the 8-bit image of a window. The seed determines all of it.
+Scanner and body are independent of the finding, so window, size, noise and brightness are uninformative. Results on
+these images do not transfer to patients.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ OUTSIDE = -2000.0  # HU outside a round field of view
 
 @dataclass(frozen=True)
 class Scanner:
-    """A scanner model and how its images are usually saved."""
+    """A scanner model and the usual format of its images."""
 
     name: str
     sides: tuple[int, ...]  # widths and heights in pixels
@@ -44,7 +44,7 @@ SCANNERS = (
 
 @dataclass(frozen=True)
 class Patient:
-    """Everything that the slices of a patient have in common."""
+    """Properties shared by all slices of a patient."""
 
     seed: int
     finding: str  # one of CLASSES
@@ -74,7 +74,7 @@ class Phantom:
 
 
 def new_patient(seed: int, finding: str, scanner: Scanner | None = None) -> Patient:
-    """Returns the patient of a seed; everything but the lesions is the same for every `finding`.
+    """Returns the patient of a seed; only the lesions depend on `finding`.
 
     Raises ValueError for a finding that is not in `CLASSES`.
     """
@@ -173,10 +173,10 @@ def _chest(patient: Patient, level: float) -> tuple[anatomy.Chest, canvas.Grid]:
 
 
 def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndarray:
-    """Returns the slice as the scanner shows it: blur, noise, round field of view."""
+    """Returns the slice with the scanner's blur, noise and round field of view."""
     sigma = patient.kernel / patient.pixel
     hu = ndimage.gaussian_filter(hu, sigma, truncate=3)
-    # Sharper kernels leave finer noise; the reconstruction removes its lowest frequencies.
+    # Sharper kernels have finer noise; the reconstruction removes its lowest frequencies.
     grain = ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), 0.75 * sigma, truncate=3)
     grain -= 0.5 * ndimage.uniform_filter(grain, 5)
     hu += grain * (patient.noise / float(grain.std()))
@@ -188,6 +188,6 @@ def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndar
 
 
 def gray(hu: np.ndarray, window: Sequence[float]) -> np.ndarray:
-    """Returns Hounsfield units as uint8; `window` = (low, high) are the values of black and white."""
+    """Returns Hounsfield units as uint8; `window` = (low, high), the values of black and white."""
     low, high = window
     return np.clip(np.rint((hu - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)

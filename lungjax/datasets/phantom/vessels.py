@@ -20,12 +20,12 @@ class Tree:
     start: np.ndarray  # float32 [N, 3]: x, y, z in mm; z increases downwards from level 0
     stop: np.ndarray  # float32 [N, 3]
     radius: np.ndarray  # float32 [N], mm
-    bronchus: np.ndarray  # bool [N], whether a bronchus accompanies it
+    bronchus: np.ndarray  # bool [N], whether a bronchus accompanies the segment
 
 
 @functools.lru_cache(maxsize=8)  # shared by the slices of a patient
 def grow(build: Build) -> Tree:
-    """Grows arteries and veins of both lungs from the hila to points all over the lungs."""
+    """Grows arteries and veins from the hila to points throughout both lungs."""
     rng = np.random.default_rng([build.seed, 7])
     segments: list[tuple[np.ndarray, ...]] = []
     for side in (-1, 1):
