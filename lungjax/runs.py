@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from lungjax import cli
-from lungjax.config import Config, overrides
+from lungjax.config import overrides
 
 FLAGS = flags.FLAGS
 HEADER = ("run", "data set", "network", "step", "metric", "val", "test", "state")
@@ -25,18 +25,9 @@ class Listed:
     """A run in a list."""
 
     folder: Path
-    config: Config
-    step: int  # last logged step
-    steps: int  # of the complete run, 0 if unknown
-    finished: bool
-    curve: list[tuple[int, float]]  # step and validation score of `train.monitor`
-    test: float | None  # score of `train.monitor` on the test split
-
-    @property
-    def best(self) -> float | None:
-        """The best validation score."""
-        scores = [score for _, score in self.curve]
-        return (max if self.config.train.maximize else min)(scores, default=None)
+    monitor: str  # train.monitor
+    row: tuple[str, ...]  # as HEADER
+    curve: list[tuple[int, float]]  # step and validation score of the monitor
 
 
 def define_flags() -> None:
@@ -52,17 +43,20 @@ def main(argv: list[str]) -> None:
     runs, problems = find(folder)
     if not runs and not problems:
         raise ValueError(f"{folder}: no runs there; a run is a folder with config.json and metrics.jsonl")
-    print(table(runs, folder))
-    unfinished = [run for run in runs if not run.finished]
+    rows = [HEADER, *(run.row for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    unfinished = [run.folder for run in runs if run.row[-1] != "finished"]
     if unfinished:
         print("\nTo resume (add --data_dir if it is not ./data):")
-    for run in unfinished:
-        config = shlex.quote(str(run.folder / "config.json"))
-        print(f"  python -m lungjax.main --experiment={config} --workdir={shlex.quote(str(run.folder))}")
+    for workdir in unfinished:
+        config, name = shlex.quote(str(workdir / "config.json")), shlex.quote(str(workdir))
+        print(f"  python -m lungjax.main --experiment={config} --workdir={name}")
     for problem in problems:
         print(f"Skipped: {problem}")
     if FLAGS.plot:
-        plot(runs, folder, Path(FLAGS.plot))
+        plot(runs, Path(FLAGS.plot))
         print(f"Figure: {FLAGS.plot}")
 
 
@@ -70,77 +64,56 @@ def find(folder: Path) -> tuple[list[Listed], list[str]]:
     """Returns the runs in a folder and its subfolders, sorted by path, and what could not be read."""
     runs, problems = [], []
     for path in sorted(folder.rglob("config.json")):
-        if not (path.parent / "metrics.jsonl").is_file():
-            continue
-        try:
-            runs.append(read(path.parent))
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            problems.append(f"{path.parent}: {error}")
+        if (path.parent / "metrics.jsonl").is_file():
+            try:
+                runs.append(read(path.parent, str(path.parent.relative_to(folder))))
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                problems.append(f"{path.parent}: {error}")
     return runs, problems
 
 
-def read(folder: Path) -> Listed:
+def read(folder: Path, name: str) -> Listed:
     """Returns a run from its files. Raises ValueError if config.json is damaged."""
     from lungjax.training import early_stopping, metrics_log  # they import jax
 
-    path = folder / "config.json"
+    path, report_path = folder / "config.json", folder / "report.json"
     config = overrides.from_json(path.read_text("utf-8"), str(path))
-    rows, monitor = metrics_log.read(folder / "metrics.jsonl"), config.train.monitor
-    curve = [(row["step"], row[f"val.{monitor}"]) for row in rows if row.get(f"val.{monitor}") is not None]
-    report_path = folder / "report.json"
+    rows, train = metrics_log.read(folder / "metrics.jsonl"), config.train
+    key = f"val.{train.monitor}"
+    curve = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     report: dict[str, Any] = json.loads(report_path.read_text("utf-8")) if report_path.is_file() else {}
-    steps = config.train.steps or report.get("facts", {}).get("steps") or 0
+    steps = train.steps or report.get("facts", {}).get("steps") or 0
     if not steps and rows and rows[-1]["epoch"]:
-        steps = round(config.train.epochs * rows[-1]["step"] / rows[-1]["epoch"])
-    score: Any = report.get("test", {})
-    for key in monitor.split(".") if report else []:
-        score = score.get(key) if isinstance(score, dict) else None
-    return Listed(
-        folder=folder,
-        config=config,
-        step=early_stopping.last_step(folder),
-        steps=steps,
-        finished=bool(report) and early_stopping.is_complete(folder, config, steps),
-        curve=curve,
-        test=score if report else None,
+        steps = round(train.epochs * rows[-1]["step"] / rows[-1]["epoch"])
+    test: Any = report.get("test")
+    for part in train.monitor.split("."):
+        test = test.get(part) if isinstance(test, dict) else None
+    best = (max if train.maximize else min)((score for _, score in curve), default=None)
+    row = (
+        name,
+        config.data.dataset,
+        config.model.name,
+        f"{early_stopping.last_step(folder)}/{steps or '?'}",
+        train.monitor,
+        *("-" if score is None else f"{score:.4f}" for score in (best, test)),
+        "finished" if report and early_stopping.is_complete(folder, config, steps) else "interrupted",
     )
+    return Listed(folder, train.monitor, row, curve)
 
 
-def table(runs: Sequence[Listed], folder: Path) -> str:
-    """Returns the list as text with aligned columns."""
-    rows = [HEADER]
-    for run in runs:
-        rows.append(
-            (
-                str(run.folder.relative_to(folder)),
-                run.config.data.dataset,
-                run.config.model.name,
-                f"{run.step}/{run.steps or '?'}",
-                run.config.train.monitor,
-                "-" if run.best is None else f"{run.best:.4f}",
-                "-" if run.test is None else f"{run.test:.4f}",
-                "finished" if run.finished else "interrupted",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def plot(runs: Sequence[Listed], folder: Path, path: Path) -> None:
+def plot(runs: Sequence[Listed], path: Path) -> None:
     """Draws the validation curves of the runs, one axis per metric."""
     from lungjax.report import style
 
-    monitors = sorted({run.config.train.monitor for run in runs})
+    monitors = sorted({run.monitor for run in runs})
     figure = style.figure(9, 3.6 * len(monitors))
     for axis, monitor in zip(figure.subplots(len(monitors), squeeze=False)[:, 0], monitors, strict=True):
         style.style(axis)
         axis.set(xlabel="step", ylabel=f"val {monitor}")
-        members = [run for run in runs if run.config.train.monitor == monitor and run.curve]
+        members = [run for run in runs if run.monitor == monitor and run.curve]
         for i, run in enumerate(members):
             steps, scores = zip(*run.curve, strict=True)
-            label = style.short(str(run.folder.relative_to(folder)), 40)
-            axis.plot(steps, scores, label=label, marker="o", markersize=3, **style.line_style(i))
+            axis.plot(steps, scores, label=style.short(run.row[0], 40), marker="o", markersize=3, **style.line_style(i))
         if members:
             style.legend_beside(axis, len(members))
     style.save(figure, path)
