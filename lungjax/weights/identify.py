@@ -13,8 +13,8 @@ from lungjax.config import ModelConfig
 from lungjax.weights import download
 from lungjax.weights.catalogue import PretrainedWeights, records
 from lungjax.weights.convert import Rules, convert, target
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import layouts
 
 CLASSIFIER = r"^head/dense/"  # new for every data set
 MIN_MATCH = 0.5  # fraction of a file's tensors that a network's rules must match

@@ -17,8 +17,8 @@ from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import convert
 from lungjax.weights.identify import shapes
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import layouts
 
 # Published from one checkpoint each.
 PAIRS = (

@@ -16,7 +16,7 @@ from lungjax import models
 from lungjax.config import Config, check
 from lungjax.weights import __main__ as command
 from lungjax.weights import catalogue
-from lungjax.weights.rules import layouts
+from lungjax.weights.name_rules import layouts
 
 
 def test_rows_are_valid():
