@@ -137,7 +137,7 @@ def running(model=None, warm=True, **settings):
     try:
         wait_for(lambda: server.started)
         if warm:
-            assert app.state.service.device.ready.wait(20)
+            wait_for(lambda: app.state.service.device.ready, 20)
         yield service
     finally:
         model.gate.set() if hasattr(model, "gate") else None

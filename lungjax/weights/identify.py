@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     Raises ValueError if the family of the network has no such names, with what the file fits, and if the names fit
     several records that need different networks or inputs.
     """
-    stat = path.stat()
-    return _record_of(path, model, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(16)  # called by each step from a configuration to parameters
-def _record_of(path: Path, model: str, *stamp: int) -> PretrainedWeights:
     for record in records(model):
         # The hub's files are all model.safetensors; there the folder identifies them.
         hub = Path(record.filename).stem, record.url.rpartition("/")[2]

@@ -1,5 +1,6 @@
 """Answers of the service, their order, and how requests share the device."""
 
+import asyncio
 import io
 import json
 import logging
@@ -219,8 +220,7 @@ def test_failed_compilation():
     model, errors = Brightness(), []
     model.warm = lambda: 1 / 0
     device = build(model, Settings(), errors.append).state.service.device
-    device.start()
-    device.stop()
+    asyncio.run(device.run())
     assert isinstance(errors[0], ZeroDivisionError)
     with pytest.raises(uploads.UploadError, match="could not load"):
         device.check("predict")
