@@ -55,7 +55,7 @@ sys.addaudithook(watch)
 class Brightness:
     """A `Model` whose probability of "bright" is the mean gray level. Clearing `gate` stops the device."""
 
-    batch_sizes, methods, image_shape = (1, 2, 4), ("gradcam", "occlusion"), (*METADATA.input.size, 1)
+    batch_sizes, methods = (1, 2, 4), ("gradcam", "occlusion")
 
     def __init__(self, **fields):
         self.metadata = replace(METADATA, **fields)

@@ -12,7 +12,6 @@ Field names are from Triton's model configuration (github.com/triton-inference-s
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
@@ -87,11 +86,6 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
         (model / FILE).write_text(metadata.to_json(), "utf-8")
         (model / "README.md").write_text(readme(metadata), "utf-8")
     return path / model_name(metadata), difference
-
-
-def load_packages() -> Any:
-    """As `onnx.load_packages`; the server itself is not needed."""
-    return onnx.load_packages()
 
 
 def model_name(metadata: Metadata) -> str:

@@ -100,15 +100,10 @@ class Model:
         powers = [2**n for n in range(self.batch_size.bit_length()) if 2**n < self.batch_size]
         return (*powers, self.batch_size)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the network's input."""
-        return artifacts.image_shape(self.metadata)
-
     def warm(self) -> None:
         """Compiles every batch size, or reads it from the compilation cache; saliency maps compile at first use."""
         for size in self.batch_sizes:
-            self.outputs(np.zeros((size, *self.image_shape), np.uint8))
+            self.outputs(np.zeros((size, *artifacts.image_shape(self.metadata)), np.uint8))
 
     @cached_property
     def prepare(self) -> Preprocessor:
@@ -184,36 +179,29 @@ def load(path: str | Path) -> Model:
     raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
 
 
-def load_network(workdir: str | Path) -> Network:
-    """Returns the best network of a run. Raises ValueError if there is no trained run in `workdir`."""
-    path = Path(workdir).expanduser()
-    if checkpoint.newest(path, "best") is None:
-        raise ValueError(f"{path}: no trained run (no weights in checkpoints/best)")
-    config = overrides.from_json((path / "config.json").read_text(), str(path / "config.json"))
-    classes = tuple(workdirs.read_data(path)["classes"])
-    variables, step = checkpoint.restore_best(path)
-    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
-    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
-    return Network(config, classes, models.build(config.model, len(classes)), variables, step)
-
-
 def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     """Returns the best network of a finished run and its model.json.
 
     Raises ValueError if there is no trained run, or model.json is missing or belongs to other weights.
     """
-    network, file = load_network(workdir), workdir / metadata.FILE
+    if checkpoint.newest(workdir, "best") is None:
+        raise ValueError(f"{workdir}: no trained run (no weights in checkpoints/best)")
+    file = workdir / metadata.FILE
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
         raise ValueError(f"{workdir}: no {metadata.FILE}, the run is not finished; `{command}` tests it and writes it")
-    description = metadata.read(file)
-    fingerprint = workdirs.read_data(workdir).get("fingerprint")
+    description, data = metadata.read(file), workdirs.read_data(workdir)
+    config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+    variables, step = checkpoint.restore_best(workdir)
     about = description.about
-    if (network.classes, network.config.input, network.step, fingerprint) != (
+    if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
         raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
-    return network, description
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
+    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
+    module = models.build(config.model, len(description.classes))
+    return Network(config, description.classes, module, variables, step), description
 
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:

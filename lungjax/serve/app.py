@@ -40,6 +40,7 @@ from lungjax.serve.uploads import UploadError
 
 PAGE = Path(__file__).with_name("page")
 LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
+TRIM_BYTES = 48 * 2**20  # freed memory that is returned to the system
 # Of /docs. FastAPI's own page loads Swagger from a content delivery network, which a hospital may not reach.
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
@@ -71,10 +72,8 @@ class Service:
         self.metrics = Metrics()
         self.device = Device(model, self.metrics, settings.queue, settings.explains, on_failure)
         self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
-        self.budget = Budget(settings.upload_bytes, on_change=self.metrics.upload_bytes.set, trim=self._trim_soon)
-
-    def _trim_soon(self) -> None:
-        asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
+        self.budget = Budget(settings.upload_bytes, self.metrics.upload_bytes.set)
+        self.freed = 0  # bytes since the last `trim_memory`
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -148,19 +147,22 @@ class Service:
         """Decodes the files of a request; the body of the context shares its time limit."""
         self.device.check(kind)
         files, count = await receive(request, self.settings, self.budget)
+        decoded: list[_Decoded] = []
         try:
             async with asyncio.timeout(self.settings.seconds):
-                decoded = await asyncio.gather(*(self._run(self._decode, file) for file in files))
+                decoded += await asyncio.gather(*(self._run(self._decode, file) for file in files))
                 for file in decoded:
                     if file.error is not None:
                         self.metrics.refused.labels(file.error.reason).inc()
-                    if file.size > LARGE_IMAGE:  # decoded from a file that may have been small
-                        self.budget.free(file.size)
                 yield decoded
         except TimeoutError:
             raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
         finally:
             self.budget.release(count)
+            self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
+            if self.freed >= TRIM_BYTES:
+                self.freed = 0
+                asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)

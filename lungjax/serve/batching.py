@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lungjax.inference.artifacts import image_shape
 from lungjax.serve.metrics import Metrics
 from lungjax.serve.uploads import UploadError
 
@@ -55,7 +56,7 @@ class Device:
         self._change.set()
 
     def check(self, kind: str, count: int = 1) -> None:
-        """Raises UploadError if the device is not ready, or the queue "predict" or "explain" has no room for `count`."""
+        """Raises UploadError if the model is not ready, or the queue `kind` has no room for `count` images."""
         if self.failure is not None:
             raise UploadError(503, "failed", "the service could not load its model; see its log")
         if not self.ready:
@@ -115,7 +116,7 @@ class Device:
 
     def _warm(self, method: str) -> None:
         try:
-            self.model.maps(np.zeros((1, *self.model.image_shape), np.uint8), np.zeros(1, np.int32), method)
+            self.model.maps(np.zeros((1, *image_shape(self.model.metadata)), np.uint8), np.zeros(1, np.int32), method)
         except Exception as error:
             self.on_failure(error)
 

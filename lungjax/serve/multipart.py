@@ -21,7 +21,6 @@ RAW = (
 )  # fmt: skip
 FORM = "multipart/form-data"
 FIELDS = ("files", "file")
-TRIM_BYTES = 48 * 2**20
 MIN_RATE = 65536  # bytes per second after the first `read_seconds`
 
 
@@ -38,10 +37,8 @@ class Budget:
     """Bytes of uploads in memory, of all requests together."""
 
     limit: int
+    on_change: Callable[[int], object]
     bytes: int = 0
-    on_change: Callable[[int], object] = lambda _: None
-    trim: Callable[[], object] = lambda: None  # called after each TRIM_BYTES that were freed
-    freed: int = 0
 
     def add(self, count: int) -> None:
         """Counts received bytes. Raises UploadError if there are too many."""
@@ -54,14 +51,6 @@ class Budget:
         """Counts bytes of uploads that were freed."""
         self.bytes -= count
         self.on_change(self.bytes)
-        self.free(count)
-
-    def free(self, count: int) -> None:
-        """Counts freed bytes, of uploads or of decoded images."""
-        self.freed += count
-        if self.freed >= TRIM_BYTES:
-            self.freed = 0
-            self.trim()
 
 
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:

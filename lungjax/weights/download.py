@@ -84,8 +84,8 @@ def verify(record: PretrainedWeights, path: Path) -> None:
     checksum = record.checksum or (first.read_text().strip() if first.exists() else "")
     kind, _, expected = checksum.partition(":")
     if checksum and not (actual := digest(path, kind)).startswith(expected):
-        source, size = "published" if record.checksum else "first download", path.stat().st_size
-        raise ValueError(f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} ({size} bytes)")
+        source = "published" if record.checksum else "first download"
+        raise ValueError(f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected}")
 
 
 def _first_checksum(path: Path) -> Path:

@@ -78,7 +78,8 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     unequal = {path: np.abs(one[path] - other[path]).max() for path in one if (one[path] != other[path]).any()}
     if not unequal:
         return ""
-    return f"{len(unequal)} of {len(one)} parameters differ, by up to {max(unequal.values()):.3g} ({', '.join(unequal)[:200]})"
+    worst = max(unequal, key=lambda path: unequal[path])
+    return f"{len(unequal)} of {len(one)} parameters differ, by up to {unequal[worst]:.3g} ({worst})"
 
 
 def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:

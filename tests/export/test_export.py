@@ -151,10 +151,11 @@ sys.modules.update(dict.fromkeys(
     ["flax", "absl", "skimage", "tensorflow_datasets", "orbax", "grain", "matplotlib"]))  # can't be imported
 path, out, *names = sys.argv[1:]
 sys.path.insert(0, path)
-sys.argv = [path, *names, "--maps", out, "--batch=2"]
+sys.argv = [path, *names, "--maps", out]
 code = compile(zipimport.zipimporter(path).get_source("__main__"), path + "/__main__.py", "exec")
 space = {"__name__": "stranger", "__file__": path + "/__main__.py"}
 exec(code, space)
+space["BATCH"] = 2
 result = space["main"]()
 assert all(m.__file__.startswith(path) for n, m in sys.modules.items() if n.split(".")[0] == "lungjax")
 import pathlib, numpy as np
@@ -229,7 +230,6 @@ def npz(**arrays):
 
 def test_damaged_and_foreign_pyz(pyz, tmp_path):
     data = pyz.read_bytes()
-    about = json.loads(zipfile.ZipFile(pyz).read("artifact.json"))
     weights = dict(np.load(io.BytesIO(zipfile.ZipFile(pyz).read("weights.npz"))))
     first = next(iter(weights))
     at = data.index(weights[first].tobytes())
@@ -245,16 +245,12 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         (lambda: path.write_bytes(flipped), "weights.npz is damaged"),
         (lambda: make({"artifact.json": None}), "not from lungjax.export"),
         (lambda: make({"artifact.json": b"[1]"}), "not from lungjax.export"),
-        (lambda: make({"artifact.json": json.dumps({**about, "format": 2}).encode()}), "newer lungjax"),
         (lambda: make({"weights.npz": None}), "weights.npz is missing"),
         (lambda: make({}, zipfile.ZIP_DEFLATED), "compressed"),
         (lambda: make({"model.json": b"{}"}), "model.json"),
         (lambda: make({"weights.npz": npz(a=np.asarray([print], object))}), "weights.npz can't be read"),
         (lambda: make({"weights.npz": npz(a=np.zeros(3))}), "float32"),
-        (lambda: make({"weights.npz": npz(**{**weights, first: weights[first][..., :1]})}), "doesn't fit"),
-        (lambda: make({"model.json": replace(METADATA, input=replace(SPEC, size=(32, 32))).to_json().encode()}), "fit"),
         (lambda: make({"predict.stablehlo": b"x" * 99}), "predict.stablehlo can't be read"),
-        (lambda: make({"gradcam.stablehlo": program}), "gradcam.stablehlo doesn't fit"),
         (lambda: make({"predict.stablehlo": called}), "shape_assertioX"),
     ):
         write()
@@ -323,7 +319,7 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
         ([], 1, "--workdir=RUN is missing"),
         ([given, "--format="], 1, "--format is empty"),
         ([given, "--format=onx"], 2, "the nearest: onnx"),
-        ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx: pip install -e '.[export]'"),
+        ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),
         ([given], 2, "no trained run"),

@@ -15,7 +15,7 @@ from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
 from test_uploads import SECRETS, picture, saved, scan, secret, written
 
 from lungjax.serve import app as serve_app
-from lungjax.serve import multipart, protocol, uploads
+from lungjax.serve import protocol, uploads
 from lungjax.serve.settings import Settings
 
 
@@ -191,7 +191,7 @@ def test_memory_of_uploads_is_returned(monkeypatch):
     for limit, requests in ((2000, [np.random.default_rng(0).bytes(600)] * 4), (2**22, [flat(100, (2100, 2100))])):
         trimmed = threading.Event()
         monkeypatch.setattr(serve_app, "trim_memory", trimmed.set)
-        monkeypatch.setattr(multipart, "TRIM_BYTES", limit)
+        monkeypatch.setattr(serve_app, "TRIM_BYTES", limit)
         with running() as service:
             for data in requests:
                 assert not trimmed.is_set()
