@@ -1,8 +1,6 @@
 """A service on a free port with a known model, and a client; for the tests of `lungjax.serve`."""
 
-import base64
 import http.client
-import io
 import json
 import os
 import socket
@@ -16,7 +14,6 @@ import numpy as np
 import scans
 import uvicorn
 from conftest import png
-from PIL import Image
 from test_uploads import written
 
 from lungjax.config import InputSpec
@@ -30,13 +27,9 @@ from lungjax.serve.settings import Settings
 
 POINT = {"youden": {"threshold": 0.4, "sensitivity": 0.9, "specificity": 0.8, "ppv": 0.7, "npv": 0.6}}
 METADATA = Metadata(
-    "small",
-    ("dark", "bright"),
-    InputSpec(size=(8, 8)),
-    "folder/mine",
-    window=(0, 65535),
+    "small", ("dark", "bright"), InputSpec(size=(8, 8)), "folder/mine", window=(0, 65535),
     points={"slice": {"bright": POINT}, "patient": {"bright": {"youden": POINT["youden"] | {"threshold": 0.9}}}},
-)
+)  # fmt: skip
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 TOKEN = "a-token-of-more-than-16-characters"
 DISK = {"watched": False, "written": []}
@@ -116,21 +109,18 @@ class Service:
 
 def form(*files):
     """A multipart body of (name, bytes) under the field `files`."""
-    parts = [
-        b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n' % (n.encode(), data)
-        for n, data in files
-    ]
-    return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
+    head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
+    return b"".join(
+        head % (name.encode(), data) for name, data in files
+    ) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
 @contextmanager
 def running(model=None, warm=True, **settings):
     model = model or Brightness()
     app = build(model, Settings(**settings))
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, http=protocol.HeadTimeoutProtocol, lifespan="on", ws="none"
-    )
-    server, listening = uvicorn.Server(config), command.listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, http=protocol.HeadTimeoutProtocol, ws="none"))
+    listening = command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     service = Service(model, app, listening.getsockname()[1])
@@ -156,18 +146,16 @@ def slices(level, uid, count=3):
     return [written(data)] * count
 
 
-def picture_of(url):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))))
-
-
 def post_all(service, count, path="/predict"):
     """Posts images of gray level 0, 1, ... at once; returns the list of answers and the threads that fill it."""
     answers = [None] * count
-    threads = []
-    for i in range(count):
-        one = threading.Thread(target=lambda i=i: answers.__setitem__(i, service.post(path, (f"{i}", flat(i)))))
-        one.start()
-        threads.append(one)
+
+    def post(i):
+        answers[i] = service.post(path, (f"{i}", flat(i)))
+
+    threads = [threading.Thread(target=post, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
     return answers, threads
 
 

@@ -1,7 +1,7 @@
 """Answers of the service, their order, and how requests share the device."""
 
 import asyncio
-import io
+import base64
 import json
 import logging
 import re
@@ -10,11 +10,11 @@ import socket
 import numpy as np
 import pytest
 from conftest import png
-from PIL import Image
-from services import HEAD, METADATA, Brightness, flat, picture_of, post_all, running, slices, wait_for
-from test_uploads import SECRETS, scan, written
+from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
+from test_uploads import SECRETS, saved
 
 from lungjax.config.metadata import NOTICE
+from lungjax.data.imaging import images
 from lungjax.inference import records
 from lungjax.serve import schemas, uploads
 from lungjax.serve.app import build
@@ -41,16 +41,16 @@ def test_results_in_order(service):
 
 
 def test_raw_bodies(service):
-    array = np.full((20, 30), 102, np.uint8)
-    for kind in ("png", "jpeg", "tiff", "bmp"):
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, kind.upper())
-        status, answer, _ = service.ask("POST", "/predict", buffer.getvalue(), content_type=f"image/{kind}")
-        assert status == 200 and answer["results"][0]["probabilities"]["bright"] == pytest.approx(0.4, abs=1e-5)
-    status, answer, _ = service.ask("POST", "/predict", written(scan()), content_type="application/dicom")
-    assert status == 200 and answer["results"][0]["file"] == "file"
-    sixteen = png(np.full((20, 30), 13107, np.uint16))
-    assert service.post("/predict", ("16.png", sixteen))[1]["results"][0]["probabilities"]["bright"] == 0.2
+    gray = np.full((20, 30), 102, np.uint8)
+    for kind, body, bright in (
+        ("image/jpeg", saved(gray, "JPEG"), 0.4),
+        ("image/png", png(np.full((20, 30), 13107, np.uint16)), 0.2),
+        ("application/dicom", slices(1099, "1.2.3")[0], 0.95),
+    ):
+        status, answer, _ = service.ask("POST", "/predict", body, content_type=kind)
+        result = answer["results"][0]
+        assert status == 200 and result["file"] == "file"
+        assert result["probabilities"]["bright"] == pytest.approx(bright, abs=0.003)
 
 
 def test_status_if_all_files_fail(service):
@@ -78,13 +78,12 @@ def test_series(service):
 def test_explain(service):
     pixels = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
     status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", png(pixels)), ("b", b"\0"))
-    assert status == 200 and "error" in answer["results"][1]
+    assert status == 200 and "error" in answer["results"][1] and service.model.targets.tolist() == [0]
     result = answer["results"][0]
     assert (result["explained"], result["method"], result["predicted"]) == ("dark", "occlusion", "dark")
-    assert service.model.targets.tolist() == [0]
-    np.testing.assert_array_equal(picture_of(result["image"]), pixels)
-    heat = picture_of(result["heat"])
-    assert heat.shape == picture_of(result["overlay"]).shape == (8, 8, 3) and (heat[:, 0] != heat[:, -1]).any()
+    image, heat, overlay = (images.read(base64.b64decode(result[key][22:]))[0] for key in ("image", "heat", "overlay"))
+    np.testing.assert_array_equal(image, pixels)
+    assert heat.shape == overlay.shape == (8, 8, 3) and (heat[:, 0] != heat[:, -1]).any()
     schemas.Explanations.model_validate(answer)
     assert service.post("/explain", ("a.png", flat(250)))[1]["results"][0]["explained"] == "bright"
     for path, word in (
@@ -120,12 +119,10 @@ def test_openapi_and_docs(service):
     assert set(tree["paths"]) == {"/predict", "/explain", "/model", "/health", "/metrics"}
     for path in ("/predict", "/explain"):
         operation = tree["paths"][path]["post"]
-        assert {"multipart/form-data", "image/png", "application/dicom"} <= set(operation["requestBody"]["content"])
-        assert {"200", "400", "401", "408", "413", "415", "422", "500", "503", "504"} <= set(operation["responses"])
-        assert operation["description"]
+        assert {"multipart/form-data", "application/dicom"} <= set(operation["requestBody"]["content"])
+        assert {"200", "400", "413", "504"} <= set(operation["responses"]) and operation["description"]
     text = service.ask("GET", "/docs")[1].decode()
-    assert "/explain" in text and "multipart/form-data" in text and "class" in text
-    assert "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
+    assert "/explain" in text and "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
 
 
 # Batches
