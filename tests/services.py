@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import scans
-import uvicorn
 from conftest import png
 from test_uploads import written
 
@@ -21,7 +20,6 @@ from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
 from lungjax.inference.artifacts import Input
 from lungjax.serve import __main__ as command
-from lungjax.serve import protocol
 from lungjax.serve.app import build
 from lungjax.serve.settings import Settings
 
@@ -110,17 +108,16 @@ class Service:
 def form(*files):
     """A multipart body of (name, bytes) under the field `files`."""
     head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
-    return b"".join(
-        head % (name.encode(), data) for name, data in files
-    ) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
+    parts = [head % (name.encode(), data) for name, data in files]
+    return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
 @contextmanager
 def running(model=None, warm=True, **settings):
     model = model or Brightness()
-    app = build(model, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, http=protocol.HeadTimeoutProtocol, ws="none"))
-    listening = command.listen("127.0.0.1", 0)
+    settings = Settings(**settings)
+    app = build(model, settings)
+    server, listening = command.make_server(app, settings), command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     service = Service(model, app, listening.getsockname()[1])
