@@ -3,19 +3,16 @@
 import json
 import struct
 from dataclasses import replace
-from functools import partial
 
 import h5py
 import numpy as np
-from conftest import small_bn
 from random_weights import draw
 from torch_writers import array_of, state_dict, write_stream, write_zip
 
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig
-from lungjax.models import leaf_shapes
+from lungjax.models import leaf_shapes, trees
 from lungjax.models.efficientnet import EfficientNet, Stage
-from lungjax.models.transfusion import Transfusion
 from lungjax.weights import catalogue
 
 CLASSES, SIDE = 5, 32
@@ -44,16 +41,19 @@ OWN = replace(HALVED, name="tiny.own", filename="tiny_own.pth", license="cc-by-n
 WIDE = replace(KERAS, name="wide.keras", filename="wide.h5")
 
 
-def install(monkeypatch):
-    """Adds "tiny" and "wide" to the zoo, whose only other records are of two real ones, and "small" without any."""
+def install(monkeypatch, folder):
+    """Adds "tiny" and "wide" to the networks; the other records are of two real networks. The cache is empty."""
     for name, make in {"tiny": tiny, "wide": lambda: tiny(16)}.items():
         monkeypatch.setitem(models.MODELS, name, make)
         monkeypatch.setitem(models.FAMILIES["efficientnet"], name, make)
-    for name, make in {"small": small_bn(), "small_wide": partial(Transfusion, 3, (4, 16))}.items():
-        monkeypatch.setitem(models.MODELS, name, make)
-        monkeypatch.setitem(models.FAMILIES["transfusion"], name, make)
     real = [*catalogue.records("mobilenetv2"), *catalogue.records("efficientnet_b0")]
     monkeypatch.setattr(catalogue, "RECORDS", (KERAS, HALVED, TORCH, OWN, WIDE, *real))
+    monkeypatch.setenv("LUNGJAX_WEIGHTS", str(folder / "cache"))
+    return folder
+
+
+def flat(variables):
+    return {path: np.asarray(leaf) for tree in variables.values() for path, leaf in trees.flatten(tree).items()}
 
 
 def leaves(model="tiny", classes=CLASSES, channels=3):

@@ -134,7 +134,7 @@ def test_smoke_process_without_jax():
 
 
 def test_check_command(tmp_path, capsys, monkeypatch):
-    install(monkeypatch)
+    install(monkeypatch, tmp_path)
     monkeypatch.setattr(catalogue, "RECORDS", [r for r in catalogue.RECORDS if r.model in ("tiny", "wide")])
     tensors, other = as_timm(leaves()), as_timm(leaves(classes=7))
     kernel, statistic = "conv_head.weight", "blocks.1.0.bn2.running_var"

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 from scipy import stats
-from weight_writers import FORMATS, HALVED, KERAS, TORCH, install, leaves, write
+from weight_writers import FORMATS, HALVED, KERAS, TORCH, flat, install, leaves, write
 
 import lungjax
 from lungjax.config import Config, InputSpec, ModelConfig
-from lungjax.models import trees
 from lungjax.weights import catalogue, identify, load
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
@@ -19,13 +18,7 @@ PHOTO = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
 
 @pytest.fixture
 def zoo(monkeypatch, tmp_path):
-    install(monkeypatch)
-    monkeypatch.setenv("LUNGJAX_WEIGHTS", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def flat(variables):
-    return {path: np.asarray(leaf) for tree in variables.values() for path, leaf in trees.flatten(tree).items()}
+    return install(monkeypatch, tmp_path)
 
 
 def logits(net, variables, images):
@@ -68,11 +61,10 @@ def test_renamed_file_of_several_records(zoo):
     path.rename(zoo / TORCH.filename)
     net, _, spec = lungjax.create("tiny", f"file:{zoo / TORCH.filename}")
     assert (net.padding, net.epsilon, spec.mean) == ("symmetric", 1e-5, TORCH.input.mean)
-    renamed = write(zoo, "h5", ours, "renamed.h5")
-    assert lungjax.create("tiny", f"file:{renamed}")[2].mean == KERAS.input.mean  # the only record with its names
+    assert identify.record_of(write(zoo, "h5", ours, "renamed.h5"), "tiny") == KERAS  # the only record with its names
     # The hub's files are all model.safetensors: the folder identifies them.
-    write(zoo / "tiny_torch", "safetensors", ours, "model.safetensors")
-    assert lungjax.create("tiny", f"file:{zoo}/tiny_torch/model.safetensors")[0].padding == "symmetric"
+    path = write(zoo / "tiny_torch", "safetensors", ours, "model.safetensors")
+    assert identify.record_of(path, "tiny") == TORCH
     (zoo / TORCH.filename).unlink()
     assert lungjax.create("tiny", "torch", weights_dir=zoo)[0].padding == "symmetric"
 
@@ -123,11 +115,10 @@ def test_other_class_count(zoo):
 
 def test_repeated_gray_is_the_same_network(zoo):
     write(zoo, "h5", leaves())
-    net, variables, spec = lungjax.create("tiny", weights_dir=zoo, channels=1)
-    color_net, color_variables, color_spec = lungjax.create("tiny", weights_dir=zoo)
-    assert (spec.channels, spec.mean, spec.network_channels) == (1, KERAS.input.mean, 3)
-    assert net == color_net
-    jax.tree.map(np.testing.assert_array_equal, variables, color_variables)
+    *gray, spec = lungjax.create("tiny", weights_dir=zoo, channels=1)
+    *color, color_spec = lungjax.create("tiny", weights_dir=zoo)
+    assert (spec.channels, spec.mean, spec.network_channels) == (1, KERAS.input.mean, 3) and gray[0] == color[0]
+    jax.tree.map(np.testing.assert_array_equal, gray[1], color[1])
     images = lungjax.preprocess(PHOTO, spec)
     np.testing.assert_array_equal(images, lungjax.preprocess(np.stack([PHOTO] * 3, -1), color_spec))
 
@@ -161,9 +152,6 @@ def test_fold_needs_equal_channels():
 
 
 def test_resolved_configuration(zoo):
-    config = resolved(weights="torch")
-    assert (config.model.padding, config.model.epsilon) == ("symmetric", 1e-5)
-    assert (config.input.mean, config.input.std) == (TORCH.input.mean, TORCH.input.std)
     for gray in ("repeat", "fold", "slice"):
         once = resolved(weights="half", gray=gray)
         assert load.resolve(once) == once
