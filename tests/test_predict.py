@@ -1,12 +1,14 @@
 """`lungjax.predict`: calibrated predictions of every kind of file; inputs that fail."""
 
 import csv
+import itertools
 import json
 import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import commands
-import folders
 import numpy as np
 import pytest
 import scans
@@ -48,16 +50,11 @@ def command(trained_run, tmp_path):
 
 
 @pytest.fixture
-def by_brightness(monkeypatch, tmp_path):
+def by_brightness(monkeypatch, command):
     """Runs the command with a model whose probability of "bright" is the mean gray level."""
-
-    def run(*paths, **flags):
-        models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
-        monkeypatch.setattr(model, "load", models.__getitem__)
-        flags = {"model": "model", "out": tmp_path / "out"} | flags
-        return commands.run(predict, *paths, *(f"--{k}={v}" for k, v in flags.items()), positional=("PATH...",))
-
-    return run
+    models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
+    monkeypatch.setattr(model, "load", models.__getitem__)
+    return partial(command, model="model")
 
 
 def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsys):
@@ -227,20 +224,16 @@ def test_unreadable_slices_are_counted(by_brightness, tmp_path):
 
 def test_damaged_dicom_headers(by_brightness, tmp_path):
     """Elements are converted on access: a changed value representation fails late, and with any type."""
-    paths = scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")
+    paths = [Path(path) for path in scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")]
     for path, old, new in (
         (paths[0], b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"),
         (paths[1], b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00FD"),
     ):
-        with open(path, "rb") as file:
-            data = file.read()
-        assert data.count(old) == 1
-        with open(path, "wb") as file:
-            file.write(data.replace(old, new))
+        assert path.read_bytes().count(old) == 1
+        path.write_bytes(path.read_bytes().replace(old, new))
     assert by_brightness(tmp_path / "in") == 1
     rows = table(tmp_path / "out/predictions.csv")
-    failed = {name for name, row in rows.items() if "damaged" in row["error"]}
-    assert failed == {os.path.basename(path) for path in paths[:2]}
+    assert {name for name, row in rows.items() if "damaged" in row["error"]} == {path.name for path in paths[:2]}
     assert sum(bool(row["predicted"]) for row in rows.values()) == 2
 
 
@@ -261,26 +254,20 @@ def test_odd_paths(trained_run, by_brightness, tmp_path):
 
 
 def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):
-    made = folders.rows(("a", "b"), 3, splits=("train", "val", "test"))
-    for i, row in enumerate(made):
-        rng = np.random.default_rng(i)
-        row["image"] = png(rng.integers(0, 4000, (40, 40), dtype=np.uint16))
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for row in made:
-        (folder / row["path"]).write_bytes(row["image"])
-    lines_ = ["path,label,split,group", *(f"{r['path']},{r['label']},{r['split']},{r['group']}" for r in made)]
-    (folder / "labels.csv").write_text("\n".join(lines_))
+    for i, (split, label) in enumerate(itertools.product(("train", "val", "test"), "ab")):
+        path = tmp_path / "in" / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(png(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
+    window, spec = (500.0, 1500.0), InputSpec(size=(16, 16))
     options = datasets.PrepareOptions()
-    datasets.write("folder/deep-16", folder, tmp_path / "data", options, quiet=True, window=(500.0, 1500.0))
+    datasets.write("folder/deep-16", tmp_path / "in", tmp_path / "data", options, quiet=True, window=window)
     data = datasets.open_dataset("folder/deep-16", tmp_path / "data")
-    spec = InputSpec(size=(16, 16))
-    description = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=(500.0, 1500.0))
+    description = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=window)
     reader = pipeline.Reader(data, spec)
     for number, name in enumerate(data.columns["file"].tolist()):
-        pixels, *_ = preprocess.picture(images.read((folder / name).read_bytes())[0], description)
+        pixels, *_ = preprocess.picture(images.read((tmp_path / "in" / name).read_bytes())[0], description)
         np.testing.assert_array_equal(pixels, reader(number))
-    with pytest.raises(ValueError, match="16-bit image.*--window=low,high"):
+    with pytest.raises(ValueError, match="--window=low,high"):
         preprocess.picture(np.zeros((20, 20), np.uint16), replace(description, window=None))
 
 
@@ -288,11 +275,11 @@ def test_records():
     point = {"threshold": 0.3, "sensitivity": 0.9, "specificity": 0.8}
     description = replace(METADATA, points={"slice": {"bright": {"youden": point}, "dark": {}}})
     record = records.record(description, "a.png", np.asarray([0.6, 0.4]), 1.25, ["strange"])
-    assert record["predicted"] == "dark" and record["decisions"] == {
-        "bright": {"called": True, "rule": "youden", "level": "slice", **point}
-    }
-    assert record["novelty"] == 1.25 and record["warnings"] == ["strange"]
+    assert record == {
+        "file": "a.png", "predicted": "dark", "probabilities": {"dark": 0.6, "bright": 0.4},
+        "decisions": {"bright": {"called": True, "rule": "youden", "level": "slice", **point}},
+        "novelty": 1.25, "warnings": ["strange"],
+    }  # fmt: skip
     series = records.summary(description, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
     assert series["probabilities"] == {"dark": 0.75, "bright": 0.25} and not series["decisions"]["bright"]["called"]
     assert series["files"] == 2 and "1 of 2 slices" in series["warnings"][0]
-    json.dumps([record, series], allow_nan=False)

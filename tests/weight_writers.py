@@ -1,6 +1,7 @@
 """Writes weight files of every format for a tiny network, by hand, and records that add it to the zoo."""
 
 import json
+import re
 import struct
 from dataclasses import replace
 
@@ -62,26 +63,16 @@ def leaves(model="tiny", classes=CLASSES, channels=3):
     return {path: draw(path, shape) for path, shape in leaf_shapes(module, (SIDE, SIDE, channels)).items()}
 
 
-# Our layer -> Keras's and timm's name.
-LAYERS = {
-    "stem_conv": ("stem_conv", "conv_stem"),
-    "stem_bn": ("stem_bn", "bn1"),
-    "stage1_block1/dwconv": ("block1a_dwconv", "blocks.0.0.conv_dw"),
-    "stage1_block1/bn": ("block1a_bn", "blocks.0.0.bn1"),
-    "stage1_block1/se/reduce": ("block1a_se_reduce", "blocks.0.0.se.conv_reduce"),
-    "stage1_block1/se/expand": ("block1a_se_expand", "blocks.0.0.se.conv_expand"),
-    "stage1_block1/project_conv": ("block1a_project_conv", "blocks.0.0.conv_pw"),
-    "stage1_block1/project_bn": ("block1a_project_bn", "blocks.0.0.bn2"),
-    "stage2_block1/expand_conv": ("block2a_expand_conv", "blocks.1.0.conv_pw"),
-    "stage2_block1/expand_bn": ("block2a_expand_bn", "blocks.1.0.bn1"),
-    "stage2_block1/dwconv": ("block2a_dwconv", "blocks.1.0.conv_dw"),
-    "stage2_block1/bn": ("block2a_bn", "blocks.1.0.bn2"),
-    "stage2_block1/project_conv": ("block2a_project_conv", "blocks.1.0.conv_pwl"),
-    "stage2_block1/project_bn": ("block2a_project_bn", "blocks.1.0.bn3"),
-    "top_conv": ("top_conv", "conv_head"),
-    "top_bn": ("top_bn", "bn2"),
-    "head/dense": ("predictions", "classifier"),
-}
+# Our layer -> timm's name.
+TIMM = {
+    "stem_conv": "conv_stem", "stem_bn": "bn1", "top_conv": "conv_head", "top_bn": "bn2", "head/dense": "classifier",
+    "stage1_block1/dwconv": "blocks.0.0.conv_dw", "stage1_block1/bn": "blocks.0.0.bn1",
+    "stage1_block1/se/reduce": "blocks.0.0.se.conv_reduce", "stage1_block1/se/expand": "blocks.0.0.se.conv_expand",
+    "stage1_block1/project_conv": "blocks.0.0.conv_pw", "stage1_block1/project_bn": "blocks.0.0.bn2",
+    "stage2_block1/expand_conv": "blocks.1.0.conv_pw", "stage2_block1/expand_bn": "blocks.1.0.bn1",
+    "stage2_block1/dwconv": "blocks.1.0.conv_dw", "stage2_block1/bn": "blocks.1.0.bn2",
+    "stage2_block1/project_conv": "blocks.1.0.conv_pwl", "stage2_block1/project_bn": "blocks.1.0.bn3",
+}  # fmt: skip
 KERAS_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance", "kernel": "kernel"}
 TORCH_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var", "kernel": "weight"}
 
@@ -94,7 +85,8 @@ def as_keras(ours):
         name = "bias" if leaf == "bias" and "bn" not in layer else KERAS_LEAVES[leaf]
         if layer.endswith("dwconv"):
             name, array = "depthwise_kernel", array.swapaxes(2, 3)
-        tensors[f"{LAYERS[layer][0]}/{name}"] = np.ascontiguousarray(array)
+        layer = re.sub(r"stage(\d)_block1/", r"block\1a_", layer.replace("head/dense", "predictions")).replace("/", "_")
+        tensors[f"{layer}/{name}"] = np.ascontiguousarray(array)
     return tensors
 
 
@@ -104,7 +96,7 @@ def as_timm(ours):
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        tensors[f"{LAYERS[layer][1]}.{TORCH_LEAVES[leaf]}"] = np.ascontiguousarray(array)
+        tensors[f"{TIMM[layer]}.{TORCH_LEAVES[leaf]}"] = np.ascontiguousarray(array)
     return tensors
 
 

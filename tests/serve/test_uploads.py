@@ -77,20 +77,14 @@ def png(width, height, *more, pixels=b"", kind=0):
     return images.SIGNATURE + header + b"".join(more) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
+GRAY, COLOR = picture(), picture((40, 50, 3))
 GOOD = (
-    (picture(), "PNG", {}),
-    (picture((40, 50, 3)), "PNG", {}),
-    (picture(), "JPEG", {}),
-    (picture((40, 50, 3)), "JPEG", {"exif": b"Exif\0\0II*\0" + b"\0" * 20, "icc_profile": b"x" * 300}),
-    (picture((40, 50, 3)), "JPEG", {"progressive": True, "comment": b"words"}),
-    (picture(), "TIFF", {}),
-    (picture((40, 50, 3)), "TIFF", {"compression": "tiff_adobe_deflate"}),
-    (picture((40, 50, 3)), "BMP", {}),
-    (picture(), "GIF", {}),
-    (picture((40, 50, 3)), "WEBP", {"lossless": True}),
-    (picture((40, 50, 3)), "JPEG2000", {}),
-    (picture(), "JPEG2000", {"no_jp2": True}),
-)
+    (GRAY, "PNG", {}), (COLOR, "PNG", {}), (GRAY, "JPEG", {}),
+    (COLOR, "JPEG", {"exif": b"Exif\0\0II*\0" + b"\0" * 20, "icc_profile": b"x" * 300}),
+    (COLOR, "JPEG", {"progressive": True, "comment": b"words"}), (GRAY, "TIFF", {}),
+    (COLOR, "TIFF", {"compression": "tiff_adobe_deflate"}), (COLOR, "BMP", {}), (GRAY, "GIF", {}),
+    (COLOR, "WEBP", {"lossless": True}), (COLOR, "JPEG2000", {}), (GRAY, "JPEG2000", {"no_jp2": True}),
+)  # fmt: skip
 
 
 def test_images_as_pillow_decodes_them():
@@ -128,9 +122,8 @@ def test_dicom_as_from_disk(tmp_path):
 
 
 def test_slice_of_another_plane():
-    data = scan(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[0, 0, 0])
-    assert refused(written(data))[:2] == (422, "plane")
-    assert uploads.read(written(data), LIMITS, plane="coronal").kind == "DICOM"
+    data = written(scan(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[0, 0, 0]))
+    assert refused(data)[:2] == (422, "plane") and uploads.read(data, LIMITS, plane="coronal").kind == "DICOM"
 
 
 def test_other_formats(monkeypatch):

@@ -84,11 +84,10 @@ def test_download_and_locate(host, cache, capsys):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LUNGJAX_WEIGHTS")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert download.cache_dir() == tmp_path / ".cache" / "lungjax" / "weights"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert download.cache_dir() == tmp_path / "x" / "lungjax" / "weights"
+    for name, folder in {"HOME": ".cache/lungjax/weights", "XDG_CACHE_HOME": "lungjax/weights"}.items():
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv(name, str(tmp_path))
+        assert download.cache_dir() == tmp_path / folder
 
 
 def test_interrupted_download(host, cache):

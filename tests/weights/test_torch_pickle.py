@@ -136,7 +136,7 @@ def test_files_without_tensors(tmp_path, write):
 
 
 def test_damaged_archives(tmp_path):
-    tree, raw = state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
+    path, tree, raw = tmp_path / "w", state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
     for stored, extra, message in (
         ({}, (), "missing"),
         (RAW | {"1": raw}, (), "of no tensor: 1"),
@@ -145,16 +145,14 @@ def test_damaged_archives(tmp_path):
         (RAW, ("more/data.pkl",), "2 files data.pkl"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_tensors(write_zip(tmp_path / "w", tree, stored, extra=extra))
-    content = write_zip(tmp_path / "w", tree, RAW).read_bytes()
-    for part in (0.3, 0.7, 0.99):
-        (tmp_path / "w").write_bytes(content[: int(part * len(content))])
-        with pytest.raises(ValueError, match="truncated or damaged"):
-            open_tensors(tmp_path / "w")
-    at = content.index(raw)
-    (tmp_path / "w").write_bytes(content[:at] + b"\x07" + content[at + 1 :])
+            open_tensors(write_zip(path, tree, stored, extra=extra))
+    content = write_zip(path, tree, RAW).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        open_tensors(path)
+    path.write_bytes(content.replace(raw, b"\x07" + raw[1:]))
     with pytest.raises(ValueError, match=r"a: damaged.*CRC"):
-        open_tensors(tmp_path / "w")["a"]
+        open_tensors(path)["a"]
 
 
 def test_damaged_streams(tmp_path):
