@@ -24,7 +24,7 @@ from absl import app, flags
 
 from lungjax import cli
 from lungjax.config import nearest
-from lungjax.config.metadata import NOTICE, Metadata
+from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
 from lungjax.runtime import environment
 
@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    model = replace(model, metadata=with_windows(model.metadata))
+    window = cli.read_window(FLAGS.window) if FLAGS.window else model.metadata.window
+    hu_windows = (cli.read_hu_window(FLAGS.hu_window),) if FLAGS.hu_window else model.metadata.hu_windows
+    model = replace(model, metadata=replace(model.metadata, window=window, hu_windows=hu_windows))
     gathered = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -85,13 +87,6 @@ def main(argv: list[str]) -> None:
         if len(failures) > MAX_LINES:
             print(f"  and {len(failures) - MAX_LINES} more, in {out / 'predictions.csv'}", file=sys.stderr)
         sys.exit(1)
-
-
-def with_windows(metadata: Metadata) -> Metadata:
-    """Returns the metadata with the windows of the flags."""
-    if FLAGS.window:
-        metadata = replace(metadata, window=cli.read_window(FLAGS.window))
-    return replace(metadata, hu_windows=(cli.read_hu_window(FLAGS.hu_window),)) if FLAGS.hu_window else metadata
 
 
 def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:

@@ -159,10 +159,8 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
         if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
         return archive.read(name)  # verifies its checksum
-    except KeyError:
-        raise ValueError(f"{path}: {name} is missing; export it again") from None
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: {name} is damaged ({error}); copy or export it again") from None
+    except (KeyError, zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
 
 
 def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:

@@ -72,7 +72,8 @@ class Service:
         self.metrics = Metrics()
         self.device = Device(model, self.metrics, settings.queue, settings.explains, on_failure)
         self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
-        self.budget = Budget(settings.upload_bytes, self.metrics.upload_bytes.set)
+        self.budget = Budget(settings.upload_bytes)
+        self.metrics.upload_bytes.set_function(lambda: self.budget.bytes)
         self.freed = 0  # bytes since the last `trim_memory`
 
     @contextlib.asynccontextmanager
@@ -158,7 +159,7 @@ class Service:
         except TimeoutError:
             raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
         finally:
-            self.budget.release(count)
+            self.budget.bytes -= count
             self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
             if self.freed >= TRIM_BYTES:
                 self.freed = 0
@@ -198,11 +199,9 @@ class Service:
         return JSONResponse({"model": model, "notice": NOTICE, "results": every, **more})
 
     def _rule(self, rule: str | None) -> str:
-        try:
-            if rule is not None:
-                records.check_rule(self.metadata, rule)
-        except ValueError:
-            raise UploadError(422, "rule", f"unknown rule: {nearest(rule or '', self.metadata.rules())}") from None
+        rules = self.metadata.rules()
+        if rule is not None and rules and rule not in rules:
+            raise UploadError(422, "rule", f"unknown rule: {nearest(rule, rules)}")
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class Device:
         self.ready = False
         self.failure: BaseException | None = None
         self._queues: dict[str, deque[_Entry]] = {"predict": deque(), "explain": deque()}
+        metrics.waiting.set_function(lambda: sum(map(len, self._queues.values())))
         self._change = asyncio.Event()
         self._stopping = False
 
@@ -75,12 +76,8 @@ class Device:
     def _enqueue(self, kind: str, entries: list[_Entry]) -> "list[asyncio.Future[Any]]":
         self.check(kind, len(entries))
         self._queues[kind].extend(entries)
-        self._count()
         self._change.set()
         return [entry.result for entry in entries]
-
-    def _count(self) -> None:
-        self.metrics.waiting.set(sum(map(len, self._queues.values())))
 
     async def run(self) -> None:
         """Compiles the model, then computes what is queued, until `stop`."""
@@ -93,12 +90,12 @@ class Device:
                 self.on_failure(error)
                 return
             self.ready = True
+            blank = np.zeros((1, *image_shape(self.model.metadata)), np.uint8)
             turn, cold = "predict", list(self.model.methods)[::-1]
             while not self._stopping or any(self._queues.values()):
                 if any(self._queues.values()):
                     turn = turn if self._queues[turn] else _other(turn)
                     entries = self._take(turn)
-                    self._count()
                     try:
                         results = await call(self._compute, turn, entries) if entries else []
                     except Exception as error:
@@ -109,16 +106,13 @@ class Device:
                             (entry.result.set_exception if failed else entry.result.set_result)(result)
                     turn = _other(turn)
                 elif cold:  # saliency maps are compiled while the service is idle, the default method first
-                    await call(self._warm, cold.pop())
+                    try:
+                        await call(self.model.maps, blank, np.zeros(1, np.int32), cold.pop())
+                    except Exception as error:
+                        self.on_failure(error)
                 else:
                     self._change.clear()
                     await self._change.wait()
-
-    def _warm(self, method: str) -> None:
-        try:
-            self.model.maps(np.zeros((1, *image_shape(self.model.metadata)), np.uint8), np.zeros(1, np.int32), method)
-        except Exception as error:
-            self.on_failure(error)
 
     def _take(self, kind: str) -> list[_Entry]:
         """Takes one saliency map, or the images of the largest batch size that the queue can fill."""

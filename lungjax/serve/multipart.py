@@ -37,7 +37,6 @@ class Budget:
     """Bytes of uploads in memory, of all requests together."""
 
     limit: int
-    on_change: Callable[[int], object]
     bytes: int = 0
 
     def add(self, count: int) -> None:
@@ -45,12 +44,6 @@ class Budget:
         if self.bytes + count > self.limit:
             raise UploadError(503, "memory", "too many uploads at once; try again in a second")
         self.bytes += count
-        self.on_change(self.bytes)
-
-    def release(self, count: int) -> None:
-        """Counts bytes of uploads that were freed."""
-        self.bytes -= count
-        self.on_change(self.bytes)
 
 
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:
@@ -76,7 +69,7 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
             start = asyncio.get_running_loop().time()
             return await parse(request, chunks(), settings.files), count
     except BaseException as error:
-        budget.release(count)
+        budget.bytes -= count
         if isinstance(error, TimeoutError):
             raise UploadError(408, "slow", "the request body arrived too slowly") from None
         if isinstance(error, MultiPartException):
