@@ -61,7 +61,6 @@ class Model:
 
     metadata: Metadata
     format: str  # run, pyz or onnx
-    platform: str  # cpu, gpu or tpu
     batch_size: int  # largest batch
     methods: tuple[str, ...]  # of `explain`; empty if the format has no saliency maps
     forward: Forward
@@ -165,17 +164,16 @@ def load(path: str | Path) -> Model:
         return _load_run(place)
     if not place.exists():
         raise ValueError(f"{path}: no such file or folder")
-    backend = jax.default_backend()
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
-        size = folding.batch_size(Config(input=program.metadata.input), 1, backend)
+        size = folding.batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
         return Model(
-            program.metadata, "pyz", backend, size, ("gradcam",), program.outputs,
+            program.metadata, "pyz", size, ("gradcam",), program.outputs,
             lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
-        return Model(session.metadata, "onnx", "cpu", folding.CPU_BATCH, (), session.outputs)
+        return Model(session.metadata, "onnx", folding.CPU_BATCH, (), session.outputs)
     raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
 
 
@@ -213,7 +211,7 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
 
 def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
-    spec, backend = network.config.input, jax.default_backend()
+    spec = network.config.input
     folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
     variables = folded.fold(network.variables)
 
@@ -225,13 +223,9 @@ def _load_run(workdir: Path) -> Model:
     explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
     # CAM methods have one value per cell of the last map: a single cell would give a uniform map.
     useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
+    methods = tuple(method for method in saliency.METHODS if method not in useless)
+    size = folding.batch_size(network.config, 1, jax.default_backend())
     return Model(
-        description,
-        "run",
-        backend,
-        folding.batch_size(network.config, 1, backend),
-        tuple(method for method in saliency.METHODS if method not in useless),
-        lambda pixels: compiled(variables, pixels),
-        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0],
-        network,
-    )
+        description, "run", size, methods, lambda pixels: compiled(variables, pixels),
+        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], network,
+    )  # fmt: skip

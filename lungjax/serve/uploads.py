@@ -54,7 +54,6 @@ class Upload:
     """One decoded file."""
 
     pixels: np.ndarray  # uint8 or uint16, [H, W] or [H, W, 3]
-    kind: str  # Pillow's name of the format, or DICOM
     series: str = ""  # SeriesInstanceUID and PatientID of a CT slice, only for grouping
 
 
@@ -112,7 +111,7 @@ def read(
         if kind == "JPEG2000":
             _check_jpeg2000(data, limits)
         _check_header(data, kind, limits)
-        return Upload(images.read(data, (kind,))[0], kind)
+        return Upload(images.read(data, (kind,))[0])
     except UploadError:
         raise
     except Image.DecompressionBombError:
@@ -182,13 +181,13 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             raise UploadError(422, "aside", f"no image of the patient ({header.aside})")
         check_size(header.size[1], header.size[0], limits)
         if header.modality in dicom.XRAYS:
-            return Upload(images.decode(dicom.xray(file), None, ("PNG",)), "DICOM")
+            return Upload(images.decode(dicom.xray(file), None, ("PNG",)))
         own = dicom.series([header]).plane
         if header.orientation is not None and own != plane:
             raise UploadError(422, "plane", f"a {own} slice, but this model is for {plane} ones, see lungjax.predict")
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
-        return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), "DICOM", series)
+        return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), series)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except UploadError:

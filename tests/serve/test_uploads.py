@@ -95,7 +95,7 @@ def test_images_as_pillow_decodes_them():
         upload, decoded = read(data), Image.open(io.BytesIO(data))
         expected = np.asarray(decoded.convert("L") if form == "GIF" else decoded)
         np.testing.assert_array_equal(upload.pixels, expected)
-        assert upload.pixels.dtype == expected.dtype and upload.kind == form and upload.series == ""
+        assert upload.pixels.dtype == expected.dtype and upload.series == ""
 
 
 def test_series_and_patients():
@@ -113,7 +113,7 @@ def test_dicom_as_from_disk(tmp_path):
         expected = dicom.picture(path, ((-600.0, 1500.0),)) if modality == "CT" else dicom.xray(path)
         upload = read(written(data))
         np.testing.assert_array_equal(upload.pixels, images.decode(expected, None))
-        assert upload.kind == "DICOM" and bool(upload.series) == (modality == "CT")
+        assert bool(upload.series) == (modality == "CT")
     plain, deflated, compressed = read(written(scan())).pixels, scan(), scan()
     deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     compressed.compress(RLELossless, generate_instance_uid=False)
@@ -123,7 +123,7 @@ def test_dicom_as_from_disk(tmp_path):
 
 def test_slice_of_another_plane():
     data = written(scan(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[0, 0, 0]))
-    assert refused(data)[:2] == (422, "plane") and uploads.read(data, LIMITS, plane="coronal").kind == "DICOM"
+    assert refused(data)[:2] == (422, "plane") and uploads.read(data, LIMITS, plane="coronal").series
 
 
 def test_other_formats(monkeypatch):
@@ -227,7 +227,7 @@ from lungjax.serve import uploads
 logging.basicConfig()  # a handler, as a server has one
 uploads.quiet()
 assert "pydicom" not in sys.modules
-print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).kind)
+print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).pixels.shape)
 """
 
 
@@ -239,7 +239,7 @@ def test_first_dicom_of_a_process_logs_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", QUIET, tmp_path / "scan.dcm"], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "DICOM\n" and done.stderr == "" and uid not in done.stdout
+    assert done.stdout == "(24, 32)\n" and done.stderr == "" and uid not in done.stdout
 
 
 def test_slow_jpeg():
