@@ -60,8 +60,8 @@ def by_brightness(monkeypatch, command):
 def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsys):
     assert command(trained_run.images) == 0
     rows, description = table(tmp_path / "out/predictions.csv"), metadata.read(trained_run.workdir / "model.json")
-    val = predictions.read(trained_run.workdir / "predictions_val.csv")
-    for saved in (predictions.read(trained_run.workdir / "predictions_test.csv"), val):
+    for split in ("val", "test"):
+        saved = predictions.read(trained_run.workdir / f"predictions_{split}.csv")
         expected = special.softmax(saved.logits / description.temperature, axis=1)
         for name, p in zip(saved.ids.tolist(), expected, strict=True):
             np.testing.assert_allclose([float(rows[name][f"p_{c}"]) for c in CLASSES], p, atol=2e-6)
@@ -70,10 +70,6 @@ def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsy
                 threshold = description.points["slice"][c]["youden"]["threshold"]
                 called = "yes" if value > threshold else "no"
                 assert abs(value - threshold) < 1e-6 or rows[name][f"called_{c}"] == called
-    # The temperature minimizes the cross-entropy on val.
-    scales = description.temperature * np.asarray([0.97, 1.0, 1.03])
-    losses = [-special.log_softmax(val.logits / t, axis=1)[np.arange(len(val)), val.labels].mean() for t in scales]
-    assert losses[1] <= min(losses) or description.temperature in (0.05, 20.0)
     assert "36 images" in capsys.readouterr().out
     files = [record["file"].rpartition("/")[2] for record in lines(tmp_path / "out/predictions.jsonl")]
     assert files == list(rows)
@@ -157,9 +153,9 @@ def test_volumes_are_cut_like_training_images(tmp_path):
         ({"plane": "sagittal", "position": "mid"}, level[::-1, :, 4]),
         ({"position": "mid"}, level[3]),
     ):
-        gathered = inputs.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], replace(METADATA, **fields))
-        assert len(gathered.items) == 2 and not gathered.failures
-        for item in gathered.items:
+        sources = inputs.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], replace(METADATA, **fields))
+        assert len(sources.items) == 2 and not sources.failures
+        for item in sources.items:
             np.testing.assert_array_equal(item.read(), expected)
 
 
@@ -201,12 +197,12 @@ def test_lists_name_patients_of_volumes(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
     rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
     (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
-    gathered = inputs.gather([str(tmp_path / "a.csv")], METADATA)
-    assert {item.series for item in gathered.items} == {"anna", "bert", "1"} and len(gathered.items) == 9
+    sources = inputs.gather([str(tmp_path / "a.csv")], METADATA)
+    assert {item.series for item in sources.items} == {"anna", "bert", "1"} and len(sources.items) == 9
     (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
     both = inputs.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], METADATA)
     assert len([series for series in both.series if series.endswith(": 1")]) == 2  # two patients with that name
-    assert len(both.failures) == 1 and "given before" in both.failures[0][1]  # one.png as another patient
+    assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png as another patient
 
 
 def test_unreadable_slices_are_counted(by_brightness, tmp_path):

@@ -100,8 +100,7 @@ def as_timm(ours):
     return tensors
 
 
-def write_safetensors(path, arrays, header=lambda fields: fields):
-    """Writes a file; `header` changes its header, a dict, into another dict or bytes."""
+def write_safetensors(path, arrays):
     types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "bool": "BOOL"}
     fields, data = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
@@ -109,8 +108,7 @@ def write_safetensors(path, arrays, header=lambda fields: fields):
         offsets = [len(data), len(data) + len(raw)]
         fields[name] = {"dtype": types[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
         data += raw
-    text = header(fields)
-    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    text = json.dumps(fields).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 

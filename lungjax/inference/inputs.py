@@ -107,7 +107,7 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
         if place in series_by_path:
             if series_by_path[place] != series:
                 before = f"of {series_by_path[place]!r}" if series_by_path[place] else "without a patient"
-                inputs.failures.append((str(path), f"given before, {before}, and predicted as that"))
+                inputs.failures.append((str(path), f"duplicate; predicted as the first one, {before}"))
             continue
         series_by_path[place] = series
         try:

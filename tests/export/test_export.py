@@ -95,18 +95,6 @@ def test_outputs_at_any_batch_size(small, exported):
         np.testing.assert_allclose(outputs["features"], features, atol=1e-5)
 
 
-def test_load_pyz(pyz, exported):
-    model, array = lungjax.load(pyz), np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
-    assert model.metadata == METADATA and model.format == "pyz" and model.methods == ("gradcam",)
-    pixels = model.prepare(array).pixels[None]
-    for key in ("logits", "features"):
-        np.testing.assert_allclose(getattr(model, key)(array), exported.outputs(pixels)[key], atol=1e-6)
-    np.testing.assert_allclose(model.explain(array, [2]), exported.gradcam(pixels, np.asarray([2])), atol=1e-6)
-    assert lungjax.load(pyz.parent).metadata == METADATA  # the folder with the file
-    with pytest.raises(ValueError, match="gradcam"):
-        model.explain(array, method="occlusion")
-
-
 def small_maps(small, pixels, targets):
     explainer = saliency.Explainer(small.module, small.variables, SPEC, small.metadata.positive)
     return explainer.maps(pixels, None if targets is None else np.asarray(targets))[0]
@@ -287,12 +275,14 @@ def test_atomic_folder(tmp_path):
 def test_command(trained_run, tmp_path, capsys):
     assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
     assert re.search(r"model\.pyz: \d\.\d MiB in \d+ s; logits within \de-0\d", capsys.readouterr().out)
-    run, exported = lungjax.load(trained_run.workdir), lungjax.load(tmp_path / "model.pyz")
+    run, exported = lungjax.load(trained_run.workdir), lungjax.load(tmp_path)  # the folder with the file
     paths = sorted(trained_run.images.glob("*.png"))[:3]
-    assert exported.metadata == run.metadata
+    assert exported.metadata == run.metadata and exported.methods == ("gradcam",)
     np.testing.assert_allclose(exported.logits(paths), run.logits(paths), atol=1e-5)
     np.testing.assert_allclose(exported.features(paths), run.features(paths), atol=1e-5)
     np.testing.assert_allclose(exported.explain(paths), run.explain(paths), atol=1e-4)
+    with pytest.raises(ValueError, match="gradcam"):
+        exported.explain(paths, method="occlusion")
 
 
 def test_command_errors(monkeypatch, tmp_path, capsys):

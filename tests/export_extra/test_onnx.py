@@ -20,7 +20,7 @@ from random_weights import random_variables
 
 import lungjax
 from lungjax import models
-from lungjax.config import HeadConfig, InputSpec, ModelConfig
+from lungjax.config import InputSpec, ModelConfig
 from lungjax.config.metadata import Metadata
 from lungjax.export import onnx as onnx_export
 from lungjax.export import triton
@@ -72,15 +72,6 @@ def test_file_equals_network(name, tmp_path):
     np.testing.assert_allclose(outputs["probabilities"], expected["probabilities"], atol=allowed)
     tensor = onnx.load(path).graph.input[0].type.tensor_type
     assert tensor.elem_type == onnx.TensorProto.UINT8 and tensor.shape.dim[0].dim_param == "B"
-
-
-def test_sigmoid_head(tmp_path):
-    functions = make("xray_cnn", classes=2, positive=0, head=HeadConfig(pool="flatten", output="sigmoid"))
-    session = artifacts.read_onnx(onnx_export.write(functions, tmp_path)[0])
-    pixels = functions.sample(2)
-    outputs, expected = session.outputs(pixels), functions.reference(pixels)
-    np.testing.assert_allclose(outputs["logits"], expected["logits"], atol=1e-5)
-    assert not expected["logits"][:, 1].any() and expected["logits"][:, 0].any()
 
 
 def test_load_onnx(small, tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
-from lungjax.data.imaging import dicom, dicom_frames, images
+from lungjax.data.imaging import dicom, images
 from lungjax.serve import uploads
 from lungjax.serve.uploads import Limits, UploadError
 
@@ -248,8 +248,6 @@ def test_slow_jpeg():
     assert "segments" in refused(many)[2]
     at = data.index(b"\xff\xda")
     assert "scans" in refused(data[:at] + data[at:-2] * 101 + data[-2:])[2]
-    for form, options in (("JPEG", {}), ("JPEG2000", {"no_jp2": True})):
-        assert dicom_frames.codestream_size(saved(picture((30, 70)), form, **options)) == (30, 70)
 
 
 def test_dicom_codestream_size(monkeypatch):

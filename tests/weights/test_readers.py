@@ -1,7 +1,5 @@
 """Weight files are recognized by content, read one array at a time, and refused with a reason if damaged."""
 
-import json
-import struct
 import zipfile
 
 import h5py
@@ -55,28 +53,6 @@ def test_safetensors_dtypes(tmp_path):
     for name, array in arrays.items():
         assert tensors[name].dtype == array.dtype
         np.testing.assert_array_equal(tensors[name], array)
-
-
-def test_damaged_safetensors_headers(tmp_path):
-    def change(**fields):
-        return lambda header: header | {"b": header["b"] | fields}
-
-    arrays = {"a": np.ones(3, np.float32), "b": np.ones(4, np.float32)}
-    for header in (
-        change(data_offsets=[12, 40]), change(data_offsets=[10, 26]),  # overlaps
-        change(data_offsets=[16, 32]),  # leaves a gap
-        change(shape=[40], data_offsets=[12, 172]), change(shape=[3], data_offsets=[12, 24]),
-        change(shape=[-4]), change(dtype="F31"), change(data_offsets=7),
-        lambda header: header | {"c": None}, lambda header: [1], lambda header: b'{"a": ' * 99999,
-        lambda header: json.dumps(header).encode()[:-1] + b', "a": {}}',  # a twice
-        lambda header: b'{"a": \xff}',
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="/bad: "):
-            open_tensors(write_safetensors(tmp_path / "bad", arrays, header))
-    for length in (1 << 60, 5000):
-        (tmp_path / "bad").write_bytes(struct.pack("<Q", length) + b"{}" * 50)
-        with pytest.raises(ValueError, match="/bad: .*header"):
-            open_tensors(tmp_path / "bad")
 
 
 def test_npz_objects_and_damage(tmp_path):
