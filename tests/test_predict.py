@@ -118,17 +118,13 @@ def test_failed_inputs_are_listed(trained_run, command, tmp_path, capsys):
 def test_usage_errors(trained_run, command, tmp_path, capsys):
     image = trained_run.images / "p000.png"
     for flags, code, word in (
-        ({"model": ""}, 1, "--model=RUN is missing"),
-        ({"model": tmp_path / "none"}, 2, "no such file or folder"),
-        ({"model": tmp_path}, 2, "no trained run"),
-        ({"model": image}, 2, "not a model"),
-        ({"rule": "yuden"}, 2, "the nearest: youden"),
+        ({"model": ""}, 1, "--model=RUN is missing"), ({"model": tmp_path / "none"}, 2, "no such file or folder"),
+        ({"model": tmp_path}, 2, "no trained run"), ({"model": image}, 2, "not a model"),
+        ({"rule": "yuden"}, 2, "the nearest: youden"), ({"hu_window": "40"}, 2, "--hu_window=40"),
         ({"explain": True, "method": "gradcam+"}, 2, "the nearest: gradcam"),
         ({"gate": trained_run.workdir, "gate_class": "lefty"}, 2, "the nearest: left"),
-        ({"group_pattern": "("}, 2, "regular expression"),
-        ({"group_pattern": "p"}, 2, "parentheses"),
-        ({"hu_window": "40"}, 2, "--hu_window=40"),
-    ):
+        ({"group_pattern": "("}, 2, "regular expression"), ({"group_pattern": "p"}, 2, "parentheses"),
+    ):  # fmt: skip
         assert command(image, **flags) == code
         output = capsys.readouterr()
         assert word in output.out + output.err, word

@@ -145,18 +145,11 @@ def test_preprocess_files_and_boxes(tmp_path):
 
 def test_preprocess_errors():
     for images, word in (
-        (np.zeros((9, 9, 4), np.uint8), r"image 0: shape \(9, 9, 4\)"),
-        ([np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9, 4), np.uint8)], "image 1"),
-        (np.zeros((2, 9, 9, 4), np.uint8), "shape"),
-        ([np.zeros((0, 9), np.uint8)], "shape"),
-        (np.ones((9, 9)), "float64 from 1 to 1"),
-        (np.full((9, 9), 300.0), "from 300 to 300"),
-        (np.full((9, 9), np.nan), "nan"),
-        (np.full((9, 9), -1.0), "from -1"),
-        (np.zeros((9, 9), np.uint16), "16-bit"),
-        ([], "no image"),
-        ("absent.png", "absent.png"),
-        (__file__, "test_api.py"),
-    ):
+        ([np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9, 4), np.uint8)], r"image 1: shape \(9, 9, 4\)"),
+        (np.zeros((2, 9, 9, 4), np.uint8), "shape"), ([np.zeros((0, 9), np.uint8)], "shape"),
+        (np.ones((9, 9)), "float64 from 1 to 1"), (np.full((9, 9), 300.0), "from 300 to 300"),
+        (np.full((9, 9), np.nan), "nan"), (np.full((9, 9), -1.0), "from -1"), (np.zeros((9, 9), np.uint16), "16-bit"),
+        ([], "no image"), ("absent.png", "absent.png"), (__file__, "test_api.py"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             lungjax.preprocess(images, InputSpec(size=(8, 8), channels=3))

@@ -107,13 +107,10 @@ def test_list_command(capsys):
 def test_command_errors(tmp_path, capsys):
     (tmp_path / "w.h5").write_bytes(b"<html>")
     for arguments, code, message in (
-        ((), 1, "--list"),
-        (("--list", "more"), 1, "'more'"),
-        (("--list", "--match=vgg99"), 2, "vgg99"),
-        (("--list", "--match=("), 2, "regular expression"),
-        (("--fetch=vgg17",), 2, "vgg17"),
+        ((), 1, "--list"), (("--list", "more"), 1, "'more'"), (("--list", "--match=vgg99"), 2, "vgg99"),
+        (("--list", "--match=("), 2, "regular expression"), (("--fetch=vgg17",), 2, "vgg17"),
         ((f"--check={tmp_path}/w.h5",), 2, "web page"),
-    ):
+    ):  # fmt: skip
         assert commands.run(command, *arguments) == code
         output = capsys.readouterr()
         assert message in output.out + output.err

@@ -106,8 +106,6 @@ def test_crafted_pickles_are_refused(tmp_path, write):
             assert not marker.exists(), (attack, place)
     # Refused files leave nothing behind.
     np.testing.assert_array_equal(open_tensors(write(tmp_path / "w.pth", good, RAW))["a"], NUMBERS)
-    with pytest.raises(ValueError, match=r"os\.system"):
-        open_tensors(write(tmp_path / "w", attacks(marker)["os.system"], {}))
 
 
 @BOTH
