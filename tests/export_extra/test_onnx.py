@@ -85,8 +85,8 @@ def test_load_onnx(small, tmp_path):
 
 def test_damaged_foreign_and_large_files(small, tmp_path, monkeypatch):
     path = onnx_export.write(small, tmp_path)[0]
-    model, data = onnx.load(path), path.read_bytes()
-    (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
+    model = onnx.load(path)
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:999])
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     for name, word in (("cut", "can't read it"), ("foreign", "not from lungjax.export")):

@@ -162,10 +162,9 @@ def test_full_queue_and_too_many_requests():
         for thread in (*first, *threads):
             thread.join()
         assert {answer[0] for answer in answers} == {200}
-        sockets = []
-        for _ in range(7):
-            sockets.append(socket.create_connection(("127.0.0.1", service.port)))
-            sockets[-1].sendall(HEAD + b"Content-Length: 9\r\n\r\n")
+        sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(7)]
+        for one in sockets:
+            one.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
         wait_for(lambda: service.metric("lungjax_running_requests") > 6)
         assert service.post("/predict", ("a", flat(1)))[0] == 503
         assert service.ask("GET", "/health")[0] == 200

@@ -49,9 +49,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def host():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.requests, server.content, server.limit, server.etag = [], CONTENT, 1 << 60, '"one"'
-    server.ranges, server.status = True, 200
+    vars(server).update(url=f"http://127.0.0.1:{server.server_port}", requests=[], content=CONTENT, limit=1 << 60)
+    vars(server).update(etag='"one"', ranges=True, status=200)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield server
@@ -164,11 +163,10 @@ def test_files_in_other_folders(tmp_path, monkeypatch):
         path.write_bytes(CONTENT)
         assert download.locate(record, folder) == path
         path.unlink()
-    package = tmp_path / "site" / "some_model_package" / "models"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").write_text("raise RuntimeError('searched, never imported')")
-    path = package / "efficientnet-lite0-57934424.pth"
+    path = tmp_path / "site" / "some_model_package" / "models" / "efficientnet-lite0-57934424.pth"
+    path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
+    (path.parents[1] / "__init__.py").write_text("raise RuntimeError('searched, never imported')")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     lite = replace(catalogue.find("efficientnet_lite0"), package="some_model_package")
     record = replace(lite, checksum=f"sha256:{SHA256}")

@@ -24,25 +24,24 @@ def test_truncated_files(tmp_path, write):
 
 
 def test_other_files(tmp_path):
+    path = tmp_path / "w.h5"
     for content, message in (
-        (b"", "the file is empty"),
-        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"", "the file is empty"), (b"\n<!DOCTYPE html><html>", "a web page"), (b"\x80\x04K\x01.", "a pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
-        (b"\x80\x04K\x01.", "a pickle"),
         (b"GIF89a" + bytes(99), "not a weight file"),
-    ):
-        (tmp_path / "w.h5").write_bytes(content)
+    ):  # fmt: skip
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=f"w.h5: {message}.*safetensors, .npz, .h5 .*.pth"):
-            open_tensors(tmp_path / "w.h5")
-    for path, message in ((tmp_path, "a folder"), (tmp_path / "absent", "no such file")):
-        with pytest.raises(ValueError, match=message):
             open_tensors(path)
     for names, message in ((["photo.png"], "neither npz nor .pth"), (["config.json", "model.weights.h5"], "Keras 3")):
-        with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        with zipfile.ZipFile(path, "w") as archive:
             for name in names:
                 archive.writestr(name, b"")
         with pytest.raises(ValueError, match=message):
-            open_tensors(tmp_path / "w.zip")
+            open_tensors(path)
+    for other, message in ((tmp_path, "a folder"), (tmp_path / "absent", "no such file")):
+        with pytest.raises(ValueError, match=message):
+            open_tensors(other)
 
 
 def test_safetensors_dtypes(tmp_path):
