@@ -291,14 +291,12 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(sys.modules, module, None)
     given = f"--workdir={tmp_path}"
     for flags, code, word in (
-        ([], 1, "--workdir=RUN is missing"),
-        ([given, "--format="], 1, "--format is empty"),
-        ([given, "--format=onx"], 2, "the nearest: onnx"),
+        ([], 1, "--workdir=RUN is missing"), ([given, "--format="], 1, "--format is empty"),
+        ([given, "--format=onx"], 2, "the nearest: onnx"), ([given], 2, "no trained run"),
         ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),
-        ([given], 2, "no trained run"),
-    ):
+    ):  # fmt: skip
         assert commands.run(export, *flags) == code
         output = capsys.readouterr()
         assert word in output.out + output.err

@@ -125,9 +125,6 @@ def test_openapi_and_docs(service):
     assert "/explain" in text and "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
 
 
-# Batches
-
-
 def test_batches_and_saliency_maps_alternate():
     with running() as service:
         model = service.model

@@ -23,9 +23,6 @@ def service():
         yield made
 
 
-# Limits
-
-
 @pytest.fixture(scope="module")
 def strict():
     file = uploads.Limits(bytes=5000, pixels=10_000, side=500)
@@ -39,12 +36,9 @@ def test_limits_of_a_request(strict):
     chunk = b"1000\r\n" + bytes(4096) + b"\r\n"
     assert raw(strict, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk, b"0\r\n\r\n")[0] == 413
     for files, status in (
-        ([bytes(6000)], 413),
-        ([np.random.default_rng(0).bytes(3000)] * 3, 413),
-        ([flat(1)] * 4, 413),
-        ([flat(1)] * 3, 200),
-        ([flat(1, (10, 600))], 413),
-    ):
+        ([bytes(6000)], 413), ([np.random.default_rng(0).bytes(3000)] * 3, 413), ([flat(1)] * 4, 413),
+        ([flat(1)] * 3, 200), ([flat(1, (10, 600))], 413),
+    ):  # fmt: skip
         assert strict.post("/predict", *(("a", data) for data in files))[0] == status
     assert strict.metric("lungjax_upload_bytes") == 0
     assert strict.metric('lungjax_refused_total{reason="bytes"}') >= 3
@@ -119,9 +113,6 @@ def test_disconnected_clients(service):
     assert service.state.budget.bytes == 0 and service.post("/predict", ("a", flat(1)))[0] == 200
 
 
-# Access
-
-
 def test_token():
     with running(token=TOKEN) as service:
         right = {"authorization": f"Bearer {TOKEN}"}
@@ -158,9 +149,6 @@ def test_host_names_of_a_public_service():
     with running(host="0.0.0.0", names=("scanner.example",)) as service:
         for host, status in (("10.0.0.7:8000", 200), ("scanner.example", 200), ("evil.example", 421)):
             assert service.ask("GET", "/model", host=host)[0] == status
-
-
-# Privacy
 
 
 def test_memory_of_uploads_is_returned(monkeypatch):

@@ -78,17 +78,14 @@ def test_file_recognized_by_checksum(zoo, monkeypatch):
 
 def test_unknown_missing_or_forbidden_sources(zoo):
     for name, weights, message in (
-        ("tinny", "imagenet", "model.name='tinny'.*nearest: .*tiny"),
+        ("tinny", "imagenet", "model.name='tinny'.*nearest: .*tiny"), ("tiny", "keras5", "nearest: .*keras"),
         ("tiny", "imagnet", "model.weights='imagnet': allowed are none, imagenet, .*nearest: .*imagenet"),
-        ("tiny", "keras5", "nearest: .*keras"),
-        ("tiny", "wide.keras", "model.weights='wide.keras': allowed are"),
+        ("tiny", "wide.keras", "model.weights='wide.keras': allowed are"), ("tiny", "file:absent.h5", "no such file"),
         ("cbr_small", "imagenet", "--experiment=imagenet_pretrain:model=cbr_small"),
-        ("tiny", "run:nowhere", "no trained run in nowhere"),
-        ("tiny", "file:absent.h5", "no such file"),
+        ("tiny", "run:nowhere", "no trained run in nowhere"), ("tiny", "meanvar:own", "commercial"),
         ("tiny", "imagenet", r"tiny.h5 is not on this machine.*--set=model.weights=none"),
         ("tiny", "own", "cc-by-nc-4.0 .*--set=model.noncommercial=True"),
-        ("tiny", "meanvar:own", "commercial"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             lungjax.create(name, weights)
     assert load.parse(ModelConfig(name="tiny", weights="own", noncommercial=True)).record.name == "tiny.own"

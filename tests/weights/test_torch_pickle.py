@@ -124,11 +124,9 @@ def test_tensors_outside_their_storage(tmp_path, write):
 def test_files_without_tensors(tmp_path, write):
     text_parameter = call(name("torch._utils", "_rebuild_parameter"), text("0"), b"\x88", b"}")
     for tree, message in (
-        (state_dict({}), "no tensors by name"),
-        (row(text("a")), "no tensors by name"),
-        (mapping(epoch=number(3)), "not tensors: 'epoch'"),
-        (state_dict({"a": text_parameter}), "not tensors"),
-    ):
+        (state_dict({}), "no tensors by name"), (row(text("a")), "no tensors by name"),
+        (mapping(epoch=number(3)), "not tensors: 'epoch'"), (state_dict({"a": text_parameter}), "not tensors"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_tensors(write(tmp_path / "w", tree, {}))
 
@@ -136,12 +134,9 @@ def test_files_without_tensors(tmp_path, write):
 def test_damaged_archives(tmp_path):
     path, tree, raw = tmp_path / "w", state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
     for stored, extra, message in (
-        ({}, (), "missing"),
-        (RAW | {"1": raw}, (), "of no tensor: 1"),
-        ({"0": raw[:-4]}, (), "expected 96 bytes, got 92"),
-        (RAW, ("constants.pkl",), "TorchScript"),
-        (RAW, ("more/data.pkl",), "2 files data.pkl"),
-    ):
+        ({}, (), "missing"), (RAW | {"1": raw}, (), "of no tensor: 1"), ({"0": raw[:-4]}, (), "96 bytes, got 92"),
+        (RAW, ("constants.pkl",), "TorchScript"), (RAW, ("more/data.pkl",), "2 files data.pkl"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_tensors(write_zip(path, tree, stored, extra=extra))
     content = write_zip(path, tree, RAW).read_bytes()
