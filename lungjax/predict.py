@@ -24,7 +24,7 @@ from absl import app, flags
 
 from lungjax import cli
 from lungjax.config import nearest
-from lungjax.config.metadata import NOTICE, Metadata
+from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
 from lungjax.runtime import environment
 
@@ -71,12 +71,14 @@ def main(argv: list[str]) -> None:
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    model = replace(model, metadata=with_windows(model.metadata))
-    gathered = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
+    window = cli.read_window(FLAGS.window) if FLAGS.window else model.metadata.window
+    hu_windows = (cli.read_hu_window(FLAGS.hu_window),) if FLAGS.hu_window else model.metadata.hu_windows
+    model = replace(model, metadata=replace(model.metadata, window=window, hu_windows=hu_windows))
+    sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # no file of an earlier call next to the new ones
-    failures = predict(model, gathered, out, gate)
+    failures = predict(model, sources, out, gate)
     print(f"Written to {out}. {NOTICE}")
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
@@ -87,23 +89,16 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def with_windows(metadata: Metadata) -> Metadata:
-    """Returns the metadata with the windows of the flags."""
-    if FLAGS.window:
-        metadata = replace(metadata, window=cli.read_window(FLAGS.window))
-    return replace(metadata, hu_windows=(cli.read_hu_window(FLAGS.hu_window),)) if FLAGS.hu_window else metadata
-
-
-def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
+def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
     """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
 
-    `model` and `gate`, which decides what volumes are predicted, are `inference.model.Model`, `gathered` is
+    `model` and `gate`, which decides what volumes are predicted, are `inference.model.Model`, `sources` is
     `inputs.Inputs`.
     """
     metadata = model.metadata
-    judged = judge_volumes(gate, gathered) if gate else {}
-    rejected = {series: record["error"] for series, record in judged.items() if "error" in record}
-    failures = [*gathered.failures, *rejected.items()]
+    verdicts = judge_volumes(gate, sources) if gate else {}
+    rejected = {series: record["error"] for series, record in verdicts.items() if "error" in record}
+    failures = [*sources.failures, *rejected.items()]
     counts: Counter[str] = Counter()
     probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
@@ -111,9 +106,9 @@ def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tupl
     file_names: set[str] = set()
     columns = records.columns(metadata)
     with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"]) as write:
-        for name, why in gathered.failures:
+        for name, why in sources.failures:
             write(records.failure(name, why))
-        for item, result, p in predictions(model, [i for i in gathered.items if i.series not in rejected]):
+        for item, result, p in predictions(model, [i for i in sources.items if i.series not in rejected]):
             if isinstance(result, str):
                 failures.append((item.name, result))
                 write({**records.failure(item.name, result), "series": item.series})
@@ -134,18 +129,18 @@ def predict(model: Any, gathered: Any, out: Path, gate: Any = None) -> list[tupl
         print(f"... and {total - MAX_LINES:,} more")
     if counts:
         print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
-    if gathered.skipped:
-        print(f"Skipped {gathered.skipped} DICOM objects without an image of the patient")
-    if gathered.series:
+    if sources.skipped:
+        print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
+    if sources.series:
         with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"]) as write:
-            for series in gathered.series:
+            for series in sources.series:
                 if series not in probabilities:
-                    write({"series": series, "error": "none of its slices could be read"} | judged.get(series, {}))
+                    write({"series": series, "error": "none of its slices could be read"} | verdicts.get(series, {}))
                     continue
                 rows, missing = np.stack(probabilities[series]), unreadable[series]
-                notes = [*gathered.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
+                notes = [*sources.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
                 record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
-                write({**judged.get(series, {}), **record})
+                write({**verdicts.get(series, {}), **record})
                 print(line(f"{series} ({len(rows)} slices)", record))
     return failures
 
@@ -172,19 +167,19 @@ def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
                 yield item, result, None if isinstance(result, str) else next(rows)
 
 
-def judge_volumes(gate: Any, gathered: Any) -> dict[str, dict[str, Any]]:
+def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
     """Returns by series the judgment of the gate: a record with `gate`, and with `error` if it rejects the volume."""
     from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
 
     metadata, name = gate.metadata, FLAGS.gate_class
-    judged: dict[str, dict[str, Any]] = {}
-    for series, middle in gathered.series.items():
+    verdicts: dict[str, dict[str, Any]] = {}
+    for series, middle in sources.series.items():
         if middle is None:
             continue  # images of one patient, not a volume
         try:
             result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
         except (ValueError, OSError) as error:
-            judged[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            verdicts[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
             continue
         p = gate.outputs(result.pixels[None])["probabilities"][0]
         record = records.record(metadata, series, p)
@@ -192,11 +187,11 @@ def judge_volumes(gate: Any, gathered: Any) -> dict[str, dict[str, Any]]:
         passed = point["called"] if point else record["predicted"] == name
         decision = {"class": name, "probability": round(probability, 6), "passed": passed}
         rejection = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
-        judged[series] = {"series": series, "gate": decision, **rejection}
-    single = sum(gathered.series.get(item.series) is None for item in gathered.items)
+        verdicts[series] = {"series": series, "gate": decision, **rejection}
+    single = sum(sources.series.get(item.series) is None for item in sources.items)
     if single:
-        print(f"--gate: {single} of {len(gathered.items)} images do not belong to a volume and are not judged")
-    return judged
+        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and are not judged")
+    return verdicts
 
 
 def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:

@@ -19,4 +19,4 @@ def brightness(**fields):
         return {"probabilities": probabilities, "logits": np.log(probabilities + 1e-9), "features": p[:, None]}
 
     description = Metadata("mine", ("dark", "bright"), InputSpec(size=(8, 8)), "folder/mine")
-    return Model(replace(description, **fields), "onnx", "cpu", 4, (), forward)
+    return Model(replace(description, **fields), "onnx", 4, (), forward)

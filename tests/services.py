@@ -1,22 +1,18 @@
 """A service on a free port with a known model, and a client; for the tests of `lungjax.serve`."""
 
-import base64
 import http.client
-import io
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import scans
-import uvicorn
 from conftest import png
-from PIL import Image
 from test_uploads import written
 
 from lungjax.config import InputSpec
@@ -24,19 +20,14 @@ from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
 from lungjax.inference.artifacts import Input
 from lungjax.serve import __main__ as command
-from lungjax.serve import protocol
 from lungjax.serve.app import build
 from lungjax.serve.settings import Settings
 
 POINT = {"youden": {"threshold": 0.4, "sensitivity": 0.9, "specificity": 0.8, "ppv": 0.7, "npv": 0.6}}
 METADATA = Metadata(
-    "small",
-    ("dark", "bright"),
-    InputSpec(size=(8, 8)),
-    "folder/mine",
-    window=(0, 65535),
+    "small", ("dark", "bright"), InputSpec(size=(8, 8)), "folder/mine", window=(0, 65535),
     points={"slice": {"bright": POINT}, "patient": {"bright": {"youden": POINT["youden"] | {"threshold": 0.9}}}},
-)
+)  # fmt: skip
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 TOKEN = "a-token-of-more-than-16-characters"
 DISK = {"watched": False, "written": []}
@@ -55,7 +46,7 @@ sys.addaudithook(watch)
 class Brightness:
     """A `Model` whose probability of "bright" is the mean gray level. Clearing `gate` stops the device."""
 
-    batch_sizes, methods, image_shape = (1, 2, 4), ("gradcam", "occlusion"), (*METADATA.input.size, 1)
+    batch_sizes, methods = (1, 2, 4), ("gradcam", "occlusion")
 
     def __init__(self, **fields):
         self.metadata = replace(METADATA, **fields)
@@ -95,13 +86,10 @@ class Service:
         self.state = app.state.service if app else None
 
     def ask(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = connection.getresponse()
             content = answer.read()
-        finally:
-            connection.close()
         kind = answer.headers.get("content-type", "")
         return answer.status, json.loads(content) if "json" in kind else content, answer.headers
 
@@ -116,28 +104,24 @@ class Service:
 
 def form(*files):
     """A multipart body of (name, bytes) under the field `files`."""
-    parts = [
-        b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n' % (n.encode(), data)
-        for n, data in files
-    ]
+    head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
+    parts = [head % (name.encode(), data) for name, data in files]
     return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
 @contextmanager
 def running(model=None, warm=True, **settings):
     model = model or Brightness()
-    app = build(model, Settings(**settings))
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, http=protocol.HeadTimeoutProtocol, lifespan="on", ws="none"
-    )
-    server, listening = uvicorn.Server(config), command.listen("127.0.0.1", 0)
+    settings = Settings(**settings)
+    app = build(model, settings)
+    server, listening = command.make_server(app, settings), command.listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     service = Service(model, app, listening.getsockname()[1])
     try:
         wait_for(lambda: server.started)
         if warm:
-            assert app.state.service.device.ready.wait(20)
+            wait_for(lambda: app.state.service.device.ready, 20)
         yield service
     finally:
         model.gate.set() if hasattr(model, "gate") else None
@@ -156,18 +140,16 @@ def slices(level, uid, count=3):
     return [written(data)] * count
 
 
-def picture_of(url):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))))
-
-
 def post_all(service, count, path="/predict"):
     """Posts images of gray level 0, 1, ... at once; returns the list of answers and the threads that fill it."""
     answers = [None] * count
-    threads = []
-    for i in range(count):
-        one = threading.Thread(target=lambda i=i: answers.__setitem__(i, service.post(path, (f"{i}", flat(i)))))
-        one.start()
-        threads.append(one)
+
+    def post(i):
+        answers[i] = service.post(path, (f"{i}", flat(i)))
+
+    threads = [threading.Thread(target=post, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
     return answers, threads
 
 

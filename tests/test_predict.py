@@ -1,12 +1,14 @@
 """`lungjax.predict`: calibrated predictions of every kind of file; inputs that fail."""
 
 import csv
+import itertools
 import json
 import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import commands
-import folders
 import numpy as np
 import pytest
 import scans
@@ -48,23 +50,18 @@ def command(trained_run, tmp_path):
 
 
 @pytest.fixture
-def by_brightness(monkeypatch, tmp_path):
+def by_brightness(monkeypatch, command):
     """Runs the command with a model whose probability of "bright" is the mean gray level."""
-
-    def run(*paths, **flags):
-        models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
-        monkeypatch.setattr(model, "load", models.__getitem__)
-        flags = {"model": "model", "out": tmp_path / "out"} | flags
-        return commands.run(predict, *paths, *(f"--{k}={v}" for k, v in flags.items()), positional=("PATH...",))
-
-    return run
+    models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
+    monkeypatch.setattr(model, "load", models.__getitem__)
+    return partial(command, model="model")
 
 
 def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsys):
     assert command(trained_run.images) == 0
     rows, description = table(tmp_path / "out/predictions.csv"), metadata.read(trained_run.workdir / "model.json")
-    val = predictions.read(trained_run.workdir / "predictions_val.csv")
-    for saved in (predictions.read(trained_run.workdir / "predictions_test.csv"), val):
+    for split in ("val", "test"):
+        saved = predictions.read(trained_run.workdir / f"predictions_{split}.csv")
         expected = special.softmax(saved.logits / description.temperature, axis=1)
         for name, p in zip(saved.ids.tolist(), expected, strict=True):
             np.testing.assert_allclose([float(rows[name][f"p_{c}"]) for c in CLASSES], p, atol=2e-6)
@@ -73,10 +70,6 @@ def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsy
                 threshold = description.points["slice"][c]["youden"]["threshold"]
                 called = "yes" if value > threshold else "no"
                 assert abs(value - threshold) < 1e-6 or rows[name][f"called_{c}"] == called
-    # The temperature minimizes the cross-entropy on val.
-    scales = description.temperature * np.asarray([0.97, 1.0, 1.03])
-    losses = [-special.log_softmax(val.logits / t, axis=1)[np.arange(len(val)), val.labels].mean() for t in scales]
-    assert losses[1] <= min(losses) or description.temperature in (0.05, 20.0)
     assert "36 images" in capsys.readouterr().out
     files = [record["file"].rpartition("/")[2] for record in lines(tmp_path / "out/predictions.jsonl")]
     assert files == list(rows)
@@ -125,17 +118,13 @@ def test_failed_inputs_are_listed(trained_run, command, tmp_path, capsys):
 def test_usage_errors(trained_run, command, tmp_path, capsys):
     image = trained_run.images / "p000.png"
     for flags, code, word in (
-        ({"model": ""}, 1, "--model=RUN is missing"),
-        ({"model": tmp_path / "none"}, 2, "no such file or folder"),
-        ({"model": tmp_path}, 2, "no trained run"),
-        ({"model": image}, 2, "not a model"),
-        ({"rule": "yuden"}, 2, "the nearest: youden"),
+        ({"model": ""}, 1, "--model=RUN is missing"), ({"model": tmp_path / "none"}, 2, "no such file or folder"),
+        ({"model": tmp_path}, 2, "no trained run"), ({"model": image}, 2, "not a model"),
+        ({"rule": "yuden"}, 2, "the nearest: youden"), ({"hu_window": "40"}, 2, "--hu_window=40"),
         ({"explain": True, "method": "gradcam+"}, 2, "the nearest: gradcam"),
         ({"gate": trained_run.workdir, "gate_class": "lefty"}, 2, "the nearest: left"),
-        ({"group_pattern": "("}, 2, "regular expression"),
-        ({"group_pattern": "p"}, 2, "parentheses"),
-        ({"hu_window": "40"}, 2, "--hu_window=40"),
-    ):
+        ({"group_pattern": "("}, 2, "regular expression"), ({"group_pattern": "p"}, 2, "parentheses"),
+    ):  # fmt: skip
         assert command(image, **flags) == code
         output = capsys.readouterr()
         assert word in output.out + output.err, word
@@ -160,9 +149,9 @@ def test_volumes_are_cut_like_training_images(tmp_path):
         ({"plane": "sagittal", "position": "mid"}, level[::-1, :, 4]),
         ({"position": "mid"}, level[3]),
     ):
-        gathered = inputs.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], replace(METADATA, **fields))
-        assert len(gathered.items) == 2 and not gathered.failures
-        for item in gathered.items:
+        sources = inputs.gather([str(tmp_path / "scan"), str(tmp_path / "volume.nii.gz")], replace(METADATA, **fields))
+        assert len(sources.items) == 2 and not sources.failures
+        for item in sources.items:
             np.testing.assert_array_equal(item.read(), expected)
 
 
@@ -204,12 +193,12 @@ def test_lists_name_patients_of_volumes(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
     rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
     (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
-    gathered = inputs.gather([str(tmp_path / "a.csv")], METADATA)
-    assert {item.series for item in gathered.items} == {"anna", "bert", "1"} and len(gathered.items) == 9
+    sources = inputs.gather([str(tmp_path / "a.csv")], METADATA)
+    assert {item.series for item in sources.items} == {"anna", "bert", "1"} and len(sources.items) == 9
     (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
     both = inputs.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], METADATA)
     assert len([series for series in both.series if series.endswith(": 1")]) == 2  # two patients with that name
-    assert len(both.failures) == 1 and "given before" in both.failures[0][1]  # one.png as another patient
+    assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png as another patient
 
 
 def test_unreadable_slices_are_counted(by_brightness, tmp_path):
@@ -227,20 +216,16 @@ def test_unreadable_slices_are_counted(by_brightness, tmp_path):
 
 def test_damaged_dicom_headers(by_brightness, tmp_path):
     """Elements are converted on access: a changed value representation fails late, and with any type."""
-    paths = scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")
+    paths = [Path(path) for path in scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")]
     for path, old, new in (
         (paths[0], b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"),
         (paths[1], b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00FD"),
     ):
-        with open(path, "rb") as file:
-            data = file.read()
-        assert data.count(old) == 1
-        with open(path, "wb") as file:
-            file.write(data.replace(old, new))
+        assert path.read_bytes().count(old) == 1
+        path.write_bytes(path.read_bytes().replace(old, new))
     assert by_brightness(tmp_path / "in") == 1
     rows = table(tmp_path / "out/predictions.csv")
-    failed = {name for name, row in rows.items() if "damaged" in row["error"]}
-    assert failed == {os.path.basename(path) for path in paths[:2]}
+    assert {name for name, row in rows.items() if "damaged" in row["error"]} == {path.name for path in paths[:2]}
     assert sum(bool(row["predicted"]) for row in rows.values()) == 2
 
 
@@ -261,26 +246,20 @@ def test_odd_paths(trained_run, by_brightness, tmp_path):
 
 
 def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):
-    made = folders.rows(("a", "b"), 3, splits=("train", "val", "test"))
-    for i, row in enumerate(made):
-        rng = np.random.default_rng(i)
-        row["image"] = png(rng.integers(0, 4000, (40, 40), dtype=np.uint16))
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for row in made:
-        (folder / row["path"]).write_bytes(row["image"])
-    lines_ = ["path,label,split,group", *(f"{r['path']},{r['label']},{r['split']},{r['group']}" for r in made)]
-    (folder / "labels.csv").write_text("\n".join(lines_))
+    for i, (split, label) in enumerate(itertools.product(("train", "val", "test"), "ab")):
+        path = tmp_path / "in" / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(png(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
+    window, spec = (500.0, 1500.0), InputSpec(size=(16, 16))
     options = datasets.PrepareOptions()
-    datasets.write("folder/deep-16", folder, tmp_path / "data", options, quiet=True, window=(500.0, 1500.0))
+    datasets.write("folder/deep-16", tmp_path / "in", tmp_path / "data", options, quiet=True, window=window)
     data = datasets.open_dataset("folder/deep-16", tmp_path / "data")
-    spec = InputSpec(size=(16, 16))
-    description = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=(500.0, 1500.0))
+    description = Metadata("deep", ("a", "b"), spec, data.name, stored=(16, 16), window=window)
     reader = pipeline.Reader(data, spec)
     for number, name in enumerate(data.columns["file"].tolist()):
-        pixels, *_ = preprocess.picture(images.read((folder / name).read_bytes())[0], description)
+        pixels, *_ = preprocess.picture(images.read((tmp_path / "in" / name).read_bytes())[0], description)
         np.testing.assert_array_equal(pixels, reader(number))
-    with pytest.raises(ValueError, match="16-bit image.*--window=low,high"):
+    with pytest.raises(ValueError, match="--window=low,high"):
         preprocess.picture(np.zeros((20, 20), np.uint16), replace(description, window=None))
 
 
@@ -288,11 +267,11 @@ def test_records():
     point = {"threshold": 0.3, "sensitivity": 0.9, "specificity": 0.8}
     description = replace(METADATA, points={"slice": {"bright": {"youden": point}, "dark": {}}})
     record = records.record(description, "a.png", np.asarray([0.6, 0.4]), 1.25, ["strange"])
-    assert record["predicted"] == "dark" and record["decisions"] == {
-        "bright": {"called": True, "rule": "youden", "level": "slice", **point}
-    }
-    assert record["novelty"] == 1.25 and record["warnings"] == ["strange"]
+    assert record == {
+        "file": "a.png", "predicted": "dark", "probabilities": {"dark": 0.6, "bright": 0.4},
+        "decisions": {"bright": {"called": True, "rule": "youden", "level": "slice", **point}},
+        "novelty": 1.25, "warnings": ["strange"],
+    }  # fmt: skip
     series = records.summary(description, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
     assert series["probabilities"] == {"dark": 0.75, "bright": 0.25} and not series["decisions"]["bright"]["called"]
     assert series["files"] == 2 and "1 of 2 slices" in series["warnings"][0]
-    json.dumps([record, series], allow_nan=False)

@@ -42,22 +42,18 @@ def state_dict(items):
 
 
 def storage(key, kind, count, *view):
-    kind = name("torch", f"{kind}Storage")
-    count = number(count)
-    return row(text("storage"), kind, text(key), text("cpu"), count, *view) + b"Q"
+    return row(text("storage"), name("torch", f"{kind}Storage"), text(key), text("cpu"), number(count), *view) + b"Q"
 
 
 def tensor(stored, shape, strides, offset=0):
     sizes, steps = (row(*map(number, numbers)) for numbers in (shape, strides))
     hooks = call(name("collections", "OrderedDict"))
-    function = name("torch._utils", "_rebuild_tensor_v2")
-    return call(function, stored, number(offset), sizes, steps, b"\x89", hooks)
+    return call(name("torch._utils", "_rebuild_tensor_v2"), stored, number(offset), sizes, steps, b"\x89", hooks)
 
 
 def array_of(key, array):
     strides = [step // array.itemsize for step in array.strides]
-    stored = storage(key, TYPES[array.dtype.name], array.size, b"N")
-    return tensor(stored, array.shape, strides)
+    return tensor(storage(key, TYPES[array.dtype.name], array.size, b"N"), array.shape, strides)
 
 
 def write_zip(path, tree, stored, compress=zipfile.ZIP_STORED, extra=()):

@@ -1,21 +1,19 @@
 """Writes weight files of every format for a tiny network, by hand, and records that add it to the zoo."""
 
 import json
+import re
 import struct
 from dataclasses import replace
-from functools import partial
 
 import h5py
 import numpy as np
-from conftest import small_bn
 from random_weights import draw
 from torch_writers import array_of, state_dict, write_stream, write_zip
 
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig
-from lungjax.models import leaf_shapes
+from lungjax.models import leaf_shapes, trees
 from lungjax.models.efficientnet import EfficientNet, Stage
-from lungjax.models.transfusion import Transfusion
 from lungjax.weights import catalogue
 
 CLASSES, SIDE = 5, 32
@@ -44,16 +42,19 @@ OWN = replace(HALVED, name="tiny.own", filename="tiny_own.pth", license="cc-by-n
 WIDE = replace(KERAS, name="wide.keras", filename="wide.h5")
 
 
-def install(monkeypatch):
-    """Adds "tiny" and "wide" to the zoo, whose only other records are of two real ones, and "small" without any."""
+def install(monkeypatch, folder):
+    """Adds "tiny" and "wide" to the networks; the other records are of two real networks. The cache is empty."""
     for name, make in {"tiny": tiny, "wide": lambda: tiny(16)}.items():
         monkeypatch.setitem(models.MODELS, name, make)
         monkeypatch.setitem(models.FAMILIES["efficientnet"], name, make)
-    for name, make in {"small": small_bn(), "small_wide": partial(Transfusion, 3, (4, 16))}.items():
-        monkeypatch.setitem(models.MODELS, name, make)
-        monkeypatch.setitem(models.FAMILIES["transfusion"], name, make)
     real = [*catalogue.records("mobilenetv2"), *catalogue.records("efficientnet_b0")]
     monkeypatch.setattr(catalogue, "RECORDS", (KERAS, HALVED, TORCH, OWN, WIDE, *real))
+    monkeypatch.setenv("LUNGJAX_WEIGHTS", str(folder / "cache"))
+    return folder
+
+
+def flat(variables):
+    return {path: np.asarray(leaf) for tree in variables.values() for path, leaf in trees.flatten(tree).items()}
 
 
 def leaves(model="tiny", classes=CLASSES, channels=3):
@@ -62,26 +63,16 @@ def leaves(model="tiny", classes=CLASSES, channels=3):
     return {path: draw(path, shape) for path, shape in leaf_shapes(module, (SIDE, SIDE, channels)).items()}
 
 
-# Our layer -> Keras's and timm's name.
-LAYERS = {
-    "stem_conv": ("stem_conv", "conv_stem"),
-    "stem_bn": ("stem_bn", "bn1"),
-    "stage1_block1/dwconv": ("block1a_dwconv", "blocks.0.0.conv_dw"),
-    "stage1_block1/bn": ("block1a_bn", "blocks.0.0.bn1"),
-    "stage1_block1/se/reduce": ("block1a_se_reduce", "blocks.0.0.se.conv_reduce"),
-    "stage1_block1/se/expand": ("block1a_se_expand", "blocks.0.0.se.conv_expand"),
-    "stage1_block1/project_conv": ("block1a_project_conv", "blocks.0.0.conv_pw"),
-    "stage1_block1/project_bn": ("block1a_project_bn", "blocks.0.0.bn2"),
-    "stage2_block1/expand_conv": ("block2a_expand_conv", "blocks.1.0.conv_pw"),
-    "stage2_block1/expand_bn": ("block2a_expand_bn", "blocks.1.0.bn1"),
-    "stage2_block1/dwconv": ("block2a_dwconv", "blocks.1.0.conv_dw"),
-    "stage2_block1/bn": ("block2a_bn", "blocks.1.0.bn2"),
-    "stage2_block1/project_conv": ("block2a_project_conv", "blocks.1.0.conv_pwl"),
-    "stage2_block1/project_bn": ("block2a_project_bn", "blocks.1.0.bn3"),
-    "top_conv": ("top_conv", "conv_head"),
-    "top_bn": ("top_bn", "bn2"),
-    "head/dense": ("predictions", "classifier"),
-}
+# Our layer -> timm's name.
+TIMM = {
+    "stem_conv": "conv_stem", "stem_bn": "bn1", "top_conv": "conv_head", "top_bn": "bn2", "head/dense": "classifier",
+    "stage1_block1/dwconv": "blocks.0.0.conv_dw", "stage1_block1/bn": "blocks.0.0.bn1",
+    "stage1_block1/se/reduce": "blocks.0.0.se.conv_reduce", "stage1_block1/se/expand": "blocks.0.0.se.conv_expand",
+    "stage1_block1/project_conv": "blocks.0.0.conv_pw", "stage1_block1/project_bn": "blocks.0.0.bn2",
+    "stage2_block1/expand_conv": "blocks.1.0.conv_pw", "stage2_block1/expand_bn": "blocks.1.0.bn1",
+    "stage2_block1/dwconv": "blocks.1.0.conv_dw", "stage2_block1/bn": "blocks.1.0.bn2",
+    "stage2_block1/project_conv": "blocks.1.0.conv_pwl", "stage2_block1/project_bn": "blocks.1.0.bn3",
+}  # fmt: skip
 KERAS_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance", "kernel": "kernel"}
 TORCH_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var", "kernel": "weight"}
 
@@ -94,7 +85,8 @@ def as_keras(ours):
         name = "bias" if leaf == "bias" and "bn" not in layer else KERAS_LEAVES[leaf]
         if layer.endswith("dwconv"):
             name, array = "depthwise_kernel", array.swapaxes(2, 3)
-        tensors[f"{LAYERS[layer][0]}/{name}"] = np.ascontiguousarray(array)
+        layer = re.sub(r"stage(\d)_block1/", r"block\1a_", layer.replace("head/dense", "predictions")).replace("/", "_")
+        tensors[f"{layer}/{name}"] = np.ascontiguousarray(array)
     return tensors
 
 
@@ -104,12 +96,11 @@ def as_timm(ours):
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        tensors[f"{LAYERS[layer][1]}.{TORCH_LEAVES[leaf]}"] = np.ascontiguousarray(array)
+        tensors[f"{TIMM[layer]}.{TORCH_LEAVES[leaf]}"] = np.ascontiguousarray(array)
     return tensors
 
 
-def write_safetensors(path, arrays, header=lambda fields: fields):
-    """Writes a file; `header` changes its header, a dict, into another dict or bytes."""
+def write_safetensors(path, arrays):
     types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "bool": "BOOL"}
     fields, data = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
@@ -117,8 +108,7 @@ def write_safetensors(path, arrays, header=lambda fields: fields):
         offsets = [len(data), len(data) + len(raw)]
         fields[name] = {"dtype": types[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
         data += raw
-    text = header(fields)
-    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    text = json.dumps(fields).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 

@@ -9,6 +9,7 @@ Each contains weights, normalization, calibration and metadata, takes any number
 network before it is kept: logits equal to 1e-5 of their range. An existing export is replaced.
 """
 
+import importlib.util
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lungjax.config.metadata import NOTICE
 from lungjax.runtime import environment
 
 FORMATS = ("jax", "onnx", "savedmodel", "triton")
+ONNX = {package: "'lungjax[export]'" for package in ("jax2onnx", "onnx", "onnxruntime")}
+PACKAGES = {"onnx": ONNX, "triton": ONNX, "savedmodel": {"tensorflow": "tensorflow-cpu (or tensorflow)"}}
 
 FLAGS = flags.FLAGS
 
@@ -40,18 +43,18 @@ def main(_: list[str]) -> None:
     for name in FLAGS.format:
         if name not in FORMATS:
             raise ValueError(f"--format={name}: {nearest(name, FORMATS)}")
+        for package, install in PACKAGES.get(name, {}).items():
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"--format={name} needs the package {package}: pip install {install}")
     environment.prepare_jax()
     from lungjax.export import functions, onnx, savedmodel, stablehlo, triton  # here, since they import jax
 
     modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
-    chosen = [name for name in FORMATS if name in FLAGS.format]
-    for name in chosen:
-        modules[name].load_packages()  # fails before the other formats take a minute
     workdir = Path(FLAGS.workdir).expanduser()
     exported = functions.load(workdir)
     out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "export"
     out.mkdir(parents=True, exist_ok=True)
-    for name in chosen:
+    for name in dict.fromkeys(FLAGS.format):
         start = time.monotonic()
         path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start

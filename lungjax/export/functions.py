@@ -62,14 +62,9 @@ class Functions:
             head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
             return {"maps": self._cam(folded, head, pixels, targets)[0]}
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the pixels."""
-        return artifacts.image_shape(self.metadata)
-
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
-        rng, shape = np.random.default_rng(batch), (batch, *self.image_shape)
+        rng, shape = np.random.default_rng(batch), (batch, *artifacts.image_shape(self.metadata))
         total = 0.3 * rng.normal(size=shape)
         for side in (2, 5, 13, 34):
             total += jax.image.resize(rng.normal(size=(batch, side, side, shape[-1])), shape, "nearest")

@@ -27,9 +27,10 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     """Writes FILE into `folder`, checks it with onnx, runs it with onnxruntime and compares it with the network.
 
     Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
-    large, a package is missing, or the network is too large for the format.
+    large, or the network is too large for the format.
     """
-    onnx = load_packages()
+    import onnx
+
     size = sum(array.nbytes for array in functions.weights.values())
     if size > MAX_BYTES:
         raise ValueError(
@@ -44,35 +45,23 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     return path, difference
 
 
-def load_packages() -> Any:
-    """Returns onnx. Raises ValueError if a package of the extra `export` is missing."""
-    try:
-        import jax2onnx  # noqa: F401
-        import onnx
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{FILE} needs the package {error.name}: pip install -e '.[export]'") from None
-    for name in ("jax2onnx", "onnx_ir"):  # they warn of each plugin whose package is not installed, and of each shape
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return onnx
-
-
 def convert(functions: Functions) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
     from jax2onnx import to_onnx
 
+    for name in ("jax2onnx", "onnx_ir"):  # they warn of each plugin whose package is not installed, and of each shape
+        logging.getLogger(name).setLevel(logging.ERROR)
     weights = functions.weights  # outside of the trace, in which they would be abstract
 
     def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
         outputs = functions.predict(weights, pixels)
         return tuple(outputs[name] for name in artifacts.OUTPUTS)
 
-    pixels: Any = jax.ShapeDtypeStruct(("B", *functions.image_shape), np.uint8)
+    pixels: Any = jax.ShapeDtypeStruct(("B", *artifacts.image_shape(functions.metadata)), np.uint8)
     names = list(artifacts.OUTPUTS)
     model = to_onnx(predict, [pixels], model_name="lungjax", input_names=["pixels"], output_names=names)
     fix_pools(model)
     fix_borders(model)
-    drop_unused(model)
     entry = model.metadata_props.add()
     entry.key, entry.value = artifacts.METADATA_KEY, functions.metadata.to_json()
     model.producer_name = "lungjax"
@@ -134,12 +123,3 @@ def fix_borders(model: Any) -> None:
                 name = f"{source.name}_border"
                 graph.initializer.append(numpy_helper.from_array(np.array(TINY, np.float32), name))
                 source.input[2] = name
-
-
-def drop_unused(model: Any) -> None:
-    """Removes the constants that no node reads."""
-    graph = model.graph
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    remaining = [array for array in graph.initializer if array.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(remaining)

@@ -22,10 +22,11 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     """Writes FOLDER into `folder`, loads it again and compares it with the network.
 
     Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no folder, if that is too
-    large or TensorFlow is missing.
+    large.
     """
-    tf = load_packages()
-    from jax.experimental import jax2tf  # here, since it imports TensorFlow
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+    from jax.experimental import jax2tf
 
     path = folder / FOLDER
     native = jax2tf.convert(
@@ -42,7 +43,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     def predict(pixels: Any) -> Any:
         return native({path: module.weights[name] for path, name in names.items()}, pixels)
 
-    signature = tf.TensorSpec((None, *functions.image_shape), tf.uint8, name="pixels")
+    signature = tf.TensorSpec((None, *artifacts.image_shape(functions.metadata)), tf.uint8, name="pixels")
     module.predict = tf.function(predict, input_signature=[signature], autograph=False)
     with atomic_folder(path, f"assets.extra/{FILE}") as partial_folder, without_source_paths():
         tf.saved_model.save(module, str(partial_folder), signatures=module.predict)
@@ -52,15 +53,3 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
         loaded = tf.saved_model.load(str(partial_folder)).signatures["serving_default"]
         difference = functions.check(lambda pixels: loaded(pixels=tf.constant(pixels)), FOLDER)
     return path, difference
-
-
-def load_packages() -> Any:
-    """Returns TensorFlow. Raises ValueError if it is missing."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow
-    except ImportError as error:
-        raise ValueError(
-            f"{FOLDER} needs the package {error.name}: pip install tensorflow-cpu (or tensorflow)"
-        ) from None
-    return tensorflow

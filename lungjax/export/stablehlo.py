@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import jax
 import numpy as np
 from jax import export
@@ -52,21 +53,10 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     return path, difference
 
 
-def load_packages() -> Any:
-    """Returns flatbuffers, which jax serializes with. Raises ValueError if it is missing."""
-    try:
-        import flatbuffers
-    except ImportError:
-        raise ValueError(f"{FILE} needs the package flatbuffers: pip install flatbuffers") from None
-    return flatbuffers
-
-
 def members(functions: Functions) -> dict[str, bytes]:
     """Returns the files in the zip, by name."""
-    package, flatbuffers = Path(lungjax.__file__).parent, Path(load_packages().__file__).parent
+    package, reader = Path(lungjax.__file__).parent, Path(flatbuffers.__file__).parent
     about = {
-        "artifact": "lungjax",
-        "format": artifacts.FORMAT,
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
         "platforms": artifacts.PLATFORMS,
@@ -76,7 +66,7 @@ def members(functions: Functions) -> dict[str, bytes]:
         SCRIPT: Path(__file__).with_name("standalone.py").read_bytes(),
         "lungjax/__init__.py": LICENSES,
         **{f"lungjax/{name}": (package / name).read_bytes() for name in PACKED},
-        **{f"flatbuffers/{file.name}": file.read_bytes() for file in sorted(flatbuffers.glob("*.py"))},
+        **{f"flatbuffers/{file.name}": file.read_bytes() for file in sorted(reader.glob("*.py"))},
         artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
         artifacts.MODEL: functions.metadata.to_json().encode(),
         artifacts.WEIGHTS: _npz(functions.weights),
@@ -88,7 +78,7 @@ def serialized(functions: Functions) -> dict[str, bytes]:
     """Returns each function as `jax.export` bytes, for all platforms and any number of images."""
     weights = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in functions.weights.items()}
     (batch,) = export.symbolic_shape("b")
-    pixels = jax.ShapeDtypeStruct((batch, *functions.image_shape), np.uint8)
+    pixels = jax.ShapeDtypeStruct((batch, *artifacts.image_shape(functions.metadata)), np.uint8)
     targets = jax.ShapeDtypeStruct((batch,), np.int32)
 
     def convert(function: Any, *arguments: Any) -> bytes:

@@ -8,7 +8,6 @@ images. For research use only. Not a medical device, not for diagnosis.
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from lungjax.config import metadata
-from lungjax.config.metadata import Metadata
 from lungjax.data.batching import pad_batch
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
@@ -30,10 +28,8 @@ def main() -> int:
     """Reads the command line, predicts, and returns the exit code: 1 if an image could not be read."""
     parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders of them")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
     parser.add_argument("--rule", default=records.RULE, help="operating point of the decisions (default %(default)s)")
     parser.add_argument("--maps", metavar="FOLDER", help="also write Grad-CAM maps, 8-bit grayscale PNG")
-    parser.add_argument("--batch", type=int, default=BATCH, help="images per batch (default %(default)s)")
     parser.add_argument("--prepared", action="store_true", help="the images are segmented like the training images")
     flags = parser.parse_args()
     try:
@@ -52,15 +48,20 @@ def predict(flags: argparse.Namespace) -> int:
     description = model.metadata
     if not flags.paths:
         raise ValueError("give image files or folders; see --help")
-    if flags.batch < 1:
-        raise ValueError(f"--batch={flags.batch}: at least 1")
     records.check_rule(description, flags.rule)
     if (description.stage or description.box == "body") and not flags.prepared:
         from lungjax.data.imaging import lung_masks  # noqa: F401  # fails before any image is read
     prepare = artifacts.Preprocessor(description)
     files = gather(flags.paths)
-    write = writer(description, flags.json)
-    size, failed = min(flags.batch, len(files)), 0
+    columns = ["file", *records.columns(description), "novelty", "warnings", "error"]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(columns)
+
+    def write(record: dict[str, Any]) -> None:
+        table.writerow([records.cell(record, column) for column in columns])
+        sys.stdout.flush()
+
+    size, failed = min(BATCH, len(files)), 0
     names: set[str] = set()
     for at in range(0, len(files), size):
         inputs = []
@@ -98,21 +99,6 @@ def gather(paths: list[str]) -> list[str]:
             raise ValueError(f"{path}: no images ({', '.join(images.SUFFIXES)})")
         files += [str(Path(path, name)) for name in names]
     return files
-
-
-def writer(description: Metadata, as_json: bool) -> Any:
-    """Returns a function that prints a record of `records`."""
-    if as_json:
-        return lambda record: print(json.dumps(record, ensure_ascii=False), flush=True)
-    columns = ["file", *records.columns(description), "novelty", "warnings", "error"]
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(columns)
-
-    def write(record: dict[str, Any]) -> None:
-        table.writerow([records.cell(record, column) for column in columns])
-        sys.stdout.flush()
-
-    return write
 
 
 def save_map(heat: np.ndarray, folder: Path, stem: str, names: set[str]) -> None:

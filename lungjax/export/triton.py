@@ -9,14 +9,13 @@
 Field names are from Triton's model configuration (github.com/triton-inference-server/server, model_configuration).
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
 from lungjax.export.functions import Functions
+from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
 FOLDER = "triton"
@@ -45,29 +44,23 @@ README = """# {name} on the Triton Inference Server
 
 {notice}
 
-    docker run --rm -p 8000:8000 -v "$PWD":/models nvcr.io/nvidia/tritonserver:RELEASE-py3 \\
+    docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD":/models nvcr.io/nvidia/tritonserver:RELEASE-py3 \\
         tritonserver --model-repository=/models
 
-RELEASE is a version of the server whose onnxruntime reads ONNX opset 23, such as 25.08. With -p 127.0.0.1:8000:8000
-only this machine can reach it. Then
-
-    curl localhost:8000/v2/models/{name}/config
-
-and, in Python (pip install tritonclient[http] numpy):
+RELEASE is a version of the server whose onnxruntime reads ONNX opset 23, such as 25.08. In Python
+(`pip install tritonclient[http]`):
 
     import numpy as np
     import tritonclient.http as triton
 
     client = triton.InferenceServerClient("localhost:8000")
-    pixels = np.zeros((1, {height}, {width}, {channels}), np.uint8)   # B images, {kind}, 0..255
+    pixels = np.zeros((1, {shape}), np.uint8)   # B images, {kind}, 0..255
     request = triton.InferInput("pixels", pixels.shape, "UINT8")
     request.set_data_from_numpy(pixels)
-    response = client.infer("{name}", [request])
-    print(response.as_numpy("probabilities"))          # [B, {classes}]: {names}
+    print(client.infer("{name}", [request]).as_numpy("probabilities"))    # one column per class: {names}
 
-The client crops and resizes images as `input` of model.json says (size {height} x {width}, crop "{crop}",
-{interpolation}, antialias {antialias}); normalization and calibration are inside the model. With lungjax installed,
-`lungjax.load("{name}/1/model.onnx").prepare(image).pixels` does that.
+The client crops and resizes images as `input` of model.json specifies; normalization and calibration are inside the
+model. With lungjax, `lungjax.load("{name}/1/model.onnx").prepare(image).pixels` does that.
 """
 
 
@@ -89,11 +82,6 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     return path / model_name(metadata), difference
 
 
-def load_packages() -> Any:
-    """As `onnx.load_packages`; the server itself is not needed."""
-    return onnx.load_packages()
-
-
 def model_name(metadata: Metadata) -> str:
     """Returns the model's name in folders and URLs: the letters, digits, `_`, `-` and `.` of the experiment's name."""
     return re.sub(r"[^\w.-]+", "_", metadata.name, flags=re.ASCII).strip("._") or "model"
@@ -110,10 +98,7 @@ def config(metadata: Metadata, features: int) -> str:
 
 def readme(metadata: Metadata) -> str:
     """Returns README.md."""
-    height, width = metadata.input.size
     return README.format(
-        name=model_name(metadata), notice=NOTICE, height=height, width=width, channels=metadata.input.channels,
-        kind="gray" if metadata.input.channels == 1 else "RGB", classes=len(metadata.classes),
-        names=json.dumps(list(metadata.classes), ensure_ascii=False), crop=metadata.input.crop,
-        interpolation=metadata.input.interpolation, antialias=metadata.input.antialias,
+        name=model_name(metadata), notice=NOTICE, shape=", ".join(map(str, artifacts.image_shape(metadata))),
+        kind="gray" if metadata.input.channels == 1 else "RGB", names=", ".join(metadata.classes),
     )  # fmt: skip

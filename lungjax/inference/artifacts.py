@@ -2,7 +2,7 @@
 
 A `model.pyz` is an uncompressed zip:
 
-    artifact.json        {"artifact": "lungjax", "format": 1, "jax", "platforms", "compiler_options"}
+    artifact.json        {"lungjax", "jax": versions, "platforms", "compiler_options"}
     model.json           `metadata.Metadata`
     weights.npz          float32 arrays by path, batch norms folded
     predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"
@@ -33,10 +33,9 @@ from lungjax.config.metadata import Metadata, from_json
 from lungjax.data import preprocess
 from lungjax.evaluation import novelty
 
-FORMAT = 1
 ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
 OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
-PROGRAMS = {"predict": OUTPUTS, "gradcam": ("maps",)}
+PROGRAMS = ("predict", "gradcam")
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Compiler options that a file may set. Others, which could write files for example, are ignored.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
@@ -136,7 +135,7 @@ class Program:
 
 
 def read_pyz(path: str | Path) -> Program:
-    """Opens a `model.pyz`. Raises ValueError for a foreign, newer or damaged file, saying what is wrong."""
+    """Opens a `model.pyz`. Raises ValueError with the reason for a foreign or damaged file."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -145,16 +144,14 @@ def read_pyz(path: str | Path) -> Program:
             files = {name: _member(archive, name, path) for name in (ABOUT, MODEL, WEIGHTS, *map(member, PROGRAMS))}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a zip, or a damaged one ({error}); copy or export it again") from None
-    about = _about(files[ABOUT], f"{path}: {ABOUT}")
     metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
     weights = _weights(files[WEIGHTS], f"{path}: {WEIGHTS}")
     programs = {name: _program(files[member(name)], f"{path}: {member(name)}") for name in PROGRAMS}
-    for name, program in programs.items():
-        if not _fits(name, program, weights, metadata):
-            raise ValueError(f"{path}: {member(name)} doesn't fit {WEIGHTS} and {MODEL}; export it again")
-    options = about.get("compiler_options")
-    allowed = {key: value for key, value in options.items() if key in OPTIONS} if isinstance(options, dict) else {}
-    return Program(metadata, weights, programs, allowed)
+    try:
+        options = dict(json.loads(files[ABOUT])["compiler_options"])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: {ABOUT} is not from lungjax.export") from None
+    return Program(metadata, weights, programs, {key: value for key, value in options.items() if key in OPTIONS})
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
@@ -162,22 +159,8 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
         if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
         return archive.read(name)  # verifies its checksum
-    except KeyError:
-        raise ValueError(f"{path}: {name} is missing; export it again") from None
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: {name} is damaged ({error}); copy or export it again") from None
-
-
-def _about(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        about = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(about, dict) or about.get("artifact") != "lungjax" or not isinstance(about.get("format"), int):
-        raise ValueError(f"{where} is not from lungjax.export")
-    if about["format"] > FORMAT:
-        raise ValueError(f"{where}: format {about['format']} is from a newer lungjax; this one reads up to {FORMAT}")
-    return about
+    except (KeyError, zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
 
 
 def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:
@@ -207,23 +190,6 @@ def _program(data: bytes, where: str) -> Any:
     if calls:
         raise ValueError(f"{where} calls external code ({', '.join(sorted(calls)[:3])}), which no export does")
     return program
-
-
-def _fits(name: str, program: Any, weights: Mapping[str, np.ndarray], metadata: Metadata) -> bool:
-    """Returns whether a program takes these weights and images, and returns what it should."""
-    try:
-        (arrays, pixels, *rest), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-        outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
-        expected = {key: (array.shape, array.dtype) for key, array in weights.items()}
-        return (
-            {key: (tuple(array.shape), array.dtype) for key, array in arrays.items()} == expected
-            and (tuple(pixels.shape[1:]), pixels.dtype) == (image_shape(metadata), np.uint8)
-            and len(rest) == (name == "gradcam")
-            and set(outputs) == set(PROGRAMS[name])
-            and (name == "gradcam" or outputs["probabilities"].shape[1:] == (len(metadata.classes),))
-        )
-    except Exception:  # a program of another structure
-        return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,6 @@ from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.data.imaging.volumes import Windows
 from lungjax.datasets import folder_volumes
 
-PATH_COLUMNS = ("path", "file", "image")
-GROUP_COLUMNS = ("group", "patient", "series")
 KINDS = f"images ({images.FORMAT_NAMES}), DICOM files, NIfTI volumes, folders and CSV lists"
 
 Cut = Callable[[str, int, Windows], bytes]  # plane, number of the slice, windows -> the slice as a PNG file
@@ -109,7 +107,7 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
         if place in series_by_path:
             if series_by_path[place] != series:
                 before = f"of {series_by_path[place]!r}" if series_by_path[place] else "without a patient"
-                inputs.failures.append((str(path), f"given before, {before}, and predicted as that"))
+                inputs.failures.append((str(path), f"duplicate; predicted as the first one, {before}"))
             continue
         series_by_path[place] = series
         try:
@@ -165,13 +163,11 @@ def _folder(folder: Path, text: str, inputs: Inputs) -> list[tuple[Path, str, st
 
 def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
     columns, rows = read_table(path)
-    column = next((name for name in PATH_COLUMNS if name in columns), None)
-    if column is None:
-        raise ValueError(f"no column {', '.join(PATH_COLUMNS)}; it has {', '.join(columns)[:200] or 'nothing'}")
-    group = next((name for name in GROUP_COLUMNS if name in columns), "")
+    if "path" not in columns:
+        raise ValueError(f"no column path; it has {', '.join(columns)[:200] or 'nothing'}")
     for _, row in rows:
-        if row[column]:
-            yield path.parent / Path(row[column]).expanduser(), row.get(group, ""), row[column]
+        if row["path"]:
+            yield path.parent / Path(row["path"]).expanduser(), row.get("group", ""), row["path"]
 
 
 def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> dicom.Header | None:

@@ -61,7 +61,6 @@ class Model:
 
     metadata: Metadata
     format: str  # run, pyz or onnx
-    platform: str  # cpu, gpu or tpu
     batch_size: int  # largest batch
     methods: tuple[str, ...]  # of `explain`; empty if the format has no saliency maps
     forward: Forward
@@ -100,15 +99,10 @@ class Model:
         powers = [2**n for n in range(self.batch_size.bit_length()) if 2**n < self.batch_size]
         return (*powers, self.batch_size)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the network's input."""
-        return artifacts.image_shape(self.metadata)
-
     def warm(self) -> None:
         """Compiles every batch size, or reads it from the compilation cache; saliency maps compile at first use."""
         for size in self.batch_sizes:
-            self.outputs(np.zeros((size, *self.image_shape), np.uint8))
+            self.outputs(np.zeros((size, *artifacts.image_shape(self.metadata)), np.uint8))
 
     @cached_property
     def prepare(self) -> Preprocessor:
@@ -170,31 +164,17 @@ def load(path: str | Path) -> Model:
         return _load_run(place)
     if not place.exists():
         raise ValueError(f"{path}: no such file or folder")
-    backend = jax.default_backend()
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
-        size = folding.batch_size(Config(input=program.metadata.input), 1, backend)
+        size = folding.batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
         return Model(
-            program.metadata, "pyz", backend, size, ("gradcam",), program.outputs,
+            program.metadata, "pyz", size, ("gradcam",), program.outputs,
             lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
-        return Model(session.metadata, "onnx", "cpu", folding.CPU_BATCH, (), session.outputs)
+        return Model(session.metadata, "onnx", folding.CPU_BATCH, (), session.outputs)
     raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
-
-
-def load_network(workdir: str | Path) -> Network:
-    """Returns the best network of a run. Raises ValueError if there is no trained run in `workdir`."""
-    path = Path(workdir).expanduser()
-    if checkpoint.newest(path, "best") is None:
-        raise ValueError(f"{path}: no trained run (no weights in checkpoints/best)")
-    config = overrides.from_json((path / "config.json").read_text(), str(path / "config.json"))
-    classes = tuple(workdirs.read_data(path)["classes"])
-    variables, step = checkpoint.restore_best(path)
-    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
-    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
-    return Network(config, classes, models.build(config.model, len(classes)), variables, step)
 
 
 def load_finished(workdir: Path) -> tuple[Network, Metadata]:
@@ -202,18 +182,24 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
 
     Raises ValueError if there is no trained run, or model.json is missing or belongs to other weights.
     """
-    network, file = load_network(workdir), workdir / metadata.FILE
+    if checkpoint.newest(workdir, "best") is None:
+        raise ValueError(f"{workdir}: no trained run (no weights in checkpoints/best)")
+    file = workdir / metadata.FILE
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
         raise ValueError(f"{workdir}: no {metadata.FILE}, the run is not finished; `{command}` tests it and writes it")
-    description = metadata.read(file)
-    fingerprint = workdirs.read_data(workdir).get("fingerprint")
+    description, data = metadata.read(file), workdirs.read_data(workdir)
+    config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+    variables, step = checkpoint.restore_best(workdir)
     about = description.about
-    if (network.classes, network.config.input, network.step, fingerprint) != (
+    if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
         raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
-    return network, description
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
+    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
+    module = models.build(config.model, len(description.classes))
+    return Network(config, description.classes, module, variables, step), description
 
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
@@ -225,7 +211,7 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
 
 def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
-    spec, backend = network.config.input, jax.default_backend()
+    spec = network.config.input
     folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
     variables = folded.fold(network.variables)
 
@@ -237,13 +223,9 @@ def _load_run(workdir: Path) -> Model:
     explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
     # CAM methods have one value per cell of the last map: a single cell would give a uniform map.
     useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
+    methods = tuple(method for method in saliency.METHODS if method not in useless)
+    size = folding.batch_size(network.config, 1, jax.default_backend())
     return Model(
-        description,
-        "run",
-        backend,
-        folding.batch_size(network.config, 1, backend),
-        tuple(method for method in saliency.METHODS if method not in useless),
-        lambda pixels: compiled(variables, pixels),
-        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0],
-        network,
-    )
+        description, "run", size, methods, lambda pixels: compiled(variables, pixels),
+        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], network,
+    )  # fmt: skip

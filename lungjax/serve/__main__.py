@@ -71,12 +71,9 @@ def main(_: list[str]) -> None:
 
 def serve(settings: Any, listening: socket.socket) -> int:
     """Serves until a signal; returns the exit code."""
-    import uvicorn
-
     from lungjax.inference.model import load
     from lungjax.serve.app import build
     from lungjax.serve.middleware import LOG, describe
-    from lungjax.serve.protocol import HeadTimeoutProtocol
 
     model = load(FLAGS.model)
     LOG.setLevel(logging.INFO)
@@ -92,29 +89,29 @@ def serve(settings: Any, listening: socket.socket) -> int:
         exit_code = 1
         server.should_exit = True
 
-    config = uvicorn.Config(
-        build(model, settings, on_failure),
-        http=HeadTimeoutProtocol,
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=settings.requests + 1024,  # the middleware refuses with a message before that
-        backlog=256,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(settings.seconds) + 5,
-    )
-    server = uvicorn.Server(config)
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the middleware logs requests
+    server = make_server(build(model, settings, on_failure), settings)
     # When it is done, uvicorn raises the signal that stopped it again; that must not end the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     greet(model.metadata, settings, listening)
     server.run(sockets=[listening])
     return exit_code
+
+
+def make_server(application: Any, settings: Any) -> Any:
+    """Returns a `uvicorn.Server` that logs nothing, since the middleware logs requests."""
+    import uvicorn
+
+    from lungjax.serve.protocol import HeadTimeoutProtocol
+
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    config = uvicorn.Config(
+        application, http=HeadTimeoutProtocol, loop="asyncio", ws="none", lifespan="on", log_config=None,
+        access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=settings.requests + 1024,  # the middleware refuses with a message before that
+        backlog=256, timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.seconds) + 5,
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def greet(metadata: Any, settings: Any, listening: socket.socket) -> None:

@@ -13,13 +13,12 @@ import io
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import PurePath
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from PIL import Image
 from starlette.exceptions import HTTPException
 
@@ -39,8 +38,9 @@ from lungjax.serve.multipart import Budget, File, receive
 from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
-CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+PAGE = Path(__file__).with_name("page")
 LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
+TRIM_BYTES = 48 * 2**20  # freed memory that is returned to the system
 # Of /docs. FastAPI's own page loads Swagger from a content delivery network, which a hospital may not reach.
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
@@ -72,17 +72,17 @@ class Service:
         self.metrics = Metrics()
         self.device = Device(model, self.metrics, settings.queue, settings.explains, on_failure)
         self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
-        self.budget = Budget(settings.upload_bytes, on_change=self.metrics.upload_bytes.set, trim=self._trim_soon)
-
-    def _trim_soon(self) -> None:
-        asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
+        self.budget = Budget(settings.upload_bytes)
+        self.metrics.upload_bytes.set_function(lambda: self.budget.bytes)
+        self.freed = 0  # bytes since the last `trim_memory`
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Starts the device thread, and ends all threads."""
-        self.device.start()
+        """Runs the device, and ends all threads."""
+        task = asyncio.create_task(self.device.run())
         yield
-        await asyncio.to_thread(self.device.stop)
+        self.device.stop()
+        await task
         self.pool.shutdown(cancel_futures=True)
 
     async def predict(self, request: Request, rule: Rule = None) -> Response:
@@ -91,7 +91,7 @@ class Service:
         async with self._decoded(request, "predict") as files:
             good = [file for file in files if file.error is None]
             futures = self.device.predict([file.input.pixels for file in good])
-            rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            rows = await asyncio.gather(*futures)
         results = [self._record(file, p, rule) for file, p in zip(good, rows, strict=True)]
         return self._answer(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
 
@@ -109,7 +109,7 @@ class Service:
         async with self._decoded(request, "explain") as files:
             good = [file for file in files if file.error is None]
             futures = self.device.explain([file.input.pixels for file in good], target, method)
-            maps = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            maps = await asyncio.gather(*futures)
             pairs = [(file.input.pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
             pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))
         results = []
@@ -126,7 +126,7 @@ class Service:
 
     async def health(self) -> Response:
         """Status 200 when everything is compiled."""
-        status = "failed" if self.device.failure else "ok" if self.device.ready.is_set() else "starting"
+        status = "failed" if self.device.failure else "ok" if self.device.ready else "starting"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def prometheus(self) -> Response:
@@ -148,19 +148,22 @@ class Service:
         """Decodes the files of a request; the body of the context shares its time limit."""
         self.device.check(kind)
         files, count = await receive(request, self.settings, self.budget)
+        decoded: list[_Decoded] = []
         try:
             async with asyncio.timeout(self.settings.seconds):
-                decoded = await asyncio.gather(*(self._run(self._decode, file) for file in files))
+                decoded += await asyncio.gather(*(self._run(self._decode, file) for file in files))
                 for file in decoded:
                     if file.error is not None:
                         self.metrics.refused.labels(file.error.reason).inc()
-                    if file.size > LARGE_IMAGE:  # decoded from a file that may have been small
-                        self.budget.free(file.size)
                 yield decoded
         except TimeoutError:
             raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
         finally:
-            self.budget.release(count)
+            self.budget.bytes -= count
+            self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
+            if self.freed >= TRIM_BYTES:
+                self.freed = 0
+                asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
@@ -196,11 +199,9 @@ class Service:
         return JSONResponse({"model": model, "notice": NOTICE, "results": every, **more})
 
     def _rule(self, rule: str | None) -> str:
-        try:
-            if rule is not None:
-                records.check_rule(self.metadata, rule)
-        except ValueError:
-            raise UploadError(422, "rule", f"unknown rule: {nearest(rule or '', self.metadata.rules())}") from None
+        rules = self.metadata.rules()
+        if rule is not None and rules and rule not in rules:
+            raise UploadError(422, "rule", f"unknown rule: {nearest(rule, rules)}")
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
@@ -219,10 +220,11 @@ class Service:
 def build(model: Model, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None) -> FastAPI:
     """Returns the service as an ASGI application; the model is compiled when the application starts.
 
-    `on_failure` is called, in another thread, with the error if compilation fails.
+    `on_failure` is called with the error if compilation fails.
     """
     uploads.quiet()
-    service, files = Service(model, settings, on_failure), page_files()
+    service = Service(model, settings, on_failure)
+    files = {f"/{file.name}".removesuffix("index.html"): file for file in PAGE.iterdir()}
     app = FastAPI(
         title="lungjax",
         description=f"{DESCRIPTION} {NOTICE}",
@@ -255,8 +257,7 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
         return HTMLResponse(text, headers={"content-security-policy": DOCS_POLICY})
 
     async def page(request: Request) -> Response:
-        content, content_type = files[request.url.path]
-        return Response(content, media_type=content_type)
+        return FileResponse(files[request.url.path])
 
     for path, handler in {"/openapi.json": openapi, "/docs": documentation, **dict.fromkeys(files, page)}.items():
         app.add_route(path, handler, include_in_schema=False)
@@ -285,16 +286,6 @@ def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
         Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
         urls[name] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return urls
-
-
-def page_files() -> dict[str, tuple[bytes, str]]:
-    """Returns content and type of the page's files by path; that of index.html is /."""
-    files: dict[str, tuple[bytes, str]] = {}
-    for file in resources.files("lungjax.serve").joinpath("page").iterdir():
-        content_type = CONTENT_TYPES.get(PurePath(file.name).suffix)
-        if content_type:
-            files["/" if file.name == "index.html" else f"/{file.name}"] = file.read_bytes(), content_type
-    return files
 
 
 def trim_memory() -> None:

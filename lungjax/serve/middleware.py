@@ -52,6 +52,7 @@ class Guard:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.pages = pages  # paths of the page's files
         self.running = 0
+        metrics.running.set_function(lambda: self.running)
         self.token_digest = hashlib.sha256(settings.token.encode()).digest()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -90,7 +91,6 @@ class Guard:
             await send(message)
 
         self.running += 1
-        self.metrics.running.set(self.running)
         try:
             problem = self.check(scope)
             if problem is None:
@@ -104,7 +104,6 @@ class Guard:
             await self.fail(error, state, scope, receive, tracked_send)
         finally:
             self.running -= 1
-            self.metrics.running.set(self.running)
             self.log(scope, state, time.perf_counter() - start)
 
     def check(self, scope: Any) -> UploadError | None:

@@ -1,10 +1,10 @@
-"""Reads request bodies into files in memory; limits are checked while the bytes arrive.
+"""Reads request bodies into files in memory; limits of a request are checked while the bytes arrive.
 
-Starlette's form parser would write files above a megabyte to the disk. Here its spool is larger than a request may be.
+The limit of one file is checked by `uploads.read`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ RAW = (
 )  # fmt: skip
 FORM = "multipart/form-data"
 FIELDS = ("files", "file")
-TRIM_BYTES = 48 * 2**20
 MIN_RATE = 65536  # bytes per second after the first `read_seconds`
 
 
@@ -39,29 +38,12 @@ class Budget:
 
     limit: int
     bytes: int = 0
-    on_change: Callable[[int], object] = lambda _: None
-    trim: Callable[[], object] = lambda: None  # called after each TRIM_BYTES that were freed
-    freed: int = 0
 
     def add(self, count: int) -> None:
         """Counts received bytes. Raises UploadError if there are too many."""
         if self.bytes + count > self.limit:
             raise UploadError(503, "memory", "too many uploads at once; try again in a second")
         self.bytes += count
-        self.on_change(self.bytes)
-
-    def release(self, count: int) -> None:
-        """Counts bytes of uploads that were freed."""
-        self.bytes -= count
-        self.on_change(self.bytes)
-        self.free(count)
-
-    def free(self, count: int) -> None:
-        """Counts freed bytes, of uploads or of decoded images."""
-        self.freed += count
-        if self.freed >= TRIM_BYTES:
-            self.freed = 0
-            self.trim()
 
 
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:
@@ -71,7 +53,7 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
     """
     count = 0
 
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncGenerator[bytes, None]:
         nonlocal count
         async for chunk in request.stream():
             if count + len(chunk) > settings.request_bytes:
@@ -85,12 +67,14 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
         parse = _parser(request, settings)
         async with asyncio.timeout(settings.read_seconds) as limit:
             start = asyncio.get_running_loop().time()
-            return await parse(request, chunks(), settings), count
+            return await parse(request, chunks(), settings.files), count
     except BaseException as error:
-        budget.release(count)
+        budget.bytes -= count
         if isinstance(error, TimeoutError):
             raise UploadError(408, "slow", "the request body arrived too slowly") from None
         if isinstance(error, MultiPartException):
+            if error.message.startswith("Too many"):
+                raise UploadError(413, "files", f"more than {settings.files} files in one request") from None
             raise UploadError(400, "form", "damaged multipart data") from None
         raise
 
@@ -115,17 +99,12 @@ def _parser(request: Request, settings: Settings) -> Callable[..., Any]:
     raise UploadError(415, "type", f"expected {FORM} with the field `files`, or one file as {', '.join(RAW)}")
 
 
-async def _parse_raw(_: Request, chunks: AsyncIterator[bytes], settings: Settings) -> list[File]:
-    parts, size = [], 0
-    async for chunk in chunks:
-        size += len(chunk)
-        _check_file_size(size, settings)
-        parts.append(chunk)
-    return [File("file", b"".join(parts))]
+async def _parse_raw(_: Request, chunks: AsyncGenerator[bytes, None], max_files: int) -> list[File]:
+    return [File("file", b"".join([chunk async for chunk in chunks]))]
 
 
-async def _parse_form(request: Request, chunks: AsyncIterator[bytes], settings: Settings) -> list[File]:
-    form = _Form(request, chunks, settings)
+async def _parse_form(request: Request, chunks: AsyncGenerator[bytes, None], max_files: int) -> list[File]:
+    form = _Form(request.headers, chunks, max_files=max_files, max_fields=max_files)
     items = (await form.parse()).multi_items()
     if not form.ended:
         raise UploadError(400, "form", "multipart data ends too early, or has another boundary")
@@ -138,23 +117,10 @@ async def _parse_form(request: Request, chunks: AsyncIterator[bytes], settings: 
 
 
 class _Form(MultiPartParser):
-    """Starlette's parser with limits per file; python-multipart limits the headers of a part."""
+    """Starlette's parser without files on disk, and with a check for the closing boundary."""
 
-    def __init__(self, request: Request, chunks: Any, settings: Settings) -> None:
-        super().__init__(request.headers, chunks, max_part_size=settings.file.bytes)
-        self.settings, self.spool_max_size = settings, settings.request_bytes + 1  # never reached: stays in memory
-        self.parts, self.size, self.ended = 0, 0, False
-
-    def on_part_begin(self) -> None:
-        self.parts, self.size = self.parts + 1, 0
-        if self.parts > self.settings.files:
-            raise UploadError(413, "files", f"more than {self.settings.files} files in one request")
-        super().on_part_begin()
-
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.size += end - start
-        _check_file_size(self.size, self.settings)
-        super().on_part_data(data, start, end)
+    spool_max_size = 2**62  # larger than any request: Starlette's default writes files above 1 MiB to disk
+    ended = False
 
     def on_end(self) -> None:
         self.ended = True
@@ -162,11 +128,6 @@ class _Form(MultiPartParser):
 
 if not hasattr(MultiPartParser, "spool_max_size"):  # the privacy of uploads depends on it
     raise ImportError("this version of starlette can't keep uploads in memory; pip install 'starlette>=0.46'")
-
-
-def _check_file_size(size: int, settings: Settings) -> None:
-    if size > settings.file.bytes:
-        raise UploadError(413, "bytes", f"a file of more than {settings.file.bytes} bytes")
 
 
 def _display_name(name: str | None, number: int) -> str:

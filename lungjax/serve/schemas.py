@@ -117,19 +117,19 @@ BODY: dict[str, Any] = {
         },
     }
 }
-REASONS = {
-    400: "Damaged multipart data.",
-    401: "Missing or wrong token.",
-    403: "A request from a page of another site.",
-    408: "The body arrived too slowly.",
-    413: "More bytes, files or pixels than /model allows, or a file that decompresses to more.",
-    415: "Unsupported kind of file or body.",
-    421: "Unknown Host header.",
-    422: "A damaged or unsuitable file, or an unknown class, method or rule. If all files fail, the first one decides.",
-    500: "An error in the service; its log has the number in the message.",
-    503: "Starting, or overloaded: try again after Retry-After seconds.",
-    504: "The computation took too long.",
-}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": reason} for status, reason in REASONS.items()
+    status: {"model": Problem, "description": reason}
+    for status, reason in {
+        400: "Damaged multipart data.",
+        401: "Missing or wrong token.",
+        403: "A request from a page of another site.",
+        408: "The body arrived too slowly.",
+        413: "More bytes, files or pixels than /model allows, or a file that decompresses to more.",
+        415: "Unsupported kind of file or body.",
+        421: "Unknown Host header.",
+        422: "A damaged or unsuitable file, or an unknown class, method or rule. The first file decides if all fail.",
+        500: "An error in the service; its log has the number in the message.",
+        503: "Starting, or overloaded: try again after Retry-After seconds.",
+        504: "The computation took too long.",
+    }.items()
 }

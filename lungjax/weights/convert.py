@@ -88,7 +88,7 @@ def _first(table: tuple[Rule, ...], name: str) -> str | None:
     return None
 
 
-def arrange(array: np.ndarray, name: str, path: str, shape: Shape, rules: Rules) -> np.ndarray:
+def arrange(array: np.ndarray, path: str, shape: Shape, rules: Rules) -> np.ndarray:
     """Returns a file's array in our layout, as a view where possible; the result may have another shape than ours."""
     for pattern, function in rules.special:
         if re.search(pattern, path):
@@ -139,7 +139,7 @@ def convert(
         elif path in leaves:
             problems.append(f"{path}: filled by {origin[path]} and by {name}")
         else:
-            leaf = arrange(array, name, path, shapes[path], rules)
+            leaf = arrange(array, path, shapes[path], rules)
             fits = leaf.shape == tuple(shapes[path])
             if fits or not re.search(optional, path):
                 leaves[path], origin[path] = leaf, name

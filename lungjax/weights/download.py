@@ -1,18 +1,15 @@
 """Finds, downloads and verifies weight files.
 
-A published checksum is verified once per file. If none is published, that of the first download is stored, and files
-that differ from it are refused.
+Each use verifies the published checksum. If none is published, that of the first download is stored next to the file,
+and files that differ from it are refused.
 """
 
-import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -79,67 +76,28 @@ def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterat
 
 
 def verify(record: PretrainedWeights, path: Path) -> None:
-    """Checks a file against the published checksum, else that of the first download; hashes each file once.
+    """Checks a file against the published checksum, else that of the first download, if any.
 
     Raises ValueError with both checksums if they differ.
     """
-    checksum = _expected(record)
-    stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns, checksum]
-    if not checksum or _manifest()["verified"].get(str(path.resolve())) == stamp:
-        return
+    first = _first_checksum(path)
+    checksum = record.checksum or (first.read_text().strip() if first.exists() else "")
     kind, _, expected = checksum.partition(":")
-    actual = digest(path, kind)
-    if not actual.startswith(expected):
+    if checksum and not (actual := digest(path, kind)).startswith(expected):
         source = "published" if record.checksum else "first download"
-        raise ValueError(
-            f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected} ({stat.st_size} bytes)"
-        )
-    _store("verified", str(path.resolve()), stamp)
+        raise ValueError(f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected}")
 
 
-def _expected(record: PretrainedWeights) -> str:
-    return record.checksum or _manifest()["first"].get(record.filename, "")
-
-
-def _manifest() -> dict[str, dict[str, Any]]:
-    """Returns {"verified": {path: [size, mtime, checksum]}, "first": {filename: checksum}}."""
-    path = cache_dir() / "manifest.json"
-    try:
-        tree = json.loads(path.read_text())
-        return {key: dict(tree[key]) for key in ("verified", "first")}
-    except FileNotFoundError:
-        return {"verified": {}, "first": {}}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; delete it, and files are verified again") from None
-
-
-def _store(key: str, name: str, value: Any) -> None:
-    manifest = _manifest()
-    manifest[key][name] = value
-    with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        atomic_write(cache_dir() / "manifest.json", json.dumps(manifest, indent=1))
+def _first_checksum(path: Path) -> Path:
+    """Returns the file with the checksum of the first download of `path`."""
+    return path.with_name(f"{path.name}.sha256")
 
 
 def download(record: PretrainedWeights, folder: str | Path | None = None) -> Path:
     """Downloads a record's file into `folder` (default: the cache) unless it exists; resumes an interrupted download.
 
-    With several hosts the first one downloads and the others wait.
-
     Raises ValueError for a wrong checksum and for network errors, with where to place the file by hand.
     """
-    import jax  # late, as it takes a second: `weights --list` does without
-
-    if not jax.distributed.is_initialized():
-        return _download(record, folder)
-    from lungjax.runtime import distributed
-
-    path = distributed.run_on_all_hosts(lambda: _download(record, folder) if distributed.is_first_host() else None)
-    return path or locate(record, folder)
-
-
-def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
     target = (Path(folder).expanduser() if folder else cache_dir()) / record.filename
     if target.is_file():
         verify(record, target)
@@ -162,8 +120,8 @@ def _download(record: PretrainedWeights, folder: str | Path | None) -> Path:
     except ValueError:
         target.unlink()
         raise
-    if not _expected(record):
-        _store("first", record.filename, f"sha256:{digest(target, 'sha256')}")
+    if not record.checksum:
+        atomic_write(_first_checksum(target), f"sha256:{digest(target, 'sha256')}\n")
     return target
 
 
@@ -171,7 +129,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
     """Writes the file at `url` to `partial`; resumes if a changed file is noticed, by its ETag or its checksum."""
     tag_file = partial.with_suffix(".etag")
     tag = tag_file.read_text() if tag_file.exists() else ""
-    offset = partial.stat().st_size if partial.exists() and (tag or _expected(record)) else 0
+    offset = partial.stat().st_size if partial.exists() and (tag or record.checksum) else 0
     headers = {"User-Agent": "lungjax"} | ({"Range": f"bytes={offset}-"} if offset else {})
     headers |= {"If-Range": tag} if offset and tag else {}
     try:
@@ -194,7 +152,6 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
-    size = partial.stat().st_size
-    if total is not None and size != total:
+    if total is not None and (size := partial.stat().st_size) != total:
         raise HTTPException(f"the connection ended after {size:,} of {total:,} bytes")
     tag_file.unlink(missing_ok=True)

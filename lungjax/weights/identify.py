@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from lungjax.config import ModelConfig
 from lungjax.weights import download
 from lungjax.weights.catalogue import PretrainedWeights, records
 from lungjax.weights.convert import Rules, convert, target
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import layouts
 
 CLASSIFIER = r"^head/dense/"  # new for every data set
 MIN_MATCH = 0.5  # fraction of a file's tensors that a network's rules must match
@@ -28,12 +28,6 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     Raises ValueError if the family of the network has no such names, with what the file fits, and if the names fit
     several records that need different networks or inputs.
     """
-    stat = path.stat()
-    return _record_of(path, model, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(16)  # called by each step from a configuration to parameters
-def _record_of(path: Path, model: str, *stamp: int) -> PretrainedWeights:
     for record in records(model):
         # The hub's files are all model.safetensors; there the folder identifies them.
         hub = Path(record.filename).stem, record.url.rpartition("/")[2]

@@ -18,8 +18,8 @@ from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import SAME_NAMES, Rules, convert
 from lungjax.weights.identify import CLASSIFIER, record_of, suggestion
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import Tensors, open_tensors
-from lungjax.weights.rules import layouts
 
 Floats = tuple[float, ...]
 MANY_PROBLEMS = 8  # beyond this the file is another network's rather than damaged

@@ -78,12 +78,11 @@ def _show(value: Any) -> str:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> _Tensor:
+    numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and (offset, *shape, *strides)
+    if not numbers or len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+        raise UnsafePickleError("a tensor with an invalid shape, offset or strides")
     if not isinstance(storage, _Storage) or not storage.key:
         raise UnsafePickleError("a tensor without a storage")
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-        raise UnsafePickleError("a tensor whose shape and strides differ in length")
-    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-        raise UnsafePickleError("a tensor whose shape, strides and offset are not integers from 0")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     # Not more elements than the storage has: with stride 0 a few bytes could become an array of any size.
     if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.size:

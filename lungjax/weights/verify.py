@@ -17,45 +17,44 @@ from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import convert
 from lungjax.weights.identify import shapes
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import layouts
 
-# Published from one checkpoint each.
-PAIRS = (
+GROUPS = (
+    # Published from one checkpoint each, so the parameters must be equal.
     ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"), ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
     ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"), ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
-    ("convnext_tiny.keras", "convnext_tiny.fb_in1k"), ("convnext_tiny.facebook", "convnext_tiny.fb_in1k"),
+    ("convnext_tiny.keras", "convnext_tiny.fb_in1k", "convnext_tiny.facebook"),
     ("bit_r50x1.goog_m_in1k", "bit_r50x1.goog_in21k_ft_in1k"),
     ("resnet50_v15.torchvision_v1", "resnet50_v15.tv_in1k"),
-)  # fmt: skip
-# Of families without a pair: only the photograph is checked.
-SINGLES = (
-    "resnet50.keras", "resnet50v2.keras", "densenet121.keras", "mobilenet.keras", "mobilenetv2.keras",
-    "efficientnet_lite0.pypi",
+    # Families without a copy from a second source.
+    ("resnet50.keras",), ("resnet50v2.keras",), ("densenet121.keras",), ("mobilenet.keras",), ("mobilenetv2.keras",),
+    ("efficientnet_lite0.pypi",),
 )  # fmt: skip
 CATS = {281, 282, 285}  # tabby, tiger cat, Egyptian cat: skimage's chelsea
 
 
 def run(match: str = "", weights_dir: Path | None = None) -> Iterator[str]:
-    """Downloads about 20 files (1 GB), or those whose name matches a regex; yields one line per check.
+    """Downloads about 20 files (1 GB), or the groups with a name that matches a regex; yields one line per group.
 
     Raises ValueError at the end if a check failed; a failed download counts.
     """
-    pairs = [pair for pair in PAIRS if any(re.search(match, name) for name in pair)]
-    names = [name for pair in pairs for name in pair] + [name for name in SINGLES if re.search(match, name)]
     failures = 0
-    for check in (*pairs, *((name,) for name in dict.fromkeys(names))):
-        package = catalogue.find(check[0]).package
+    for group in GROUPS:
+        if not any(re.search(match, name) for name in group):
+            continue
+        package = catalogue.find(group[0]).package
         if package and importlib.util.find_spec(package) is None:
-            yield f"skipped: {check[0]}: pip install {package} installs it"
+            yield f"skipped: {group[0]}: pip install {package} installs it"
             continue
         try:
-            parameters = [leaves(name, weights_dir) for name in check]
-            problem = compare(*parameters) if len(check) == 2 else recognize(catalogue.find(check[0]), *parameters)
+            first, *others = [leaves(name, weights_dir) for name in group]
+            problem = next(filter(None, (compare(first, other) for other in others)), "")
+            problem = problem or recognize(catalogue.find(group[0]), first)
         except ValueError as error:
             problem = str(error)
         failures += bool(problem)
-        yield f"{'FAILED' if problem else 'ok'}: {' and '.join(check)}" + (f": {problem}" if problem else "")
+        yield f"{'FAILED' if problem else 'ok'}: {' and '.join(group)}" + (f": {problem}" if problem else "")
     if failures:
         raise ValueError(f"{failures} checks failed")
 
@@ -74,14 +73,13 @@ def leaves(name: str, weights_dir: Path | None = None) -> dict[str, np.ndarray]:
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     """Returns "" for equal parameters, else how many differ and the largest difference."""
-    if set(one) != set(other):
+    if one.keys() != other.keys():
         return f"{len(set(one) ^ set(other))} parameters are in only one of them"
-    differences = {path: np.abs(one[path] - other[path]).max() for path in one}
-    largest = max(differences, key=lambda path: differences[path])
-    unequal = sum(value != 0 for value in differences.values())
+    unequal = {path: np.abs(one[path] - other[path]).max() for path in one if (one[path] != other[path]).any()}
     if not unequal:
         return ""
-    return f"{unequal} of {len(one)} parameters differ, by up to {differences[largest]:.3g} ({largest})"
+    worst = max(unequal, key=lambda path: unequal[path])
+    return f"{len(unequal)} of {len(one)} parameters differ, by up to {unequal[worst]:.3g} ({worst})"
 
 
 def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:

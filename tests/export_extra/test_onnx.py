@@ -20,7 +20,7 @@ from random_weights import random_variables
 
 import lungjax
 from lungjax import models
-from lungjax.config import HeadConfig, InputSpec, ModelConfig
+from lungjax.config import InputSpec, ModelConfig
 from lungjax.config.metadata import Metadata
 from lungjax.export import onnx as onnx_export
 from lungjax.export import triton
@@ -74,31 +74,19 @@ def test_file_equals_network(name, tmp_path):
     assert tensor.elem_type == onnx.TensorProto.UINT8 and tensor.shape.dim[0].dim_param == "B"
 
 
-def test_sigmoid_head(tmp_path):
-    functions = make("xray_cnn", classes=2, positive=0, head=HeadConfig(pool="flatten", output="sigmoid"))
-    session = artifacts.read_onnx(onnx_export.write(functions, tmp_path)[0])
-    pixels = functions.sample(2)
-    outputs, expected = session.outputs(pixels), functions.reference(pixels)
-    np.testing.assert_allclose(outputs["logits"], expected["logits"], atol=1e-5)
-    assert not expected["logits"][:, 1].any() and expected["logits"][:, 0].any()
-
-
 def test_load_onnx(small, tmp_path):
-    model = lungjax.load(onnx_export.write(small, tmp_path)[0])
-    pixels = small.sample(11)
-    expected = small.reference(pixels)
-    for key, array in model.outputs(pixels).items():
-        np.testing.assert_allclose(array, expected[key], atol=1e-5)
+    model, pixels = lungjax.load(onnx_export.write(small, tmp_path)[0]), small.sample(1)
     assert model.metadata == small.metadata and model.methods == ()
-    np.testing.assert_allclose(model.features(pixels[0, ..., 0]), expected["features"][:1], atol=1e-5)
+    expected = small.reference(pixels)["features"]
+    np.testing.assert_allclose(model.features(pixels[0, ..., 0]), expected, atol=1e-5)
     with pytest.raises(ValueError, match="no saliency maps"):
         model.explain(pixels[0, ..., 0])
 
 
 def test_damaged_foreign_and_large_files(small, tmp_path, monkeypatch):
     path = onnx_export.write(small, tmp_path)[0]
-    model, data = onnx.load(path), path.read_bytes()
-    (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
+    model = onnx.load(path)
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:999])
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     for name, word in (("cut", "can't read it"), ("foreign", "not from lungjax.export")):
@@ -128,14 +116,11 @@ def test_triton_configuration_fits_model(small, tmp_path):
     assert f'name: "{folder.name}"' in text and 'backend: "onnxruntime"' in text
     fields = re.findall(r'name: "(\w+)"\s+data_type: (\w+)\s+dims: \[ ([\d, ]+) \]', text)
     tensors = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
-    assert tensors.keys() == {name for name, *_ in fields}
-    for name, kind, dims in fields:
-        assert TYPES[kind] == tensors[name].elem_type
-        shape = [dim.dim_value for dim in tensors[name].shape.dim[1:]]  # without the batch
-        assert [int(side) for side in dims.split(",")] == shape
+    shapes = {name: [dim.dim_value for dim in tensor.shape.dim[1:]] for name, tensor in tensors.items()}
+    assert shapes == {name: [int(side) for side in dims.split(",")] for name, _, dims in fields}  # without the batch
+    assert all(TYPES[kind] == tensors[name].elem_type for name, kind, _ in fields)
     size = int(re.search(r"max_batch_size: (\d+)", text)[1])
-    preferred = re.search(r"preferred_batch_size: \[ ([\d, ]+) \]", text)[1]
-    assert max(map(int, preferred.split(","))) <= size
+    assert max(map(int, re.search(r"preferred_batch_size: \[ ([\d, ]+) \]", text)[1].split(","))) <= size
     assert (folder / "labels.txt").read_text().splitlines() == list(functions.metadata.classes)
     batch = np.repeat(functions.sample(1), size, axis=0)
     assert artifacts.read_onnx(folder / "1/model.onnx").outputs(batch)["logits"].shape == (size, 3)

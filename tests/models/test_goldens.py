@@ -18,7 +18,7 @@ from lungjax.config import ModelConfig
 from lungjax.models import trees
 from lungjax.models.ops import conv
 from lungjax.weights.convert import convert
-from lungjax.weights.rules import layouts
+from lungjax.weights.name_rules import layouts
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.npz"))
 

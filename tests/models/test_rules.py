@@ -15,7 +15,7 @@ from lungjax import models
 from lungjax.config import ModelConfig
 from lungjax.models.ops import conv
 from lungjax.weights.convert import convert
-from lungjax.weights.rules import layouts
+from lungjax.weights.name_rules import layouts
 
 NAMES = json.loads(gzip.decompress((Path(__file__).parents[1] / "goldens/tensor_names.json.gz").read_bytes()))
 DEFAULT = ("convnextv2_atto", "mobilenetv2", "mobilenetv3_small", "resnet18", "vgg16")

@@ -28,8 +28,8 @@ from lungjax.models import trees
 from lungjax.models.ops import conv
 from lungjax.weights import catalogue
 from lungjax.weights.convert import SAME_NAMES, convert
+from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
-from lungjax.weights.rules import layouts
 from tests.parity.cases import CASES, GOLDEN, LAYOUTS, NAMED, Case
 
 HERE = Path(__file__).parent

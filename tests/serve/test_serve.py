@@ -1,6 +1,7 @@
 """Answers of the service, their order, and how requests share the device."""
 
-import io
+import asyncio
+import base64
 import json
 import logging
 import re
@@ -9,11 +10,11 @@ import socket
 import numpy as np
 import pytest
 from conftest import png
-from PIL import Image
-from services import HEAD, METADATA, Brightness, flat, picture_of, post_all, running, slices, wait_for
-from test_uploads import SECRETS, scan, written
+from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
+from test_uploads import SECRETS, saved
 
 from lungjax.config.metadata import NOTICE
+from lungjax.data.imaging import images
 from lungjax.inference import records
 from lungjax.serve import schemas, uploads
 from lungjax.serve.app import build
@@ -34,27 +35,27 @@ def test_results_in_order(service):
     first, bad, third, blank = answer["results"]
     assert first == records.record(METADATA, "a.png", np.float32([0.8, 0.2]), 0.5)
     assert third["file"] == "c.png" and third["predicted"] == "bright" and third["decisions"]["bright"]["called"]
-    assert bad["file"] == "b.txt" and "text file" in bad["error"]
+    assert bad["file"] == "b.txt" and "format" in bad["error"]
     assert blank["warnings"] == ["blank"] and blank["novelty"] == 2.5
     schemas.Predictions.model_validate(answer)
 
 
 def test_raw_bodies(service):
-    array = np.full((20, 30), 102, np.uint8)
-    for kind in ("png", "jpeg", "tiff", "bmp"):
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, kind.upper())
-        status, answer, _ = service.ask("POST", "/predict", buffer.getvalue(), content_type=f"image/{kind}")
-        assert status == 200 and answer["results"][0]["probabilities"]["bright"] == pytest.approx(0.4, abs=1e-5)
-    status, answer, _ = service.ask("POST", "/predict", written(scan()), content_type="application/dicom")
-    assert status == 200 and answer["results"][0]["file"] == "file"
-    sixteen = png(np.full((20, 30), 13107, np.uint16))
-    assert service.post("/predict", ("16.png", sixteen))[1]["results"][0]["probabilities"]["bright"] == 0.2
+    gray = np.full((20, 30), 102, np.uint8)
+    for kind, body, bright in (
+        ("image/jpeg", saved(gray, "JPEG"), 0.4),
+        ("image/png", png(np.full((20, 30), 13107, np.uint16)), 0.2),
+        ("application/dicom", slices(1099, "1.2.3")[0], 0.95),
+    ):
+        status, answer, _ = service.ask("POST", "/predict", body, content_type=kind)
+        result = answer["results"][0]
+        assert status == 200 and result["file"] == "file"
+        assert result["probabilities"]["bright"] == pytest.approx(bright, abs=0.003)
 
 
 def test_status_if_all_files_fail(service):
     status, answer, _ = service.post("/predict", ("a.zip", b"PK\x03\x04....."), ("b.png", flat(3)[:50]))
-    assert status == 415 and "ZIP" in answer["error"] and [r["file"] for r in answer["results"]] == ["a.zip", "b.png"]
+    assert status == 415 and [r["file"] for r in answer["results"]] == ["a.zip", "b.png"]
     schemas.Problem.model_validate(answer)
     assert service.post("/predict", ("b.png", flat(3)[:50]))[0] == 422
 
@@ -77,13 +78,12 @@ def test_series(service):
 def test_explain(service):
     pixels = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
     status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", png(pixels)), ("b", b"\0"))
-    assert status == 200 and "error" in answer["results"][1]
+    assert status == 200 and "error" in answer["results"][1] and service.model.targets.tolist() == [0]
     result = answer["results"][0]
     assert (result["explained"], result["method"], result["predicted"]) == ("dark", "occlusion", "dark")
-    assert service.model.targets.tolist() == [0]
-    np.testing.assert_array_equal(picture_of(result["image"]), pixels)
-    heat = picture_of(result["heat"])
-    assert heat.shape == picture_of(result["overlay"]).shape == (8, 8, 3) and (heat[:, 0] != heat[:, -1]).any()
+    image, heat, overlay = (images.read(base64.b64decode(result[key][22:]))[0] for key in ("image", "heat", "overlay"))
+    np.testing.assert_array_equal(image, pixels)
+    assert heat.shape == overlay.shape == (8, 8, 3) and (heat[:, 0] != heat[:, -1]).any()
     schemas.Explanations.model_validate(answer)
     assert service.post("/explain", ("a.png", flat(250)))[1]["results"][0]["explained"] == "bright"
     for path, word in (
@@ -119,15 +119,10 @@ def test_openapi_and_docs(service):
     assert set(tree["paths"]) == {"/predict", "/explain", "/model", "/health", "/metrics"}
     for path in ("/predict", "/explain"):
         operation = tree["paths"][path]["post"]
-        assert {"multipart/form-data", "image/png", "application/dicom"} <= set(operation["requestBody"]["content"])
-        assert {"200", "400", "401", "408", "413", "415", "422", "500", "503", "504"} <= set(operation["responses"])
-        assert operation["description"]
+        assert {"multipart/form-data", "application/dicom"} <= set(operation["requestBody"]["content"])
+        assert {"200", "400", "413", "504"} <= set(operation["responses"]) and operation["description"]
     text = service.ask("GET", "/docs")[1].decode()
-    assert "/explain" in text and "multipart/form-data" in text and "class" in text
-    assert "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
-
-
-# Batches
+    assert "/explain" in text and "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
 
 
 def test_batches_and_saliency_maps_alternate():
@@ -164,10 +159,9 @@ def test_full_queue_and_too_many_requests():
         for thread in (*first, *threads):
             thread.join()
         assert {answer[0] for answer in answers} == {200}
-        sockets = []
-        for _ in range(7):
-            sockets.append(socket.create_connection(("127.0.0.1", service.port)))
-            sockets[-1].sendall(HEAD + b"Content-Length: 9\r\n\r\n")
+        sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(7)]
+        for one in sockets:
+            one.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
         wait_for(lambda: service.metric("lungjax_running_requests") > 6)
         assert service.post("/predict", ("a", flat(1)))[0] == 503
         assert service.ask("GET", "/health")[0] == 200
@@ -219,8 +213,7 @@ def test_failed_compilation():
     model, errors = Brightness(), []
     model.warm = lambda: 1 / 0
     device = build(model, Settings(), errors.append).state.service.device
-    device.start()
-    device.stop()
+    asyncio.run(device.run())
     assert isinstance(errors[0], ZeroDivisionError)
     with pytest.raises(uploads.UploadError, match="could not load"):
         device.check("predict")

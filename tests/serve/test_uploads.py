@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
-from lungjax.data.imaging import dicom, dicom_frames, images
+from lungjax.data.imaging import dicom, images
 from lungjax.serve import uploads
 from lungjax.serve.uploads import Limits, UploadError
 
@@ -76,82 +77,60 @@ def png(width, height, *more, pixels=b"", kind=0):
     return images.SIGNATURE + header + b"".join(more) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
+GRAY, COLOR = picture(), picture((40, 50, 3))
 GOOD = (
-    (picture(), "PNG", {}),
-    (picture((40, 50, 3)), "PNG", {}),
-    (picture(), "JPEG", {}),
-    (picture((40, 50, 3)), "JPEG", {"exif": b"Exif\0\0II*\0" + b"\0" * 20, "icc_profile": b"x" * 300}),
-    (picture((40, 50, 3)), "JPEG", {"progressive": True, "comment": b"words"}),
-    (picture(), "TIFF", {}),
-    (picture((40, 50, 3)), "TIFF", {"compression": "tiff_adobe_deflate"}),
-    (picture((40, 50, 3)), "BMP", {}),
-    (picture(), "GIF", {}),
-    (picture((40, 50, 3)), "WEBP", {"lossless": True}),
-    (picture((40, 50, 3)), "JPEG2000", {}),
-    (picture(), "JPEG2000", {"no_jp2": True}),
-)
+    (GRAY, "PNG", {}), (COLOR, "PNG", {}), (GRAY, "JPEG", {}),
+    (COLOR, "JPEG", {"exif": b"Exif\0\0II*\0" + b"\0" * 20, "icc_profile": b"x" * 300}),
+    (COLOR, "JPEG", {"progressive": True, "comment": b"words"}), (GRAY, "TIFF", {}),
+    (COLOR, "TIFF", {"compression": "tiff_adobe_deflate"}), (COLOR, "BMP", {}), (GRAY, "GIF", {}),
+    (COLOR, "WEBP", {"lossless": True}), (COLOR, "JPEG2000", {}), (GRAY, "JPEG2000", {"no_jp2": True}),
+)  # fmt: skip
 
 
 def test_images_as_pillow_decodes_them():
-    for array, form, options in GOOD:
-        data = saved(array, form, **options)
+    deep = Image.fromarray(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30)
+    buffer = io.BytesIO()
+    deep.save(buffer, "PNG")
+    for form, data in [("PNG", buffer.getvalue()), *((form, saved(array, form, **more)) for array, form, more in GOOD)]:
         upload, decoded = read(data), Image.open(io.BytesIO(data))
-        np.testing.assert_array_equal(upload.pixels, np.asarray(decoded.convert("L") if form == "GIF" else decoded))
-        assert upload.kind == form and upload.series == ""
-    deep = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30
-    upload = read(saved(deep, "PNG"))
-    assert upload.pixels.dtype == np.uint16
-    np.testing.assert_array_equal(upload.pixels, deep)
+        expected = np.asarray(decoded.convert("L") if form == "GIF" else decoded)
+        np.testing.assert_array_equal(upload.pixels, expected)
+        assert upload.pixels.dtype == expected.dtype and upload.series == ""
 
 
 def test_series_and_patients():
-    def series(**tags):
-        return read(written(scan("CT", **tags))).series
-
-    one = series(SeriesInstanceUID="1.2.3.77", PatientID="a")
-    assert one and one == series(SeriesInstanceUID="1.2.3.77", PatientID="a")
-    assert one != series(SeriesInstanceUID="1.2.3.77", PatientID="b")
-    assert series(SeriesInstanceUID=None) == ""
+    one, same, other, none = (
+        read(written(scan("CT", SeriesInstanceUID=uid, PatientID=patient))).series
+        for uid, patient in (("1.2.3.77", "a"), ("1.2.3.77", "a"), ("1.2.3.77", "b"), (None, "a"))
+    )
+    assert one == same != other and one and none == ""
 
 
 def test_dicom_as_from_disk(tmp_path):
     for modality in ("CT", "DX"):
-        data = scan(modality, SeriesInstanceUID="1.2.3.77")
+        data = scan(modality)
         path = str(scans.save(data, tmp_path / f"{modality}.dcm"))
         expected = dicom.picture(path, ((-600.0, 1500.0),)) if modality == "CT" else dicom.xray(path)
         upload = read(written(data))
         np.testing.assert_array_equal(upload.pixels, images.decode(expected, None))
-        assert upload.kind == "DICOM" and upload.series == ("1.2.3.77 ID-4711" if modality == "CT" else "")
-    plain = read(written(scan())).pixels
-    data = scan()
-    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    np.testing.assert_array_equal(read(written(data)).pixels, plain)
-    data = scan()
-    data.compress(RLELossless, generate_instance_uid=False)
-    np.testing.assert_array_equal(read(written(data)).pixels, plain)
+        assert bool(upload.series) == (modality == "CT")
+    plain, deflated, compressed = read(written(scan())).pixels, scan(), scan()
+    deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    compressed.compress(RLELossless, generate_instance_uid=False)
+    for data in (deflated, compressed):
+        np.testing.assert_array_equal(read(written(data)).pixels, plain)
 
 
 def test_slice_of_another_plane():
-    data = scan(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[0, 0, 0])
-    assert refused(written(data))[:2] == (422, "plane")
-    assert uploads.read(written(data), LIMITS, plane="coronal").kind == "DICOM"
+    data = written(scan(ImageOrientationPatient=[1, 0, 0, 0, 0, -1], ImagePositionPatient=[0, 0, 0]))
+    assert refused(data)[:2] == (422, "plane") and uploads.read(data, LIMITS, plane="coronal").series
 
 
-def test_other_formats_are_named(monkeypatch):
+def test_other_formats(monkeypatch):
     monkeypatch.setattr(uploads.Image, "open", None)  # never decoded
-    for name, data in {
-        "ZIP": b"PK\x03\x04" + b"\0" * 200,
-        "gzip": b"\x1f\x8b\x08" + b"\0" * 200,
-        "PDF": b"%PDF-1.7\n",
-        "HTML": b"\n  <!DOCTYPE html><html></html>",
-        "text file": b"path,label\na.png,Normal\n",
-        "RIFF": b"RIFF\x10\0\0\0WAVEfmt ",
-        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n",
-        "NIfTI": b"\x5c\x01\0\0" + b"\0" * 344,
-        "not a known": bytes(range(256)),
-    }.items():
+    for data in (b"PK\x03\x04" + bytes(200), b"\n <!DOCTYPE html>", b"RIFF\x10\0\0\0WAVEfmt ", bytes(range(256))):
         status, reason, message = refused(data)
-        assert (status, reason) == (415, "type") and name in message and images.FORMAT_NAMES in message
+        assert (status, reason) == (415, "type") and images.FORMAT_NAMES in message
 
 
 def test_only_the_decoder_of_the_format(monkeypatch):
@@ -165,22 +144,17 @@ def test_only_the_decoder_of_the_format(monkeypatch):
 def test_size_limits_by_header(monkeypatch):
     monkeypatch.setattr(images, "read", None)  # never decoded
     monkeypatch.setattr(images, "decode", None)
-    for (width, height), expected in (
-        ((6000, 40), (413, "side")),
-        ((400, 300), (413, "pixels")),
-        ((1, 1), (422, "small")),
-    ):
+    for width, height, *expected in ((6000, 40, 413, "side"), (400, 300, 413, "pixels"), (1, 1, 422, "small")):
         for form in dict.fromkeys(form for _, form, _ in GOOD):
             *reason, message = refused(saved(np.zeros((height, width), np.uint8), form))
-            assert tuple(reason) == expected and f"{width} x {height} pixels" in message, form
-        assert refused(written(scan(Rows=height, Columns=width)))[:2] == expected
+            assert reason == expected and f"{width} x {height} pixels" in message, form
+        assert refused(written(scan(Rows=height, Columns=width)))[:2] == tuple(expected)
     data = bytearray(saved(picture(), "JPEG2000"))  # decoders use the size in the codestream, not in the boxes
     at = data.index(b"\xff\x4f\xff\x51") + 8
     data[at : at + 8] = struct.pack(">II", 60_000, 40)
-    assert refused(bytes(data))[:2] == (413, "side")
-
-
-def test_file_size_limits():
+    tags = {256: 40, 257: 50, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 9}
+    tiles = tiff(*((tag, 4, 1, value) for tag, value in tags.items()))
+    assert refused(bytes(data))[:2] == refused(tiles)[:2] == (413, "side")
     assert refused(saved(picture(), "BMP"), bytes=2000)[:2] == (413, "bytes")
     assert refused(b"")[:2] == (422, "empty")
 
@@ -195,7 +169,6 @@ def bombs():
     zeros = zlib.compress(bytes(30 * 2**20), 9)
     rows = b"".join(b"\0" + row.tobytes() for row in picture())
     yield "zTXt", png(50, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=rows)
-    yield "iTXt", png(50, 40, chunk(b"iTXt", b"Title\0\1\0en\0Titel\0" + zeros), pixels=rows)
     yield "iCCP", png(50, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=rows)
     yield "pixels", png(50, 40, pixels=bytes(30 * 2**20))  # more than the header says
     tags = [(40_000 + i, 7, 400_000, 8) for i in range(100)]  # in the same place
@@ -207,24 +180,25 @@ def bombs():
     yield "deflated DICOM", written(data)
 
 
+@contextmanager
+def memory_limit(mebibytes):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 def test_decompression_bombs():
     """Small files that inflate to 30 MiB and more are refused in little memory; further pixels are not inflated."""
     for name, data in bombs():
-        tracemalloc.start()
-        try:
+        with memory_limit(8):
             if name == "pixels":
                 assert read(data).pixels.shape == (40, 50)
             else:
                 assert refused(data)[0] in (413, 422), name
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert len(data) < 2**20 and peak < 8 * 2**20, (name, peak)
-
-
-def test_tiff_tiles():
-    tags = {256: 40, 257: 50, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 9}
-    assert refused(tiff(*((tag, 4, 1, value) for tag, value in tags.items())))[:2] == (413, "side")
+        assert len(data) < 2**20
 
 
 def test_several_frames():
@@ -249,7 +223,7 @@ from lungjax.serve import uploads
 logging.basicConfig()  # a handler, as a server has one
 uploads.quiet()
 assert "pydicom" not in sys.modules
-print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).kind)
+print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).pixels.shape)
 """
 
 
@@ -261,7 +235,7 @@ def test_first_dicom_of_a_process_logs_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", QUIET, tmp_path / "scan.dcm"], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "DICOM\n" and done.stderr == "" and uid not in done.stdout
+    assert done.stdout == "(24, 32)\n" and done.stderr == "" and uid not in done.stdout
 
 
 def test_slow_jpeg():
@@ -270,29 +244,24 @@ def test_slow_jpeg():
     assert "segments" in refused(many)[2]
     at = data.index(b"\xff\xda")
     assert "scans" in refused(data[:at] + data[at:-2] * 101 + data[-2:])[2]
-    for form, options in (("JPEG", {}), ("JPEG2000", {"no_jp2": True})):
-        assert dicom_frames.codestream_size(saved(picture((30, 70)), form, **options)) == (30, 70)
 
 
 def test_dicom_codestream_size(monkeypatch):
     data = scan("DX", shape=(24, 32), BitsAllocated=8, BitsStored=8, HighBit=7)
     data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     data.PixelData = encapsulate([saved(picture((24, 32)), "JPEG")])
-    np.testing.assert_array_equal(read(written(data)).pixels.shape, (24, 32))
+    assert read(written(data)).pixels.shape == (24, 32)
     data.PixelData = encapsulate([saved(picture((30, 70)), "JPEG")])
     with monkeypatch.context() as patch:
-        tried = []
-        patch.setattr(Image, "open", lambda *_, **__: tried.append(1))
-        assert refused(written(data))[:2] == (422, "damaged") and not tried
+        calls = []
+        patch.setattr(Image, "open", lambda *_, **__: calls.append(1))
+        assert refused(written(data))[:2] == (422, "damaged") and not calls
     data = scan(shape=(24, 32))
     data.compress(RLELossless, generate_instance_uid=False)
     head = struct.pack("<16I", 2, 64, 64 + 400_000, *[0] * 13)
     data.PixelData = encapsulate([head + b"\x81\0" * 400_000])  # 51 MB
-    tracemalloc.start()
-    assert refused(written(data))[:2] == (422, "damaged")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 16 * 2**20, peak
+    with memory_limit(16):
+        assert refused(written(data))[:2] == (422, "damaged")
 
 
 def test_unsuitable_dicom():
@@ -312,36 +281,32 @@ def test_million_dicom_elements():
 def test_damaged_dicom_leaks_nothing(monkeypatch, recwarn, capfd, caplog):
     """Any damage gives a refusal or an image, never another exception, and never text of the file."""
     uploads.quiet()
-    whole = written(secret(scan()))
-    deflated = secret(scan())
+    complete = written(secret(scan()))
+    deflated, swapped = secret(scan()), secret(scan())
     deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    swapped = secret(scan())
     swapped.Modality = "Zentinel"
-    wrong = secret(scan(PixelSpacing=[0, 1]))
-    unknown = secret(scan())
-    unknown.file_meta.TransferSyntaxUID = SECRETS[4] + ".9"
-    texts = [written(swapped), written(deflated)[:-40], written(wrong)]
-    texts.append(written(scan()).replace(b"MONOCHROME2", b"Zentinel   "))
+    damaged = [written(swapped), written(deflated)[:-40], written(secret(scan(PixelSpacing=[0, 1])))]
+    damaged.append(written(scan()).replace(b"MONOCHROME2", b"Zentinel   "))
     for tag in (b"\x28\x00\x53\x10DS", b"\x28\x00\x52\x10DS", b"\x08\x00\x60\x00CS", b"\x28\x00\x10\x00US"):
-        at = whole.index(tag)
-        texts.append(whole[: at + 8] + b"Zentinel"[: whole[at + 6]] + whole[at + 8 + min(8, whole[at + 6]) :])
+        at, size = complete.index(tag) + 8, complete[complete.index(tag) + 6]
+        damaged.append(complete[:at] + b"Zentinel"[:size] + complete[at + min(8, size) :])
     rng = random.Random(5)
     for _ in range(250):
-        data = bytearray(whole)
+        data = bytearray(complete)
         for _ in range(rng.choice((1, 3, 30))):
             data[rng.randrange(132, 132 + 900)] = rng.randrange(256)
-        texts.append(bytes(data))
-    texts += [whole[:end] for end in range(140, len(whole), 97)]
+        damaged.append(bytes(data))
+    damaged += [complete[:end] for end in range(140, len(complete), 97)]
     messages = []
-    for data in texts:
+    for data in damaged:
         try:
             read(data)
         except UploadError as error:
             messages.append(str(error))
             assert error.__cause__ is None
     assert len(messages) > 60
-    said = "\n".join([*messages, *capfd.readouterr(), caplog.text, *(str(one.message) for one in recwarn)])
-    assert not [word for word in SECRETS if word in said]
+    output = "\n".join([*messages, *capfd.readouterr(), caplog.text, *(str(one.message) for one in recwarn)])
+    assert not [word for word in SECRETS if word in output]
 
 
 def test_damaged_images():

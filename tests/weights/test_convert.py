@@ -16,14 +16,9 @@ def numbers(*shape):
 def test_all_problems_are_in_one_error():
     shapes = {"conv1/kernel": (3, 3, 2, 4), "conv2/kernel": (1, 1, 4, 4), "bn/scale": (4,), "bn/bias": (4,)}
     tensors = {
-        "conv1/kernel": numbers(3, 3, 4, 2),
-        "conv2/kernel": numbers(1, 1, 4, 4),
-        "odd1/kernel": numbers(1, 1, 4, 4),
-        "bn/gamma": numbers(4),
-        "extra/kernel": numbers(7),
-        "conv3/kernel": numbers(8),
-        "dense/momentum": numbers(2),
-    }
+        "conv1/kernel": numbers(3, 3, 4, 2), "conv2/kernel": numbers(1, 1, 4, 4), "odd1/kernel": numbers(1, 1, 4, 4),
+        "bn/gamma": numbers(4), "extra/kernel": numbers(7), "conv3/kernel": numbers(8), "dense/momentum": numbers(2),
+    }  # fmt: skip
     with pytest.raises(ValueError, match=r"some.h5 does not fit \(6 names\)") as error:
         convert(tensors, KERAS, shapes, label="some.h5")
     for part in (

@@ -72,14 +72,11 @@ def attacks(marker):
         "NEWOBJ": name("os", "system") + row(shell) + b"\x81",
         "NEWOBJ of a stand-in": ordered_dict + b")\x81",
         "BUILD on a name": size + state + b"b",
-        "BUILD on a name, slots": size + b"N" + state + b"\x86b",
         "BUILD on a returned name": call(size, rebuild) + b"N" + state + b"\x86b",
         "BUILD on a storage": name("torch", "FloatStorage") + mapping(key=text("../x")) + b"b",
-        "BUILD on a storage, slots": name("torch", "FloatStorage") + b"N" + mapping(key=text("../x")) + b"\x86b",
         "BUILD on a tensor": array_of("0", NUMBERS) + mapping(offset=number(-9)) + b"b",
         "extension registry": b"\x82\x01" + row(shell) + b"R",
         "call of a storage": call(name("torch", "FloatStorage"), number(1)),
-        "call of a text": call(text("os.system"), shell),
         "persistent text": b"Pos.system\n",
         "persistent module": row(text("module"), size, text("file"), text("source")) + b"Q",
         "storage of no type": row(text("storage"), size, text("0"), text("cpu"), number(1)) + b"Q",
@@ -109,8 +106,6 @@ def test_crafted_pickles_are_refused(tmp_path, write):
             assert not marker.exists(), (attack, place)
     # Refused files leave nothing behind.
     np.testing.assert_array_equal(open_tensors(write(tmp_path / "w.pth", good, RAW))["a"], NUMBERS)
-    with pytest.raises(ValueError, match=r"os\.system"):
-        open_tensors(write(tmp_path / "w", attacks(marker)["os.system"], {}))
 
 
 @BOTH
@@ -129,35 +124,28 @@ def test_tensors_outside_their_storage(tmp_path, write):
 def test_files_without_tensors(tmp_path, write):
     text_parameter = call(name("torch._utils", "_rebuild_parameter"), text("0"), b"\x88", b"}")
     for tree, message in (
-        (state_dict({}), "no tensors by name"),
-        (row(text("a")), "no tensors by name"),
-        (mapping(epoch=number(3)), "not tensors: 'epoch'"),
-        (state_dict({"a": text_parameter}), "not tensors"),
-    ):
+        (state_dict({}), "no tensors by name"), (row(text("a")), "no tensors by name"),
+        (mapping(epoch=number(3)), "not tensors: 'epoch'"), (state_dict({"a": text_parameter}), "not tensors"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_tensors(write(tmp_path / "w", tree, {}))
 
 
 def test_damaged_archives(tmp_path):
-    tree, raw = state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
+    path, tree, raw = tmp_path / "w", state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
     for stored, extra, message in (
-        ({}, (), "missing"),
-        (RAW | {"1": raw}, (), "of no tensor: 1"),
-        ({"0": raw[:-4]}, (), "expected 96 bytes, got 92"),
-        (RAW, ("constants.pkl",), "TorchScript"),
-        (RAW, ("more/data.pkl",), "2 files data.pkl"),
-    ):
+        ({}, (), "missing"), (RAW | {"1": raw}, (), "of no tensor: 1"), ({"0": raw[:-4]}, (), "96 bytes, got 92"),
+        (RAW, ("constants.pkl",), "TorchScript"), (RAW, ("more/data.pkl",), "2 files data.pkl"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            open_tensors(write_zip(tmp_path / "w", tree, stored, extra=extra))
-    content = write_zip(tmp_path / "w", tree, RAW).read_bytes()
-    for part in (0.3, 0.7, 0.99):
-        (tmp_path / "w").write_bytes(content[: int(part * len(content))])
-        with pytest.raises(ValueError, match="truncated or damaged"):
-            open_tensors(tmp_path / "w")
-    at = content.index(raw)
-    (tmp_path / "w").write_bytes(content[:at] + b"\x07" + content[at + 1 :])
+            open_tensors(write_zip(path, tree, stored, extra=extra))
+    content = write_zip(path, tree, RAW).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        open_tensors(path)
+    path.write_bytes(content.replace(raw, b"\x07" + raw[1:]))
     with pytest.raises(ValueError, match=r"a: damaged.*CRC"):
-        open_tensors(tmp_path / "w")["a"]
+        open_tensors(path)["a"]
 
 
 def test_damaged_streams(tmp_path):

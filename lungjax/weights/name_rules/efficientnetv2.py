@@ -1,7 +1,7 @@
 """EfficientNetV2: files of Keras, timm and torchvision. Stages 1 to 3 have fused blocks in every variant."""
 
 from lungjax.weights.convert import Rules, blocks
-from lungjax.weights.rules.efficientnet import KERAS, TIMM_BLOCK, TIMM_TOP, TORCHVISION_BLOCK, TORCHVISION_TOP
+from lungjax.weights.name_rules.efficientnet import KERAS, TIMM_BLOCK, TIMM_TOP, TORCHVISION_BLOCK, TORCHVISION_TOP
 
 TIMM_FUSED = {"conv_exp": "expand_conv", "bn1": "expand_bn", "conv_pwl": "project_conv", "bn2": "project_bn"}
 TIMM = (

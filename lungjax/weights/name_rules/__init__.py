@@ -1,4 +1,4 @@
-"""Tables of rules for tensor names: one module per family of networks, one table per layout."""
+"""Rules from tensor names in weight files to parameter paths: one module per network family, one table per layout."""
 
 import importlib
 import importlib.util

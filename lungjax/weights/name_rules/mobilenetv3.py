@@ -4,8 +4,14 @@ The files number blocks or stages consecutively, so each layout has one table pe
 """
 
 from lungjax.weights.convert import Rules, numbered_blocks
-from lungjax.weights.rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP, TORCHVISION_FIRST, TORCHVISION_LAYERS
-from lungjax.weights.rules.mobilenetv2 import CONVS, NORMS
+from lungjax.weights.name_rules.efficientnet import (
+    TIMM_BLOCK,
+    TIMM_FIRST,
+    TIMM_TOP,
+    TORCHVISION_FIRST,
+    TORCHVISION_LAYERS,
+)
+from lungjax.weights.name_rules.mobilenetv2 import CONVS, NORMS
 
 KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1": "se/expand"}
 KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}

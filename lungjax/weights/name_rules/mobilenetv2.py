@@ -1,7 +1,7 @@
 """MobileNetV2: files of Keras (released and new names), timm and torchvision."""
 
 from lungjax.weights.convert import Rules, numbered_blocks
-from lungjax.weights.rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP
+from lungjax.weights.name_rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP
 
 REPEATS = (1, 2, 3, 4, 3, 3, 1)
 CONVS = {"expand": "expand_conv", "depthwise": "dwconv", "project": "project_conv"}
