@@ -3,8 +3,8 @@
 Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
 Thresholds are chosen on the validation split and evaluated on the test split. Rules:
 
-    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); of equals the highest threshold
-    sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another number)
+    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); the highest threshold if tied
+    sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another value)
 
 Predictive values depend on the prevalence. `ppv` and `npv` are those of the test split; `ppv_at` and `npv_at` follow by
 Bayes' rule from the same sensitivity and specificity at a given prevalence.
@@ -27,7 +27,7 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or a split without examples of the class or of the other classes.
+    Raises ValueError for an unknown rule, or if all examples or none are of the class.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
@@ -35,9 +35,12 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
         raise ValueError(f"rule {rule!r}: allowed are youden and sensitivity_X with 0 < X <= 1")
-    fpr, tpr, thresholds = metrics.roc_curve(predictions.labels == class_index, _scores(predictions, class_index))
+    from sklearn.metrics import roc_curve  # here: it takes two seconds to import
+
+    positive, scores = predictions.labels == class_index, _scores(predictions, class_index)
+    fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
     good = tpr - fpr if rule == "youden" else tpr >= sensitivity
-    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, without the threshold infinity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first one if tied, without the threshold infinity
 
 
 def metrics_at_thresholds(

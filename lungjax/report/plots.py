@@ -156,15 +156,21 @@ def square(axis: "Axes", kind: str) -> None:
 
 
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
-    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N]."""
-    if kind == "roc":
-        x, y, _ = metrics.roc_curve(positive, scores)
-        axis.plot(x, y, **look)
-        return metrics.auc(positive, scores)
-    x, y, _ = metrics.pr_curve(positive, scores)
-    # The average precision is the area under steps: between two thresholds the precision is that of the next one.
-    axis.plot(x, y, drawstyle="steps-pre", **look)
-    return metrics.average_precision(positive, scores)
+    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N].
+
+    The curve is empty and its area NaN without positives or negatives.
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
+
+    area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, scores)
+    x, y = np.zeros((2, 0))
+    if kind == "roc" and np.isfinite(area):
+        x, y, _ = roc_curve(positive, scores, drop_intermediate=False)
+    elif np.isfinite(area):
+        y, x, _ = precision_recall_curve(positive, scores)
+    # The average precision is the area under these steps, in the order of falling recall.
+    axis.plot(x, y, drawstyle="default" if kind == "roc" else "steps-post", **look)
+    return area
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
