@@ -22,8 +22,8 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
 average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
-are no such classes. These are scikit-learn's definitions with `zero_division=nan`. A class without examples that is predicted
-has precision and F1 zero, which lowers their means.
+are no such classes. These are scikit-learn's definitions with `zero_division=nan`. A class that is predicted but has no
+examples has precision and F1 zero, which lowers their means.
 """
 
 import math

@@ -76,8 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
 
-    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises ValueError for a figure that
-    is not a PNG file, OSError for a missing one.
+    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises OSError for a missing figure.
     """
     facts = report["facts"]
     figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}

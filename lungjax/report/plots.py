@@ -36,8 +36,7 @@ def training_curves(
     figure = style.figure(8, 0.8 + 2.3 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=[1.3] + [1] * (len(panels) - 1))
     for axis, (title, names) in zip(axes, panels, strict=True):
-        style.style(axis)
-        axis.set_title(style.plain(title), loc="left", fontsize=11, color=style.INK)
+        style.style(axis, style.plain(title))
         for name in names:
             _line(axis, history, name)
         if best_step is not None:
@@ -48,7 +47,7 @@ def training_curves(
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
     row = next((row for row in reversed(history) if row.get("epoch")), None)
     epoch = f" (one epoch is {row['step'] / row['epoch']:,.0f} steps)" if row else ""
-    axes[-1].set_xlabel(f"Step{epoch}", color=style.INK)
+    axes[-1].set_xlabel(f"Step{epoch}")
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
@@ -253,16 +252,11 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
         width = 1 / len(drawn) / len(looks)
         left = [b["low"] + k * width for b in drawn]
         lower.bar(left, [b["n"] for b in drawn], width=0.9 * width, align="edge", color=color)
-    for axis in (upper, lower):
-        style.style(axis)
-    upper.set_title("Reliability", loc="left", fontsize=12, color=style.INK)
-    upper.set_ylabel("Accuracy", color=style.INK)
-    upper.set_xlim(-0.01, 1.01)
-    upper.set_ylim(-0.03, 1.03)
-    upper.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    style.style(upper, "Reliability", 12)
+    style.style(lower)
+    upper.set(ylabel="Accuracy", xlim=(-0.01, 1.01), ylim=(-0.03, 1.03), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     upper.legend(frameon=False, fontsize=9, loc="upper left")
-    lower.set_ylabel("Examples", color=style.INK)
-    lower.set_xlabel("Confidence (highest probability)", color=style.INK)
+    lower.set(xlabel="Confidence (highest probability)", ylabel="Examples")
     style.save(figure, path)
 
 
@@ -284,17 +278,13 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.tick_params(labelbottom=True)  # also above an empty cell
     for axis, i in zip(axes.flat, panels, strict=False):
         curve = operating_points.net_benefit(p, i)
-        t = curve["thresholds"]
-        style.style(axis)
+        t, share = curve["thresholds"], n[i] / len(p)
+        style.style(axis, f"{style.short(p.classes[i], 24)} ({style.percent(share)})", 10)
         axis.axhline(0, color=style.INK, linewidth=1, label="treat none")
         axis.plot(t, curve["all"], color=style.MUTED, linewidth=1.4, linestyle=style.DASHES, label="treat all")
         axis.plot(t, curve["model"], color=style.COLORS[0], linewidth=1.8, label="network")
-        share = n[i] / len(p)
         top = max(share, 0.02)
-        axis.set_ylim(-0.35 * top, 1.1 * top)  # that of treating all is unbounded below
-        axis.set_xlim(0, 1)
-        title = f"{style.short(p.classes[i], 24)} ({style.percent(share)})"
-        axis.set_title(title, loc="left", fontsize=10, color=style.INK)
+        axis.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top))  # the net benefit of treating all is unbounded below
     left_out = f", the {len(panels)} most frequent of {len(n)} classes" if len(panels) < len(n) else ""
     figure.suptitle(f"Net benefit{left_out}", x=0.01, ha="left", fontsize=12, color=style.INK)
     figure.supxlabel("Threshold probability", fontsize=10, color=style.INK)

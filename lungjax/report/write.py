@@ -96,25 +96,6 @@ def write_report(
     """
     if "test" not in results or not len(results["test"]):
         raise ValueError("no predictions of the test split: the report needs a test split with images")
-    report = assemble(config, results, history, facts)
-    for split, predicted in results.items():
-        predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    figures = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
-    atomic_write(workdir / "report.json", text + "\n")
-    page = context.build(config, report, figures, workdir / "plots", summary, about)
-    atomic_write(workdir / "report.html", render("report.html.j2", **page))
-    atomic_write(workdir / "report.md", render("report.md.j2", **page))
-    return report
-
-
-def assemble(
-    config: Config,
-    results: Mapping[str, Predictions],
-    history: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the content of report.json; arguments as in `write_report`."""
     test = results["test"]
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
@@ -146,6 +127,14 @@ def assemble(
         report["operating_points"] = operating_points.points(results["val"], test, config.eval)
     caveats = warnings(config, results, history, report)
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
+    for split, predicted in results.items():
+        predictions.write(predicted, workdir / f"predictions_{split}.csv")
+    figures = draw(workdir / "plots", config, test, history, report, read_image, explain)
+    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
+    atomic_write(workdir / "report.json", text + "\n")
+    page = context.build(config, report, figures, workdir / "plots", summary, about)
+    atomic_write(workdir / "report.html", render("report.html.j2", **page))
+    atomic_write(workdir / "report.md", render("report.md.j2", **page))
     return report
 
 

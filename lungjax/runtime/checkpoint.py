@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command a
 StateT = TypeVar("StateT")
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
     def __init__(self, workdir: Path):
@@ -53,10 +53,6 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         distributed.on_first_host(lambda: _open(self.folder))
-
-    def __enter__(self) -> "Checkpoints":
-        """Returns itself."""
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for this host's part of a pending save; its error is raised, or added as a note to `error`."""

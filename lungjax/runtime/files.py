@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = ".partial-"  # how the name of an unfinished file begins
+PARTIAL = ".partial-"  # prefix of unfinished files
 
 
 @contextmanager
@@ -27,10 +27,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def atomic_write(path: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Writes UTF-8 text with `atomic_file`; `errors` is that of `open`, for file names that are not UTF-8."""
+def atomic_write(path: Path, text: str) -> None:
+    """Writes UTF-8 text with `atomic_file`; characters of file names that are not UTF-8 become backslash escapes."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors=errors, newline="")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """A `jax.profiler` trace of a range of training steps."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 
-class Profiler:
+class Profiler(AbstractContextManager["Profiler"]):
     """Traces the steps `first` to `last` (from 1, inclusive) into a folder; a context manager.
 
     The folder opens with TensorBoard's profile plugin or `xprof`; its perfetto_trace.json.gz in ui.perfetto.dev.
@@ -15,12 +16,8 @@ class Profiler:
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self.folder, self.steps, self.active = folder, steps, False
 
-    def __enter__(self) -> "Profiler":
-        """Returns itself."""
-        return self
-
     def __exit__(self, *_: object) -> None:
-        """Ends a trace that is still active, as after an interruption."""
+        """Ends a trace that is still active, such as after an interruption."""
         self._stop()
 
     def before_step(self, step: int) -> None:

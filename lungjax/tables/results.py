@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
@@ -241,6 +240,10 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             r.verdict or (r.state if r.ours is not None and r.state != "finished" else ""),
             *([place(r.chosen) if r.chosen else ""] * choice),
         ])  # fmt: skip
+    reasons: dict[str, list[str]] = {}  # of missing numbers: cells
+    for r in results:
+        if r.reason and r.state not in (NOT_RUN, "finished"):
+            reasons.setdefault(f"{r.state}: {' '.join(r.reason.split())}", []).append(place(r.cell))
     head = ["", "", "published", "ours", "95 % interval", "difference", "verdict", *["our choice"] * choice]
     return templating.render(
         "published.md.j2",
@@ -259,28 +262,19 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             *(f"{place(r.cell)}: {r.cell.note}" for r in results if r.cell.note),
         ],
         figures=[templating.Figure(name, caption) for name, caption in captions.items()],
-        missing=_missing(results),
+        missing={
+            "reasons": [
+                f"{'; '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
+                for reason, places in reasons.items()
+            ],
+            "commands": list(dict.fromkeys(command for r in results for command in r.commands)),
+            "datasets": sorted({r.group.runs[0].config.data.dataset for r in results if r.commands and r.group.runs}),
+        },
     )
 
 
 def _rounded(value: float | None, cell: Cell) -> str:
     return "" if value is None else f"{value:.{max(cell.decimals, 3)}f}"
-
-
-def _missing(results: Sequence[Result]) -> dict[str, Any]:
-    """Returns the reasons for missing numbers, the commands that compute them, and the data sets these need."""
-    reasons: dict[str, list[str]] = {}
-    for r in results:
-        if r.reason and r.state not in (NOT_RUN, "finished"):
-            reasons.setdefault(f"{r.state}: {' '.join(r.reason.split())}", []).append(place(r.cell))
-    return {
-        "reasons": [
-            f"{'; '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
-            for reason, places in reasons.items()
-        ],
-        "commands": list(dict.fromkeys(command for r in results for command in r.commands)),
-        "datasets": sorted({r.group.runs[0].config.data.dataset for r in results if r.commands and r.group.runs}),
-    }
 
 
 def write(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> Path:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:  # `setup` imports this module
     from lungjax.training.setup import Run
 
 
-class MetricsLog:
-    """Metrics of a run in training, to metrics.jsonl, TensorBoard and the progress bar of the first host.
+class MetricsLog(AbstractContextManager["MetricsLog"]):
+    """Writes the metrics of a training run to metrics.jsonl, TensorBoard and the progress bar of the first host.
 
-    A context manager. Rows after `step`, which a resumed run writes again, are dropped at the start.
+    A context manager. At the start it drops the rows after `step`, which a resumed run writes again.
     """
 
     def __init__(self, run: "Run", step: int):
@@ -31,18 +32,16 @@ class MetricsLog:
         self.pending: list[Any] = []  # metrics of the steps since the last row, still on the devices
         self.clock = time.perf_counter()  # of the last row
         self.events = None
-        if distributed.is_first_host():
+        first_host = distributed.is_first_host()
+        if first_host:
             rows = rewind(self.path, step)
             if run.config.train.tensorboard:
                 from lungjax.training.event_files import EventFiles
 
                 self.events = EventFiles(run.workdir, rows)
-        hidden = not distributed.is_first_host()
-        self.bar = tqdm(total=run.program.steps, initial=step, unit="step", desc=run.config.name, disable=hidden)
-
-    def __enter__(self) -> "MetricsLog":
-        """Returns itself."""
-        return self
+        self.bar = tqdm(
+            desc=run.config.name, total=run.program.steps, initial=step, unit="step", disable=not first_host
+        )
 
     def __exit__(self, *_: object) -> None:
         """Closes the progress bar and the event files."""
@@ -64,7 +63,7 @@ class MetricsLog:
         return jax.device_get(pending)
 
     def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]], count: int) -> None:
-        """Writes a row with the means over `metrics`, those of the finite ones among the last `count` steps."""
+        """Writes a row with the means over `metrics`, those of the finite steps among the last `count` steps."""
         rate = count * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
@@ -81,7 +80,7 @@ class MetricsLog:
             self.events.add_row(row)
 
     def reset_clock(self) -> None:
-        """Starts the time of the next row, after work that is no training."""
+        """Restarts the clock of the next row, after work other than training."""
         self.clock = time.perf_counter()
 
 
@@ -92,7 +91,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows, without a last line that a crash truncated."""
+    """Returns the rows, without a last line truncated by a crash."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

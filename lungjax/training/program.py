@@ -118,18 +118,14 @@ def smaller(config: Config, devices: int) -> list[str]:
     train = config.train
     unit = devices * train.accumulate
     half = train.batch_size // 2 // unit * unit
-    tips = []
-    if train.batch_size % (2 * unit) == 0:
-        tips.append(f"train.accumulate={2 * train.accumulate}")
-    if not train.remat:
-        tips.append("train.remat=True")
-    if config.model.dtype == "float32":
-        tips.append("model.dtype=bfloat16")
-    if half:
-        tips.append(f"train.batch_size={half}")
-    if devices > 1 and not train.shard_params and train.sync_batch_norm:
-        tips.append("train.shard_params=True")
-    return tips
+    tips = {
+        f"train.accumulate={2 * train.accumulate}": train.batch_size % (2 * unit) == 0,
+        "train.remat=True": not train.remat,
+        "model.dtype=bfloat16": config.model.dtype == "float32",
+        f"train.batch_size={half}": half > 0,
+        "train.shard_params=True": devices > 1 and not train.shard_params and train.sync_batch_norm,
+    }
+    return [tip for tip, valid in tips.items() if valid]
 
 
 @contextmanager

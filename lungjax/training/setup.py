@@ -60,17 +60,9 @@ class Run:
 
         Raises Interrupted between batches if `watch` received a signal.
         """
-        folded, check = self.program.network.fold(variables), watch.check if watch else lambda: None
-        return predict_split.predict(
-            self.program.predict_step,
-            folded,
-            data or self.data,
-            split,
-            self.config,
-            self.program.mesh,
-            progress=watch is None,
-            check=check,
-        )
+        built, folded = self.program, self.program.network.fold(variables)
+        step, mesh = built.predict_step, built.mesh
+        return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:

@@ -60,8 +60,3 @@ def init(
         leaves = trees.flatten(random.get(collection, {}))
         variables[collection] = trees.unflatten({path: (start or {}).get(path, leaf) for path, leaf in leaves.items()})
     return variables
-
-
-def size(tree: Any) -> int:
-    """Returns the bytes of a tree of arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

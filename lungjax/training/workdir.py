@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import jax
+
 from lungjax.config import Config, metadata, overrides
 from lungjax.data.prepared import Prepared
 from lungjax.runtime import distributed, files
 from lungjax.runtime.checkpoint import check_network, newest
-from lungjax.training import state
 from lungjax.training.state import TrainState
 
 # Fields that change neither weights nor data order, so that a run may resume with other values.
@@ -134,7 +135,7 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
-    needed = 4 * state.size(abstract_state)
+    needed = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
     free = shutil.disk_usage(workdir).free
     if newest(workdir, "last") is None and free < needed:
         raise ValueError(
