@@ -31,7 +31,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from lungjax.evaluation import study_metrics
 from lungjax.evaluation.predictions import Predictions, take
@@ -159,7 +158,7 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def report_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
 
-    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize`.
+    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize` does.
     """
     sources = {name: summarize(part) for name, part in by_source(predictions).items()}
     return {**unit_levels(predictions), "by_source": sources}
@@ -189,7 +188,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
 
     Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
     "several" if it differs within the group. Rows are sorted by name, without extra columns. An example with the group
-    "" is its own group, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
+    "" is its own group, named by its id. Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
@@ -256,6 +255,8 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
 
     `positive` [N] bool, `scores` [N], higher meaning more likely positive.
     """
+    from scipy import stats  # here: it takes a second to import
+
     p, n = positive.sum(), (~positive).sum()
     return float(_ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
 

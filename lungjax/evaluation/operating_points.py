@@ -92,7 +92,7 @@ def metrics_at_thresholds(
 def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
     """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}, for every class.
 
-    {} for a class without a threshold; `missing_rules` gives the reason. Raises as `metrics_at_thresholds`.
+    {} for a class without a threshold; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
@@ -114,8 +114,8 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
     """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
     At a threshold probability t a false positive costs t / (1 - t) of the benefit of a true positive, and examples with
-    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated probabilities
-    of at least one example.
+    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
+    calibrated; at least one example is required.
 
     Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" treats every example.
     Treating none has a net benefit of zero.
@@ -131,7 +131,7 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
 
 
 def _one_sided(p: Predictions, class_index: int) -> str:
-    """Returns why no threshold can be chosen on these examples, or ""."""
+    """Returns the reason why no threshold can be chosen on these examples, or ""."""
     positive = p.labels == class_index
     if positive.any() and not positive.all():
         return ""

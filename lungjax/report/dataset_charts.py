@@ -66,7 +66,7 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
     axis.set_xticks(np.linspace(0, 1, 6), [f"{20 * i}%" for i in range(6)])
     axis.set(xlim=(0, 1), ylim=(len(counts) - 0.5, -0.9), xlabel="Share of the source's images")
     axis.tick_params(axis="y", length=0)
-    longest = max(len(style.short(name, 26)) for name in classes) * 0.08 + 0.5  # inches, about
+    longest = max(len(style.short(name, 26)) for name in classes) * 0.08 + 0.5  # approximately, in inches
     axis.legend(
         frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, int(5.6 / longest)),
         borderaxespad=0.1, handlelength=1.4,

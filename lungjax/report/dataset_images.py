@@ -23,7 +23,7 @@ from lungjax.report.contact_sheet import Section, Tile
 from lungjax.report.templating import Figure
 
 MAX_PAIRS = 12  # duplicates on a sheet
-MAX_CANDIDATES = 12  # images among which the one with the largest lungs is typical
+MAX_CANDIDATES = 12  # for the typical image, the one with the largest lungs
 SLICES = 5  # on the sheet of the stages
 DRAWS = 11  # augmented copies of the image
 MAX_SIDE = 600  # pixels of an image on a sheet
@@ -115,7 +115,7 @@ def stages(view: View) -> list[Figure]:
     tiles = []
     for row in rows:
         tiles += [_outlined(view, row), *(_staged(view, row, name) for name in lung_masks.ROBUST)]
-    # The fixed threshold and contour of the studies fail on many slices; they work on one with large lungs.
+    # The fixed threshold and contour of the studies fail on many slices, but work on one with large lungs.
     typical = view.typical_row
     study = [_outlined(view, typical), *(_staged(view, typical, name) for name in study_masks.STAGES)]
     caption = "The default stages (prepare --dataset=NAME-STAGE); one row per slice, from different sources."
@@ -135,7 +135,7 @@ def _outlined(view: View, row: int) -> Tile:
 def _staged(view: View, row: int, stage: str) -> Tile:
     staged = lung_masks.apply(view.gray(row), stage)
     height, width = staged.image.shape
-    lines = (f"{width} x {height} pixels", *(() if staged.found else ("not found: previous stage",)))
+    lines = (f"{width} x {height} pixels", *(() if staged.found else ("not found: previous stage shown",)))
     return Tile(staged.image, lines, stage)
 
 
@@ -167,9 +167,9 @@ def _draws(view: View, row: int, config: AugmentConfig) -> list[Tile]:
 
 def duplicates(view: View) -> list[dict[str, Any]]:
     """Draws exact copies and near duplicates side by side; returns counts and figure of each kind."""
-    near = f"nearly the same picture, of different {view.summary['group_name']}"
+    near = f"nearly identical but from different {view.summary['group_name']}"
     return [
-        _pairs(view, "Exact copies", "equal in every pixel", statistics.copies(view.data)),
+        _pairs(view, "Exact copies", "identical in every pixel", statistics.copies(view.data)),
         _pairs(view, "Near duplicates", near, near_duplicates.read(view.data, view.data_dir)),
     ]
 

@@ -39,8 +39,8 @@ def write(
       data: the data set, prepared in `data_dir`.
       data_dir: the folder of the data sets.
       out: output folder.
-      augmentations: configurations by name; {} shows the default one.
-      stages: whether to segment bodies and lungs; None does if the data set was prepared with masks.
+      augmentations: configurations by name; {} selects the default.
+      stages: whether to segment bodies and lungs; None does so if the data set was prepared with masks.
       seed: random seed of the choice of images.
       samples: images per class.
 

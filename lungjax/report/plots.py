@@ -121,8 +121,8 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
     """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
 
-    The legend has the areas under them; chance level of the average precision is the share of the class. A class
-    without positives or negatives has no area.
+    The legend has the areas under the curves; the chance level of the average precision is the share of the class. A
+    class without positives or negatives has no curve.
     """
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
@@ -211,8 +211,8 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
     """Returns up to `count` rows of correct and as many of wrong predictions; deterministic.
 
-    The true classes take turns. Correct predictions are spread evenly over the rows of a class. Wrong ones are sorted
-    by falling probability, the first of each patient before second ones.
+    Alternates between the true classes. Correct predictions are spread evenly over the rows of a class. Wrong ones are
+    sorted by falling probability, the first image of each patient before any further images.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)

@@ -1,7 +1,7 @@
 """Pages from the Jinja templates in `templates/`: NAME.html.j2 and NAME.md.j2, with every value escaped.
 
 The context of a page has plain values, `Number`, `Table` and `Figure`. A page in both formats has one body, NAME.j2,
-which calls the macros of the format. HTML pages are self-contained and have no scripts.
+that calls the macros of each format. HTML pages are self-contained and have no scripts.
 """
 
 import base64
@@ -116,7 +116,7 @@ def escape_html(text: str) -> Markup:
 
 
 def escape_markdown(text: str) -> Markup:
-    """Returns one line of Markdown that displays `text` literally, also in a table cell."""
+    """Returns one line of Markdown that displays `text` literally, including in a table cell."""
     return Markup(MARKDOWN.sub(r"\\\g<0>", re.sub(r"\s+", " ", text.translate(CONTROL_CHARACTERS))))
 
 

@@ -80,8 +80,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder, step):
             distributed.on_first_host(lambda: _make_room(self.folder, step, size))
-            # Orbax takes the values before it returns. On a CPU it may keep the buffers, which XLA then copies instead
-            # of donating them.
+            # Orbax copies the values before it returns. On a CPU it may keep the buffers, and XLA then copies them
+            # instead of donating them.
             context = ocp.Context()
             # Orbax would wait five minutes for folders that can't be created in the background.
             context.asynchronous.create_directories_asynchronously = False
@@ -144,7 +144,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
 
 def newest(workdir: Path, kind: str) -> int | None:
-    """Returns the newest step saved in a workdir, of kind "last" or "best", intact or not; None without any."""
+    """Returns the newest step saved in a workdir, of kind "last" or "best", intact or not; None without checkpoints."""
     return max(_steps(workdir / "checkpoints" / kind), default=None)
 
 
@@ -158,7 +158,7 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
     if step is None:
-        raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
+        raise ValueError(f"{workdir}: no best weights yet; train first (--mode=train)")
     path = folder / str(step)
     if abstract_variables is None:  # orbax would restore to the devices of that run, which may not exist here
         abstract_variables = jax.tree.map(
@@ -214,13 +214,13 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 
 
 def _corruption(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, None if it is intact."""
+    """Returns a description of a checkpoint's damage, or None if it is intact."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):  # the last three for other content than was written
+    except (OSError, ValueError, TypeError, AttributeError):  # the last three for unexpected content
         return f"{CHECKSUMS} can't be read"
     for name, size, checksum in files:
         try:
@@ -293,13 +293,13 @@ def _clear(folder: Path) -> None:
 
 
 def _make_room(folder: Path, step: int, size: int) -> None:
-    """Removes what a failed save left; raises ValueError if `size` bytes still do not fit."""
+    """Removes what a failed save left; raises ValueError if `size` bytes still don't fit."""
     for kind in KINDS:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
         raise ValueError(
-            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB and "
+            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB, but only "
             f"{free / 2**20:.0f} MiB are free; {RESUME_HINT.format('free some space')}"
         )
 
@@ -322,7 +322,7 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
         lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
         lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
         raise ValueError(
-            f"{path} is of another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
+            f"{path} belongs to another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
             "--workdir, or configure the network that was saved"
         )
 
@@ -333,7 +333,7 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Orbax and tensorstore wrap the system's error in several types of their own, which quote it.
+        # Orbax and tensorstore wrap the system's error in several types, which quote it.
         messages, inner = "", error
         while inner is not None:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]

@@ -39,7 +39,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             "the cluster is detected (Cloud TPU, GKE, SLURM, Open MPI)"
         )
     if process is not None and processes is not None and not 0 <= process < processes:
-        raise ValueError(f"--process={process}: with --processes={processes} allowed is 0 to {processes - 1}")
+        raise ValueError(f"--process={process}: --processes={processes} allows 0 to {processes - 1}")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
@@ -124,7 +124,7 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises CollectiveError on every host, naming fact and hosts, if `facts` (same keys everywhere) differ."""
+    """Raises CollectiveError on every host, naming facts and hosts, if `facts` (same keys everywhere) differ."""
     if jax.process_count() == 1:
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])

@@ -50,7 +50,7 @@ class EventFiles:
 def write(workdir: Path) -> Path:
     """Writes all events of a run and returns their folder. Raises ValueError if `workdir` is not a run."""
     if not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir}: no config.json, so no run; give the workdir of a run")
+        raise ValueError(f"{workdir} is not a run directory: config.json is missing")
     rows = metrics_log.read(workdir / "metrics.jsonl")
     events = EventFiles(workdir, rows)
     report = workdir / "report.json"

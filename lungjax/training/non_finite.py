@@ -1,4 +1,4 @@
-"""What a run does when its loss or gradient is not finite, by `train.on_nan`:
+"""Policies of `train.on_nan` for a step whose loss or gradient is not finite:
 
     stop    saves the state before that step and raises an error with the names of the batch's examples
     skip    continues with the next batch, up to MAX_SKIPPED bad steps in a row
@@ -25,7 +25,7 @@ MAX_REWINDS = 5
 
 
 class NonFiniteError(ValueError):
-    """The loss or gradient was not finite at `step`; `cause` names the batch, the message also says what to do."""
+    """The loss or gradient was not finite at `step`. `cause` names the batch; the message adds advice."""
 
     def __init__(self, step: int, cause: str):
         super().__init__(
@@ -61,10 +61,7 @@ def finite_steps(
         progress.consecutive_bad_steps = 0 if row["finite"] else progress.consecutive_bad_steps + 1
         if row["finite"]:
             continue
-        cause = (
-            f"the loss is {row['loss']}, the gradient norm {row['grad_norm']} at step {step}; its batch: "
-            f"{batch_names(step)}"
-        )
+        cause = f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}; batch: {batch_names(step)}"
         if policy != "skip" or progress.consecutive_bad_steps >= MAX_SKIPPED:
             raise NonFiniteError(step, cause)
         distributed.print_once(f"Step skipped: {cause}")
@@ -76,7 +73,7 @@ def rewind(
 ) -> tuple[TrainState, "Progress"]:
     """Returns the last checkpoint, with the data moved past the bad batch. Raises ValueError after MAX_REWINDS."""
     if progress.rewinds == MAX_REWINDS:
-        raise ValueError(f"{error}. The run was rewound {MAX_REWINDS} times already")
+        raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)
     assert checkpoint is not None  # train.on_nan=rewind saves one at the start
     state, restored = checkpoint[0], type(progress)(**checkpoint[1])

@@ -141,6 +141,6 @@ def memory_advice(config: Config, devices: int) -> Iterator[None]:
         raise ValueError(
             f"out of memory with train.batch_size={config.train.batch_size}, input.size={config.input.size} and "
             f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (or eval.batch_size="
-            f"{devices}, during prediction). The checkpoints are intact. The error of the device: "
+            f"{devices}, during prediction). The checkpoints are intact. Device error: "
             f"{text.splitlines()[0][:300]}"
         ) from error

@@ -37,7 +37,7 @@ class Run:
     started: float  # time.time() at the start
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields global training batches from index `start` on, with `data.prefetch` further ones in transfer."""
+        """Yields global training batches from index `start` on, with up to `data.prefetch` more in transfer."""
         place = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = pipeline.train_batches(self.data, self.config, start=start, **place)
         ready = []
@@ -116,6 +116,6 @@ def summary(run: Run) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first names with commas, and how many more there are."""
+    """Returns the first names, separated by commas, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

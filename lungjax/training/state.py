@@ -15,7 +15,7 @@ from lungjax.models import trees
 class TrainState(struct.PyTreeNode):
     """Arrays of one run. Random keys are not included, since they derive from the seed and `step`."""
 
-    step: jax.Array  # int32 scalar, steps done, including skipped ones
+    step: jax.Array  # int32 scalar, completed steps, including skipped ones
     skipped: jax.Array  # int32 scalar, steps without an update: loss or gradient was not finite
     params: Any
     batch_stats: Any  # BatchNorm means and variances; {} for networks without
