@@ -30,9 +30,7 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")
     flags.DEFINE_list("images", [], "Files, folders, CSV lists and scans, as for lungjax.predict.")
-    flags.DEFINE_enum(
-        "split", None, ["train", "val", "test"], "Draw contact sheets of this split of the run's data set."
-    )
+    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
     flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
     flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, or all for --quality.")
     flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")

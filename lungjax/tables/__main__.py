@@ -76,11 +76,9 @@ def main(_: list[str]) -> None:
     print(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
-        print(
-            f"{count(len(failed), 'run')} failed:",
-            *(f"  {run}\n    {error}" for run, error in failed.items()),
-            sep="\n",
-        )
+        print(f"{count(len(failed), 'run')} failed:")
+        for run, error in failed.items():
+            print(f"  {run}\n    {error}")
         sys.exit(1)
 
 

@@ -25,6 +25,7 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import BODY_SIDE, Prepared
+from lungjax.report.templating import count
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime import provenance
 from lungjax.training import program
@@ -120,28 +121,21 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(does_not_fit(str(error), config, topology, len(chips), sizes)) from error
+    hosts = len({chip.process_index for chip in chips})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
+    (height, width), images = config.input.size, config.train.batch_size
+    micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
     compiler = provenance.version("libtpu") or "of TPU_LIBRARY_PATH"
     rows = [
-        *_describe(config, topology, chips, built),
+        ("chips", f"{len(chips)} {topology.partition(':')[0]} on {count(hosts, 'host')}"),
+        ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
+        ("batch", f"{images} images of {height} x {width}, {images / len(chips):g} per chip{micro}"),
         *_describe_memory(compiled.memory_analysis(), config, topology, len(chips), sizes),
         *_describe_cost(compiled.cost_analysis(), config, topology),
         *count_collectives(compiled.as_text()),
         ("compiled", f"in {time.perf_counter() - started:.0f} s by libtpu {compiler}; nothing was run"),
     ]
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
-
-
-def _describe(config: Config, topology: str, chips: list[Any], built: program.Program) -> list[tuple[str, str]]:
-    hosts = len({chip.process_index for chip in chips})
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
-    height, width = config.input.size
-    images = config.train.batch_size
-    micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
-    return [
-        ("chips", f"{len(chips)} {topology.partition(':')[0]} on {hosts} host{'s' if hosts > 1 else ''}"),
-        ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
-        ("batch", f"{images} images of {height} x {width}, {images / len(chips):g} per chip{micro}"),
-    ]
 
 
 def _describe_memory(

@@ -114,9 +114,8 @@ def evaluate(
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
     # A heat map explains one class of the run, not a tested class that merges several.
-    explain_class = (
-        final_report.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
-    )
+    unmerged = all(len(members) == 1 for members in mapping.members)
+    explain_class = final_report.explainer(run, variables) if unmerged else None
     run_classes = np.asarray([members[0] for members in mapping.members])
     explain = explain_class and (lambda images, targets: explain_class(images, run_classes[targets]))
     description = datasets.describe(other, data_dir)

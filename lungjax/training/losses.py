@@ -7,12 +7,7 @@ from lungjax.models import outputs
 
 
 def cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
-    *,
-    class_weights: jax.Array,
-    label_smoothing: float,
-    positive: int | None,
+    logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array, label_smoothing: float, positive: int | None
 ) -> jax.Array:
     """Returns the weighted loss per example, [B] float32.
 

@@ -46,11 +46,7 @@ def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainStat
 
 
 def finite_steps(
-    policy: str,
-    rows: Sequence[dict[str, Any]],
-    last_step: int,
-    progress: "Progress",
-    batch_names: Callable[[int], str],
+    policy: str, rows: Sequence[dict[str, Any]], last_step: int, progress: "Progress", batch_names: Callable[[int], str]
 ) -> list[dict[str, Any]]:
     """Returns the metrics of the finite steps among those up to `last_step`, without the flag `finite`.
 

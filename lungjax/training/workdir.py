@@ -156,8 +156,6 @@ def _lock(file: IO[str], workdir: Path) -> None:
 
 def _check_shared(workdir: Path) -> None:
     if not (workdir / "config.json").exists():
-        raise ValueError(
-            f"{workdir}: the files of host 0 are missing on this host; use a --workdir that all hosts share"
-        )
+        raise ValueError(f"{workdir}: files of host 0 are missing on this host; all hosts must share the --workdir")
     if not os.access(workdir, os.W_OK):
         raise ValueError(f"{workdir} is not writable on this host; every host writes its part of the checkpoints")
