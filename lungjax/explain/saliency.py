@@ -26,6 +26,7 @@ from lungjax.data.batching import pad_batch
 from lungjax.models import folding, outputs, receptive_field
 from lungjax.models.head import Head
 from lungjax.models.inputs import normalize
+from lungjax.models.network import Network
 from lungjax.models.ops import conv
 
 METHODS = EXPLANATIONS
@@ -92,7 +93,7 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
 class Explainer:
     """Computes the maps of one network, and caches its compiled programs. Raises ValueError for an invalid patch."""
 
-    module: nn.Module  # of `models.build`
+    module: Network  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
     spec: InputSpec  # of the images, with the weights' mean and std
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
@@ -199,9 +200,8 @@ class Explainer:
         Targets of -1 are the most probable class.
         """
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
-        places = None if stretched else receptive_field.places(self._last, self.variables, self._image)
-        places = receptive_field.over(places, self.spec.size, self.map_size)
-        rows, columns = map(receptive_field.taps, places, self.spec.size, self.map_size)
+        axes = receptive_field.cell_positions(None if stretched else self.module, self.spec.size, self.map_size)
+        rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, self.map_size)
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._network(folded, normalize(pixels, self.spec))

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lungjax.config import Config
 from lungjax.models import trees
-from lungjax.models.jaxprs import inner_jaxprs
 from lungjax.models.layers import BatchNorm, Conv
 
 Variables = dict[str, Any]
@@ -124,10 +123,12 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
 
 
 def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
+    """Yields the jaxpr and those inside its equations, such as those of jit, remat and cond."""
     yield jaxpr
     for equation in jaxpr.eqns:
-        for inner in inner_jaxprs(equation):
-            yield from _all_jaxprs(inner)
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+            if isinstance(leaf, Jaxpr | ClosedJaxpr):
+                yield from _all_jaxprs(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
 
 
 def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:

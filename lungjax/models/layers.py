@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.ops import conv
 from lungjax.models.ops.batch_norm import Activation, batch_norm, normalize, statistics
-from lungjax.models.ops.conv import Padding, explicit_pads, pair
+from lungjax.models.ops.conv import Padding, convolve, explicit_pads, pair
 from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
@@ -62,20 +61,8 @@ class Conv(nn.Module):
             kernel = kernel / jnp.sqrt(jnp.square(kernel).mean((0, 1, 2)) + self.standardize)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
-        if groups == channels == self.features and groups > 1:
-            x = conv.depthwise_conv(x, kernel, strides, pads)
-        elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-            x = conv.pointwise_conv(x, kernel, strides)
-        elif groups == 1:
-            x = conv.dense_conv(x, kernel, strides, pads)
-        else:
-            x = conv.plain_conv(x, kernel, strides, pads, groups)
+        x = convolve(x, kernel, strides, pads)
         return x if bias is None else x + bias.astype(self.dtype)
-
-
-def dense_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """Multiplies x [..., C] with kernel [C, D]; the `dot_general` argument of a `flax.linen.Dense` on maps."""
-    return conv.product(x, kernel)
 
 
 def max_pool(

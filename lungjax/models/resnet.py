@@ -107,7 +107,6 @@ class ResNet(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         def conv(name: str, features: int, size: int, stride: int) -> Conv:
@@ -127,7 +126,7 @@ class ResNet(Network):
             for i in range(1, repeats + 1):
                 stride = 2 if strided_stage and i == strided_block else 1
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
-                x = run(block(width, stride, self.stride_conv, conv=conv, name=name), x)
+                x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
         return norm_relu(x, "top_bn", train) if self.preact else x
 
     def _stride(self) -> int:

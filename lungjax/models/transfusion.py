@@ -44,10 +44,11 @@ class Transfusion(Network):
             return max_pool(x, self.pool, 2, pads) if number < len(self.widths) or self.last_pool else x
 
         for number in range(1, len(self.widths) + 1):
-            x = self.block_runner(partial(block, number=number))(self, x)
+            x = self.run(self, x, block, number=number)
         return x
 
-    def _min_side(self, cells: int) -> int:
+    def min_side(self, cells: int) -> int:
+        """As that of `Network`, also without padding."""
         windows = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
         for kernel, stride in reversed(windows if self.last_pool else windows[:-1]):
             cells = cells * stride if self.padding == "same" else (cells - 1) * stride + kernel

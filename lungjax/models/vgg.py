@@ -40,10 +40,9 @@ class Vgg(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 512]."""
-        run = self.block_runner(lambda block, x: block(x))
         for number, (repeats, width) in enumerate(zip(self.repeats, self.widths, strict=True), 1):
             for i in range(1, repeats + 1):
-                x = run(Block(width, self.dtype, name=f"stage{number}_block{i}"), x)
+                x = self.run(Block(width, self.dtype, name=f"stage{number}_block{i}"), x)
             x = max_pool(x, 2, 2)  # [B, H / 2, W / 2, width]; an odd map loses its last row and column
         return x
 

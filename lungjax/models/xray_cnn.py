@@ -7,7 +7,6 @@ images of 256 x 256 x 3 and one logit the network has 422,177 parameters. Kernel
 """
 
 from dataclasses import field
-from functools import partial
 
 import jax
 from flax import linen as nn
@@ -35,7 +34,7 @@ class XrayCNN(Network):
 
         for number, width in enumerate(self.widths, 1):
             name = "stem" if number == 1 else f"stage{number}"
-            x = self.block_runner(partial(block, name=name, width=width))(self, x)
+            x = self.run(self, x, block, name=name, width=width)
         return x
 
     def _stride(self) -> int:

@@ -1,7 +1,5 @@
 """Folding of batch norms: equal results, every norm that follows a convolution and no other; prediction batch size."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,45 +9,17 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from kernels import quick_jit
 from random_weights import random_images, random_variables
+from shallow import SHALLOW
 
-from lungjax import models
 from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec
 from lungjax.evaluation import predict_split
 from lungjax.models import folding, trees
-from lungjax.models.bit import BiT
-from lungjax.models.convnext import ConvNeXt
-from lungjax.models.densenet import DenseNet
-from lungjax.models.efficientnet import EfficientNet, Stage
 from lungjax.models.layers import BatchNorm, Conv
-from lungjax.models.mobilenetv3 import HS, MobileNetV3, Row
 from lungjax.models.ops import conv
-from lungjax.models.resnet import ALL_BIASED, ResNet
 from lungjax.runtime import mesh as meshes
 
 SHAPE = (32, 32, 3)
 BN_HEAD = HeadConfig(norm_before_pool="batch", norm_after_pool="batch", hidden=(8,))
-STAGES = (Stage(True, 1, 8, 1, 1), Stage(True, 1, 8, 2, 2), Stage(False, 1, 16, 2, 2, 5, 0.25))
-ROWS = ((Row(3, 8, 8, 8, HS, 2), Row(5, 16, 0, 8, HS)),)
-
-# One per family, and the norms that follow a convolution in it, counted by hand.
-NETWORKS = {
-    "transfusion": (small_bn(), 2),
-    "efficientnet": (partial(EfficientNet, STAGES, 8, 16), 1 + (1 + 2 + 3) + 1),
-    "resnet, biased as in Keras": (partial(ResNet, (1, 1), width=8, biased=ALL_BIASED, stride_conv=1), 1 + 4 + 4),
-    # Norms come before convolutions: only those inside a block follow one.
-    "resnet v2": (partial(ResNet, (1, 1), width=8, preact=True, biased=("conv3",)), 2 + 2),
-    "densenet": (partial(DenseNet, (2, 1), growth=4), 1 + 3),
-}
-COUNTS = {
-    "no norms": (models.MODELS["simple"], 0),
-    "group norm, standardized kernels": (partial(BiT, (1, 1), width=32), 0),
-    "layer norm": (partial(ConvNeXt, (1, 1), (8, 8), 0.0), 0),
-    "mobilenetv3": (partial(MobileNetV3, ROWS, 16, stem=8), 1 + (2 + 3) + 1),
-    # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
-    "norms in the head": (partial(small_bn(), head=BN_HEAD), 2),
-    "recomputed blocks": (partial(ResNet, (1, 1), width=8, bottleneck=False, stride_conv=1, remat=True), 1 + 2 + 3),
-    "mobilenetv2": (models.MODELS["mobilenetv2"], 52),
-}
 
 
 def both(module, variables, shape=SHAPE):
@@ -70,27 +40,27 @@ def rms(x):
     return np.sqrt(np.square(np.asarray(x, np.float64)).mean())
 
 
-SLOW = ("resnet, biased as in Keras", "densenet")
+FOLDED = [name for name, network in SHALLOW.items() if network.folded]
+DEFAULT = ("cbr", "efficientnet", "resnet50v2")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETWORKS])
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in FOLDED])
 def test_folded_network_equals_the_plain_one(name):
-    make, count = NETWORKS[name]
-    module = make(outputs=3)
+    module = SHALLOW[name].make(outputs=3)
     variables = random_variables(module, SHAPE)
     network, folded, plain, result = both(module, variables)
-    assert len(network.pairs) == count
     assert error(result[0], plain[0]) < 1e-5 and error(result[1]["last"], plain[1]["last"]) < 1e-5
     before, after = ([p for p in trees.flatten(v["batch_stats"]) if p.endswith("/var")] for v in (variables, folded))
-    assert len(after) == len(before) - count
+    assert len(after) == len(before) - len(network.pairs)
 
 
 def test_every_norm_after_a_convolution_is_found():
-    for name, (make, count) in {**NETWORKS, **COUNTS}.items():
-        module = make()
+    # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
+    for name, network in SHALLOW.items():
+        module = network.make(remat=True, head=BN_HEAD)
         with conv.plain_forms():
             shapes = jax.eval_shape(lambda m=module: m.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
-            assert len(folding.find_pairs(module, shapes, SHAPE)) == count, name
+            assert len(folding.find_pairs(module, shapes, SHAPE)) == network.folded, name
 
 
 class Odd(nn.Module):
