@@ -23,9 +23,10 @@ from flax import linen as nn
 
 from lungjax.config import EXPLANATIONS, Config, InputSpec, nearest
 from lungjax.data.batching import pad_batch
-from lungjax.models import folding, outputs, receptive_field
+from lungjax.models import outputs, receptive_field
+from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.head import Head
-from lungjax.models.inputs import normalize
+from lungjax.models.inputs import normalize, prediction_batch_size
 from lungjax.models.network import Network
 from lungjax.models.ops import conv
 
@@ -105,7 +106,7 @@ class Explainer:
 
     def __post_init__(self) -> None:
         """Fills in the defaults."""
-        self.batch_size = self.batch_size or folding.batch_size(Config(input=self.spec), 1, jax.default_backend())
+        self.batch_size = self.batch_size or prediction_batch_size(Config(input=self.spec), 1, jax.default_backend())
         self.patch = self.patch or max(min(self.spec.size) // 7, 1)
         self.stride = self.stride or max(self.patch // 2, 1)
         self._programs: dict[str, Any] = {}
@@ -246,8 +247,8 @@ class Explainer:
         return jax.ShapeDtypeStruct((1, *self.spec.size, self.spec.network_channels), jnp.float32)
 
     @cached_property
-    def _network(self) -> folding.FoldedModel:
-        return folding.FoldedModel(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
+    def _network(self) -> FoldedModel:
+        return FoldedModel(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
 
     @cached_property
     def _folded(self) -> dict[str, Any]:

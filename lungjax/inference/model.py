@@ -28,8 +28,9 @@ from lungjax.explain import saliency
 from lungjax.inference import api, artifacts
 from lungjax.inference.api import Boxes, Images
 from lungjax.inference.artifacts import Preprocessor
-from lungjax.models import folding, outputs
-from lungjax.models.inputs import normalize
+from lungjax.models import outputs
+from lungjax.models.batch_norm_folding import FoldedModel
+from lungjax.models.inputs import CPU_BATCH, normalize, prediction_batch_size
 from lungjax.models.ops import conv
 from lungjax.runtime import checkpoint
 from lungjax.training import workdir as workdirs
@@ -173,14 +174,14 @@ def load(path: str | Path) -> Model:
     backend = jax.default_backend()
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
-        size = folding.batch_size(Config(input=program.metadata.input), 1, backend)
+        size = prediction_batch_size(Config(input=program.metadata.input), 1, backend)
         return Model(
             program.metadata, "pyz", backend, size, ("gradcam",), program.outputs,
             lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
-        return Model(session.metadata, "onnx", "cpu", folding.CPU_BATCH, (), session.outputs)
+        return Model(session.metadata, "onnx", "cpu", CPU_BATCH, (), session.outputs)
     raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
 
 
@@ -226,7 +227,7 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
 def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
     spec, backend = network.config.input, jax.default_backend()
-    folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
+    folded = FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
     variables = folded.fold(network.variables)
 
     def forward(variables: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
@@ -241,7 +242,7 @@ def _load_run(workdir: Path) -> Model:
         description,
         "run",
         backend,
-        folding.batch_size(network.config, 1, backend),
+        prediction_batch_size(network.config, 1, backend),
         tuple(method for method in saliency.METHODS if method not in useless),
         lambda pixels: compiled(variables, pixels),
         lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0],

@@ -35,7 +35,7 @@ class GlobalResponseNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         squares = jnp.square(to_float32(x)).sum((1, 2), keepdims=True)
-        # GELU can make a whole channel of a small map exactly zero, where the root's slope is infinite. Torch has 0.
+        # GELU can make all cells of a channel of a small map zero, where the root's slope is infinite. Torch returns 0.
         positive = squares > 0
         norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)  # [B, 1, 1, C]
         relative = norms / (norms.mean(-1, keepdims=True) + EPSILON)

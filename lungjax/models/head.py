@@ -1,6 +1,6 @@
-"""One configurable head covers the five studies and the papers.
+"""A configurable head for the five studies and the published networks.
 
-It takes only the feature map, so Grad-CAM applies it to `features["last"]` and differentiates.
+Its only input is the feature map, so Grad-CAM can differentiate the logits with respect to `features["last"]`.
 """
 
 from collections.abc import Callable

@@ -50,7 +50,7 @@ class Conv(nn.Module):
         groups = channels if self.groups == -1 else self.groups
         if channels % groups or self.features % groups:
             raise ValueError(
-                f"Conv {self.name}: {channels} channels in and {self.features} out can't be split into "
+                f"Conv {self.name}: {channels} channels in and {self.features} out cannot be split into "
                 f"groups={groups}; both must be multiples of it"
             )
         shape = (*size, channels // groups, self.features)
@@ -77,8 +77,8 @@ class BatchNorm(nn.Module):
     """Normalizes each channel by batch statistics in training and by running statistics otherwise.
 
     Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
-    float32, of the whole batch over all devices under jit. Equal to flax.linen.BatchNorm, which in training saves
-    more of the map for the gradient. https://arxiv.org/abs/1502.03167
+    float32 and, under jit, of the batch over all devices. Equal to flax.linen.BatchNorm, which saves more intermediate
+    maps for the gradient. https://arxiv.org/abs/1502.03167
     """
 
     momentum: float  # decay of the running statistics per step (1 - momentum in torch)

@@ -10,7 +10,7 @@ from lungjax.models.ops.conv import to_float32
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
     """Returns the label of the class whose probability a sigmoid head gives; None for a softmax head.
 
-    Raises ValueError for a class name that the data set doesn't have.
+    Raises ValueError for a class name that the data set does not have.
     """
     name = config.model.head.positive_class
     if not name:

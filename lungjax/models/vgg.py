@@ -2,8 +2,8 @@
 
 3x3 convolutions with bias and ReLU, five 2x2 max pools, flatten, two dense layers of 4096. The published network has
 no normalization. Kernels start Glorot uniform (Keras; also the paper's later advice). Keras has no dropout after the
-dense layers, the paper and torchvision have 0.5 (`head.hidden_dropout`). The dense layers of published weights belong
-to a 7 x 7 map, that is, to images of 224 x 224.
+dense layers, the paper and torchvision have 0.5 (`head.hidden_dropout`). The dense layers of published weights need a
+7 x 7 map, hence images of 224 x 224.
 """
 
 from dataclasses import field

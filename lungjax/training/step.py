@@ -158,7 +158,7 @@ def make_predict_step(
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
     """Returns `predict_step(variables, batch)`, a function to `probabilities` and `logits` [B, C] and `row` [B].
 
-    `network(variables, images)` returns logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
+    `network(variables, images)` returns logits first: a `FoldedModel`, or a module's `apply` with train=False.
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:

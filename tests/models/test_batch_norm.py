@@ -57,7 +57,7 @@ def test_batch_norm_and_activation_equal_linen(name, dtype):
         got += (evaluate(ours, None, train=False, activation=activation),)
         expected += (evaluate(linen.clone(use_running_average=True), activation),)
         got, expected = ([np.asarray(a, "float64") for a in results] for results in (got, expected))
-        if dtype == "bfloat16":  # a kink of the activation may lie between two roundings: compare norms
+        if dtype == "bfloat16":  # two roundings may be on different sides of the activation's kink: compare norms
             for a, b in zip(got, expected, strict=True):
                 assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
         else:

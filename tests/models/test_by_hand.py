@@ -1,4 +1,4 @@
-"""Small networks and blocks by hand, where the goldens do not tell two graphs apart."""
+"""Small networks and blocks by hand, where the goldens cannot distinguish two architectures."""
 
 from functools import partial
 
@@ -99,7 +99,7 @@ def test_global_response_norm_of_a_zero_channel():
     np.testing.assert_array_equal(module.init_with_output(jax.random.key(0), x)[0], x)
 
 
-def test_drop_path_drops_whole_examples():
+def test_drop_path_drops_examples():
     x = draw(0, 4000, 2, 2, 1) + 10
     module = DropPath(0.2)
     y = module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})

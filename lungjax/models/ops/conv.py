@@ -72,14 +72,14 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 
 @functools.cache
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
-    """Returns the `compiler_options` of `jax.jit` for whole steps; empty except on the CPU.
+    """Returns the `compiler_options` of `jax.jit` for complete steps; empty except on the CPU.
 
     `platform` is the compilation target, by default this process's. `train` is False for prediction.
 
     By default XLA offloads float32 convolutions to YNNPACK, which runs them on one core, and those without padding
     several times slower still; XLA's older convolution uses all cores. The options restrict YNNPACK: in training to
     products and reductions, in prediction to reductions, since it fuses a product with the bias, the gate and the next
-    product, which is slower than separate loops. Empty too if jaxlib doesn't know the options.
+    product, which is slower than separate loops. Also empty if jaxlib does not have the options.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}

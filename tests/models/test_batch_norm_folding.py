@@ -1,4 +1,4 @@
-"""Folding of batch norms: equal results, every norm that follows a convolution and no other; prediction batch size."""
+"""Folding of batch norms: equal results, every norm that follows a convolution and no other."""
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,19 @@ from kernels import quick_jit
 from random_weights import random_images, random_variables
 from shallow import SHALLOW
 
-from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec
-from lungjax.evaluation import predict_split
-from lungjax.models import folding, trees
+from lungjax.config import HeadConfig
+from lungjax.models import batch_norm_folding, trees
 from lungjax.models.layers import BatchNorm, Conv
 from lungjax.models.ops import conv
 from lungjax.runtime import mesh as meshes
 
-SHAPE = (32, 32, 3)
+SHAPE = (36, 36, 3)
 BN_HEAD = HeadConfig(norm_before_pool="batch", norm_after_pool="batch", hidden=(8,))
 
 
 def both(module, variables, shape=SHAPE):
     """Logits and last map of the plain and of the folded network, from one program."""
-    network = folding.FoldedModel(module, variables, shape)
+    network = batch_norm_folding.FoldedModel(module, variables, shape)
     with conv.plain_forms():
         folded = network.fold(variables)
         run = quick_jit(lambda v, f, x: (module.apply(v, x, train=False), network(f, x)))
@@ -60,7 +59,7 @@ def test_every_norm_after_a_convolution_is_found():
         module = network.make(remat=True, head=BN_HEAD)
         with conv.plain_forms():
             shapes = jax.eval_shape(lambda m=module: m.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
-            assert len(folding.find_pairs(module, shapes, SHAPE)) == network.folded, name
+            assert len(batch_norm_folding.find_pairs(module, shapes, SHAPE)) == network.folded, name
 
 
 class Odd(nn.Module):
@@ -98,7 +97,7 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
     for kind, count in kinds.items():
         module, shape = Odd(kind), (6, 6, 2)
         variables = random_variables(module, shape)
-        assert len(folding.FoldedModel(module, variables, shape).pairs) == count, kind
+        assert len(batch_norm_folding.FoldedModel(module, variables, shape).pairs) == count, kind
         if count:
             _, _, plain, folded = both(module, variables, shape)
             assert error(folded[0], plain[0]) < 1e-5 and error(folded[1]["last"], plain[1]["last"]) < 1e-5, kind
@@ -125,42 +124,10 @@ def test_folded_variables_keep_their_sharding():
     replicated = meshes.replicated(mesh)
     variables = random_variables(module, SHAPE)
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded if leaf.ndim == 4 else replicated), variables)
-    network = folding.FoldedModel(module, variables, SHAPE)
+    network = batch_norm_folding.FoldedModel(module, variables, SHAPE)
     folded = network.fold(placed)
     for leaf in trees.flatten(folded).values():
         assert leaf.sharding == (sharded if leaf.ndim == 4 else replicated)
     assert jax.tree.structure(network.layout(placed)) == jax.tree.structure(folded)
     for path, leaf in trees.flatten(network.fold(variables)).items():  # numpy arrays, as from a checkpoint
         np.testing.assert_allclose(leaf, trees.flatten(folded)[path], rtol=1e-6, err_msg=path)
-
-
-def test_batch_size_by_pixels_platform_and_devices():
-    for platform, devices, size, expected in (
-        ("cpu", 1, (224, 224), folding.CPU_BATCH),
-        ("cpu", 4, (600, 600), 4 * folding.CPU_BATCH),
-        ("gpu", 1, (224, 224), 64),
-        ("tpu", 8, (224, 224), 8 * 64),
-        ("gpu", 1, (32, 32), 256),
-        ("gpu", 2, (448, 224), 2 * 32),
-        ("gpu", 1, (256, 256), 48),  # 49 fit: a multiple of eight
-        ("gpu", 3, (800, 800), 3 * 5),
-        ("gpu", 3, (4000, 4000), 3),
-    ):
-        config = Config(input=InputSpec(size=size))
-        assert folding.batch_size(config, devices, platform) == expected, (platform, devices, size)
-        fixed = Config(input=InputSpec(size=size), eval=EvalConfig(batch_size=12))
-        assert folding.batch_size(fixed, devices, platform) == 12
-
-
-def test_batches_of_a_split(small_data):
-    batches = []
-
-    def predict_step(variables, batch):
-        batches.append(batch["image"].shape)
-        size = len(batch["row"])
-        return {"probabilities": np.full((size, 3), 1 / 3), "logits": np.zeros((size, 3)), "row": batch["row"]}
-
-    mesh = meshes.make_mesh()
-    predict_split.predict(predict_step, {}, small_data, "test", Config(input=InputSpec(size=(16, 16))), mesh)
-    size = folding.CPU_BATCH * mesh.size
-    assert batches == [(size, 16, 16, 1)] * -(-13 // size)
