@@ -134,7 +134,7 @@ def _problem(metadata: Metadata) -> str:
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"
     if len(set(names)) < len(names):
-        return f"`classes` {', '.join(names)}: duplicate names"
+        return f"`classes` {', '.join(names)}: a name occurs twice"
     for name, size in (("input.size", metadata.input.size), ("stored", metadata.stored)):
         if not (_side_lengths(size) or (name == "stored" and size is None)):
             return f"`{name}` {size}: expected height and width in pixels"
