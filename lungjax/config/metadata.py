@@ -3,7 +3,7 @@
 Everything that predicts reads input, classes, calibration and operating points from here, so preprocessing is specified
 once.
 
-    format              1; raised if a key is removed or changes its meaning
+    format              1; incremented if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on
     classes             [names] in label order, as in every list of probabilities
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...

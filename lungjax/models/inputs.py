@@ -13,7 +13,7 @@ MULTIPLE = 8  # of images: accelerators compute in tiles of this size
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Maps [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; a mean or std of None is 0 or 1.
+    """Maps [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; None is a mean of 0 or a std of 1.
 
     A grayscale image becomes [B, H, W, 3] if mean or std have three numbers.
     """

@@ -68,7 +68,7 @@ class Conv(nn.Module):
 def max_pool(
     x: jax.Array, window: int | Sequence[int], strides: int | Sequence[int], padding: Padding = "VALID"
 ) -> jax.Array:
-    """Returns the maximum of each window of x [B, H, W, C]; padded cells never win, as in flax.linen.max_pool."""
+    """Returns the maximum of each window of x [B, H, W, C]; padding is ignored, as in flax.linen.max_pool."""
     window, strides = pair(window), pair(strides)
     return window_max(x, window, strides, explicit_pads(padding, (x.shape[1], x.shape[2]), window, strides))
 

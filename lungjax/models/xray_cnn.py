@@ -1,9 +1,9 @@
 """The small network of the COVID X-ray study (github.com/Mithunjack/covid-19-xay-image-classification).
 
-Two 3x3 convolutions of stride 3, each with ReLU and a 2x2 max pool, then flatten and a dense layer of 256. The
-stride comes from positional arguments of an older Keras, read as kernel 3 and stride 3; it is what the study trained.
-The single logit is that of the study's second class "non": `head.output=sigmoid`, `head.positive_class=non`. With
-images of 256 x 256 x 3 and one logit the network has 422,177 parameters. Kernels start Glorot uniform.
+Two 3x3 convolutions of stride 3, each with ReLU and a 2x2 max pool, then flatten and a dense layer of 256. The study's
+code passes positional arguments of an older Keras, which newer versions read as kernel 3 and stride 3; it trained this
+network. The single logit is that of the study's second class "non": `head.output=sigmoid`, `head.positive_class=non`.
+With images of 256 x 256 x 3 and one logit the network has 422,177 parameters. Kernels start Glorot uniform.
 """
 
 from dataclasses import field
@@ -24,7 +24,7 @@ class XrayCNN(Network):
     head: HeadConfig = field(default=HeadConfig(pool="flatten", hidden=(256,)), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, h, w, 32]; each block leaves a sixth of the side."""
+        """Maps images [B, H, W, C] to [B, h, w, 32]; each block divides the side by six."""
 
         def block(module: nn.Module, x: jax.Array, name: str, width: int) -> jax.Array:
             options = {"use_bias": True, "kernel_init": nn.initializers.glorot_uniform(), "dtype": self.dtype}

@@ -1,4 +1,4 @@
-"""The experiments of the studies against the numbers that the studies published."""
+"""The experiments of the studies against the published numbers."""
 
 import dataclasses
 import functools
@@ -154,7 +154,7 @@ def leaves(choice, classes):
 
 
 def test_unique_names():
-    """All combinations are valid, with a network for their input size and a unique name, which can name a folder."""
+    """Every combination is valid, accepts its input size, and has a unique name that is valid as a folder name."""
     names = {}
     for choice in grid():
         config = experiments.load(choice)

@@ -22,10 +22,10 @@ def test_batch_norm_and_activation_equal_linen(name, dtype):
     activation = getattr(nn, name) if name else None
     with jax.enable_x64(dtype == "float64"):
         fields = {"momentum": 0.75, "epsilon": 1e-2, "dtype": dtype}
-        ours, linen = layers.BatchNorm(**fields), nn.BatchNorm(use_running_average=False, **fields)
+        layer, linen = layers.BatchNorm(**fields), nn.BatchNorm(use_running_average=False, **fields)
         shape = (3, {"float32": 7, "float64": 9, "bfloat16": 11}[dtype], 5, 6)
         x = draw(0, *shape, dtype=dtype) * 2 + 1
-        variables = ours.init(jax.random.key(0), x, train=False)
+        variables = layer.init(jax.random.key(0), x, train=False)
         jax.tree.map(np.testing.assert_array_equal, variables, linen.init(jax.random.key(0), x))
         variables["batch_stats"] = {"mean": draw(3, 6), "var": draw(4, 6) ** 2}
         params = {"scale": draw(1, 6, dtype=dtype) + 1, "bias": draw(2, 6, dtype=dtype)}
@@ -40,8 +40,8 @@ def test_batch_norm_and_activation_equal_linen(name, dtype):
             y, mean, var = run(linen, x, params)
             return (y if activation is None else activation(y)), mean, var
 
-        def mine(x, params):
-            return run(ours, x, params, train=True, activation=activation)
+        def fused(x, params):
+            return run(layer, x, params, train=True, activation=activation)
 
         def all_of(function, x, params):
             (y, *stats), pull = jax.vjp(function, x, params)
@@ -53,8 +53,8 @@ def test_batch_norm_and_activation_equal_linen(name, dtype):
             jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
             return y if activate is None else activate(y)
 
-        got, expected = (quick_jit(partial(all_of, f))(x, params) for f in (mine, reference))
-        got += (evaluate(ours, None, train=False, activation=activation),)
+        got, expected = (quick_jit(partial(all_of, f))(x, params) for f in (fused, reference))
+        got += (evaluate(layer, None, train=False, activation=activation),)
         expected += (evaluate(linen.clone(use_running_average=True), activation),)
         got, expected = ([np.asarray(a, "float64") for a in results] for results in (got, expected))
         if dtype == "bfloat16":  # two roundings may be on different sides of the activation's kink: compare norms
@@ -64,7 +64,7 @@ def test_batch_norm_and_activation_equal_linen(name, dtype):
             close(got, expected, {"float32": 5e-6, "float64": 2e-7}[dtype])
 
 
-def test_batch_norm_statistics_of_bfloat16_are_float32():
+def test_float32_statistics_of_bfloat16_maps():
     x = (draw(0, 8, 16, 16, 3) * 0.1 + 30).astype("bfloat16")
     module = layers.BatchNorm(momentum=0.0, epsilon=1e-3, dtype=jnp.bfloat16)
     variables = module.init(jax.random.key(0), x, train=False)

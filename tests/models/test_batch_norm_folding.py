@@ -1,4 +1,4 @@
-"""Folding of batch norms: equal results, every norm that follows a convolution and no other."""
+"""Folding of batch norms: equal outputs, and which norms are folded."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ BN_HEAD = HeadConfig(norm_before_pool="batch", norm_after_pool="batch", hidden=(
 
 
 def both(module, variables, shape=SHAPE):
-    """Logits and last map of the plain and of the folded network, from one program."""
+    """Returns the folded network, its variables, and the outputs of the plain and of the folded network."""
     network = batch_norm_folding.FoldedModel(module, variables, shape)
     with conv.plain_forms():
         folded = network.fold(variables)
@@ -53,7 +53,7 @@ def test_folded_network_equals_the_plain_one(name):
     assert len(after) == len(before) - len(network.pairs)
 
 
-def test_every_norm_after_a_convolution_is_found():
+def test_number_of_folded_norms():
     # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
     for name, network in SHALLOW.items():
         module = network.make(remat=True, head=BN_HEAD)
@@ -90,7 +90,7 @@ class Odd(nn.Module):
         return y.mean((1, 2)), {"last": x if self.kind == "returned" else y}
 
 
-def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
+def test_combinations_of_layer_and_norm():
     kinds = {"plain": 1, "dense": 1, "two norms": 1}
     kinds |= dict.fromkeys(("standardized", "after an activation", "read twice", "read inside", "returned"), 0)
     kinds |= dict.fromkeys(("convolution called twice", "norm called twice"), 0)

@@ -87,7 +87,7 @@ def test_form_of_each_platform():
 
 
 def test_compiler_options():
-    """They change no result, and keep convolutions, and products in prediction, out of YNNPACK."""
+    """The options change no result and disable YNNPACK for convolutions and, in prediction, for products."""
     x, kernel = draw(0, 2, 20, 20, 24), draw(1, 5, 5, 24, 32)
     rows, matrix, bias = draw(0, 49, 192), draw(1, 192, 320), draw(2, 320)
 
@@ -127,18 +127,18 @@ def test_conv_layer_equals_linen():
 
     def run(x):
         results = []
-        for ours, linen in pairs:
-            first, second = ours.init(jax.random.key(1), x), linen.init(jax.random.key(1), x)
+        for layer, linen in pairs:
+            first, second = layer.init(jax.random.key(1), x), linen.init(jax.random.key(1), x)
             bias = {"bias": draw(3, 7)} if linen.use_bias else {}
             variables = {"params": first["params"] | bias}
-            results.append((first, second, ours.apply(variables, x), linen.apply(variables, x)))
+            results.append((first, second, layer.apply(variables, x), linen.apply(variables, x)))
         return results
 
     for first, second, output, expected in quick_jit(run)(x):
         jax.tree.map(np.testing.assert_array_equal, first, second)
         np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-6)
-    for ours, _ in pairs:  # in bfloat16 too the parameters are float32
-        half = ours.clone(dtype=jnp.bfloat16)
+    for layer, _ in pairs:  # in bfloat16 too the parameters are float32
+        half = layer.clone(dtype=jnp.bfloat16)
         shapes = jax.eval_shape(half.init, jax.random.key(0), x)
         assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
         assert jax.eval_shape(half.apply, shapes, x).dtype == jnp.bfloat16

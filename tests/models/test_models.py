@@ -81,7 +81,7 @@ def test_shapes_parameters_and_layer_names(names):
 
 
 def check_layer_names(name, params):
-    """Layers are named so that a network can be tuned by its head, its last block and its last stage."""
+    """Layer names allow fine-tuning of the head, the last block and the last stage."""
     assert name in models.FAMILIES[models.family_of(name)]
     assert [part for part in params if not PARTS.fullmatch(part)] == [], name
     paths = set(flatten(params))
@@ -119,7 +119,7 @@ def test_minimum_size_and_one_pixel_less():
 
 
 def test_remat_and_bfloat16():
-    """Neither changes a parameter; every block is recomputed; all layers but the head compute in bfloat16."""
+    """Parameters are unchanged; every block is recomputed; all layers except the head compute in bfloat16."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     images = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
     for name, network in SHALLOW.items():

@@ -48,7 +48,7 @@ def test_avg_pool_equals_linen():
 
 
 def test_max_pool_gradient_of_a_recomputed_input():
-    """Under jit the norm before the pool is computed again for the gradient, with different roundings."""
+    """Under jit the norm before the pool is recomputed for the gradient, with different rounding."""
 
     class Stem(nn.Module):
         pool: Callable

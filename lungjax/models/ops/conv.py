@@ -32,7 +32,7 @@ _PLAIN: Any = jax.make_user_context(False)
 def plain_forms() -> AbstractContextManager[None]:
     """Returns a context in which networks are traced with XLA's plain operations, for exports and quick compiles.
 
-    The program then has no platform-specific forms, and 1x1 convolutions are convolutions.
+    The program has no platform-specific forms, and 1x1 convolutions are not replaced by matrix products.
     """
     return _PLAIN(True)
 
@@ -186,8 +186,8 @@ def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.
     """Returns function(*args), computed exactly once and from arguments in memory.
 
     XLA's CPU fusion considers a sum of slices cheap and recomputes it in each of its readers (batch norm and
-    activation, forward and backward). It does not fuse across a conditional, so this is one that is always taken; the
-    barrier hides that from the compiler.
+    activation, forward and backward). It does not fuse across a conditional, so the function is a branch that is always
+    taken, which the barrier hides from the compiler.
     """
     result = jax.eval_shape(function, *args)
     predicate = lax.optimization_barrier(jnp.array(True))
