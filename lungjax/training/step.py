@@ -154,7 +154,7 @@ def predict_step(
 ) -> dict[str, jax.Array]:
     """Returns `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
 
-    `network(variables, images)` returns logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
+    `network(variables, images)` returns logits first: a `FoldedModel`, or a module's `apply` with train=False.
     """
     logits, _ = network(variables, normalize(batch["image"], config.input))
     return {

@@ -68,12 +68,12 @@ class Network:
         import jax.numpy as jnp
 
         from lungjax import models
-        from lungjax.models import folding
+        from lungjax.models.batch_norm_folding import FoldedModel
         from tests.random_weights import random_variables
 
         self.module = models.MODELS[name]()
         self.variables = jax.tree.map(jnp.asarray, random_variables(self.module, (SIDE, SIDE, 3)))
-        self.folded = folding.FoldedModel(self.module, self.variables, (SIDE, SIDE, 3))
+        self.folded = FoldedModel(self.module, self.variables, (SIDE, SIDE, 3))
         self.trace = timed(lambda: self.folded.pairs)[0]
         self.first_fold = timed(lambda: self.folded.fold(self.variables))[0]
         self.fold = timed(lambda: self.folded.fold(self.variables))[0]

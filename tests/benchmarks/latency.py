@@ -108,7 +108,7 @@ def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:
     from lungjax.config import InputSpec
     from lungjax.config.metadata import Metadata
     from lungjax.inference.model import named_outputs
-    from lungjax.models import folding
+    from lungjax.models.batch_norm_folding import FoldedModel
     from lungjax.models.inputs import normalize
     from lungjax.models.ops import conv
 
@@ -120,7 +120,7 @@ def ours(network: str, folder: str) -> tuple[dict[str, Any], Turn]:
     else:
         module, variables = random_network(network)
     variables = jax.tree.map(jnp.asarray, variables)
-    built = folding.FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
+    built = FoldedModel(module, variables, (SIDE, SIDE, channels(network)))
     folded = built.fold(variables)
 
     def forward(folded: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
