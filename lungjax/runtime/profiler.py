@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from lungjax.runtime.distributed import print_once
+
 
 class Profiler:
     """Traces the steps `first` to `last` (from 1, inclusive) into a folder; a context manager.
@@ -39,4 +41,4 @@ class Profiler:
         if self.active:
             self.active = False
             jax.profiler.stop_trace()
-            print(f"Profile: {self.folder}")
+            print_once(f"Profile: {self.folder}")

@@ -38,8 +38,8 @@ class EventFiles:
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Adds the numbers of one row of metrics.jsonl, as "train/loss" for "train.loss"."""
         for name, value in row.items():
-            if name != "step" and value is not None:
-                self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"])
+            if name not in ("step", "time") and value is not None:
+                self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"], walltime=row["time"])
         self.writer.flush()
 
     def add_figures(self, folder: Path, step: int) -> None:

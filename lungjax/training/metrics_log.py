@@ -74,7 +74,7 @@ class MetricsLog:
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes one row."""
-        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), **row}
+        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
             append(self.path, row)
         if self.events:
