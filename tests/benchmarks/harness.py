@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import select
 import statistics
 import subprocess
@@ -134,6 +135,11 @@ def busy_seconds() -> float:
     times = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split()[0] in names]
     # user, nice, system, irq, softirq (not idle, iowait); guests are part of user
     return sum(int(t[i]) for t in times for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_bytes() -> int:
+    """Returns the peak resident memory of this process."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def resident(pid: int | str = "self") -> tuple[float, float]:

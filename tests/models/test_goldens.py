@@ -1,6 +1,6 @@
 """One small network per family gives the logits that its reference gave for the same random weights.
 
-`python -m tests.parity --goldens` wrote the files: the logits of the reference, names and shapes of its tensors and
+`python -m tests.parity.goldens` wrote the files: the logits of the reference, names and shapes of its tensors and
 its running statistics. The other tensors are drawn here again, each from its name, and converted by the rules.
 """
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.parity import references as ref
-from tests.parity.__main__ import filename
 from tests.parity.cases import CASES
 
 SIDE, TARGETS, STEPS, PATCH, STRIDE = 96, (3, 977), 8, 32, 32
@@ -85,11 +84,11 @@ def test_maps_equal_torch(key: str, tmp_path: Any) -> None:
     from lungjax.explain.saliency import METHODS, Explainer
 
     case = CASES[key]
-    model = ref.make(case, SIDE)
-    ref.write(case, model, tmp_path / filename(case))
+    reference = ref.make(case, SIDE)
+    path = ref.write(reference, tmp_path)
     images = pixels()
-    expected = torch_maps(model, LAYERS[key], images)
-    net, variables, _ = lungjax.create(case.model, f"file:{tmp_path / filename(case)}", size=SIDE)
+    expected = torch_maps(reference.model, LAYERS[key], images)
+    net, variables, _ = lungjax.create(case.model, f"file:{path}", size=SIDE)
     spec = InputSpec(size=(SIDE, SIDE), channels=3, mean=MEAN, std=STD)
     explainer = Explainer(net, variables, spec, steps=STEPS, patch=PATCH, stride=STRIDE, align=False)
     found = {}
