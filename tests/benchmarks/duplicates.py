@@ -1,6 +1,6 @@
 """Times the search for near duplicates with as many hashes as COVIDx CT has slices.
 
-    python tests/benchmarks/duplicates.py [--images=431205]
+    python -m tests.benchmarks.duplicates [--images=431205]
 
 Hashes are synthetic: each patient starts near a common chest and changes from slice to slice by 0 to 4 flipped bits,
 some bits far more often than others, so that about as many are similar as in real CT slices. Copies with 0 to 4 flipped

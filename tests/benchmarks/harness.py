@@ -1,4 +1,4 @@
-"""What benchmarks share: flags, processes that take turns, times, ratios and Markdown tables.
+"""Flags, processes that take turns, times, ratios and Markdown tables of the benchmarks.
 
     python -m tests.benchmarks.harness MODULE FUNCTION        # the child process of `Process`
 
@@ -66,7 +66,7 @@ def folder(path: Path | None) -> Iterator[Path]:
 
 
 def phantom(finding: str, seed: int) -> tuple[Any, Any]:
-    """Returns a synthetic CT slice of a patient: uint8 [H, W], and what was drawn."""
+    """Returns a synthetic CT slice, uint8 [H, W], and its `Phantom`."""
     from lungjax.datasets.phantom import slices
 
     patient = slices.new_patient(seed, finding)
@@ -167,9 +167,9 @@ class Watch:
 
 
 class Process:
-    """A function of a module of this folder in its own process, idle until it is asked.
+    """A process that is idle between requests; it runs a function of a module of this folder.
 
-    The function returns facts, and a function from a request to its answer, both JSON.
+    The function returns facts, and a function from a request to its answer, both as JSON.
     """
 
     def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):

@@ -1,6 +1,6 @@
 """Times the input pipeline against torch's DataLoader and tf.data: same files, decode, resize, batches and cores.
 
-    python tests/benchmarks/input_pipeline.py --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
+    python -m tests.benchmarks.input_pipeline --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
 FOLDER contains a folder of JPEG or PNG files per class; without --source, slices are drawn. The interpreters need torch

@@ -4,14 +4,13 @@ Each interpreter needs only numpy and its own library: lungjax with jax, flax an
 scikit-image are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
 
 All train the same layers with Adam in float32. Layers, classes, dropout and stochastic depth are those of lungjax's
-networks; those that a library lacks (Keras's ResNet50V2 in torch, CBR in both) are defined here or in tests.parity.
+networks; CBR is defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,8 +61,6 @@ def torch_network(network: str) -> Any:
 
         drop = {"drop_rate": 0.2, "drop_path_rate": 0.2} if network.startswith("efficientnet") else {}
         return timm.create_model(TIMM[network], pretrained=False, num_classes=CLASSES, **drop)
-    if network == "resnet50v2":
-        return resnet50v2()
     kernel, widths, last_pool = CBR[network]
     stack: list[Any] = []
     for into, width in zip((1, *widths), widths, strict=False):
@@ -71,39 +68,6 @@ def torch_network(network: str) -> Any:
         stack += [torch.nn.Conv2d(into, width, kernel), norm, torch.nn.ReLU(inplace=True), torch.nn.MaxPool2d(3, 2)]
     ends = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], CLASSES)]
     return torch.nn.Sequential(*(stack if last_pool else stack[:-1]), *ends)
-
-
-def resnet50v2() -> Any:
-    """Returns Keras's ResNet50V2: timm's has its strides elsewhere and a sixth more arithmetic."""
-    import torch
-    from torch import nn
-
-    norm = partial(nn.BatchNorm2d, eps=1.001e-5, momentum=0.01)
-
-    class Block(nn.Module):
-        def __init__(self, into: int, width: int, stride: int):
-            super().__init__()
-            self.preact = nn.Sequential(norm(into), nn.ReLU(inplace=True))
-            self.grows = into != 4 * width
-            self.shortcut = nn.Conv2d(into, 4 * width, 1, stride) if self.grows else nn.MaxPool2d(1, stride)
-            self.branch = nn.Sequential(
-                nn.Conv2d(into, width, 1, bias=False), norm(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, 4 * width, 1),
-            )  # fmt: skip
-
-        def forward(self, x: Any) -> Any:
-            y = self.preact(x)
-            return self.shortcut(y if self.grows else x) + self.branch(y)
-
-    layers: list[Any] = [nn.Conv2d(3, 64, 7, 2, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)]
-    into = 64
-    for stage, repeats in enumerate((3, 4, 6, 3)):
-        for i in range(1, repeats + 1):
-            layers.append(Block(into, 64 * 2**stage, 2 if i == repeats and stage < 3 else 1))
-            into = 256 * 2**stage
-    ends = [norm(into), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, CLASSES)]
-    return torch.nn.Sequential(*layers, *ends)
 
 
 def normalized(network: str) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    """Opens pages; at the end none has contacted another site, logged an error, or stored anything."""
+    """Opens pages; on teardown checks that none contacted another site, logged an error, or stored data."""
     pages = []
 
     def at(address, before=""):

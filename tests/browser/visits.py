@@ -87,7 +87,7 @@ def drop(page: Page, *paths: Path, results: int = 0) -> None:
 
 
 def ready(page: Page) -> None:
-    """Waits until the page has the description of the model."""
+    """Waits until the page shows the model."""
     page.locator("#layout").wait_for()
 
 

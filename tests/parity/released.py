@@ -1,4 +1,4 @@
-"""How the released Keras files name what today's Keras names otherwise (keras-applications, 2017 to 2021)."""
+"""Tensor names in the released files: Keras (keras-applications, 2017 to 2021) and BiT."""
 
 import re
 
@@ -6,7 +6,7 @@ import re
 def released(network: str, layer: str, weights: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
     """Returns a layer's name and its weights' names in the released file of `network`.
 
-    `weights` are today's names with the shapes of the arrays.
+    `weights` are the names of Keras 3 with the shapes of the arrays.
     """
     new = _layer(network, layer)
     names = []

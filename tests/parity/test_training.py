@@ -1,7 +1,7 @@
 """Training: 20 steps in Keras and in lungjax from the same weights, on the same batches, compared step by step.
 
 python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). Ours is the code of a run: the batches of
-`pipeline.train_batches` over a prepared folder of CT slices (random images without LUNGJAX_SHARED) and the compiled
+`pipeline.train_batches` over a prepared folder of CT slices (without LUNGJAX_SHARED, of random images) and the compiled
 step of `program.build`. Keras has the layers of `studies.build` under `train_on_batch` and the same arrays.
 Augmentation and dropout are off, so nothing is random. Each comparison runs in its own process.
 """
@@ -179,7 +179,7 @@ def differences_of(run: str, kind: str, folder: Path) -> tuple[dict[str, Any], n
 
 
 def test_twenty_steps_of_adam_in_float64(tmp_path):
-    """CBR-Small with class weights: the loss goes up to 5 and down again, and every digit of it is Keras's."""
+    """CBR-Small with class weights: the loss rises to 5 and falls again, and agrees with Keras's to 9 digits."""
     result, differences = differences_of("cbr_small", "float64", tmp_path)
     assert differences.max() <= 1e-9
     assert max(result["statistics"].values()) <= 1e-7 and result["logits"] <= 1e-7
