@@ -1,7 +1,7 @@
 """Rules for weight files: a one-to-one mapping between the tensors of a layout and the leaves of a network.
 
 `tests/goldens/tensor_names.json.gz` has names and shapes as timm, torchvision and Keras write them, by network and
-layout; `python -m tests.parity --goldens` wrote it. "today": the names of Keras 3, the others are of released files.
+layout; `python -m tests.parity.goldens` wrote it. "today": the names of Keras 3, the others are of released files.
 """
 
 import gzip
