@@ -162,7 +162,7 @@ class OptimConfig:
     name: str = "adam"  # one of OPTIMIZERS
     lr: float = 1e-3  # peak learning rate
     schedule: str = "constant"  # one of SCHEDULES, after the warm-up
-    warmup_steps: int = 0  # linear from zero
+    warmup_steps: int = 0  # linear from lr / warmup_steps
     end_factor: float = 0.0  # cosine and linear end at lr * end_factor
     schedule_steps: int = 0  # length of the schedule; 0 is that of the run
     decay_at: tuple[float, ...] = ()  # schedule "step": fractions of the run (0..1) at which lr decays
@@ -198,11 +198,11 @@ class TrainConfig:
     fraction: float = 1.0  # of training patients that are used, for learning curves
     eval_steps: int = 0  # steps between validations; 0 is once per epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
-    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step;
-    # "rewind" returns to the last checkpoint and continues with the examples after the bad batch.
+    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step, which
+    # the schedule does not count; "rewind" returns to the last checkpoint and continues after the bad batch.
     on_nan: str = "stop"
     log_steps: int = 10  # steps between lines of metrics.jsonl
-    seed: int = 0  # of weights, data order and dropout
+    seed: int = 0  # of weights, data order, augmentation and dropout
     monitor: str = "slice.auc_macro"  # validation metric that selects the best weights
     maximize: bool = True  # False if smaller is better, as for "slice.loss"
     patience: int = 0  # validations without improvement before stopping; 0 never stops early
