@@ -45,6 +45,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     `classes` are in label order; `labels` [N] of the train split give the number of steps and the class weights.
     Raises ValueError for incompatible settings.
     """
+    # ---- Network
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
         meshes.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -56,6 +57,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
             f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} (height, width) or "
             "more"
         )
+
+    # ---- Schedule, optimizer and initial state
     positive = outputs.positive_class(config, classes)
     steps, eval_steps = step_counts(config, len(labels))
     schedule = optim.make_schedule(config.optim, steps)
@@ -67,6 +70,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen)
     first = jax.eval_shape(new_state, {})
     network = FoldedModel(module, first.variables, image_shape)
+
+    # ---- Steps and their shardings
     replicated, batch_sharding = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     state_sharding = meshes.state_sharding(first, mesh, config.train.shard_params)
     train_step: Callable[..., Any] = partial(
