@@ -22,10 +22,11 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Writes the metrics of a training run to metrics.jsonl, TensorBoard and the progress bar of the first host.
 
-    A context manager. At the start it drops the rows after `step`, which a resumed run writes again.
+    A context manager. At the start it drops the rows that a resumed run writes again: those after `step`, and the
+    validations after `last_validation`.
     """
 
-    def __init__(self, run: "Run", step: int):
+    def __init__(self, run: "Run", step: int, last_validation: int):
         self.run, self.path = run, run.workdir / "metrics.jsonl"
         self.epoch_steps = len(pipeline.train_rows(run.data)) / run.config.train.batch_size
         self.first_step = step
@@ -34,7 +35,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.events = None
         first_host = distributed.is_first_host()
         if first_host:
-            rows = rewind(self.path, step)
+            rows = truncate(self.path, step, last_validation)
             if run.config.train.tensorboard:
                 from lungjax.training.event_files import EventFiles
 
@@ -62,9 +63,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         pending, self.pending = self.pending, []
         return jax.device_get(pending)
 
-    def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]], count: int) -> None:
-        """Writes a row with the means over `metrics`, those of the finite steps among the last `count` steps."""
-        rate = count * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
+    def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a row of `step` with the means of the metrics of several steps, nothing without any."""
+        rate = len(metrics) * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
             self.write(step, {**row, "lr": float(self.run.program.schedule(step - 1)), "images_per_s": round(rate, 2)})
@@ -73,14 +74,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes one row."""
-        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), **row}
+        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
             append(self.path, row)
         if self.events:
             self.events.add_row(row)
 
     def reset_clock(self) -> None:
-        """Restarts the clock of the next row, after work other than training."""
+        """Restarts the clock of images_per_s, after work other than training."""
         self.clock = time.perf_counter()
 
 
@@ -101,8 +102,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows after `step`, which a resumed run writes again, and returns the others."""
-    rows = [row for row in read(path) if row["step"] <= step]
+def truncate(path: Path, step: int, last_validation: int) -> list[dict[str, Any]]:
+    """Drops the rows after `step` and the validations after `last_validation`, and returns the others."""
+    rows = [
+        row
+        for row in read(path)
+        if row["step"] <= step and (row["step"] <= last_validation or not any(name.startswith("val.") for name in row))
+    ]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
