@@ -59,7 +59,7 @@ def metrics_at_thresholds(
     Raises ValueError for a prevalence outside 0..1.
     """
     if not 0 <= prevalence <= 1:
-        raise ValueError(f"prevalence={prevalence}: allowed is 0 to 1")
+        raise ValueError(f"prevalence={prevalence}: must be in 0..1")
     if not thresholds:
         return []
     p, limits = predictions, np.asarray([threshold for _, threshold in thresholds])[:, None]

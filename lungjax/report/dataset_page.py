@@ -48,7 +48,7 @@ def write(
     be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} is not empty: choose a new folder, or delete that one")
+        raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")
     masks = data.body if stages is None else stages
     default = "covidnet_ct" if data.body else "ct_cov19_original" if masks else "xray_covid_online"
     augmentations = augmentations or {default: presets.preset(default)}

@@ -67,7 +67,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             self._worker.shutdown()
 
     def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
-        """Starts to write the state and `progress` (numbers by name); with `best` also the weights as the best.
+        """Starts writing the state and `progress` (numbers by name); with `best` also saves the weights as the best.
 
         `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
         once the values are copied, so the next step may overwrite the state. First waits for the previous save and
@@ -161,7 +161,7 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
 
     Only reads, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with shardings;
     None restores numpy arrays on this host.
-    Raises ValueError if there are none, none is intact, or they belong to another network than `abstract_variables`.
+    Raises ValueError if none exists, none is intact, or they belong to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
@@ -274,7 +274,7 @@ def _install(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint; a partly deleted one has no step as its name."""
+    """Deletes a checkpoint; renames it first, so that a partly deleted one is never read."""
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -292,7 +292,7 @@ def _open(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Finishes or removes what an interrupted save or deletion left."""
+    """Finishes or removes the remains of an interrupted save or deletion."""
     for path in folder.iterdir():
         if path.suffix == ".partial" and (path / CHECKSUMS).exists():
             _install(path)
@@ -301,7 +301,7 @@ def _clear(folder: Path) -> None:
 
 
 def _make_room(folder: Path, step: int, size: int) -> None:
-    """Removes what a failed save left; raises ValueError if `size` bytes still don't fit."""
+    """Removes the remains of a failed save; raises ValueError if `size` bytes still don't fit."""
     for kind in KINDS:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free

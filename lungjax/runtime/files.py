@@ -14,7 +14,7 @@ PARTIAL = ".partial-"  # prefix of unfinished files
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; after the body the file replaces `path`, after an error it is removed.
 
-    After a kill or a power loss `path` has the old content or the new one. The yielded path has the suffix of `path`.
+    After a kill or a power loss `path` has its old or its new content. The yielded path has the suffix of `path`.
     """
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:

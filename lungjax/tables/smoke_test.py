@@ -157,7 +157,7 @@ def _build(config: Config, classes: tuple[str, ...]) -> Any:
 def smallest(config: Config) -> Config:
     """Returns a configuration for two steps on the smallest images, a small batch and random weights.
 
-    It keeps network, head and frozen parameters, so that cells with the same ones are trained once.
+    It keeps network, head and frozen parameters, so that cells that share them are trained once.
     """
     optim = {name: getattr(config.optim, name) for name in ("tune", "freeze", "frozen_batch_norm")}
     size, mean = models.minimum_size(config.model), (0.0,) * config.input.network_channels
