@@ -82,4 +82,4 @@ def test_events_of_a_finished_run(tmp_path, trained_run, capsys):
         assert "report/confusion_slice" in events.Tags()["images"]
     assert f"--logdir={workdir / 'tensorboard'}" in capsys.readouterr().out
     assert commands.run(tensorboard, tmp_path / "nowhere", positional=("RUN...",)) == 2
-    assert "no run" in capsys.readouterr().err
+    assert "not a run" in capsys.readouterr().err
