@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -62,6 +63,18 @@ def run(
             raise
         print(f"lungjax: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def define_window_flags() -> None:
+    """Defines --window and --hu_window, which `windows` reads."""
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the window of the training images.")
+    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default that of the training images.")
+
+
+def windows() -> dict[str, Any]:
+    """Returns the fields of `Metadata` that --window and --hu_window replace."""
+    values: dict[str, Any] = {"window": read_window(flags.FLAGS.window)} if flags.FLAGS.window else {}
+    return values | ({"hu_windows": (read_hu_window(flags.FLAGS.hu_window),)} if flags.FLAGS.hu_window else {})
 
 
 def read_window(text: str) -> tuple[float, float]:

@@ -20,19 +20,13 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list.")
     flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default ./runs/NAME, with --mode=evaluate the folder of config.json."
-    )
+    flags.DEFINE_string("workdir", None, "Run folder; default ./runs/NAME, or that of config.json in --mode=evaluate.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files; searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
-    flags.DEFINE_integer(
-        "folds", None, "Cross-validation with this many folds: a run per fold and a report over all of them."
-    )
+    flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
     flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
-    flags.DEFINE_string(
-        "label_map", "", "With --dataset: THEIRS=OURS+OURS,THEIRS=-,... if the class names differ; - ignores a class."
-    )
+    flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
     flags.DEFINE_bool("multihost", False, "Run on several hosts; give the same command on each.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")

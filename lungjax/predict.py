@@ -46,8 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_string("gate", None, "A model that first decides for each volume whether it may be predicted.")
     flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume must have.")
     flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
-    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the model's.")
+    cli.define_window_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -71,9 +70,7 @@ def main(argv: list[str]) -> None:
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    window = cli.read_window(FLAGS.window) if FLAGS.window else model.metadata.window
-    hu_windows = (cli.read_hu_window(FLAGS.hu_window),) if FLAGS.hu_window else model.metadata.hu_windows
-    model = replace(model, metadata=replace(model.metadata, window=window, hu_windows=hu_windows))
+    model = replace(model, metadata=replace(model.metadata, **cli.windows()))
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:

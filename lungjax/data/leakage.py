@@ -194,9 +194,8 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
     lines = [f"patients with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
     for name, other, total, i in ((a.name, b.name, size, 0), (b.name, a.name, len(b_files), 1)):
-        lines.append(
-            f"of {total:,} images of {name} in {other}: {exact[i]:,} exact copies, {near[i]:,} near duplicates"
-        )
+        counts = f"{exact[i]:,} exact copies, {near[i]:,} near duplicates"
+        lines.append(f"of {total:,} images of {name} in {other}: {counts}")
     lines += [search.note] if search.note else []
     return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
 

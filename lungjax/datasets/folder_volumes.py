@@ -46,9 +46,8 @@ def kind(path: str) -> str:
 def unfold(row: Row) -> list[Row]:
     """Returns one row per DICOM and NIfTI file of the folder in `row`. Raises ValueError without any."""
     paths = [(name, os.path.join(row.image, name)) for name in list_files(row.image)]
-    rows = [
-        replace(row, file=f"{row.file}/{name}", image=path) for name, path in paths if kind(path) in ("dicom", "nifti")
-    ]
+    scans = [(name, path) for name, path in paths if kind(path) in ("dicom", "nifti")]
+    rows = [replace(row, file=f"{row.file}/{name}", image=path) for name, path in scans]
     if not rows:
         raise ValueError(f"{row.where}: the folder {row.file} has no DICOM or NIfTI file; list other images by path")
     return rows

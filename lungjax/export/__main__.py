@@ -58,9 +58,7 @@ def main(_: list[str]) -> None:
         start = time.monotonic()
         path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start
-        print(
-            f"{path}: {_size(path)} in {seconds:.0f} s; logits within {difference:.0e} of their range of the network's"
-        )
+        print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference of the logits {difference:.0e}")
     print(NOTICE)
 
 

@@ -33,9 +33,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
 
     size = sum(array.nbytes for array in functions.weights.values())
     if size > MAX_BYTES:
-        raise ValueError(
-            f"{FILE}: the weights take {size / 2**30:.1f} GiB, above ONNX's limit of 2 GiB per file; use --format=jax"
-        )
+        raise ValueError(f"{FILE}: weights of {size / 2**30:.1f} GiB exceed ONNX's limit of 2 GiB; use --format=jax")
     model = convert(functions)
     path = folder / FILE
     with atomic_file(path) as partial_file:

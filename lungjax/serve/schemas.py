@@ -38,9 +38,7 @@ class Record(Prediction):
     """One image."""
 
     file: str = Field(description="name in the request")
-    novelty: float | None = Field(
-        description="above 1: unlike the training images; null if the model has no such score"
-    )
+    novelty: float | None = Field(description="above 1: unlike the training images; null if the model has no score")
 
 
 class Failure(Strict):

@@ -84,12 +84,7 @@ def kind_of(data: bytes) -> str:
     raise UploadError(415, "type", f"not a known image format; {ALLOWED}")
 
 
-def read(
-    data: bytes,
-    limits: Limits,
-    hu_windows: Windows = ((-600.0, 1500.0),),
-    plane: str = "axial",
-) -> Upload:
+def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
     """Decodes one file in memory.
 
     Args:
@@ -126,13 +121,11 @@ def read(
 def check_size(width: int, height: int, limits: Limits) -> None:
     """Raises UploadError for an image that is too large or too small."""
     if width > limits.side or height > limits.side:
-        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} are accepted along a side")
+        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} per side are accepted")
     if width * height > limits.pixels:
-        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are accepted")
+        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in total are accepted")
     if min(width, height) < limits.min_side:
-        raise UploadError(
-            422, "small", f"{width} x {height} pixels; at least {limits.min_side} along each side are needed"
-        )
+        raise UploadError(422, "small", f"{width} x {height} pixels; at least {limits.min_side} per side are required")
 
 
 def _check_header(data: bytes, kind: str, limits: Limits) -> None:

@@ -80,9 +80,7 @@ class _Images:
         if not image.found:
             self.unstaged.append(example.file)
             if self.on_no_lung == "fail":
-                raise ValueError(
-                    f"{line}: the stage {self.options.stage} detects no body or lung; use --on_no_lung=keep or skip"
-                )
+                raise ValueError(f"{line}: no body or lung was detected; use --on_no_lung=keep or skip")
         return image.found or self.on_no_lung == "keep"
 
     def _add(self, example: Example, image: ProcessedImage) -> None:
