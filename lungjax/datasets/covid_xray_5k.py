@@ -8,10 +8,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
 ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/")
@@ -49,24 +48,23 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
         for label, name in enumerate(CLASSES):
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
-    real = [i for i, (split, label, _, path) in enumerate(images) if split == "test" or label or not is_generated(path)]
-    groups = {i: group(images[i][3], images[i][1]) for i in real}
-    study, labels = [images[i][0] for i in real], [images[i][1] for i in real]
-    completed, notes = splits.complete(study, labels, list(groups.values()), options.seed)
-    clean = dict(zip(real, completed, strict=True))
-    examples = [
-        Example(
+    listed = []
+    for split, label, path, inner in images:
+        generated = split == "train" and not label and is_generated(inner)
+        example = Example(
             file=path.relative_to(source).as_posix(),
             image=str(path),
             label=label,
-            split=clean.get(i, ""),
-            group=groups.get(i, "generated"),
+            split="" if generated else split,
+            group="generated" if generated else group(inner, label),
             source="CheXpert" if label else "COVID-19 image data collection",
             extra=(finding(inner) if label else "COVID-19",),
             study="train" if split == "train" else "val+test",
         )
-        for i, (split, label, path, inner) in enumerate(images)
-    ]
+        listed.append(example)
+    real, notes = complete_splits([example for example in listed if example.split], options.seed)
+    clean = {example.file: example for example in real}
+    examples = [clean.get(example.file, example) for example in listed]
     counts = Counter((split, label) for split, label, _, _ in images)
     if all(counts[split, label] == n for split, both in REPOSITORY.items() for label, n in enumerate(both)):
         notes.append("all images per class are as in the study's repository")

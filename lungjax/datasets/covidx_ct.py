@@ -135,7 +135,7 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
     for where, line in files.read_lines(table):
         file, *numbers = line.split()
         if len(numbers) != 5:
-            raise ValueError(f"{where}: {line!r} is not `filename class xmin ymin xmax ymax`")
+            raise ValueError(f"{where}: {line!r}: expected the fields filename class xmin ymin xmax ymax")
         try:
             label, xmin, ymin, xmax, ymax = map(int, numbers)
         except ValueError:

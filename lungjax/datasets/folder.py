@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lungjax.data import prepared, splits
+from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
-from lungjax.datasets.listing import About, Example, Listing
+from lungjax.datasets.listing import About, Example, Listing, complete_splits
 
 COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept unmodified
 SPLIT_NAMES = {
@@ -80,12 +80,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         notes.append(f"{what}: each of them counts as its own patient")
     classes = _classes([row.label for row in rows], options.classes)
     labels = [classes.index(row.label) for row in rows]
-    groups = [row.group or row.file for row in rows]
-    clean, split_notes = splits.complete([row.split for row in rows], labels, groups, options.seed)
-    examples = [
-        Example(row.file, row.image, label, split, group, row.source, row.box, row.extra, row.where, row.split)
-        for row, label, split, group in zip(rows, labels, clean, groups, strict=True)
+    listed = [
+        Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
+        for r, label in zip(rows, labels, strict=True)
     ]
+    examples, split_notes = complete_splits(listed, options.seed)
     return Listing(
         classes,
         examples,
