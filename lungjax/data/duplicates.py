@@ -1,4 +1,4 @@
-"""Near duplicates: copies of an image that was saved again, detected by a 64-bit hash and confirmed on the pixels.
+"""Near duplicates: re-saved copies of an image, detected by a 64-bit hash and confirmed on the pixels.
 
 Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices of different patients, 41 have
 hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness` compares details after alignment.

@@ -1,7 +1,4 @@
-"""The COVID-19 image data collection: frontal chest X-rays from papers and web pages, with findings and patients.
-
-Source: https://github.com/ieee8023/covid-chestxray-dataset (metadata.csv, SCHEMA.md; Cohen et al. 2020).
-"""
+"""The COVID-19 image data collection: frontal chest X-rays from papers and web pages, with findings and patients."""
 
 from collections import Counter
 from pathlib import Path

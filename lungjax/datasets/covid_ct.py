@@ -1,7 +1,4 @@
-"""COVID-CT (UCSD): CT slices cut out of papers on COVID-19, and others from MedPix, LUNA, Radiopaedia and papers.
-
-Source: https://github.com/UCSD-AI4H/COVID-CT (Images-processed, Data-split, NonCOVID-CT-MetaInfo.csv).
-"""
+"""COVID-CT (UCSD): CT slices from papers on COVID-19, and others from MedPix, LUNA, Radiopaedia and papers."""
 
 import re
 from collections.abc import Sequence

@@ -1,8 +1,4 @@
-"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository.
-
-Sources: https://github.com/shervinmin/DeepCovid (Minaee et al., arXiv 2004.09363); the study's copy:
-https://github.com/Mithunjack/covid-19-xay-image-classification.
-"""
+"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository."""
 
 import re
 from collections import Counter

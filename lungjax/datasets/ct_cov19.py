@@ -1,7 +1,4 @@
-"""CT-COV19: axial CT slices of three classes with the author's splits.
-
-Source: https://github.com/m2dgithub/CT-COV19 (commit 598e9b8); study: https://github.com/marta-0/covid-ct.
-"""
+"""CT-COV19 (commit 598e9b8): axial CT slices with the author's splits; study: https://github.com/marta-0/covid-ct."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,6 @@
 """The examples of a data set before any image is read: types shared by all data set modules.
 
-A data set module defines `ABOUT` and `listing(source, config, options)`, which lists and labels the images of a
-downloaded folder. TFDS is not imported here, so that help pages and error messages are fast.
+TFDS is not imported here, so that help pages and error messages are fast.
 """
 
 from collections import Counter

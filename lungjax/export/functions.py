@@ -78,9 +78,7 @@ class Functions:
     def check(self, run: Any, name: str) -> float:
         """Compares an export with the network; returns the largest difference, relative to the range of the logits.
 
-        Args:
-          run: maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`.
-          name: of the export, for the message.
+        `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
         Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
         the network as trained and folded in plain operations), ROUNDING_FACTOR times that is allowed, at most
@@ -94,10 +92,8 @@ class Functions:
             rounding = worst_difference([folded(self.weights, images) for images in pixels], expected)
             allowed = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MAX_TOLERANCE)
             if not difference <= allowed:
-                raise ValueError(
-                    f"{name}: its logits differ from the network's by {difference:.1e} of their range, more than "
-                    f"{allowed:.0e}; it was not kept. Choose another --format, and please report the network"
-                )
+                error = f"relative difference {difference:.1e} of the logits from the network's, above {allowed:.0e}"
+                raise ValueError(f"{name}: {error}; use another --format, and please report the network")
         return difference
 
     @cached_property

@@ -24,10 +24,9 @@ TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, checks it with onnx, runs it with onnxruntime and compares it with the network.
+    """Writes FILE into `folder`, runs it with onnxruntime, and returns its path and the result of `Functions.check`.
 
-    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
-    large, or the network is too large for the format.
+    Raises ValueError as `check`, and for a network too large for the format; then no file remains.
     """
     import onnx
 

@@ -81,14 +81,10 @@ class Inputs:
 
 
 def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
-    """Returns every image that `paths` stand for; whatever can't be used is in `Inputs.failures`.
+    """Returns the images in files, folders (recursively) and CSV lists; unusable inputs are in `Inputs.failures`.
 
-    Args:
-      paths: files, folders (all images below them) and CSV lists.
-      metadata: of the model; its hu_windows, plane and position cut the volumes.
-      group_pattern: regex; its first group over the path of an image names its series.
-
-    Raises ValueError for an invalid pattern or one without a group.
+    Volumes are cut by hu_windows, plane and position of the metadata. The first group of the regex `group_pattern` in
+    the path of an image names its series. Raises ValueError for an invalid pattern or one without a group.
     """
     try:
         pattern = re.compile(group_pattern) if group_pattern else None

@@ -85,13 +85,7 @@ def kind_of(data: bytes) -> str:
 
 
 def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
-    """Decodes one file in memory.
-
-    Args:
-      data: the file.
-      limits: of the file.
-      hu_windows: of CT slices, as in `dicom.picture`.
-      plane: of the training images; CT slices of another plane are refused.
+    """Decodes one file in memory, CT slices with `hu_windows`; those of a plane other than `plane` are refused.
 
     Raises UploadError; no file causes another exception.
     """
