@@ -1,4 +1,4 @@
-"""Start and end of every command: a user error prints a message and exits with 2, a bug prints its traceback."""
+"""Entry point of every command: a user error prints a message and exits with 2, a bug prints its traceback."""
 
 import errno
 import os
@@ -26,12 +26,9 @@ def run(
 ) -> None:
     """Defines and parses the flags, runs `main` and ends the process with its exit code.
 
-    Args:
-      main: gets the program's name and the positional arguments.
-      define_flags: defines the flags of the command, so that importing its module defines none.
-      arguments: names of the positional arguments; a last name with "..." stands for one or more, a name in brackets
-        is optional.
-      argv: replaces sys.argv.
+    `main` gets the program's name and the positional arguments, whose names are `arguments`: a last name with "..."
+    stands for one or more, a name in brackets is optional. `argv` replaces sys.argv. Flags are defined by a function,
+    so that importing the module of a command defines none.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
 

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def find(folder: Path) -> tuple[list[Listed], list[str]]:
-    """Returns the runs in a folder and its subfolders, sorted by path, and what could not be read."""
+    """Returns the runs in a folder and its subfolders, sorted by path, and one line per unreadable run."""
     runs, problems = [], []
     for path in sorted(folder.rglob("config.json")):
         if (path.parent / "metrics.jsonl").is_file():

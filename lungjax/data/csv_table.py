@@ -1,4 +1,4 @@
-"""CSV files as spreadsheets write them: optional byte order mark; commas, semicolons or tabs."""
+"""CSV files as exported by spreadsheets: optional byte order mark; commas, semicolons or tabs."""
 
 import csv
 from collections.abc import Iterable

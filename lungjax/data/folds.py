@@ -54,7 +54,8 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     np.add.at(images, (group, labels), 1)
     place = _fill_parts(np.asarray([int(parts[row]) for row in first]), images, count)
     if place is None:
-        raise ValueError(f"data.folds={count}: too many for {data.name}, a part would lack a class; use fewer folds")
+        problem = f"{data.name} has patients with images of several classes, and a part would lack a class"
+        raise ValueError(f"data.folds={count}: {problem}; use fewer folds")
     part = np.full(len(data.columns["label"]), -1, np.int64)
     part[rows] = place[group]
     return part

@@ -51,10 +51,10 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
                 if not row[name]:
                     raise ValueError(f"{where}: {name} is empty")
             file, group = f"{row['folder'] or 'images'}/{row['filename']}", f"patient {row['patientid']}"
-            source = urlparse(row["url"]).netloc.removeprefix("www.")
+            site = urlparse(row["url"]).netloc.removeprefix("www.")
             extra = (row["view"], row["finding"], *(row[name] for name in EXTRA))
             image = str(table.parent / file)
-            listed.append(Example(file, image, label, "", group, source, extra=extra, where=where))
+            listed.append(Example(file, image, label, "", group, site, extra=extra, where=where))
     if not listed:
         raise ValueError(f"{table}: no frontal X-ray with a known finding")
     examples, notes = complete_splits(listed, options.seed)

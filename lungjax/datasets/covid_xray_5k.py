@@ -46,7 +46,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
     listed = []
     for split, label, path, inner in images:
-        generated = split == "train" and not label and is_generated(inner)
+        generated = split == "train" and not label and GENERATED.match(path.stem)
         example = Example(
             file=path.relative_to(source).as_posix(),
             image=str(path),
@@ -70,11 +70,6 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         count = len(images) - len(real)
         notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
-
-
-def is_generated(file: str) -> bool:
-    """Returns whether a file of train/covid has the name of a generated image."""
-    return GENERATED.match(Path(file).stem) is not None
 
 
 def group(file: str, label: int) -> str:

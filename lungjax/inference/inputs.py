@@ -172,7 +172,9 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
     if kind == "image":
         inputs.add(Item(path, Path(path).read_bytes, series, short))
     elif kind == "nifti":
-        _add_nifti(inputs, path, series, short, metadata)
+        volume, cut = nifti.header(path), partial(nifti.picture, path)
+        name = inputs.add_volume(path, series, volume.notes, cut, volume.shape)
+        inputs.add_slices(path, short, name, cut, volume.shape, metadata)
     elif kind == "dicom":
         header = dicom.header(path)
         if header.aside:
@@ -217,12 +219,6 @@ def _add_dicom(
             inputs.items.append(Item(str(paths[i]), read(paths[i]), name, names[str(paths[i])][1]))
         return
     inputs.add_slices(folder, os.path.dirname(short) or os.path.basename(folder), name, cut, series.shape, metadata)
-
-
-def _add_nifti(inputs: Inputs, path: str, group: str, short: str, metadata: Metadata) -> None:
-    header, cut = nifti.header(path), partial(nifti.picture, path)
-    name = inputs.add_volume(path, group, header.notes, cut, header.shape)
-    inputs.add_slices(path, short, name, cut, header.shape, metadata)
 
 
 def _numbers(count: int, metadata: Metadata) -> Sequence[int]:

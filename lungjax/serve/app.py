@@ -20,6 +20,7 @@ import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from PIL import Image
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from lungjax import __version__
@@ -131,7 +132,7 @@ class Service:
 
     async def prometheus(self) -> Response:
         """Counters and times for Prometheus."""
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def refuse(self, _: Request, error: Any) -> Response:
         """Answers a request with an UploadError."""
@@ -140,7 +141,7 @@ class Service:
 
     async def unknown_route(self, _: Request, error: Any) -> Response:
         """Answers a request for another path or method."""
-        words = {404: "no such page; see /docs", 405: "another method is required; see /docs"}
+        words = {404: "no such page; see /docs", 405: "method not allowed; see /docs"}
         return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
 
     @contextlib.asynccontextmanager

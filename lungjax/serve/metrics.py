@@ -1,6 +1,6 @@
 """Prometheus metrics of /metrics, in a separate registry. Labels never contain text from users."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -22,7 +22,3 @@ class Metrics:
         self.waiting = Gauge("lungjax_queue_images", "Images that wait for the device.", registry=registry)
         self.running = Gauge("lungjax_running_requests", "Requests in progress.", registry=registry)
         self.upload_bytes = Gauge("lungjax_upload_bytes", "Bytes of uploads in memory.", registry=registry)
-
-    def page(self) -> bytes:
-        """Returns the metrics in Prometheus' text format."""
-        return generate_latest(self.registry)

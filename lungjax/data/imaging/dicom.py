@@ -66,7 +66,7 @@ def is_dicom(path: str) -> bool:
         return False
 
 
-@named_errors("DICOM")
+@named_errors
 def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
@@ -139,7 +139,7 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
-@named_errors("DICOM")
+@named_errors
 def picture(path: File, windows: Windows) -> bytes:
     """Returns the CT slice of one file as a PNG file, oriented as in `volumes`; no other file is read.
 
@@ -163,7 +163,7 @@ def volume(paths: tuple[File, ...], step: float) -> Volume:
     return _volume([header(path) for path in paths], step)
 
 
-@named_errors("DICOM")
+@named_errors
 def xray(path: File) -> bytes:
     """Returns an X-ray as an 8-bit PNG file with white bone, also for MONOCHROME1.
 
@@ -261,7 +261,7 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
     return (pixels >= low) & (pixels <= high)
 
 
-@named_errors("DICOM")
+@named_errors
 def _hu(path: File) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
     data = _read(path)

@@ -1,7 +1,7 @@
 """Image files to network input: decode, window, crop, resize.
 
 8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
-without a window they raise an error. Transparent pixels are composed over black, palette and CMYK images become RGB.
+without a window they raise an error. Transparent pixels are composited over black, palette and CMYK images become RGB.
 EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
 """
 

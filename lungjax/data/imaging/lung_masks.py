@@ -179,11 +179,7 @@ def _border(shape: tuple[int, ...]) -> np.ndarray:
 
 def _touching(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """Returns the components of a mask that contain a seed."""
-    labels, count = ndimage.label(mask)
-    hit = np.zeros(count + 1, bool)
-    hit[labels[seeds]] = True
-    hit[0] = False
-    return hit[labels]
+    return np.asarray(ndimage.binary_propagation(seeds & mask, mask=mask))
 
 
 def _outer(dark: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class Header:
     notes: tuple[str, ...] = ()
 
 
-@named_errors("NIfTI")
+@named_errors
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
@@ -61,7 +61,7 @@ def header(path: str) -> Header:
     return Header((shape[z], shape[y], shape[x]), (float(sizes[z]), float(sizes[y]), float(sizes[x])), tuple(notes))
 
 
-@named_errors("NIfTI")
+@named_errors
 def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a NIfTI volume as a PNG file; the volume is cached for the next plane.
 
@@ -71,7 +71,7 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 
 
 @volumes.cache_latest
-@named_errors("NIfTI")
+@named_errors
 def volume(path: str) -> Volume:
     """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture`."""
     spacing = header(path).spacing

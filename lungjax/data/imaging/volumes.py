@@ -43,8 +43,8 @@ def check_options(plane: str, position: str, windows: Windows) -> None:
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
     if len(windows) not in (1, 3) or any(len(window) != 2 or not window[1] > 0 for window in windows):
-        allowed = "one window (gray) or three (RGB), center/width with a positive width, such as -600/1500"
-        raise ValueError(f"--hu_window: {windows}; expected {allowed}")
+        expected = "one window (gray) or three (RGB), center/width with a positive width, such as -600/1500"
+        raise ValueError(f"--hu_window: {windows}; expected {expected}")
 
 
 def need(package: str, what: str) -> Any:

@@ -171,7 +171,7 @@ function progress() {
 
 let speaking = 0;
 function say(words) {
-  clearTimeout(speaking); // of many, only the last one is announced, with the progress
+  clearTimeout(speaking); // only the last message of a burst is announced, with the progress
   speaking = setTimeout(() => (at("announcement").textContent = `${words}. ${at("progress-text").textContent}.`), 300);
 }
 
