@@ -1,7 +1,7 @@
 """Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
 
 This module reads the flags; `lungjax.training.train.run` does the work. jax is imported only after the configuration is
-complete, so a typing mistake is reported immediately.
+complete, so that typos are reported immediately.
 """
 
 from pathlib import Path
@@ -28,13 +28,13 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
     flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
-    flags.DEFINE_bool("multihost", False, "Run on several hosts; give the same command on each.")
+    flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
     flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
     flags.DEFINE_string("profile", None, "START:STOP, steps whose jax.profiler trace goes to WORKDIR/profile.")
-    flags.DEFINE_bool("list", False, "Prints every experiment and exits.")
+    flags.DEFINE_bool("list", False, "List the experiments and exit.")
 
 
 def main(_: list[str]) -> None:
@@ -96,7 +96,7 @@ def check_flags() -> None:
     if FLAGS.dataset and (FLAGS.mode != "evaluate" or FLAGS.folds is not None):
         raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
     if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
-        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so no run to test")
+        raise ValueError(f"--workdir={FLAGS.workdir}: no run to test, config.json is missing")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
     for name in ("label_map", "split"):

@@ -4,7 +4,7 @@ PATHs are images, folders, CSV lists (column `path`, and `group` for patients), 
 volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
 with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
 per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
-The files get their names when they are complete; an interrupted run leaves its records in files that end in .partial.
+Files are renamed when they are complete; an interrupted run leaves its records in files that end in .partial.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
     """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
 
-    `model` and `gate`, which decides what volumes are predicted, are `inference.model.Model`, `sources` is
+    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is
     `inputs.Inputs`.
     """
     metadata = model.metadata

@@ -112,8 +112,8 @@ def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray
     """Returns the correlation of local detail for each pair, float64 [P] in -1..1; copies reach MIN_CORRELATION.
 
     `pairs` int64 [P, 2] are image numbers; `read` returns an image or its thumbnail, uint8 [H, W]. Local detail
-    excludes brightness and contrast; one image is shifted and stretched onto the other. Measured maxima: CT slices of
-    different patients 0.82 (the 7,500 most similar of 7.5 million pairs), X-rays of different people 0.72, of one
+    excludes brightness and contrast; one image is aligned to the other by shift and stretch. Measured maxima: CT slices
+    of different patients 0.82 (the 7,500 most similar of 7.5 million pairs), X-rays of different people 0.72, of one
     person 0.86. Copies with JPEG quality 30, half the size or a border of 2% removed have at least 0.95. Adjacent
     slices of one scan may also count as copies.
     """

@@ -30,7 +30,7 @@ class Reader:
     data: Prepared
     spec: InputSpec
     margin: float = 0.0  # visible margin around the box, as a fraction of its sides
-    body: bool = False  # whether to return the body mask as well
+    body: bool = False  # whether to also return the body mask
 
     def __call__(self, row: int) -> np.ndarray:
         """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""

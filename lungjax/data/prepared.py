@@ -32,7 +32,7 @@ COLUMNS = (
 RESERVED = (*COLUMNS, "box")
 SLICES = "slices"  # the only TFDS split; train, val and test are columns
 VERSION = "2.0.0"  # of the format of a prepared directory
-BODY_SIDE = 128  # rows and columns of stored body masks, whatever the image's size
+BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
 CHUNK = 20_000  # rows of an index read at a time, to limit memory
 
 

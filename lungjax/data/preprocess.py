@@ -44,10 +44,10 @@ def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
 def picture(
     array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a network's input, uint8 [H, W, C], as its data set would store it, and warnings.
+    """Returns the network input, uint8 [H, W, C], the image as the data set would store it, and warnings.
 
     `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; with None it is
-    detected if the network was trained on it. `prepared`: the image is in the stage of the training images already.
+    detected if the network was trained on it. `prepared`: the image is already in the stage of the training images.
     Raises ValueError for a 16-bit image if the network has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
@@ -55,7 +55,7 @@ def picture(
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("unknown body box: the network was trained on it, but gets the full image")
+            warnings.append("no body box: the network was trained on body boxes, but gets the full image")
     box = box or images.full_region(array)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:

@@ -77,7 +77,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     if ungrouped:
         some = ungrouped < len(rows)
         what = f"{ungrouped} images have no group" if some else "no groups (column group, or --group_pattern)"
-        notes.append(f"{what}: each of them counts as its own patient")
+        notes.append(f"{what}: images without a group count as separate patients")
     classes = _classes([row.label for row in rows], options.classes)
     labels = [classes.index(row.label) for row in rows]
     listed = [

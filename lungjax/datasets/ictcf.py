@@ -47,7 +47,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the original slices in `source`; with `config` "oversampled" the generated copies as well.
+    """Lists the original slices in `source`; with `config` "oversampled" also the generated copies.
 
     Raises ValueError for a missing class folder, with the names tried, or one without images.
     """

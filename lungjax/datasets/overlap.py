@@ -40,7 +40,7 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
         (own, seen), (other, rows) = sides[0], sides[1]
     elif resolve(own.name)[0].stage != resolve(other.name)[0].stage:
         missing = other.name if sides[0] else own.name
-        doubts.append(f"Near duplicates can't be detected between stages; prepare {missing} without its stage as well.")
+        doubts.append(f"Near duplicates can't be detected between stages; also prepare {missing} without its stage.")
     shared = leakage.cross(own, other, seen, rows)
     exact, near = shared["exact"][1], shared["near"][1]
     if exact or near:

@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
     for method in FLAGS.method:
         if method not in METHODS:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
-    windows = cli.windows()  # a typing mistake is reported before jax is imported
+    windows = cli.windows()  # typos are reported before jax is imported
     environment.prepare_jax()
     # Here, since they import jax, which is slow and must be configured first.
     from lungjax.data import pipeline

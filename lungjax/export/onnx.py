@@ -3,7 +3,7 @@
     pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes], features float32 [B, F]
 
 `metadata_props` contains model.json under the key "lungjax". The graph is corrected where jax2onnx 0.13 treats all four
-axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute something else.
+axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute wrong values.
 """
 
 import logging
@@ -46,7 +46,7 @@ def convert(functions: Functions) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
     from jax2onnx import to_onnx
 
-    for name in ("jax2onnx", "onnx_ir"):  # they warn of each plugin whose package is not installed, and of each shape
+    for name in ("jax2onnx", "onnx_ir"):  # they warn about each missing plugin and each shape
         logging.getLogger(name).setLevel(logging.ERROR)
     weights = functions.weights  # outside of the trace, in which they would be abstract
 

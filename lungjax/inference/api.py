@@ -61,11 +61,11 @@ def create(
       name: one of `list_models()`.
       weights: as `model.weights`: "imagenet", a record of `python -m lungjax.weights --list`, "file:PATH",
         "run:WORKDIR", "none".
-      classes: outputs of a new classifier; None keeps the weights' own, or the complete head of a run (1000 without
-        weights).
+      classes: outputs of a new classifier; None keeps the classifier of the weights, for a run its complete head
+        (1000 classes without weights).
       size: height and width of the images; None takes that of the weights.
       channels: of the images, 1 or 3; None takes 3, or that of a run.
-      gray: how one channel meets weights for three: "repeat", "fold" or "slice" (`model.gray`).
+      gray: how grayscale input is adapted to three-channel weights: "repeat", "fold" or "slice" (`model.gray`).
       head: replaces the published head.
       noncommercial: accept weights whose license forbids commercial use.
       weights_dir: folder of downloaded files, searched first.
@@ -75,8 +75,8 @@ def create(
     The network maps float32 images [B, H, W, C], as `preprocess` makes them, to (logits [B, classes], features);
     features["last"] is the map [B, h, w, c] before the head.
 
-    Raises ValueError for an unknown name or source, a missing or foreign file, too small a size, and a class count
-    that does not fit.
+    Raises ValueError for an unknown name or source, a missing or incompatible file, too small a size, and a class
+    count that does not match.
     """
     options = dict(fields, gray=gray, noncommercial=noncommercial)
     model = ModelConfig(name=name, weights=weights, head=head or HeadConfig(), **options)

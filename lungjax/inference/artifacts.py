@@ -37,11 +37,11 @@ ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
 OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
 PROGRAMS = ("predict", "gradcam")
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Compiler options that a file may set. Others, which could write files for example, are ignored.
+# Compiler options that a file may set. All others are ignored, since some make the compiler write files.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
-# Calls to code outside of the program. A forged file could jump to any address in memory.
+# Calls to external code, which would let a forged file jump to any address in memory.
 CALLS = re.compile(r"(?:custom_call\s*@|call_target_name\s*=\s*\")([^\s(\"]+)")
-SAFE_CALLS = {"shape_assertion"}  # that the batch has at least one image
+SAFE_CALLS = {"shape_assertion"}  # checks that the batch has at least one image
 METADATA_KEY = "lungjax"  # in an ONNX file's metadata_props
 
 
@@ -132,7 +132,7 @@ class Program:
 
 
 def read_pyz(path: str | Path) -> Program:
-    """Opens a `model.pyz`. Raises ValueError with the reason for a foreign or damaged file."""
+    """Opens a `model.pyz`. Raises ValueError for a damaged file and one not from lungjax.export."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -203,7 +203,7 @@ class Session:
 def read_onnx(path: str | Path) -> Session:
     """Opens a `model.onnx` of lungjax.export on the CPU.
 
-    Raises ValueError if onnxruntime is not installed, and for a foreign or damaged file.
+    Raises ValueError if onnxruntime is not installed, and for a damaged file and one not from lungjax.export.
     """
     try:
         import onnxruntime

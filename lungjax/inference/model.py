@@ -5,7 +5,7 @@
     model.features(["a.png"])          # [1, F]
 
 Preprocessing, classes, calibration and operating points come from the model's `metadata.Metadata`. Batches have a few
-fixed sizes, so nothing is compiled again after `warm`.
+fixed sizes, so nothing is recompiled after `warm`.
 """
 
 import threading
@@ -197,7 +197,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     ):  # fmt: skip
         raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
-    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
+    variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
     module = models.build(config.model, len(description.classes))
     return Network(config, description.classes, module, variables, step), description
 

@@ -135,12 +135,12 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def refuse(self, _: Request, error: Any) -> Response:
-        """Answers a request with an UploadError."""
+        """Answers a rejected request."""
         self.metrics.refused.labels(error.reason).inc()
         return error_response(error)
 
     async def unknown_route(self, _: Request, error: Any) -> Response:
-        """Answers a request for another path or method."""
+        """Answers a request for an unknown path or method."""
         words = {404: "no such page; see /docs", 405: "method not allowed; see /docs"}
         return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
 
@@ -158,7 +158,7 @@ class Service:
                         self.metrics.refused.labels(file.error.reason).inc()
                 yield decoded
         except TimeoutError:
-            raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
+            raise UploadError(504, "time", f"the request took more than {self.settings.seconds:g} seconds") from None
         finally:
             self.budget.bytes -= count
             self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
@@ -206,7 +206,7 @@ class Service:
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
-        """Returns the record of each series of two or more slices, by number: a UID identifies a person."""
+        """Returns the record of each series of two or more slices, numbered, since a UID identifies a person."""
         groups: dict[str, list[int]] = {}
         for i, file in enumerate(files):
             if file.series:

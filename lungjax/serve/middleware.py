@@ -23,7 +23,7 @@ from lungjax.serve.uploads import UploadError
 LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
-OPEN = ("/docs", "/openapi.json", "/health")  # without a token, as the page; they reveal nothing of model or images
+OPEN = ("/docs", "/openapi.json", "/health")  # need no token, like the page; they reveal nothing about model or images
 FRAME_POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 IMAGE_POLICY = "script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 POLICY = f"default-src 'none'; {IMAGE_POLICY}; {FRAME_POLICY}"
@@ -36,7 +36,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
-CLIENT_CLOSED = 499  # status in log and metrics if the client left before the answer, as in nginx
+CLIENT_CLOSED = 499  # status in log and metrics if the client disconnected before the response, as in nginx
 
 
 def error_response(error: UploadError) -> JSONResponse:
@@ -113,7 +113,7 @@ class Guard:
         if not self.is_own_name(host):
             return UploadError(421, "host", "unknown Host header; start the service with --allowed_hosts=NAME")
         if scope["method"] not in ("GET", "HEAD"):
-            # Pages of other sites in a browser may post to any address; only the service's own page is allowed to.
+            # In a browser, pages of other sites may post to any address; only the service's own page is accepted.
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
             if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != host):
                 return UploadError(403, "origin", "a request from a page of another site")
@@ -127,7 +127,7 @@ class Guard:
         return None
 
     def is_own_name(self, host: str) -> bool:
-        """Whether a Host header names this service, so that no other DNS name can be pointed at it.
+        """Returns whether a Host header names this service; rejecting other names prevents DNS rebinding.
 
         A service that other machines can reach accepts any IP address.
         """
@@ -141,12 +141,12 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 500 with a number; the log has the location of the error under it, but not its message."""
+        """Answers 500 with a number, under which the log has the location of the error, but not its message."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
             return  # the answer has begun
-        message = f"an error in the service, number {number} in its log"
+        message = f"internal error, number {number} in its log"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:

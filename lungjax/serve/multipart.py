@@ -104,7 +104,7 @@ async def _parse_form(request: Request, chunks: AsyncGenerator[bytes, None], max
     form = _Form(request.headers, chunks, max_files=max_files, max_fields=max_files)
     items = (await form.parse()).multi_items()
     if not form.ended:
-        raise UploadError(400, "form", "multipart data ends too early, or has another boundary")
+        raise UploadError(400, "form", "incomplete multipart data, or a wrong boundary")
     if not items:
         raise UploadError(422, "empty", "no file in the request; put files into the field `files`")
     if any(field not in FIELDS or isinstance(file, str) for field, file in items):

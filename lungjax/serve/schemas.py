@@ -9,7 +9,7 @@ from lungjax.serve.multipart import FORM, RAW
 
 
 class Strict(BaseModel):
-    """A schema without further keys."""
+    """A schema that forbids additional keys."""
 
     model_config = ConfigDict(extra="forbid")
 

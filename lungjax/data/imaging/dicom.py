@@ -111,8 +111,8 @@ def series(headers: Sequence[Header]) -> Series:
     """Sorts the slices of one CT series by their position along the slice normal.
 
     InstanceNumber is ignored, because it may be reversed or missing. Missing slices and uneven distances are noted and
-    forbid other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if two
-    slices have the same position, or if a position is missing.
+    rule out other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if
+    two slices have the same position, or if a position is missing.
     """
     first = headers[0]
     if len(headers) == 1 and (first.orientation is None or first.position is None):

@@ -83,7 +83,7 @@ def volume(path: str) -> Volume:
     low, high = float(values.min()), float(values.max())
     if low > -500 or high < 0:
         hint = (
-            "windowed before, or a mask: convert the scan again from DICOM, or use its slices as PNG"
+            "already windowed, or a mask: convert the scan again from DICOM, or use its slices as PNG"
             if low >= 0 and high <= 255
             else "a chest CT has air at -1000 and tissue above 0: convert the scan again from DICOM"
         )
