@@ -89,9 +89,8 @@ class Model:
         """
         self.check_method(method)
         pixels = self._pixels(images, boxes)
-        if targets is None:
-            return self.maps(pixels, self.outputs(pixels)["probabilities"].argmax(-1), method)
-        return self.maps(pixels, np.asarray(targets), method)
+        labels = self.outputs(pixels)["probabilities"].argmax(-1) if targets is None else np.asarray(targets)
+        return self.maps(pixels, labels, method)
 
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:

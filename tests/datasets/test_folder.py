@@ -65,7 +65,7 @@ def test_split_folders(tmp_path):
     row = data.columns["file"].tolist().index("Validation/a/deeper/Validation0.png")
     assert data.columns["split"][row] == "val"
     assert any(note.startswith("1 files that are not images") for note in result["notes"])
-    assert any("its own patient" in note for note in result["notes"])
+    assert any("separate patients" in note for note in result["notes"])
 
 
 def test_class_folders_with_patterns(tmp_path):

@@ -175,9 +175,7 @@ def prepare(
         name: data set and configuration, such as "folder/my_hospital".
         listing: the examples in storage order.
         data_dir: the root of all prepared data sets.
-        stage: one of config.STAGES, "" for unmodified images.
-        size: height and width of the stored images; None keeps the original sizes.
-        window: 16-bit pixel values that become 0 and 255; None uses percentiles 0.5 and 99.5 of train.
+        stage, size, window: as in `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are used.
         on_bad_image: "fail", or "skip" to list and skip unreadable and missing images.
         on_no_lung: "keep" the previous stage of an image without a detected body or lung, "skip" it, or "fail".
         overwrite: replace an existing data set.
