@@ -203,7 +203,7 @@ def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path,
 
 @contextlib.contextmanager
 def tables(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which get these names at the end."""
+    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which are renamed when complete."""
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
     with contextlib.ExitStack() as stack:

@@ -55,7 +55,7 @@ def picture(
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("no body box: the network was trained on body boxes, but gets the full image")
+            warnings.append("no body box: the network was trained on body boxes, but sees the full image")
     box = box or images.full_region(array)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:

@@ -85,7 +85,7 @@ def compare_counts(
     """Returns one line per split of `Example.study` whose counts per class differ from the published ones.
 
     `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, one
-    line says so.
+    line states this.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:

@@ -19,7 +19,7 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
     """Raises ValueError if test images of `other` show patients in train or val of `own`; returns remaining doubts.
 
     Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
-    both contain, or that one of them is; equal pixels; near duplicates. For stages, the last two compare the complete
+    both share (see `shared_sources`); equal pixels; near duplicates. For stages, the last two compare the complete
     images if those are prepared in `data_dir`. `what` names the test images, such as "the test split of folder/b".
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
@@ -62,7 +62,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the sources, sorted, that two different public data sets both contain, or that one of them is.
+    """Returns the sources, sorted, that two different public data sets share; a data set may be a source of the other.
 
     Sources of users' folders and of synthetic images are not public names, so they are never shared.
     """

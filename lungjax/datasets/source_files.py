@@ -74,7 +74,7 @@ def block(stem: str) -> str:
     """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
     Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks: "neg_81" and
-    "neg_119" are in "neg_block2". A name without a number is its own block.
+    "neg_119" are in "neg_block2". A name without a number forms a separate block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
@@ -98,7 +98,7 @@ def web_case(stem: str) -> str:
     """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
     The end of a name distinguishes the figures of one paper. These may show several patients, so a group may be too
-    large, but rarely too small. An id without a figure number is its own case.
+    large, but rarely too small. An id without a figure number is a separate case.
     """
     match = _CASE.match(stem)
     if match:

@@ -50,13 +50,13 @@ class Functions:
         return {path: np.asarray(leaf, np.float32) for path, leaf in trees.flatten(folded).items()}
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        """The first function, see above."""
+        """Returns calibrated probabilities, logits and features of uint8 pixels [b, H, W, C]."""
         with conv.plain_forms():
             logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
             return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-        """The second function; its maps are those of `saliency.Explainer`."""
+        """Returns the maps of `saliency.Explainer` for target classes int32 [b]."""
         with conv.plain_forms():
             folded = _tree(weights)
             head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
@@ -116,9 +116,9 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs: logits and features by their range, probabilities as they are.
+    """Returns the largest difference of outputs, for logits and features relative to their range.
 
-    Infinite for another shape and for non-finite values.
+    It is infinite if shapes differ or values are non-finite.
     """
     worst = 0.0
     for name in artifacts.OUTPUTS:

@@ -1,4 +1,4 @@
-"""Networks by name with their weights, and images as their input: `create`, `list_models`, `preprocess`.
+"""Networks by name, with pretrained weights and preprocessing: `create`, `list_models`, `preprocess`.
 
 net, variables, spec = lungjax.create("efficientnetv2_s", weights="imagenet", classes=3)
 logits, features = net.apply(variables, lungjax.preprocess(images, spec), train=False)
@@ -72,7 +72,7 @@ def create(
       seed: of randomly initialized layers.
       **fields: further fields of `lungjax.config.ModelConfig`, such as padding or dtype.
 
-    The network maps float32 images [B, H, W, C], as `preprocess` makes them, to (logits [B, classes], features);
+    The network maps float32 images [B, H, W, C] from `preprocess` to (logits [B, classes], features);
     features["last"] is the map [B, h, w, c] before the head.
 
     Raises ValueError for an unknown name or source, a missing or incompatible file, too small a size, and a class
@@ -119,7 +119,7 @@ def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], 
 
 
 def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarray:
-    """Returns float32 [B, H, W, C] for the network: cropped, resized and normalized as `spec` says.
+    """Returns float32 [B, H, W, C] for the network: cropped, resized and normalized according to `spec`.
 
     Args:
       images: one or several, each the path of an image file or an array [H, W] or [H, W, 3], uint8 or float in 0..255.

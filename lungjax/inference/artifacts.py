@@ -73,7 +73,7 @@ class Input:
 
 
 class Preprocessor:
-    """Turns decoded images into network inputs, as the metadata of a model says."""
+    """Turns decoded images into network inputs according to the metadata of a model."""
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata

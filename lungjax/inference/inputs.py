@@ -1,4 +1,4 @@
-"""Paths that a user gives to a trained model: files, folders, lists and scans, as decoded images by name.
+"""Inputs of a trained model: images from files, folders, lists and scans.
 
 Allowed are images (`images.FORMATS`), DICOM files, NIfTI volumes (both with the extra `dicom`), folders of these,
 and CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of one DICOM

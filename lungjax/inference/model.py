@@ -69,7 +69,7 @@ class Model:
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def predict(self, images: Images, boxes: Boxes = None) -> np.ndarray:
-        """Returns calibrated probabilities float32 [B, classes], as `python -m lungjax.predict` writes them."""
+        """Returns calibrated probabilities float32 [B, classes], equal to those of `python -m lungjax.predict`."""
         return self.outputs(self._pixels(images, boxes))["probabilities"]
 
     def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
@@ -111,7 +111,7 @@ class Model:
     def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `probabilities` (calibrated), `logits` [B, classes] and `features` [B, F] of prepared pixels.
 
-        Raises ValueError for pixels other than uint8 [B, H, W, C] as `prepare` makes them.
+        Raises ValueError for pixels other than uint8 [B, H, W, C] of the input size.
         """
         artifacts.check_pixels(pixels, self.metadata)
         batches = []

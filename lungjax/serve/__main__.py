@@ -1,6 +1,6 @@
 """A trained network as an HTTP service: python -m lungjax.serve --model=runs/my_run
 
-It answers at http://127.0.0.1:8000: a web page, and /predict and /explain for programs, documented at /docs. Needs the
+Serves a web page at http://127.0.0.1:8000, and /predict and /explain for programs, documented at /docs. Needs the
 extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 

@@ -1,7 +1,7 @@
 """Routes of the service.
 
 Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), computed by
-one thread (`batching`), and freed when the answer is sent.
+one thread (`batching`), and freed when the response is sent.
 """
 
 import asyncio
@@ -46,8 +46,8 @@ TRIM_BYTES = 48 * 2**20  # freed memory that is returned to the system
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
 DESCRIPTION = (
-    "A trained network for lung images over HTTP. Images stay in memory until they are answered, and are not written "
-    "to disk. Patient data of DICOM files appears neither in answers nor in the log."
+    "A trained network for lung images over HTTP. Images stay in memory until the response is sent; nothing is "
+    "written to disk. Patient data of DICOM files appears neither in responses nor in the log."
 )
 Rule = Annotated[str | None, Query(description="Operating point of the decisions, from `points` of /model.")]
 Class = Annotated[str | None, Query(alias="class", description="Class to explain; default the predicted one.")]
@@ -94,7 +94,7 @@ class Service:
             futures = self.device.predict([file.input.pixels for file in good])
             rows = await asyncio.gather(*futures)
         results = [self._record(file, p, rule) for file, p in zip(good, rows, strict=True)]
-        return self._answer(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
+        return self._response(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
 
     async def explain(self, request: Request, name: Class = None, method: Method = None, rule: Rule = None) -> Response:
         """As /predict, with a saliency map of one class per image."""
@@ -117,7 +117,7 @@ class Service:
         for file, (_, p), urls in zip(good, maps, pictures, strict=True):
             explained = classes[int(np.argmax(p)) if target is None else target]
             results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | urls)
-        return self._answer(request, "/explain", files, results, {})
+        return self._response(request, "/explain", files, results, {})
 
     async def describe(self) -> dict[str, Any]:
         """The model, its training data and scores, and the limits of the service."""
@@ -135,12 +135,12 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def refuse(self, _: Request, error: Any) -> Response:
-        """Answers a rejected request."""
+        """Responds to a rejected request."""
         self.metrics.refused.labels(error.reason).inc()
         return error_response(error)
 
     async def unknown_route(self, _: Request, error: Any) -> Response:
-        """Answers a request for an unknown path or method."""
+        """Responds to a request for an unknown path or method."""
         words = {404: "no such page; see /docs", 405: "method not allowed; see /docs"}
         return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
 
@@ -184,10 +184,10 @@ class Service:
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
         return records.record(self.metadata, file.name, p, file.input.novelty, file.input.warnings, rule)
 
-    def _answer(
+    def _response(
         self, request: Request, route: str, files: list[_Decoded], results: list[dict[str, Any]], more: dict[str, Any]
     ) -> Response:
-        """Returns the answer; `results` are those of the good files, in order."""
+        """Returns the response; `results` are those of the decoded files, in order."""
         good = iter(results)
         every = [next(good) if file.error is None else records.failure(file.name, str(file.error)) for file in files]
         request.scope["lungjax"]["images"] = len(results)

@@ -12,9 +12,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("lungjax_requests", "Requests.", ("route", "status"), registry=registry)
-        words = "From the first byte of a request to the last one of its answer."
+        words = "From the first byte of a request to the last byte of its response."
         self.seconds = Histogram("lungjax_request_seconds", words, ("route",), buckets=SECONDS, registry=registry)
-        self.images = Counter("lungjax_images", "Answered images.", ("route",), registry=registry)
+        self.images = Counter("lungjax_images", "Predicted images.", ("route",), registry=registry)
         self.refused = Counter("lungjax_refused", "Refused files and requests.", ("reason",), registry=registry)
         self.batches = Histogram("lungjax_batch_images", "Images per batch.", buckets=BATCHES, registry=registry)
         words = "Computation of one batch or one saliency map."

@@ -40,7 +40,7 @@ CLIENT_CLOSED = 499  # status in log and metrics if the client disconnected befo
 
 
 def error_response(error: UploadError) -> JSONResponse:
-    """Returns the answer for a refused request."""
+    """Returns the response to a rejected request."""
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}  # seconds
     return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
 
@@ -69,7 +69,7 @@ class Guard:
             return message
 
         async def discard() -> None:
-            """Reads the remaining body for a moment: a client that is still sending may miss the answer otherwise."""
+            """Reads the remaining body briefly: a client that is still sending may otherwise miss the response."""
             remaining = DISCARD_BYTES
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DISCARD_SECONDS):
@@ -107,7 +107,7 @@ class Guard:
             self.log(scope, state, time.perf_counter() - start)
 
     def check(self, scope: Any) -> UploadError | None:
-        """Returns why a request is refused before its body is read, or None."""
+        """Returns the reason to reject a request before its body is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if not self.is_own_name(host):
@@ -141,16 +141,16 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 500 with a number, under which the log has the location of the error, but not its message."""
+        """Responds with 500 and a number, under which the log has the location of the error, but not its message."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
-            return  # the answer has begun
+            return  # the response has started
         message = f"internal error, number {number} in its log"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:
-        """Counts and logs a request: method, route, status, milliseconds and images, nothing that a user wrote."""
+        """Counts and logs a request: method, route, status, milliseconds and images, but no user input."""
         path = scope["path"]
         if path not in (*WORK, *OPEN, "/model", "/metrics"):
             path = "/" if path == "/" else "/page" if path in self.pages else "other"

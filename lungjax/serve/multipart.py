@@ -49,7 +49,7 @@ class Budget:
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:
     """Returns the files of a body and the number of bytes counted in `budget`, which the caller releases.
 
-    Raises UploadError (400, 408, 413, 415, 422, 503) for a malformed body or one over a limit; nothing stays counted.
+    Raises UploadError (400, 408, 413, 415, 422, 503) for a malformed body or one over a limit, and then counts nothing.
     """
     count = 0
 
@@ -128,6 +128,6 @@ if not hasattr(MultiPartParser, "spool_max_size"):  # the privacy of uploads dep
 
 
 def _display_name(name: str | None, number: int) -> str:
-    """Returns a file's name for the answer: without folders and unprintable characters, of limited length."""
+    """Returns a file's name for the response: without folders and unprintable characters, of limited length."""
     text = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(character for character in text if character.isprintable())[:200] or f"file {number}"

@@ -1,4 +1,4 @@
-"""Schemas of the answers, for /openapi.json and /docs; the tests validate answers with them."""
+"""Schemas of the responses, for /openapi.json and /docs; the tests validate responses with them."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ class Model(Strict):
 
 
 class Predictions(Strict):
-    """Answer of /predict: one result per file, in order, and each DICOM series of two or more slices."""
+    """Response of /predict: one result per file, in order, and each DICOM series of two or more slices."""
 
     model: Model
     notice: str
@@ -83,7 +83,7 @@ class Explanation(Record):
 
 
 class Explanations(Strict):
-    """Answer of /explain: one result per file, in order."""
+    """Response of /explain: one result per file, in order."""
 
     model: Model
     notice: str
