@@ -68,8 +68,8 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
     `hashes` uint64 [N], 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d bits are
-    equal in at least one of d + 1 bands, so sorting by each band yields every pair. Memory is bounded: pairs are
-    skipped where very many hashes are similar, and `note` reports it.
+    equal in at least one of d + 1 bands, so sorting by each band finds every pair. Memory is bounded: where very many
+    hashes are similar, pairs are skipped, and `note` reports this.
     """
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]

@@ -64,8 +64,8 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
 def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray | None:
     """Returns the part of each group, int64 [G], so that each part has every class; None if that is impossible.
 
-    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group moves whose part has
-    other groups of all its classes. `place` [G] are the parts before; `images` int64 [G, C] counts per class.
+    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group is moved
+    whose part keeps other groups of all its classes. `place` [G] are the initial parts, `images` int64 [G, C] counts.
     """
     place, has = place.copy(), images > 0
     for label in range(images.shape[1]):

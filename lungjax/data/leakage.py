@@ -124,7 +124,7 @@ def pairs_named(
     pixels: Sequence[str],
     near: np.ndarray,
 ) -> list[str]:
-    """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
+    """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", worst first.
 
     "=" joins exact copies (one pair per set of copies), "~" near duplicates. Pairs with different labels come first,
     then pairs across splits, then exact copies, then by name. Images in no split are omitted.

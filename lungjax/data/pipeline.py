@@ -1,8 +1,8 @@
-"""From a prepared data set to batches of uint8 images: decode, crop, resize, in a reproducible order.
+"""Turns a prepared data set into batches of uint8 images in a reproducible order: decode, crop, resize.
 
 The seed determines one endless global sequence of training examples. Batch `s` has the positions `s * B` to
 `(s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts. The position depends only on the step,
-so a run resumes exactly, also on another number of hosts.
+so a run resumes exactly, even on a different number of hosts.
 """
 
 import functools

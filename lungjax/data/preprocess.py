@@ -1,4 +1,4 @@
-"""One image to a network's input: stage, stored size and window of the data set, then crop and resize.
+"""Turns an image into network input: stage, stored size and window of the data set, then crop and resize.
 
 Preparation and prediction share these steps. A 16-bit image is shrunk before its window is applied, but windowed
 before a stage.

@@ -1,4 +1,4 @@
-"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of the COVID-19 data set."""
+"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of COVID-19 patients."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The nCT, pCT and NiCT slices of iCTCF: COVID-negative, COVID-positive and non-informative axial CT slices.
 
 Source: Ning et al. 2020 (ictcf.biocuckoo.cn) as Kaggle azaemon/preprocessed-ct-scans-for-covid19; study:
-https://github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The file names contain no patients.
+https://github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The file names contain no patient ids.
 """
 
 import functools
@@ -66,9 +66,10 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def generate(path: str, angle: float, down: float, right: float) -> bytes:
-    """Returns the image of the file `path` as PNG, rotated left by `angle` degrees, then shifted by parts of a side.
+    """Returns the image of the file `path` as PNG, rotated left by `angle` degrees, then shifted by fractions of a
+    side.
 
-    As Keras's ImageDataGenerator does it (a positive `down` samples further down, so the content moves up; order 1,
+    Equals Keras's ImageDataGenerator (a positive `down` samples further down, so the content moves up; order 1,
     fill nearest, cast to uint8), at the slice's own size.
     """
     gray = images.gray(images.read(Path(path).read_bytes())[0]).astype(np.float32)
@@ -90,7 +91,7 @@ def _originals(source: Path, paths: list[list[Path]], seed: int) -> list[Example
 
 
 def _generated(paths: list[list[Path]], seed: int) -> list[Example]:
-    """Lists the copies that fill each class up to TARGET: passes over its shuffled slices, each moved at random."""
+    """Lists the copies that fill each class up to TARGET: shuffled slices, each rotated and shifted at random."""
     examples = []
     for label, class_paths in enumerate(paths):
         rng = np.random.default_rng([seed, label])

@@ -1,4 +1,4 @@
-"""Whether test images show patients that a network was trained on: comparison of two prepared data sets."""
+"""Checks whether test images show patients that a network was trained on, by comparing two prepared data sets."""
 
 import re
 from dataclasses import replace

@@ -44,7 +44,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its place. Raises ValueError as `read_table`, and without rows."""
+    """Returns the rows of a CSV file, each with its location. Raises ValueError as `read_table`, and without rows."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -52,7 +52,7 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, s
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns the nonempty lines of a text file, each with its place. Raises ValueError without any."""
+    """Returns the nonempty lines of a text file, each with its location. Raises ValueError without any."""
     try:
         text = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
-    """Returns `values[value]`. Raises ValueError with the place and the allowed values if it is missing."""
+    """Returns `values[value]`. Raises ValueError with the location and the allowed values if it is missing."""
     if value not in values:
         raise ValueError(f"{where}: unknown {what} {value!r}; allowed are {', '.join(values)}")
     return values[value]

@@ -92,7 +92,7 @@ class Functions:
             rounding = worst_difference([folded(self.weights, images) for images in pixels], expected)
             allowed = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MAX_TOLERANCE)
             if not difference <= allowed:
-                error = f"relative difference {difference:.1e} of the logits from the network's, above {allowed:.0e}"
+                error = f"logits differ from the network's by {difference:.1e} of their range, above {allowed:.0e}"
                 raise ValueError(f"{name}: {error}; use another --format, and please report the network")
         return difference
 

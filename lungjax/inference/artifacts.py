@@ -12,7 +12,7 @@ A `model.pyz` is an uncompressed zip:
 
 Images are cropped and resized before the program; normalization, temperature and softmax are inside. This reader
 unpickles nothing and runs no Python code from the file. The programs are compiled code nevertheless: open only files
-from trusted sources. This file imports only packages that are packed into the zip too.
+from trusted sources. This file imports only modules that are also packed into the zip.
 """
 
 import io

@@ -55,7 +55,7 @@ class Model:
 
     `predict`, `logits`, `features` and `explain` take images: one or several, each the path of an image file or an
     array [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in
-    pixels; without them the body is located where the model was trained on cropped bodies. They raise ValueError for
+    pixels; without them the body is located if the model was trained on body crops. They raise ValueError for
     an image that can't be read or has another shape or type.
     """
 
@@ -126,7 +126,7 @@ class Model:
     def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str = "gradcam") -> np.ndarray:
         """Returns saliency maps float32 [B, H, W] of prepared pixels for the class numbers `targets` [B].
 
-        Raises ValueError for another method or class, and for a format without saliency maps.
+        Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """
         artifacts.check_pixels(pixels, self.metadata)
         self.check_method(method)

@@ -71,7 +71,7 @@ def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
     Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
-    compressed without an installed decoder, or a CT without a rescale.
+    compressed without an installed decoder, or a CT without RescaleSlope and RescaleIntercept.
     """
     data = _read(path, header_only=True)
     modality = str(data.get("Modality", ""))

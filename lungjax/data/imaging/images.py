@@ -1,4 +1,4 @@
-"""Image files to network input: decode, window, crop, resize.
+"""Turns image files into network input: decode, window, crop, resize.
 
 8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
 without a window they raise an error. Transparent pixels are composited over black, palette and CMYK images become RGB.
