@@ -30,12 +30,8 @@ CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
 
 # The 64 lowest frequencies from radius 5 on. Lower ones are common to all chests: at equal recall of re-saved copies
 # they propose four to ten times as many pairs of different patients.
-_FREQUENCIES = np.array(
-    sorted(
-        ((y, x) for y in range(12) for x in range(12) if y * y + x * x >= 25),
-        key=lambda f: (f[0] ** 2 + f[1] ** 2, f[0]),
-    )[:64]
-)
+_RADII = sorted((y * y + x * x, y, x) for y in range(12) for x in range(12) if y * y + x * x >= 25)
+_FREQUENCIES = np.array([(y, x) for _, y, x in _RADII[:64]])
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,18 +85,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         for r, label in zip(rows, labels, strict=True)
     ]
     examples, split_notes = complete_splits(listed, options.seed)
-    return Listing(
-        classes,
-        examples,
-        extra,
-        notes=(*notes, *split_notes),
-        group_name="patients" if ungrouped < len(rows) else "images without a group",
-        study="the given splits" if any(row.split for row in rows) else "",
-        body=options.modality == "ct" if options.modality else axial,
-        volumes={name: getattr(options, name) for name in ("hu_windows", "plane", "position")}
-        if volume_notes
-        else None,
-    )
+    group_name = "patients" if ungrouped < len(rows) else "images without a group"
+    study = "the given splits" if any(row.split for row in rows) else ""
+    body = options.modality == "ct" if options.modality else axial
+    cut = {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volume_notes else None
+    return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut)
 
 
 def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:

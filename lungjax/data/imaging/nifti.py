@@ -48,10 +48,8 @@ def header(path: str) -> Header:
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):
         sides = " x ".join(f"{size:g}" for size in sizes)
-        raise Unreadable(
-            f"{path}: voxels of {sides} mm (unit in the file: {unit}); a chest CT has {MIN_SPACING:g} to "
-            f"{MAX_SPACING:g} mm: correct the unit (xyzt_units) or the affine"
-        )
+        allowed = f"{MIN_SPACING:g} to {MAX_SPACING:g} mm"
+        raise Unreadable(f"{path}: voxels of {sides} mm, expected {allowed}; correct the unit ({unit}) or the affine")
     notes = ["without a unit of length: interpreted as mm"] if unit == "unknown" else []
     if not (image.header["qform_code"] or image.header["sform_code"]):
         notes.append("without an orientation (qform and sform code 0): possibly mirrored")
@@ -82,12 +80,10 @@ def volume(path: str) -> Volume:
     np.nan_to_num(values, copy=False, nan=volumes.AIR)
     low, high = float(values.min()), float(values.max())
     if low > -500 or high < 0:
-        hint = (
-            "already windowed, or a mask: convert the scan again from DICOM, or use its slices as PNG"
-            if low >= 0 and high <= 255
-            else "a chest CT has air at -1000 and tissue above 0: convert the scan again from DICOM"
-        )
-        raise Unreadable(f"{path}: values of {low:g} to {high:g} are not Hounsfield units; {hint}")
+        windowed = low >= 0 and high <= 255
+        hint = "windowed images can be used as PNG" if windowed else "air is -1000, tissue above 0"
+        problem = f"values of {low:g} to {high:g} are not Hounsfield units ({hint})"
+        raise Unreadable(f"{path}: {problem}; convert the scan again from DICOM")
     np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place, to save memory
     # nibabel's canonical axes run to the right, to the front and to the head.
     return Volume(values.astype(np.int16)[::-1, ::-1].transpose(2, 1, 0), spacing)

@@ -149,10 +149,8 @@ class _Images:
         for row in self.raw:
             for key, offset in (("mean", low), ("std", 0.0)):
                 self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
-        return (low, high), [
-            f"{count}; the window is percentiles 0.5 to 99.5 of the train split, {low:g} to {high:g}; --window=low,high "
-            "sets another"
-        ]
+        text = f"{count}; the window is percentiles 0.5 to 99.5 of train, {low:g} to {high:g}; --window sets another"
+        return (low, high), [text]
 
 
 def prepare(
@@ -204,30 +202,16 @@ def prepare(
         say("Searching for duplicates ...")
         near, leaks, twins = images.find_duplicates()
         window, notes = images.window()
-        info = {
-            "name": name,
-            "classes": list(listing.classes),
-            "window": window,
-            "study": listing.study,
-            "stage": stage,
-            "size": size,
-            "body": listing.body,
-            **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
-        }
+        info: dict[str, Any] = {"name": name, "classes": list(listing.classes), "window": window}
+        info |= {"study": listing.study, "stage": stage, "size": size, "body": listing.body}
+        info |= {"volumes": dict(listing.volumes)} if listing.volumes else {}
         near_duplicates.write(near, images.columns["file"], written)
         header = [*prepared.COLUMNS, *listing.extra]
         rows = zip(*(images.columns[key] for key in header), strict=True)
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
-        result = summary.summarize(
-            info,
-            images.columns,
-            twins=twins,
-            skipped=images.skipped,
-            unstaged=images.unstaged,
-            notes=[*listing.notes, *notes, *leaks],
-            group_name=listing.group_name,
-        )
+        notes, columns = [*listing.notes, *notes, *leaks], images.columns
+        result = summary.summarize(info, columns, twins, images.skipped, images.unstaged, notes, listing.group_name)
         summary.write(result, written)
         staging.publish(written, final)
     return result
