@@ -87,7 +87,7 @@ def read_steps(text: str) -> tuple[int, int]:
     """Returns the first and last step of "START:STOP". Raises UsageError for anything else."""
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
-        raise app.UsageError(f"--profile={text}: expected START:STOP, two steps from 1 such as 10:20")
+        raise app.UsageError(f"--profile={text}: expected START:STOP with 1 <= START <= STOP, such as 10:20")
     return int(start), int(stop)
 
 

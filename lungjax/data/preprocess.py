@@ -38,7 +38,7 @@ def apply_stage(
 def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
     """Raises ValueError for a 16-bit image without a window."""
     if array.dtype == np.uint16 and window is None:
-        raise ValueError("a 16-bit image, but the network's window is unknown: lungjax.predict takes --window=low,high")
+        raise ValueError("a 16-bit image, but the model has no window; pass --window=low,high to lungjax.predict")
 
 
 def picture(

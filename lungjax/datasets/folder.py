@@ -96,7 +96,7 @@ def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
     names = set(labels)
     if order:
         if set(order) != names or len(set(order)) != len(order):
-            raise ValueError(f"--classes={','.join(order)}: the data has {', '.join(sorted(names))}, each once")
+            raise ValueError(f"--classes={','.join(order)}: expected each of {', '.join(sorted(names))} once")
         return order
     if len(names) < 2:
         raise ValueError(f"only one class, {next(iter(names))!r}; at least two are required. Expected {LAYOUTS}")
@@ -129,8 +129,8 @@ def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
     tops = {path.split("/")[0] for path in paths if "/" in path}
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
-        others = ", ".join(sorted(tops - set(split_of)))
-        raise ValueError(f"{source}: folders next to {', '.join(sorted(split_of))}: {others}; expected {LAYOUTS}")
+        others, given = (", ".join(sorted(names)) for names in (tops - set(split_of), split_of))
+        raise ValueError(f"{source}: unexpected folders {others} next to {given}; expected {LAYOUTS}")
     depth = 2 if split_of else 1
     rows = []
     for path in paths:

@@ -146,7 +146,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
     if single or isinstance(images, str | Path):
         images = [images]
     if not len(images):
-        raise ValueError("no image was given")
+        raise ValueError("no images given")
     if boxes is not None and len(boxes) != len(images):
         raise ValueError(f"{len(images)} images but {len(boxes)} boxes; give one box per image")
     for number, image in enumerate(images):

@@ -114,7 +114,7 @@ class Program:
     def _call(self, name: str, pixels: np.ndarray, *rest: np.ndarray) -> Any:
         check_pixels(pixels, self.metadata)
         if not len(pixels):
-            raise ValueError("no image was given")
+            raise ValueError("no images given")
         return self._compiled[name](self._device_weights, pixels, *rest)
 
     @cached_property

@@ -186,7 +186,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     file = workdir / metadata.FILE
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
-        raise ValueError(f"{workdir}: no {metadata.FILE}, the run is not finished; `{command}` tests it and writes it")
+        raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; `{command}` completes it")
     description, data = metadata.read(file), workdirs.read_data(workdir)
     config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
     variables, step = checkpoint.restore_best(workdir)
@@ -194,7 +194,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
-        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
+        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` rewrites it")
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
     variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
     module = models.build(config.model, len(description.classes))

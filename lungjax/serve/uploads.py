@@ -171,7 +171,9 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             return Upload(images.decode(dicom.xray(file), None, ("PNG",)))
         own = dicom.series([header]).plane
         if header.orientation is not None and own != plane:
-            raise UploadError(422, "plane", f"a {own} slice, but this model is for {plane} ones, see lungjax.predict")
+            raise UploadError(
+                422, "plane", f"the slice is {own}, but this model needs {plane} ones; use lungjax.predict"
+            )
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), series)
@@ -194,7 +196,7 @@ def _inflated_dicom(data: bytes, limits: Limits) -> bytes:
             syntax = data[start : start + size].rstrip(b"\0 ")
         at = start + size
     if syntax != DEFLATED:
-        raise UploadError(422, "damaged", "a DICOM file with an unclear transfer syntax")
+        raise UploadError(422, "damaged", "a DICOM file with an unknown transfer syntax")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = unpacker.decompress(memoryview(data)[at:], limits.bytes + 1)

@@ -87,7 +87,7 @@ def header(path: File) -> Header:
         _check(data, path, modality)
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
-        raise Unreadable(f"{path}: a PixelSpacing of {quote(path, f'{spacing[0]:g} x {spacing[1]:g} mm', 'zero')}")
+        raise Unreadable(f"{path}: PixelSpacing is not positive {quote(path, f'({spacing[0]:g} x {spacing[1]:g})')}")
     orientation = _numbers(data, "ImageOrientationPatient", 6, path)
     if orientation:
         across, down = np.reshape(orientation, (2, 3))
@@ -206,11 +206,11 @@ def _check(data: Any, path: File, modality: str) -> None:
     if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:
         raise Unreadable(f"{path}: several frames in one file: convert it to one file per slice, or to NIfTI")
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
-        raise Unreadable(f"{path}: a CT without RescaleSlope and RescaleIntercept: Hounsfield units are unavailable")
+        raise Unreadable(f"{path}: a CT without RescaleSlope or RescaleIntercept, so Hounsfield units are unknown")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is not None and syntax.is_compressed and not _can_decode(syntax):
         name = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
-        raise Unreadable(f"{path}: its pixels are compressed ({name}): {DECODERS}")
+        raise Unreadable(f"{path}: no decoder for its compressed pixels ({name}); {DECODERS}")
 
 
 def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:

@@ -111,7 +111,7 @@ def load(
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
     if window is None:
-        raise ValueError("a 16-bit image in a data set without a window: prepare it with --window=low,high")
+        raise ValueError("a 16-bit image, but the data set has no window; prepare it with --window=low,high")
     return show(image, window)
 
 
@@ -172,7 +172,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
     pixel.
     """
     if min(size) < 1:
-        raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
+        raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
     rows, columns = min(size[0], height), min(size[1], width)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     return float(left), float(top), float(left + columns), float(top + rows)

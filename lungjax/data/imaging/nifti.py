@@ -37,13 +37,13 @@ def header(path: str) -> Header:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 1:
         sides = " x ".join(str(side) for side in image.shape)
-        raise Unreadable(f"{path}: {sides} voxels, expected one volume with three dimensions: split it into files")
+        raise Unreadable(f"{path}: {sides} voxels, expected one three-dimensional volume; split the file")
     try:
         unit = image.header.get_xyzt_units()[0]
     except KeyError:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETERS:
-        raise Unreadable(f"{path}: the unit of length is {unit}; allowed are mm, meter, micron and unknown (mm)")
+        raise Unreadable(f"{path}: unit of length {unit}; allowed are mm, meter, micron and unknown (mm)")
     # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):

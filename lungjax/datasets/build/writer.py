@@ -114,7 +114,7 @@ class _Images:
         """Sets the clean splits; returns near duplicates, notes and a summary. Raises ValueError if train lacks a class."""
         if not self.examples:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"no readable image is left{first}")
+            raise ValueError(f"no readable image{first}")
         shape = (len(self.examples), duplicates.SIDE, duplicates.SIDE)
         thumbnails = np.memmap(self.thumbnails, np.uint8, "r", shape=shape)
         near, clean, notes, twins = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
@@ -124,7 +124,7 @@ class _Images:
         empty = set(classes) - {label for label, split in rows if split == "train"}
         listed = {classes[example.label] for example in self.examples if example.split == "train"}
         if empty and not (empty <= listed and self.listing.study):  # with study splits, a warning suffices
-            lost = " after patients and images of later splits are removed" if empty & listed else ""
+            lost = " once patients and images of later splits are removed" if empty & listed else ""
             names = ", ".join(c for c in classes if c in empty)
             raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
         return near, notes, twins
