@@ -21,7 +21,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # File suffixes, and Pillow's names of the formats. Its other plugins are disabled, because some run programs on a file
-# whatever its suffix (EPS runs Ghostscript).
+# regardless of its suffix (EPS runs Ghostscript).
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".mpo": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
     ".gif": "GIF", ".webp": "WEBP", ".jp2": "JPEG2000", ".j2k": "JPEG2000",

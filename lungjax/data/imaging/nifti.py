@@ -81,7 +81,7 @@ def volume(path: str) -> Volume:
     low, high = float(values.min()), float(values.max())
     if low > -500 or high < 0:
         windowed = low >= 0 and high <= 255
-        hint = "windowed images can be used as PNG" if windowed else "air is -1000, tissue above 0"
+        hint = "windowed images can be used as PNG" if windowed else "expected air at -1000, tissue above 0"
         problem = f"values of {low:g} to {high:g} are not Hounsfield units ({hint})"
         raise Unreadable(f"{path}: {problem}; convert the scan again from DICOM")
     np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place, to save memory
