@@ -96,7 +96,7 @@ def check_flags() -> None:
     if FLAGS.dataset and (FLAGS.mode != "evaluate" or FLAGS.folds is not None):
         raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
     if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
-        raise ValueError(f"--workdir={FLAGS.workdir}: no run to test, config.json is missing")
+        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
     for name in ("label_map", "split"):
