@@ -74,7 +74,7 @@ def find(folder: Path) -> tuple[list[RunSummary], list[str]]:
 
 def read(folder: Path, name: str) -> RunSummary:
     """Returns a run from its files. Raises ValueError if config.json is damaged."""
-    from lungjax.training import early_stopping, metrics_log  # they import jax
+    from lungjax.training import metrics_log, progress  # they import jax
 
     path, report_path = folder / "config.json", folder / "report.json"
     config = overrides.from_json(path.read_text("utf-8"), str(path))
@@ -93,10 +93,10 @@ def read(folder: Path, name: str) -> RunSummary:
         name,
         config.data.dataset,
         config.model.name,
-        f"{early_stopping.last_step(folder)}/{steps or '?'}",
+        f"{progress.last_step(folder)}/{steps or '?'}",
         train.monitor,
         *("-" if score is None else f"{score:.4f}" for score in (best, test)),
-        "finished" if report and early_stopping.is_complete(folder, config, steps) else "interrupted",
+        "finished" if report and progress.is_complete(folder, config, steps) else "interrupted",
     )
     return RunSummary(folder, train.monitor, row, curve)
 

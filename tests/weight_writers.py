@@ -13,7 +13,7 @@ from torch_writers import array_of, state_dict, write_stream, write_zip
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig
 from lungjax.models import leaf_shapes, trees
-from lungjax.models.efficientnet import EfficientNet, Stage
+from lungjax.models.efficientnet import EfficientNet, Stage, expand
 from lungjax.weights import catalogue
 
 CLASSES, SIDE = 5, 32
@@ -22,7 +22,7 @@ CLASSES, SIDE = 5, 32
 def tiny(width=8):
     """An EfficientNet of two blocks, with each kind of layer that the family has."""
     stages = (Stage(False, 1, 8, 1, 1, 3, 0.25), Stage(False, 1, width + 4, 6, 2, 5))
-    return EfficientNet(stages, stem=8, top=2 * width, head=HeadConfig(dropout=0.2))
+    return EfficientNet(expand(stages, 8), stem=8, top=2 * width, head=HeadConfig(dropout=0.2))
 
 
 KERAS = catalogue.from_row({

@@ -3,7 +3,7 @@
 Everything that predicts reads input, classes, calibration and operating points from here, so preprocessing is specified
 once.
 
-    format              1; raised if a key is removed or changes its meaning
+    format              1; incremented if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on
     classes             [names] in label order, as in every list of probabilities
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
@@ -13,14 +13,14 @@ once.
                         slice, or "given", part of the data set; "" otherwise
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
     hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), of CT volumes
-    plane, position     slices of volumes: axial, coronal or sagittal; all of them ("all") or the middle one ("mid")
+    plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
     positive            positive class of the sigmoid output; null for softmax
     temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
     points              LEVEL.CLASS.RULE, with LEVEL slice or patient: threshold on the calibrated probability, chosen
                         on val, and sensitivity, specificity, ppv, npv, intervals of the test split
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
-    counts              SPLIT.CLASS: images
-    patients            SPLIT.CLASS: patients; {} where each image counts as its own
+    counts              SPLIT.CLASS: number of images
+    patients            SPLIT.CLASS: number of patients; {} without patient IDs
     novelty             `lungjax.evaluation.novelty.Novelty.to_dict`; null without such a score
     about               network, weights, license, step, commit, versions
 """
@@ -67,7 +67,7 @@ class Metadata:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Returns model.json's text."""
+        """Returns the content of model.json."""
         tree = {"format": FORMAT, **dataclasses.asdict(self)}
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -84,7 +84,7 @@ class Metadata:
 
 
 def from_json(text: str, where: str = FILE) -> Metadata:
-    """The inverse of `Metadata.to_json`.
+    """Reads metadata from JSON; the inverse of `Metadata.to_json`.
 
     Raises ValueError, naming `where`, for other text, a newer format, or invalid fields.
     """
@@ -129,12 +129,12 @@ def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(metadata: Metadata) -> str:
-    """Returns what is invalid in a file that may come from elsewhere; "" if nothing is."""
+    """Returns the first problem of metadata from an untrusted file; "" for valid metadata."""
     names, windows = metadata.classes, metadata.hu_windows
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"
     if len(set(names)) < len(names):
-        return f"`classes` {', '.join(names)}: a name is given twice"
+        return f"`classes` {', '.join(names)}: a name occurs twice"
     for name, size in (("input.size", metadata.input.size), ("stored", metadata.stored)):
         if not (_side_lengths(size) or (name == "stored" and size is None)):
             return f"`{name}` {size}: expected height and width in pixels"

@@ -71,7 +71,7 @@ def parse(text: str, hint: Any, what: str) -> Any:
         raise error
     if typing.get_origin(hint) is tuple:
         text = text.strip()
-        if text[:1] + text[-1:] in ("()", "[]"):  # only around the complete text, since regular expressions have some
+        if text[:1] + text[-1:] in ("()", "[]"):  # only around the complete text: regular expressions contain brackets
             text = text[1:-1]
         items = [t.strip() for t in text.split(",") if t.strip()]
         kinds = typing.get_args(hint)
@@ -108,7 +108,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, where: str = "config.json") -> Config:
-    """Rebuilds a `Config`. Raises ValueError naming `where` and the field for anything unknown or mistyped."""
+    """Reads a `Config`. Raises ValueError naming `where` and the field for an unknown field or a wrong type."""
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:

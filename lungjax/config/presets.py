@@ -14,7 +14,7 @@ from lungjax.config.schema import AugmentConfig, nearest
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
     """CT-COV19 study, layers of Keras: flip, rotation, zoom, translation; black outside.
 
-    It gave the zoom as one negative number, which Keras takes as a range both ways: in and out.
+    The study gave the zoom as one negative number, which Keras reads as a range in both directions.
     """
     return AugmentConfig(flip_horizontal=0.5, rotation=rotation, zoom=(-zoom, zoom), shift=(shift, shift))
 
@@ -22,7 +22,8 @@ def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
 def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scale: float) -> AugmentConfig:
     """COVIDNet-CT (arXiv:2009.05383), each change with probability 0.5; needs input.crop=box.
 
-    It turns and shears about the box's middle before it crops and resizes, and moves gray levels by whole numbers.
+    The original rotates and shears about the center of the box before it crops and resizes, and shifts gray levels by
+    integers.
     """
     return AugmentConfig(
         probability=0.5, exterior=0.5, flip_horizontal=0.5, rotation=degrees / 360, shear=shear, box_jitter=jitter,
@@ -33,21 +34,21 @@ def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scal
 SHEAR_02 = math.tan(math.radians(0.2))
 PRESETS: dict[str, AugmentConfig] = {
     "none": AugmentConfig(),
-    # Whole-lung NCCID study: imgaug's CoarseDropout and Invert, then Keras layers. There the dropped patches are
-    # inverted with the image and turn with it; here they are black and upright, and what a turn brings in is inverted.
+    # Whole-lung NCCID study: imgaug's CoarseDropout and Invert, then Keras layers. The original inverts and rotates the
+    # dropped patches with the image; here they are black and not rotated, and the fill of a rotation is inverted.
     "nccid": AugmentConfig(
         rotation=0.05, zoom=(-0.2, 0.0), contrast=(0.8, 1.2), invert=0.5, dropout=(0.0, 0.1), dropout_grid=(3, 8)
     ),
-    # One for each image stage of the CT-COV19 study.
+    # One per image stage of the CT-COV19 study.
     "ct_cov19_original": _ct_cov19(0.1, 0.2, 0.1),
     "ct_cov19_nobackg": _ct_cov19(0.1, 0.2, 0.1),
     "ct_cov19_crop": _ct_cov19(0.07, 0.1, 0.07),
     "ct_cov19_lungs_nocrop": _ct_cov19(0.1, 0.2, 0.15),
     "ct_cov19_lungs": _ct_cov19(0.05, 0.1, 0.05),
-    # iCTCF study (non-informative slices): Keras's generator, offline, 15 degrees; "nearest" is edge.
+    # iCTCF study (non-informative slices): Keras's generator, offline, 15 degrees; its "nearest" is edge.
     "ictcf": AugmentConfig(rotation=15 / 360, shift=(0.1, 0.1), fill="edge"),
-    # COVID X-ray study, Keras's generator: offline for the COVID class, and on-line. Its shear of 0.2 is in degrees,
-    # next to nothing; its generator draws the zoom of height and width apart.
+    # COVID X-ray study, Keras's generator: offline for the COVID class, and online. The shear of 0.2 is in degrees and
+    # thus negligible; the generator draws the zoom of height and width independently.
     "xray_covid_offline": AugmentConfig(
         flip_horizontal=0.5, rotation=5 / 360, zoom=(-0.3, 0.3), zoom_apart=True, shear=SHEAR_02, fill="edge",
         brightness=(0.2, 1.0),
@@ -56,10 +57,10 @@ PRESETS: dict[str, AugmentConfig] = {
         flip_horizontal=0.5, rotation=40 / 360, zoom=(-0.2, 0.2), zoom_apart=True, shear=SHEAR_02,
         shift=(0.2, 0.2), fill="edge", brightness=(0.2, 1.0),
     ),
-    # COVIDx CT transfer-learning study, torchvision: flips, then 30 degrees about the middle of the whole image, with
-    # nearest pixels, before its centre crop.
+    # COVIDx CT transfer-learning study, torchvision: flips, then a rotation by up to 30 degrees about the image center
+    # with nearest-neighbor interpolation, before the center crop.
     "covidx_transfer": AugmentConfig(flip_horizontal=0.5, flip_vertical=0.5, rotation=30 / 360),
-    # The defaults of COVIDNet-CT's training script, and those of its class.
+    # The defaults of COVIDNet-CT's training script, and those of its augmentation class.
     "covidnet_ct": _covidnet_ct(15, shear=0.2, jitter=0.075, shift=15, scale=0.15),
     "covidnet_ct_class": _covidnet_ct(10, shear=0.15, jitter=0.025, shift=10, scale=0.2),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The configuration of a run as frozen dataclasses.
 
 An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`), reads and writes
-`config.json`. Nothing here imports jax, so a typing mistake on the command line is reported immediately.
+`config.json`. Nothing here imports jax, so a typo on the command line is reported immediately.
 """
 
 import dataclasses
@@ -78,11 +78,11 @@ class DataConfig:
 class AugmentConfig:
     """Augmentation of training images on the device, in this order; defaults do nothing.
 
-    `lungjax.config.presets` has those of the studies: `--set=augment=covidnet_ct`, then single fields.
+    `lungjax.config.presets` defines those of the studies: `--set=augment=covidnet_ct`, followed by single fields.
     """
 
     exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
-    # One warp to `size`.
+    # The geometric transforms are one warp to `size`.
     flip_horizontal: float = 0.0  # probability
     flip_vertical: float = 0.0  # probability
     rotation: float = 0.0  # maximum fraction of a turn each way, as in Keras: 0.1 is 36 degrees
@@ -95,7 +95,7 @@ class AugmentConfig:
     box_jitter: float = 0.0  # maximum move of each edge, a fraction of the box's side; needs input.crop=box
     fill: str = "constant"  # one of FILLS, for pixels outside the image
     fill_value: float = 0.0  # 0..255, for "constant"
-    # Then intensities of 0..255, finally clipped to that range.
+    # Then intensities in 0..255, clipped to that range at the end.
     brightness: tuple[float, float] = (1.0, 1.0)  # factor of the image, drawn from this range
     contrast: tuple[float, float] = (1.0, 1.0)  # factor of the difference to the image's mean
     gamma: tuple[float, float] = (1.0, 1.0)  # 255 * (x / 255) ** gamma, drawn log-uniformly
@@ -106,16 +106,17 @@ class AugmentConfig:
     dropout_grid: tuple[int, int] = (3, 8)  # patches along each side, drawn from this range (imgaug's size_px)
     noise: float = 0.0  # Gaussian; maximum standard deviation in gray levels
     probability: float = 1.0  # of each of rotation, shear, box_jitter, zoom, shift and intensities
-    # Last, between two images of a batch, with the loss in the same proportion. With both, half of the batches each.
+    # Finally, two images of a batch are mixed, and their losses in the same proportion. With both options, each is
+    # applied to half of the batches.
     mixup: float = 0.0  # alpha of the beta distribution; 0 is off
-    cutmix: float = 0.0  # the same
+    cutmix: float = 0.0  # likewise
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What follows the last feature map: norm, pool, norm, hidden layers, dropout, dense.
+    """The layers after the last feature map: norm, pool, norm, dropout, hidden layers, dense.
 
-    A field left None takes the network's published head; `models.build` fills it in.
+    None is the value of the network's published head, which `models.build` fills in.
     """
 
     pool: str | None = None  # one of POOLS
@@ -161,7 +162,7 @@ class OptimConfig:
     name: str = "adam"  # one of OPTIMIZERS
     lr: float = 1e-3  # peak learning rate
     schedule: str = "constant"  # one of SCHEDULES, after the warm-up
-    warmup_steps: int = 0  # linear from zero
+    warmup_steps: int = 0  # linear from lr / warmup_steps
     end_factor: float = 0.0  # cosine and linear end at lr * end_factor
     schedule_steps: int = 0  # length of the schedule; 0 is that of the run
     decay_at: tuple[float, ...] = ()  # schedule "step": fractions of the run (0..1) at which lr decays
@@ -197,11 +198,11 @@ class TrainConfig:
     fraction: float = 1.0  # of training patients that are used, for learning curves
     eval_steps: int = 0  # steps between validations; 0 is once per epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
-    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step;
-    # "rewind" returns to the last checkpoint and continues with the examples after the bad batch.
+    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step, which
+    # the schedule does not count; "rewind" returns to the last checkpoint and continues after the bad batch.
     on_nan: str = "stop"
     log_steps: int = 10  # steps between lines of metrics.jsonl
-    seed: int = 0  # of weights, data order and dropout
+    seed: int = 0  # of weights, data order, augmentation and dropout
     monitor: str = "slice.auc_macro"  # validation metric that selects the best weights
     maximize: bool = True  # False if smaller is better, as for "slice.loss"
     patience: int = 0  # validations without improvement before stopping; 0 never stops early
@@ -228,7 +229,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A complete run; data set and code are all that is needed besides to repeat it."""
+    """A complete run: configuration, data set and code reproduce it."""
 
     name: str = "run"  # of the experiment; the default workdir is runs/NAME
     data: DataConfig = field(default_factory=DataConfig)

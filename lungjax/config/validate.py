@@ -43,12 +43,12 @@ def _check_augment(config: Config) -> None:
         if not all(low <= number <= high for number in numbers):  # also False for nan
             raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
         if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
-            raise ValueError(f"augment.{name}={value}: give two numbers, the smaller one first")
+            raise ValueError(f"augment.{name}={value}: expected two numbers in increasing order")
     margin = config.input.box_margin
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
         raise ValueError(
-            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and an input.box_margin that is not "
-            f"smaller, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
+            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and at least the same "
+            f"input.box_margin, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
         )
     if margin and config.input.crop != "box":
         raise ValueError(f"input.box_margin={margin} needs input.crop=box")
@@ -94,7 +94,7 @@ def check(config: Config) -> None:
     if (inputs.crop == "center") != (min(inputs.crop_size) > 0):
         raise ValueError(
             f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}: a center crop needs a height and width "
-            "in pixels, other crops have none"
+            "in pixels; other crops have no size"
         )
     if train.epochs == 0 and train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")

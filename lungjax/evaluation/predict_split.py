@@ -12,7 +12,7 @@ from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
-from lungjax.models import folding
+from lungjax.models.inputs import prediction_batch_size
 from lungjax.runtime import mesh as meshes
 
 
@@ -34,7 +34,7 @@ def predict(
     rows = data.rows(split)
     if not len(rows):
         raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
-    size = folding.batch_size(config, mesh.size, meshes.platform(mesh))
+    size = prediction_batch_size(config, mesh.size, meshes.platform(mesh))
     batches = pipeline.eval_batches(data, rows, config, size, host=jax.process_index(), hosts=jax.process_count())
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

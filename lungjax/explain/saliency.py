@@ -23,9 +23,11 @@ from flax import linen as nn
 
 from lungjax.config import EXPLANATIONS, Config, InputSpec, nearest
 from lungjax.data.batching import pad_batch
-from lungjax.models import folding, outputs, receptive_field
+from lungjax.models import outputs, receptive_field
+from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.head import Head
-from lungjax.models.inputs import normalize
+from lungjax.models.inputs import normalize, prediction_batch_size
+from lungjax.models.network import Network
 from lungjax.models.ops import conv
 
 METHODS = EXPLANATIONS
@@ -92,7 +94,7 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
 class Explainer:
     """Computes the maps of a network and caches its compiled programs. Raises ValueError for an invalid patch."""
 
-    module: nn.Module  # of `models.build`
+    module: Network  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
     spec: InputSpec  # with the mean and std of the weights
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
@@ -104,7 +106,7 @@ class Explainer:
 
     def __post_init__(self) -> None:
         """Fills in the defaults."""
-        self.batch_size = self.batch_size or folding.batch_size(Config(input=self.spec), 1, jax.default_backend())
+        self.batch_size = self.batch_size or prediction_batch_size(Config(input=self.spec), 1, jax.default_backend())
         self.patch = self.patch or max(min(self.spec.size) // 7, 1)
         self.stride = self.stride or max(self.patch // 2, 1)
         self._programs: dict[str, Any] = {}
@@ -197,9 +199,8 @@ class Explainer:
         Target -1 is the most probable class.
         """
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
-        places = None if stretched else receptive_field.places(self._last, self.variables, self._image)
-        places = receptive_field.over(places, self.spec.size, self.map_size)
-        rows, columns = map(receptive_field.taps, places, self.spec.size, self.map_size)
+        axes = receptive_field.cell_positions(None if stretched else self.module, self.spec.size, self.map_size)
+        rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, self.map_size)
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._network(folded, normalize(pixels, self.spec))
@@ -244,8 +245,8 @@ class Explainer:
         return jax.ShapeDtypeStruct((1, *self.spec.size, self.spec.network_channels), jnp.float32)
 
     @cached_property
-    def _network(self) -> folding.FoldedModel:
-        return folding.FoldedModel(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
+    def _network(self) -> FoldedModel:
+        return FoldedModel(self.module, self.variables, (*self.spec.size, self.spec.network_channels))
 
     @cached_property
     def _folded(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}
 
 Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
-a flat dict of float32 arrays with folded batch norms (`lungjax.models.folding`).
+a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`).
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from lungjax import models
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
 from lungjax.inference import artifacts, model
-from lungjax.models import folding, trees
+from lungjax.models import trees
+from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 
@@ -97,9 +98,9 @@ class Functions:
         return difference
 
     @cached_property
-    def _network(self) -> folding.FoldedModel:
+    def _network(self) -> FoldedModel:
         spec = self.metadata.input
-        return folding.FoldedModel(self.module, self.variables, (*spec.size, spec.network_channels))
+        return FoldedModel(self.module, self.variables, (*spec.size, spec.network_channels))
 
     @cached_property
     def _cam(self) -> Any:

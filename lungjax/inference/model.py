@@ -28,8 +28,9 @@ from lungjax.explain import saliency
 from lungjax.inference import api, artifacts
 from lungjax.inference.api import Boxes, Images
 from lungjax.inference.artifacts import Preprocessor
-from lungjax.models import folding, outputs
-from lungjax.models.inputs import normalize
+from lungjax.models import outputs
+from lungjax.models.batch_norm_folding import FoldedModel
+from lungjax.models.inputs import CPU_BATCH, normalize, prediction_batch_size
 from lungjax.models.ops import conv
 from lungjax.runtime import checkpoint
 from lungjax.training import workdir as workdirs
@@ -165,14 +166,14 @@ def load(path: str | Path) -> Model:
         raise ValueError(f"{path}: no such file or folder")
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
-        size = folding.batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
+        size = prediction_batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
         return Model(
             program.metadata, "pyz", size, ("gradcam",), program.outputs,
             lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
-        return Model(session.metadata, "onnx", folding.CPU_BATCH, (), session.outputs)
+        return Model(session.metadata, "onnx", CPU_BATCH, (), session.outputs)
     raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
 
 
@@ -211,7 +212,7 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
 def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
     spec = network.config.input
-    folded = folding.FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
+    folded = FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
     variables = folded.fold(network.variables)
 
     def forward(variables: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
@@ -223,7 +224,7 @@ def _load_run(workdir: Path) -> Model:
     # CAM methods have one value per cell of the last map: a single cell would give a uniform map.
     useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
     methods = tuple(method for method in saliency.METHODS if method not in useless)
-    size = folding.batch_size(network.config, 1, jax.default_backend())
+    size = prediction_batch_size(network.config, 1, jax.default_backend())
     return Model(
         description, "run", size, methods, lambda pixels: compiled(variables, pixels),
         lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], network,

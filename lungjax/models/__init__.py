@@ -23,8 +23,8 @@ from lungjax.models.transfusion import TRANSFUSION
 from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
 
-# A constructor called without arguments gives the published network with its 1000-class head. Families are named
-# as their rules for weight files.
+# A constructor called without arguments returns the published network with its 1000-class head. A family has the name
+# of its rules for weight files.
 FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "transfusion": TRANSFUSION,
     "xray_cnn": XRAY,
@@ -59,11 +59,11 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
       remat: recompute the activations of each block in the backward pass.
       platform: "cpu", "gpu" or "tpu", sets the default dtype; None: the default backend.
 
-    It maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
+    The network maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network has no choice
-    of, and for a sigmoid with more than two classes.
+    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network does not
+    support, and for a sigmoid with more than two classes.
     """
     if config.name not in MODELS:
         family_of(config.name)

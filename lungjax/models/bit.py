@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import GROUPS
+from lungjax.models.head import NORMS
 from lungjax.models.layers import Conv
 from lungjax.models.network import Network
 from lungjax.models.resnet import KERAS_INIT, R50, R101, R152, PreactBlock, pool_zeros
@@ -29,23 +29,20 @@ class BiT(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 32 * width]."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
 
         def conv(name: str, features: int, size: int, stride: int) -> Conv:
             options = {"standardize": self.standardize, "kernel_init": KERAS_INIT, "dtype": self.dtype}
             return Conv(features, size, stride, "SYMMETRIC", name=name, **options)
 
         def norm_relu(x: jax.Array, name: str, train: bool) -> jax.Array:
-            # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
-            options = {"epsilon": self.epsilon, "use_fast_variance": False, "dtype": self.dtype}
-            return nn.relu(nn.GroupNorm(GROUPS, name=name, **options)(x))
+            return nn.relu(NORMS["group"](epsilon=self.epsilon, dtype=self.dtype, name=name)(x))
 
         x = pool_zeros(conv("stem_conv", self.width, 7, 2)(x))  # [B, H / 4, W / 4, width]
         for number, repeats in enumerate(self.repeats, 1):
             for i in range(1, repeats + 1):
                 stride, width = 2 if number > 1 and i == 1 else 1, self.width * 2 ** (number - 1)
-                name = f"stage{number}_block{i}"
-                x = run(PreactBlock(width, stride, 2, conv, norm_relu, norm_name="norm", name=name), x)
+                block = PreactBlock(width, stride, 2, conv, norm_relu, "norm", name=f"stage{number}_block{i}")
+                x = self.run(block, x, train=train)
         return norm_relu(x, "top_norm", train)
 
     def _stride(self) -> int:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.layers import Conv, DropPath, Layer, dense_product
+from lungjax.models.layers import Conv, DropPath, Layer
 from lungjax.models.network import Network
-from lungjax.models.ops.conv import to_float32
+from lungjax.models.ops.conv import product, to_float32
 
 EPSILON = 1e-6  # of layer norm and global response norm
 LAYER_SCALE = 1e-6  # initial value
@@ -35,7 +35,7 @@ class GlobalResponseNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         squares = jnp.square(to_float32(x)).sum((1, 2), keepdims=True)
-        # GELU can make a whole channel of a small map exactly zero, where the root's slope is infinite. Torch has 0.
+        # GELU can make all cells of a channel of a small map zero, where the root's slope is infinite. Torch returns 0.
         positive = squares > 0
         norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)  # [B, 1, 1, C]
         relative = norms / (norms.mean(-1, keepdims=True) + EPSILON)
@@ -55,7 +55,8 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to the same shape."""
         inputs, channels = x, x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=KERNEL_INIT, dot_general=dense_product)
+        multiply = lambda x, kernel, *_, **__: product(x, kernel)  # noqa: E731
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=KERNEL_INIT, dot_general=multiply)
         x = self.norm(name="norm")(self.conv(channels, 7, padding="SAME", groups=-1, name="dwconv")(x))
         x = nn.gelu(dense(4 * channels, name="dense1")(x), approximate=False)
         if self.grn:
@@ -91,7 +92,6 @@ class ConvNeXt(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H // 32, W // 32, widths[-1]]."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
         conv = partial(Conv, padding="VALID", use_bias=True, dtype=self.dtype, kernel_init=KERNEL_INIT)
         # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
         norm = partial(nn.LayerNorm, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
@@ -102,7 +102,8 @@ class ConvNeXt(Network):
                 x = Downsample(width, conv, norm, name=f"stage{s}_downsample")(x)
             for i in range(1, depth + 1):
                 rate = self.drop_path * number / last
-                x = run(Block(self.grn, rate, conv, norm, self.dtype, name=f"stage{s}_block{i}"), x)
+                block = Block(self.grn, rate, conv, norm, self.dtype, name=f"stage{s}_block{i}")
+                x = self.run(block, x, train=train)
                 number += 1
         return x
 

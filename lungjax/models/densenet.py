@@ -61,7 +61,7 @@ class DenseNet(Network):
         """Maps images [B, H, W, C] to [B, h, w, channels] with h about H / 32."""
         # Concatenated inside the recomputed function, so that only the new channels of each layer are saved. The
         # concatenated maps would take memory that grows with the square of the depth.
-        run = self.block_runner(lambda layer, maps: layer(jnp.concatenate(maps, -1), train=train))
+        run = partial(self.run, function=lambda layer, maps: layer(jnp.concatenate(maps, -1), train=train))
         conv = partial(Conv, dtype=self.dtype, kernel_init=KERNEL_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         x = conv(2 * self.growth, 7, 2, 3, name="stem_conv")(x)  # [B, H / 2, W / 2, 2 * growth]

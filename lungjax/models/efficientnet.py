@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, Layer, SqueezeExcite
+from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, Initializer, Layer, SqueezeExcite
 from lungjax.models.network import Network
 
 # Normal with variance 2 / fan_out (google/automl). An input pixel of a depthwise kernel [k, k, 1, C] has
@@ -33,85 +33,93 @@ class Stage(NamedTuple):
     expand: int  # expanded channels per channel in
     stride: int  # of the first block
     kernel: int = 3
-    squeeze: float = 0.0  # bottleneck channels of squeeze-excite per channel in; 0: none
+    squeeze: float = 0.0  # bottleneck channels of squeeze-excite per channel in (not the expanded ones); 0: none
+
+
+class Row(NamedTuple):
+    """One block."""
+
+    kernel: int
+    middle: int  # expanded channels; no expansion if equal to the channels in
+    squeeze: int  # bottleneck channels of squeeze-excite; 0: none
+    width: int  # channels out
+    activation: Activation
+    stride: int = 1
+    fused: bool = False
 
 
 class Block(nn.Module):
     """MBConv: expand, depthwise, squeeze-excite, project, add. Fused: one k x k expands, no depthwise."""
 
-    stage: Stage
-    stride: int
+    row: Row
     drop_path: float
-    activation: Activation
     conv: Layer
+    depthwise: Layer
     norm: Layer
-    dtype: Any
+    squeeze_excite: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, stage.width], rounded up."""
-        stage, inputs, act, conv = self.stage, x, self.activation, self.conv
-        middle = x.shape[-1] * stage.expand
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, row.width], rounded up."""
+        row, inputs, act = self.row, x, self.row.activation
+        expands = row.middle != x.shape[-1]
 
-        def norm(x: jax.Array, name: str, activation: Activation | None = None) -> jax.Array:
-            return self.norm(name=name)(x, train=train, activation=activation)
+        def conv_bn(x: jax.Array, width: int, spatial: bool, name: str, act: Activation | None) -> jax.Array:
+            size, stride = (row.kernel, row.stride) if spatial else (1, 1)
+            x = self.conv(width, size, stride, name=f"{name}_conv")(x)
+            return self.norm(name=f"{name}_bn")(x, train=train, activation=act)
 
-        if stage.fused and stage.expand > 1:
-            x = conv(middle, stage.kernel, strides=self.stride, name="expand_conv")(x)
-            x = norm(x, "expand_bn", act)
-        elif stage.expand > 1:
-            x = norm(conv(middle, 1, name="expand_conv")(x), "expand_bn", act)
-        if not stage.fused:
-            depthwise = partial(conv, groups=-1, kernel_init=DEPTHWISE_INIT)
-            x = depthwise(middle, stage.kernel, strides=self.stride, name="dwconv")(x)
-            x = norm(x, "bn", act)
-        if stage.squeeze:
-            reduced = max(1, int(inputs.shape[-1] * stage.squeeze))  # of the channels in, not the expanded ones
-            x = SqueezeExcite(reduced, act, kernel_init=CONV_INIT, dtype=self.dtype, name="se")(x)
-        if stage.fused and stage.expand == 1:  # the block is a single k x k convolution
-            x = conv(stage.width, stage.kernel, strides=self.stride, name="project_conv")(x)
-            x = norm(x, "project_bn", act)
-        else:
-            x = norm(conv(stage.width, 1, name="project_conv")(x), "project_bn")
+        if expands:
+            x = conv_bn(x, row.middle, row.fused, "expand", act)
+        if not row.fused:
+            x = self.depthwise(row.middle, row.kernel, row.stride, name="dwconv")(x)
+            x = self.norm(name="bn")(x, train=train, activation=act)
+        if row.squeeze:
+            x = self.squeeze_excite(row.squeeze, name="se")(x)
+        single = row.fused and not expands  # the block is a single k x k convolution
+        x = conv_bn(x, row.width, single, "project", act if single else None)
         if inputs.shape == x.shape:
             x = inputs + DropPath(self.drop_path, name="drop_path")(x, train=train)
         return x
 
 
 class EfficientNet(Network):
-    """Stem, stages of blocks, a 1x1 convolution to `top` channels."""
+    """Stem, stages of blocks, a 1x1 convolution to `top` channels. Also MobileNetV2 and V3."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
-    stages: tuple[Stage, ...]
+    stages: tuple[tuple[Row, ...], ...]
     stem: int  # channels
     top: int  # channels of the last map
     momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "same"
-    activation: Activation = nn.silu
+    activation: Activation = nn.silu  # of stem and top
     drop_path: float = 0.2  # block b of n is dropped at b / n of this rate, b = 0..n-1
+    conv_init: Initializer = CONV_INIT
+    depthwise_init: Initializer = DEPTHWISE_INIT
+    squeeze_excite: Layer = partial(SqueezeExcite, kernel_init=CONV_INIT)
     head: HeadConfig = field(default=HeadConfig(dropout=0.2), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, top]."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
-        conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=CONV_INIT)
+        conv = partial(Conv, padding=self.padding, dtype=self.dtype, kernel_init=self.conv_init)
+        depthwise = partial(conv, groups=-1, kernel_init=self.depthwise_init)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        squeeze_excite = partial(self.squeeze_excite, dtype=self.dtype)
         x = conv(self.stem, 3, 2, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
         x = norm(name="stem_bn")(x, train=train, activation=self.activation)
-        number, total = 0, sum(stage.repeats for stage in self.stages)
-        for s, stage in enumerate(self.stages, 1):
-            for i in range(stage.repeats):
-                stride, rate = stage.stride if i == 0 else 1, self.drop_path * number / total
-                name = f"stage{s}_block{i + 1}"
-                x = run(Block(stage, stride, rate, self.activation, conv, norm, self.dtype, name=name), x)
+        number, total = 0, sum(map(len, self.stages))
+        for s, rows in enumerate(self.stages, 1):
+            for i, row in enumerate(rows, 1):
+                rate, name = self.drop_path * number / total, f"stage{s}_block{i}"
+                x = self.run(Block(row, rate, conv, depthwise, norm, squeeze_excite, name=name), x, train=train)
                 number += 1
         x = conv(self.top, 1, name="top_conv")(x)
         return norm(name="top_bn")(x, train=train, activation=self.activation)
 
     def _stride(self) -> int:
-        return 2 * math.prod(stage.stride for stage in self.stages)
+        return 2 * math.prod(row.stride for rows in self.stages for row in rows)
 
 
 def make_divisible(channels: float, guard: bool) -> int:
@@ -120,26 +128,39 @@ def make_divisible(channels: float, guard: bool) -> int:
     return rounded + 8 if guard and rounded < 0.9 * channels else rounded
 
 
+def expand(stages: tuple[Stage, ...], channels: int, activation: Activation = nn.silu) -> tuple[tuple[Row, ...], ...]:
+    """Returns the blocks of each stage, for a stem of `channels`."""
+    result = []
+    for stage in stages:
+        rows = []
+        for i in range(stage.repeats):
+            squeeze = max(1, int(channels * stage.squeeze)) if stage.squeeze else 0
+            stride, middle = stage.stride if i == 0 else 1, channels * stage.expand
+            rows.append(Row(stage.kernel, middle, squeeze, stage.width, activation, stride, stage.fused))
+            channels = stage.width
+        result.append(tuple(rows))
+    return tuple(result)
+
+
 def compound_scale(
-    stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False, **fields: Any
-) -> partial[EfficientNet]:
-    """Returns the network with the base's width and depth multiplied by `width` and `depth`."""
+    stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False,
+    lite: bool = False, activation: Activation = nn.silu, **fields: Any,
+) -> partial[EfficientNet]:  # fmt: skip
+    """Returns the network with the base's width and depth multiplied by `width` and `depth`.
+
+    Lite: no squeeze-excite; stem, top and the depth of the first and last stage are not scaled.
+    """
 
     def wide(channels: int) -> int:
         return make_divisible(channels * width, guard)
 
-    scaled = tuple(s._replace(width=wide(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages)
-    sizes = {"stages": scaled, "stem": wide(stem), "top": wide(1280)}
-    return partial(EfficientNet, **sizes, head=HeadConfig(dropout=dropout), **fields)
-
-
-def lite(width: float, depth: float, dropout: float) -> partial[EfficientNet]:
-    """Returns a Lite network: stem, top and the depth of the first and last stage are not scaled."""
-    stages = tuple(stage._replace(squeeze=0.0) for stage in V1)
-    scaled = compound_scale(stages, 32, width, depth, dropout, guard=True, activation=nn.relu6)
-    first, *middle, last = scaled.keywords["stages"]
-    stages = (first._replace(repeats=1), *middle, last._replace(repeats=1))
-    return partial(scaled, stages=stages, stem=32, top=1280)
+    scaled = [s._replace(width=wide(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages]
+    stem, top = (stem, 1280) if lite else (wide(stem), wide(1280))
+    if lite:
+        scaled = [s._replace(squeeze=0.0) for s in scaled]
+        scaled[0], scaled[-1] = (scaled[i]._replace(repeats=stages[i].repeats) for i in (0, -1))
+    fields |= {"activation": activation, "head": HeadConfig(dropout=dropout)}
+    return partial(EfficientNet, expand(tuple(scaled), stem, activation), stem, top, **fields)
 
 
 #         fused, repeats, width, expand, stride, kernel, squeeze
@@ -172,10 +193,11 @@ B = (
     (1.0, 1.0, 0.2), (1.0, 1.1, 0.2), (1.1, 1.2, 0.3), (1.2, 1.4, 0.3),
     (1.4, 1.8, 0.4), (1.6, 2.2, 0.4), (1.8, 2.6, 0.5), (2.0, 3.1, 0.5),
 )  # fmt: skip
+lite = partial(compound_scale, guard=True, lite=True, activation=nn.relu6)
 LITE = ((1.0, 1.0, 0.2), (1.0, 1.1, 0.2), (1.1, 1.2, 0.3), (1.2, 1.4, 0.3), (1.4, 1.8, 0.3))
 EFFICIENTNET = {
     **{f"efficientnet_b{i}": compound_scale(V1, 32, *scale, guard=True) for i, scale in enumerate(B)},
-    **{f"efficientnet_lite{i}": lite(*scale) for i, scale in enumerate(LITE)},
+    **{f"efficientnet_lite{i}": lite(V1, 32, *scale) for i, scale in enumerate(LITE)},
 }
 # V2's dropout is Keras's 0.2 for all; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
 # Its widths are rounded without the guard: B3's first stage has 16.

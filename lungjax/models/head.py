@@ -1,12 +1,14 @@
-"""One configurable head covers the five studies and the papers.
+"""A configurable head for the five studies and the published networks.
 
-It takes only the feature map, so Grad-CAM applies it to `features["last"]` and differentiates.
+Its only input is the feature map, so Grad-CAM can differentiate the logits with respect to `features["last"]`.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
@@ -14,10 +16,13 @@ from lungjax.models.layers import BatchNorm
 from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 from lungjax.models.ops.pooling import avg_pool_2x2
 
-# Batch: Keras's defaults, which the studies use. Group and layer: as in the code of BiT and ConvNeXt.
-BATCH_MOMENTUM, BATCH_EPSILON = 0.99, 1e-3
-GROUPS, GROUP_EPSILON = 32, 1e-5
-LAYER_EPSILON = 1e-6
+# Batch: Keras's defaults, which the studies use. Group and layer: as in the code of BiT and ConvNeXt, but not the fast
+# variance (mean of squares minus square of mean), which loses digits that parity tests see.
+NORMS: dict[str | None, Callable[..., nn.Module]] = {
+    "batch": partial(BatchNorm, momentum=0.99, epsilon=1e-3),
+    "layer": partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False),
+    "group": partial(nn.GroupNorm, 32, epsilon=1e-5, use_fast_variance=False),
+}
 ACTIVATIONS = {"relu": nn.relu, "hard_swish": nn.hard_swish}
 
 PLAIN = HeadConfig(
@@ -63,10 +68,14 @@ class Head(nn.Module):
     def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
         """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
         config = with_defaults(self.config)
-        x = _norm(to_float32(features), config.norm_before_pool, train, "norm_before_pool")
+
+        def norm(x: jax.Array, kind: str | None, name: str) -> jax.Array:
+            options = {"train": train} if kind == "batch" else {}
+            return NORMS[kind](name=name)(x, **options) if kind in NORMS else x
+
+        x = norm(to_float32(features), config.norm_before_pool, "norm_before_pool")
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
-        x = _pool(x, config.pool, train)
-        x = _norm(x, config.norm_after_pool, train, "norm_after_pool")
+        x = norm(_pool(x, config.pool, train), config.norm_after_pool, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
         # Glorot uniform: the Keras default, which all studies use.
         init = nn.initializers.glorot_uniform()
@@ -77,26 +86,12 @@ class Head(nn.Module):
         return nn.Dense(self.outputs, kernel_init=init, name="dense")(x)
 
 
-def _norm(x: jax.Array, kind: str | None, train: bool, name: str) -> jax.Array:
-    if kind == "batch":
-        return BatchNorm(momentum=BATCH_MOMENTUM, epsilon=BATCH_EPSILON, name=name)(x, train=train)
-    # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
-    if kind == "layer":
-        return nn.LayerNorm(epsilon=LAYER_EPSILON, use_fast_variance=False, name=name)(x)
-    if kind == "group":
-        return nn.GroupNorm(GROUPS, epsilon=GROUP_EPSILON, use_fast_variance=False, name=name)(x)
-    return x
-
-
 def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
     if kind == "avg":  # in prediction not fused with the activation before it, which is slow inside the CPU's sums
-        return _mean(x) if train else cpu_or_default(x, cpu=partial(isolate_fusion, _mean), default=_mean)
+        mean = partial(jnp.mean, axis=(1, 2))
+        return mean(x) if train else cpu_or_default(x, cpu=partial(isolate_fusion, mean), default=mean)
     if kind == "max":
         return x.max((1, 2))
     if kind == "avg2x2_flatten":
         x = avg_pool_2x2(x)  # an odd map loses its last row and column
     return x.reshape(x.shape[0], -1)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return x.mean((1, 2))

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.ops import conv
 from lungjax.models.ops.batch_norm import Activation, batch_norm, normalize, statistics
-from lungjax.models.ops.conv import Padding, explicit_pads, pair
+from lungjax.models.ops.conv import Padding, convolve, explicit_pads, pair
 from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
@@ -51,7 +50,7 @@ class Conv(nn.Module):
         groups = channels if self.groups == -1 else self.groups
         if channels % groups or self.features % groups:
             raise ValueError(
-                f"Conv {self.name}: {channels} channels in and {self.features} out can't be split into "
+                f"Conv {self.name}: {channels} channels in and {self.features} out cannot be split into "
                 f"groups={groups}; both must be multiples of it"
             )
         shape = (*size, channels // groups, self.features)
@@ -62,26 +61,14 @@ class Conv(nn.Module):
             kernel = kernel / jnp.sqrt(jnp.square(kernel).mean((0, 1, 2)) + self.standardize)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         pads = explicit_pads(self.padding, (x.shape[1], x.shape[2]), size, strides)
-        if groups == channels == self.features and groups > 1:
-            x = conv.depthwise_conv(x, kernel, strides, pads)
-        elif size == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-            x = conv.pointwise_conv(x, kernel, strides)
-        elif groups == 1:
-            x = conv.dense_conv(x, kernel, strides, pads)
-        else:
-            x = conv.plain_conv(x, kernel, strides, pads, groups)
+        x = convolve(x, kernel, strides, pads)
         return x if bias is None else x + bias.astype(self.dtype)
-
-
-def dense_product(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """Multiplies x [..., C] with kernel [C, D]; the `dot_general` argument of a `flax.linen.Dense` on maps."""
-    return conv.product(x, kernel)
 
 
 def max_pool(
     x: jax.Array, window: int | Sequence[int], strides: int | Sequence[int], padding: Padding = "VALID"
 ) -> jax.Array:
-    """Returns the maximum of each window of x [B, H, W, C]; padded cells never win, as in flax.linen.max_pool."""
+    """Returns the maximum of each window of x [B, H, W, C]; padding is ignored, as in flax.linen.max_pool."""
     window, strides = pair(window), pair(strides)
     return window_max(x, window, strides, explicit_pads(padding, (x.shape[1], x.shape[2]), window, strides))
 
@@ -90,8 +77,8 @@ class BatchNorm(nn.Module):
     """Normalizes each channel by batch statistics in training and by running statistics otherwise.
 
     Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
-    float32, of the whole batch over all devices under jit. Equal to flax.linen.BatchNorm, which in training saves
-    more of the map for the gradient. https://arxiv.org/abs/1502.03167
+    float32 and, under jit, of the batch over all devices. Equal to flax.linen.BatchNorm, which saves more intermediate
+    maps for the gradient. https://arxiv.org/abs/1502.03167
     """
 
     momentum: float  # decay of the running statistics per step (1 - momentum in torch)

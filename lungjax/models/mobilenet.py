@@ -57,7 +57,6 @@ class MobileNet(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 1024]."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
         conv = partial(Conv, dtype=self.dtype, kernel_init=CONV_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         x = conv(self.stem, 3, 2, self.padding, name="stem_conv")(x)  # [B, H / 2, W / 2, stem]
@@ -66,7 +65,7 @@ class MobileNet(Network):
             for i in range(1, repeats + 1):
                 stride = 2 if number > 1 and i == 1 else 1
                 name = f"stage{number}_block{i}"
-                x = run(Block(channels, stride, self.padding, conv, norm, name=name), x)
+                x = self.run(Block(channels, stride, self.padding, conv, norm, name=name), x, train=train)
         return x
 
     def _stride(self) -> int:

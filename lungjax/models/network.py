@@ -1,6 +1,8 @@
 """The base class of all networks: size check, head, and recomputation of activations in the backward pass."""
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,10 +45,10 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the smallest height and width in pixels that the network and its head accept."""
-        side = self._min_side(min_cells(self.head))
+        side = self.min_side(min_cells(self.head))
         return side, side
 
-    def _min_side(self, cells: int) -> int:
+    def min_side(self, cells: int) -> int:
         """Returns the smallest side in pixels for `cells` cells per side of the feature map.
 
         This is their total stride: with less, a cell would see more padding than image (Keras has the same limit), or
@@ -58,6 +60,7 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
         """Returns the total stride of the feature map in pixels."""
         raise NotImplementedError
 
-    def block_runner(self, block: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Returns `block(module, x)`, whose activations are recomputed in the backward pass if `remat` is set."""
-        return nn.remat(block) if self.remat else block
+    def run(self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any) -> jax.Array:
+        """Returns function(block, x, **options); `remat` recomputes its activations in the backward pass."""
+        call = partial(function, **options)
+        return (nn.remat(call) if self.remat else call)(block, x)

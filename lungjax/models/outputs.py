@@ -10,7 +10,7 @@ from lungjax.models.ops.conv import to_float32
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
     """Returns the label of the class whose probability a sigmoid head gives; None for a softmax head.
 
-    Raises ValueError for a class name that the data set doesn't have.
+    Raises ValueError for a class name that the data set does not have.
     """
     name = config.model.head.positive_class
     if not name:
@@ -26,23 +26,17 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
     For a sigmoid head the logit of the other class is 0. `positive` is from `positive_class`.
     """
     logits = to_float32(logits)
-    return logits if positive is None else _pair(jnp.zeros_like(logits), logits, positive)
+    if positive is None:
+        return logits
+    pair = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+    return pair if positive == 1 else pair[:, ::-1]
 
 
 def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
     """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid head."""
-    logits = to_float32(logits)
-    if positive is None:
-        return jax.nn.softmax(logits)
-    p = jax.nn.sigmoid(logits)
-    return _pair(1 - p, p, positive)
+    return jax.nn.softmax(class_logits(logits, positive))
 
 
 def pooled_features(last: jax.Array) -> jax.Array:
     """Returns the spatial mean of the last map [B, h, w, F], float32 [B, F]."""
     return last.astype(jnp.float32).mean((1, 2))
-
-
-def _pair(negative: jax.Array, positive: jax.Array, label: int) -> jax.Array:
-    pair = jnp.concatenate([negative, positive], axis=-1)
-    return pair if label == 1 else pair[:, ::-1]

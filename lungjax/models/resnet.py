@@ -1,10 +1,10 @@
 """ResNet (He et al., CVPR 2016, arXiv 1512.03385) and ResNetV2 (ECCV 2016, arXiv 1603.05027).
 
-Three graphs share these names, each with its own weights. Keras v1, as in the paper: the stride of a stage is on its
-first 1x1 convolution, and every convolution has a bias. Torch ("v1.5"; also 18 and 34): the stride is on the 3x3, no
-bias. Keras V2: norm and ReLU come before each convolution, the stride of a stage is in its last block, and convolutions
-that no norm follows have a bias. Strides do not show in the parameters' shapes, so weights of another graph can load
-without an error. Padding is symmetric in all of them.
+Three architectures share these names, each with its own weights. Keras v1, as in the paper: the stride of a stage is on
+its first 1x1 convolution, and every convolution has a bias. Torch ("v1.5"; also 18 and 34): the stride is on the 3x3,
+no bias. Keras V2: norm and ReLU come before each convolution, the stride of a stage is in its last block, and
+convolutions without a norm after them have a bias. Shapes of parameters do not depend on strides, so weights of another
+architecture load without an error. Padding is symmetric in all of them.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ EXPANSION = 4  # output channels of a block per channel of its bottleneck
 def pool_zeros(x: jax.Array) -> jax.Array:
     """Takes the maximum of 3x3 windows at stride 2 of x [B, H, W, C] with a border of zeros.
 
-    The border wins where a whole window is negative: in V2 and BiT no ReLU comes before this pool.
+    The border is the maximum where the window is negative: V2 and BiT have no ReLU before this pool.
     """
     return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
 
@@ -107,7 +107,6 @@ class ResNet(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages."""
-        run = self.block_runner(lambda block, x: block(x, train=train))
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         def conv(name: str, features: int, size: int, stride: int) -> Conv:
@@ -127,7 +126,7 @@ class ResNet(Network):
             for i in range(1, repeats + 1):
                 stride = 2 if strided_stage and i == strided_block else 1
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
-                x = run(block(width, stride, self.stride_conv, conv=conv, name=name), x)
+                x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
         return norm_relu(x, "top_bn", train) if self.preact else x
 
     def _stride(self) -> int:

@@ -1,7 +1,7 @@
 """The CBR family of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208); the CT-COV19 study's CNNs.
 
 A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the
-global mean. The paper leaves the padding open: `padding` is a field, by default the study's "valid".
+global mean. The paper does not specify the padding: `padding` is a field, by default the study's "valid".
 Convolutions have a bias, batch norm has epsilon 1e-3 and decay 0.99, kernels start Glorot uniform: the Keras
 defaults, which the study's code (github.com/marta-0/covid-ct) uses.
 """
@@ -29,7 +29,7 @@ class Transfusion(Network):
     norm: bool = True
     momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
-    padding: str = "valid"  # of convolutions and pools; padded cells never win a pool
+    padding: str = "valid"  # of convolutions and pools; pools ignore padded cells
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, h, w, widths[-1]]; each block halves the side."""
@@ -44,10 +44,11 @@ class Transfusion(Network):
             return max_pool(x, self.pool, 2, pads) if number < len(self.widths) or self.last_pool else x
 
         for number in range(1, len(self.widths) + 1):
-            x = self.block_runner(partial(block, number=number))(self, x)
+            x = self.run(self, x, block, number=number)
         return x
 
-    def _min_side(self, cells: int) -> int:
+    def min_side(self, cells: int) -> int:
+        """As that of `Network`, also without padding."""
         windows = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
         for kernel, stride in reversed(windows if self.last_pool else windows[:-1]):
             cells = cells * stride if self.padding == "same" else (cells - 1) * stride + kernel
@@ -59,8 +60,8 @@ TRANSFUSION = {
     "cbr_largew": partial(Transfusion, 7, (64, 128, 256, 512)),
     "cbr_small": partial(Transfusion, 7, (32, 64, 128, 256)),
     "cbr_tiny": partial(Transfusion, 5, (64, 128, 256, 512)),
-    # What the CT-COV19 study calls LargeT is layer for layer the paper's Tiny.
+    # The CT-COV19 study's LargeT has exactly the layers of the paper's Tiny.
     "cbr_larget_study": partial(Transfusion, 5, (64, 128, 256, 512)),
-    # The same study's own "Simple": 3x3 convolutions, 2x2 pools, no norm.
+    # That study's "Simple": 3x3 convolutions, 2x2 pools, no norm.
     "simple": partial(Transfusion, 3, (16, 32, 64), pool=2, norm=False, head=HeadConfig(pool="max", hidden=(32,))),
 }

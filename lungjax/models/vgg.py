@@ -2,8 +2,8 @@
 
 3x3 convolutions with bias and ReLU, five 2x2 max pools, flatten, two dense layers of 4096. The published network has
 no normalization. Kernels start Glorot uniform (Keras; also the paper's later advice). Keras has no dropout after the
-dense layers, the paper and torchvision have 0.5 (`head.hidden_dropout`). The dense layers of published weights belong
-to a 7 x 7 map, that is, to images of 224 x 224.
+dense layers, the paper and torchvision have 0.5 (`head.hidden_dropout`). The dense layers of published weights need a
+7 x 7 map, hence images of 224 x 224.
 """
 
 from dataclasses import field
@@ -40,10 +40,9 @@ class Vgg(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 512]."""
-        run = self.block_runner(lambda block, x: block(x))
         for number, (repeats, width) in enumerate(zip(self.repeats, self.widths, strict=True), 1):
             for i in range(1, repeats + 1):
-                x = run(Block(width, self.dtype, name=f"stage{number}_block{i}"), x)
+                x = self.run(Block(width, self.dtype, name=f"stage{number}_block{i}"), x)
             x = max_pool(x, 2, 2)  # [B, H / 2, W / 2, width]; an odd map loses its last row and column
         return x
 

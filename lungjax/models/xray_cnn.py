@@ -1,13 +1,12 @@
 """The small network of the COVID X-ray study (github.com/Mithunjack/covid-19-xay-image-classification).
 
-Two 3x3 convolutions of stride 3, each with ReLU and a 2x2 max pool, then flatten and a dense layer of 256. The
-stride comes from positional arguments of an older Keras, read as kernel 3 and stride 3; it is what the study trained.
-The single logit is that of the study's second class "non": `head.output=sigmoid`, `head.positive_class=non`. With
-images of 256 x 256 x 3 and one logit the network has 422,177 parameters. Kernels start Glorot uniform.
+Two 3x3 convolutions of stride 3, each with ReLU and a 2x2 max pool, then flatten and a dense layer of 256. The study's
+code passes positional arguments of an older Keras, which newer versions read as kernel 3 and stride 3; it trained this
+network. The single logit is that of the study's second class "non": `head.output=sigmoid`, `head.positive_class=non`.
+With images of 256 x 256 x 3 and one logit the network has 422,177 parameters. Kernels start Glorot uniform.
 """
 
 from dataclasses import field
-from functools import partial
 
 import jax
 from flax import linen as nn
@@ -25,7 +24,7 @@ class XrayCNN(Network):
     head: HeadConfig = field(default=HeadConfig(pool="flatten", hidden=(256,)), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, h, w, 32]; each block leaves a sixth of the side."""
+        """Maps images [B, H, W, C] to [B, h, w, 32]; each block divides the side by six."""
 
         def block(module: nn.Module, x: jax.Array, name: str, width: int) -> jax.Array:
             options = {"use_bias": True, "kernel_init": nn.initializers.glorot_uniform(), "dtype": self.dtype}
@@ -35,7 +34,7 @@ class XrayCNN(Network):
 
         for number, width in enumerate(self.widths, 1):
             name = "stem" if number == 1 else f"stage{number}"
-            x = self.block_runner(partial(block, name=name, width=width))(self, x)
+            x = self.run(self, x, block, name=name, width=width)
         return x
 
     def _stride(self) -> int:

@@ -50,6 +50,7 @@ class Checkpoints:
         Raises ValueError if they are not writable.
         """
         self.folder = workdir / "checkpoints"
+        self.last_step = 0  # of the last save or restore
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         distributed.on_first_host(lambda: _open(self.folder))
@@ -94,6 +95,7 @@ class Checkpoints:
                     kind: ocp.save_checkpointables_async((self.folder / kind / f"{step}.partial").absolute(), tree)
                     for kind, tree in trees.items()
                 }
+        self.last_step = step
         self._pending = self._worker.submit(self._finish, step, text, writes)
 
     def wait(self) -> None:
@@ -144,7 +146,13 @@ class Checkpoints:
             # If the state refers to a best and all are newer, one is better than none.
             for best in newer[1:] if newer == bests and progress.get("best_step") else newer:
                 _remove(self.folder / "best" / str(best))
+        self.last_step = step
         return state, progress
+
+
+def is_begun(workdir: Path) -> bool:
+    """Returns whether a workdir has a complete checkpoint, also one whose folder was not renamed before a kill."""
+    return any((workdir / "checkpoints" / "last").glob(f"*/{CHECKSUMS}"))
 
 
 def newest(workdir: Path, kind: str) -> int | None:

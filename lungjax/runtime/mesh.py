@@ -72,15 +72,15 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
 
 
 def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Runs `train_step(state, batch, axis=...)` on each device's part of the batch, as with `jax.pmap`.
+    """Runs `train_step(state, batch, axis_name=...)` on each device's part of the batch, as with `jax.pmap`.
 
-    The step averages its gradients, metrics and BatchNorm statistics over `axis`. Each device has its own dropout key,
-    and mixes (mixup, cutmix) only its own images.
+    The step averages its gradients, metrics and BatchNorm statistics over that axis. Each device has its own dropout
+    key, and mixes (mixup, cutmix) only its own images.
     """
     copy, part = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma=False: differentiation would otherwise sum the gradients over the devices before the mean.
     return jax.shard_map(
-        partial(train_step, axis=AXIS), mesh=mesh, in_specs=(copy, part), out_specs=copy, check_vma=False
+        partial(train_step, axis_name=AXIS), mesh=mesh, in_specs=(copy, part), out_specs=copy, check_vma=False
     )
 
 

@@ -1,19 +1,23 @@
 """A `jax.profiler` trace of a range of training steps."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from lungjax.runtime.distributed import is_first_host, print_once
+
 
 class Profiler:
-    """Traces the steps `first` to `last` (from 1, inclusive) into a folder; a context manager.
+    """Traces the steps `first` to `last` (from 1, inclusive) on the first host, once; a context manager.
 
     The folder opens with TensorBoard's profile plugin or `xprof`; its perfetto_trace.json.gz in ui.perfetto.dev.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
-        self.folder, self.steps, self.active = folder, steps, False
+        self.folder, self.active = folder, False
+        self.steps = range(steps[0], steps[1] + 1) if steps and is_first_host() else range(0)
 
     def __enter__(self) -> "Profiler":
         """Returns itself."""
@@ -21,22 +25,27 @@ class Profiler:
 
     def __exit__(self, *_: object) -> None:
         """Ends a trace that is still active, as after an interruption."""
-        self._stop()
+        if self.active:
+            self._stop()
+        elif self.steps:
+            print_once(f"No profile: steps {self.steps[0]} to {self.steps[-1]} were not trained")
 
-    def before_step(self, step: int) -> None:
-        """Starts the trace before the first step of the range, or at a resumed step within it."""
-        if self.steps and not self.active and self.steps[0] <= step <= self.steps[1]:
+    def call(self, step: int, train_step: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
+        """Returns `train_step(state, batch)`, traced if `step` is in the range."""
+        if step not in self.steps:
+            return train_step(state, batch)
+        if not self.active:
+            jax.block_until_ready(state)  # ends the steps before the range
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.active = True
-
-    def after_step(self, step: int, results: Any) -> None:
-        """Ends the trace after the last step, once its results are computed."""
-        if self.steps and step == self.steps[1]:
-            jax.block_until_ready(results)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            result = train_step(state, batch)
+        if step == self.steps[-1]:
+            jax.block_until_ready(result)
             self._stop()
+        return result
 
     def _stop(self) -> None:
-        if self.active:
-            self.active = False
-            jax.profiler.stop_trace()
-            print(f"Profile: {self.folder}")
+        self.active, self.steps = False, range(0)
+        jax.profiler.stop_trace()
+        print_once(f"Profile: {self.folder}")

@@ -27,7 +27,7 @@ from lungjax.evaluation import predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import early_stopping, workdir
+from lungjax.training import progress, workdir
 from lungjax.weights import load
 
 EXECUTABLE = ("missing", "unfinished", "damaged")  # states that executing the run resolves
@@ -129,8 +129,8 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         steps, dataset, fingerprint = facts["steps"], facts["dataset"], facts["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         return State("damaged", f"{report} can't be read: {type(error).__name__} {error}")
-    if not early_stopping.is_complete(run.folder, config, steps):
-        return State("unfinished", f"{run.folder} stopped at step {early_stopping.last_step(run.folder)} of {steps}")
+    if not progress.is_complete(run.folder, config, steps):
+        return State("unfinished", f"{run.folder} stopped at step {progress.last_step(run.folder)} of {steps}")
     if dataset != run.dataset:
         return State("other data", f"{run.folder} was trained on {dataset}; this table needs {run.dataset}")
     if list(datasets.classes(dataset) or classes) != list(classes):

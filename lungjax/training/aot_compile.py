@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ def _open_data(config: Config, data_dir: Path) -> Prepared:
         )
     black = io.BytesIO()
     Image.fromarray(np.zeros((BODY_SIDE, BODY_SIDE), np.uint8)).save(black, "PNG")
-    record = {"image": black.getvalue(), "body": np.zeros(BODY_SIDE**2 // 8, np.uint8)}
+    record = {"image": black.getvalue(), "body": zlib.compress(bytes(BODY_SIDE**2 // 8))}
     n = len(classes)
     return Prepared(
         name=name.full,

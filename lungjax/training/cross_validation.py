@@ -20,7 +20,7 @@ from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
-from lungjax.training import early_stopping, setup, train
+from lungjax.training import progress, setup, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -77,7 +77,7 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
     steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]
-    if not early_stopping.is_complete(folder, load.resolve(config), steps):
+    if not progress.is_complete(folder, load.resolve(config), steps):
         return False
     workdirs.check(folder, load.resolve(config), "train")
     workdirs.check_same_data(folder, data)

@@ -24,7 +24,7 @@ class EventFiles:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise ValueError("TensorBoard events need the extra: pip install 'lungjax[tensorboard]'") from None
+            raise ValueError("TensorBoard events need the extra: pip install '.[tensorboard]'") from None
         folder = workdir / FOLDER
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -38,8 +38,8 @@ class EventFiles:
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Adds the numbers of one row of metrics.jsonl, as "train/loss" for "train.loss"."""
         for name, value in row.items():
-            if name != "step" and value is not None:
-                self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"])
+            if name not in ("step", "time") and value is not None:
+                self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"], walltime=row["time"])
         self.writer.flush()
 
     def add_figures(self, folder: Path, step: int) -> None:

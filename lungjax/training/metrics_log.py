@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog:
     """Metrics of a run in training, to metrics.jsonl, TensorBoard and the progress bar of the first host.
 
-    A context manager. Rows after `step`, which a resumed run writes again, are dropped at the start.
+    A context manager. At the start it drops the rows that a resumed run writes again: those after `step`, and the
+    validations after `last_validation`.
     """
 
-    def __init__(self, run: "Run", step: int):
+    def __init__(self, run: "Run", step: int, last_validation: int):
         self.run, self.path = run, run.workdir / "metrics.jsonl"
         self.epoch_steps = len(pipeline.train_rows(run.data)) / run.config.train.batch_size
         self.first_step = step
@@ -32,7 +33,7 @@ class MetricsLog:
         self.clock = time.perf_counter()  # of the last row
         self.events = None
         if distributed.is_first_host():
-            rows = rewind(self.path, step)
+            rows = truncate(self.path, step, last_validation)
             if run.config.train.tensorboard:
                 from lungjax.training.event_files import EventFiles
 
@@ -63,9 +64,9 @@ class MetricsLog:
         pending, self.pending = self.pending, []
         return jax.device_get(pending)
 
-    def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]], count: int) -> None:
-        """Writes a row with the means over `metrics`, those of the finite ones among the last `count` steps."""
-        rate = count * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
+    def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a row of `step` with the means of the metrics of several steps, nothing without any."""
+        rate = len(metrics) * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
             self.write(step, {**row, "lr": float(self.run.program.schedule(step - 1)), "images_per_s": round(rate, 2)})
@@ -74,14 +75,14 @@ class MetricsLog:
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes one row."""
-        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), **row}
+        row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
             append(self.path, row)
         if self.events:
             self.events.add_row(row)
 
     def reset_clock(self) -> None:
-        """Starts the time of the next row, after work that is no training."""
+        """Restarts the clock of images_per_s, after work other than training."""
         self.clock = time.perf_counter()
 
 
@@ -102,8 +103,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows after `step`, which a resumed run writes again, and returns the others."""
-    rows = [row for row in read(path) if row["step"] <= step]
+def truncate(path: Path, step: int, last_validation: int) -> list[dict[str, Any]]:
+    """Drops the rows after `step` and the validations after `last_validation`, and returns the others."""
+    rows = [
+        row
+        for row in read(path)
+        if row["step"] <= step and (row["step"] <= last_validation or not any(name.startswith("val.") for name in row))
+    ]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

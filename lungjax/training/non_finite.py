@@ -1,10 +1,11 @@
 """What a run does when its loss or gradient is not finite, by `train.on_nan`:
 
     stop    saves the state before that step and raises an error with the names of the batch's examples
-    skip    continues with the next batch, up to MAX_SKIPPED bad steps in a row
+    skip    continues with the next batch, up to MAX_CONSECUTIVE bad steps in a row
     rewind  returns to the last checkpoint and continues with the examples after the bad batch, up to MAX_REWINDS times
 
-The host sees the metrics of a step only at the next log line, so the step itself leaves the state unchanged (`select`).
+The host sees the metrics of a step only at the next log line. So the step itself keeps the last good state (`select`),
+`check_steps` finds the bad step later, and `train.train_loop` saves the state of `state_before` or calls `rewind`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,57 +19,72 @@ from lungjax.training.state import TrainState
 
 if TYPE_CHECKING:  # the training step imports this module, and runs without orbax
     from lungjax.runtime.checkpoint import Checkpoints
-    from lungjax.training.early_stopping import Progress
+    from lungjax.training.progress import Progress
 
-MAX_SKIPPED = 50  # more point to a real problem, not to single bad batches
+MAX_CONSECUTIVE = 50  # more point to a real problem, not to single bad batches
 MAX_REWINDS = 5
 
 
 class NonFiniteError(ValueError):
     """The loss or gradient was not finite at `step`; `cause` names the batch, the message also says what to do."""
 
-    def __init__(self, step: int, cause: str):
+    def __init__(self, policy: str, step: int, cause: str):
+        other = ", or --set=train.on_nan=skip or rewind in this one" if policy == "stop" else ""
         super().__init__(
-            f"{cause}. The last good state is saved. Check these examples; a smaller optim.lr or optim.clip_norm=1 may "
-            "help (in another --workdir), or --set=train.on_nan=skip or rewind in this one"
+            f"{cause}. The checkpoints are intact. Check these examples; a smaller optim.lr or optim.clip_norm=1 may "
+            f"help (in another --workdir){other}"
         )
         self.step, self.cause = step, cause
 
 
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """Returns `updated` if the step was finite, otherwise `state` with only the counters `step` and `skipped` advanced.
+    """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
 
-    Unless the policy is "skip", a bad step also disables all steps after it, so that the state stays the last good one.
+    Unless the policy is "skip", a bad step also disables all steps after it, so that the host finds the last good state
+    (`optax.apply_if_finite` would go on).
     """
-    good = finite if policy == "skip" else finite & (state.skipped == 0)
-    counted = state.replace(step=updated.step, skipped=state.skipped + 1)
+    good = finite if policy == "skip" else finite & (state.bad_steps == 0)
+    counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, counted)
 
 
-def finite_steps(
+def check_steps(
     policy: str,
     rows: Sequence[dict[str, Any]],
     last_step: int,
     progress: "Progress",
     batch_names: Callable[[int], str],
-) -> list[dict[str, Any]]:
-    """Returns the metrics of the finite steps among those up to `last_step`, without the flag `finite`.
+) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
+    """Returns the metrics of the finite steps up to `last_step`, without `finite`, and an error that ends the run.
 
-    `rows` are the metrics of consecutive steps, `batch_names(step)` lists the examples of a step. Raises NonFiniteError
-    for the first bad step; with "skip" only after MAX_SKIPPED in a row.
+    `rows` are the metrics of consecutive steps, `batch_names(step)` lists the examples of a step. The error is for the
+    first bad step, after which no metrics are returned; with "skip" for MAX_CONSECUTIVE in a row.
     """
+    finite: list[dict[str, Any]] = []
     for step, row in enumerate(rows, last_step - len(rows) + 1):
-        progress.consecutive_bad_steps = 0 if row["finite"] else progress.consecutive_bad_steps + 1
         if row["finite"]:
+            progress.consecutive_bad_steps = 0
+            finite.append({name: value for name, value in row.items() if name != "finite"})
             continue
         cause = (
             f"the loss is {row['loss']}, the gradient norm {row['grad_norm']} at step {step}; its batch: "
             f"{batch_names(step)}"
         )
-        if policy != "skip" or progress.consecutive_bad_steps >= MAX_SKIPPED:
-            raise NonFiniteError(step, cause)
+        progress.consecutive_bad_steps += policy == "skip"
+        if policy != "skip" or progress.consecutive_bad_steps >= MAX_CONSECUTIVE:
+            return finite, NonFiniteError(policy, step, cause)
         distributed.print_once(f"Step skipped: {cause}")
-    return [{k: v for k, v in row.items() if k != "finite"} for row in rows if row["finite"]]
+    return finite, None
+
+
+def enable_steps(policy: str, state: TrainState) -> TrainState:
+    """Returns the state with `bad_steps` reset, which would disable all steps, unless "skip" counts them."""
+    return state if policy == "skip" else state.replace(bad_steps=_full_like(state.bad_steps, 0))
+
+
+def state_before(step: int, state: TrainState) -> TrainState:
+    """Returns the state before the bad `step`: since then only its counters have changed."""
+    return state.replace(step=_full_like(state.step, step - 1))
 
 
 def rewind(
@@ -86,3 +102,7 @@ def rewind(
         f"{error.cause}. Rewinding to step {int(state.step)}; continuing with the examples after that batch"
     )
     return state, restored
+
+
+def _full_like(array: jax.Array, value: int) -> jax.Array:
+    return jnp.full_like(array, value, device=array.sharding)

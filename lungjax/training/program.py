@@ -16,7 +16,8 @@ from flax import linen as nn
 
 from lungjax import models
 from lungjax.config import Config
-from lungjax.models import folding, outputs, trees
+from lungjax.models import outputs, trees
+from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.ops import conv
 from lungjax.runtime import mesh as meshes
 from lungjax.training import optim, state, step
@@ -34,7 +35,7 @@ class Program:
     new_state: Callable[..., state.TrainState]  # pretrained leaves -> initial state; jitted
     abstract_state: state.TrainState  # shapes with shardings
     train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); jitted, donates the state
-    network: folding.FoldedModel  # the module for prediction; converts variables for predict_step
+    network: FoldedModel  # the module for prediction; converts variables for predict_step
     predict_step: Callable[..., Any]  # (converted variables, batch) -> probabilities and rows; jitted
 
 
@@ -44,6 +45,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     `classes` are in label order; `labels` [N] of the train split give the number of steps and the class weights.
     Raises ValueError for incompatible settings.
     """
+    # ---- Network
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
         meshes.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -55,6 +57,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
             f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} (height, width) or "
             "more"
         )
+
+    # ---- Schedule, optimizer and initial state
     positive = outputs.positive_class(config, classes)
     steps, eval_steps = step_counts(config, len(labels))
     schedule = optim.make_schedule(config.optim, steps)
@@ -65,7 +69,9 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
     new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen)
     first = jax.eval_shape(new_state, {})
-    network = folding.FoldedModel(module, first.variables, image_shape)
+    network = FoldedModel(module, first.variables, image_shape)
+
+    # ---- Steps and their shardings
     replicated, batch_sharding = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     state_sharding = meshes.state_sharding(first, mesh, config.train.shard_params)
     train_step: Callable[..., Any] = partial(

@@ -1,6 +1,7 @@
 """The data and the program of a run, opened and checked before anything is written."""
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from lungjax import config as configs
 from lungjax import models
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
 from lungjax.datasets.build import near_duplicates
-from lungjax.evaluation import predict_split
+from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import optim, program
 from lungjax.training import workdir as workdirs
-from lungjax.training.early_stopping import check_monitor
 from lungjax.training.program import Program
 from lungjax.weights import load
 
@@ -36,7 +37,7 @@ class Run:
     program: Program
     started: float  # time.time() at the start
 
-    def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+    def batches(self, start: int) -> Generator[dict[str, jax.Array]]:
         """Yields global training batches from index `start` on, with `data.prefetch` further ones in transfer."""
         place = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = pipeline.train_batches(self.data, self.config, start=start, **place)
@@ -79,6 +80,8 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
     data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
+    if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("train.tensorboard=True needs the extra: pip install '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]
     mesh = meshes.make_mesh(config.train.devices)
     return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)
@@ -89,6 +92,26 @@ def open_data(config: Config, data_dir: Path) -> Prepared:
     data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
     near = near_duplicates.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
     return folds.apply(data, config, near)
+
+
+def check_monitor(config: Config, data: Prepared) -> None:
+    """Raises ValueError if the val or test split is empty, or `train.monitor` is unknown or undefined on val."""
+    for split in ("val", "test"):
+        if not len(data.rows(split)):
+            raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
+    rows, classes = data.rows("val"), len(data.classes)
+    files, groups, sources, labels = (data.columns[name][rows] for name in ("file", "group", "source", "label"))
+    uniform = Predictions(
+        files, groups, sources, labels, np.full((len(rows), classes), 1 / classes), classes=data.classes
+    )
+    scores, name = metrics.flat_levels(uniform), config.train.monitor
+    if name not in scores:
+        raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")
+    if scores[name] is None:
+        raise ValueError(
+            f"train.monitor={name} is undefined on the val split (a class is missing); choose another, such as "
+            "slice.accuracy"
+        )
 
 
 def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -16,7 +16,7 @@ class TrainState(struct.PyTreeNode):
     """Arrays of one run. Random keys are not included, since they derive from the seed and `step`."""
 
     step: jax.Array  # int32 scalar, steps done, including skipped ones
-    skipped: jax.Array  # int32 scalar, steps without an update: loss or gradient was not finite
+    bad_steps: jax.Array  # int32 scalar, steps without an update, see `non_finite`
     params: Any
     batch_stats: Any  # BatchNorm means and variances; {} for networks without
     opt_state: Any
@@ -43,7 +43,7 @@ def create(
     variables = init(module, image_shape, seed, start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
+        bad_steps=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(trees.split(variables["params"], frozen)[0]),

@@ -4,6 +4,7 @@ Imports neither grain, TFDS, orbax nor matplotlib, so that a step can be measure
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -34,25 +35,25 @@ def train_step(
     class_weights: jax.Array,
     positive: int | None = None,
     frozen: frozenset[str] = frozenset(),
-    axis: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
     constants of the run: `apply` of the network's module, `class_weights` [C], `positive` class of a sigmoid output,
-    paths of `frozen` parameters, and the mesh `axis` if each device calls this function on its part of the batch
-    (`mesh.per_device`).
+    paths of `frozen` parameters, and the mesh axis `axis_name` if each device calls this function on its part of the
+    batch (`mesh.per_device`).
 
     With `train.accumulate` above one the batch is split into micro-batches whose gradients are averaged; identical to
     the full-batch step if BatchNorm is frozen or absent and dropout is off.
     """
-    seed = jax.random.key(config.train.seed)
-    dropout_key = jax.random.fold_in(seed, state.step)
-    if axis is not None:
-        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
+    augment_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+    dropout_key = jax.random.fold_in(dropout_key, state.step)
+    if axis_name is not None:
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
     # ---- 1. Augment, on the device. Depends on the seed and the example's place in the sequence, not on the step.
-    labels, place, augment_key = batch["label"], batch.get("place"), jax.random.fold_in(seed, 1)
+    labels, place = batch["label"], batch.get("place")
     images = augment.augment(
         batch["image"], place, augment_key, config.augment, config.input.size, batch.get("box"), batch.get("body")
     )
@@ -64,7 +65,7 @@ def train_step(
 
     def loss_fn(params: Any, batch_stats: Any, examples: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
         with frozen_batch_norm(config.optim.frozen_batch_norm, frozen):
-            (logits, _), updates = apply(
+            (logits, _), mutated = apply(
                 {"params": trees.merge(params, frozen_params), "batch_stats": batch_stats},
                 normalize(examples["image"], config.input),
                 train=True,
@@ -83,18 +84,19 @@ def train_step(
         ]
         loss = (examples["share"] * losses[0] + (1 - examples["share"]) * losses[1]).mean()
         accuracy = (outputs.probabilities(logits, positive).argmax(-1) == examples["label"]).mean()
-        return loss, ({"loss": loss, "accuracy": accuracy}, updates.get("batch_stats", batch_stats))
+        return loss, (accuracy, mutated.get("batch_stats", batch_stats))
 
-    # ---- 3. Gradients: the mean over micro-batches and, with `axis`, over devices.
-    gradients = accumulate(jax.grad(loss_fn, has_aux=True), config.train.accumulate)
-    grads, (metrics, batch_stats) = gradients(params, state.batch_stats, examples, dropout_key)
-    if axis is not None:
-        grads, metrics, batch_stats = jax.lax.pmean((grads, metrics, batch_stats), axis)
+    # ---- 3. Gradients: the mean over micro-batches and, with `axis_name`, over devices.
+    grad_fn = accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.train.accumulate)
+    result = grad_fn(params, state.batch_stats, examples, dropout_key)
+    if axis_name is not None:
+        result = jax.lax.pmean(result, axis_name)
+    (loss, (accuracy, batch_stats)), grads = result
 
     # ---- 4. Update, unless the loss or the gradient is not finite.
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updated = state.replace(
         step=state.step + 1,
         params=trees.merge(optax.apply_updates(params, updates), frozen_params),
@@ -102,32 +104,37 @@ def train_step(
         opt_state=opt_state,
     )
     state = non_finite.select(config.train.on_nan, finite, updated, state)
-    return state, {**metrics, "grad_norm": grad_norm, "finite": finite}
+    return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 
 
-def accumulate(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
-    """Returns `grad_fn(params, batch_stats, examples, key)` over micro-batches: mean gradients and metrics."""
+def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
+    """Returns `grad_fn(params, batch_stats, examples, key)` as the mean over micro-batches, one after the other.
+
+    `grad_fn` returns ((loss, (accuracy, batch_stats)), gradients); each micro-batch gets the statistics of the last.
+    """
     if micro_batches == 1:
         return grad_fn
 
-    def gradients(params: Any, batch_stats: Any, examples: Batch, key: jax.Array) -> tuple[Any, Any]:
-        def add(carry: Any, xs: Any) -> tuple[Any, Metrics]:
+    def mean_over_micro_batches(params: Any, batch_stats: Any, examples: Batch, key: jax.Array) -> Any:
+        def add(carry: Any, xs: Any) -> tuple[Any, None]:
             sums, batch_stats = carry
             index, micro_batch = xs
-            micro_key = jax.random.fold_in(key, index)
-            grads, (metrics, batch_stats) = grad_fn(params, batch_stats, micro_batch, micro_key)
-            return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
+            (loss, (accuracy, batch_stats)), grads = grad_fn(
+                params, batch_stats, micro_batch, jax.random.fold_in(key, index)
+            )
+            return (jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), batch_stats), None
 
         # Strided, so that each micro-batch stays spread over all devices.
         stacked = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), examples)
-        start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
-        (grads, batch_stats), metrics = jax.lax.scan(add, start, (jnp.arange(micro_batches), stacked))
-        return jax.tree.map(lambda g: g / micro_batches, grads), (jax.tree.map(jnp.mean, metrics), batch_stats)
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), (jnp.arange(micro_batches), stacked))
+        loss, accuracy, grads = jax.tree.map(lambda x: x / micro_batches, sums)
+        return (loss, (accuracy, batch_stats)), grads
 
-    return gradients
+    return mean_over_micro_batches
 
 
-def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> Any:
+def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> AbstractContextManager[None]:
     """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
 
     `choice` is `optim.frozen_batch_norm`, `frozen` are paths of parameters. An interceptor, so that networks need not
@@ -154,7 +161,7 @@ def predict_step(
 ) -> dict[str, jax.Array]:
     """Returns `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
 
-    `network(variables, images)` returns logits first: a `folding.FoldedModel`, or a module's `apply` with train=False.
+    `network(variables, images)` returns logits first: a `FoldedModel`, or a module's `apply` with train=False.
     """
     logits, _ = network(variables, normalize(batch["image"], config.input))
     return {

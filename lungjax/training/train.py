@@ -1,16 +1,15 @@
 """A run from configuration to report: read this file first, then `step.py`.
 
 `run` opens the data, builds the program, restores the newest intact checkpoint, trains under `jit` over all devices of
-all hosts, tests the best weights and writes the report. Everything random is a function of `train.seed` and the step
-number, so a run that was killed and started again ends with exactly the weights of an uninterrupted one.
+all hosts, tests the best weights and writes the report. Everything random is a function of `train.seed`, the step and
+the position in the data, so a killed run that is started again ends with exactly the weights of an uninterrupted one.
 """
 
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lungjax import config as configs
 from lungjax.config import Config, overrides
@@ -22,8 +21,9 @@ from lungjax.runtime.distributed import print_once
 from lungjax.runtime.profiler import Profiler
 from lungjax.training import final_report, non_finite, program, setup
 from lungjax.training import workdir as workdirs
-from lungjax.training.early_stopping import Progress
 from lungjax.training.metrics_log import MetricsLog
+from lungjax.training.non_finite import NonFiniteError
+from lungjax.training.progress import Progress
 from lungjax.training.setup import Run
 from lungjax.training.state import TrainState
 from lungjax.weights import load
@@ -47,13 +47,13 @@ def run(
       weights_dir: searched first for files of `model.weights`.
       profile: first and last step of a `jax.profiler` trace in WORKDIR/profile.
 
-    Raises ValueError for mistakes of the user, before training where possible, and `signals.Interrupted` after a
+    Raises ValueError for user errors, before training where possible, and `signals.Interrupted` after a
     SIGTERM or Ctrl-C, once the state is saved.
     """
     started = time.time()
     configs.check(config)
 
-    # ---- Data and program; nothing is written, so a mistake leaves no trace
+    # ---- Data and program; a user error is raised before anything is written
     run = distributed.run_on_all_hosts(lambda: setup.set_up(load.resolve(config), workdir, data_dir, mode, started))
     distributed.check_same(
         {
@@ -87,110 +87,103 @@ def run(
 def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = None) -> None:
     """Trains from the newest intact checkpoint, or from the start, to the last step or early stopping.
 
-    The order of a resume, so that the end is that of an uninterrupted run and an error changes nothing:
+    The order of a resume. Nothing is changed before the lock is taken; the result is that of an uninterrupted run.
 
-    1. Without a checkpoint, the pretrained weights are read, since they may be missing.
-    2. The workdir is locked; config.json and data.json are compared or written.
-    3. The newest intact checkpoint gives the state and the progress; damaged ones are set aside.
-    4. Without one, the state comes from the seed and the pretrained weights.
-    5. Reports of earlier weights are deleted, if steps are left.
-    6. metrics.jsonl is cut back to the step of the state.
-    7. Batches continue at index step + skipped_batches; the keys of dropout and augmentation derive from the seed.
+    1. Without a checkpoint, read the pretrained weights, which may be missing.
+    2. Lock the workdir; compare or write config.json and data.json.
+    3. Restore the newest intact state and its progress; set damaged checkpoints aside.
+    4. Without a checkpoint, initialize the state from the seed and the pretrained weights.
+    5. Delete reports of earlier weights, if training continues.
+    6. Drop the rows of metrics.jsonl after the restored step.
+    7. Continue with batch step + skipped_batches. Random keys derive from the seed, the step and the example's place.
     """
     config, abstract_state = run.config, run.program.abstract_state
-    pretrained: dict[str, Any] = {}
-    if distributed.broadcast_int(newest(run.workdir, "last") is None):  # 1
-        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))
+    policy, pretrained = config.train.on_nan, dict[str, np.ndarray]()
+    if distributed.broadcast_int(newest(run.workdir, "last") is None):
+        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))  # 1
         if config.model.weights != "none":
             print_once(f"Starting from {config.model.weights}; random: {setup.shorten(random)}")
     with (
         workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),  # 2
         Checkpoints(run.workdir) as checkpoints,
         signals.watching(distributed.preempted()) as watch,
+        Profiler(run.workdir / "profile", profile) as profiler,
     ):
-        checkpoint = checkpoints.restore(abstract_state)
-        if checkpoint:  # 3
+        checkpoint = checkpoints.restore(abstract_state)  # 3
+        if checkpoint:
             state, progress = checkpoint[0], Progress(**checkpoint[1])
             print_once(f"Resuming from step {int(state.step)} of {run.program.steps}")
-        else:  # 4
-            state, progress = run.program.new_state(pretrained), Progress()
-            if config.train.on_nan == "rewind":  # needs a checkpoint to return to
+        else:
+            state, progress = run.program.new_state(pretrained), Progress()  # 4
+            if policy == "rewind":  # needs a checkpoint to return to
                 checkpoints.save(state, vars(progress))
-        if int(state.step) < run.program.steps and not progress.stopped and distributed.is_first_host():  # 5
-            workdirs.drop_reports(run.workdir)
-        with Profiler(run.workdir / "profile", profile) as profiler:
-            while True:
-                try:
-                    return train_loop(run, checkpoints, state, progress, watch, profiler)
-                except non_finite.NonFiniteError as error:
-                    if config.train.on_nan != "rewind":
-                        raise
-                    state, progress = non_finite.rewind(checkpoints, abstract_state, progress, error)
+        if progress.last_validation < run.program.steps and not progress.stopped and distributed.is_first_host():
+            workdirs.drop_reports(run.workdir)  # 5
+        while True:
+            error = train_loop(run, checkpoints, non_finite.enable_steps(policy, state), progress, watch, profiler)
+            if error is None:
+                return
+            if policy != "rewind":
+                raise error
+            state, progress = non_finite.rewind(checkpoints, abstract_state, progress, error)
 
 
 def train_loop(
     run: Run, checkpoints: Checkpoints, state: TrainState, progress: Progress, watch: signals.Watch, profiler: Profiler
-) -> None:
-    """Trains from `state` to the last step, or until early stopping.
+) -> NonFiniteError | None:
+    """Trains from `state` to the last step or early stopping; returns an error if a loss or gradient is not finite.
 
-    Only states whose losses and gradients were finite are saved. Raises NonFiniteError and Interrupted, both with the
-    last good state saved.
+    Only states whose losses and gradients were finite are saved. Raises Interrupted after a signal, once it is saved.
     """
-    config, built = run.config, run.program
-    step = last_save = int(state.step)
-    if config.train.on_nan != "skip":  # the run may have skipped steps under another setting
-        state = state.replace(skipped=filled(state.skipped, 0))
+    config, built = run.config.train, run.program
+    step = int(state.step)
 
     def due(every: int) -> bool:
         return every > 0 and step > 0 and (step % every == 0 or step == built.steps)
 
-    def save(best: bool = False) -> int:
-        checkpoints.save(state, vars(progress), best)
-        return step
-
-    with MetricsLog(run, step) as log:  # 6
+    with (
+        MetricsLog(run, step, progress.last_validation) as log,  # 6
+        closing(run.batches(step + progress.skipped_batches)) as batches,  # 7
+    ):
         try:
-            batches = run.batches(step + progress.skipped_batches)  # 7
             while True:
-                # ---- Validate and save
+                # ---- Validate and save. Comes first, since an interrupted run may still have to validate its last step
                 if due(built.eval_steps) and progress.last_validation < step:
                     better = validate(run, state, step, progress, log, watch)
-                    # The best weights are tested; with train.keep=last those are the newest.
-                    last_save = save(best=better or config.train.keep == "last")
+                    # The best weights are tested; train.keep=last tests the newest.
+                    checkpoints.save(state, vars(progress), best=better or config.keep == "last")
                     log.reset_clock()
-                elif due(config.train.save_steps) and last_save < step:
-                    last_save = save()
+                elif due(config.save_steps) and checkpoints.last_step < step:
+                    checkpoints.save(state, vars(progress))
+                    log.reset_clock()
 
                 # ---- Stop
                 if progress.stopped or step == built.steps:
-                    watch.check()  # for a signal during the last validation, whose state is saved
-                    return
-                if watch.should_stop(step):
-                    write_steps(run, log, step, progress)
-                    watch.check()
+                    watch.check()  # for a signal during the last validation
+                    return None
+                interrupted = watch.should_stop(step)
 
                 # ---- Train; the host runs ahead of the devices
-                profiler.before_step(step + 1)
-                state, step_metrics = built.train_step(state, next(batches))
-                step += 1
-                log.add(step_metrics)
-                profiler.after_step(step, step_metrics)
+                if not interrupted:
+                    state, step_metrics = profiler.call(step + 1, built.train_step, state, next(batches))
+                    step += 1
+                    log.add(step_metrics)
 
-                # ---- Log; the host waits for the devices
-                if due(config.train.log_steps) or due(built.eval_steps) or due(config.train.save_steps):
-                    write_steps(run, log, step, progress)
+                # ---- Log and check; the host waits for the devices
+                if interrupted or due(config.log_steps) or due(built.eval_steps) or due(config.save_steps):
+                    error = write_steps(run, log, step, progress)
+                    if error:
+                        if config.on_nan == "stop" and checkpoints.last_step < error.step - 1:
+                            checkpoints.save(non_finite.state_before(error.step, state), vars(progress))
+                        return error
+                if interrupted:
+                    watch.check()  # raises Interrupted
         except signals.Interrupted as stop:
-            if last_save < step:
-                save()
+            if checkpoints.last_step < step:
+                checkpoints.save(state, vars(progress))
             checkpoints.wait()
             saved_note = "Checkpoint saved; rerun" if step else "Rerun"
             print_once(f"{stop} at step {step}. {saved_note} the same command to resume")
-            raise
-        except non_finite.NonFiniteError as error:
-            if last_save < error.step - 1 and config.train.on_nan == "stop":
-                # The state has not changed since the step before.
-                state = state.replace(step=filled(state.step, error.step - 1))
-                save()
             raise
 
 
@@ -209,15 +202,14 @@ def validate(run: Run, state: TrainState, step: int, progress: Progress, log: Me
     return better
 
 
-def write_steps(run: Run, log: MetricsLog, step: int, progress: Progress) -> None:
-    """Writes the metrics of the steps since the last row. Raises NonFiniteError as `non_finite.finite_steps`."""
-    rows = log.fetch()
-    finite = non_finite.finite_steps(
-        run.config.train.on_nan, rows, step, progress, lambda s: run.batch_names(s - 1 + progress.skipped_batches)
+def write_steps(run: Run, log: MetricsLog, step: int, progress: Progress) -> NonFiniteError | None:
+    """Writes the mean metrics of the steps since the last row; returns the error of `non_finite.check_steps`."""
+    finite, error = non_finite.check_steps(
+        run.config.train.on_nan,
+        log.fetch(),
+        step,
+        progress,
+        lambda step: run.batch_names(step - 1 + progress.skipped_batches),
     )
-    log.write_steps(step, finite, len(rows))
-
-
-def filled(array: jax.Array, value: int) -> jax.Array:
-    """Returns an array like `array`, with its sharding, that is `value` everywhere."""
-    return jnp.full_like(array, value, device=array.sharding)
+    log.write_steps(error.step - 1 if error else step, finite)
+    return error

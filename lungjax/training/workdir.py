@@ -17,7 +17,7 @@ from typing import IO, Any
 from lungjax.config import Config, metadata, overrides
 from lungjax.data.prepared import Prepared
 from lungjax.runtime import distributed, files
-from lungjax.runtime.checkpoint import check_network, newest
+from lungjax.runtime.checkpoint import check_network, is_begun, newest
 from lungjax.training import state
 from lungjax.training.state import TrainState
 
@@ -67,7 +67,7 @@ def check(workdir: Path, config: Config, mode: str) -> None:
         ):
             raise ValueError(f"{workdir} is not empty and is not a lungjax run directory; choose another --workdir")
         return
-    if newest(workdir, "last") is None:
+    if not is_begun(workdir):
         return  # nothing was trained yet
     old = overrides.from_json(path.read_text(), str(path))
     changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]

@@ -1,6 +1,6 @@
-"""Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE | --verify
+"""Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE
 
-Only --fetch and --verify use the network.
+Only --fetch uses the network.
 """
 
 from pathlib import Path
@@ -16,17 +16,16 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_bool("list", False, "Prints every record, or with --match those whose name matches.")
-    flags.DEFINE_string("match", "", "Regex for the names of records, for --list and --verify.")
+    flags.DEFINE_string("match", "", "Regex for the names of records, for --list.")
     flags.DEFINE_multi_string("fetch", [], "Downloads a record, such as efficientnet_b0.keras; repeatable.")
     flags.DEFINE_string("check", None, "Prints the record of a file, or the network that it fits.")
-    flags.DEFINE_bool("verify", False, "Downloads small records; checks that copies agree and recognize a cat.")
     flags.DEFINE_string("weights_dir", None, "Folder for weight files in place of the cache.")
 
 
 def main(_: list[str]) -> None:
-    """Runs what the flags ask for, in the order list, fetch, check, verify."""
-    if not (FLAGS.list or FLAGS.fetch or FLAGS.check or FLAGS.verify):
-        raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE, --verify")
+    """Runs what the flags ask for, in the order list, fetch, check."""
+    if not (FLAGS.list or FLAGS.fetch or FLAGS.check):
+        raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE")
     folder = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     if FLAGS.list:
         print(catalogue.listing(FLAGS.match))
@@ -38,11 +37,6 @@ def main(_: list[str]) -> None:
         from lungjax.weights import identify  # imports jax
 
         print(identify.identify(FLAGS.check))
-    if FLAGS.verify:
-        from lungjax.weights import verify
-
-        for line in verify.run(FLAGS.match, folder):
-            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rate of `lungjax.data.augment` and of Keras's preprocessing layers on its JAX backend, in one process.
 
-KERAS_BACKEND=jax python tests/benchmarks/augment.py [--rounds=5]        # extra "parity"
+KERAS_BACKEND=jax python -m tests.benchmarks.augment [--rounds=5]        # extra "parity"
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Times the training loop fed from files against the same compiled step on one batch in memory.
+"""Rate of the training loop fed from files, relative to the same compiled step on one batch in memory.
 
     python -m tests.benchmarks.end_to_end [--work=FOLDER] [--networks=cbr_small,efficientnet_b0] [--rounds=3]
         [--drawn=1000]

@@ -1,4 +1,4 @@
-"""What benchmarks share: flags, processes that take turns, times, ratios and Markdown tables.
+"""Flags, processes that take turns, times, ratios and Markdown tables of the benchmarks.
 
     python -m tests.benchmarks.harness MODULE FUNCTION        # the child process of `Process`
 
@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import select
 import statistics
 import subprocess
@@ -65,7 +66,7 @@ def folder(path: Path | None) -> Iterator[Path]:
 
 
 def phantom(finding: str, seed: int) -> tuple[Any, Any]:
-    """Returns a synthetic CT slice of a patient: uint8 [H, W], and what was drawn."""
+    """Returns a synthetic CT slice, uint8 [H, W], and its `Phantom`."""
     from lungjax.datasets.phantom import slices
 
     patient = slices.new_patient(seed, finding)
@@ -136,6 +137,11 @@ def busy_seconds() -> float:
     return sum(int(t[i]) for t in times for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
 
 
+def peak_bytes() -> int:
+    """Returns the peak resident memory of this process."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def resident(pid: int | str = "self") -> tuple[float, float]:
     """Returns the resident and the private memory of a process in MiB."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -161,9 +167,9 @@ class Watch:
 
 
 class Process:
-    """A function of a module of this folder in its own process, idle until it is asked.
+    """A process that is idle between requests; it runs a function of a module of this folder.
 
-    The function returns facts, and a function from a request to its answer, both JSON.
+    The function returns facts, and a function from a request to its answer, both as JSON.
     """
 
     def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):

@@ -1,6 +1,6 @@
 """Times the input pipeline against torch's DataLoader and tf.data: same files, decode, resize, batches and cores.
 
-    python tests/benchmarks/input_pipeline.py --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
+    python -m tests.benchmarks.input_pipeline --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
 FOLDER contains a folder of JPEG or PNG files per class; without --source, slices are drawn. The interpreters need torch
@@ -76,41 +76,6 @@ def lungjax_batches(name: str, work: str) -> Batches:
     config = Config(input=InputSpec(size=(SIDE, SIDE)), train=TrainConfig(batch_size=BATCH))
     batches = pipeline.train_batches(data, config, start=0)
     return f"lungjax, grain {grain.__version__}, Pillow {PIL.__version__}", batches
-
-
-def time_steps(name: str, work: Path) -> dict[str, float]:
-    """Returns the CPU microseconds per image of each step, in one thread."""
-    from lungjax import datasets
-    from lungjax.config import Config, DataConfig, InputSpec
-    from lungjax.data import pipeline
-    from lungjax.data.imaging import images
-
-    data = datasets.open_dataset(name, work / "data")
-    config = Config(input=InputSpec(size=(SIDE, SIDE)), data=DataConfig(threads=1))
-    rows = np.random.default_rng(0).permutation(data.rows("train"))[:512].tolist()
-    boxes, reader = data.columns["box"], pipeline.Reader(data, config.input)
-
-    def timed(function: Callable[[Any], Any], items: list[Any]) -> tuple[float, list[Any]]:
-        start = time.process_time()
-        results = [function(item) for item in items]
-        return 1e6 * (time.process_time() - start) / len(items), results
-
-    times: dict[str, list[float]] = {}
-    order, size = pipeline.order(data, config), 16  # more images at a time would not stay in the cache
-    for first in range(0, len(rows) - size + 1, size):
-        part = rows[first : first + size]
-        choose, _ = timed(lambda place: order[place], [*range(first, first + size)])
-        read, encoded = timed(lambda row: data.records[row]["image"], part)
-        decode, decoded = timed(lambda text: images.load(text, data.window), encoded)
-        pairs = [*zip(decoded, part, strict=True)]
-        resize, _ = timed(lambda pair: images.to_input(pair[0], boxes[pair[1]], config.input, 0.0), pairs)
-        total, examples = timed(reader.example, part)
-        copy, _ = timed(np.stack, [[example["image"] for example in examples]])
-        steps = {"choose the row": choose, "read the record": read, "decode": decode, "resize": resize}
-        steps |= {"the rest of an example": total - read - decode - resize, "copy into the batch": copy / size}
-        for key, value in steps.items():
-            times.setdefault(key, []).append(value)
-    return {key: statistics.fmean(values[1:]) for key, values in times.items()}  # without the warm-up
 
 
 def family_seconds() -> float:
@@ -207,13 +172,6 @@ def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
     return harness.table(heads, rows)
 
 
-def step_table(work: Path) -> str:
-    times = [time_steps(name, work) for name in NAMES.values()]
-    rows = [[key, *(f"{one[key]:.0f}" for one in times)] for key in times[0]]
-    rows.append(["total", *(f"{sum(one.values()):.0f}" for one in times)])
-    return harness.table(("one thread, microseconds per image", *NAMES), rows)
-
-
 def main() -> None:
     args = harness.parse(__doc__, source=Path, work=Path, torch_python="", tf_python="", drawn=1000, rounds=5)
     with harness.folder(args.work) as work:
@@ -224,7 +182,6 @@ def main() -> None:
         pythons = {name: getattr(args, f"{name}_python") for name in ("torch", "tf")}
         pythons = {name: python for name, python in pythons.items() if python} | dict.fromkeys(NAMES, "")
         print("\n" + rate_table(measure(pythons, args.rounds, work, files)))
-        print("\n" + step_table(work))
 
 
 if __name__ == "__main__":

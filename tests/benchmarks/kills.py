@@ -1,13 +1,13 @@
-"""Kills a run at random moments and compares it with an uninterrupted one: python -m tests.benchmarks.kills"""
+"""Kills a run at random moments and compares it with an uninterrupted one.
 
-import json
+python -m tests.benchmarks.kills [--kills=20] [--seed=0]
+"""
+
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log
@@ -16,19 +16,7 @@ from tests.benchmarks import harness
 sys.path.insert(0, str(harness.ROOT / "tests"))
 import small_runs as runs
 
-FIELDS = ("model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2")
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-
-
-def outcome(workdir: Path) -> dict[str, Any]:
-    """Returns the bytes of every array of the last state, its progress, and the validation losses."""
-    rows = metrics_log.read(workdir / "metrics.jsonl")
-    progress = workdir / "checkpoints/last" / str(newest(workdir, "last")) / "progress.json"
-    return {
-        "arrays": {path: array.tobytes() for path, array in runs.last_state(workdir).items()},
-        "progress": json.loads(progress.read_text()),
-        "validation losses": [row["val.slice.loss"] for row in rows if "val.slice.loss" in row],
-    }
+FIELDS = ("--pause=0.08", "model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2")
 
 
 def last_step(workdir: Path) -> int:
@@ -40,12 +28,11 @@ def main() -> None:
     flags = harness.parse(__doc__, kills=20, seed=0)
     rng = random.Random(flags.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        command = [sys.executable, str(harness.ROOT / "tests/run_small.py"), "--pause=0.08", *FIELDS]
-        subprocess.run([*command, str(whole)], check=True, **QUIET)
+        uninterrupted, killed = Path(folder, "uninterrupted"), Path(folder, "killed")
+        runs.finish([runs.start(uninterrupted, 1, *FIELDS)])
         moments = []
         while len(moments) < flags.kills:
-            process = subprocess.Popen([*command, str(killed)], **QUIET)
+            process = runs.start(killed, 1, *FIELDS)
             # Half of the kills come during training, the others at any time after the start.
             in_training = len(moments) % 2
             target = (newest(killed, "last") or 0) + rng.randint(1, 12)
@@ -60,12 +47,9 @@ def main() -> None:
             process.kill()
             process.wait()
             moments.append((last_step(killed), newest(killed, "last")))
-        subprocess.run([*command, str(killed)], check=True, **QUIET)
-        print(f"{len(moments)} kills; (last logged step, newest checkpoint) at each: {moments}")
-        one, two = outcome(whole), outcome(killed)
-        same = {name: one[name] == two[name] for name in one}
-        print(f"{len(one['arrays'])} arrays, {len(one['validation losses'])} validation losses; identical: {same}")
-        sys.exit(not all(same.values()))
+        runs.finish([runs.start(killed, 1, *FIELDS)])
+        runs.assert_same_end(uninterrupted, killed)
+    print(f"identical after {len(moments)} kills; (last logged step, newest checkpoint) at each: {moments}")
 
 
 if __name__ == "__main__":

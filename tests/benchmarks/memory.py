@@ -1,4 +1,4 @@
-"""Memory over a long run with validations and checkpoints: python -m tests.benchmarks.memory [--steps=2000]"""
+"""Memory of a long run with validations and checkpoints: python -m tests.benchmarks.memory [--steps=2000]"""
 
 import tempfile
 from pathlib import Path
@@ -32,14 +32,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):
         train.run(config, Path(folder) / "run", Path(folder) / "data")
 
-    def at(step: float) -> tuple[float, float]:
-        return memory[max(logged for logged in memory if logged <= max(step, min(memory)))]
-
     print("\n" + harness.header("step", "resident, MiB", "private, MiB"))
     for tenth in range(1, 11):
-        print(harness.row(steps * tenth // 10, *(f"{mib:.1f}" for mib in at(steps * tenth / 10))))
-    growth, private = (end - start for start, end in zip(at(steps // 4), at(steps), strict=True))
-    print(f"\nFrom step {steps // 4}: {growth:+.1f} MiB, private {private:+.1f}.")
+        step = max(logged for logged in memory if logged <= max(steps * tenth // 10, min(memory)))
+        print(harness.row(step, *(f"{mib:.1f}" for mib in memory[step])))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 A model that is not a folder is a network with random weights. Images are those of FOLDER, or phantoms.
 """
 
-import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,13 +38,13 @@ MALFORMED_FRACTION = 0.1
 
 class Server:
     def __init__(self, model: str) -> None:
-        self.started = time.perf_counter()
+        self.start = time.perf_counter()
         command = [sys.executable, "-m", "lungjax.serve", f"--model={model}", "--port=0"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         for line in self.process.stdout:
-            if url := re.match(r"http://127\.0\.0\.1:\d+/", line):
-                self.url = url[0]
+            if url := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
+                self.port = int(url[1])
                 return
         self.fail()
 
@@ -51,13 +52,15 @@ class Server:
         self.log.seek(0)
         raise SystemExit(self.log.read())
 
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
     def first_answer(self, body: bytes) -> float:
         """Returns the seconds from the start of the process to the first 200 of /predict."""
         while self.process.poll() is None:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                post = urllib.request.Request(f"{self.url}predict", body, {"Content-Type": "image/png"})
-                urllib.request.urlopen(post, timeout=120).read()
-                return time.perf_counter() - self.started
+            with contextlib.suppress(ConnectionError):
+                if send(self.connect(), request(body, "image/png"))[0] == 200:
+                    return time.perf_counter() - self.start
             time.sleep(0.05)
         return self.fail()
 
@@ -67,7 +70,9 @@ class Server:
 
     def batches(self) -> np.ndarray:
         """Returns the number of computed images and of batches so far."""
-        text = urllib.request.urlopen(f"{self.url}metrics").read().decode()
+        connection = self.connect()
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
         names = ("lungjax_batch_images_sum", "lungjax_batch_images_count")
         return np.asarray([float(re.search(rf"^{name} (\S+)$", text, re.M)[1]) for name in names])
 
@@ -77,53 +82,42 @@ class Server:
         return self.process.wait(90)
 
 
-class Client:
-    def __init__(self, server: Server) -> None:
-        self.port, self.writer = int(server.url.split(":")[2].strip("/")), None
-
-    async def send(self, data: Request) -> tuple[int, bytes]:
-        """Sends a request and returns status and body of the answer."""
-        if self.writer is None:
-            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            with contextlib.suppress(ConnectionError):  # it may have answered already
-                for part, pause in [(data, 0)] if isinstance(data, bytes) else data:
-                    self.writer.write(part)
-                    await self.writer.drain()
-                    await asyncio.sleep(pause)
-                    if pause and self.reader._buffer:
-                        break
-            head = await self.reader.readuntil(b"\r\n\r\n")
-            body = await self.reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))
-        except BaseException:
-            self.close()
-            raise
-        if b"connection: close" in head.lower():
-            self.close()
-        return int(head[9:12]), body
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+def send(connection: http.client.HTTPConnection, data: Request) -> tuple[int, bytes]:
+    """Sends a request and returns status and body of the answer; an open connection is used again."""
+    path, body, headers = data
+    chunked = callable(body) and "Content-Length" not in headers
+    headers = headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
+    try:
+        with contextlib.suppress(ConnectionError):  # the service may have answered and closed the connection
+            connection.request("POST", path, body() if callable(body) else body, headers, encode_chunked=chunked)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        connection.close()
+        raise
 
 
-async def closed_loop(server: Server, clients: int, seconds: float, requests: list[bytes]) -> list[float]:
-    """Returns the milliseconds of each answer to `clients` that send one request after the other."""
-    latencies: list[float] = []
+def clients(count: int, run: Callable[[int], Any]) -> list[Any]:
+    """Returns the results of `run` with the numbers of `count` clients, each in a thread."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def closed_loop(server: Server, count: int, seconds: float, requests: list[Request]) -> list[float]:
+    """Returns the milliseconds of each answer to `count` clients that send one request after the other."""
     turns, end = itertools.cycle(requests), time.perf_counter() + seconds
 
-    async def run() -> None:
-        client = Client(server)
+    def run(_: int) -> list[float]:
+        connection, latencies = server.connect(), []
         while (start := time.perf_counter()) < end:
-            status, body = await client.send(next(turns))
+            status, body = send(connection, next(turns))
             if status != 200:
                 raise SystemExit(f"{status}: {body[:300]!r}")
             latencies.append(1e3 * (time.perf_counter() - start))
-        client.close()
+        connection.close()
+        return latencies
 
-    await asyncio.gather(*(run() for _ in range(clients)))
-    return latencies
+    return list(itertools.chain(*clients(count, run)))
 
 
 def throughput(model: str, images: list[Image.Image], seconds: float, rounds: int) -> list[str]:
@@ -132,10 +126,10 @@ def throughput(model: str, images: list[Image.Image], seconds: float, rounds: in
     requests = [request(encoded(image), "image/png") for image in images]
     server.first_answer(encoded(images[0]))
 
-    def turn(clients: int) -> dict[str, float]:
+    def turn(count: int) -> dict[str, float]:
         watch = harness.Watch(lambda: server.processor() + time.process_time())
         used, computed = server.processor(), server.batches()
-        latencies = asyncio.run(closed_loop(server, clients, seconds, requests))
+        latencies = closed_loop(server, count, seconds, requests)
         wall, _, others = watch.read()
         used, (computed, batches) = server.processor() - used, server.batches() - computed
         p50, p95 = np.percentile(latencies, [50, 95])
@@ -164,49 +158,43 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     without_reason: set[str] = set()
     latencies: list[float] = []
-    memory: list[tuple[float, float]] = []  # minutes, MiB
-    start = time.perf_counter()
-    end = start + 60 * minutes
+    memory: list[float] = []  # MiB, every 10 seconds
+    end = time.perf_counter() + 60 * minutes
     weights = [weight for weight, _ in good.values()]
 
-    async def run(seed: int) -> None:
-        rng, client = random.Random(seed), Client(server)
-        while (sent := time.perf_counter()) < end:
+    def run(seed: int) -> None:
+        rng, connection = random.Random(seed), server.connect()
+        while (start := time.perf_counter()) < end:
             wrong = rng.random() < MALFORMED_FRACTION
             name = rng.choice(list(bad)) if wrong else rng.choices(list(good), weights)[0]
             kind = f"{'bad' if wrong else 'good'}: {name}"
             try:
-                status, body = await client.send(rng.choice(bad[name] if wrong else good[name][1]))
-            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                status, body = send(connection, rng.choice(bad[name] if wrong else good[name][1]))
+            except (OSError, http.client.HTTPException) as error:
                 counts[kind][type(error).__name__] += 1
                 continue
             counts[kind][str(status)] += 1
             if not wrong:
-                latencies.append(1e3 * (time.perf_counter() - sent))
+                latencies.append(1e3 * (time.perf_counter() - start))
             elif not json.loads(body).get("error"):
                 without_reason.add(f"{name} {status}")
-        client.close()
+        connection.close()
 
-    async def watch() -> None:
+    def watch() -> None:
         while time.perf_counter() < end:
-            memory.append(((time.perf_counter() - start) / 60, harness.resident(server.process.pid)[0]))
-            await asyncio.sleep(10)
+            memory.append(harness.resident(server.process.pid)[0])
+            time.sleep(10)
 
-    async def everything() -> None:
-        await asyncio.gather(watch(), *(run(seed) for seed in range(MIXED)))
-
-    asyncio.run(everything())
-    code, sizes, half = server.stop(), [size for _, size in memory], np.asarray(memory[len(memory) // 2 :])
+    clients(MIXED + 1, lambda seed: run(seed) if seed else watch())
+    code = server.stop()
     sums = {kind: sum((c for k, c in counts.items() if k.startswith(kind)), Counter()) for kind in ("good", "bad")}
-    growth = f"{np.polyfit(*half.T, 1)[0]:+.2f}" if len(half) > 2 else "?"
     p50, p95 = np.percentile(latencies, [50, 95])
     kinds = [(k, ", ".join(f"{n} x {status}" for status, n in sorted(c.items()))) for k, c in sorted(counts.items())]
     return (
         f"{minutes:g} minutes of {Path(model).name}: good {dict(sums['good'])}, bad {dict(sums['bad'])}, "
-        f"without a reason {sorted(without_reason)}"
-        f"; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\nMemory {sizes[0]:.0f} MiB at the start, "
-        f"{sizes[min(6, len(sizes) - 1)]:.0f} after a minute, {sizes[-1]:.0f} at the end, at most {max(sizes):.0f}; "
-        f"second half {growth} MiB per minute.\n\n{harness.table(('kind', 'answers'), kinds)}"
+        f"without a reason {sorted(without_reason)}; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\n"
+        f"Memory {memory[0]:.0f} MiB at the start, {memory[min(6, len(memory) - 1)]:.0f} after a minute, "
+        f"{memory[-1]:.0f} at the end, at most {max(memory):.0f}.\n\n{harness.table(('kind', 'answers'), kinds)}"
     )
 
 

@@ -1,11 +1,11 @@
 """Requests of `serve_load`, valid and malformed, and runs with random weights."""
 
-import gzip
 import io
+import itertools
 import json
-import struct
-import zipfile
-import zlib
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,26 @@ import numpy as np
 from PIL import Image
 
 from lungjax.datasets.phantom.slices import CLASSES
-from tests import scans
 from tests.benchmarks import harness
 
+sys.path += [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/serve")]
+import scans
+from services import form as encode
+from test_uploads import bombs, png, written
+
 SIDE = 512
-BOUNDARY = b"boundary-of-a-part"
-FORM = f"multipart/form-data; boundary={BOUNDARY.decode()}"
-Request = bytes | list[tuple[bytes, float]]  # parts, each with the seconds until the next
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=edge"}
+# Path, body or a function that returns its parts, headers.
+Request = tuple[str, bytes | Callable[[], Iterator[bytes]], dict[str, str]]
 
 
-def request(body: bytes, kind: str, path: str = "/predict") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def request(body: Any, kind: str, **headers: str) -> Request:
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return "/predict", body, {"Content-Type": kind, **headers}
 
 
-def form(*files: bytes, path: str = "/predict", end: bytes = b"--" + BOUNDARY + b"--\r\n") -> bytes:
-    head = b'--%s\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\n' % BOUNDARY
-    return request(b"".join(head + file + b"\r\n" for file in files) + end, FORM, path)
+def form(*files: bytes, path: str = "/predict") -> Request:
+    return path, encode(*(("f", file) for file in files))[0], MULTIPART
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -48,97 +51,58 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
     return [Image.fromarray(image).resize((SIDE, SIDE)) for image in drawn]
 
 
-def scan(picture: Image.Image, series: str, **tags: Any) -> Any:
-    pixels = np.asarray(picture, np.uint16) * 6
+def scan(picture: Image.Image, **tags: Any) -> bytes:
     rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-    return scans.dataset(pixels, "CT", SeriesInstanceUID=series, **rescale, **tags)
+    return written(scans.dataset(np.asarray(picture, np.uint16) * 6, "CT", **rescale, **tags))
 
 
-def written(data: Any) -> bytes:
-    buffer = io.BytesIO()
-    data.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(width: int, height: int, *more: bytes, pixels: bytes = b"") -> bytes:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(pixels, 9))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + body + chunk(b"IEND", b"")
-
-
-def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[bytes]]]:
+def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[Request]]]:
     """Returns weight and requests of each kind of valid request."""
-    one = [encoded(image) for image in images]
-    slices = [written(scan(image, "1.2.3.4")) for image in images[:6]]
-    jpegs = [encoded(image, "JPEG", quality=90) for image in images[:6]]
+    pngs, slices = list(map(encoded, images)), list(map(scan, images[:6]))
     return {
-        "PNG": (6, [request(data, "image/png") for data in one]),
-        "JPEG": (2, [form(data) for data in jpegs]),
+        "PNG": (6, [request(data, "image/png") for data in pngs]),
+        "JPEG": (2, [form(encoded(image, "JPEG", quality=90)) for image in images[:6]]),
         "TIFF, BMP": (1, [form(encoded(images[0], "TIFF", compression="tiff_lzw")), form(encoded(images[1], "BMP"))]),
         "DICOM": (1, [request(data, "application/dicom") for data in slices]),
         "DICOM series of 6": (0.5, [form(*slices)]),
-        "four PNGs, one bad": (0.5, [form(*one[:3], b"no image")]),
-        "explain": (0.5, [form(data, path="/explain") for data in one[:4]]),
+        "four PNGs, one bad": (0.5, [form(*pngs[:3], b"not an image")]),
+        "explain": (0.5, [form(data, path="/explain") for data in pngs[:4]]),
     }
 
 
 def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+    good, jpeg, dicom = encoded(images[0]), encoded(images[0], "JPEG"), scan(images[0])
+    cuts = [(good, "image/png"), (jpeg, "image/jpeg"), (dicom, "application/dicom")]
+    header = bytearray(jpeg)
+    sides = header.index(b"\xff\xc0") + 5
+    header[sides : sides + 4] = (60_000).to_bytes(2, "big") * 2
+    elements = dicom + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
+    multipart = encode(("f", good))[0]
 
-    whole, small = encoded(images[0]), Image.fromarray(np.zeros((40, 40), np.uint8))
-    jpeg, slice_of = encoded(images[0], "JPEG"), written(scan(images[0], "1.2"))
-    zeros = zlib.compress(bytes(200 * 2**20), 9)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", bytes(100 * 2**20))
-    deflated = scan(small, "1.2")
-    deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    deflated.add_new((0x0009, 0x0010), "LO", "X")
-    deflated.add_new((0x0009, 0x1001), "OB", bytes(200 * 2**20))
-    runs = scan(small, "1.2")
-    runs.compress(RLELossless, generate_instance_uid=False)
-    runs.PixelData = encapsulate([struct.pack("<16I", 2, 64, 64 + 10_000_000, *[0] * 13) + b"\x81\0" * 10_000_000])
-    claims = bytearray(jpeg)
-    at = claims.index(b"\xff\xc0") + 5
-    claims[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
-    tags = [struct.pack("<HHII", 40_000 + i, 7, 10**6, 8) for i in range(300)]
-    sides = struct.pack("<HHIIHHII", 256, 4, 1, 40, 257, 4, 1, 40)
-    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags) + 2) + sides + b"".join(tags) + bytes(2 * 10**6)
-    wide = np.zeros((10, 60_000), np.uint8)
-    cuts = [(whole, "image/png"), (jpeg, "image/jpeg"), (slice_of, "application/dicom")]
-    elements = slice_of + b"\xf1\x7f\x10\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 10**6
-    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-    mebibyte = b"100000\r\n" + bytes(2**20) + b"\r\n"
-    chunks = [head + b"Transfer-Encoding: chunked\r\n\r\n", *[mebibyte] * 80, b"0\r\n\r\n"]
+    def slowly() -> Iterator[bytes]:
+        for _ in range(60):
+            time.sleep(0.5)
+            yield b"x"
+
     return {
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
-        "huge, declared": [head + b"Content-Length: 3000000000\r\n\r\n" + bytes(2**20)],
-        "huge, chunked": [[(part, 0) for part in chunks]],
-        "ZIP bomb": [form(packed.getvalue())],
-        "gzip bomb": [form(gzip.compress(bytes(50 * 2**20)))],
-        "PNG text bomb": [form(png(40, 40, chunk(b"zTXt", b"Title\0\0" + zeros), pixels=bytes(40 * 41)))],
-        "PNG profile bomb": [form(png(40, 40, chunk(b"iCCP", b"name\0\0" + zeros), pixels=bytes(40 * 41)))],
+        "huge, declared": [request(bytes(2**20), "image/png", Content_Length="3000000000")],
+        "huge, chunked": [request(lambda: itertools.repeat(bytes(2**20), 80), "image/png")],
+        **{f"bomb: {name}": [form(data)] for name, data in bombs() if name in ("zTXt", "iTXt", "iCCP", "tags")},
         "PNG of 900 megapixels": [form(png(30_000, 30_000, pixels=bytes(10**6)))],
-        "JPEG with 60,000 px in its header": [form(bytes(claims))],
-        "60,000 px wide": [form(encoded(Image.fromarray(wide))), form(encoded(Image.fromarray(wide), "TIFF"))],
-        "one pixel": [form(encoded(Image.fromarray(np.zeros((1, 1), np.uint8))))],
-        "TIFF of overlapping tags": [form(tiff)],
-        "deflated DICOM bomb": [form(written(deflated))],
-        "run-length DICOM bomb": [form(written(runs))],
+        "JPEG with 60,000 px in its header": [form(bytes(header))],
+        "60,000 px wide": [form(encoded(Image.new("L", (60_000, 10)), kind)) for kind in ("PNG", "TIFF")],
+        "one pixel": [form(encoded(Image.new("L", (1, 1))))],
         "DICOM of many elements": [form(elements)],
-        "multi-frame DICOM": [form(written(scan(small, "1.2", NumberOfFrames=40)))],
+        "multi-frame DICOM": [form(scan(Image.new("L", (40, 40)), NumberOfFrames=40))],
         "wrong type": [*map(form, (b"%PDF-1.7\n", b"<html></html>", b"a,b\n")), request(b"{}", "application/json")],
         "noise": [form(np.random.default_rng(i).bytes(10_000)) for i in range(4)],
         "empty": [form(b""), form(), request(b"", "image/png")],
         "bad multipart": [
-            form(whole, end=b""), request(b"--other\r\n\r\n", FORM), request(whole, "multipart/form-data")
+            ("/predict", multipart[:-30], MULTIPART), ("/predict", b"--other\r\n\r\n", MULTIPART),
+            request(good, "multipart/form-data"),
         ],
-        "slow body": [[(head + b"Content-Length: 900\r\n\r\n", 0), *[(b"x", 0.5)] * 60]],
+        "slow body": [request(slowly, "image/png", Content_Length="900")],
     }  # fmt: skip
 
 

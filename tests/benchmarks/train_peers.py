@@ -1,18 +1,16 @@
 """The frameworks of `train.py`: each process trains one network, and is idle between requests.
 
-Each interpreter needs only its own library: lungjax with jax, flax and optax (grain, TFDS, orbax, h5py and scikit-image
-are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
+Each interpreter needs only numpy and its own library: lungjax with jax, flax and optax (grain, TFDS, orbax, h5py and
+scikit-image are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
 
 All train the same layers with Adam in float32. Layers, classes, dropout and stochastic depth are those of lungjax's
-networks; those that a library lacks (Keras's ResNet50V2 in torch, CBR in both) are defined here or in tests.parity.
+networks; CBR is defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
 """
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy as np
 from tests.benchmarks import harness
 from tests.parity.studies import CBR, build
 
+SIDE, BATCH = 224, 8
 LR = 1e-3
 WARM_STEPS = 3  # after the first step: torch tunes its kernels for some steps
 TURN_SECONDS = 2.0  # length of a turn; at least one step
@@ -41,15 +40,15 @@ def channels(network: str) -> int:
     return 1 if network in CBR else 3
 
 
-def keras_network(network: str, side: int) -> Any:
-    """Returns the Keras model with three logits, from keras.applications if it is there."""
+def keras_network(network: str) -> Any:
+    """Returns the Keras model with three logits, from keras.applications if it has the network."""
     import keras
 
     if network in KERAS:
         plain = {"include_preprocessing": False} if network in ("efficientnetv2_s", "convnext_tiny") else {}
         make = getattr(keras.applications, KERAS[network])
-        return make(weights=None, input_shape=(side, side, 3), classes=CLASSES, classifier_activation=None, **plain)
-    return build(network, side, channels=1, outputs=CLASSES)
+        return make(weights=None, input_shape=(SIDE, SIDE, 3), classes=CLASSES, classifier_activation=None, **plain)
+    return build(network, SIDE, channels=1, outputs=CLASSES)
 
 
 def torch_network(network: str) -> Any:
@@ -57,16 +56,11 @@ def torch_network(network: str) -> Any:
     import torch
 
     if network in TIMM:
-        if torch.version.cuda is None:  # timm imports torchvision, whose operators a CPU-only torch may lack
-            from tests.parity.references import import_torchvision
-
-            import_torchvision(torch)
+        from tests.parity import cpu_torchvision  # noqa: F401, I001 (before timm, which imports torchvision)
         import timm
 
         drop = {"drop_rate": 0.2, "drop_path_rate": 0.2} if network.startswith("efficientnet") else {}
         return timm.create_model(TIMM[network], pretrained=False, num_classes=CLASSES, **drop)
-    if network == "resnet50v2":
-        return resnet50v2()
     kernel, widths, last_pool = CBR[network]
     stack: list[Any] = []
     for into, width in zip((1, *widths), widths, strict=False):
@@ -76,43 +70,10 @@ def torch_network(network: str) -> Any:
     return torch.nn.Sequential(*(stack if last_pool else stack[:-1]), *ends)
 
 
-def resnet50v2() -> Any:
-    """Returns Keras's ResNet50V2: timm's has its strides elsewhere and a sixth more arithmetic."""
-    import torch
-    from torch import nn
-
-    norm = partial(nn.BatchNorm2d, eps=1.001e-5, momentum=0.01)
-
-    class Block(nn.Module):
-        def __init__(self, into: int, width: int, stride: int):
-            super().__init__()
-            self.preact = nn.Sequential(norm(into), nn.ReLU(inplace=True))
-            self.grows = into != 4 * width
-            self.shortcut = nn.Conv2d(into, 4 * width, 1, stride) if self.grows else nn.MaxPool2d(1, stride)
-            self.branch = nn.Sequential(
-                nn.Conv2d(into, width, 1, bias=False), norm(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, 4 * width, 1),
-            )  # fmt: skip
-
-        def forward(self, x: Any) -> Any:
-            y = self.preact(x)
-            return self.shortcut(y if self.grows else x) + self.branch(y)
-
-    layers: list[Any] = [nn.Conv2d(3, 64, 7, 2, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)]
-    into = 64
-    for stage, repeats in enumerate((3, 4, 6, 3)):
-        for i in range(1, repeats + 1):
-            layers.append(Block(into, 64 * 2**stage, 2 if i == repeats and stage < 3 else 1))
-            into = 256 * 2**stage
-    ends = [norm(into), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, CLASSES)]
-    return torch.nn.Sequential(*layers, *ends)
-
-
-def normalized(network: str, batch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 images [batch, side, side, channels] and int32 labels, for the peers."""
-    images = np.random.default_rng(0).normal(size=(batch, side, side, channels(network))).astype(np.float32)
-    return images, (np.arange(batch) % CLASSES).astype(np.int32)
+def normalized(network: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 images [BATCH, SIDE, SIDE, channels] and int32 labels, for the peers."""
+    images = np.random.default_rng(0).normal(size=(BATCH, SIDE, SIDE, channels(network))).astype(np.float32)
+    return images, (np.arange(BATCH) % CLASSES).astype(np.int32)
 
 
 # A function that trains one step and returns its loss on the device, and facts.
@@ -124,7 +85,6 @@ def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callabl
     start = time.perf_counter()
     program = step.lower(*shapes).compile()
     facts["compile_seconds"] = time.perf_counter() - start
-    facts["flops"] = (program.cost_analysis() or {}).get("flops")
 
     def advance() -> Any:
         nonlocal state
@@ -134,7 +94,7 @@ def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callabl
     return advance, facts
 
 
-def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
+def ours(network: str) -> Framework:
     """lungjax, compiled as by `lungjax.training.train`."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -149,26 +109,25 @@ def ours(network: str, side: int, batch: int, dtype: str) -> Framework:
     from lungjax.training import program
 
     config = Config(
-        input=InputSpec(size=(side, side), channels=channels(network), mean=(0.5,), std=(0.25,)),
+        input=InputSpec(size=(SIDE, SIDE), channels=channels(network), mean=(0.5,), std=(0.25,)),
         # Keras's and timm's ConvNeXt drop no paths by default.
-        model=ModelConfig(name=network, dtype=dtype, drop_path=0.0 if "convnext" in network else None),
+        model=ModelConfig(name=network, drop_path=0.0 if "convnext" in network else None),
         optim=OptimConfig(name="adam", lr=LR),
-        train=TrainConfig(batch_size=batch, steps=10**6),
+        train=TrainConfig(batch_size=BATCH, steps=10**6),
     )
-    mesh, labels = meshes.make_mesh(1), (np.arange(batch) % CLASSES).astype(np.int32)
+    mesh, labels = meshes.make_mesh(1), normalized(network)[1]
     built = program.build(config, tuple("abc"), labels, mesh)
-    images = np.random.default_rng(0).integers(0, 256, (batch, side, side, channels(network)), np.uint8)
-    examples = {"image": images, "label": labels, "place": np.arange(batch, dtype=np.uint32)}
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, channels(network)), np.uint8)
+    examples = {"image": images, "label": labels, "place": np.arange(BATCH, dtype=np.uint32)}
     data, state = meshes.to_devices(examples, mesh), built.new_state({})
-    versions = f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
     return jax_framework(
         built.train_step, (built.abstract_state, data), state, data, lambda out: (out[0], out[1]["loss"]),
-        versions=f"{versions}, {jax.devices()[0].device_kind}",
+        versions=f"lungjax, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
         parameters=sum(int(np.prod(leaf.shape)) for leaf in trees.flatten(built.abstract_state.params).values()),
     )  # fmt: skip
 
 
-def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
+def keras(network: str) -> Framework:
     """Keras 3 on jax: exactly the function that `fit` compiles, `Model.train_step` under jit with its state donated.
 
     It is called without the loop, callbacks and iterator of `fit`, which could slow it, on a batch on the device.
@@ -177,15 +136,13 @@ def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
     import jax
     import keras
 
-    if dtype == "bfloat16":
-        keras.config.set_dtype_policy("mixed_bfloat16")
-    model = keras_network(network, side)
+    model = keras_network(network)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=loss)
     model.optimizer.build(model.trainable_variables)
     groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
     state = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
-    data = tuple(jax.device_put(array) for array in normalized(network, batch, side))
+    data = tuple(jax.device_put(array) for array in normalized(network))
     return jax_framework(
         jax.jit(model.train_step, donate_argnums=0), (state, data), state, data, lambda out: (out[1], out[0]["loss"]),
         versions=f"keras {keras.__version__}, jax {jax.__version__}",
@@ -193,26 +150,20 @@ def keras(network: str, side: int, batch: int, dtype: str) -> Framework:
     )  # fmt: skip
 
 
-def torch(network: str, side: int, batch: int, dtype: str) -> Framework:
-    """torch and timm, channels_last, fused Adam: eager on the CPU; on a GPU torch.compile, and autocast to bfloat16."""
+def torch(network: str) -> Framework:
+    """torch and timm, eager, channels_last, fused Adam."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    torch.backends.cudnn.benchmark = True
-    if not on_gpu:
-        torch.set_num_threads(harness.cores())
+    torch.set_num_threads(harness.cores())
     torch.manual_seed(0)
-    model = torch_network(network).to(device, memory_format=torch.channels_last).train()
-    run = torch.compile(model, backend="inductor") if on_gpu else model
-    images, labels = normalized(network, batch, side)
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
-    y = torch.from_numpy(labels.astype(np.int64)).to(device)
+    model = torch_network(network).to(memory_format=torch.channels_last).train()
+    images, labels = normalized(network)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(memory_format=torch.channels_last)
+    y = torch.from_numpy(labels.astype(np.int64))
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def advance() -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = torch.nn.functional.cross_entropy(run(x), y)
+        loss = torch.nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -221,41 +172,27 @@ def torch(network: str, side: int, batch: int, dtype: str) -> Framework:
     seconds, _ = harness.timed(lambda: advance().item())
     versions = f"torch {torch.__version__}"
     if network in TIMM:
-        import timm
-
-        versions += f", timm {timm.__version__}"
+        versions += f", timm {sys.modules['timm'].__version__}"
     count = sum(p.numel() for p in model.parameters())
     return advance, {"versions": versions, "parameters": count, "compile_seconds": seconds}
 
 
-def peak_bytes() -> int:
-    """Returns the peak memory of the GPU, without one that of the process."""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        return sys.modules["torch"].cuda.max_memory_allocated()
-    stats = sys.modules["jax"].devices()[0].memory_stats() if "jax" in sys.modules else {}
-    return (stats or {}).get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
+    """Compiles and warms up; returns facts, and a function for turns."""
+    advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
 
-
-def contender(name: str, case: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
-    """Compiles and warms up; returns facts, and a function for turns and for the peak memory at the end."""
-    advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](**case)
-
-    def run(steps: int) -> float:
+    def run(steps: int) -> None:
         for _ in range(steps):
             loss = advance()
-        if name == "torch" and loss.is_cuda:
-            sys.modules["torch"].cuda.synchronize()
-        return float(loss)  # waits for the step
+        float(loss)  # waits for the step
 
     run(1)
     steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))[0]))
 
-    def reply(end: bool) -> dict[str, Any]:
-        if end:
-            return {"peak_bytes": peak_bytes()}
+    def turn() -> dict[str, float]:
         watch = harness.Watch()
-        loss = run(steps)
+        run(steps)
         wall, _, others = watch.read()
-        return {"seconds": wall / steps, "loss": loss, "others": others}
+        return {"seconds": wall / steps, "others": others, "peak_bytes": harness.peak_bytes()}
 
-    return facts, reply
+    return facts, turn

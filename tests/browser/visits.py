@@ -1,4 +1,4 @@
-"""The service, and actions on its page."""
+"""A browser, the service, and actions on its page."""
 
 import json
 import os
@@ -8,40 +8,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chromium import Page
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from services import running
 
 import lungjax
 
-READY = "!document.getElementById('layout').hidden"
-# Runs before the page's scripts: counts violations of the content policy, and layout shifts.
-WATCH = """window.violations = []; window.shift = 0;
-addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + event.blockedURI));
-new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) if (!entry.hadRecentInput) shift += entry.value;
-}).observe({type: "layout-shift", buffered: true});"""
+expect.set_options(timeout=60_000)
+CHROMIUM = "/usr/bin/chromium"  # Debian's; without it, the browser of `playwright install chromium`
 # Elements that are wider than the window, except in scrollable boxes.
-OUT = """(() => {
+OVERFLOW = """(() => {
   const width = document.documentElement.clientWidth;
   const out = (node) => { const b = node.getBoundingClientRect(); return b.right > width + 1 || b.left < -1; };
   return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() && out(node)
-    && !node.closest(".wide, .unseen, .skip")).map((node) => node.outerHTML.slice(0, 150));
+    && !node.closest(".wide, pre, .unseen, .skip")).map((node) => node.outerHTML.slice(0, 150));
 })()"""
-# Controls and pictures without a name for screen readers.
-NAMELESS = """[...document.querySelectorAll("img, button, input, select")].filter((node) => node.checkVisibility()
-  && !node.getAttribute("alt") && !node.innerText?.trim() && !node.getAttribute("aria-label") && !node.labels?.length)
-  .map((node) => node.outerHTML)"""
 CARD = """(() => {
   const cards = [...document.querySelectorAll("#cards > .card")];
   const node = cards.find((one) => one.querySelector(".name").textContent == %s);
   const text = (selector) => node.querySelector(selector)?.innerText ?? null;
   const wide = (row, selector) => row.querySelector(selector).getBoundingClientRect().width;
-  return {warning: text(".warning"), best: text(".top-class"), problem: text(".problem"), words: node.innerText,
-    inside: node.querySelectorAll("h3 *").length,
+  return {warning: text(".warning"), best: text(".top-class"), words: node.innerText,
+    elements: node.querySelectorAll("h3 *").length,
     bars: [...node.querySelectorAll(".bars li")].map((row) => [row.children[0].textContent,
       parseFloat(row.children[1].textContent), row.children[2].textContent.includes("positive"),
       row.querySelector(".track b") ? 100 * wide(row, ".track b") / wide(row, ".track") : null])};
 })()"""
+
+
+@contextmanager
+def launch() -> Iterator[Browser]:
+    """Yields a headless Chromium."""
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM if Path(CHROMIUM).exists() else None)
+
+
+def watch_errors(page: Page) -> list[str]:
+    """Returns a list to which exceptions, console errors and warnings of a page are added.
+
+    Chromium logs each 4xx answer as an error; these are excluded.
+    """
+    errors: list[str] = []
+
+    def log(message: Any) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            errors.append(message.text)
+
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", log)
+    return errors
 
 
 @contextmanager
@@ -58,47 +72,42 @@ def post(address: str, path: Path) -> Any:
         return json.load(answer)
 
 
-def drop(page: Page, *paths: Path) -> None:
-    """Drops files on the page, and waits for the results."""
-    page.until(READY)
-    page.run("scrollTo(0, 0)")
-    before = page.run("document.querySelectorAll('#cards > .card').length")
-    box = "document.getElementById('drop').getBoundingClientRect()"
-    middle = page.run(f"(() => {{ const b = {box}; return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
-    page.drop(middle, list(paths))
-    finished(page, before + len(paths))
+def drop(page: Page, *paths: Path, results: int = 0) -> None:
+    """Drops files or folders on the page, and waits for as many results, by default one per path."""
+    ready(page)
+    drop_zone = page.locator("#drop")
+    drop_zone.scroll_into_view_if_needed()
+    box, before = drop_zone.bounding_box(), page.locator("#cards > .card").count()
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": list(map(str, paths)), "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
+    finished(page, before + (results or len(paths)))
+
+
+def ready(page: Page) -> None:
+    """Waits until the page shows the model."""
+    page.locator("#layout").wait_for()
 
 
 def finished(page: Page, count: int) -> None:
     """Waits until there are `count` cards with results."""
-    page.until(f"document.querySelectorAll('#cards > .card').length == {count}")
-    page.until("document.getElementById('progress').value == document.getElementById('progress').max")
+    expect(page.locator("#cards > .card")).to_have_count(count)
+    page.wait_for_function("() => { const bar = document.getElementById('progress'); return bar.value == bar.max; }")
 
 
 def card(page: Page, path: Path) -> dict[str, Any]:
     """Returns the content of a card; `bars` has class, percentage, called positive, width in percent."""
-    return page.run(CARD % json.dumps(path.name))
-
-
-def change(page: Page, selector: str, value: str, event: str = "change") -> None:
-    """Sets the value of a control."""
-    page.run(f"""(() => {{ const node = document.querySelector({json.dumps(selector)});
-      node.value = {json.dumps(value)}; node.dispatchEvent(new Event("{event}")); }})()""")
-
-
-def click(page: Page, selector: str) -> None:
-    """Clicks the first match of a selector."""
-    page.run(f"document.querySelector({json.dumps(selector)}).click()")
+    return page.evaluate(CARD % json.dumps(path.name))
 
 
 def wait_for_map(page: Page) -> None:
     """Waits for the first saliency map."""
-    page.until("[...document.querySelectorAll('.heat')].some((image) => image.complete && image.naturalWidth)")
+    page.wait_for_function("() => [...document.querySelectorAll('.heat')].some((map) => map.naturalWidth)")
 
 
 def picture(page: Page, name: str) -> None:
-    """Keeps a screenshot if LUNGJAX_SCREENSHOTS is set."""
-    folder = os.environ.get("LUNGJAX_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(Path(folder) / f"{name}.png")
+    """Writes a screenshot if LUNGJAX_SCREENSHOTS is set."""
+    if folder := os.environ.get("LUNGJAX_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)

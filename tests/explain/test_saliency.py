@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from lungjax.config import HeadConfig, InputSpec
 from lungjax.explain import saliency
 from lungjax.explain.saliency import Explainer
 from lungjax.models import receptive_field
-from lungjax.models.head import Head
+from lungjax.models.network import Network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE, CELL, CHANNELS = 16, 4, 5
@@ -28,18 +26,17 @@ SPEC = InputSpec(size=(SIDE, SIDE), channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
 
 
-class Toy(nn.Module):
+class Toy(Network):
     """One layer over the colors, mean over cells of 4 x 4, and a head."""
 
-    head: HeadConfig
-    outputs: int = 3
     relu: bool = True
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, Any]]:
-        x = nn.Dense(CHANNELS, name="colors")(images)
-        x = nn.avg_pool(nn.relu(x) if self.relu else x, (CELL, CELL), (CELL, CELL))
-        return Head(self.head, self.outputs, name="head")(x, train=train), {"last": x}
+    def feature_map(self, x, *, train):
+        x = nn.Dense(CHANNELS, name="colors")(x)
+        return nn.avg_pool(nn.relu(x) if self.relu else x, (CELL, CELL), (CELL, CELL))
+
+    def _stride(self):
+        return CELL
 
 
 FLAT = HeadConfig(pool="flatten", hidden=(6,))
@@ -47,7 +44,7 @@ FLAT = HeadConfig(pool="flatten", hidden=(6,))
 
 @functools.cache  # with its compiled programs
 def toy(head=FLAT, outputs=3, positive=None, relu=True, **options):
-    module = Toy(head, outputs, relu)
+    module = Toy(relu, head=head, outputs=outputs)
     return Explainer(module, random_variables(module, (SIDE, SIDE, 3)), SPEC, positive, **options)
 
 
@@ -161,15 +158,15 @@ def test_occlusion_by_hand():
 
 def test_places_of_cells_by_hand():
     """Pixel of the first cell's center, and pixels between cells."""
-    for name, expected in (
-        ("simple", (10.5, 8)),  # valid: 3x3 and a pool of 2, three times: 1 + .5 + 2 + 1 + 4 + 2
-        ("mobilenetv2", (31, 32)),  # Keras's SAME pads 0 above and 1 below at stride 2: 1 + 2 + 4 + 8 + 16
+    for name, side, cells, expected in (
+        ("simple", 64, 6, (10.5, 8)),  # valid: 3x3 and a pool of 2, three times: 1 + .5 + 2 + 1 + 4 + 2
+        ("xray_cnn", 80, 2, (17.5, 36)),  # strides as wide as the windows, and a remainder
+        ("convnext_tiny", 100, 3, (15.5, 32)),
+        ("mobilenetv2", 64, 2, (15.5, 32)),  # padded: spread evenly
+        ("mobilenetv2", 100, 4, (12, 25)),
     ):
-        module = models.MODELS[name]()
-        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-        variables = jax.eval_shape(lambda m=module: m.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
-        last = partial(lambda m, v, x: m.apply(v, x, train=False)[1]["last"], module)
-        assert receptive_field.places(last, variables, image) == (expected, expected), name
+        axes = receptive_field.cell_positions(models.MODELS[name](), (side, side), (cells, cells))
+        assert axes == (expected, expected), name
 
 
 def test_map_is_placed_by_the_receptive_field():

@@ -1,6 +1,6 @@
-"""One small network per family gives the logits that its reference gave for the same random weights.
+"""Logits of one small network per family against its reference, for the same random weights.
 
-`python -m tests.parity --goldens` wrote the files: the logits of the reference, names and shapes of its tensors and
+`python -m tests.parity.goldens` wrote the files: the logits of the reference, names and shapes of its tensors and
 its running statistics. The other tensors are drawn here again, each from its name, and converted by the rules.
 """
 
@@ -24,14 +24,14 @@ GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("*.npz"))
 
 
 def golden(path: Path):
-    """Returns the facts, the tensors by the names of the file, images and logits."""
+    """Returns the facts, the tensors by their name in the file, the images and the logits."""
     stored = np.load(path)
     facts = json.loads(str(stored["facts"]))
     tensors = {}
-    for name, (seed_name, shape, turned) in facts["tensors"].items():
+    for name, (seed_name, shape, transposed) in facts["tensors"].items():
         key = f"stat:{name}"
         value = stored[key] if key in stored else draw(seed_name, tuple(shape), facts["gain"], facts["shift"])
-        tensors[name] = value.transpose(2, 3, 1, 0) if turned else value
+        tensors[name] = value.transpose(2, 3, 1, 0) if transposed else value
     images = np.random.default_rng(facts["side"]).normal(size=(2, facts["side"], facts["side"], 3)).astype(np.float32)
     return facts, tensors, images, stored["logits"]
 
@@ -70,6 +70,6 @@ def test_logits_of_the_cpu_forms_equal_the_reference(path):
     check(path, lambda function: jax.jit(function, compiler_options=conv.compiler_options()))
 
 
-def test_every_family_with_public_weights_has_a_golden():
+def test_families_of_the_goldens():
     families = {models.family_of(json.loads(str(np.load(path)["facts"]))["model"]) for path in GOLDENS}
     assert families == set(models.FAMILIES) - {"transfusion", "xray_cnn"}

@@ -1,40 +1,11 @@
-"""The configurable head: parameter counts of the studies, order and arithmetic against numpy."""
+"""The configurable head against numpy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, output_count
-
-
-def count(tree) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
-KAGGLE = HeadConfig(norm_after_pool="batch", dropout=0.2)
-XRAY = HeadConfig(pool="avg2x2_flatten", hidden=(64,), hidden_dropout=0.5)
-VGG = HeadConfig(pool="flatten", hidden=(4096, 4096), hidden_dropout=0.5)
-# study, last map, head, classes, parameters with statistics (from the studies and Keras's summaries)
-HEADS = [
-    ("nccid", (2, 4, 1280), HeadConfig(dropout=0.2), 2, 2562),
-    ("ct_cov19 BiT", (7, 7, 2048), HeadConfig(zero_init=True), 3, 6147),
-    ("ct_cov19 EfficientNet-B0", (16, 16, 1280), HeadConfig(), 3, 3843),
-    ("ct_cov19 Simple", (62, 62, 64), HeadConfig(pool="max", hidden=(32,)), 3, 25475 - 160 - 4640 - 18496),
-    ("kaggle V2B0", (16, 16, 1280), KAGGLE, 3, 5927699 - 5918736),
-    ("xray own", (7, 7, 32), HeadConfig(pool="flatten", hidden=(256,), output="sigmoid"), 2, 401664 + 257),
-    ("xray MobileNetV2", (8, 8, 1280), XRAY, 2, 1310914),
-    ("covidx_ct VGG", (7, 7, 512), VGG, 3, 119558147),
-]
-
-
-def test_heads_of_the_studies():
-    for study, last, config, classes, parameters in HEADS:
-        head, x = Head(config, output_count(config, classes)), jax.ShapeDtypeStruct((1, *last), jnp.float32)
-        variables = jax.eval_shape(lambda x, head=head: head.init(jax.random.key(0), x, train=False), x)
-        assert count(variables) == parameters, study
-        outputs = 1 if config.output == "sigmoid" else classes
-        assert variables["params"]["dense"]["kernel"].shape[-1] == outputs, study
+from lungjax.models.head import Head
 
 
 def test_head_order_and_arithmetic():

@@ -11,57 +11,30 @@ import pytest
 from flax import linen as nn
 from kernels import quick_jit
 from random_weights import random_images, random_variables
+from shallow import SHALLOW
 
 from lungjax import models
 from lungjax.config import HeadConfig, ModelConfig, OptimConfig
-from lungjax.models.bit import BiT
 from lungjax.models.convnext import ConvNeXt
-from lungjax.models.densenet import DenseNet
-from lungjax.models.efficientnet import EfficientNet, Stage
-from lungjax.models.head import Head
+from lungjax.models.efficientnet import EfficientNet, Stage, expand
 from lungjax.models.layers import BatchNorm, Conv, DropPath
-from lungjax.models.mobilenet import MobileNet
-from lungjax.models.mobilenetv3 import MobileNetV3, Row
 from lungjax.models.ops import conv
-from lungjax.models.resnet import ResNet, keras_v2
-from lungjax.models.transfusion import Transfusion
 from lungjax.models.trees import flatten
-from lungjax.models.vgg import Vgg
-from lungjax.models.xray_cnn import XrayCNN
 from lungjax.training.optim import frozen_paths
-from lungjax.training.step import frozen_batch_norm
 
 ROWS = (Path(__file__).parent / "networks.txt").read_text().splitlines()
 TABLE = {name: values for name, *values in map(str.split, ROWS) if name != "#"}
-# The studies' networks, with three classes: trainable, with statistics (both from the papers' layers), channels,
-# smallest side, and maps by image size.
-STUDIES = {
-    "cbr_larget": (8536003, 8537987, 512, 217, {(256, 330): (3, 8)}),
-    "cbr_largew": (8437123, 8439043, 512, 121, {(128, 160): (1, 3), (328, 512): (13, 25)}),
-    "cbr_small": (2111171, 2112131, 256, 121, {(128, 160): (1, 3), (512, 512): (25, 25), (256, 330): (9, 14)}),
-    "cbr_tiny": (4306819, 4308739, 512, 91, {(128, 160): (3, 5), (512, 512): (27, 27), (328, 512): (15, 27)}),
-    "cbr_larget_study": (4306819, 4308739, 512, 91, {(256, 330): (11, 15)}),
-    "simple": (25475, 25475, 64, 22, {(128, 160): (14, 18), (512, 512): (62, 62)}),
+# Last map by image size of the studies' networks.
+MAPS = {
+    "cbr_larget": {(256, 330): (3, 8)},
+    "cbr_largew": {(128, 160): (1, 3), (328, 512): (13, 25)},
+    "cbr_small": {(128, 160): (1, 3), (512, 512): (25, 25), (256, 330): (9, 14)},
+    "cbr_tiny": {(128, 160): (3, 5), (512, 512): (27, 27), (328, 512): (15, 27)},
+    "cbr_larget_study": {(256, 330): (11, 15)},
+    "simple": {(128, 160): (14, 18), (512, 512): (62, 62)},
+    "xray_cnn": {(256, 256): (7, 7)},
 }
 PARTS = re.compile(r"stem_(conv|bn|norm)|stage\d+_(block\d+|downsample|transition|conv|bn)|top_(conv|bn|norm)|head")
-# Every kind of block and branch of the families, in few layers, and the number of blocks that remat recomputes.
-V3 = ((Row(3, 4, 4, 4, nn.relu, 2),), (Row(5, 8, 0, 6, nn.hard_swish, 2), Row(3, 8, 4, 6, nn.hard_swish)))
-STAGES = (Stage(True, 1, 8, 1, 1), Stage(True, 1, 12, 4, 2), Stage(False, 2, 16, 4, 2, squeeze=0.25))
-SHALLOW = {
-    "cbr": (partial(Transfusion, 5, (8, 12), padding="same", last_pool=False), 2),
-    "xray_cnn": (partial(XrayCNN, (4, 8), head=HeadConfig()), 2),
-    "efficientnet": (partial(EfficientNet, STAGES, stem=8, top=32, momentum=0.9, drop_path=0.5), 4),
-    "resnet18": (partial(ResNet, (1, 2), bottleneck=False, stride_conv=1, width=8), 3),
-    "resnet50_v15": (partial(ResNet, (1, 2), width=8), 3),
-    "resnet50v2": (partial(ResNet, (2, 2), **(keras_v2.keywords | {"width": 8})), 4),
-    "bit": (partial(BiT, (1, 2), width=32, head=HeadConfig()), 3),
-    "convnext": (partial(ConvNeXt, (2, 1), (4, 6), drop_path=0.5), 3),
-    "convnextv2": (partial(ConvNeXt, (2, 1), (4, 6), drop_path=0.5, grn=True), 3),
-    "densenet": (partial(DenseNet, (1, 2), 4), 4),
-    "vgg": (partial(Vgg, (1, 2), (4, 8), head=HeadConfig()), 3),
-    "mobilenet": (partial(MobileNet, ((1, 8), (2, 12)), stem=4), 3),
-    "mobilenetv3": (partial(MobileNetV3, V3, top=16, stem=4), 3),
-}
 SHAPE = (40, 37, 3)
 
 
@@ -108,7 +81,7 @@ def test_shapes_parameters_and_layer_names(names):
 
 
 def check_layer_names(name, params):
-    """Layers are named so that a network can be tuned by its head, its last block and its last stage."""
+    """Layer names allow fine-tuning of the head, the last block and the last stage."""
     assert name in models.FAMILIES[models.family_of(name)]
     assert [part for part in params if not PARTS.fullmatch(part)] == [], name
     paths = set(flatten(params))
@@ -124,23 +97,12 @@ def check_layer_names(name, params):
 
 
 def test_networks_of_the_studies():
-    for name, (trainable, total, channels, side, maps) in STUDIES.items():
+    for name, maps in MAPS.items():
         module = models.build(ModelConfig(name=name), 3)
-        variables, logits, features = shapes(module, (*next(iter(maps)), 1))
-        assert (count(variables["params"]), count(variables)) == (trainable, total), name
-        assert logits.shape == (2, 3) and features["last"].shape[-1] == channels, name
         assert {size: last_map(module, *size) for size in maps} == maps, name
-        assert models.minimum_size(ModelConfig(name=name)) == (side, side), name
-        check_layer_names(name, variables["params"])
-    module = models.build(ModelConfig(name="cbr_small", padding="same"), 3)
-    assert last_map(module, 96, 80) == (6, 5)
-    variables = shapes(models.MODELS["xray_cnn"](outputs=1), (256, 256, 3))[0]
-    assert count(variables) == 422177
-    check_layer_names("xray_cnn", variables["params"])
-
-
-def test_every_network_is_in_a_table():
-    assert set(TABLE) | set(STUDIES) | {"xray_cnn"} == set(models.MODELS)
+        check_layer_names(name, shapes(module, (256, 256, 1))[0]["params"])
+    assert last_map(models.build(ModelConfig(name="cbr_small", padding="same"), 3), 96, 80) == (6, 5)
+    assert set(TABLE) | set(MAPS) == set(models.MODELS)
 
 
 def test_minimum_size_and_one_pixel_less():
@@ -148,7 +110,7 @@ def test_minimum_size_and_one_pixel_less():
         head = HeadConfig(pool=pool)
         cbr = [models.build(ModelConfig(name=n, padding=p, head=head), 3)
                for n in ("cbr_larget", "cbr_small", "simple") for p in ("valid", "same")]  # fmt: skip
-        for module in [*cbr, *(make(head=head, outputs=3) for make, _ in SHALLOW.values())]:
+        for module in [*cbr, *(network.make(head=head, outputs=3) for network in SHALLOW.values())]:
             height, width = module.minimum_size()
             assert last_map(module, height, width) == (cells, cells), module
             for size in ((height - 1, width), (height, width - 1)):
@@ -157,11 +119,11 @@ def test_minimum_size_and_one_pixel_less():
 
 
 def test_remat_and_bfloat16():
-    """Neither changes a parameter; every block is recomputed; all layers but the head compute in bfloat16."""
+    """Parameters are unchanged; every block is recomputed; all layers except the head compute in bfloat16."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     images = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
-    for name, (make, blocks) in SHALLOW.items():
-        module = make(outputs=3)
+    for name, network in SHALLOW.items():
+        module = network.make(outputs=3)
         other = module.clone(remat=True, dtype=jnp.bfloat16)
         dtypes = set()
 
@@ -184,7 +146,7 @@ def test_remat_and_bfloat16():
             return other.apply(variables, images, train=True, rngs=keys, mutable=["batch_stats"])
 
         equations = jax.make_jaxpr(forward)(variables, images).eqns
-        assert sum(equation.primitive.name == "remat2" for equation in equations) == blocks, name
+        assert sum(equation.primitive.name == "remat2" for equation in equations) == network.blocks, name
 
 
 DEFAULT = ("cbr", "efficientnet", "densenet")
@@ -193,7 +155,7 @@ DEFAULT = ("cbr", "efficientnet", "densenet")
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SHALLOW])
 def test_training_step_of_a_shallow_network(name):
     """Gradients reach every parameter, remat changes none, statistics move by the decay, bfloat16 is close."""
-    module = SHALLOW[name][0](outputs=3)
+    module = SHALLOW[name].make(outputs=3)
     variables, images = random_variables(module, SHAPE), random_images(SHAPE)
 
     def gradients(train, remat=False):
@@ -223,34 +185,6 @@ def test_training_step_of_a_shallow_network(name):
     ratios = [new[path] / old[path] for path in old if path.endswith("var")]
     assert all(np.all(ratio >= module.momentum - 1e-6) for ratio in ratios)
     assert not ratios or min(ratio.min() for ratio in ratios) < (1 + module.momentum) / 2  # not a slower decay
-
-
-def test_evaluation_and_frozen_norms_keep_statistics():
-    head = HeadConfig(norm_before_pool="batch", norm_after_pool="batch")
-    module = SHALLOW["cbr"][0](outputs=3, head=head)
-    variables = random_variables(module, SHAPE)
-
-    def run(frozen):
-        options = {"train": frozen, "rngs": {"dropout": jax.random.key(0)}, "mutable": ["batch_stats"]}
-        with frozen_batch_norm("frozen" if frozen else "update", frozenset()):
-            return module.apply(variables, random_images(SHAPE), **options)
-
-    with conv.plain_forms():
-        results = quick_jit(lambda: [run(frozen) for frozen in (False, True)])()
-    for _, updates in results:
-        jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
-    evaluation, frozen = (features["last"] for (_, features), _ in results)
-    np.testing.assert_allclose(frozen, evaluation, rtol=1e-5, atol=1e-6)  # normalized by the running statistics
-
-
-def test_head_of_the_feature_map():
-    """As in Grad-CAM: the head applied to features["last"] gives the network's logits."""
-    module = models.build(ModelConfig(name="simple"), 3)
-    variables = random_variables(module, (30, 30, 1))
-    logits, features = quick_jit(partial(module.apply, train=False))(variables, random_images((30, 30, 1)))
-    head = Head(module.head, module.outputs)
-    again = head.apply({"params": variables["params"]["head"]}, features["last"], train=False)
-    np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_published_head_is_the_default():
@@ -289,16 +223,8 @@ def test_unavailable_options_are_named():
 
 
 def test_equal_builds_share_one_compiled_program():
-    config, traces = ModelConfig(name="efficientnetv2_s"), []
-
-    @partial(jax.jit, static_argnums=0)
-    def run(module, images):
-        traces.append(1)
-        return images
-
-    for classes in (3, 3, 4):
-        run(models.build(config, classes), jnp.ones(1))
-    assert len(traces) == 2
+    one, equal, other = (models.build(ModelConfig(name="efficientnetv2_s"), classes) for classes in (3, 3, 4))
+    assert one == equal != other and hash(one) == hash(equal)  # keys of jit's cache
 
 
 def test_drop_path_rises_linearly():
@@ -323,7 +249,7 @@ def test_drop_path_rises_linearly():
 
 
 def test_initial_values_are_the_authors():
-    stages = (Stage(True, 1, 64, 4, 2), Stage(False, 1, 64, 4, 1, squeeze=0.25))
+    stages = expand((Stage(True, 1, 64, 4, 2), Stage(False, 1, 64, 4, 1, squeeze=0.25)), 64)
     efficientnet, convnext = EfficientNet(stages, stem=64, top=512), ConvNeXt((1,), (16,), drop_path=0.0, outputs=5)
 
     def run(key):

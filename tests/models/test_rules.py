@@ -1,7 +1,7 @@
-"""Rules for weight files: each tensor of a layout has one leaf of the network, and no leaf is left without one.
+"""Rules for weight files: a one-to-one mapping between the tensors of a layout and the leaves of a network.
 
 `tests/goldens/tensor_names.json.gz` has names and shapes as timm, torchvision and Keras write them, by network and
-layout; `python -m tests.parity --goldens` wrote it. "today": the names of Keras 3, the others are of released files.
+layout; `python -m tests.parity.goldens` wrote it. "today": the names of Keras 3, the others are of released files.
 """
 
 import gzip
@@ -70,8 +70,8 @@ def test_names_of_other_publishers():
         arrays = {}
         for name, (path, shape) in tensors.items():
             zeros = np.zeros(shape, np.float32)
-            turned = zeros.transpose(3, 2, 0, 1) if zeros.ndim == 4 else zeros.T
-            arrays[name] = turned if table.torch else zeros
+            transposed = zeros.transpose(3, 2, 0, 1) if zeros.ndim == 4 else zeros.T
+            arrays[name] = transposed if table.torch else zeros
             if path.endswith("grn/scale"):
                 arrays[name] = zeros[None, None, None]  # Facebook's shape
         leaves = convert(arrays, table, dict(tensors.values()))

@@ -1,1 +1,1 @@
-"""Our networks beside the references, weights going through files in the released formats."""
+"""Networks compared with references of other libraries, through files in the released formats."""

@@ -16,15 +16,11 @@ class Case:
     gain: float = 1.0  # variance of random kernels times the number of their inputs
     double: bool = False  # compared in float64 as well
     train: bool = False  # training mode and gradients as well
-    options: tuple[tuple[str, object], ...] = ()  # of the reference's constructor
 
     @property
     def key(self) -> str:
         """The key of a row of the table."""
         return f"{self.model} {self.library}:{self.name}"
-
-
-PLAIN = (("include_preprocessing", False),)
 
 
 def _cases() -> list[Case]:
@@ -61,11 +57,11 @@ def _cases() -> list[Case]:
         Case("xray_cnn", "keras", "xray_cnn", "ours", 256, gain=2.0),
         # The same networks from another library's files: one per family.
         Case("efficientnet_b0", "keras", "EfficientNetB0", "keras", 224, 107),
-        Case("efficientnetv2_b0", "keras", "EfficientNetV2B0", "keras", 224, 107, options=PLAIN),
-        Case("convnext_tiny", "keras", "ConvNeXtTiny", "keras", 224, 107, options=PLAIN),
+        Case("efficientnetv2_b0", "keras", "EfficientNetV2B0", "keras", 224, 107),
+        Case("convnext_tiny", "keras", "ConvNeXtTiny", "keras", 224, 107),
         Case("densenet121", "keras", "DenseNet121", "keras", 224, 107),
         Case("vgg16", "keras", "VGG16", "keras", 224, gain=2.0),
-        Case("mobilenetv3_small", "keras", "MobileNetV3Small", "keras", 224, 107, options=PLAIN),
+        Case("mobilenetv3_small", "keras", "MobileNetV3Small", "keras", 224, 107),
         Case("mobilenet", "timm", "mobilenetv1_100", "timm", 224, 107),
         Case("mobilenetv2", "torchvision", "mobilenet_v2", "torchvision", 224, 107),
     ]  # fmt: skip
@@ -92,7 +88,7 @@ GOLDEN = (
     "convnextv2_atto ", "densenet121 torchvision", "vgg16 keras", "mobilenet keras", "mobilenetv2 torchvision",
     "mobilenetv3_small timm",
 )  # fmt: skip
-# Layouts of files whose tensor names the tests of the rules know, besides those of CASES.
+# Further layouts whose tensor names the tests of the rules know.
 NAMED = (
     r"efficientnet_(b0|lite0)|efficientnetv2_(b0|s)|resnet(18|50|50_v15|50v2)|bit_r50x1|convnext_tiny|convnextv2_atto"
     r"|densenet121|vgg1[69]|mobilenet(v2|v3_small|v3_large)?"
@@ -102,7 +98,7 @@ LAYOUTS = (
     Case("convnext_tiny", "torchvision", "convnext_tiny", "torchvision", 224),
     Case("efficientnetv2_s", "torchvision", "efficientnet_v2_s", "torchvision", 224),
     Case("mobilenetv2", "timm", "mobilenetv2_100", "timm", 224),
-    Case("mobilenetv3_large", "keras", "MobileNetV3Large", "keras", 224, options=PLAIN),
+    Case("mobilenetv3_large", "keras", "MobileNetV3Large", "keras", 224),
     *(Case(f"mobilenetv3_{v}", "torchvision", f"mobilenet_v3_{v}", "torchvision", 224) for v in ("small", "large")),
     *(Case(f"vgg{d}", "timm", f"vgg{d}", "timm", 224) for d in (16, 19)),
 )

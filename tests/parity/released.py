@@ -1,4 +1,4 @@
-"""How the released Keras files name what today's Keras names otherwise (keras-applications, 2017 to 2021)."""
+"""Tensor names in the released files: Keras (keras-applications, 2017 to 2021) and BiT."""
 
 import re
 
@@ -6,7 +6,7 @@ import re
 def released(network: str, layer: str, weights: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
     """Returns a layer's name and its weights' names in the released file of `network`.
 
-    `weights` are today's names with the shapes of the arrays.
+    `weights` are the names of Keras 3 with the shapes of the arrays.
     """
     new = _layer(network, layer)
     names = []
@@ -62,3 +62,24 @@ def _mobilenet_v3(layer: str) -> str:
     part = match[2].replace("squeeze_excite_conv_1", "squeeze_excite/Conv_1")
     part = re.sub("squeeze_excite_conv$", "squeeze_excite/Conv", part)
     return f"{match[1]}/{re.sub('_bn$', '/BatchNorm', part)}"
+
+
+def bit_name(name: str) -> str:
+    """Returns the name in Google's BiT files of a tensor of timm."""
+    *place, leaf = name.split(".")
+    match place:
+        case ["stem", "conv"]:
+            layer = "root_block/standardized_conv2d"
+        case ["norm"]:
+            layer = "group_norm"
+        case ["head", "fc"]:
+            layer = "head/conv2d"
+        case ["stages", stage, "blocks", block, *part]:
+            unit, branch = f"block{int(stage) + 1}/unit{int(block) + 1:02}", part[0]
+            if branch == "downsample":
+                layer = f"{unit}/a/proj/standardized_conv2d"
+            else:
+                kind = "group_norm" if branch.startswith("norm") else "standardized_conv2d"
+                layer = f"{unit}/{'abc'[int(branch[-1]) - 1]}/{kind}"
+    leaves = {"weight": "gamma", "bias": "beta"} if layer.endswith("group_norm") else {"weight": "kernel"}
+    return f"resnet/{layer}/{leaves.get(leaf, leaf)}"

@@ -1,7 +1,4 @@
-"""The studies' own small networks in Keras, written from the facts of their code; their layers bear our names.
-
-No weights of these were published, so there is no released file: ours are read from our own names.
-"""
+"""The studies' small networks in Keras, after their code, with our layer names. Their weights were not published."""
 
 from typing import Any
 

@@ -1,21 +1,15 @@
 """Training: 20 steps in Keras and in lungjax from the same weights, on the same batches, compared step by step.
 
 python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). Ours is the code of a run: the batches of
-`pipeline.train_batches` over a prepared folder of CT slices (random images without LUNGJAX_SHARED) and the compiled
+`pipeline.train_batches` over a prepared folder of CT slices (without LUNGJAX_SHARED, of random images) and the compiled
 step of `program.build`. Keras has the layers of `studies.build` under `train_on_batch` and the same arrays.
-Augmentation and dropout are off, so nothing is random.
-
-python -m tests.parity.test_training "RUN" float32|float64 prints one comparison as JSON.
+Augmentation and dropout are off, so nothing is random. Each comparison runs in its own process.
 """
 
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"  # before keras is imported
 
-import json
-import subprocess
-import sys
-import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,16 +17,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.parity.test_networks import in_process
+
 ROOT = Path(__file__).parent.parent.parent
 SLICES = ROOT / os.environ.get("LUNGJAX_SHARED", "../shared") / "data" / "ct"
 STEPS, SIDE = 20, 128
 BATCH = {"float32": 16, "float64": 4}  # Keras's convolutions in float64 take seconds per step
 CLASSES = {"COVID": 90, "NonCOVID": 50}  # images of each: different counts, so that class weights matter
 NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}  # Keras's and ours
-SGD = ["optim.name=sgd", "optim.lr=0.01", "optim.momentum=0.9"]
 RUNS = {  # network, differences from Adam with rate 1e-3 and epsilon 1e-7
     "cbr_small": ("cbr_small", ["optim.class_weights=balanced"]),
-    "simple, nesterov": ("simple", [*SGD, "optim.nesterov=True"]),
     "simple, adamw": ("simple", ["optim.name=adamw", "optim.weight_decay=0.01"]),
 }
 
@@ -82,9 +76,6 @@ def keras_optimizer(optim: Any) -> Any:
     algorithm 1) and optax after it: Keras's is 32 times as large at the first step and 7 times at the 20th.
     """
     from keras import optimizers
-
-    if optim.name == "sgd":
-        return optimizers.SGD(optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
 
     class Corrected(optimizers.AdamW if optim.name == "adamw" else optimizers.Adam):
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -174,12 +165,9 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def run_process(run: str, kind: str) -> tuple[dict[str, Any], np.ndarray]:
-    """Runs `compare` in a process; returns its result and the relative differences of the losses, and prints both."""
-    command = [sys.executable, "-m", "tests.parity.test_training", run, kind]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+def differences_of(run: str, kind: str, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the result of `compare` and the relative differences of the losses; prints both."""
+    result = in_process(compare, run, kind, folder)
     losses = np.asarray(result["losses"])
     assert losses.shape == (STEPS, 2) and np.ptp(losses[:, 0]) > 0.01
     differences = np.abs(losses[:, 1] / losses[:, 0] - 1)
@@ -190,28 +178,23 @@ def run_process(run: str, kind: str) -> tuple[dict[str, Any], np.ndarray]:
     return result, differences
 
 
-def test_twenty_steps_of_adam_in_float64():
-    """CBR-Small with class weights: the loss goes up to 5 and down again, and every digit of it is Keras's."""
-    result, differences = run_process("cbr_small", "float64")
+def test_twenty_steps_of_adam_in_float64(tmp_path):
+    """CBR-Small with class weights: the loss rises to 5 and falls again, and agrees with Keras's to 9 digits."""
+    result, differences = differences_of("cbr_small", "float64", tmp_path)
     assert differences.max() <= 1e-9
     assert max(result["statistics"].values()) <= 1e-7 and result["logits"] <= 1e-7
 
 
-def test_twenty_steps_of_adamw_in_float32():
-    result, differences = run_process("simple, adamw", "float32")
+def test_twenty_steps_of_adamw_in_float32(tmp_path):
+    result, differences = differences_of("simple, adamw", "float32", tmp_path)
     assert differences.max() <= 1e-4
     assert max(result["parameters"].values()) <= 1e-4 and result["logits"] <= 1e-4
 
 
-def test_first_step_in_float32():
+def test_first_step_in_float32(tmp_path):
     """Of the 166,000 pool windows of stage 3 some have two maxima that are equal in float32 only.
 
     Choosing the other one changes the gradient below it by some thousandths, and steps of this size multiply that. So
     in float32 no two programs agree for long; the first loss comes before any gradient.
     """
-    assert run_process("cbr_small", "float32")[1][0] <= 1e-5
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(compare(sys.argv[1], sys.argv[2], Path(name))))
+    assert differences_of("cbr_small", "float32", tmp_path)[1][0] <= 1e-5

@@ -1,4 +1,4 @@
-"""Before jax is imported: the TPU compiler without TPUs."""
+"""Enables the TPU compiler on a machine without TPUs, before jax is imported."""
 
 from lungjax.runtime import environment
 

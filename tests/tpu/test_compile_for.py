@@ -1,4 +1,4 @@
-"""The training step compiled by the TPU compiler, without a TPU, against numbers by hand. Needs the extra `tpu`:
+"""Reports of the TPU compiler on the training step against hand-computed numbers. Needs the extra `tpu`, but no TPU:
 
 python -m pytest tests/tpu
 """

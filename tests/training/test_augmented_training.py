@@ -62,7 +62,7 @@ def test_loss_of_mixed_labels(mixing):
 
     @jax.jit
     def mixed(variables, batch):
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        key, _ = jax.random.split(jax.random.key(config.train.seed))
         images = batch["image"].astype(jnp.float32)
         images, other, share = augment.mix(images, batch["label"], batch["place"], key, config.augment)
         images = normalize(images, config.input)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import commands
 import numpy as np
@@ -62,6 +63,14 @@ def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_data, capsys):
     (trace,) = (workdir / "profile").rglob("perfetto_trace.json.gz")
     names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
     assert sum("train_step" in name for name in names) >= 2
+
+
+def test_missing_extra_is_found_before_training(tmp_path, monkeypatch, small_data):
+    runs.patched(monkeypatch, small_data)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="extra"):
+        train.run(CONFIG, tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_events_of_a_finished_run(tmp_path, trained_run, capsys):

@@ -1,13 +1,21 @@
 from lungjax.training import metrics_log
 
 
-def test_rewind_drops_later_rows(tmp_path):
+def test_resume_drops_rows_that_come_again(tmp_path):
+    """Rows after the restored step, and the validation of that step, which was not saved."""
     path = tmp_path / "metrics.jsonl"
-    for step in (10, 20, 30):
-        metrics_log.append(path, {"step": step, "loss": 1 / step})
-    assert [row["step"] for row in metrics_log.rewind(path, 20)] == [10, 20]
-    metrics_log.append(path, {"step": 30, "loss": 0.5})
-    assert [row["loss"] for row in metrics_log.read(path)] == [0.1, 0.05, 0.5]
+    for step, name in (
+        (10, "train.loss"),
+        (10, "val.slice.loss"),
+        (20, "train.loss"),
+        (20, "val.slice.loss"),
+        (30, "lr"),
+    ):
+        metrics_log.append(path, {"step": step, name: 0.5})
+    remaining = metrics_log.truncate(path, 20, 10)
+    assert [tuple(row)[1] for row in remaining] == ["train.loss", "val.slice.loss", "train.loss"]
+    metrics_log.append(path, {"step": 30, "lr": 1.0})
+    assert [row["step"] for row in metrics_log.read(path)] == [10, 10, 20, 30]
 
 
 def test_truncated_last_line(tmp_path):

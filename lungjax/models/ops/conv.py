@@ -32,7 +32,7 @@ _PLAIN: Any = jax.make_user_context(False)
 def plain_forms() -> AbstractContextManager[None]:
     """Returns a context in which networks are traced with XLA's plain operations, for exports and quick compiles.
 
-    The program then has no platform-specific forms, and 1x1 convolutions are convolutions.
+    The program has no platform-specific forms, and 1x1 convolutions are not replaced by matrix products.
     """
     return _PLAIN(True)
 
@@ -72,14 +72,14 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 
 @functools.cache
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
-    """Returns the `compiler_options` of `jax.jit` for whole steps; empty except on the CPU.
+    """Returns the `compiler_options` of `jax.jit` for complete steps; empty except on the CPU.
 
     `platform` is the compilation target, by default this process's. `train` is False for prediction.
 
     By default XLA offloads float32 convolutions to YNNPACK, which runs them on one core, and those without padding
     several times slower still; XLA's older convolution uses all cores. The options restrict YNNPACK: in training to
     products and reductions, in prediction to reductions, since it fuses a product with the bias, the gate and the next
-    product, which is slower than separate loops. Empty too if jaxlib doesn't know the options.
+    product, which is slower than separate loops. Also empty if jaxlib does not have the options.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -95,21 +95,17 @@ def compiler_options(platform: str | None = None, train: bool = True) -> dict[st
     return options
 
 
-def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, groups: int = 1) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D]; a 1x1 convolution is one matrix product."""
+    if kernel.shape[:3] == (1, 1, x.shape[-1]) and pads == ((0, 0), (0, 0)) and not _PLAIN.value:
+        return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+    return _convolve(x, kernel, strides, pads)
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D] by XLA's own convolution."""
+    groups = x.shape[-1] // kernel.shape[2]
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=DIMENSIONS, feature_group_count=groups)
-
-
-def plain_depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves each channel of x [B, H, W, C] with its kernel in [h, w, 1, C] by XLA's own convolution."""
-    return plain_conv(x, kernel, strides, pads, x.shape[-1])
-
-
-def pointwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> jax.Array:
-    """Convolves x [B, H, W, C] with kernel [1, 1, C, D] as one matrix product."""
-    if _PLAIN.value:
-        return plain_conv(x, kernel, strides, ((0, 0), (0, 0)))
-    return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
 
 
 @jax.custom_vjp
@@ -139,42 +135,23 @@ product.defvjp(_product_save, _product_gradients)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves each channel of x [B, H, W, C] with its kernel in [h, w, 1, C].
-
-    On the CPU, forward pass and gradients are sums of shifted slices, accumulated in float32 or wider.
-    """
-    return _choose(_depthwise_forward, plain_depthwise, strides, pads)(x, kernel)
+def _convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    return _choose(_forward, plain_conv, strides, pads)(x, kernel)
 
 
-def _depthwise_gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    plain_dx, plain_dkernel = _plain_gradients(plain_depthwise)
-    dx = _choose(_depthwise_dx, plain_dx, strides, pads)(*saved, dy)
-    return dx, _choose(_depthwise_dkernel, plain_dkernel, strides, pads)(*saved, dy)
+def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
+    return _convolve(x, kernel, strides, pads), (x, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def dense_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves x [B, H, W, C] with kernel [h, w, C, D].
-
-    On the CPU an image of few channels is convolved as scaled slices; the gradient of the input is a product
-    and a sum of slices where the plain one would mostly multiply zeros (strides, kernels as large as the map).
-    """
-    return _choose(_dense_forward, plain_conv, strides, pads)(x, kernel)
+def _gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dx = _choose(_dx, _plain_dx, strides, pads)(x, kernel, dy)
+    if not _is_depthwise(x, kernel):
+        return dx, _plain_dkernel(x, kernel, dy, strides, pads)
+    return dx, _choose(_depthwise_dkernel, _plain_dkernel, strides, pads)(x, kernel, dy)
 
 
-def _dense_gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    plain_dx, plain_dkernel = _plain_gradients(plain_conv)
-    dx = _choose(_dense_dx, plain_dx, strides, pads)(*saved, dy)
-    return dx, plain_dkernel(*saved, dy, strides, pads)
-
-
-def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, of: Callable) -> tuple[jax.Array, Any]:
-    return of(x, kernel, strides, pads), (x, kernel)
-
-
-depthwise_conv.defvjp(partial(_save, of=depthwise_conv), _depthwise_gradients)
-dense_conv.defvjp(partial(_save, of=dense_conv), _dense_gradients)
+_convolve.defvjp(_save, _gradients)
 
 
 def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
@@ -182,14 +159,16 @@ def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callab
     return partial(cpu_or_default, cpu=cpu, default=plain)
 
 
-def _plain_gradients(plain: Callable) -> tuple[Callable, Callable]:
-    def dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-        return jax.vjp(lambda x: plain(x, kernel, strides, pads), x)[1](dy)[0]
+def _is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
+    return kernel.shape[2] == 1 < x.shape[-1] == kernel.shape[3]
 
-    def dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-        return jax.vjp(lambda kernel: plain(x, kernel, strides, pads), kernel)[1](dy)[0]
 
-    return dx, dkernel
+def _plain_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    return jax.vjp(lambda x: plain_conv(x, kernel, strides, pads), x)[1](dy)[0]
+
+
+def _plain_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    return jax.vjp(lambda kernel: plain_conv(x, kernel, strides, pads), kernel)[1](dy)[0]
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -207,8 +186,8 @@ def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.
     """Returns function(*args), computed exactly once and from arguments in memory.
 
     XLA's CPU fusion considers a sum of slices cheap and recomputes it in each of its readers (batch norm and
-    activation, forward and backward). It does not fuse across a conditional, so this is one that is always taken; the
-    barrier hides that from the compiler.
+    activation, forward and backward). It does not fuse across a conditional, so the function is a branch that is always
+    taken, which the barrier hides from the compiler.
     """
     result = jax.eval_shape(function, *args)
     predicate = lax.optimization_barrier(jnp.array(True))
@@ -227,28 +206,23 @@ def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, ja
     return [(i, j, x[:, i : i + height : down, j : j + width : across]) for i, j in taps]
 
 
-def _depthwise_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
-        total: Any = 0.0
-        for i, j, part in slices(padded, kernel.shape[:2], strides):
-            total += to_float32(part) * to_float32(kernel[i, j, 0])
-        return total.astype(x.dtype)
+def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """A sum of shifted slices for depthwise kernels, of scaled slices for images of few channels; else the plain form.
 
-    return isolate_fusion(add_up, pad(x, pads), kernel)
-
-
-def _dense_forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    kh, kw, depth, _ = kernel.shape
-    if depth > MAX_SLICED_CHANNELS or kh * kw * depth > MAX_SLICED_TERMS:
+    Sums are accumulated in float32 or wider.
+    """
+    (kh, kw, depth, _), depthwise = kernel.shape, _is_depthwise(x, kernel)
+    sliced = depth == x.shape[-1] <= MAX_SLICED_CHANNELS and kh * kw * depth <= MAX_SLICED_TERMS
+    if not depthwise and not sliced:
         return plain_conv(x, kernel, strides, pads)
 
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
         for i, j, part in slices(padded, (kh, kw), strides):
-            if j == 0 and i > 0 and kh * kw * depth > MAX_FUSED_TERMS:
+            if sliced and j == 0 and i > 0 and kh * kw * depth > MAX_FUSED_TERMS:
                 total = lax.optimization_barrier(total)  # one loop per row of the kernel
             for c in range(depth):
-                total += to_float32(part[..., c : c + 1]) * to_float32(kernel[i, j, c])
+                total += to_float32(part if depthwise else part[..., c : c + 1]) * to_float32(kernel[i, j, c])
         return total.astype(x.dtype)
 
     return isolate_fusion(add_up, pad(x, pads), kernel)
@@ -285,13 +259,6 @@ def scatter_gradient(
         return full[:, : shape[1], : shape[2]]
 
     return isolate_fusion(add_up, *(pad(a, extra) for a in arrays))
-
-
-def _depthwise_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    def term(i: int, j: int, part: jax.Array) -> jax.Array:
-        return to_float32(part) * to_float32(kernel[i, j, 0])
-
-    return scatter_gradient([dy], x.shape, kernel.shape[:2], strides, pads, term)
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -334,9 +301,19 @@ def _parts(cells: int, limit: int) -> int:
     return min(range(1, limit + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
-def _dense_dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    if x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
-        return _plain_gradients(plain_conv)[0](x, kernel, dy, strides, pads)
+def _dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """A sum of slices for depthwise kernels and where the plain form would mostly multiply zeros.
+
+    The latter is the case for strides and kernels as large as the map.
+    """
+    if _is_depthwise(x, kernel):
+
+        def term(i: int, j: int, part: jax.Array) -> jax.Array:
+            return to_float32(part) * to_float32(kernel[i, j, 0])
+
+        return scatter_gradient([dy], x.shape, kernel.shape[:2], strides, pads, term)
+    if kernel.shape[2] != x.shape[-1] or x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
+        return _plain_dx(x, kernel, dy, strides, pads)
     dtype, contract = jnp.promote_types(x.dtype, jnp.float32), (((3,), (3,)), ((), ()))
     product = lax.dot_general(dy, kernel, contract, preferred_element_type=dtype)  # [B, h, w, kh, kw, C]
 

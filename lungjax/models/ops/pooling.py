@@ -30,7 +30,7 @@ def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the maximum of each window of x [B, H, W, C]; padded cells never win.
+    """Returns the maximum of each window of x [B, H, W, C]; padding is ignored.
 
     The gradient goes to the first of equal maxima, row by row. On the CPU it is the maximum of shifted slices: one
     loop, which is fused with the bias and the activation before it.
@@ -79,7 +79,7 @@ def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pad
 
 @jax.custom_vjp
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """Returns the mean of each 2 x 2 cells of x [B, H, W, C]; an odd map loses its last row and column."""
+    """Returns the mean of each 2 x 2 block of x [B, H, W, C]; an odd map loses its last row and column."""
     plain = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
     return cpu_or_default(x, cpu=_avg_pool, default=plain)
 

@@ -1,4 +1,4 @@
-"""Networks for prediction: batch norms folded into the convolutions before them, and the batch size.
+"""Batch norms folded into the convolutions before them, for prediction.
 
 With fixed statistics a batch norm is a scale and a shift per channel, so norm(conv(x, kernel)) is
 conv(x, kernel * factor) + shift with factor = scale / sqrt(var + epsilon). Which norms can be folded is read from the
@@ -15,45 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from lungjax.config import Config
 from lungjax.models import trees
-from lungjax.models.jaxprs import inner_jaxprs
 from lungjax.models.layers import BatchNorm, Conv
 
 Variables = dict[str, Any]
-
-CPU_BATCH = 8  # images per device
-MAX_PIXELS = 64 * 224 * 224  # of a batch on an accelerator, per device
-MAX_IMAGES = 256  # per device
-MULTIPLE = 8  # of images: accelerators compute in tiles of this size
-
-
-def batch_size(config: Config, devices: int, platform: str) -> int:
-    """Returns the prediction batch size over all devices: `eval.batch_size`, or if that is 0, by rule.
-
-    It depends on image size, platform and number of devices, never on a measurement at run time, so a configuration is
-    always split into the same batches on the same kind of machine.
-
-    CPU: 8 per device. At 224 px (tests/benchmarks/inference.py) throughput with 1 image is 3 to 13 % below the best,
-    with 4 to 16 at most 4 %, and with 64 up to 7 %, at eight times the memory and more padding of a split.
-
-    GPU and TPU: as many pixels per device as 64 images of 224 x 224, a multiple of 8 images, at most 256. Not measured:
-    the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16, and a few are live at a time.
-
-    Args:
-      config: its `eval.batch_size` and `input.size` are used.
-      devices: number of devices that share each batch.
-      platform: "cpu", "gpu" or "tpu".
-    """
-    if config.eval.batch_size:
-        return config.eval.batch_size
-    if platform == "cpu":
-        return CPU_BATCH * devices
-    height, width = config.input.size
-    images = min(MAX_PIXELS // (height * width), MAX_IMAGES)
-    return devices * (images // MULTIPLE * MULTIPLE or max(images, 1))
 
 
 class ConvNorm(NamedTuple):
@@ -79,14 +46,14 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
 
     Not folded: norms of anything but a layer's output (a sum, an activation, a concatenation); norms of a layer whose
     output is also read elsewhere or returned; layers called more than once; and weight-standardized convolutions, whose
-    kernels can't be scaled.
+    kernels cannot be scaled.
     """
     if not shapes.get("batch_stats"):
         return ()
     layers: dict[str, Any] = {}
 
-    # Outputs are named by `checkpoint_name`, and norms are left out: a pair is then the name of a norm as the only
-    # reader of the name of a layer.
+    # `checkpoint_name` names the outputs of layers, and replaces each norm. A pair is then a norm's name whose operand
+    # is a layer's name without other readers.
     def name_outputs(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         foldable = isinstance(layer, nn.Dense) or (isinstance(layer, Conv) and layer.standardize is None)
@@ -124,17 +91,19 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
 
 
 def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
+    """Yields the jaxpr and those inside its equations, such as those of jit, remat and cond."""
     yield jaxpr
     for equation in jaxpr.eqns:
-        for inner in inner_jaxprs(equation):
-            yield from _all_jaxprs(inner)
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+            if isinstance(leaf, Jaxpr | ClosedJaxpr):
+                yield from _all_jaxprs(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
 
 
 def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
     """Returns variables with the norms of `pairs` folded, in the parameters' own dtype, float32.
 
-    Each pair keeps the layer's `kernel`, scaled, and the norm's `bias`, which becomes the whole shift. A network in
-    bfloat16 casts the folded kernel, so nothing is rounded twice.
+    Each pair keeps the layer's `kernel`, scaled, and the norm's `bias`, which becomes the complete shift. A network in
+    bfloat16 casts the folded kernel, so values are rounded only once.
     """
     params, stats = trees.flatten(variables["params"]), trees.flatten(variables.get("batch_stats") or {})
     for pair in pairs:
@@ -174,7 +143,7 @@ class FoldedModel:
         return _compiled_fold(self.pairs, structure, tuple(shardings))(variables)
 
     def layout(self, tree: Variables) -> Variables:
-        """Returns from a tree like the variables, such as their shardings, the leaves that folded variables have."""
+        """Returns a tree like the variables, such as their shardings, without the leaves that folding removes."""
         folded = {f"{pair.norm}/{name}" for pair in self.pairs for name in ("scale", "mean", "var")}
         folded |= {f"{pair.layer}/bias" for pair in self.pairs if pair.biased}
         return {name: trees.split(tree.get(name) or {}, folded)[0] for name in ("params", "batch_stats")}

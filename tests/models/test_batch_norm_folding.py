@@ -1,6 +1,4 @@
-"""Folding of batch norms: equal results, every norm that follows a convolution and no other; prediction batch size."""
-
-from functools import partial
+"""Folding of batch norms: equal outputs, and which norms are folded."""
 
 import jax
 import jax.numpy as jnp
@@ -11,50 +9,21 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from kernels import quick_jit
 from random_weights import random_images, random_variables
+from shallow import SHALLOW
 
-from lungjax import models
-from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec
-from lungjax.evaluation import predict_split
-from lungjax.models import folding, trees
-from lungjax.models.bit import BiT
-from lungjax.models.convnext import ConvNeXt
-from lungjax.models.densenet import DenseNet
-from lungjax.models.efficientnet import EfficientNet, Stage
+from lungjax.config import HeadConfig
+from lungjax.models import batch_norm_folding, trees
 from lungjax.models.layers import BatchNorm, Conv
-from lungjax.models.mobilenetv3 import HS, MobileNetV3, Row
 from lungjax.models.ops import conv
-from lungjax.models.resnet import ALL_BIASED, ResNet
 from lungjax.runtime import mesh as meshes
 
-SHAPE = (32, 32, 3)
+SHAPE = (36, 36, 3)
 BN_HEAD = HeadConfig(norm_before_pool="batch", norm_after_pool="batch", hidden=(8,))
-STAGES = (Stage(True, 1, 8, 1, 1), Stage(True, 1, 8, 2, 2), Stage(False, 1, 16, 2, 2, 5, 0.25))
-ROWS = ((Row(3, 8, 8, 8, HS, 2), Row(5, 16, 0, 8, HS)),)
-
-# One per family, and the norms that follow a convolution in it, counted by hand.
-NETWORKS = {
-    "transfusion": (small_bn(), 2),
-    "efficientnet": (partial(EfficientNet, STAGES, 8, 16), 1 + (1 + 2 + 3) + 1),
-    "resnet, biased as in Keras": (partial(ResNet, (1, 1), width=8, biased=ALL_BIASED, stride_conv=1), 1 + 4 + 4),
-    # Norms come before convolutions: only those inside a block follow one.
-    "resnet v2": (partial(ResNet, (1, 1), width=8, preact=True, biased=("conv3",)), 2 + 2),
-    "densenet": (partial(DenseNet, (2, 1), growth=4), 1 + 3),
-}
-COUNTS = {
-    "no norms": (models.MODELS["simple"], 0),
-    "group norm, standardized kernels": (partial(BiT, (1, 1), width=32), 0),
-    "layer norm": (partial(ConvNeXt, (1, 1), (8, 8), 0.0), 0),
-    "mobilenetv3": (partial(MobileNetV3, ROWS, 16, stem=8), 1 + (2 + 3) + 1),
-    # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
-    "norms in the head": (partial(small_bn(), head=BN_HEAD), 2),
-    "recomputed blocks": (partial(ResNet, (1, 1), width=8, bottleneck=False, stride_conv=1, remat=True), 1 + 2 + 3),
-    "mobilenetv2": (models.MODELS["mobilenetv2"], 52),
-}
 
 
 def both(module, variables, shape=SHAPE):
-    """Logits and last map of the plain and of the folded network, from one program."""
-    network = folding.FoldedModel(module, variables, shape)
+    """Returns the folded network, its variables, and the outputs of the plain and of the folded network."""
+    network = batch_norm_folding.FoldedModel(module, variables, shape)
     with conv.plain_forms():
         folded = network.fold(variables)
         run = quick_jit(lambda v, f, x: (module.apply(v, x, train=False), network(f, x)))
@@ -70,27 +39,27 @@ def rms(x):
     return np.sqrt(np.square(np.asarray(x, np.float64)).mean())
 
 
-SLOW = ("resnet, biased as in Keras", "densenet")
+FOLDED = [name for name, network in SHALLOW.items() if network.folded]
+DEFAULT = ("cbr", "efficientnet", "resnet50v2")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETWORKS])
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in FOLDED])
 def test_folded_network_equals_the_plain_one(name):
-    make, count = NETWORKS[name]
-    module = make(outputs=3)
+    module = SHALLOW[name].make(outputs=3)
     variables = random_variables(module, SHAPE)
     network, folded, plain, result = both(module, variables)
-    assert len(network.pairs) == count
     assert error(result[0], plain[0]) < 1e-5 and error(result[1]["last"], plain[1]["last"]) < 1e-5
     before, after = ([p for p in trees.flatten(v["batch_stats"]) if p.endswith("/var")] for v in (variables, folded))
-    assert len(after) == len(before) - count
+    assert len(after) == len(before) - len(network.pairs)
 
 
-def test_every_norm_after_a_convolution_is_found():
-    for name, (make, count) in {**NETWORKS, **COUNTS}.items():
-        module = make()
+def test_number_of_folded_norms():
+    # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
+    for name, network in SHALLOW.items():
+        module = network.make(remat=True, head=BN_HEAD)
         with conv.plain_forms():
             shapes = jax.eval_shape(lambda m=module: m.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
-            assert len(folding.find_pairs(module, shapes, SHAPE)) == count, name
+            assert len(batch_norm_folding.find_pairs(module, shapes, SHAPE)) == network.folded, name
 
 
 class Odd(nn.Module):
@@ -121,14 +90,14 @@ class Odd(nn.Module):
         return y.mean((1, 2)), {"last": x if self.kind == "returned" else y}
 
 
-def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
+def test_combinations_of_layer_and_norm():
     kinds = {"plain": 1, "dense": 1, "two norms": 1}
     kinds |= dict.fromkeys(("standardized", "after an activation", "read twice", "read inside", "returned"), 0)
     kinds |= dict.fromkeys(("convolution called twice", "norm called twice"), 0)
     for kind, count in kinds.items():
         module, shape = Odd(kind), (6, 6, 2)
         variables = random_variables(module, shape)
-        assert len(folding.FoldedModel(module, variables, shape).pairs) == count, kind
+        assert len(batch_norm_folding.FoldedModel(module, variables, shape).pairs) == count, kind
         if count:
             _, _, plain, folded = both(module, variables, shape)
             assert error(folded[0], plain[0]) < 1e-5 and error(folded[1]["last"], plain[1]["last"]) < 1e-5, kind
@@ -155,42 +124,10 @@ def test_folded_variables_keep_their_sharding():
     replicated = meshes.replicated(mesh)
     variables = random_variables(module, SHAPE)
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded if leaf.ndim == 4 else replicated), variables)
-    network = folding.FoldedModel(module, variables, SHAPE)
+    network = batch_norm_folding.FoldedModel(module, variables, SHAPE)
     folded = network.fold(placed)
     for leaf in trees.flatten(folded).values():
         assert leaf.sharding == (sharded if leaf.ndim == 4 else replicated)
     assert jax.tree.structure(network.layout(placed)) == jax.tree.structure(folded)
     for path, leaf in trees.flatten(network.fold(variables)).items():  # numpy arrays, as from a checkpoint
         np.testing.assert_allclose(leaf, trees.flatten(folded)[path], rtol=1e-6, err_msg=path)
-
-
-def test_batch_size_by_pixels_platform_and_devices():
-    for platform, devices, size, expected in (
-        ("cpu", 1, (224, 224), folding.CPU_BATCH),
-        ("cpu", 4, (600, 600), 4 * folding.CPU_BATCH),
-        ("gpu", 1, (224, 224), 64),
-        ("tpu", 8, (224, 224), 8 * 64),
-        ("gpu", 1, (32, 32), 256),
-        ("gpu", 2, (448, 224), 2 * 32),
-        ("gpu", 1, (256, 256), 48),  # 49 fit: a multiple of eight
-        ("gpu", 3, (800, 800), 3 * 5),
-        ("gpu", 3, (4000, 4000), 3),
-    ):
-        config = Config(input=InputSpec(size=size))
-        assert folding.batch_size(config, devices, platform) == expected, (platform, devices, size)
-        fixed = Config(input=InputSpec(size=size), eval=EvalConfig(batch_size=12))
-        assert folding.batch_size(fixed, devices, platform) == 12
-
-
-def test_batches_of_a_split(small_data):
-    batches = []
-
-    def predict_step(variables, batch):
-        batches.append(batch["image"].shape)
-        size = len(batch["row"])
-        return {"probabilities": np.full((size, 3), 1 / 3), "logits": np.zeros((size, 3)), "row": batch["row"]}
-
-    mesh = meshes.make_mesh()
-    predict_split.predict(predict_step, {}, small_data, "test", Config(input=InputSpec(size=(16, 16))), mesh)
-    size = folding.CPU_BATCH * mesh.size
-    assert batches == [(size, 16, 16, 1)] * -(-13 // size)

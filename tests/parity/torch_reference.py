@@ -1,0 +1,88 @@
+"""timm's and torchvision's networks as references."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from tests.parity import cpu_torchvision  # noqa: F401
+from tests.parity.cases import Case
+from tests.parity.references import Reference
+from tests.parity.released import bit_name
+
+
+class TorchReference(Reference):
+    def __init__(self, case: Case, double: bool = False) -> None:
+        if case.library == "timm":
+            import timm
+
+            model = timm.create_model(case.name)
+        else:
+            import torchvision
+
+            model = getattr(torchvision.models, case.name)()
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+            if hasattr(layer, "drop_rate"):
+                layer.drop_rate = 0.0
+            if type(layer).__name__ in ("StdConv2d", "StdConv2dSame"):
+                layer.eps = 1e-10  # as in the released code; timm has 1e-8
+        self.dtype = torch.float64 if double else torch.float32
+        self.case, self.model = case, model.to(self.dtype).eval()
+        self.names = list(model.state_dict())
+
+    def arrays(self) -> list[np.ndarray]:
+        return [value.numpy().copy() for value in self.model.state_dict().values()]
+
+    def assign(self, arrays: list[np.ndarray]) -> None:
+        old = self.model.state_dict()
+        pairs = zip(old.items(), arrays, strict=True)
+        self.model.load_state_dict(
+            {name: torch.from_numpy(np.asarray(a)).to(value.dtype) for (name, value), a in pairs}
+        )
+
+    def with_batch_statistics(self, images: np.ndarray) -> list[np.ndarray]:
+        """Returns the arrays with the statistics of `images` as running ones."""
+        for layer in self.model.modules():
+            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                layer.momentum = 1.0
+        self.model.train()
+        self.logits(images)
+        self.model.eval()
+        return self.arrays()
+
+    def feed(self, images: np.ndarray) -> torch.Tensor:
+        """Converts normalized RGB images to the input of the network."""
+        return torch.from_numpy(images).to(self.dtype).permute(0, 3, 1, 2).contiguous()
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.model(self.feed(images)).numpy()
+
+    def gradients(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns the logits in training mode and the gradients of their mean square, by the library's own names."""
+        self.model.train()
+        out = self.model(self.feed(images))
+        (out**2).mean().backward()
+        self.model.eval()
+        return out.detach().numpy(), {name: p.grad.numpy() for name, p in self.model.named_parameters()}
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def file_array(self, array: np.ndarray) -> np.ndarray:
+        return array.transpose(2, 3, 1, 0) if self.case.layout == "bit" and array.ndim == 4 else array
+
+    def file_name(self, name: str, shape: tuple[int, ...]) -> str:
+        return bit_name(name) if self.case.layout == "bit" else name
+
+    def write(self, path: Path) -> None:
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        if path.suffix == ".npz":
+            np.savez(path, **{bit_name(name): self.file_array(value.numpy()) for name, value in state.items()})
+        elif path.suffix == ".safetensors":
+            save_file(state, path)
+        else:
+            torch.save(state, path)
