@@ -43,9 +43,9 @@ def define_flags() -> None:
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
     flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
-    flags.DEFINE_string("gate", None, "A model that first decides for each volume whether it may be predicted.")
-    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume must have.")
-    flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
+    flags.DEFINE_string("gate", None, "Model that first decides which volumes are predicted.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must call for a volume to be predicted.")
+    flags.DEFINE_string("group_pattern", "", "Regex whose first group, matched in the path, is the patient.")
     cli.define_window_flags()
 
 
