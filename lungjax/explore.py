@@ -9,7 +9,6 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.config import PROTOCOLS, presets
-from lungjax.report import dataset_page
 
 FLAGS = flags.FLAGS
 
@@ -35,6 +34,8 @@ def main(_: list[str]) -> None:
     out = Path(FLAGS.out or Path("explore") / full).expanduser()
     data_dir = Path(FLAGS.data_dir).expanduser()
     data = datasets.open_dataset(FLAGS.dataset, data_dir, FLAGS.protocol)
+    from lungjax.report import dataset_page  # here: it imports jax and scikit-image
+
     print(f"Page: {dataset_page.write(data, data_dir, out, augmentations, FLAGS.stages, FLAGS.seed, FLAGS.samples)}")
 
 

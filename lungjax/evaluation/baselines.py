@@ -9,16 +9,16 @@ from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
 
-# AUC at which a baseline gives a warning; 0.5 is chance. Class frequencies also differ between sources without a
-# shortcut: two equal sources with 60 % and 40 % of a class give 0.6, with 70 % and 30 % 0.7.
+# AUC from which a baseline triggers a warning; 0.5 is chance. Class frequencies may differ between sources without a
+# shortcut: two sources of equal size give 0.6 with 60 % and 40 % of a class, and 0.7 with 70 % and 30 %.
 WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
-    """Returns predictions from the source of an image alone: the class frequencies of its training images.
+    """Returns predictions from the source of an image alone: the class frequencies among its source's training images.
 
-    Unknown sources ("", or missing in train) have the frequencies of all training images. `statistics.frequencies`
-    describes the smoothing. None if the training images have fewer than two known sources.
+    Unknown sources ("", or missing in train) get the frequencies of all training images. `statistics.frequencies`
+    describes the smoothing. Returns None if the training images have fewer than two known sources.
     """
     train, rows = data.rows("train"), data.rows(split)
     sources, labels, classes = data.columns["source"], data.columns["label"], len(data.classes)
@@ -34,14 +34,14 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
 
 
 def warnings(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a warning for each baseline with a high AUC in `report`, the content of report.json."""
+    """Yields a warning for each baseline with a high AUC; `report` is the content of report.json."""
     network = report["test"]["slice"]["auc_macro"]
     reference = "undefined" if network is None else f"{network:.3f}"
     texts = {
         "no_lungs": "With the lungs blacked out the network still reaches a test AUC of {:.3f} ({} with them): it uses "
         "image content outside the lungs.",
-        "source_only": "The source of an image alone gives a test AUC of {:.3f} (network: {}): sources predict the "
-        "class, and the network may have learned to recognize them.",
+        "source_only": "The source of an image alone gives a test AUC of {:.3f} (network: {}): it predicts the class, "
+        "and the network may have learned to recognize it.",
     }
     for name, text in texts.items():
         auc = report["controls"].get(name, {}).get("auc_macro")

@@ -1,11 +1,11 @@
-"""95 % confidence intervals by bootstrap over patients: of one run, of several runs, of the difference of two.
+"""95 % confidence intervals by bootstrap over patients: for one run, several runs, and the difference between two.
 
 Slices of a patient are correlated, so a draw samples patients with replacement, with all their slices (cluster
 bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its own patient.
 Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
-Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for it. A metric has no
-interval if it is undefined in more than half of the draws, or if there are fewer than two patients. An interval covers
-the choice of patients, not of the training seed; for that see `over_runs`.
+Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for that metric. A
+metric has no interval if it is undefined in more than half of the draws, or if there are fewer than two patients. An
+interval covers the variation between patients, not between training seeds; see `over_runs` for those.
 
 A draw is a count per patient; no examples are copied. All metrics except the areas under curves follow from sums over
 examples, a sparse product with the counts. The areas follow from cumulative sums along the ranking by score, which is
@@ -46,7 +46,7 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Returns the 95 % interval (low, high) of each metric of a level, by dotted name (`metrics.numbers`).
 
-    Metrics without an interval (see the module's docstring) are missing; with draws=0 all are. The same `seed` draws
+    Metrics without an interval (see the module's docstring) are omitted; with draws=0 all are. The same `seed` draws
     the same patients of a data set. `unit` is "slice" for the level over examples, "patient" for the level over
     patients (`metrics.by_patient`).
 
@@ -66,17 +66,17 @@ def over_runs(
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, None where undefined.
 
-    Each draw resamples patients and runs and averages over the runs, so the interval covers the choice of patients and
-    of seeds. With three runs it underestimates the variance between seeds by a third.
+    Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
+    patients and between seeds. With three runs it underestimates the variance between seeds by a third.
 
     `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits",
-    None takes all. Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
+    and None selects all. Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
     """
     if not runs:
         raise ValueError("no runs to average over")
     points, samples = _evaluate(runs, names, draws, seed, unit)
     k = len(runs)
-    # A separate stream: the patients are those of `intervals` for any number of runs.
+    # A separate random stream, so that the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
     for name in points[0] if names is None else names:
@@ -96,13 +96,13 @@ def paired_difference(
     seed: int = 0,
     unit: str = "slice",
 ) -> dict[str, Difference]:
-    """Returns the difference of two networks on the same examples, by name; each draw uses the same patients for both.
+    """Returns the difference between two networks by metric name; each draw uses the same patients for both.
 
     `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
     most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
     draws it is at least 0.001. It is not corrected for multiple comparisons.
 
-    `a` and `b` are for the same examples, in any order; `names` are dotted, None takes all. Raises ValueError for
+    `a` and `b` are for the same examples, in any order; `names` are dotted, and None selects all. Raises ValueError for
     different examples, an unknown name, and as `intervals`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
@@ -145,7 +145,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
 
 
 def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`], in total `draws` columns.
+    """Yields how often each patient was drawn, float64 [patients, up to `block`], `draws` columns in total.
 
     The draws do not depend on `block`.
     """
@@ -167,7 +167,7 @@ def wilson(count: int, n: int) -> list[float]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:
-    """Returns the percentile interval of the defined draws; None if fewer than half are defined."""
+    """Returns the percentile interval of the defined draws, or None if fewer than half are defined."""
     defined = values[~np.isnan(values)]
     if not len(defined) or 2 * len(defined) < len(values):
         return None
@@ -176,7 +176,7 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
-    """Returns the percentile interval of a metric from its draws; for the calibration error the basic interval.
+    """Returns the percentile interval of a metric from its draws, or the basic interval for the calibration error.
 
     A draw repeats examples, which moves the mean of a bin away from its confidence: the percentiles of ECE are too
     high, often above ECE itself. The basic interval reflects them at the estimate (Efron and Tibshirani, ch. 13.4).
@@ -254,14 +254,14 @@ def _area_sampler(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from counts [patients, draws] to AUC and average precision, [2, draws].
 
-    `positive`, `scores` and `member` (patient) are [M]. The areas are NaN without both sides.
+    `positive`, `scores` and `member` (patient) are [M]. The areas are NaN without positives or negatives.
     """
     if positive.all() or not positive.any():
         return lambda counts: np.full((2, counts.shape[1]), np.nan)
-    ranks = np.unique(scores[positive])[::-1]  # the distinct scores of positive examples, falling
+    ranks = np.unique(scores[positive])[::-1]  # distinct scores of positive examples, in descending order
     count = len(ranks)
     at = np.searchsorted(-ranks, -scores, side="left")  # the first rank whose score is not higher
-    counted = ~positive & (at < count)  # negatives below all positives change no area
+    counted = ~positive & (at < count)  # negatives below all positives do not affect the areas
     tied = counted & (ranks[np.minimum(at, count - 1)] == scores)
     # Sparse [ranks, patients]: examples of each rank.
     hit, alarm, tie = (_sparse(at[rows], member[rows], (count, patients)) for rows in (positive, counted, tied))

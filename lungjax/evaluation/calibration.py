@@ -14,7 +14,7 @@ from scipy import optimize, special
 from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions
 
-BOUNDS = (0.05, 20.0)  # of the temperature; without mistakes the optimum is zero
+BOUNDS = (0.05, 20.0)  # of the temperature; without misclassified examples the optimum is zero
 SCORES = ("ece", "brier", "loss")
 
 
@@ -77,7 +77,7 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
     """Returns `calibration` of the report: the temperature fitted on val, and the test split before and after scaling.
 
     Keys: `temperature`, `fitted_on`; `test` and `test_scaled`, each with SCORES; `bins` and `bins_scaled` of the test
-    split. Raises as `fit_temperature`.
+    split. Raises ValueError as `fit_temperature` does.
     """
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}

@@ -1,4 +1,4 @@
-"""The metrics of a report, from labels and probabilities, in numpy and float64.
+"""The metrics of a report, computed from labels and probabilities in float64.
 
 Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix. The predicted class has the
 highest probability; the first one if tied.
@@ -21,9 +21,9 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
 `study` has the metrics of the reproduced studies, see `lungjax.evaluation.study_metrics`.
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
-average precision without positives or negatives. Means are over the classes with a defined metric, None if there are no
-such classes. These are scikit-learn's definitions with `zero_division=nan`. A class without examples that is predicted
-has precision and F1 zero, which lowers their means.
+average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
+are no such classes. These are scikit-learn's definitions with `zero_division=nan`. A class that is predicted but has no
+examples has precision and F1 zero, which lowers their means.
 """
 
 import math
@@ -44,7 +44,7 @@ BINS = 15  # of the expected calibration error
 
 
 class Addends(NamedTuple):
-    """Contributions of the examples to one of the sums from which all metrics but the areas under curves follow."""
+    """Contributions of the examples to one of the sums that determine all metrics except the areas under curves."""
 
     shape: tuple[int, ...]  # of the sum
     places: np.ndarray  # [K] int, index into the flattened sum
@@ -84,7 +84,7 @@ def summarize(predictions: Predictions) -> Level:
 
 
 def addends(predictions: Predictions) -> dict[str, Addends]:
-    """Returns the addends of each sum that `metrics_from_sums` takes."""
+    """Returns the addends of each sum in `metrics_from_sums`."""
     p = predictions
     labels, scores, c = p.labels, np.asarray(p.probabilities, dtype=np.float64), len(p.classes)
     rows, zeros, ones = np.arange(len(p)), np.zeros(len(p), np.int64), np.ones(len(p))
@@ -144,7 +144,7 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
 def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
 
-    Leaves out counts (`n`, `confusion`, `mixed_groups`) and `intervals`.
+    Omits counts (`n`, `confusion`, `mixed_groups`) and `intervals`.
     """
     flat: dict[str, Any] = {}
     for name, value in level.items():
@@ -158,7 +158,7 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def report_levels(predictions: Predictions) -> dict[str, Any]:
     """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
 
-    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize`.
+    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize` does.
     """
     sources = {name: summarize(part) for name, part in by_source(predictions).items()}
     return {**unit_levels(predictions), "by_source": sources}
@@ -188,7 +188,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
 
     Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
     "several" if it differs within the group. Rows are sorted by name, without extra columns. An example with the group
-    "" is its own group, named by its id. Raises ValueError for invalid probabilities, as `summarize`.
+    "" is its own group, named by its id. Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
@@ -230,9 +230,7 @@ def check_probabilities(predictions: Predictions) -> None:
         if bad.any():
             ids = predictions.ids[bad]
             names = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-            raise ValueError(
-                f"the probabilities of {len(ids)} of {len(p)} examples {what}: {names}; diverged training?"
-            )
+            raise ValueError(f"probabilities of {len(ids)} of {len(p)} examples {what}: {names}; did training diverge?")
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -257,8 +255,10 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
 
     `positive` [N] bool, `scores` [N], higher meaning more likely positive.
     """
-    hits, alarms, _ = _cumulative_counts(positive, scores)
-    return float(_ratio(np.trapezoid(hits, alarms), hits[-1] * alarms[-1]))
+    from scipy import stats  # here: it takes a second to import
+
+    p, n = positive.sum(), (~positive).sum()
+    return float(_ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
@@ -266,45 +266,10 @@ def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
 
     Without negatives it would be 1 for any scores. `positive` [N] bool, `scores` [N].
     """
-    if positive.all() or not positive.any():
-        return float("nan")
-    recall, precision, _ = pr_curve(positive, scores)
-    return float((np.diff(recall) * precision[1:]).sum())
+    from sklearn.metrics import average_precision_score  # here: it takes two seconds to import
 
-
-def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns false positive rate, true positive rate and threshold, one point per distinct score.
-
-    The first point is (0, 0) at threshold infinity; an example is predicted positive if its score is at least the
-    threshold. Rates without positives or negatives are NaN. `positive` [N] bool, `scores` [N].
-    """
-    hits, alarms, thresholds = _cumulative_counts(positive, scores)
-    with np.errstate(invalid="ignore"):
-        return alarms / alarms[-1], hits / hits[-1], thresholds
-
-
-def pr_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns recall (rising from 0), precision and threshold, one point per distinct score.
-
-    The first point is (0, 1) at threshold infinity. Recall is NaN without a positive example. `positive` [N] bool,
-    `scores` [N].
-    """
-    hits, alarms, thresholds = _cumulative_counts(positive, scores)
-    with np.errstate(invalid="ignore"):
-        recall = hits / hits[-1]
-        precision = hits / (hits + alarms)
-    precision[0] = 1.0
-    return recall, precision, thresholds
-
-
-def _cumulative_counts(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns true and false positives [T + 1] and thresholds: infinity, and the T distinct scores, falling."""
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)[: len(ranked)])  # the last of each set of ties
-    hits = np.cumsum(positive[order], dtype=np.float64)[ends]
-    alarms = ends + 1 - hits
-    return np.append(0.0, hits), np.append(0.0, alarms), np.append(np.inf, ranked[ends])
+    defined = positive.any() and not positive.all()
+    return float(average_precision_score(positive, scores)) if defined else float("nan")
 
 
 def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:

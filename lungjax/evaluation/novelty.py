@@ -45,16 +45,16 @@ COLOR = 6  # index in "detail"
 # Descriptions of values below and above those of the training images, for the features of "intensity" and "detail".
 MEANINGS = {
     "intensity": (
-        *[("its dark areas are darker", "its dark areas are brighter")] * 3,
+        *[("darker dark areas", "brighter dark areas")] * 3,
         ("darker overall", "brighter overall"),
-        *[("its bright areas are darker", "its bright areas are brighter")] * 3,
-        ("less of it is black", "more of it is black"),
-        ("less of it is white", "more of it is white"),
-        *((f"its {side} border is darker", f"its {side} border is brighter") for side in BORDERS),
+        *[("darker bright areas", "brighter bright areas")] * 3,
+        ("smaller black area", "larger black area"),
+        ("smaller white area", "larger white area"),
+        *((f"darker {side} border", f"brighter {side} border") for side in BORDERS),
     ),
     "detail": (
         *[("smoother", "more fine detail or noise")] * 5,
-        ("narrower for its height", "wider for its height"),
+        ("narrower aspect ratio", "wider aspect ratio"),
         ("less colorful", "more colorful"),
     ),
 }  # fmt: skip
@@ -77,13 +77,13 @@ class Gaussian:
         return np.linalg.norm((features - self.mean) @ self._whitening.T, axis=-1) / self.unit
 
     def deviations(self, features: np.ndarray) -> np.ndarray:
-        """Returns how many standard deviations each feature of [D] is from the mean."""
+        """Returns how many standard deviations each feature [D] is from the mean, [D]."""
         return (features - self.mean) / np.sqrt(np.diag(self.covariance))
 
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
-    """A score fitted by `fit` or read by `from_dict`. Raises ValueError for invalid pictures, as `measure`."""
+    """A score from `fit` or `from_dict`. Its methods raise ValueError for invalid pictures, as `measure` does."""
 
     parts: dict[str, Gaussian]
     threshold: float
@@ -112,7 +112,7 @@ class Novelty:
         return MEANINGS[name][largest][int(deviations[largest] > 0)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the score as JSON-ready content, about 90 kB as text."""
+        """Returns JSON-ready content for `from_dict`, about 90 kB as text."""
         parts = {}
         for name, part in self.parts.items():
             lower = part.covariance[np.tril_indices(len(part.mean))]
@@ -124,7 +124,7 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
     """Fits the score to train images, chooses the threshold on val images, and counts false alarms on test images.
 
     Pictures are measured one at a time; 2,000 train and 1,000 val images are enough. The counts are optimistic if
-    patients have images in several splits. Raises ValueError for fewer images than MIN_IMAGES, and as `measure`.
+    patients have images in several splits. Raises ValueError for fewer images than MIN_IMAGES or invalid pictures.
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
@@ -149,7 +149,7 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
 
 
 def from_dict(content: Mapping[str, Any]) -> Novelty:
-    """Returns the score of `Novelty.to_dict`. Raises ValueError for invalid content."""
+    """Returns the score from the content of `Novelty.to_dict`. Raises ValueError for invalid content."""
     try:
         parts = {}
         for name, tolerances in TOLERANCES.items():

@@ -3,8 +3,8 @@
 Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
 Thresholds are chosen on the validation split and evaluated on the test split. Rules:
 
-    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); of equals the highest threshold
-    sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another number)
+    youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); the highest threshold if tied
+    sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another value)
 
 Predictive values depend on the prevalence. `ppv` and `npv` are those of the test split; `ppv_at` and `npv_at` follow by
 Bayes' rule from the same sensitivity and specificity at a given prevalence.
@@ -27,7 +27,7 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or a split without examples of the class or of the other classes.
+    Raises ValueError for an unknown rule, or if all examples or none are of the class.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
@@ -35,9 +35,12 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
         raise ValueError(f"rule {rule!r}: allowed are youden and sensitivity_X with 0 < X <= 1")
-    fpr, tpr, thresholds = metrics.roc_curve(predictions.labels == class_index, _scores(predictions, class_index))
+    from sklearn.metrics import roc_curve  # here: it takes two seconds to import
+
+    positive, scores = predictions.labels == class_index, _scores(predictions, class_index)
+    fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
     good = tpr - fpr if rule == "youden" else tpr >= sensitivity
-    return float(thresholds[1 + np.argmax(good[1:])])  # the first of equals, without the threshold infinity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first one if tied, without the threshold infinity
 
 
 def metrics_at_thresholds(
@@ -56,7 +59,7 @@ def metrics_at_thresholds(
     Raises ValueError for a prevalence outside 0..1.
     """
     if not 0 <= prevalence <= 1:
-        raise ValueError(f"prevalence={prevalence}: allowed is 0 to 1")
+        raise ValueError(f"prevalence={prevalence}: must be in 0..1")
     if not thresholds:
         return []
     p, limits = predictions, np.asarray([threshold for _, threshold in thresholds])[:, None]
@@ -89,7 +92,7 @@ def metrics_at_thresholds(
 def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
     """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}, for every class.
 
-    {} for a class without a threshold; `missing_rules` gives the reason. Raises as `metrics_at_thresholds`.
+    {} for a class without a threshold; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
@@ -111,8 +114,8 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
     """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
     At a threshold probability t a false positive costs t / (1 - t) of the benefit of a true positive, and examples with
-    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Use calibrated probabilities
-    of at least one example.
+    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
+    calibrated; at least one example is required.
 
     Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" treats every example.
     Treating none has a net benefit of zero.
@@ -128,7 +131,7 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
 
 
 def _one_sided(p: Predictions, class_index: int) -> str:
-    """Returns why no threshold can be chosen on these examples, or ""."""
+    """Returns the reason why no threshold can be chosen on these examples, or ""."""
     positive = p.labels == class_index
     if positive.any() and not positive.all():
         return ""

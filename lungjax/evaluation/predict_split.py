@@ -14,6 +14,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models.inputs import prediction_batch_size
 from lungjax.runtime import mesh as meshes
+from lungjax.runtime.signals import Watch
 
 
 def predict(
@@ -23,13 +24,13 @@ def predict(
     split: str,
     config: Config,
     mesh: Mesh,
-    progress: bool = False,
-    check: Callable[[], None] = lambda: None,
+    watch: Watch | None = None,
 ) -> Predictions:
     """Returns the predictions for every example of a split, in record order.
 
     `predict_step` takes `variables` and is jitted with replicated outputs (`mesh.replicated`), so every host has all
-    predictions. `check` is called between batches and may raise. Raises ValueError for an empty split.
+    predictions. Shows a progress bar without `watch`; with it raises Interrupted between batches after a signal.
+    Raises ValueError for an empty split.
     """
     rows = data.rows(split)
     if not len(rows):
@@ -45,8 +46,9 @@ def predict(
 
     running: list[dict[str, jax.Array]] = []  # computed while the next batch is read and transferred
     total = -(-len(rows) // size)
-    for batch in tqdm(batches, f"predicting {split}", total, disable=not progress, leave=False):
-        check()
+    for batch in tqdm(batches, f"predicting {split}", total, disable=watch is not None, leave=False):
+        if watch:
+            watch.check()
         running.append(predict_step(variables, meshes.to_devices(batch, mesh)))
         if len(running) > 1:
             keep(running.pop(0))

@@ -2,7 +2,7 @@
 
 Columns of the CSV, one row per example: `id`, `group` (patient), `source`, `label` and `predicted` (class names),
 `p_CLASS` and, if logits are known, `logit_CLASS` for each class in label order, `extra_NAME` for each additional column
-of the data set. Every metric of a report follows from this file.
+of the data set. Every metric of a report can be computed from this file.
 """
 
 import csv
@@ -63,7 +63,7 @@ def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
 
 
 def write(predictions: Predictions, path: Path) -> None:
-    """Writes the CSV atomically, with the shortest digits from which `read` restores each float32 exactly."""
+    """Writes the CSV atomically, with the fewest digits from which `read` restores each float32 exactly."""
     names = np.asarray(predictions.classes, dtype=np.str_)
     header = [
         *COLUMNS,
@@ -103,8 +103,8 @@ def read(path: Path) -> Predictions:
         raise ValueError(f"{path}: logits of {', '.join(logit_classes)}, but probabilities of {', '.join(classes)}")
     if missing or not classes:
         raise ValueError(
-            f"{path}: no column {', '.join(missing) or 'p_CLASS'}; a predictions file starts with "
-            f"{','.join(COLUMNS)},p_..., this one with {','.join(header[:6]) or 'nothing'}"
+            f"{path}: missing column {', '.join(missing) or 'p_CLASS'}; the header should start with "
+            f"{','.join(COLUMNS)},p_..., but it is {','.join(header[:6]) or 'empty'}"
         )
     places = [header.index(f"{kind}_{name}") for kind in ("p", "logit")[: 1 + bool(logit_classes)] for name in classes]
     labels, numbers = [], []

@@ -29,7 +29,7 @@ def argmax_of_rounded(probabilities: np.ndarray) -> np.ndarray:
 def values(
     sums: Mapping[str, np.ndarray], rates: Mapping[str, np.ndarray], auc_micro_logits: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Returns the metrics of the module's docstring, NaN where undefined, for any leading axes [...].
+    """Returns the metrics listed in the module's docstring, NaN where undefined, for any leading axes [...].
 
     `sums` are those of `metrics.metrics_from_sums`, `rates` have "precision" and "recall" [..., C], NaN where
     undefined, and `auc_micro_logits` [...] is passed through.

@@ -1,1 +1,1 @@
-"""Shows what a trained network looked at: the command `python -m lungjax.explain`."""
+"""Saliency maps of trained networks: the command `python -m lungjax.explain`."""

@@ -1,7 +1,7 @@
 """Draws saliency maps of a trained network: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
-Writes image, map and overlay of each image as WORKDIR/explain/NAME_METHOD.png. `--split=test` draws contact sheets of a
-split, most confident first, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
+Writes each image with its map and their overlay to WORKDIR/explain/NAME_METHOD.png. `--split=test` draws contact sheets
+of a split, most confident first, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
 reported and skipped; the exit code is then 1.
 """
 
@@ -27,14 +27,12 @@ QUALITY_IMAGES = 100
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("workdir", None, "A finished run.")
-    flags.DEFINE_list("images", [], "Files, folders, CSV lists, scans, as for lungjax.predict.")
-    flags.DEFINE_enum(
-        "split", None, ["train", "val", "test"], "Draw contact sheets of this split of the run's data set."
-    )
+    flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+    flags.DEFINE_list("images", [], "Files, folders, CSV lists and scans, as for lungjax.predict.")
+    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
     flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
-    flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, for --quality all.")
-    flags.DEFINE_string("class", None, "The class to explain; default the predicted class of each image.")
+    flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, or all for --quality.")
+    flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")
     count = f"Number of images for --split (default all) and --quality (default {QUALITY_IMAGES})."
     flags.DEFINE_integer("count", None, count, lower_bound=1)
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
@@ -46,7 +44,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Checks the flags, draws or measures, and reports unreadable images."""
     if not FLAGS.workdir:
-        raise app.UsageError("--workdir=RUN, the folder of a finished run, is missing")
+        raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
     if not (FLAGS.images or FLAGS.split or FLAGS.quality):
         raise app.UsageError("nothing to explain: give --images=FILE,FOLDER, --split=test or --quality")
     for method in FLAGS.method:
@@ -54,7 +52,7 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
     windows = cli.windows()  # typos are reported before jax is imported
     environment.prepare_jax()
-    # Here, since they import jax, which is slow and must be configured first.
+    # Here: they import jax, which is slow and must be configured first.
     from lungjax.data import pipeline
     from lungjax.explain import figures, quality
     from lungjax.explain.saliency import Explainer
@@ -74,14 +72,14 @@ def main(_: list[str]) -> None:
     methods = FLAGS.method or ["gradcam"]
     bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
-        print("The last feature map is one cell: only occlusion and integrated_gradients localize.")
+        print("The last feature map has a single cell: only occlusion and integrated_gradients localize.")
     if FLAGS.images:
         description = replace(description, **windows)
         inputs = gather(FLAGS.images, description)
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, description, bad)
         if not figures.draw_images(explainer, pictures, run.classes, methods, target, out, FLAGS.save_maps):
-            reasons = "\n  ".join(bad or ["the folders have no images"])
+            reasons = "\n  ".join(bad or ["the folders contain no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"
     needs_data = FLAGS.split or (FLAGS.quality and not synthetic)

@@ -42,8 +42,8 @@ TOLERANCE = 0.05  # fraction of the shorter side: largest distance from the lesi
 DELETIONS = 20  # steps of the deletion curve
 SANITY_IMAGES = 16
 DRAWS = 3  # of shuffled weights
-# Mean rank correlation with the original map above which a map counts as unchanged. This is our choice, the paper gives
-# no limit: at 0.5 a quarter of the ranks' variance is explained.
+# Mean rank correlation with the original map above which a map counts as unchanged. The paper gives no limit; at our
+# choice of 0.5 the original map explains a quarter of the variance of the ranks.
 UNCHANGED = 0.5
 PARTS = (0.25, 0.5, 0.75, 1.0)  # fractions of the modules below the head that are also shuffled, from the top
 
@@ -59,10 +59,10 @@ class Slices:
 
 
 def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
-    """Returns `count` slices of new patients with alternating findings, and their masks, preprocessed alike.
+    """Returns `count` slices of new patients with alternating findings, and their masks with the same preprocessing.
 
-    `classes` are those of phantom_ct in any order; `name`, the training data set, gives stage and size. Patients
-    without a visible lesion in LEVELS slices are skipped.
+    `classes` are those of phantom_ct in any order; `name` is the training data set, whose stage and size apply.
+    Patients without a visible lesion in LEVELS slices are skipped.
     """
     findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
@@ -104,7 +104,7 @@ def near(masks: np.ndarray, pixels: float) -> np.ndarray:
 def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Returns whether the maximum of each map [N, H, W] is in its mask, float64 [N].
 
-    If several pixels are tied, the share of them in the mask. A map of zeros is a miss.
+    For tied pixels it is their share in the mask. A map of zeros is a miss.
     """
     top = maps.max((1, 2), keepdims=True)
     tied = (maps == top) & (top > 0)
@@ -206,9 +206,9 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
 
 
 def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
-    """Returns the pointing game of `maps` on `slices`, without and with TOLERANCE, and that of chance and random maps.
+    """Returns the pointing game of `maps` on `slices`, without and with TOLERANCE, next to chance and random maps.
 
-    `correct` bool [N] are the slices that the network classifies correctly, which are also counted separately.
+    `correct` bool [N] are the slices that the network classifies correctly; they are also counted separately.
     """
     pixels = TOLERANCE * min(maps.shape[1:])
     wide = near(slices.lesions, pixels)
@@ -275,9 +275,9 @@ def write(
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
 
-    Measures on `count` evenly spaced images of the reader's test split, for the class `target` or the predicted ones,
-    without the pointing game. `reader` None is for networks of phantom_ct: synthetic slices of `count` new patients,
-    for the true finding. `config`, `classes` and `step` are those of the run.
+    Uses `count` evenly spaced images of the reader's test split, for the class `target` or the predicted ones, without
+    the pointing game. With `reader` None, for networks of phantom_ct, it uses synthetic slices of `count` new patients
+    and explains the true finding. `config`, `classes` and `step` are those of the run.
     """
     bad: list[str] = []
     slices = None

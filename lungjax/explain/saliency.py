@@ -98,10 +98,10 @@ class Explainer:
     variables: dict[str, Any]  # params and batch_stats
     spec: InputSpec  # with the mean and std of the weights
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
-    batch_size: int = 0  # number of images or of occluded copies; 0 is the batch size of prediction
+    batch_size: int = 0  # images or occluded copies; 0 means the batch size of prediction
     steps: int = 32  # of integrated_gradients
-    patch: int = 0  # side of the occluded square in pixels; 0 is a seventh of the shorter side
-    stride: int = 0  # of the square in pixels; 0 is half a patch
+    patch: int = 0  # side of the occluded square in pixels; 0 means a seventh of the shorter side
+    stride: int = 0  # of the square in pixels; 0 means half a patch
     align: bool = True  # place gradcam and gradcam++ by receptive field; False stretches them, as published
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Explainer:
             maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
             return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
         attributions, _ = self.attributions(images, targets)
-        # Only evidence for the class, as by the ReLU of the other methods.
+        # Only evidence for the class, like the ReLU of the other methods.
         raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
         return np.asarray(_scaled(raw, size)), probabilities
 

@@ -103,8 +103,6 @@ def _show(axis: "Axes", tile: Tile, masks: Sequence[str]) -> None:
     axis.imshow(image, cmap="gray", vmin=0, vmax=255)
     if tile.heat is not None:
         axis.imshow(tile.heat, cmap="viridis", vmin=0, vmax=1, alpha=0.5)  # as `saliency.overlay`
-    axis.set_xticks([])
-    axis.set_yticks([])
     axis.spines[:].set(color=tile.frame, linewidth=0.8 if tile.frame == FRAME else 2)
     for name, mask in tile.masks.items():
         color, dashes = CONTOURS[masks.index(name)]
@@ -112,8 +110,7 @@ def _show(axis: "Axes", tile: Tile, masks: Sequence[str]) -> None:
             # An empty border closes the contours of a mask that reaches the edge of the image.
             x, y = (np.arange(-1, n + 1) for n in mask.shape[::-1])
             axis.contour(x, y, np.pad(mask, 1), levels=[0.5], colors=color, linestyles=[dashes], linewidths=1.3)
-    axis.set_xlim(-0.5, image.shape[1] - 0.5)
-    axis.set_ylim(image.shape[0] - 0.5, -0.5)
+    axis.set(xticks=[], yticks=[], xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
 
 
 def fit(text: str, inches: float, size: float, weight: str = "normal") -> str:

@@ -43,7 +43,7 @@ SHORT_METRICS = {
     "npv": "NPV", "ppv": "PPV", "average_precision": "average precision",
 }  # fmt: skip
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
-# Neither F1 nor precision: for a class that the source lacks, each false positive would make them zero.
+# Neither F1 nor precision: a single false positive for a class that the source lacks would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
@@ -76,8 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
 
-    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises ValueError for a figure that
-    is not a PNG file, OSError for a missing one.
+    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises OSError for a missing figure.
     """
     facts = report["facts"]
     figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}
@@ -97,7 +96,7 @@ def build(
         "mistakes": Table(
             ["image (test)", "true", "predicted", "probability"],
             [[each["id"], each["true"], each["predicted"], rate(each["probability"])] for each in report["mistakes"]],
-            note="The true classes take turns, highest probability first; second images of a patient come last.",
+            note="The true classes alternate, highest probability first; further images of a patient come last.",
             text=True,
         ),
         "counts": _counts(facts.get("counts")),
@@ -140,8 +139,8 @@ def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     note = (
-        "A dash is an undefined number, such as the recall of a class without examples. Per patient: the mean "
-        "probability over the slices of a patient."
+        "A dash marks an undefined number, such as the recall of a class without examples. The probability of a "
+        "patient is the mean over the patient's slices."
     )
     if any(level["intervals"] for level in columns.values()):
         note += f" With 95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws."
@@ -204,7 +203,7 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     note = (
         f"0 is perfect calibration. The logits are divided by the temperature, which was fitted on "
-        f"{calibration['fitted_on']}; a temperature above 1 means that the network was overconfident."
+        f"{calibration['fitted_on']}; a temperature above 1 means that the network is overconfident."
     )
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
@@ -222,7 +221,7 @@ def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
     note = (
         "A class is predicted if its probability reaches the threshold, which was chosen on val for the maximum sum of "
         "sensitivity and specificity (youden) or for a minimum sensitivity. PPV and NPV hold for the class frequencies "
-        "of the test split; PPV is lower if the disease is rarer."
+        "of the test split; for a rarer disease PPV is lower."
     )
     return Table(["class", "chosen for", "threshold", *names.values()], rows, "Operating points (test)", note)
 

@@ -27,7 +27,8 @@ def split_bars(counts: Mapping[str, Mapping[str, Sequence[int]]], classes: Seque
     for (split, numbers), row in zip(counts.items(), axes, strict=True):
         for axis, what in zip(row, columns, strict=True):
             values = np.asarray(numbers[what])
-            style.style(axis)
+            title = f"{split}: {values.sum():,} {what}" if axis is row[0] else f"{split}: {what} per class"
+            style.style(axis, style.plain(title), 10.5)
             axis.grid(visible=False, axis="y")
             axis.barh(places, values, color=colors, height=0.72)
             axis.set_yticks(places, names if axis is row[0] else [""] * len(names))
@@ -36,12 +37,10 @@ def split_bars(counts: Mapping[str, Mapping[str, Sequence[int]]], classes: Seque
             for place, value in zip(places, values, strict=True):
                 share = f"  ({style.percent(value / values.sum())})" if values.sum() and axis is row[0] else ""
                 axis.text(value, place, f" {value:,}{share}", va="center", fontsize=9, color=style.INK)
-            title = f"{split}: {values.sum():,} {what}" if axis is row[0] else f"{split}: {what} per class"
-            axis.set_title(style.plain(title), loc="left", fontsize=10.5, color=style.INK)
     for i, what in enumerate(columns):
         longest = max(max(numbers[what]) for numbers in counts.values())
         axes[0, i].set_xlim(0, max(longest, 1) * (1.42 if i == 0 else 1.18))
-        axes[-1, i].set_xlabel(f"Number of {style.plain(what)}", color=style.INK)
+        axes[-1, i].set_xlabel(f"Number of {style.plain(what)}")
         axes[-1, i].locator_params(axis="x", nbins=5, integer=True)
         axes[-1, i].xaxis.set_major_formatter("{x:,.0f}")
     style.save(figure, path)
@@ -64,12 +63,10 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
         axis.text(1.01, place, f"{total:,.0f}", va="center", fontsize=9, color=style.INK)
     axis.text(1.01, -0.75, "images", va="center", fontsize=9, color=style.MUTED)
     axis.set_yticks(range(len(counts)), [style.short(name, 28) for name in counts])
-    axis.set_ylim(len(counts) - 0.5, -0.9)
-    axis.set_xlim(0, 1)
     axis.set_xticks(np.linspace(0, 1, 6), [f"{20 * i}%" for i in range(6)])
-    axis.set_xlabel("Share of the source's images", color=style.INK)
+    axis.set(xlim=(0, 1), ylim=(len(counts) - 0.5, -0.9), xlabel="Share of the source's images")
     axis.tick_params(axis="y", length=0)
-    longest = max(len(style.short(name, 26)) for name in classes) * 0.08 + 0.5  # inches, about
+    longest = max(len(style.short(name, 26)) for name in classes) * 0.08 + 0.5  # approximately, in inches
     axis.legend(
         frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, int(5.6 / longest)),
         borderaxespad=0.1, handlelength=1.4,
@@ -93,15 +90,13 @@ def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
         if i >= len(classes):
             axis.set_visible(False)
             continue
-        style.style(axis)
         pairs, count = np.unique(sizes[labels == i], axis=0, return_counts=True)
         look: dict[str, Any] = {"color": style.COLORS[i % len(style.COLORS)], "edgecolor": style.INK, "linewidth": 0.4}
         axis.axline((0, 0), slope=1, color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axis.scatter(*pairs.T, 8 + 900 * count / max(count.sum(), 1), alpha=0.5, **look)
         title = f"{fit(classes[i], wide, 10.5)}\n{len(pairs):,} size{'' if len(pairs) == 1 else 's'}"
-        axis.set_title(title, loc="left", fontsize=10.5, color=style.INK)
-        axis.set_xlim(0, max_width * 1.12)
-        axis.set_ylim(0, max_height * 1.12)
+        style.style(axis, title, 10.5)
+        axis.set(xlim=(0, max_width * 1.12), ylim=(0, max_height * 1.12))
         axis.locator_params(nbins=5)
     figure.supxlabel("Width in pixels (dashed: square images)", fontsize=10, color=style.INK)
     figure.supylabel("Height in pixels", fontsize=10, color=style.INK)
@@ -114,19 +109,15 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> No
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     edges = np.arange(0, 257, LEVELS)
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        style.style(axis)
+        style.style(axis, style.plain(title))
         for i, (name, shares) in enumerate(curves.items()):
             binned = np.asarray(shares).reshape(-1, LEVELS).sum(axis=1)
             look = {**style.line_style(i), "label": style.short(name, 26), "linewidth": 1.6}
             axis.stairs(np.maximum(binned, FLOOR / 10), edges, baseline=None, **look)
-        axis.set_yscale("log")
-        axis.set_ylim(FLOOR, 1)
+        axis.set(yscale="log", ylim=(FLOOR, 1), ylabel="Share of the pixels")
         axis.set_yticks([1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.01%", "0.1%", "1%", "10%", "100%"])
         axis.minorticks_off()
-        axis.set_ylabel("Share of the pixels", color=style.INK)
-        axis.set_title(style.plain(title), loc="left", fontsize=11, color=style.INK)
         style.legend_beside(axis, len(curves))
-    axes[-1].set_xlim(0, 256)
-    axes[-1].set_xticks([*range(0, 256, 32), 255])
-    axes[-1].set_xlabel(f"Gray level, 0 is black and 255 is white ({LEVELS} levels per bin)", color=style.INK)
+    label = f"Gray level, 0 is black and 255 is white ({LEVELS} levels per bin)"
+    axes[-1].set(xlim=(0, 256), xticks=[*range(0, 256, 32), 255], xlabel=label)
     style.save(figure, path)

@@ -7,20 +7,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from lungjax import datasets
 from lungjax.config import AugmentConfig, InputSpec
-from lungjax.data import prepared, statistics
-from lungjax.data.imaging import images
+from lungjax.data import augment, prepared, statistics
+from lungjax.data.imaging import images, lung_masks, study_masks
+from lungjax.data.pipeline import Reader
 from lungjax.data.prepared import Prepared
+from lungjax.datasets.build import near_duplicates
 from lungjax.report import contact_sheet, context
 from lungjax.report.contact_sheet import Section, Tile
 from lungjax.report.templating import Figure
 
 MAX_PAIRS = 12  # duplicates on a sheet
-MAX_CANDIDATES = 12  # images among which the one with the largest lungs is typical
+MAX_CANDIDATES = 12  # for the typical image, the one with the largest lungs
 SLICES = 5  # on the sheet of the stages
 DRAWS = 11  # augmented copies of the image
 MAX_SIDE = 600  # pixels of an image on a sheet
@@ -57,8 +60,6 @@ class View:
         candidates = statistics.spread(np.unique(rows), self.data, MAX_CANDIDATES, self.rng)
         if not self.masks:
             return candidates[0]
-        from lungjax.data.imaging import lung_masks
-
         return max(candidates, key=lambda row: float(lung_masks.lung_mask(self.gray(row)).mean()))
 
     def gray(self, row: int) -> np.ndarray:
@@ -110,13 +111,11 @@ def stages(view: View) -> list[Figure]:
     """Draws the stages of some slices; [] without masks, or if the data set already has a stage."""
     if not view.masks or datasets.resolve(view.data.name)[0].stage:
         return []
-    from lungjax.data.imaging import lung_masks, study_masks  # here: scikit-image takes a second
-
     rows = statistics.spread(np.arange(len(view.data.columns["label"])), view.data, SLICES, view.rng)
     tiles = []
     for row in rows:
         tiles += [_outlined(view, row), *(_staged(view, row, name) for name in lung_masks.ROBUST)]
-    # The fixed threshold and contour of the studies fail on many slices; they work on one with large lungs.
+    # The fixed threshold and contour of the studies fail on many slices, but work on one with large lungs.
     typical = view.typical_row
     study = [_outlined(view, typical), *(_staged(view, typical, name) for name in study_masks.STAGES)]
     caption = "The default stages (prepare --dataset=NAME-STAGE); one row per slice, from different sources."
@@ -127,8 +126,6 @@ def stages(view: View) -> list[Figure]:
 
 
 def _outlined(view: View, row: int) -> Tile:
-    from lungjax.data.imaging import lung_masks
-
     gray = view.gray(row)
     masks = {"body mask": lung_masks.body_mask(gray), "lung mask": lung_masks.lung_mask(gray)}
     empty = [f"no {name} found" for name, mask in masks.items() if not mask.any()]
@@ -136,11 +133,9 @@ def _outlined(view: View, row: int) -> Tile:
 
 
 def _staged(view: View, row: int, stage: str) -> Tile:
-    from lungjax.data.imaging import lung_masks
-
     staged = lung_masks.apply(view.gray(row), stage)
     height, width = staged.image.shape
-    lines = (f"{width} x {height} pixels", *(() if staged.found else ("not found: previous stage",)))
+    lines = (f"{width} x {height} pixels", *(() if staged.found else ("not found: previous stage shown",)))
     return Tile(staged.image, lines, stage)
 
 
@@ -157,11 +152,6 @@ def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str,
 
 
 def _draws(view: View, row: int, config: AugmentConfig) -> list[Tile]:
-    import jax
-
-    from lungjax.data import augment
-    from lungjax.data.pipeline import Reader
-
     margin = config.box_jitter  # space for the edges of the box to move
     spec = InputSpec(crop="box" if margin else "none", box_margin=margin)
     example = Reader(view.data, spec, margin, body=config.exterior > 0).example(row)
@@ -177,11 +167,9 @@ def _draws(view: View, row: int, config: AugmentConfig) -> list[Tile]:
 
 def duplicates(view: View) -> list[dict[str, Any]]:
     """Draws exact copies and near duplicates side by side; returns counts and figure of each kind."""
-    from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
-
-    near = f"nearly the same picture, of different {view.summary['group_name']}"
+    near = f"nearly identical but from different {view.summary['group_name']}"
     return [
-        _pairs(view, "Exact copies", "equal in every pixel", statistics.copies(view.data)),
+        _pairs(view, "Exact copies", "identical in every pixel", statistics.copies(view.data)),
         _pairs(view, "Near duplicates", near, near_duplicates.read(view.data, view.data_dir)),
     ]
 

@@ -39,8 +39,8 @@ def write(
       data: the data set, prepared in `data_dir`.
       data_dir: the folder of the data sets.
       out: output folder.
-      augmentations: configurations by name; {} shows the default one.
-      stages: whether to segment bodies and lungs; None does if the data set was prepared with masks.
+      augmentations: configurations by name; {} selects the default.
+      stages: whether to segment bodies and lungs; None does so if the data set was prepared with masks.
       seed: random seed of the choice of images.
       samples: images per class.
 
@@ -48,7 +48,7 @@ def write(
     be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} is not empty: choose a new folder, or delete that one")
+        raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")
     masks = data.body if stages is None else stages
     default = "covidnet_ct" if data.body else "ct_cov19_original" if masks else "xray_covid_online"
     augmentations = augmentations or {default: presets.preset(default)}

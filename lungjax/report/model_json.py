@@ -23,9 +23,9 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES evenly spaced images of each split, without unreadable ones.
+    """Fits the novelty score to at most MAX_IMAGES evenly spaced images of each split; skips unreadable ones.
 
-    Returns None if there are too few.
+    Returns None if too few images remain.
     """
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
@@ -121,11 +121,11 @@ def _box(config: Config, data: Prepared) -> str:
     frames = np.column_stack([0 * columns["width"], 0 * columns["height"], columns["width"], columns["height"]])
     if config.input.crop != "box" or (columns["box"] == frames).all():
         return ""
-    return "body" if entry.axial and name.base != "folder" else "given"  # users may give boxes of anything
+    return "body" if entry.axial and name.base != "folder" else "given"  # boxes that users provide may contain anything
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns the operating points per level of calibrated predictions; "patient" only if one has several slices."""
+    """Returns the operating points of calibrated predictions by level; "patient" only if one has several slices."""
     pairs = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
         pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])

@@ -36,8 +36,7 @@ def training_curves(
     figure = style.figure(8, 0.8 + 2.3 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=[1.3] + [1] * (len(panels) - 1))
     for axis, (title, names) in zip(axes, panels, strict=True):
-        style.style(axis)
-        axis.set_title(style.plain(title), loc="left", fontsize=11, color=style.INK)
+        style.style(axis, style.plain(title))
         for name in names:
             _line(axis, history, name)
         if best_step is not None:
@@ -48,7 +47,7 @@ def training_curves(
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
     row = next((row for row in reversed(history) if row.get("epoch")), None)
     epoch = f" (one epoch is {row['step'] / row['epoch']:,.0f} steps)" if row else ""
-    axes[-1].set_xlabel(f"Step{epoch}", color=style.INK)
+    axes[-1].set_xlabel(f"Step{epoch}")
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
@@ -122,8 +121,8 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
     """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
 
-    The legend has the areas under them; chance level of the average precision is the share of the class. A class
-    without positives or negatives has no area.
+    The legend has the areas under the curves; the chance level of the average precision is the share of the class. A
+    class without positives or negatives has no curve.
     """
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
@@ -156,15 +155,21 @@ def square(axis: "Axes", kind: str) -> None:
 
 
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
-    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N]."""
-    if kind == "roc":
-        x, y, _ = metrics.roc_curve(positive, scores)
-        axis.plot(x, y, **look)
-        return metrics.auc(positive, scores)
-    x, y, _ = metrics.pr_curve(positive, scores)
-    # The average precision is the area under steps: between two thresholds the precision is that of the next one.
-    axis.plot(x, y, drawstyle="steps-pre", **look)
-    return metrics.average_precision(positive, scores)
+    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N].
+
+    The curve is empty and its area NaN without positives or negatives.
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
+
+    area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, scores)
+    x, y = np.zeros((2, 0))
+    if kind == "roc" and np.isfinite(area):
+        x, y, _ = roc_curve(positive, scores, drop_intermediate=False)
+    elif np.isfinite(area):
+        y, x, _ = precision_recall_curve(positive, scores)
+    # The average precision is the area under these steps, in the order of falling recall.
+    axis.plot(x, y, drawstyle="default" if kind == "roc" else "steps-post", **look)
+    return area
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
@@ -206,8 +211,8 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
     """Returns up to `count` rows of correct and as many of wrong predictions; deterministic.
 
-    The true classes take turns. Correct predictions are spread evenly over the rows of a class. Wrong ones are sorted
-    by falling probability, the first of each patient before second ones.
+    Alternates between the true classes. Correct predictions are spread evenly over the rows of a class. Wrong ones are
+    sorted by falling probability, the first image of each patient before any further images.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
@@ -247,16 +252,11 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
         width = 1 / len(drawn) / len(looks)
         left = [b["low"] + k * width for b in drawn]
         lower.bar(left, [b["n"] for b in drawn], width=0.9 * width, align="edge", color=color)
-    for axis in (upper, lower):
-        style.style(axis)
-    upper.set_title("Reliability", loc="left", fontsize=12, color=style.INK)
-    upper.set_ylabel("Accuracy", color=style.INK)
-    upper.set_xlim(-0.01, 1.01)
-    upper.set_ylim(-0.03, 1.03)
-    upper.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    style.style(upper, "Reliability", 12)
+    style.style(lower)
+    upper.set(ylabel="Accuracy", xlim=(-0.01, 1.01), ylim=(-0.03, 1.03), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     upper.legend(frameon=False, fontsize=9, loc="upper left")
-    lower.set_ylabel("Examples", color=style.INK)
-    lower.set_xlabel("Confidence (highest probability)", color=style.INK)
+    lower.set(xlabel="Confidence (highest probability)", ylabel="Examples")
     style.save(figure, path)
 
 
@@ -278,17 +278,13 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.tick_params(labelbottom=True)  # also above an empty cell
     for axis, i in zip(axes.flat, panels, strict=False):
         curve = operating_points.net_benefit(p, i)
-        t = curve["thresholds"]
-        style.style(axis)
+        t, share = curve["thresholds"], n[i] / len(p)
+        style.style(axis, f"{style.short(p.classes[i], 24)} ({style.percent(share)})", 10)
         axis.axhline(0, color=style.INK, linewidth=1, label="treat none")
         axis.plot(t, curve["all"], color=style.MUTED, linewidth=1.4, linestyle=style.DASHES, label="treat all")
         axis.plot(t, curve["model"], color=style.COLORS[0], linewidth=1.8, label="network")
-        share = n[i] / len(p)
         top = max(share, 0.02)
-        axis.set_ylim(-0.35 * top, 1.1 * top)  # that of treating all is unbounded below
-        axis.set_xlim(0, 1)
-        title = f"{style.short(p.classes[i], 24)} ({style.percent(share)})"
-        axis.set_title(title, loc="left", fontsize=10, color=style.INK)
+        axis.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top))  # the net benefit of treating all is unbounded below
     left_out = f", the {len(panels)} most frequent of {len(n)} classes" if len(panels) < len(n) else ""
     figure.suptitle(f"Net benefit{left_out}", x=0.01, ha="left", fontsize=12, color=style.INK)
     figure.supxlabel("Threshold probability", fontsize=10, color=style.INK)

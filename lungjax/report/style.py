@@ -28,13 +28,16 @@ def figure(width: float, height: float, layout: str = "constrained") -> "Figure"
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")  # type: ignore[arg-type]
 
 
-def style(axis: "Axes") -> None:
-    """Gives an axis a light grid and frame."""
+def style(axis: "Axes", title: str = "", size: float = 11) -> None:
+    """Gives an axis a light grid and frame, and a left-aligned title of `size` points."""
     axis.grid(color="#E4E4E4", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")
     axis.tick_params(colors=INK, labelsize=9)
+    axis.xaxis.label.set_color(INK)
+    axis.yaxis.label.set_color(INK)
+    axis.set_title(title, loc="left", fontsize=size, color=INK)
 
 
 def line_style(i: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pages from the Jinja templates in `templates/`: NAME.html.j2 and NAME.md.j2, with every value escaped.
 
 The context of a page has plain values, `Number`, `Table` and `Figure`. A page in both formats has one body, NAME.j2,
-which calls the macros of the format. HTML pages are self-contained and have no scripts.
+that calls the macros of each format. HTML pages are self-contained and have no scripts.
 """
 
 import base64
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 import markupsafe
 from markupsafe import Markup
+from PIL import Image
 
 READABLE_SCALE = 0.6  # of a figure's width, below which its text is illegible
 MIN_SCROLL_WIDTH = 420  # pixels; a figure that is legible at this width fits any screen
@@ -62,16 +63,14 @@ class Figure:
 
 
 def embed(path: Path, caption: str) -> Figure:
-    """Returns a figure that HTML embeds and Markdown links to. Raises ValueError for a file that is not a PNG."""
-    data = path.read_bytes()
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-        raise ValueError(f"{path} is not a PNG picture")
-    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))  # of the first chunk, IHDR
+    """Returns a figure that HTML embeds and Markdown links to. Raises OSError for a file that is not a PNG image."""
+    with Image.open(path, formats=["PNG"]) as image:
+        width, height = image.size
     legible = round(READABLE_SCALE * width)
     return Figure(
         path=f"{path.parent.name}/{path.name}",
         caption=caption,
-        source=f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}",
+        source=f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}",
         size=(str(width), str(height)),
         min_width=str(legible) if legible > MIN_SCROLL_WIDTH else "",
     )
@@ -117,7 +116,7 @@ def escape_html(text: str) -> Markup:
 
 
 def escape_markdown(text: str) -> Markup:
-    """Returns one line of Markdown that displays `text` literally, also in a table cell."""
+    """Returns one line of Markdown that displays `text` literally, including in a table cell."""
     return Markup(MARKDOWN.sub(r"\\\g<0>", re.sub(r"\s+", " ", text.translate(CONTROL_CHARACTERS))))
 
 

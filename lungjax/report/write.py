@@ -1,4 +1,4 @@
-"""Writes the report of a run: report.json for programs, report.html and report.md for people, predictions, figures.
+"""Writes the report of a run: report.json for programs, report.html and report.md for people, predictions and figures.
 
 `report.json`, version 1. A new key keeps the version; removing a key or changing its meaning raises it.
 
@@ -92,29 +92,10 @@ def write_report(
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
 
-    Raises ValueError if "test" is missing or empty, or for invalid probabilities (see `metrics`).
+    Raises ValueError if "test" is missing or empty, or if probabilities are invalid (see `metrics`).
     """
     if "test" not in results or not len(results["test"]):
-        raise ValueError("no predictions of the test split: the report needs a test split with images")
-    report = assemble(config, results, history, facts)
-    for split, predicted in results.items():
-        predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    figures = draw(workdir / "plots", config, results["test"], history, report, read_image, explain)
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
-    atomic_write(workdir / "report.json", text + "\n")
-    page = context.build(config, report, figures, workdir / "plots", summary, about)
-    atomic_write(workdir / "report.html", render("report.html.j2", **page))
-    atomic_write(workdir / "report.md", render("report.md.j2", **page))
-    return report
-
-
-def assemble(
-    config: Config,
-    results: Mapping[str, Predictions],
-    history: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the content of report.json; arguments as in `write_report`."""
+        raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
@@ -146,6 +127,14 @@ def assemble(
         report["operating_points"] = operating_points.points(results["val"], test, config.eval)
     caveats = warnings(config, results, history, report)
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
+    for split, predicted in results.items():
+        predictions.write(predicted, workdir / f"predictions_{split}.csv")
+    figures = draw(workdir / "plots", config, test, history, report, read_image, explain)
+    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
+    atomic_write(workdir / "report.json", text + "\n")
+    page = context.build(config, report, figures, workdir / "plots", summary, about)
+    atomic_write(workdir / "report.html", render("report.html.j2", **page))
+    atomic_write(workdir / "report.md", render("report.md.j2", **page))
     return report
 
 
@@ -169,7 +158,7 @@ def warnings(
         absent = [name for name, n in counts.items() if not n]
         few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < MIN_EXAMPLES]
         if absent:
-            yield f"The {split} split has no examples of {listed(absent)}: means skip undefined numbers."
+            yield f"The {split} split has no examples of {listed(absent)}: means ignore undefined metrics."
         if few:
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
@@ -177,7 +166,7 @@ def warnings(
             yield f"The {split} scores per patient exclude {mixed} with slices of several classes."
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
-            yield f"Never predicted on the {split} split: {listed(never)}. The precision is undefined."
+            yield f"Never predicted on the {split} split: {listed(never)}. Their precision is undefined."
     p, level = results["test"], report["test"]["slice"]
     frequency = max(v["n"] for v in level["per_class"].values()) / level["n"]
     if level["accuracy"] <= frequency and len(p.classes) > 1:

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command a
 StateT = TypeVar("StateT")
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
     def __init__(self, workdir: Path):
@@ -55,10 +55,6 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         distributed.on_first_host(lambda: _open(self.folder))
 
-    def __enter__(self) -> "Checkpoints":
-        """Returns itself."""
-        return self
-
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for this host's part of a pending save; its error is raised, or added as a note to `error`."""
         try:
@@ -71,7 +67,7 @@ class Checkpoints:
             self._worker.shutdown()
 
     def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
-        """Starts to write the state and `progress` (numbers by name); with `best` also the weights as the best.
+        """Starts writing the state and `progress` (numbers by name); with `best` also saves the weights as the best.
 
         `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
         once the values are copied, so the next step may overwrite the state. First waits for the previous save and
@@ -85,8 +81,8 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder, step):
             distributed.on_first_host(lambda: _make_room(self.folder, step, size))
-            # Orbax takes the values before it returns. On a CPU it may keep the buffers, which XLA then copies instead
-            # of donating them.
+            # Orbax copies the values before it returns. On a CPU it may keep the buffers, and XLA then copies them
+            # instead of donating them.
             context = ocp.Context()
             # Orbax would wait five minutes for folders that can't be created in the background.
             context.asynchronous.create_directories_asynchronously = False
@@ -156,7 +152,7 @@ def is_begun(workdir: Path) -> bool:
 
 
 def newest(workdir: Path, kind: str) -> int | None:
-    """Returns the newest step saved in a workdir, of kind "last" or "best", intact or not; None without any."""
+    """Returns the newest step saved in a workdir, of kind "last" or "best", intact or not; None without checkpoints."""
     return max(_steps(workdir / "checkpoints" / kind), default=None)
 
 
@@ -165,12 +161,12 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
 
     Only reads, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with shardings;
     None restores numpy arrays on this host.
-    Raises ValueError if there are none, none is intact, or they belong to another network than `abstract_variables`.
+    Raises ValueError if none exists, none is intact, or they belong to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
     if step is None:
-        raise ValueError(f"{workdir}: no best weights there yet; train first (--mode=train)")
+        raise ValueError(f"{workdir}: no best weights yet; train first (--mode=train)")
     path = folder / str(step)
     if abstract_variables is None:  # orbax would restore to the devices of that run, which may not exist here
         abstract_variables = jax.tree.map(
@@ -226,13 +222,13 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 
 
 def _corruption(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, None if it is intact."""
+    """Returns a description of a checkpoint's damage, or None if it is intact."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):  # the last three for other content than was written
+    except (OSError, ValueError, TypeError, AttributeError):  # the last three for unexpected content
         return f"{CHECKSUMS} can't be read"
     for name, size, checksum in files:
         try:
@@ -278,7 +274,7 @@ def _install(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint; a partly deleted one has no step as its name."""
+    """Deletes a checkpoint; renames it first, so that a partly deleted one is never read."""
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -296,7 +292,7 @@ def _open(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Finishes or removes what an interrupted save or deletion left."""
+    """Finishes or removes the remains of an interrupted save or deletion."""
     for path in folder.iterdir():
         if path.suffix == ".partial" and (path / CHECKSUMS).exists():
             _install(path)
@@ -305,13 +301,13 @@ def _clear(folder: Path) -> None:
 
 
 def _make_room(folder: Path, step: int, size: int) -> None:
-    """Removes what a failed save left; raises ValueError if `size` bytes still do not fit."""
+    """Removes the remains of a failed save; raises ValueError if `size` bytes still don't fit."""
     for kind in KINDS:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
         raise ValueError(
-            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB and "
+            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB, but only "
             f"{free / 2**20:.0f} MiB are free; {RESUME_HINT.format('free some space')}"
         )
 
@@ -334,7 +330,7 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
         lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
         lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
         raise ValueError(
-            f"{path} is of another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
+            f"{path} belongs to another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
             "--workdir, or configure the network that was saved"
         )
 
@@ -345,7 +341,7 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Orbax and tensorstore wrap the system's error in several types of their own, which quote it.
+        # Orbax and tensorstore wrap the system's error in several types, which quote it.
         messages, inner = "", error
         while inner is not None:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]

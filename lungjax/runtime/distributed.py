@@ -24,14 +24,14 @@ class CollectiveError(ValueError):
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Connects this process to the others of the run; call before jax initializes its devices.
+    """Connects this process to the other processes of the run; call before jax initializes its devices.
 
     Args:
       coordinator: HOST:PORT of process 0. All three are None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI.
       processes: number of processes.
       process: index of this one, from 0.
 
-    Raises ValueError if the others can't be found or reached.
+    Raises ValueError if they can't be found or reached.
     """
     if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(
@@ -39,7 +39,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             "the cluster is detected (Cloud TPU, GKE, SLURM, Open MPI)"
         )
     if process is not None and processes is not None and not 0 <= process < processes:
-        raise ValueError(f"--process={process}: with --processes={processes} allowed is 0 to {processes - 1}")
+        raise ValueError(f"--process={process}: --processes={processes} allows 0 to {processes - 1}")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
@@ -105,7 +105,7 @@ def on_first_host(work: Callable[[], T]) -> T | None:
 
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """Ends this process immediately, with its message, if it alone of several hosts fails.
+    """Prints the error and ends this process immediately if only this one of several hosts fails.
 
     A regular exit would wait five minutes for the others, which wait for this host's part of a step; without this host
     jax's heartbeat ends them sooner.
@@ -124,7 +124,7 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises CollectiveError on every host, naming fact and hosts, if `facts` (same keys everywhere) differ."""
+    """Raises CollectiveError on every host, naming facts and hosts, if `facts` (same keys everywhere) differ."""
     if jax.process_count() == 1:
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])

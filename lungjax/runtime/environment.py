@@ -16,8 +16,8 @@ SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_A
 def without_tpu() -> None:
     """Lets the TPU compiler load without a TPU, or while another process uses it. Call before jax is imported.
 
-    It then asks no metadata server and takes no lock, jax itself runs on the CPU, and programs stay out of the
-    compilation cache, since jax can't read them back without TPUs.
+    The compiler then queries no metadata server and takes no lock, jax itself runs on the CPU, and programs are not
+    cached, since jax can't read them back without TPUs.
     """
     settings = {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -47,7 +47,7 @@ def exit_with_parent() -> None:
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory; returns False for other C libraries. Call before jax is imported.
 
-    The peak memory of the process does not grow, but the process stays at its peak.
+    Peak memory does not grow, but the process never drops below its peak.
     """
     name = ctypes.util.find_library("c")
     mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
@@ -60,7 +60,7 @@ def prepare_jax() -> None:
     """Sets what jax reads at import: the allocator, the compilation cache, and deterministic GPU operations.
 
     The cache is in the user's cache folder unless JAX_COMPILATION_CACHE_DIR is set. It also holds the autotuned kernels
-    of a GPU, so that the next run on this machine computes the same.
+    of a GPU, so that the next run on this machine gives the same results.
     """
     keep_freed_memory()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

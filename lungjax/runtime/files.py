@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = ".partial-"  # how the name of an unfinished file begins
+PARTIAL = ".partial-"  # prefix of unfinished files
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; after the body the file replaces `path`, after an error it is removed.
 
-    After a kill or a power loss `path` has the old content or the new one. The yielded path has the suffix of `path`.
+    After a kill or a power loss `path` has its old or its new content. The yielded path has the suffix of `path`.
     """
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -27,10 +27,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def atomic_write(path: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Writes UTF-8 text with `atomic_file`; `errors` is that of `open`, for file names that are not UTF-8."""
+def atomic_write(path: Path, text: str) -> None:
+    """Writes UTF-8 text with `atomic_file`; characters of file names that are not UTF-8 become backslash escapes."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors=errors, newline="")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,17 +17,17 @@ MIN_SHARDED_SIZE = 2**14  # elements; smaller arrays are replicated, since each 
 
 
 def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (None: all of all hosts), or over the first `count` of them.
+    """Returns the mesh over `devices` (None: all devices of all hosts), or over the first `count` of them.
 
-    Raises ValueError if there are fewer, or if a host would have none.
+    Raises ValueError if there are fewer, or if a host would have no device.
     """
     devices = list(jax.devices() if devices is None else devices)
     if count > len(devices):
         raise ValueError(f"train.devices={count}: allowed are 1 to {len(devices)}, the devices here, or 0 for all")
     if count and count < len(devices) and jax.process_count() > 1:
-        raise ValueError(f"train.devices={count}: a run on {jax.process_count()} hosts uses all devices; leave it 0")
+        raise ValueError(f"train.devices={count}: a run on {jax.process_count()} hosts uses all devices; leave it at 0")
     devices = devices[: count or None]
-    # Auto axes: linen layers carry no output shardings, which explicit axes would ask for.
+    # Auto axes: explicit ones would require output shardings, which linen layers lack.
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -1,6 +1,7 @@
 """A `jax.profiler` trace of a range of training steps."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 from lungjax.runtime.distributed import is_first_host, print_once
 
 
-class Profiler:
+class Profiler(AbstractContextManager["Profiler"]):
     """Traces the steps `first` to `last` (from 1, inclusive) on the first host, once; a context manager.
 
     The folder opens with TensorBoard's profile plugin or `xprof`; its perfetto_trace.json.gz in ui.perfetto.dev.
@@ -19,12 +20,8 @@ class Profiler:
         self.folder, self.active = folder, False
         self.steps = range(steps[0], steps[1] + 1) if steps and is_first_host() else range(0)
 
-    def __enter__(self) -> "Profiler":
-        """Returns itself."""
-        return self
-
     def __exit__(self, *_: object) -> None:
-        """Ends a trace that is still active, as after an interruption."""
+        """Ends a trace that is still active, such as after an interruption."""
         if self.active:
             self._stop()
         elif self.steps:

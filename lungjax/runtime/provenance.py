@@ -33,7 +33,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """Returns the version of a package, "" if it is not installed, such as lungjax run from a checkout."""
+    """Returns the version of a package, or "" if it is not installed, such as lungjax run from a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -28,7 +28,7 @@ class Watch:
         self._preempted = preempted
 
     def should_stop(self, step: int) -> bool:
-        """Returns whether the run should stop here; every host calls it after the same steps and gets one answer."""
+        """Returns whether the run should stop; all hosts call it after the same steps and get the same answer."""
         if self._preempted and self._preempted(step):
             self.number = signal.SIGTERM
         return bool(self.number)

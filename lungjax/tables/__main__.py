@@ -5,7 +5,7 @@
     python -m lungjax.tables --smoke                                                  # tests every cell without data
 
 Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of the exact experiment on
-the exact data set give a number; other cells are `not run`, with the command to run.
+the exact data set count; the other cells are `not run`, and the page lists the commands that run them.
 """
 
 import os
@@ -51,7 +51,7 @@ def main(_: list[str]) -> None:
     if FLAGS.smoke:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from lungjax.tables import smoke_test  # here, after the flags: it imports jax
+        from lungjax.tables import smoke_test  # here: it imports jax, which reads the settings above
 
         chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
         failures = smoke_test.run(tables, chosen, lambda line: print(line, flush=True))
@@ -63,7 +63,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--table=NAME is missing; --list shows the names")
     if not FLAGS.workdir:
         raise app.UsageError(f"--workdir=DIR is missing: the folder for the runs of {FLAGS.table}")
-    from lungjax.tables import charts, results, runs  # here, after the flags: they import jax
+    from lungjax.tables import charts, results, runs  # here: they import jax
 
     weights_dir = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     folders = Path(FLAGS.workdir).expanduser(), Path(FLAGS.data_dir).expanduser()
@@ -76,11 +76,9 @@ def main(_: list[str]) -> None:
     print(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
-        print(
-            f"{count(len(failed), 'run')} failed:",
-            *(f"  {run}\n    {error}" for run, error in failed.items()),
-            sep="\n",
-        )
+        print(f"{count(len(failed), 'run')} failed:")
+        for run, error in failed.items():
+            print(f"  {run}\n    {error}")
         sys.exit(1)
 
 

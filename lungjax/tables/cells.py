@@ -1,4 +1,4 @@
-"""A results table of a study: its cells have a published number, an experiment and a metric. Imports no jax.
+"""A results table of a study: each cell has a published number, an experiment and a metric. Imports no jax.
 
     Cell("Simple", "original-baseline", "ct_cov19:model=simple,images=original,protocol=study",
          "val.slice.study.f1_weighted", 0.778)
@@ -48,7 +48,7 @@ class Cell:
             raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}, such as test.slice.accuracy")
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
-            raise ValueError(f"{where}: published {self.published}: rates must be in 0..1")
+            raise ValueError(f"{where}: published {self.published}: a rate must be in 0..1")
 
     @property
     def split(self) -> str:
@@ -82,7 +82,7 @@ class Table:
     # Images per class, in label order, of the study's splits, such as {"val": (908, 388, 45)}. A run with other counts
     # used other data and does not count.
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    elsewhere: str = ""  # how the data of the published numbers differ, which rules out verdicts
+    elsewhere: str = ""  # how the data of the published numbers differ; if set, there are no verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
     chosen_from: str = ""  # the table whose best configuration is scored; see the module's docstring

@@ -27,29 +27,21 @@ VERDICTS = {
     "below": (style.WRONG, "ours, below it"),
     "": ("#8C8C8C", "ours, no verdict"),
 }
-CAPTIONS = {
-    "bars": "Published numbers (marks) and ours (bars, with 95 % intervals)",
-    "confusions": "Confusion matrices, mean over the seeds, as shares of the true class",
-    "curves": "ROC and precision-recall curves of each network's best run",
-}
 
 
 def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str]:
     """Draws `table.charts` into `folder`; returns the captions by file name.
 
-    Bars need no run and then show only published numbers; the others need finished runs.
+    Without finished runs only bars are drawn, with the published numbers alone.
     """
     captions = {}
     done = [r for r in results if r.ours is not None]
-    for chart, caption in CAPTIONS.items():
+    for chart, (function, caption) in CHARTS.items():
         path = folder / f"{table.name}_{chart}.png"
         path.unlink(missing_ok=True)  # from an earlier call with other runs
         if chart in table.charts and (done or chart == "bars"):
             captions[path.name] = caption
-            if chart == "bars":
-                bars(table, results, path)
-            else:
-                {"confusions": confusions, "curves": curves}[chart](table, done, path)
+            function(table, results if chart == "bars" else done, path)
     return captions
 
 
@@ -74,8 +66,7 @@ def bars(table: Table, results: Sequence[Result], path: Path) -> None:
     axes = np.atleast_1d(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)).ravel()
     at = {name: i for i, name in enumerate(lines)}
     for axis, panel in zip(axes, panels, strict=False):
-        style.style(axis)
-        axis.set_title(style.short(panel, 30), loc="left", fontsize=10, color=style.INK)
+        style.style(axis, style.short(panel, 30), 10)
         for r in visible:
             name, line = (r.cell.column, r.cell.row) if transposed else (r.cell.row, r.cell.column)
             if name == panel:
@@ -83,16 +74,13 @@ def bars(table: Table, results: Sequence[Result], path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(lines)), [style.short(line, 34) for line in lines])
-    axes[0].set_ylim(len(lines) - 0.4, -0.6)
     for axis in axes[: len(panels)]:
         axis.tick_params(labelsize=7.5, labelbottom=True)
-    axes[0].set_xlim(0, 1)
-    axes[0].set_xticks(np.linspace(0, 1, 6))
+    axes[0].set(xlim=(0, 1), ylim=(len(lines) - 0.4, -0.6), xticks=np.linspace(0, 1, 6))
     used = {r.verdict for r in visible if r.ours is not None}
     marks: list[Any] = [Line2D([], [], color="black", linewidth=2, label="published")]
-    marks += (
-        [Line2D([], [], color=style.INK, linewidth=1, label="95 % interval")] if any(r.low for r in visible) else []
-    )
+    if any(r.low for r in visible):
+        marks.append(Line2D([], [], color=style.INK, linewidth=1, label="95 % interval"))
     marks += [Patch(color=color, label=label) for word, (color, label) in VERDICTS.items() if word in used]
     figure.suptitle(style.plain(table.title), fontsize=12, color=style.INK)
     figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 4), frameon=False, fontsize=9)
@@ -193,3 +181,10 @@ def best_runs(done: Sequence[Result]) -> list[tuple[str, Result, int, Prediction
             places = places[:1]
         best_of.append((style.short(", ".join(places), 44), best, best.group.runs[seed].seed, predictions[seed]))
     return best_of
+
+
+CHARTS = {  # name: (function, caption)
+    "bars": (bars, "Published numbers (marks) and ours (bars, with 95 % intervals)"),
+    "confusions": (confusions, "Confusion matrices, mean over the seeds, as shares of the true class"),
+    "curves": (curves, "ROC and precision-recall curves of each network's best run"),
+}

@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lungjax.evaluation import bootstrap
 from lungjax.evaluation.predictions import Predictions
@@ -58,7 +57,7 @@ class Result:
     high: float | None = None
     verdict: str = ""  # one of VERDICTS, or ""
     commands: tuple[str, ...] = ()  # of the missing runs
-    chosen: Cell | None = None  # the best candidate, in a table that chooses
+    chosen: Cell | None = None  # the best candidate, in a table with `chosen_from`
 
     @property
     def difference(self) -> float | None:
@@ -99,7 +98,7 @@ class Reader:
         return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
 
     def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
-        """Returns `bootstrap.over_runs` of a finished group, and raises as it."""
+        """Returns `bootstrap.over_runs` of a finished group, computed once. Raises the same errors."""
         key = (group.experiment, split, unit)
         if key not in self._levels:
             self._levels[key] = bootstrap.over_runs(group.predictions[split], draws=self._draws, unit=unit)
@@ -134,7 +133,7 @@ class Reader:
 
 
 def compare(cell: Cell, low: float | None, high: float | None) -> str:
-    """Returns the verdict: published number "inside" our interval, or ours "above" or "below"; "" if unknown."""
+    """Returns "inside" if our interval contains the published number, "above" or "below" if not, "" if unknown."""
     if cell.published is None or low is None or high is None:
         return ""
     if low - cell.slack > cell.published:
@@ -150,7 +149,7 @@ def evaluate(table: Table, tables: Mapping[str, Table], reader: Reader) -> list[
 
 
 def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reader) -> Result:
-    """Returns the result of the candidate with the best own metric, scored by the cell's metric."""
+    """Returns the result of the best candidate by its own metric, scored by the metric of the cell."""
     scored = [reader.result(candidate) for candidate in cells.candidates(table, cell, tables)]
     finished = [result for result in scored if result.ours is not None]
     commands = tuple(dict.fromkeys(command for result in scored for command in result.commands))
@@ -170,9 +169,9 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes every missing, unfinished or damaged run, one after the other.
+    """Executes every missing, unfinished or damaged run, one after the other; returns errors by command line.
 
-    Returns the errors of failed runs, by command line. Raises `signals.Interrupted` after an interrupted run has saved.
+    Raises `signals.Interrupted` after an interrupted run has saved.
     """
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported
@@ -241,6 +240,10 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             r.verdict or (r.state if r.ours is not None and r.state != "finished" else ""),
             *([place(r.chosen) if r.chosen else ""] * choice),
         ])  # fmt: skip
+    reasons: dict[str, list[str]] = {}  # of missing numbers: cells
+    for r in results:
+        if r.reason and r.state not in (NOT_RUN, "finished"):
+            reasons.setdefault(f"{r.state}: {' '.join(r.reason.split())}", []).append(place(r.cell))
     head = ["", "", "published", "ours", "95 % interval", "difference", "verdict", *["our choice"] * choice]
     return templating.render(
         "published.md.j2",
@@ -259,28 +262,19 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             *(f"{place(r.cell)}: {r.cell.note}" for r in results if r.cell.note),
         ],
         figures=[templating.Figure(name, caption) for name, caption in captions.items()],
-        missing=_missing(results),
+        missing={
+            "reasons": [
+                f"{'; '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
+                for reason, places in reasons.items()
+            ],
+            "commands": list(dict.fromkeys(command for r in results for command in r.commands)),
+            "datasets": sorted({r.group.runs[0].config.data.dataset for r in results if r.commands and r.group.runs}),
+        },
     )
 
 
 def _rounded(value: float | None, cell: Cell) -> str:
     return "" if value is None else f"{value:.{max(cell.decimals, 3)}f}"
-
-
-def _missing(results: Sequence[Result]) -> dict[str, Any]:
-    """Returns the reasons for missing numbers, the commands that compute them, and the data sets these need."""
-    reasons: dict[str, list[str]] = {}
-    for r in results:
-        if r.reason and r.state not in (NOT_RUN, "finished"):
-            reasons.setdefault(f"{r.state}: {' '.join(r.reason.split())}", []).append(place(r.cell))
-    return {
-        "reasons": [
-            f"{'; '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
-            for reason, places in reasons.items()
-        ],
-        "commands": list(dict.fromkeys(command for r in results for command in r.commands)),
-        "datasets": sorted({r.group.runs[0].config.data.dataset for r in results if r.commands and r.group.runs}),
-    }
 
 
 def write(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> Path:

@@ -103,8 +103,8 @@ def plan(name: str, options: Options) -> tuple[Run, ...]:
 def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> State:
     """Returns the state of a run's folder, without reading its predictions.
 
-    A run's data set must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class of
-    the study's splits, in label order; a run under the clean protocol may lack a share of MAX_EXCLUDED.
+    A run's data set must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class, in
+    label order, in the study's splits; a run under the clean protocol may lack a share of MAX_EXCLUDED.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
     if not saved.exists():
@@ -118,7 +118,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     if changed and (report.exists() or newest(run.folder, "last") is not None):
         fields = "; ".join(changed[:MAX_FIELDS])
         fields += f" and {len(changed) - MAX_FIELDS} more" if len(changed) > MAX_FIELDS else ""
-        reason = f"the run in {run.folder} has another configuration: {fields}. Use another --workdir, or delete it"
+        reason = f"the run in {run.folder} has another configuration: {fields}. Choose another --workdir or delete it"
         return State("other configuration", reason)
     if not report.exists():
         return State("unfinished", f"{run.folder} has no report.json")
@@ -134,17 +134,17 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     if dataset != run.dataset:
         return State("other data", f"{run.folder} was trained on {dataset}; this table needs {run.dataset}")
     if list(datasets.classes(dataset) or classes) != list(classes):
-        return State("other data", f"{run.folder} has other classes than {dataset}: {', '.join(classes)}")
+        return State("other data", f"{run.folder} does not have the classes of {dataset}, but {', '.join(classes)}")
     now = prepared_fingerprint(data_dir, dataset)
     if now and now != fingerprint:
-        prints = f"fingerprint {fingerprint[:12]}, in {data_dir} it is {now[:12]}: other images, labels or splits"
+        prints = f"fingerprint {fingerprint[:12]}, but {data_dir} has {now[:12]}: other images, labels or splits"
         return State("other data", f"{run.folder} was trained on {dataset} with {prints}")
     # The clean protocol excludes exact copies from the published split; real data sets have few.
     lowest = 1 - MAX_EXCLUDED if run.protocol == "clean" else 1.0
     for split, published in counts.items():
         own = own_counts.get(split, [])
         if len(own) != len(published) or any(not lowest * n <= m <= n for m, n in zip(own, published, strict=True)):
-            numbers = f"{listed(own)} images per class, that of the study {listed(published)} ({', '.join(classes)})"
+            numbers = f"{listed(own)} images per class, the study {listed(published)} ({', '.join(classes)})"
             return State("other data", f"{run.folder}: the {split} split has {numbers}")
     return State("finished", report=content)
 

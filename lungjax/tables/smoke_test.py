@@ -1,9 +1,9 @@
 """Smoke test of every cell of every table, without data.
 
-For each cell: the experiment is valid, its data set and classes are known, its weights are in the catalogue, network,
-optimizer, schedule and loss fit together (shapes only), augmented images have the right size, the metric is defined.
-For each distinct network with its head and frozen parameters: two training steps with finite losses and one prediction,
-with random weights and the smallest possible images, by Adam without augmentation or class weights.
+For each cell: the experiment is valid; its data set, classes and weights are known; network, optimizer, schedule and
+loss are compatible (shapes only); augmented images have the right size; the metric is defined. For each distinct
+network with its head and frozen parameters: two Adam steps with finite losses and one prediction, with random weights
+and the smallest possible images, without augmentation or class weights.
 """
 
 import time
@@ -34,7 +34,7 @@ from lungjax.weights import load
 LABELS = 64  # of a simulated train split
 LEARNING_RATE = 1e-6  # of the two steps
 BATCH = 8  # images per step; with fewer, batch norm over single cells makes deep networks diverge
-UNKNOWN = ("a", "b")  # classes of a data set that are only known with its images (folder)
+UNKNOWN = ("a", "b")  # for a data set whose classes depend on its images (folder)
 
 
 def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[[str], None]) -> list[str]:
@@ -86,9 +86,9 @@ def _one_line(error: Exception) -> str:
 
 @lru_cache(maxsize=1024)
 def complete(name: str) -> tuple[Config, tuple[str, ...]]:
-    """Returns the configuration of an experiment with the requirements of its weights, and the classes of the data set.
+    """Returns the configuration of an experiment, completed for its weights, and the classes of its data set.
 
-    Weights of another run are replaced by random ones. Raises ValueError for a configuration that a run would reject.
+    Random weights replace those of another run. Raises ValueError for a configuration that a run would reject.
     """
     config = experiments.load(name)
     configs.check(config)
@@ -157,14 +157,14 @@ def _build(config: Config, classes: tuple[str, ...]) -> Any:
 def smallest(config: Config) -> Config:
     """Returns a configuration for two steps on the smallest images, a small batch and random weights.
 
-    It keeps network, head and frozen parameters, so that cells with the same ones are trained once.
+    It keeps network, head and frozen parameters, so that cells that share them are trained once.
     """
     optim = {name: getattr(config.optim, name) for name in ("tune", "freeze", "frozen_batch_norm")}
     size, mean = models.minimum_size(config.model), (0.0,) * config.input.network_channels
     return Config(
         input=configs.InputSpec(size=size, channels=config.input.channels, mean=mean),
         model=replace(config.model, weights="none"),
-        # A small rate: the smallest images have feature maps of one cell, whose batch norm gradients can be huge.
+        # A small rate: on the smallest images a feature map is one cell, whose batch norm gradients can be huge.
         optim=configs.OptimConfig(lr=LEARNING_RATE, **optim),
         train=configs.TrainConfig(batch_size=BATCH, steps=2),
     )

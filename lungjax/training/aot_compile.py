@@ -1,6 +1,6 @@
 """Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives.
 
-XLA's TPU compiler (libtpu) needs shapes, shardings and the name of a topology only. Nothing is executed and no weights
+XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topology. Nothing is executed, and no weights
 are read.
 """
 
@@ -25,6 +25,7 @@ from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
 from lungjax.data.prepared import BODY_SIDE, Prepared
+from lungjax.report.templating import count
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime import provenance
 from lungjax.training import program
@@ -74,7 +75,7 @@ def devices(topology: str) -> list[Any]:
     if not (shape in SHAPES_2D if flat else shape.count("x") == 2):
         choices = ", ".join(f"{name}:{shape}" for shape in generation.shapes)
         others = "" if flat else " and other boxes of 2x2 chips"
-        raise ValueError(f"--compile_for={topology}: {name} comes as {choices}{others}")
+        raise ValueError(f"--compile_for={topology}: slices of {name} are {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install '.[tpu]' (or libtpu); no TPU is needed")
     options: dict[str, Any] = {}
@@ -85,17 +86,16 @@ def devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--compile_for={topology}: the TPU compiler says: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--compile_for={topology}: TPU compiler error: {str(error).splitlines()[0]}") from error
 
 
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     """Compiles the training step of `config` for `topology` and returns a report; takes minutes and some GB of memory.
 
     Args:
-      config: of a run; `train.batch_size` is the global one.
+      config: configuration of a run; `train.batch_size` is the global one.
       topology: generation and shape, such as "v5e:4x4".
-      data_dir: of the prepared data sets. Black images replace a data set that is not prepared, if its classes are
-        known.
+      data_dir: folder of the prepared data sets. Black images replace an unprepared one whose classes are known.
 
     Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
     not fit in the memory of a chip.
@@ -104,7 +104,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     configs.check(config)
     config = load.resolve(config)
     if config.train.devices:
-        raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets the number; leave it 0")
+        raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
     data = _open_data(config, data_dir)
     if len(data.records) <= len(data.classes):
@@ -121,28 +121,21 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(does_not_fit(str(error), config, topology, len(chips), sizes)) from error
+    hosts = len({chip.process_index for chip in chips})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
+    (height, width), images = config.input.size, config.train.batch_size
+    micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
     compiler = provenance.version("libtpu") or "of TPU_LIBRARY_PATH"
     rows = [
-        *_describe(config, topology, chips, built),
+        ("chips", f"{len(chips)} {topology.partition(':')[0]} on {count(hosts, 'host')}"),
+        ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
+        ("batch", f"{images} images of {height} x {width}, {images / len(chips):g} per chip{micro}"),
         *_describe_memory(compiled.memory_analysis(), config, topology, len(chips), sizes),
         *_describe_cost(compiled.cost_analysis(), config, topology),
         *count_collectives(compiled.as_text()),
         ("compiled", f"in {time.perf_counter() - started:.0f} s by libtpu {compiler}; nothing was run"),
     ]
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
-
-
-def _describe(config: Config, topology: str, chips: list[Any], built: program.Program) -> list[tuple[str, str]]:
-    hosts = len({chip.process_index for chip in chips})
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(built.abstract_state.params))
-    height, width = config.input.size
-    images = config.train.batch_size
-    micro = f", in {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
-    return [
-        ("chips", f"{len(chips)} {topology.partition(':')[0]} on {hosts} host{'s' if hosts > 1 else ''}"),
-        ("network", f"{config.model.name}, {parameters:,} parameters, computes in {np.dtype(built.module.dtype)}"),
-        ("batch", f"{images} images of {height} x {width}, {images / len(chips):g} per chip{micro}"),
-    ]
 
 
 def _describe_memory(
@@ -224,11 +217,11 @@ def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dic
 
 
 def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
-    """Returns a message for the compiler's RESOURCE_EXHAUSTED: needed and available memory, and what to try."""
+    """Returns a message for the compiler's RESOURCE_EXHAUSTED: memory needed and available, and settings to try."""
     reason = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")[:300]
     return (
-        f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}: the TPU "
-        f"compiler says: {reason}. State and batch take {_size(sizes['state'])} and {_size(sizes['batch'])} per chip. "
+        f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}. TPU compiler "
+        f"error: {reason}. State and batch take {_size(sizes['state'])} and {_size(sizes['batch'])} per chip. "
         f"Try {_advice(config, topology, chips, sizes['state'])}"
     )
 
@@ -239,7 +232,7 @@ def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
     generation = GENERATIONS[name]
     tips = program.smaller(config, chips)
     shard = "train.shard_params=True"
-    if shard in tips:  # comes first for a large state and is useless for a small one
+    if shard in tips:  # the first tip for a large state, useless for a small one
         tips.remove(shard)
         tips = [shard, *tips] if state_bytes > MIN_SHARDED_STATE * generation.memory * GIB else tips
     tips = [f"--set={tip}" for tip in tips]
@@ -249,7 +242,7 @@ def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
 
 
 def _open_data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the data set, or one black image per class in its place."""
+    """Returns the data set, or one black image per class instead."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         return datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)

@@ -1,4 +1,4 @@
-"""Cross-validation: one run per fold of the data, and a report over all of them, in which each image is tested once."""
+"""Cross-validation: one run per fold of the data, and a report over all folds, in which each image is tested once."""
 
 import json
 import math
@@ -35,13 +35,13 @@ def run(
 ) -> Path:
     """Trains and tests `count` runs in WORKDIR/fold0, fold1, ... and reports over all; returns WORKDIR/report.md.
 
-    Finished folds are not trained again, an unfinished one resumes. Each has its own report. WORKDIR must contain
-    nothing else and gets the pooled `predictions_test.csv` (column `extra_fold`) and those of the controls,
-    `report.json`, `report.md` and plots; `facts.folds` of report.json has mean, minimum and maximum of the metrics
-    over folds. The other arguments are those of `train.run`.
+    Skips finished folds and resumes unfinished ones. Each has its own report. WORKDIR must contain nothing else and
+    gets the pooled `predictions_test.csv` (column `extra_fold`) and those of the controls, `report.json`, `report.md`
+    and plots; `facts.folds` of report.json has mean, minimum and maximum of the metrics over folds. The other arguments
+    are those of `train.run`.
 
-    Raises ValueError before training if the data can't be split into `count` folds or WORKDIR contains other files,
-    then as `train.run` for each fold; finished folds stay unchanged.
+    Raises ValueError before training if the data can't be split into `count` folds or WORKDIR contains other files, and
+    any error of `train.run`; finished folds stay unchanged.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:
@@ -129,9 +129,9 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
-    """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, minimum, maximum and values over folds.
+    """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, minimum and maximum over folds, and all values.
 
-    A metric that is undefined in a fold is None there and ignored in the other three.
+    A metric that is undefined in a fold is None in `values` and otherwise ignored.
     """
     levels = [metrics.flat_levels(p) for p in fold_predictions]
     result = {}
@@ -150,7 +150,9 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
     sizes = [len(p) for p in fold_predictions]
-    span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))  # differ if twins join patients
+    span = " to ".join(
+        f"{size:,}" for size in sorted({min(sizes), max(sizes)})
+    )  # sizes differ if near duplicates join patients
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
@@ -180,5 +182,5 @@ def _check_folder(workdir: Path, count: int) -> None:
     foreign = [p.name for p in workdir.iterdir() if p.name not in names and not p.name.startswith(PREFIXES)]
     if foreign:
         raise ValueError(
-            f"{workdir} contains other files than {count} folds, such as {min(foreign)}; choose another --workdir"
+            f"{workdir} has files that do not belong to {count} folds, such as {min(foreign)}; choose another --workdir"
         )

@@ -16,8 +16,8 @@ FOLDER = "tensorboard"  # in the workdir
 class EventFiles:
     """Writes the events of a run to WORKDIR/tensorboard.
 
-    They always have the content of metrics.jsonl: the folder is written anew at the start, with the rows so far, so a
-    resumed run repeats no step. Raises ValueError without the extra.
+    The events match metrics.jsonl: at the start they are rewritten from its rows, so a resumed run repeats no step.
+    Raises ValueError without the extra.
     """
 
     def __init__(self, workdir: Path, rows: Iterable[Mapping[str, Any]]):
@@ -28,7 +28,7 @@ class EventFiles:
         folder = workdir / FOLDER
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        # A viewer that is open drops the events of the deleted files from purge_step on.
+        # An open viewer then drops the events of the deleted files.
         self.writer = SummaryWriter(str(folder), purge_step=0)
         config = json.dumps(json.loads((workdir / "config.json").read_text("utf-8")), indent=1)
         self.writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()), 0)
@@ -42,28 +42,22 @@ class EventFiles:
                 self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"], walltime=row["time"])
         self.writer.flush()
 
-    def add_figures(self, folder: Path, step: int) -> None:
-        """Adds the figures (PNG) of a report."""
-        for path in sorted(folder.glob("*.png")):
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            self.writer.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
-
     def close(self) -> None:
-        """Writes what is still in memory."""
+        """Flushes and closes the file."""
         self.writer.close()
 
 
 def write(workdir: Path) -> Path:
-    """Writes all events of a run, finished or not; returns their folder.
-
-    Raises ValueError if `workdir` is no run.
-    """
+    """Writes all events of a run and returns their folder. Raises ValueError if `workdir` is not a run."""
     if not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir}: no config.json, so no run; give the workdir of a run")
+        raise ValueError(f"{workdir} is not a run directory: config.json is missing")
     rows = metrics_log.read(workdir / "metrics.jsonl")
     events = EventFiles(workdir, rows)
     report = workdir / "report.json"
     if report.is_file():
-        events.add_figures(workdir / "plots", json.loads(report.read_text("utf-8"))["best"]["step"])
+        step = json.loads(report.read_text("utf-8"))["best"]["step"]
+        for path in sorted((workdir / "plots").glob("*.png")):
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            events.writer.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
     events.close()
     return workdir / FOLDER

@@ -2,8 +2,8 @@
 
     python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
 
-It is an error if a patient or an image of the tested ones is in the training or validation split of the run; no flag
-changes that. Only RUN/external is written.
+It is an error if a tested patient or image is in the training or validation split of the run; no flag overrides this.
+Only RUN/external is written.
 """
 
 import time
@@ -29,7 +29,7 @@ from lungjax.training import final_report, program, setup
 from lungjax.weights import load
 
 TESTABLE_SPLITS = (*SPLITS, "all")
-IGNORED = "-"  # right side of a label map for a class that is not tested
+IGNORED = "-"  # right-hand side of a label map for a class that is not tested
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def evaluate(
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
     Args:
-      config: of the run, as in its config.json; fields that do not change weights may differ.
-      workdir: of a finished or interrupted run.
-      data_dir: of both prepared data sets; that of the run is needed to find shared patients.
-      dataset: name of the other one, whose clean protocol is used.
+      config: configuration of the run, as in its config.json; fields that do not change weights may differ.
+      workdir: folder of a finished or interrupted run.
+      data_dir: folder of both prepared data sets; the run's own is needed to find shared patients.
+      dataset: name of the other data set, whose clean protocol is used.
       label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" if the class names are equal.
-      split: of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
+      split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
 
     The folder NAME (of the data set, with "_" for "/") has the same files as a run. Thresholds and temperature are
     chosen on the val split of the run, under the label map.
@@ -83,7 +83,7 @@ def evaluate(
     with program.memory_advice(run.config, run.program.mesh.size):
         for name, images in (("test", view), ("no_lungs", datasets.without_lungs(view, data_dir))):
             if images is not None:
-                # Labels of the other data set are no classes of the run; `map_predictions` sets those of the result.
+                # Labels of the other data set are not classes of the run; `map_predictions` sets those of the result.
                 labels = images.columns["label"]
                 columns = images.columns | {"label": np.zeros_like(labels)}
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
@@ -114,9 +114,8 @@ def evaluate(
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
     # A heat map explains one class of the run, not a tested class that merges several.
-    explain_class = (
-        final_report.explainer(run, variables) if all(len(members) == 1 for members in mapping.members) else None
-    )
+    unmerged = all(len(members) == 1 for members in mapping.members)
+    explain_class = final_report.explainer(run, variables) if unmerged else None
     run_classes = np.asarray([members[0] for members in mapping.members])
     explain = explain_class and (lambda images, targets: explain_class(images, run_classes[targets]))
     description = datasets.describe(other, data_dir)
@@ -137,8 +136,8 @@ def evaluate(
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
     """Reads "A=X,B=Y+Z,C=-": A is the class X of the run, B is Y or Z, C is ignored.
 
-    Classes of the other data set with the same right side are tested as one; the probability of a class of the run
-    without a left side is dropped. The tested classes have the names of the run, such as "Y+Z".
+    Classes of the other data set with the same right-hand side are tested as one; probabilities of run classes without
+    an entry are dropped. The tested classes are named after those of the run, such as "Y+Z".
 
     Args:
       text: "" if both have the same names.
@@ -165,7 +164,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
         if name not in other_classes:
             raise ValueError(f"--label_map={text}: the data set has no class {name!r}; {nearest(name, other_classes)}")
         if name in targets:
-            raise ValueError(f"--label_map={text}: {name} is given twice")
+            raise ValueError(f"--label_map={text}: {name} has two entries; only one is allowed")
         members = [] if right == IGNORED else [member.strip() for member in right.split("+")]
         for member in members:
             if member not in run_classes:
@@ -177,7 +176,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
     groups = sorted({target for target in targets.values() if target})
     for i, count in Counter(i for target in groups for i in target).items():
         if count > 1:
-            raise ValueError(f"--label_map={text}: {run_classes[i]} is in two right sides; only one is allowed")
+            raise ValueError(f"--label_map={text}: {run_classes[i]} is on two right-hand sides; only one is allowed")
     if len(groups) < 2:
         raise ValueError(f"--label_map={text}: at least two tested classes are needed")
     return LabelMap(
@@ -188,22 +187,24 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
 
 
 def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
-    """Returns the other data set with the mapped images of `split` as its test split, and no others.
+    """Returns the other data set with only the mapped images of `split`, as its test split.
 
-    Raises ValueError if there are none.
+    Raises ValueError if no image remains.
     """
     splits = other.columns["split"]
     in_split = splits != "" if split == "all" else splits == split
     in_test = in_split & (np.asarray(mapping.labels)[other.columns["label"]] >= 0)
     if not in_test.any():
-        raise ValueError(f"{other.name}: no image to test in its {split} split; --split={', '.join(TESTABLE_SPLITS)}")
+        raise ValueError(
+            f"{other.name}: no image to test in split {split}; --split is one of {', '.join(TESTABLE_SPLITS)}"
+        )
     return replace(other, columns=other.columns | {"split": np.where(in_test, "test", "")})
 
 
 def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarray) -> Predictions:
     """Returns the predictions over the C classes of a run as those over the K tested classes.
 
-    Probabilities of the members of a class are added, then normalized to a sum of one. The sum is a log-sum-exp of
+    Adds the probabilities of the members of a class, then normalizes to a sum of one. The sum is a log-sum-exp of
     logits, which stays exact for confident networks. `labels` [N] are those of the other data set, all mapped.
     """
     logits = predicted.logits
@@ -220,9 +221,9 @@ def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarra
 
 
 def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
-    """Returns predictions on the val split of the run as those of the tested classes, without images of other classes.
+    """Returns predictions on the run's val split over the tested classes, without images of other classes.
 
-    Patients get the name of the data set as a prefix, so that equal names in the other one mean different patients.
+    Patients get the name of the data set as a prefix, so that they differ from patients of the same name in the other.
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))

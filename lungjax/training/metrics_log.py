@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:  # `setup` imports this module
     from lungjax.training.setup import Run
 
 
-class MetricsLog:
-    """Metrics of a run in training, to metrics.jsonl, TensorBoard and the progress bar of the first host.
+class MetricsLog(AbstractContextManager["MetricsLog"]):
+    """Writes the metrics of a training run to metrics.jsonl, TensorBoard and the progress bar of the first host.
 
     A context manager. At the start it drops the rows that a resumed run writes again: those after `step`, and the
     validations after `last_validation`.
@@ -32,18 +33,16 @@ class MetricsLog:
         self.pending: list[Any] = []  # metrics of the steps since the last row, still on the devices
         self.clock = time.perf_counter()  # of the last row
         self.events = None
-        if distributed.is_first_host():
+        first_host = distributed.is_first_host()
+        if first_host:
             rows = truncate(self.path, step, last_validation)
             if run.config.train.tensorboard:
                 from lungjax.training.event_files import EventFiles
 
                 self.events = EventFiles(run.workdir, rows)
-        hidden = not distributed.is_first_host()
-        self.bar = tqdm(total=run.program.steps, initial=step, unit="step", desc=run.config.name, disable=hidden)
-
-    def __enter__(self) -> "MetricsLog":
-        """Returns itself."""
-        return self
+        self.bar = tqdm(
+            desc=run.config.name, total=run.program.steps, initial=step, unit="step", disable=not first_host
+        )
 
     def __exit__(self, *_: object) -> None:
         """Closes the progress bar and the event files."""
@@ -93,7 +92,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows, without a last line that a crash truncated."""
+    """Returns the rows, without a last line truncated by a crash."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""What a run does when its loss or gradient is not finite, by `train.on_nan`:
+"""Policies of `train.on_nan` for a step whose loss or gradient is not finite:
 
     stop    saves the state before that step and raises an error with the names of the batch's examples
     skip    continues with the next batch, up to MAX_CONSECUTIVE bad steps in a row
@@ -26,7 +26,7 @@ MAX_REWINDS = 5
 
 
 class NonFiniteError(ValueError):
-    """The loss or gradient was not finite at `step`; `cause` names the batch, the message also says what to do."""
+    """The loss or gradient was not finite at `step`. `cause` names the batch; the message adds advice."""
 
     def __init__(self, policy: str, step: int, cause: str):
         other = ", or --set=train.on_nan=skip or rewind in this one" if policy == "stop" else ""
@@ -49,11 +49,7 @@ def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainStat
 
 
 def check_steps(
-    policy: str,
-    rows: Sequence[dict[str, Any]],
-    last_step: int,
-    progress: "Progress",
-    batch_names: Callable[[int], str],
+    policy: str, rows: Sequence[dict[str, Any]], last_step: int, progress: "Progress", batch_names: Callable[[int], str]
 ) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
     """Returns the metrics of the finite steps up to `last_step`, without `finite`, and an error that ends the run.
 
@@ -66,10 +62,7 @@ def check_steps(
             progress.consecutive_bad_steps = 0
             finite.append({name: value for name, value in row.items() if name != "finite"})
             continue
-        cause = (
-            f"the loss is {row['loss']}, the gradient norm {row['grad_norm']} at step {step}; its batch: "
-            f"{batch_names(step)}"
-        )
+        cause = f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}; batch: {batch_names(step)}"
         progress.consecutive_bad_steps += policy == "skip"
         if policy != "skip" or progress.consecutive_bad_steps >= MAX_CONSECUTIVE:
             return finite, NonFiniteError(policy, step, cause)
@@ -92,7 +85,7 @@ def rewind(
 ) -> tuple[TrainState, "Progress"]:
     """Returns the last checkpoint, with the data moved past the bad batch. Raises ValueError after MAX_REWINDS."""
     if progress.rewinds == MAX_REWINDS:
-        raise ValueError(f"{error}. The run was rewound {MAX_REWINDS} times already")
+        raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)
     assert checkpoint is not None  # train.on_nan=rewind saves one at the start
     state, restored = checkpoint[0], type(progress)(**checkpoint[1])

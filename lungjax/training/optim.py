@@ -21,7 +21,7 @@ TOP, HEAD = (LAST, 0), (LAST, 1)
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up, then the named schedule over the remaining `steps`.
 
-    `optim.schedule_steps` above zero replaces `steps`; the last rate then stays.
+    `optim.schedule_steps` above zero replaces `steps`; the rate then stays at its last value.
     """
     rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule

@@ -124,18 +124,14 @@ def smaller(config: Config, devices: int) -> list[str]:
     train = config.train
     unit = devices * train.accumulate
     half = train.batch_size // 2 // unit * unit
-    tips = []
-    if train.batch_size % (2 * unit) == 0:
-        tips.append(f"train.accumulate={2 * train.accumulate}")
-    if not train.remat:
-        tips.append("train.remat=True")
-    if config.model.dtype == "float32":
-        tips.append("model.dtype=bfloat16")
-    if half:
-        tips.append(f"train.batch_size={half}")
-    if devices > 1 and not train.shard_params and train.sync_batch_norm:
-        tips.append("train.shard_params=True")
-    return tips
+    tips = {
+        f"train.accumulate={2 * train.accumulate}": train.batch_size % (2 * unit) == 0,
+        "train.remat=True": not train.remat,
+        "model.dtype=bfloat16": config.model.dtype == "float32",
+        f"train.batch_size={half}": half > 0,
+        "train.shard_params=True": devices > 1 and not train.shard_params and train.sync_batch_norm,
+    }
+    return [tip for tip, valid in tips.items() if valid]
 
 
 @contextmanager
@@ -151,6 +147,6 @@ def memory_advice(config: Config, devices: int) -> Iterator[None]:
         raise ValueError(
             f"out of memory with train.batch_size={config.train.batch_size}, input.size={config.input.size} and "
             f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (or eval.batch_size="
-            f"{devices}, during prediction). The checkpoints are intact. The error of the device: "
+            f"{devices}, during prediction). The checkpoints are intact. Device error: "
             f"{text.splitlines()[0][:300]}"
         ) from error

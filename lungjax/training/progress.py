@@ -1,6 +1,6 @@
 """Progress of a run besides its training state: the best validation so far, and the position in the data.
 
-Saved with every checkpoint, so that a resumed run decides as an uninterrupted one.
+Saved with every checkpoint, so that a resumed run makes the same decisions as an uninterrupted one.
 """
 
 import math
@@ -20,7 +20,7 @@ class Progress:
     best_step: int = 0
     validations_without_improvement: int = 0
     stopped: int = 0  # 1 after early stopping
-    last_validation: int = 0  # its step
+    last_validation: int = 0  # step of the last validation
     skipped_batches: int = 0  # by train.on_nan=rewind: step s uses batch s - 1 + skipped_batches
     rewinds: int = 0
     consecutive_bad_steps: int = 0  # skipped by train.on_nan=skip
@@ -28,7 +28,7 @@ class Progress:
     def update(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
         """Compares the validation of `step` with the best so far; returns whether it is better."""
         score = scores[config.train.monitor]
-        assert score is not None  # `check_monitor` raised otherwise
+        assert score is not None  # otherwise `check_monitor` has raised
         self.last_validation = step
         better = math.isnan(self.best) or (score > self.best if config.train.maximize else score < self.best)
         if better:
@@ -40,7 +40,7 @@ class Progress:
 
 
 def last_step(workdir: Path) -> int:
-    """Returns the last step in a run's metrics.jsonl, 0 without any."""
+    """Returns the last step in a run's metrics.jsonl, or 0 if it has none."""
     return max((int(row["step"]) for row in metrics_log.read(workdir / "metrics.jsonl")), default=0)
 
 

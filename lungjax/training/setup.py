@@ -38,7 +38,7 @@ class Run:
     started: float  # time.time() at the start
 
     def batches(self, start: int) -> Generator[dict[str, jax.Array]]:
-        """Yields global training batches from index `start` on, with `data.prefetch` further ones in transfer."""
+        """Yields global training batches from index `start` on, with up to `data.prefetch` more in transfer."""
         place = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = pipeline.train_batches(self.data, self.config, start=start, **place)
         ready = []
@@ -61,17 +61,9 @@ class Run:
 
         Raises Interrupted between batches if `watch` received a signal.
         """
-        folded, check = self.program.network.fold(variables), watch.check if watch else lambda: None
-        return predict_split.predict(
-            self.program.predict_step,
-            folded,
-            data or self.data,
-            split,
-            self.config,
-            self.program.mesh,
-            progress=watch is None,
-            check=check,
-        )
+        built, folded = self.program, self.program.network.fold(variables)
+        step, mesh = built.predict_step, built.mesh
+        return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
@@ -147,6 +139,6 @@ def summary(run: Run) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first names with commas, and how many more there are."""
+    """Returns the first names, separated by commas, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -15,7 +15,7 @@ from lungjax.models import trees
 class TrainState(struct.PyTreeNode):
     """Arrays of one run. Random keys are not included, since they derive from the seed and `step`."""
 
-    step: jax.Array  # int32 scalar, steps done, including skipped ones
+    step: jax.Array  # int32 scalar, completed steps, including skipped ones
     bad_steps: jax.Array  # int32 scalar, steps without an update, see `non_finite`
     params: Any
     batch_stats: Any  # BatchNorm means and variances; {} for networks without
@@ -60,8 +60,3 @@ def init(
         leaves = trees.flatten(random.get(collection, {}))
         variables[collection] = trees.unflatten({path: (start or {}).get(path, leaf) for path, leaf in leaves.items()})
     return variables
-
-
-def size(tree: Any) -> int:
-    """Returns the bytes of a tree of arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -40,9 +40,9 @@ def run(
     """Trains or resumes, tests and reports. Returns the path of `report.md`.
 
     Args:
-      config: checked here again, with the data set and the devices.
-      workdir: created if missing; for config.json, checkpoints, metrics.jsonl, predictions, report and plots.
-      data_dir: of the data sets that `lungjax.prepare` wrote.
+      config: configuration of the run; checked again, with the data set and the devices.
+      workdir: created if missing; gets config.json, checkpoints, metrics.jsonl, predictions, report and plots.
+      data_dir: folder of the data sets that `lungjax.prepare` wrote.
       mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
       weights_dir: searched first for files of `model.weights`.
       profile: first and last step of a `jax.profiler` trace in WORKDIR/profile.
@@ -87,7 +87,7 @@ def run(
 def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = None) -> None:
     """Trains from the newest intact checkpoint, or from the start, to the last step or early stopping.
 
-    The order of a resume. Nothing is changed before the lock is taken; the result is that of an uninterrupted run.
+    The order of a resume. Nothing changes before the lock is taken; the result equals that of an uninterrupted run.
 
     1. Without a checkpoint, read the pretrained weights, which may be missing.
     2. Lock the workdir; compare or write config.json and data.json.

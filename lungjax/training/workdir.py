@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import jax
+
 from lungjax.config import Config, metadata, overrides
 from lungjax.data.prepared import Prepared
 from lungjax.runtime import distributed, files
 from lungjax.runtime.checkpoint import check_network, is_begun, newest
-from lungjax.training import state
 from lungjax.training.state import TrainState
 
 # Fields that change neither weights nor data order, so that a run may resume with other values.
@@ -30,7 +31,7 @@ MUTABLE_FIELDS = (
 
 
 def unreadable(workdir: Path) -> list[str]:
-    """Returns which of config.json and data.json are missing or damaged in a workdir that holds checkpoints."""
+    """Returns which of config.json and data.json are missing or damaged in a workdir with checkpoints."""
     if newest(workdir, "last") is None:
         return []
     return [name for name in ("config.json", "data.json") if _read_json(workdir / name) is None]
@@ -60,7 +61,7 @@ def check(workdir: Path, config: Config, mode: str) -> None:
         return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":
-            raise ValueError(f"{workdir}: no config.json, so no run to evaluate; train first (--mode=train)")
+            raise ValueError(f"{workdir}: no config.json, so there is no run to evaluate; train first (--mode=train)")
         # A run that is killed before its first save leaves only the lock and unfinished files.
         if workdir.exists() and not (
             workdir.is_dir() and all(p.name == "lock" or p.name.startswith(files.PARTIAL) for p in workdir.iterdir())
@@ -73,8 +74,8 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]
     if changed:
         raise ValueError(
-            f"{workdir} is the run of another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
-            "--workdir, or delete that one to start over"
+            f"{workdir} contains a run with another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
+            "--workdir, or delete this one to start over"
         )
 
 
@@ -86,8 +87,8 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
     if before != data_facts(data):
         name, fingerprint = before.get("dataset"), str(before.get("fingerprint"))[:12]
         raise ValueError(
-            f"{workdir}: this run began on {name} with fingerprint {fingerprint}, now {data.fingerprint[:12]}: "
-            "other images, labels or splits. Choose another --workdir"
+            f"{workdir}: this run was started on {name} with fingerprint {fingerprint}, but now it is "
+            f"{data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
         )
 
 
@@ -134,11 +135,11 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{workdir} can't be written ({error.strerror}); choose another --workdir") from error
-    needed = 4 * state.size(abstract_state)
+    needed = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
     free = shutil.disk_usage(workdir).free
     if newest(workdir, "last") is None and free < needed:
         raise ValueError(
-            f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there; "
+            f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free; "
             "free some space or choose another --workdir"
         )
 
@@ -147,7 +148,7 @@ def _lock(file: IO[str], workdir: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{workdir}: another run is training there; wait, or choose another --workdir") from None
+        raise ValueError(f"{workdir}: another run is training in it; wait, or choose another --workdir") from None
     except OSError as error:  # a file system without locks, such as a mounted bucket
         if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
             raise
@@ -155,8 +156,6 @@ def _lock(file: IO[str], workdir: Path) -> None:
 
 def _check_shared(workdir: Path) -> None:
     if not (workdir / "config.json").exists():
-        raise ValueError(
-            f"{workdir}: the files of host 0 are missing on this host; use a --workdir that all hosts share"
-        )
+        raise ValueError(f"{workdir}: files of host 0 are missing on this host; all hosts must share the --workdir")
     if not os.access(workdir, os.W_OK):
         raise ValueError(f"{workdir} is not writable on this host; every host writes its part of the checkpoints")

@@ -66,20 +66,6 @@ def test_single_class_single_example_and_empty():
     assert none["n"] == 0 and not any(v is not None for v in metrics.numbers(none).values())
 
 
-def test_curves_against_scikit_learn():
-    for ties in (True, False):
-        given = random_case(5, 200, ties=ties)
-        positive, scores = given.labels == 1, given.probabilities[:, 1]
-        for values, expected in zip(
-            metrics.roc_curve(positive, scores), sk.roc_curve(positive, scores, drop_intermediate=False), strict=True
-        ):
-            np.testing.assert_allclose(values, expected, atol=TOLERANCE)
-        recall, precision, thresholds = metrics.pr_curve(positive, scores)
-        expected = sk.precision_recall_curve(positive, scores)
-        for values, other in zip((precision, recall, thresholds[1:]), expected, strict=True):
-            np.testing.assert_allclose(values[::-1], other, atol=TOLERANCE)
-
-
 def test_calibration_by_hand():
     # 0.6 is in the bin (8/15, 9/15], 0.61 in the next.
     level = level_of([0, 1, 1], [[0.6, 0.4], [0.6, 0.4], [0.61, 0.39]])

@@ -38,11 +38,11 @@ OUTLIERS = {
     "heat map": (in_color(chest(900)) // 2 + np.asarray([100, 20, 0], np.uint8), "color image"),
     "inverted": (255 - chest(900), ""),
     "rotated": (np.rot90(chest(900)), "layout"),
-    "dark": (chest(900) // 3, "more of it is black"),
+    "dark": (chest(900) // 3, "larger black area"),
     "wide": (np.repeat(chest(900), 3, axis=1), "wider"),
     "high": (np.repeat(chest(900), 3, axis=0), "narrower"),
     "blurred": (np.asarray(Image.fromarray(chest(900)).resize((16, 16)).resize((64, 64))), "smoother"),
-    "white foot": (np.where(ROWS > 58, 255, chest(900)).astype(np.uint8), "bottom border is brighter"),
+    "white foot": (np.where(ROWS > 58, 255, chest(900)).astype(np.uint8), "brighter bottom border"),
 }
 
 

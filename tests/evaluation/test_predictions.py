@@ -78,8 +78,8 @@ def test_inconsistent_fields():
 def test_broken_csv_line(tmp_path):
     header = "id,group,source,label,predicted"
     for text, words in (
-        ("", "no column id"),
-        (f"{header}\n", "no column p_CLASS"),
+        ("", "missing column id"),
+        (f"{header}\n", "missing column p_CLASS"),
         (f"{header},p_a\nx,,,a,a\n", "line 2: 5 values"),
         (f"{header},p_a\nx,,,b,a,1\n", "line 2: label 'b'"),
         (f"{header},p_a\nx,,,a,a,1\ny,,,a,a,high\n", "line 3: .*'high'"),

@@ -225,5 +225,5 @@ def test_other_splits(run, saved):
 
 def test_figure_that_is_not_png(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
-    with pytest.raises(ValueError, match="PNG"):
+    with pytest.raises(OSError, match="a.png"):
         templating.embed(tmp_path / "a.png", "caption")

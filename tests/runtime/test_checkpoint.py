@@ -221,7 +221,7 @@ def test_state_of_another_network(workdir):
     ):
         with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=rf"another network(.|\n)*{words}"):
             checkpoints.restore(abstract(**changes))
-        with pytest.raises(ValueError, match=rf"best/8 is of another network(.|\n)*{words}"):
+        with pytest.raises(ValueError, match=rf"best/8 belongs to another network(.|\n)*{words}"):
             restore_best(workdir, abstract(**changes).variables)
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
 

@@ -181,8 +181,8 @@ def test_label_map_errors():
         ("L=left,M=middle,R=right", "junk missing"),
         ("L=left,M=middle,R=right,jnk=-", "the nearest: junk"),
         ("L=left,M=middle,R=rigt,junk=-", "the nearest: right"),
-        ("L=left,L=middle,R=right,M=-,junk=-", "given twice"),
-        ("L=left+middle,M=middle,R=right,junk=-", "middle is in two"),
+        ("L=left,L=middle,R=right,M=-,junk=-", "two entries"),
+        ("L=left+middle,M=middle,R=right,junk=-", "middle is on two"),
         ("L=left,M=left,R=-,junk=-", "at least two"),
         ("L=-,M=-,R=-,junk=-", "at least two"),
     ):
