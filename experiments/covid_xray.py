@@ -6,7 +6,7 @@
 Study: github.com/Mithunjack/covid-19-xay-image-classification; ResNet18: github.com/shervinmin/DeepCovid (arXiv
 2004.09363), the source of these 5,000 X-rays. Published accuracy: CNN .9896 (text of the README: .97), MobileNetV2
 .6938, ResNet101V2 .9750, DenseNet201 .9625. On 2 cores xray_cnn trains in minutes and the heads of the others in tens
-of minutes (step times: tests/benchmarks/README.md). Not run on the real data set, which is unavailable to us.
+of minutes (step times: tests/benchmarks/README.md). Not run on the real data set, to which we have no access.
 
 | | study | clean |
 | --- | --- | --- |
@@ -16,15 +16,16 @@ of minutes (step times: tests/benchmarks/README.md). Not run on the real data se
 | frozen networks | input 0..1 | input range of their weights |
 | resnet18 | best accuracy on val, which is test | best AUC on val |
 
-Caveats: none of the scores is reliable. .9896 is 95 of 96 random test images, of which 94 % are "non" (always answering
-"non" gives .936), and 37 of the 100 COVID test images are also in train; all generated images come from one X-ray. The
-numbers of the frozen networks were copied from another project (138 images, each in train and in test). COVID images
-come from figures on the web and the others from one hospital: see the report's baseline on source alone.
+Caveats: none of the published scores is reliable. .9896 is 95 of 96 random test images, of which 94 % are "non" (always
+answering "non" gives .936), and 37 of the 100 COVID test images are also in train; all generated images come from one
+X-ray. The numbers of the frozen networks were copied from another project (138 images, each in train and in test).
+COVID images are figures from the web and the others come from one hospital: see the report's baseline from source
+alone.
 Not reproducible: train images were 265 px high by mistake (here 256, as in test), validation used 160 random images of
 test (here all, every 30 steps), the images of the frozen networks are unknown. DeepCovid trained on a random crop (8 to
-100 % of the area), replaced by a zoom here, and tested on the central square, here the complete image.
-The stride of 3 in xray_cnn, an accident, is kept. Its logit is the probability of "non". VGG16 was imported there but
-never trained: its row is like the others'.
+100 % of the area), replaced by a zoom here, and tested on the central square, here the complete image. The stride of 3
+in xray_cnn, an accident, is kept. Its logit is the probability of "non". The study imports VGG16 but never trains it;
+its settings here are those of the other frozen networks.
 """
 
 from dataclasses import replace

@@ -1,13 +1,13 @@
-"""COVIDx CT by transfer learning: torchvision's VGG, ResNet and DenseNet from ImageNet, only the last layers trained.
+"""COVIDx CT by transfer learning: torchvision's ImageNet VGG, ResNet and DenseNet with only the last layers trained.
 
     python -m lungjax.main --experiment=covidx_ct
     python -m lungjax.main --experiment=covidx_ct:protocol=study
     python -m lungjax.main --experiment=covidx_ct:model=densenet161,version=2a,protocol=study
 
 Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. Published, DenseNet-201, k = 4: 3A test accuracy .8696
-(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, on val. Cost there: 7 minutes per
-epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores several hours per epoch (tests/benchmarks/README.md: training all
-of DenseNet-121 takes 0.2 s per slice). Not run on the real data set, which is unavailable to us.
+(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, on val. Cost in the study: 7
+minutes per epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores several hours per epoch (tests/benchmarks/README.md:
+training all of DenseNet-121 takes 0.2 s per slice). Not run on the real data set, to which we have no access.
 
 | | study | clean |
 | --- | --- | --- |
@@ -18,9 +18,9 @@ of DenseNet-121 takes 0.2 s per slice). Not run on the real data set, which is u
 | unfreeze=k | torchvision's children 0, -1, ..., 1-k: the first block, then the last ones; VGG: k - 1 convolutions | the last k blocks, and the norm after them |
 | weights tested | last epoch (the "best" ones were overwritten) | best macro F1 on val |
 
-Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies; differences
-between single runs below one point; "the last three layers" of the README; the confusion matrix figures, whose numbers
-are transposed. Most COVID slices of train come from sources that test does not have.
+Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies. Differences
+below one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and the figures
+of confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
 Not reproducible: val and test were normalized with the statistics of test (here: of train); the standard deviation of
 3A is not printed (here that of 2A). Small images were padded to the window, here the window is clipped to them. The
 warp rotates the crop, theirs the complete image.

@@ -7,7 +7,7 @@
 Study: github.com/marta-0/covid-ct (160 runs; data github.com/m2dgithub/CT-COV19). Published weighted F1, val / test, of
 the configuration that was best on val: Simple .810 / .582, Tiny .861 / .580, Small .860 / .600, LargeW .853 / .634,
 LargeT .888 / .577, BiT .766 / .711, EfficientNet-B3 from ImageNet .768 / .629, from random weights .761 / .570. Not run
-on the real data set, which is unavailable to us. 4,404 slices of 512 px have five times the pixels of 224 px: train
+on the real data set, to which we have no access. 4,404 slices of 512 px have five times the pixels of 224 px: train
 Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/benchmarks/README.md).
 
 | | study | clean |
@@ -16,13 +16,14 @@ Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/
 | nobackg, crop, lungs | the study's contours and snake | lungjax's masks |
 | weights tested | best weighted F1 on val | best macro F1 on val |
 | resizing | bilinear without antialiasing | with antialiasing |
-| EfficientNet's normalization | that of TensorFlow 2.5, presumably theirs (issue 49930) | that of the weights |
+| EfficientNet's normalization | TensorFlow 2.5's, presumably theirs (issue 49930) | that of the weights |
 
-Caveats: F1 on val, which selected epoch and configuration (0.06 to 0.31 above test); LargeT against Tiny, which are the
-same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never trained); micro AUC
-of unnormalized logits; all scores, because only COV has JPEG files.
+Caveats: F1 on val is optimistic (0.06 to 0.31 above test), because val selected epoch and configuration. LargeT and
+Tiny are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never
+trained). Micro AUC was computed from unnormalized logits. Only COV has JPEG files, which affects all scores.
 Not reproducible: epochs and batch size are not documented (here 30 and 32), some lung masks were corrected by hand,
-BiT's augmentation has no numbers (here those of the others). The negative zoom of the study was symmetric, as here.
+and the ranges of BiT's augmentation are not given (here those of the others). The study's negative zoom was symmetric,
+as here.
 BiT: the hub module took 0..1 and rescaled internally; its public weights take the same numbers as 2x - 1.
 """
 

@@ -7,11 +7,11 @@ once (`python -m lungjax.weights --fetch=efficientnetv2_s.keras`, 88 MB); they d
 `weights=none` starts from random weights, `run:WORKDIR` from another run.
 Classes are sampled equally often, slices augmented as in COVIDNet-CT (`lungjax.config.presets`). An epoch of 357,518
 slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-Net CT. No result of this network on this
-data set is published; not run on the real data set, which is unavailable to us.
+data set is published. Not run on the real data set, to which we have no access.
 
-`protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`: on its draw of the slices, balanced
-once with replacement, in val too, and with the last weights, for comparison with its table. `clean`, the default, uses
-all slices of the official split and the best AUC on val.
+`protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`, for comparison with its table: on its
+draw of train and val slices, balanced once with replacement, and with the last weights. `clean`, the default, uses all
+slices of the official split and the weights with the best AUC on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

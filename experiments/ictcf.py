@@ -1,4 +1,4 @@
-"""iCTCF: CT slices that are COVID-negative, COVID-positive, or without lung; nine networks from random weights, 512 px.
+"""iCTCF: COVID-negative, COVID-positive and non-informative CT slices; nine networks from random weights, 512 px.
 
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
     python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
@@ -18,10 +18,10 @@ slice of 512 px costs 5.2 times as much as one of 224 px, see tests/benchmarks/R
 
 Both read the stage `features`, the study's own rendering of the lungs; `--set=data.dataset=ictcf` uses plain slices.
 
-Caveats: all test scores. Copies of a slice and its neighbors are in several splits. About 56 % of the test images of
-pCT are generated, and 37 % of niCT. The last epoch was tested while validation fluctuated: ConvNeXt-Tiny (.93 on val at
-best) and ResNet152V2 (.84) would rank elsewhere. Published confusion matrices come from rounded probabilities. "Early
-stopping" with patience 10 in 10 epochs never stops.
+Caveats: no test score is reliable. Copies of a slice and its neighbors are in several splits. About 56 % of the test
+images of pCT are generated, and 37 % of niCT. The last epoch was tested although validation fluctuated: ConvNeXt-Tiny
+(at best .93 on val) and ResNet152V2 (.84) would rank differently. Published confusion matrices come from rounded
+probabilities. "Early stopping" with patience 10 never triggers in 10 epochs.
 Not reproducible: the unseeded draw of copies, and Keras's AdamW, which also decays norms and biases.
 """
 

@@ -1,4 +1,4 @@
-"""Any network trained from random weights on your ImageNet folder, as a start for other runs.
+"""Any network trained from random weights on your ImageNet folder, to pretrain other runs.
 
     python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
@@ -6,7 +6,7 @@
 
 For networks without published ImageNet weights: the CBR family of "Transfusion" (arXiv 1902.07208), pretrained by its
 authors. `dataset=` names any other prepared data set. 90 epochs of 1.28 million images need an accelerator: some hours
-on one GPU for CBR-Small. Not run on ImageNet, which is unavailable to us.
+on one GPU for CBR-Small. Not run on ImageNet, to which we have no access.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

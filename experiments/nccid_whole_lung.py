@@ -5,19 +5,19 @@
     python -m lungjax.main --experiment=nccid_whole_lung:protocol=study
 
 Study: github.com/nhsx/nccid-ct-slice-lung-classification. Published, on 716 test images: accuracy 0.982, AUC 0.9958,
-confusion [512, 10; 3, 191]. Cost there: 8 epochs of 9 s on a GPU; on 2 cores about ten minutes, from the measured steps
-of EfficientNet-B0 (tests/benchmarks/README.md). The images are available on application only; not run on them.
+confusion [512, 10; 3, 191]. Cost in the study: 8 epochs of 9 s on a GPU; on 2 cores about ten minutes, estimated from
+EfficientNet-B0 (tests/benchmarks/README.md). Not run on the images, which are available on application only.
 
 | | study | clean |
 | --- | --- | --- |
 | splits | by image, seed 42 | by series |
 | weights tested | last epoch | best AUC on val |
-| learning rate | at its minimum after 416 of 424 steps | at its minimum at the end |
-| normalization | that of their TensorFlow | that of the weights |
+| learning rate | minimum after 416 of 424 steps | minimum at the end |
+| normalization | that of their TensorFlow version | that of the weights |
 
-Caveats: the published test scores, because a series (and a patient) may be in several splits. The README says dropout
-0.3, the published run has 0.2. TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root of ImageNet's
-standard deviations (tensorflow issue 49930); the run used about 2.3. The order of augmentations differs:
+Caveats: the published test scores are optimistic, because a series (and a patient) may be in several splits. The README
+states dropout 0.3, the published run used 0.2. TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root
+of ImageNet's standard deviations (tensorflow issue 49930); the run used about 2.3. The order of augmentations differs:
 `lungjax.config.presets`. Inversion (half of the train images) is unusual for CT but intended, so it is kept;
 `--set=augment.invert=0` disables it.
 """

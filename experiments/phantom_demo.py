@@ -4,8 +4,8 @@
 
 Normal, Pneumonia and COVID-19 phantoms (`lungjax.datasets.phantom.slices`, 1,080 slices of 360 patients) and the
 "Simple" CNN of the CT-COV19 study with 25,000 parameters, on the body box at 112 px. About two minutes on 2 cores; test
-accuracy is 0.85 per slice and 0.90 per patient with seed 0. The images are synthetic: the score shows that
-the machinery works, and says nothing about lungs.
+accuracy is 0.85 per slice and 0.90 per patient with seed 0. The images are synthetic: the score shows that the pipeline
+works, and says nothing about real lungs.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -16,7 +16,7 @@ def get_config(model: str = "simple", dataset: str = "phantom_ct") -> Config:
     return Config(
         name="phantom_demo",
         data=DataConfig(dataset=dataset),
-        # Approximate mean and standard deviation of the pixels: without them a network without norm hardly learns.
+        # Approximate mean and standard deviation of the pixels, without which a network without norms hardly learns.
         input=InputSpec(size=(112, 112), channels=1, crop="box", mean=(0.4,), std=(0.3,)),
         model=ModelConfig(name=model),
         optim=OptimConfig(name="adam", lr=3e-3, schedule="cosine"),

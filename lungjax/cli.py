@@ -1,4 +1,4 @@
-"""Start and end of every command: a user error prints a message and exits with 2, a bug prints its traceback."""
+"""Entry point of every command: a user error prints a message and exits with 2, a bug prints its traceback."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -25,12 +26,9 @@ def run(
 ) -> None:
     """Defines and parses the flags, runs `main` and ends the process with its exit code.
 
-    Args:
-      main: gets the program's name and the positional arguments.
-      define_flags: defines the flags of the command, so that importing its module defines none.
-      arguments: names of the positional arguments; a last name with "..." stands for one or more, a name in brackets
-        is optional.
-      argv: replaces sys.argv.
+    `main` gets the program's name and the positional arguments, whose names are `arguments`: a last name with "..."
+    stands for one or more, a name in brackets is optional. `argv` replaces sys.argv. Flags are defined by a function,
+    so that importing the module of a command defines none.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
 
@@ -62,6 +60,18 @@ def run(
             raise
         print(f"lungjax: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def define_window_flags() -> None:
+    """Defines --window and --hu_window, which `windows` reads."""
+    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the window of the training images.")
+    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default that of the training images.")
+
+
+def windows() -> dict[str, Any]:
+    """Returns the fields of `Metadata` that --window and --hu_window replace."""
+    values: dict[str, Any] = {"window": read_window(flags.FLAGS.window)} if flags.FLAGS.window else {}
+    return values | ({"hu_windows": (read_hu_window(flags.FLAGS.hu_window),)} if flags.FLAGS.hu_window else {})
 
 
 def read_window(text: str) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 Prints a Markdown table with each metric of A and B, the difference B - A, its 95 % interval by paired bootstrap over
 patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Runs
-of the same network differ by their seeds, too: a difference between runs need not be one between networks.
+of the same network also vary with the seed: a difference between runs need not be a difference between networks.
 """
 
 import itertools
@@ -118,7 +118,7 @@ def _predictions(run: Path, split: str) -> Predictions:
 
 
 def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Returns a note on different images of the same data set, or ""; raises ValueError for different data sets."""
+    """Returns a note if the runs used different versions of the images, or ""; raises ValueError for other data."""
     names, prints = [[str(facts.get(key, "")) for facts in (a, b)] for key in ("dataset", "fingerprint")]
     # name[/config][-stage][-size]: different stages of the same examples can be compared.
     if names[0].split("-")[0] != names[1].split("-")[0]:

@@ -19,10 +19,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("out", None, "Output folder, new or empty; default explore/NAME.")
     flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "Protocol of the splits.")
-    flags.DEFINE_list(
-        "augment", [], "Comma-separated presets; default covidnet_ct for CT and xray_covid_online for X-rays."
-    )
-    flags.DEFINE_bool("stages", None, "Show masks and stages; default for data sets prepared with body masks.")
+    flags.DEFINE_list("augment", [], "Presets to show; default covidnet_ct for CT, xray_covid_online for X-rays.")
+    flags.DEFINE_bool("stages", None, "Show masks and stages; by default only if body masks were stored.")
     flags.DEFINE_integer("seed", 0, "Random seed of the images that are shown.", lower_bound=0)
     flags.DEFINE_integer("samples", 12, "Images per class.", lower_bound=1, upper_bound=120)
 

@@ -1,7 +1,7 @@
 """Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
 
 This module reads the flags; `lungjax.training.train.run` does the work. jax is imported only after the configuration is
-complete, so a typing mistake is reported immediately.
+complete, so that typos are reported immediately.
 """
 
 from pathlib import Path
@@ -20,27 +20,21 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list.")
     flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default ./runs/NAME, with --mode=evaluate the folder of config.json."
-    )
+    flags.DEFINE_string("workdir", None, "Run folder; default ./runs/NAME, or that of config.json in --mode=evaluate.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files; searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
-    flags.DEFINE_integer(
-        "folds", None, "Cross-validation with this many folds: a run per fold and a report over all of them."
-    )
+    flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
     flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
-    flags.DEFINE_string(
-        "label_map", "", "With --dataset: THEIRS=OURS+OURS,THEIRS=-,... if the class names differ; - ignores a class."
-    )
+    flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
-    flags.DEFINE_bool("multihost", False, "Run on several hosts; give the same command on each.")
+    flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
     flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
-    flags.DEFINE_string("profile", None, "START:STOP, steps whose jax.profiler trace goes to WORKDIR/profile.")
-    flags.DEFINE_bool("list", False, "Prints every experiment and exits.")
+    flags.DEFINE_string("profile", None, "START:STOP: steps to trace with jax.profiler, into WORKDIR/profile.")
+    flags.DEFINE_bool("list", False, "List the experiments and exit.")
 
 
 def main(_: list[str]) -> None:
@@ -93,7 +87,7 @@ def read_steps(text: str) -> tuple[int, int]:
     """Returns the first and last step of "START:STOP". Raises UsageError for anything else."""
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
-        raise app.UsageError(f"--profile={text}: expected START:STOP, two steps from 1 such as 10:20")
+        raise app.UsageError(f"--profile={text}: expected START:STOP with 1 <= START <= STOP, such as 10:20")
     return int(start), int(stop)
 
 
@@ -102,7 +96,7 @@ def check_flags() -> None:
     if FLAGS.dataset and (FLAGS.mode != "evaluate" or FLAGS.folds is not None):
         raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
     if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
-        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so no run to test")
+        raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
     for name in ("label_map", "split"):

@@ -4,7 +4,7 @@ PATHs are images, folders, CSV lists (column `path`, and `group` for patients), 
 volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
 with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
 per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
-The files get their names when they are complete; an interrupted run leaves its records in files that end in .partial.
+Files are renamed when they are complete; an interrupted run leaves its records in files that end in .partial.
 """
 
 import contextlib
@@ -43,11 +43,10 @@ def define_flags() -> None:
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
     flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
-    flags.DEFINE_string("gate", None, "A model that first decides for each volume whether it may be predicted.")
-    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume must have.")
-    flags.DEFINE_string("group_pattern", "", "Regex; its first group over a path names the patient.")
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the model's.")
-    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the model's.")
+    flags.DEFINE_string("gate", None, "Model that first decides which volumes are predicted.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must call for a volume to be predicted.")
+    flags.DEFINE_string("group_pattern", "", "Regex whose first group, matched in the path, is the patient.")
+    cli.define_window_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -71,9 +70,7 @@ def main(argv: list[str]) -> None:
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    window = cli.read_window(FLAGS.window) if FLAGS.window else model.metadata.window
-    hu_windows = (cli.read_hu_window(FLAGS.hu_window),) if FLAGS.hu_window else model.metadata.hu_windows
-    model = replace(model, metadata=replace(model.metadata, window=window, hu_windows=hu_windows))
+    model = replace(model, metadata=replace(model.metadata, **cli.windows()))
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -92,7 +89,7 @@ def main(argv: list[str]) -> None:
 def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
     """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
 
-    `model` and `gate`, which decides what volumes are predicted, are `inference.model.Model`, `sources` is
+    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is
     `inputs.Inputs`.
     """
     metadata = model.metadata
@@ -206,7 +203,7 @@ def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path,
 
 @contextlib.contextmanager
 def tables(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which get these names at the end."""
+    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which are renamed when complete."""
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
     with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ two prepared data sets share. Neither TensorFlow nor JAX is imported.
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -44,16 +45,10 @@ def main(_: list[str]) -> None:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()
     if FLAGS.source or not FLAGS.cross:
-        options = datasets.PrepareOptions(
-            seed=FLAGS.seed,
-            source_pattern=FLAGS.source_pattern,
-            group_pattern=FLAGS.group_pattern,
-            classes=tuple(FLAGS.classes),
-            modality=FLAGS.modality,
-            hu_windows=tuple(cli.read_hu_window(text) for text in FLAGS.hu_window),
-            plane=FLAGS.plane,
-            position=FLAGS.position,
-        )
+        names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
+        values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+        hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
+        options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
         result = datasets.write(
             FLAGS.dataset,
             Path(FLAGS.source).expanduser() if FLAGS.source else None,

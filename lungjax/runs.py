@@ -21,8 +21,8 @@ HEADER = ("run", "data set", "network", "step", "metric", "val", "test", "state"
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A run in a list."""
+class RunSummary:
+    """One line of the list."""
 
     folder: Path
     monitor: str  # train.monitor
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{folder}: no such folder; give the folder of the runs, such as the parent of --workdir")
     runs, problems = find(folder)
     if not runs and not problems:
-        raise ValueError(f"{folder}: no runs there; a run is a folder with config.json and metrics.jsonl")
+        raise ValueError(f"{folder}: no runs found; a run is a folder with config.json and metrics.jsonl")
     rows = [HEADER, *(run.row for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
         print(f"Figure: {FLAGS.plot}")
 
 
-def find(folder: Path) -> tuple[list[Listed], list[str]]:
-    """Returns the runs in a folder and its subfolders, sorted by path, and what could not be read."""
+def find(folder: Path) -> tuple[list[RunSummary], list[str]]:
+    """Returns the runs in a folder and its subfolders, sorted by path, and one line per unreadable run."""
     runs, problems = [], []
     for path in sorted(folder.rglob("config.json")):
         if (path.parent / "metrics.jsonl").is_file():
@@ -72,7 +72,7 @@ def find(folder: Path) -> tuple[list[Listed], list[str]]:
     return runs, problems
 
 
-def read(folder: Path, name: str) -> Listed:
+def read(folder: Path, name: str) -> RunSummary:
     """Returns a run from its files. Raises ValueError if config.json is damaged."""
     from lungjax.training import metrics_log, progress  # they import jax
 
@@ -98,10 +98,10 @@ def read(folder: Path, name: str) -> Listed:
         *("-" if score is None else f"{score:.4f}" for score in (best, test)),
         "finished" if report and progress.is_complete(folder, config, steps) else "interrupted",
     )
-    return Listed(folder, train.monitor, row, curve)
+    return RunSummary(folder, train.monitor, row, curve)
 
 
-def plot(runs: Sequence[Listed], path: Path) -> None:
+def plot(runs: Sequence[RunSummary], path: Path) -> None:
     """Draws the validation curves of the runs, one axis per metric."""
     from lungjax.report import style
 

@@ -1,6 +1,6 @@
 """Writes TensorBoard events of finished or interrupted runs: python -m lungjax.tensorboard RUN...
 
-Training writes them as it goes with --set=train.tensorboard=True. Both need the extra `tensorboard`.
+Training writes them continuously with --set=train.tensorboard=True. Both need the extra `tensorboard`.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Writes the events of each run, and prints how to look at them."""
+    """Writes the events of each run, and prints the command that shows them."""
     from lungjax.training import event_files
 
     folders = [event_files.write(Path(name)) for name in argv[1:]]

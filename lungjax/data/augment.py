@@ -2,8 +2,8 @@
 
 All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from output to input pixels, and the
 image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers depend
-only on the key and the example's place, not on the batch, device or host. A disabled operation adds nothing to the
-compiled program. `AugmentConfig` documents units and order.
+only on the key and the position of the example, not on the batch, device or host. A disabled operation adds nothing to
+the compiled program. `AugmentConfig` documents units and order.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lungjax.config import AugmentConfig
 
-# Each example has one uniform number for each of these, in this order: only append, or recorded runs change.
+# Names of the uniform random numbers of an example, in order. Append only: reordering changes the results of old runs.
 _DRAWS = (
     "exterior", "flip_horizontal", "flip_vertical", "rotation", "zoom_height", "zoom_width", "shear", "shear_axis",
     "shift_height", "shift_width", "left", "top", "right", "bottom", "brightness", "contrast", "gamma",
@@ -72,7 +72,7 @@ def augment(
 
     Args:
       images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result: a resize has no antialiasing.
-      places: uint32 [B], each example's place in the run; may be None if nothing is random.
+      places: uint32 [B], the position of each example in the run; may be None if nothing is random.
       key: of the run.
       config: the operations and their ranges.
       size: height and width of the result.
@@ -100,9 +100,9 @@ def augment(
 
 
 def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
-    """COVIDNet-CT's exterior exclusion: non-black pixels outside the body get the mean of the dark ones among them.
+    """COVIDNet-CT's exterior exclusion: sets non-black pixels outside the body to the mean of the dark ones among them.
 
-    The threshold for dark is the mean of the image's non-black pixels, not Otsu's.
+    The threshold for dark pixels is the mean of the image's non-black pixels, not Otsu's.
     """
     assert body is not None
     x = images.astype(jnp.float32)
@@ -205,7 +205,7 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 
 
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
-    """Returns float32 [B, H, W, C], each pixel sampled bilinearly from its image where `matrix` (see `affine`) says.
+    """Returns float32 [B, H, W, C], sampled bilinearly at the positions that `matrix` (see `affine`) gives.
 
     images: [B, h, w, C], uint8 or float32. fill: "constant" (`fill_value`), "edge" or "reflect", which are scipy's
     grid-constant, nearest and reflect. Samples must be within eight times the longer side.
@@ -218,8 +218,8 @@ def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str,
     options = {"constant_values": value} if fill == "constant" else {"mode": "edge"}
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), **options)
     pixels = padded.reshape(images.shape[0], -1, images.shape[3])
-    # Coordinates are integers in units of 2 ** -bits pixels. The compiler may round a float differently where it is
-    # computed twice, for place and weight; at a pixel's border the wrong pixel would then get the full weight.
+    # Coordinates are integers in units of 2 ** -bits pixels. With floats, the compiler may round the pixel
+    # index and the weight differently; at a pixel border the wrong pixel would then get the full weight.
     bits = 28 - max(h, w).bit_length()
     steps = jnp.round(matrix * 2.0**bits).astype(jnp.int32)[:, :, :, None, None]
     ys, xs = jnp.arange(size[0], dtype=jnp.int32)[:, None], jnp.arange(size[1], dtype=jnp.int32)

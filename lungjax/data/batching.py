@@ -1,4 +1,4 @@
-"""Batches of a fixed size: the last one is padded, so that one compiled program serves all."""
+"""Batches of a fixed size: the last one is padded, so that a single compiled program suffices."""
 
 import numpy as np
 

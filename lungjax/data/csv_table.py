@@ -1,4 +1,4 @@
-"""CSV files as spreadsheets write them: optional byte order mark; commas, semicolons or tabs."""
+"""CSV files as exported by spreadsheets: optional byte order mark; commas, semicolons or tabs."""
 
 import csv
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ class Table(NamedTuple):
     """A CSV file with a header."""
 
     columns: tuple[str, ...]  # in the order of the file
-    rows: list[tuple[str, dict[str, str]]]  # place, such as "labels.csv line 7", and values by column
+    rows: list[tuple[str, dict[str, str]]]  # location, such as "labels.csv line 7", and values by column
 
 
 def read_table(path: Path, required: Iterable[str] = ()) -> Table:

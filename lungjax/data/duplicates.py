@@ -1,4 +1,4 @@
-"""Near duplicates: copies of an image that was saved again, detected by a 64-bit hash and confirmed on the pixels.
+"""Near duplicates: re-saved copies of an image, detected by a 64-bit hash and confirmed on the pixels.
 
 Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices of different patients, 41 have
 hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness` compares details after alignment.
@@ -30,12 +30,8 @@ CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
 
 # The 64 lowest frequencies from radius 5 on. Lower ones are common to all chests: at equal recall of re-saved copies
 # they propose four to ten times as many pairs of different patients.
-_FREQUENCIES = np.array(
-    sorted(
-        ((y, x) for y in range(12) for x in range(12) if y * y + x * x >= 25),
-        key=lambda f: (f[0] ** 2 + f[1] ** 2, f[0]),
-    )[:64]
-)
+_RADII = sorted((y * y + x * x, y, x) for y in range(12) for x in range(12) if y * y + x * x >= 25)
+_FREQUENCIES = np.array([(y, x) for _, y, x in _RADII[:64]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +64,8 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
     `hashes` uint64 [N], 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d bits are
-    equal in at least one of d + 1 bands, so sorting by each band yields every pair. Memory is bounded: pairs are
-    skipped where very many hashes are similar, and `note` reports it.
+    equal in at least one of d + 1 bands, so sorting by each band finds every pair. Memory is bounded: where very many
+    hashes are similar, pairs are skipped, and `note` reports this.
     """
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
@@ -112,8 +108,8 @@ def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray
     """Returns the correlation of local detail for each pair, float64 [P] in -1..1; copies reach MIN_CORRELATION.
 
     `pairs` int64 [P, 2] are image numbers; `read` returns an image or its thumbnail, uint8 [H, W]. Local detail
-    excludes brightness and contrast; one image is shifted and stretched onto the other. Measured maxima: CT slices of
-    different patients 0.82 (the 7,500 most similar of 7.5 million pairs), X-rays of different people 0.72, of one
+    excludes brightness and contrast; one image is aligned to the other by shift and stretch. Measured maxima: CT slices
+    of different patients 0.82 (the 7,500 most similar of 7.5 million pairs), X-rays of different people 0.72, of one
     person 0.86. Copies with JPEG quality 30, half the size or a border of 2% removed have at least 0.95. Adjacent
     slices of one scan may also count as copies.
     """

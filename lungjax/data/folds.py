@@ -46,20 +46,16 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)
     patients, name = min((len(np.unique(groups[labels == i])), name) for i, name in enumerate(data.classes))
     if patients < count:
-        raise ValueError(
-            f"data.folds={count}: {name} has {patients} patients in {data.name} (near duplicates count as one), and "
-            f"each part needs one: use at most {patients} folds (the minimum is {MIN_FOLDS})"
-        )
+        limit = f"at most {patients} folds" if patients >= MIN_FOLDS else "more patients"
+        raise ValueError(f"data.folds={count}: {name} has {patients} patients in {data.name}; use {limit}")
     parts = splits.make_splits(labels.tolist(), groups.tolist(), {str(i): 1 / count for i in range(count)})
     members, first, group = np.unique(groups, return_index=True, return_inverse=True)
     images = np.zeros((len(members), len(data.classes)), np.int64)
     np.add.at(images, (group, labels), 1)
     place = _fill_parts(np.asarray([int(parts[row]) for row in first]), images, count)
     if place is None:
-        raise ValueError(
-            f"data.folds={count}: {data.name} has patients with images of several classes, so some part would lack a "
-            "class: use fewer folds"
-        )
+        problem = f"{data.name} has patients with images of several classes, and a part would lack a class"
+        raise ValueError(f"data.folds={count}: {problem}; use fewer folds")
     part = np.full(len(data.columns["label"]), -1, np.int64)
     part[rows] = place[group]
     return part
@@ -68,8 +64,8 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
 def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray | None:
     """Returns the part of each group, int64 [G], so that each part has every class; None if that is impossible.
 
-    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group moves whose part has
-    other groups of all its classes. `place` [G] are the parts before; `images` int64 [G, C] counts per class.
+    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group is moved
+    whose part keeps other groups of all its classes. `place` [G] are the initial parts, `images` int64 [G, C] counts.
     """
     place, has = place.copy(), images > 0
     for label in range(images.shape[1]):

@@ -124,7 +124,7 @@ def pairs_named(
     pixels: Sequence[str],
     near: np.ndarray,
 ) -> list[str]:
-    """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", the worst first.
+    """Returns at most MAX_PAIRS pairs such as "a.png (test, COVID) = b.png (train, Normal)", worst first.
 
     "=" joins exact copies (one pair per set of copies), "~" near duplicates. Pairs with different labels come first,
     then pairs across splits, then exact copies, then by name. Images in no split are omitted.
@@ -159,8 +159,8 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     """Detects groups and images that two data sets, or some of their rows, share; splits are ignored.
 
     Returns `exact` and `near`: the number of images of each with an exact copy, or else a near duplicate, in the other;
-    `examples`: at most MAX_PAIRS pairs; `note`: the limits of the search, or ""; `lines`: all of it, and the names of
-    the shared groups, as text.
+    `examples`: at most MAX_PAIRS pairs; `note`: the limits of the search, or ""; `lines`: all of these, and the names
+    of the shared groups, as text.
     """
     sides = ((a, a_rows), (b, b_rows))
     a_files, b_files = (data.columns["file"][rows].tolist() for data, rows in sides)
@@ -194,9 +194,8 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
     lines = [f"patients with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
     for name, other, total, i in ((a.name, b.name, size, 0), (b.name, a.name, len(b_files), 1)):
-        lines.append(
-            f"of {total:,} images of {name} in {other}: {exact[i]:,} exact copies, {near[i]:,} near duplicates"
-        )
+        counts = f"{exact[i]:,} exact copies, {near[i]:,} near duplicates"
+        lines.append(f"of {total:,} images of {name} in {other}: {counts}")
     lines += [search.note] if search.note else []
     return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
 

@@ -1,8 +1,8 @@
-"""From a prepared data set to batches of uint8 images: decode, crop, resize, in a reproducible order.
+"""Turns a prepared data set into batches of uint8 images in a reproducible order: decode, crop, resize.
 
 The seed determines one endless global sequence of training examples. Batch `s` has the positions `s * B` to
 `(s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts. The position depends only on the step,
-so a run resumes exactly, also on another number of hosts.
+so a run resumes exactly, even on a different number of hosts.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Reader:
     data: Prepared
     spec: InputSpec
     margin: float = 0.0  # visible margin around the box, as a fraction of its sides
-    body: bool = False  # whether to return the body mask as well
+    body: bool = False  # whether to also return the body mask
 
     def __call__(self, row: int) -> np.ndarray:
         """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""

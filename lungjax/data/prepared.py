@@ -32,7 +32,7 @@ COLUMNS = (
 RESERVED = (*COLUMNS, "box")
 SLICES = "slices"  # the only TFDS split; train, val and test are columns
 VERSION = "2.0.0"  # of the format of a prepared directory
-BODY_SIDE = 128  # rows and columns of stored body masks, whatever the image's size
+BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
 CHUNK = 20_000  # rows of an index read at a time, to limit memory
 
 
@@ -90,13 +90,9 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     columns = read_index(directory / "index.csv", classes)
     records = open_records(directory)
     if len(records) != (count := len(columns["label"])):
-        raise ValueError(
-            f"{directory}: index.csv has {count} rows, the records {len(records)}: prepare it again with --overwrite"
-        )
-    window = tuple(info["window"]) if info["window"] else None
-    return Prepared(
-        name, classes, columns, records, window, fingerprint(directory), protocol, info["body"], info.get("volumes")
-    )
+        raise ValueError(f"{directory}: {count} rows but {len(records)} records; prepare it again with --overwrite")
+    window, digest = tuple(info["window"]) if info["window"] else None, fingerprint(directory)
+    return Prepared(name, classes, columns, records, window, digest, protocol, info["body"], info.get("volumes"))
 
 
 def fingerprint(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""One image to a network's input: stage, stored size and window of the data set, then crop and resize.
+"""Turns an image into network input: stage, stored size and window of the data set, then crop and resize.
 
 Preparation and prediction share these steps. A 16-bit image is shrunk before its window is applied, but windowed
 before a stage.
@@ -38,16 +38,16 @@ def apply_stage(
 def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
     """Raises ValueError for a 16-bit image without a window."""
     if array.dtype == np.uint16 and window is None:
-        raise ValueError("a 16-bit image, but the network's window is unknown: lungjax.predict takes --window=low,high")
+        raise ValueError("a 16-bit image, but the model has no window; pass --window=low,high to lungjax.predict")
 
 
 def picture(
     array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns an image as a network's input, uint8 [H, W, C], as its data set would store it, and warnings.
+    """Returns the network input, uint8 [H, W, C], the image as the data set would store it, and warnings.
 
     `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; with None it is
-    detected if the network was trained on it. `prepared`: the image is in the stage of the training images already.
+    detected if the network was trained on it. `prepared`: the image is already in the stage of the training images.
     Raises ValueError for a 16-bit image if the network has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
@@ -55,7 +55,7 @@ def picture(
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("unknown body box: the network was trained on it, but gets the full image")
+            warnings.append("no body box: the network was trained on body boxes, but sees the full image")
     box = box or images.full_region(array)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:

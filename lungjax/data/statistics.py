@@ -86,7 +86,7 @@ def copies(data: Prepared) -> np.ndarray:
 
 
 def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int]:
-    """Returns pairs int64 [P, 2], the worst first, and the numbers of pairs across splits and across labels."""
+    """Returns the pairs, int64 [P, 2], worst first, and the numbers of pairs across splits and across labels."""
     differ = {
         key: data.columns[key][pairs[:, 0]] != data.columns[key][pairs[:, 1]]
         for key in ("label", "split_study", "split", "group")

@@ -95,12 +95,10 @@ def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
 
 
 def _duplicates(labels: Sequence[str], pixels: Sequence[str]) -> dict[str, int]:
-    members = defaultdict(list)
-    for digest, label in zip(pixels, labels, strict=True):
-        members[digest].append(label)
-    sets = [copies for copies in members.values() if len(copies) > 1]
-    conflicting = sum(len(set(copies)) > 1 for copies in sets)
-    return {"sets": len(sets), "images": sum(map(len, sets)), "sets_with_several_labels": conflicting}
+    sets = [count for count in Counter(pixels).values() if count > 1]
+    labels_per_set = Counter(digest for digest, _ in set(zip(pixels, labels, strict=True)))
+    conflicting = sum(count > 1 for count in labels_per_set.values())
+    return {"sets": len(sets), "images": sum(sets), "sets_with_several_labels": conflicting}
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:

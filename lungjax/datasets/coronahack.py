@@ -1,15 +1,11 @@
-"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of the COVID-19 collection.
-
-Source: https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset.
-"""
+"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of COVID-19 patients."""
 
 import re
 from pathlib import Path
 
-from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("Normal", "Pneumonia")
 TABLE = "Chest_xray_Corona_Metadata.csv"
@@ -39,25 +35,22 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     table = files.find(source, (TABLE, f"{FOLDER}/{TABLE}"), "table")
     names = (f"{FOLDER}/{FOLDER}/train/", f"{FOLDER}/train/", "train/")
     root = files.find(source, names, "folder of training images").parent
-    rows = files.read_rows(table, COLUMNS)
-    labels = [int(files.lookup(row["Label"], LABELS, "Label", where)) for where, row in rows]
-    study = [files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where) for where, row in rows]
-    groups = [patient(row["X_ray_image_name"]) for _, row in rows]
-    clean, notes = splits.complete(study, labels, groups, options.seed)
-    examples = [
-        Example(
-            file=f"{folder}/{row['X_ray_image_name']}",
-            image=str(root / folder / row["X_ray_image_name"]),
-            label=label,
+    listed = []
+    for where, row in files.read_rows(table, COLUMNS):
+        name, split = row["X_ray_image_name"], files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where)
+        example = Example(
+            file=f"{split}/{name}",
+            image=str(root / split / name),
+            label=int(files.lookup(row["Label"], LABELS, "Label", where)),
             split=split,
-            group=group,
-            source="Kermany" if kermany(row["X_ray_image_name"]) else "COVID-19 image data collection",
+            group=patient(name),
+            source="Kermany" if kermany(name) else "COVID-19 image data collection",
             extra=(row["Label_1_Virus_category"], row["Label_2_Virus_category"]),
             where=where,
-            study="train" if folder == "train" else "val+test",
+            study="train" if split == "train" else "val+test",
         )
-        for (where, row), label, folder, split, group in zip(rows, labels, study, clean, groups, strict=True)
-    ]
+        listed.append(example)
+    examples, notes = complete_splits(listed, options.seed)
     notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "CoronaHack")
     return Listing(CLASSES, examples, ("cause", "agent"), tuple(notes), study=ABOUT.study)
 

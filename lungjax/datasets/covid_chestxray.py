@@ -1,17 +1,13 @@
-"""The COVID-19 image data collection: frontal chest X-rays from papers and web pages, with findings and patients.
-
-Source: https://github.com/ieee8023/covid-chestxray-dataset (metadata.csv, SCHEMA.md; Cohen et al. 2020).
-"""
+"""The COVID-19 image data collection: frontal chest X-rays from papers and web pages, with findings and patients."""
 
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urlparse
 
 from lungjax.config import nearest
-from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = {
     "covid": ("non-COVID-19", "COVID-19"),
@@ -43,7 +39,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     file named twice.
     """
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
-    rows, skipped = [], Counter[str]()
+    listed, skipped = [], Counter[str]()
     for where, row in files.read_rows(table, COLUMNS + EXTRA):
         label = label_of(row["finding"], config, where)
         if row["modality"] != "X-ray" or row["view"] not in FRONTAL:
@@ -54,24 +50,14 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             for name in ("patientid", "filename"):
                 if not row[name]:
                     raise ValueError(f"{where}: {name} is empty")
-            rows.append((where, row, label))
-    if not rows:
+            file, group = f"{row['folder'] or 'images'}/{row['filename']}", f"patient {row['patientid']}"
+            site = urlparse(row["url"]).netloc.removeprefix("www.")
+            extra = (row["view"], row["finding"], *(row[name] for name in EXTRA))
+            image = str(table.parent / file)
+            listed.append(Example(file, image, label, "", group, site, extra=extra, where=where))
+    if not listed:
         raise ValueError(f"{table}: no frontal X-ray with a known finding")
-    groups = [f"patient {row['patientid']}" for _, row, _ in rows]
-    clean, notes = splits.complete([""] * len(rows), [label for _, _, label in rows], groups, options.seed)
-    examples = [
-        Example(
-            file=f"{row['folder'] or 'images'}/{row['filename']}",
-            image=str(table.parent / (row["folder"] or "images") / row["filename"]),
-            label=label,
-            split=split,
-            group=group,
-            source=urlparse(row["url"]).netloc.removeprefix("www."),
-            extra=(row["view"], row["finding"], *(row[name] for name in EXTRA)),
-            where=where,
-        )
-        for (where, row, label), group, split in zip(rows, groups, clean, strict=True)
-    ]
+    examples, notes = complete_splits(listed, options.seed)
     notes += compare_counts(examples, CLASSES[config], ABOUT.expected[config], "the collection")
     if skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common())

@@ -1,7 +1,4 @@
-"""COVID-CT (UCSD): CT slices cut out of papers on COVID-19, and others from MedPix, LUNA, Radiopaedia and papers.
-
-Source: https://github.com/UCSD-AI4H/COVID-CT (Images-processed, Data-split, NonCOVID-CT-MetaInfo.csv).
-"""
+"""COVID-CT (UCSD): CT slices from papers on COVID-19, and others from MedPix, LUNA, Radiopaedia and papers."""
 
 import re
 from collections.abc import Sequence
@@ -48,7 +45,10 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         files.find(source, [f"{root}CT_{name}/" for root in roots[name]], f"image folder of {name}", hint)
         for name in CLASSES
     ]
-    patients = _patients(source)
+    table = source / TABLE
+    columns = ("image name", "patient id")
+    named = files.read_rows(table, columns) if table.is_file() else []
+    patients = {row["image name"]: row["patient id"] for _, row in named}
     negatives = [file for _, _, label, file in rows if label == 0]
     runs = _runs(negatives)
     examples = [
@@ -96,14 +96,6 @@ def origin(file: str, label: int) -> str:
     if label:
         return "preprint" if re.match(r"\d{4}\.\d\d\.\d\d\.", file) else "paper"
     return "web" if web_patient(file) else "MedPix"
-
-
-def _patients(source: Path) -> dict[str, str]:
-    """Returns the patient of each NonCOVID file in the repository's table; {} if the table is missing."""
-    if not (source / TABLE).is_file():
-        return {}
-    columns = ("image name", "patient id")
-    return {row["image name"]: row["patient id"] for _, row in files.read_rows(source / TABLE, columns)}
 
 
 def _runs(names: Sequence[str]) -> dict[str, str]:

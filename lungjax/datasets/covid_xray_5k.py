@@ -1,17 +1,12 @@
-"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository.
-
-Sources: https://github.com/shervinmin/DeepCovid (Minaee et al., arXiv 2004.09363); the study's copy:
-https://github.com/Mithunjack/covid-19-xay-image-classification.
-"""
+"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository."""
 
 import re
 from collections import Counter
 from pathlib import Path
 
-from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
 ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/")
@@ -49,24 +44,23 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
         for label, name in enumerate(CLASSES):
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
-    real = [i for i, (split, label, _, path) in enumerate(images) if split == "test" or label or not is_generated(path)]
-    groups = {i: group(images[i][3], images[i][1]) for i in real}
-    study, labels = [images[i][0] for i in real], [images[i][1] for i in real]
-    completed, notes = splits.complete(study, labels, list(groups.values()), options.seed)
-    clean = dict(zip(real, completed, strict=True))
-    examples = [
-        Example(
+    listed = []
+    for split, label, path, inner in images:
+        generated = split == "train" and not label and GENERATED.match(path.stem)
+        example = Example(
             file=path.relative_to(source).as_posix(),
             image=str(path),
             label=label,
-            split=clean.get(i, ""),
-            group=groups.get(i, "generated"),
+            split="" if generated else split,
+            group="generated" if generated else group(inner, label),
             source="CheXpert" if label else "COVID-19 image data collection",
             extra=(finding(inner) if label else "COVID-19",),
             study="train" if split == "train" else "val+test",
         )
-        for i, (split, label, path, inner) in enumerate(images)
-    ]
+        listed.append(example)
+    real, notes = complete_splits([example for example in listed if example.split], options.seed)
+    clean = {example.file: example for example in real}
+    examples = [clean.get(example.file, example) for example in listed]
     counts = Counter((split, label) for split, label, _, _ in images)
     if all(counts[split, label] == n for split, both in REPOSITORY.items() for label, n in enumerate(both)):
         notes.append("all images per class are as in the study's repository")
@@ -76,11 +70,6 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         count = len(images) - len(real)
         notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
-
-
-def is_generated(file: str) -> bool:
-    """Returns whether a file of train/covid has the name of a generated image."""
-    return GENERATED.match(Path(file).stem) is not None
 
 
 def group(file: str, label: int) -> str:

@@ -98,7 +98,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples with the study's cells: how often it drew each of them, in the order of the label file."""
+    """Returns the examples in the order of the label file, with `study` set to how often the study drew each one."""
     from sklearn.utils import resample  # here: it takes two seconds to import
 
     result = list(examples)
@@ -135,9 +135,7 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
     for where, line in files.read_lines(table):
         file, *numbers = line.split()
         if len(numbers) != 5:
-            raise ValueError(
-                f"{where}: {line!r} has {1 + len(numbers)} of 6 fields: filename class xmin ymin xmax ymax"
-            )
+            raise ValueError(f"{where}: {line!r}: expected the fields filename class xmin ymin xmax ymax")
         try:
             label, xmin, ymin, xmax, ymax = map(int, numbers)
         except ValueError:
@@ -146,13 +144,12 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
             allowed = ", ".join(f"{i} {name}" for i, name in enumerate(CLASSES))
             raise ValueError(f"{where}: unknown class {label}; allowed are {allowed}")
         if not (0 <= xmin < xmax and 0 <= ymin < ymax):
-            raise ValueError(
-                f"{where}: box {xmin} {ymin} {xmax} {ymax} is empty or negative; required are 0 <= xmin < xmax and "
-                "0 <= ymin < ymax"
-            )
+            box = f"{xmin} {ymin} {xmax} {ymax}"
+            raise ValueError(f"{where}: box {box}: expected 0 <= xmin < xmax and 0 <= ymin < ymax")
         group, source = patient(file)
-        box = (float(xmin), float(ymin), float(xmax), float(ymax))
-        examples.append(Example(file, f"{folder}/{file}", label, split, group, source, box, where=where, study=split))
+        corners = (float(xmin), float(ymin), float(xmax), float(ymax))
+        image = f"{folder}/{file}"
+        examples.append(Example(file, image, label, split, group, source, corners, where=where, study=split))
     return examples
 
 

@@ -1,7 +1,4 @@
-"""CT-COV19: axial CT slices of three classes with the author's splits.
-
-Source: https://github.com/m2dgithub/CT-COV19 (commit 598e9b8); study: https://github.com/marta-0/covid-ct.
-"""
+"""CT-COV19 (commit 598e9b8): axial CT slices with the author's splits; study: https://github.com/marta-0/covid-ct."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +9,7 @@ from lungjax.data import splits
 from lungjax.data.folder_walk import is_hidden
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("COV", "Normal", "OtherPneumonia")  # labels 0, 1, 2 of the study
 TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class are not published
@@ -59,7 +56,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         for split, label, path, inner in images
     ]
     for label in sorted(flat):
-        examples = _resplit(examples, label, options.seed)
+        merged = [replace(e, split="test" if e.split == "test" else "train") for e in examples if e.label == label]
+        resplit = {e.file: e for e in complete_splits(merged, options.seed)[0]}  # val is taken from train again
+        examples = [resplit.get(e.file, e) for e in examples]
     notes = compare_counts(examples, CLASSES, ABOUT.expected["original"], "CT-COV19")
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
@@ -79,13 +78,3 @@ def group(path: str, label: int, flat: bool) -> str:
         return f"COV/{folder}"
     parts = [CLASSES[label], "" if flat else folder, files.block(Path(path).stem)]
     return "/".join(part for part in parts if part)
-
-
-def _resplit(examples: list[Example], label: int, seed: int) -> list[Example]:
-    rows = [i for i, e in enumerate(examples) if e.label == label and e.split != "test"]
-    total = splits.SHARES["train"] + splits.SHARES["val"]
-    shares = {split: splits.SHARES[split] / total for split in ("train", "val")}
-    new = splits.make_splits([0] * len(rows), [examples[i].group for i in rows], shares, seed)
-    for i, split in zip(rows, new, strict=True):
-        examples[i] = replace(examples[i], split=split)
-    return examples

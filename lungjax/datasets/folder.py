@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lungjax.data import prepared, splits
+from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
-from lungjax.datasets.listing import About, Example, Listing
+from lungjax.datasets.listing import About, Example, Listing, complete_splits
 
 COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept unmodified
 SPLIT_NAMES = {
@@ -77,34 +77,26 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     if ungrouped:
         some = ungrouped < len(rows)
         what = f"{ungrouped} images have no group" if some else "no groups (column group, or --group_pattern)"
-        notes.append(f"{what}: each of them counts as its own patient")
+        notes.append(f"{what}: images without a group count as separate patients")
     classes = _classes([row.label for row in rows], options.classes)
     labels = [classes.index(row.label) for row in rows]
-    groups = [row.group or row.file for row in rows]
-    clean, split_notes = splits.complete([row.split for row in rows], labels, groups, options.seed)
-    examples = [
-        Example(row.file, row.image, label, split, group, row.source, row.box, row.extra, row.where, row.split)
-        for row, label, split, group in zip(rows, labels, clean, groups, strict=True)
+    listed = [
+        Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
+        for r, label in zip(rows, labels, strict=True)
     ]
-    return Listing(
-        classes,
-        examples,
-        extra,
-        notes=(*notes, *split_notes),
-        group_name="patients" if ungrouped < len(rows) else "images without a group",
-        study="the given splits" if any(row.split for row in rows) else "",
-        body=options.modality == "ct" if options.modality else axial,
-        volumes={name: getattr(options, name) for name in ("hu_windows", "plane", "position")}
-        if volume_notes
-        else None,
-    )
+    examples, split_notes = complete_splits(listed, options.seed)
+    group_name = "patients" if ungrouped < len(rows) else "images without a group"
+    study = "the given splits" if any(row.split for row in rows) else ""
+    body = options.modality == "ct" if options.modality else axial
+    cut = {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volume_notes else None
+    return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut)
 
 
 def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
     names = set(labels)
     if order:
         if set(order) != names or len(set(order)) != len(order):
-            raise ValueError(f"--classes={','.join(order)}: the data has {', '.join(sorted(names))}, each once")
+            raise ValueError(f"--classes={','.join(order)}: expected each of {', '.join(sorted(names))} once")
         return order
     if len(names) < 2:
         raise ValueError(f"only one class, {next(iter(names))!r}; at least two are required. Expected {LAYOUTS}")
@@ -137,8 +129,8 @@ def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
     tops = {path.split("/")[0] for path in paths if "/" in path}
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
-        others = ", ".join(sorted(tops - set(split_of)))
-        raise ValueError(f"{source}: folders next to {', '.join(sorted(split_of))}: {others}; expected {LAYOUTS}")
+        others, given = (", ".join(sorted(names)) for names in (tops - set(split_of), split_of))
+        raise ValueError(f"{source}: unexpected folders {others} next to {given}; expected {LAYOUTS}")
     depth = 2 if split_of else 1
     rows = []
     for path in paths:

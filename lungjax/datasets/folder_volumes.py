@@ -31,7 +31,7 @@ class Row:
 def kind(path: str) -> str:
     """Returns the kind of a file by its suffix: "image", "dicom", "nifti" or "" for anything else.
 
-    A file without suffix, or with digits (the end of a DICOM UID), is opened.
+    Files without a suffix, or with a numeric one (the end of a DICOM UID), are opened to check.
     """
     low = path.lower()
     for name, suffixes in (("image", images.SUFFIXES), ("dicom", dicom.SUFFIXES), ("nifti", nifti.SUFFIXES)):
@@ -46,9 +46,8 @@ def kind(path: str) -> str:
 def unfold(row: Row) -> list[Row]:
     """Returns one row per DICOM and NIfTI file of the folder in `row`. Raises ValueError without any."""
     paths = [(name, os.path.join(row.image, name)) for name in list_files(row.image)]
-    rows = [
-        replace(row, file=f"{row.file}/{name}", image=path) for name, path in paths if kind(path) in ("dicom", "nifti")
-    ]
+    scans = [(name, path) for name, path in paths if kind(path) in ("dicom", "nifti")]
+    rows = [replace(row, file=f"{row.file}/{name}", image=path) for name, path in scans]
     if not rows:
         raise ValueError(f"{row.where}: the folder {row.file} has no DICOM or NIfTI file; list other images by path")
     return rows
@@ -62,7 +61,7 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     patient's id. A NIfTI file keeps its path and is its own group.
 
     Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
-    come first, so that without it nothing is written.
+    come first, so that without the flag preparation fails before anything is written.
 
     Returns the rows, notes, and whether all images are axial CT slices. Raises ValueError for invalid options, a
     missing package, and a NIfTI file that is listed twice.

@@ -1,11 +1,12 @@
 """The nCT, pCT and NiCT slices of iCTCF: COVID-negative, COVID-positive and non-informative axial CT slices.
 
 Source: Ning et al. 2020 (ictcf.biocuckoo.cn) as Kaggle azaemon/preprocessed-ct-scans-for-covid19; study:
-https://github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The file names contain no patients.
+https://github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The file names contain no patient ids.
 """
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from lungjax.data import splits
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("nCT", "pCT", "niCT")  # labels 0, 1, 2 of the study; the archive spells the last NiCT
 TARGET = 9000  # images of each smaller class after the study's oversampling
@@ -46,7 +47,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the original slices in `source`; with `config` "oversampled" the generated copies as well.
+    """Lists the original slices in `source`; with `config` "oversampled" also the generated copies.
 
     Raises ValueError for a missing class folder, with the names tried, or one without images.
     """
@@ -57,20 +58,18 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     ]
     examples = _originals(source, paths, options.seed) + _generated(paths, options.seed)
     cells = _study([example.label for example in examples])
-    chosen = [
-        Example(e.file, e.image, e.label, e.split, e.group, e.source, study=cell)
-        for e, cell in zip(examples, cells, strict=True)
-        if config == "oversampled" or e.source == "iCTCF"
-    ]
+    examples = [replace(example, study=cell) for example, cell in zip(examples, cells, strict=True)]
+    chosen = [example for example in examples if config == "oversampled" or example.source == "iCTCF"]
     notes = tuple(compare_counts(chosen, CLASSES, ABOUT.expected[config], "iCTCF"))
     name = "blocks of neighboring slices"
     return Listing(CLASSES, chosen, notes=notes, group_name=name, study=ABOUT.study, body=True)
 
 
 def generate(path: str, angle: float, down: float, right: float) -> bytes:
-    """Returns the image of the file `path` as PNG, rotated left by `angle` degrees, then shifted by parts of a side.
+    """Returns the image of the file `path` as PNG, rotated left by `angle` degrees, then shifted by fractions of a
+    side.
 
-    As Keras's ImageDataGenerator does it (a positive `down` samples further down, so the content moves up; order 1,
+    Equals Keras's ImageDataGenerator (a positive `down` samples further down, so the content moves up; order 1,
     fill nearest, cast to uint8), at the slice's own size.
     """
     gray = images.gray(images.read(Path(path).read_bytes())[0]).astype(np.float32)
@@ -83,16 +82,16 @@ def generate(path: str, angle: float, down: float, right: float) -> bytes:
 
 
 def _originals(source: Path, paths: list[list[Path]], seed: int) -> list[Example]:
-    rows = [(label, path, _group(label, path)) for label, class_paths in enumerate(paths) for path in class_paths]
-    clean = splits.make_splits([label for label, _, _ in rows], [group for _, _, group in rows], seed=seed)
-    return [
-        Example(path.relative_to(source).as_posix(), str(path), label, split, group, "iCTCF")
-        for (label, path, group), split in zip(rows, clean, strict=True)
+    examples = [
+        Example(path.relative_to(source).as_posix(), str(path), label, "", _group(label, path), "iCTCF")
+        for label, class_paths in enumerate(paths)
+        for path in class_paths
     ]
+    return complete_splits(examples, seed)[0]
 
 
 def _generated(paths: list[list[Path]], seed: int) -> list[Example]:
-    """Lists the copies that fill each class up to TARGET: passes over its shuffled slices, each moved at random."""
+    """Lists the copies that fill each class up to TARGET: shuffled slices, each rotated and shifted at random."""
     examples = []
     for label, class_paths in enumerate(paths):
         rng = np.random.default_rng([seed, label])

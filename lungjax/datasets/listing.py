@@ -1,15 +1,14 @@
 """The examples of a data set before any image is read: types shared by all data set modules.
 
-A data set module defines `ABOUT` and `listing(source, config, options)`, which lists and labels the images of a
-downloaded folder. TFDS is not imported here, so that help pages and error messages are fast.
+TFDS is not imported here, so that help pages and error messages are fast.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lungjax.data.splits import parse_study
+from lungjax.data import splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,13 @@ class About:
     expected: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
+def complete_splits(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[str]]:
+    """Returns the examples with missing splits added by `splits.complete`, and its notes."""
+    given, labels, groups = ([getattr(e, name) for e in examples] for name in ("split", "label", "group"))
+    completed, notes = splits.complete(given, labels, groups, seed)
+    return [replace(e, split=split) for e, split in zip(examples, completed, strict=True)], notes
+
+
 def compare_counts(
     examples: Sequence[Example],
     classes: Sequence[str],
@@ -79,12 +85,12 @@ def compare_counts(
     """Returns one line per split of `Example.study` whose counts per class differ from the published ones.
 
     `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, one
-    line says so.
+    line states this.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:
         counts["all", example.label] += 1
-        for split, times in parse_study(example.study).items():
+        for split, times in splits.parse_study(example.study).items():
             counts[split, example.label] += times
     lines = []
     for split, published in expected.items():

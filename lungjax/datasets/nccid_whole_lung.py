@@ -1,4 +1,4 @@
-"""Coronal CT images of the NCCID: does the image show the whole lung?
+"""Coronal CT images of the NCCID, classified by whether they show the whole lung.
 
 Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_util.py makes the split). The images are
 64 x 128, upside down, and cut from volumes of the National COVID-19 Chest Imaging Database.
@@ -11,7 +11,7 @@ from pathlib import Path
 from lungjax.data import splits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("Others", "WholeLung")  # 0, 1 of the label file
 TABLE = "whole_lung_label.csv"
@@ -41,25 +41,15 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """
     table = files.find(source, (TABLE,), "label file")
     rows = files.read_rows(table, ("image_name", "whole_lung"))
-    labels = [int(files.lookup(row["whole_lung"], {"0": "0", "1": "1"}, "whole_lung", where)) for where, row in rows]
-    groups = [series(row["image_name"]) for _, row in rows]
     # The study drops rows without a file before it draws.
     existing = [i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()]
     cells = _study(len(rows), existing)
-    clean = splits.make_splits(labels, groups, seed=options.seed)
-    examples = [
-        Example(
-            file=row["image_name"],
-            image=str(table.parent / row["image_name"]),
-            label=label,
-            split=split,
-            group=group,
-            source="NCCID",
-            where=where,
-            study=cell,
-        )
-        for (where, row), label, split, group, cell in zip(rows, labels, clean, groups, cells, strict=True)
-    ]
+    listed = []
+    for (where, row), cell in zip(rows, cells, strict=True):
+        name, label = row["image_name"], files.lookup(row["whole_lung"], {"0": "0", "1": "1"}, "whole_lung", where)
+        image, group = str(table.parent / name), series(name)
+        listed.append(Example(name, image, int(label), "", group, "NCCID", where=where, study=cell))
+    examples, _ = complete_splits(listed, options.seed)
     notes = tuple(compare_counts(examples, CLASSES, ABOUT.expected["default"], "the study"))
     name = "series by file name"
     return Listing(CLASSES, examples, notes=notes, group_name=name, study=ABOUT.study, volumes=VOLUMES)

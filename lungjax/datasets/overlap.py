@@ -1,8 +1,9 @@
-"""Whether test images show patients that a network was trained on: comparison of two prepared data sets."""
+"""Checks whether test images show patients that a network was trained on, by comparing two prepared data sets."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -15,48 +16,36 @@ PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all fo
 
 
 def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[str]:
-    """Raises ValueError if the test split of `other` shows patients in train or val of `own`; returns remaining doubts.
+    """Raises ValueError if test images of `other` show patients in train or val of `own`; returns remaining doubts.
 
     Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
-    both contain, or that one of them is; equal pixels; near duplicates. For stages, the last two compare the complete
-    images if those are prepared.
-
-    Args:
-      own: the data set of the run.
-      other: the data set with the test images; may be the same one.
-      data_dir: where both are prepared.
-      what: the test images, for the message, such as "the test split of folder/b".
+    both share (see `shared_sources`); equal pixels; near duplicates. For stages, the last two compare the complete
+    images if those are prepared in `data_dir`. `what` names the test images, such as "the test split of folder/b".
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
-    refusal = f"{what} can't test a run on {own.name}: "
-    advice = "An external test needs patients that the run has not seen: choose another --split or --dataset"
-    groups = shared_groups(own, seen, other, rows)
-    if groups:
+    total = f"{len(rows):,} images"
+
+    def fail(reason: str, examples: list[str]) -> NoReturn:
+        advice = "An external test needs patients that the run has not seen: choose another --split or --dataset"
+        raise ValueError(f"{what} can't test a run on {own.name}: {reason} {'; '.join(examples[:MAX_NAMES])}. {advice}")
+
+    if groups := shared_groups(own, seen, other, rows):
         count = int(np.isin(other.columns["group"][rows], groups).sum())
-        raise ValueError(
-            f"{refusal}{count:,} of its {len(rows):,} images are of {len(groups):,} patients that it was trained or "
-            f"validated on, such as {', '.join(groups[:MAX_NAMES])}. {advice}"
-        )
-    sources = shared_sources(own, seen, other, rows)
-    if sources:
-        raise ValueError(
-            f"{refusal}both contain images of {', '.join(sources[:MAX_NAMES])}, where the same patients may have other "
-            f"names. {advice}"
-        )
+        fail(f"{count:,} of its {total} show {len(groups):,} patients of the run's train or val split, such as", groups)
+    if sources := shared_sources(own, seen, other, rows):
+        fail("both may show the same patients under different names, in images of", sources)
     doubts = []
     sides = [_without_stage(own, seen, data_dir), _without_stage(other, rows, data_dir)]
     if sides[0] and sides[1]:
         (own, seen), (other, rows) = sides[0], sides[1]
     elif resolve(own.name)[0].stage != resolve(other.name)[0].stage:
         missing = other.name if sides[0] else own.name
-        doubts.append(f"Near duplicates can't be detected between stages; prepare {missing} without its stage as well.")
+        doubts.append(f"Near duplicates can't be detected between stages; also prepare {missing} without its stage.")
     shared = leakage.cross(own, other, seen, rows)
     exact, near = shared["exact"][1], shared["near"][1]
     if exact or near:
-        raise ValueError(
-            f"{refusal}of its {len(rows):,} images {exact:,} are exact copies and {near:,} near duplicates of images "
-            f"that it was trained or validated on, such as {'; '.join(shared['examples'][:MAX_NAMES])}. {advice}"
-        )
+        copies = f"{exact:,} are exact copies and {near:,} near duplicates"
+        fail(f"of its {total}, {copies} of images in the run's train or val split, such as", shared["examples"])
     return doubts + ([f"The search for near duplicates was incomplete: {shared['note']}."] if shared["note"] else [])
 
 
@@ -73,7 +62,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the sources, sorted, that two different public data sets both contain, or that one of them is.
+    """Returns the sources, sorted, that two different public data sets share; a data set may be a source of the other.
 
     Sources of users' folders and of synthetic images are not public names, so they are never shared.
     """

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -39,8 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_bool("save_maps", False, "Also save the maps as .npy, float32 [H, W] in 0..1.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the window of the run.")
-    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default the window of the run.")
+    cli.define_window_flags()
 
 
 def main(_: list[str]) -> None:
@@ -52,8 +50,7 @@ def main(_: list[str]) -> None:
     for method in FLAGS.method:
         if method not in METHODS:
             raise ValueError(f"--method={method}: {nearest(method, METHODS)}")
-    windows: dict[str, Any] = {"window": cli.read_window(FLAGS.window)} if FLAGS.window else {}
-    windows |= {"hu_windows": (cli.read_hu_window(FLAGS.hu_window),)} if FLAGS.hu_window else {}
+    windows = cli.windows()  # typos are reported before jax is imported
     environment.prepare_jax()
     # Here: they import jax, which is slow and must be configured first.
     from lungjax.data import pipeline

@@ -5,8 +5,8 @@
     savedmodel   savedmodel/, for TensorFlow, which must be installed
     triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (extra `export`)
 
-Each contains weights, normalization, calibration and metadata, takes any number of images, and is compared with the
-network before it is kept: logits equal to 1e-5 of their range. An existing export is replaced.
+Each contains weights, normalization, calibration and metadata, and takes any number of images. Before a file is kept,
+its logits are compared with the network's: equal to 1e-5 of their range. An existing export is replaced.
 """
 
 import importlib.util
@@ -31,11 +31,11 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "A finished run.")
     flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
-    flags.DEFINE_string("out", None, "The folder to write to; default WORKDIR/export.")
+    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export.")
 
 
 def main(_: list[str]) -> None:
-    """Checks the flags, writes each format and prints how close it is to the network."""
+    """Checks the flags, writes each format and prints its difference from the network."""
     if not FLAGS.workdir:
         raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
     if not FLAGS.format:
@@ -58,9 +58,7 @@ def main(_: list[str]) -> None:
         start = time.monotonic()
         path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start
-        print(
-            f"{path}: {_size(path)} in {seconds:.0f} s; logits within {difference:.0e} of their range of the network's"
-        )
+        print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference of the logits {difference:.0e}")
     print(NOTICE)
 
 

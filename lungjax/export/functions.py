@@ -51,13 +51,13 @@ class Functions:
         return {path: np.asarray(leaf, np.float32) for path, leaf in trees.flatten(folded).items()}
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        """The first function, see above."""
+        """Returns calibrated probabilities, logits and features of uint8 pixels [b, H, W, C]."""
         with conv.plain_forms():
             logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
             return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-        """The second function; its maps are those of `saliency.Explainer`."""
+        """Returns the maps of `saliency.Explainer` for target classes int32 [b]."""
         with conv.plain_forms():
             folded = _tree(weights)
             head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
@@ -79,9 +79,7 @@ class Functions:
     def check(self, run: Any, name: str) -> float:
         """Compares an export with the network; returns the largest difference, relative to the range of the logits.
 
-        Args:
-          run: maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`.
-          name: of the export, for the message.
+        `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
         Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
         the network as trained and folded in plain operations), ROUNDING_FACTOR times that is allowed, at most
@@ -95,10 +93,8 @@ class Functions:
             rounding = worst_difference([folded(self.weights, images) for images in pixels], expected)
             allowed = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MAX_TOLERANCE)
             if not difference <= allowed:
-                raise ValueError(
-                    f"{name}: its logits differ from the network's by {difference:.1e} of their range, more than "
-                    f"{allowed:.0e}; it was not kept. Choose another --format, and please report the network"
-                )
+                error = f"logits differ from the network's by {difference:.1e} of their range, above {allowed:.0e}"
+                raise ValueError(f"{name}: {error}; use another --format, and please report the network")
         return difference
 
     @cached_property
@@ -121,9 +117,9 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs: logits and features by their range, probabilities as they are.
+    """Returns the largest difference of outputs, for logits and features relative to their range.
 
-    Infinite for another shape and for non-finite values.
+    It is infinite if shapes differ or values are non-finite.
     """
     worst = 0.0
     for name in artifacts.OUTPUTS:

@@ -3,7 +3,7 @@
     pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes], features float32 [B, F]
 
 `metadata_props` contains model.json under the key "lungjax". The graph is corrected where jax2onnx 0.13 treats all four
-axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute something else.
+axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute wrong values.
 """
 
 import logging
@@ -24,18 +24,15 @@ TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, checks it with onnx, runs it with onnxruntime and compares it with the network.
+    """Writes FILE into `folder`, runs it with onnxruntime, and returns its path and the result of `Functions.check`.
 
-    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
-    large, or the network is too large for the format.
+    Raises ValueError as `check`, and for a network too large for the format; then no file remains.
     """
     import onnx
 
     size = sum(array.nbytes for array in functions.weights.values())
     if size > MAX_BYTES:
-        raise ValueError(
-            f"{FILE}: the weights take {size / 2**30:.1f} GiB, above ONNX's limit of 2 GiB per file; use --format=jax"
-        )
+        raise ValueError(f"{FILE}: weights of {size / 2**30:.1f} GiB exceed ONNX's limit of 2 GiB; use --format=jax")
     model = convert(functions)
     path = folder / FILE
     with atomic_file(path) as partial_file:
@@ -49,7 +46,7 @@ def convert(functions: Functions) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
     from jax2onnx import to_onnx
 
-    for name in ("jax2onnx", "onnx_ir"):  # they warn of each plugin whose package is not installed, and of each shape
+    for name in ("jax2onnx", "onnx_ir"):  # they warn about each missing plugin and each shape
         logging.getLogger(name).setLevel(logging.ERROR)
     weights = functions.weights  # outside of the trace, in which they would be abstract
 

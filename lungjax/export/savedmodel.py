@@ -19,10 +19,9 @@ FOLDER = "savedmodel"
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER into `folder`, loads it again and compares it with the network.
+    """Writes FOLDER into `folder`, reloads it, and returns its path and the result of `Functions.check`.
 
-    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no folder, if that is too
-    large.
+    Raises ValueError as `check`; then no folder remains.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf

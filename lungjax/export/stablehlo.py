@@ -39,10 +39,9 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, reads it back and compares it with the network.
+    """Writes FILE into `folder`, reads it back, and returns its path and the result of `Functions.check`.
 
-    Returns its path and the difference of `Functions.check`. Raises ValueError, and leaves no file, if that is too
-    large.
+    Raises ValueError as `check`; then no file remains.
     """
     path = folder / FILE
     with atomic_file(path) as partial_file:

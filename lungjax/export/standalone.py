@@ -36,14 +36,16 @@ def main() -> int:
         return predict(flags)
     except ImportError as error:
         needs = f"the model was trained on segmented bodies or lungs, which needs the package {error.name}"
-        print(f"model.pyz: {needs}: pip install scikit-image, or give segmented images --prepared", file=sys.stderr)
+        print(
+            f"model.pyz: {needs}: pip install scikit-image, or pass --prepared with segmented images", file=sys.stderr
+        )
     except (ValueError, OSError) as error:
         print(f"model.pyz: {error}", file=sys.stderr)
     return 2
 
 
 def predict(flags: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit code."""
+    """Predicts the images of the command line; returns the exit code."""
     model = artifacts.read_pyz(Path(__file__).parent)  # the zip itself
     description = model.metadata
     if not flags.paths:

@@ -65,10 +65,7 @@ model. With lungjax, `lungjax.load("{name}/1/model.onnx").prepare(image).pixels`
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER/NAME into `folder`; its model.onnx is checked as in `onnx.write`.
-
-    Returns its path and the difference of `Functions.check`. Raises ValueError as `onnx.write`.
-    """
+    """Writes FOLDER/NAME into `folder`; otherwise as `onnx.write`, which writes its model.onnx."""
     path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)
     with atomic_folder(path / model_name(metadata), FILE) as model:  # other models of the repository stay

@@ -1,4 +1,4 @@
-"""Networks by name with their weights, and images as their input: `create`, `list_models`, `preprocess`.
+"""Networks by name, with pretrained weights and preprocessing: `create`, `list_models`, `preprocess`.
 
 net, variables, spec = lungjax.create("efficientnetv2_s", weights="imagenet", classes=3)
 logits, features = net.apply(variables, lungjax.preprocess(images, spec), train=False)
@@ -61,22 +61,22 @@ def create(
       name: one of `list_models()`.
       weights: as `model.weights`: "imagenet", a record of `python -m lungjax.weights --list`, "file:PATH",
         "run:WORKDIR", "none".
-      classes: outputs of a new classifier; None keeps the weights' own, or the complete head of a run (1000 without
-        weights).
+      classes: outputs of a new classifier; None keeps the classifier of the weights, for a run its complete head
+        (1000 classes without weights).
       size: height and width of the images; None takes that of the weights.
       channels: of the images, 1 or 3; None takes 3, or that of a run.
-      gray: how one channel meets weights for three: "repeat", "fold" or "slice" (`model.gray`).
+      gray: how grayscale input is adapted to three-channel weights: "repeat", "fold" or "slice" (`model.gray`).
       head: replaces the published head.
       noncommercial: accept weights whose license forbids commercial use.
       weights_dir: folder of downloaded files, searched first.
       seed: of randomly initialized layers.
       **fields: further fields of `lungjax.config.ModelConfig`, such as padding or dtype.
 
-    The network maps float32 images [B, H, W, C], as `preprocess` makes them, to (logits [B, classes], features);
+    The network maps float32 images [B, H, W, C] from `preprocess` to (logits [B, classes], features);
     features["last"] is the map [B, h, w, c] before the head.
 
-    Raises ValueError for an unknown name or source, a missing or foreign file, too small a size, and a class count
-    that does not fit.
+    Raises ValueError for an unknown name or source, a missing or incompatible file, too small a size, and a class
+    count that does not match.
     """
     options = dict(fields, gray=gray, noncommercial=noncommercial)
     model = ModelConfig(name=name, weights=weights, head=head or HeadConfig(), **options)
@@ -119,7 +119,7 @@ def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], 
 
 
 def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarray:
-    """Returns float32 [B, H, W, C] for the network: cropped, resized and normalized as `spec` says.
+    """Returns float32 [B, H, W, C] for the network: cropped, resized and normalized according to `spec`.
 
     Args:
       images: one or several, each the path of an image file or an array [H, W] or [H, W, 3], uint8 or float in 0..255.
@@ -146,7 +146,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
     if single or isinstance(images, str | Path):
         images = [images]
     if not len(images):
-        raise ValueError("no image was given")
+        raise ValueError("no images given")
     if boxes is not None and len(boxes) != len(images):
         raise ValueError(f"{len(images)} images but {len(boxes)} boxes; give one box per image")
     for number, image in enumerate(images):

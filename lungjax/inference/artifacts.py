@@ -11,8 +11,8 @@ A `model.pyz` is an uncompressed zip:
     __main__.py, lungjax/, flatbuffers/    the script that `python model.pyz scan.png` runs, with a copy of this file
 
 Images are cropped and resized before the program; normalization, temperature and softmax are inside. This reader
-unpickles nothing and runs no Python code from the file. The programs are compiled code all the same: open files from
-people you trust. This file imports only packages that are packed into the zip too.
+unpickles nothing and runs no Python code from the file. The programs are compiled code nevertheless: open only files
+from trusted sources. This file imports only modules that are also packed into the zip.
 """
 
 import io
@@ -37,11 +37,11 @@ ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
 OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
 PROGRAMS = ("predict", "gradcam")
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Compiler options that a file may set. Others, which could write files for example, are ignored.
+# Compiler options that a file may set. All others are ignored, since some make the compiler write files.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
-# Calls to code outside of the program. A forged file could jump to any address in memory.
+# Calls to external code, which would let a forged file jump to any address in memory.
 CALLS = re.compile(r"(?:custom_call\s*@|call_target_name\s*=\s*\")([^\s(\"]+)")
-SAFE_CALLS = {"shape_assertion"}  # that the batch has at least one image
+SAFE_CALLS = {"shape_assertion"}  # checks that the batch has at least one image
 METADATA_KEY = "lungjax"  # in an ONNX file's metadata_props
 
 
@@ -73,7 +73,7 @@ class Input:
 
 
 class Preprocessor:
-    """Turns decoded images into network inputs, as the metadata of a model says."""
+    """Turns decoded images into network inputs according to the metadata of a model."""
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
@@ -82,12 +82,9 @@ class Preprocessor:
     def __call__(self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False) -> Input:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
-        Args:
-          decoded: the image.
-          box: xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
-          segmented: the image is segmented already, like the training images.
-
-        Raises ValueError for a 16-bit image if the model has no window.
+        `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
+        `segmented` images are already segmented like the training images. Raises ValueError for a 16-bit image if the
+        model has no window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         score = None if self.novelty is None else self.novelty.score(stored)
@@ -117,7 +114,7 @@ class Program:
     def _call(self, name: str, pixels: np.ndarray, *rest: np.ndarray) -> Any:
         check_pixels(pixels, self.metadata)
         if not len(pixels):
-            raise ValueError("no image was given")
+            raise ValueError("no images given")
         return self._compiled[name](self._device_weights, pixels, *rest)
 
     @cached_property
@@ -135,7 +132,7 @@ class Program:
 
 
 def read_pyz(path: str | Path) -> Program:
-    """Opens a `model.pyz`. Raises ValueError with the reason for a foreign or damaged file."""
+    """Opens a `model.pyz`. Raises ValueError for a damaged file and one not from lungjax.export."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -184,9 +181,7 @@ def _program(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # jax raises almost anything for damaged data
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(
-            f"{where} can't be read by jax {jax.__version__} ({reason}); it may be damaged, or from a newer jax"
-        ) from None
+        raise ValueError(f"{where}: damaged, or from a jax newer than {jax.__version__} ({reason})") from None
     if calls:
         raise ValueError(f"{where} calls external code ({', '.join(sorted(calls)[:3])}), which no export does")
     return program
@@ -205,10 +200,10 @@ class Session:
         return dict(zip(OUTPUTS, arrays, strict=True))
 
 
-def read_onnx(path: str | Path, threads: int = 0) -> Session:
-    """Opens a `model.onnx` of lungjax.export on the CPU; `threads` per call, 0 for all cores.
+def read_onnx(path: str | Path) -> Session:
+    """Opens a `model.onnx` of lungjax.export on the CPU.
 
-    Raises ValueError if onnxruntime is not installed, and for a foreign or damaged file.
+    Raises ValueError if onnxruntime is not installed, and for a damaged file and one not from lungjax.export.
     """
     try:
         import onnxruntime
@@ -216,7 +211,6 @@ def read_onnx(path: str | Path, threads: int = 0) -> Session:
         raise ValueError(f"{path}: reading ONNX needs onnxruntime; pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)

@@ -1,4 +1,4 @@
-"""Paths that a user gives to a trained model: files, folders, lists and scans, as decoded images by name.
+"""Inputs of a trained model: images from files, folders, lists and scans.
 
 Allowed are images (`images.FORMATS`), DICOM files, NIfTI volumes (both with the extra `dicom`), folders of these,
 and CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of one DICOM
@@ -81,14 +81,10 @@ class Inputs:
 
 
 def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
-    """Returns every image that `paths` stand for; whatever can't be used is in `Inputs.failures`.
+    """Returns the images in files, folders (recursively) and CSV lists; unusable inputs are in `Inputs.failures`.
 
-    Args:
-      paths: files, folders (all images below them) and CSV lists.
-      metadata: of the model; its hu_windows, plane and position cut the volumes.
-      group_pattern: regex; its first group over the path of an image names its series.
-
-    Raises ValueError for an invalid pattern or one without a group.
+    Volumes are cut by hu_windows, plane and position of the metadata. The first group of the regex `group_pattern` in
+    the path of an image names its series. Raises ValueError for an invalid pattern or one without a group.
     """
     try:
         pattern = re.compile(group_pattern) if group_pattern else None
@@ -176,7 +172,9 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
     if kind == "image":
         inputs.add(Item(path, Path(path).read_bytes, series, short))
     elif kind == "nifti":
-        _add_nifti(inputs, path, series, short, metadata)
+        volume, cut = nifti.header(path), partial(nifti.picture, path)
+        name = inputs.add_volume(path, series, volume.notes, cut, volume.shape)
+        inputs.add_slices(path, short, name, cut, volume.shape, metadata)
     elif kind == "dicom":
         header = dicom.header(path)
         if header.aside:
@@ -221,12 +219,6 @@ def _add_dicom(
             inputs.items.append(Item(str(paths[i]), read(paths[i]), name, names[str(paths[i])][1]))
         return
     inputs.add_slices(folder, os.path.dirname(short) or os.path.basename(folder), name, cut, series.shape, metadata)
-
-
-def _add_nifti(inputs: Inputs, path: str, group: str, short: str, metadata: Metadata) -> None:
-    header, cut = nifti.header(path), partial(nifti.picture, path)
-    name = inputs.add_volume(path, group, header.notes, cut, header.shape)
-    inputs.add_slices(path, short, name, cut, header.shape, metadata)
 
 
 def _numbers(count: int, metadata: Metadata) -> Sequence[int]:

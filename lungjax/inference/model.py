@@ -5,7 +5,7 @@
     model.features(["a.png"])          # [1, F]
 
 Preprocessing, classes, calibration and operating points come from the model's `metadata.Metadata`. Batches have a few
-fixed sizes, so nothing is compiled again after `warm`.
+fixed sizes, so nothing is recompiled after `warm`.
 """
 
 import threading
@@ -56,7 +56,7 @@ class Model:
 
     `predict`, `logits`, `features` and `explain` take images: one or several, each the path of an image file or an
     array [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in
-    pixels; without them the body is located where the model was trained on cropped bodies. They raise ValueError for
+    pixels; without them the body is located if the model was trained on body crops. They raise ValueError for
     an image that can't be read or has another shape or type.
     """
 
@@ -70,7 +70,7 @@ class Model:
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def predict(self, images: Images, boxes: Boxes = None) -> np.ndarray:
-        """Returns calibrated probabilities float32 [B, classes], as `python -m lungjax.predict` writes them."""
+        """Returns calibrated probabilities float32 [B, classes], equal to those of `python -m lungjax.predict`."""
         return self.outputs(self._pixels(images, boxes))["probabilities"]
 
     def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
@@ -90,9 +90,8 @@ class Model:
         """
         self.check_method(method)
         pixels = self._pixels(images, boxes)
-        if targets is None:
-            return self.maps(pixels, self.outputs(pixels)["probabilities"].argmax(-1), method)
-        return self.maps(pixels, np.asarray(targets), method)
+        labels = self.outputs(pixels)["probabilities"].argmax(-1) if targets is None else np.asarray(targets)
+        return self.maps(pixels, labels, method)
 
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ class Model:
     def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `probabilities` (calibrated), `logits` [B, classes] and `features` [B, F] of prepared pixels.
 
-        Raises ValueError for pixels other than uint8 [B, H, W, C] as `prepare` makes them.
+        Raises ValueError for pixels other than uint8 [B, H, W, C] of the input size.
         """
         artifacts.check_pixels(pixels, self.metadata)
         batches = []
@@ -128,7 +127,7 @@ class Model:
     def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str = "gradcam") -> np.ndarray:
         """Returns saliency maps float32 [B, H, W] of prepared pixels for the class numbers `targets` [B].
 
-        Raises ValueError for another method or class, and for a format without saliency maps.
+        Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """
         artifacts.check_pixels(pixels, self.metadata)
         self.check_method(method)
@@ -188,7 +187,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     file = workdir / metadata.FILE
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
-        raise ValueError(f"{workdir}: no {metadata.FILE}, the run is not finished; `{command}` tests it and writes it")
+        raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; `{command}` completes it")
     description, data = metadata.read(file), workdirs.read_data(workdir)
     config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
     variables, step = checkpoint.restore_best(workdir)
@@ -196,9 +195,9 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
-        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` writes it again")
+        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` rewrites it")
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
-    variables = jax.tree.map(jnp.asarray, variables)  # to the device once, not with every call
+    variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
     module = models.build(config.model, len(description.classes))
     return Network(config, description.classes, module, variables, step), description
 

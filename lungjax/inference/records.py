@@ -56,13 +56,8 @@ def summary(
 ) -> dict[str, Any]:
     """Returns the record of a series: the mean over its slices, as for patients in the report.
 
-    Args:
-      metadata: of the model.
-      name: of the series.
-      probabilities: [slices, classes], calibrated.
-      warned: number of slices with warnings.
-      warnings: of the series itself.
-      rule: operating point; the one for patients if the model has it, else the one for slices.
+    `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, `warnings` are
+    those of the series itself. Decisions use the operating point for patients if the model has one, else for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
     several = [f"{warned} of {count} slices have warnings"] if warned and warned >= WARNED_FRACTION * count else []

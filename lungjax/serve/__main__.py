@@ -1,6 +1,6 @@
 """A trained network as an HTTP service: python -m lungjax.serve --model=runs/my_run
 
-It answers at http://127.0.0.1:8000: a web page, and /predict and /explain for programs, documented at /docs. Needs the
+Serves a web page at http://127.0.0.1:8000, and /predict and /explain for programs, documented at /docs. Needs the
 extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
@@ -27,16 +27,18 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any but loopback is open to other machines.")
-    flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
-    flags.DEFINE_list("allowed_hosts", [], "Further accepted Host names; a reverse proxy must pass Host on.")
-    flags.DEFINE_string("token_file", None, "File with the token that requests must send; or LUNGJAX_TOKEN.")
+    flags.DEFINE_string(
+        "host", "127.0.0.1", "Address to listen on; any but loopback exposes the service to other machines."
+    )
+    flags.DEFINE_integer("port", 8000, "Port; 0 picks a free one.", 0, 65535)
+    flags.DEFINE_list("allowed_hosts", [], "Further accepted Host names; a reverse proxy must forward Host.")
+    flags.DEFINE_string("token_file", None, "File with the token that requests must send; default $LUNGJAX_TOKEN.")
     flags.DEFINE_float("max_mb", 64, "MiB per file.", 0.001)
     flags.DEFINE_float("max_request_mb", 256, "MiB per request.", 0.001)
-    flags.DEFINE_float("max_upload_mb", 512, "MiB of uploads in memory, of all requests.", 0.001)
+    flags.DEFINE_float("max_upload_mb", 512, "MiB of uploads in memory over all requests.", 0.001)
     flags.DEFINE_integer("max_files", 64, "Files per request.", 1)
     flags.DEFINE_float("max_megapixels", 30, "Million pixels per image.", 0.0001)
-    flags.DEFINE_float("max_seconds", 60, "Seconds to decode and compute a request.", 0.01)
+    flags.DEFINE_float("max_seconds", 60, "Seconds to decode files and compute predictions, per request.", 0.01)
 
 
 def main(_: list[str]) -> None:
@@ -90,7 +92,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
         server.should_exit = True
 
     server = make_server(build(model, settings, on_failure), settings)
-    # When it is done, uvicorn raises the signal that stopped it again; that must not end the process.
+    # On exit, uvicorn re-raises the signal that stopped it; that must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     greet(model.metadata, settings, listening)
@@ -142,7 +144,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
         raise ValueError(f"--port={port} at {host} is unavailable ({why}); give another one, or 0 for any") from None
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not set it on this socket's children
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not set it on accepted connections
     return listening
 
 

@@ -1,7 +1,7 @@
 """Routes of the service.
 
 Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), computed by
-one thread (`batching`), and freed when the answer is sent.
+one thread (`batching`), and freed when the response is sent.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from PIL import Image
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from lungjax import __version__
@@ -45,8 +46,8 @@ TRIM_BYTES = 48 * 2**20  # freed memory that is returned to the system
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
 DESCRIPTION = (
-    "A trained network for lung images over HTTP. Images stay in memory until they are answered, and are not written "
-    "to disk. Patient data of DICOM files appears neither in answers nor in the log."
+    "A trained network for lung images over HTTP. Images stay in memory until the response is sent; nothing is "
+    "written to disk. Patient data of DICOM files appears neither in responses nor in the log."
 )
 Rule = Annotated[str | None, Query(description="Operating point of the decisions, from `points` of /model.")]
 Class = Annotated[str | None, Query(alias="class", description="Class to explain; default the predicted one.")]
@@ -93,7 +94,7 @@ class Service:
             futures = self.device.predict([file.input.pixels for file in good])
             rows = await asyncio.gather(*futures)
         results = [self._record(file, p, rule) for file, p in zip(good, rows, strict=True)]
-        return self._answer(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
+        return self._response(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
 
     async def explain(self, request: Request, name: Class = None, method: Method = None, rule: Rule = None) -> Response:
         """As /predict, with a saliency map of one class per image."""
@@ -116,7 +117,7 @@ class Service:
         for file, (_, p), urls in zip(good, maps, pictures, strict=True):
             explained = classes[int(np.argmax(p)) if target is None else target]
             results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | urls)
-        return self._answer(request, "/explain", files, results, {})
+        return self._response(request, "/explain", files, results, {})
 
     async def describe(self) -> dict[str, Any]:
         """The model, its training data and scores, and the limits of the service."""
@@ -131,16 +132,16 @@ class Service:
 
     async def prometheus(self) -> Response:
         """Counters and times for Prometheus."""
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def refuse(self, _: Request, error: Any) -> Response:
-        """Answers a request with an UploadError."""
+        """Responds to a rejected request."""
         self.metrics.refused.labels(error.reason).inc()
         return error_response(error)
 
     async def unknown_route(self, _: Request, error: Any) -> Response:
-        """Answers a request for another path or method."""
-        words = {404: "no such page; see /docs", 405: "another method is required; see /docs"}
+        """Responds to a request for an unknown path or method."""
+        words = {404: "no such page; see /docs", 405: "method not allowed; see /docs"}
         return JSONResponse({"error": words.get(error.status_code, "see /docs")}, error.status_code, error.headers)
 
     @contextlib.asynccontextmanager
@@ -157,7 +158,7 @@ class Service:
                         self.metrics.refused.labels(file.error.reason).inc()
                 yield decoded
         except TimeoutError:
-            raise UploadError(504, "time", f"it took more than {self.settings.seconds:g} seconds") from None
+            raise UploadError(504, "time", f"the request took more than {self.settings.seconds:g} seconds") from None
         finally:
             self.budget.bytes -= count
             self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
@@ -183,10 +184,10 @@ class Service:
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
         return records.record(self.metadata, file.name, p, file.input.novelty, file.input.warnings, rule)
 
-    def _answer(
+    def _response(
         self, request: Request, route: str, files: list[_Decoded], results: list[dict[str, Any]], more: dict[str, Any]
     ) -> Response:
-        """Returns the answer; `results` are those of the good files, in order."""
+        """Returns the response; `results` are those of the decoded files, in order."""
         good = iter(results)
         every = [next(good) if file.error is None else records.failure(file.name, str(file.error)) for file in files]
         request.scope["lungjax"]["images"] = len(results)
@@ -205,7 +206,7 @@ class Service:
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
-        """Returns the record of each series of two or more slices, by number: a UID identifies a person."""
+        """Returns the record of each series of two or more slices, numbered, since a UID identifies a person."""
         groups: dict[str, list[int]] = {}
         for i, file in enumerate(files):
             if file.series:

@@ -1,7 +1,7 @@
 """The compute thread and its queues.
 
-The thread takes the images in the queue without waiting for a full batch; the next batch collects meanwhile. Saliency
-maps have a separate queue and alternate with batches of predictions, so that neither starves.
+The thread takes the images in the queue without waiting for a full batch; meanwhile the next batch accumulates.
+Saliency maps have a separate queue and alternate with batches of predictions, so that neither starves.
 """
 
 import asyncio

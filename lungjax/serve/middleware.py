@@ -23,7 +23,7 @@ from lungjax.serve.uploads import UploadError
 LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
-OPEN = ("/docs", "/openapi.json", "/health")  # without a token, as the page; they reveal nothing of model or images
+OPEN = ("/docs", "/openapi.json", "/health")  # need no token, like the page; they reveal nothing about model or images
 FRAME_POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 IMAGE_POLICY = "script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 POLICY = f"default-src 'none'; {IMAGE_POLICY}; {FRAME_POLICY}"
@@ -36,11 +36,11 @@ HEADERS = {
     "cache-control": "no-store",
 }
 DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
-CLIENT_CLOSED = 499  # status in log and metrics if the client left before the answer, as in nginx
+CLIENT_CLOSED = 499  # status in log and metrics if the client disconnected before the response, as in nginx
 
 
 def error_response(error: UploadError) -> JSONResponse:
-    """Returns the answer for a refused request."""
+    """Returns the response to a rejected request."""
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}  # seconds
     return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
 
@@ -69,7 +69,7 @@ class Guard:
             return message
 
         async def discard() -> None:
-            """Reads the remaining body for a moment: a client that is still sending may miss the answer otherwise."""
+            """Reads the remaining body briefly: a client that is still sending may otherwise miss the response."""
             remaining = DISCARD_BYTES
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DISCARD_SECONDS):
@@ -107,13 +107,13 @@ class Guard:
             self.log(scope, state, time.perf_counter() - start)
 
     def check(self, scope: Any) -> UploadError | None:
-        """Returns why a request is refused before its body is read, or None."""
+        """Returns the reason to reject a request before its body is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if not self.is_own_name(host):
             return UploadError(421, "host", "unknown Host header; start the service with --allowed_hosts=NAME")
         if scope["method"] not in ("GET", "HEAD"):
-            # Pages of other sites in a browser may post to any address; only the service's own page is allowed to.
+            # In a browser, pages of other sites may post to any address; only the service's own page is accepted.
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
             if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != host):
                 return UploadError(403, "origin", "a request from a page of another site")
@@ -127,7 +127,7 @@ class Guard:
         return None
 
     def is_own_name(self, host: str) -> bool:
-        """Whether a Host header names this service, so that no other DNS name can be pointed at it.
+        """Returns whether a Host header names this service; rejecting other names prevents DNS rebinding.
 
         A service that other machines can reach accepts any IP address.
         """
@@ -141,16 +141,16 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 500 with a number; the log has the location of the error under it, but not its message."""
+        """Responds with 500 and a number, under which the log has the location of the error, but not its message."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
-            return  # the answer has begun
-        message = f"an error in the service, number {number} in its log"
+            return  # the response has started
+        message = f"internal error, number {number} in its log"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:
-        """Counts and logs a request: method, route, status, milliseconds and images, nothing that a user wrote."""
+        """Counts and logs a request: method, route, status, milliseconds and images, but no user input."""
         path = scope["path"]
         if path not in (*WORK, *OPEN, "/model", "/metrics"):
             path = "/" if path == "/" else "/page" if path in self.pages else "other"

@@ -4,7 +4,7 @@ The limit of one file is checked by `uploads.read`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Budget:
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:
     """Returns the files of a body and the number of bytes counted in `budget`, which the caller releases.
 
-    Raises UploadError (400, 408, 413, 415, 422, 503) for a malformed body or one over a limit; nothing stays counted.
+    Raises UploadError (400, 408, 413, 415, 422, 503) for a malformed body or one over a limit, and then counts nothing.
     """
     count = 0
 
@@ -64,10 +64,12 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
             yield chunk
 
     try:
-        parse = _parser(request, settings)
+        is_form = _check_head(request, settings) == FORM
         async with asyncio.timeout(settings.read_seconds) as limit:
             start = asyncio.get_running_loop().time()
-            return await parse(request, chunks(), settings.files), count
+            if is_form:
+                return await _parse_form(request, chunks(), settings.files), count
+            return [File("file", b"".join([chunk async for chunk in chunks()]))], count
     except BaseException as error:
         budget.bytes -= count
         if isinstance(error, TimeoutError):
@@ -79,7 +81,8 @@ async def receive(request: Request, settings: Settings, budget: Budget) -> tuple
         raise
 
 
-def _parser(request: Request, settings: Settings) -> Callable[..., Any]:
+def _check_head(request: Request, settings: Settings) -> str:
+    """Returns the content type, FORM or one of RAW. Raises UploadError for unsuitable headers."""
     try:
         length = int(request.headers.get("content-length", 0))
     except ValueError:
@@ -90,24 +93,18 @@ def _parser(request: Request, settings: Settings) -> Callable[..., Any]:
         raise UploadError(415, "type", "a compressed request body; send it uncompressed")
     content_type, options = parse_options_header(request.headers.get("content-type"))
     name = content_type.decode("latin-1").lower()
-    if name == FORM:
-        if not 0 < len(options.get(b"boundary", b"")) <= 200:
-            raise UploadError(400, "form", "multipart data without a boundary")
-        return _parse_form
-    if name in RAW:
-        return _parse_raw
-    raise UploadError(415, "type", f"expected {FORM} with the field `files`, or one file as {', '.join(RAW)}")
-
-
-async def _parse_raw(_: Request, chunks: AsyncGenerator[bytes, None], max_files: int) -> list[File]:
-    return [File("file", b"".join([chunk async for chunk in chunks]))]
+    if name not in (FORM, *RAW):
+        raise UploadError(415, "type", f"expected {FORM} with the field `files`, or one file as {', '.join(RAW)}")
+    if name == FORM and not 0 < len(options.get(b"boundary", b"")) <= 200:
+        raise UploadError(400, "form", "multipart data without a boundary")
+    return name
 
 
 async def _parse_form(request: Request, chunks: AsyncGenerator[bytes, None], max_files: int) -> list[File]:
     form = _Form(request.headers, chunks, max_files=max_files, max_fields=max_files)
     items = (await form.parse()).multi_items()
     if not form.ended:
-        raise UploadError(400, "form", "multipart data ends too early, or has another boundary")
+        raise UploadError(400, "form", "incomplete multipart data, or a wrong boundary")
     if not items:
         raise UploadError(422, "empty", "no file in the request; put files into the field `files`")
     if any(field not in FIELDS or isinstance(file, str) for field, file in items):
@@ -131,6 +128,6 @@ if not hasattr(MultiPartParser, "spool_max_size"):  # the privacy of uploads dep
 
 
 def _display_name(name: str | None, number: int) -> str:
-    """Returns a file's name for the answer: without folders and unprintable characters, of limited length."""
+    """Returns a file's name for the response: without folders and unprintable characters, of limited length."""
     text = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(character for character in text if character.isprintable())[:200] or f"file {number}"

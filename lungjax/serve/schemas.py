@@ -1,4 +1,4 @@
-"""Schemas of the answers, for /openapi.json and /docs; the tests validate answers with them."""
+"""Schemas of the responses, for /openapi.json and /docs; the tests validate responses with them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lungjax.serve.multipart import FORM, RAW
 
 
 class Strict(BaseModel):
-    """A schema without further keys."""
+    """A schema that forbids additional keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,9 +38,7 @@ class Record(Prediction):
     """One image."""
 
     file: str = Field(description="name in the request")
-    novelty: float | None = Field(
-        description="above 1: unlike the training images; null if the model has no such score"
-    )
+    novelty: float | None = Field(description="above 1: unlike the training images; null if the model has no score")
 
 
 class Failure(Strict):
@@ -66,7 +64,7 @@ class Model(Strict):
 
 
 class Predictions(Strict):
-    """Answer of /predict: one result per file, in order, and each DICOM series of two or more slices."""
+    """Response of /predict: one result per file, in order, and each DICOM series of two or more slices."""
 
     model: Model
     notice: str
@@ -85,7 +83,7 @@ class Explanation(Record):
 
 
 class Explanations(Strict):
-    """Answer of /explain: one result per file, in order."""
+    """Response of /explain: one result per file, in order."""
 
     model: Model
     notice: str

@@ -84,19 +84,8 @@ def kind_of(data: bytes) -> str:
     raise UploadError(415, "type", f"not a known image format; {ALLOWED}")
 
 
-def read(
-    data: bytes,
-    limits: Limits,
-    hu_windows: Windows = ((-600.0, 1500.0),),
-    plane: str = "axial",
-) -> Upload:
-    """Decodes one file in memory.
-
-    Args:
-      data: the file.
-      limits: of the file.
-      hu_windows: of CT slices, as in `dicom.picture`.
-      plane: of the training images; CT slices of another plane are refused.
+def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
+    """Decodes one file in memory, CT slices with `hu_windows`; those of a plane other than `plane` are refused.
 
     Raises UploadError; no file causes another exception.
     """
@@ -126,13 +115,11 @@ def read(
 def check_size(width: int, height: int, limits: Limits) -> None:
     """Raises UploadError for an image that is too large or too small."""
     if width > limits.side or height > limits.side:
-        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} are accepted along a side")
+        raise UploadError(413, "side", f"{width} x {height} pixels; at most {limits.side} per side are accepted")
     if width * height > limits.pixels:
-        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in all are accepted")
+        raise UploadError(413, "pixels", f"{width} x {height} pixels; at most {limits.pixels} in total are accepted")
     if min(width, height) < limits.min_side:
-        raise UploadError(
-            422, "small", f"{width} x {height} pixels; at least {limits.min_side} along each side are needed"
-        )
+        raise UploadError(422, "small", f"{width} x {height} pixels; at least {limits.min_side} per side are required")
 
 
 def _check_header(data: bytes, kind: str, limits: Limits) -> None:
@@ -184,7 +171,9 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             return Upload(images.decode(dicom.xray(file), None, ("PNG",)))
         own = dicom.series([header]).plane
         if header.orientation is not None and own != plane:
-            raise UploadError(422, "plane", f"a {own} slice, but this model is for {plane} ones, see lungjax.predict")
+            raise UploadError(
+                422, "plane", f"the slice is {own}, but this model needs {plane} ones; use lungjax.predict"
+            )
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), series)
@@ -207,7 +196,7 @@ def _inflated_dicom(data: bytes, limits: Limits) -> bytes:
             syntax = data[start : start + size].rstrip(b"\0 ")
         at = start + size
     if syntax != DEFLATED:
-        raise UploadError(422, "damaged", "a DICOM file with an unclear transfer syntax")
+        raise UploadError(422, "damaged", "a DICOM file with an unknown transfer syntax")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = unpacker.decompress(memoryview(data)[at:], limits.bytes + 1)

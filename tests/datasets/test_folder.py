@@ -65,7 +65,7 @@ def test_split_folders(tmp_path):
     row = data.columns["file"].tolist().index("Validation/a/deeper/Validation0.png")
     assert data.columns["split"][row] == "val"
     assert any(note.startswith("1 files that are not images") for note in result["notes"])
-    assert any("its own patient" in note for note in result["notes"])
+    assert any("separate patients" in note for note in result["notes"])
 
 
 def test_class_folders_with_patterns(tmp_path):
@@ -91,7 +91,7 @@ def test_class_order(tmp_path):
     assert prepare(tmp_path)[1].classes == ("1", "9", "10")
     options = PrepareOptions(classes=("9", "1", "10"))
     assert prepare(tmp_path, "folder/b", options)[1].classes == ("9", "1", "10")
-    with pytest.raises(ValueError, match="--classes=9,1: the data has 1, 10, 9"):
+    with pytest.raises(ValueError, match="--classes=9,1: .*1, 10, 9"):
         prepare(tmp_path, "folder/c", PrepareOptions(classes=("9", "1")))
 
 
@@ -194,5 +194,5 @@ def test_folder_errors(tmp_path):
         prepare(tmp_path)
     (tmp_path / "in/y.png").unlink()
     save(tmp_path / "in/train/b/x.png")
-    with pytest.raises(ValueError, match="next to train: a"):
+    with pytest.raises(ValueError, match="next to train"):
         prepare(tmp_path)

@@ -66,12 +66,12 @@ def is_dicom(path: str) -> bool:
         return False
 
 
-@named_errors("DICOM")
+@named_errors
 def header(path: File) -> Header:
     """Reads the header of a DICOM file, not its pixels.
 
     Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
-    compressed without an installed decoder, or a CT without a rescale.
+    compressed without an installed decoder, or a CT without RescaleSlope and RescaleIntercept.
     """
     data = _read(path, header_only=True)
     modality = str(data.get("Modality", ""))
@@ -87,7 +87,7 @@ def header(path: File) -> Header:
         _check(data, path, modality)
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
-        raise Unreadable(f"{path}: a PixelSpacing of {quote(path, f'{spacing[0]:g} x {spacing[1]:g} mm', 'zero')}")
+        raise Unreadable(f"{path}: PixelSpacing is not positive {quote(path, f'({spacing[0]:g} x {spacing[1]:g})')}")
     orientation = _numbers(data, "ImageOrientationPatient", 6, path)
     if orientation:
         across, down = np.reshape(orientation, (2, 3))
@@ -111,8 +111,8 @@ def series(headers: Sequence[Header]) -> Series:
     """Sorts the slices of one CT series by their position along the slice normal.
 
     InstanceNumber is ignored, because it may be reversed or missing. Missing slices and uneven distances are noted and
-    forbid other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if two
-    slices have the same position, or if a position is missing.
+    rule out other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if
+    two slices have the same position, or if a position is missing.
     """
     first = headers[0]
     if len(headers) == 1 and (first.orientation is None or first.position is None):
@@ -139,7 +139,7 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
-@named_errors("DICOM")
+@named_errors
 def picture(path: File, windows: Windows) -> bytes:
     """Returns the CT slice of one file as a PNG file, oriented as in `volumes`; no other file is read.
 
@@ -163,7 +163,7 @@ def volume(paths: tuple[File, ...], step: float) -> Volume:
     return _volume([header(path) for path in paths], step)
 
 
-@named_errors("DICOM")
+@named_errors
 def xray(path: File) -> bytes:
     """Returns an X-ray as an 8-bit PNG file with white bone, also for MONOCHROME1.
 
@@ -206,11 +206,11 @@ def _check(data: Any, path: File, modality: str) -> None:
     if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:
         raise Unreadable(f"{path}: several frames in one file: convert it to one file per slice, or to NIfTI")
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
-        raise Unreadable(f"{path}: a CT without RescaleSlope and RescaleIntercept: Hounsfield units are unavailable")
+        raise Unreadable(f"{path}: a CT without RescaleSlope or RescaleIntercept, so Hounsfield units are unknown")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is not None and syntax.is_compressed and not _can_decode(syntax):
         name = quote(path, syntax.name, "?") if syntax.name == str(syntax) else syntax.name
-        raise Unreadable(f"{path}: its pixels are compressed ({name}): {DECODERS}")
+        raise Unreadable(f"{path}: no decoder for its compressed pixels ({name}); {DECODERS}")
 
 
 def _numbers(data: Any, name: str, count: int, path: File) -> tuple[float, ...] | None:
@@ -261,7 +261,7 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
     return (pixels >= low) & (pixels <= high)
 
 
-@named_errors("DICOM")
+@named_errors
 def _hu(path: File) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
     data = _read(path)

@@ -42,7 +42,7 @@ def codestream_size(data: bytes) -> tuple[int, int]:
     for marker, start, end in jpeg_segments(data)[0]:
         if marker in FRAMES and end - start >= 9:
             return struct.unpack(">HH", data[start + 5 : start + 9])
-    raise ValueError("a compressed image without a size")
+    raise ValueError("the compressed image has no size")
 
 
 def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
@@ -62,12 +62,12 @@ def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
         marker = data[at + 1]
         if marker == SCAN:
             if data.count(b"\xff\xda", at) > MAX_SCANS:
-                raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
+                raise ValueError(f"the JPEG has more than {MAX_SCANS} scans")
             return segments, at
         size = 0 if marker in WITHOUT_SEGMENT else int.from_bytes(data[at + 2 : at + 4], "big")
         segments.append((marker, at, at + 2 + size))
         at += 2 + size
-    raise ValueError(f"a JPEG of more than {MAX_SEGMENTS} segments")
+    raise ValueError(f"the JPEG has more than {MAX_SEGMENTS} segments")
 
 
 def _check_rle(frame: bytes, pixels: int) -> None:

@@ -1,7 +1,7 @@
-"""Image files to network input: decode, window, crop, resize.
+"""Turns image files into network input: decode, window, crop, resize.
 
 8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
-without a window they raise an error. Transparent pixels are composed over black, palette and CMYK images become RGB.
+without a window they raise an error. Transparent pixels are composited over black, palette and CMYK images become RGB.
 EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
 """
 
@@ -21,7 +21,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # File suffixes, and Pillow's names of the formats. Its other plugins are disabled, because some run programs on a file
-# whatever its suffix (EPS runs Ghostscript).
+# regardless of its suffix (EPS runs Ghostscript).
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".mpo": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
     ".gif": "GIF", ".webp": "WEBP", ".jp2": "JPEG2000", ".j2k": "JPEG2000",
@@ -111,7 +111,7 @@ def load(
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
     if window is None:
-        raise ValueError("a 16-bit image in a data set without a window: prepare it with --window=low,high")
+        raise ValueError("a 16-bit image, but the data set has no window; prepare it with --window=low,high")
     return show(image, window)
 
 
@@ -172,7 +172,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
     pixel.
     """
     if min(size) < 1:
-        raise ValueError(f"input.crop_size={size}: give height and width of input.crop=center in pixels, above zero")
+        raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
     rows, columns = min(size[0], height), min(size[1], width)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     return float(left), float(top), float(left + columns), float(top + rows)

@@ -1,6 +1,6 @@
 """Body and lung masks of a CT slice, and stages, which are images processed with them.
 
-The masks are not learned, need a single slice, and accept any window. `study_masks` has the masks of the studies;
+The masks need no training, work on single slices, and accept any window. `study_masks` has the masks of the studies;
 `apply` supports both kinds of stages.
 """
 
@@ -60,7 +60,7 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
     """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False without lungs.
 
     Includes vessels, lesions inside and at the chest wall, and large bubbles in stomach or bowel, but not a separate
-    trachea. The spine must be above or below the lungs, not at a side. Raises ValueError as `body_mask`.
+    trachea. The spine must be above or below the lungs, not to the side. Raises ValueError as `body_mask`.
     """
     view = _prepare(_check_gray(image))
     mask, sides = (None, 0) if view is None else _lungs(view)
@@ -179,11 +179,7 @@ def _border(shape: tuple[int, ...]) -> np.ndarray:
 
 def _touching(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """Returns the components of a mask that contain a seed."""
-    labels, count = ndimage.label(mask)
-    hit = np.zeros(count + 1, bool)
-    hit[labels[seeds]] = True
-    hit[0] = False
-    return hit[labels]
+    return np.asarray(ndimage.binary_propagation(seeds & mask, mask=mask))
 
 
 def _outer(dark: np.ndarray) -> np.ndarray:

@@ -57,24 +57,20 @@ class MissingPackage(ValueError):
 Result = TypeVar("Result")
 
 
-def named_errors(kind: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def named_errors(read: Callable[..., Result]) -> Callable[..., Result]:
     """Decorates a reader, whose first argument is the file, so that errors of damaged files become Unreadable.
 
     Packages convert values lazily, so any access may raise any exception. pydicom's errors quote values, which may
     identify a patient; for a file in memory they are omitted.
     """
 
-    def decorate(read: Callable[..., Result]) -> Callable[..., Result]:
-        @functools.wraps(read)
-        def wrapper(file: File, *args: Any) -> Result:
-            try:
-                return read(file, *args)
-            except (Unreadable, MissingPackage):
-                raise
-            except Exception as error:
-                reason = quote(file, f" ({type(error).__name__}: {error})")
-                raise Unreadable(f"{file}: a damaged {kind} file{reason and ' ' + reason}") from None
+    @functools.wraps(read)
+    def wrapper(file: File, *args: Any) -> Result:
+        try:
+            return read(file, *args)
+        except (Unreadable, MissingPackage):
+            raise
+        except Exception as error:
+            raise Unreadable(f"{file}: a damaged file {quote(file, f'({type(error).__name__}: {error})')}") from None
 
-        return wrapper
-
-    return decorate
+    return wrapper

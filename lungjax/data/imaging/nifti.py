@@ -23,7 +23,7 @@ class Header:
     notes: tuple[str, ...] = ()
 
 
-@named_errors("NIfTI")
+@named_errors
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
@@ -37,21 +37,19 @@ def header(path: str) -> Header:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 1:
         sides = " x ".join(str(side) for side in image.shape)
-        raise Unreadable(f"{path}: {sides} voxels, expected one volume with three dimensions: split it into files")
+        raise Unreadable(f"{path}: {sides} voxels, expected one three-dimensional volume; split the file")
     try:
         unit = image.header.get_xyzt_units()[0]
     except KeyError:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETERS:
-        raise Unreadable(f"{path}: the unit of length is {unit}; allowed are mm, meter, micron and unknown (mm)")
+        raise Unreadable(f"{path}: unit of length {unit}; allowed are mm, meter, micron and unknown (mm)")
     # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):
         sides = " x ".join(f"{size:g}" for size in sizes)
-        raise Unreadable(
-            f"{path}: voxels of {sides} mm (unit in the file: {unit}); a chest CT has {MIN_SPACING:g} to "
-            f"{MAX_SPACING:g} mm: correct the unit (xyzt_units) or the affine"
-        )
+        allowed = f"{MIN_SPACING:g} to {MAX_SPACING:g} mm"
+        raise Unreadable(f"{path}: voxels of {sides} mm, expected {allowed}; correct the unit ({unit}) or the affine")
     notes = ["without a unit of length: interpreted as mm"] if unit == "unknown" else []
     if not (image.header["qform_code"] or image.header["sform_code"]):
         notes.append("without an orientation (qform and sform code 0): possibly mirrored")
@@ -61,7 +59,7 @@ def header(path: str) -> Header:
     return Header((shape[z], shape[y], shape[x]), (float(sizes[z]), float(sizes[y]), float(sizes[x])), tuple(notes))
 
 
-@named_errors("NIfTI")
+@named_errors
 def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a NIfTI volume as a PNG file; the volume is cached for the next plane.
 
@@ -71,7 +69,7 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 
 
 @volumes.cache_latest
-@named_errors("NIfTI")
+@named_errors
 def volume(path: str) -> Volume:
     """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture`."""
     spacing = header(path).spacing
@@ -82,12 +80,10 @@ def volume(path: str) -> Volume:
     np.nan_to_num(values, copy=False, nan=volumes.AIR)
     low, high = float(values.min()), float(values.max())
     if low > -500 or high < 0:
-        hint = (
-            "windowed before, or a mask: convert the scan again from DICOM, or use its slices as PNG"
-            if low >= 0 and high <= 255
-            else "a chest CT has air at -1000 and tissue above 0: convert the scan again from DICOM"
-        )
-        raise Unreadable(f"{path}: values of {low:g} to {high:g} are not Hounsfield units; {hint}")
+        windowed = low >= 0 and high <= 255
+        hint = "windowed images can be used as PNG" if windowed else "expected air at -1000, tissue above 0"
+        problem = f"values of {low:g} to {high:g} are not Hounsfield units ({hint})"
+        raise Unreadable(f"{path}: {problem}; convert the scan again from DICOM")
     np.rint(np.clip(values, -32768, 32767, out=values), out=values)  # in place, to save memory
     # nibabel's canonical axes run to the right, to the front and to the head.
     return Volume(values.astype(np.int16)[::-1, ::-1].transpose(2, 1, 0), spacing)

@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusi
 
 
 def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
-    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and if it was detected.
+    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and if it was found.
 
     `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image; `features` is the iCTCF study's
     image (512 x 512 if a side was longer, else the original size). Without a body or lung, the result is the previous
@@ -94,7 +94,7 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
     """Returns OpenCV's Canny edges of a uint8 image, bool [h, w]: 3x3 Sobel, L1 norm, no smoothing.
 
-    scikit-image smooths first and uses the Euclidean norm, so these thresholds would have another effect.
+    scikit-image smooths first and uses the Euclidean norm, so these thresholds would not carry over.
     """
     values = image.astype(np.int32)
     dx = ndimage.sobel(values, axis=1, mode="nearest")
@@ -118,8 +118,8 @@ def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
 def longest_contour(lines: np.ndarray) -> np.ndarray | None:
     """Returns the filled contour that the study selects, bool [h, w]; None without contours.
 
-    Contours are the outlines of components and of holes, without hierarchy. In order, a contour replaces the best one
-    if its closed length is greater, or else if its convex hull's perimeter is.
+    Contours are the outlines of components and of holes, without hierarchy. Processed in order, a contour replaces the
+    best one so far if its closed length or the perimeter of its convex hull is greater.
     """
     best: tuple[float, float, tuple[slice, slice], np.ndarray] | None = None
     for place, filled in _contours(lines):

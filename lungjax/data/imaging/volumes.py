@@ -43,10 +43,8 @@ def check_options(plane: str, position: str, windows: Windows) -> None:
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
     if len(windows) not in (1, 3) or any(len(window) != 2 or not window[1] > 0 for window in windows):
-        raise ValueError(
-            f"Hounsfield windows {windows}: give one (gray) or three (red, green, blue) of center and width, width "
-            "above 0, such as --hu_window=-600/1500 for lungs or 40/400 for soft tissue"
-        )
+        expected = "one window (gray) or three (RGB), center/width with a positive width, such as -600/1500"
+        raise ValueError(f"--hu_window: {windows}; expected {expected}")
 
 
 def need(package: str, what: str) -> Any:

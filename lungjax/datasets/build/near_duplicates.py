@@ -33,17 +33,13 @@ def search(
     cells = {"study": columns["split_study"]} if listing.study else {}
     summary: dict[str, Any] = {"near_pairs": len(twins.pairs), "left_out": clean.count(""), "leaks": {}}
     for name, column in (cells | {"clean": clean}).items():
-        members = {split: _members(column, split) for split in splits.SPLITS}
+        parsed = [splits.parse_study(cell) for cell in column]
+        members = {split: [i for i, parts in enumerate(parsed) if split in parts] for split in splits.SPLITS}
         leaks = leakage.leaks(members, groups, pixels, twins.pairs)
         summary["leaks"][name] = leaks
         notes += leakage.leak_notes(leaks, f"protocol={name}", listing.group_name)
         summary.setdefault("pairs", leakage.pairs_named(members, files, labels, pixels, twins.pairs))
     return twins.pairs, clean, notes, summary
-
-
-def _members(cells: Sequence[str], split: str) -> list[int]:
-    contains = {cell: split in splits.parse_study(cell) for cell in set(cells)}
-    return [i for i, cell in enumerate(cells) if contains[cell]]
 
 
 def write(pairs: np.ndarray, files: Sequence[str], directory: Path) -> None:

@@ -32,20 +32,17 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
         super().__init__(config=tfds.core.BuilderConfig(name=config, description=description), **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=self._classes),
-                "file": tfds.features.Text(),
-                "group": tfds.features.Text(),
-                "source": tfds.features.Text(),
-                "box": tfds.features.BBoxFeature(),
-                "body": tfds.features.Tensor(shape=(BODY_BYTES,), dtype=np.uint8, encoding="zlib"),
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self, description=self._description, features=features, disable_shuffling=True
-        )
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=self._classes),
+            "file": tfds.features.Text(),
+            "group": tfds.features.Text(),
+            "source": tfds.features.Text(),
+            "box": tfds.features.BBoxFeature(),
+            "body": tfds.features.Tensor(shape=(BODY_BYTES,), dtype=np.uint8, encoding="zlib"),
+        }
+        options: Any = {"description": self._description, "disable_shuffling": True}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), **options)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
         return {prepared.SLICES: self._shards}

@@ -80,9 +80,7 @@ class _Images:
         if not image.found:
             self.unstaged.append(example.file)
             if self.on_no_lung == "fail":
-                raise ValueError(
-                    f"{line}: the stage {self.options.stage} detects no body or lung; use --on_no_lung=keep or skip"
-                )
+                raise ValueError(f"{line}: no body or lung was detected; use --on_no_lung=keep or skip")
         return image.found or self.on_no_lung == "keep"
 
     def _add(self, example: Example, image: ProcessedImage) -> None:
@@ -113,10 +111,10 @@ class _Images:
         self.examples.append(example)
 
     def find_duplicates(self) -> tuple[np.ndarray, list[str], dict[str, Any]]:
-        """Sets the clean splits; returns near duplicates, notes and a summary. Raises ValueError for a lost class."""
+        """Sets the clean splits; returns near duplicates, notes and a summary. Raises ValueError if train lacks a class."""
         if not self.examples:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"no readable image is left{first}")
+            raise ValueError(f"no readable image{first}")
         shape = (len(self.examples), duplicates.SIDE, duplicates.SIDE)
         thumbnails = np.memmap(self.thumbnails, np.uint8, "r", shape=shape)
         near, clean, notes, twins = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
@@ -126,7 +124,7 @@ class _Images:
         empty = set(classes) - {label for label, split in rows if split == "train"}
         listed = {classes[example.label] for example in self.examples if example.split == "train"}
         if empty and not (empty <= listed and self.listing.study):  # with study splits, a warning suffices
-            lost = " after patients and images of later splits are removed" if empty & listed else ""
+            lost = " once patients and images of later splits are removed" if empty & listed else ""
             names = ", ".join(c for c in classes if c in empty)
             raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
         return near, notes, twins
@@ -151,10 +149,8 @@ class _Images:
         for row in self.raw:
             for key, offset in (("mean", low), ("std", 0.0)):
                 self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
-        return (low, high), [
-            f"{count}; the window is percentiles 0.5 to 99.5 of the train split, {low:g} to {high:g}; --window=low,high "
-            "sets another"
-        ]
+        text = f"{count}; the window is percentiles 0.5 to 99.5 of train, {low:g} to {high:g}; --window sets another"
+        return (low, high), [text]
 
 
 def prepare(
@@ -177,9 +173,7 @@ def prepare(
         name: data set and configuration, such as "folder/my_hospital".
         listing: the examples in storage order.
         data_dir: the root of all prepared data sets.
-        stage: one of config.STAGES, "" for unmodified images.
-        size: height and width of the stored images; None keeps the original sizes.
-        window: 16-bit pixel values that become 0 and 255; None uses percentiles 0.5 and 99.5 of train.
+        stage, size, window: as in `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are used.
         on_bad_image: "fail", or "skip" to list and skip unreadable and missing images.
         on_no_lung: "keep" the previous stage of an image without a detected body or lung, "skip" it, or "fail".
         overwrite: replace an existing data set.
@@ -208,30 +202,16 @@ def prepare(
         say("Searching for duplicates ...")
         near, leaks, twins = images.find_duplicates()
         window, notes = images.window()
-        info = {
-            "name": name,
-            "classes": list(listing.classes),
-            "window": window,
-            "study": listing.study,
-            "stage": stage,
-            "size": size,
-            "body": listing.body,
-            **({"volumes": dict(listing.volumes)} if listing.volumes else {}),
-        }
+        info: dict[str, Any] = {"name": name, "classes": list(listing.classes), "window": window}
+        info |= {"study": listing.study, "stage": stage, "size": size, "body": listing.body}
+        info |= {"volumes": dict(listing.volumes)} if listing.volumes else {}
         near_duplicates.write(near, images.columns["file"], written)
         header = [*prepared.COLUMNS, *listing.extra]
         rows = zip(*(images.columns[key] for key in header), strict=True)
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
-        result = summary.summarize(
-            info,
-            images.columns,
-            twins=twins,
-            skipped=images.skipped,
-            unstaged=images.unstaged,
-            notes=[*listing.notes, *notes, *leaks],
-            group_name=listing.group_name,
-        )
+        notes, columns = [*listing.notes, *notes, *leaks], images.columns
+        result = summary.summarize(info, columns, twins, images.skipped, images.unstaged, notes, listing.group_name)
         summary.write(result, written)
         staging.publish(written, final)
     return result

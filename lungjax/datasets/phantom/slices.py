@@ -1,8 +1,8 @@
 """Synthetic axial chest CT slices with known lungs and lesions, for demonstrations and tests; no patient data.
 
-`draw_slice` returns Hounsfield units and true masks, `gray` the 8-bit image of a window. The seed determines all of it.
-Scanner and body are independent of the finding, so window, size, noise and brightness are uninformative. Results on
-these images do not transfer to patients.
+`draw_slice` returns Hounsfield units and true masks, `gray` the 8-bit image of a window. Everything is determined by
+the seed. Scanner and body are independent of the finding, so window, size, noise and brightness are uninformative.
+Results on these images do not transfer to patients.
 """
 
 from collections.abc import Sequence
@@ -128,9 +128,8 @@ def levels(patient: Patient, count: int) -> list[float]:
 
 def draw_slice(patient: Patient, level: float) -> Phantom:
     """Draws one slice of a patient at a level, 0 to 1."""
-    shape, content, lesions, scan = (
-        np.random.default_rng([patient.seed, part, round(level * 1e6)]) for part in range(5, 9)
-    )
+    seeds = ([patient.seed, part, round(level * 1e6)] for part in range(5, 9))
+    shape, content, lesions, scan = map(np.random.default_rng, seeds)
     c, g = _chest(patient, level)
     lung = anatomy.lungs(c, g, shape)
     field = findings.draw_lesions(patient.finding, patient.lesions, c, g, lung, lesions)

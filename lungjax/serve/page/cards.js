@@ -236,7 +236,7 @@ export class Card {
   }
 }
 
-// A saliency map costs more than a prediction, so it is computed when its card comes near the screen.
+// A saliency map costs more than a prediction, so it is computed when its card approaches the viewport.
 const byNode = new WeakMap();
 const pending = [];
 let running = 0;
@@ -278,8 +278,8 @@ export class Series {
     const names = files.map((file) => make("li", {}, file.name));
     const all = make("ul", { className: "quiet" }, ...names);
     const sent = make("details", {}, make("summary", {}, "Files of this request"), all);
-    const whole = `Series of ${plural(record.files, "image")}: the mean of their probabilities`;
-    const top = make("div", { className: "top" }, make("h3", { className: "name" }, whole));
+    const title = `Series of ${plural(record.files, "image")}: the mean of their probabilities`;
+    const top = make("div", { className: "top" }, make("h3", { className: "name" }, title));
     const words = "There were too many files for one request, so each part is summarized separately.";
     const note = part ? [make("p", { className: "quiet" }, words)] : [];
     this.node = make("article", { className: "card series" }, top, this.body, ...note, sent);

@@ -171,7 +171,7 @@ function progress() {
 
 let speaking = 0;
 function say(words) {
-  clearTimeout(speaking); // of many, only the last one is announced, with the progress
+  clearTimeout(speaking); // only the last message of a burst is announced, with the progress
   speaking = setTimeout(() => (at("announcement").textContent = `${words}. ${at("progress-text").textContent}.`), 300);
 }
 
@@ -199,8 +199,8 @@ function json() {
   const content = ({ answer, decisions, error }) => (answer ? { ...answer, decisions } : { error });
   const results = list.cards.filter((card) => card.done).map((card) => ({ ...content(card), file: card.name }));
   const series = list.series.map((one) => ({ ...one.record, decisions: one.decisions }));
-  const whole = { model: { name, dataset, classes }, notice, rule: settings.rule, results, series };
-  return JSON.stringify(whole, null, 1) + "\n";
+  const answer = { model: { name, dataset, classes }, notice, rule: settings.rule, results, series };
+  return JSON.stringify(answer, null, 1) + "\n";
 }
 
 function save(words, type, ending) {
