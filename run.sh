@@ -14,6 +14,8 @@ usage() {
 ./run.sh weights --list                 pretrained weights
 ./run.sh tables --list                  tables of published results
 ./run.sh explain --workdir=RUN ...      heat maps
+./run.sh runs [DIR]                     list of runs, their scores, and how to resume
+./run.sh tensorboard RUN...             TensorBoard events of runs
 ./run.sh compare RUN_A RUN_B            two runs on the same patients
 ./run.sh predict --model=RUN PATH...    predictions for images and scans
 ./run.sh export --workdir=RUN ...       standalone, ONNX, SavedModel and Triton models
@@ -60,7 +62,7 @@ install() {
 accel=${LUNGJAX_ACCEL:-$(accelerator)}
 case $accel in
   cpu | cuda | tpu) ;;
-  *) echo "run.sh: unknown LUNGJAX_ACCEL=$accel; allowed are cpu, cuda, tpu" >&2; exit 1 ;;
+  *) echo "run.sh: unknown LUNGJAX_ACCEL=$accel; expected cpu, cuda or tpu" >&2; exit 1 ;;
 esac
 
 case ${1:-} in
@@ -70,11 +72,11 @@ case ${1:-} in
     shift
     install "$accel,test"
     cd "$here" && exec "$venv/bin/python" -m pytest -n 2 --dist=loadfile "$@" ;;
-  prepare | explore | weights | tables | explain | compare | predict | export | serve)
+  prepare | explore | weights | tables | explain | compare | predict | export | serve | runs | tensorboard)
     command=$1
     shift
     case $command in
-      export | serve) install "$accel,$command" ;;
+      export | serve | tensorboard) install "$accel,$command" ;;
       predict) install "$accel,dicom" ;;
       *) install "$accel" ;;
     esac

@@ -118,11 +118,14 @@ def _predictions(run: Path, split: str) -> Predictions:
 
 
 def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Returns a note if the runs used different versions of the images, or ""; raises ValueError for other data."""
+    """Returns a note if the runs saw different preprocessing of one data set, or "".
+
+    Raises ValueError if the data differ.
+    """
     names, prints = [[str(facts.get(key, "")) for facts in (a, b)] for key in ("dataset", "fingerprint")]
     # name[/config][-stage][-size]: different stages of the same examples can be compared.
     if names[0].split("-")[0] != names[1].split("-")[0]:
-        raise ValueError(f"they have different data sets, {names[0]} and {names[1]}")
+        raise ValueError(f"the runs use different data sets, {names[0]} and {names[1]}")
     if names[0] != names[1]:
         return f"The networks saw different images of these examples: {names[0]} and {names[1]}."
     if prints[0] != prints[1]:

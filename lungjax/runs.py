@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     unfinished = [run.folder for run in runs if run.row[-1] != "finished"]
     if unfinished:
-        print("\nTo resume (add --data_dir if it is not ./data):")
+        print("\nTo resume (add --data_dir=DIR if the data is not in ./data):")
     for workdir in unfinished:
         config, name = shlex.quote(str(workdir / "config.json")), shlex.quote(str(workdir))
         print(f"  python -m lungjax.main --experiment={config} --workdir={name}")

@@ -75,7 +75,7 @@ def test_missing_files_and_names(tmp_path):
     a, b = save(tmp_path / "a", make(0, 1.0)), save(tmp_path / "b", make(0, 1.0))
     with pytest.raises(ValueError, match=r"predictions_tset\.csv.*: test"):
         compare.compare(a, a, "tset")
-    with pytest.raises(ValueError, match=r"nearest: slice\.accuracy"):
+    with pytest.raises(ValueError, match=r"did you mean slice\.accuracy"):
         compare.compare(a, a, names=["slice.acuracy"])
     for text in ("{", "[]", "{}"):
         (b / "report.json").write_text(text)

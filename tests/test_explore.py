@@ -128,9 +128,9 @@ def test_command_errors(prepared, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     for arguments, word in (
-        (["--dataset=foldr"], "nearest: folder"),
+        (["--dataset=foldr"], "did you mean folder"),
         (["--dataset=folder/other"], "not prepared"),
-        (["--dataset=folder/mine", "--augment=none,nccd"], "nearest: nccid"),
+        (["--dataset=folder/mine", "--augment=none,nccd"], "did you mean nccid"),
         (["--dataset=folder/mine", "--augment=covidnet_ct"], "masks"),
         (["--dataset=folder/mine", "--out=full"], "not empty"),
     ):

@@ -24,9 +24,9 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "prepare_jax", lambda: None)
     for arguments, hint in (
-        (["--experiment=phantom_dmo"], "nearest: phantom_demo"),
+        (["--experiment=phantom_dmo"], "did you mean phantom_demo"),
         (["--experimnt=phantom_demo"], "Did you mean: experiment"),
-        (["--experiment=phantom_demo", "--set=optim.lrr=1"], "nearest: optim.lr"),
+        (["--experiment=phantom_demo", "--set=optim.lrr=1"], "did you mean optim.lr"),
         (["--experiment=phantom_demo", "--set=optim.lr=fast"], "expected float"),
         (["--experiment=phantom_demo", "--set=model.weights=imagenet"], "no ImageNet weights"),
         (["--experiment=phantom_demo", "--set=optim.frozen_batch_norm=keras"], "with_layer, update, frozen"),

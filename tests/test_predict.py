@@ -120,9 +120,9 @@ def test_usage_errors(trained_run, command, tmp_path, capsys):
     for flags, code, word in (
         ({"model": ""}, 1, "--model=RUN is missing"), ({"model": tmp_path / "none"}, 2, "no such file or folder"),
         ({"model": tmp_path}, 2, "no trained run"), ({"model": image}, 2, "not a model"),
-        ({"rule": "yuden"}, 2, "the nearest: youden"), ({"hu_window": "40"}, 2, "--hu_window=40"),
-        ({"explain": True, "method": "gradcam+"}, 2, "the nearest: gradcam"),
-        ({"gate": trained_run.workdir, "gate_class": "lefty"}, 2, "the nearest: left"),
+        ({"rule": "yuden"}, 2, "did you mean youden"), ({"hu_window": "40"}, 2, "--hu_window=40"),
+        ({"explain": True, "method": "gradcam+"}, 2, "did you mean gradcam"),
+        ({"gate": trained_run.workdir, "gate_class": "lefty"}, 2, "did you mean left"),
         ({"group_pattern": "("}, 2, "regular expression"), ({"group_pattern": "p"}, 2, "parentheses"),
     ):  # fmt: skip
         assert command(image, **flags) == code

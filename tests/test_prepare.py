@@ -72,7 +72,7 @@ def test_invalid_commands(tmp_path, monkeypatch, capsys):
     (folder / "train/a/b.png").write_bytes((folder / "train/a/000.png").read_bytes()[:150])
     for arguments, code, word in (
         (["--source=in"], 1, "--dataset=NAME"),
-        (["--dataset=foldr", "--source=in"], 2, "nearest: folder"),
+        (["--dataset=foldr", "--source=in"], 2, "did you mean folder"),
         (["--dataset=covidx_ct/4a", "--source=in"], 2, "3a"),
         (["--dataset=folder", "--source=none"], 2, "--source=none"),
         (["--dataset=folder", "--source=in", "--window=5"], 2, "--window=5"),

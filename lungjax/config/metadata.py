@@ -156,7 +156,7 @@ def _problem(metadata: Metadata) -> str:
     )
     for name, value, allowed in choices:
         if value not in allowed:
-            return f"`{name}` {value!r}: allowed are {', '.join(map(repr, allowed))}"
+            return f"`{name}` {value!r}: expected {', '.join(map(repr, allowed))}"
     if not (_numbers((metadata.temperature,)) and metadata.temperature > 0):
         return f"`temperature` {metadata.temperature}: must be above zero"
     for name in ("points", "scores", "counts", "patients", "about", "novelty"):

@@ -77,7 +77,7 @@ def one_of(argument: str, value: str, known: Iterable[str]) -> str:
     """Returns `value`; raises ValueError with the nearest of `known` if it is not one of them."""
     known = list(known)
     if value not in known:
-        raise ValueError(f"{argument}={value}: {nearest(value, known)}; allowed are {', '.join(known)}")
+        raise ValueError(f"{argument}={value}: {nearest(value, known)}; expected {', '.join(known)}")
     return value
 
 

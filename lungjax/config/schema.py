@@ -116,7 +116,7 @@ class AugmentConfig:
 class HeadConfig:
     """The layers after the last feature map: norm, pool, norm, dropout, hidden layers, dense.
 
-    None is the value of the network's published head, which `models.build` fills in.
+    None is the value of the network's original paper, which `models.build` fills in.
     """
 
     pool: str | None = None  # one of POOLS
@@ -242,13 +242,13 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the nearest known names, or the first of all."""
+    """Returns the end of an error message: the most similar known names, or the first of all."""
     known = sorted(known)
     prefixed = [other for other in known if name and other.startswith(name)]
     similar = [n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in prefixed]
     close = [*prefixed, *similar][:3]  # completions before similar names
     if close:
-        return f"the nearest: {', '.join(close)}"
+        return f"did you mean {', '.join(close)}?"
     first = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"known: {first}" if known else "none is known"
 

@@ -28,7 +28,7 @@ FRACTIONS = ("eval.sensitivity", "eval.prevalence")
 
 
 def _check_augment(config: Config) -> None:
-    """Raises ValueError for the first field of `augment` that is out of range or a reversed range."""
+    """Raises ValueError for the first field of `augment` whose value is out of bounds or whose range is reversed."""
     bounds = {
         "exterior": (0, 1), "flip_horizontal": (0, 1), "flip_vertical": (0, 1), "rotation": (0, 0.5), "shear": (0, 1),
         "shift": (0, 1), "box_jitter": (0, 0.4), "fill_value": (0, 255), "zoom": (-0.9, 1), "brightness": (0, 100),
@@ -41,7 +41,7 @@ def _check_augment(config: Config) -> None:
         value = getattr(augment, name)
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(low <= number <= high for number in numbers):  # also False for nan
-            raise ValueError(f"augment.{name}={value}: allowed is {low} to {high}")
+            raise ValueError(f"augment.{name}={value}: expected {low} to {high}")
         if isinstance(value, tuple) and (len(value) != 2 or (name != "shift" and value[0] > value[1])):
             raise ValueError(f"augment.{name}={value}: expected two numbers in increasing order")
     margin = config.input.box_margin
@@ -61,7 +61,7 @@ def _check_splits(config: Config) -> None:
         raise ValueError(f"data.folds={data.folds}: 3 or more (at least one each for test, val and train), or 0")
     if not 0 <= data.fold < max(data.folds, 1):
         allowed = f"0 to {data.folds - 1}" if data.folds else "only 0 without data.folds"
-        raise ValueError(f"data.fold={data.fold}: allowed is {allowed}")
+        raise ValueError(f"data.fold={data.fold}: expected {allowed}")
     if data.folds and data.protocol != "clean":
         raise ValueError(
             f"data.folds={data.folds} and data.protocol={data.protocol}: a study has fixed splits; use only one "
@@ -76,7 +76,7 @@ def check(config: Config) -> None:
     leaves = fields_of(config)
     for path, allowed in CHOICES.items():
         if leaves[path] is not None and leaves[path] not in allowed:
-            raise ValueError(f"{path}={leaves[path]!r}: allowed are {', '.join(map(str, allowed))}")
+            raise ValueError(f"{path}={leaves[path]!r}: expected {', '.join(map(str, allowed))}")
     for paths, valid, requirement in (
         (POSITIVE, lambda number: number > 0, "must be above zero"),
         (NOT_NEGATIVE, lambda number: number >= 0, "must not be negative"),

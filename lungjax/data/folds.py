@@ -19,12 +19,12 @@ MIN_FOLDS = 3  # one for test, one for val, one for train
 def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     """Returns `data` with the splits of `data.folds`, `data.fold` and `train.fraction`.
 
-    With folds, the images of the clean protocol are divided into `data.folds` parts by patient, where patients with
-    near duplicates (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; part `fold` is test, the next
-    one val, the remainder train. With a fraction, only that fraction of the train patients of each class remains;
+    With folds, the images of the clean protocol are divided into `data.folds` folds by patient, where patients with
+    near duplicates (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; fold `data.fold` is test, the
+    next one val, the remainder train. With a fraction, only that fraction of the train patients of each class remains;
     smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
 
-    Raises ValueError for folds of a study's protocol, and if a part would lack a class.
+    Raises ValueError for folds of a study's protocol, and if a fold would lack a class.
     """
     if config.data.folds:
         if data.protocol != "clean":
@@ -37,9 +37,9 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the part of each image, int64 [N] in 0 to `count` - 1, or -1 if it is in no split of the clean protocol.
+    """Returns the fold of each image, int64 [N] in 0 to `count` - 1, or -1 if it is in no split of the clean protocol.
 
-    Groups, exact copies and near duplicates are never divided; every part has every class, as balanced as the groups
+    Groups, exact copies and near duplicates are never divided; every fold has every class, as balanced as the groups
     allow. Raises ValueError with class and numbers if a class has too few groups.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
@@ -54,7 +54,7 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     np.add.at(images, (group, labels), 1)
     place = _fill_parts(np.asarray([int(parts[row]) for row in first]), images, count)
     if place is None:
-        problem = f"{data.name} has patients with images of several classes, and a part would lack a class"
+        problem = f"{data.name} has patients with images of several classes, and a fold would lack a class"
         raise ValueError(f"data.folds={count}: {problem}; use fewer folds")
     part = np.full(len(data.columns["label"]), -1, np.int64)
     part[rows] = place[group]
@@ -62,17 +62,17 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
 
 
 def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray | None:
-    """Returns the part of each group, int64 [G], so that each part has every class; None if that is impossible.
+    """Returns the fold of each group, int64 [G], so that each fold has every class; None if that is impossible.
 
-    Groups of a rare class and very unequal size may all be in a few parts. Then the smallest group is moved
-    whose part keeps other groups of all its classes. `place` [G] are the initial parts, `images` int64 [G, C] counts.
+    Groups of a rare class and very unequal size may all be in a few folds. A fold that lacks a class gets the smallest
+    group that its own fold can spare. `place` [G] is the initial fold of each group, `images` int64 [G, C] counts.
     """
     place, has = place.copy(), images > 0
     for label in range(images.shape[1]):
         for part in range(count):
             if has[place == part, label].any():
                 continue
-            groups = np.stack([has[place == i].sum(axis=0) for i in range(count)])  # [parts, C]
+            groups = np.stack([has[place == i].sum(axis=0) for i in range(count)])  # [folds, C]
             spare = has[:, label] & ((groups[place] > 1) | ~has).all(axis=1)
             if not spare.any():
                 return None

@@ -117,7 +117,7 @@ class Records:
         self._parse = tf_example_pb2.Example.FromString
 
     def __reduce__(self) -> Any:
-        """Pickles the source alone."""
+        """Pickles only the data source."""
         return Records, (self._source,)
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class Records:
     def __getitem__(self, row: int) -> dict[str, bytes]:
         """Returns a record. Raises IndexError outside 0..len - 1."""
         if not 0 <= row < len(self._source):
-            raise IndexError(f"record {row} of {len(self._source)}")
+            raise IndexError(f"record {row} is out of range for {len(self._source)} records")
         features = self._parse(self._source[row]).features.feature
         return {name: features[name].bytes_list.value[0] for name in ("image", "body", "file", "group", "source")}
 

@@ -15,7 +15,7 @@ SPLITS = {"TRAIN": "train", "TEST": "test"}
 COLUMNS = ("X_ray_image_name", "Label", "Dataset_type", "Label_1_Virus_category", "Label_2_Virus_category")
 
 ABOUT = About(
-    title="chest X-rays: normal or pneumonia (the cause, such as COVID-19, in further columns)",
+    title="chest X-rays: normal or pneumonia (the cause, such as COVID-19, in extra columns)",
     origin="https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset (5,910 X-rays, about 1.2 GB)",
     layout=f"{TABLE} and {FOLDER}/{FOLDER}/{{train,test}}/FILE, as in the archive.",
     licence="CC BY 4.0 for Kermany's images; individual licenses for the COVID-19 images, see covid_chestxray.",

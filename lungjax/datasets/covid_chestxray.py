@@ -15,7 +15,7 @@ CLASSES = {
 }
 FRONTAL = ("PA", "AP", "AP Supine", "AP Erect")
 COLUMNS = ("patientid", "finding", "view", "modality", "folder", "filename", "url")
-EXTRA = ("sex", "age", "RT_PCR_positive", "license")  # further columns of the index
+EXTRA = ("sex", "age", "RT_PCR_positive", "license")  # extra columns of the index
 ROOT_FINDINGS = ("No Finding", "Pneumonia", "Tuberculosis", "Unknown", "todo")  # first parts of a finding such as A/B/C
 
 ABOUT = About(

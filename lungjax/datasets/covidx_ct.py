@@ -142,7 +142,7 @@ def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
             raise ValueError(f"{where}: class and box must be integers, not {' '.join(numbers)}") from None
         if not 0 <= label < len(CLASSES):
             allowed = ", ".join(f"{i} {name}" for i, name in enumerate(CLASSES))
-            raise ValueError(f"{where}: unknown class {label}; allowed are {allowed}")
+            raise ValueError(f"{where}: unknown class {label}; expected {allowed}")
         if not (0 <= xmin < xmax and 0 <= ymin < ymax):
             box = f"{xmin} {ymin} {xmax} {ymax}"
             raise ValueError(f"{where}: box {box}: expected 0 <= xmin < xmax and 0 <= ymin < ymax")

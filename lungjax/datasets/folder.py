@@ -123,7 +123,7 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
 
 
 def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
-    """Returns the rows, no further columns, and notes."""
+    """Returns the rows, an empty tuple of extra columns, and notes."""
     files = list_files(source)
     paths = [path for path in files if folder_volumes.kind(str(source / path))]
     tops = {path.split("/")[0] for path in paths if "/" in path}
@@ -143,7 +143,7 @@ def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
 
 
 def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
-    """Returns the rows, the names of further columns, and no notes."""
+    """Returns the rows, the names of extra columns, and no notes."""
     columns, lines = read_table(table, ("path", "label"))
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")
@@ -159,7 +159,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
         first[path] = where
         if split and split.lower() not in SPLIT_NAMES:
             allowed = ", ".join(prepared.SPLITS)
-            raise ValueError(f"{where}: unknown split {split!r}; allowed are {allowed}, or an empty column")
+            raise ValueError(f"{where}: unknown split {split!r}; expected {allowed}, or an empty column")
         row = Row(
             file=path,
             image=str(table.parent / path),

@@ -37,7 +37,7 @@ class Listing:
 
     classes: tuple[str, ...]  # in label order
     examples: Sequence[Example]
-    extra: tuple[str, ...] = ()  # names of further columns
+    extra: tuple[str, ...] = ()  # names of extra columns
     notes: tuple[str, ...] = ()  # remarks for the summary
     group_name: str = "patients"  # name of the groups in the summary
     study: str = ""  # description of protocol=study; "" without published or given splits

@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
 def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
     """Returns `values[value]`. Raises ValueError with the location and the allowed values if it is missing."""
     if value not in values:
-        raise ValueError(f"{where}: unknown {what} {value!r}; allowed are {', '.join(values)}")
+        raise ValueError(f"{where}: unknown {what} {value!r}; expected {', '.join(values)}")
     return values[value]
 
 

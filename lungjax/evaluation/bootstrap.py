@@ -195,7 +195,7 @@ def _evaluate(
     The runs are aligned with the first. All values are NaN for fewer than two patients.
     """
     if unit not in UNITS:
-        raise ValueError(f"unit={unit!r}: allowed are {', '.join(UNITS)}")
+        raise ValueError(f"unit={unit!r}: expected {', '.join(UNITS)}")
     if draws < 0:
         raise ValueError(f"draws={draws}: must not be negative")
     levels = [runs[0], *(align(runs[0], run) for run in runs[1:])]

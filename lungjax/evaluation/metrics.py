@@ -156,7 +156,7 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def report_levels(predictions: Predictions) -> dict[str, Any]:
-    """Returns {"slice": level, "patient": level with "mixed_groups", "by_source": {source: level}}.
+    """Returns {"slice": metrics, "patient": metrics and "mixed_groups", "by_source": {source: metrics}}.
 
     `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize` does.
     """

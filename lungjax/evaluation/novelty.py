@@ -243,10 +243,10 @@ def _conformal(scores: np.ndarray) -> float:
 
 
 def _threshold(scores: np.ndarray) -> float:
-    """Returns a value that further scores of the same distribution exceed with probability FALSE_ALARMS.
+    """Returns a value that new scores of the same distribution exceed with probability FALSE_ALARMS.
 
-    The conformal rank is too low for few scores: one in eleven exceeds the largest of ten. So the threshold is at least
-    the prediction bound of a log-normal distribution (Student's t).
+    With few scores the conformal quantile is too low: a new score exceeds the largest of ten with probability 1/11. So
+    the threshold is at least the prediction bound of a log-normal distribution (Student's t).
     """
     from scipy import stats  # here: model.pyz only scores
 

@@ -34,7 +34,7 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     name, _, number = rule.partition("_")
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
-        raise ValueError(f"rule {rule!r}: allowed are youden and sensitivity_X with 0 < X <= 1")
+        raise ValueError(f"rule {rule!r}: expected youden and sensitivity_X with 0 < X <= 1")
     from sklearn.metrics import roc_curve  # here: it takes two seconds to import
 
     positive, scores = predictions.labels == class_index, _scores(predictions, class_index)

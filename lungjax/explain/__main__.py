@@ -72,7 +72,7 @@ def main(_: list[str]) -> None:
     methods = FLAGS.method or ["gradcam"]
     bad: list[str] = []
     if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
-        print("The last feature map has a single cell: only occlusion and integrated_gradients localize.")
+        print("The last feature map is 1x1, so CAM methods cannot localize: use occlusion or integrated_gradients.")
     if FLAGS.images:
         description = replace(description, **windows)
         inputs = gather(FLAGS.images, description)

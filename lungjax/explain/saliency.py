@@ -194,7 +194,7 @@ class Explainer:
         return 2 if self.positive is not None else int(self.module.outputs)
 
     def cam(self, method: str) -> Any:
-        """Returns a method of CAMS as a function of folded variables, head variables, pixels, and targets.
+        """Returns a CAM method as a function of variables with folded norms, head variables, pixels and targets.
 
         Target -1 is the most probable class.
         """

@@ -53,7 +53,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
 
 
 def members(functions: Functions) -> dict[str, bytes]:
-    """Returns the files in the zip, by name."""
+    """Returns the contents of model.pyz as {file name: bytes}."""
     package, reader = Path(lungjax.__file__).parent, Path(flatbuffers.__file__).parent
     about = {
         "lungjax": lungjax.__version__,

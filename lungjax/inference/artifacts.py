@@ -183,7 +183,9 @@ def _program(data: bytes, where: str) -> Any:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{where}: damaged, or from a jax newer than {jax.__version__} ({reason})") from None
     if calls:
-        raise ValueError(f"{where} calls external code ({', '.join(sorted(calls)[:3])}), which no export does")
+        raise ValueError(
+            f"{where}: refused, since it calls external code ({', '.join(sorted(calls)[:3])}); exports never do"
+        )
     return program
 
 

@@ -153,7 +153,7 @@ def _folder(folder: Path, text: str, inputs: Inputs) -> list[tuple[Path, str, st
     files = list_files(folder, lambda path, reason: inputs.failures.append((path, reason)))
     names = [name for name in files if folder_volumes.kind(str(folder / name))]
     if not names:
-        inputs.failures.append((text, f"no image in this folder; allowed are {KINDS}"))
+        inputs.failures.append((text, f"no image in this folder; expected {KINDS}"))
     return [(folder / name, "", name) for name in names]
 
 
@@ -184,7 +184,7 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
         else:
             return header
     else:
-        raise ValueError(f"not one of {KINDS}")
+        raise ValueError(f"unsupported file type; expected {KINDS}")
     return None
 
 

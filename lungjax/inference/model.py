@@ -133,7 +133,7 @@ class Model:
         self.check_method(method)
         classes = len(self.metadata.classes)
         if targets.shape != (len(pixels),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):
-            raise ValueError(f"targets={targets.tolist()}: give {len(pixels)} class numbers from 0 to {classes - 1}")
+            raise ValueError(f"targets={targets.tolist()}: expected {len(pixels)} class indices in 0..{classes - 1}")
         assert self.saliency is not None
         maps = [np.zeros((0, *self.metadata.input.size), np.float32)]
         for i in range(len(pixels)):  # one at a time: a map costs about a forward pass, and one size compiles once

@@ -69,13 +69,15 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
         family_of(config.name)
     dtype = config.dtype or default_dtype(platform or jax.default_backend())
     if dtype not in configs.DTYPES:
-        raise ValueError(f"model.dtype={config.dtype!r}: allowed are {', '.join(configs.DTYPES)}")
+        raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
     options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
     fields = {name: value for name, value in options.items() if value is not None}
     for name, value in fields.items():
         if not hasattr(network, name):
-            raise ValueError(f"model.{name}={value!r}: {config.name} has no such option; leave it None")
+            raise ValueError(
+                f"model.{name}={value!r}: {config.name} does not support this option; leave it unset (None)"
+            )
     if config.padding is not None and config.padding not in network.paddings:
         allowed = ", ".join(network.paddings)
         raise ValueError(f"model.padding={config.padding!r}: {config.name} allows {allowed}")

@@ -49,7 +49,7 @@ def output_count(head: HeadConfig, classes: int) -> int:
     if head.output != "sigmoid":
         return classes
     if classes != 2:
-        raise ValueError(f"model.head.output=sigmoid is for two classes, the data set has {classes}; use softmax")
+        raise ValueError(f"model.head.output=sigmoid requires two classes, but the data set has {classes}; use softmax")
     return 1
 
 

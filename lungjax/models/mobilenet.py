@@ -23,7 +23,7 @@ CONV_INIT = nn.initializers.truncated_normal(0.09)
 
 
 class Block(nn.Module):
-    """Depthwise 3x3, then 1x1, each with norm and ReLU6."""
+    """Depthwise separable convolution: 3x3 depthwise, then 1x1 pointwise, each with norm and ReLU6."""
 
     width: int
     stride: int

@@ -14,9 +14,9 @@ from lungjax.models.head import Head, min_cells
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
-    """A feature map, defined by the subclass, and the head.
+    """Base class: a backbone, defined by the subclass, followed by the shared head.
 
-    A subclass defines `feature_map` and `_stride`; by default it has the published head.
+    A subclass defines `feature_map` and `_stride`; the default head is that of the original paper.
     """
 
     head: HeadConfig = HeadConfig()

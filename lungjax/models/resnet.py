@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, D], rounded up; D is 4 * width in a bottleneck."""
+        """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), D]; D is 4 * width in a bottleneck."""
 
         def conv_bn(x: jax.Array, features: int, size: int, stride: int, conv: str, bn: str, relu: bool) -> jax.Array:
             x = self.conv(conv, features, size, stride)(x)
@@ -78,7 +78,7 @@ class PreactBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, 4 * width], rounded up."""
+        """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), 4 * width]."""
         width, wide, inputs = self.width, self.width * EXPANSION, x
         x = self.norm_relu(x, f"preact_{self.norm_name}", train)
         if inputs.shape[-1] == wide:

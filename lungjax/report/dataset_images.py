@@ -140,7 +140,7 @@ def _staged(view: View, row: int, stage: str) -> Tile:
 
 
 def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str, Figure]:
-    """Draws one train image under each preset; returns the figures by preset."""
+    """Plots one training image under each augmentation preset; returns {preset: figure}."""
     figures = {}
     for name, config in presets.items():
         fields = context.changed(config, AugmentConfig()).items()

@@ -100,7 +100,7 @@ def _context(view: View, augmentations: Mapping[str, AugmentConfig], samples: in
 
 
 def _protocol(view: View, protocol: str) -> dict[str, Any]:
-    """Returns the images and groups per class and split."""
+    """Returns the number of images and groups per class and split."""
     groups, classes = view.summary["group_name"], view.data.classes
     data = dataclasses.replace(view.data, protocol=protocol)
     numbers = view.summary["protocols"][protocol]

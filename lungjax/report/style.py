@@ -77,6 +77,6 @@ def short(text: str, length: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Escapes $, which starts a formula in matplotlib, and replaces unprintable characters."""
+    """Escapes $, which starts mathtext in matplotlib, and replaces unprintable characters."""
     text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")

@@ -39,7 +39,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             "the cluster is detected (Cloud TPU, GKE, SLURM, Open MPI)"
         )
     if process is not None and processes is not None and not 0 <= process < processes:
-        raise ValueError(f"--process={process}: --processes={processes} allows 0 to {processes - 1}")
+        raise ValueError(f"--process={process}: expected 0 to {processes - 1}, with --processes={processes}")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:

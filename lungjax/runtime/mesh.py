@@ -23,7 +23,7 @@ def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     if count > len(devices):
-        raise ValueError(f"train.devices={count}: allowed are 1 to {len(devices)}, the devices here, or 0 for all")
+        raise ValueError(f"train.devices={count}: expected 1 to {len(devices)}, the devices here, or 0 for all")
     if count and count < len(devices) and jax.process_count() > 1:
         raise ValueError(f"train.devices={count}: a run on {jax.process_count()} hosts uses all devices; leave it at 0")
     devices = devices[: count or None]
@@ -47,7 +47,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(shapes: Any, mesh: Mesh, shard: bool) -> Any:
-    """Returns a tree like `shapes` of shardings: replicated, or with `shard` over the longest axis of large arrays.
+    """Returns a pytree of shardings with the structure of `shapes`.
+
+    Arrays are replicated, or, with `shard`, large ones are split along their longest axis.
 
     Only an axis that the devices divide evenly is sharded; an array without one is replicated.
     """
@@ -95,6 +97,6 @@ def gather_params(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Returns global arrays from this host's part of a batch; the transfer continues in the background."""
+    """Returns global arrays from this process's shard of a batch; the transfer is asynchronous."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -127,7 +127,7 @@ def greet(metadata: Any, settings: Any, listening: socket.socket) -> None:
     print(f"{metadata.name}: classifies {', '.join(metadata.classes)}; trained on {data}.")
     print(NOTICE)
     if settings.public and not settings.token:
-        print(f"WARNING: anyone who can reach {url} can use it, without a token (--token_file or LUNGJAX_TOKEN).")
+        print(f"WARNING: {url} accepts requests without a token from anyone who can reach it. Set --token_file.")
     if settings.public:
         print("WARNING: plain HTTP exposes images and token on the network. Put a TLS proxy in front.")
     print(url, flush=True)

@@ -88,7 +88,7 @@ def _check_head(request: Request, settings: Settings) -> str:
     except ValueError:
         raise UploadError(400, "form", "Content-Length is not a number") from None
     if length > settings.request_bytes:
-        raise UploadError(413, "bytes", f"a request of {length} bytes; at most {settings.request_bytes} are accepted")
+        raise UploadError(413, "bytes", f"the request has {length} bytes; the limit is {settings.request_bytes}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UploadError(415, "type", "a compressed request body; send it uncompressed")
     content_type, options = parse_options_header(request.headers.get("content-type"))

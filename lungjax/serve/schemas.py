@@ -42,7 +42,7 @@ class Record(Prediction):
 
 
 class Failure(Strict):
-    """A file that can't be predicted."""
+    """A file for which prediction failed."""
 
     file: str
     error: str

@@ -169,9 +169,9 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes every missing, unfinished or damaged run, one after the other; returns errors by command line.
+    """Executes the missing, unfinished and damaged runs sequentially; returns {command line: error} of failed ones.
 
-    Raises `signals.Interrupted` after an interrupted run has saved.
+    Raises `signals.Interrupted` once an interrupted run has saved its checkpoint.
     """
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported

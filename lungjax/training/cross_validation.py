@@ -92,7 +92,9 @@ def write(
     results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
-        raise ValueError(f"{workdir}: the folds were not tested on the images of {data.name}: delete it and start over")
+        raise ValueError(
+            f"{workdir} holds folds tested on other images than those of {data.name}; delete the folder and start over"
+        )
     for name in POOLED[1:]:
         paths = [folder / f"predictions_{name}.csv" for folder in folders]
         if all(path.exists() for path in paths):

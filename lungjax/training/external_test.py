@@ -172,7 +172,9 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
         targets[name] = tuple(sorted({list(run_classes).index(member) for member in members}))
     missing = [name for name in other_classes if name not in targets]
     if missing:
-        raise ValueError(f"--label_map={text}: {', '.join(missing)} missing; {missing[0]}={IGNORED} ignores it")
+        raise ValueError(
+            f"--label_map={text}: {', '.join(missing)} not mapped; add {missing[0]}={IGNORED} to ignore it"
+        )
     groups = sorted({target for target in targets.values() if target})
     for i, count in Counter(i for target in groups for i in target).items():
         if count > 1:

@@ -66,7 +66,7 @@ def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
             raise ValueError(f"optim.tune={config.tune!r}: the network has {len(units)} {kind}")
         first = units[-int(count)]
     elif config.tune != "all":
-        raise ValueError(f"optim.tune={config.tune!r}: allowed are all, head, blocks:K and stages:K")
+        raise ValueError(f"optim.tune={config.tune!r}: expected all, head, blocks:K and stages:K")
     frozen = {path for path, position in positions.items() if position < first}
     if config.freeze:
         frozen |= set(_match(config.freeze, paths, f"optim.freeze={config.freeze!r}"))

@@ -61,9 +61,9 @@ def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, .
 
 
 def target(name: str, rules: Rules, ndim: int) -> str | None:
-    """Returns our path of a file's tensor, "" for a skipped one, None if no rule matches.
+    """Returns the parameter path for a tensor name; "" if it is ignored, None if no rule matches.
 
-    `ndim` of the array distinguishes torch's `weight` of a norm (1) from that of a convolution.
+    `ndim` of the tensor tells the 1-D `weight` of a norm in PyTorch from that of a convolution.
     """
     path = _first(rules.leaves, name)
     if path is not None:

@@ -73,7 +73,7 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
     names = {name: record for record in candidates for name in (record.name, record.name.partition(".")[2])}
     names.update(zip(["imagenet"], candidates, strict=False))
     if text not in names:
-        raise ValueError(f"model.weights={model.weights!r}: allowed are {ALLOWED}; {nearest(text, [*names, 'none'])}")
+        raise ValueError(f"model.weights={model.weights!r}: expected {ALLOWED}; {nearest(text, [*names, 'none'])}")
     return names[text]
 
 

@@ -105,14 +105,14 @@ DATA = {
     "effnetv2_covidxct:protocol=study": ("covidx_ct/3a", "study", "last"),
 }
 ERRORS = {
-    "nccid_whole_lung:protocol=studie": "nearest: study",
-    "ct_cov19:model=cbr_smal": "nearest: cbr_small",
-    "ct_cov19:model=cbr_tiny,weights=imagenet": "allowed are none",
+    "nccid_whole_lung:protocol=studie": "did you mean study",
+    "ct_cov19:model=cbr_smal": "did you mean cbr_small",
+    "ct_cov19:model=cbr_tiny,weights=imagenet": "expected none",
     "ictcf:model=resnet50": "resnet50v2",
-    "ictcf:weights=imagenet,protocol=study": "allowed are none",
-    "covidx_ct:unfreeze=5": "allowed are 0, 1, 2, 3, 4",
+    "ictcf:weights=imagenet,protocol=study": "expected none",
+    "covidx_ct:unfreeze=5": "expected 0, 1, 2, 3, 4",
     "effnetv2_covidxct:version=1,protocol=study": "version=1.*2a, 3a",
-    "transfusion:start=imagnet": "nearest: imagenet",
+    "transfusion:start=imagnet": "did you mean imagenet",
 }
 
 

@@ -151,14 +151,14 @@ def test_table_errors(tmp_path):
     save(tmp_path / "in/x.png", 1)
     save(tmp_path / "in/y.png", 2)
     for text, word in (
-        ("path,lable\nx.png,a\n", "line 1: column label is missing; the nearest: lable"),
+        ("path,lable\nx.png,a\n", "line 1: column label is missing; did you mean lable"),
         ("path,label,age,age\nx.png,a,1,2\n", "line 1: column age appears twice"),
         ("path,label,\nx.png,a,1\n", "line 1: .* no name"),
         ("path,label,width\nx.png,a,3\n", "line 1: .*width"),
         ("path,label,xmin\nx.png,a,3\n", "line 1: .* xmin, ymin, xmax, ymax"),
         ("path,label,split\nx.png,a,train\ny.png,b\n", "labels.csv line 3: 2 values"),
         ("path,label\nx.png,\n", "line 2: label is empty"),
-        ("path,label,split\nx.png,a,trian\n", "line 2: unknown split 'trian'; allowed are train, val, test"),
+        ("path,label,split\nx.png,a,trian\n", "line 2: unknown split 'trian'; expected train, val, test"),
         ("path,label,split\nx.png,a,train\ny.png,b,\n", "line 3: no split"),
         ("path,label\nx.png,a\ny.png,b\nx.png,b\n", "line 4: x.png is already in labels.csv line 2"),
         ("path,label\nx.png,a\nnone.png,b\n", "labels.csv line 3: .*none.png"),

@@ -312,7 +312,7 @@ def test_covid_chestxray(tmp_path):
     assert listing.extra == ("view", "finding", "sex", "age", "RT_PCR_positive", "license")
     assert first.extra == ("PA", "Pneumonia/Viral/COVID-19", "M", "65", "Y", "CC BY")
     errors = [
-        ("No Finding", "No finding", "line 10: .*'No finding'; the nearest: No Finding"),
+        ("No Finding", "No finding", "line 10: .*'No finding'; did you mean No Finding"),
         ("\n2,0", "\n,0", "line 2: patientid is empty"),
         ("\n".join(COLLECTION[1:]), COLLECTION[3], "no frontal X-ray"),
     ]
@@ -354,7 +354,7 @@ def test_coronahack(tmp_path):
     assert all(len(splits - {"test"}) <= 1 for splits in splits_of_groups(listing.examples).values())
     assert any("test has 1 / 1" in note for note in listing.notes)
     errors = [
-        ("0001.jpeg,Normal", "0001.jpeg,normal", "line 2: unknown Label 'normal'; allowed are Normal"),
+        ("0001.jpeg,Normal", "0001.jpeg,normal", "line 2: unknown Label 'normal'; expected Normal"),
         ("TEST", "VALID", "unknown Dataset_type 'VALID'"),
     ]
     assert_errors(coronahack, tmp_path, table, "default", errors)

@@ -23,9 +23,9 @@ NAMES = {
     "phantom_ct/tiny-no_lungs": "phantom_ct/tiny-no_lungs",
 }
 BAD_NAMES = {
-    "covidx": "nearest: covidx_ct",
-    "ct_cov19/lung": "'lung' of ct_cov19; the nearest: lungs",
-    "phantom_ct/tine": "nearest: tiny",
+    "covidx": "did you mean covidx_ct",
+    "ct_cov19/lung": "'lung' of ct_cov19; did you mean lungs",
+    "phantom_ct/tine": "did you mean tiny",
     "folder/mine-lung-64": "stage",
     "folder/a-lungs-crop": "stage",
     "folder/nolung": "stage",
@@ -77,4 +77,4 @@ def test_help_pages(capsys, monkeypatch):
     prepare.run()
     text = capsys.readouterr().out
     assert text.startswith("ictcf: ") and "NiCT" in text
-    assert commands.run(prepare, "--dataset=ictfc") == 2 and "nearest: ictcf" in capsys.readouterr().err
+    assert commands.run(prepare, "--dataset=ictfc") == 2 and "did you mean ictcf" in capsys.readouterr().err

@@ -62,8 +62,8 @@ def test_usage_errors(trained_run, tmp_path, capsys):
     for flags, code, words in (
         ((), 1, "--workdir"),
         ((run,), 1, "--images"),
-        ((run, "--split=test", "--method=gradcm"), 2, "nearest: gradcam"),
-        ((run, "--split=test", "--class=midle"), 2, "nearest: middle"),
+        ((run, "--split=test", "--method=gradcm"), 2, "did you mean gradcam"),
+        ((run, "--split=test", "--class=midle"), 2, "did you mean middle"),
         ((run, f"--out={tmp_path}", f"--images={tmp_path / 'bad.png'}"), 2, "bad.png"),
     ):
         assert commands.run(command, *flags) == code

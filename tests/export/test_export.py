@@ -292,7 +292,7 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
     given = f"--workdir={tmp_path}"
     for flags, code, word in (
         ([], 1, "--workdir=RUN is missing"), ([given, "--format="], 1, "--format is empty"),
-        ([given, "--format=onx"], 2, "the nearest: onnx"), ([given], 2, "no trained run"),
+        ([given, "--format=onx"], 2, "did you mean onnx"), ([given], 2, "no trained run"),
         ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),

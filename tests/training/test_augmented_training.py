@@ -32,7 +32,7 @@ def test_preset_with_refined_fields():
     assert config.augment == replace(PRESETS["covidnet_ct"], rotation=0.1)
     assert overrides.from_json(overrides.to_json(config)) == config
     assert changed(config, "augment=none").augment == AugmentConfig()
-    with pytest.raises(ValueError, match="the nearest: covidnet_ct"):
+    with pytest.raises(ValueError, match="did you mean covidnet_ct"):
         changed(Config(), "augment=covidnetct")
 
 

@@ -120,7 +120,7 @@ def test_images_seen_in_training_are_an_error(root):
         overlap.refuse(mine, without, root / "data", "it")
     # Its val and train splits are new to the run.
     assert overlap.refuse(mine, named(again, "train", "val"), root / "data", "it") == []
-    with pytest.raises(ValueError, match="no class 'midle'; the nearest: middle"):
+    with pytest.raises(ValueError, match="no class 'midle'; did you mean middle"):
         external_test.evaluate(config, root / "run", root / "data", "folder/other", "L=left,M=midle,R=-,junk=-")
     with pytest.raises(ValueError, match="folder/none is not prepared"):
         external_test.evaluate(config, root / "run", root / "data", "folder/none")
@@ -179,8 +179,8 @@ def test_label_map_errors():
         ("L=left,M", "'M' is not CLASS=CLASS"),
         ("L=left,M=", "'M=' is not CLASS=CLASS"),
         ("L=left,M=middle,R=right", "junk missing"),
-        ("L=left,M=middle,R=right,jnk=-", "the nearest: junk"),
-        ("L=left,M=middle,R=rigt,junk=-", "the nearest: right"),
+        ("L=left,M=middle,R=right,jnk=-", "did you mean junk"),
+        ("L=left,M=middle,R=rigt,junk=-", "did you mean right"),
         ("L=left,L=middle,R=right,M=-,junk=-", "two entries"),
         ("L=left+middle,M=middle,R=right,junk=-", "middle is on two"),
         ("L=left,M=left,R=-,junk=-", "at least two"),

@@ -165,7 +165,7 @@ def test_sharding_of_large_arrays():
 def test_unreachable_hosts():
     for arguments, hint in (
         (("localhost:1", 2, None), "give all three"),
-        (("localhost:1", 2, 2), "allows 0 to 1"),
+        (("localhost:1", 2, 2), "expected 0 to 1"),
         ((None, None, None), "could not connect"),
     ):
         with pytest.raises(ValueError, match=hint):

@@ -106,7 +106,7 @@ def test_mistakes_before_training(tmp_path):
         ("optim.tune=blocks:3", "the network has"),
         ("optim.lr_factors=nothing=2", "matches no trained parameter"),
         ("model.weights=run:nowhere", "no trained run"),
-        ("model.weights=imagenett", "allowed are none, imagenet"),
+        ("model.weights=imagenett", "expected none, imagenet"),
         ("model.weights=file:nowhere.h5", "no such file"),
     ):
         with pytest.raises(ValueError, match=hint):

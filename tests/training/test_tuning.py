@@ -105,7 +105,7 @@ def test_invalid_tune_and_freeze():
     params = shapes("tiny_efficientnet")
     counts = {"blocks:5": "has 4 blocks", "stages:4": "has 3 stages"}
     names = ("blocks:0", "stages:0", "blocks", "blocks:", "blocks:-1", "blocks:two", "blocks:²", "layers:2", "")
-    for tune, hint in (counts | dict.fromkeys(names, "allowed are all, head")).items():
+    for tune, hint in (counts | dict.fromkeys(names, "expected all, head")).items():
         with pytest.raises(ValueError, match=hint):
             optim.frozen_paths(OptimConfig(tune=tune), params)
     for tune, freeze, hint in (

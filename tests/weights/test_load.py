@@ -78,8 +78,8 @@ def test_file_recognized_by_checksum(zoo, monkeypatch):
 
 def test_unknown_missing_or_forbidden_sources(zoo):
     for name, weights, message in (
-        ("tinny", "imagenet", "model.name='tinny'.*nearest: .*tiny"), ("tiny", "keras5", "nearest: .*keras"),
-        ("tiny", "imagnet", "model.weights='imagnet': allowed are none, imagenet, .*nearest: .*imagenet"),
+        ("tinny", "imagenet", "model.name='tinny'.*did you mean .*tiny"), ("tiny", "keras5", "did you mean .*keras"),
+        ("tiny", "imagnet", "model.weights='imagnet': expected none, imagenet, .*did you mean .*imagenet"),
         ("tiny", "wide.keras", "model.weights='wide.keras': allowed are"), ("tiny", "file:absent.h5", "no such file"),
         ("cbr_small", "imagenet", "--experiment=imagenet_pretrain:model=cbr_small"),
         ("tiny", "run:nowhere", "no trained run in nowhere"), ("tiny", "meanvar:own", "commercial"),

@@ -200,7 +200,7 @@ def _read(path: File, header_only: bool = False) -> Any:
 def _check(data: Any, path: File, modality: str) -> None:
     if modality != "CT" and modality not in XRAYS:
         name = modality if modality in OTHER_MODALITIES else quote(path, modality)
-        raise Unreadable(f"{path}: modality {name or 'unknown'}; allowed are CT and the X-rays {', '.join(XRAYS)}")
+        raise Unreadable(f"{path}: modality {name or 'unknown'}; expected CT and the X-rays {', '.join(XRAYS)}")
     if not data.get("Rows") or not data.get("Columns"):
         raise Unreadable(f"{path}: a DICOM file without pixels")
     if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:

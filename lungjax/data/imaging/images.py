@@ -1,7 +1,7 @@
 """Turns image files into network input: decode, window, crop, resize.
 
-8-bit images become uint8. A window maps 16-bit images to float32 in 0..255, which is rounded only after resizing;
-without a window they raise an error. Transparent pixels are composited over black, palette and CMYK images become RGB.
+8-bit images become uint8. 16-bit images require a window, which maps them to float32 in 0..255, rounded only after
+resizing. Transparent pixels are composited over black, palette and CMYK images become RGB.
 EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
 """
 
@@ -30,7 +30,7 @@ SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B")
-ALLOWED = "allowed are 8-bit gray or color and unsigned 16-bit gray"
+ALLOWED = "expected 8-bit gray or color and unsigned 16-bit gray"
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
 
 
@@ -140,7 +140,7 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
     if spec.crop not in CROPS:
-        raise ValueError(f"input.crop={spec.crop!r}: allowed are {', '.join(CROPS)}")
+        raise ValueError(f"input.crop={spec.crop!r}: expected {', '.join(CROPS)}")
     if spec.interpolation not in INTERPOLATIONS:
         raise ValueError(f"input.interpolation={spec.interpolation!r}; {nearest(spec.interpolation, INTERPOLATIONS)}")
     if spec.channels == 1 and isinstance(image, np.ndarray) and image.ndim == 3:
@@ -269,7 +269,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
                 plain = picture.mode == "L" and "transparency" not in picture.info
                 return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image in a known format; allowed are {FORMAT_NAMES}") from None
+        raise ValueError(f"unrecognized image format; supported are {FORMAT_NAMES}") from None
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)

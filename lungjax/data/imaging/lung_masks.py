@@ -73,11 +73,11 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
 
 
 def apply(image: np.ndarray, stage: str) -> StageResult:
-    """Returns a stage of a gray uint8 image [H, W].
+    """Returns a grayscale uint8 image [H, W] preprocessed to a stage.
 
     `nobackg` is the body on black, `crop` its box without raised arms; `lungs_nocrop` the lungs on black, `lungs` their
     box; `no_lungs` the image with black lungs. The `study_` stages and `features` are those of `study_masks`. Raises
-    ValueError for an unknown stage and for anything but a gray uint8 image.
+    ValueError for an unknown stage, or if the image is not uint8 grayscale.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")
@@ -178,7 +178,7 @@ def _border(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _touching(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Returns the components of a mask that contain a seed."""
+    """Returns the connected components of `mask` that contain a pixel of `seeds`."""
     return np.asarray(ndimage.binary_propagation(seeds & mask, mask=mask))
 
 

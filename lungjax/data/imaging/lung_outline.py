@@ -10,13 +10,14 @@ MIN_CONTRAST = 0.15  # minimum contrast of a lesion to the tissue behind it, rel
 
 
 def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
-    """Returns one lung, bool [h, w], including lesions at the chest wall.
+    """Returns the mask of one lung, bool [h, w], extended to include lesions at the chest wall.
 
-    `gray` is the image, [h, w]; `medial` is the sign of x towards the other lung. The lung must not touch the edge.
+    `gray` is the image, [h, w]; `medial` is +1 or -1, the x direction of the other lung. The lung must not touch the
+    image border.
 
-    The chest wall is convex, so a bay of the outline that opens outwards is lung. Medial bays are heart, vessels and
-    spine, and a wide anterior one is the dome of liver or spleen. The wall across a bay is an arc that continues the
-    outline at both ends.
+    The chest wall is convex, so a concavity (bay) of the outline that opens outwards is lung. Medial bays are heart,
+    vessels and spine, and a wide anterior one is the dome of liver or spleen. The wall across a bay is an arc that
+    continues the outline at both ends.
     """
     edge = np.argwhere(lung & ~ndimage.binary_erosion(lung))
     if len(edge) < 12 or (np.ptp(edge, 0) < 3).any():

@@ -43,7 +43,7 @@ def header(path: str) -> Header:
     except KeyError:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETERS:
-        raise Unreadable(f"{path}: unit of length {unit}; allowed are mm, meter, micron and unknown (mm)")
+        raise Unreadable(f"{path}: unit of length {unit}; expected mm, meter, micron and unknown (mm)")
     # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):

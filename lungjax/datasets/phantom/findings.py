@@ -36,7 +36,7 @@ def new_lesions(finding: str, rng: np.random.Generator) -> tuple[Lesion, ...]:
     Raises ValueError for a finding that is not in `CLASSES`.
     """
     if finding not in CLASSES:
-        raise ValueError(f"unknown finding {finding!r}; allowed are {', '.join(CLASSES)}")
+        raise ValueError(f"unknown finding {finding!r}; expected {', '.join(CLASSES)}")
     severity, first = rng.uniform(*SEVERITY), int(rng.choice((-1, 1)))
     lobar = finding == "Pneumonia"
     count = 0 if finding == "Normal" else 1 + rng.binomial(1, 0.25) if lobar else 2 + rng.poisson(0.5 + 4 * severity)

@@ -43,7 +43,7 @@ def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., A
 
 
 def pair(value: int | Sequence[int]) -> Pair:
-    """Returns (value, value) for a number, and a pair unmodified."""
+    """Returns (value, value) for an int, or the two values of a sequence."""
     if isinstance(value, int):
         return value, value
     height, width = value
@@ -65,7 +65,7 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
         rows, columns = ((side - 1) // 2 for side in kernel)
         return pair(rows), pair(columns)
     if padding.upper() not in ("SAME", "VALID"):
-        raise ValueError(f"padding={padding!r}: allowed are SAME, VALID, SYMMETRIC, a number or pairs of numbers")
+        raise ValueError(f"padding={padding!r}: expected SAME, VALID, SYMMETRIC, a number or pairs of numbers")
     rows, columns = lax.padtype_to_pads(size, kernel, strides, padding.upper())
     return pair(rows), pair(columns)
 
