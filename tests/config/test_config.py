@@ -45,7 +45,7 @@ def test_json_round_trip():
         config = overrides.override(config, assignment)
     text = overrides.to_json(config)
     assert overrides.from_json(text) == config
-    with pytest.raises(ValueError, match="optim.lrx.*nearest.*optim.lr"):
+    with pytest.raises(ValueError, match="optim.lrx.*did you mean.*optim.lr"):
         overrides.from_json(text.replace('"lr"', '"lrx"'))
     with pytest.raises(ValueError, match="optim.lr.*expected float"):
         overrides.from_json(text.replace('"lr": 0.001', '"lr": "x"'))

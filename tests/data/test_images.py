@@ -119,8 +119,8 @@ def deep_color_png():
 
 def test_unsupported_files():
     for data, word in (
-        (b"", "not an image"),
-        (b"hello" * 99, "not an image"),
+        (b"", "image format"),
+        (b"hello" * 99, "image format"),
         (encoded(GRAY, "TIFF", save_all=True, append_images=[Image.fromarray(GRAY)]), "2 pages"),
         (encoded(GRAY.astype(np.int32) - 1000, "TIFF"), "signed"),
         (encoded(GRAY.astype(np.float32), "TIFF"), "32-bit"),
@@ -224,8 +224,8 @@ def test_no_program_for_postscript(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     (tmp_path / "a.png").write_bytes(postscript)
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="image format"):
         images.read(postscript)
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="image format"):
         lungjax.preprocess([tmp_path / "a.png"], InputSpec(size=(8, 8)))
     assert not trace.exists()

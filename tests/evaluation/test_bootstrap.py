@@ -150,7 +150,7 @@ def test_runs_of_different_test_sets():
 def test_wrong_arguments():
     p = random_predictions()
     for call, words in (
-        (lambda: bootstrap.over_runs([p], ["auc"]), "'auc'.*nearest"),
+        (lambda: bootstrap.over_runs([p], ["auc"]), "'auc'.*did you mean"),
         (lambda: bootstrap.paired_difference(p, p, ["per_class.x.recall"]), "per_class.x.recall"),
         (lambda: bootstrap.intervals(p, unit="image"), "unit='image'"),
         (lambda: bootstrap.intervals(p, -1), "draws=-1"),

@@ -178,7 +178,7 @@ def test_label_map_errors():
         ("", "classes of the data set are L, M, R, junk"),
         ("L=left,M", "'M' is not CLASS=CLASS"),
         ("L=left,M=", "'M=' is not CLASS=CLASS"),
-        ("L=left,M=middle,R=right", "junk missing"),
+        ("L=left,M=middle,R=right", "junk not mapped"),
         ("L=left,M=middle,R=right,jnk=-", "did you mean junk"),
         ("L=left,M=middle,R=rigt,junk=-", "did you mean right"),
         ("L=left,L=middle,R=right,M=-,junk=-", "two entries"),

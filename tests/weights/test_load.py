@@ -80,7 +80,7 @@ def test_unknown_missing_or_forbidden_sources(zoo):
     for name, weights, message in (
         ("tinny", "imagenet", "model.name='tinny'.*did you mean .*tiny"), ("tiny", "keras5", "did you mean .*keras"),
         ("tiny", "imagnet", "model.weights='imagnet': expected none, imagenet, .*did you mean .*imagenet"),
-        ("tiny", "wide.keras", "model.weights='wide.keras': allowed are"), ("tiny", "file:absent.h5", "no such file"),
+        ("tiny", "wide.keras", "model.weights='wide.keras': expected"), ("tiny", "file:absent.h5", "no such file"),
         ("cbr_small", "imagenet", "--experiment=imagenet_pretrain:model=cbr_small"),
         ("tiny", "run:nowhere", "no trained run in nowhere"), ("tiny", "meanvar:own", "commercial"),
         ("tiny", "imagenet", r"tiny.h5 is not on this machine.*--set=model.weights=none"),
