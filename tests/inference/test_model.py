@@ -47,7 +47,7 @@ def test_features_and_explain(model):
     maps = model.explain(images[:2], [2, 0], "gradcam_positive")
     np.testing.assert_allclose(maps, explainer.maps(pixels[:2], np.asarray([2, 0]), "gradcam_positive")[0], atol=1e-5)
     for arguments, word in (((images, None, "gradcan"), "gradcam"), ((images, [0]), "5 class indices"),
-                            ((images[:1], [3]), "0 to 2")):  # fmt: skip
+                            ((images[:1], [3]), "in 0..2")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             model.explain(*arguments)
 
