@@ -75,7 +75,7 @@ def windows() -> dict[str, Any]:
 
 
 def read_window(text: str) -> tuple[float, float]:
-    """Returns low and high of "low,high". Raises ValueError for anything else."""
+    """Parses "low,high". Raises ValueError for anything else."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
@@ -86,7 +86,7 @@ def read_window(text: str) -> tuple[float, float]:
 
 
 def read_hu_window(text: str) -> tuple[float, float]:
-    """Returns center and width of "center/width". Raises ValueError for anything else."""
+    """Parses "center/width". Raises ValueError for anything else."""
     try:
         center, width = (float(part) for part in text.split("/"))
     except ValueError:

@@ -79,7 +79,7 @@ class Metadata:
         return tree | {"notice": NOTICE}
 
     def rules(self, level: str = "slice") -> list[str]:
-        """Returns the names of the operating points' rules, such as youden and sensitivity_0.95."""
+        """Returns the names of the operating-point rules, such as youden and sensitivity_0.95."""
         return sorted({rule for points in self.points.get(level, {}).values() for rule in points}, reverse=True)
 
 

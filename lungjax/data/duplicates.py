@@ -173,7 +173,7 @@ def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Returns pairs of places, int64 [n, 2]: images of rank MAX_COPIES and above with their predecessors in the hash.
+    """Returns index pairs, int64 [n, 2], of each image beyond the first MAX_COPIES of a hash with the images before it.
 
     `other_group` is True for images outside the group of the first image of their hash.
     """

@@ -201,5 +201,5 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
 
 
 def _codes(values: Sequence[str]) -> np.ndarray:
-    """Returns the place of each value among the sorted distinct ones, int64 [N]."""
+    """Returns the index of each value among the sorted unique values, int64 [N]."""
     return np.unique(np.asarray(values, np.str_), return_inverse=True)[1]

@@ -201,5 +201,5 @@ def _box(texts: Sequence[str], where: str) -> tuple[float, float, float, float] 
     except ValueError:
         raise ValueError(f"{where}: the box {' '.join(texts)!r} is not four numbers") from None
     if not (xmin < xmax and ymin < ymax):
-        raise ValueError(f"{where}: the box {' '.join(texts)} is empty; required are xmin < xmax and ymin < ymax")
+        raise ValueError(f"{where}: the box {' '.join(texts)} is empty: expected xmin < xmax and ymin < ymax")
     return xmin, ymin, xmax, ymax

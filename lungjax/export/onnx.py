@@ -104,7 +104,7 @@ def fix_pools(model: Any) -> None:
 def fix_borders(model: Any) -> None:
     """Keeps onnxruntime 1.31 from merging a border of zeros into the following max pool, which ignores padding.
 
-    It does so for zeros only, so the border becomes the smallest positive number.
+    onnxruntime merges only zeros, so the border becomes the smallest positive number.
     """
     from onnx import numpy_helper
 

@@ -160,7 +160,7 @@ def _folder(folder: Path, text: str, inputs: Inputs) -> list[tuple[Path, str, st
 def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
     columns, rows = read_table(path)
     if "path" not in columns:
-        raise ValueError(f"no column path; it has {', '.join(columns)[:200] or 'nothing'}")
+        raise ValueError(f"no column path; the columns are {', '.join(columns)[:200] or 'missing'}")
     for _, row in rows:
         if row["path"]:
             yield path.parent / Path(row["path"]).expanduser(), row.get("group", ""), row["path"]

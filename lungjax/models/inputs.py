@@ -22,13 +22,13 @@ def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
 
 
 def prediction_batch_size(config: Config, devices: int, platform: str) -> int:
-    """Returns the prediction batch size over all devices: `eval.batch_size`, or if that is 0, by rule.
+    """Returns the prediction batch size over all devices: `eval.batch_size`, or if that is 0, a rule.
 
     It depends on image size, platform and number of devices, never on a measurement at run time, so a configuration is
     always split into the same batches on the same kind of machine.
 
     CPU: 8 per device. At 224 px (tests/benchmarks/inference.py) throughput with 1 image is 3 to 13 % below the best,
-    with 4 to 16 at most 4 %, and with 64 up to 7 %, at eight times the memory and more padding of a split.
+    with 4 to 16 at most 4 %, and with 64 up to 7 %, at eight times the memory and with more padding in the last batch.
 
     GPU and TPU: as many pixels per device as 64 images of 224 x 224, a multiple of 8 images, at most 256. Not measured:
     the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16, and a few are live at a time.

@@ -34,7 +34,7 @@ class File:
 
 @dataclass
 class Budget:
-    """Bytes of uploads in memory, of all requests together."""
+    """The bytes of uploads held in memory across all requests."""
 
     limit: int
     bytes: int = 0

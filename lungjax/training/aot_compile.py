@@ -95,7 +95,8 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     Args:
       config: configuration of a run; `train.batch_size` is the global one.
       topology: generation and shape, such as "v5e:4x4".
-      data_dir: folder of the prepared data sets. Black images replace an unprepared one whose classes are known.
+      data_dir: folder of the prepared data sets. Black images stand for a data set that is not prepared, if its classes
+        are known.
 
     Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
     not fit in the memory of a chip.

@@ -76,7 +76,7 @@ def enable_steps(policy: str, state: TrainState) -> TrainState:
 
 
 def state_before(step: int, state: TrainState) -> TrainState:
-    """Returns the state before the bad `step`: since then only its counters have changed."""
+    """Returns the state before the bad `step`; the steps since then changed only its counters."""
     return state.replace(step=_full_like(state.step, step - 1))
 
 

@@ -102,7 +102,7 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
     if distributed.broadcast_int(newest(run.workdir, "last") is None):
         pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))  # 1
         if config.model.weights != "none":
-            print_once(f"Starting from {config.model.weights}; random: {setup.shorten(random)}")
+            print_once(f"Starting from {config.model.weights}; randomly initialized: {setup.shorten(random)}")
     with (
         workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),  # 2
         Checkpoints(run.workdir) as checkpoints,

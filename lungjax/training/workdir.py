@@ -108,8 +108,8 @@ def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: 
     """Locks the folder against other runs and writes config.json and data.json.
 
     Enter it on every host after all other checks. Raises ValueError on every host if another run is training there, if
-    the folder is not writable, has no room for the checkpoints (up to two states like `abstract_state`, two of best
-    weights, and one more of each while it is written), or is not shared by all hosts.
+    the folder is not writable, has no room for the checkpoints (up to two states like `abstract_state`, two sets of
+    best weights, and one more of each during a write), or is not shared by all hosts.
     """
     with ExitStack() as stack:
         distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))
@@ -128,8 +128,8 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
             check_network(workdir, abstract_state)
         for name in names:
             print(
-                f"{workdir / name} was missing or damaged, as after a power loss: rewritten from this command. The "
-                "checkpoint has the parameters of this network; other settings and the data can't be compared"
+                f"{workdir / name} was missing or damaged (for example, after a power loss) and was rewritten from this "
+                "command. The checkpoint has the parameters of this network; other settings and the data are unverified"
             )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""DenseNet: the files of Keras, and those of torchvision, whose names timm uses too."""
+"""DenseNet: Keras files, and torchvision files, whose tensor names timm also uses."""
 
 from lungjax.weights.convert import Rules, blocks
 
