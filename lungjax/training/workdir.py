@@ -128,8 +128,9 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
             check_network(workdir, abstract_state)
         for name in names:
             print(
-                f"{workdir / name} was missing or damaged (for example, after a power loss) and was rewritten from this "
-                "command. The checkpoint has the parameters of this network; other settings and the data are unverified"
+                f"{workdir / name} was missing or damaged (for example, after a power loss) and was rewritten from "
+                "this command. The checkpoint has the parameters of this network; other settings and the data are "
+                "unverified"
             )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
