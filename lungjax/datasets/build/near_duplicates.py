@@ -65,7 +65,7 @@ def cross(one: Prepared, other: Prepared) -> str:
     """
     for data in (one, other):
         if resolve(data.name)[0].stage:
-            raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage from the name")
+            raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage")
     shared = leakage.cross(one, other)
     lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
     return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
