@@ -22,7 +22,7 @@ SIDE, BATCH = 224, 8
 LR = 1e-3
 WARM_STEPS = 3  # after the first step: torch tunes its kernels for some steps
 TURN_SECONDS = 2.0  # length of a turn; at least one step
-ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotlib", "PIL", "tqdm")
+ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotlib", "PIL")
 
 CLASSES = 3
 KERAS = {
