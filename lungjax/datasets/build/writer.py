@@ -111,7 +111,7 @@ class _Images:
         self.examples.append(example)
 
     def find_duplicates(self) -> tuple[np.ndarray, list[str], dict[str, Any]]:
-        """Sets the clean splits; returns near duplicates, notes, a summary. Raises ValueError if train lacks a class."""
+        """Sets the clean splits; returns near duplicates, notes, summary. Raises ValueError if train lacks a class."""
         if not self.examples:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"no readable image{first}")
