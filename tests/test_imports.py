@@ -65,6 +65,12 @@ def test_imports_run_one_way():
     assert not wrong
 
 
+def test_no_source_file_is_ignored():
+    """Ignored files would be missing from the wheel."""
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert not subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
+
+
 def test_experiments_import_configuration_alone():
     for path in (PACKAGE.parent / "experiments").glob("*.py"):
         assert imported(path) == {"config"}, path
