@@ -71,9 +71,9 @@ def augment(
     """Returns an augmented copy of each image, float32 [B, H, W, C] in 0..255, where H, W is `size`.
 
     Args:
-      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result: a resize has no antialiasing.
+      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result, since resizing has no antialiasing.
       places: uint32 [B], the position of each example in the run; may be None if nothing is random.
-      key: of the run.
+      key: the random key of the run.
       config: the operations and their ranges.
       size: height and width of the result.
       boxes: float32 [B, 4], the visible part: xmin, ymin, xmax, ymax as fractions of the image; None shows all of it.

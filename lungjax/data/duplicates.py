@@ -43,7 +43,7 @@ class Near:
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
-    """Returns a gray image, uint8 [H, W], as uint8 [64, 64], the input of `likeness`; a thumbnail stays unmodified."""
+    """Returns a gray image, uint8 [H, W], as uint8 [64, 64] for `likeness`; a thumbnail is returned unchanged."""
     return np.clip(np.rint(_shrink(gray)), 0, 255).astype(np.uint8)
 
 

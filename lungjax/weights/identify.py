@@ -42,7 +42,7 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     best = max(matches.values(), default=0.0)
     if best < MIN_MATCH:
         raise ValueError(
-            f"{path}: its tensors ({_first(shapes)}) are not named as in any weights of {model}; {suggestion(path)}"
+            f"{path}: its tensor names ({_first(shapes)}) do not match any weights of {model}; {suggestion(path)}"
         )
     fit = [record for record in matches if matches[record] == best]
     fit = [record for record in fit if (record.classes,) in shapes.values()] or fit  # the bias of its classifier
@@ -85,7 +85,7 @@ def identify(path: str | Path) -> str:
             return f"{path}: the tensors of {names}, except for the classifier:\n" + "\n".join(problems[:MAX_LINES])
         return f"{path}: the tensors of {names}; the file has no published checksum"
     if not failures:
-        raise ValueError(f"{path}: its tensors ({_first(placeholders)}) are not named as in any known file")
+        raise ValueError(f"{path}: its tensor names ({_first(placeholders)}) do not match any known file")
     _, model, lines = min(failures)
     raise ValueError(f"{path}: fits no network; the nearest is {model}, but\n{lines}")
 

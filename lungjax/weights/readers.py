@@ -77,7 +77,7 @@ def open_tensors(path: str | Path) -> Tensors:
     elif start[8:9] == b"{":
         read = _safetensors
     else:
-        raise ValueError(f"{path}: {_guess(start)}; supported are {FORMATS}")
+        raise ValueError(f"{path}: {_guess(start)}; supported formats: {FORMATS}")
     try:
         return Tensors(path, *read(path))
     except ValueError as error:
@@ -115,7 +115,7 @@ def _zip(path: Path) -> Reader:
     if "config.json" in names and "model.weights.h5" in names:
         raise ValueError(KERAS_3)
     if not names or not all(name.endswith(".npy") for name in names):
-        raise ValueError(f"a zip file, but neither npz nor .pth; supported are {FORMATS}")
+        raise ValueError(f"a zip file, but neither npz nor .pth; supported formats: {FORMATS}")
     if len(set(names)) != len(names):
         raise ValueError("duplicate names in the zip directory")
     file = np.load(path, allow_pickle=False)
@@ -128,7 +128,7 @@ def _h5(path: Path) -> Reader:
     if not any(name.startswith("layer_names") for name in root.attrs):
         if {"layers", "_layer_checkpoint_dependencies"} & set(file):
             raise ValueError(KERAS_3)
-        raise ValueError(f"an HDF5 file without layer_names, so not from Keras; supported are {FORMATS}")
+        raise ValueError(f"an HDF5 file without layer_names, so not from Keras; supported formats: {FORMATS}")
     data: dict[str, h5py.Dataset] = {}
     # By the attributes only: layer names contain slashes, so walking the groups would nest layers in one another.
     layers = _names(root, "layer_names")

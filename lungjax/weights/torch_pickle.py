@@ -171,7 +171,7 @@ def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[
         file.seek(end)
         size = int.from_bytes(file.read(8), "little")
         if size != storages[key].size:
-            raise UnsafePickleError(f"storage {key!r} has {size} elements, its tensors expect {storages[key].size}")
+            raise UnsafePickleError(f"storage {key!r} has {size} elements, but its tensors expect {storages[key].size}")
         offsets[key] = end + 8
         end += 8 + size * storages[key].dtype.itemsize
     if end != path.stat().st_size:

@@ -269,7 +269,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
                 plain = picture.mode == "L" and "transparency" not in picture.info
                 return picture if plain else _array(picture), picture.format or ""
     except Image.UnidentifiedImageError:
-        raise ValueError(f"unrecognized image format; supported are {FORMAT_NAMES}") from None
+        raise ValueError(f"unrecognized image format; supported formats: {FORMAT_NAMES}") from None
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)

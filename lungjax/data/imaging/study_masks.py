@@ -76,7 +76,7 @@ def resize(image: np.ndarray) -> np.ndarray:
 def body_mask(square: np.ndarray) -> np.ndarray | None:
     """Returns the CT-COV19 study's body mask of a gray image [h, w], repaired at the top edge; None without edges.
 
-    Threshold 150, margin, erosion, Canny, dilation, then the filled contour of greatest length or convex hull.
+    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
