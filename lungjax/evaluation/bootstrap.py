@@ -179,7 +179,7 @@ def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, fl
     """Returns the percentile interval of a metric from its draws, or the basic interval for the calibration error.
 
     A draw repeats examples, which moves the mean of a bin away from its confidence: the percentiles of ECE are too
-    high, often above ECE itself. The basic interval reflects them at the estimate (Efron and Tibshirani, ch. 13.4).
+    high, often above ECE itself. The basic interval reflects them about the estimate (Efron and Tibshirani, ch. 13.4).
     """
     ends = interval(values)
     if ends is None or name != "ece" or point is None:

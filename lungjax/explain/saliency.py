@@ -218,10 +218,10 @@ class Explainer:
         return run
 
     def _occlusion(self, image: np.ndarray, target: int) -> np.ndarray:
-        """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): the drop of the score if a patch is hidden.
+        """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): the drop in the score when a patch is hidden.
 
         A square of the image's mean color slides over the image, including its far edges. A pixel's value is the mean
-        drop of the score over the patches that cover it, 0 if the score rises. Returns float32 [H, W].
+        drop in the score over the patches that cover it, 0 if the score rises. Returns float32 [H, W].
         """
         program, (height, width), side = self._program("occlude"), self.spec.size, self.patch
         tops, lefts = (sorted({*range(0, end - side, self.stride), end - side}) for end in (height, width))

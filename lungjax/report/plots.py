@@ -144,7 +144,7 @@ def curves(kind: str, predictions: Predictions, path: Path) -> None:
 
 
 def square(axis: "Axes", kind: str) -> None:
-    """Prepares a square axis of 0..1 for ROC ("roc") or precision-recall ("pr") curves."""
+    """Prepares square axes from 0 to 1 for ROC ("roc") or precision-recall ("pr") curves."""
     style.style(axis)
     axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
     if kind == "roc":

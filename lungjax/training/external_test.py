@@ -144,8 +144,8 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
       other_classes: classes of the other data set in label order.
       run_classes: those of the run.
 
-    Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right sides, and
-    fewer than two tested classes.
+    Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right-hand sides,
+    and fewer than two tested classes.
     """
     if not text:
         if set(other_classes) != set(run_classes):

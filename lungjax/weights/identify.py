@@ -62,7 +62,7 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 
 
 def identify(path: str | Path) -> str:
-    """Returns a sentence with the records that a file is by checksum, or whose tensors it has by names and shapes.
+    """Returns a sentence that names the records of a file: by checksum, otherwise by tensor names and shapes.
 
     Raises ValueError for an unreadable file, and, if no network fits, with the differences from the nearest one.
     """
