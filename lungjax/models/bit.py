@@ -1,8 +1,8 @@
 """BiT, "Big Transfer" (Kolesnikov et al., ECCV 2020, arXiv 1912.11370): wide ResNetV2 with GroupNorm.
 
-As in the released code (github.com/google-research/big_transfer): kernels are standardized (arXiv 1903.10520) with
-1e-10 inside the root, no convolution has a bias, the stride of a stage is on the 3x3 of its first block, padding is
-symmetric and the stem's pool has a border of zeros. A fresh head starts at zero, as in the release's transfer.
+As in the released code (github.com/google-research/big_transfer), kernels are standardized (arXiv 1903.10520) with
+1e-10 inside the root, convolutions have no bias, the 3x3 convolution of the first block of a stage has its stride,
+padding is symmetric, and the pool of the stem has a border of zeros. A new head is initialized with zeros.
 """
 
 from dataclasses import field
@@ -19,11 +19,11 @@ from lungjax.models.resnet import KERAS_INIT, R50, R101, R152, PreactBlock, pool
 
 
 class BiT(Network):
-    """Stem, pool, stages of blocks that double the width, norm and ReLU."""
+    """Stem, pool, stages of blocks, each twice as wide as the one before, norm and ReLU."""
 
     repeats: tuple[int, ...]  # blocks per stage
     width: int = 64  # channels of the stem and of the first stage's bottlenecks
-    standardize: float = 1e-10  # added to a kernel's variance inside the root; timm's copy has 1e-8
+    standardize: float = 1e-10  # epsilon of weight standardization, inside the root; 1e-8 in timm
     epsilon: float = 1e-5  # of GroupNorm
     head: HeadConfig = field(default=HeadConfig(zero_init=True), kw_only=True)
 

@@ -1,9 +1,9 @@
 """Batch norm by batch statistics, fused with the activation that follows it, in few passes over the map.
 
-Maps are larger than a processor's caches, so the cost is the number of passes. On the CPU the result is written in one
-pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes: two sums and
-the result. XLA by default saves x - mean and intermediate maps of the activation. As in `lungjax.models.ops.conv`, the
-form is chosen at lowering, and there is no forward-mode derivative.
+Maps are larger than the caches of a processor, so the number of passes determines the cost. On the CPU the result is
+written in one pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes:
+two sums and the result. By default XLA also saves x - mean and intermediate maps of the activation. As in
+`lungjax.models.ops.conv`, the form is chosen at lowering, and there is no forward-mode derivative.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,12 @@ from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 
 Activation = Callable[[jax.Array], jax.Array]
 Output = tuple[jax.Array, jax.Array, jax.Array]  # activated map, mean, variance
-CHEAP = (nn.relu, nn.relu6)  # activations whose slope is recomputed three times instead of written to memory once
+CHEAP = (nn.relu, nn.relu6)  # activations whose slope is recomputed in each pass instead of written to memory
 MAX_SUMMED_ROWS = 8  # per element of the first loop of the gradients
 
 
 def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and biased variance of each channel of x [..., C], in float32 or wider, in one pass.
-
-    The variance is the mean of squares minus the square of the mean, as in flax.linen.BatchNorm.
-    """
+    """Returns mean and biased variance (mean of squares minus squared mean) per channel of x [..., C], in one pass."""
     axes, x = tuple(range(x.ndim - 1)), to_float32(x)
     mean, squares = x.mean(axes), lax.square(x).mean(axes)
     return mean, jnp.maximum(0.0, squares - lax.square(mean))
@@ -44,17 +41,10 @@ def normalize(
 def batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: Activation, dtype: Any
 ) -> Output:
-    """Normalizes x [B, H, W, C] by its own statistics, scales, shifts and activates.
+    """Normalizes x [B, H, W, C] by its own statistics, multiplies by `scale`, adds `bias`, and applies `activation`.
 
-    Args:
-      x: the map.
-      scale: [C] float32.
-      bias: [C] float32.
-      epsilon: added to the variance.
-      activation: elementwise.
-      dtype: of the normalized map.
-
-    Returns the activated map, and mean and biased variance [C] in float32, which have no gradient.
+    `scale` and `bias` are float32 [C], `activation` is elementwise, `dtype` is that of the normalized map. Returns the
+    activated map, and the mean and biased variance, float32 [C], which have no gradient.
     """
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
     return cpu_or_default(x, scale, bias, cpu=cpu, default=plain)
@@ -88,7 +78,7 @@ def _plain_backward(*arrays: jax.Array, **fields: Any) -> tuple[jax.Array, ...]:
 def _line(
     mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns factor and offset: x * factor + offset is the normalized map."""
+    """Returns the factor and offset for which x * factor + offset is the normalized map."""
     factor = lax.rsqrt(var + epsilon) * scale
     return factor, bias - mean * factor
 
