@@ -161,20 +161,13 @@ def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> lis
     # XLA counts the body of a loop once; the only loop of the step is the one over micro-batches.
     flops = cost["flops"] * config.train.accumulate
     gigabytes = cost["bytes accessed"] * config.train.accumulate / 1e9
-    seconds, transfer = flops / (chip.speed * 1e12), gigabytes / chip.bandwidth
-    step = f"{1e3 * seconds:.3g} ms"
+    seconds = flops / (chip.speed * 1e12)
+    step, transfer = f"{1e3 * seconds:.3g} ms", f"{1e3 * gigabytes / chip.bandwidth:.3g} ms at {chip.bandwidth:g} GB/s"
+    bound = f"a step takes at least {step} (arithmetic): at most {config.train.batch_size / seconds:,.0f} images/s"
     return [
         ("arithmetic", f"{flops / 1e9:,.1f} GFLOP per chip and step: {step} at {chip.speed:g} TFLOP/s"),
-        (
-            "memory traffic",
-            f"at most {gigabytes:.3g} GB per chip and step: {1e3 * transfer:.3g} ms at {chip.bandwidth:g} GB/s, "
-            "on-chip memory included",
-        ),
-        (
-            "bound",
-            f"a step takes at least {step} (arithmetic): at most {config.train.batch_size / seconds:,.0f} images/s. "
-            "Memory traffic, collectives and reading images may take longer",
-        ),
+        ("memory traffic", f"at most {gigabytes:.3g} GB per chip and step: {transfer}, on-chip memory included"),
+        ("bound", f"{bound}. Memory traffic, collectives and reading images may take longer"),
     ]
 
 
@@ -204,11 +197,8 @@ def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dic
     """Returns shapes and shardings of a global training batch of the pipeline."""
     train, reading = replace(config.train, batch_size=1), replace(config.data, workers=0)
     example = next(pipeline.train_batches(data, replace(config, train=train, data=reading), start=0))
-    sharding, size = meshes.batch_sharding(mesh), config.train.batch_size
-    return {
-        name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=sharding)
-        for name, value in example.items()
-    }
+    n, sharding = config.train.batch_size, meshes.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in example.items()}
 
 
 def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
