@@ -1,4 +1,4 @@
-"""Messages and shapes of --compile_for that need no TPU compiler; tests/tpu has the rest."""
+"""The parts of --compile_for that need no TPU compiler; tests/tpu has the others."""
 
 import dataclasses
 import importlib.util
