@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from lungjax.data import splits
+
+Transform = Callable[[np.ndarray], np.ndarray]  # uint8 pixels of an image to those of a copy of the same size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Example:
     extra: tuple[str, ...] = ()  # values of Listing.extra
     where: str = ""  # such as "labels.csv line 7", for errors
     study: str = ""  # see above; ignored if Listing.study is ""
+    transform: Transform | None = None  # applied after the stage; picklable, keeps the size
 
 
 @dataclass(frozen=True)

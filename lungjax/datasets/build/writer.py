@@ -227,7 +227,7 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
         size = GENERATED_BYTES
         if isinstance(example.image, str):
             try:
-                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage else 1)
+                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage or example.transform else 1)
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
@@ -267,7 +267,7 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     # Decoding releases Python's lock, so threads suffice; drawing and masks hold it. Processes are spawned, because a
     # fork is unsafe with XLA's threads. Their start takes a second or two, too long for few images.
     masks = bool(options.stage) or options.body
-    slow = len(examples) if masks else sum(callable(example.image) for example in examples)
+    slow = len(examples) if masks else sum(callable(e.image) or e.transform is not None for e in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
