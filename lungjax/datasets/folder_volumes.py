@@ -10,6 +10,11 @@ from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.datasets import PrepareOptions
 
+# Files next to images that nobody expects to be read; all others that are not read are named.
+DOCUMENTS = (
+    ".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
+    ".db", ".ini", ".log", ".py", "dicomdir",
+)  # fmt: skip
 Notes = dict[str, list[str]]  # remark -> files or series it applies to, "" for one without a name
 
 
@@ -41,6 +46,20 @@ def kind(path: str) -> str:
     suffix = os.path.splitext(name)[1]
     ambiguous = (not suffix or suffix[1:].isdigit()) and name != "dicomdir"
     return "dicom" if ambiguous and dicom.is_dicom(path) else ""
+
+
+def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns a note on the documents among files that are not read, and a warning that names the others by suffix."""
+    others: dict[str, list[str]] = {}
+    for path in paths:
+        if not path.lower().endswith(DOCUMENTS):
+            others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
+    documents = len(paths) - sum(map(len, others.values()))
+    names = "; ".join(f"{len(names):,} with {suffix}, such as {names[0]}" for suffix, names in others.items())
+    return (
+        [f"{documents:,} files that are not images were skipped"] if documents else [],
+        [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
+    )
 
 
 def unfold(row: Row) -> list[Row]:

@@ -48,6 +48,7 @@ class Listing:
     study: str = ""  # description of protocol=study; "" without published or given splits
     body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
     volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position
+    warnings: tuple[str, ...] = ()  # for the summary
 
     def __post_init__(self) -> None:
         """Checks that no file is listed twice."""

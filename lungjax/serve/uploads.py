@@ -134,13 +134,17 @@ def _check_header(data: bytes, kind: str, limits: Limits) -> None:
 
 
 def _jpeg(data: bytes, limits: Limits) -> bytes:
-    """Returns a JPEG without segments that do not affect its pixels: Exif, profiles, thumbnails, comments."""
+    """Returns a JPEG without segments that do not affect its pixels; of Exif, only the orientation remains."""
     segments, scan = dicom_frames.jpeg_segments(data)
     parts = [b"\xff\xd8"]
     for marker, start, end in segments:
         if marker in dicom_frames.FRAMES:
             height, width = struct.unpack(">HH", data[start + 5 : start + 9])
             check_size(width, height, limits)
+        if marker == 0xE1 and (turn := images.orientation(data[start + 4 : end])) in images.TURNS:
+            exif = Image.Exif()
+            exif[images.ORIENTATION] = turn
+            parts.append(b"\xff\xe1" + struct.pack(">H", len(exif.tobytes()) + 2) + exif.tobytes())
         if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # APP14 has the color transform
             parts.append(data[start:end])
     return b"".join([*parts, data[scan:]])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from folders import encoded
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from scipy import ndimage
 
 import lungjax
@@ -105,10 +105,18 @@ def test_color_modes():
     np.testing.assert_allclose(rgb, np.full((16, 16, 3), (200, 60, 20)), atol=4)
 
 
-def test_ignored_exif_orientation():
+def test_exif_orientation():
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert images.decode(encoded(GRAY, "JPEG", exif=exif), None).shape == GRAY.shape
+    deep = GRAY.astype(np.uint16) * 200
+    for orientation in range(10):
+        exif[0x0112] = orientation
+        for array, form in ((GRAY, "PNG"), (deep, "PNG"), (GRAY, "JPEG"), (np.stack([GRAY] * 3, -1), "WEBP")):
+            data = encoded(array, form, exif=exif)
+            decoded, name = images.read(data)
+            expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            np.testing.assert_array_equal(decoded, np.asarray(expected), err_msg=f"{form} {orientation}")
+            assert name == (form if orientation in (0, 1, 9) else "")
+    np.testing.assert_array_equal(images.decode(encoded(GRAY, "PNG", exif=b"Exif\0\0damaged"), None), GRAY)
 
 
 def deep_color_png():

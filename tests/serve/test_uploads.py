@@ -98,6 +98,15 @@ def test_images_as_pillow_decodes_them():
         assert upload.pixels.dtype == expected.dtype and upload.series == ""
 
 
+def test_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words" * 100
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = saved(GRAY, form, exif=exif)
+        np.testing.assert_array_equal(read(data).pixels, images.read(data)[0])
+        assert read(data).pixels.shape == GRAY.shape[::-1] + (3,) * (form == "WEBP")
+
+
 def test_series_and_patients():
     one, same, other, none = (
         read(written(scan("CT", SeriesInstanceUID=uid, PatientID=patient))).series

@@ -2,7 +2,7 @@
 
 8-bit images become uint8. 16-bit images require a window, which maps them to float32 in 0..255, rounded only after
 resizing. Transparent pixels are composited over black, palette and CMYK images become RGB.
-EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
+Images are turned upright according to their EXIF orientation; boxes refer to the upright image.
 """
 
 import hashlib
@@ -31,6 +31,12 @@ FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B")
 ALLOWED = "expected 8-bit gray or color and unsigned 16-bit gray"
+ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
 
 
@@ -250,11 +256,29 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    Raises ValueError if the file is unreadable, truncated or multi-page, or its pixels are neither 8-bit nor unsigned
-    16-bit gray.
+    The format is "" for an image that was turned upright, whose file has other pixels. Raises ValueError if the file is
+    unreadable, truncated or multi-page, or its pixels are neither 8-bit nor unsigned 16-bit gray.
     """
     image, form = _open(data, formats)
     return np.asarray(image), form
+
+
+def orientation(exif: bytes) -> int:
+    """Returns the orientation in an EXIF block, 1 (upright) if it is missing or damaged.
+
+    Pillow's reader would copy the data of all tags, in a forged file many times its size.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        for i in range(struct.unpack_from(f"{order}H", exif, start)[0]):
+            tag, value = struct.unpack_from(f"{order}H6xH", exif, start + 2 + 12 * i)
+            if tag == ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass
+    return 1
 
 
 def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
@@ -266,13 +290,20 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
             problem = _unsupported(picture, data)
             if problem is None:
                 picture.load()
-                plain = picture.mode == "L" and "transparency" not in picture.info
-                return picture if plain else _array(picture), picture.format or ""
+                upright = _upright(picture)
+                plain = upright.mode == "L" and "transparency" not in upright.info
+                return upright if plain else _array(upright), upright.format or ""
     except Image.UnidentifiedImageError:
         raise ValueError(f"unrecognized image format; supported formats: {FORMAT_NAMES}") from None
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(problem)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Returns an image turned according to its EXIF orientation, then without a format. Pillow turns TIFF itself."""
+    turn = TURNS.get(orientation(picture.info.get("exif", b"")))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _unsupported(picture: Image.Image, data: bytes) -> str | None:

@@ -211,7 +211,8 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        result = summary.summarize(info, columns, twins, images.skipped, images.unstaged, notes, listing.group_name)
+        lines = (images.skipped, images.unstaged, notes)
+        result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
         staging.publish(written, final)
     return result
