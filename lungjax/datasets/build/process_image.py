@@ -39,6 +39,7 @@ class ProcessedImage:
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
+    conversion: str  # the file's mode if reading it lost part of it, see images.conversion
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
+        conversion = images.conversion(data)
     except (ValueError, OSError) as error:
         return Problem(str(error), skippable=True)
     height, width = array.shape[:2]
@@ -94,6 +96,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=body,
         found=found,
+        conversion=conversion,
     )
 
 

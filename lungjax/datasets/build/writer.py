@@ -9,7 +9,7 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ class _Images:
     columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
     unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
+    converted: Counter[str] = field(default_factory=Counter)  # images of modes that lose part of their content
     deep: int = 0  # images with 16 bits
     raw: list[int] = field(default_factory=list)  # rows whose mean and std are of 16-bit values
 
@@ -103,6 +104,7 @@ class _Images:
         }
         for name, text in row.items():
             self.columns[name].append(sys.intern(text))  # few values differ in a set of 400,000 images
+        self.converted.update([image.conversion] if image.conversion else [])
         if image.histogram is not None:
             self.deep += 1
             self.raw += [len(self.examples)] if image.raw else []
@@ -211,6 +213,9 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
+        if images.converted:
+            modes = ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items()))
+            notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
