@@ -67,25 +67,34 @@ def test_every_data_set(tmp_path):
             datasets.write(name, tmp_path, tmp_path / "data", datasets.PrepareOptions(group_pattern="(x)"))
 
 
+RUNS = (range(266, 270), range(289, 322), range(344, 373), range(404, 422))  # in the names of Test/COV/30
+
+
 def test_ct_cov19(tmp_path):
     tree(
         tmp_path,
-        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70)),
-        *(f"Train/COV/malek_2/pos_{k}.png" for k in (0, 39, 40)),
-        *(f"Train/Normal/1/neg_{k}.png" for k in (0, 2173)),
-        *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 20)),
-        *("Val/COV/30/FILE0011.jpg", "Val/Normal/1/neg_2600.png", "Test/COV/30/pos_1.png"),
+        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70, 170)),
+        *(f"Train/COV/malek_2/pos_{k}.png" for k in range(40) if k % 11),  # single numbers are missing in a scan
+        "Train/COV/malek_2/pos_0.png",
+        *(f"Train/Normal/1/neg_{k}.png" for k in (*range(0, 200, 5), 2173)),
+        *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 5)),
+        *(f"Val/COV/30/FILE001{k}.jpg" for k in range(6, 27)),
+        *(f"Test/COV/30/pos_{k}.png" for run in RUNS for k in run),
+        "Val/Normal/1/neg_2600.png",
         *("Val/OtherPneumonia/pneu_133.png", "Val/OtherPneumonia/pneu_316.png"),
         *("Test/Normal/1/neg_2174.png", "Test/OtherPneumonia/2/pneu_133.png"),
     )
     listing, by_file = listed(ct_cov19, tmp_path, "original")
     assert listing.classes == ("COV", "Normal", "OtherPneumonia") and listing.body and listing.study
     group = {file: example.group for file, example in by_file.items()}
-    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE00170.jpg"] == "COV/01"
+    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE001170.jpg"]
     assert group["Train/COV/malek_2/pos_0.png"] == group["Train/COV/malek_2/pos_39.png"]
-    assert group["Train/COV/malek_2/pos_0.png"] != group["Train/COV/malek_2/pos_40.png"]
     assert group["Train/Normal/1/neg_2173.png"] == group["Test/Normal/1/neg_2174.png"]  # divided by the original split
-    assert group["Val/COV/30/FILE0011.jpg"] == group["Test/COV/30/pos_1.png"]
+    # The real files of Test/COV/30: four runs, and none of them is the patient of Val/COV/30.
+    scans = [{group[f"Test/COV/30/pos_{k}.png"] for k in run} for run in RUNS]
+    assert all(len(names) == 1 for names in scans) and len(set.union(*scans)) == 4
+    assert group["Val/COV/30/FILE0016.jpg"] == group["Val/COV/30/FILE00126.jpg"] not in set.union(*scans)
+    assert len({group[f"Train/Normal/1/neg_{k}.png"] for k in range(0, 200, 5)}) == 4, "of at most 60 numbers"
     # Images moved to the flat folder are grouped with their neighbors, and the test's own series is not.
     assert group["Val/OtherPneumonia/pneu_133.png"] == group["Train/OtherPneumonia/pneu_1/pneu_140.png"]
     assert group["Val/OtherPneumonia/pneu_133.png"] != group["Test/OtherPneumonia/2/pneu_133.png"]
@@ -93,7 +102,7 @@ def test_ct_cov19(tmp_path):
     assert all(len(splits) == 1 for splits in splits_of_groups(new).values())
     assert {e.split for e in new} == {"train", "val"}
     assert all(e.split == e.study == e.file.split("/")[0].lower() for e in listing.examples if e not in new)
-    assert any("val has 1 / 1 / 2" in note for note in listing.notes)
+    assert any("val has 21 / 1 / 2" in note for note in listing.notes)
     assert Path(listing.examples[0].image).is_file()
     (tmp_path / "Val/Normal/1/neg_2600.png").unlink()
     with pytest.raises(ValueError, match="Normal has no image"):
