@@ -42,7 +42,8 @@ folders ({class}/{patient}/...), or the parentheses of --group_pattern in the pa
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
 such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
-  CT: the files of one SeriesInstanceUID are a volume, ordered by position, without localizers. --plane=axial, coronal
+  CT: the slices of one SeriesInstanceUID, also frames of enhanced CT, are a volume, ordered by position, without
+    localizers. --plane=axial, coronal
     or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
     is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
     patient's right on the left; the head is up.
