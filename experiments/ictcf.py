@@ -15,6 +15,7 @@ slice of 512 px costs 5.2 times as much as one of 224 px, see tests/benchmarks/R
 | splits | by slice | by blocks of neighboring slices |
 | ConvNeXt, ResNetV2 | input 0..255 | input -1..1, as EfficientNetV2 |
 | weights tested | last of 10 epochs | best AUC on val of at most 20 epochs, patience 5 |
+| computation on GPU, TPU | float32 | bfloat16 |
 
 Both read the stage `features`, the study's own rendering of the lungs; `--set=data.dataset=ictcf` uses plain slices.
 
@@ -63,7 +64,13 @@ def get_config(model: str = "efficientnetv2_b0", weights: str = "none", protocol
             std=std if weights == "none" else None,
         ),
         augment=preset("none" if study else "ictcf"),
-        model=ModelConfig(name=model, weights=weights, drop_path=0.0 if convnext else None, head=head),
+        model=ModelConfig(
+            name=model,
+            weights=weights,
+            drop_path=0.0 if convnext else None,
+            dtype="float32" if study else None,
+            head=head,
+        ),
         optim=OptimConfig(name="adamw", lr=0.01, weight_decay=1e-3) if resnet else OptimConfig(name="adam", lr=1e-3),
         train=TrainConfig(
             batch_size=BATCHES[model],

@@ -62,8 +62,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     The network maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network does not
-    support, and for a sigmoid with more than two classes.
+    Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
+    not support, and for a sigmoid with more than two classes.
     """
     if config.name not in MODELS:
         family_of(config.name)
@@ -71,8 +71,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
-    fields = {name: value for name, value in options.items() if value is not None}
+    options = {name: getattr(config, name) for name in ("padding", "epsilon", "drop_path", "dropout")}
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for name, value in fields.items():
         if not hasattr(network, name):
             raise ValueError(

@@ -164,6 +164,8 @@ def test_unique_names():
         names[config.name] = choice
         assert re.fullmatch("[a-z0-9_-]+", config.name) and config.name.startswith(choice.partition(":")[0])
         assert config.name.endswith("_study") == ("protocol=study" in choice)
+        if not choice.startswith(("covidnet_ct", "transfusion")):  # mixed precision in the first, any data in the other
+            assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
     assert len(names) == 2 + 520 + 18 + 12 + 200 + 80 + 80 + 32 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"
     assert names["ct_cov19_cbr_tiny_original_classw_study"] and experiments.load(tiny).name in names
