@@ -10,8 +10,8 @@ slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-N
 data set is published. Not run on the real data set, to which we have no access.
 
 `protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`, for comparison with its table: on its
-draw of train and val slices, balanced once with replacement, with the last weights and in float32. `clean`, the default,
-uses all slices of the official split and the weights with the best AUC on val.
+draw of train and val slices, balanced once with replacement, with the last weights and in float32. `clean`, the
+default, uses all slices of the official split and the weights with the best AUC on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

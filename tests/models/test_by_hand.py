@@ -26,8 +26,8 @@ def test_xray_cnn_dropout():
 
     def run(key):
         variables, options = models.build(config, 2).init(key, images, train=False), {"rngs": {"dropout": key}}
-        return [models.build(replace(config, dropout=dropout), 2).apply(variables, images, train=t, **options)[1]["last"]
-                for dropout, t in ((None, False), (None, True), (0.5, False), (0.5, True))]  # fmt: skip
+        return [models.build(replace(config, dropout=p), 2).apply(variables, images, train=train, **options)[1]["last"]
+                for p, train in ((None, False), (None, True), (0.5, False), (0.5, True))]  # fmt: skip
 
     with plain_forms():
         expected, *same, dropped = map(np.asarray, quick_jit(run)(jax.random.key(0)))
