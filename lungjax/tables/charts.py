@@ -111,8 +111,8 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
         elif cells_of[r.group.experiment] == 1 and len(table.columns) > 1:
             title += f"\n{r.cell.column}"
         if (r.group.experiment, r.cell.split) not in panels:
-            counts = [metrics.summarize(p)["confusion"] for p in r.group.predictions[r.cell.split]]
-            panels[r.group.experiment, r.cell.split] = title, np.mean(counts, axis=0)
+            each = [metrics.summarize(p)["confusion"] for p in r.group.predictions[r.cell.split]]
+            panels[r.group.experiment, r.cell.split] = title, np.mean(each, axis=0)
         if r.cell.row in table.matrices:
             panels[r.cell.row, r.cell.split] = f"{r.cell.row}\npublished", np.asarray(table.matrices[r.cell.row], float)
     splits, seeds = {split for _, split in panels}, done[0].group.predictions["val"]
