@@ -51,7 +51,8 @@ such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
   NIfTI: Hounsfield units in three dimensions.
   Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
     files are kept. --on_bad_image=skip lists skipped files by path.
-Images of the NCCID study are made by --plane=coronal --position=mid in folder/NAME-64x128, but not upside down.""",
+--plane=coronal --position=mid --hu_window=-300/1400 makes images of folder/NAME-64x128 like those of the NCCID study,
+but head up.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",
