@@ -37,7 +37,7 @@ Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gra
 (see --window). Without a group (or --group_pattern for the file names), each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
-such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
+such a file, or a folder with one or more series; pip install -e '.[dicom]'.
   CT: the files of one SeriesInstanceUID are a volume, ordered by position, without localizers. --plane=axial, coronal
     or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
     is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
