@@ -41,7 +41,7 @@ folders ({class}/{patient}/...), or the parentheses of --group_pattern in the pa
 --group_pattern=none, or without any of these, each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
-such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
+such a file, or a folder with one or more series; pip install -e '.[dicom]'.
   CT: the slices of one SeriesInstanceUID, also frames of enhanced CT, are a volume, ordered by position, without
     localizers. --plane=axial, coronal
     or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
