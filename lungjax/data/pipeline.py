@@ -49,6 +49,9 @@ class Reader:
             spec = replace(spec, size=(rows, columns))
         try:
             image = images.load(self.data.records[int(row)]["image"], self.data.window)
+            if self.data.rotate:
+                image, region = images.rotate(image, box)
+                box = np.asarray(region, np.float32)
             width, height = images.extent(image)
             example = {"image": images.to_input(image, box, spec, self.margin)}
             left, top, right, bottom = images.view(box, spec, self.margin, width, height)

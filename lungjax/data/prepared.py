@@ -48,7 +48,13 @@ class Prepared:
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
     protocol: str = "clean"  # of the splits that `rows` returns
     body: bool = False  # whether records have a body mask
-    volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position
+    volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position, orientation
+    rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, for a network trained on such
+
+    @property
+    def orientation(self) -> str:
+        """Returns "standard", or "rotated" if the stored images are rotated by 180 degrees."""
+        return str((self.volumes or {}).get("orientation", "standard"))
 
     def rows(self, split: str) -> np.ndarray:
         """Returns the row numbers of a split, int64 [n], in record order.
@@ -198,7 +204,7 @@ def write_index(directory: Path, info: Mapping[str, Any], header: Sequence[str],
     """Writes lungjax.json from `info` and then, atomically, index.csv, with class names in `label`.
 
     `info` has name, classes, window, study (a description of protocol=study), stage, size, body, and volumes if images
-    were cut from CT volumes (hu_windows, plane, position).
+    were cut from CT volumes (hu_windows, plane, position, orientation).
     """
     (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:

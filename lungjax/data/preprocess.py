@@ -1,4 +1,4 @@
-"""Turns an image into network input: stage, stored size and window of the data set, then crop and resize.
+"""Turns an image into network input: orientation, stage, stored size and window of the data set, then crop and resize.
 
 Preparation and prediction share these steps. The window of a 16-bit image is applied before a stage, but after resizing
 to the stored size.
@@ -57,6 +57,8 @@ def picture(
         if box is None:
             warnings.append("no body box: the network was trained on body boxes but gets the full image")
     box = box or images.full_region(array)
+    if metadata.orientation == "rotated":
+        array, box = images.rotate(array, box)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:
         array = images.gray(_to_8_bit(array, window))

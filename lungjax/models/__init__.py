@@ -60,8 +60,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network does not
-    support, for fewer than two classes, and for a sigmoid with more than two.
+    Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
+    not support, for fewer than two classes, and for a sigmoid with more than two.
     """
     if config.name not in MODELS:
         family_of(config.name)  # raises
@@ -69,8 +69,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
-    fields = {name: value for name, value in options.items() if value is not None}
+    options = {name: getattr(config, name) for name in ("padding", "epsilon", "drop_path", "dropout")}
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for name, value in fields.items():
         if not hasattr(network, name):
             raise ValueError(f"model.{name}={value!r}: {config.name} does not have this option; leave it unset (None)")

@@ -70,7 +70,7 @@ def devices(topology: str) -> list[Any]:
         others = "" if flat else " and other boxes of 2x2 chips"
         raise ValueError(f"--compile_for={topology}: slices of {name} are {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise ValueError("--compile_for needs the TPU compiler, but no TPU: pip install '.[tpu]' (or libtpu)")
+        raise ValueError("--compile_for needs the TPU compiler: pip install -e '.[tpu]' (or libtpu); no TPU is needed")
     options: dict[str, Any] = {}
     if name == "v4":  # one device per chip of two cores, as on Cloud TPU
         options["chip_config_name"] = "megacore"

@@ -23,7 +23,7 @@ class EventFiles:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise ValueError("TensorBoard events need the extra: pip install '.[tensorboard]'") from None
+            raise ValueError("TensorBoard events need the extra: pip install -e '.[tensorboard]'") from None
         folder = workdir / FOLDER
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()

@@ -70,7 +70,7 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError("train.tensorboard=True needs the extra: pip install '.[tensorboard]'")
+        raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]
     mesh = meshes.make_mesh(config.train.devices)
     return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import app, flags
 
 from lungjax import cli
+from lungjax.runtime.advice import in_user_form
 from lungjax.weights import catalogue, download
 
 FLAGS = flags.FLAGS
@@ -28,7 +29,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE")
     folder = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     if FLAGS.list:
-        print(catalogue.listing(FLAGS.match))
+        print(in_user_form(catalogue.listing(FLAGS.match)))
     for record in [catalogue.find(name) for name in FLAGS.fetch]:  # all names are checked before the first download
         path = download.download(record, folder)
         note = " (not for commercial use)" if record.noncommercial else ""
@@ -36,7 +37,7 @@ def main(_: list[str]) -> None:
     if FLAGS.check:
         from lungjax.weights import identify  # imports jax
 
-        print(identify.identify(FLAGS.check))
+        print(in_user_form(identify.identify(FLAGS.check)))
 
 
 if __name__ == "__main__":

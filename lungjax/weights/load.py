@@ -39,9 +39,10 @@ class Source:
 def parse(model: ModelConfig) -> Source:
     """Parses `model.weights`.
 
-    Raises ValueError for an unknown source, a network without public weights, a license that was not accepted, a
-    missing file, and a run without trained weights.
+    Raises ValueError for an unknown network or source (with the nearest), a network without public weights, weights
+    whose license was not accepted, a missing file, and a run without trained weights.
     """
+    models.family_of(model.name)
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
         return Source()
