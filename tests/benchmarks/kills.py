@@ -1,4 +1,4 @@
-"""Kills a run at random moments and compares it with an uninterrupted one.
+"""Kills a run at random moments and compares the result with that of an uninterrupted one.
 
 python -m tests.benchmarks.kills [--kills=20] [--seed=0]
 """
