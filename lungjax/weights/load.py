@@ -79,7 +79,7 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 def resolve(config: Config) -> Config:
     """Returns the configuration with the mean, std, padding and epsilon that its weights require.
 
-    Values set by the user are kept. Raises ValueError as `parse`, for a padding or epsilon that does not match the
+    Values set by the user are kept. Raises ValueError like `parse`, for a padding or epsilon that does not match the
     weights, and for `model.gray=fold` if folding would change the output.
     """
     model, spec = config.model, config.input
