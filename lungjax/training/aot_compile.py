@@ -234,10 +234,8 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
         return data.classes, data.columns["label"][pipeline.train_rows(data)]
     classes = datasets.classes(config.data.dataset)
     if not classes:
-        raise ValueError(
-            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown: prepare it, or use "
-            "another one, such as --set=data.dataset=covidx_ct (three classes)"
-        )
+        advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
+        raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
     return classes, np.arange(len(classes))
 
 

@@ -202,10 +202,8 @@ def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: st
     Raises ValueError for any other change of channels.
     """
     if kernel.ndim != 4 or kernel.shape[2] != 3 or shape[2] != 1:
-        raise ValueError(
-            f"{path}: the weights are for {kernel.shape[2]} channels, the images have {shape[2]}; "
-            f"set input.channels={kernel.shape[2]}"
-        )
+        channels = kernel.shape[2]
+        raise ValueError(f"{path}: the weights need input.channels={channels}, but the images have {shape[2]} channels")
     return kernel.sum(2, keepdims=True) if gray == "fold" else kernel[:, :, 1:2]
 
 
