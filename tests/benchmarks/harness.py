@@ -88,9 +88,6 @@ def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
     return value, {"params": jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads), **updates}
 
 
-# Times.
-
-
 def cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -163,9 +160,6 @@ class Watch:
         return wall, used, max((busy - used) / wall / cores(), 0.0)
 
 
-# Processes.
-
-
 class Process:
     """A process that runs a function of a module in this folder and is idle between requests.
 
@@ -230,9 +224,6 @@ def main() -> None:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
     os._exit(0)  # does not wait for threads of libraries
-
-
-# Tables.
 
 
 def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> str:
