@@ -68,7 +68,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     not support, for fewer than two classes, and for a sigmoid with more than two.
     """
     check_name(config.name)
-    dtype = config.dtype or default_dtype(platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")  # accelerators support bfloat16
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
@@ -85,11 +86,6 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     head = with_defaults(config.head, network.head)
     fields |= {"head": head, "outputs": output_count(head, classes), "remat": remat, "dtype": jnp.dtype(dtype)}
     return network.clone(**fields)
-
-
-def default_dtype(platform: str) -> str:
-    """Returns the default dtype of activations: bfloat16 on platforms with hardware support for it."""
-    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def minimum_size(config: ModelConfig) -> tuple[int, int]:

@@ -40,10 +40,6 @@ class EventFiles:
                 self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"], walltime=row["time"])
         self.writer.flush()
 
-    def close(self) -> None:
-        """Flushes and closes the file."""
-        self.writer.close()
-
 
 def write(workdir: Path) -> Path:
     """Writes all events of a run and returns their folder. Raises ValueError if `workdir` is not a run."""
@@ -56,5 +52,5 @@ def write(workdir: Path) -> Path:
         for path in sorted((workdir / "plots").glob("*.png")):
             pixels = np.asarray(Image.open(path).convert("RGB"))
             events.writer.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
-    events.close()
+    events.writer.close()
     return workdir / FOLDER

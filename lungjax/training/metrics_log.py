@@ -47,7 +47,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Closes the progress bar and the event files."""
         self.bar.close()
         if self.events:
-            self.events.close()
+            self.events.writer.close()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
         """Adds the metrics of a step; waits for the devices only in the first step."""

@@ -188,10 +188,8 @@ def validate(run: Run, state: TrainState, step: int, progress: Progress, log: Me
     scores = metrics.flat_levels(run.predict(state.variables, "val", watch=watch))
     better = progress.update(scores, run.config, step)
     log.write(step, {f"val.{name}": value for name, value in scores.items()})
-    print_once(
-        f"step {step}: val {monitor} {scores[monitor]:.4f}, accuracy {scores['slice.accuracy']:.4f}"
-        f"{', best so far' if better else ''}"
-    )
+    note = ", best so far" if better else ""
+    print_once(f"step {step}: val {monitor} {scores[monitor]:.4f}, accuracy {scores['slice.accuracy']:.4f}{note}")
     if progress.stopped:
         print_once(f"No better {monitor} in {run.config.train.patience} validations: stopping")
     return better
