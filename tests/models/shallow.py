@@ -1,4 +1,4 @@
-"""Every kind of block and branch of the families, in few layers."""
+"""Shallow networks with every kind of block and branch of their families."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from lungjax.models.xray_cnn import XrayCNN
 
 class Shallow(NamedTuple):
     make: Any  # constructor
-    blocks: int  # recomputed with remat
-    folded: int  # norms that directly follow a convolution
+    blocks: int  # number of blocks that remat recomputes
+    folded: int  # number of norms that directly follow a convolution
 
 
 V3 = ((Row(3, 4, 4, 4, nn.relu, 2),), (Row(5, 8, 0, 6, nn.hard_swish, 2), Row(3, 8, 4, 6, nn.hard_swish)))

@@ -15,10 +15,7 @@ from lungjax.models import layers
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["silu", "relu6", ""])
 def test_batch_norm_and_activation_equal_linen(name, dtype):
-    """Initial values, output in training and evaluation, running statistics and all gradients.
-
-    7, 9 and 11 rows are split differently.
-    """
+    """Compares initial values, outputs, running statistics and gradients; 7, 9 and 11 rows are split differently."""
     activation = getattr(nn, name) if name else None
     with jax.enable_x64(dtype == "float64"):
         fields = {"momentum": 0.75, "epsilon": 1e-2, "dtype": dtype}

@@ -37,7 +37,7 @@ def test_xray_cnn_dropout():
 
 
 def test_mobilenet_padding_at_stride_two():
-    """The kernel takes the center of its window from a map of cell numbers (SAME on 5 x 5 is symmetric)."""
+    """The kernel selects the center of its window in a map of cell numbers (SAME is symmetric on 5 x 5)."""
     kernel = np.zeros((3, 3, 1, 2), np.float32)
     kernel[1, 1] = 0.1  # the results stay below the cut of ReLU6
     one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
@@ -90,7 +90,7 @@ def test_layer_scale_of_convnext():
 
 
 def test_global_response_norm_of_a_zero_channel():
-    """Its gradient is finite; at the initial zeros the norm is the identity."""
+    """The gradient is finite; with initial values the norm is the identity."""
     x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
     module = GlobalResponseNorm(jnp.float32)
     values = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}

@@ -24,7 +24,7 @@ from lungjax.training.optim import frozen_paths
 
 ROWS = (Path(__file__).parent / "networks.txt").read_text().splitlines()
 TABLE = {name: values for name, *values in map(str.split, ROWS) if name != "#"}
-# Last map by image size of the studies' networks.
+# Size of the last map by image size, for the networks of the studies.
 MAPS = {
     "cbr_larget": {(256, 330): (3, 8)},
     "cbr_largew": {(128, 160): (1, 3), (328, 512): (13, 25)},
@@ -43,7 +43,7 @@ def count(tree) -> int:
 
 
 def shapes(module, image_shape, batch=2):
-    """Variables, logits and features as shapes: nothing is computed."""
+    """Returns the shapes of variables, logits and features."""
 
     def run(images):
         (logits, features), variables = module.init_with_output(jax.random.key(0), images, train=False)
@@ -81,7 +81,7 @@ def test_shapes_parameters_and_layer_names(names):
 
 
 def check_layer_names(name, params):
-    """Layer names allow fine-tuning of the head, the last block and the last stage."""
+    """Checks that layer names allow fine-tuning of the head, the last block and the last stage."""
     assert name in models.FAMILIES[models.family_of(name)]
     assert [part for part in params if not PARTS.fullmatch(part)] == [], name
     paths = set(flatten(params))
@@ -119,7 +119,7 @@ def test_minimum_size_and_one_pixel_less():
 
 
 def test_remat_and_bfloat16():
-    """Parameters are unchanged; every block is recomputed; all layers except the head compute in bfloat16."""
+    """Parameters are unchanged, every block is recomputed, and all layers but the head compute in bfloat16."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     images = jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
     for name, network in SHALLOW.items():
@@ -154,7 +154,7 @@ DEFAULT = ("cbr", "efficientnet", "densenet")
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SHALLOW])
 def test_training_step_of_a_shallow_network(name):
-    """Gradients reach every parameter, remat changes none, statistics move by the decay, bfloat16 is close."""
+    """Gradients reach every parameter and are equal with remat, statistics follow the decay, bfloat16 is close."""
     module = SHALLOW[name].make(outputs=3)
     variables, images = random_variables(module, SHAPE), random_images(SHAPE)
 
@@ -181,7 +181,7 @@ def test_training_step_of_a_shallow_network(name):
     assert 0 < np.abs(half - logits).max() < 0.1 * np.abs(logits).max()
     old, new = (flatten(v.get("batch_stats", {})) for v in (variables, plain[1]))
     assert set(old) == set(new) and all(np.any(old[path] != new[path]) for path in old)
-    # new = decay * old + (1 - decay) * batch, and the batch's variance is not negative
+    # new = decay * old + (1 - decay) * batch, where the variance of the batch is not negative
     ratios = [new[path] / old[path] for path in old if path.endswith("var")]
     assert all(np.all(ratio >= module.momentum - 1e-6) for ratio in ratios)
     assert not ratios or min(ratio.min() for ratio in ratios) < (1 + module.momentum) / 2  # not a slower decay

@@ -1,7 +1,7 @@
 """Rules for weight files: a one-to-one mapping between the tensors of a layout and the leaves of a network.
 
-`tests/goldens/tensor_names.json.gz` has names and shapes as timm, torchvision and Keras write them, by network and
-layout; `python -m tests.parity.goldens` wrote it. "today": the names of Keras 3, the others are of released files.
+`tests/goldens/tensor_names.json.gz`, written by `python -m tests.parity.goldens`, has names and shapes of timm,
+torchvision and Keras by network and layout. Layouts with "today" are those of Keras 3, the others of released files.
 """
 
 import gzip
@@ -40,7 +40,7 @@ def test_rules_fill_every_leaf_once(model):
 
 
 def test_names_of_other_publishers():
-    """Files that no library writes today: Facebook's ConvNeXt, torch's first DenseNet, numbered scopes of BiT."""
+    """Files that no current library writes: Facebook's ConvNeXt, torch's first DenseNet, numbered scopes of BiT."""
     for model, layout, tensors in (
         ("convnext_tiny", "facebook", {
             "downsample_layers.0.0.weight": ("stem_conv/kernel", (4, 4, 3, 1)),

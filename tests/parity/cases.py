@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Case:
-    """One variant and one reference implementation of it."""
+    """One variant and a reference implementation of it."""
 
     model: str  # ours
     library: str  # "keras", "timm" or "torchvision"
