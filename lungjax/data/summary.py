@@ -41,6 +41,7 @@ def summarize(
     labels_per_group = Counter(group for group, _ in set(zip(groups, labels, strict=True)))
     result = {
         "name": info["name"],
+        "unit": "slice" if info["body"] or info.get("volumes") else "image",  # in reports
         "images": len(labels),
         "classes": list(classes),
         "group_name": group_name,

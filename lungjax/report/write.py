@@ -129,7 +129,8 @@ def write_report(
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
     for split, predicted in results.items():
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    figures = draw(workdir / "plots", config, test, history, report, read_image, explain)
+    unit = context.unit_name(summary)
+    figures = draw(workdir / "plots", config, test, history, report, read_image, explain, unit)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
     atomic_write(workdir / "report.json", text + "\n")
     page = context.build(config, report, figures, workdir / "plots", summary, about)
@@ -163,7 +164,7 @@ def warnings(
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
             mixed = count(patient["mixed_groups"], "patient")
-            yield f"The {split} scores per patient exclude {mixed} with slices of several classes."
+            yield f"The {split} scores per patient exclude {mixed} with images of several classes."
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
             yield f"Never predicted on the {split} split: {listed(never)}. Their precision is undefined."
@@ -174,7 +175,7 @@ def warnings(
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
         yield (
-            "No two test images share a patient, so the scores per patient equal those per slice. If patients have "
+            "No two test images share a patient, so the scores per patient equal those per image. If patients have "
             "several images, add a group column to the data set."
         )
     if "val" in results:
@@ -216,11 +217,13 @@ def draw(
     report: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
     explain: Explain | None = None,
+    unit: str = "image",
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for unit, level in context.distinct_levels(report["test"]).items():
-        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {count(level['n'], unit)}"
+    for noun, level in context.distinct_levels(report["test"], unit).items():
+        name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
+        title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
         files.append(name)
     for kind in ("roc", "pr"):
