@@ -74,21 +74,16 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def body_mask(square: np.ndarray) -> np.ndarray | None:
-    """Returns the CT-COV19 study's body mask of a gray image [h, w], repaired at the top edge; None without edges.
+    """Returns the CT-COV19 study's body mask of a gray image [h, w]; None without edges.
 
-    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled.
+    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled. The study can also repair a mask
+    that is open at the top edge, but none of its published calls does.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
     lines = ndimage.binary_dilation(canny(np.where(bright, 0, 255).astype(np.uint8), *CANNY), SQUARE)
     best = longest_contour(lines)
-    if best is None:
-        return None
-    mask = best[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
-    # An image edge that cuts the body leaves it open at the top.
-    if len(top := np.flatnonzero(mask[0])):
-        mask[:5, top[0] : top[-1] + 1] = True
-    return np.asarray(ndimage.binary_fill_holes(mask))
+    return None if best is None else best[MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
