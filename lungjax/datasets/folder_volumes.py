@@ -119,17 +119,19 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
     series: dict[str, list[tuple[dicom.Header, Row]]] = {}
     for row in rows:
         try:
-            header = dicom.header(row.image)
+            headers = dicom.headers(row.image)
         except ValueError as error:
             result.append(_bad(row, row.file, error))
             continue
-        if header.aside:
-            notes.setdefault(f"DICOM files skipped: {header.aside}", []).append("")
+        headers, aside = [header for header in headers if not header.aside], headers[0].aside
+        if not headers:
+            notes.setdefault(f"DICOM files skipped: {aside}", []).append("")
             continue
+        header = headers[0]
         patients.add(row.group or header.patient)
         row = replace(row, group=row.group or volumes.pseudonym(header.patient, options.salt))
         if header.modality == "CT":
-            series.setdefault(header.series, []).append((header, row))
+            series.setdefault(header.series, []).extend((header, row) for header in headers)
             continue
         name = f"image-{volumes.pseudonym(header.image, options.salt)}"
         if name in xrays:
@@ -177,11 +179,11 @@ def _from_series(
             replace(
                 rows[i],
                 file=alone or _name(name, options.plane, i),
-                image=partial(dicom.picture, series.headers[i].path, options.hu_windows),
+                image=partial(dicom.picture, series.headers[i], options.hu_windows),
             )
             for i in places
         ]
-    problem = f"{series.headers[0].path} and its series"
+    problem = f"{series.headers[0].name} and its series"
     if series.flaw:
         raise ValueError(f"{problem}: no {options.plane} plane can be cut, {series.flaw}")
     for key in ("label", "split"):
@@ -189,8 +191,7 @@ def _from_series(
         if len(values) > 1:
             what = f"several {key}s ({', '.join(values)})"
             raise ValueError(f"{problem} have {what}: a {options.plane} plane needs one {key} per series")
-    paths = tuple(header.path for header in series.headers)
-    cut = partial(dicom.cut, paths, series.step, options.plane)
+    cut = partial(dicom.cut, series.headers, series.step, options.plane)
     return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
 
 

@@ -47,7 +47,7 @@ class Listing:
     group_name: str = "patients"  # name of the groups in the summary
     study: str = ""  # description of protocol=study; "" without published or given splits
     body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
-    volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position
+    volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position, orientation
     warnings: tuple[str, ...] = ()  # for the summary
 
     def __post_init__(self) -> None:

@@ -120,6 +120,7 @@ def test_nccid(tmp_path):
     (tmp_path / names[5]).unlink()  # the study drops it before it draws; `prepare` asks what to do
     listing, by_file = listed(nccid, tmp_path)
     assert not listing.body and listing.classes == ("Others", "WholeLung") and list(by_file) == names
+    assert listing.volumes["orientation"] == "rotated"
     assert by_file[names[0]].group == by_file[names[2]].group != by_file[names[3]].group
     assert by_file[names[0]].label == 1 and by_file[names[3]].label == 0
     assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())

@@ -137,6 +137,12 @@ def full_region(image: np.ndarray | Image.Image) -> Region:
     return 0.0, 0.0, float(width), float(height)
 
 
+def rotate(image: np.ndarray | Image.Image, box: Region | np.ndarray) -> tuple[np.ndarray, Region]:
+    """Returns an image and its box (xmin, ymin, xmax, ymax in pixels) rotated by 180 degrees."""
+    width, height = extent(image)
+    return np.asarray(image)[::-1, ::-1], (width - box[2], height - box[3], width - box[0], height - box[1])
+
+
 def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Returns 16-bit values as float32 in 0..255; the values `window` become 0 and 255."""
     low, high = window
