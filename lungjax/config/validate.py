@@ -51,8 +51,8 @@ def _check_augment(config: Config) -> None:
             f"augment.box_jitter={augment.box_jitter} needs input.crop=box and at least the same "
             f"input.box_margin, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
         )
-    if margin and config.input.crop != "box":
-        raise ValueError(f"input.box_margin={margin} needs input.crop=box")
+    if margin and config.input.crop == "none":
+        raise ValueError(f"input.box_margin={margin} needs input.crop=box or center")
 
 
 def _check_splits(config: Config) -> None:

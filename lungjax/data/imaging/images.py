@@ -11,7 +11,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -153,8 +153,8 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
 
     `image` is [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`. `box`, used if spec.crop is
-    "box", is xmin, ymin, xmax, ymax in pixels, max exclusive; `margin` is the fraction of its side added on each edge,
-    clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
+    "box", is xmin, ymin, xmax, ymax in pixels, max exclusive. `margin`, a fraction of the sides of the crop, is added
+    on each edge and clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
     if spec.crop not in CROPS:
         raise ValueError(f"input.crop={spec.crop!r}: expected {', '.join(CROPS)}")
@@ -177,9 +177,10 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
 
 def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> Region:
     """Returns the region of a width x height image that `to_input` shows."""
-    if spec.crop == "center":
-        return center(spec.crop_size, width, height)
-    return grow(box, margin, width, height) if spec.crop == "box" else (0.0, 0.0, float(width), float(height))
+    if spec.crop == "none":
+        return 0.0, 0.0, float(width), float(height)
+    region = center(spec.crop_size, width, height) if spec.crop == "center" else box
+    return grow(region, margin, width, height)
 
 
 def center(size: tuple[int, int], width: int, height: int) -> Region:
@@ -195,7 +196,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
     return float(left), float(top), float(left + columns), float(top + rows)
 
 
-def grow(box: np.ndarray, margin: float, width: int, height: int) -> Region:
+def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
     """Returns `box` with `margin` of its sides added on each edge, clipped to the image.
 
     Raises ValueError if the box contains less than one pixel of the image.
