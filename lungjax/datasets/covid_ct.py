@@ -99,12 +99,6 @@ def origin(file: str, label: int) -> str:
 
 
 def _runs(names: Sequence[str]) -> dict[str, str]:
-    """Returns the run of numbers of each numbered PNG file; MedPix's slices are numbered by patient."""
+    """Returns the run of numbers of each numbered PNG file; MedPix numbers slices by patient."""
     numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
-    runs, start, last = {}, 0, -MAX_GAP - 1
-    for number, file in sorted((int(Path(file).stem), file) for file in numbered):
-        if number - last > MAX_GAP:
-            start = number
-        runs[file] = f"medpix_run_{start}"
-        last = number
-    return runs
+    return files.runs({file: ("medpix_run_", int(Path(file).stem)) for file in numbered}, MAX_GAP)

@@ -1,14 +1,17 @@
 """Reading a downloaded data set: paths in any letter case, tables, lists, and groups from file names."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 
+Key = TypeVar("Key", str, Path)
 BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of one scan in these data sets
 
 
@@ -78,6 +81,20 @@ def block(stem: str) -> str:
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
+
+
+def runs(numbers: Mapping[Key, tuple[str, int]], gap: int, longest: float = math.inf) -> dict[Key, str]:
+    """Returns the first name of the run of consecutive file numbers that contains each file, such as "pos_289".
+
+    `numbers` are the prefix and number of each name. A run ends before `gap` missing numbers, or after `longest`.
+    """
+    result: dict[Key, str] = {}
+    start = last = ("", 0)
+    for name, key in sorted((name, key) for key, name in numbers.items()):
+        if name[0] != last[0] or name[1] - last[1] > gap or name[1] - start[1] >= longest or not result:
+            start = name
+        result[key], last = f"{start[0]}{start[1]}", name
+    return result
 
 
 # The end of a name that distinguishes the figures of one paper or web page: b2, 003, Fig9c, day27, PA
