@@ -27,8 +27,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
 
-    `info` is the content of lungjax.json, `twins` the result of `datasets.build.near_duplicates`; `warnings` are added
-    to those of this function.
+    `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
+    are added to those of this function.
     """
     classes = info["classes"]
     labels, groups, sources = (columns[k] for k in ("label", "group", "source"))

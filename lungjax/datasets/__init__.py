@@ -198,8 +198,8 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
 def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as the test split of another data set.
 
-    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if `data` is a stage,
-    whose networks have not seen the surroundings of the lungs, if classes or files differ, or if no lung was detected.
+    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if its classes or files
+    differ, if no lung was detected, or if `data` is a stage, whose networks know no surroundings of the lungs.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""

@@ -115,7 +115,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples in the order of the label file, with `study` set to how often the study drew each one."""
+    """Returns the examples in the order of the label file; `study` has the number of times the study drew each one."""
     from sklearn.utils import resample  # here: it takes two seconds to import
 
     result = list(examples)

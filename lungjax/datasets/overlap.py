@@ -16,11 +16,11 @@ PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all fo
 
 
 def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[str]:
-    """Raises ValueError if test images of `other` show patients in train or val of `own`; returns remaining doubts.
+    """Raises ValueError if test images of `other` show patients in train or val of `own`; returns what is uncertain.
 
-    Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
-    both share (see `shared_sources`); equal pixels; near duplicates. For stages, the last two compare the complete
-    images if those are prepared in `data_dir`. `what` names the test images, such as "the test split of folder/b".
+    It compares, in this order, patient names (of versions of one data set), sources (see `shared_sources`), equal
+    pixels and near duplicates. For stages, the last two compare the complete images if those are prepared in
+    `data_dir`. `what` names the test images, such as "the test split of folder/b".
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
     total = f"{len(rows):,} images"
@@ -62,9 +62,9 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the sources, sorted, that two different public data sets share; a data set may be a source of the other.
+    """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
 
-    Sources of users' folders and of synthetic images are not public names, so they are never shared.
+    Names of sources in users' folders and in synthetic data sets are not public, so they are ignored.
     """
     if _identity(one) == _identity(other):
         return []
@@ -84,7 +84,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set without its stage, and the same images in it; None if it is not prepared or lacks one."""
+    """Returns the data set without its stage, and the same images in it; None if they are not prepared."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

@@ -47,7 +47,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its location. Raises ValueError as `read_table`, and without rows."""
+    """Returns the rows of a CSV file, each with its location. Raises ValueError like `read_table`, or without rows."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -55,7 +55,7 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, s
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns the nonempty lines of a text file, each with its location. Raises ValueError without any."""
+    """Returns the nonempty lines of a text file, each with its location. Raises ValueError if there are none."""
     try:
         text = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -76,8 +76,8 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
 def block(stem: str) -> str:
     """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
-    Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks: "neg_81" and
-    "neg_119" are in "neg_block2". A name without a number forms a separate block.
+    "neg_81" and "neg_119" are in "neg_block2", because neighboring slices of an unknown patient are nearly identical. A
+    name without a number forms a separate block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
@@ -114,8 +114,8 @@ _CASE = re.compile(
 def web_case(stem: str) -> str:
     """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
-    The end of a name distinguishes the figures of one paper. These may show several patients, so a group may be too
-    large, but rarely too small. An id without a figure number is a separate case.
+    The end of a name distinguishes the figures of one paper, which may show several patients: a group may be too large,
+    but is rarely too small. An id without a figure number is a separate case.
     """
     match = _CASE.match(stem)
     if match:

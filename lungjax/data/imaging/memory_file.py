@@ -60,8 +60,8 @@ Result = TypeVar("Result")
 def named_errors(read: Callable[..., Result]) -> Callable[..., Result]:
     """Decorates a reader, whose first argument is the file, so that errors of damaged files become Unreadable.
 
-    Packages convert values lazily, so any access may raise any exception. pydicom's errors quote values, which may
-    identify a patient; for a file in memory they are omitted.
+    Packages convert values lazily, so any access may raise any exception. The messages of pydicom quote values, which
+    may identify a patient, so they are omitted for a file in memory.
     """
 
     @functools.wraps(read)

@@ -1,7 +1,6 @@
-"""Writes a data set: reads and checks every image once; writes TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
-The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
-the old one remains until the new one is complete.
+A staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, nor replaces an old one.
 """
 
 import functools
@@ -169,7 +168,7 @@ def prepare(
     keep: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the data set `name` and returns its summary, which is also stored with it as summary.json and .md.
+    """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
     Args:
         name: data set and configuration, such as "folder/my_hospital".
