@@ -40,8 +40,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     for where, row in files.read_rows(table, COLUMNS):
         name, split = row["X_ray_image_name"], files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where)
         label, image = int(files.lookup(row["Label"], LABELS, "Label", where)), str(root / split / name)
-        source = "Kermany" if kermany(name) else "COVID-19 image data collection"
-        example = Example(f"{split}/{name}", image, label, split, patient(name), source, where=where)
+        collection = "Kermany" if kermany(name) else "COVID-19 image data collection"
+        example = Example(f"{split}/{name}", image, label, split, patient(name), collection, where=where)
         extra = (row["Label_1_Virus_category"], row["Label_2_Virus_category"])
         listed.append(replace(example, extra=extra, study="train" if split == "train" else "val+test"))
     examples, notes = complete_splits(listed, options.seed)

@@ -53,9 +53,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     runs = _runs(negatives)
     examples = []
     for where, split, label, file in rows:
-        name, image, source = f"CT_{CLASSES[label]}/{file}", str(folders[label] / file), origin(file, label)
+        name, image, place = f"CT_{CLASSES[label]}/{file}", str(folders[label] / file), origin(file, label)
         group = f"paper {paper(file)}" if label else patients.get(file) or web_patient(file) or runs.get(file, file)
-        examples.append(Example(name, image, label, split, group, source, where=where, study=split))
+        examples.append(Example(name, image, label, split, group, place, where=where, study=split))
     notes = compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-CT")
     missing = len([file for file in negatives if file not in patients])
     if missing:

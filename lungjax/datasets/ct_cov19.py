@@ -69,9 +69,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
         notes.append(f"differs from the publication: train has {total:,} images, in the study's notebooks 4,404")
-    return Listing(
-        CLASSES, examples, notes=tuple(notes), group_name="scans or runs of slices", study=ABOUT.study, body=True
-    )
+    return Listing(CLASSES, examples, (), tuple(notes), "scans or runs of slices", ABOUT.study, body=True)
 
 
 def runs(paths: Iterable[Path]) -> dict[Path, str]:

@@ -35,7 +35,6 @@ FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a
 INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
 LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
 MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
-ALLOWED = "expected color, 8-bit gray, or gray with integers of 0 to 65535"
 ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -324,7 +323,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(
-        problem or f"fractions or values outside 0 to 65535; {ALLOWED}, such as Hounsfield units plus 1024"
+        problem or "fractions or values outside 0 to 65535: save integers, such as Hounsfield units + 1024"
     )
 
 
@@ -344,7 +343,7 @@ def _unsupported(picture: Image.Image) -> str | None:
         return f"{pages} pages in one file: save one image per file"
     if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
         return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
-    return None if picture.mode in MODES else f"pixels of mode {picture.mode}; {ALLOWED}"
+    return None if picture.mode in MODES else f"pixels of mode {picture.mode}; expected gray or color"
 
 
 def _array(picture: Image.Image) -> np.ndarray | None:

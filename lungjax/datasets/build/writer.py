@@ -212,8 +212,7 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        if images.converted:
-            modes = ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items()))
+        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items())):
             notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
