@@ -9,8 +9,6 @@ import numpy as np
 
 from lungjax.data import splits
 
-Transform = Callable[[np.ndarray], np.ndarray]  # uint8 pixels of an image to those of a copy of the same size
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -30,7 +28,7 @@ class Example:
     extra: tuple[str, ...] = ()  # values of Listing.extra
     where: str = ""  # such as "labels.csv line 7", for errors
     study: str = ""  # see above; ignored if Listing.study is ""
-    transform: Transform | None = None  # applied after the stage; picklable, keeps the size
+    transform: Callable[[np.ndarray], np.ndarray] | None = None  # applied after the stage; picklable, keeps the size
 
 
 @dataclass(frozen=True)

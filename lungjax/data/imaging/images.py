@@ -76,7 +76,7 @@ def _decode_own(data: bytes) -> np.ndarray | None:
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
     width, height, bits, kind, *rest = struct.unpack(">IIBBBBB", data[16:29])
-    if bits not in (8, 16) or kind not in (0, 2) or any(rest):
+    if (bits, kind) not in ((8, 0), (8, 2), (16, 0)) or any(rest):
         return None
     row = 1 + width * (bits // 8) * (3 if kind == 2 else 1)
     if not 0 < height * row < len(data):  # compressed, or truncated
