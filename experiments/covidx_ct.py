@@ -24,7 +24,7 @@ below one point between single runs are not meaningful. The README's "last three
 of confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
 Not reproducible: val and test were normalized with the statistics of test (here: of train); the standard deviation of
 3A is not printed (here that of 2A). Small images were padded to the window, here the window is clipped to them. The
-complete image was rotated before the crop; here the window with a margin is, after its sides became equal.
+complete image was rotated before the crop; here the window and a margin are rotated after resizing to a square.
 """  # noqa: E501 a table row
 
 from dataclasses import replace

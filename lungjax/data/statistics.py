@@ -8,9 +8,9 @@ from lungjax.data.prepared import Prepared
 
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct `values`, the most frequent first, and their images per class, int64 [V, C].
+    """Returns the distinct `values`, the most frequent first, and their numbers of images per class, int64 [V, C].
 
-    `values` [N], or [N, K] where a value is a row.
+    `values` are [N], or [N, K] with one value per row.
     """
     names, member = np.unique(values, axis=0, return_inverse=True)
     counts = np.zeros((len(names), classes), np.int64)

@@ -59,7 +59,7 @@ class PrepareOptions:
     """The user's options for listing a data set; all except `seed` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
-    source_pattern: str = ""  # regex; its first group, searched in the file name, is the source
+    source_pattern: str = ""  # regex, searched in the file name; its first group is the source
     group_pattern: str = ""  # the same for the group (patient), searched in the path; "none" for no groups
     classes: tuple[str, ...] = ()  # label order; () sorts the names
     modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files

@@ -37,9 +37,9 @@ ABOUT = About(
     citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
     "al.: COVID-19 image data collection, 2020.",
     study="Train with the generated images; test is also the validation set. In the study's repository 37 of the 100 "
-    "COVID-19 test images are also in train. Its generated images are not published: the configuration oversampled "
-    "draws them again, one per file in train/covid, but as in the study's code all come from one X-ray, the last that "
-    "was read. The study's file order is unknown (here: by name), and its draw was unseeded (here: --seed).",
+    "COVID-19 test images are also in train. Its generated images are not published. The configuration oversampled "
+    "draws them again, one per file in train/covid; by a bug of the study all are copies of the last file that it read "
+    "(here the last by name, because the study's order is unknown), with random moves (here seeded by --seed).",
     clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
     "Generated images and train images with a near duplicate in test are removed.",
     expected={

@@ -107,8 +107,8 @@ def gray(array: np.ndarray) -> np.ndarray:
 def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 for 16 bits.
 
-    `window` is the 16-bit values of 0 and 255. `formats` are Pillow's names of the formats to try, by default all of
-    FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
+    `window` are the 16-bit values that become 0 and 255. `formats` are Pillow's names of the formats to try, by default
+    all of FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -116,7 +116,7 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
 def load(
     data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
 ) -> np.ndarray | Image.Image:
-    """As `decode`, but gray 8-bit files remain Pillow images, which saves two copies in `to_input`."""
+    """Like `decode`, but returns gray 8-bit files as Pillow images, which saves two copies in `to_input`."""
     image, _ = _open(data, formats)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image

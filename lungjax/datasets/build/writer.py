@@ -31,7 +31,7 @@ SKIP = "; use --on_bad_image=skip to skip such images"
 
 @dataclass
 class _Images:
-    """The pass over the images of a listing, and its results."""
+    """State and results of one pass over the images of a listing."""
 
     listing: Listing
     options: ImageOptions
