@@ -159,7 +159,7 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     """Detects groups and images that two data sets, or some of their rows, share; splits are ignored.
 
     Returns `exact` and `near`: the number of images of each with an exact copy, or else a near duplicate, in the other;
-    `examples`: at most MAX_PAIRS pairs; `note`: the limits of the search, or ""; `lines`: all of these, and the names
+    `examples`: at most MAX_PAIRS pairs; `b_rows`: which of `b_rows` these are, bool [N]; `note`: the limits of the search, or ""; `lines`: all of these, and the names
     of the shared groups, as text.
     """
     sides = ((a, a_rows), (b, b_rows))
@@ -197,7 +197,9 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
         counts = f"{exact[i]:,} exact copies, {near[i]:,} near duplicates"
         lines.append(f"of {total:,} images of {name} in {other}: {counts}")
     lines += [search.note] if search.note else []
-    return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    seen = np.asarray([pixels in both or pixels in similar[1] for pixels in b_pixels], bool)
+    result = {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    return result | {"b_rows": seen}
 
 
 def _codes(values: Sequence[str]) -> np.ndarray:

@@ -33,7 +33,7 @@ ABOUT = About(
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
     group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
-  {train,val,test}/{class}/... (a missing val or test is cut from train)
+  {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
 (see --window), upright according to their EXIF orientation. Patients are the column group, or folders below the class
@@ -95,7 +95,10 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
         for r, label in zip(rows, labels, strict=True)
     ]
-    examples, split_notes = complete_splits(listed, options.seed)
+    if {row.split for row in rows} == {"test"}:
+        examples, split_notes = listed, ["only test images: an external test set for --mode=evaluate --dataset=NAME"]
+    else:
+        examples, split_notes = complete_splits(listed, options.seed)
     group_name = "patients" if ungrouped < len(rows) else "images without a group"
     study = "the given splits" if any(row.split for row in rows) else ""
     body = options.modality == "ct" if options.modality else axial

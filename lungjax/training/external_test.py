@@ -2,8 +2,8 @@
 
     python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
 
-It is an error if a tested patient or image is in the training or validation split of the run; no flag overrides this.
-Only RUN/external is written.
+It is an error if a tested patient or image is in the training or validation split of the run; --overlap=drop leaves
+these patients out. Only RUN/external is written.
 """
 
 import time
@@ -42,7 +42,13 @@ class LabelMap:
 
 
 def evaluate(
-    config: Config, workdir: Path, data_dir: Path, dataset: str, label_map: str = "", split: str = "test"
+    config: Config,
+    workdir: Path,
+    data_dir: Path,
+    dataset: str,
+    label_map: str = "",
+    split: str = "test",
+    drop_overlap: bool = False,
 ) -> Path:
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
@@ -53,6 +59,7 @@ def evaluate(
       dataset: name of the other data set, whose clean protocol is used.
       label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" if the class names are equal.
       split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
+      drop_overlap: leave out patients that the run has seen, instead of an error.
 
     The folder NAME (of the data set, with "_" for "/") has the same files as a run. Thresholds and temperature are
     chosen on the val split of the run, under the label map.
@@ -70,13 +77,15 @@ def evaluate(
         {
             "the configuration": overrides.to_json(run.config),
             "the prepared data": run.data.fingerprint + other.fingerprint,
-            "--label_map and --split": f"{label_map} {split}",
+            "--label_map, --split and --overlap": f"{label_map} {split} {drop_overlap}",
         }
     )
     mapping = read_map(label_map, other.classes, run.data.classes)
-    view = select(other, mapping, split)
     what = "every split" if split == "all" else f"the {split} split"
-    notes = distributed.run_on_all_hosts(lambda: overlap.refuse(run.data, view, data_dir, f"{what} of {other.name}"))
+    selected = select(other, mapping, split)
+    view, notes = distributed.run_on_all_hosts(
+        lambda: overlap.check(run.data, selected, data_dir, f"{what} of {other.name}", drop_overlap)
+    )
     notes += _notes(run.config, run.data, view)
     variables, step = restore_best(workdir, run.program.abstract_state.variables)
     results = {}

@@ -123,7 +123,8 @@ class _Images:
         rows = zip(self.columns["label"], clean, strict=True)
         empty = set(classes) - {label for label, split in rows if split == "train"}
         listed = {classes[example.label] for example in self.examples if example.split == "train"}
-        if empty and not (empty <= listed and self.listing.study):  # with study splits, a warning suffices
+        # With study splits, a warning suffices; a set without any training images is for tests.
+        if empty and listed and not (empty <= listed and self.listing.study):
             lost = " once patients and images of later splits are removed" if empty & listed else ""
             names = ", ".join(c for c in classes if c in empty)
             raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
