@@ -109,4 +109,4 @@ def check_flags() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, resumable=True)

@@ -4,13 +4,16 @@ PATHs are images, folders, CSV lists (column `path`, and `group` for patients), 
 volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
 with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
 per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
-Files are renamed when they are complete; an interrupted run leaves its records in files that end in .partial.
+Files are renamed when they are complete. An interrupted call leaves files that end in .partial, which the same call
+continues.
 """
 
 import contextlib
 import csv
+import fcntl
+import hashlib
+import itertools
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from lungjax import cli
+from lungjax import __version__, cli
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
@@ -30,6 +33,7 @@ from lungjax.runtime import environment
 
 FLAGS = flags.FLAGS
 
+KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # together with metadata and inputs, they define the records
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # on the screen
@@ -45,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
     flags.DEFINE_string("gate", None, "Model that first decides which volumes are predicted.")
     flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must call for a volume to be predicted.")
-    flags.DEFINE_string("group_pattern", "", "Regex whose first group, matched in the path, is the patient.")
+    flags.DEFINE_string("group_pattern", "", "Regex; its first group is the patient in the path below a folder.")
     cli.define_window_flags()
 
 
@@ -75,7 +79,7 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # no file of an earlier call next to the new ones
-    failures = predict(model, sources, out, gate)
+    failures = predict(model, sources, out, gate, run_key(model, sources, gate))
     print(f"Written to {out}. {NOTICE}")
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
@@ -86,11 +90,19 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
+def run_key(model: Any, sources: Any, gate: Any) -> str:
+    """Returns a digest of model, flags and input files: a call may continue the files of one with the same key."""
+    described = [each.metadata.to_json() for each in (model, gate) if each]
+    inputs = [[(item.name, item.series) for item in sources.items], sources.failures, sources.stamps]
+    text = repr([__version__, described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=6).hexdigest()
+
+
+def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tuple[str, str]]:
     """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
 
     `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is
-    `inputs.Inputs`.
+    `inputs.Inputs`, `key` the result of `run_key`.
     """
     metadata = model.metadata
     verdicts = judge_volumes(gate, sources) if gate else {}
@@ -100,37 +112,41 @@ def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple
     probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
     unreadable: Counter[str] = Counter()
-    file_names: set[str] = set()
     columns = records.columns(metadata)
-    with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"]) as write:
-        for name, why in sources.failures:
+    items = [item for item in sources.items if item.series not in rejected]
+    with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"], key) as (
+        write,
+        done,
+    ):
+        for name, why in sources.failures[len(done) :]:
             write(records.failure(name, why))
-        for item, result, p in predictions(model, [i for i in sources.items if i.series not in rejected]):
-            if isinstance(result, str):
-                failures.append((item.name, result))
-                write({**records.failure(item.name, result), "series": item.series})
-                unreadable[item.series] += 1
+        done = done[len(sources.failures) :]
+        if done:
+            print(f"Resumed after {len(done):,} of {len(items):,} images")
+        for record in itertools.chain(done, image_records(model, items, len(done), out / "explain", write)):
+            name, series = record["file"], record["series"]
+            if "error" in record:
+                failures.append((name, record["error"]))
+                unreadable[series] += 1
                 continue
-            record = records.record(metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
-            write({**record, "series": item.series})
             counts[record["predicted"]] += 1
-            if item.series:
-                probabilities[item.series].append(p)
-                warned[item.series] += bool(result.warnings)
-            if FLAGS.explain:
-                draw(model, item.short, result.pixels, p, out / "explain", file_names)
+            if series:
+                probabilities[series].append(np.asarray(list(record["probabilities"].values())))
+                warned[series] += bool(record["warnings"])
             if sum(counts.values()) <= MAX_LINES:
-                print(line(item.name, record))
+                print(line(name, record))
     total = sum(counts.values())
     if total > MAX_LINES:
         print(f"... and {total - MAX_LINES:,} more")
     if counts:
         print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+    if sources.documents:
+        print(f"Skipped {sources.documents:,} files that are not images")
     if sources.skipped:
         print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
     if sources.series:
-        with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"]) as write:
-            for series in sources.series:
+        with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"], key) as (write, done):
+            for series in list(sources.series)[len(done) :]:
                 if series not in probabilities:
                     write({"series": series, "error": "none of its slices could be read"} | verdicts.get(series, {}))
                     continue
@@ -140,6 +156,26 @@ def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple
                 write({**verdicts.get(series, {}), **record})
                 print(line(f"{series} ({len(rows)} slices)", record))
     return failures
+
+
+def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, write: Any) -> Iterator[dict[str, Any]]:
+    """Writes and yields the records of the items from `start` on; with --explain, draws their maps into `folder`."""
+    file_names: set[str] = set()
+    if FLAGS.explain:
+        from lungjax.explain import figures  # here, since most calls draw nothing
+
+        for item in items[:start]:
+            figures.file_name(item.short, file_names)
+    for item, result, p in predictions(model, items[start:]):
+        if isinstance(result, str):
+            record = records.failure(item.name, result)
+        else:
+            record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
+            if FLAGS.explain:
+                draw(model, item.short, result.pixels, p, folder, file_names)
+        record["series"] = item.series
+        write(record)
+        yield record
 
 
 def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
@@ -202,24 +238,36 @@ def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path,
 
 
 @contextlib.contextmanager
-def tables(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which are renamed when complete."""
+def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
+    """Yields a function that writes a record into STEM.csv and STEM.jsonl, and the records of an interrupted call.
+
+    The files are renamed when complete. Raises ValueError if another process writes those with the same `key`.
+    """
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
-    partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
+    partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
         # File names need not be UTF-8: the table keeps their bytes, JSON escapes them.
-        table, lines = (
-            stack.enter_context(path.open("w", buffering=1, newline="", encoding="utf-8", errors=errors))
-            for path, errors in zip(partials, ("surrogateescape", "backslashreplace"), strict=True)
+        lines, table = (
+            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
+            for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
         )
+        try:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes {partials[1]}; choose another --out") from None
+        complete = partials[1].read_bytes().rpartition(b"\n")[0] + b"\n"
+        lines.truncate(len(complete) if len(complete) > 1 else 0)
+        table.truncate(0)
+        done = [json.loads(text) for text in complete.splitlines() if text]
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(columns)
+        writer.writerows([records.cell(record, column) for column in columns] for record in done)
 
         def write(record: dict[str, Any]) -> None:
             lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             writer.writerow([records.cell(record, column) for column in columns])
 
-        yield write
+        yield write, done
     for partial, path in zip(partials, paths, strict=True):
         partial.replace(path)
 
@@ -233,4 +281,4 @@ def line(name: str, record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags, ("PATH...",))
+    cli.run(main, define_flags, ("PATH...",), resumable=True)

@@ -1,7 +1,8 @@
 """Prepares a data set for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
 --dataset=NAME --help prints where to get a data set and the required folder, --cross=OTHER the patients and images that
-two prepared data sets share. Neither TensorFlow nor JAX is imported.
+two prepared data sets share, --lookup=series-5d8538175f2c/0003 --source=DIR the DICOM file behind a name in reports.
+Neither TensorFlow nor JAX is imported.
 """
 
 import itertools
@@ -28,6 +29,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
+    flags.DEFINE_string(
+        "lookup", None, "folder: print the files in --source of an image, series or patient in reports."
+    )
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
     flags.DEFINE_string("group_pattern", "", "folder: regex; its parentheses match the patient in the path, or none.")
     flags.DEFINE_string("source_pattern", "", "folder: regex; its parentheses match the source in the name.")
@@ -41,17 +45,21 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     """Prepares the data set and prints its summary; with --cross, what it shares with another."""
-    if not FLAGS.dataset:
+    if not FLAGS.dataset and not FLAGS.lookup:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()
-    if FLAGS.source or not FLAGS.cross:
-        names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
-        values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-        hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
-        options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
+    source = Path(FLAGS.source).expanduser() if FLAGS.source else None
+    names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
+    options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
+    if FLAGS.lookup:
+        print("\n".join(datasets.lookup(FLAGS.lookup, source, data_dir, options)))
+        return
+    if source or not FLAGS.cross:
         result = datasets.write(
             FLAGS.dataset,
-            Path(FLAGS.source).expanduser() if FLAGS.source else None,
+            source,
             data_dir,
             options,
             window=cli.read_window(FLAGS.window) if FLAGS.window else None,

@@ -11,6 +11,7 @@ from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
+from lungjax.data.imaging.volumes import PLANES
 from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing, complete_splits
@@ -71,7 +72,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     rows, extra, notes, warnings = _from_csv(table) if table.is_file() else _from_folders(source, by_folder)
     if not rows:
         raise ValueError(f"{source}: no image found{''.join(f' ({text})' for text in warnings)}; expected {LAYOUTS}")
-    if options.group_pattern not in ("", "none"):
+    if not by_folder and any(row.group for row in rows):
+        raise ValueError("--group_pattern: labels.csv already has a column group; remove one of them")
+    if not by_folder and options.group_pattern != "none":
         groups = _search(rows, "group", options.group_pattern)
         rows = [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
     if options.source_pattern:
@@ -106,6 +109,24 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut, tuple(warnings))
 
 
+def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
+    """Returns the files of an image, a series or a patient in reports, such as "series-5d8538175f2c/0003".
+
+    `options` are those of the preparation. Raises ValueError if nothing in `source` has this name.
+    """
+    prefix = name.rpartition("/")[2].partition("-")[0]
+    plane = prefix if prefix in PLANES else "axial" if "/" in name else options.plane
+    pattern = options.group_pattern or ("" if (source / "labels.csv").is_file() else "none")
+    examples = listing(source, "", replace(options, plane=plane, position="all", group_pattern=pattern)).examples
+    files: dict[str, None] = {}
+    for example in examples:
+        if name in (example.file, example.file.rpartition("/")[0], example.group):
+            files |= dict.fromkeys(folder_volumes.files(example.image))
+    if not files:
+        raise ValueError(f"{source}: nothing is named {name}; give the folder, the --data_dir and the flags of prepare")
+    return list(files)
+
+
 def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
     names = set(labels)
     if order:
@@ -130,8 +151,8 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
         raise ValueError(f"{flag} is not a regular expression: {error}") from None
     if not regex.groups:
         raise ValueError(f"{flag} needs a group in parentheses, such as '([a-z]+)_'")
-    if any(getattr(row, column) for row in rows):
-        raise ValueError(f"{flag}: labels.csv already has a column {column}; remove one of them")
+    if column == "source" and any(row.source for row in rows):
+        raise ValueError(f"{flag}: labels.csv already has a column source; remove one of them")
     matches = [regex.search(row.file if column == "group" else os.path.basename(row.file)) for row in rows]
     for row, match in zip(rows, matches, strict=True):
         if not match or not match.group(1):

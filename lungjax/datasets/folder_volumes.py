@@ -48,11 +48,16 @@ def kind(path: str) -> str:
     return "dicom" if ambiguous and dicom.is_dicom(path) else ""
 
 
+def is_document(path: str) -> bool:
+    """Returns whether a file may lie next to images without being one."""
+    return path.lower().endswith(DOCUMENTS)
+
+
 def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns a note on the documents among files that are not read, and a warning that names the others by suffix."""
     others: dict[str, list[str]] = {}
     for path in paths:
-        if not path.lower().endswith(DOCUMENTS):
+        if not is_document(path):
             others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
     documents = len(paths) - sum(map(len, others.values()))
     names = "; ".join(f"{len(names):,} with {suffix}, such as {names[0]}" for suffix, names in others.items())
@@ -60,6 +65,16 @@ def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
         [f"{documents:,} files that are not images were skipped"] if documents else [],
         [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
     )
+
+
+def files(image: Any) -> list[str]:
+    """Returns the paths behind the image of a `Row`, with the number of a frame; [] for an unusable file."""
+    if isinstance(image, str):
+        return [image]
+    if image.func is volumes.raise_error:
+        return []
+    first = image.args[0]  # a path, a header, or the headers of a series
+    return [str(getattr(one, "name", one)) for one in (first if isinstance(first, tuple) else (first,))]
 
 
 def unfold(row: Row) -> list[Row]:

@@ -87,6 +87,9 @@ class Preprocessor:
         model has no window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
+        sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
+        if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
+            warnings.append(f"a small image, {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
         score = None if self.novelty is None else self.novelty.score(stored)
         if self.novelty is not None and score is not None and score > 1:
             warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")
