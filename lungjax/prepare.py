@@ -6,6 +6,7 @@ Neither TensorFlow nor JAX is imported.
 """
 
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.data import summary
+from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
@@ -68,7 +70,8 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        print(f"To train on it: --set=data.dataset={result['name']} --data_dir={data_dir}")
+        train = f"--experiment=cbr_folder:dataset={result['name']} --data_dir={shlex.quote(str(data_dir))}"
+        print(in_user_form(f"To train on it: python -m lungjax.main {train}"))
     if FLAGS.cross:
         from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 
@@ -84,9 +87,9 @@ def run() -> None:
         cli.run(main, define_flags)
         return
     try:
-        print(datasets.help_text(names[-1]))
+        print(in_user_form(datasets.help_text(names[-1])))
     except ValueError as error:
-        sys.exit(f"lungjax: {error}")
+        sys.exit(in_user_form(f"lungjax: {error}"))
 
 
 if __name__ == "__main__":

@@ -136,9 +136,12 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             f"small images, a median of {width} x {height} pixels: most networks enlarge them to 224 x 224; use the "
             "originals, or a smaller --set=input.size"
         )
-    for source, counts in result["sources"].items():
-        if len(result["sources"]) > 1 and len(counts) == 1:
-            warnings.append(f"source {source or '(none)'} has one class, {next(iter(counts))}: see scores per source")
+    if len(result["sources"]) > 1:
+        for name in result["classes"]:
+            single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
+            names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
+            if single:
+                warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
     return warnings
 
 

@@ -43,7 +43,7 @@ DATASETS: dict[str, Dataset] = {
     "ct_cov19": Dataset("original", ("original",)),
     "nccid_whole_lung": Dataset("default", ("default",), axial=False),
     "ictcf": Dataset("default", ("default", "oversampled")),
-    "covid_xray_5k": Dataset("default", ("default",), axial=False),
+    "covid_xray_5k": Dataset("default", ("default", "oversampled"), axial=False),
     "covid_chestxray": Dataset(
         "covid", ("covid", "findings"), axial=False, collection="COVID-19 image data collection"
     ),

@@ -42,7 +42,7 @@ folders ({class}/{patient}/...), or the parentheses of --group_pattern in the pa
 --group_pattern=none, or without any of these, each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
-such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
+such a file, or a folder with one or more series; pip install -e '.[dicom]'.
   CT: the slices of one SeriesInstanceUID, also frames of enhanced CT, are a volume, ordered by position, without
     localizers. --plane=axial, coronal
     or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
@@ -52,7 +52,8 @@ such a file, or a folder with one or more series; pip install 'lungjax[dicom]'.
   NIfTI: Hounsfield units in three dimensions.
   Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
     files are kept. --on_bad_image=skip lists skipped files by path.
-Images of the NCCID study are made by --plane=coronal --position=mid in folder/NAME-64x128, but not upside down.""",
+--plane=coronal --position=mid --hu_window=-300/1400 makes images of folder/NAME-64x128 like those of the NCCID study,
+but head up.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",

@@ -81,8 +81,9 @@ def evaluate(
         }
     )
     mapping = read_map(label_map, other.classes, run.data.classes)
+    # The images of a data set that is stored upside down look to the network like those it was trained on.
+    selected = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
     what = "every split" if split == "all" else f"the {split} split"
-    selected = select(other, mapping, split)
     view, notes = distributed.run_on_all_hosts(
         lambda: overlap.check(run.data, selected, data_dir, f"{what} of {other.name}", drop_overlap)
     )

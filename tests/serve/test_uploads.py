@@ -339,4 +339,4 @@ def test_missing_pydicom(monkeypatch):
     data = written(scan())
     monkeypatch.setitem(sys.modules, "pydicom", None)
     status, reason, message = refused(data)
-    assert (status, reason) == (415, "type") and "pip install 'lungjax[dicom]'" in message
+    assert (status, reason) == (415, "type") and "pip install -e '.[dicom]'" in message
