@@ -84,7 +84,7 @@ def run() -> None:
     names = [text.partition("=")[2] for text in arguments if text.startswith(("--dataset=", "-dataset="))]
     names += [b for a, b in itertools.pairwise(arguments) if a in ("--dataset", "-dataset")]
     if not names or not {"--help", "-h", "-help"} & set(arguments):
-        cli.run(main, define_flags)
+        cli.run(main, define_flags, resumable=True)
         return
     try:
         print(in_user_form(datasets.help_text(names[-1])))
