@@ -70,8 +70,11 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        train = f"--experiment=cbr_folder:dataset={result['name']} --data_dir={shlex.quote(str(data_dir))}"
-        print(in_user_form(f"To train on it: python -m lungjax.main {train}"))
+        purpose, options = "train on it", f"--experiment=cbr_folder:dataset={result['name']}"
+        if "train" not in result["protocols"]["clean"]:
+            purpose, options = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
+        command = f"python -m lungjax.main {options} --data_dir={shlex.quote(str(data_dir))}"
+        print(in_user_form(f"To {purpose}: {command}"))
     if FLAGS.cross:
         from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 
