@@ -113,12 +113,9 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
     probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
     unreadable: Counter[str] = Counter()
-    columns = records.columns(metadata)
     items = [item for item in sources.items if item.series not in rejected]
-    with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"], key) as (
-        write,
-        done,
-    ):
+    columns = ["file", "series", *records.columns(metadata), "novelty", "warnings", "error"]
+    with tables(out / "predictions", columns, key) as (write, done):
         for name, why in sources.failures[len(done) :]:
             write(records.failure(name, why))
         done = done[len(sources.failures) :]
@@ -146,7 +143,8 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
     if sources.skipped:
         print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
     if sources.series:
-        with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"], key) as (write, done):
+        columns = ["series", "files", *records.columns(metadata), "gate", "warnings", "error"]
+        with tables(out / "series", columns, key) as (write, done):
             for series in list(sources.series)[len(done) :]:
                 if series not in probabilities:
                     write({"series": series, "error": "none of its slices could be read"} | verdicts.get(series, {}))
@@ -160,28 +158,14 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
 
 
 def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, write: Any) -> Iterator[dict[str, Any]]:
-    """Writes and yields the records of the items from `start` on; with --explain, draws their maps into `folder`."""
-    file_names: set[str] = set()
+    """Writes and yields the record of each item from `start` on; with --explain, draws its map into `folder`."""
+    from lungjax.inference.inputs import reason  # here, since it imports the image decoders
+
     if FLAGS.explain:
         from lungjax.explain import figures  # here, since most calls draw nothing
 
-        for item in items[:start]:
-            figures.file_name(item.short, file_names)
-    for item, result, p in predictions(model, items[start:]):
-        if isinstance(result, str):
-            record = records.failure(item.name, result)
-        else:
-            record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
-            if FLAGS.explain:
-                draw(model, item.short, result.pixels, p, folder, file_names)
-        record["series"] = item.series
-        write(record)
-        yield record
-
-
-def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
-    """Yields each item with its `Input` and probabilities, or with the reason why it can't be read and None."""
-    from lungjax.inference.inputs import reason  # here, since it imports the image decoders
+        taken: set[str] = set()
+        names = [figures.file_name(item.short, taken) for item in items]
 
     def read(item: Any) -> Any:
         try:
@@ -192,13 +176,25 @@ def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
             return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(environment.cores()) as pool:
-        for at in range(0, len(items), CHUNK):
+        for at in range(start, len(items), CHUNK):
             chunk = items[at : at + CHUNK]
             results = list(pool.map(read, chunk))
             pixels = [result.pixels for result in results if not isinstance(result, str)]
             rows = iter(model.outputs(np.stack(pixels))["probabilities"] if pixels else ())
-            for item, result in zip(chunk, results, strict=True):
-                yield item, result, None if isinstance(result, str) else next(rows)
+            for number, (item, result) in enumerate(zip(chunk, results, strict=True), at):
+                if isinstance(result, str):
+                    record = records.failure(item.name, result)
+                else:
+                    p = next(rows)
+                    record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
+                    if FLAGS.explain:
+                        best = int(p.argmax())
+                        heat = model.maps(result.pixels[None], np.asarray([best]), FLAGS.method)[0]
+                        path, classes = folder / f"{names[number]}_{FLAGS.method}.png", model.metadata.classes
+                        figures.draw(path, item.short, result.pixels, heat, p, classes, best, FLAGS.method)
+                record["series"] = item.series
+                write(record)
+                yield record
 
 
 def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
@@ -226,16 +222,6 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
     if single:
         print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and are not judged")
     return verdicts
-
-
-def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:
-    """Draws the saliency map of the predicted class."""
-    from lungjax.explain import figures  # here, since most calls draw nothing
-
-    best = int(p.argmax())
-    heat = model.maps(pixels[None], np.asarray([best]), FLAGS.method)[0]
-    path = folder / f"{figures.file_name(name, file_names)}_{FLAGS.method}.png"
-    figures.draw(path, name, pixels, heat, p, model.metadata.classes, best, FLAGS.method)
 
 
 @contextlib.contextmanager

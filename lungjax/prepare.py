@@ -70,11 +70,11 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        purpose, options = "train on it", f"--experiment=cbr_folder:dataset={result['name']}"
+        purpose, command = "train on it", f"--experiment=cbr_folder:dataset={result['name']}"
         if "train" not in result["protocols"]["clean"]:
-            purpose, options = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
-        command = f"python -m lungjax.main {options} --data_dir={shlex.quote(str(data_dir))}"
-        print(in_user_form(f"To {purpose}: {command}"))
+            purpose, command = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
+        command += f" --data_dir={shlex.quote(str(data_dir))}"
+        print(in_user_form(f"To {purpose}: python -m lungjax.main {command}"))
     if FLAGS.cross:
         from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 

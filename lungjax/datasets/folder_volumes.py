@@ -198,14 +198,13 @@ def _from_series(
             )
             for i in places
         ]
-    problem = f"{series.headers[0].name} and its series"
     if series.flaw:
-        raise ValueError(f"{problem}: no {options.plane} plane can be cut, {series.flaw}")
+        raise ValueError(f"{rows[0].file}: no {options.plane} plane can be cut, {series.flaw}")
     for key in ("label", "split"):
         values = sorted({getattr(row, key) for row in rows})
         if len(values) > 1:
-            what = f"several {key}s ({', '.join(values)})"
-            raise ValueError(f"{problem} have {what}: a {options.plane} plane needs one {key} per series")
+            what = f"slices with several {key}s ({', '.join(values)})"
+            raise ValueError(f"{rows[0].file}: {what}; a {options.plane} plane needs one {key} per series")
     cut = partial(dicom.cut, series.headers, series.step, options.plane)
     return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
 

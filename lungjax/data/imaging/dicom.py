@@ -71,6 +71,11 @@ class Series:
     flaw: str  # reason why no other plane can be cut; "" if it can
     notes: tuple[str, ...] = ()
 
+    def check(self, plane: str) -> None:
+        """Raises ValueError if the plane can't be cut from these slices."""
+        if self.flaw and plane != self.plane:
+            raise ValueError(f"no {plane} plane can be cut: {self.flaw}")
+
 
 def is_dicom(path: str) -> bool:
     """Returns whether a file has DICOM's magic bytes, DICM at byte 128; False for a missing file."""
