@@ -1,11 +1,10 @@
 """Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
-PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
-volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
-with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
-per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
-Files are renamed when they are complete. An interrupted call leaves files that end in .partial, which the same call
-continues.
+PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, and NIfTI
+volumes. --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl with
+one line per series or patient (see `lungjax.inference.records`), and with --explain one saliency map per image. If some
+inputs fail, they are listed in the files and at the end, the others are predicted, and the exit code is 1. Files are
+renamed when complete; an interrupted call leaves files that end in .partial, and the same call resumes from them.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
-KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # together with metadata and inputs, they define the records
+KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # they affect the records, besides metadata and inputs
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # on the screen
@@ -48,8 +47,8 @@ def define_flags() -> None:
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
     flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
-    flags.DEFINE_string("gate", None, "Model that first decides which volumes are predicted.")
-    flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must call for a volume to be predicted.")
+    flags.DEFINE_string("gate", None, "Model that selects the volumes to predict.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume needs to be predicted.")
     flags.DEFINE_string("group_pattern", "", "Regex; its first group is the patient in the path below a folder.")
     cli.define_window_flags()
 
@@ -92,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_key(model: Any, sources: Any, gate: Any) -> str:
-    """Returns a digest of model, flags and input files: a call may continue the files of one with the same key."""
+    """Returns a digest of model, flags and input files; a call may resume one with the same key."""
     described = [each.metadata.to_json() for each in (model, gate) if each]
     inputs = [[(item.name, item.series) for item in sources.items], sources.failures, sources.stamps]
     text = repr([__version__, described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
@@ -100,10 +99,10 @@ def run_key(model: Any, sources: Any, gate: Any) -> str:
 
 
 def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tuple[str, str]]:
-    """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
+    """Writes all files into the folder `out`; returns the failed images and series as (name, reason).
 
-    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is
-    `inputs.Inputs`, `key` the result of `run_key`.
+    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is an
+    `inputs.Inputs`, and `key` the result of `run_key`.
     """
     metadata = model.metadata
     verdicts = judge_volumes(gate, sources) if gate else {}
@@ -198,7 +197,7 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
 
 
 def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
-    """Returns by series the judgment of the gate: a record with `gate`, and with `error` if it rejects the volume."""
+    """Returns the record of each volume from the gate, by series: `gate`, and `error` if the volume is rejected."""
     from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
 
     metadata, name = gate.metadata, FLAGS.gate_class
@@ -209,7 +208,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         try:
             result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
         except (ValueError, OSError) as error:
-            verdicts[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            verdicts[series] = {"series": series, "error": f"the gate can't read it: {error}"}
             continue
         p = gate.outputs(result.pixels[None])["probabilities"][0]
         record = records.record(metadata, series, p)
@@ -220,20 +219,20 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         verdicts[series] = {"series": series, "gate": decision, **rejection}
     single = sum(sources.series.get(item.series) is None for item in sources.items)
     if single:
-        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and are not judged")
+        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and skip the gate")
     return verdicts
 
 
 @contextlib.contextmanager
 def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
-    """Yields a function that writes a record into STEM.csv and STEM.jsonl, and the records of an interrupted call.
+    """Yields a function that writes a record to STEM.csv and STEM.jsonl, and the records of an interrupted call.
 
-    The files are renamed when complete. Raises ValueError if another process writes those with the same `key`.
+    The files are renamed when complete. Raises ValueError if another process is writing files with the same `key`.
     """
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
-        # File names need not be UTF-8: the table keeps their bytes, JSON escapes them.
+        # File names that are not UTF-8 keep their bytes in the table and are escaped in JSON.
         lines, table = (
             stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
             for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
@@ -260,7 +259,7 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
 
 
 def line(name: str, record: dict[str, Any]) -> str:
-    """Returns a record as text for the screen."""
+    """Formats a record for the screen."""
     called = [other for other, point in record["decisions"].items() if point["called"]]
     text = f"{name}: {record['predicted']} {record['probabilities'][record['predicted']]:.3f}"
     text += f", called {' and '.join(called)}" if called else ""

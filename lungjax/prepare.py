@@ -1,8 +1,8 @@
 """Prepares a data set for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
---dataset=NAME --help prints where to get a data set and the required folder, --cross=OTHER the patients and images that
-two prepared data sets share, --lookup=series-5d8538175f2c/0003 --source=DIR the DICOM file behind a name in reports.
-Neither TensorFlow nor JAX is imported.
+--dataset=NAME --help prints where to get a data set and the required folder structure, --cross=OTHER the patients and
+images that two prepared data sets share, and --lookup=series-5d8538175f2c/0003 --source=DIR the DICOM file behind a
+name in reports. An interrupted command resumes when it is repeated. Neither TensorFlow nor JAX is imported.
 """
 
 import itertools
@@ -31,12 +31,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
-    flags.DEFINE_string(
-        "lookup", None, "folder: print the files in --source of an image, series or patient in reports."
-    )
+    flags.DEFINE_string("lookup", None, "folder: print the files in --source behind a name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
-    flags.DEFINE_string("group_pattern", "", "folder: regex; its parentheses match the patient in the path, or none.")
-    flags.DEFINE_string("source_pattern", "", "folder: regex; its parentheses match the source in the name.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex with the patient of a path in parentheses, or none.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex with the source of a file name in parentheses.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
     flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks, for augment.exterior.")
     window = "DICOM, NIfTI: center/width in HU; three, separated by commas, make three channels."
@@ -46,7 +44,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prepares the data set and prints its summary; with --cross, what it shares with another."""
+    """Prepares the data set and prints its summary; with --cross, also the images that it shares with another."""
     if not FLAGS.dataset and not FLAGS.lookup:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()
