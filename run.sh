@@ -2,6 +2,7 @@
 # Usage: ./run.sh [COMMAND] [ARGUMENTS]; `./run.sh help` lists the commands.
 # The first call creates .venv and installs the locked packages; later calls reuse it.
 set -euo pipefail
+case $0 in */*) export LUNGJAX_RUN_SH=$0 ;; *) export LUNGJAX_RUN_SH=./$0 ;; esac  # for printed commands
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 
@@ -77,7 +78,7 @@ case ${1:-} in
     shift
     case $command in
       export | serve | tensorboard) install "$accel,$command" ;;
-      predict) install "$accel,dicom" ;;
+      prepare | predict | explain) install "$accel,dicom" ;;
       *) install "$accel" ;;
     esac
     exec "$venv/bin/python" -m "lungjax.$command" "$@" ;;

@@ -12,7 +12,7 @@ Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/
 
 | | study | clean |
 | --- | --- | --- |
-| splits | original; they divide blocks of neighboring slices | by patient or block, without near duplicates |
+| splits | original; they divide blocks of neighboring slices | by scan or run of slices, no near duplicates |
 | nobackg, crop, lungs | the study's contours and snake | lungjax's masks |
 | weights tested | best weighted F1 on val | best macro F1 on val |
 | resizing | bilinear without antialiasing | with antialiasing |

@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from lungjax.runtime import signals
+from lungjax.runtime.advice import in_user_form
 
 USER_ERRORS = (
     errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
@@ -43,6 +44,8 @@ def run(
             raise app.UsageError(f"{' '.join(arguments[len(values) :])} missing: give {' '.join(arguments)}")
         main(argv)
 
+    program = sys.modules["__main__"]
+    program.__doc__ = program.__doc__ and in_user_form(program.__doc__)  # printed by --help
     define_flags()
     flags.DEFINE_bool("traceback", False, "Shows the traceback of an error.", module_name=main.__module__)
     try:
@@ -58,7 +61,7 @@ def run(
     except (ValueError, OSError) as error:
         if flags.FLAGS.traceback or not _is_user_error(error):
             raise
-        print(f"lungjax: {error}", file=sys.stderr)
+        print(in_user_form(f"lungjax: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -27,6 +27,7 @@ from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
 from lungjax.runtime import environment
+from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
         for name, why in failures[:MAX_LINES]:
-            print(f"  {name}: {why}", file=sys.stderr)
+            print(in_user_form(f"  {name}: {why}"), file=sys.stderr)
         if len(failures) > MAX_LINES:
             print(f"  and {len(failures) - MAX_LINES} more, in {out / 'predictions.csv'}", file=sys.stderr)
         sys.exit(1)

@@ -5,6 +5,7 @@ two prepared data sets share. Neither TensorFlow nor JAX is imported.
 """
 
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.data import summary
+from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
@@ -29,8 +31,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
-    flags.DEFINE_string("group_pattern", "", "folder: regex whose group in parentheses matches the patient.")
-    flags.DEFINE_string("source_pattern", "", "folder: regex whose group in parentheses matches the source.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex; its parentheses match the patient in the path, or none.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex; its parentheses match the source in the name.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
     flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks, for augment.exterior.")
     window = "DICOM, NIfTI: center/width in HU; three, separated by commas, make three channels."
@@ -60,7 +62,8 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        print(f"To train on it: --set=data.dataset={result['name']} --data_dir={data_dir}")
+        train = f"--experiment=cbr_folder:dataset={result['name']} --data_dir={shlex.quote(str(data_dir))}"
+        print(in_user_form(f"To train on it: python -m lungjax.main {train}"))
     if FLAGS.cross:
         from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 
@@ -76,9 +79,9 @@ def run() -> None:
         cli.run(main, define_flags)
         return
     try:
-        print(datasets.help_text(names[-1]))
+        print(in_user_form(datasets.help_text(names[-1])))
     except ValueError as error:
-        sys.exit(f"lungjax: {error}")
+        sys.exit(in_user_form(f"lungjax: {error}"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from absl import flags
 
 from lungjax import cli
 from lungjax.config import overrides
+from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 HEADER = ("run", "data set", "network", "step", "metric", "val", "test", "state")
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
         print("\nTo resume (add --data_dir=DIR if the data is not in ./data):")
     for workdir in unfinished:
         config, name = shlex.quote(str(workdir / "config.json")), shlex.quote(str(workdir))
-        print(f"  python -m lungjax.main --experiment={config} --workdir={name}")
+        print(in_user_form(f"  python -m lungjax.main --experiment={config} --workdir={name}"))
     for problem in problems:
         print(f"Skipped: {problem}")
     if FLAGS.plot:

@@ -26,6 +26,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     for arguments, hint in (
         (["--experiment=phantom_dmo"], "did you mean phantom_demo"),
         (["--experimnt=phantom_demo"], "Did you mean: experiment"),
+        (["--experiment=finetune:model=convnext_tny"], "did you mean convnext_tiny"),
         (["--experiment=phantom_demo", "--set=optim.lrr=1"], "did you mean optim.lr"),
         (["--experiment=phantom_demo", "--set=optim.lr=fast"], "expected float"),
         (["--experiment=phantom_demo", "--set=model.weights=imagenet"], "no ImageNet weights"),

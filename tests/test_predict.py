@@ -155,6 +155,19 @@ def test_volumes_are_cut_like_training_images(tmp_path):
             np.testing.assert_array_equal(item.read(), expected)
 
 
+def test_enhanced_ct(by_brightness, tmp_path):
+    hu = scans.body((6, 10, 8))
+    path = scans.enhanced(tmp_path / "scan/e.dcm", hu)
+    scans.series(tmp_path / "plain", hu, SeriesInstanceUID="1.2.3.9")
+    assert by_brightness(tmp_path / "scan", tmp_path / "plain") == 0
+    rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
+    assert {name for name in rows if "#" in name} == {f"e.dcm#frame-{i:04d}" for i in range(1, 7)} and len(rows) == 12
+    assert series["e.dcm"]["files"] == "6" and series["e.dcm"]["p_bright"] == series["plain"]["p_bright"]
+    for plane, count in (("coronal", 10), ("axial", 6)):
+        sources = inputs.gather([path], replace(METADATA, plane=plane))
+        assert len(sources.items) == count and not sources.failures and list(sources.series) == [path]
+
+
 def test_series_names_without_identity(by_brightness, tmp_path):
     hu = scans.body((4, 10, 8))
     scans.series(tmp_path / "all", hu, SeriesInstanceUID="1.2.3.5")

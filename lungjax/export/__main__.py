@@ -21,7 +21,7 @@ from lungjax.config.metadata import NOTICE
 from lungjax.runtime import environment
 
 FORMATS = ("jax", "onnx", "savedmodel", "triton")
-ONNX = {package: "'lungjax[export]'" for package in ("jax2onnx", "onnx", "onnxruntime")}
+ONNX = {package: "-e '.[export]'" for package in ("jax2onnx", "onnx", "onnxruntime")}
 PACKAGES = {"onnx": ONNX, "triton": ONNX, "savedmodel": {"tensorflow": "tensorflow-cpu (or tensorflow)"}}
 
 FLAGS = flags.FLAGS

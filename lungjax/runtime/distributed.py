@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lungjax.runtime import signals
+from lungjax.runtime.advice import in_user_form
 
 T = TypeVar("T")
 MAX_MESSAGE = 2000  # bytes of an error message that is sent to the other hosts
@@ -119,7 +120,8 @@ def abort_all_on_error() -> Iterator[None]:
             raise
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
-        print(f"lungjax: host {jax.process_index()} of {jax.process_count()}: {error}", file=sys.stderr, flush=True)
+        message = f"lungjax: host {jax.process_index()} of {jax.process_count()}: {error}"
+        print(in_user_form(message), file=sys.stderr, flush=True)
         os._exit(2)
 
 

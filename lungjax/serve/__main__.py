@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError("--model=M is missing: a run folder, or a model.pyz or model.onnx")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} not installed: pip install 'lungjax[serve]'")
+        raise ValueError(f"{', '.join(missing)} not installed: pip install -e '.[serve]'")
     # The decoding threads use all cores; numpy's own threads would contend with them and take five times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would contain uploads

@@ -19,6 +19,7 @@ from lungjax import cli, datasets
 from lungjax.config import experiments as experiment_files
 from lungjax.config import nearest
 from lungjax.report.templating import count
+from lungjax.runtime.advice import in_user_form
 from lungjax.tables import cells, published
 
 FLAGS = flags.FLAGS
@@ -56,7 +57,7 @@ def main(_: list[str]) -> None:
         from lungjax.tables import smoke_test  # here: it imports jax, which reads the settings above
 
         chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
-        failures = smoke_test.run(tables, chosen, lambda line: print(line, flush=True))
+        failures = smoke_test.run(tables, chosen, say)
         if failures:
             print("\n".join(["Failures:", *failures]))
             sys.exit(1)
@@ -77,16 +78,21 @@ def main(_: list[str]) -> None:
     options = runs.Options(*folders, weights_dir, tuple(FLAGS.set), FLAGS.seeds)
     table = tables[FLAGS.table]
     runs.plan(cells.experiments(table, tables)[0], options)  # reports a mistake in --set once, not for each cell
-    failed = results.run_missing(table, tables, options, lambda line: print(line, flush=True)) if FLAGS.run else {}
+    failed = results.run_missing(table, tables, options, say) if FLAGS.run else {}
     answers = results.evaluate(table, tables, results.Reader(table, options, FLAGS.draws, failed))
     path = results.write(table, answers, options, charts.draw(table, answers, options.workdir / "tables"))
-    print(path.read_text("utf-8"))
+    say(path.read_text("utf-8"))
     print(f"Table: {path}")
     if failed:
         print(f"{count(len(failed), 'run')} failed:")
         for run, error in failed.items():
-            print(f"  {run}\n    {error}")
+            say(f"  {run}\n    {error}")
         sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Prints a text with its commands in the form of run.sh, if it is used."""
+    print(in_user_form(text), flush=True)
 
 
 def listing() -> str:

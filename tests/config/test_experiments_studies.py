@@ -96,7 +96,7 @@ DATA = {
     "ct_cov19:images=lungs": ("ct_cov19/lungs", "clean", "best"),
     "ictcf:protocol=study": ("ictcf/oversampled-features", "study", "last"),
     "ictcf": ("ictcf/features", "clean", "best"),
-    "covid_xray:protocol=study": ("covid_xray_5k", "study", "last"),
+    "covid_xray:protocol=study": ("covid_xray_5k/oversampled", "study", "last"),
     "covid_xray:model=resnet18,protocol=study": ("covid_xray_5k", "study", "best"),
     "covidx_ct:version=2a,protocol=study": ("covidx_ct/2a", "study", "last"),
     "covidx_ct": ("covidx_ct/3a", "clean", "best"),

@@ -52,7 +52,7 @@ def need(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise MissingPackage(f"{what} need {package}, which is missing: pip install 'lungjax[dicom]'") from None
+        raise MissingPackage(f"{what} need {package}, which is missing: pip install -e '.[dicom]'") from None
 
 
 def pseudonym(name: str, salt: str) -> str:
