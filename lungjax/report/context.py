@@ -74,9 +74,10 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
+    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises OSError for a missing figure.
+    `files` are the figures in the folder `plots`, in the order of the page; they are keys of CAPTIONS. Raises OSError
+    for a missing figure.
     """
     facts = report["facts"]
     unit = unit_name(summary)
@@ -124,7 +125,7 @@ def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
 
 
 def number(level: Mapping[str, Any], name: str, value: float | None = None) -> Number:
-    """Returns a level's metric with its interval; a dotted `name`, such as per_class.a.recall, needs its `value`."""
+    """Returns a metric of a level with its interval; a dotted `name`, such as per_class.a.recall, needs `value`."""
     return Number(level.get(name, value), *level.get("intervals", {}).get(name, ()))
 
 

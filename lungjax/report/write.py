@@ -11,7 +11,7 @@
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
                         unknown), code (digest of lungjax's files); novelty, the false alarms on val and test images
-                        (`lungjax.evaluation.novelty`); notes, the first of the warnings; folds
+                        (`lungjax.evaluation.novelty`); notes, which come first in `warnings`; folds
                         (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
     test, val           the splits, each:
       .slice            level over all examples
@@ -32,10 +32,9 @@
 
 A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
 
-    n, loss, ece, brier, accuracy, balanced_accuracy,
-    precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,
-    precision_weighted, recall_weighted, f1_weighted, auc_weighted, average_precision_weighted,
-    auc_micro, average_precision_micro,
+    n, loss, ece, brier, accuracy, balanced_accuracy, auc_micro, average_precision_micro, precision_macro, recall_macro,
+    specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro, precision_weighted, recall_weighted,
+    f1_weighted, auc_weighted, average_precision_weighted
     confusion           C lists of C counts, one row per true class
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
@@ -92,7 +91,7 @@ def write_report(
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
 
-    Raises ValueError if "test" is missing or empty, or if probabilities are invalid (see `metrics`).
+    Raises ValueError if "test" is missing or empty, or if probabilities are invalid.
     """
     if "test" not in results or not len(results["test"]):
         raise ValueError("no test predictions: the report needs a test split with images")
@@ -152,7 +151,7 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
 def warnings(
     config: Config, results: Mapping[str, Predictions], history: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yields caveats about the numbers of a report, one per line."""
+    """Yields caveats about the numbers of a report."""
     for split in ("test", "val") if "val" in report else ("test",):
         level, patient = report[split]["slice"], report[split]["patient"]
         counts = {name: values["n"] for name, values in level["per_class"].items()}
