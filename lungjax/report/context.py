@@ -86,10 +86,7 @@ def build(
         "config": config,
         "report": report,
         "run": facts,
-        "headline": {
-            f"On {count(level['n'], f'test {unit}')}": {words: number(level, name) for name, words in HEADLINE.items()}
-            for unit, level in distinct_levels(report["test"]).items()
-        },
+        "headline": headline(report),
         "results": _results(config, report),
         "mistakes_figure": figures.pop("mistakes.png", None),
         "figures": list(figures.values()),
@@ -107,6 +104,14 @@ def build(
         "changed": changed(config, Config()),
         "config_json": overrides.to_json(config),
         "augmentation": [f"{key}={value}" for key, value in changed(config.augment, AugmentConfig()).items()],
+    }
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
+    """Returns the main test scores by level and name, as "On 40 test slices": {"accuracy": ...}."""
+    return {
+        f"On {count(level['n'], f'test {unit}')}": {words: number(level, name) for name, words in HEADLINE.items()}
+        for unit, level in distinct_levels(report["test"]).items()
     }
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from lungjax.data import pipeline
 from lungjax.runtime import distributed
 from lungjax.runtime.files import atomic_write
+from lungjax.runtime.progress_bar import ProgressBar
 
 if TYPE_CHECKING:  # `setup` imports this module
     from lungjax.training.setup import Run
@@ -40,7 +40,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 from lungjax.training.event_files import EventFiles
 
                 self.events = EventFiles(run.workdir, rows)
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             desc=run.config.name, total=run.program.steps, initial=step, unit="step", disable=not first_host
         )
 
