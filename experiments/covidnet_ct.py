@@ -19,6 +19,7 @@ perhaps 5e-3 and 17 epochs). Not run on the real data set.
 | weights tested | last step | best macro F1 on val, patience 20 validations |
 | resizing | without antialiasing (OpenCV) | with antialiasing |
 
+Their script trains in mixed precision; on GPU and TPU, both protocols compute in bfloat16.
 Both use the official split by patient. That is `data.protocol=study` of versions 1, 2b and 3b. For 2a and 3a, `study`
 is the resampling of another study (covidx_ct.py), so these use `clean`, which removes the duplicates that `prepare`
 reports. Their order of augmentations and Otsu's threshold differ slightly from ours (`lungjax.config.presets`).

@@ -17,6 +17,7 @@ training all of DenseNet-121 takes 0.2 s per slice). Not run on the real data se
 | flips | vertical and horizontal | horizontal |
 | unfreeze=k | torchvision's children 0, -1, ..., 1-k: the first block, then the last ones; VGG: k - 1 convolutions | the last k blocks, and the norm after them |
 | weights tested | last epoch (the "best" ones were overwritten) | best macro F1 on val |
+| computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies. Differences
 below one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and the figures
@@ -78,6 +79,7 @@ def get_config(model: str = "densenet201", unfreeze: int = 4, version: str = "3a
             weights="torchvision_v1",
             gray="slice",  # the green slice of the first kernel
             momentum=0.9,
+            dtype="float32" if study else None,
             head=HeadConfig(hidden_dropout=0.5) if family == "vgg" else HeadConfig(),
         ),
         # Frozen norms use batch statistics in torch's training mode.

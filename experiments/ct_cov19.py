@@ -12,11 +12,12 @@ Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/
 
 | | study | clean |
 | --- | --- | --- |
-| splits | original; they divide blocks of neighboring slices | by patient or block, without near duplicates |
+| splits | original; they divide blocks of neighboring slices | by scan or run of slices, no near duplicates |
 | nobackg, crop, lungs | the study's contours and snake | lungjax's masks |
 | weights tested | best weighted F1 on val | best macro F1 on val |
 | resizing | bilinear without antialiasing | with antialiasing |
 | EfficientNet's normalization | TensorFlow 2.5's, presumably theirs (issue 49930) | that of the weights |
+| computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: F1 on val is optimistic (0.06 to 0.31 above test), because val selected epoch and configuration. LargeT and
 Tiny are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never
@@ -69,7 +70,12 @@ def get_config(
         ),
         augment=preset(f"ct_cov19_{images}" if augment else "none"),
         # ImageNet weights: a plain classifier on frozen features; random weights: the top of Keras.
-        model=ModelConfig(name=model, weights=weights, head=HeadConfig(dropout=0.0) if frozen else HeadConfig()),
+        model=ModelConfig(
+            name=model,
+            weights=weights,
+            dtype="float32" if study else None,
+            head=HeadConfig(dropout=0.0) if frozen else HeadConfig(),
+        ),
         optim=OptimConfig(
             name="adam", lr=1e-3, class_weights="balanced" if class_weight else "none", tune="head" if frozen else "all"
         ),

@@ -10,8 +10,8 @@ slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-N
 data set is published. Not run on the real data set, to which we have no access.
 
 `protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`, for comparison with its table: on its
-draw of train and val slices, balanced once with replacement, and with the last weights. `clean`, the default, uses all
-slices of the official split and the weights with the best AUC on val.
+draw of train and val slices, balanced once with replacement, with the last weights and in float32. `clean`, the
+default, uses all slices of the official split and the weights with the best AUC on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
@@ -29,7 +29,7 @@ def get_config(
         data=DataConfig(dataset=f"covidx_ct/{version}", protocol=protocol, sampling="natural" if study else "balanced"),
         input=InputSpec(size=(224, 224), channels=1, crop="box", box_margin=0.1),  # the margin allows for box jitter
         augment=preset("covidnet_ct"),
-        model=ModelConfig(name=model, weights=weights),
+        model=ModelConfig(name=model, weights=weights, dtype="float32" if study else None),
         optim=OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup_steps=1000, weight_decay=1e-5),
         train=TrainConfig(
             batch_size=64, epochs=5, eval_steps=2000, patience=0 if study else 10, keep="last" if study else "best"

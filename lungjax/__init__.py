@@ -7,7 +7,7 @@ __all__ = ["create", "list_models", "load", "preprocess"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that commands parse their flags before they import jax.
+    # Imported on first use, so commands can parse their flags before they import jax.
     if name in __all__:
         from lungjax.inference import api, model
 

@@ -31,8 +31,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
-    flags.DEFINE_string("group_pattern", "", "folder: regex whose group in parentheses matches the patient.")
-    flags.DEFINE_string("source_pattern", "", "folder: regex whose group in parentheses matches the source.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex; its parentheses match the patient in the path, or none.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex; its parentheses match the source in the name.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
     flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks, for augment.exterior.")
     window = "DICOM, NIfTI: center/width in HU; three, separated by commas, make three channels."

@@ -7,7 +7,13 @@ import nibabel
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
 
 HU = (-2048, 1)  # intercept and slope
 # Storage orders: axis and sign of z, y, x of the body for (slices, rows, columns).
@@ -72,11 +78,8 @@ def save(data, path):
     return path
 
 
-def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
-    """Writes a body [z, y, x] of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
-
-    `change`: {number of the slice: its own tags}.
-    """
+def slices(hu, spacing, stored):
+    """Yields the stored pixels and the tags of each slice of a body [z, y, x] with `spacing` mm."""
     signs, letters = STORED[stored][::2], STORED[stored][1::2]
     mm = dict(zip("zyx", spacing, strict=True))
     stack = np.transpose(hu, ["zyx".index(letter) for letter in letters])
@@ -84,23 +87,83 @@ def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=
     steps = [VECTOR[c] * mm[c] * (-1 if s == "-" else 1) for s, c in zip(signs, letters, strict=True)]
     sides = {c: mm[c] * (hu.shape["zyx".index(c)] - 1) for c in letters}
     corner = sum(VECTOR[c] * sides[c] for s, c in zip(signs, letters, strict=True) if s == "-")
-    numbers = np.random.default_rng(1).permutation(len(stack))
-    paths = []
     for i, slice_of in enumerate(stack):
-        if i in skip:
-            continue
-        common = {
+        tags = {
             "RescaleIntercept": HU[0],
             "RescaleSlope": HU[1],
             "PixelSpacing": [mm[letters[1]], mm[letters[2]]],
             "ImageOrientationPatient": [*np.sign(steps[2]), *np.sign(steps[1])],
             "ImagePositionPatient": list(np.asarray([-100.0, 50, 7]) + corner + i * steps[0]),
-            "InstanceNumber": int(numbers[i]),
         }
-        pixels = ((slice_of.astype(np.int32) - HU[0]) // HU[1]).astype(np.uint16)
-        data = dataset(pixels, "CT", **(common | tags | (change or {}).get(i, {})))
-        paths.append(str(save(data, folder / f"IM{numbers[i]:04d}{suffix}")))
+        yield ((slice_of.astype(np.int32) - HU[0]) // HU[1]).astype(np.uint16), tags
+
+
+def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
+    """Writes a body [z, y, x] of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
+
+    `change`: {number of the slice: its own tags}.
+    """
+    numbers = np.random.default_rng(1).permutation(max(hu.shape))
+    paths = []
+    for i, (pixels, own) in enumerate(slices(hu, spacing, stored)):
+        if i not in skip:
+            own["InstanceNumber"] = int(numbers[i])
+            data = dataset(pixels, "CT", **(own | tags | (change or {}).get(i, {})))
+            paths.append(str(save(data, folder / f"IM{numbers[i]:04d}{suffix}")))
     return paths
+
+
+def enhanced(path: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True, slope=1, at=0, **tags):
+    """Writes a body [z, y, x] as an enhanced CT, one frame per slice, in random order. Returns the path.
+
+    Orientation, spacing and rescale are in the shared functional groups, or with `shared` False in those of each frame.
+    The first frame is stored with `slope`; the body starts `at` mm above that of `series`.
+    """
+
+    def group(**sequences):
+        item = pydicom.Dataset()
+        for name, values in sequences.items():
+            inner = pydicom.Dataset()
+            for tag, value in values.items():
+                setattr(inner, tag, value)
+            setattr(item, name, [inner])
+        return item
+
+    frames = list(slices(hu, spacing, stored))
+    order = np.random.default_rng(1).permutation(len(frames)).tolist()
+    per_frame, stack = [], []
+    for number, i in enumerate(order, 1):
+        pixels, own = frames[i]
+        factor = slope if number == 1 else 1
+        stack.append(pixels // factor)
+        common = {
+            "PixelMeasuresSequence": {"PixelSpacing": own["PixelSpacing"], "SliceThickness": 1},
+            "PlaneOrientationSequence": {"ImageOrientationPatient": own["ImageOrientationPatient"]},
+            "PixelValueTransformationSequence": {
+                "RescaleIntercept": HU[0], "RescaleSlope": HU[1] * factor, "RescaleType": "HU",
+            },
+            "CTImageFrameTypeSequence": {"FrameType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]},
+        }  # fmt: skip
+        place = {
+            "FrameContentSequence": {
+                "StackID": "1",
+                "InStackPositionNumber": number,
+                "DimensionIndexValues": [1, number],
+            },
+            "PlanePositionSequence": {"ImagePositionPatient": list(np.add(own["ImagePositionPatient"], (0, 0, at)))},
+            "FrameVOILUTSequence": {"WindowCenter": -600, "WindowWidth": 1500},
+        }
+        per_frame.append(group(**place, **({} if shared else common)))
+    data = dataset(
+        np.stack(stack), "CT", NumberOfFrames=len(stack), ImageType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    )
+    data.Rows, data.Columns = stack[0].shape
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    data.SharedFunctionalGroupsSequence = [group(**common) if shared else group()]
+    data.PerFrameFunctionalGroupsSequence = per_frame
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return str(save(data, path))
 
 
 def nifti(path: Path, hu, spacing=(1.0, 1.0, 1.0), axes="RAS", unit="mm", dtype=np.int16, code=1):

@@ -50,6 +50,9 @@ def prepared(tmp_path_factory):
             image = Image.fromarray(images[int(str(which).strip("=~"))])
             if str(which).startswith("~"):
                 image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
+            if i == 7:  # with a red line
+                image = image.convert("RGB")
+                image.paste((255, 0, 0), (0, 0, image.width, 1))
             image.save(root / f"{i:02}.png")
             table.writerow([f"{i:02}.png", label, split, group, source])
     datasets.write("folder/mine", root, root / "data", PrepareOptions(), quiet=True)
@@ -101,6 +104,8 @@ def test_counts(page):
     weights = next(table for table in tables(page[1]) if table[-1][0] == "class weight")
     expected = compute_class_weight("balanced", classes=np.arange(2), y=[0, 0, 0, 0, 1, 1])
     assert weights[1:] == [["train images", "4", "2"], ["class weight", *(f"{w:.3f}" for w in expected)]]
+    height = Image.open(page[0].parent / "07.png").height  # one of its rows is red
+    assert by_first["class"] == [["covid", "0 of 7", "0.00"], ["normal", "1 of 5", f"{255 / height / 5:.2f}"]]
     leaks = {row[0]: row[1:] for row in by_first["protocol, split"]}
     assert leaks["study, test"] == ["4", "1", "1", "0", "2"] and leaks["clean, test"] == ["4", "0", "0", "0", "0"]
 

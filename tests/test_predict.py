@@ -155,6 +155,19 @@ def test_volumes_are_cut_like_training_images(tmp_path):
             np.testing.assert_array_equal(item.read(), expected)
 
 
+def test_enhanced_ct(by_brightness, tmp_path):
+    hu = scans.body((6, 10, 8))
+    path = scans.enhanced(tmp_path / "scan/e.dcm", hu)
+    scans.series(tmp_path / "plain", hu, SeriesInstanceUID="1.2.3.9")
+    assert by_brightness(tmp_path / "scan", tmp_path / "plain") == 0
+    rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
+    assert {name for name in rows if "#" in name} == {f"e.dcm#frame-{i:04d}" for i in range(1, 7)} and len(rows) == 12
+    assert series["e.dcm"]["files"] == "6" and series["e.dcm"]["p_bright"] == series["plain"]["p_bright"]
+    for plane, count in (("coronal", 10), ("axial", 6)):
+        sources = inputs.gather([path], replace(METADATA, plane=plane))
+        assert len(sources.items) == count and not sources.failures and list(sources.series) == [path]
+
+
 def test_series_names_without_identity(by_brightness, tmp_path):
     hu = scans.body((4, 10, 8))
     scans.series(tmp_path / "all", hu, SeriesInstanceUID="1.2.3.5")
@@ -183,6 +196,25 @@ def test_gate(by_brightness, tmp_path, capsys):
     assert series["dark.nii"]["predicted"] == "" and "gate" in series["dark.nii"]["error"]
     sources = {row["series"].rpartition("/")[2] for row in table(tmp_path / "out/predictions.csv").values()}
     assert sources == {"bright.nii", ""}
+
+
+def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness):
+    array, box = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8), (3.0, 5.0, 43.0, 35.0)
+    for spec in (InputSpec(size=(8, 12)), InputSpec(size=(8, 12), crop="box")):
+        up, down = (replace(METADATA, input=spec, box="given", orientation=name) for name in ("standard", "rotated"))
+        expected = preprocess.picture(array, up, box)[0][::-1, ::-1]
+        np.testing.assert_allclose(preprocess.picture(array, down, box)[0], expected, atol=1)  # rounding
+    seen = []
+    gate = brightness(plane="coronal", position="mid", orientation="rotated", input=InputSpec(size=(6, 8)))
+    gate = replace(gate, forward=lambda pixels, forward=gate.forward: seen.append(pixels[0]) or forward(pixels))
+    monkeypatch.setattr(model, "load", {"gate": gate, "model": brightness()}.__getitem__)
+    scans.nifti(tmp_path / "v.nii", scans.body((6, 6, 8)))
+    by_brightness(tmp_path / "v.nii", gate="gate", gate_class="bright")
+    # The head of the body is brighter than the foot, its left side brighter than the right.
+    assert seen[0][-1].mean() > seen[0][0].mean() + 50 and seen[0][:, 0].mean() > seen[0][:, -1].mean()
+    text = METADATA.to_json().replace('"standard"', '"upside"')
+    with pytest.raises(ValueError, match="orientation"):
+        metadata.from_json(text)
 
 
 def test_lists_name_patients_of_volumes(tmp_path):

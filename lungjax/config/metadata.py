@@ -14,6 +14,8 @@ once.
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
     hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), of CT volumes
     plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
+    orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; every image to
+                        predict, which should be in standard orientation (head or chest up), is then rotated first
     positive            positive class of the sigmoid output; null for softmax
     temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
     points              LEVEL.CLASS.RULE, with LEVEL slice or patient: threshold on the calibrated probability, chosen
@@ -57,6 +59,7 @@ class Metadata:
     hu_windows: tuple[tuple[float, float], ...] = HU_WINDOWS
     plane: str = "axial"
     position: str = "all"
+    orientation: str = "standard"
     positive: int | None = None
     temperature: float = 1.0
     points: Mapping[str, Any] = field(default_factory=dict)
@@ -150,6 +153,7 @@ def _problem(metadata: Metadata) -> str:
         ("input.channels", metadata.input.channels, (1, 3)),
         ("plane", metadata.plane, ("axial", "coronal", "sagittal")),
         ("position", metadata.position, ("all", "mid")),
+        ("orientation", metadata.orientation, ("standard", "rotated")),
         ("box", metadata.box, ("", "body", "given")),
         ("stage", metadata.stage, ("", *STAGES)),
         ("positive", metadata.positive, (None, *range(len(names)))),

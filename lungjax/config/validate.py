@@ -23,6 +23,7 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 FRACTIONS_BELOW_ONE = (
     "optim.label_smoothing", "model.momentum", "model.head.dropout", "model.head.hidden_dropout", "model.drop_path",
+    "model.dropout",
 )  # fmt: skip
 FRACTIONS = ("eval.sensitivity", "eval.prevalence")
 

@@ -1,8 +1,8 @@
-"""Augments train images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
+"""Augments training images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
 
-All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from output to input pixels, and the
-image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers depend
-only on the key and the position of the example, not on the batch, device or host. A disabled operation adds nothing to
+All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from output to input pixels, by which
+the image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers
+depend only on the key and the position of the example, not on batch, device or host. Disabled operations add nothing to
 the compiled program. `AugmentConfig` documents units and order.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lungjax.config import AugmentConfig
 
-# Names of the uniform random numbers of an example, in order. Append only: reordering changes the results of old runs.
+# The uniform random numbers of an example, in order. Append only, since another order changes the results of runs.
 _DRAWS = (
     "exterior", "flip_horizontal", "flip_vertical", "rotation", "zoom_height", "zoom_width", "shear", "shear_axis",
     "shift_height", "shift_width", "left", "top", "right", "bottom", "brightness", "contrast", "gamma",
@@ -29,7 +29,7 @@ _matmul = partial(jnp.matmul, precision="highest")  # bfloat16 coordinates would
 
 
 class _Draws:
-    """The random numbers of a batch, by name; computed when first used."""
+    """The random numbers of a batch by name, computed on first use."""
 
     def __init__(self, places: jax.Array | None, key: jax.Array, probability: float) -> None:
         self.places, self.key, self.probability = places, key, probability
@@ -49,7 +49,7 @@ class _Draws:
         return self.numbers[:, _DRAWS.index(name)] < probability
 
     def maybe(self, name: str, value: jax.Array, neutral: float) -> jax.Array:
-        """Returns `value`, or `neutral` for examples that skip this operation."""
+        """Returns `value`, but `neutral` for examples that skip the operation."""
         if self.probability >= 1:
             return value
         skip = ~self.chance(f"if_{name}", self.probability)
@@ -68,18 +68,18 @@ def augment(
     boxes: jax.Array | None = None,
     body: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns an augmented copy of each image, float32 [B, H, W, C] in 0..255, where H, W is `size`.
+    """Returns augmented copies of the images, float32 [B, H, W, C] in 0..255, where H, W is `size`.
 
     Args:
-      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result, since resizing has no antialiasing.
+      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result (resizing has no antialiasing).
       places: uint32 [B], the position of each example in the run; may be None if nothing is random.
-      key: the random key of the run.
-      config: the operations and their ranges.
+      key: random key of the run.
+      config: operations and their ranges.
       size: height and width of the result.
-      boxes: float32 [B, 4], the visible part: xmin, ymin, xmax, ymax as fractions of the image; None shows all of it.
+      boxes: float32 [B, 4], visible parts: xmin, ymin, xmax, ymax as fractions of the image; None for all of it.
       body: uint8 [B, h, w], above zero inside the body.
 
-    Raises ValueError if `config` requires boxes or body and they are None.
+    Raises ValueError if `config` requires boxes or body masks that are None.
     """
     if config.exterior and body is None:
         raise ValueError(f"augment.exterior={config.exterior}: the images have no body masks; set it to 0")
@@ -100,9 +100,9 @@ def augment(
 
 
 def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
-    """COVIDNet-CT's exterior exclusion: sets non-black pixels outside the body to the mean of the dark ones among them.
+    """Sets non-black pixels outside the body to the mean of the dark ones among them, the exclusion of COVIDNet-CT.
 
-    The threshold for dark pixels is the mean of the image's non-black pixels, not Otsu's.
+    The threshold for dark pixels is the mean of all non-black pixels in place of Otsu's.
     """
     assert body is not None
     x = images.astype(jnp.float32)
@@ -120,7 +120,7 @@ def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
 def _draw_affine(
     draws: _Draws, config: AugmentConfig, inside: tuple[int, int], size: tuple[int, int], boxes: jax.Array | None
 ) -> jax.Array:
-    """Returns the `affine` of parameters drawn from the ranges in `config`."""
+    """Returns the matrix of `affine` for parameters drawn from the ranges in `config`."""
 
     def symmetric(**limits: float) -> jax.Array:
         return jnp.stack([draws.uniform(name, -limit, limit) for name, limit in limits.items()], -1)
@@ -164,15 +164,15 @@ def affine(
 ) -> jax.Array:
     """Returns float32 [B, 2, 3]: (y, x) in the image = matrix @ (y, x, 1) of the result, in pixel centers.
 
-    Equals a chain of Keras layers in this order, after a crop to the box and a resize to `size`; None skips one.
+    Equals a chain of Keras layers in the order of the arguments, after a crop to the box and a resize.
 
     Args:
       inside: height and width of the image.
       size: height and width of the result.
       flip: bool [B, 2], vertical and horizontal.
-      angle: [B], radians, counter-clockwise; like zoom and shear about the center.
-      zoom: [B, 2], fraction of height and width that is visible.
-      shear: [B, 2], tangents along y and along x.
+      angle: [B], radians, counterclockwise about the center, as are zoom and shear.
+      zoom: [B, 2], visible fraction of height and width.
+      shear: [B, 2], tangents along y and x.
       shift: [B, 2], fractions of height and width, down and right.
       boxes: [B, 4], xmin, ymin, xmax, ymax as fractions of the image.
     """
@@ -205,21 +205,21 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 
 
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
-    """Returns float32 [B, H, W, C], sampled bilinearly at the positions that `matrix` (see `affine`) gives.
+    """Samples images [B, h, w, C] bilinearly at the positions of `matrix` (see `affine`); returns float32 [B, H, W, C].
 
-    images: [B, h, w, C], uint8 or float32. fill: "constant" (`fill_value`), "edge" or "reflect", which are scipy's
-    grid-constant, nearest and reflect. Samples must be within eight times the longer side.
+    `fill` is "constant" (`fill_value`), "edge" or "reflect": grid-constant, nearest and reflect in scipy. Samples must
+    be within eight times the longer side.
     """
     h, w = images.shape[1:3]
     if fill == "constant" and fill_value != int(fill_value):
         images = images.astype(jnp.float32)
-    # One more pixel on each side, so that no corner of a sample needs a bounds check.
+    # Padded by one pixel, so that no corner of a sample needs a bounds check.
     value = int(fill_value) if images.dtype == jnp.uint8 else fill_value
     options = {"constant_values": value} if fill == "constant" else {"mode": "edge"}
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), **options)
     pixels = padded.reshape(images.shape[0], -1, images.shape[3])
-    # Coordinates are integers in units of 2 ** -bits pixels. With floats, the compiler may round the pixel
-    # index and the weight differently; at a pixel border the wrong pixel would then get the full weight.
+    # Coordinates are integers in units of 2 ** -bits pixels. With floats, the compiler could round the pixel index and
+    # the weight differently, which at a pixel border gives the full weight to the wrong pixel.
     bits = 28 - max(h, w).bit_length()
     steps = jnp.round(matrix * 2.0**bits).astype(jnp.int32)[:, :, :, None, None]
     ys, xs = jnp.arange(size[0], dtype=jnp.int32)[:, None], jnp.arange(size[1], dtype=jnp.int32)
@@ -247,7 +247,7 @@ def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str,
 
 
 def _intensities(x: jax.Array, draws: _Draws, config: AugmentConfig) -> jax.Array:
-    """Applies the operations on gray levels; `x` and the result are float32 [B, H, W, C] in 0..255."""
+    """Applies the operations on gray levels to float32 [B, H, W, C] in 0..255."""
 
     def drawn(name: str, low: float, high: float, neutral: float, gate: str = "") -> jax.Array:
         return draws.maybe(gate or name, draws.uniform(name, low, high), neutral)[:, None, None, None]
@@ -276,7 +276,7 @@ def _intensities(x: jax.Array, draws: _Draws, config: AugmentConfig) -> jax.Arra
 
 
 def _dropout_mask(draws: _Draws, config: AugmentConfig, height: int, width: int) -> jax.Array:
-    """Returns bool [B, height, width], True in dropped patches (imgaug's CoarseDropout)."""
+    """Returns bool [B, height, width], True in dropped patches (CoarseDropout of imgaug)."""
     fewest, most = config.dropout_grid
     share = draws.maybe("dropout", draws.uniform("dropout", *config.dropout), 0.0)
     cells = jax.vmap(lambda k: jax.random.uniform(k, (most, most)))(draws.stream(_CELLS)) < share[:, None, None]
@@ -292,11 +292,11 @@ def _dropout_mask(draws: _Draws, config: AugmentConfig, height: int, width: int)
 def mix(
     images: jax.Array, labels: jax.Array, places: jax.Array, key: jax.Array, config: AugmentConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mixes each image with the previous one of the batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+    """Mixes each image with the previous one of the batch by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
-    images: float32 [B, H, W, C]. labels: int32 [B]. places: uint32 [B]. Returns images, the partners' labels [B] and
-    float32 [B], the weight of the original: loss = share * loss(labels) + (1 - share) * loss(partners' labels). With
-    both enabled, one of them is drawn for the batch.
+    Takes float32 images [B, H, W, C], int32 labels [B] and uint32 places [B]. Returns the images, the labels of their
+    partners [B], and float32 share [B] with loss = share * loss(labels) + (1 - share) * loss(partner labels). If both
+    are enabled, one of them is drawn for the batch.
     """
     if not (config.mixup or config.cutmix):
         return images, labels, jnp.ones(labels.shape, jnp.float32)
@@ -312,7 +312,7 @@ def mix(
         side = jnp.sqrt(1 - share)
 
         def span(axis: int, length: int) -> jax.Array:
-            """Returns bool [B, length], True inside the rectangle, which is clipped at the image's border."""
+            """Returns bool [B, length], True inside the rectangle, which is clipped to the image."""
             center, half = middle[:, axis] * length, side * length / 2
             low, high = jnp.round(center - half)[:, None], jnp.round(center + half)[:, None]
             return (jnp.arange(length) >= low) & (jnp.arange(length) < high)

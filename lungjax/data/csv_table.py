@@ -1,6 +1,7 @@
 """CSV files as exported by spreadsheets: optional byte order mark; commas, semicolons or tabs."""
 
 import csv
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +21,17 @@ class Table(NamedTuple):
 def read_table(path: Path, required: Iterable[str] = ()) -> Table:
     """Reads a CSV file; blank lines, and white space around names and values, are skipped.
 
-    The delimiter is the most frequent one of the first line. Raises ValueError with the line number for a column of
-    `required` that is missing or repeated, a row that does not match the header, malformed CSV, and text that is not
-    UTF-8; OSError for an unreadable file.
+    The delimiter is the most frequent one outside quotes in the first line, which may be Excel's "sep=;". Raises
+    ValueError with the line number for a column of `required` that is missing or repeated, a row that does not match
+    the header, malformed CSV, and text that is not UTF-8; OSError for an unreadable file.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            delimiter = max(DELIMITERS, key=file.readline().count)
-            file.seek(0)
+            first = file.readline()
+            excel = first.startswith("sep=")
+            delimiter = max(DELIMITERS, key=re.sub(r'"[^"]*"', "", first).count)
+            if not excel:
+                file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             columns = tuple(name.strip() for name in next(reader, ()))
             for name in required:
@@ -39,12 +43,12 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Table:
             for values in reader:
                 if not any(values):
                     continue
-                place = f"{path.name} line {reader.line_num}"
+                place = f"{path.name} line {reader.line_num + excel}"
                 if len(values) != len(columns):
                     raise ValueError(f"{place}: {len(values)} values, but the header has {len(columns)} columns")
                 rows.append((place, dict(zip(columns, (value.strip() for value in values), strict=True))))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name} is not UTF-8 text ({error}): save it as UTF-8") from None
+            raise ValueError(f"{path.name} is not UTF-8 text ({error}): save it as CSV UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{path.name} line {reader.line_num}: {error}") from None
+            raise ValueError(f"{path.name} line {reader.line_num + excel}: {error}") from None
     return Table(columns, rows)

@@ -1,8 +1,8 @@
 """Turns a prepared data set into batches of uint8 images in a reproducible order: decode, crop, resize.
 
-The seed determines one endless global sequence of training examples. Batch `s` has the positions `s * B` to
-`(s + 1) * B - 1`, and host `h` of `n` reads the `h`-th of its `n` equal parts. The position depends only on the step,
-so a run resumes exactly, even on a different number of hosts.
+The seed determines an endless global sequence of training examples. Batch `s` has the positions `s * B` to
+`(s + 1) * B - 1`, and each host reads one of its equal parts. Positions depend only on the step, so a run resumes
+exactly, even on a different number of hosts.
 """
 
 import functools
@@ -20,28 +20,28 @@ from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import environment
 
 Batch = dict[str, np.ndarray]
-MAX_THREADS = 16  # with more, Python's lock is the limit; use processes (data.workers)
+MAX_THREADS = 16  # more are limited by Python's lock; use processes (data.workers)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one row of a prepared data set as the network's input; picklable for worker processes."""
+    """Reads rows of a prepared data set as network input; picklable for worker processes."""
 
     data: Prepared
     spec: InputSpec
     margin: float = 0.0  # visible margin around the box, as a fraction of its sides
-    body: bool = False  # whether to also return the body mask
+    body: bool = False  # whether to return body masks as well
 
     def __call__(self, row: int) -> np.ndarray:
-        """Returns uint8 [height, width, channels]. Raises ValueError naming the file if it can't be read."""
+        """Returns uint8 [height, width, channels]. Raises ValueError with the name of a file that cannot be read."""
         return self.example(row)["image"]
 
     def example(self, row: int) -> Batch:
         """Returns an image and the inputs of its augmentation.
 
-        `image` is uint8 [h, w, channels], of the spec's size plus the margin on each side. With a margin, `box` is
-        float32 [4]: xmin, ymin, xmax, ymax as fractions of the image. With `body`, `body` is its mask, uint8 [h, w], 0
-        or 255. Raises ValueError naming the file if it can't be read.
+        `image` is uint8 [h, w, channels], of the size of the spec plus the margin on each side. With a margin, `box` is
+        float32 [4]: xmin, ymin, xmax, ymax as fractions of the image. If requested, `body` is the body mask, uint8
+        [h, w], 0 or 255. Raises ValueError with the name of a file that cannot be read.
         """
         spec, box = self.spec, self.data.columns["box"][row]
         if self.margin:
@@ -49,6 +49,9 @@ class Reader:
             spec = replace(spec, size=(rows, columns))
         try:
             image = images.load(self.data.records[int(row)]["image"], self.data.window)
+            if self.data.rotate:
+                image, region = images.rotate(image, box)
+                box = np.asarray(region, np.float32)
             width, height = images.extent(image)
             example = {"image": images.to_input(image, box, spec, self.margin)}
             left, top, right, bottom = images.view(box, spec, self.margin, width, height)
@@ -68,13 +71,13 @@ class Reader:
 
 
 def train_rows(data: Prepared) -> np.ndarray:
-    """Returns the rows of the train split. Raises ValueError if a class has no example there."""
+    """Returns the rows of the train split. Raises ValueError if a class has no training example."""
     rows = data.rows("train")
     counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
     missing = [name for name, n in zip(data.classes, counts, strict=True) if n == 0]
     if missing:
         names = ", ".join(missing)
-        raise ValueError(f"{data.name}: no training example of {names}; add some, or prepare it without that class")
+        raise ValueError(f"{data.name}: no training example of {names}; add some, or prepare it without this class")
     return rows
 
 
@@ -89,7 +92,7 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
 
 
 def batch_rows(data: Prepared, config: Config, batch: int) -> np.ndarray:
-    """Returns the rows of global batch number `batch`, of all hosts."""
+    """Returns the rows of a global batch by its number."""
     size, sequence = config.train.batch_size, order(data, config)
     return np.asarray([sequence[i] for i in range(batch * size, (batch + 1) * size)])
 
@@ -102,20 +105,20 @@ def _shuffle(rows: np.ndarray, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(len(rows)).repeat(None).map_with_index(row_at)
 
 
-@functools.lru_cache(maxsize=32)  # balanced sampling has one per class; 1.7 MB each for 425,000 rows
+@functools.lru_cache(maxsize=32)  # one per class in balanced sampling; 1.7 MB each for 425,000 rows
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # A full epoch at a time: grain's shuffle takes 20 to 50 microseconds per row, as long as reading a small record.
+    # Not grain's shuffle, which takes 20 to 50 microseconds per row, as long as reading a small record.
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(count).astype(np.uint32)
 
 
 def train_batches(
     data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
-    """Yields this host's part of each global batch, starting with number `start`, endlessly.
+    """Yields this host's part of each global batch from number `start` on, endlessly.
 
     A batch has the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in the
-    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior is set and the data set has no
-    body masks.
+    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior needs body masks and the data
+    set has none.
     """
     if (share := config.augment.exterior) and not data.body:
         raise ValueError(f"augment.exterior={share}: {data.name} has no body masks; only CT data sets have them")
@@ -131,7 +134,7 @@ def train_batches(
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # The elements are batches; with single examples, each worker would read every n-th one.
+    # Elements are batches; of single examples, each worker would read every n-th one.
     batches = grain.MapDataset.range(1).repeat(None).map_with_index(load).to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
@@ -139,7 +142,7 @@ def train_batches(
 
 
 def _begin_worker(*_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the process group, but the run needs batches until it has saved.
+    # Ctrl-C and SIGTERM of a scheduler reach the process group, but the run needs batches until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     environment.exit_with_parent()
@@ -148,9 +151,9 @@ def _begin_worker(*_: int) -> None:
 def eval_batches(
     data: Prepared, rows: np.ndarray, config: Config, size: int, *, host: int = 0, hosts: int = 1
 ) -> Iterator[Batch]:
-    """Yields this host's part of every batch of `size` over `rows`, each row exactly once.
+    """Yields this host's part of batches of `size` that have each of `rows` exactly once, as `image` and `row` [b].
 
-    `row` int32 [b] names the row; the last batch is padded with black images whose row is -1.
+    The last batch is padded with black images, whose row is -1.
     """
     reader = Reader(data, config.input)
     padded = pad_batch(rows, len(rows) + -len(rows) % size, -1)
@@ -165,6 +168,6 @@ def eval_batches(
 
 
 def _read_options(config: Config) -> grain.ReadOptions:
-    # One more than cores, because one of them often waits for Python's lock.
+    # One more than cores, since one of them often waits for Python's lock.
     threads = config.data.threads or min(environment.cores() + 1, MAX_THREADS)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

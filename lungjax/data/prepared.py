@@ -1,7 +1,7 @@
-"""A prepared data set: columns from `index.csv`, encoded images from TFDS records, in the same order.
+"""A prepared data set: columns of `index.csv` and encoded images of TFDS records, in the same order.
 
-The index is a readable CSV file next to the records; a set of 425,000 images opens in about a second. It is written
-last: a directory without it is not prepared.
+The index is a CSV file next to the records, so that 425,000 images open in about a second. It is written last; a
+directory without it is not prepared.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ COLUMNS = (
     "pixels", "phash", "mean", "std", "found",
 )  # fmt: skip
 RESERVED = (*COLUMNS, "box")
-SLICES = "slices"  # the only TFDS split; train, val and test are columns
+SLICES = "slices"  # the only TFDS split; train, val and test are in the index
 VERSION = "2.0.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
-CHUNK = 20_000  # rows of an index read at a time, to limit memory
+CHUNK = 20_000  # rows of the index that are read at a time, to limit memory
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One data set with random access. Picklable for worker processes."""
+    """A data set with random access; picklable for worker processes."""
 
     name: str  # such as "covidx_ct/3a"
     classes: tuple[str, ...]  # display names in label order
@@ -48,12 +48,18 @@ class Prepared:
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
     protocol: str = "clean"  # of the splits that `rows` returns
     body: bool = False  # whether records have a body mask
-    volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position
+    volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position, orientation
+    rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, for a network trained on such
+
+    @property
+    def orientation(self) -> str:
+        """Returns "standard", or "rotated" if the stored images are rotated by 180 degrees."""
+        return str((self.volumes or {}).get("orientation", "standard"))
 
     def rows(self, split: str) -> np.ndarray:
         """Returns the row numbers of a split, int64 [n], in record order.
 
-        With protocol "study" a row may be repeated, as the study drew it, and be in two splits.
+        With protocol "study" a row may be repeated or in two splits, as in the study.
         """
         if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
@@ -68,7 +74,7 @@ class Prepared:
 
 
 def directory(data_dir: Path, name: str) -> Path:
-    """Returns the directory of the data set `name`, such as "covidx_ct/3a", in `data_dir`."""
+    """Returns the directory of a data set, such as "covidx_ct/3a"."""
     return data_dir / name / VERSION
 
 
@@ -80,7 +86,7 @@ def is_prepared(directory: Path) -> bool:
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the data set has no study splits and those are requested, or if index and records differ in
+    Raises ValueError if the data set has no study splits but these are requested, or if index and records differ in
     length.
     """
     info = json.loads((directory / "lungjax.json").read_text("utf-8"))
@@ -96,21 +102,21 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
 
 
 def fingerprint(directory: Path) -> str:
-    """Returns a hex digest of the data set in `directory`, without opening its records."""
+    """Returns a hex digest of a prepared data set, without opening its records."""
     digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
     digest.update((directory / "index.csv").read_bytes())
     return digest.hexdigest()
 
 
 class Records:
-    """The records of a prepared data set, each a dict of bytes. Picklable.
+    """The records of a prepared data set as dicts of bytes; picklable.
 
-    `records[row]["image"]` is the encoded image, `["body"]` the zlib-compressed bits of the body mask, and `["file"]`,
-    `["group"]` and `["source"]` are names. TFDS would decode every feature, which takes as long as a small image does.
+    `image` is the encoded image, `body` the zlib-compressed bits of the body mask; `file`, `group` and `source` are
+    names. TFDS would decode every feature, which takes as long as decoding a small image.
     """
 
     def __init__(self, source: Any):
-        # Imported here, in the main thread of a worker: two threads that import TFDS at once deadlock.
+        # Imported here, in the main thread of a worker, since two threads that import TFDS at once deadlock.
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._source = source  # source[row] is a serialized tf.train.Example
@@ -125,7 +131,7 @@ class Records:
         return len(self._source)
 
     def __getitem__(self, row: int) -> dict[str, bytes]:
-        """Returns a record. Raises IndexError outside 0..len - 1."""
+        """Returns a record. Raises IndexError for an invalid row."""
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} is out of range for {len(self._source)} records")
         features = self._parse(self._source[row]).features.feature
@@ -133,8 +139,8 @@ class Records:
 
 
 def open_records(directory: Path) -> Records:
-    """Returns the records of a prepared data set, in the order they were written."""
-    import tensorflow_datasets as tfds  # here: it takes most of a second to import
+    """Returns the records of a prepared data set, in the order in which they were written."""
+    import tensorflow_datasets as tfds  # takes most of a second
 
     with quiet_tfds():
         builder = tfds.builder_from_directory(directory)
@@ -144,7 +150,7 @@ def open_records(directory: Path) -> Records:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Suppresses log messages of TFDS, and the download size that it prints."""
+    """Suppresses log messages and output of TFDS."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -157,13 +163,13 @@ def quiet_tfds() -> Iterator[None]:
 def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
-    `label` is int64, an index of `classes`; `width` and `height` int32 in pixels; `box` float32 [N, 4]: xmin, ymin,
-    xmax, ymax in pixels, max exclusive; `phash` uint64; `mean` and `std` float32, of pixel / 255; `found` bool, False
-    if a stage found no body or lung; others are str.
+    `label` is an int64 index of `classes`, `width` and `height` are int32 in pixels, `box` is float32 [N, 4] with xmin,
+    ymin, xmax, ymax in pixels (max exclusive), `phash` uint64, `mean` and `std` float32 of pixel / 255, `found` bool,
+    False if a stage found no body or lung. Other columns are str.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}
-    # Garbage collection would traverse the new strings repeatedly, which doubles the time.
+    # Garbage collection would traverse the new strings again and again, which doubles the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -195,10 +201,10 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
 
 
 def write_index(directory: Path, info: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Writes lungjax.json and then, atomically, index.csv; `label` holds class names.
+    """Writes lungjax.json from `info` and then, atomically, index.csv, with class names in `label`.
 
-    `info` holds name, classes, window, study (a description of protocol=study), stage, size and body, and volumes if
-    images were cut from CT volumes (hu_windows, plane, position).
+    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, and volumes if images
+    were cut from CT volumes (hu_windows, plane, position, orientation).
     """
     (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:

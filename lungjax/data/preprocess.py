@@ -1,7 +1,7 @@
-"""Turns an image into network input: stage, stored size and window of the data set, then crop and resize.
+"""Turns an image into network input: orientation, stage, stored size and window of the data set, then crop and resize.
 
-Preparation and prediction share these steps. A 16-bit image is shrunk before its window is applied, but windowed
-before a stage.
+Preparation and prediction share these steps. The window of a 16-bit image is applied before a stage, but after resizing
+to the stored size.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels, max
 def apply_stage(
     array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None
 ) -> tuple[np.ndarray, Box, Box, bool]:
-    """Returns an image in a stage and resized to `size` (height, width); "" and None skip a step.
+    """Returns an image in a stage, resized to `size` (height, width), where "" and None skip a step.
 
-    Also returns the box in its pixels, its region of the original, and whether the stage detected a body or lung.
-    `array` is uint8, uint16, or float32 in 0..255; for a stage, gray uint8 [H, W].
+    Also returns the box in pixels of the result, the region of the original that it shows, and whether the stage
+    detected a body or lung. `array` is uint8, uint16, or float32 in 0..255, for a stage gray uint8 [H, W].
     """
     region, found = images.full_region(array), True
     if stage:
-        from lungjax.data.imaging import lung_masks  # here: scikit-image takes a second to import
+        from lungjax.data.imaging import lung_masks  # takes a second, for scikit-image
 
         array, region, found = lung_masks.apply(array, stage)
         box = move_box(box, region, array.shape)
@@ -38,7 +38,7 @@ def apply_stage(
 def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
     """Raises ValueError for a 16-bit image without a window."""
     if array.dtype == np.uint16 and window is None:
-        raise ValueError("a 16-bit image, but the model has no window; pass --window=low,high to lungjax.predict")
+        raise ValueError("16-bit image, but the model has no window; pass --window=low,high to lungjax.predict")
 
 
 def picture(
@@ -46,17 +46,19 @@ def picture(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Returns the network input, uint8 [H, W, C], the image as the data set would store it, and warnings.
 
-    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the body's, in pixels; with None it is
-    detected if the network was trained on it. `prepared`: the image is already in the stage of the training images.
-    Raises ValueError for a 16-bit image if the network has no window.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is that of the body, in pixels; None
+    detects it if the network was trained on boxes. `prepared` images are already in the stage of the training images.
+    Raises ValueError for a 16-bit image if the model has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
     check_window(array, window)
     if box is None and metadata.box and not prepared:
         box = body_box(_to_8_bit(array, window)) if metadata.box == "body" else None
         if box is None:
-            warnings.append("no body box: the network was trained on body boxes, but sees the full image")
+            warnings.append("no body box: the network was trained on body boxes but gets the full image")
     box = box or images.full_region(array)
+    if metadata.orientation == "rotated":
+        array, box = images.rotate(array, box)
     stage, size = ("", None) if prepared else (metadata.stage, metadata.stored)
     if stage:
         array = images.gray(_to_8_bit(array, window))
@@ -72,8 +74,8 @@ def picture(
 
 
 def body_box(array: np.ndarray) -> Box | None:
-    """Returns the body's box in a CT slice; None without contrast to the background."""
-    from lungjax.data.imaging import lung_masks  # here, as above
+    """Returns the box of the body in a CT slice, or None without contrast to the background."""
+    from lungjax.data.imaging import lung_masks  # as above
 
     mask = lung_masks.body_mask(images.gray(array))
     if not mask.any():
@@ -83,7 +85,7 @@ def body_box(array: np.ndarray) -> Box | None:
 
 
 def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
-    """Returns `box` in the pixels of an image of `shape` that shows `region`; the complete image if it is outside."""
+    """Returns `box` in pixels of an image of `shape` that shows `region`, or the full image if the box is outside."""
     down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
     # Clipped after scaling: 256 * (224 / 256) may exceed 224, which TFDS refuses.
     left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))
@@ -94,7 +96,7 @@ def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
 
 
 def _to_8_bit(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """Returns 8-bit pixels; without a window, 16-bit pixels are unchanged."""
+    """Returns 8-bit pixels; 16-bit pixels are unchanged without a window."""
     if array.dtype == np.uint16 and window:
         array = images.show(array, window)
     return array if array.dtype in (np.uint8, np.uint16) else np.rint(array).astype(np.uint8)

@@ -10,6 +10,8 @@ import numpy as np
 
 from lungjax.data.splits import SPLITS, parse_study
 
+MAX_IMBALANCE = 50  # train images of the most frequent class per image of the rarest
+MIN_SIDE = 112  # pixels, half of a usual network input
 MAX_NAMES = 20  # listed images; the counts are complete
 
 
@@ -21,10 +23,12 @@ def summarize(
     unstaged: Sequence[str],
     notes: Sequence[str],
     group_name: str,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
 
-    `info` is the content of lungjax.json, `twins` the result of `datasets.build.near_duplicates`.
+    `info` is the content of lungjax.json, `twins` the result of `datasets.build.near_duplicates`; `warnings` are added
+    to those of this function.
     """
     classes = info["classes"]
     labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
@@ -60,7 +64,7 @@ def summarize(
         "unstaged": list(unstaged),
         "notes": list(notes),
     }
-    result["warnings"] = _warnings(result)
+    result["warnings"] = [*warnings, *_warnings(result)]
     return result
 
 
@@ -117,9 +121,24 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         counts = result["protocols"]["clean"].get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
-    for source, counts in result["sources"].items():
-        if len(result["sources"]) > 1 and len(counts) == 1:
-            warnings.append(f"source {source or '(none)'} has one class, {next(iter(counts))}: see scores per source")
+        if single := [c for c in result["classes"] if counts.get(c) == 1 and split != "train"]:
+            warnings.append(f"the {split} split has a single image of {', '.join(single)}: its scores say little")
+        least, most = min(counts.values(), default=0), max(counts.values(), default=0)
+        if split == "train" and least and most >= MAX_IMBALANCE * least:
+            rare, frequent = (next(c for c, n in counts.items() if n == count) for count in (least, most))
+            warnings.append(f"the train split is imbalanced: {least:,} images of {rare}, {most:,} of {frequent}")
+    width, height = (result["sizes"][side][1] for side in ("width", "height"))
+    if max(width, height) < MIN_SIDE and not result["size"]:
+        warnings.append(
+            f"small images, a median of {width} x {height} pixels: most networks enlarge them to 224 x 224; use the "
+            "originals, or a smaller --set=input.size"
+        )
+    if len(result["sources"]) > 1:
+        for name in result["classes"]:
+            single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
+            names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
+            if single:
+                warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
     return warnings
 
 

@@ -42,7 +42,7 @@ DATASETS: dict[str, Dataset] = {
     "ct_cov19": Dataset("original", ("original",)),
     "nccid_whole_lung": Dataset("default", ("default",), axial=False),
     "ictcf": Dataset("default", ("default", "oversampled")),
-    "covid_xray_5k": Dataset("default", ("default",), axial=False),
+    "covid_xray_5k": Dataset("default", ("default", "oversampled"), axial=False),
     "covid_chestxray": Dataset(
         "covid", ("covid", "findings"), axial=False, collection="COVID-19 image data collection"
     ),
@@ -60,7 +60,7 @@ class PrepareOptions:
 
     seed: int = 0  # of new splits and synthetic data sets
     source_pattern: str = ""  # regex; its first group, searched in the file name, is the source
-    group_pattern: str = ""  # the same for the group (patient)
+    group_pattern: str = ""  # the same for the group (patient), searched in the path; "none" for no groups
     classes: tuple[str, ...] = ()  # label order; () sorts the names
     modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files
     # DICOM and NIfTI volumes:

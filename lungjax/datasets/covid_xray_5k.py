@@ -1,16 +1,25 @@
 """COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository."""
 
+import functools
+import io
 import re
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-from lungjax.datasets import PrepareOptions
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from lungjax.data.imaging import images
+from lungjax.datasets import PrepareOptions, keras_generator
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
-ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/")
-REPOSITORY = {"train": (242, 994), "test": (100, 1473)}  # images per class in the study's repository
+ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/", "data_set/")
+REPOSITORY = {"train": (121, 994), "test": (100, 1473)}  # images per class in the study's repository
+
+# Ranges of the study's generator: degrees, degrees, visible fraction of each side, factor.
+ROTATION, SHEAR, ZOOM, BRIGHTNESS = 5.0, 0.2, (0.7, 1.3), (0.2, 1.0)
 
 # Names of generated files: Keras's PREFIX_INDEX_HASH with the study's prefix, Augmentor's FOLDER_original_FILE_UUID.
 GENERATED = re.compile(r"a_\d+_\d+$|.*_original_.+_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
@@ -19,33 +28,38 @@ CHEXPERT = re.compile(r"(?:(.+?)[-_ ]?)?(patient\d+)[-_]", re.IGNORECASE)
 ABOUT = About(
     title="chest X-rays: COVID-19 (COVID-19 image data collection) or not (CheXpert)",
     origin="data_upload_v3.zip, linked in https://github.com/shervinmin/DeepCovid (5,184 X-rays, or 5,520 with the "
-    "generated ones), or https://github.com/Mithunjack/covid-19-xay-image-classification (2,809 X-rays)",
-    layout="{train,test}/{covid,non}/FILE, with any subfolders, also inside data_upload_v3. Generated files in "
+    "generated ones), or https://github.com/Mithunjack/covid-19-xay-image-classification (2,688 X-rays)",
+    layout="{train,test}/{covid,non}/FILE, with any subfolders, also in data_upload_v3 or data_set. Generated files in "
     'train/covid are recognized by name ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of Augmentor).',
     licence="None for the complete set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). "
     "COVID-19 images: individual licenses, see covid_chestxray.",
     citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
     "al.: COVID-19 image data collection, 2020.",
     study="Train with the generated images; test is also the validation set. In the study's repository 37 of the 100 "
-    "COVID-19 test images are also in train, and all generated images come from one X-ray.",
+    "COVID-19 test images are also in train. Its generated images are not published: the configuration oversampled "
+    "draws them again, one per file in train/covid, but as in the study's code all come from one X-ray, the last that "
+    "was read. The study's file order is unknown (here: by name), and its draw was unseeded (here: --seed).",
     clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
     "Generated images and train images with a near duplicate in test are removed.",
-    expected={"default": {"train": (420, 2000), "test": (100, 3000)}},
+    expected={
+        "default": {"train": (420, 2000), "test": (100, 3000)},
+        "oversampled": {"train": (242, 994), "test": (100, 1473)},
+    },
 )
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the X-rays of the archive or repository `source`.
+    """Lists the X-rays of the archive or repository `source`; "oversampled" adds the study's generated images.
 
     Raises ValueError for a missing split or class folder, with the names tried, or one without images.
     """
-    images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
+    paths: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in ("train", "test"):
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
         for label, name in enumerate(CLASSES):
-            images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
+            paths += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
     listed = []
-    for split, label, path, inner in images:
+    for split, label, path, inner in paths:
         generated = split == "train" and not label and GENERATED.match(path.stem)
         example = Example(
             file=path.relative_to(source).as_posix(),
@@ -61,15 +75,53 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     real, notes = complete_splits([example for example in listed if example.split], options.seed)
     clean = {example.file: example for example in real}
     examples = [clean.get(example.file, example) for example in listed]
-    counts = Counter((split, label) for split, label, _, _ in images)
-    if all(counts[split, label] == n for split, both in REPOSITORY.items() for label, n in enumerate(both)):
-        notes.append("all images per class are as in the study's repository")
-    else:
-        notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-XRay-5K")
-    if len(real) < len(images):
-        count = len(images) - len(real)
+    if len(real) < len(listed):
+        count = len(listed) - len(real)
         notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
+    originals = [example for example in examples if example.study == "train" and not example.label]
+    if config == "oversampled":
+        examples += _generated(originals[-1], len(originals), options.seed)
+        notes.append(f"{len(originals)} images are generated from {originals[-1].file}, for protocol=study only")
+    publications = {"COVID-XRay-5K": ABOUT.expected["default"], "the study's repository": REPOSITORY}
+    if config == "oversampled":
+        publications = {"the study's repository": ABOUT.expected[config]}
+    name = min(publications, key=lambda key: abs(sum(map(sum, publications[key].values())) - len(examples)))
+    notes += compare_counts(examples, CLASSES, publications[name], name)
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
+
+
+def generate(
+    array: np.ndarray, angle: float, shear: float, zoom: tuple[float, float], flip: bool, brightness: float
+) -> np.ndarray:
+    """Returns a copy of an X-ray as the study generated it, uint8.
+
+    Equals Keras's ImageDataGenerator, which then saved the copy as JPEG with its gray levels stretched to 0..255. Hence
+    little of `brightness` remains but coarser levels. Angles are in degrees.
+    """
+    array = array if array.dtype == np.uint8 else images.gray(array)
+    moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
+    picture = _stretch(moved[:, ::-1] if flip else moved)
+    file = io.BytesIO()
+    _stretch(np.asarray(ImageEnhance.Brightness(picture).enhance(brightness))).save(file, "JPEG")
+    return images.read(file.getvalue())[0]
+
+
+def _stretch(array: np.ndarray) -> Image.Image:
+    """Keras's array_to_img."""
+    values = array.astype(np.float32) - array.min()
+    return Image.fromarray((values / max(values.max(), 1e-9) * 255).astype(np.uint8))
+
+
+def _generated(original: Example, count: int, seed: int) -> list[Example]:
+    """Returns `count` random copies of one X-ray, which the study's loop over all files overwrote all others with."""
+    rng = np.random.default_rng(seed)
+    copies = []
+    for i in range(count):
+        angle, shear = rng.uniform(-1, 1, 2) * (ROTATION, SHEAR)
+        moves = {"angle": angle, "shear": shear, "zoom": tuple(rng.uniform(*ZOOM, 2)), "flip": rng.random() < 0.5}
+        transform = functools.partial(generate, **moves, brightness=rng.uniform(*BRIGHTNESS))
+        copies.append(replace(original, file=f"generated/{i:03}.jpg", split="", transform=transform))
+    return copies
 
 
 def group(file: str, label: int) -> str:

@@ -17,6 +17,8 @@ from lungjax.datasets.listing import About, Example, Listing, compare_counts
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official files
 
+EXTRA = ("age", "sex", "country")  # columns of metadata.csv that are kept
+
 # Slices and patients per class in the official tables (CT-1, val and test: counted in the files). In the train split of
 # the other versions the table counts 17 patients of TCIA twice, once per scan; here each counts once.
 _VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
@@ -53,7 +55,9 @@ ABOUT = About(
     origin="https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024 or about 65 "
     "GB, and the same again once prepared; 2b and 3b must be built from their sources)",
     layout="The label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
-    "3A_images with the PNG files; likewise for the other versions.",
+    "3A_images or 3A_images/3A_images with the PNG files, as on Kaggle; or splits/v3 and data/COVIDx_CT-3A, as in the "
+    "official repository; likewise for the other versions. Age, sex and country of metadata.csv, if it exists, are "
+    "kept as columns.",
     licence="By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
     "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
     "COVID-CT-MD unknown. Hence no commercial use of the complete set.",
@@ -78,12 +82,16 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """
     version = config.upper()
     names = ("_COVIDx_CT-" + version, "_COVIDx-CT-" + version, "_COVIDx_CT", "_COVIDx-CT")
+    roots = ("", f"splits/v{config[0]}/")
     tables = {
-        split: files.find(source, [f"{split}{name}.txt" for name in names], f"{split} label file")
+        split: files.find(
+            source, [f"{root}{split}{name}.txt" for root in roots for name in names], f"{split} label file"
+        )
         for split in splits.SPLITS
     }
     folders = (f"{version}_images", "images", f"COVIDx_CT-{version}", f"COVIDx-CT-{version}", "COVIDx-CT", "COVIDx_CT")
-    folder = files.find(source, [f"{name}/" for name in folders], "image folder")
+    places = [f"{place}/" for name in folders for place in (f"{name}/{name}", name, f"data/{name}")]
+    folder = files.find(source, places, "image folder")
     examples = [example for split, table in tables.items() for example in read_labels(table, split, folder)]
     unknown = [example.file for example in examples if not example.source]
     notes = compare_patients(examples, config)
@@ -94,7 +102,16 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         )
     if config in ("2a", "3a"):
         examples = resampled(examples)
-    return Listing(CLASSES, examples, notes=tuple(notes), study=ABOUT.study, body=True)
+    extra: tuple[str, ...] = ()
+    if (source / "metadata.csv").is_file():
+        extra, unknown_patient = EXTRA, ("",) * len(EXTRA)
+        # A few ids of TCIA end in a scan number, which is not part of a patient's id in file names.
+        patients = {
+            patient(f"{row['patient id']}-0.png")[0]: tuple(row[name] for name in EXTRA)
+            for _, row in files.read_rows(source / "metadata.csv", ("patient id", *EXTRA))
+        }
+        examples = [replace(e, extra=patients.get(e.group, unknown_patient)) for e in examples]
+    return Listing(CLASSES, examples, extra, tuple(notes), study=ABOUT.study, body=True)
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:

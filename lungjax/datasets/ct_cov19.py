@@ -1,6 +1,8 @@
 """CT-COV19 (commit 598e9b8): axial CT slices with the author's splits; study: https://github.com/marta-0/covid-ct."""
 
-from collections import Counter
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("COV", "Normal", "OtherPneumonia")  # labels 0, 1, 2 of the study
+SCAN = "FILE001"  # prefix of the files of a folder with one scan, before the number of the slice
+GAP = 10  # file numbers between two scans are at least 18 apart, those of a scan at most 3
+LONGEST = 60  # file numbers in a group: runs have up to 56 (Test/OtherPneumonia), except in Normal, without gaps
 TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class are not published
 
 ABOUT = About(
@@ -22,9 +27,11 @@ ABOUT = About(
     licence="The repository states none: ask its author before you share images or use them commercially.",
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
-    clean="The original test split. A numbered folder of COV is a patient; elsewhere patients are unknown, and blocks "
-    f"of {files.BLOCK_SIZE} consecutive file numbers of a folder stay together. The original val images of "
-    "OtherPneumonia were taken from the train folder, so val of this class is made anew, by block.",
+    clean="The original test split. Patients are not published. A folder of FILE001*.jpg (COV only) looks like one "
+    "scan and is a group. The other folders hold several scans each, also numbered ones such as Test/COV/30, which is "
+    f"not the patient of Val/COV/30. There a group is a run of file numbers, which ends at a gap of {GAP} or after "
+    f"{LONGEST} numbers. The original val images of OtherPneumonia were taken from the train folder, so "
+    "val of this class is made anew, by group.",
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )
 
@@ -43,17 +50,16 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
                 raise ValueError(f"{folder}: unknown class folder {other}; {nearest(other, CLASSES)}")
         for label, name in enumerate(CLASSES):
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
+    # Images directly in a class folder were moved there from others: they are in one series with their neighbors.
     flat = {label for _, label, _, inner in images if "/" not in inner}
+    series: dict[str, list[Path]] = defaultdict(list)
+    for split, label, path, inner in images:
+        moved = label in flat and split != "test"
+        series[str(Path(CLASSES[label], "" if moved else Path(inner).parent))].append(path)
+    group = {path: f"{name}/{run}" for name, paths in series.items() for path, run in runs(paths).items()}
     examples = [
-        Example(
-            file=path.relative_to(source).as_posix(),
-            image=str(path),
-            label=label,
-            split=split,
-            group=group(inner, label, label in flat and split != "test"),
-            study=split,
-        )
-        for split, label, path, inner in images
+        Example(path.relative_to(source).as_posix(), str(path), label, split, group[path], study=split)
+        for split, label, path, _ in images
     ]
     for label in sorted(flat):
         merged = [replace(e, split="test" if e.split == "test" else "train") for e in examples if e.label == label]
@@ -63,18 +69,21 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
         notes.append(f"differs from the publication: train has {total:,} images, in the study's notebooks 4,404")
-    name = "patients or blocks of neighboring slices"
-    return Listing(CLASSES, examples, notes=tuple(notes), group_name=name, study=ABOUT.study, body=True)
+    return Listing(
+        CLASSES, examples, notes=tuple(notes), group_name="scans or runs of slices", study=ABOUT.study, body=True
+    )
 
 
-def group(path: str, label: int, flat: bool) -> str:
-    """Returns the group of a slice by its path below the class folder: its patient, or its block of file numbers.
-
-    `flat` ignores the folder, for classes with images outside their original folders: each is in one block with its
-    neighbors.
-    """
-    folder = path.rpartition("/")[0]
-    if label == 0 and folder.isdigit():
-        return f"COV/{folder}"
-    parts = [CLASSES[label], "" if flat else folder, files.block(Path(path).stem)]
-    return "/".join(part for part in parts if part)
+def runs(paths: Iterable[Path]) -> dict[Path, str]:
+    """Returns the run of each file of a series: the first name of consecutive file numbers, or SCAN for a scan."""
+    numbered = []
+    for path in paths:
+        prefix = SCAN if path.stem.startswith(SCAN) else path.stem.rstrip(string.digits)
+        numbered.append((prefix, int(path.stem.removeprefix(prefix) or 0), path))
+    result, start, last = {}, ("", 0), ("", 0)
+    for prefix, number, path in sorted(numbered):
+        if prefix != last[0] or number - last[1] >= GAP or number - start[1] >= LONGEST:
+            start = (prefix, number)
+        last = (prefix, number)
+        result[path] = prefix if prefix == SCAN else f"{start[0]}{start[1]}"
+    return result

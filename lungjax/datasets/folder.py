@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ LAYOUTS = (
     f"{{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI files"
 )
 
+MIN_PATIENTS = 3  # fewer sub-folders of class folders are rather images/ and masks/ than patients
 
 ABOUT = About(
     title="your own CT slices, chest X-rays or CT volumes, in a folder",
@@ -34,11 +36,14 @@ ABOUT = About(
   {train,val,test}/{class}/... (a missing val or test is cut from train)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
-(see --window). Without a group (or --group_pattern for the file names), each image counts as its own patient.
+(see --window), upright according to their EXIF orientation. Patients are the column group, or folders below the class
+folders ({class}/{patient}/...), or the parentheses of --group_pattern in the path below the source; with
+--group_pattern=none, or without any of these, each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
 such a file, or a folder with one or more series; pip install -e '.[dicom]'.
-  CT: the files of one SeriesInstanceUID are a volume, ordered by position, without localizers. --plane=axial, coronal
+  CT: the slices of one SeriesInstanceUID, also frames of enhanced CT, are a volume, ordered by position, without
+    localizers. --plane=axial, coronal
     or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
     is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
     patient's right on the left; the head is up.
@@ -46,7 +51,8 @@ such a file, or a folder with one or more series; pip install -e '.[dicom]'.
   NIfTI: Hounsfield units in three dimensions.
   Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
     files are kept. --on_bad_image=skip lists skipped files by path.
-Images of the NCCID study are made by --plane=coronal --position=mid in folder/NAME-64x128, but not upside down.""",
+--plane=coronal --position=mid --hu_window=-300/1400 makes images of folder/NAME-64x128 like those of the NCCID study,
+but head up.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",
@@ -62,10 +68,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     raises it when its example is read, see `folder_volumes.expand`.
     """
     table = source / "labels.csv"
-    rows, extra, notes = _from_csv(table) if table.is_file() else _from_folders(source)
+    by_folder = not options.group_pattern
+    rows, extra, notes, warnings = _from_csv(table) if table.is_file() else _from_folders(source, by_folder)
     if not rows:
-        raise ValueError(f"{source}: no image found; expected {LAYOUTS}")
-    if options.group_pattern:
+        raise ValueError(f"{source}: no image found{''.join(f' ({text})' for text in warnings)}; expected {LAYOUTS}")
+    if options.group_pattern not in ("", "none"):
         groups = _search(rows, "group", options.group_pattern)
         rows = [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
     if options.source_pattern:
@@ -75,10 +82,15 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes += volume_notes
     ungrouped = sum(not row.group for row in rows)
     if ungrouped:
-        some = ungrouped < len(rows)
-        what = f"{ungrouped} images have no group" if some else "no groups (column group, or --group_pattern)"
-        notes.append(f"{what}: images without a group count as separate patients")
+        advice = "give patients by a column group, folders {class}/{patient}/..., or --group_pattern"
+        warnings.append(
+            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients: if some show the "
+            f"same patient, train and test share it, and all scores are too high; {advice}"
+        )
     classes = _classes([row.label for row in rows], options.classes)
+    cases = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if cases[name.casefold()] > 1]:
+        warnings.append(f"classes that differ only in upper and lower case: {', '.join(alike)}")
     labels = [classes.index(row.label) for row in rows]
     listed = [
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
@@ -89,7 +101,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     study = "the given splits" if any(row.split for row in rows) else ""
     body = options.modality == "ct" if options.modality else axial
     cut = {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volume_notes else None
-    return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut)
+    return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut, tuple(warnings))
 
 
 def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
@@ -105,27 +117,34 @@ def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
-    """Returns the first group of a regex in each file name. Raises ValueError for an invalid pattern or no match."""
+    """Returns the first group of a regex in the path of each row, or for sources in the file name.
+
+    Raises ValueError for an invalid pattern and for a row that does not match.
+    """
     flag = f"--{column}_pattern={pattern}"
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{flag} is not a regular expression: {error}") from None
     if not regex.groups:
-        raise ValueError(f"{flag} needs a group in parentheses, such as '^([a-z]+)_'")
+        raise ValueError(f"{flag} needs a group in parentheses, such as '([a-z]+)_'")
     if any(getattr(row, column) for row in rows):
         raise ValueError(f"{flag}: labels.csv already has a column {column}; remove one of them")
-    matches = [regex.search(os.path.basename(row.file)) for row in rows]
+    matches = [regex.search(row.file if column == "group" else os.path.basename(row.file)) for row in rows]
     for row, match in zip(rows, matches, strict=True):
         if not match or not match.group(1):
-            raise ValueError(f"{flag} matches nothing in the file name of {row.file}")
+            raise ValueError(f"{flag} matches nothing in {row.file}")
     return [match.group(1) for match in matches if match]
 
 
-def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
-    """Returns the rows, an empty tuple of extra columns, and notes."""
+def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
+    """Returns the rows, an empty tuple of extra columns, notes and warnings.
+
+    With `by_folder`, folders below the class folders are the groups of images and NIfTI files (DICOM has patient ids).
+    """
     files = list_files(source)
-    paths = [path for path in files if folder_volumes.kind(str(source / path))]
+    kinds = {path: name for path in files if (name := folder_volumes.kind(str(source / path)))}
+    paths = list(kinds)
     tops = {path.split("/")[0] for path in paths if "/" in path}
     split_of = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if split_of and set(split_of) != tops:
@@ -137,13 +156,30 @@ def _from_folders(source: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
         parts = path.split("/")
         if len(parts) <= depth:
             raise ValueError(f"{source}: {path} is not in a class folder; expected {LAYOUTS}")
-        rows.append(Row(path, str(source / path), parts[depth - 1], split_of.get(parts[0], "")))
-    skipped = len(files) - len(paths)
-    return rows, (), [f"{skipped} files that are not images were skipped"] if skipped else []
+        patient = parts[depth] if by_folder and len(parts) > depth + 1 and kinds[path] != "dicom" else ""
+        rows.append(Row(path, str(source / path), parts[depth - 1], split_of.get(parts[0], ""), patient))
+    notes, warnings = folder_volumes.unread_notes([path for path in files if path not in kinds])
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.group].add(row.label)
+    patients = labels.keys() - {""}
+    if 0 < len(patients) < MIN_PATIENTS:
+        raise ValueError(
+            f"{source}: are the folders {', '.join(sorted(patients))} below the class folders patients? Give a "
+            "--group_pattern that matches the patients, or --group_pattern=none if each image is from another patient"
+        )
+    if patients:
+        notes.append(f"{len(patients):,} patients by the folders below the class folders")
+    if shared := sorted(name for name in patients if len(labels[name]) > 1):
+        warnings.append(
+            f"{len(shared):,} patient folders have the same name in several classes, such as {shared[0]}, and count as "
+            f"one patient; if they are different patients: --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
+        )
+    return rows, (), notes, warnings
 
 
-def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
-    """Returns the rows, the names of extra columns, and no notes."""
+def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
+    """Returns the rows, the names of extra columns, notes, and warnings about images that are not listed."""
     columns, lines = read_table(table, ("path", "label"))
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")
@@ -176,7 +212,13 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str]]:
     without = next((row.where for row in rows if not row.split), None)
     if without and any(row.split for row in rows):
         raise ValueError(f"{without}: no split, but other lines have one; give all lines a split, or none")
-    return rows, extra, []
+    listed = {os.path.normpath(row.file) for row in rows}
+    others = [path for path in list_files(table.parent, lambda path, reason: None) if path not in listed]
+    kinds = {path: folder_volumes.kind(str(table.parent / path)) for path in others}
+    _, warnings = folder_volumes.unread_notes([path for path in others if not kinds[path]])
+    if unlisted := [path for path in others if kinds[path]]:
+        warnings.append(f"{len(unlisted):,} images are not in {table.name} and were skipped, such as {unlisted[0]}")
+    return rows, extra, [], warnings
 
 
 def _check_columns(columns: Sequence[str], extra: Sequence[str], where: str) -> None:

@@ -10,6 +10,11 @@ from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.datasets import PrepareOptions
 
+# Files next to images that nobody expects to be read; all others that are not read are named.
+DOCUMENTS = (
+    ".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
+    ".db", ".ini", ".log", ".py", "dicomdir",
+)  # fmt: skip
 Notes = dict[str, list[str]]  # remark -> files or series it applies to, "" for one without a name
 
 
@@ -41,6 +46,20 @@ def kind(path: str) -> str:
     suffix = os.path.splitext(name)[1]
     ambiguous = (not suffix or suffix[1:].isdigit()) and name != "dicomdir"
     return "dicom" if ambiguous and dicom.is_dicom(path) else ""
+
+
+def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns a note on the documents among files that are not read, and a warning that names the others by suffix."""
+    others: dict[str, list[str]] = {}
+    for path in paths:
+        if not path.lower().endswith(DOCUMENTS):
+            others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
+    documents = len(paths) - sum(map(len, others.values()))
+    names = "; ".join(f"{len(names):,} with {suffix}, such as {names[0]}" for suffix, names in others.items())
+    return (
+        [f"{documents:,} files that are not images were skipped"] if documents else [],
+        [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
+    )
 
 
 def unfold(row: Row) -> list[Row]:
@@ -100,17 +119,19 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
     series: dict[str, list[tuple[dicom.Header, Row]]] = {}
     for row in rows:
         try:
-            header = dicom.header(row.image)
+            headers = dicom.headers(row.image)
         except ValueError as error:
             result.append(_bad(row, row.file, error))
             continue
-        if header.aside:
-            notes.setdefault(f"DICOM files skipped: {header.aside}", []).append("")
+        headers, aside = [header for header in headers if not header.aside], headers[0].aside
+        if not headers:
+            notes.setdefault(f"DICOM files skipped: {aside}", []).append("")
             continue
+        header = headers[0]
         patients.add(row.group or header.patient)
         row = replace(row, group=row.group or volumes.pseudonym(header.patient, options.salt))
         if header.modality == "CT":
-            series.setdefault(header.series, []).append((header, row))
+            series.setdefault(header.series, []).extend((header, row) for header in headers)
             continue
         name = f"image-{volumes.pseudonym(header.image, options.salt)}"
         if name in xrays:
@@ -158,11 +179,11 @@ def _from_series(
             replace(
                 rows[i],
                 file=alone or _name(name, options.plane, i),
-                image=partial(dicom.picture, series.headers[i].path, options.hu_windows),
+                image=partial(dicom.picture, series.headers[i], options.hu_windows),
             )
             for i in places
         ]
-    problem = f"{series.headers[0].path} and its series"
+    problem = f"{series.headers[0].name} and its series"
     if series.flaw:
         raise ValueError(f"{problem}: no {options.plane} plane can be cut, {series.flaw}")
     for key in ("label", "split"):
@@ -170,8 +191,7 @@ def _from_series(
         if len(values) > 1:
             what = f"several {key}s ({', '.join(values)})"
             raise ValueError(f"{problem} have {what}: a {options.plane} plane needs one {key} per series")
-    paths = tuple(header.path for header in series.headers)
-    cut = partial(dicom.cut, paths, series.step, options.plane)
+    cut = partial(dicom.cut, series.headers, series.step, options.plane)
     return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
 
 

@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from lungjax.data import splits
+
+Transform = Callable[[np.ndarray], np.ndarray]  # uint8 pixels of an image to those of a copy of the same size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Example:
     extra: tuple[str, ...] = ()  # values of Listing.extra
     where: str = ""  # such as "labels.csv line 7", for errors
     study: str = ""  # see above; ignored if Listing.study is ""
+    transform: Transform | None = None  # applied after the stage; picklable, keeps the size
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Listing:
     group_name: str = "patients"  # name of the groups in the summary
     study: str = ""  # description of protocol=study; "" without published or given splits
     body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
-    volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position
+    volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position, orientation
+    warnings: tuple[str, ...] = ()  # for the summary
 
     def __post_init__(self) -> None:
         """Checks that no file is listed twice."""

@@ -1,7 +1,7 @@
 """Coronal CT images of the NCCID, classified by whether they show the whole lung.
 
 Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_util.py makes the split). The images are
-64 x 128, upside down, and cut from volumes of the National COVID-19 Chest Imaging Database.
+64 x 128, rotated by 180 degrees, and cut from volumes of the National COVID-19 Chest Imaging Database.
 """
 
 import re
@@ -16,14 +16,14 @@ from lungjax.datasets.listing import About, Example, Listing, compare_counts, co
 CLASSES = ("Others", "WholeLung")  # 0, 1 of the label file
 TABLE = "whole_lung_label.csv"
 SEED = 42  # of both draws of the study
-# How the study cut its images; it does not state the window, this is the usual lung window.
-VOLUMES = {"hu_windows": ((-600.0, 1500.0),), "plane": "coronal", "position": "mid"}
+# How the study cut its images. It does not state the window: the images of its notebook suggest about -990 to 380 HU.
+VOLUMES = {"hu_windows": ((-300.0, 1400.0),), "plane": "coronal", "position": "mid", "orientation": "rotated"}
 
 ABOUT = About(
     title="mid-coronal CT images: the whole lung, or not",
     origin="the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
     "application (4,773 images of 64 x 128, JPEG). The study cut them itself; `folder` cuts such images from your "
-    "volumes (--plane=coronal --position=mid)",
+    "volumes (--plane=coronal --position=mid --hu_window=-300/1400)",
     layout=f"One folder with the JPEG files and {TABLE} (image_name,whole_lung; 0 or 1).",
     licence="The database's access agreement only; the study's repository has no license file.",
     citation="NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al., GigaScience 10, 2021.",

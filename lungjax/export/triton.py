@@ -59,8 +59,8 @@ RELEASE is a version of the server whose onnxruntime reads ONNX opset 23, such a
     request.set_data_from_numpy(pixels)
     print(client.infer("{name}", [request]).as_numpy("probabilities"))    # one column per class: {names}
 
-The client crops and resizes images as `input` of model.json specifies; normalization and calibration are inside the
-model. With lungjax, `lungjax.load("{name}/1/model.onnx").prepare(image).pixels` does that.
+The client rotates, crops and resizes images as `orientation` and `input` of model.json specify; normalization and
+calibration are inside the model. With lungjax, `lungjax.load("{name}/1/model.onnx").prepare(image).pixels` does that.
 """
 
 

@@ -107,11 +107,11 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
             continue
         series_by_path[place] = series
         try:
-            header = _add_file(inputs, str(path), series, short, metadata)
+            slices = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:
             inputs.failures.append((str(path), reason(error, str(path))))
             continue
-        if header is not None:
+        for header in slices:
             headers.setdefault(header.series, []).append(header)
             names[str(path)] = (series, short)
     for slices in headers.values():
@@ -166,8 +166,8 @@ def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
             yield path.parent / Path(row["path"]).expanduser(), row.get("group", ""), row["path"]
 
 
-def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> dicom.Header | None:
-    """Adds a file; a slice of a DICOM series is returned instead. Raises ValueError for another kind of file."""
+def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> list[dicom.Header]:
+    """Adds a file; slices of a DICOM series are returned instead. Raises ValueError for another kind of file."""
     kind = folder_volumes.kind(path)
     if kind == "image":
         inputs.add(Item(path, Path(path).read_bytes, series, short))
@@ -176,16 +176,16 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
         name = inputs.add_volume(path, series, volume.notes, cut, volume.shape)
         inputs.add_slices(path, short, name, cut, volume.shape, metadata)
     elif kind == "dicom":
-        header = dicom.header(path)
-        if header.aside:
+        headers = [header for header in dicom.headers(path) if not header.aside]
+        if not headers:
             inputs.skipped += 1
-        elif header.modality in dicom.XRAYS:
-            inputs.add(Item(path, partial(dicom.xray, path), series, short))
+        elif headers[0].modality not in dicom.XRAYS:
+            return headers
         else:
-            return header
+            inputs.add(Item(path, partial(dicom.xray, path), series, short))
     else:
         raise ValueError(f"unsupported file type; expected {KINDS}")
-    return None
+    return []
 
 
 def _add_dicom(
@@ -195,10 +195,11 @@ def _add_dicom(
     first, plane = str(headers[0].path), metadata.plane
     group, short = names[first]
     series = dicom.series(headers)
-    paths = tuple(header.path for header in series.headers)
 
-    def read(path: dicom.File) -> Callable[[], bytes]:
-        return partial(dicom.picture, path, metadata.hu_windows)
+    def item(header: dicom.Header, series: str) -> Item:
+        suffix = header.name.removeprefix(str(header.path))
+        short = names[str(header.path)][1] + suffix
+        return Item(header.name, partial(dicom.picture, header, metadata.hu_windows), series, short)
 
     def check(plane: str) -> None:
         if series.flaw and plane != series.plane:
@@ -206,19 +207,20 @@ def _add_dicom(
 
     def cut(plane: str, number: int, windows: Windows) -> bytes:
         check(plane)
-        return dicom.cut(paths, series.step, plane, number, windows)
+        return dicom.cut(series.headers, series.step, plane, number, windows)
 
-    if len(paths) == 1 and plane == series.plane:
-        inputs.add(Item(first, read(first), group, short))
+    if len(headers) == 1 and plane == series.plane:
+        inputs.add(item(headers[0], group))
         return
     check(plane)
-    folder = os.path.dirname(first) or first
+    files = {str(header.path) for header in headers}
+    folder = first if len(files) == 1 else os.path.dirname(first) or first
     name = inputs.add_volume(folder, group, series.notes, cut, series.shape)
     if plane == series.plane:  # slice by slice: the volume need not be in memory
-        for i in _numbers(len(paths), metadata):
-            inputs.items.append(Item(str(paths[i]), read(paths[i]), name, names[str(paths[i])][1]))
+        inputs.items += [item(series.headers[i], name) for i in _numbers(len(headers), metadata)]
         return
-    inputs.add_slices(folder, os.path.dirname(short) or os.path.basename(folder), name, cut, series.shape, metadata)
+    short = short if len(files) == 1 else os.path.dirname(short) or os.path.basename(folder)
+    inputs.add_slices(folder, short, name, cut, series.shape, metadata)
 
 
 def _numbers(count: int, metadata: Metadata) -> Sequence[int]:

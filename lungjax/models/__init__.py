@@ -1,4 +1,4 @@
-"""Networks by name. Each is called as `network(images, train=...)` and returns (logits, features)."""
+"""All networks by name. `network(images, train=...)` returns (logits, features)."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -23,8 +23,8 @@ from lungjax.models.transfusion import TRANSFUSION
 from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
 
-# A constructor called without arguments returns the published network with its 1000-class head. A family has the name
-# of its rules for weight files.
+# Constructors by name; without arguments each returns the published network with 1000 classes. The name of a family is
+# also that of its module in `weights.name_rules`.
 FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "transfusion": TRANSFUSION,
     "xray_cnn": XRAY,
@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values
 
 
 def family_of(name: str) -> str:
-    """Returns the family of a network. Raises ValueError for an unknown one, with the nearest names."""
+    """Returns the family of a network. Raises ValueError with the nearest names if the network is unknown."""
     for family, names in FAMILIES.items():
         if name in names:
             return family
@@ -51,33 +51,28 @@ def family_of(name: str) -> str:
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
-    """Returns the network of `config` with one output per class, or one logit for a sigmoid head.
+    """Returns the network of `config` with one logit per class, or a single logit for a sigmoid head.
 
-    Args:
-      config: a field of None takes the published value of the architecture.
-      classes: number of classes, at least 2.
-      remat: recompute the activations of each block in the backward pass.
-      platform: "cpu", "gpu" or "tpu", sets the default dtype; None: the default backend.
+    Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
+    of each block in the backward pass. `platform` ("cpu", "gpu", "tpu" or None for the default backend) sets the
+    default dtype.
 
-    The network maps images [B, H, W, C], normalized float32, to (logits [B, outputs] in float32, features);
+    The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon or drop_path that the network does not
-    support, and for a sigmoid with more than two classes.
+    Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
+    not support, for fewer than two classes, and for a sigmoid with more than two.
     """
-    if config.name not in MODELS:
-        family_of(config.name)
+    family_of(config.name)  # raises for an unknown name
     dtype = config.dtype or default_dtype(platform or jax.default_backend())
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
-    options: dict[str, Any] = {"padding": config.padding, "epsilon": config.epsilon, "drop_path": config.drop_path}
-    fields = {name: value for name, value in options.items() if value is not None}
+    options = {name: getattr(config, name) for name in ("padding", "epsilon", "drop_path", "dropout")}
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for name, value in fields.items():
         if not hasattr(network, name):
-            raise ValueError(
-                f"model.{name}={value!r}: {config.name} does not support this option; leave it unset (None)"
-            )
+            raise ValueError(f"model.{name}={value!r}: {config.name} does not have this option; leave it unset (None)")
     if config.padding is not None and config.padding not in network.paddings:
         allowed = ", ".join(network.paddings)
         raise ValueError(f"model.padding={config.padding!r}: {config.name} allows {allowed}")
@@ -89,7 +84,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
 
 
 def default_dtype(platform: str) -> str:
-    """Returns the dtype of the activations: bfloat16 on platforms with hardware for it."""
+    """Returns the default dtype of activations: bfloat16 on platforms with hardware support for it."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
@@ -100,6 +95,6 @@ def minimum_size(config: ModelConfig) -> tuple[int, int]:
 
 @cache  # tracing a deep network takes seconds
 def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Returns the shape of every leaf of a network, by path, for images of [height, width, channels]."""
+    """Returns the shapes of all parameters and statistics by path, for images of [height, width, channels]."""
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
     return {path: leaf.shape for tree in variables.values() for path, leaf in trees.flatten(tree).items()}

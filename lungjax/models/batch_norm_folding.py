@@ -1,7 +1,7 @@
-"""Batch norms folded into the convolutions before them, for prediction.
+"""Folds batch norms into the convolutions before them, for prediction.
 
-With fixed statistics a batch norm is a scale and a shift per channel, so norm(conv(x, kernel)) is
-conv(x, kernel * factor) + shift with factor = scale / sqrt(var + epsilon). Which norms can be folded is read from the
+With fixed statistics a batch norm is a scale and a shift per channel, so norm(conv(x, kernel)) equals
+conv(x, kernel * factor) + shift with factor = scale / sqrt(var + epsilon). The norms that can be folded are found in a
 trace of the network, so networks need no code for it.
 """
 
@@ -40,21 +40,18 @@ def _path(module: nn.Module) -> str:
 def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[ConvNorm, ...]:
     """Returns the norms of a network that can be folded, from one trace on shapes.
 
-    Args:
-      module: from `models.build`.
-      shapes: its variables, or their shapes.
-      image_shape: [height, width, channels] of the network's input.
+    `shapes` are the variables of `module` or their shapes, `image_shape` is [height, width, channels] of its input.
 
-    Not folded: norms of anything but a layer's output (a sum, an activation, a concatenation); norms of a layer whose
-    output is also read elsewhere or returned; layers called more than once; and weight-standardized convolutions, whose
-    kernels cannot be scaled.
+    A norm cannot be folded if its input is not the output of a layer (but a sum, an activation, a concatenation), if
+    that output is read elsewhere or returned, if norm or layer is called more than once, or if the layer is a
+    weight-standardized convolution, whose kernel cannot be scaled.
     """
     if not shapes.get("batch_stats"):
         return ()
     layers: dict[str, Any] = {}
 
-    # `checkpoint_name` names the outputs of layers, and replaces each norm. A pair is then a norm's name whose operand
-    # is a layer's name without other readers.
+    # `checkpoint_name` marks the output of each layer and stands in for each norm. A pair is then a mark of a norm
+    # whose operand is the mark of a layer and has no other reader.
     def name_outputs(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         foldable = isinstance(layer, nn.Dense) or (isinstance(layer, Conv) and layer.standardize is None)
@@ -71,7 +68,7 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     calls: Counter[str] = Counter()
-    edges: list[tuple[str, str]] = []  # a named output and the name of its only reader
+    edges: list[tuple[str, str]] = []  # a marked output and its only reader, another mark
     for jaxpr in _all_jaxprs(jax.make_jaxpr(forward)(shapes, images).jaxpr):
         marks = [equation for equation in jaxpr.eqns if equation.primitive.name == "name"]
         names = {id(mark.outvars[0]): mark.params["name"] for mark in marks}
@@ -92,7 +89,7 @@ def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...
 
 
 def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
-    """Yields the jaxpr and those inside its equations, such as those of jit, remat and cond."""
+    """Yields the jaxpr and all jaxprs nested in it, such as those of jit, remat and cond."""
     yield jaxpr
     for equation in jaxpr.eqns:
         for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
@@ -101,10 +98,10 @@ def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
 
 
 def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
-    """Returns variables with the norms of `pairs` folded, in the parameters' own dtype, float32.
+    """Returns float32 variables with the norms of `pairs` folded.
 
-    Each pair keeps the layer's `kernel`, scaled, and the norm's `bias`, which becomes the complete shift. A network in
-    bfloat16 casts the folded kernel, so values are rounded only once.
+    Of each pair there remain the scaled `kernel` of the layer and the `bias` of the norm, which becomes the complete
+    shift. A bfloat16 network casts the folded kernel, so values are rounded only once.
     """
     params, stats = trees.flatten(variables["params"]), trees.flatten(variables.get("batch_stats") or {})
     for pair in pairs:
@@ -140,7 +137,7 @@ def _compiled_fold(pairs: tuple[ConvNorm, ...], structure: Any, shardings: tuple
 
 @dataclass(frozen=True, eq=False)
 class FoldedModel:
-    """A network with folded norms: `model(model.fold(variables), images)` are its logits and features."""
+    """A network with folded norms; `model(model.fold(variables), images)` returns logits and features."""
 
     module: nn.Module
     shapes: Variables  # variables, or their shapes
@@ -152,24 +149,24 @@ class FoldedModel:
         return find_pairs(self.module, self.shapes, self.image_shape)
 
     def fold(self, variables: Variables) -> Variables:
-        """Returns folded variables with the shardings of `variables`. Call it once per pass over a split."""
+        """Returns folded variables with the shardings of `variables`; call it once per pass over a split."""
         if not self.pairs:
-            return variables  # without a copy
+            return variables
         layout = self.layout(jax.tree.map(lambda x: x.sharding if isinstance(x, jax.Array) else None, variables))
         shardings, structure = jax.tree.flatten(layout)
         return _compiled_fold(self.pairs, structure, tuple(shardings))(variables)
 
     def layout(self, tree: Variables) -> Variables:
-        """Returns a tree like the variables, such as their shardings, without the leaves that folding removes."""
+        """Returns a tree of the structure of the variables, such as their shardings, without the folded leaves."""
         folded = {f"{pair.norm}/{name}" for pair in self.pairs for name in ("scale", "mean", "var")}
         folded |= {f"{pair.layer}/bias" for pair in self.pairs if pair.biased}
         return {name: trees.split(tree.get(name) or {}, folded)[0] for name in ("params", "batch_stats")}
 
     def __call__(self, folded: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps normalized images [B, H, W, C] to (logits, features), as `module.apply(..., train=False)`."""
+        """Maps normalized images [B, H, W, C] to (logits, features), like `module.apply(..., train=False)`."""
         params = trees.flatten(folded["params"])
         shifts = {pair.norm: params[f"{pair.norm}/bias"] for pair in self.pairs}
-        # Constant zeros, which the compiler removes: the shift is added in place of the norm, after the last rounding.
+        # The compiler removes these zeros; the shift is added in place of the norm, after the last rounding.
         params |= {f"{p.layer}/bias": jnp.zeros_like(shifts[p.norm]) for p in self.pairs if p.biased}
 
         def add_shift(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -1,8 +1,8 @@
 """ConvNeXt (Liu et al., CVPR 2022, arXiv 2201.03545) and ConvNeXt V2 (Woo et al., CVPR 2023, arXiv 2301.00808).
 
-V2 replaces the layer scale of V1's blocks by a global response norm. All sources agree: layer norms with epsilon
-1e-6, exact GELU, strided convolutions without padding (which ignore a remainder at the lower and right edge), and a
-norm after the pool, not before it.
+V2 replaces the layer scale of the blocks by a global response norm. All sources have layer norms with epsilon 1e-6,
+exact GELU, strided convolutions without padding (which ignore a remainder at the lower and right edge), and a norm
+after the pool, not before it.
 """
 
 from dataclasses import field
@@ -20,12 +20,12 @@ from lungjax.models.ops.conv import product, to_float32
 
 EPSILON = 1e-6  # of layer norm and global response norm
 LAYER_SCALE = 1e-6  # initial value
-# The authors truncate at -2 and 2, a hundred standard deviations, which has no effect.
+# The authors truncate at -2 and 2, which at a hundred standard deviations has no effect.
 KERNEL_INIT = nn.initializers.normal(0.02)
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales each channel by its norm over the map, relative to the mean norm of all channels, and adds x."""
+    """Scales each channel by its norm over the map relative to the mean norm of all channels, and adds the input."""
 
     dtype: Any
 
@@ -35,7 +35,7 @@ class GlobalResponseNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         squares = jnp.square(to_float32(x)).sum((1, 2), keepdims=True)
-        # GELU can make all cells of a channel of a small map zero, where the root's slope is infinite. Torch returns 0.
+        # GELU can set a complete channel of a small map to zero, where the slope of the root is infinite; torch has 0.
         positive = squares > 0
         norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)  # [B, 1, 1, C]
         relative = norms / (norms.mean(-1, keepdims=True) + EPSILON)
@@ -82,7 +82,7 @@ class Downsample(nn.Module):
 
 
 class ConvNeXt(Network):
-    """A stem of stride 4, four stages of blocks with a downsampling before all but the first."""
+    """A stem of stride 4 and stages of blocks, with downsampling before all stages but the first."""
 
     depths: tuple[int, ...]  # blocks per stage
     widths: tuple[int, ...]  # channels per stage
@@ -93,8 +93,7 @@ class ConvNeXt(Network):
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H // 32, W // 32, widths[-1]]."""
         conv = partial(Conv, padding="VALID", use_bias=True, dtype=self.dtype, kernel_init=KERNEL_INIT)
-        # The fast variance (mean of squares minus square of mean) loses digits that parity tests see.
-        norm = partial(nn.LayerNorm, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
+        norm = partial(nn.LayerNorm, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)  # see head.NORMS
         x = norm(name="stem_norm")(conv(self.widths[0], 4, 4, name="stem_conv")(x))  # [B, H // 4, W // 4, widths[0]]
         number, last = 0, max(sum(self.depths) - 1, 1)
         for s, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), 1):
@@ -115,13 +114,13 @@ SHALLOW, DEEP = (3, 3, 9, 3), (3, 3, 27, 3)
 
 
 def v1(depths: tuple[int, ...], width: int, drop_path: float, grn: bool = False) -> partial[ConvNeXt]:
-    """Returns a network; `width` is that of the first stage, doubled in each of the next."""
+    """Returns a constructor; `width` is that of the first stage and doubles with each further one."""
     return partial(ConvNeXt, depths, (width, 2 * width, 4 * width, 8 * width), drop_path=drop_path, grn=grn)
 
 
 v2 = partial(v1, drop_path=0.1, grn=True)
-# Drop path, from TRAINING.md of the authors' repositories: V1 for ImageNet-1k from scratch (XL: fine-tuning from
-# ImageNet-22k, its only recipe); V2 for fine-tuning (atto, tiny, base; the others have no value there).
+# Rates of drop path from TRAINING.md of the authors' repositories: for V1 those of ImageNet-1k from scratch (XL: of
+# fine-tuning from ImageNet-22k, its only recipe), for V2 those of fine-tuning (given only for atto, tiny and base).
 CONVNEXT = {
     "convnext_tiny": v1(SHALLOW, 96, 0.1),
     "convnext_small": v1(DEEP, 96, 0.4),

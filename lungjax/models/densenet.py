@@ -1,8 +1,7 @@
 """DenseNet-BC (Huang et al., CVPR 2017, arXiv 1608.06993): every layer reads the maps of all layers before it.
 
-Padding is symmetric in all sources (Keras pads explicitly); average pools drop the last row and column of an odd map.
-Batch norm: epsilon 1.001e-5 and decay 0.99 in Keras, whose weights of 121, 169 and 201 are the usual ones; 1e-5 and
-0.9 in torch, the only source of 161.
+Padding is symmetric in all sources; average pools drop the last row and column of an odd map. Batch norm has epsilon
+1.001e-5 and decay 0.99 as in Keras, or for DenseNet161, which only torch has, 1e-5 and 0.9.
 """
 
 from functools import partial
@@ -50,7 +49,7 @@ class Transition(nn.Module):
 
 
 class DenseNet(Network):
-    """Stem of stride 4, stages of dense layers with a transition after all but the last, norm, ReLU."""
+    """Stem of stride 4, stages of dense layers with a transition after all but the last, norm and ReLU."""
 
     depths: tuple[int, ...]  # layers per stage
     growth: int = 32  # channels that each layer adds
@@ -59,8 +58,8 @@ class DenseNet(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, h, w, channels] with h about H / 32."""
-        # Concatenated inside the recomputed function, so that only the new channels of each layer are saved. The
-        # concatenated maps would take memory that grows with the square of the depth.
+        # Maps are concatenated inside the rematerialized function, so only the new channels of each layer are saved.
+        # Saving the concatenated maps would take memory quadratic in the depth.
         run = partial(self.run, function=lambda layer, maps: layer(jnp.concatenate(maps, -1), train=train))
         conv = partial(Conv, dtype=self.dtype, kernel_init=KERNEL_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)

@@ -1,9 +1,9 @@
 """EfficientNet (Tan and Le, ICML 2019, arXiv 1905.11946) B0 to B7, its Lite versions, and V2 (arXiv 2104.00298).
 
-A table of stages with two kinds of blocks, scaled in width and depth. Batch norm: epsilon 1e-3 (torch-trained
-weights: 1e-5); decay 0.99, V2 0.9 (tensorflow/tpu, google/automl, Keras). Padding: TF's SAME, which at stride 2
-pads an even map by (0, 1); torch-trained weights need "symmetric". Lite (tensorflow/tpu efficientnet/lite): no
-squeeze-excite, ReLU6. Input range and mean/std belong to the weights (`InputSpec`).
+A table of stages with two kinds of blocks, scaled in width and depth. Batch norm has epsilon 1e-3 (torch-trained
+weights: 1e-5) and decay 0.99, in V2 0.9 (tensorflow/tpu, google/automl, Keras). Padding is SAME as in TensorFlow, by
+(0, 1) for an even map at stride 2; torch-trained weights need "symmetric". Lite (tensorflow/tpu, efficientnet/lite)
+has ReLU6 and no squeeze-excite.
 """
 
 import math
@@ -18,14 +18,14 @@ from lungjax.config import HeadConfig
 from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, Initializer, Layer, SqueezeExcite
 from lungjax.models.network import Network
 
-# Normal with variance 2 / fan_out (google/automl). An input pixel of a depthwise kernel [k, k, 1, C] has
-# k * k outputs, which is what jax counts as its fan_in.
+# Normal with variance 2 / fan_out (google/automl), which for a depthwise kernel [k, k, 1, C] is k * k, the number that
+# jax calls fan_in.
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Stage(NamedTuple):
-    """A row of the paper's table 4: equal blocks, of which the first changes width and resolution."""
+    """A row of table 4 of the V2 paper: equal blocks, of which the first changes width and resolution."""
 
     fused: bool  # Fused-MBConv, else MBConv
     repeats: int
@@ -33,11 +33,11 @@ class Stage(NamedTuple):
     expand: int  # expanded channels per channel in
     stride: int  # of the first block
     kernel: int = 3
-    squeeze: float = 0.0  # bottleneck channels of squeeze-excite per channel in (not the expanded ones); 0: none
+    squeeze: float = 0.0  # bottleneck channels of squeeze-excite per (unexpanded) channel in; 0: none
 
 
 class Row(NamedTuple):
-    """One block."""
+    """The numbers of one block."""
 
     kernel: int
     middle: int  # expanded channels; no expansion if equal to the channels in
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 class Block(nn.Module):
-    """MBConv: expand, depthwise, squeeze-excite, project, add. Fused: one k x k expands, no depthwise."""
+    """MBConv: expand, depthwise, squeeze-excite, project, add. Fused: k x k expansion without depthwise convolution."""
 
     row: Row
     drop_path: float
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class EfficientNet(Network):
-    """Stem, stages of blocks, a 1x1 convolution to `top` channels. Also MobileNetV2 and V3."""
+    """Stem, stages of blocks and a 1x1 convolution to `top` channels; also the class of MobileNetV2 and V3."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
@@ -123,13 +123,13 @@ class EfficientNet(Network):
 
 
 def make_divisible(channels: float, guard: bool) -> int:
-    """Rounds to the nearest multiple of eight, at least 8; with `guard` never down by more than a tenth."""
+    """Rounds to the nearest multiple of 8, at least 8; `guard` rounds up instead of down by more than 10 %."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if guard and rounded < 0.9 * channels else rounded
 
 
 def expand(stages: tuple[Stage, ...], channels: int, activation: Activation = nn.silu) -> tuple[tuple[Row, ...], ...]:
-    """Returns the blocks of each stage, for a stem of `channels`."""
+    """Returns the blocks of each stage after a stem of `channels`."""
     result = []
     for stage in stages:
         rows = []
@@ -146,9 +146,9 @@ def compound_scale(
     stages: tuple[Stage, ...], stem: int, width: float, depth: float, dropout: float, guard: bool = False,
     lite: bool = False, activation: Activation = nn.silu, **fields: Any,
 ) -> partial[EfficientNet]:  # fmt: skip
-    """Returns the network with the base's width and depth multiplied by `width` and `depth`.
+    """Returns a constructor of the network with all widths and depths of `stages` multiplied by `width` and `depth`.
 
-    Lite: no squeeze-excite; stem, top and the depth of the first and last stage are not scaled.
+    `lite` drops squeeze-excite and leaves stem, top and the depth of the first and last stage unscaled.
     """
 
     def wide(channels: int) -> int:
@@ -176,7 +176,7 @@ V1 = (
 
 
 def v2(repeats: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
-    """Returns the stages of a V2: three of Fused-MBConv, then three or four of MBConv."""
+    """Returns the stages of a V2 network: three of Fused-MBConv, then three or four of MBConv."""
     kinds = ((True, 1, 1), (True, 4, 2), (True, 4, 2), (False, 4, 2), (False, 6, 1), (False, 6, 2), (False, 6, 1))
     rows = zip(kinds, repeats, widths, strict=False)  # S and the base stop one stage earlier
     return tuple(Stage(fused, n, w, e, s, 3, 0.0 if fused else 0.25) for (fused, e, s), n, w in rows)
@@ -199,8 +199,8 @@ EFFICIENTNET = {
     **{f"efficientnet_b{i}": compound_scale(V1, 32, *scale, guard=True) for i, scale in enumerate(B)},
     **{f"efficientnet_lite{i}": lite(V1, 32, *scale) for i, scale in enumerate(LITE)},
 }
-# V2's dropout is Keras's 0.2 for all; the authors' code raises it to 0.3 for B2, B3, M and 0.4 for L, XL.
-# Its widths are rounded without the guard: B3's first stage has 16.
+# Dropout of V2 is 0.2 as in Keras; the authors have 0.3 for B2, B3 and M, and 0.4 for L and XL. Widths are rounded
+# without the guard: the first stage of B3 has 16 channels.
 v2_scale = partial(compound_scale, dropout=0.2, momentum=0.9)
 EFFICIENTNETV2 = {
     "efficientnetv2_b0": v2_scale(V2_BASE, 32, 1.0, 1.0),

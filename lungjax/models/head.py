@@ -1,6 +1,6 @@
-"""A configurable head for the five studies and the published networks.
+"""One configurable head for the networks of the five studies and the published architectures.
 
-Its only input is the feature map, so Grad-CAM can differentiate the logits with respect to `features["last"]`.
+Its only input is the last feature map, with respect to which Grad-CAM differentiates the logits.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from lungjax.models.layers import BatchNorm
 from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 from lungjax.models.ops.pooling import avg_pool_2x2
 
-# Batch: Keras's defaults, which the studies use. Group and layer: as in the code of BiT and ConvNeXt, but not the fast
-# variance (mean of squares minus square of mean), which loses digits that parity tests see.
+# Batch: the defaults of Keras, which the studies use. Group and layer: as in the code of BiT and ConvNeXt, but without
+# the fast variance (mean of squares minus square of mean), whose rounding errors the parity tests detect.
 NORMS: dict[str | None, Callable[..., nn.Module]] = {
     "batch": partial(BatchNorm, momentum=0.99, epsilon=1e-3),
     "layer": partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False),
@@ -32,7 +32,7 @@ PLAIN = HeadConfig(
 
 
 def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig:
-    """Returns `head` with each None replaced by the network's published value, else by that of `PLAIN`."""
+    """Returns `head` with each None replaced by the published value of the network, or else by that of `PLAIN`."""
     for source in (published, PLAIN):
         missing = {f.name: getattr(source, f.name) for f in fields(head) if getattr(head, f.name) is None}
         head = replace(head, **missing)
@@ -42,31 +42,29 @@ def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig
 def output_count(head: HeadConfig, classes: int) -> int:
     """Returns the number of logits: one per class, or a single one for a sigmoid.
 
-    Raises ValueError for fewer than two classes, and for a sigmoid with more.
+    Raises ValueError for fewer than two classes, and for a sigmoid with more than two.
     """
     if classes < 2:
         raise ValueError(f"{classes} class(es): a classifier needs at least 2")
-    if head.output != "sigmoid":
-        return classes
-    if classes != 2:
+    if head.output == "sigmoid" and classes != 2:
         raise ValueError(f"model.head.output=sigmoid requires two classes, but the data set has {classes}; use softmax")
-    return 1
+    return 1 if head.output == "sigmoid" else classes
 
 
 def min_cells(head: HeadConfig) -> int:
-    """Returns the number of cells per side of the map that the pool needs."""
+    """Returns the minimum number of cells per side of the map that the pool can handle."""
     return 2 if head.pool == "avg2x2_flatten" else 1
 
 
 class Head(nn.Module):
-    """Norm and ReLU, pool, norm, dropout, hidden layers, logits; all in float32 or wider."""
+    """Norm and ReLU, pool, norm, dropout, hidden layers and the logit layer, all in float32 or wider."""
 
-    config: HeadConfig  # a field of None has the value of `PLAIN`
+    config: HeadConfig  # fields of None take the value of `PLAIN`
     outputs: int  # logits
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> jax.Array:
-        """Maps the last map [B, h, w, c] to logits [B, outputs] in float32."""
+        """Maps the last feature map [B, h, w, c] to float32 logits [B, outputs]."""
         config = with_defaults(self.config)
 
         def norm(x: jax.Array, kind: str | None, name: str) -> jax.Array:
@@ -77,8 +75,7 @@ class Head(nn.Module):
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
         x = norm(_pool(x, config.pool, train), config.norm_after_pool, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
-        # Glorot uniform: the Keras default, which all studies use.
-        init = nn.initializers.glorot_uniform()
+        init = nn.initializers.glorot_uniform()  # the default of Keras, which all studies use
         for i, width in enumerate(config.hidden or (), 1):
             x = ACTIVATIONS[config.activation or "relu"](nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
             x = nn.Dropout(config.hidden_dropout, deterministic=not train, name=f"hidden{i}_dropout")(x)
@@ -87,7 +84,7 @@ class Head(nn.Module):
 
 
 def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
-    if kind == "avg":  # in prediction not fused with the activation before it, which is slow inside the CPU's sums
+    if kind == "avg":  # in prediction not fused with the activation before it, which would slow the sums on the CPU
         mean = partial(jnp.mean, axis=(1, 2))
         return mean(x) if train else cpu_or_default(x, cpu=partial(isolate_fusion, mean), default=mean)
     if kind == "max":

@@ -1,4 +1,4 @@
-"""Network input: pixels normalized as the weights require, in batches of a size that suits the platform."""
+"""Network input: normalization of pixels, and the batch size of predictions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,36 +7,27 @@ from lungjax.config import Config, InputSpec
 from lungjax.models.ops.conv import to_float32
 
 CPU_BATCH = 8  # images per device
-MAX_PIXELS = 64 * 224 * 224  # of a batch on an accelerator, per device
+MAX_PIXELS = 64 * 224 * 224  # per batch and device on an accelerator
 MAX_IMAGES = 256  # per device
-MULTIPLE = 8  # of images: accelerators compute in tiles of this size
+MULTIPLE = 8  # of the batch size; accelerators compute in tiles of this size
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Maps [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; None is a mean of 0 or a std of 1.
+    """Maps images [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; None is a mean of 0 or a std of 1.
 
-    A grayscale image becomes [B, H, W, 3] if mean or std have three numbers.
+    Grayscale images become [B, H, W, 3] if mean or std has three numbers.
     """
     mean, std = (jnp.asarray(x, jnp.float32) for x in (spec.mean or (0.0,), spec.std or (1.0,)))
     return (to_float32(images) / 255.0 - mean) / std
 
 
 def prediction_batch_size(config: Config, devices: int, platform: str) -> int:
-    """Returns the prediction batch size over all devices: `eval.batch_size`, or if that is 0, a rule.
+    """Returns the prediction batch size over all devices: `eval.batch_size`, or a default if that is 0.
 
-    It depends on image size, platform and number of devices, never on a measurement at run time, so a configuration is
-    always split into the same batches on the same kind of machine.
-
-    CPU: 8 per device. At 224 px (tests/benchmarks/inference.py) throughput with 1 image is 3 to 13 % below the best,
-    with 4 to 16 at most 4 %, and with 64 up to 7 %, at eight times the memory and with more padding in the last batch.
-
-    GPU and TPU: as many pixels per device as 64 images of 224 x 224, a multiple of 8 images, at most 256. Not measured:
-    the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16, and a few are live at a time.
-
-    Args:
-      config: its `eval.batch_size` and `input.size` are used.
-      devices: number of devices that share each batch.
-      platform: "cpu", "gpu" or "tpu".
+    The default depends only on image size, `platform` ("cpu", "gpu" or "tpu") and number of devices, so batches are
+    reproducible. On a CPU it is 8 per device; at 224 px (tests/benchmarks/inference.py) throughput with 4 to 16 images
+    is within 4 % of the best. On accelerators it is as many pixels per device as 64 images of 224 x 224 (not measured);
+    the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16.
     """
     if config.eval.batch_size:
         return config.eval.batch_size

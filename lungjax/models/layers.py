@@ -1,6 +1,6 @@
-"""Layers: convolution, pooling, batch norm, squeeze-excite, stochastic depth.
+"""Convolution, pooling, batch norm, squeeze-excite and stochastic depth.
 
-Names, shapes and initial values of the parameters are those of flax.linen.
+Parameters have the names, shapes and initial values of flax.linen.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from lungjax.models.ops.conv import Padding, convolve, explicit_pads, pair
 from lungjax.models.ops.pooling import window_max
 
 Initializer = Callable[..., jax.Array]
-Layer = Callable[..., Any]  # a module's class with some of its fields set; called with the others and a name
+Layer = Callable[..., Any]  # a module class with some fields set, called with the remaining fields and a name
 LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 class Conv(nn.Module):
-    """Equal to flax.linen.Conv in two dimensions, in the form that is fast on the platform.
+    """A two-dimensional flax.linen.Conv in the form that is fastest on the platform.
 
     Parameters: `kernel` [h, w, C / groups, features] and `bias` [features].
     """
@@ -35,24 +35,16 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer = LECUN_NORMAL
     bias_init: Initializer = nn.initializers.zeros_init()
-    # Weight standardization (arXiv 1903.10520): the kernel of each output channel gets mean 0 and variance 1, with
-    # this epsilon inside the root; None: off.
-    standardize: float | None = None
+    standardize: float | None = None  # epsilon of weight standardization (arXiv 1903.10520); None: off
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H', W', features] in `dtype`.
-
-        Raises ValueError if the channels are not multiples of the groups.
-        """
+        """Maps [B, H, W, C] to [B, H', W', features]; raises ValueError if `groups` does not divide the channels."""
         size, strides = pair(self.kernel_size), pair(self.strides)
         channels = x.shape[-1]
         groups = channels if self.groups == -1 else self.groups
         if channels % groups or self.features % groups:
-            raise ValueError(
-                f"Conv {self.name}: {channels} channels in and {self.features} out cannot be split into "
-                f"groups={groups}; both must be multiples of it"
-            )
+            raise ValueError(f"Conv {self.name}: groups={groups} must divide {channels} and {self.features} channels")
         shape = (*size, channels // groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
@@ -74,11 +66,10 @@ def max_pool(
 
 
 class BatchNorm(nn.Module):
-    """Normalizes each channel by batch statistics in training and by running statistics otherwise.
+    """flax.linen.BatchNorm (arXiv 1502.03167) with fewer intermediate maps saved for the gradient.
 
-    Parameters `scale`, `bias`; running `mean`, `var` (biased) in the collection `batch_stats`. Statistics are
-    float32 and, under jit, of the batch over all devices. Equal to flax.linen.BatchNorm, which saves more intermediate
-    maps for the gradient. https://arxiv.org/abs/1502.03167
+    Parameters are `scale` and `bias`; the running `mean` and biased `var` are in the collection `batch_stats`.
+    Statistics are float32 and, under jit, those of the global batch.
     """
 
     momentum: float  # decay of the running statistics per step (1 - momentum in torch)
@@ -87,7 +78,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
-        """Maps [B, ..., C] to the same shape; `train` uses batch statistics and updates the running ones.
+        """Normalizes [B, ..., C] by batch statistics, which update the running ones, or without `train` by the latter.
 
         An elementwise `activation` is fused into the same pass.
         """
@@ -110,10 +101,7 @@ class BatchNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from the mean of the map: 1x1 `reduce`, then 1x1 `expand`.
-
-    https://arxiv.org/abs/1709.01507
-    """
+    """Scales each channel by a gate computed from the mean of the map by two 1x1 convolutions (arXiv 1709.01507)."""
 
     reduced: int  # channels of the bottleneck
     activation: Activation = nn.silu
@@ -131,16 +119,13 @@ class SqueezeExcite(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch for random examples in training and scales the others by 1 / (1 - rate).
-
-    https://arxiv.org/abs/1603.09382
-    """
+    """Drops a residual branch of random examples in training and divides the others by 1 - rate (arXiv 1603.09382)."""
 
     rate: float  # probability of dropping, 0..1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, ...] to the same shape; in training uses the random stream `dropout`."""
+        """Maps [B, ...] to the same shape; training draws from the random stream `dropout`."""
         if not train or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate

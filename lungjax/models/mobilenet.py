@@ -1,9 +1,9 @@
 """MobileNet (Howard et al., 2017, arXiv 1704.04861) and MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381).
 
-V1: a 3x3 depthwise convolution and a 1x1 one, each with batch norm and ReLU6. At stride 2 Keras pads maps of any size
-by (0, 1), which is TF's SAME on even maps only; so does `padding="same"` here. V2: EfficientNet's MBConv without
-squeeze-excite, with ReLU6. Batch norm: epsilon 1e-3 (torch-trained weights: 1e-5 and "symmetric" padding), decay 0.99
-in V1 and 0.999 in V2. Dropout: Keras's 0.001 in V1, none in V2 (torchvision has 0.2).
+Blocks of V1 are a 3x3 depthwise and a 1x1 convolution, each with batch norm and ReLU6. At stride 2 `padding="same"`
+pads by (0, 1) as in Keras, which differs from SAME on odd maps. V2 has the MBConv of EfficientNet with ReLU6 and
+without squeeze-excite. Batch norm has epsilon 1e-3 (torch-trained weights: 1e-5 and "symmetric" padding) and decay
+0.99 in V1, 0.999 in V2. Dropout is that of Keras: 0.001 in V1, none in V2 (torchvision: 0.2).
 """
 
 from dataclasses import field
@@ -18,7 +18,7 @@ from lungjax.models.efficientnet import Stage, compound_scale
 from lungjax.models.layers import BatchNorm, Conv, Layer, Padding
 from lungjax.models.network import Network
 
-# From the authors' code (tensorflow/models, slim); V2 starts like EfficientNet instead (torchvision's choice).
+# As in the authors' code (tensorflow/models, slim); V2 is initialized like EfficientNet instead, as in torchvision.
 CONV_INIT = nn.initializers.truncated_normal(0.09)
 
 
@@ -35,7 +35,6 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width]."""
         conv, norm = self.conv, self.norm
-        # As Keras; SAME would pad an odd map by (1, 1).
         pads: Padding = ((0, 1), (0, 1)) if self.padding == "same" and self.stride == 2 else self.padding
         x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
         x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
@@ -44,7 +43,7 @@ class Block(nn.Module):
 
 
 class MobileNet(Network):
-    """MobileNet V1: stem, five stages of blocks."""
+    """MobileNet V1: a stem and five stages of blocks."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 

@@ -1,10 +1,9 @@
 """MobileNetV3 small and large (Howard et al., ICCV 2019, arXiv 1905.02244).
 
-Inverted residuals from a table of rows: 1x1 expands, depthwise, squeeze-excite, 1x1 projects. ReLU in the early rows,
-hard swish in the later ones, the stem and the head. Squeeze-excite has ReLU inside, a hard sigmoid gate, and a quarter
-of the expanded channels, rounded to a multiple of eight, in between. The head's dense layer of 1280 or 1024 comes after
-the pool. Batch norm: epsilon 1e-3 (timm's own training: 1e-5), decay 0.999 (Keras). Padding: TF's SAME; torch-trained
-weights need "symmetric".
+The MBConv of EfficientNet with ReLU in the early blocks and hard swish in the later ones, the stem and the head.
+Squeeze-excite has a bottleneck of a quarter of the expanded channels, rounded to a multiple of 8, with ReLU and a hard
+sigmoid gate. Batch norm has epsilon 1e-3 (weights trained by timm: 1e-5) and decay 0.999 (Keras). Padding is SAME as
+in TensorFlow; torch-trained weights need "symmetric".
 """
 
 from functools import partial
@@ -38,7 +37,7 @@ MobileNetV3 = partial(
     EfficientNet, stem=16, momentum=0.999, activation=HS, drop_path=0.0, conv_init=CONV_INIT, depthwise_init=CONV_INIT,
     squeeze_excite=partial(SqueezeExcite, activation=RE, gate=nn.hard_sigmoid, kernel_init=CONV_INIT),
 )  # fmt: skip
-# The head of the paper: mean, a dense layer with hard swish, dropout.
+# As in the paper: mean, a dense layer with hard swish, dropout.
 HEAD = partial(HeadConfig, activation="hard_swish", hidden_dropout=0.2)
 MOBILENETV3 = {
     "mobilenetv3_small": partial(MobileNetV3, SMALL, top=576, head=HEAD(hidden=(1024,))),

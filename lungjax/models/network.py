@@ -1,4 +1,4 @@
-"""The base class of all networks: size check, head, and recomputation of activations in the backward pass."""
+"""The base class of all networks: checks the image size, applies the head and rematerializes blocks."""
 
 import operator
 from collections.abc import Callable
@@ -14,27 +14,24 @@ from lungjax.models.head import Head, min_cells
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
-    """Base class: a backbone, defined by the subclass, followed by the shared head.
+    """A backbone followed by the shared head; subclasses define `feature_map` and `_stride`, or `min_side`."""
 
-    A subclass defines `feature_map` and `_stride`; the default head is that of the original paper.
-    """
-
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = HeadConfig()  # by default that of the original paper
     outputs: int = 1000  # logits
     remat: bool = False  # recompute the activations of each block in the backward pass
     dtype: Any = jnp.float32  # of the activations; parameters are float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps images [B, H, W, C], normalized, to (logits [B, outputs] in float32, {"last": the feature map}).
+        """Maps normalized images [B, H, W, C] to float32 logits [B, outputs] and {"last": the last feature map}.
 
         Raises ValueError for images smaller than `minimum_size`.
         """
         size, minimum = images.shape[1:3], self.minimum_size()
         if size[0] < minimum[0] or size[1] < minimum[1]:
             raise ValueError(
-                f"images of {size[0]} x {size[1]} pixels are too small for this network: at least "
-                f"{minimum[0]} x {minimum[1]}; raise input.size"
+                f"images of {size[0]} x {size[1]} pixels are too small for this network, which needs at least "
+                f"{minimum[0]} x {minimum[1]}; increase input.size"
             )
         x = self.feature_map(images, train=train)
         return Head(self.head, self.outputs, name="head")(x, train=train), {"last": x}
@@ -49,10 +46,9 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
         return side, side
 
     def min_side(self, cells: int) -> int:
-        """Returns the smallest side in pixels for `cells` cells per side of the feature map.
+        """Returns the smallest side in pixels whose feature map has `cells` cells per side.
 
-        This is their total stride: with less, a cell would see more padding than image (Keras has the same limit), or
-        without padding, a cell would be missing.
+        For padded networks this is `cells` strides, the limit of Keras: in smaller images a cell sees mostly padding.
         """
         return self._stride() * cells
 
@@ -61,6 +57,6 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
         raise NotImplementedError
 
     def run(self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any) -> jax.Array:
-        """Returns function(block, x, **options); `remat` recomputes its activations in the backward pass."""
+        """Returns function(block, x, **options), rematerialized if `remat` is set."""
         call = partial(function, **options)
         return (nn.remat(call) if self.remat else call)(block, x)

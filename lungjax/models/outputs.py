@@ -1,4 +1,4 @@
-"""Network output: logits to class probabilities in label order, for softmax and sigmoid heads."""
+"""Network output: from the logits of a softmax or sigmoid head to class probabilities in label order."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from lungjax.models.ops.conv import to_float32
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label of the class whose probability a sigmoid head gives; None for a softmax head.
+    """Returns the label of the class whose probability a sigmoid head predicts, or None for a softmax head.
 
-    Raises ValueError for a class name that the data set does not have.
+    Raises ValueError if the data set does not have the configured class.
     """
     name = config.model.head.positive_class
     if not name:
@@ -21,9 +21,9 @@ def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
 
 
 def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns one logit per class, [B, C] float32 in label order, whose softmax is the class probabilities.
+    """Returns float32 logits [B, C] in label order whose softmax gives the class probabilities.
 
-    For a sigmoid head the logit of the other class is 0. `positive` is from `positive_class`.
+    `positive` is the result of `positive_class`; for a sigmoid head the logit of the other class is 0.
     """
     logits = to_float32(logits)
     if positive is None:
@@ -38,5 +38,5 @@ def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
 
 
 def pooled_features(last: jax.Array) -> jax.Array:
-    """Returns the spatial mean of the last map [B, h, w, F], float32 [B, F]."""
+    """Returns the spatial mean of the last map [B, h, w, F] as float32 [B, F]."""
     return last.astype(jnp.float32).mean((1, 2))

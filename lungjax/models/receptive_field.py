@@ -1,4 +1,4 @@
-"""Positions of the cells of a feature map in the image."""
+"""Maps the cells of a feature map to positions in the image."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from lungjax.models.network import Network
 
 
 class Axis(NamedTuple):
-    """Cell i of a map is centered at pixel `start + step * i`, counted from the center of the first pixel."""
+    """Cell i is centered at `start + step * i` pixels from the center of the first pixel."""
 
     start: float
     step: float
@@ -17,15 +17,12 @@ class Axis(NamedTuple):
 def cell_positions(network: Network | None, size: tuple[int, int], cells: tuple[int, int]) -> tuple[Axis, Axis]:
     """Returns the positions of the rows and columns of the last feature map in an image.
 
-    Without padding they are the centers of the receptive fields, and the map leaves a margin of the image: the smallest
-    image with one cell is its receptive field, and each further cell needs one stride more. With padding the cells are
-    spread evenly, as in image resizing: the centers of the input that trained cells react to are there (measured on
-    EfficientNet-Lite0's ImageNet weights), not at the centers of the receptive fields, which padding shifts.
+    Without padding, cells are at the centers of their receptive fields: the smallest image with one cell is its
+    receptive field, and each further cell needs one more stride. With padding, cells are spread evenly, as in image
+    resizing. That is where the input that trained cells react to is centered (measured with the ImageNet weights of
+    EfficientNet-Lite0); padding shifts the centers of the receptive fields.
 
-    Args:
-      network: of the feature map; None spreads the cells evenly.
-      size: height and width of the image in pixels.
-      cells: rows and columns of the map.
+    `size` and `cells` are (height, width) of the image and of the map; without a `network` cells are spread evenly.
     """
     if network:
         field = network.min_side(1)
@@ -37,6 +34,6 @@ def cell_positions(network: Network | None, size: tuple[int, int], cells: tuple[
 
 
 def interpolation_weights(axis: Axis, pixels: int, cells: int) -> np.ndarray:
-    """Returns the weights [pixels, cells] of linear interpolation; constant beyond the outer cells."""
+    """Returns linear interpolation weights [pixels, cells], constant beyond the outer cells."""
     at = np.clip((np.arange(pixels) - axis.start) / axis.step, 0, cells - 1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0).astype(np.float32)

@@ -1,10 +1,10 @@
 """ResNet (He et al., CVPR 2016, arXiv 1512.03385) and ResNetV2 (ECCV 2016, arXiv 1603.05027).
 
-Three architectures share these names, each with its own weights. Keras v1, as in the paper: the stride of a stage is on
-its first 1x1 convolution, and every convolution has a bias. Torch ("v1.5"; also 18 and 34): the stride is on the 3x3,
-no bias. Keras V2: norm and ReLU come before each convolution, the stride of a stage is in its last block, and
-convolutions without a norm after them have a bias. Shapes of parameters do not depend on strides, so weights of another
-architecture load without an error. Padding is symmetric in all of them.
+Three architectures share these names, each with its own weights. In Keras v1, as in the paper, the first 1x1
+convolution of a stage has its stride, and every convolution has a bias. In torch ("v1.5"; also 18 and 34) the 3x3 has
+the stride, and there is no bias. In Keras V2 norm and ReLU come before each convolution, the last block of a stage has
+its stride, and convolutions without a norm after them have a bias. Parameter shapes do not depend on strides, so
+weights of another architecture load without an error. Padding is symmetric in all of them.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lungjax.models.head import NORMS
 from lungjax.models.layers import BatchNorm, Conv, Initializer, Layer, max_pool
 from lungjax.models.network import Network
 
@@ -25,20 +26,17 @@ EXPANSION = 4  # output channels of a block per channel of its bottleneck
 
 
 def pool_zeros(x: jax.Array) -> jax.Array:
-    """Takes the maximum of 3x3 windows at stride 2 of x [B, H, W, C] with a border of zeros.
-
-    The border is the maximum where the window is negative: V2 and BiT have no ReLU before this pool.
-    """
+    """Max-pools x [B, H, W, C] in 3x3 windows at stride 2, padded by zeros; V2 and BiT have no ReLU before it."""
     return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
 
 
 def subsample(x: jax.Array, stride: int) -> jax.Array:
-    """Returns every `stride`-th row and column of x [B, H, W, C] by one slice, also with a symbolic B."""
+    """Returns every `stride`-th row and column of x [B, H, W, C] by a single slice; B may be symbolic."""
     return x if stride == 1 else lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1, plus the input; ReLU after the sum."""
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, plus the input; ReLU after the sum."""
 
     width: int  # channels inside the block
     stride: int
@@ -67,14 +65,14 @@ class Block(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """Norm and ReLU, then 1x1, 3x3, 1x1 with norm and ReLU between, plus the input. Also BiT's block."""
+    """Norm, ReLU, 1x1, norm, ReLU, 3x3, norm, ReLU, 1x1, plus the input."""
 
     width: int  # channels of the bottleneck
     stride: int
     stride_conv: int
     conv: Layer  # (name, features, size, stride) -> convolution
     norm_relu: Layer  # (x, name, train) -> x
-    norm_name: str = "bn"
+    norm_name: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -92,17 +90,19 @@ class PreactBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Stem, pool, stages of blocks that double the width."""
+    """Stem, pool and stages of blocks, each twice as wide as the one before; also the class of BiT."""
 
     repeats: tuple[int, ...]  # blocks per stage
     bottleneck: bool = True  # False: two 3x3 convolutions per block
     preact: bool = False  # norm and ReLU before the convolutions: V2, bottlenecks only
-    stride_conv: int = 2  # which convolution of a block has its stride
-    stride_last: bool = False  # the last block of a stage (the last stage: none) has its stride, else the first
+    stride_conv: int = 2  # number of the convolution that has the stride of a block
+    stride_last: bool = False  # the last block of each stage but the last has the stride; else the first block
     biased: tuple[str, ...] = ()  # names of the convolutions with a bias
-    width: int = 64  # channels of the stem and inside the first stage's blocks
+    standardize: float | None = None  # epsilon of weight standardization
+    group_norm: bool = False  # in place of batch norm; with preact only
+    width: int = 64  # channels of the stem and inside the blocks of the first stage
     momentum: float = 0.9  # of batch norm: decay of the running statistics
-    epsilon: float = 1e-5  # of batch norm
+    epsilon: float = 1e-5  # of batch or group norm
     kernel_init: Initializer = TORCH_INIT
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -111,13 +111,16 @@ class ResNet(Network):
 
         def conv(name: str, features: int, size: int, stride: int) -> Conv:
             options = {"use_bias": name in self.biased, "kernel_init": self.kernel_init, "dtype": self.dtype}
-            return Conv(features, size, stride, "SYMMETRIC", name=name, **options)
+            return Conv(features, size, stride, "SYMMETRIC", name=name, standardize=self.standardize, **options)
 
         def norm_relu(x: jax.Array, name: str, train: bool) -> jax.Array:
+            if self.group_norm:
+                return nn.relu(NORMS["group"](epsilon=self.epsilon, dtype=self.dtype, name=name)(x))
             return norm(name=name)(x, train=train, activation=nn.relu)
 
+        norm_name = "norm" if self.group_norm else "bn"
         block = partial(Block, bottleneck=self.bottleneck, norm=norm)
-        block = partial(PreactBlock, norm_relu=norm_relu) if self.preact else block
+        block = partial(PreactBlock, norm_relu=norm_relu, norm_name=norm_name) if self.preact else block
         x = conv("stem_conv", self.width, 7, 2)(x)  # [B, H / 2, W / 2, width]
         x = pool_zeros(x) if self.preact else max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
         for number, repeats in enumerate(self.repeats, 1):
@@ -127,7 +130,7 @@ class ResNet(Network):
                 stride = 2 if strided_stage and i == strided_block else 1
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
                 x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
-        return norm_relu(x, "top_bn", train) if self.preact else x
+        return norm_relu(x, f"top_{norm_name}", train) if self.preact else x
 
     def _stride(self) -> int:
         return 2 ** (len(self.repeats) + 1)

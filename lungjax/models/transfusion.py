@@ -1,9 +1,9 @@
-"""The CBR family of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208); the CT-COV19 study's CNNs.
+"""The CBR networks of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208), and the CNNs of CT-COV19.
 
-A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the
-global mean. The paper does not specify the padding: `padding` is a field, by default the study's "valid".
-Convolutions have a bias, batch norm has epsilon 1e-3 and decay 0.99, kernels start Glorot uniform: the Keras
-defaults, which the study's code (github.com/marta-0/covid-ct) uses.
+A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the global mean.
+The paper does not specify the padding; the default is "valid" as in CT-COV19 (github.com/marta-0/covid-ct). Like that
+study's code, convolutions have a bias, batch norm has epsilon 1e-3 and decay 0.99, and kernels are initialized Glorot
+uniform, the defaults of Keras.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from lungjax.models.network import Network
 
 
 class Transfusion(Network):
-    """One block of convolution, norm, ReLU and pool for each of `widths`."""
+    """A block of convolution, norm, ReLU and pool for each of `widths`."""
 
     paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
 
@@ -48,7 +48,7 @@ class Transfusion(Network):
         return x
 
     def min_side(self, cells: int) -> int:
-        """As that of `Network`, also without padding."""
+        """Returns the smallest side in pixels whose feature map has `cells` cells per side."""
         windows = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
         for kernel, stride in reversed(windows if self.last_pool else windows[:-1]):
             cells = cells * stride if self.padding == "same" else (cells - 1) * stride + kernel
@@ -60,8 +60,8 @@ TRANSFUSION = {
     "cbr_largew": partial(Transfusion, 7, (64, 128, 256, 512)),
     "cbr_small": partial(Transfusion, 7, (32, 64, 128, 256)),
     "cbr_tiny": partial(Transfusion, 5, (64, 128, 256, 512)),
-    # The CT-COV19 study's LargeT has exactly the layers of the paper's Tiny.
+    # The LargeT of CT-COV19 has exactly the layers of the paper's Tiny.
     "cbr_larget_study": partial(Transfusion, 5, (64, 128, 256, 512)),
-    # That study's "Simple": 3x3 convolutions, 2x2 pools, no norm.
+    # The "Simple" network of CT-COV19.
     "simple": partial(Transfusion, 3, (16, 32, 64), pool=2, norm=False, head=HeadConfig(pool="max", hidden=(32,))),
 }

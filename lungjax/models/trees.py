@@ -1,4 +1,4 @@
-"""Parameter trees as flat dicts with paths such as "block1/conv/kernel": flax.traverse_util with "/" as separator."""
+"""Parameter trees by path, such as "block1/conv/kernel": flax.traverse_util with "/" as separator."""
 
 import re
 from collections.abc import Container, Mapping
@@ -14,7 +14,7 @@ unflatten = partial(traverse_util.unflatten_dict, sep="/")
 
 
 def mask(tree: Tree, pattern: str) -> dict[str, Any]:
-    """Returns a tree of bools: whether `re.search` finds `pattern` in each leaf's path."""
+    """Returns a tree of bools that tells whether `pattern` matches a part of each leaf's path."""
     return unflatten({path: re.search(pattern, path) is not None for path in flatten(tree)})
 
 
@@ -26,5 +26,5 @@ def split(tree: Tree, paths: Container[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def merge(one: Tree, other: Tree) -> dict[str, Any]:
-    """Returns one tree with the leaves of both: the inverse of `split`."""
+    """Returns one tree with the leaves of both, the inverse of `split`."""
     return unflatten(flatten(one) | flatten(other))

@@ -104,20 +104,27 @@ def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
 
 
 def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
-    """Draws gray-level histograms, one panel per title: {title: {name: share of the pixels at each level [256]}}."""
-    figure = style.figure(8.8, 3.1 * len(panels) + 0.2)
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    """Draws gray-level histograms and cumulative ones, a row per title.
+
+    `panels` is {title: {name: share of the pixels at each level [256]}}.
+    """
+    figure = style.figure(12.6, 3.1 * len(panels) + 0.2)
+    axes = figure.subplots(len(panels), 2, sharex=True, squeeze=False)
     edges = np.arange(0, 257, LEVELS)
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+    for (axis, right), (title, curves) in zip(axes, panels.items(), strict=True):
         style.style(axis, style.plain(title))
+        style.style(right, style.plain(f"{title}, cumulative"))
         for i, (name, shares) in enumerate(curves.items()):
             binned = np.asarray(shares).reshape(-1, LEVELS).sum(axis=1)
             look = {**style.line_style(i), "label": style.short(name, 26), "linewidth": 1.6}
             axis.stairs(np.maximum(binned, FLOOR / 10), edges, baseline=None, **look)
+            right.stairs(np.cumsum(binned), edges, baseline=None, **look)
         axis.set(yscale="log", ylim=(FLOOR, 1), ylabel="Share of the pixels")
         axis.set_yticks([1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.01%", "0.1%", "1%", "10%", "100%"])
         axis.minorticks_off()
-        style.legend_beside(axis, len(curves))
-    label = f"Gray level, 0 is black and 255 is white ({LEVELS} levels per bin)"
-    axes[-1].set(xlim=(0, 256), xticks=[*range(0, 256, 32), 255], xlabel=label)
+        right.set(ylim=(0, 1.02), ylabel="Share of the pixels up to a level")
+        style.legend_beside(right, len(curves))
+    for axis in axes[-1]:
+        label = f"Gray level from black to white ({LEVELS} levels per bin)"
+        axis.set(xlim=(0, 256), xticks=[*range(0, 256, 32), 255], xlabel=label)
     style.save(figure, path)

@@ -64,15 +64,16 @@ class View:
 
     def gray(self, row: int) -> np.ndarray:
         """Returns an image as uint8 [h, w]. Raises ValueError naming the file if it can't be read."""
-        return images.gray(self._decoded(row))
+        return images.gray(self.decoded(row))
 
     def picture(self, row: int) -> np.ndarray:
         """Returns a thumbnail for a sheet, uint8 [h, w] or [h, w, 3]."""
-        image = Image.fromarray(self._decoded(row))
+        image = Image.fromarray(self.decoded(row))
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         return np.asarray(image)
 
-    def _decoded(self, row: int) -> np.ndarray:
+    def decoded(self, row: int) -> np.ndarray:
+        """Returns an image as uint8 [h, w] or [h, w, 3]. Raises as `gray`."""
         try:
             image = images.decode(self.data.records[int(row)]["image"], self.data.window)
         except ValueError as error:

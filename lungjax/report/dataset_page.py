@@ -13,6 +13,7 @@ import numpy as np
 from lungjax import datasets
 from lungjax.config import PROTOCOLS, AugmentConfig, InputSpec, presets
 from lungjax.data import statistics
+from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
 from lungjax.report import context, dataset_charts, dataset_images
 from lungjax.report.dataset_images import View
@@ -22,6 +23,7 @@ from lungjax.runtime import environment
 MAX_HISTOGRAMS = 2000  # images that the histograms read
 MAX_ROWS = 10  # sources with a curve, sizes in the table
 MAX_BARS = 24  # sources with a bar
+COLORS = ("class", "images in color", "difference of the channels (0 to 255), mean")
 
 
 def write(
@@ -85,7 +87,7 @@ def _context(view: View, augmentations: Mapping[str, AugmentConfig], samples: in
         "sources": _sources(view),
         "shortcuts": _shortcuts(data),
         "sizes": _sizes(view),
-        "gray_levels": _gray_levels(view),
+        **_gray_levels(view),
         "seed": str(view.seed),
         "samples": dataset_images.samples(view, samples),
         "stages": dataset_images.stages(view),
@@ -176,8 +178,8 @@ def _sizes(view: View) -> dict[str, Any]:
     return {"figure": figure, "count": len(sizes), "common": Table(["width x height", *classes], rows)}
 
 
-def _gray_levels(view: View) -> Figure:
-    """Returns the figure of gray-level histograms by class and by source."""
+def _gray_levels(view: View) -> dict[str, Any]:
+    """Returns the figure of gray-level histograms by class and by source, and a table of the colors by class."""
     labels, sources, classes = view.data.columns["label"], view.data.columns["source"], view.data.classes
     by_class = [np.flatnonzero(labels == label) for label in range(len(classes))]
     samples = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
@@ -186,7 +188,7 @@ def _gray_levels(view: View) -> Figure:
     class_weights = [len(a) / max(len(b), 1) for a, b in zip(by_class, samples, strict=True)]
     weights = np.repeat(class_weights, [len(b) for b in samples])
     with ThreadPoolExecutor(min(environment.cores(), 8)) as pool:
-        counts = list(pool.map(lambda row: np.bincount(view.gray(row).ravel(), minlength=256), rows))
+        counts, spreads = zip(*pool.map(lambda row: _measure(view.decoded(row)), rows), strict=True)
     shares = np.stack([count / count.sum() for count in counts])
     names = np.asarray(classes)[labels[rows]]
     of_class = statistics.mean_histograms(shares, names, weights, len(classes))
@@ -195,6 +197,18 @@ def _gray_levels(view: View) -> Figure:
     if several > 1:
         panels["By source"] = statistics.mean_histograms(shares, sources[rows], weights, MAX_ROWS)
     dataset_charts.histograms(panels, view.out / "gray_levels.png")
-    images = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
+    drawn = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
-    return Figure("gray_levels.png", f"From {images}, each with equal weight{more}. The vertical axis is logarithmic.")
+    colors = [
+        [name, f"{np.count_nonzero(own):,} of {len(own):,}", f"{own.mean():.2f}"]
+        for name in classes
+        if len(own := np.asarray(spreads)[names == name])
+    ]
+    caption = f"From {drawn}, each with equal weight{more}. The left vertical axis is logarithmic."
+    return {"gray_levels": Figure("gray_levels.png", caption), "colors": Table(COLORS, colors)}
+
+
+def _measure(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns the histogram [256] of an image, and the mean over its pixels of the range of the color channels."""
+    spread = float(np.ptp(image, axis=-1).mean()) if image.ndim == 3 else 0.0
+    return np.bincount(images.gray(image).ravel(), minlength=256), spread

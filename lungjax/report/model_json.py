@@ -81,6 +81,7 @@ def describe(
         hu_windows=tuple(tuple(map(float, window)) for window in volumes.get("hu_windows", HU_WINDOWS)),  # type: ignore[misc]
         plane=volumes.get("plane", "axial"),
         position=volumes.get("position", "all"),
+        orientation=data.orientation,
         positive=positive_class(config, data.classes),
         temperature=temperature,
         points=points,

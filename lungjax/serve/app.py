@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import ctypes.util
 import io
+import itertools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.explain import figures, saliency
 from lungjax.inference import records
+from lungjax.inference.artifacts import Input
 from lungjax.inference.model import Model
 from lungjax.report import templating
 from lungjax.runtime import environment
@@ -59,9 +61,9 @@ class _Decoded:
     """A decoded file, or the error."""
 
     name: str
-    input: Any = None  # `Input`
+    inputs: list[Input] = field(default_factory=list)  # several for a multi-frame file
     series: str = ""
-    size: int = 0  # bytes of the decoded image
+    size: int = 0  # bytes of the decoded images
     error: UploadError | None = None
 
 
@@ -91,10 +93,11 @@ class Service:
         rule = self._rule(rule)
         async with self._decoded(request, "predict") as files:
             good = [file for file in files if file.error is None]
-            futures = self.device.predict([file.input.pixels for file in good])
-            rows = await asyncio.gather(*futures)
-        results = [self._record(file, p, rule) for file, p in zip(good, rows, strict=True)]
-        return self._response(request, "/predict", files, results, {"series": self._series(good, rows, rule)})
+            futures = self.device.predict([image.pixels for file in good for image in file.inputs])
+            rows = iter(await asyncio.gather(*futures))
+        p = [np.stack(list(itertools.islice(rows, len(file.inputs)))) for file in good]
+        results = [self._record(file, rows, rule) for file, rows in zip(good, p, strict=True)]
+        return self._response(request, "/predict", files, results, {"series": self._series(good, p, rule)})
 
     async def explain(self, request: Request, name: Class = None, method: Method = None, rule: Rule = None) -> Response:
         """As /predict, with a saliency map of one class per image."""
@@ -108,15 +111,18 @@ class Service:
         method = method or methods[0]
         target = None if name is None else classes.index(name)
         async with self._decoded(request, "explain") as files:
+            for file in files:
+                if len(file.inputs) > 1:
+                    file.error = UploadError(422, "frames", "several frames in one file; maps are drawn for one slice")
             good = [file for file in files if file.error is None]
-            futures = self.device.explain([file.input.pixels for file in good], target, method)
+            futures = self.device.explain([file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
-            pairs = [(file.input.pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
+            pairs = [(file.inputs[0].pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
             pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))
         results = []
         for file, (_, p), urls in zip(good, maps, pictures, strict=True):
             explained = classes[int(np.argmax(p)) if target is None else target]
-            results.append(self._record(file, p, rule) | {"explained": explained, "method": method} | urls)
+            results.append(self._record(file, p[None], rule) | {"explained": explained, "method": method} | urls)
         return self._response(request, "/explain", files, results, {})
 
     async def describe(self) -> dict[str, Any]:
@@ -175,14 +181,20 @@ class Service:
             upload = uploads.read(data, self.settings.file, self.metadata.hu_windows, self.metadata.plane)
             del data
             try:
-                return _Decoded(file.name, self.model.prepare(upload.pixels), upload.series, upload.pixels.nbytes)
+                size = sum(pixels.nbytes for pixels in upload.images)
+                return _Decoded(file.name, list(map(self.model.prepare, upload.images)), upload.series, size)
             except ValueError as error:
                 raise UploadError(422, "content", str(error)) from None
         except UploadError as error:
             return _Decoded(file.name, error=error)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
-        return records.record(self.metadata, file.name, p, file.input.novelty, file.input.warnings, rule)
+        """Returns the record of a file with probabilities `p` [frames, classes]: of several frames, their mean."""
+        first = file.inputs[0]
+        if len(p) == 1:
+            return records.record(self.metadata, file.name, p[0], first.novelty, first.warnings, rule)
+        summary = records.summary(self.metadata, "", p, sum(bool(image.warnings) for image in file.inputs), rule=rule)
+        return {"file": file.name, "novelty": None} | {k: v for k, v in summary.items() if k not in ("series", "files")}
 
     def _response(
         self, request: Request, route: str, files: list[_Decoded], results: list[dict[str, Any]], more: dict[str, Any]
@@ -212,9 +224,11 @@ class Service:
             if file.series:
                 groups.setdefault(file.series, []).append(i)
         summaries: list[dict[str, Any]] = []
-        for numbers in (numbers for numbers in groups.values() if len(numbers) > 1):
-            p, warned = np.stack([rows[i] for i in numbers]), sum(bool(files[i].input.warnings) for i in numbers)
-            summaries.append(records.summary(self.metadata, f"series {len(summaries) + 1}", p, warned, rule=rule))
+        for numbers in groups.values():
+            p = np.concatenate([rows[i] for i in numbers])
+            warned = sum(bool(image.warnings) for i in numbers for image in files[i].inputs)
+            if len(p) > 1:
+                summaries.append(records.summary(self.metadata, f"series {len(summaries) + 1}", p, warned, rule=rule))
         return summaries
 
 

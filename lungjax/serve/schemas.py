@@ -35,10 +35,12 @@ class Prediction(Strict):
 
 
 class Record(Prediction):
-    """One image."""
+    """One file: an image, or the mean over the slices of a multi-frame CT."""
 
     file: str = Field(description="name in the request")
-    novelty: float | None = Field(description="above 1: unlike the training images; null if the model has no score")
+    novelty: float | None = Field(
+        description="above 1: unlike the training images; null for several slices or no score"
+    )
 
 
 class Failure(Strict):

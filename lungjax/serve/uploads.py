@@ -47,13 +47,14 @@ class Limits:
     pixels: int = 30_000_000
     side: int = 10_000  # pixels along each side, at most
     min_side: int = 8  # and at least
+    frames: int = 256  # of a multi-frame DICOM file
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
     """One decoded file."""
 
-    pixels: np.ndarray  # uint8 or uint16, [H, W] or [H, W, 3]
+    images: list[np.ndarray]  # uint8 or uint16, [H, W] or [H, W, 3]; several for the frames of an enhanced CT
     series: str = ""  # SeriesInstanceUID and PatientID of a CT slice, only for grouping
 
 
@@ -100,7 +101,7 @@ def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),),
         if kind == "JPEG2000":
             _check_jpeg2000(data, limits)
         _check_header(data, kind, limits)
-        return Upload(images.read(data, (kind,))[0])
+        return Upload([images.read(data, (kind,))[0]])
     except UploadError:
         raise
     except Image.DecompressionBombError:
@@ -134,13 +135,17 @@ def _check_header(data: bytes, kind: str, limits: Limits) -> None:
 
 
 def _jpeg(data: bytes, limits: Limits) -> bytes:
-    """Returns a JPEG without segments that do not affect its pixels: Exif, profiles, thumbnails, comments."""
+    """Returns a JPEG without segments that do not affect its pixels; of Exif, only the orientation remains."""
     segments, scan = dicom_frames.jpeg_segments(data)
     parts = [b"\xff\xd8"]
     for marker, start, end in segments:
         if marker in dicom_frames.FRAMES:
             height, width = struct.unpack(">HH", data[start + 5 : start + 9])
             check_size(width, height, limits)
+        if marker == 0xE1 and (turn := images.orientation(data[start + 4 : end])) in images.TURNS:
+            exif = Image.Exif()
+            exif[images.ORIENTATION] = turn
+            parts.append(b"\xff\xe1" + struct.pack(">H", len(exif.tobytes()) + 2) + exif.tobytes())
         if not (0xE0 < marker <= 0xEF and marker != 0xEE) and marker != 0xFE:  # APP14 has the color transform
             parts.append(data[start:end])
     return b"".join([*parts, data[scan:]])
@@ -163,20 +168,26 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
     file = MemoryFile("file", _inflated_dicom(data, limits) if DEFLATED in data else data)
     try:
-        header = dicom.header(file)
-        if header.aside:
-            raise UploadError(422, "aside", f"no image of the patient ({header.aside})")
+        headers = dicom.headers(file)
+        header, count = headers[0], len(headers)
         check_size(header.size[1], header.size[0], limits)
+        if count > limits.frames or count * header.size[0] * header.size[1] > limits.pixels:
+            allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
+            raise UploadError(413, "frames", f"{count} frames of {header.size[1]} x {header.size[0]} pixels; {allowed}")
+        headers = [header for header in headers if not header.aside]
+        if not headers:
+            raise UploadError(422, "aside", f"no image of the patient ({header.aside})")
         if header.modality in dicom.XRAYS:
-            return Upload(images.decode(dicom.xray(file), None, ("PNG",)))
-        own = dicom.series([header]).plane
-        if header.orientation is not None and own != plane:
+            return Upload([images.decode(dicom.xray(file), None, ("PNG",))])
+        own = dicom.series(headers).plane
+        if headers[0].orientation is not None and own != plane:
             raise UploadError(
                 422, "plane", f"the slice is {own}, but this model needs {plane} ones; use lungjax.predict"
             )
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
-        return Upload(images.decode(dicom.picture(file, hu_windows), None, ("PNG",)), series)
+        slices = [dicom.picture(header, hu_windows) for header in headers]
+        return Upload([images.decode(data, None, ("PNG",)) for data in slices], series)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except UploadError:

@@ -8,6 +8,7 @@ Cells with the same experiment share its runs.
 
 **Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
 in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro".
+"val.slice.accuracy@3" is that of the third validation in metrics.jsonl, which logs no metrics per class.
 
 **Model selection.** With `chosen_from="ct_cov19_val"` a cell scores the best candidate by our runs instead of its own
 `experiment`, the study's choice. Candidates are the cells of that table whose row or column is the row of this cell;
@@ -16,14 +17,15 @@ of the configuration that is best on val. `correlate` lists pairs of columns; th
 correlation over the rows, published and ours.
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lungjax import config as configs
 
 SPLITS = ("val", "test")
-UNITS = ("slice", "patient")
+METRIC = re.compile(r"(val|test)\.(slice|patient)\.[^@]+|val\.(slice|patient)\.\w+@[1-9]\d*")
 CHARTS = ("bars", "confusions", "curves")
 
 
@@ -42,10 +44,9 @@ class Cell:
     def __post_init__(self) -> None:
         """Raises ValueError for an invalid metric or published number."""
         where = f"{self.row}, {self.column}"
-        parts = self.metric.split(".", 2)
-        if len(parts) < 3 or parts[0] not in SPLITS or parts[1] not in UNITS:
-            allowed = f"SPLIT.UNIT.NAME, with SPLIT of {', '.join(SPLITS)} and UNIT of {', '.join(UNITS)}"
-            raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}, such as test.slice.accuracy")
+        if not METRIC.fullmatch(self.metric):
+            allowed = "SPLIT.UNIT.NAME, with SPLIT of val, test and UNIT of slice, patient, or val.UNIT.NAME@VALIDATION"
+            raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}")
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
             raise ValueError(f"{where}: published {self.published}: a rate must be in 0..1")
@@ -63,7 +64,12 @@ class Cell:
     @property
     def name(self) -> str:
         """Returns the metric's name within its level, such as "per_class.COV.recall"."""
-        return self.metric.split(".", 2)[2]
+        return self.metric.split(".", 2)[2].partition("@")[0]
+
+    @property
+    def validation(self) -> int:
+        """Returns the number of a validation during training, or 0 for a metric of the tested weights."""
+        return int(self.metric.partition("@")[2] or 0)
 
     @property
     def slack(self) -> float:
@@ -82,6 +88,8 @@ class Table:
     # Images per class, in label order, of the study's splits, such as {"val": (908, 388, 45)}. A run with other counts
     # used other data and does not count.
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # Published confusion matrices by row; each has one row per true class.
+    matrices: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     elsewhere: str = ""  # how the data of the published numbers differ; if set, there are no verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
@@ -89,13 +97,14 @@ class Table:
     correlate: tuple[tuple[str, str], ...] = ()  # pairs of columns; see the module's docstring
 
     def __post_init__(self) -> None:
-        """Raises ValueError for duplicate cells, or an unknown chart, split or column."""
+        """Raises ValueError for duplicate cells, or an unknown chart, split, row or column."""
         for place, n in Counter((cell.row, cell.column) for cell in self.cells).items():
             if n > 1:
                 raise ValueError(f"table {self.name}: two cells in {place[0]}, {place[1]}")
         for what, given, known in (
             ("charts", self.charts, CHARTS),
             ("counts", self.counts, SPLITS + ("train",)),
+            ("matrices", self.matrices, self.rows),
             ("correlate", [column for pair in self.correlate for column in pair], self.columns),
         ):
             for name in given:

@@ -35,7 +35,7 @@ def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str
     Without finished runs only bars are drawn, with the published numbers alone.
     """
     captions = {}
-    done = [r for r in results if r.ours is not None]
+    done = [r for r in results if r.ours is not None and not r.cell.validation]
     for chart, (function, caption) in CHARTS.items():
         path = folder / f"{table.name}_{chart}.png"
         path.unlink(missing_ok=True)  # from an earlier call with other runs
@@ -98,16 +98,23 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
 
 
 def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
-    """Draws a confusion matrix per experiment and split: shares of each true class, mean over the seeds."""
+    """Draws a confusion matrix per experiment and split: shares of each true class, mean over the seeds.
+
+    The published matrix of a row, if known, follows ours.
+    """
     cells_of = Counter(r.group.experiment for r in done)
-    panels: dict[tuple[str, str], tuple[str, Sequence[Predictions]]] = {}  # by experiment and split
+    panels: dict[tuple[str, str], tuple[str, np.ndarray]] = {}  # by experiment, or row of a published one, and split
     for r in done:
         title = r.cell.row
         if r.chosen:
             title += f"\n{r.chosen.column if r.chosen.row == r.cell.row else r.chosen.row}"
         elif cells_of[r.group.experiment] == 1 and len(table.columns) > 1:
             title += f"\n{r.cell.column}"
-        panels.setdefault((r.group.experiment, r.cell.split), (title, r.group.predictions[r.cell.split]))
+        if (r.group.experiment, r.cell.split) not in panels:
+            each = [metrics.summarize(p)["confusion"] for p in r.group.predictions[r.cell.split]]
+            panels[r.group.experiment, r.cell.split] = title, np.mean(each, axis=0)
+        if r.cell.row in table.matrices:
+            panels[r.cell.row, r.cell.split] = f"{r.cell.row}\npublished", np.asarray(table.matrices[r.cell.row], float)
     splits, seeds = {split for _, split in panels}, done[0].group.predictions["val"]
     names = [style.short(name, MAX_LETTERS) for name in seeds[0].classes]
     c, longest = len(names), max(map(len, names))
@@ -120,11 +127,10 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
     width = max(left + across * (side + gap), 5.0)
     height = above + down * (side + head) + below
     figure = style.figure(width, height, layout="none")
-    for number, ((_, split), (title, predictions)) in enumerate(panels.items()):
+    for number, ((_, split), (title, counts)) in enumerate(panels.items()):
         row, column = divmod(number, across)
         x, y = left + column * (side + gap), height - above - (row + 1) * (side + head)
         axis = figure.add_axes((x / width, y / height, side / width, side / height))
-        counts = np.mean([metrics.summarize(p)["confusion"] for p in predictions], axis=0)
         plots.confusion_cells(axis, counts, True, 7, side / c)
         rotation: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         axis.set_xticks(range(c), names if number + across >= len(panels) else [""] * c, fontsize=7, **rotation)
@@ -185,6 +191,9 @@ def best_runs(done: Sequence[Result]) -> list[tuple[str, Result, int, Prediction
 
 CHARTS = {  # name: (function, caption)
     "bars": (bars, "Published numbers (marks) and ours (bars, with 95 % intervals)"),
-    "confusions": (confusions, "Confusion matrices, mean over the seeds, as shares of the true class"),
+    "confusions": (
+        confusions,
+        "Confusion matrices, ours (mean over the seeds) and published, as shares of the true class",
+    ),
     "curves": (curves, "ROC and precision-recall curves of each network's best run"),
 }

@@ -110,7 +110,11 @@ class Reader:
         if not group.finished:
             return self._unfinished(cell, group)
         try:
-            ours, low, high = self._level(group, cell.split, cell.unit).get(cell.name, (None, None, None))
+            ours, low, high = (
+                (runs.logged(group.runs, cell), None, None)
+                if cell.validation
+                else self._level(group, cell.split, cell.unit).get(cell.name, (None, None, None))
+            )
         except ValueError as error:
             return Result(cell, group, "damaged", str(error), commands=tuple(run.command for run in group.runs))
         if ours is None:

@@ -27,7 +27,8 @@ from lungjax.evaluation import predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import progress, workdir
+from lungjax.tables.cells import Cell
+from lungjax.training import metrics_log, progress, workdir
 from lungjax.weights import load
 
 EXECUTABLE = ("missing", "unfinished", "damaged")  # states that executing the run resolves
@@ -198,6 +199,15 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
     if abs(accuracy - level["accuracy"]) > 1e-6:
         raise ValueError(f"{path}: accuracy {accuracy:.6f}, report.json has {level['accuracy']:.6f}")
     return table
+
+
+def logged(runs: Sequence[Run], cell: Cell) -> float | None:
+    """Returns the mean over finished runs of a validation during training; None if a run has no such validation."""
+    name = cell.metric.partition("@")[0]
+    rows = [metrics_log.read(run.folder / "metrics.jsonl") for run in runs]
+    logs = [[row[name] for row in own if row.get(name) is not None] for own in rows]
+    enough = all(len(values) >= cell.validation for values in logs)
+    return float(np.mean([values[cell.validation - 1] for values in logs])) if enough else None
 
 
 def execute(run: Run) -> tuple[int, str]:

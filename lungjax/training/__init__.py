@@ -1,1 +1,1 @@
-"""The training loop and what it compiles."""
+"""The training loop and the programs that it compiles."""

@@ -1,7 +1,6 @@
 """Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives.
 
-XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topology. Nothing is executed, and no weights
-are read.
+XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topology; no weights are read.
 """
 
 import importlib.util
@@ -32,19 +31,19 @@ from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
-MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not advised for a smaller state
-DEFAULT_STEPS = 1000  # where the data set is unavailable; only the constants of the schedule depend on it
+MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not suggested for a smaller state
+DEFAULT_STEPS = 1000  # if the data set is unavailable; only constants of the schedule depend on it
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One TPU generation: published figures of a chip, and the slice shapes."""
+    """Published figures of one chip of a TPU generation, and the shapes of its slices."""
 
     memory: int  # GiB of HBM
     bandwidth: float  # GB/s of HBM
     speed: float  # bfloat16 TFLOP/s
-    shapes: tuple[str, ...]  # of slices; for 3-D topologies a selection
+    shapes: tuple[str, ...]  # for 3-D topologies a selection
 
 
 SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -59,18 +58,16 @@ GENERATIONS = {
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology such as "v5e:4x4", one per chip; only a compiler can use them.
+    """Returns one device per chip of a topology such as "v5e:4x4", for the compiler only.
 
-    Raises ValueError, with the choices, for an unknown topology, and if libtpu is missing.
+    Raises ValueError with the choices for an unknown topology, and if libtpu is missing.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     name, shape = match.groups() if match else (re.split("[:-]", topology)[0], "")
     generation = GENERATIONS.get(name)
     if generation is None:
-        raise ValueError(
-            f"--compile_for={topology}: give GENERATION:SHAPE, such as v5e:4x4 for 16 chips; generations are "
-            f"{', '.join(GENERATIONS)}"
-        )
+        known = ", ".join(GENERATIONS)
+        raise ValueError(f"--compile_for={topology}: expected GENERATION:SHAPE, such as v5e:4x4; generations: {known}")
     flat = generation.shapes == SHAPES_2D
     if not (shape in SHAPES_2D if flat else shape.count("x") == 2):
         choices = ", ".join(f"{name}:{shape}" for shape in generation.shapes)
@@ -90,13 +87,10 @@ def devices(topology: str) -> list[Any]:
 
 
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
-    """Compiles the training step of `config` for `topology` and returns a report; takes minutes and some GB of memory.
+    """Compiles the training step of a run for a topology such as "v5e:4x4", and returns a report.
 
-    Args:
-      config: configuration of a run; `train.batch_size` is the global one.
-      topology: generation and shape, such as "v5e:4x4".
-      data_dir: folder of the prepared data sets. Black images stand for a data set that is not prepared, if its classes
-        are known.
+    Takes minutes and several GB of memory. If the data set is not prepared in `data_dir`, but its classes are known,
+    black images replace it.
 
     Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
     not fit in the memory of a chip.
@@ -142,7 +136,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
 def _describe_memory(
     memory: Any, config: Config, topology: str, chips: int, sizes: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """Returns the rows of `Compiled.memory_analysis()`, whose numbers are bytes per chip."""
+    """Returns the rows about `Compiled.memory_analysis()`, whose numbers are bytes per chip."""
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
     available = GENERATIONS[topology.partition(":")[0]].memory
@@ -162,32 +156,25 @@ def _describe_memory(
 
 
 def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> list[tuple[str, str]]:
-    """Returns the rows of `Compiled.cost_analysis()`, whose numbers are those of one chip."""
+    """Returns the rows about `Compiled.cost_analysis()`, whose numbers are for one chip."""
     chip = GENERATIONS[topology.partition(":")[0]]
-    # XLA counts the body of a loop once. The only loop of the step runs over the micro-batches.
+    # XLA counts the body of a loop once; the only loop of the step is the one over micro-batches.
     flops = cost["flops"] * config.train.accumulate
     gigabytes = cost["bytes accessed"] * config.train.accumulate / 1e9
-    seconds, transfer = flops / (chip.speed * 1e12), gigabytes / chip.bandwidth
-    step = f"{1e3 * seconds:.3g} ms"
+    seconds = flops / (chip.speed * 1e12)
+    step, transfer = f"{1e3 * seconds:.3g} ms", f"{1e3 * gigabytes / chip.bandwidth:.3g} ms at {chip.bandwidth:g} GB/s"
+    bound = f"a step takes at least {step} (arithmetic): at most {config.train.batch_size / seconds:,.0f} images/s"
     return [
         ("arithmetic", f"{flops / 1e9:,.1f} GFLOP per chip and step: {step} at {chip.speed:g} TFLOP/s"),
-        (
-            "memory traffic",
-            f"at most {gigabytes:.3g} GB per chip and step: {1e3 * transfer:.3g} ms at {chip.bandwidth:g} GB/s, "
-            "on-chip memory included",
-        ),
-        (
-            "bound",
-            f"a step takes at least {step} (arithmetic): at most {config.train.batch_size / seconds:,.0f} images/s. "
-            "Memory traffic, collectives and reading images may take longer",
-        ),
+        ("memory traffic", f"at most {gigabytes:.3g} GB per chip and step: {transfer}, on-chip memory included"),
+        ("bound", f"{bound}. Memory traffic, collectives and reading images may take longer"),
     ]
 
 
 def count_collectives(text: str) -> list[tuple[str, str]]:
     """Returns (kind, description) for each kind of collective in the optimized HLO text of a program.
 
-    A collective that the compiler splits over several fusions has one channel and counts once, as does one in a loop.
+    A collective that is split over several fusions has a single channel and counts once, as does one in a loop.
     """
     channels: dict[tuple[str, str], str] = {}
     pattern = rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)"
@@ -207,18 +194,15 @@ def count_collectives(text: str) -> list[tuple[str, str]]:
 
 
 def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and shardings of a global training batch, as the pipeline makes it."""
+    """Returns shapes and shardings of a global training batch of the pipeline."""
     train, reading = replace(config.train, batch_size=1), replace(config.data, workers=0)
     example = next(pipeline.train_batches(data, replace(config, train=train, data=reading), start=0))
-    sharding, size = meshes.batch_sharding(mesh), config.train.batch_size
-    return {
-        name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype, sharding=sharding)
-        for name, value in example.items()
-    }
+    n, sharding = config.train.batch_size, meshes.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in example.items()}
 
 
 def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
-    """Returns a message for the compiler's RESOURCE_EXHAUSTED: memory needed and available, and settings to try."""
+    """Returns an error message for the compiler's RESOURCE_EXHAUSTED, with settings to try."""
     reason = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")[:300]
     return (
         f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}. TPU compiler "
@@ -228,12 +212,12 @@ def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes:
 
 
 def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
-    """Returns settings that may make a step fit, the cheapest first."""
+    """Returns settings that reduce the memory of a step, the cheapest first."""
     name, _, shape = topology.partition(":")
     generation = GENERATIONS[name]
     tips = program.smaller(config, chips)
     shard = "train.shard_params=True"
-    if shard in tips:  # the first tip for a large state, useless for a small one
+    if shard in tips:  # most effective for a large state, useless for a small one
         tips.remove(shard)
         tips = [shard, *tips] if state_bytes > MIN_SHARDED_STATE * generation.memory * GIB else tips
     tips = [f"--set={tip}" for tip in tips]
@@ -243,15 +227,15 @@ def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
 
 
 def _open_data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the data set, or one black image per class instead."""
+    """Returns the data set, or if it is not prepared, one black image per class."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         return datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
     classes = datasets.classes(config.data.dataset)
     if not classes:
         raise ValueError(
-            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown without its images: "
-            "prepare it, or substitute another one with --set=data.dataset=covidx_ct (three classes)"
+            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown: prepare it, or use "
+            "another one, such as --set=data.dataset=covidx_ct (three classes)"
         )
     black = io.BytesIO()
     Image.fromarray(np.zeros((BODY_SIDE, BODY_SIDE), np.uint8)).save(black, "PNG")

@@ -1,4 +1,4 @@
-"""Cross-validation: one run per fold of the data, and a report over all folds, in which each image is tested once."""
+"""Cross-validation: one run per fold, and a report over all folds, in which each image is tested once."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from lungjax.training import progress, setup, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
-POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are in the test split of another fold
-PREFIXES = ("predictions_", "report.", "plots")  # of the files next to foldN
+POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are tested in another fold
+PREFIXES = ("predictions_", "report.", "plots")  # of the files next to the folds
 SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
 SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
 
@@ -33,19 +33,18 @@ SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # p
 def run(
     config: Config, count: int, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
-    """Trains and tests `count` runs in WORKDIR/fold0, fold1, ... and reports over all; returns WORKDIR/report.md.
+    """Trains and tests a run per fold in WORKDIR/fold0, fold1, ... and writes a report over all, WORKDIR/report.md.
 
-    Skips finished folds and resumes unfinished ones. Each has its own report. WORKDIR must contain nothing else and
-    gets the pooled `predictions_test.csv` (column `extra_fold`) and those of the controls, `report.json`, `report.md`
-    and plots; `facts.folds` of report.json has mean, minimum and maximum of the metrics over folds. The other arguments
-    are those of `train.run`.
+    Finished folds are skipped, unfinished ones resumed. WORKDIR must contain nothing else; it gets the pooled
+    predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
+    and maximum of the metrics over folds. The other arguments are those of `train.run`.
 
-    Raises ValueError before training if the data can't be split into `count` folds or WORKDIR contains other files, and
-    any error of `train.run`; finished folds stay unchanged.
+    Raises ValueError before training if the data cannot be split into `count` folds or WORKDIR contains other files,
+    and any error of `train.run`.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:
-        raise ValueError(f"--folds={count}: {folds.MIN_FOLDS} or more (at least one each for test, val and train)")
+        raise ValueError(f"--folds={count}: expected {folds.MIN_FOLDS} or more, one each for test, val and train")
     parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
     for part in parts:
         configs.check(part)
@@ -61,19 +60,14 @@ def run(
             train.run(part, folder, data_dir, mode, weights_dir)
         except (ValueError, OSError):
             done = ", ".join(other.name for other in folders[:i] if (other / "report.md").exists())
-            distributed.print_once(
-                f"fold {i} failed; finished folds: {done or 'none'}. Rerun the same command to resume"
-            )
+            distributed.print_once(f"fold {i} failed; finished folds: {done or 'none'}. Rerun the command to resume")
             raise
     distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"
 
 
 def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
-    """Returns whether a fold was trained to the end and reported.
-
-    Raises ValueError if it has another configuration or data set.
-    """
+    """Returns whether a fold was trained and reported. Raises ValueError for another configuration or data set."""
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
     steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]
@@ -87,14 +81,12 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
 def write(
     config: Config, workdir: Path, folders: Sequence[Path], data: Prepared, data_dir: Path, started: float
 ) -> None:
-    """Writes the report over the pooled predictions of all folds. Raises ValueError if they are inconsistent."""
+    """Writes the report on the pooled predictions of all folds. Raises ValueError if they are inconsistent."""
     fold_predictions = [predictions.read(folder / "predictions_test.csv") for folder in folders]
     results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
-        raise ValueError(
-            f"{workdir} holds folds tested on other images than those of {data.name}; delete the folder and start over"
-        )
+        raise ValueError(f"{workdir}: the folds do not have the images of {data.name}; delete the folder to start over")
     for name in POOLED[1:]:
         paths = [folder / f"predictions_{name}.csv" for folder in folders]
         if all(path.exists() for path in paths):
@@ -110,11 +102,11 @@ def write(
 def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     """Returns the predictions of all folds in the order of the data set, with the fold as an extra column.
 
-    Raises ValueError if an image is in two folds or not in the data set, or if classes or columns differ.
+    Raises ValueError if an image is in two folds or not in the data set, and if classes or columns differ.
     """
     first = parts[0]
     if any(p.classes != first.classes or p.extra.keys() != first.extra.keys() for p in parts):
-        raise ValueError("the folds have different classes or columns: they were trained on different data")
+        raise ValueError("the folds have different classes or columns; they were trained on different data")
     fold = np.repeat([str(i) for i in range(len(parts))], [len(p) for p in parts])
     names = ["ids", "groups", "sources", "labels", "probabilities"]
     if all(p.logits is not None for p in parts):
@@ -126,15 +118,12 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     )
     ids, counts = np.unique(pooled.ids, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{ids[counts > 1][0]} was tested in two folds: delete the folder and start over")
+        raise ValueError(f"{ids[counts > 1][0]} was tested in two folds; delete the folder to start over")
     return predictions.take(pooled, np.argsort(_rows(pooled, data)))
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
-    """Returns {"slice.accuracy": {mean, low, high, values}, ...}: mean, minimum and maximum over folds, and all values.
-
-    A metric that is undefined in a fold is None in `values` and otherwise ignored.
-    """
+    """Returns {"slice.accuracy": {mean, low, high, values}, ...}; an undefined value is None and otherwise ignored."""
     levels = [metrics.flat_levels(p) for p in fold_predictions]
     result = {}
     for name in (f"{unit}.{number}" for unit in ("slice", "patient") for number in SPREAD_METRICS):
@@ -151,10 +140,8 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
     items = fold_facts[0].items()
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
-    sizes = [len(p) for p in fold_predictions]
-    span = " to ".join(
-        f"{size:,}" for size in sorted({min(sizes), max(sizes)})
-    )  # sizes differ if near duplicates join patients
+    sizes = [len(p) for p in fold_predictions]  # may differ, since near duplicates are in the same fold
+    span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
@@ -169,11 +156,11 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
 
 
 def _rows(p: Predictions, data: Prepared) -> np.ndarray:
-    """Returns the rows of predicted images in the data set, int64 [N]."""
+    """Returns the rows of the predicted images in the data set, int64 [N]."""
     rows = {name: row for row, name in enumerate(data.columns["file"].tolist())}
     unknown = [name for name in p.ids.tolist() if name not in rows]
     if unknown:
-        raise ValueError(f"{unknown[0]} is not an image of {data.name}: delete the folder and start over")
+        raise ValueError(f"{unknown[0]} is not an image of {data.name}; delete the folder to start over")
     return np.asarray([rows[name] for name in p.ids.tolist()])
 
 
@@ -183,6 +170,4 @@ def _check_folder(workdir: Path, count: int) -> None:
     names = {f"fold{i}" for i in range(count)}
     foreign = [p.name for p in workdir.iterdir() if p.name not in names and not p.name.startswith(PREFIXES)]
     if foreign:
-        raise ValueError(
-            f"{workdir} has files that do not belong to {count} folds, such as {min(foreign)}; choose another --workdir"
-        )
+        raise ValueError(f"{workdir}: {min(foreign)} does not belong to {count} folds; choose another --workdir")

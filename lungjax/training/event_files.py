@@ -1,4 +1,4 @@
-"""TensorBoard events of a run: metrics, configuration and figures. Needs the extra `tensorboard`."""
+"""Writes TensorBoard events of a run: metrics, configuration and figures. Needs the extra `tensorboard`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,9 @@ FOLDER = "tensorboard"  # in the workdir
 
 
 class EventFiles:
-    """Writes the events of a run to WORKDIR/tensorboard.
+    """Writes to WORKDIR/tensorboard; starts with the rows of metrics.jsonl, so that a resumed run repeats no step.
 
-    The events match metrics.jsonl: at the start they are rewritten from its rows, so a resumed run repeats no step.
-    Raises ValueError without the extra.
+    Raises ValueError if the extra is not installed.
     """
 
     def __init__(self, workdir: Path, rows: Iterable[Mapping[str, Any]]):
@@ -28,15 +27,14 @@ class EventFiles:
         folder = workdir / FOLDER
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        # An open viewer then drops the events of the deleted files.
-        self.writer = SummaryWriter(str(folder), purge_step=0)
+        self.writer = SummaryWriter(str(folder), purge_step=0)  # an open viewer drops events of the deleted files
         config = json.dumps(json.loads((workdir / "config.json").read_text("utf-8")), indent=1)
         self.writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()), 0)
         for row in rows:
             self.add_row(row)
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Adds the numbers of one row of metrics.jsonl, as "train/loss" for "train.loss"."""
+        """Adds the numbers of one row of metrics.jsonl; "train.loss" becomes "train/loss"."""
         for name, value in row.items():
             if name not in ("step", "time") and value is not None:
                 self.writer.add_scalar(name.replace(".", "/", 1), value, row["step"], walltime=row["time"])
@@ -51,8 +49,7 @@ def write(workdir: Path) -> Path:
     """Writes all events of a run and returns their folder. Raises ValueError if `workdir` is not a run."""
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} is not a run directory: config.json is missing")
-    rows = metrics_log.read(workdir / "metrics.jsonl")
-    events = EventFiles(workdir, rows)
+    events = EventFiles(workdir, metrics_log.read(workdir / "metrics.jsonl"))
     report = workdir / "report.json"
     if report.is_file():
         step = json.loads(report.read_text("utf-8"))["best"]["step"]

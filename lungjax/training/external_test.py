@@ -74,7 +74,8 @@ def evaluate(
         }
     )
     mapping = read_map(label_map, other.classes, run.data.classes)
-    view = select(other, mapping, split)
+    # The images of a data set that is stored upside down look to the network like those it was trained on.
+    view = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
     what = "every split" if split == "all" else f"the {split} split"
     notes = distributed.run_on_all_hosts(lambda: overlap.refuse(run.data, view, data_dir, f"{what} of {other.name}"))
     notes += _notes(run.config, run.data, view)

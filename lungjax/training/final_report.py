@@ -1,4 +1,4 @@
-"""The last phase of a run: predictions of the best weights to report, plots and model.json."""
+"""The last phase of a run: writes report, plots and model.json from the predictions of the best weights."""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from lungjax.training.setup import Run
 def write(
     run: Run, results: dict[str, Predictions], variables: dict[str, Any], facts: dict[str, Any], data_dir: Path
 ) -> Path:
-    """Writes predictions, report.json, .html and .md, the plots and model.json on the first host.
+    """Writes predictions, reports, plots and model.json on the first host; returns the path of report.md.
 
-    `results` are predictions by split, `variables` the tested weights, `facts` are added to those of `describe`.
-    Returns the path of report.md.
+    `results` are predictions by split, `variables` the tested weights; `facts` are added to those of `describe`.
     """
     facts, explain = describe(run) | facts, explainer(run, variables)
     description = datasets.describe(run.data, data_dir)
@@ -55,7 +54,7 @@ def write(
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Returns the facts of a report about machine, software, data and network."""
+    """Returns the facts about machine, software, data and network for the report."""
     data = run.data
     labels = {split: data.columns["label"][data.rows(split)] for split in ("train", "val", "test")}
     return {
@@ -72,7 +71,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def explainer(run: Run, variables: dict[str, Any]) -> reporting.Explain | None:
-    """Returns a function for Grad-CAM heat maps of images; None if no device holds all parameters."""
+    """Returns a function that computes Grad-CAM heat maps, or None if no device has all parameters."""
     if run.config.train.shard_params and run.program.mesh.size > 1:
         return None
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, appended during training on the first host."""
+"""Metrics of a training run: metrics.jsonl with one JSON object per line, TensorBoard events and the progress bar."""
 
 import json
 import time
@@ -20,18 +20,18 @@ if TYPE_CHECKING:  # `setup` imports this module
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
-    """Writes the metrics of a training run to metrics.jsonl, TensorBoard and the progress bar of the first host.
+    """Writes the metrics of a training run on the first host.
 
-    A context manager. At the start it drops the rows that a resumed run writes again: those after `step`, and the
-    validations after `last_validation`.
+    First drops the rows that a resumed run will write again: those after `step`, and validations after
+    `last_validation`.
     """
 
     def __init__(self, run: "Run", step: int, last_validation: int):
         self.run, self.path = run, run.workdir / "metrics.jsonl"
         self.epoch_steps = len(pipeline.train_rows(run.data)) / run.config.train.batch_size
         self.first_step = step
-        self.pending: list[Any] = []  # metrics of the steps since the last row, still on the devices
-        self.clock = time.perf_counter()  # of the last row
+        self.pending: list[Any] = []  # metrics of the steps since the last row, on the devices
+        self.clock = time.perf_counter()  # at the last row
         self.events = None
         first_host = distributed.is_first_host()
         if first_host:
@@ -40,9 +40,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 from lungjax.training.event_files import EventFiles
 
                 self.events = EventFiles(run.workdir, rows)
-        self.bar = ProgressBar(
-            desc=run.config.name, total=run.program.steps, initial=step, unit="step", disable=not first_host
-        )
+        options = {"total": run.program.steps, "initial": step, "unit": "step", "disable": not first_host}
+        self.bar = ProgressBar(desc=run.config.name, **options)
 
     def __exit__(self, *_: object) -> None:
         """Closes the progress bar and the event files."""
@@ -51,7 +50,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self.events.close()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        """Adds the metrics of a step without waiting for the devices, except for the first step."""
+        """Adds the metrics of a step; waits for the devices only in the first step."""
         self.pending.append(metrics)
         self.bar.update()
         if self.bar.n == self.first_step + 1:
@@ -59,12 +58,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             distributed.print_once(f"First step {time.time() - self.run.started:.1f} s after the start")
 
     def fetch(self) -> list[dict[str, Any]]:
-        """Waits for the devices; returns the metrics of the steps since the last call."""
+        """Returns the metrics of the steps since the last call, after waiting for the devices."""
         pending, self.pending = self.pending, []
         return jax.device_get(pending)
 
     def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
-        """Writes a row of `step` with the means of the metrics of several steps, nothing without any."""
+        """Writes the means of `metrics`, one mapping per step, as the row of `step`; writes nothing if it is empty."""
         rate = len(metrics) * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
@@ -73,7 +72,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.reset_clock()
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Writes one row."""
+        """Writes a row, with step, epoch and time added."""
         row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
             append(self.path, row)
@@ -81,18 +80,18 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self.events.add_row(row)
 
     def reset_clock(self) -> None:
-        """Restarts the clock of images_per_s, after work other than training."""
+        """Restarts the clock of images_per_s; call it after work other than training."""
         self.clock = time.perf_counter()
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends one row and closes the file, so that the row survives a kill of the process."""
+    """Appends one row and closes the file, so that the row survives if the process is killed."""
     with path.open("a") as file:
         file.write(json.dumps(dict(row)) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows, without a last line truncated by a crash."""
+    """Returns all rows up to the first damaged line, such as one truncated by a crash."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -104,10 +103,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def truncate(path: Path, step: int, last_validation: int) -> list[dict[str, Any]]:
     """Drops the rows after `step` and the validations after `last_validation`, and returns the others."""
-    rows = [
-        row
-        for row in read(path)
-        if row["step"] <= step and (row["step"] <= last_validation or not any(name.startswith("val.") for name in row))
-    ]
+
+    def stays(row: Mapping[str, Any]) -> bool:
+        validation = any(name.startswith("val.") for name in row)
+        return row["step"] <= (min(step, last_validation) if validation else step)
+
+    rows = list(filter(stays, read(path)))
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -1,11 +1,11 @@
-"""Policies of `train.on_nan` for a step whose loss or gradient is not finite:
+"""The policies of `train.on_nan` for a step with a non-finite loss or gradient:
 
-    stop    saves the state before that step and raises an error with the names of the batch's examples
+    stop    saves the state before that step and raises an error that names the examples of the batch
     skip    continues with the next batch, up to MAX_CONSECUTIVE bad steps in a row
     rewind  returns to the last checkpoint and continues with the examples after the bad batch, up to MAX_REWINDS times
 
 The host sees the metrics of a step only at the next log line. So the step itself keeps the last good state (`select`),
-`check_steps` finds the bad step later, and `train.train_loop` saves the state of `state_before` or calls `rewind`.
+and `check_steps` finds the bad step later.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,34 +14,32 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lungjax.runtime import distributed
+from lungjax.runtime.distributed import print_once
 from lungjax.training.state import TrainState
 
 if TYPE_CHECKING:  # the training step imports this module, and runs without orbax
     from lungjax.runtime.checkpoint import Checkpoints
     from lungjax.training.progress import Progress
 
-MAX_CONSECUTIVE = 50  # more point to a real problem, not to single bad batches
+MAX_CONSECUTIVE = 50  # more point to a real problem, not to some bad batches
 MAX_REWINDS = 5
 
 
 class NonFiniteError(ValueError):
-    """The loss or gradient was not finite at `step`. `cause` names the batch; the message adds advice."""
+    """The loss or gradient was not finite at `step`; `cause` describes the batch, and the message adds advice."""
 
     def __init__(self, policy: str, step: int, cause: str):
         other = ", or --set=train.on_nan=skip or rewind in this one" if policy == "stop" else ""
-        super().__init__(
-            f"{cause}. The checkpoints are intact. Check these examples; a smaller optim.lr or optim.clip_norm=1 may "
-            f"help (in another --workdir){other}"
-        )
+        advice = "Check these examples; a smaller optim.lr or optim.clip_norm=1 may help (in another --workdir)"
+        super().__init__(f"{cause}. The checkpoints are intact. {advice}{other}")
         self.step, self.cause = step, cause
 
 
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
     """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
 
-    Unless the policy is "skip", a bad step also disables all steps after it, so that the host finds the last good state
-    (`optax.apply_if_finite` would go on).
+    Unless the policy is "skip", a bad step also disables all later steps (unlike `optax.apply_if_finite`), so that the
+    host finds the last good state.
     """
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)
@@ -51,10 +49,10 @@ def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainStat
 def check_steps(
     policy: str, rows: Sequence[dict[str, Any]], last_step: int, progress: "Progress", batch_names: Callable[[int], str]
 ) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
-    """Returns the metrics of the finite steps up to `last_step`, without `finite`, and an error that ends the run.
+    """Returns the metrics of the finite steps, and an error if the run must stop or rewind.
 
-    `rows` are the metrics of consecutive steps, `batch_names(step)` lists the examples of a step. The error is for the
-    first bad step, after which no metrics are returned; with "skip" for MAX_CONSECUTIVE in a row.
+    `rows` are the metrics of consecutive steps up to `last_step`; `batch_names(step)` lists the examples of a step. The
+    first bad step is an error, with "skip" only the last of MAX_CONSECUTIVE in a row; later metrics are not returned.
     """
     finite: list[dict[str, Any]] = []
     for step, row in enumerate(rows, last_step - len(rows) + 1):
@@ -66,24 +64,27 @@ def check_steps(
         progress.consecutive_bad_steps += policy == "skip"
         if policy != "skip" or progress.consecutive_bad_steps >= MAX_CONSECUTIVE:
             return finite, NonFiniteError(policy, step, cause)
-        distributed.print_once(f"Step skipped: {cause}")
+        print_once(f"Step skipped: {cause}")
     return finite, None
 
 
 def enable_steps(policy: str, state: TrainState) -> TrainState:
-    """Returns the state with `bad_steps` reset, which would disable all steps, unless "skip" counts them."""
+    """Returns the state with `bad_steps` reset, since it would disable all steps; "skip" only counts them."""
     return state if policy == "skip" else state.replace(bad_steps=_full_like(state.bad_steps, 0))
 
 
 def state_before(step: int, state: TrainState) -> TrainState:
-    """Returns the state before the bad `step`; the steps since then changed only its counters."""
+    """Returns the state before the bad `step`; later steps have changed only its counters."""
     return state.replace(step=_full_like(state.step, step - 1))
 
 
 def rewind(
     checkpoints: "Checkpoints", abstract_state: TrainState, progress: "Progress", error: NonFiniteError
 ) -> tuple[TrainState, "Progress"]:
-    """Returns the last checkpoint, with the data moved past the bad batch. Raises ValueError after MAX_REWINDS."""
+    """Returns state and progress of the last checkpoint, with the data moved past the bad batch.
+
+    Raises ValueError after MAX_REWINDS rewinds.
+    """
     if progress.rewinds == MAX_REWINDS:
         raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)
@@ -91,9 +92,7 @@ def rewind(
     state, restored = checkpoint[0], type(progress)(**checkpoint[1])
     restored.rewinds = progress.rewinds + 1
     restored.skipped_batches = progress.skipped_batches + error.step - int(state.step)
-    distributed.print_once(
-        f"{error.cause}. Rewinding to step {int(state.step)}; continuing with the examples after that batch"
-    )
+    print_once(f"{error.cause}. Rewinding to step {int(state.step)}; continuing with the examples after that batch")
     return state, restored
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run: learning-rate schedule, optax chain, weight decay and freezing by parameter path."""
+"""The optimizer of a run: learning rate schedule, optax chain, weight decay, and freezing by parameter path."""
 
 import math
 import re
@@ -19,9 +19,9 @@ TOP, HEAD = (LAST, 0), (LAST, 1)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up, then the named schedule over the remaining `steps`.
+    """Returns the schedule of the learning rate: a linear warm-up, then `optim.schedule` over the remaining steps.
 
-    `optim.schedule_steps` above zero replaces `steps`; the rate then stays at its last value.
+    `optim.schedule_steps` above zero replaces `steps`; later steps have the last rate.
     """
     rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule
@@ -36,7 +36,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         main = optax.constant_schedule(config.lr)
     if not config.warmup_steps:
         return main
-    # Not from zero, which would waste step 0.
+    # Starts above zero, since a rate of zero would waste step 0.
     warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1)
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
@@ -44,11 +44,11 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     """Returns the paths of the parameters that `optim.tune` and `optim.freeze` freeze.
 
-    Blocks and stages are counted by the names that all networks share: stage2_block3, stage2_downsample before the
-    blocks of its stage, stage2_transition after them, then top_conv, then the head.
+    Blocks and stages are counted by the layer names that all networks share: stage2_downsample before stage2_block1,
+    stage2_transition after the blocks, top_conv after all stages, then the head.
 
-    Raises ValueError for an unknown `tune`, one with more blocks or stages than the network has, a `freeze` without a
-    match, and if no parameter remains trainable.
+    Raises ValueError for an unknown `tune`, for more blocks or stages than the network has, for a `freeze` that matches
+    nothing, and if no parameter remains trainable.
     """
     paths = list(trees.flatten(params))
     positions: dict[str, tuple[int, ...]] = {path: _position(path) for path in paths}
@@ -71,10 +71,8 @@ def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     if config.freeze:
         frozen |= set(_match(config.freeze, paths, f"optim.freeze={config.freeze!r}"))
     if len(frozen) == len(paths):
-        raise ValueError(
-            f"optim.tune={config.tune!r}, optim.freeze={config.freeze!r} match every parameter: "
-            "nothing is left to train"
-        )
+        settings = f"optim.tune={config.tune!r}, optim.freeze={config.freeze!r}"
+        raise ValueError(f"{settings} freeze every parameter: nothing is left to train")
     return frozenset(frozen)
 
 
@@ -99,9 +97,9 @@ def _position(path: str) -> tuple[int, int]:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-    """Returns the optax chain for the trainable `params`, of which only the paths are used.
+    """Returns the optax chain for trainable `params`, of which only the paths are used.
 
-    Raises ValueError for an `optim.lr_factors` that is malformed or matches nothing.
+    Raises ValueError for `optim.lr_factors` that are malformed or match nothing.
     """
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm:
@@ -111,7 +109,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -
     elif config.name == "rmsprop":
         parts.append(optax.scale_by_rms(decay=0.9, eps=config.eps))
     if config.weight_decay:
-        # Kernels only: no recipe of these networks decays norm scales, offsets or biases.
+        # Only kernels: no recipe of these networks decays norm scales or biases.
         parts.append(optax.add_decayed_weights(config.weight_decay, trees.mask(params, r"kernel$")))
     if config.name in ("sgd", "rmsprop") and config.momentum:
         parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
@@ -137,9 +135,9 @@ def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
 
 
 def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) -> jnp.ndarray:
-    """Returns [C] float32 loss weights from `optim.class_weights` and the train labels.
+    """Returns the loss weights float32 [C] of `optim.class_weights`; "balanced" is n / (C * n_c), as in scikit-learn.
 
-    "balanced" is n / (C * n_c), scikit-learn's rule. Raises ValueError unless there is one number per class.
+    Raises ValueError for numbers that are malformed, negative, or not one per class.
     """
     if setting == "none":
         return jnp.ones(len(classes), jnp.float32)
@@ -151,8 +149,6 @@ def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) ->
     except ValueError:
         numbers = []
     if len(numbers) != len(classes) or min(numbers) < 0:
-        raise ValueError(
-            f"optim.class_weights={setting!r}: expected none, balanced, or {len(classes)} comma-separated numbers "
-            f"for {', '.join(classes)}"
-        )
+        names = ", ".join(classes)
+        raise ValueError(f"optim.class_weights={setting!r}: expected none, balanced, or a number for each of {names}")
     return jnp.asarray(numbers, jnp.float32)

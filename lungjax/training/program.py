@@ -1,6 +1,6 @@
-"""A configuration on a mesh: the network, its initial state, the jitted training and prediction steps.
+"""The network, its initial state, and the jitted training and prediction steps of a configuration on a mesh.
 
-Built from shapes only, so that the same program trains here or is compiled for another machine.
+Everything is built from shapes, so the same program can train here or be compiled for another machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from lungjax.training import optim, state, step
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that is compiled for one run, with the shardings of its arrays."""
+    """The compiled functions of a run, with the shardings of their arrays."""
 
     mesh: jax.sharding.Mesh
     module: nn.Module
@@ -35,15 +35,15 @@ class Program:
     new_state: Callable[..., state.TrainState]  # pretrained leaves -> initial state; jitted
     abstract_state: state.TrainState  # shapes with shardings
     train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); jitted, donates the state
-    network: FoldedModel  # the module for prediction; converts variables for predict_step
-    predict_step: Callable[..., Any]  # (converted variables, batch) -> probabilities and rows; jitted
+    network: FoldedModel  # the module for prediction; folds variables for predict_step
+    predict_step: Callable[..., Any]  # (folded variables, batch) -> probabilities, logits and rows; jitted
 
 
 def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: jax.sharding.Mesh) -> Program:
-    """Returns the program of a complete configuration (`weights.load.resolve`); nothing is compiled yet.
+    """Returns the program of a configuration resolved by `weights.load.resolve`; nothing is compiled yet.
 
-    `classes` are in label order; `labels` [N] of the train split give the number of steps and the class weights.
-    Raises ValueError for incompatible settings.
+    The `labels` [N] of the train split determine the number of steps and the class weights. Raises ValueError for
+    incompatible settings.
     """
     # ---- Network
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
@@ -53,10 +53,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     module = models.build(config.model, len(classes), remat=config.train.remat, platform=platform)
     smallest = models.minimum_size(config.model)
     if any(side < limit for side, limit in zip(config.input.size, smallest, strict=True)):
-        raise ValueError(
-            f"input.size={config.input.size} is too small for {config.model.name}: use {smallest} (height, width) or "
-            "more"
-        )
+        name = config.model.name
+        raise ValueError(f"input.size={config.input.size} is too small for {name}: use at least {smallest}")
 
     # ---- Schedule, optimizer and initial state
     positive = outputs.positive_class(config, classes)
@@ -113,14 +111,14 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
 
 
 def step_counts(config: Config, examples: int) -> tuple[int, int]:
-    """Returns the steps of the run and the steps between validations."""
+    """Returns the number of steps of the run, and of steps between validations."""
     epoch = max(round(examples / config.train.batch_size), 1)
     steps = config.train.steps or max(round(config.train.epochs * examples / config.train.batch_size), 1)
     return steps, min(config.train.eval_steps or epoch, steps)
 
 
 def smaller(config: Config, devices: int) -> list[str]:
-    """Returns valid assignments that reduce the memory of a training step, the cheapest first."""
+    """Returns valid settings that reduce the memory of a training step, the cheapest first."""
     train = config.train
     unit = devices * train.accumulate
     half = train.batch_size // 2 // unit * unit
@@ -136,7 +134,7 @@ def smaller(config: Config, devices: int) -> list[str]:
 
 @contextmanager
 def memory_advice(config: Config, devices: int) -> Iterator[None]:
-    """Turns an out-of-memory error of a device into a ValueError with advice."""
+    """Turns out-of-memory errors of devices into ValueErrors with advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -146,7 +144,6 @@ def memory_advice(config: Config, devices: int) -> Iterator[None]:
         tips = [*smaller(config, devices), f"input.size={', '.join(str(n * 3 // 4) for n in config.input.size)}"]
         raise ValueError(
             f"out of memory with train.batch_size={config.train.batch_size}, input.size={config.input.size} and "
-            f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (or eval.batch_size="
-            f"{devices}, during prediction). The checkpoints are intact. Device error: "
-            f"{text.splitlines()[0][:300]}"
+            f"{config.model.name} on {devices} device(s). Try, in this order: {'; '.join(tips)} (in prediction: "
+            f"eval.batch_size={devices}). The checkpoints are intact. Device error: {text.splitlines()[0][:300]}"
         ) from error

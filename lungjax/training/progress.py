@@ -1,6 +1,6 @@
-"""Progress of a run besides its training state: the best validation so far, and the position in the data.
+"""The progress of a run besides its training state, saved with every checkpoint.
 
-Saved with every checkpoint, so that a resumed run makes the same decisions as an uninterrupted one.
+With it, a resumed run makes the same decisions as an uninterrupted one.
 """
 
 import math
@@ -14,19 +14,19 @@ from lungjax.training import metrics_log
 
 @dataclass
 class Progress:
-    """Numbers only, updated in place; a checkpoint holds `vars(progress)`."""
+    """The best validation so far and the position in the data; checkpoints contain `vars(progress)`."""
 
     best: float = math.nan  # value of train.monitor
     best_step: int = 0
     validations_without_improvement: int = 0
     stopped: int = 0  # 1 after early stopping
     last_validation: int = 0  # step of the last validation
-    skipped_batches: int = 0  # by train.on_nan=rewind: step s uses batch s - 1 + skipped_batches
+    skipped_batches: int = 0  # by train.on_nan=rewind; step s uses batch s - 1 + skipped_batches
     rewinds: int = 0
-    consecutive_bad_steps: int = 0  # skipped by train.on_nan=skip
+    consecutive_bad_steps: int = 0  # with train.on_nan=skip
 
     def update(self, scores: Mapping[str, float | None], config: Config, step: int) -> bool:
-        """Compares the validation of `step` with the best so far; returns whether it is better."""
+        """Records the validation of `step`; returns whether it is the best so far."""
         score = scores[config.train.monitor]
         assert score is not None  # otherwise `check_monitor` has raised
         self.last_validation = step
@@ -45,9 +45,9 @@ def last_step(workdir: Path) -> int:
 
 
 def is_complete(workdir: Path, config: Config, steps: int) -> bool:
-    """Returns whether metrics.jsonl shows that a run was trained and validated to its last step or early stopping.
+    """Returns whether metrics.jsonl shows a run that reached its last step or early stopping, and was validated there.
 
-    The report does not show it, since --mode=evaluate writes one for an interrupted run too.
+    A report is no proof of that, since --mode=evaluate also writes one for an interrupted run.
     """
     progress, key = Progress(), f"val.{config.train.monitor}"
     for row in metrics_log.read(workdir / "metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""The data and the program of a run, opened and checked before anything is written."""
+"""Opens the data and builds the program of a run, with all checks that come before anything is written."""
 
 import importlib.util
 from collections.abc import Generator, Sequence
@@ -29,7 +29,7 @@ from lungjax.weights import load
 
 @dataclass(frozen=True)
 class Run:
-    """The constants of a run; the training state and the progress change."""
+    """The constants of a run, in contrast to its training state and progress."""
 
     config: Config
     workdir: Path
@@ -38,7 +38,7 @@ class Run:
     started: float  # time.time() at the start
 
     def batches(self, start: int) -> Generator[dict[str, jax.Array]]:
-        """Yields global training batches from index `start` on, with up to `data.prefetch` more in transfer."""
+        """Yields global training batches from index `start` on, while up to `data.prefetch` more are in transfer."""
         place = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = pipeline.train_batches(self.data, self.config, start=start, **place)
         ready = []
@@ -51,23 +51,20 @@ class Run:
             batches.close()  # stops its threads and processes
 
     def batch_names(self, index: int) -> str:
-        """Returns the first file names of training batch `index`."""
+        """Returns the names of the first files in training batch `index`."""
         return shorten(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
 
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
     ) -> Predictions:
-        """Returns predictions of a split of the run's data, or of `data`.
-
-        Raises Interrupted between batches if `watch` received a signal.
-        """
+        """Returns predictions for a split of the run's data set, or of `data`. Raises Interrupted if `watch` does."""
         built, folded = self.program, self.program.network.fold(variables)
         step, mesh = built.predict_step, built.mesh
         return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
 
 
 def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
-    """Opens the data and builds the program; raises ValueError if workdir, configuration and data are incompatible."""
+    """Opens the data and builds the program. Raises ValueError if workdir, configuration and data do not match."""
     workdirs.check(workdir, config, mode)
     data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)
@@ -80,7 +77,7 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
 
 
 def open_data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the configured data set with its splits or folds. Raises ValueError if it is missing or unsuitable."""
+    """Returns the data set with its splits or folds. Raises ValueError if it is missing or unsuitable."""
     data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
     near = near_duplicates.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
     return folds.apply(data, config, near)
@@ -100,14 +97,11 @@ def check_monitor(config: Config, data: Prepared) -> None:
     if name not in scores:
         raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")
     if scores[name] is None:
-        raise ValueError(
-            f"train.monitor={name} is undefined on the val split (a class is missing); choose another, such as "
-            "slice.accuracy"
-        )
+        raise ValueError(f"train.monitor={name} is undefined on the val split (a class is missing); use slice.accuracy")
 
 
 def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns the leaves of `model.weights` by path, and the paths of the leaves that stay random."""
+    """Returns the leaves of `model.weights` by path, and the paths of the leaves that are initialized randomly."""
     config, module = run.config, run.program.module
     leaves = load.leaves(config, module, weights_dir)
     paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
@@ -115,7 +109,7 @@ def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.
 
 
 def summary(run: Run) -> str:
-    """Returns devices, network, length and folder of a run, one per line, and a table with `train.log_parameters`."""
+    """Returns a text with devices, network, length and folder of a run, and with `train.log_parameters` a table."""
     config, built = run.config, run.program
     devices, hosts = built.mesh.devices.flat, jax.process_count()
     params = trees.flatten(built.abstract_state.params)
@@ -139,6 +133,6 @@ def summary(run: Run) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first names, separated by commas, and the number of the others."""
+    """Returns the first `limit` names, separated by commas, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""The training state: one struct of arrays with everything that a step reads and writes."""
+"""The training state: all arrays that a step reads and writes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ from lungjax.models import trees
 
 
 class TrainState(struct.PyTreeNode):
-    """Arrays of one run. Random keys are not included, since they derive from the seed and `step`."""
+    """The arrays of a run. Random keys are not among them, since they are derived from the seed and `step`."""
 
     step: jax.Array  # int32 scalar, completed steps, including skipped ones
-    bad_steps: jax.Array  # int32 scalar, steps without an update, see `non_finite`
+    bad_steps: jax.Array  # int32 scalar, steps without an update; see `non_finite`
     params: Any
-    batch_stats: Any  # BatchNorm means and variances; {} for networks without
+    batch_stats: Any  # means and variances of BatchNorm, or {}
     opt_state: Any
 
     @property
@@ -35,10 +35,10 @@ def create(
     frozen: frozenset[str] = frozenset(),
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initializes a state; pure, so under jit no random numbers are drawn for leaves that `start` replaces.
+    """Initializes a state; under jit no random numbers are drawn for leaves that `start` replaces.
 
-    `image_shape` is [height, width, channels] of the network's input, `frozen` are paths of parameters without
-    optimizer state, `start` are leaves by path ("stem_conv/kernel", "stem_bn/mean") that replace random ones.
+    `image_shape` is [height, width, channels] of the input. `frozen` are paths of parameters without optimizer state.
+    `start` has leaves by path, such as "stem_conv/kernel", that replace random ones.
     """
     variables = init(module, image_shape, seed, start)
     return TrainState(
@@ -53,7 +53,7 @@ def create(
 def init(
     module: nn.Module, image_shape: tuple[int, ...], seed: int, start: Mapping[str, jax.Array] | None = None
 ) -> dict[str, Any]:
-    """Returns {"params", "batch_stats"} for images of [height, width, channels], with the leaves of `start`."""
+    """Returns the variables for images of [height, width, channels], random except for the leaves of `start`."""
     random = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
     variables = {}
     for collection in ("params", "batch_stats"):

@@ -1,6 +1,6 @@
-"""The training step and the prediction step: pure functions of state and batch, to be jitted by the caller.
+"""The training step and the prediction step, pure functions of state and batch that `program` jits.
 
-Imports neither grain, TFDS, orbax nor matplotlib, so that a step can be measured with jax and flax alone.
+The module needs neither grain, TFDS, orbax nor matplotlib, so a step can be measured with jax, flax and optax alone.
 """
 
 from collections.abc import Callable
@@ -40,19 +40,19 @@ def train_step(
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
-    constants of the run: `apply` of the network's module, `class_weights` [C], `positive` class of a sigmoid output,
+    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, the
     paths of `frozen` parameters, and the mesh axis `axis_name` if each device calls this function on its part of the
     batch (`mesh.per_device`).
 
-    With `train.accumulate` above one the batch is split into micro-batches whose gradients are averaged; identical to
-    the full-batch step if BatchNorm is frozen or absent and dropout is off.
+    If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
+    equals that of the full batch if BatchNorm is frozen or absent and dropout is off.
     """
     augment_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     if axis_name is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
-    # ---- 1. Augment, on the device. Depends on the seed and the example's place in the sequence, not on the step.
+    # ---- 1. Augment, depending on the seed and the position of the example in the sequence, not on the step
     labels, place = batch["label"], batch.get("place")
     images = augment.augment(
         batch["image"], place, augment_key, config.augment, config.input.size, batch.get("box"), batch.get("body")
@@ -60,7 +60,7 @@ def train_step(
     images, mixed_labels, share = augment.mix(images, labels, place, augment_key, config.augment)
     examples = {"image": images, "label": labels, "mixed_label": mixed_labels, "share": share}
 
-    # ---- 2. Forward pass and loss. Frozen parameters are not differentiated: no backward pass below the others.
+    # ---- 2. Forward pass and loss; frozen parameters are not differentiated, so the lowest need no backward pass
     params, frozen_params = trees.split(state.params, frozen)
 
     def loss_fn(params: Any, batch_stats: Any, examples: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
@@ -86,14 +86,14 @@ def train_step(
         accuracy = (outputs.probabilities(logits, positive).argmax(-1) == examples["label"]).mean()
         return loss, (accuracy, mutated.get("batch_stats", batch_stats))
 
-    # ---- 3. Gradients: the mean over micro-batches and, with `axis_name`, over devices.
+    # ---- 3. Gradients, averaged over micro-batches and, with `axis_name`, over devices
     grad_fn = accumulated(jax.value_and_grad(loss_fn, has_aux=True), config.train.accumulate)
     result = grad_fn(params, state.batch_stats, examples, dropout_key)
     if axis_name is not None:
         result = jax.lax.pmean(result, axis_name)
     (loss, (accuracy, batch_stats)), grads = result
 
-    # ---- 4. Update, unless the loss or the gradient is not finite.
+    # ---- 4. Update, unless the loss or the gradient is not finite
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -108,9 +108,10 @@ def train_step(
 
 
 def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
-    """Returns `grad_fn(params, batch_stats, examples, key)` as the mean over micro-batches, one after the other.
+    """Returns `grad_fn` averaged over micro-batches, which are computed one after the other.
 
-    `grad_fn` returns ((loss, (accuracy, batch_stats)), gradients); each micro-batch gets the statistics of the last.
+    `grad_fn(params, batch_stats, examples, key)` returns ((loss, (accuracy, batch_stats)), gradients). Each micro-batch
+    gets the statistics of the previous one.
     """
     if micro_batches == 1:
         return grad_fn
@@ -119,12 +120,11 @@ def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[...
         def add(carry: Any, xs: Any) -> tuple[Any, None]:
             sums, batch_stats = carry
             index, micro_batch = xs
-            (loss, (accuracy, batch_stats)), grads = grad_fn(
-                params, batch_stats, micro_batch, jax.random.fold_in(key, index)
-            )
+            part_key = jax.random.fold_in(key, index)
+            (loss, (accuracy, batch_stats)), grads = grad_fn(params, batch_stats, micro_batch, part_key)
             return (jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), batch_stats), None
 
-        # Strided, so that each micro-batch stays spread over all devices.
+        # Strided, so that each micro-batch stays distributed over all devices.
         stacked = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), examples)
         zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), (jnp.arange(micro_batches), stacked))
@@ -137,8 +137,7 @@ def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[...
 def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> AbstractContextManager[None]:
     """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
 
-    `choice` is `optim.frozen_batch_norm`, `frozen` are paths of parameters. An interceptor, so that networks need not
-    pass the choice on.
+    `choice` is `optim.frozen_batch_norm`, `frozen` has paths of parameters.
     """
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -159,9 +158,9 @@ def predict_step(
     config: Config,
     positive: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Returns `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
+    """Returns the `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
 
-    `network(variables, images)` returns logits first: a `FoldedModel`, or a module's `apply` with train=False.
+    `network(variables, images)` returns (logits, features), such as a `FoldedModel` or `apply` with train=False.
     """
     logits, _ = network(variables, normalize(batch["image"], config.input))
     return {

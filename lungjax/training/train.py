@@ -1,8 +1,8 @@
-"""A run from configuration to report: read this file first, then `step.py`.
+"""A run from configuration to report. Read this file first, then `step.py`.
 
-`run` opens the data, builds the program, restores the newest intact checkpoint, trains under `jit` over all devices of
-all hosts, tests the best weights and writes the report. Everything random is a function of `train.seed`, the step and
-the position in the data, so a killed run that is started again ends with exactly the weights of an uninterrupted one.
+`run` opens the data, builds the program, restores the newest intact checkpoint, trains on all devices of all hosts,
+tests the best weights and writes the report. All randomness is a function of `train.seed`, the step and the position
+in the data, so a run that is killed and restarted ends with exactly the weights of an uninterrupted one.
 """
 
 import time
@@ -37,23 +37,23 @@ def run(
     weights_dir: Path | None = None,
     profile: tuple[int, int] | None = None,
 ) -> Path:
-    """Trains or resumes, tests and reports. Returns the path of `report.md`.
+    """Trains or resumes, tests and reports; returns the path of `report.md`.
 
     Args:
-      config: configuration of the run; checked again, with the data set and the devices.
-      workdir: created if missing; gets config.json, checkpoints, metrics.jsonl, predictions, report and plots.
+      config: configuration of the run.
+      workdir: folder of the run; created if missing.
       data_dir: folder of the data sets that `lungjax.prepare` wrote.
       mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
-      weights_dir: searched first for files of `model.weights`.
+      weights_dir: folder that is searched first for files of `model.weights`.
       profile: first and last step of a `jax.profiler` trace in WORKDIR/profile.
 
-    Raises ValueError for user errors, before training where possible, and `signals.Interrupted` after a
-    SIGTERM or Ctrl-C, once the state is saved.
+    Raises ValueError for user errors, before training where possible, and `signals.Interrupted` after SIGTERM or
+    Ctrl-C, once the state is saved.
     """
     started = time.time()
     configs.check(config)
 
-    # ---- Data and program; a user error is raised before anything is written
+    # ---- Data and program; user errors are raised before anything is written
     run = distributed.run_on_all_hosts(lambda: setup.set_up(load.resolve(config), workdir, data_dir, mode, started))
     distributed.check_same(
         {
@@ -87,7 +87,7 @@ def run(
 def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = None) -> None:
     """Trains from the newest intact checkpoint, or from the start, to the last step or early stopping.
 
-    The order of a resume. Nothing changes before the lock is taken; the result equals that of an uninterrupted run.
+    A resumed run proceeds in this order, and changes nothing before it has the lock:
 
     1. Without a checkpoint, read the pretrained weights, which may be missing.
     2. Lock the workdir; compare or write config.json and data.json.
@@ -95,7 +95,7 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
     4. Without a checkpoint, initialize the state from the seed and the pretrained weights.
     5. Delete reports of earlier weights, if training continues.
     6. Drop the rows of metrics.jsonl after the restored step.
-    7. Continue with batch step + skipped_batches. Random keys derive from the seed, the step and the example's place.
+    7. Continue with batch step + skipped_batches.
     """
     config, abstract_state = run.config, run.program.abstract_state
     policy, pretrained = config.train.on_nan, dict[str, np.ndarray]()
@@ -133,7 +133,7 @@ def train_loop(
 ) -> NonFiniteError | None:
     """Trains from `state` to the last step or early stopping; returns an error if a loss or gradient is not finite.
 
-    Only states whose losses and gradients were finite are saved. Raises Interrupted after a signal, once it is saved.
+    Only states with finite losses and gradients are saved. Raises Interrupted after a signal, once the state is saved.
     """
     config, built = run.config.train, run.program
     step = int(state.step)
@@ -147,10 +147,9 @@ def train_loop(
     ):
         try:
             while True:
-                # ---- Validate and save. Comes first, since an interrupted run may still have to validate its last step
+                # ---- Validate and save; first, since a resumed run may still have to validate its last step
                 if due(built.eval_steps) and progress.last_validation < step:
                     better = validate(run, state, step, progress, log, watch)
-                    # The best weights are tested; train.keep=last tests the newest.
                     checkpoints.save(state, vars(progress), best=better or config.keep == "last")
                     log.reset_clock()
                 elif due(config.save_steps) and checkpoints.last_step < step:
@@ -188,7 +187,7 @@ def train_loop(
 
 
 def validate(run: Run, state: TrainState, step: int, progress: Progress, log: MetricsLog, watch: signals.Watch) -> bool:
-    """Scores the val split, writes the scores and updates the progress; returns whether they are the best so far."""
+    """Scores the val split, logs the scores and updates the progress; returns whether they are the best so far."""
     monitor = run.config.train.monitor
     scores = metrics.flat_levels(run.predict(state.variables, "val", watch=watch))
     better = progress.update(scores, run.config, step)
@@ -203,13 +202,11 @@ def validate(run: Run, state: TrainState, step: int, progress: Progress, log: Me
 
 
 def write_steps(run: Run, log: MetricsLog, step: int, progress: Progress) -> NonFiniteError | None:
-    """Writes the mean metrics of the steps since the last row; returns the error of `non_finite.check_steps`."""
-    finite, error = non_finite.check_steps(
-        run.config.train.on_nan,
-        log.fetch(),
-        step,
-        progress,
-        lambda step: run.batch_names(step - 1 + progress.skipped_batches),
-    )
+    """Logs the mean metrics of the steps since the last row; returns the error of `non_finite.check_steps`."""
+
+    def names(step: int) -> str:
+        return run.batch_names(step - 1 + progress.skipped_batches)
+
+    finite, error = non_finite.check_steps(run.config.train.on_nan, log.fetch(), step, progress, names)
     log.write_steps(error.step - 1 if error else step, finite)
     return error

@@ -1,7 +1,7 @@
-"""The folder of a run: its lock, its configuration and the data set that it was trained on.
+"""The folder of a run: its lock, config.json and data.json.
 
-A power loss may leave config.json or data.json empty or missing while the checkpoints are intact. Both are then
-rewritten from the command, if the checkpoint has the parameters of the configured network.
+If a power loss leaves config.json or data.json empty or missing while the checkpoints are intact, they are rewritten
+from the command, provided that the checkpoint has the parameters of the configured network.
 """
 
 import errno
@@ -22,7 +22,7 @@ from lungjax.runtime import distributed, files
 from lungjax.runtime.checkpoint import check_network, is_begun, newest
 from lungjax.training.state import TrainState
 
-# Fields that change neither weights nor data order, so that a run may resume with other values.
+# Fields that change neither weights nor data order, so a run may resume with other values.
 MUTABLE_FIELDS = (
     "data.workers", "data.threads", "data.prefetch", "train.log_steps", "train.save_steps", "train.devices",
     "train.shard_params", "train.on_nan", "train.tensorboard", "train.log_parameters",
@@ -31,14 +31,14 @@ MUTABLE_FIELDS = (
 
 
 def unreadable(workdir: Path) -> list[str]:
-    """Returns which of config.json and data.json are missing or damaged in a workdir with checkpoints."""
+    """Returns the names of config.json and data.json if they are missing or damaged in a workdir with checkpoints."""
     if newest(workdir, "last") is None:
         return []
     return [name for name in ("config.json", "data.json") if _read_json(workdir / name) is None]
 
 
 def read_data(workdir: Path) -> dict[str, Any]:
-    """Returns a run's data.json: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
+    """Returns the data.json of a run: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
     content = _read_json(workdir / "data.json")
     if content is None:
         raise ValueError(f"{workdir / 'data.json'} is missing or damaged; the command that trained the run rewrites it")
@@ -46,7 +46,7 @@ def read_data(workdir: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, None if the file is missing or holds anything else."""
+    """Returns the JSON object in a file, or None if the file is missing or contains anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -55,14 +55,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check(workdir: Path, config: Config, mode: str) -> None:
-    """Raises ValueError if the workdir holds a trained run of another configuration, or foreign files."""
+    """Raises ValueError if the workdir contains a trained run of another configuration, or foreign files."""
     path = workdir / "config.json"
     if "config.json" in unreadable(workdir):
         return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json, so there is no run to evaluate; train first (--mode=train)")
-        # A run that is killed before its first save leaves only the lock and unfinished files.
+        # A run that is killed before its first save leaves only the lock and partial files.
         if workdir.exists() and not (
             workdir.is_dir() and all(p.name == "lock" or p.name.startswith(files.PARTIAL) for p in workdir.iterdir())
         ):
@@ -73,10 +73,8 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     old = overrides.from_json(path.read_text(), str(path))
     changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]
     if changed:
-        raise ValueError(
-            f"{workdir} contains a run with another configuration:\n  " + "\n  ".join(changed) + "\nChoose another "
-            "--workdir, or delete this one to start over"
-        )
+        lines = "\n  ".join([f"{workdir} contains a run with another configuration:", *changed])
+        raise ValueError(f"{lines}\nChoose another --workdir, or delete this one to start over")
 
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
@@ -87,7 +85,7 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
     if before != data_facts(data):
         name, fingerprint = before.get("dataset"), str(before.get("fingerprint"))[:12]
         raise ValueError(
-            f"{workdir}: this run was started on {name} with fingerprint {fingerprint}, but now it is "
+            f"{workdir}: this run was started on {name} with fingerprint {fingerprint}, which is now "
             f"{data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
         )
 
@@ -98,18 +96,17 @@ def data_facts(data: Prepared) -> dict[str, Any]:
 
 
 def drop_reports(workdir: Path) -> None:
-    """Removes the reports of earlier weights before training continues, since they would pass for final ones."""
+    """Removes the reports of earlier weights, which could be mistaken for final ones."""
     for name in ("report.json", "report.html", "report.md", metadata.FILE):
         (workdir / name).unlink(missing_ok=True)
 
 
 @contextmanager
 def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
-    """Locks the folder against other runs and writes config.json and data.json.
+    """Locks the folder against other runs, and writes config.json and data.json; to be entered on every host.
 
-    Enter it on every host after all other checks. Raises ValueError on every host if another run is training there, if
-    the folder is not writable, has no room for the checkpoints (up to two states like `abstract_state`, two sets of
-    best weights, and one more of each during a write), or is not shared by all hosts.
+    Raises ValueError on every host if another run is training in the folder, if it is not writable or not shared by all
+    hosts, or if there is no room for the checkpoints, which take up to four times the size of `abstract_state`.
     """
     with ExitStack() as stack:
         distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))
@@ -128,9 +125,8 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
             check_network(workdir, abstract_state)
         for name in names:
             print(
-                f"{workdir / name} was missing or damaged (for example, after a power loss) and was rewritten from "
-                "this command. The checkpoint has the parameters of this network; other settings and the data are "
-                "unverified"
+                f"{workdir / name} was missing or damaged, as after a power loss, and was rewritten from this command. "
+                "The checkpoint has the parameters of this network; other settings and the data are unverified"
             )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
@@ -141,7 +137,7 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
     if newest(workdir, "last") is None and free < needed:
         raise ValueError(
             f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free; "
-            "free some space or choose another --workdir"
+            "choose another --workdir"
         )
 
 
@@ -149,7 +145,7 @@ def _lock(file: IO[str], workdir: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{workdir}: another run is training in it; wait, or choose another --workdir") from None
+        raise ValueError(f"{workdir}: another run is training here; wait, or choose another --workdir") from None
     except OSError as error:  # a file system without locks, such as a mounted bucket
         if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
             raise
@@ -157,6 +153,6 @@ def _lock(file: IO[str], workdir: Path) -> None:
 
 def _check_shared(workdir: Path) -> None:
     if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir}: files of host 0 are missing on this host; all hosts must share the --workdir")
+        raise ValueError(f"{workdir}: the files of host 0 are missing here; all hosts must share the --workdir")
     if not os.access(workdir, os.W_OK):
-        raise ValueError(f"{workdir} is not writable on this host; every host writes its part of the checkpoints")
+        raise ValueError(f"{workdir} is not writable on this host; every host writes a part of the checkpoints")

@@ -1,1 +1,1 @@
-"""Pretrained weights: catalogue, download, file formats, name rules."""
+"""Pretrained weights: catalogue, download, file formats and name rules."""

@@ -16,15 +16,15 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_bool("list", False, "Prints every record, or with --match those whose name matches.")
-    flags.DEFINE_string("match", "", "Regex for the names of records, for --list.")
-    flags.DEFINE_multi_string("fetch", [], "Downloads a record, such as efficientnet_b0.keras; repeatable.")
-    flags.DEFINE_string("check", None, "Prints the record of a file, or the network that it fits.")
-    flags.DEFINE_string("weights_dir", None, "Folder for weight files in place of the cache.")
+    flags.DEFINE_bool("list", False, "Print the catalogue.")
+    flags.DEFINE_string("match", "", "Regex for the names that --list prints.")
+    flags.DEFINE_multi_string("fetch", [], "Download a file, such as efficientnet_b0.keras; repeatable.")
+    flags.DEFINE_string("check", None, "Print the catalogue entry of a file, or the network that it fits.")
+    flags.DEFINE_string("weights_dir", None, "Folder for weight files instead of the cache.")
 
 
 def main(_: list[str]) -> None:
-    """Runs what the flags ask for, in the order list, fetch, check."""
+    """Runs --list, --fetch and --check, in this order."""
     if not (FLAGS.list or FLAGS.fetch or FLAGS.check):
         raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE")
     folder = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None

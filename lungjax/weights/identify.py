@@ -1,4 +1,4 @@
-"""Identifies the record of a weight file: by its name or checksum, else by the names and shapes of its tensors."""
+"""Identifies weight files by file name or checksum, or else by the names and shapes of their tensors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,19 +17,18 @@ from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
 
 CLASSIFIER = r"^head/dense/"  # new for every data set
-MIN_MATCH = 0.5  # fraction of a file's tensors that a network's rules must match
+MIN_MATCH = 0.5  # fraction of the tensor names that the rules of a network must match
 CANDIDATES = 3  # networks whose shapes are compared
-MAX_LINES = 12  # of the differences
+MAX_LINES = 12  # of the listed differences
 
 
 def record_of(path: Path, model: str) -> PretrainedWeights:
-    """Returns the record of `model` for a file: by its name, its checksum, or the names of its tensors.
+    """Returns the record of `model` that a file has by its name, its checksum or the names of its tensors.
 
-    Raises ValueError if the family of the network has no such names, with what the file fits, and if the names fit
-    several records that need different networks or inputs.
+    Raises ValueError if the names do not fit the network, or fit several records that need different settings.
     """
     for record in records(model):
-        # The hub's files are all model.safetensors; there the folder identifies them.
+        # Files on the hub are all called model.safetensors; the folder has the name.
         hub = Path(record.filename).stem, record.url.rpartition("/")[2]
         if path.name == record.filename or (path.parent.name, path.name) == hub:
             return record
@@ -48,29 +47,29 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     fit = [record for record in fit if (record.classes,) in shapes.values()] or fit  # the bias of its classifier
     if len({(record.network, record.input) for record in fit}) > 1:
         raise ValueError(
-            f"{path} may be any of {', '.join(record.name for record in fit)}, which need different inputs or fields "
-            f"of the network: rename it to {' or '.join(record.filename for record in fit)}"
+            f"{path} may be any of {', '.join(record.name for record in fit)}, which need different settings: "
+            f"rename it to {' or '.join(record.filename for record in fit)}"
         )
     return fit[0]
 
 
 def by_checksum(path: Path) -> list[PretrainedWeights]:
-    """Returns the records with the published checksum of the file."""
+    """Returns the records that have the checksum of the file."""
     digests = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
     checksums = [(record, record.checksum.partition(":")) for record in records() if record.checksum]
     return [record for record, (kind, _, digits) in checksums if digests[kind].startswith(digits)]
 
 
 def identify(path: str | Path) -> str:
-    """Returns a sentence that names the records of a file: by checksum, otherwise by tensor names and shapes.
+    """Returns a sentence with the records of a file, found by checksum or by tensor names and shapes.
 
-    Raises ValueError for an unreadable file, and, if no network fits, with the differences from the nearest one.
+    Raises ValueError for an unreadable file, and with the differences from the nearest network if none fits.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
         if exact := by_checksum(path):
             return f"{path}: {', '.join(record.name for record in exact)} (the published checksum)"
-        # Arrays that take no memory: rules move axes and never read values.
+        # Arrays without memory; rules move axes and never read values.
         placeholders = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
     failures = []
     for group in _candidates(tensors.shapes, path.stat().st_size)[:CANDIDATES]:
@@ -91,7 +90,7 @@ def identify(path: str | Path) -> str:
 
 
 def suggestion(path: Path) -> str:
-    """Returns the end of an error message: which other network the file fits."""
+    """Returns the end of an error message, about the network that the file fits."""
     try:
         return f"python -m lungjax.weights --check says: {identify(path).removeprefix(f'{path}: ')}"
     except ValueError:
@@ -100,7 +99,7 @@ def suggestion(path: Path) -> str:
 
 @cache
 def shapes(model: str, classes: int) -> Mapping[str, Any]:
-    """Returns the shape of every parameter by path, without the collection, for the input of the network's weights."""
+    """Returns the shapes of all parameters by path, for the input size of the public weights."""
     size = next((record.input.size for record in records(model)), (224, 224))
     return models.leaf_shapes(models.build(ModelConfig(name=model), classes), (*size, 3))
 
@@ -123,7 +122,7 @@ def _match(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> float:
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[PretrainedWeights]]:
-    """Returns groups of records that have the same tensors, the best matches of names and file size first."""
+    """Returns groups of records with the same tensors, the best matches of names and file size first."""
     groups: dict[tuple[str, str, int], list[PretrainedWeights]] = {}
     for record in records():
         groups.setdefault((record.model, record.layout, record.classes), []).append(record)
@@ -133,4 +132,4 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[P
         fraction = match(layouts(group[0].model)[group[0].layout])
         if fraction >= MIN_MATCH:
             order[key] = (-round(fraction, 1), abs(math.log(size / (1e6 * group[0].megabytes))))
-    return [groups[key] for key in sorted(order, key=lambda key: order[key])]
+    return [groups[key] for key in sorted(order, key=order.__getitem__)]

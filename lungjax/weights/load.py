@@ -1,4 +1,4 @@
-"""Initial weights of a network: resolves `model.weights` to a source, its input and its parameters."""
+"""Initial weights of a network: the source, input normalization and parameters of `model.weights`."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,18 +22,18 @@ from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import Tensors, open_tensors
 
 Floats = tuple[float, ...]
-MANY_PROBLEMS = 8  # beyond this the file is another network's rather than damaged
-ALLOWED = "none, imagenet, a record's name, file:PATH, run:WORKDIR, or meanvar: and one of these"
+MANY_PROBLEMS = 8  # with more, the file probably belongs to another network
+ALLOWED = "none, imagenet, a catalogue name, file:PATH, run:WORKDIR, or meanvar: and one of these"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from; at most one of record and run is set."""
+    """The source of weights; at most one of record and run is set."""
 
     record: PretrainedWeights | None = None
-    file: Path | None = None  # of the record; None: in the usual places
+    file: Path | None = None  # of the record; None: in `weights_dir` or the cache
     run: Path | None = None  # workdir
-    meanvar: bool = False  # draw from each tensor's mean and variance
+    meanvar: bool = False  # draw random numbers with the mean and variance of each tensor
 
 
 def parse(model: ModelConfig) -> Source:
@@ -56,20 +56,18 @@ def parse(model: ModelConfig) -> Source:
         raise ValueError(f"model.weights={model.weights}: no such file")
     record = record_of(file, model.name) if file else _named(model, text)
     if record.noncommercial and not model.noncommercial:
-        raise ValueError(
-            f"{record.name}: license {record.license} forbids commercial use; --set=model.noncommercial=True accepts it"
-        )
+        accept = "--set=model.noncommercial=True accepts it"
+        raise ValueError(f"{record.name}: license {record.license} forbids commercial use; {accept}")
     return Source(record=record, file=file, meanvar=meanvar)
 
 
 def _named(model: ModelConfig, text: str) -> PretrainedWeights:
-    """Returns the record of the network with the name or tag `text`."""
+    """Returns the record of a network by name or tag."""
     candidates = catalogue.records(model.name)
     if not candidates and text == "imagenet":
         raise ValueError(
-            f"model.weights={model.weights}: no ImageNet weights of {model.name} are public. "
-            f"--experiment=imagenet_pretrain:model={model.name} trains some on your ImageNet folder; then "
-            "--set=model.weights=run:WORKDIR"
+            f"model.weights={model.weights}: no ImageNet weights of {model.name} are public. Train them with "
+            f"--experiment=imagenet_pretrain:model={model.name}, then use --set=model.weights=run:WORKDIR"
         )
     names = {name: record for record in candidates for name in (record.name, record.name.partition(".")[2])}
     names.update(zip(["imagenet"], candidates, strict=False))
@@ -79,10 +77,10 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 
 
 def resolve(config: Config) -> Config:
-    """Returns the configuration with what its weights require: mean, std, and fields of the network.
+    """Returns the configuration with the mean, std, padding and epsilon that its weights require.
 
-    A field set by the user stays, unless the weights would be wrong with it.
-    Raises ValueError as `parse`, for such a field, and for `model.gray=fold` if mean or std differ by channel.
+    Values set by the user are kept. Raises ValueError as `parse`, for a padding or epsilon that does not match the
+    weights, and for `model.gray=fold` if folding would change the output.
     """
     model, spec = config.model, config.input
     try:
@@ -90,7 +88,7 @@ def resolve(config: Config) -> Config:
     except ValueError:
         kind = model.weights.removeprefix("meanvar:").partition(":")[0]
         if spec.mean is not None and spec.std is not None and kind in ("file", "run"):
-            return config  # a saved, complete configuration; whether the weights are needed turns out later
+            return config  # a saved, complete configuration, which may not need the weights again
         raise
     if source.record:
         trained, channels = source.record.input, 3
@@ -109,7 +107,7 @@ def resolve(config: Config) -> Config:
 
 
 def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) -> ModelConfig:
-    """Returns `model` with the fields that the weights require, by default the network's own."""
+    """Returns `model` with the padding and epsilon that the weights require, by default those of the network."""
     network = models.MODELS[model.name]()
     fields: dict[str, Any] = {}
     for field in ("padding", "epsilon"):
@@ -122,42 +120,34 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
 
 
 def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
-    """Returns mean and std for gray images and weights for color images, by `model.gray`.
+    """Returns mean and std for gray images with weights for color images, by `model.gray`.
 
-    With "repeat" there are three of each, by which the training step repeats the channel.
-    Raises ValueError for "fold" if the network with the folded kernel would not be equivalent.
+    "repeat" returns three numbers each, so that normalization repeats the channel. Raises ValueError for "fold" if the
+    network with the folded kernel would not be equivalent.
     """
     if model.gray == "repeat":
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
-    # The sum of the kernel's three slices is equivalent only if the three channels are equal everywhere, also at the
-    # borders, which are padded after the normalization.
+    # Equivalent only if the three channels are equal everywhere, even at the borders, which are padded after
+    # normalization.
+    problem = ""
     if len({*mean}) > 1 or len({*std}) > 1:
-        raise ValueError(
-            f"model.gray=fold: {model.weights} of {model.name} needs mean {mean} and std {std}, which differ by "
-            "channel, so no one-channel kernel is equivalent; use model.gray=repeat"
-        )
-    if models.family_of(model.name) == "bit":
-        raise ValueError(
-            f"model.gray=fold: {model.name} standardizes its kernels, which does not commute with the sum of three "
-            "slices; use model.gray=repeat"
-        )
+        problem = f"{model.weights} of {model.name} needs mean {mean} and std {std}, which differ by channel"
+    elif models.family_of(model.name) == "bit":
+        problem = f"{model.name} standardizes its kernels, which does not commute with the sum over channels"
+    if problem:
+        raise ValueError(f"model.gray=fold: {problem}, so no one-channel kernel is equivalent; use model.gray=repeat")
     return mean[:1], std[:1]
 
 
 def leaves(
     config: Config, module: nn.Module, weights_dir: Path | None = None, keep_head: bool = False
 ) -> dict[str, np.ndarray]:
-    """Returns the network's initial parameters by path; those not in the result start at random.
+    """Returns initial parameters and statistics by path; all others are to be initialized randomly.
 
-    Args:
-      config: resolved.
-      module: the network of `config`, with its class count.
-      weights_dir: searched first for files.
-      keep_head: load the classifier too; else it starts at random.
-
-    Raises ValueError if the file is missing, damaged or of another network.
+    `config` must be resolved, `module` is its network. `weights_dir` is searched first for files. The classifier is
+    loaded only if `keep_head` is set. Raises ValueError if the file is missing, damaged or of another network.
     """
     source = parse(config.model)
     if not source.record and not source.run:
@@ -165,7 +155,7 @@ def leaves(
     ours = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
     with _opened(source, config.model.name, weights_dir) as (tensors, rules, channels, label):
         shapes = models.leaf_shapes(module, (*config.input.size, channels))  # with the channels of the weights
-        fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": "^head/"}  # of the head, load what fits
+        fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": "^head/"}
         try:
             loaded = convert(tensors, rules, shapes, label=label, **fresh)
         except ValueError as error:
@@ -186,7 +176,7 @@ def leaves(
 def _opened(
     source: Source, model: str, weights_dir: Path | None
 ) -> Iterator[tuple[Mapping[str, np.ndarray], Rules, int, str]]:
-    """Yields a source's tensors, the rules for them, their number of input channels, and a label for errors."""
+    """Yields the tensors of a source, their rules, their number of input channels, and a label for errors."""
     if source.record:
         path = source.file or download.locate(source.record, weights_dir)
         with open_tensors(path) as tensors:
@@ -200,16 +190,16 @@ def _opened(
 
 
 def _without_detached_hidden(loaded: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the parameters without the head's hidden layers after one that starts at random."""
+    """Returns the parameters without hidden layers of the head that follow a randomly initialized one."""
     hidden = {path: int(match[1]) for path in shapes if (match := re.match(r"head/hidden(\d+)", path))}
     first = min((number for path, number in hidden.items() if path not in loaded), default=None)
     return {path: leaf for path, leaf in loaded.items() if first is None or hidden.get(path, 0) < first}
 
 
 def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: str) -> np.ndarray:
-    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum ("fold") or the middle slice, green ("slice").
+    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum over channels ("fold") or the green one ("slice").
 
-    Raises ValueError for any other change of the channels.
+    Raises ValueError for any other change of channels.
     """
     if kernel.ndim != 4 or kernel.shape[2] != 3 or shape[2] != 1:
         raise ValueError(
@@ -220,9 +210,9 @@ def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: st
 
 
 def mean_var(leaves: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Returns random parameters, normal with each tensor's own mean and variance ("Mean Var", arXiv 1902.07208).
+    """Returns normal random parameters with the mean and variance of each tensor ("Mean Var", arXiv 1902.07208).
 
-    Running statistics are omitted: they belong to the original weights.
+    Running statistics are omitted, since they belong to the original weights.
     """
     random = {}
     for number, (path, leaf) in enumerate(sorted(leaves.items())):

@@ -1,4 +1,4 @@
-"""Weight files as named arrays: safetensors, npz, Keras's HDF5 and PyTorch's .pth, recognized by their first bytes.
+"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, told apart by content.
 
 Nothing in a file is ever executed: no pickled arrays, no links to other files, and only tensors in PyTorch's pickles.
 """
@@ -25,7 +25,7 @@ Reader = tuple[list[str], Callable[[str], np.ndarray], Any]  # names, a function
 
 
 class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
-    """Read-only mapping from the names in a file to its arrays, each read on access."""
+    """A read-only mapping from the names in a file to its arrays, each read on access."""
 
     def __init__(self, path: Path, names: list[str], read: Callable[[str], np.ndarray], file: Any):
         self.path = path
@@ -37,7 +37,7 @@ class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
             raise KeyError(name)
         try:
             return self._read(name)
-        except Exception as error:  # the libraries raise a dozen types for damaged bytes
+        except Exception as error:  # libraries raise many types for damaged bytes
             raise ValueError(f"{self.path}: {name}: damaged, or not plain numbers: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
@@ -54,15 +54,12 @@ class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
         return {name: array.shape for name, array in self.items()}
 
     def __exit__(self, *error: object) -> None:
-        """Closes the file. Arrays read before stay valid."""
+        """Closes the file; arrays that were read remain valid."""
         self._file.__exit__(*error)
 
 
 def open_tensors(path: str | Path) -> Tensors:
-    """Opens a weight file, whatever its suffix; arrays are read one by one.
-
-    Raises ValueError with the file, what is wrong with it, and the supported formats.
-    """
+    """Opens a weight file, regardless of its suffix. Raises ValueError if it is missing, damaged or not supported."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a weight file")
@@ -82,7 +79,7 @@ def open_tensors(path: str | Path) -> Tensors:
         return Tensors(path, *read(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # the libraries raise a dozen types for damaged bytes
+    except Exception as error:  # as above
         raise ValueError(f"{path}: truncated or damaged, {path.stat().st_size} bytes: {error}") from None
 
 
@@ -100,7 +97,7 @@ def _guess(start: bytes) -> str:
 
 def _safetensors(path: Path) -> Reader:
     def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(path, "numpy") as file:  # opened anew: a map left open keeps all pages in memory
+        with safetensors.safe_open(path, "numpy") as file:  # opened again: an open map keeps all pages in memory
             return file.get_tensor(name)
 
     with safetensors.safe_open(path, "numpy") as file:
@@ -130,7 +127,7 @@ def _h5(path: Path) -> Reader:
             raise ValueError(KERAS_3)
         raise ValueError(f"an HDF5 file without layer_names, so not from Keras; supported formats: {FORMATS}")
     data: dict[str, h5py.Dataset] = {}
-    # By the attributes only: layer names contain slashes, so walking the groups would nest layers in one another.
+    # Read from the attributes: layer names contain slashes, so walking the groups would nest layers in one another.
     layers = _names(root, "layer_names")
     for layer in layers + [name for name in ("top_level_model_weights",) if name in root]:
         if not isinstance(root.get(layer), h5py.Group):
@@ -144,7 +141,7 @@ def _h5(path: Path) -> Reader:
 
 
 def _names(group: h5py.Group, attribute: str) -> list[str]:
-    """Returns the list in an attribute. HDF5 limits its size, so Keras splits long lists into NAME0, NAME1, ..."""
+    """Returns the list in an attribute; Keras splits long lists into NAME0, NAME1, ..., since HDF5 limits the size."""
     keys = [attribute] if attribute in group.attrs else []
     while f"{attribute}{len(keys)}" in group.attrs and keys != [attribute]:
         keys.append(f"{attribute}{len(keys)}")
@@ -156,7 +153,7 @@ def _dataset(file: h5py.File, layer: h5py.Group, weight: str) -> h5py.Dataset:
     if not isinstance(data, h5py.Dataset):
         raise ValueError(f"{layer.name}/{weight} is listed in weight_names, but missing")
     if data.external or data.is_virtual or data.file.filename != file.filename:
-        raise ValueError(f"{layer.name}/{weight} is stored in another file; only data inside the file are read")
+        raise ValueError(f"{layer.name}/{weight} is stored in another file, which is not read")
     if data.dtype.kind not in "fiub":
         raise ValueError(f"{layer.name}/{weight}: dtype {data.dtype}; only numbers are read")
     return data

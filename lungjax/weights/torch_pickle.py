@@ -1,6 +1,6 @@
-"""PyTorch's .pth, .pt and .bin files without PyTorch, both formats, through an unpickler that can build only tensors.
+"""Reads both formats of PyTorch's .pth, .pt and .bin files without PyTorch; its unpickler can build only tensors.
 
-A pickle is a program that may call whatever it can name. Here it can name a dozen immutable stand-ins; any other name
+A pickle is a program that may call everything it can name. Here it can name a dozen immutable stand-ins; any other name
 or instruction is refused.
 """
 
@@ -15,16 +15,16 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-MAGIC = 0x1950A86A20F9469CFC6C  # of the stream format, pickled first
-LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")  # as written by any pickle protocol from 2 on
+MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the stream format
+LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")  # as pickled by protocol 2 and later
 PROTOCOL = 1001
-PICKLE_LIMIT = 100_000_000  # bytes of a pickle with the names and shapes of tensors
+PICKLE_LIMIT = 100_000_000  # bytes of the pickle in an archive, which has names and shapes only
 DTYPES = {
     "FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-# Of torch.save. Others create objects in further ways (INST, OBJ, NEWOBJ, the extension registry).
+# Those of torch.save; others can create arbitrary objects (INST, OBJ, NEWOBJ, the extension registry).
 INSTRUCTIONS = (
     "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
     "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
@@ -35,10 +35,10 @@ OPCODES = frozenset(INSTRUCTIONS.split())
 
 
 class UnsafePickleError(ValueError):
-    """Says what is wrong with a file, without its name."""
+    """The file is damaged or asks for more than tensors; the message does not contain its name."""
 
 
-# Named tuples take neither state nor attributes, so a pickle cannot change them by BUILD.
+# Named tuples have neither state nor settable attributes, so a pickle cannot change them by BUILD.
 class _Global(NamedTuple):
     """A function that a pickle may call."""
 
@@ -49,7 +49,7 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """The elements of one or several tensors, stored in the file under `key`; a type of storage if that is empty."""
+    """The elements of one or more tensors, stored in the file under `key`; without a key, a type of storage."""
 
     dtype: np.dtype
     key: str = ""
@@ -57,7 +57,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A window into a storage; offset and strides count elements."""
+    """A view of a storage; offset and strides are in elements."""
 
     storage: _Storage
     offset: int
@@ -66,14 +66,14 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict[Any, Any]):
-    """An OrderedDict. In a module's state_dict it has a state, the versions of the layers."""
+    """An OrderedDict, which in the state_dict of a module has a state, the versions of the layers."""
 
     def __setstate__(self, state: Any) -> None:
         """Ignores the state."""
 
 
 def _show(value: Any) -> str:
-    """Returns the repr of a number or text, else the type: nested tuples could take forever to print."""
+    """Returns the repr of a number or text, or else the type, since nested tuples could take forever to print."""
     return repr(value)[:80] if type(value) in (int, str) else f"a {type(value).__name__.strip('_')}"
 
 
@@ -84,7 +84,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) 
     if not isinstance(storage, _Storage) or not storage.key:
         raise UnsafePickleError("a tensor without a storage")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    # Not more elements than the storage has: with stride 0 a few bytes could become an array of any size.
+    # Limits the number of elements, since with stride 0 a few bytes could become an array of any size.
     if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.size:
         raise UnsafePickleError(f"a tensor of shape {shape} exceeds its storage of {storage.size} elements")
     return _Tensor(storage, offset, shape, strides)
@@ -101,7 +101,7 @@ GLOBALS: dict[tuple[str, str], _Global | _Storage] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves only the names in GLOBALS; collects the storages."""
+    """Resolves only the names in GLOBALS, and collects the storages."""
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="utf-8")
@@ -139,22 +139,21 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
         return unpickler.load(), unpickler.storages
     except UnsafePickleError:
         raise
-    except Exception as error:  # a damaged pickle raises any of a dozen types
+    except Exception as error:  # damaged pickles raise many types
         raise UnsafePickleError(f"truncated or damaged pickle: {type(error).__name__}: {error}") from None
 
 
 def is_stream(start: bytes) -> bool:
-    """Returns whether these first bytes of a file are those of the older, stream format."""
+    """Returns whether a file that begins with `start` has the older, stream format."""
     return start[:1] == b"\x80" and start[2:14] == LONG
 
 
 def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[bytes]]:
-    """Opens a file of the older format; returns the names of the tensors, a function that reads one, the open file.
+    """Opens a file of the older format; returns the names of the tensors, a function that reads one, and the open file.
 
-    It has magic number, protocol, system and tree as pickles, the storages' keys, size and elements of each storage.
-    A wrapper `{"model": tensors}` or `{"state_dict": tensors}` and a prefix "module." are removed.
-
-    Raises UnsafePickleError for a pickle that asks for anything but tensors, and for damaged bytes.
+    The file has five pickles (magic number, protocol, system, tree, keys of the storages), then size and elements of
+    each storage. A wrapper {"model": tensors} or {"state_dict": tensors} and the prefix "module." are removed. Raises
+    UnsafePickleError for pickles that ask for anything but tensors, and for damaged bytes.
     """
     file = path.open("rb")
     magic, protocol, system = (_unpickle(file)[0] for _ in range(3))
@@ -184,7 +183,7 @@ def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[
 
 
 def read_archive(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], zipfile.ZipFile]:
-    """As `read_stream` for the newer format: a zip of NAME/data.pkl, NAME/data/KEY per storage, and NAME/byteorder."""
+    """Like `read_stream` for the newer format, a zip of NAME/data.pkl, NAME/byteorder and NAME/data/KEY per storage."""
     archive = zipfile.ZipFile(path)
     names = archive.namelist()
     roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[-1] == "data.pkl"]

@@ -96,7 +96,7 @@ DATA = {
     "ct_cov19:images=lungs": ("ct_cov19/lungs", "clean", "best"),
     "ictcf:protocol=study": ("ictcf/oversampled-features", "study", "last"),
     "ictcf": ("ictcf/features", "clean", "best"),
-    "covid_xray:protocol=study": ("covid_xray_5k", "study", "last"),
+    "covid_xray:protocol=study": ("covid_xray_5k/oversampled", "study", "last"),
     "covid_xray:model=resnet18,protocol=study": ("covid_xray_5k", "study", "best"),
     "covidx_ct:version=2a,protocol=study": ("covidx_ct/2a", "study", "last"),
     "covidx_ct": ("covidx_ct/3a", "clean", "best"),
@@ -127,7 +127,7 @@ def grid():
     yield from choices("nccid_whole_lung", **BOTH)
     yield from choices("ct_cov19", model=(*CBR, "bit_r50x1"), **options)
     yield from choices("ct_cov19", model=EFFICIENTNETS, weights=("imagenet", "none"), **options)
-    yield from choices("ictcf", model=ICTCF, **BOTH)
+    yield from choices("ictcf", model=(*ICTCF, *(f"efficientnetv2_{size}" for size in ("b3", "s", "m", "l"))), **BOTH)
     yield from choices("covid_xray", model=XRAY, **BOTH)
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("clean",))
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=("2a", "3a"), protocol=("study",))
@@ -164,7 +164,9 @@ def test_unique_names():
         names[config.name] = choice
         assert re.fullmatch("[a-z0-9_-]+", config.name) and config.name.startswith(choice.partition(":")[0])
         assert config.name.endswith("_study") == ("protocol=study" in choice)
-    assert len(names) == 2 + 520 + 18 + 12 + 200 + 80 + 80 + 32 + 40
+        if not choice.startswith(("covidnet_ct", "transfusion")):  # mixed precision in the first, any data in the other
+            assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
+    assert len(names) == 2 + 520 + 26 + 12 + 200 + 80 + 80 + 32 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"
     assert names["ct_cov19_cbr_tiny_original_classw_study"] and experiments.load(tiny).name in names
 

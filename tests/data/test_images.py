@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from folders import encoded
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from scipy import ndimage
 
 import lungjax
@@ -89,32 +89,59 @@ def test_16_bit_rounding_after_resizing():
     assert images.to_input(decoded, np.array([0, 0, 2, 2]), InputSpec(size=(1, 1)), 0.0).item() == round(102 / 4)
 
 
-def test_color_modes():
-    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
-    palette.putpalette([255, 0, 0, 0, 255, 0, 9, 8, 7])
-    clear = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-    for image, expected in (
-        (palette, [[[255, 0, 0], [0, 255, 0]], [[9, 8, 7], [0, 255, 0]]]),
-        (clear, [[[200, 100, 50], [0, 0, 0], [40, 20, 10]]]),
-        (np.array([[[200, 255], [200, 0]]], np.uint8), [[200, 0]]),
-        (GRAY > 127, np.where(GRAY > 127, 255, 0)),
-    ):
-        np.testing.assert_array_equal(images.decode(encoded(image), None), expected)
-    cmyk = Image.fromarray(np.full((16, 16, 3), (200, 60, 20), np.uint8)).convert("CMYK")
-    rgb = images.decode(encoded(cmyk, "JPEG", quality=95), None)
-    np.testing.assert_allclose(rgb, np.full((16, 16, 3), (200, 60, 20)), atol=4)
+def sampled_png(samples, kind):
+    """A 16-bit PNG file of samples [H, W, channels]; `kind` is the color type of its header."""
+    height, width, _ = samples.shape
+    rows = np.pad(samples.astype(">u2").reshape(height, -1).view(np.uint8), ((0, 0), (1, 0)))
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    return images.SIGNATURE + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in chunks
+    )
 
 
-def test_ignored_exif_orientation():
+def test_every_mode_equals_pillow():
+    base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8), "RGBA")
+    files = {
+        (mode, form): encoded(base.convert(mode), form)
+        for mode, forms in {
+            "1": "PNG TIFF BMP GIF", "LA": "PNG TIFF GIF WEBP JPEG2000", "P": "PNG TIFF BMP GIF", "PA": "TIFF",
+            "RGBA": "PNG TIFF BMP GIF WEBP JPEG2000", "RGBX": "TIFF JPEG", "CMYK": "TIFF JPEG JPEG2000",
+            "YCbCr": "TIFF JPEG JPEG2000",
+        }.items()
+        for form in forms.split()
+    }  # fmt: skip
+    deep = np.random.default_rng(1).integers(0, 65536, (8, 9, 4), np.uint16)
+    files |= {(f"{n} x 16", "PNG"): sampled_png(deep[..., :n], kind) for kind, n in ((2, 3), (4, 2), (6, 4))}
+    for key, data in files.items():
+        array, form = images.read(data)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(array if array.ndim == 3 else array[..., None] + np.zeros(3, np.uint8), expected)
+        assert form == key[1] and array.dtype == np.uint8
+    modes = {mode: images.conversion(files[mode, form]) for mode, form in files}
+    assert {modes[mode] for mode in ("1", "P", "RGBX")} == {""} and modes["4 x 16"] == "RGBA, 16 bits"
+    assert [modes[mode] for mode in ("RGBA", "CMYK", "2 x 16")] == ["RGBA", "CMYK", "RGBA, 16 bits"]
+
+
+def test_integers_in_32_bits():
+    for values in (DEEP.astype(np.int32), DEEP.astype(np.float32)):
+        array, _ = images.read(encoded(values, "TIFF"))
+        np.testing.assert_array_equal(array, DEEP)
+        assert array.dtype == np.uint16
+
+
+def test_exif_orientation():
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert images.decode(encoded(GRAY, "JPEG", exif=exif), None).shape == GRAY.shape
-
-
-def deep_color_png():
-    data = encoded(COLOR)
-    header = b"IHDR" + struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    deep = GRAY.astype(np.uint16) * 200
+    for orientation in range(10):
+        exif[0x0112] = orientation
+        for array, form in ((GRAY, "PNG"), (deep, "PNG"), (GRAY, "JPEG"), (np.stack([GRAY] * 3, -1), "WEBP")):
+            data = encoded(array, form, exif=exif)
+            decoded, name = images.read(data)
+            expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            np.testing.assert_array_equal(decoded, np.asarray(expected), err_msg=f"{form} {orientation}")
+            assert name == (form if orientation in (0, 1, 9) else "")
+    np.testing.assert_array_equal(images.decode(encoded(GRAY, "PNG", exif=b"Exif\0\0damaged"), None), GRAY)
 
 
 def test_unsupported_files():
@@ -122,9 +149,9 @@ def test_unsupported_files():
         (b"", "image format"),
         (b"hello" * 99, "image format"),
         (encoded(GRAY, "TIFF", save_all=True, append_images=[Image.fromarray(GRAY)]), "2 pages"),
-        (encoded(GRAY.astype(np.int32) - 1000, "TIFF"), "signed"),
-        (encoded(GRAY.astype(np.float32), "TIFF"), "32-bit"),
-        (deep_color_png(), "16-bit"),
+        (encoded(GRAY.astype(np.int32) - 1000, "TIFF"), "Hounsfield"),
+        (encoded(GRAY.astype(np.float32) / 255, "TIFF"), "fractions"),
+        (encoded(Image.new("LAB", (4, 4)), "TIFF"), "mode LAB"),
     ):
         with pytest.raises(ValueError, match=word):
             images.read(data)

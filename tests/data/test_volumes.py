@@ -26,16 +26,21 @@ def views(hu):
 
 
 def sort(paths):
-    return dicom.series([dicom.header(path) for path in paths])
+    return dicom.series([header for path in paths for header in dicom.headers(path)])
+
+
+def picture(path, windows=WIDE):
+    """The pixels of a single slice."""
+    (header,) = dicom.headers(path)
+    return pixels_of(dicom.picture(header, windows))
 
 
 def middle_of_series(paths, plane):
     series = sort(paths)
     index = series.shape[volumes.PLANES[plane]] // 2
-    ordered = tuple(header.path for header in series.headers)
     if plane == series.plane:
-        return pixels_of(dicom.picture(ordered[index], WIDE))
-    return pixels_of(dicom.cut(ordered, series.step, plane, index, WIDE))
+        return pixels_of(dicom.picture(series.headers[index], WIDE))
+    return pixels_of(dicom.cut(series.headers, series.step, plane, index, WIDE))
 
 
 def middle_of_nifti(path, plane):
@@ -49,6 +54,31 @@ def test_series_in_any_storage_order(tmp_path):
         for plane, expected in views(hu).items():
             np.testing.assert_array_equal(middle_of_series(paths, plane), windowed(expected), err_msg=stored + plane)
         assert sort(paths).plane == (stored if stored in volumes.PLANES else "axial")
+
+
+def test_frames_of_an_enhanced_ct(tmp_path):
+    hu = scans.body((7, 10, 8)) // 2 * 2
+    for i, stored in enumerate(scans.STORED):
+        path = scans.enhanced(tmp_path / f"{i}.dcm", hu, (2.0, 1.0, 1.0), stored, shared=i % 2 == 0, slope=1 + i % 2)
+        headers = dicom.headers(path)
+        assert [header.frame for header in headers] == list(range(len(headers)))
+        assert headers[2].name == f"{path}#frame-0003" and sort([path]).plane in volumes.PLANES
+        for plane, flat in views(hu).items():
+            shape = (flat.shape[0] * 2 if plane != "axial" else flat.shape[0], flat.shape[1])
+            expected = transform.resize(flat.astype(float), shape, order=1, mode="edge", anti_aliasing=False)
+            np.testing.assert_allclose(middle_of_series([path], plane), windowed(expected), atol=1, err_msg=stored)
+    data = pydicom.dcmread(path)
+    expected = [picture_of.tobytes() for picture_of in map(frame_pixels, headers)]
+    data.compress(pydicom.uid.RLELossless)
+    rle = dicom.headers(str(scans.save(data, tmp_path / "rle.dcm")))
+    assert [pixels.tobytes() for pixels in map(frame_pixels, rle)] == expected
+    data.PerFrameFunctionalGroupsSequence = data.PerFrameFunctionalGroupsSequence[:-1]
+    with pytest.raises(ValueError, match="NumberOfFrames"):
+        dicom.headers(str(scans.save(data, tmp_path / "short.dcm")))
+
+
+def frame_pixels(header):
+    return pixels_of(dicom.picture(header, WIDE))
 
 
 def test_nifti_in_any_axes(tmp_path):
@@ -90,9 +120,9 @@ def test_rescale_padding_and_windows(tmp_path):
     path = str(scans.save(data, tmp_path / "a.dcm"))
     expected = hu.copy()
     expected[:2, :2] = -1000
-    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(expected))
+    np.testing.assert_array_equal(picture(path), windowed(expected))
     three = ((-600.0, 1500.0), (40.0, 400.0), (-700.0, 500.0))
-    result = pixels_of(dicom.picture(path, three))
+    result = picture(path, three)
     for channel, window in enumerate(three):
         np.testing.assert_array_equal(result[..., channel], windowed(expected, window))
 
@@ -138,19 +168,18 @@ def test_run_length_coding(tmp_path):
 def test_single_slice_without_position(tmp_path):
     hu = scans.body()
     (path, *_) = scans.series(tmp_path, hu, ImageOrientationPatient=None, ImagePositionPatient=None)
-    np.testing.assert_array_equal(pixels_of(dicom.picture(path, WIDE)), windowed(hu[0]))
+    np.testing.assert_array_equal(picture(path), windowed(hu[0]))
     assert "single slice" in sort([path]).flaw
 
 
 def test_cached_volume(tmp_path):
     paths = scans.series(tmp_path, scans.body())
     series = sort(paths)
-    ordered = tuple(header.path for header in series.headers)
-    first = dicom.cut(ordered, series.step, "coronal", 1, WIDE)
+    first = dicom.cut(series.headers, series.step, "coronal", 1, WIDE)
     for path in paths[1:]:
         (tmp_path / path).unlink()
-    assert dicom.cut(ordered, series.step, "coronal", 1, WIDE) == first
-    dicom.picture(paths[0], WIDE)  # a slice requires only its own file
+    assert dicom.cut(series.headers, series.step, "coronal", 1, WIDE) == first
+    picture(paths[0])  # a slice requires only its own file
 
 
 def test_inconsistent_series(tmp_path):
@@ -195,7 +224,7 @@ def test_bad_dicom_files(tmp_path):
     header_errors = (
         (ct(PixelData=None, Rows=None), "pixels"),
         (ct(Modality="MR"), "MR"),
-        (ct(NumberOfFrames=3), "frames"),
+        (ct(NumberOfFrames=3), "functional groups"),
         (ct(RescaleIntercept=None), "RescaleIntercept"),
         (compressed(pydicom.uid.JPEGLSLossless), "pylibjpeg-libjpeg"),
         (ct(PixelSpacing=[0, 1]), "0 x 1"),
@@ -203,7 +232,7 @@ def test_bad_dicom_files(tmp_path):
         (ct(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "unit vectors"),
         (compressed(pydicom.uid.MPEG2MPML), "uncompressed"),
     )
-    for read, cases in ((lambda path: dicom.picture(path, WIDE), pixel_errors), (dicom.header, header_errors)):
+    for read, cases in ((picture, pixel_errors), (dicom.headers, header_errors)):
         for data, word in cases:
             path = str(scans.save(data, tmp_path / "bad.dcm"))
             with pytest.raises(ValueError, match=f"bad.dcm: .*{word}"):
@@ -216,8 +245,8 @@ def test_other_files(tmp_path):
     path = scans.nifti(tmp_path / "b.nii.gz", scans.body())
     (tmp_path / "b.nii.gz").write_bytes((tmp_path / "b.nii.gz").read_bytes()[:-400])
     for read, name, word in (
-        (dicom.header, "a.dcm", "not a DICOM"),
-        (dicom.header, "none.dcm", "no such file"),
+        (dicom.headers, "a.dcm", "not a DICOM"),
+        (dicom.headers, "none.dcm", "no such file"),
         (nifti.header, "a.nii.gz", "not a readable NIfTI"),
         (nifti.header, "none.nii", "no such file"),
     ):
@@ -277,4 +306,4 @@ def test_salted_pseudonyms():
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(ValueError, match=r"pip install 'lungjax\[dicom\]'"):
-        dicom.header(str(tmp_path / "a.dcm"))
+        dicom.headers(str(tmp_path / "a.dcm"))

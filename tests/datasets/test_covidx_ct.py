@@ -12,6 +12,7 @@ from lungjax import datasets
 from lungjax.datasets import covidx_ct
 from lungjax.datasets.covidx_ct import patient
 
+METADATA = "data/covidx_ct_splits/metadata.csv.gz"
 LINES = {
     "train": [
         "NCP_96_1328_0032.png 2 9 4 60 45",
@@ -24,15 +25,26 @@ LINES = {
 }
 
 
-def write(root, config="3a", layout="kaggle"):
-    version = config.upper()
-    folder, tables = (f"{version}_images", f"_COVIDx_CT-{version}") if layout == "kaggle" else ("images", "_COVIDx-CT")
+LAYOUTS = {  # folder of the images and prefix and suffix of the label files
+    "kaggle": ("3A_images", "", "_COVIDx_CT-3A"),
+    "nested": ("2A_images/2A_images", "", "_COVIDx_CT-2A"),
+    "readme": ("images", "", "_COVIDx-CT"),
+    "official": ("data/COVIDx_CT-3A", "splits/v3/", "_COVIDx_CT-3A"),
+}
+
+
+def write(root, layout="kaggle"):
+    folder, prefix, suffix = LAYOUTS[layout]
     folder, rng = root / folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
     for split, lines in LINES.items():
-        (root / f"{split}{tables}.txt").write_text("\n".join(lines) + "\n")
+        table = root / f"{prefix}{split}{suffix}.txt"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("\n".join(lines) + "\n")
         for line in lines:
-            Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(folder / line.split()[0])
+            mode = "RGBA" if split == "test" else "L"
+            image = Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).convert(mode)
+            image.save(folder / line.split()[0])
     return folder
 
 
@@ -65,10 +77,10 @@ def test_patient_and_source():
         assert patient(file) == (group, source)
 
 
-def test_both_layouts(tmp_path):
-    for config, layout in (("1", "readme"), ("2a", "kaggle")):
+def test_layouts(tmp_path):
+    for config, layout in (("1", "readme"), ("2a", "nested"), ("3a", "kaggle"), ("3a", "official")):
         root = tmp_path / layout
-        write(root, config, layout)
+        write(root, layout)
         notes = prepare(root, config)["notes"]
         data = datasets.open_dataset(f"covidx_ct/{config}", root / "data")
         rows = [line.split() for split in ("train", "val", "test") for line in LINES[split]]
@@ -78,6 +90,7 @@ def test_both_layouts(tmp_path):
         np.testing.assert_array_equal(data.columns["box"], np.array([row[2:] for row in rows], np.float32))
         assert [len(data.rows(split)) for split in ("train", "val", "test")] == [4, 2, 1]
         assert any("differs from the publication" in note for note in notes), "an incomplete copy is accepted"
+        assert any("without transparency" in note and "RGBA (1)" in note for note in notes)
 
 
 def test_bad_lines(tmp_path):
@@ -113,8 +126,20 @@ def test_missing_files(tmp_path):
         prepare(tmp_path)
 
 
+def test_metadata(shared, tmp_path):
+    write(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(gzip.decompress((shared / METADATA).read_bytes()))
+    examples = covidx_ct.listing(tmp_path, "3a", datasets.PrepareOptions()).examples
+    extra = {example.group: example.extra for example in examples}
+    assert extra["NCP_96"][2] == "China" and extra["COVIDCTMD-cap004"] == ("71", "M", "Iran")
+    assert extra["volume-covid19-A-0003"] == ("", "", ""), "unknown"
+    prepare(tmp_path)
+    columns = datasets.open_dataset("covidx_ct/3a", tmp_path / "data").columns
+    assert columns["sex"].tolist() == [e.extra[1] for e in examples] and set(columns) >= {"age", "country"}
+
+
 def test_official_label_files(shared, tmp_path):
-    with gzip.open(shared / "data/covidx_ct_splits/metadata.csv.gz", "rt", newline="") as file:
+    with gzip.open(shared / METADATA, "rt", newline="") as file:
         origin = {row["patient id"]: row["source"] for row in csv.DictReader(file)}
     listed = defaultdict(list)
     for path in sorted((shared / "data/covidx_ct_splits").glob("v*/*.txt.gz")):

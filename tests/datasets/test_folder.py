@@ -1,6 +1,7 @@
 """A user's folder: three layouts, 8 and 16 bits, splits, groups and errors."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -60,12 +61,56 @@ def test_split_folders(tmp_path):
             save(tmp_path / f"in/{split}/{'ab'[i % 2]}/deeper/{split}{i}.png", len(split) * 10 + i)
     save(tmp_path / "in/.hidden/a/x.png")
     (tmp_path / "in/train/notes.txt").write_text("not an image")
-    result, data = prepare(tmp_path)
+    (tmp_path / "in/train/a/IMG_1.HEIC").write_bytes(b"a photo")
+    with pytest.raises(ValueError, match="the folders deeper below .*--group_pattern=none"):
+        prepare(tmp_path)
+    result, data = prepare(tmp_path, options=PrepareOptions(group_pattern="none"))
     assert data.name == "folder/default" and data.classes == ("a", "b") and len(data.records) == 8
     row = data.columns["file"].tolist().index("Validation/a/deeper/Validation0.png")
     assert data.columns["split"][row] == "val"
     assert any(note.startswith("1 files that are not images") for note in result["notes"])
-    assert any("separate patients" in note for note in result["notes"])
+    for word in ("1 with .heic, such as train/a/IMG_1.HEIC", "8 of 8 images have no group"):
+        assert sum(word in line for line in result["warnings"]) == 1
+
+
+def test_patient_folders(tmp_path):
+    for i in range(24):
+        save(tmp_path / f"in/{'ab'[i % 2]}/P{i // 4}/series/{i}.png", i)
+    save(tmp_path / "in/a/single.png", 99)
+    result, data = prepare(tmp_path)
+    groups = dict(zip(data.columns["file"].tolist(), data.columns["group"].tolist(), strict=True))
+    assert groups["a/P2/series/8.png"] == groups["b/P2/series/9.png"] == "P2"
+    assert groups["a/single.png"] == "a/single.png"
+    pairs = set(zip(data.columns["group"].tolist(), data.columns["split"].tolist(), strict=True))
+    assert len(pairs) == 7, "no patient in two splits"
+    assert any(note.startswith("6 patients by the folders") for note in result["notes"])
+    pattern = "([^/]+/[^/]+)/"
+    for word in ("1 of 25 images have no group", f"6 patient folders .* P0, .*--group_pattern='{re.escape(pattern)}'"):
+        assert any(re.search(word, line) for line in result["warnings"])
+    (tmp_path / "in/a/single.png").unlink()
+    _, data = prepare(tmp_path, options=PrepareOptions(group_pattern=pattern), overwrite=True)
+    assert set(data.columns["group"]) == {f"{label}/P{i}" for label in "ab" for i in range(6)}
+    result, data = prepare(tmp_path, options=PrepareOptions(group_pattern="none"), overwrite=True)
+    assert len(set(data.columns["group"])) == 24 and "24 of 24 images have no group" in result["warnings"][0]
+
+
+def test_questionable_images(tmp_path):
+    """Excel writes the table in Europe; classes in two spellings, a rare class, one test image, images not listed."""
+    rows = ['"path";"label";"split";"note, in words"']
+    for i in range(106):
+        label = "sick" if i < 2 else "Sick" if i < 4 else "well"
+        split = "val" if i % 5 == 4 and i > 3 else "test" if i in (1, 3, 10, 11) else "train"
+        save(tmp_path / f"in/{i}.png", i)
+        rows.append(f'"{i}.png";"{label}";"{split}";"a; b"')
+    for name in ("extra.png", "more.tif"):
+        save(tmp_path / "in" / name, 500)
+    write_table(tmp_path, "sep=;\r\n" + "\r\n".join(rows))
+    result, data = prepare(tmp_path)
+    assert len(data.records) == 106 and set(data.columns["note, in words"]) == {"a; b"}
+    for word in ("2 images are not in labels.csv and were skipped, such as extra.png", "case: Sick, sick",
+                 "test split has a single image of Sick, sick", "imbalanced: 1 images of Sick, 79 of well",
+                 "median of 10 x 12 pixels"):  # fmt: skip
+        assert sum(word in line for line in result["warnings"]) == 1, word
 
 
 def test_class_folders_with_patterns(tmp_path):
@@ -133,7 +178,7 @@ def test_duplicates_and_divided_groups(tmp_path):
     # Left out: two images of a patient in test, and a copy with another label.
     assert data.columns["file"][data.columns["split"] == ""].tolist() == ["00.png", "01.png", "07.png"]
     text = (tmp_path / "data/folder/default/2.0.0/summary.md").read_text()
-    assert "00.png (train, a) = 07.png (test, b)" in text and "source x0 has one class" in text
+    assert "00.png (train, a) = 07.png (test, b)" in text and "images of a only (1), see scores per source: x0" in text
     study = datasets.open_dataset("folder", tmp_path / "data", "study")
     assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]
 

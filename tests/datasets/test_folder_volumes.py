@@ -81,6 +81,27 @@ def test_planes_and_positions(tmp_path):
     np.testing.assert_array_equal(pixels(first), windowed(hu[3]))
 
 
+def test_enhanced_ct(tmp_path):
+    """Two files of one series, and a file with its own series."""
+    hu = scans.body((6, 10, 8))
+    for name, part, at, uid in (("1", hu[:4], 0, "1.2.1"), ("2", hu[4:], 4, "1.2.1"), ("3", hu + 1, 0, "1.2.3")):
+        path = tmp_path / f"{'ab'[name == '3']}/{name}.dcm"
+        scans.enhanced(path, part, at=at, SeriesInstanceUID=uid, PatientID=f"ID-{uid}")
+    for plane, shown in (
+        ("axial", [*hu, *(hu + 1)]),
+        ("coronal", [*hu[::-1].swapaxes(0, 1), *(hu + 1)[::-1].swapaxes(0, 1)]),
+    ):
+        result = listing(tmp_path, plane=plane)
+        prefix = "" if plane == "axial" else "coronal-"
+        names = [
+            f"series-{pseudonym(uid)}/{prefix}{i:04d}" for uid in ("1.2.1", "1.2.3") for i in range(len(shown) // 2)
+        ]
+        assert [example.file for example in result.examples] == names
+        assert {(e.label, e.group) for e in result.examples} == {(0, pseudonym("ID-1.2.1")), (1, pseudonym("ID-1.2.3"))}
+        for example, expected in zip(result.examples, shown, strict=True):
+            np.testing.assert_array_equal(pixels(example), windowed(expected))
+
+
 def test_table_of_folders_volumes_and_slices(tmp_path):
     hu = scans.body()
     scans.series(tmp_path / "one", hu, **uids(1, "P1"))

@@ -13,7 +13,6 @@ from PIL import Image
 from sklearn import model_selection, utils
 
 from lungjax import datasets
-from lungjax.data.imaging import images
 from lungjax.data.splits import parse_study
 from lungjax.datasets import coronahack, covid_chestxray, covid_ct, covid_xray_5k, covidx_ct, ct_cov19, ictcf
 from lungjax.datasets import nccid_whole_lung as nccid
@@ -68,25 +67,34 @@ def test_every_data_set(tmp_path):
             datasets.write(name, tmp_path, tmp_path / "data", datasets.PrepareOptions(group_pattern="(x)"))
 
 
+RUNS = (range(266, 270), range(289, 322), range(344, 373), range(404, 422))  # in the names of Test/COV/30
+
+
 def test_ct_cov19(tmp_path):
     tree(
         tmp_path,
-        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70)),
-        *(f"Train/COV/malek_2/pos_{k}.png" for k in (0, 39, 40)),
-        *(f"Train/Normal/1/neg_{k}.png" for k in (0, 2173)),
-        *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 20)),
-        *("Val/COV/30/FILE0011.jpg", "Val/Normal/1/neg_2600.png", "Test/COV/30/pos_1.png"),
+        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70, 170)),
+        *(f"Train/COV/malek_2/pos_{k}.png" for k in range(40) if k % 11),  # single numbers are missing in a scan
+        "Train/COV/malek_2/pos_0.png",
+        *(f"Train/Normal/1/neg_{k}.png" for k in (*range(0, 200, 5), 2173)),
+        *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 5)),
+        *(f"Val/COV/30/FILE001{k}.jpg" for k in range(6, 27)),
+        *(f"Test/COV/30/pos_{k}.png" for run in RUNS for k in run),
+        "Val/Normal/1/neg_2600.png",
         *("Val/OtherPneumonia/pneu_133.png", "Val/OtherPneumonia/pneu_316.png"),
         *("Test/Normal/1/neg_2174.png", "Test/OtherPneumonia/2/pneu_133.png"),
     )
     listing, by_file = listed(ct_cov19, tmp_path, "original")
     assert listing.classes == ("COV", "Normal", "OtherPneumonia") and listing.body and listing.study
     group = {file: example.group for file, example in by_file.items()}
-    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE00170.jpg"] == "COV/01"
+    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE001170.jpg"]
     assert group["Train/COV/malek_2/pos_0.png"] == group["Train/COV/malek_2/pos_39.png"]
-    assert group["Train/COV/malek_2/pos_0.png"] != group["Train/COV/malek_2/pos_40.png"]
     assert group["Train/Normal/1/neg_2173.png"] == group["Test/Normal/1/neg_2174.png"]  # divided by the original split
-    assert group["Val/COV/30/FILE0011.jpg"] == group["Test/COV/30/pos_1.png"]
+    # The real files of Test/COV/30: four runs, and none of them is the patient of Val/COV/30.
+    scans = [{group[f"Test/COV/30/pos_{k}.png"] for k in run} for run in RUNS]
+    assert all(len(names) == 1 for names in scans) and len(set.union(*scans)) == 4
+    assert group["Val/COV/30/FILE0016.jpg"] == group["Val/COV/30/FILE00126.jpg"] not in set.union(*scans)
+    assert len({group[f"Train/Normal/1/neg_{k}.png"] for k in range(0, 200, 5)}) == 4, "of at most 60 numbers"
     # Images moved to the flat folder are grouped with their neighbors, and the test's own series is not.
     assert group["Val/OtherPneumonia/pneu_133.png"] == group["Train/OtherPneumonia/pneu_1/pneu_140.png"]
     assert group["Val/OtherPneumonia/pneu_133.png"] != group["Test/OtherPneumonia/2/pneu_133.png"]
@@ -94,7 +102,7 @@ def test_ct_cov19(tmp_path):
     assert all(len(splits) == 1 for splits in splits_of_groups(new).values())
     assert {e.split for e in new} == {"train", "val"}
     assert all(e.split == e.study == e.file.split("/")[0].lower() for e in listing.examples if e not in new)
-    assert any("val has 1 / 1 / 2" in note for note in listing.notes)
+    assert any("val has 21 / 1 / 2" in note for note in listing.notes)
     assert Path(listing.examples[0].image).is_file()
     (tmp_path / "Val/Normal/1/neg_2600.png").unlink()
     with pytest.raises(ValueError, match="Normal has no image"):
@@ -112,6 +120,7 @@ def test_nccid(tmp_path):
     (tmp_path / names[5]).unlink()  # the study drops it before it draws; `prepare` asks what to do
     listing, by_file = listed(nccid, tmp_path)
     assert not listing.body and listing.classes == ("Others", "WholeLung") and list(by_file) == names
+    assert listing.volumes["orientation"] == "rotated"
     assert by_file[names[0]].group == by_file[names[2]].group != by_file[names[3]].group
     assert by_file[names[0]].label == 1 and by_file[names[3]].label == 0
     assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
@@ -136,8 +145,8 @@ def test_ictcf(tmp_path, monkeypatch):
         full, _ = listed(ictcf, root, "oversampled")
         assert plain.body and plain.classes == ("nCT", "pCT", "niCT")
         assert Counter(example.label for example in full.examples) == {0: 110, 1: 100, 2: 100}
-        assert [e for e in full.examples if not callable(e.image)] == list(plain.examples)
-        assert all((example.split == "") == callable(example.image) for example in full.examples)
+        assert [e for e in full.examples if not e.transform] == list(plain.examples)
+        assert all((example.split == "") == bool(example.transform) for example in full.examples)
         name = f"Original CT Scans/{third}/{third}"
         assert by_file[f"{name}1.jpg"].group == by_file[f"{name}39.jpg"].group != by_file[f"{name}40.jpg"].group
         assert all(len(splits) == 1 for splits in splits_of_groups(plain.examples).values())
@@ -162,21 +171,19 @@ def test_ictcf_generated_images(tmp_path, monkeypatch):
     listings = [
         ictcf.listing(tmp_path, "oversampled", datasets.PrepareOptions(seed=seed)).examples for seed in (0, 0, 1)
     ]
-    moves = [np.array([e.image.args[1:] for e in examples if callable(e.image)]) for examples in listings]
+    moves = [
+        np.array([[*e.transform.keywords.values()] for e in examples if e.transform], float) for examples in listings
+    ]
     assert (moves[0] == moves[1]).all() and (moves[0] != moves[2]).any()
     assert np.all(np.abs(moves[0]).max(0) <= (15, 0.1, 0.1)) and np.all(np.abs(moves[0]).max(0) > (10, 0.07, 0.05))
-    assert images.decode(pickle.loads(pickle.dumps(listings[0][-1].image))(), None).shape == (4, 4)
     gray = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
-
-    def generate(pixels, *move):
-        Image.fromarray(pixels).save(tmp_path / "a.png")
-        return images.decode(ictcf.generate(str(tmp_path / "a.png"), *move), None)
-
-    np.testing.assert_array_equal(generate(gray, 0.0, 0.0, 0.0), gray)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(listings[0][-1].transform))(gray * 0), gray * 0)
+    np.testing.assert_array_equal(ictcf.generate(gray, 0.0, 0.0, 0.0), gray)
     # As in Keras a positive shift samples further down and right; the edge is repeated.
-    np.testing.assert_array_equal(generate(gray, 0.0, 0.1, 0.1), np.pad(gray, ((0, 2), (0, 3)), mode="edge")[2:, 3:])
+    shifted = np.pad(gray, ((0, 2), (0, 3)), mode="edge")[2:, 3:]
+    np.testing.assert_array_equal(ictcf.generate(gray, 0.0, 0.1, 0.1), shifted)
     square = gray[:, :20]
-    assert np.abs(generate(square, 90.0, 0.0, 0.0).astype(int) - np.rot90(square)).max() <= 1
+    assert np.abs(ictcf.generate(square, 90.0, 0.0, 0.0).astype(int) - np.rot90(square, -1)).max() <= 1
 
 
 def test_covidx_ct_study_resampling(tmp_path):
@@ -241,8 +248,8 @@ def test_covid_ct(tmp_path):
         covid_ct.listing(tmp_path, "default", OPTIONS)
 
 
-def test_covid_xray_5k(tmp_path, monkeypatch):
-    for inner in ("", "data_upload_v3/"):
+def test_covid_xray_5k(tmp_path):
+    for inner in ("", "data_upload_v3/", "data_set/"):
         root = tmp_path / f"root{inner}"
         tree(
             root / inner,
@@ -267,14 +274,31 @@ def test_covid_xray_5k(tmp_path, monkeypatch):
         opacity = by_file["train/non/Lung Opacity-patient00003-study1-view2_frontal.jpg"]
         assert (opacity.group, opacity.extra, opacity.source) == ("patient00003", ("Lung Opacity",), "CheXpert")
         assert by_file["train/non/Edema/patient00010-study1-view1_frontal.jpg"].extra == ("Edema",)
-        assert any("train has 23 / 19" in note for note in listing.notes)
         assert any(note.startswith("2 generated images") for note in listing.notes)
-    monkeypatch.setattr(covid_xray_5k, "REPOSITORY", {"train": (23, 19), "test": (1, 1)})
-    notes = covid_xray_5k.listing(root, "default", OPTIONS).notes
-    assert any("study's repository" in note for note in notes) and not any("differs" in note for note in notes)
     (root / inner / "test/non").rename(root / inner / "test/none")
     with pytest.raises(ValueError, match="no folder of class non; looked for non/"):
         covid_xray_5k.listing(root, "default", OPTIONS)
+
+
+def test_covid_xray_5k_generated_image():
+    """Keras stretches the gray levels of a stored copy, so that little of the brightness remains."""
+    array = np.asarray(
+        Image.fromarray(np.random.default_rng(0).integers(50, 200, (6, 8), dtype=np.uint8)).resize((80, 60))
+    )
+    still = {"angle": 0.0, "shear": 0.0, "zoom": (1.0, 1.0), "flip": False, "brightness": 1.0}
+
+    def generate(**changes):
+        return covid_xray_5k.generate(array, **still | changes).astype(float)
+
+    stretched = (array.astype(float) - array.min()) / np.ptp(array) * 255
+    np.testing.assert_allclose(generate(), stretched, atol=20)  # JPEG
+    assert np.abs(generate() - stretched).mean() < 3 and np.abs(generate(brightness=0.2) - stretched).mean() < 6
+    assert np.abs(generate(flip=True) - stretched[:, ::-1]).mean() < 3
+    half = Image.fromarray(array).resize((80, 60), Image.Resampling.BILINEAR, box=(20, 15, 60, 45))
+    half = np.asarray(half, float)
+    assert np.abs(generate(zoom=(0.5, 0.5)) - (half - half.min()) / np.ptp(half) * 255).mean() < 4
+    turned = np.asarray(Image.fromarray(array).rotate(-5, Image.Resampling.BILINEAR), float)[10:-10, 10:-10]
+    assert np.corrcoef(generate(angle=5.0)[10:-10, 10:-10].ravel(), turned.ravel())[0, 1] > 0.99
 
 
 COLLECTION = [
@@ -360,11 +384,23 @@ def test_coronahack(tmp_path):
     assert_errors(coronahack, tmp_path, table, "default", errors)
 
 
-def test_covid_xray_5k_real_names(shared):
-    """The study's repository without 5 images of COVID-19; cases are known from another data set."""
-    listing, by_file = listed(covid_xray_5k, shared / "data/covid_xray_study/data_set")
+def test_covid_xray_5k_real_names(shared, tmp_path):
+    """The study's repository, with the real names of all files; cases are known from another data set."""
+    folder = shared / "data/covid_xray_study"
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("data_set/*/*/*")]
+    names += (folder / "missing.txt").read_text().split()
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    listing, by_file = listed(covid_xray_5k, tmp_path)
     counts = Counter((example.study, example.label) for example in listing.examples)
-    assert counts == {("train", 0): 119, ("train", 1): 994, ("val+test", 0): 97, ("val+test", 1): 1473}
+    assert counts == {("train", 0): 121, ("train", 1): 994, ("val+test", 0): 100, ("val+test", 1): 1473}
+    assert "the images per class are as published for the study's repository" in listing.notes
+    oversampled, _ = listed(covid_xray_5k, tmp_path, "oversampled")
+    counts = Counter((example.study, example.label) for example in oversampled.examples)
+    assert counts["train", 0] == 242 and not any("differs" in note for note in oversampled.notes)
+    (copied,) = {example.image for example in oversampled.examples if example.transform}
+    assert copied == max(e.image for e in listing.examples if e.study == "train" and not e.label), "the study's bug"
     assert all(re.fullmatch(r"patient\d{5}", example.group) for example in listing.examples if example.label)
     assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # the finding
     with (shared / "data/xray/labels.csv").open() as file:

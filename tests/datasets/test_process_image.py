@@ -71,6 +71,20 @@ def test_box_in_crop(phantom):
     assert result.pixels == process(encoded(image)).pixels, "copies are recognized by the original"
 
 
+def test_copies_of_processed_images(phantom):
+    """Studies generated copies after their image processing, not before."""
+    image, _ = phantom
+    mirrored = Example("f", lambda: encoded(image), 0, "train", "g", transform=np.fliplr)
+    result = process_image(mirrored, ImageOptions(stage="features", body=True))
+    stage = lung_masks.apply(image, "features").image
+    np.testing.assert_array_equal(images.decode(result.data, None), stage[:, ::-1])
+    assert result.pixels == process(encoded(image[:, ::-1])).pixels, "it is not an exact copy of its original"
+    body = np.unpackbits(np.frombuffer(result.body, np.uint8)).reshape(BODY_SIDE, BODY_SIDE)
+    original = process(encoded(image), body=True).body
+    assert (body[:, ::-1] == np.unpackbits(np.frombuffer(original, np.uint8)).reshape(body.shape)).mean() > 0.99
+    assert process_image(mirrored, ImageOptions(stage="features", size=(30, 40))).width == 40
+
+
 def test_body_mask_through_crop_and_resize(phantom):
     image, box = phantom
     for stage in ("", "crop"):

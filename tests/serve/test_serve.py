@@ -6,9 +6,11 @@ import json
 import logging
 import re
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scans
 from conftest import png
 from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
 from test_uploads import SECRETS, saved
@@ -73,6 +75,20 @@ def test_series(service):
     assert not second["decisions"]["bright"]["called"] and answer["results"][-1]["decisions"]["bright"]["called"]
     schemas.Predictions.model_validate(answer)
     assert service.post("/predict", files[0], files[1])[1]["series"] == []
+
+
+def test_enhanced_ct(service, tmp_path):
+    hu = np.full((3, 8, 8), 75, np.int16)
+    hu[2] = -600
+    data = Path(scans.enhanced(tmp_path / "e.dcm", hu)).read_bytes()
+    status, answer, _ = service.post("/predict", ("e.dcm", data), ("x.png", flat(255)))
+    assert status == 200 and [result["file"] for result in answer["results"]] == ["e.dcm", "x.png"]
+    schemas.Predictions.model_validate(answer)
+    (series,) = answer["series"]
+    assert series["files"] == 3 and series["probabilities"] == answer["results"][0]["probabilities"]
+    assert series["probabilities"]["bright"] == pytest.approx((2 * 0.95 + 0.5) / 3, abs=0.003)
+    answer = service.post("/explain", ("e.dcm", data), ("x.png", flat(255)))[1]
+    assert "several frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
 
 
 def test_explain(service):

@@ -94,8 +94,17 @@ def test_images_as_pillow_decodes_them():
     for form, data in [("PNG", buffer.getvalue()), *((form, saved(array, form, **more)) for array, form, more in GOOD)]:
         upload, decoded = read(data), Image.open(io.BytesIO(data))
         expected = np.asarray(decoded.convert("L") if form == "GIF" else decoded)
-        np.testing.assert_array_equal(upload.pixels, expected)
-        assert upload.pixels.dtype == expected.dtype and upload.series == ""
+        np.testing.assert_array_equal(upload.images[0], expected)
+        assert upload.images[0].dtype == expected.dtype and upload.series == ""
+
+
+def test_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words" * 100
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = saved(GRAY, form, exif=exif)
+        np.testing.assert_array_equal(read(data).images[0], images.read(data)[0])
+        assert read(data).images[0].shape == GRAY.shape[::-1] + (3,) * (form == "WEBP")
 
 
 def test_series_and_patients():
@@ -110,15 +119,16 @@ def test_dicom_as_from_disk(tmp_path):
     for modality in ("CT", "DX"):
         data = scan(modality)
         path = str(scans.save(data, tmp_path / f"{modality}.dcm"))
-        expected = dicom.picture(path, ((-600.0, 1500.0),)) if modality == "CT" else dicom.xray(path)
+        (header,) = dicom.headers(path)
+        expected = dicom.picture(header, ((-600.0, 1500.0),)) if modality == "CT" else dicom.xray(path)
         upload = read(written(data))
-        np.testing.assert_array_equal(upload.pixels, images.decode(expected, None))
+        np.testing.assert_array_equal(upload.images[0], images.decode(expected, None))
         assert bool(upload.series) == (modality == "CT")
-    plain, deflated, compressed = read(written(scan())).pixels, scan(), scan()
+    plain, deflated, compressed = read(written(scan())).images[0], scan(), scan()
     deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     compressed.compress(RLELossless, generate_instance_uid=False)
     for data in (deflated, compressed):
-        np.testing.assert_array_equal(read(written(data)).pixels, plain)
+        np.testing.assert_array_equal(read(written(data)).images[0], plain)
 
 
 def test_slice_of_another_plane():
@@ -195,7 +205,7 @@ def test_decompression_bombs():
     for name, data in bombs():
         with memory_limit(8):
             if name == "pixels":
-                assert read(data).pixels.shape == (40, 50)
+                assert read(data).images[0].shape == (40, 50)
             else:
                 assert refused(data)[0] in (413, 422), name
         assert len(data) < 2**20
@@ -213,7 +223,7 @@ def test_several_frames():
         assert refused(frames(form))[:2] == (422, "frames")
     for form in ("GIF", "MPO"):
         frame = Image.open(io.BytesIO(frames(form))).convert("L")
-        np.testing.assert_array_equal(read(frames(form)).pixels, frame)
+        np.testing.assert_array_equal(read(frames(form)).images[0], frame)
         np.testing.assert_array_equal(images.read(frames(form))[0], frame)
 
 
@@ -223,7 +233,7 @@ from lungjax.serve import uploads
 logging.basicConfig()  # a handler, as a server has one
 uploads.quiet()
 assert "pydicom" not in sys.modules
-print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).pixels.shape)
+print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).images[0].shape)
 """
 
 
@@ -250,7 +260,7 @@ def test_dicom_codestream_size(monkeypatch):
     data = scan("DX", shape=(24, 32), BitsAllocated=8, BitsStored=8, HighBit=7)
     data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     data.PixelData = encapsulate([saved(picture((24, 32)), "JPEG")])
-    assert read(written(data)).pixels.shape == (24, 32)
+    assert read(written(data)).images[0].shape == (24, 32)
     data.PixelData = encapsulate([saved(picture((30, 70)), "JPEG")])
     with monkeypatch.context() as patch:
         calls = []

@@ -92,7 +92,7 @@ def test_verdict_allows_for_rounding():
 
 
 def test_invalid_cells_and_tables():
-    for metric in ("val.f1", "train.slice.f1"):
+    for metric in ("val.f1", "train.slice.f1", "test.slice.accuracy@1", "val.slice.accuracy@0"):
         with pytest.raises(ValueError, match="SPLIT.UNIT.NAME"):
             cell("x", metric=metric)
     with pytest.raises(ValueError, match=r"0\.\.1"):
@@ -101,6 +101,8 @@ def test_invalid_cells_and_tables():
         table(cell("x"), cell("y"))
     with pytest.raises(ValueError, match="curves"):
         table(cell("x"), charts=("curve",))
+    with pytest.raises(ValueError, match="matrices"):
+        table(cell("x"), matrices={"b": [[1]]})
 
 
 def prepare_again(folder):
@@ -200,6 +202,18 @@ def test_overrides_give_no_verdict(trial, options):
     assert result.ours is not None and result.verdict == ""
 
 
+def test_validations_during_training(trial, options):
+    for run in runs.plan(trial, options):
+        fabricate(run)
+    log = runs.plan(trial, options)[1].folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace("0.5", "0.7"))
+    sample = table(*(cell(trial, column=f"{n}", metric=f"val.slice.accuracy@{n}", published=0.61) for n in (1, 2)))
+    first, second = evaluate(sample, options)
+    assert first.ours == pytest.approx(0.6) and first.low is None and not first.verdict
+    assert second.ours is None and second.state == "undefined"
+    assert not charts.draw(replace(sample, charts=("confusions",)), [first, second], options.workdir)
+
+
 def test_table_that_chooses(trial, options):
     options = replace(options, seeds=1)
     sizes, skills = {"a": (48, 64), "b": (72, 80), "c": (88, 96)}, (0.2, 2.5, 1.5, 0.4, 0.9, 0.1)
@@ -227,10 +241,13 @@ def test_table_that_chooses(trial, options):
         cells.candidates(chooser, replace(test[0], row="d"), tables)
 
 
-def test_charts_of_the_best_runs(trial, options):
+def test_charts_of_the_best_runs(trial, options, monkeypatch):
+    drawn, draw = [], charts.plots.confusion_cells
+    monkeypatch.setattr(charts.plots, "confusion_cells", lambda *a: drawn.append(a[1].sum()) or draw(*a))
     sample = table(
         *(cell(trial, row, column, f":size={size}") for row in "ab" for column, size in (("c", 48), ("d", 64))),
         charts=("bars", "confusions", "curves"),
+        matrices={"b": np.full((3, 3), 7)},
     )
     for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
         for run in runs.plan(name, options):
@@ -244,6 +261,7 @@ def test_charts_of_the_best_runs(trial, options):
     files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
     assert list(charts.draw(sample, answers, options.workdir)) == files
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
+    assert drawn == [20, 20, 63]  # of the val split; published
     nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
     assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
     assert not (options.workdir / files[2]).exists(), "chart of deleted runs"

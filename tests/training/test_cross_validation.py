@@ -102,7 +102,7 @@ def test_folds_are_trained_once_and_pooled(root, monkeypatch, capsys):
 
     with pytest.raises(ValueError, match="optim.lr: 0.03 -> 0.5"):
         cross_validation.run(changed("optim.lr=0.5"), 3, workdir, root / "data")
-    with pytest.raises(ValueError, match="do not belong to 4 folds|data.folds: 3 -> 4"):
+    with pytest.raises(ValueError, match="does not belong to 4 folds|data.folds: 3 -> 4"):
         cross_validation.run(changed(), 4, workdir, root / "data")
     cross_validation.run(changed(), 3, workdir, root / "data", mode="evaluate")
     assert trained == [0, 1, 1, 2, 0, 1, 2]

@@ -95,6 +95,19 @@ def test_command_tests_another_data_set(root, monkeypatch, capsys):
     assert not any("share" in text for text in report["warnings"])
 
 
+def test_orientation_of_another_data_set(root, monkeypatch):
+    config = overrides.from_json((root / "run/config.json").read_text())
+    opened, rotated = datasets.open_dataset, {"orientation": "rotated"}
+    monkeypatch.setattr(
+        datasets, "open_dataset", lambda *a: replace(opened(*a), volumes=rotated if "other" in a[0] else None)
+    )
+    external_test.evaluate(config, root / "run", root / "data", "folder/other", "L=left,M=middle,R=right,junk=-")
+    result = predictions.read(root / "run/external/folder_other/predictions_test.csv")
+    images = [np.asarray(Image.open(root / "in_other" / name))[::-1, ::-1] for name in result.ids]
+    logits = load(root / "run").logits(images).astype(np.float64)
+    np.testing.assert_allclose(result.probabilities, special.softmax(logits, axis=1), rtol=1e-4)
+
+
 def test_own_test_split_repeats_the_predictions(root):
     config = overrides.from_json((root / "run/config.json").read_text())
     external_test.evaluate(config, root / "run", root / "data", "folder/mine")

@@ -1,6 +1,7 @@
 """DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window.
 
-A file is a path, or a `MemoryFile`.
+A file is a path or a `MemoryFile`. A CT file holds one slice, or several frames with functional groups (enhanced CT,
+DICOM PS3.3 A.38), of which each is treated as a slice of the same series.
 """
 
 import os
@@ -22,7 +23,14 @@ TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "ImageType",
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PixelSpacing", "ImageOrientationPatient",
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+FUNCTIONAL_GROUPS = {  # attributes of a frame, and the sequence that holds each
+    "ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence", "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
+}  # fmt: skip
+PADDING = [0x00280120, 0x00280121]  # PixelPaddingValue and PixelPaddingRangeLimit
 ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
 STEP_TOLERANCE = 0.1  # of the median distance between slices
@@ -31,7 +39,7 @@ DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or conve
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of one DICOM file. Only `patient` is personal information."""
+    """The header of one DICOM image. Only `patient` is personal information."""
 
     path: File
     series: str  # SeriesInstanceUID
@@ -43,6 +51,13 @@ class Header:
     spacing: tuple[float, float] | None  # mm between rows, between columns
     orientation: tuple[float, ...] | None  # six direction cosines: along a row, down a column
     position: tuple[float, ...] | None  # mm, of the first pixel
+    rescale: tuple[float, float] = (1.0, 0.0)  # slope and intercept of Hounsfield units
+    frame: int | None = None  # from 0; None for a file with a single image
+
+    @property
+    def name(self) -> str:
+        """The file, with the number of the frame, which DICOM counts from 1."""
+        return str(self.path) if self.frame is None else f"{self.path}#frame-{self.frame + 1:04d}"
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,33 @@ def is_dicom(path: str) -> bool:
 
 
 @named_errors
-def header(path: File) -> Header:
-    """Reads the header of a DICOM file, not its pixels.
+def headers(path: File) -> list[Header]:
+    """Reads the header of a DICOM file, not its pixels; returns one per frame of an enhanced CT, else a single one.
 
-    Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame,
-    compressed without an installed decoder, or a CT without RescaleSlope and RescaleIntercept.
+    Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame without
+    functional groups, compressed without an installed decoder, or a CT without RescaleSlope and RescaleIntercept.
     """
     data = _read(path, header_only=True)
+    frames = list(data.get("PerFrameFunctionalGroupsSequence", None) or ())
+    if not frames:
+        return [_header(path, data)]
+    if len(frames) != int(data.get("NumberOfFrames", 1)):
+        raise Unreadable(f"{path}: functional groups of {len(frames)} frames, but NumberOfFrames is different")
+    shared, result = list(data.get("SharedFunctionalGroupsSequence", None) or ()), []
+    for number, frame in enumerate(frames):
+        for name, sequence in FUNCTIONAL_GROUPS.items():
+            items = [item for groups in (frame, *shared) for item in groups.get(sequence, None) or ()]
+            value = next((item[name].value for item in items if name in item), None)
+            data.pop(name, None)
+            if value is not None:
+                setattr(data, name, value)
+        result.append(_header(path, data, number))
+    return result
+
+
+def _header(path: File, data: Any, frame: int | None = None) -> Header:
     modality = str(data.get("Modality", ""))
-    image_type = [str(word).upper() for word in data.get("ImageType", None) or []]
+    image_type = [str(word).upper() for word in data.get("FrameType", None) or data.get("ImageType", None) or []]
     aside = ""
     if modality in NON_IMAGES:
         aside = f"{modality} objects"
@@ -84,7 +117,7 @@ def header(path: File) -> Header:
     elif modality == "CT" and (data.get("SamplesPerPixel", 1) != 1 or "SCREEN SAVE" in image_type):
         aside = "screen captures"
     else:
-        _check(data, path, modality)
+        _check(data, path, modality, frame)
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
         raise Unreadable(f"{path}: PixelSpacing is not positive {quote(path, f'({spacing[0]:g} x {spacing[1]:g})')}")
@@ -104,6 +137,8 @@ def header(path: File) -> Header:
         spacing=(spacing[0], spacing[1]) if spacing else None,
         orientation=orientation,
         position=_numbers(data, "ImagePositionPatient", 3, path),
+        rescale=(float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))) if not aside else (1, 0),
+        frame=frame,
     )
 
 
@@ -130,7 +165,7 @@ def series(headers: Sequence[Header]) -> Series:
     ordered, along, places = tuple(headers[i] for i in ranks), along[ranks], places[ranks]
     steps = np.diff(along)
     for i in np.flatnonzero(steps < 0.01)[:1]:
-        pair = f"{ordered[i].path} and {ordered[i + 1].path}"
+        pair = f"{ordered[i].name} and {ordered[i + 1].name}"
         raise Unreadable(f"{pair} have the same series and position: copies, or several scans; keep one of them")
     step = float(np.median(steps)) if len(steps) else 1.0
     sides = (len(headers), *first.size)
@@ -139,28 +174,27 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
-@named_errors
-def picture(path: File, windows: Windows) -> bytes:
-    """Returns the CT slice of one file as a PNG file, oriented as in `volumes`; no other file is read.
+def picture(header: Header, windows: Windows) -> bytes:
+    """Returns one CT slice as a PNG file, oriented as in `volumes`; no other slice is read.
 
-    Raises ValueError as `header`, and for pixels that can't be decoded.
+    Raises ValueError for pixels that can't be decoded.
     """
-    one = series([header(path)])
+    one = series([header])
     return volumes.picture(_volume(one.headers, one.step), one.plane, 0, windows)
 
 
-def cut(paths: tuple[File, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
+def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
     """Returns one plane of a series as a PNG file; the volume is cached for the next plane.
 
-    `paths` are in the order of `Series.headers`, `step` is its `step`. Raises ValueError as `picture`.
+    `headers` and `step` are those of a `Series`. Raises ValueError as `picture`.
     """
-    return volumes.picture(volume(paths, step), plane, index, windows)
+    return volumes.picture(volume(headers, step), plane, index, windows)
 
 
 @volumes.cache_latest
-def volume(paths: tuple[File, ...], step: float) -> Volume:
+def volume(headers: tuple[Header, ...], step: float) -> Volume:
     """Reads a sorted series whose slices are `step` mm apart. Raises ValueError as `picture`."""
-    return _volume([header(path) for path in paths], step)
+    return _volume(headers, step)
 
 
 @named_errors
@@ -172,8 +206,7 @@ def xray(path: File) -> bytes:
     """
     from pydicom.pixels import apply_modality_lut
 
-    data = _read(path)
-    pixels = _pixels(data, path)
+    data, pixels = _pixels(path)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
             raise Unreadable(f"{path}: color pixels of {pixels.dtype}, expected uint8")
@@ -197,14 +230,14 @@ def _read(path: File, header_only: bool = False) -> Any:
         raise Unreadable(f"{path}: not a DICOM file (no DICM at byte 128)") from None
 
 
-def _check(data: Any, path: File, modality: str) -> None:
+def _check(data: Any, path: File, modality: str, frame: int | None) -> None:
     if modality != "CT" and modality not in XRAYS:
         name = modality if modality in OTHER_MODALITIES else quote(path, modality)
         raise Unreadable(f"{path}: modality {name or 'unknown'}; expected CT and the X-rays {', '.join(XRAYS)}")
     if not data.get("Rows") or not data.get("Columns"):
         raise Unreadable(f"{path}: a DICOM file without pixels")
-    if int(data.get("NumberOfFrames", 1) or 1) > 1 or "SharedFunctionalGroupsSequence" in data:
-        raise Unreadable(f"{path}: several frames in one file: convert it to one file per slice, or to NIfTI")
+    if int(data.get("NumberOfFrames", 1) or 1) > 1 and (frame is None or modality != "CT"):
+        raise Unreadable(f"{path}: several frames without the functional groups of a CT: convert it to one per file")
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
         raise Unreadable(f"{path}: a CT without RescaleSlope or RescaleIntercept, so Hounsfield units are unknown")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
@@ -233,23 +266,27 @@ def _can_decode(syntax: Any) -> bool:
         return False
 
 
-def _pixels(data: Any, path: File) -> np.ndarray:
-    """Returns the stored values, [rows, columns], or [rows, columns, 3] RGB."""
-    if "PixelData" not in data:
+def _pixels(path: File, frame: int | None = None) -> tuple[Any, np.ndarray]:
+    """Returns a data set with the description of the pixels, and the stored values, [rows, columns] or RGB [..., 3]."""
+    pydicom = volumes.need("pydicom", "DICOM files")
+    frame_only = frame is not None and not isinstance(path, MemoryFile)  # of a large file on disk, only this is read
+    data = pydicom.Dataset() if frame_only else _read(path)
+    if not frame_only and "PixelData" not in data:
         raise Unreadable(f"{path}: a DICOM file without pixels")
     try:
         if isinstance(path, MemoryFile):
-            dicom_frames.check(data)
-        pixels: np.ndarray = data.pixel_array
+            dicom_frames.check(data, frame or 0)
+        options = {"ds_out": data, "specific_tags": PADDING} if frame_only else {}
+        pixels = pydicom.pixels.pixel_array(path if frame_only else data, index=frame, **options)
     except Exception as error:  # decoders raise anything
-        syntax = data.file_meta.get("TransferSyntaxUID", None)
+        syntax = getattr(data, "file_meta", {}).get("TransferSyntaxUID", None)
         compressed = syntax is not None and syntax.is_compressed
         hint = f"if the file is complete, {DECODERS}" if compressed else "the file may be truncated"
         reason = f"its pixels can't be decoded {quote(path, f'({error})')}".strip()
         raise Unreadable(f"{path}: {reason}; {hint}") from None
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
         raise Unreadable(f"{path}: pixels of shape {pixels.shape}, expected one gray or RGB image")
-    return pixels
+    return data, pixels
 
 
 def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
@@ -262,11 +299,10 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 @named_errors
-def _hu(path: File) -> np.ndarray:
+def _hu(path: File, frame: int | None, rescale: tuple[float, float]) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
-    data = _read(path)
-    pixels = _pixels(data, path)
-    hu = pixels * np.float32(data.RescaleSlope) + np.float32(data.RescaleIntercept)
+    data, pixels = _pixels(path, frame)
+    hu = pixels * np.float32(rescale[0]) + np.float32(rescale[1])
     hu[_padding(data, pixels)] = volumes.AIR
     return np.rint(np.clip(hu, -32768, 32767)).astype(np.int16)
 
@@ -275,7 +311,7 @@ def _volume(headers: Sequence[Header], step: float) -> Volume:
     first = headers[0]
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
-        stack[i] = _hu(one.path)
+        stack[i] = _hu(one.path, one.frame, one.rescale)
     directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
     if len(headers) > 1:  # the slices are sorted along the body, but the normal may point the other way
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
@@ -290,11 +326,11 @@ def _directions(orientation: Sequence[float]) -> np.ndarray:
 
 
 def _check_alike(first: Header, other: Header) -> None:
-    pair = f"{first.path} and {other.path} are of one series"
+    pair = f"{first.name} and {other.name} are of one series"
     for header in (first, other):
         if header.orientation is None or header.position is None:
             name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
-            raise Unreadable(f"{header.path}: no {name}, so the series can't be sorted")
+            raise Unreadable(f"{header.name}: no {name}, so the series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
     if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
         raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
@@ -322,7 +358,7 @@ def _flaws(
     if not len(uneven):
         return [""]
     i = int(uneven[0])
-    files = " and ".join(os.path.basename(str(header.path)) for header in ordered[i : i + 2])
+    files = " and ".join(os.path.basename(header.name) for header in ordered[i : i + 2])
     missing = int(np.rint(steps[uneven] / step - 1).clip(min=0).sum())
     if missing:
         flaw = f"about {missing} missing slices, the first between {files} ({steps[i]:g} mm, else {step:g} mm)"

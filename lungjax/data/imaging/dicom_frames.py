@@ -15,19 +15,19 @@ SCAN = 0xDA
 WITHOUT_SEGMENT = (0x01, 0xD8, *range(0xD0, 0xD8))
 
 
-def check(data: Any) -> None:
-    """Raises ValueError if the compressed pixels of a pydicom data set differ in size from Rows and Columns.
+def check(data: Any, number: int = 0) -> None:
+    """Raises ValueError if a compressed frame of a pydicom data set differs in size from Rows and Columns.
 
     Uncompressed pixels pass, because pydicom compares their number of bytes.
     """
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is None or not syntax.is_compressed or syntax.is_deflated:
         return
-    from pydicom.encaps import generate_frames
+    from pydicom.encaps import get_frame
     from pydicom.uid import RLELossless
 
     rows, columns = int(data.Rows), int(data.Columns)
-    frame = next(generate_frames(data.PixelData, number_of_frames=1))
+    frame = get_frame(data.PixelData, number, number_of_frames=int(data.get("NumberOfFrames", 1) or 1))
     if syntax == RLELossless:
         _check_rle(frame, rows * columns)
     elif codestream_size(frame) != (rows, columns):

@@ -1,8 +1,9 @@
 """Turns image files into network input: decode, window, crop, resize.
 
-8-bit images become uint8. 16-bit images require a window, which maps them to float32 in 0..255, rounded only after
-resizing. Transparent pixels are composited over black, palette and CMYK images become RGB.
-EXIF orientation is ignored, because boxes refer to stored pixels and CT exports have none.
+8-bit images become uint8. 16-bit gray images require a window, which maps them to float32 in 0..255, rounded only after
+resizing. Other modes become gray or RGB as in Pillow's `convert`, which Keras and torchvision use: transparency is
+ignored, and 16-bit color loses its low byte.
+Images are turned upright according to their EXIF orientation; boxes refer to the upright image.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Mapping
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,8 +32,16 @@ FORMATS = {
 SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B")
-ALLOWED = "expected 8-bit gray or color and unsigned 16-bit gray"
+INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
+LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
+MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
+ALLOWED = "expected color, 8-bit gray, or gray with integers of 0 to 65535"
+ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
 
 
@@ -124,6 +135,12 @@ def full_region(image: np.ndarray | Image.Image) -> Region:
     """Returns the region of the complete image."""
     width, height = extent(image)
     return 0.0, 0.0, float(width), float(height)
+
+
+def rotate(image: np.ndarray | Image.Image, box: Region | np.ndarray) -> tuple[np.ndarray, Region]:
+    """Returns an image and its box (xmin, ymin, xmax, ymax in pixels) rotated by 180 degrees."""
+    width, height = extent(image)
+    return np.asarray(image)[::-1, ::-1], (width - box[2], height - box[3], width - box[0], height - box[1])
 
 
 def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -250,11 +267,42 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    Raises ValueError if the file is unreadable, truncated or multi-page, or its pixels are neither 8-bit nor unsigned
-    16-bit gray.
+    The format is "" for an image that was turned upright, whose file has other pixels. Raises ValueError if the file is
+    unreadable, truncated or multi-page, or its pixels are of another mode or range.
     """
     image, form = _open(data, formats)
     return np.asarray(image), form
+
+
+def orientation(exif: bytes) -> int:
+    """Returns the orientation in an EXIF block, 1 (upright) if it is missing or damaged.
+
+    Pillow's reader would copy the data of all tags, in a forged file many times its size.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        for i in range(struct.unpack_from(f"{order}H", exif, start)[0]):
+            tag, value = struct.unpack_from(f"{order}H6xH", exif, start + 2 + 12 * i)
+            if tag == ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass
+    return 1
+
+
+def conversion(data: bytes) -> str:
+    """Returns the mode of an image file if `read` loses part of it, such as "RGBA, 16 bits"; "" otherwise.
+
+    Raises an exception of Pillow for an unreadable file.
+    """
+    with Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())) as picture:
+        mode = picture.mode + (" with transparency" if "transparency" in picture.info else "")
+        # From the header, because Pillow reduces 16-bit color to 8 bits.
+        bits = data[24] if picture.format == "PNG" else max(_tiff_tags(picture).get(258, (8,)))
+        mode += f", {bits} bits" if bits > 8 and picture.mode not in INTEGERS else ""
+    return "" if mode in LOSSLESS else mode
 
 
 def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
@@ -263,47 +311,49 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
         return own, "PNG"
     try:
         with Image.open(io.BytesIO(data), formats=formats or tuple(FORMATS.values())) as picture:
-            problem = _unsupported(picture, data)
+            problem = _unsupported(picture)
             if problem is None:
                 picture.load()
-                plain = picture.mode == "L" and "transparency" not in picture.info
-                return picture if plain else _array(picture), picture.format or ""
+                upright = _upright(picture)
+                image = upright if upright.mode == "L" else _array(upright)
+                if image is not None:
+                    return image, upright.format or ""
     except Image.UnidentifiedImageError:
         raise ValueError(f"unrecognized image format; supported formats: {FORMAT_NAMES}") from None
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
-    raise ValueError(problem)
+    raise ValueError(
+        problem or f"fractions or values outside 0 to 65535; {ALLOWED}, such as Hounsfield units plus 1024"
+    )
 
 
-def _unsupported(picture: Image.Image, data: bytes) -> str | None:
+def _upright(picture: Image.Image) -> Image.Image:
+    """Returns an image turned according to its EXIF orientation, then without a format. Pillow turns TIFF itself."""
+    turn = TURNS.get(orientation(picture.info.get("exif", b"")))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
+    return picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
+
+
+def _unsupported(picture: Image.Image) -> str | None:
     pages = 1 if picture.format in FIRST_FRAME else getattr(picture, "n_frames", 1)
     if pages > 1:
         return f"{pages} pages in one file: save one image per file"
-    bits: tuple[int, ...] = ()
-    if picture.format == "PNG":
-        bits = (data[24],)  # from the header, because Pillow reduces 16-bit color to 8 bits
-    if picture.format == "TIFF":
-        tags = picture.tag_v2  # type: ignore[attr-defined]
-        bits = tags.get(258, (1,))
-        if picture.mode.startswith("I;16") and tags.get(262) == 0:
-            return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
-        if 2 in tags.get(339, ()):
-            return "signed pixel values: save it as unsigned 16-bit, such as Hounsfield units plus 1024"
-    if max(bits, default=8) > 8 and not picture.mode.startswith("I;16"):
-        return f"{max(bits)}-bit pixels of mode {picture.mode}; {ALLOWED}"
+    if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
+        return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
     return None if picture.mode in MODES else f"pixels of mode {picture.mode}; {ALLOWED}"
 
 
-def _array(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I;16"):
-        return np.asarray(picture).astype(np.uint16)
-    if picture.mode == "1" and "transparency" not in picture.info:
-        return np.asarray(picture.convert("L"))
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
-        rgba = np.asarray(picture.convert("RGBA"), np.uint16)
-        array = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
-    else:
-        array = np.asarray(picture.convert("RGB"))
-    if picture.mode in ("L", "LA", "P", "PA") and (array == array[..., :1]).all():
-        return np.ascontiguousarray(array[..., 0])
-    return array
+def _array(picture: Image.Image) -> np.ndarray | None:
+    """Returns the pixels of an image of MODES; None for numbers that uint16 can't represent."""
+    if picture.mode in INTEGERS:
+        values = np.asarray(picture)
+        with np.errstate(invalid="ignore"):
+            integers = values.astype(np.uint16)
+        return integers if (integers == values).all() else None
+    picture.info.pop("transparency", None)  # Pillow ignores it with a warning
+    array = np.asarray(picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB"))
+    gray_palette = picture.mode in ("P", "PA") and (array == array[..., :1]).all()
+    return np.ascontiguousarray(array[..., 0]) if gray_palette else array

@@ -9,7 +9,7 @@ from PIL import Image
 from lungjax.data import duplicates, prepared, preprocess
 from lungjax.data.imaging import images
 from lungjax.data.preprocess import Box
-from lungjax.datasets.listing import Example
+from lungjax.datasets.listing import Example, Transform
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ProcessedImage:
     width: int
     height: int
     box: Box  # in pixels of the stored image, max exclusive; by default the complete image
-    pixels: str  # digest of the decoded original
-    phash: int  # of the original, like the thumbnail: see data.duplicates
+    pixels: str  # digest of the decoded original, or of its copy by Example.transform
+    phash: int  # of the same image, like the thumbnail: see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
     mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
     std: float
@@ -39,6 +39,7 @@ class ProcessedImage:
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
+    conversion: str  # the file's mode if reading it lost part of it, see images.conversion
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
+        conversion = images.conversion(data)
     except (ValueError, OSError) as error:
         return Problem(str(error), skippable=True)
     height, width = array.shape[:2]
@@ -67,7 +69,13 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     shown = np.rint(images.show(array, options.window)).astype(np.uint8) if deep and options.window else array
     gray = images.gray(shown)
     source = gray if options.stage else array
-    stored, box, region, found = preprocess.apply_stage(source, box, options.stage, options.size)
+    move = example.transform
+    stored, box, region, found = preprocess.apply_stage(source, box, options.stage, None if move else options.size)
+    body = _body(gray, region, stored.shape, move) if options.body else b""
+    if move:
+        array, deep, form = move(shown), False, ""
+        gray = images.gray(array)
+        stored, box, *_ = preprocess.apply_stage(move(stored), box, "", options.size)
     original = stored is array and not deep and form in ("JPEG", "PNG")
     raw = stored.dtype == np.uint16 and options.window is None
     if stored.dtype == np.uint16 and options.window:
@@ -86,14 +94,18 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         std=float(values.std()),
         raw=raw,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
-        body=_body(gray, region) if options.body else b"",
+        body=body,
         found=found,
+        conversion=conversion,
     )
 
 
-def _body(gray: np.ndarray, region: Box) -> bytes:
+def _body(gray: np.ndarray, region: Box, shape: tuple[int, ...], move: Transform | None) -> bytes:
     from lungjax.data.imaging import lung_masks  # here: it imports scikit-image
 
     mask = Image.fromarray(lung_masks.body_mask(gray).astype(np.uint8) * 255)
     size = (prepared.BODY_SIDE, prepared.BODY_SIDE)
+    if move:
+        shown = mask.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box=region)
+        mask, region = Image.fromarray(move(np.asarray(shown))), (0.0, 0.0, float(shape[1]), float(shape[0]))
     return np.packbits(np.asarray(mask.resize(size, Image.Resampling.BILINEAR, box=region)) > 127).tobytes()

@@ -9,7 +9,7 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ class _Images:
     columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
     unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
+    converted: Counter[str] = field(default_factory=Counter)  # images of modes that lose part of their content
     deep: int = 0  # images with 16 bits
     raw: list[int] = field(default_factory=list)  # rows whose mean and std are of 16-bit values
 
@@ -103,6 +104,7 @@ class _Images:
         }
         for name, text in row.items():
             self.columns[name].append(sys.intern(text))  # few values differ in a set of 400,000 images
+        self.converted.update([image.conversion] if image.conversion else [])
         if image.histogram is not None:
             self.deep += 1
             self.raw += [len(self.examples)] if image.raw else []
@@ -211,7 +213,11 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        result = summary.summarize(info, columns, twins, images.skipped, images.unstaged, notes, listing.group_name)
+        if images.converted:
+            modes = ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items()))
+            notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
+        lines = (images.skipped, images.unstaged, notes)
+        result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
         staging.publish(written, final)
     return result
@@ -227,7 +233,7 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
         size = GENERATED_BYTES
         if isinstance(example.image, str):
             try:
-                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage else 1)
+                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage or example.transform else 1)
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
@@ -267,7 +273,7 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     # Decoding releases Python's lock, so threads suffice; drawing and masks hold it. Processes are spawned, because a
     # fork is unsafe with XLA's threads. Their start takes a second or two, too long for few images.
     masks = bool(options.stage) or options.body
-    slow = len(examples) if masks else sum(callable(example.image) for example in examples)
+    slow = len(examples) if masks else sum(callable(e.image) or e.transform is not None for e in examples)
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)

@@ -1,9 +1,9 @@
 """Batch norm by batch statistics, fused with the activation that follows it, in few passes over the map.
 
-Maps are larger than a processor's caches, so the cost is the number of passes. On the CPU the result is written in one
-pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes: two sums and
-the result. XLA by default saves x - mean and intermediate maps of the activation. As in `lungjax.models.ops.conv`, the
-form is chosen at lowering, and there is no forward-mode derivative.
+Maps are larger than the caches of a processor, so the number of passes determines the cost. On the CPU the result is
+written in one pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes:
+two sums and the result. By default XLA also saves x - mean and intermediate maps of the activation. As in
+`lungjax.models.ops.conv`, the form is chosen at lowering, and there is no forward-mode derivative.
 """
 
 from collections.abc import Callable
@@ -13,54 +13,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
+from jax import Array, lax
 
 from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 
-Activation = Callable[[jax.Array], jax.Array]
-Output = tuple[jax.Array, jax.Array, jax.Array]  # activated map, mean, variance
-CHEAP = (nn.relu, nn.relu6)  # activations whose slope is recomputed three times instead of written to memory once
+Activation = Callable[[Array], Array]
+Output = tuple[Array, Array, Array]  # activated map, mean, variance
+CHEAP = (nn.relu, nn.relu6)  # activations whose slope is recomputed in each pass instead of written to memory
 MAX_SUMMED_ROWS = 8  # per element of the first loop of the gradients
 
 
-def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and biased variance of each channel of x [..., C], in float32 or wider, in one pass.
-
-    The variance is the mean of squares minus the square of the mean, as in flax.linen.BatchNorm.
-    """
+def statistics(x: Array) -> tuple[Array, Array]:
+    """Returns mean and biased variance (mean of squares minus squared mean) per channel of x [..., C], in one pass."""
     axes, x = tuple(range(x.ndim - 1)), to_float32(x)
     mean, squares = x.mean(axes), lax.square(x).mean(axes)
     return mean, jnp.maximum(0.0, squares - lax.square(mean))
 
 
-def normalize(
-    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any
-) -> jax.Array:
+def normalize(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float, dtype: Any) -> Array:
     """Returns (x - mean) / sqrt(var + epsilon) * scale + bias in `dtype`, computed in float32 or wider."""
     return ((x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def batch_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: Activation, dtype: Any
-) -> Output:
-    """Normalizes x [B, H, W, C] by its own statistics, scales, shifts and activates.
+def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, activation: Activation, dtype: Any) -> Output:
+    """Normalizes x [B, H, W, C] by its own statistics, multiplies by `scale`, adds `bias`, and applies `activation`.
 
-    Args:
-      x: the map.
-      scale: [C] float32.
-      bias: [C] float32.
-      epsilon: added to the variance.
-      activation: elementwise.
-      dtype: of the normalized map.
-
-    Returns the activated map, and mean and biased variance [C] in float32, which have no gradient.
+    `scale` and `bias` are float32 [C], `activation` is elementwise, `dtype` is that of the normalized map. Returns the
+    activated map, and the mean and biased variance, float32 [C], which have no gradient.
     """
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
     return cpu_or_default(x, scale, bias, cpu=cpu, default=plain)
 
 
-def _save(x: jax.Array, scale: jax.Array, bias: jax.Array, *fields: Any) -> tuple[Output, Any]:
+def _save(x: Array, scale: Array, bias: Array, *fields: Any) -> tuple[Output, Any]:
     y, mean, var = batch_norm(x, scale, bias, *fields)
     return (y, mean, var), (x, scale, bias, mean, var)
 
@@ -73,61 +59,53 @@ def _gradients(epsilon: float, activation: Activation, dtype: Any, saved: Any, d
 batch_norm.defvjp(_save, _gradients)
 
 
-def _plain(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, activation: Activation, dtype: Any
-) -> Output:
+def _plain(x: Array, scale: Array, bias: Array, *, epsilon: float, activation: Activation, dtype: Any) -> Output:
     mean, var = statistics(x)
     return activation(normalize(x, mean, var, scale, bias, epsilon, dtype)), mean, var
 
 
-def _plain_backward(*arrays: jax.Array, **fields: Any) -> tuple[jax.Array, ...]:
+def _plain_backward(*arrays: Array, **fields: Any) -> tuple[Array, ...]:
     x, scale, bias, _, _, dy = arrays
     return jax.vjp(lambda *args: _plain(*args, **fields)[0], x, scale, bias)[1](dy)
 
 
-def _line(
-    mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns factor and offset: x * factor + offset is the normalized map."""
+def _line(mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array]:
+    """Returns the factor and offset for which x * factor + offset is the normalized map."""
     factor = lax.rsqrt(var + epsilon) * scale
     return factor, bias - mean * factor
 
 
-def _forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, activation: Activation, dtype: Any
-) -> Output:
-    def apply(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+def _forward(x: Array, scale: Array, bias: Array, *, epsilon: float, activation: Activation, dtype: Any) -> Output:
+    def apply(x: Array, factor: Array, offset: Array) -> Array:
         return activation((x * factor + offset).astype(dtype))
 
     mean, var = statistics(x)
     return isolate_fusion(apply, x, *_line(mean, var, scale, bias, epsilon)), mean, var
 
 
-def _backward(*arrays: jax.Array, epsilon: float, activation: Activation, dtype: Any) -> tuple[jax.Array, ...]:
+def _backward(*arrays: Array, epsilon: float, activation: Activation, dtype: Any) -> tuple[Array, ...]:
     x, scale, bias, mean, var, dy = arrays
     factor, offset = _line(mean, var, scale, bias, epsilon)
     rows = max(n for n in range(1, MAX_SUMMED_ROWS + 1) if x.shape[1] % n == 0)
 
-    def inner(x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    def inner(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
         """Returns the gradient of the normalized map."""
         return jax.vjp(activation, (x * factor + offset).astype(dtype))[1](dy)[0].astype(factor.dtype)
 
     if activation not in CHEAP:
         dy = isolate_fusion(inner, x, dy, factor, offset)
 
-        def inner(x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+        def inner(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
             return dy
 
-    def add_up(x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    def add_up(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
         return sum(inner(x[:, n::rows], dy[:, n::rows], factor, offset) for n in range(rows))
 
-    def add_up_times_x(x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array, mean: jax.Array) -> jax.Array:
+    def add_up_times_x(x: Array, dy: Array, factor: Array, offset: Array, mean: Array) -> Array:
         parts = ((x[:, n::rows], dy[:, n::rows]) for n in range(rows))
         return sum(inner(x, dy, factor, offset) * (x - mean) for x, dy in parts)
 
-    def combine(
-        x: jax.Array, dy: jax.Array, factor: jax.Array, offset: jax.Array, slope: jax.Array, level: jax.Array
-    ) -> jax.Array:
+    def combine(x: Array, dy: Array, factor: Array, offset: Array, slope: Array, level: Array) -> Array:
         return (factor * inner(x, dy, factor, offset) - slope * x - level).astype(x.dtype)
 
     dbias = isolate_fusion(add_up, x, dy, factor, offset).sum((0, 1, 2))

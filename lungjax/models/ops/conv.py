@@ -1,8 +1,8 @@
-"""Convolutions, NHWC by HWIO, in forms that XLA compiles to fast code on each platform.
+"""NHWC convolutions in forms that XLA compiles to fast code on each platform.
 
 The form is chosen at lowering, so the same traced model runs CPU forms on a CPU and the plain operation on an
-accelerator. `tests/benchmarks/README.md` has the measurements behind each form. The choice is inside custom gradient
-rules, so forward-mode derivatives (`jax.jvp`) of these functions are undefined; `jax.grad` and `jax.vjp` work.
+accelerator; `tests/benchmarks/README.md` has the measurements. The choice is made inside custom gradient rules, so
+`jax.grad` and `jax.vjp` work, but not forward-mode derivatives (`jax.jvp`).
 """
 
 import functools
@@ -20,25 +20,22 @@ Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 Padding = str | int | Sequence[int | Sequence[int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-MAX_SLICED_CHANNELS = 3  # of an image: a forward convolution of at most these channels is a sum of scaled slices
-MAX_FUSED_TERMS = 27  # more terms in one loop spill registers
-MAX_SLICED_TERMS = 49  # with more terms XLA's own convolution is faster
-MAX_SUMMED_CELLS = 8, 4  # rows and columns of cells that one element of the kernel's gradient sums
+MAX_SLICED_CHANNELS = 3  # forward convolutions of at most this many channels (images) are sums of scaled slices
+MAX_FUSED_TERMS = 27  # per loop; more spill registers
+MAX_SLICED_TERMS = 49  # of a sum; above this XLA's own convolution is faster
+MAX_SUMMED_CELLS = 8, 4  # rows and columns of cells summed per element of the kernel's gradient
 
-# Part of the key of jit's caches, so a program traced in one form is never reused for the other.
+# Part of the key of jit's caches, so a program traced in one form is never reused for another.
 _PLAIN: Any = jax.make_user_context(False)
 
 
 def plain_forms() -> AbstractContextManager[None]:
-    """Returns a context in which networks are traced with XLA's plain operations, for exports and quick compiles.
-
-    The program has no platform-specific forms, and 1x1 convolutions are not replaced by matrix products.
-    """
+    """Returns a context in which networks are traced as XLA's plain operations, for exports and fast compilation."""
     return _PLAIN(True)
 
 
 def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Returns cpu(*args) if lowered for a CPU; default(*args) on other platforms and inside `plain_forms`."""
+    """Returns cpu(*args) when lowered for a CPU, default(*args) on other platforms and inside `plain_forms`."""
     return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
@@ -51,35 +48,32 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 
 def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
-    """Returns ((top, bottom), (left, right)) for "SAME", "VALID", a number or pairs, as in lax.
+    """Returns ((top, bottom), (left, right)) for a padding as in lax, or "SYMMETRIC".
 
-    "SYMMETRIC" is torch's (kernel - 1) // 2 on every side, which differs from SAME on even maps at stride 2.
+    "SYMMETRIC" is (kernel - 1) // 2 on every side as in torch; it differs from SAME on even maps at stride 2.
     Raises ValueError for any other string.
     """
-    if isinstance(padding, int):
-        return (padding, padding), (padding, padding)
-    if not isinstance(padding, str):
+    if not isinstance(padding, int | str):
         rows, columns = padding
-        return pair(rows), pair(columns)
-    if padding.upper() == "SYMMETRIC":
+    elif isinstance(padding, int):
+        rows = columns = padding
+    elif padding.upper() == "SYMMETRIC":
         rows, columns = ((side - 1) // 2 for side in kernel)
-        return pair(rows), pair(columns)
-    if padding.upper() not in ("SAME", "VALID"):
+    elif padding.upper() in ("SAME", "VALID"):
+        rows, columns = lax.padtype_to_pads(size, kernel, strides, padding.upper())
+    else:
         raise ValueError(f"padding={padding!r}: expected SAME, VALID, SYMMETRIC, a number or pairs of numbers")
-    rows, columns = lax.padtype_to_pads(size, kernel, strides, padding.upper())
     return pair(rows), pair(columns)
 
 
 @functools.cache
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
-    """Returns the `compiler_options` of `jax.jit` for complete steps; empty except on the CPU.
+    """Returns the `compiler_options` of `jax.jit` for complete steps on `platform`, by default that of this process.
 
-    `platform` is the compilation target, by default this process's. `train` is False for prediction.
-
-    By default XLA offloads float32 convolutions to YNNPACK, which runs them on one core, and those without padding
-    several times slower still; XLA's older convolution uses all cores. The options restrict YNNPACK: in training to
-    products and reductions, in prediction to reductions, since it fuses a product with the bias, the gate and the next
-    product, which is slower than separate loops. Also empty if jaxlib does not have the options.
+    They are empty except on CPUs, where XLA by default offloads float32 convolutions to YNNPACK. That runs them on one
+    core, while XLA's own convolution uses all cores. The options restrict YNNPACK to products and reductions in
+    training, and to reductions in prediction (`train=False`), where fusing a product with the bias, the gate and the
+    next product is slower than separate loops. They are also empty if jaxlib does not know them.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -96,7 +90,7 @@ def compiler_options(platform: str | None = None, train: bool = True) -> dict[st
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D]; a 1x1 convolution is one matrix product."""
+    """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D]; a 1x1 convolution becomes a matrix product."""
     if kernel.shape[:3] == (1, 1, x.shape[-1]) and pads == ((0, 0), (0, 0)) and not _PLAIN.value:
         return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     return _convolve(x, kernel, strides, pads)
@@ -110,10 +104,10 @@ def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> ja
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies x [..., C] with kernel [C, D].
+    """Multiplies x [..., C] by kernel [C, D].
 
-    XLA copies the first operand of the kernel's gradient to another layout, so here it is the narrower map; in
-    autodiff it is always dy.
+    XLA copies the first operand of the product that is the kernel's gradient to another layout. Here it is the narrower
+    map, while in plain autodiff it is always dy.
     """
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -177,7 +171,7 @@ def to_float32(x: jax.Array) -> jax.Array:
 
 
 def pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
-    """Pads the map, or crops it where a pad is negative."""
+    """Pads a map, or crops it where a pad is negative."""
     rows, columns = pads
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
 
@@ -185,9 +179,8 @@ def pad(x: jax.Array, pads: Pads | list[Pair], value: float = 0.0) -> jax.Array:
 def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """Returns function(*args), computed exactly once and from arguments in memory.
 
-    XLA's CPU fusion considers a sum of slices cheap and recomputes it in each of its readers (batch norm and
-    activation, forward and backward). It does not fuse across a conditional, so the function is a branch that is always
-    taken, which the barrier hides from the compiler.
+    XLA's CPU fusion considers a sum of slices cheap and recomputes it for each of its readers. It does not fuse across
+    a conditional, so the function becomes a branch that is always taken, which the barrier hides from the compiler.
     """
     result = jax.eval_shape(function, *args)
     predicate = lax.optimization_barrier(jnp.array(True))
@@ -207,10 +200,7 @@ def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, ja
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """A sum of shifted slices for depthwise kernels, of scaled slices for images of few channels; else the plain form.
-
-    Sums are accumulated in float32 or wider.
-    """
+    """Sums shifted slices for depthwise kernels and images of few channels, in float32 or wider; else plain."""
     (kh, kw, depth, _), depthwise = kernel.shape, _is_depthwise(x, kernel)
     sliced = depth == x.shape[-1] <= MAX_SLICED_CHANNELS and kh * kw * depth <= MAX_SLICED_TERMS
     if not depthwise and not sliced:
@@ -231,17 +221,17 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.
 def scatter_gradient(
     arrays: list[jax.Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads, term: Callable[..., Any]
 ) -> jax.Array:
-    """Returns a map of `shape`: each cell is the sum of the terms of the windows that cover it.
+    """Returns a map of `shape` whose cells are the sums of the terms of all windows that cover them.
 
-    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *parts)` is what windows add to their cell (i, j).
-    One sum per phase of the stride: row s * q + a is in row i = a + top (mod s) of the window at
-    q + (a + top - i) / s, so no time is spent on the zeros of a dilated map.
+    `arrays` are maps of windows [B, h, w, C]; `term(i, j, *parts)` returns the term of each window for its cell (i, j).
+    There is one sum per phase of the stride, so no time is spent on the zeros of a dilated map: row s * q + a is row
+    i = a + top (mod s) of the window at q + (a + top - i) / s.
     """
     counts, first, extra = [], [], []
     for size, k, s, (low, _), windows in zip(shape[1:3], window, strides, pads, arrays[0].shape[1:3], strict=True):
         counts.append(-(-size // s))
-        first.append((low - k + 1) // s)  # windows are read from this one, for the first cell,
-        extra.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # to this many past the last one
+        first.append((low - k + 1) // s)  # first window that is read, for the first cell
+        extra.append((-first[-1], counts[-1] + (low + s - 1) // s - windows))  # before the first and after the last
 
     def taps(axis: int, phase: int) -> list[Pair]:
         offsets = [(i, *divmod(phase + pads[axis][0] - i, strides[axis])) for i in range(window[axis])]
@@ -262,9 +252,9 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """One loop over the map for all taps of a 3x3 kernel, or for one row of a larger one, which compiles too slowly.
+    """Sums over the map in one loop for a 3x3 kernel; a larger one has a loop per row, since one compiles too slowly.
 
-    Each element of the loop's result sums a few cells; with one product each, memory would be the bottleneck.
+    Each element of a loop's result sums several cells; with one product each, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
@@ -272,7 +262,7 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
     height, width = dy.shape[1:3]
     block = width // columns
     (down, across), span = strides, (height - 1) * strides[0] + 1
-    # Cells read past the end of the padded map are multiplied with the zeros added to dy.
+    # Cells read past the end of the padded map are multiplied by the zeros added to dy.
     reach = [(n - 1) * s + k for n, s, k in zip((height, width), strides, (kh, kw), strict=True)]
     padded = pad(x, [(low, end - low - n) for (low, _), end, n in zip(pads, reach, x.shape[1:3], strict=True)])
     kernel_rows = kh if kh * kw <= 9 else 1  # per loop
@@ -297,15 +287,12 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
 
 def _parts(cells: int, limit: int) -> int:
-    """Returns the number of parts to split an axis into: many, with little padding of the last one."""
+    """Returns the number of parts, up to `limit`, that balances few cells per part and little padding."""
     return min(range(1, limit + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
 def _dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """A sum of slices for depthwise kernels and where the plain form would mostly multiply zeros.
-
-    The latter is the case for strides and kernels as large as the map.
-    """
+    """Sums slices for depthwise kernels, and for strides or kernels so large that the plain form multiplies zeros."""
     if _is_depthwise(x, kernel):
 
         def term(i: int, j: int, part: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pooling of maps [B, H, W, C], in forms that are fast on each platform; see `lungjax.models.ops.conv`."""
+"""Pooling in forms that are fast on each platform; see `lungjax.models.ops.conv`."""
 
 import functools
 from functools import partial
@@ -10,20 +10,12 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from lungjax.models.ops.conv import (
-    Pads,
-    Pair,
-    cpu_or_default,
-    isolate_fusion,
-    pad,
-    scatter_gradient,
-    slices,
-    to_float32,
-)
+from lungjax.models.ops import conv
+from lungjax.models.ops.conv import Pads, Pair, cpu_or_default, isolate_fusion, slices, to_float32
 
 
 def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the maximum of each window of x [B, H, W, C] by XLA's own reduction."""
+    """Returns the maximum of each window of x [B, H, W, C] by the reduction of XLA."""
     lowest = np.array(-np.inf, x.dtype)
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
 
@@ -32,15 +24,15 @@ def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> j
 def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     """Returns the maximum of each window of x [B, H, W, C]; padding is ignored.
 
-    The gradient goes to the first of equal maxima, row by row. On the CPU it is the maximum of shifted slices: one
-    loop, which is fused with the bias and the activation before it.
+    The gradient goes to the first of equal maxima, row by row. On the CPU this is the maximum of shifted slices, one
+    loop that is fused with the bias and the activation before it.
     """
     cpu, plain = (partial(f, window=window, strides=strides, pads=pads) for f in (_window_max, plain_window_max))
     return cpu_or_default(x, cpu=cpu, default=plain)
 
 
 def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    return functools.reduce(lax.max, [part for _, _, part in slices(pad(x, pads, -jnp.inf), window, strides)])
+    return functools.reduce(lax.max, [part for _, _, part in slices(conv.pad(x, pads, -jnp.inf), window, strides)])
 
 
 def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
@@ -59,8 +51,8 @@ window_max.defvjp(_window_max_save, _window_max_gradient)
 
 
 def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    # The winner is searched for again. A comparison with the maximum of the forward pass may match no cell: the
-    # compiler is free to recompute x for the gradient, and another fusion rounds differently.
+    # The maximum is searched again. Comparing with that of the forward pass may match no cell, since the compiler may
+    # recompute x for the gradient in another fusion, which rounds differently.
     def find(padded: jax.Array) -> jax.Array:
         (_, _, best), *others = slices(padded, window, strides)
         winner = jnp.zeros(best.shape, jnp.int16)
@@ -73,13 +65,13 @@ def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pad
     def term(i: int, j: int, part: jax.Array, winner: jax.Array) -> jax.Array:
         return jnp.where(winner == i * window[1] + j, to_float32(part), 0)
 
-    winner = isolate_fusion(find, pad(x, pads, -jnp.inf))
-    return scatter_gradient([dy, winner], x.shape, window, strides, pads, term)
+    winner = isolate_fusion(find, conv.pad(x, pads, -jnp.inf))
+    return conv.scatter_gradient([dy, winner], x.shape, window, strides, pads, term)
 
 
 @jax.custom_vjp
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """Returns the mean of each 2 x 2 block of x [B, H, W, C]; an odd map loses its last row and column."""
+    """Returns the mean of each 2 x 2 block of x [B, H, W, C]; the last row and column of odd maps are dropped."""
     plain = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
     return cpu_or_default(x, cpu=_avg_pool, default=plain)
 
@@ -99,7 +91,7 @@ def _avg_pool_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tup
     quarter = (to_float32(dy) / 4).astype(dy.dtype)[:, :, None, :, None]
     cells = jnp.broadcast_to(quarter, (batch, rows, 2, columns, 2, channels))
     full = cells.reshape(batch, 2 * rows, 2 * columns, channels)
-    return (pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
+    return (conv.pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
 
 
 avg_pool_2x2.defvjp(_avg_pool_save, _avg_pool_gradient)

@@ -1,4 +1,4 @@
-"""Rules from tensor names in weight files to parameter paths: one module per network family, one table per layout."""
+"""Rules that map tensor names in weight files to parameter paths: one module per family, one table per layout."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,7 @@ from lungjax.weights.convert import Rules
 
 
 def layouts(model: str) -> dict[str, Rules]:
-    """Returns the rules of a network's family by layout. Raises ValueError for an unknown network."""
+    """Returns the rules for the family of a network, by layout. Raises ValueError for an unknown network."""
     family = family_of(model)
     if importlib.util.find_spec(f"{__name__}.{family}") is None:
         return {}

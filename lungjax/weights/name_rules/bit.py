@@ -1,9 +1,9 @@
-"""BiT: the released npz files, and timm's names."""
+"""BiT: the released npz files and the names of timm."""
 
 from lungjax.weights.convert import Rules, blocks
 
 SCOPE = r"(?:_\d+)?"  # some files number their scopes: standardized_conv2d_17
-# A norm in the file precedes the convolution of the same letter.
+# In the file a norm precedes the convolution of the same letter.
 RELEASED = {
     "a/group_norm": "preact_norm", "b/group_norm": "norm1", "c/group_norm": "norm2",
     "a/standardized_conv2d": "conv1", "b/standardized_conv2d": "conv2", "c/standardized_conv2d": "conv3",

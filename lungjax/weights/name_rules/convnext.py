@@ -1,4 +1,4 @@
-"""ConvNeXt and ConvNeXt V2: Facebook's own files, and those of timm, torchvision and Keras."""
+"""ConvNeXt and ConvNeXt V2: files of Facebook, timm, torchvision and Keras."""
 
 import re
 
@@ -14,19 +14,19 @@ TORCHVISION_UNITS = SCALE | {"block.0": "dwconv", "block.2": "norm", "block.3": 
 DOWN = {"0": "norm", "1": "conv"}
 STEM, BLOCK = r"(?:stem|downsample_layers\.0)\.", r"stages\.(\d)\.(?:blocks\.)?(\d+)\."
 KERAS_BLOCK = r"\w+_stage_(\d)_block_(\d+)_"
-KERAS_LEAF = r"/(?:.*/)?(kernel|bias|gamma|beta)"  # a norm and a convolution share a group; their leaves differ
+KERAS_LEAF = r"/(?:.*/)?(kernel|bias|gamma|beta)"  # a norm and a convolution share a group, with different leaves
 KERAS_LEAVES = {"kernel": "conv/kernel", "bias": "conv/bias", "gamma": "norm/scale", "beta": "norm/bias"}
-# torchvision's layer scale is [C, 1, 1], Facebook's response norm [1, 1, 1, C].
+# The layer scale of torchvision is [C, 1, 1], the response norm of Facebook [1, 1, 1, C].
 FLAT = ((r"/layer_scale$|/grn/(scale|bias)$", lambda array, shape: array.reshape(-1)),)
 
 
 def _torchvision(match: re.Match[str]) -> str:
-    """Blocks are in features.1, 3, 5 and 7, downsampling layers in between."""
+    """Returns our layer for torchvision's blocks in features.1, 3, 5, 7 and downsampling layers in between."""
     unit = f"block{int(match[2]) + 1}/{TORCHVISION_UNITS[match[3]]}" if match[3] else f"downsample/{DOWN[match[2]]}"
     return f"stage{int(match[1]) // 2 + 1}_{unit}"
 
 
-FACEBOOK_LAYERS = (  # and timm's, which do not contradict them
+FACEBOOK_LAYERS = (  # and those of timm
     (STEM + "0", "stem_conv"), (STEM + "1", "stem_norm"), blocks(BLOCK, UNITS, stage=1, block=1),
     (r"(?:downsample_layers|stages)\.([123])\.(?:downsample\.)?([01])",
      lambda match: f"stage{int(match[1]) + 1}_downsample/{DOWN[match[2]]}"),

@@ -1,4 +1,4 @@
-"""DenseNet: Keras files, and torchvision files, whose tensor names timm also uses."""
+"""DenseNet: files of Keras and torchvision; timm has the tensor names of torchvision."""
 
 from lungjax.weights.convert import Rules, blocks
 

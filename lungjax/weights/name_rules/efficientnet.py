@@ -6,7 +6,7 @@ from lungjax.weights.convert import Rules, blocks, numbered_blocks
 
 
 def _keras_block(match: re.Match[str]) -> str:
-    """Keras's "block3b_expand_conv" is stage3_block2/expand_conv."""
+    """Returns our layer, such as stage3_block2/expand_conv for "block3b_expand_conv"."""
     stage, letter, layer = match.groups()
     block = ord(letter) - ord("a") + 1
     return f"stage{stage}_block{block}/{layer.replace('se_', 'se/').replace('dwconv2', 'dwconv')}"
@@ -28,7 +28,7 @@ TIMM_LAYERS = {
     "conv_pw": "expand_conv", "bn1": "expand_bn", "conv_dw": "dwconv", "bn2": "bn", "se.conv_reduce": "se/reduce",
     "se.conv_expand": "se/expand", "conv_pwl": "project_conv", "bn3": "project_bn",
 }  # fmt: skip
-# The first stage of V1 does not expand, so bn1 follows its depthwise convolution.
+# The first stage of V1 has no expansion, so bn1 follows its depthwise convolution.
 TIMM_FIRST_LAYERS = {"bn1": "bn", "conv_pw": "project_conv", "bn2": "project_bn"}
 TIMM_FIRST = blocks(r"blocks\.(0)\.(\d+)\.", TIMM_FIRST_LAYERS, stage=1, block=1)
 TIMM_BLOCK = blocks(r"blocks\.(\d+)\.(\d+)\.", TIMM_LAYERS, stage=1, block=1)

@@ -6,7 +6,7 @@ from lungjax.weights.name_rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM
 REPEATS = (1, 2, 3, 4, 3, 3, 1)
 CONVS = {"expand": "expand_conv", "depthwise": "dwconv", "project": "project_conv"}
 NORMS = {"expand": "expand_bn", "depthwise": "bn", "project": "project_bn"}
-# torchvision's sequence within a block; the first block does not expand.
+# Positions in the sequence of a block of torchvision; the first block has no expansion.
 FIRST = {"0.0": "dwconv", "0.1": "bn", "1": "project_conv", "2": "project_bn"}
 BLOCK = {
     "0.0": "expand_conv", "0.1": "expand_bn", "1.0": "dwconv", "1.1": "bn", "2": "project_conv", "3": "project_bn"

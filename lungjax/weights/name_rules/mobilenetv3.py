@@ -17,7 +17,7 @@ KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1":
 KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}
 KERAS_RELEASED |= {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
 KERAS_NEW = {name.replace("BatchNorm", "bn").replace("/", "_").lower(): path for name, path in KERAS_RELEASED.items()}
-# torchvision's blocks are sequences, in which the squeeze-excitation may be missing.
+# Blocks of torchvision are sequences that may lack the squeeze-excitation.
 FIRST = TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
 BLOCK = TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
 RULES: dict[str, Rules] = {}

@@ -19,7 +19,7 @@ TORCH = Rules(
     torch=True,
 )  # fmt: skip
 RULES = {
-    # The first kernel in the file is for BGR images, ours for RGB.
+    # The first kernel in the file is for BGR images.
     "keras": Rules(KERAS, special=((r"^stem_conv/kernel$", lambda array, shape: array[:, :, ::-1]),)),
     "keras_v2": Rules(KERAS),
     "torchvision": TORCH,

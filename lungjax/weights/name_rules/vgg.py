@@ -1,4 +1,4 @@
-"""VGG-16 and VGG-19: Keras's Oxford weights (BGR) and torchvision's own, the latter also with timm's names."""
+"""VGG-16 and VGG-19: the Oxford weights (BGR) of Keras, and those of torchvision, also with the names of timm."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ TIMM = ((r"pre_logits\.fc([12])", r"head/hidden\1"), (r"head\.fc", "head/dense")
 
 
 def _features(repeats: tuple[int, ...]) -> tuple[Rule, ...]:
-    """Torch numbers convolutions, activations and pools alike, so numbers depend on the depth."""
+    """Returns the rules for torchvision, which numbers convolutions, activations and pools consecutively."""
     rules, index = [], 0
     for stage, count in enumerate(repeats, 1):
         for block in range(1, count + 1):
@@ -23,11 +23,11 @@ def _features(repeats: tuple[int, ...]) -> tuple[Rule, ...]:
 
 
 def _flatten_hwc(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Turns the first dense kernel [O, 512 * 7 * 7] or [O, 512, 7, 7] into ours, for a map flattened as h, w, c."""
+    """Returns the first dense kernel, [O, 512 * 7 * 7] or [O, 512, 7, 7], for a map that is flattened as h, w, c."""
     return array.reshape(len(array), 512, 7, 7).transpose(2, 3, 1, 0).reshape(-1, len(array))
 
 
-# The first kernel in the file is for BGR images, ours for RGB.
+# The first kernel in the file is for BGR images.
 RULES = {"keras": Rules(KERAS, special=((r"^stage1_block1/conv/kernel$", lambda array, shape: array[:, :, ::-1]),))}
 for _name, _repeats in {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}.items():
     for _layout, _head in {"torchvision": TORCHVISION, "timm": TIMM}.items():

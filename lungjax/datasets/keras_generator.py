@@ -1,0 +1,33 @@
+"""Random copies of images as Keras's ImageDataGenerator made them for studies that stored such copies."""
+
+import numpy as np
+from scipy import ndimage
+
+
+def transform(
+    array: np.ndarray,
+    angle: float,
+    shift: tuple[float, float] = (0.0, 0.0),
+    shear: float = 0.0,
+    zoom: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+    """Returns an image [H, W] or [H, W, C] as float32, transformed as by Keras's `apply_affine_transform`.
+
+    Interpolation is bilinear, and edge pixels are repeated.
+
+    Args:
+        array: the image, of any numeric type.
+        angle: of the rotation, clockwise, in degrees.
+        shift: distance up and to the left, in fractions of the height and the width.
+        shear: in degrees.
+        zoom: visible fractions of the height and the width.
+    """
+    size = np.array(array.shape[:2])
+    theta, phi = np.deg2rad([angle, shear])
+    rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
+    matrix = rotation @ np.array([[1.0, -np.sin(phi)], [0.0, np.cos(phi)]]) @ np.diag(zoom)
+    center = size / 2 - 0.5
+    offset = rotation @ (np.array(shift) * size) - matrix @ center + center
+    channels = np.moveaxis(np.atleast_3d(array), -1, 0).astype(np.float32)
+    moved = [ndimage.affine_transform(channel, matrix, offset, order=1, mode="nearest") for channel in channels]
+    return np.stack(moved, -1).reshape(array.shape)
