@@ -63,7 +63,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
     not support, for fewer than two classes, and for a sigmoid with more than two.
     """
-    family_of(config.name)  # raises for an unknown name
+    if config.name not in MODELS:
+        family_of(config.name)  # raises
     dtype = config.dtype or default_dtype(platform or jax.default_backend())
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")

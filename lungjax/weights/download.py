@@ -60,11 +60,7 @@ def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> 
 
 def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterator[Path]:
     if weights_dir is not None:
-        folder = Path(weights_dir).expanduser()
-        yield folder / record.filename
-        published = record.url.rpartition("/")[2]
-        if published != record.filename:  # files on the hub are all called model.safetensors; the folder has the name
-            yield folder / record.filename.removesuffix(".safetensors") / published
+        yield from (Path(weights_dir).expanduser() / path for path in record.paths)
     yield cache_dir() / record.filename
     spec = importlib.util.find_spec(record.package) if record.package else None
     for package in (spec and spec.submodule_search_locations) or ():

@@ -28,9 +28,7 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     Raises ValueError if the names do not fit the network, or fit several records that need different settings.
     """
     for record in records(model):
-        # Files on the hub are all called model.safetensors; the folder has the name.
-        hub = Path(record.filename).stem, record.url.rpartition("/")[2]
-        if path.name == record.filename or (path.parent.name, path.name) == hub:
+        if any(path.parts[-len(known.parts) :] == known.parts for known in record.paths):
             return record
     with open_tensors(path) as tensors:
         shapes = tensors.shapes
