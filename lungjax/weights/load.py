@@ -42,7 +42,8 @@ def parse(model: ModelConfig) -> Source:
     Raises ValueError for an unknown network or source (with the nearest), a network without public weights, weights
     whose license was not accepted, a missing file, and a run without trained weights.
     """
-    models.family_of(model.name)
+    if model.name not in models.MODELS:
+        models.family_of(model.name)  # raises
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
         return Source()
