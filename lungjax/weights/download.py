@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from lungjax.runtime.files import atomic_write
-from lungjax.runtime.progress_bar import ProgressBar
+from lungjax.runtime.progress_bar import progress_bar
 from lungjax.weights.catalogue import PretrainedWeights
 
 
@@ -136,7 +136,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
         total = offset + int(length) if length else None
         with (
             partial.open("ab" if offset else "wb") as file,
-            ProgressBar(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
+            progress_bar(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
         ):
             while chunk := response.read(1 << 20):
                 file.write(chunk)

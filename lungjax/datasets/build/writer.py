@@ -23,7 +23,7 @@ from lungjax.datasets.build import near_duplicates, staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
-from lungjax.runtime.progress_bar import ProgressBar
+from lungjax.runtime.progress_bar import progress_bar
 
 SHARD_BYTES = 128 << 20  # TFDS writes a shard from memory
 GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image, which is stored uncompressed
@@ -196,7 +196,7 @@ def prepare(
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
         staging.check_disk(sum(sizes), data_dir, len(listing.examples), say)
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
-        with ProgressBar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+        with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             images = _Images(listing, options, on_bad_image, on_no_lung, root / "thumbnails", bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
             tfds_builder.write(name, root, name, listing.classes, shards)
