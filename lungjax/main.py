@@ -33,7 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
-    flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_string("compile_for", None, "Only compile the training step, for TPUs such as v5e:4x4; needs no TPU.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to trace with jax.profiler, into WORKDIR/profile.")
     flags.DEFINE_bool("list", False, "List the experiments and exit.")
 

@@ -84,3 +84,8 @@ def test_a_step_needs_no_data_or_plotting_packages():
         "from lungjax.training import losses, optim, state, step"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_peers_of_the_benchmark_need_their_own_library_alone():
+    code = "import sys; sys.modules.update(dict.fromkeys(('flax', 'jax', 'lungjax'))); import tests.benchmarks.train_peers"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -59,7 +59,6 @@ def members(functions: Functions) -> dict[str, bytes]:
     about = {
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
-        "compatibility": artifacts.compatibility(jax.__version__),
         "network": dataclasses.asdict(functions.config),
         "platforms": artifacts.PLATFORMS,
         "compiler_options": conv.compiler_options("cpu", train=False),

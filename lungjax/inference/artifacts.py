@@ -2,8 +2,7 @@
 
 A `model.pyz` is an uncompressed zip:
 
-    artifact.json        {"lungjax", "jax": versions, "compatibility", "network": the fields of `config.ModelConfig`,
-                         "platforms", "compiler_options"}
+    artifact.json        {"lungjax", "jax": versions, "network": `config.ModelConfig`, "platforms", "compiler_options"}
     model.json           `metadata.Metadata`
     weights.npz          float32 arrays by path, batch norms folded
     predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"

@@ -95,7 +95,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._pending = self._worker.submit(self._finish, step, text, writes)
 
     def wait(self) -> None:
-        """Waits until the pending save is on the disk; raises what `save` would raise next. Call on every host."""
+        """Waits until the pending save is on the disk; raises the error that `save` would. Call on every host."""
         distributed.run_on_all_hosts(self._finish_pending)
 
     def _finish_pending(self) -> None:
@@ -147,7 +147,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
 
 def is_begun(workdir: Path) -> bool:
-    """Returns whether a workdir has a complete checkpoint, also one whose folder was not renamed before a kill."""
+    """Returns whether a workdir has a complete checkpoint, even if a kill prevented the renaming of its folder."""
     return any((workdir / "checkpoints" / "last").glob(f"*/{CHECKSUMS}"))
 
 
@@ -222,7 +222,7 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 
 
 def _corruption(path: Path) -> str | None:
-    """Returns a description of a checkpoint's damage, or None if it is intact."""
+    """Returns how a checkpoint is damaged, or None if it is intact."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
