@@ -47,10 +47,8 @@ def _check_augment(config: Config) -> None:
             raise ValueError(f"augment.{name}={value}: expected two numbers in increasing order")
     margin = config.input.box_margin
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
-        raise ValueError(
-            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and at least the same "
-            f"input.box_margin, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
-        )
+        needs = f"input.crop=box and at least the same input.box_margin; it is {margin:g}"
+        raise ValueError(f"augment.box_jitter={augment.box_jitter} needs {needs}")
     if margin and config.input.crop != "box":
         raise ValueError(f"input.box_margin={margin} needs input.crop=box")
 
@@ -97,9 +95,7 @@ def check(config: Config) -> None:
     if not train.sync_batch_norm and train.shard_params:
         raise ValueError("train.sync_batch_norm=False needs replicated parameters: set train.shard_params=False")
     if train.batch_size % train.accumulate:
-        raise ValueError(
-            f"train.batch_size={train.batch_size} is not a multiple of train.accumulate={train.accumulate}"
-        )
+        raise ValueError(f"train.batch_size={train.batch_size} is no multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
     _check_augment(config)

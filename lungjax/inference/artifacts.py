@@ -221,9 +221,8 @@ def _program(data: bytes, path: Path, name: str, version: str) -> Any:
             f"export it again: python -m lungjax.export --refresh={shlex.quote(str(path))} ({reason})"
         ) from None
     if calls:
-        raise ValueError(
-            f"{where}: refused, since it calls external code ({', '.join(sorted(calls)[:3])}); exports never do"
-        )
+        names = ", ".join(sorted(calls)[:3])
+        raise ValueError(f"{where}: refused, since it calls external code ({names}); exports never do")
     return program
 
 

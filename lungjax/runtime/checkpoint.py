@@ -214,10 +214,7 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
         damaged[path] = reason
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise ValueError(
-            f"{folder}: no intact checkpoint ({reasons}). Restore one from a backup, or choose another --workdir to "
-            "start over"
-        )
+        raise ValueError(f"{folder}: no intact checkpoint ({reasons}). Restore a backup, or choose another --workdir")
     return None, []
 
 
@@ -306,10 +303,9 @@ def _make_room(folder: Path, step: int, size: int) -> None:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
-        raise ValueError(
-            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB, but only "
-            f"{free / 2**20:.0f} MiB are free; {RESUME_HINT.format('free some space')}"
-        )
+        sizes = f"it takes {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free"
+        hint = RESUME_HINT.format("free some space")
+        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {hint}")
 
 
 def _metadata(path: Path, name: str) -> Any:
@@ -329,10 +325,8 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
     if different:
         lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
         lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
-        raise ValueError(
-            f"{path} belongs to another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
-            "--workdir, or configure the network that was saved"
-        )
+        lines += ["Nothing was changed: choose another --workdir, or configure the network that was saved"]
+        raise ValueError(f"{path} belongs to another network:\n  " + "\n  ".join(lines))
 
 
 @contextmanager
@@ -347,8 +341,6 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]
         for codes, (what, remedy) in DISK_ERRORS.items():
             if any(os.strerror(code) in messages for code in codes):
-                raise ValueError(
-                    f"saving the checkpoint of step {step} to {folder}: the disk is {what}; "
-                    f"{RESUME_HINT.format(remedy)}"
-                ) from error
+                reason = f"the disk is {what}; {RESUME_HINT.format(remedy)}"
+                raise ValueError(f"saving the checkpoint of step {step} to {folder}: {reason}") from error
         raise

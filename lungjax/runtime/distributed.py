@@ -131,6 +131,4 @@ def check_same(facts: Mapping[str, str]) -> None:
     hosts = {name: ", ".join(map(str, np.flatnonzero(row))) for name, row in zip(facts, differ, strict=True)}
     lines = [f"{name} (host 0 against {others})" for name, others in hosts.items() if others]
     if lines:
-        raise CollectiveError(
-            f"the hosts differ in {'; '.join(lines)}. Give every host the same command, code and prepared data"
-        )
+        raise CollectiveError(f"the hosts differ in {'; '.join(lines)}: each needs the same command, code and data")
