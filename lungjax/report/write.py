@@ -5,6 +5,7 @@
     version             1
     name                of the experiment
     classes             [names] in label order, as in rows and columns of every `confusion`
+    unit                name of an example: "slice" for CT slices, else "image"
     best                step of the tested weights, monitor (the validation metric that chose it, unless
                         train.keep is "last"), score (None if not logged)
     warnings            [sentences], caveats about the numbers
@@ -102,6 +103,7 @@ def write_report(
         "version": VERSION,
         "name": config.name,
         "classes": list(test.classes),
+        "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "warnings": [],
         "facts": dict(facts),
@@ -128,8 +130,7 @@ def write_report(
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
     for split, predicted in results.items():
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    unit = context.unit_name(summary)
-    figures = draw(workdir / "plots", config, test, history, report, read_image, explain, unit)
+    figures = draw(workdir / "plots", config, test, history, report, read_image, explain)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
     atomic_write(workdir / "report.json", text + "\n")
     page = context.build(config, report, figures, workdir / "plots", summary, about)
@@ -216,11 +217,10 @@ def draw(
     report: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
     explain: Explain | None = None,
-    unit: str = "image",
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for noun, level in context.distinct_levels(report["test"], unit).items():
+    for noun, level in context.distinct_levels(report["test"], report["unit"]).items():
         name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
         title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
