@@ -19,6 +19,7 @@ from lungjax.models.head import output_count, with_defaults
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
 from lungjax.models.resnet import RESNET
+from lungjax.models.squeezenet import SQUEEZENET
 from lungjax.models.transfusion import TRANSFUSION
 from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "convnext": CONVNEXT,
     "densenet": DENSENET,
     "vgg": VGG,
+    "squeezenet": SQUEEZENET,
     "mobilenet": MOBILENET,
     "mobilenetv2": MOBILENETV2,
     "mobilenetv3": MOBILENETV3,

@@ -13,9 +13,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 from lungjax.runtime.files import atomic_write
+from lungjax.runtime.progress_bar import progress_bar
 from lungjax.weights.catalogue import PretrainedWeights
 
 
@@ -137,7 +136,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
         total = offset + int(length) if length else None
         with (
             partial.open("ab" if offset else "wb") as file,
-            tqdm(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
+            progress_bar(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
         ):
             while chunk := response.read(1 << 20):
                 file.write(chunk)

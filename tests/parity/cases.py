@@ -48,6 +48,7 @@ def _cases() -> list[Case]:
           for v in (*v2_convnext, "base", "large", "huge")),
         *(Case(f"densenet{d}", "torchvision", f"densenet{d}", "torchvision", 224, 107) for d in (121, 161, 169, 201)),
         *(Case(f"vgg{d}", "torchvision", f"vgg{d}", "torchvision", 224, gain=2.0) for d in (16, 19)),
+        Case("squeezenet1_1", "torchvision", "squeezenet1_1", "torchvision", 224, 107, gain=2.0),
         Case("mobilenet", "keras", "MobileNet", "keras", 224, 107),
         Case("mobilenetv2", "keras", "MobileNetV2", "keras", 224, 107),
         *(Case(f"mobilenetv3_{v}", "timm", f"tf_mobilenetv3_{v}_100", "timm", 224, 107) for v in ("small", "large")),
@@ -71,13 +72,13 @@ def _cases() -> list[Case]:
 DOUBLE = (
     "efficientnet_b0 timm", "efficientnet_lite0 timm", "efficientnetv2_b0 timm", "resnet18 ", "bit_r50x1 ",
     "convnext_tiny timm", "convnextv2_atto ", "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision",
-    "mobilenetv3_small timm", "xray_cnn ", "simple ",
+    "mobilenetv3_small timm", "squeezenet1_1 ", "xray_cnn ", "simple ",
 )  # fmt: skip
 # One per family; without VGG, which has no norm, no branch, and 143 million float64 gradients.
 TRAIN = (
     "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ", "convnextv2_atto ",
-    "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm", "xray_cnn ",
-    "cbr_small ", "simple ",
+    "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm",
+    "squeezenet1_1 ", "xray_cnn ", "cbr_small ", "simple ",
 )  # fmt: skip
 
 
@@ -86,12 +87,12 @@ CASES = {c.key: replace(c, double=c.key.startswith(DOUBLE), train=c.key.startswi
 GOLDEN = (
     "efficientnet_lite0 ", "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ",
     "convnextv2_atto ", "densenet121 torchvision", "vgg16 keras", "mobilenet keras", "mobilenetv2 torchvision",
-    "mobilenetv3_small timm",
+    "mobilenetv3_small timm", "squeezenet1_1 ",
 )  # fmt: skip
 # Networks and further layouts whose tensor names are in the tests of the rules.
 NAMED = (
     r"efficientnet_(b0|lite0)|efficientnetv2_(b0|s)|resnet(18|50|50_v15|50v2)|bit_r50x1|convnext_tiny|convnextv2_atto"
-    r"|densenet121|vgg1[69]|mobilenet(v2|v3_small|v3_large)?"
+    r"|densenet121|vgg1[69]|squeezenet1_1|mobilenet(v2|v3_small|v3_large)?"
 )
 LAYOUTS = (
     Case("bit_r50x1", "timm", "resnetv2_50x1_bit", "timm", 224),

@@ -12,9 +12,10 @@ import small_runs as runs
 from small_runs import PLAIN, changed
 
 from lungjax import datasets
-from lungjax.config import AugmentConfig, Config, overrides
+from lungjax.config import AugmentConfig, Config, experiments, overrides
 from lungjax.config.presets import PRESETS
 from lungjax.data import augment, pipeline
+from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
 from lungjax.training import losses, setup, train
@@ -76,6 +77,20 @@ def test_box_jitter_has_a_margin(small_data):
     assert np.isfinite(runs.build(config).train_step(runs.first_state(config), batch)[1]["loss"])
     with pytest.raises(ValueError, match="body masks"):
         next(pipeline.train_batches(boxed, changed(config, "augment.exterior=0.5"), start=0))
+
+
+def test_rotation_shows_what_is_outside_the_crop(small_data):
+    """The study of COVIDx CT rotates before it crops 340 x 380 of 512 x 512 pixels: no corner becomes black."""
+    config = experiments.load("covidx_ct:protocol=study")
+    config = replace(config, train=replace(config.train, batch_size=16))
+    records = [{**record, "image": images.encode(np.full((512, 512), 200, np.uint8))} for record in small_data.records]
+    batch = next(pipeline.train_batches(replace(small_data, records=records), config, start=0))
+    # The margin is 0.19 of the sides, to the left and right only 66 pixels.
+    np.testing.assert_allclose(batch["box"][0], [66 / 512, 64.6 / 469.2, 446 / 512, 404.6 / 469.2], rtol=1e-5)
+    result = augment.augment(
+        batch["image"], batch["place"], jax.random.key(0), config.augment, (224, 224), batch["box"]
+    )
+    assert result.shape == (16, 224, 224, 1) and (np.asarray(result) < 199).mean() < 1e-3
 
 
 @pytest.fixture(scope="module")
