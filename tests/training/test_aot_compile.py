@@ -37,7 +37,7 @@ def test_unknown_topology_lists_choices():
 def test_missing_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install '\.\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
         aot_compile.compile_for(Config(), "v5e:4x4", tmp_path)
 
 
