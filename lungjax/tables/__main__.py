@@ -3,13 +3,11 @@
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19             # from finished runs
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
     python -m lungjax.tables --pool --workdir=runs/mine                               # any runs, pooled over seeds
-    python -m lungjax.tables --smoke                                                  # tests every cell without data
 
 Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of the exact experiment on
 the exact data set count; the other cells are `not run`, and the page lists the commands that run them.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,9 +22,6 @@ from lungjax.tables import cells, published
 
 FLAGS = flags.FLAGS
 
-# The smoke test runs each program for two steps, so compilation dominates; without expensive LLVM passes it is faster.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 def define_flags() -> None:
     """Defines the flags of this command."""
@@ -40,27 +35,15 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("set", [], "Override a field in every run, such as train.devices=1; repeatable.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws over patients and seeds.", lower_bound=100)
     flags.DEFINE_bool("pool", False, "Print the test scores of all runs below --workdir, pooled over train.seed.")
-    flags.DEFINE_bool("smoke", False, "Test every cell of every table (or of --table) without data.")
 
 
 def main(_: list[str]) -> None:
-    """Lists tables, tests their cells, or executes runs and writes a table."""
+    """Lists tables, or executes runs and writes a table."""
     tables = published.TABLES
     if FLAGS.table is not None and FLAGS.table not in tables:
         raise ValueError(f"--table={FLAGS.table}: unknown table; {nearest(FLAGS.table, tables)}")
     if FLAGS.list:
         print(listing())
-        return
-    if FLAGS.smoke:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from lungjax.tables import smoke_test  # here: it imports jax, which reads the settings above
-
-        chosen = {FLAGS.table: tables[FLAGS.table]} if FLAGS.table else tables
-        failures = smoke_test.run(tables, chosen, say)
-        if failures:
-            print("\n".join(["Failures:", *failures]))
-            sys.exit(1)
         return
     if FLAGS.pool and FLAGS.workdir:
         from lungjax.tables import pooled  # here: other calls don't need it

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
+import jax
 import numpy as np
 import pytest
 from random_predictions import guesses
@@ -149,6 +151,32 @@ def test_experiments_and_metrics():
             )
             # Names of run folders are unique.
             assert names.setdefault(config.name, text) == text
+
+
+@pytest.mark.slow
+def test_training_step_of_every_row():
+    """Traces the augmented training step of each distinct experiment, with the settings of its weights."""
+    from lungjax.runtime.mesh import make_mesh
+    from lungjax.training import program
+    from lungjax.weights.load import resolve
+
+    for text in {cell.experiment for table in TABLES.values() for cell in table.cells}:
+        config = load(text)
+        if "run:" in config.model.weights:  # a run that does not exist here
+            config = replace(config, model=replace(config.model, weights="none"))
+        config = resolve(replace(config, train=replace(config.train, devices=1)))
+        classes, size = datasets.classes(config.data.dataset) or ("a", "b"), config.train.batch_size
+        built = program.build(config, classes, np.arange(8 * size) % len(classes), make_mesh(1))
+        height, width = (round(side * (1 + 2 * config.input.box_margin)) for side in config.input.size)
+        batch = {"image": ((height, width, config.input.channels), np.uint8), "label": ((), np.int32)}
+        batch["place"] = (), np.uint32
+        if config.input.box_margin:
+            batch["box"] = (4,), np.float32
+        if config.augment.exterior:
+            batch["body"] = (height, width), np.uint8
+        arrays = {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in batch.items()}
+        state, values = jax.eval_shape(built.train_step, built.abstract_state, arrays)
+        assert values["loss"].shape == () and state.step.shape == (), text
 
 
 def test_printed_numbers():

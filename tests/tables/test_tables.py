@@ -1,4 +1,4 @@
-"""Results tables: states of runs, numbers, verdicts, files, charts and the smoke test."""
+"""Results tables: states of runs, numbers, verdicts, files, and charts."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from lungjax.config import overrides
 from lungjax.evaluation import bootstrap, predictions
 from lungjax.runtime import signals
 from lungjax.tables import __main__ as command
-from lungjax.tables import cells, charts, results, runs, smoke_test
+from lungjax.tables import cells, charts, results, runs
 from lungjax.tables.cells import Cell, Table
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
@@ -303,28 +303,6 @@ def test_ctrl_c_saves_a_run(tmp_path, options, trial, monkeypatch, capfd):
         runs.execute(runs.plan(trial, options)[0])
     assert stop.value.number == signal.SIGINT
     assert (tmp_path / "saved").read_text() == "x" and "saved" in capfd.readouterr().out
-
-
-def test_smoke(trial, monkeypatch):
-    sample = table(
-        cell(trial),
-        cell(trial, "a", "augmented", metric="test.patient.per_class.COVID-19.recall"),
-        cell(trial, "b", "metric", metric="test.slice.f1_wighted"),
-        cell(trial, "b", "loads", arguments=":modle=simple"),
-        cell(trial, "b", "network", arguments=":model=cbr_tny"),
-        cell(trial, "b", "data", arguments=":dataset=ct_cov20"),
-        cell(trial, "b", "size", arguments=":size=9"),
-    )
-    lines = []
-    failures = smoke_test.run({"t": sample}, {"t": sample}, lines.append)
-    for word, line in zip(("f1_weighted", "modle", "cbr_tiny", "ct_cov19", "too small"), failures, strict=True):
-        assert word in line and line.startswith("t: b, ")
-    assert any("a: 2 cells ok; 25,475 parameters, 1 trained" in line for line in lines)
-    assert "7 cells of 1 table, 1 distinct network trained: 5 failures" in lines[-1]
-    infinite = {"head/dense/kernel": np.full((32, 3), np.inf, np.float32)}
-    monkeypatch.setattr(smoke_test, "random_leaves", lambda _: infinite)
-    (failure,) = smoke_test.run({}, {"t": table(cell(trial))}, lines.append)
-    assert "at step 1" in failure
 
 
 def test_runs_pooled_over_seeds(trial, options, capsys):
