@@ -159,8 +159,8 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     """Finds groups and images that two data sets, or some of their rows, have in common, regardless of splits.
 
     Returns `exact` and `near`, the numbers of images in each data set with an exact copy, or else a near duplicate, in
-    the other; `examples`, at most MAX_PAIRS pairs; `note`, the limits of the search, or ""; and `lines`, all of this
-    and the names of the common groups as text.
+    the other; `examples`, at most MAX_PAIRS pairs; `b_rows`, bool [N], True for the images of `b` among these; `note`,
+    the limits of the search, or ""; and `lines`, all of this and the names of the common groups as text.
     """
     sides = ((a, a_rows), (b, b_rows))
     a_files, b_files = (data.columns["file"][rows].tolist() for data, rows in sides)
@@ -197,7 +197,9 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
         counts = f"{exact[i]:,} exact copies, {near[i]:,} near duplicates"
         lines.append(f"of {total:,} images of {name} in {other}: {counts}")
     lines += [search.note] if search.note else []
-    return {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    seen = np.asarray([pixels in both or pixels in similar[1] for pixels in b_pixels], bool)
+    result = {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    return result | {"b_rows": seen}
 
 
 def _codes(values: Sequence[str]) -> np.ndarray:

@@ -92,8 +92,10 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol."""
+    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol, if any."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
+    if not train.any():
+        return {}
     mean, std = (np.array(columns[key], dtype=np.str_).astype(float)[train] for key in ("mean", "std"))
     total = float(mean.mean())
     return {"mean": round(total, 4), "std": round(float(np.sqrt((std**2 + mean**2).mean() - total**2)), 4)}
@@ -118,8 +120,9 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         warnings.append(f"images without a detected body or lung: {len(result['unstaged'])}")
     if result["skipped"]:
         warnings.append(f"skipped images: {len(result['skipped'])}")
-    for split in SPLITS:
-        counts = result["protocols"]["clean"].get(split, {"images": {}})["images"]
+    given = result["protocols"]["clean"]
+    for split in SPLITS if set(given) != {"test"} else ("test",):
+        counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
         if single := [c for c in result["classes"] if counts.get(c) == 1 and split != "train"]:
@@ -168,8 +171,11 @@ def markdown(result: dict[str, Any]) -> str:
     without = ", ".join(result["unstaged"][:MAX_NAMES])
     lines += [
         f"- Width {w0} to {w2} pixels, median {w1}; height {h0} to {h2}, median {h1}; most common {common}",
-        f"- Pixels of the train split, in 0..1: mean {pixels['mean']}, standard deviation {pixels['std']} "
-        f"(--set=input.mean={pixels['mean']} --set=input.std={pixels['std']}, unless weights bring their own)",
+        *(
+            f"- Pixels of the train split, in 0..1: mean {mean}, standard deviation {std} "
+            f"(--set=input.mean={mean} --set=input.std={std}, unless weights bring their own)"
+            for mean, std in ([pixels.values()] if pixels else [])
+        ),
         f"- Exact copies: {copies['images']} images in {copies['sets']} sets, "
         f"{copies['sets_with_several_labels']} of them with different labels",
         f"- Near duplicates in different {name}: {twins['near_pairs']} pairs",

@@ -24,6 +24,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
 PLAIN_CONFIGS = ("default", "original")  # omitted from the name of a stage if they are the default
+SALT_FILE = ".patient_salt"  # in the folder of prepared data sets
 MAX_SIDE = 4096  # pixels of a stored copy
 
 
@@ -236,6 +237,15 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
     return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **settings)
 
 
+def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:
+    """Returns the files of a user's folder behind a name in reports; raises ValueError without any."""
+    if source is None or not source.is_dir():
+        raise ValueError(f"--lookup={name}: --source={source} is not the folder that was prepared")
+    if not (data_dir / SALT_FILE).exists():
+        raise ValueError(f"--lookup={name}: {data_dir} has no {SALT_FILE}; give the --data_dir of the preparation")
+    return list(_module("folder").lookup(source, name, replace(options, salt=_salt(data_dir))))
+
+
 def _module(base: str) -> Any:
     return importlib.import_module(f"lungjax.datasets.{base}")
 
@@ -246,7 +256,7 @@ def _origin(base: str) -> str:
 
 def _salt(data_dir: Path) -> str:
     """Returns the salt of the patient hashes in `data_dir`, which is drawn once."""
-    file = data_dir / ".patient_salt"
+    file = data_dir / SALT_FILE
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f"{file.name}.{os.getpid()}")

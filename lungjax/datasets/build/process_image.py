@@ -40,6 +40,7 @@ class ProcessedImage:
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
     conversion: str  # the file's mode if reading it lost part of it, see images.conversion
+    original: bool  # whether `data` is the file itself
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         body=np.packbits(body > 127).tobytes(),
         found=found,
         conversion=conversion,
+        original=original and isinstance(example.image, str),
     )
 
 
