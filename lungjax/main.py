@@ -29,6 +29,8 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
     flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
+    shared = "With --dataset: patients in the run's train or val split are an error, or left out."
+    flags.DEFINE_enum("overlap", "refuse", ["refuse", "drop"], shared)
     flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
@@ -76,7 +78,9 @@ def main(_: list[str]) -> None:
     data_dir = Path(FLAGS.data_dir)
     with distributed.abort_all_on_error():
         if FLAGS.dataset:
-            report = external_test.evaluate(config, workdir, data_dir, FLAGS.dataset, FLAGS.label_map, FLAGS.split)
+            drop = FLAGS.overlap == "drop"
+            options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
+            report = external_test.evaluate(config, workdir, data_dir, *options)
         elif FLAGS.folds is not None:
             report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
@@ -104,10 +108,10 @@ def check_flags() -> None:
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
-    for name in ("label_map", "split"):
+    for name in ("label_map", "split", "overlap"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, resumable=True)

@@ -49,8 +49,8 @@ def _check_augment(config: Config) -> None:
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
         needs = f"input.crop=box and at least the same input.box_margin; it is {margin:g}"
         raise ValueError(f"augment.box_jitter={augment.box_jitter} needs {needs}")
-    if margin and config.input.crop != "box":
-        raise ValueError(f"input.box_margin={margin} needs input.crop=box")
+    if margin and config.input.crop == "none":
+        raise ValueError(f"input.box_margin={margin} needs input.crop=box or center")
 
 
 def _check_splits(config: Config) -> None:

@@ -28,9 +28,9 @@ def predict(
 ) -> Predictions:
     """Returns the predictions for every example of a split, in record order.
 
-    `predict_step` takes `variables` and is jitted with replicated outputs (`mesh.replicated`), so every host has all
-    predictions. Shows a progress bar without `watch`; with it raises Interrupted between batches after a signal.
-    Raises ValueError for an empty split.
+    The outputs of `predict_step`, a jitted function of `variables` and a batch, are replicated, so every host has all
+    predictions. With `watch`, raises Interrupted between batches after a signal; without, shows a progress bar. Raises
+    ValueError for an empty split.
     """
     rows = data.rows(split)
     if not len(rows):

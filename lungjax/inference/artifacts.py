@@ -10,9 +10,9 @@ A `model.pyz` is an uncompressed zip:
     gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W]}
     __main__.py, lungjax/, flatbuffers/    the script that `python model.pyz scan.png` runs, with a copy of this file
 
-Images are cropped and resized before the program; normalization, temperature and softmax are inside. This reader
-unpickles nothing and runs no Python code from the file. The programs are compiled code nevertheless: open only files
-from trusted sources. This file imports only modules that are also packed into the zip.
+Images are cropped and resized before the program runs, which normalizes them and applies temperature and softmax. This
+reader unpickles nothing and runs no Python code from the file. Still, the programs are compiled code: open only files
+from trusted sources. This module imports only modules that are also packed into the zip.
 """
 
 import io
@@ -38,7 +38,7 @@ ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
 OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
 PROGRAMS = ("predict", "gradcam")
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Compiler options that a file may set. All others are ignored, since some make the compiler write files.
+# Compiler options that a file may set. Others are ignored, since some make the compiler write files.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
 # Calls to external code, which would let a forged file jump to any address in memory.
 CALLS = re.compile(r"(?:custom_call\s*@|call_target_name\s*=\s*\")([^\s(\"]+)")
@@ -77,12 +77,12 @@ class Input:
     """One preprocessed image."""
 
     pixels: np.ndarray  # uint8 [H, W, C]
-    novelty: float | None = None  # above 1: unlike the training images; None if the model has no such score
+    novelty: float | None = None  # above 1 for images unlike the training images; None if the model has no score
     warnings: tuple[str, ...] = ()
 
 
 class Preprocessor:
-    """Turns decoded images into network inputs according to the metadata of a model."""
+    """Turns decoded images into network inputs as described by the metadata of a model."""
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
@@ -91,11 +91,14 @@ class Preprocessor:
     def __call__(self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False) -> Input:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
-        `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on such boxes.
-        `segmented` images are already segmented like the training images. Raises ValueError for a 16-bit image if the
-        model has no window.
+        `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on body crops.
+        `segmented` says that the image is already segmented like the training images. Raises ValueError for a 16-bit
+        image if the model has no window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
+        sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
+        if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
+            warnings.append(f"a small image, {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
         score = None if self.novelty is None else self.novelty.score(stored)
         if self.novelty is not None and score is not None and score > 1:
             warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")

@@ -71,9 +71,8 @@ def devices(topology: str) -> list[Any]:
         raise ValueError(f"--compile_for={topology}: slices of {name} are {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install -e '.[tpu]' (or libtpu); no TPU is needed")
-    options: dict[str, Any] = {}
-    if name == "v4":  # one device per chip of two cores, as on Cloud TPU
-        options["chip_config_name"] = "megacore"
+    # On Cloud TPU a v4 chip of two cores is one device.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     if shape == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -235,10 +234,8 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
         return data.classes, data.columns["label"][pipeline.train_rows(data)]
     classes = datasets.classes(config.data.dataset)
     if not classes:
-        raise ValueError(
-            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown: prepare it, or use "
-            "another one, such as --set=data.dataset=covidx_ct (three classes)"
-        )
+        advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
+        raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
     return classes, np.arange(len(classes))
 
 
