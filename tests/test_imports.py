@@ -84,3 +84,9 @@ def test_a_step_needs_no_data_or_plotting_packages():
         "from lungjax.training import losses, optim, state, step"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_benchmark_peers_need_no_jax():
+    code = "import sys; sys.modules.update(flax=None, jax=None); from tests.benchmarks import latency, train_peers; "
+    code += "from tests.parity import cases, references"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -74,12 +74,13 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
+    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises OSError for a missing figure.
+    `files` are the figures in the folder `plots`, in the order of the page; they are keys of CAPTIONS. Raises OSError
+    for a missing figure.
     """
     facts = report["facts"]
-    unit = unit_name(summary)
+    unit = report["unit"]
     figures = {name: embed(plots / name, CAPTIONS[name].format(unit)) for name in files}
     return {
         "title": f"{report['name']}: {config.model.name} on {facts.get('dataset', config.data.dataset)}",
@@ -88,10 +89,7 @@ def build(
         "report": report,
         "run": facts,
         "unit": unit,
-        "headline": {
-            f"On {count(level['n'], f'test {name}')}": {words: number(level, key) for key, words in HEADLINE.items()}
-            for name, level in distinct_levels(report["test"], unit).items()
-        },
+        "headline": headline(report),
         "results": _results(config, report, unit),
         "mistakes_figure": figures.pop("mistakes.png", None),
         "figures": list(figures.values()),
@@ -112,9 +110,12 @@ def build(
     }
 
 
-def unit_name(summary: Mapping[str, Any] | None) -> str:
-    """Returns the name of an example in a report: "slice" for CT slices, else "image"."""
-    return str((summary or {}).get("unit", "image"))
+def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
+    """Returns the main test scores by level and name, as "On 40 test slices": {"accuracy": ...}."""
+    return {
+        f"On {count(level['n'], f'test {noun}')}": {words: number(level, name) for name, words in HEADLINE.items()}
+        for noun, level in distinct_levels(report["test"], report["unit"]).items()
+    }
 
 
 def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
 
 
 def number(level: Mapping[str, Any], name: str, value: float | None = None) -> Number:
-    """Returns a level's metric with its interval; a dotted `name`, such as per_class.a.recall, needs its `value`."""
+    """Returns a metric of a level with its interval; a dotted `name`, such as per_class.a.recall, needs `value`."""
     return Number(level.get(name, value), *level.get("intervals", {}).get(name, ()))
 
 

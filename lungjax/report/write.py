@@ -5,13 +5,14 @@
     version             1
     name                of the experiment
     classes             [names] in label order, as in rows and columns of every `confusion`
+    unit                name of an example: "slice" for CT slices, else "image"
     best                step of the tested weights, monitor (the validation metric that chose it, unless
                         train.keep is "last"), score (None if not logged)
     warnings            [sentences], caveats about the numbers
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
                         unknown), code (digest of lungjax's files); novelty, the false alarms on val and test images
-                        (`lungjax.evaluation.novelty`); notes, the first of the warnings; folds
+                        (`lungjax.evaluation.novelty`); notes, which come first in `warnings`; folds
                         (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
     test, val           the splits, each:
       .slice            level over all examples
@@ -32,10 +33,9 @@
 
 A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
 
-    n, loss, ece, brier, accuracy, balanced_accuracy,
-    precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,
-    precision_weighted, recall_weighted, f1_weighted, auc_weighted, average_precision_weighted,
-    auc_micro, average_precision_micro,
+    n, loss, ece, brier, accuracy, balanced_accuracy, auc_micro, average_precision_micro, precision_macro, recall_macro,
+    specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro, precision_weighted, recall_weighted,
+    f1_weighted, auc_weighted, average_precision_weighted
     confusion           C lists of C counts, one row per true class
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
@@ -92,7 +92,7 @@ def write_report(
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
 
-    Raises ValueError if "test" is missing or empty, or if probabilities are invalid (see `metrics`).
+    Raises ValueError if "test" is missing or empty, or if probabilities are invalid.
     """
     if "test" not in results or not len(results["test"]):
         raise ValueError("no test predictions: the report needs a test split with images")
@@ -103,6 +103,7 @@ def write_report(
         "version": VERSION,
         "name": config.name,
         "classes": list(test.classes),
+        "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "warnings": [],
         "facts": dict(facts),
@@ -129,8 +130,7 @@ def write_report(
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
     for split, predicted in results.items():
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    unit = context.unit_name(summary)
-    figures = draw(workdir / "plots", config, test, history, report, read_image, explain, unit)
+    figures = draw(workdir / "plots", config, test, history, report, read_image, explain)
     text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False, default=lambda value: value.tolist())
     atomic_write(workdir / "report.json", text + "\n")
     page = context.build(config, report, figures, workdir / "plots", summary, about)
@@ -152,7 +152,7 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
 def warnings(
     config: Config, results: Mapping[str, Predictions], history: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yields caveats about the numbers of a report, one per line."""
+    """Yields caveats about the numbers of a report."""
     for split in ("test", "val") if "val" in report else ("test",):
         level, patient = report[split]["slice"], report[split]["patient"]
         counts = {name: values["n"] for name, values in level["per_class"].items()}
@@ -217,11 +217,10 @@ def draw(
     report: Mapping[str, Any],
     read_image: Callable[[int], np.ndarray],
     explain: Explain | None = None,
-    unit: str = "image",
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for noun, level in context.distinct_levels(report["test"], unit).items():
+    for noun, level in context.distinct_levels(report["test"], report["unit"]).items():
         name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
         title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)

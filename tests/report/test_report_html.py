@@ -184,7 +184,7 @@ def test_heat_map_overlay(tmp_path):
 
 
 def test_images_are_slices_only_in_ct(run, page, saved):
-    slices = render_page(run, saved, CONFIG, summary() | {"unit": "slice"})
+    slices = render_page(run, saved | {"unit": "slice"}, CONFIG, summary())
     for noun, here, other in (("image", page, "per slice"), ("slice", slices, "per image")):
         words = (f"Tested on 36 {noun}s of 18 patients", f"Confusion, per {noun} (test)", f"On 36 test {noun}s")
         assert all(word in here.text for word in words) and other not in here.text

@@ -1,8 +1,8 @@
-"""Augmentation and the data set's stages in training: only training images change."""
+"""Augmentation in training, and the control without lungs."""
 
 import json
+import re
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from lungjax.data import augment, pipeline
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
-from lungjax.training import losses, setup, step, train
-
-AUGMENTED = ["augment=ct_cov19_original", "augment.contrast=0.5,1.5", "augment.mixup=0.5"]
+from lungjax.training import losses, setup, train
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +42,6 @@ def test_augmentation_follows_the_position_in_the_sequence():
         moved = batch | {"place": batch["place"] + np.uint32(offset)}
         result.append(float(runs.build(config).train_step(runs.first_state(config), moved)[1]["loss"]))
     assert result[0] == result[1] != result[2]
-
-
-def test_predictions_are_not_augmented():
-    batch, first = runs.batch_of(PLAIN) | {"row": jnp.arange(8)}, runs.first_state(PLAIN)
-    apply = partial(runs.build(PLAIN).module.apply, train=False)
-    a, b = (
-        jax.jit(partial(step.predict_step, network=apply, config=config))(first.variables, batch)["probabilities"]
-        for config in (PLAIN, changed(PLAIN, *AUGMENTED))
-    )
-    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("mixing", ["augment.mixup=0.4", pytest.param("augment.cutmix=1.0", marks=pytest.mark.slow)])
@@ -143,10 +131,7 @@ def test_control_without_lungs_has_the_test_files(phantoms):
         assert datasets.without_lungs(replace(data, name=name), phantoms) is None
     index = next(phantoms.glob("phantom_ct/tiny-no_lungs/*/index.csv"))
     text = index.read_text()
-    header, *lines = text.splitlines()
-    column = header.split(",").index("found")
-    cells = [line.split(",") for line in lines]
-    index.write_text("\n".join([header, *(",".join([*c[:column], "0", *c[column + 1 :]]) for c in cells)]) + "\n")
+    index.write_text(re.sub(r",1$", ",0", text, flags=re.M))  # the last column, found
     try:
         assert datasets.without_lungs(data, phantoms) is None  # no lungs in any test image
     finally:

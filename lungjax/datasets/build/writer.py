@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lungjax import __version__
 from lungjax.data import duplicates, prepared, summary
@@ -30,6 +29,7 @@ from lungjax.datasets.build.process_image import ImageOptions, Problem, Processe
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
 from lungjax.runtime.files import atomic_file
+from lungjax.runtime.progress_bar import progress_bar
 
 SHARD_BYTES = 128 << 20  # TFDS writes a shard from memory
 GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image, which is stored uncompressed
@@ -209,7 +209,7 @@ def prepare(
         if any(shard_folder.iterdir()):
             say("Resuming an interrupted run")
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
-        with tqdm(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+        with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
             images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
