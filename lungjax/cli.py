@@ -24,11 +24,13 @@ def run(
     define_flags: Callable[[], None],
     arguments: Sequence[str] = (),
     argv: list[str] | None = None,
+    resumable: bool = False,
 ) -> None:
     """Defines and parses the flags, runs `main` and ends the process with its exit code.
 
     `main` gets the program's name and the positional arguments, whose names are `arguments`: a last name with "..."
-    stands for one or more, a name in brackets is optional. `argv` replaces sys.argv. Flags are defined by a function,
+    stands for one or more, a name in brackets is optional. `argv` replaces sys.argv; `resumable` says that the command
+    goes on after an interruption. Flags are defined by a function,
     so that importing the module of a command defines none.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
@@ -47,13 +49,13 @@ def run(
     program = sys.modules["__main__"]
     program.__doc__ = program.__doc__ and in_user_form(program.__doc__)  # printed by --help
     define_flags()
-    flags.DEFINE_bool("traceback", False, "Shows the traceback of an error.", module_name=main.__module__)
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error.", module_name=main.__module__)
     try:
         app.run(check_arguments, argv)
     except signals.Interrupted as stop:  # the training loop has saved and printed a message
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        print("lungjax: interrupted; rerun the same command to resume", file=sys.stderr)
+        print(f"lungjax: interrupted{'; rerun the same command to resume' if resumable else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it again at exit

@@ -4,6 +4,7 @@ This module reads the flags; `lungjax.training.train.run` does the work. jax is 
 complete, so that typos are reported immediately.
 """
 
+import json
 from pathlib import Path
 
 from absl import app, flags
@@ -28,17 +29,19 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
     flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
+    shared = "With --dataset: patients in the run's train or val split are an error, or left out."
+    flags.DEFINE_enum("overlap", "refuse", ["refuse", "drop"], shared)
     flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
-    flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_string("compile_for", None, "Only compile the training step, for TPUs such as v5e:4x4; needs no TPU.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to trace with jax.profiler, into WORKDIR/profile.")
     flags.DEFINE_bool("list", False, "List the experiments and exit.")
 
 
 def main(_: list[str]) -> None:
-    """Loads the experiment, applies the overrides, runs it and prints the path of the report."""
+    """Loads the experiment, applies the overrides, runs it, and prints the test scores and the path of the report."""
     if FLAGS.list:
         print(experiments.listing())
         return
@@ -64,7 +67,8 @@ def main(_: list[str]) -> None:
         print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)))
         return
     environment.prepare_jax()
-    from lungjax.runtime import distributed  # here, after the flags, since they import jax
+    from lungjax.report import context  # here, after the flags, since they import jax
+    from lungjax.runtime import distributed
     from lungjax.training import cross_validation, external_test, train
 
     address = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
@@ -74,12 +78,17 @@ def main(_: list[str]) -> None:
     data_dir = Path(FLAGS.data_dir)
     with distributed.abort_all_on_error():
         if FLAGS.dataset:
-            report = external_test.evaluate(config, workdir, data_dir, FLAGS.dataset, FLAGS.label_map, FLAGS.split)
+            drop = FLAGS.overlap == "drop"
+            options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
+            report = external_test.evaluate(config, workdir, data_dir, *options)
         elif FLAGS.folds is not None:
             report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
+        print("Test scores, 95 % intervals in parentheses:")
+        for where, scores in context.headline(json.loads(report.with_suffix(".json").read_text("utf-8"))).items():
+            print(f"  {where}: " + "; ".join(f"{name} {score}" for name, score in scores.items()))
         print(f"Report: {report.with_suffix('.html')}")
 
 
@@ -99,10 +108,10 @@ def check_flags() -> None:
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
-    for name in ("label_map", "split"):
+    for name in ("label_map", "split", "overlap"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, resumable=True)

@@ -1,16 +1,18 @@
 """Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
-PATHs are images, folders, CSV lists (column `path`, and `group` for patients), DICOM files and series, and NIfTI
-volumes. Written to --out: predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl
-with one line per series or patient (`lungjax.inference.records` describes them), and with --explain one saliency map
-per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1.
-Files are renamed when they are complete; an interrupted run leaves its records in files that end in .partial.
+PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, and NIfTI
+volumes. --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl with
+one line per series or patient (see `lungjax.inference.records`), and with --explain one saliency map per image. If some
+inputs fail, they are listed in the files and at the end, the others are predicted, and the exit code is 1. Files are
+renamed when complete; an interrupted call leaves files that end in .partial, and the same call resumes from them.
 """
 
 import contextlib
 import csv
+import fcntl
+import hashlib
+import itertools
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from lungjax import cli
+from lungjax import __version__, cli
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
@@ -31,6 +33,7 @@ from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
+KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # they affect the records, besides metadata and inputs
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # on the screen
@@ -44,9 +47,9 @@ def define_flags() -> None:
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
     flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
-    flags.DEFINE_string("gate", None, "Model that first decides which volumes are predicted.")
-    flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must call for a volume to be predicted.")
-    flags.DEFINE_string("group_pattern", "", "Regex whose first group, matched in the path, is the patient.")
+    flags.DEFINE_string("gate", None, "Model that selects the volumes to predict.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume needs to be predicted.")
+    flags.DEFINE_string("group_pattern", "", "Regex; its first group is the patient in the path below a folder.")
     cli.define_window_flags()
 
 
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # no file of an earlier call next to the new ones
-    failures = predict(model, sources, out, gate)
+    failures = predict(model, sources, out, gate, run_key(model, sources, gate))
     print(f"Written to {out}. {NOTICE}")
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
@@ -87,11 +90,19 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple[str, str]]:
-    """Writes all files into the folder `out`; returns the name of each failed image and series, and the reason.
+def run_key(model: Any, sources: Any, gate: Any) -> str:
+    """Returns a digest of model, flags and input files; a call may resume one with the same key."""
+    described = [each.metadata.to_json() for each in (model, gate) if each]
+    inputs = [[(item.name, item.series) for item in sources.items], sources.failures, sources.stamps]
+    text = repr([__version__, described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=6).hexdigest()
 
-    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is
-    `inputs.Inputs`.
+
+def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tuple[str, str]]:
+    """Writes all files into the folder `out`; returns the failed images and series as (name, reason).
+
+    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is an
+    `inputs.Inputs`, and `key` the result of `run_key`.
     """
     metadata = model.metadata
     verdicts = judge_volumes(gate, sources) if gate else {}
@@ -101,51 +112,59 @@ def predict(model: Any, sources: Any, out: Path, gate: Any = None) -> list[tuple
     probabilities: defaultdict[str, list[np.ndarray]] = defaultdict(list)  # by series, as the next two
     warned: Counter[str] = Counter()
     unreadable: Counter[str] = Counter()
-    file_names: set[str] = set()
-    columns = records.columns(metadata)
-    with tables(out / "predictions", ["file", "series", *columns, "novelty", "warnings", "error"]) as write:
-        for name, why in sources.failures:
+    items = [item for item in sources.items if item.series not in rejected]
+    columns = ["file", "series", *records.columns(metadata), "novelty", "warnings", "error"]
+    with tables(out / "predictions", columns, key) as (write, done):
+        for name, why in sources.failures[len(done) :]:
             write(records.failure(name, why))
-        for item, result, p in predictions(model, [i for i in sources.items if i.series not in rejected]):
-            if isinstance(result, str):
-                failures.append((item.name, result))
-                write({**records.failure(item.name, result), "series": item.series})
-                unreadable[item.series] += 1
+        done = done[len(sources.failures) :]
+        if done:
+            print(f"Resumed after {len(done):,} of {len(items):,} images")
+        for record in itertools.chain(done, image_records(model, items, len(done), out / "explain", write)):
+            name, series = record["file"], record["series"]
+            if "error" in record:
+                failures.append((name, record["error"]))
+                unreadable[series] += 1
                 continue
-            record = records.record(metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
-            write({**record, "series": item.series})
             counts[record["predicted"]] += 1
-            if item.series:
-                probabilities[item.series].append(p)
-                warned[item.series] += bool(result.warnings)
-            if FLAGS.explain:
-                draw(model, item.short, result.pixels, p, out / "explain", file_names)
+            if series:
+                probabilities[series].append(np.asarray(list(record["probabilities"].values())))
+                warned[series] += bool(record["warnings"])
             if sum(counts.values()) <= MAX_LINES:
-                print(line(item.name, record))
+                print(line(name, record))
     total = sum(counts.values())
     if total > MAX_LINES:
         print(f"... and {total - MAX_LINES:,} more")
     if counts:
         print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+    if sources.documents:
+        print(f"Skipped {sources.documents:,} files that are not images")
     if sources.skipped:
         print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
     if sources.series:
-        with tables(out / "series", ["series", "files", *columns, "gate", "warnings", "error"]) as write:
-            for series in sources.series:
+        columns = ["series", "files", *records.columns(metadata), "gate", "warnings", "error"]
+        with tables(out / "series", columns, key) as (write, done):
+            for series in list(sources.series)[len(done) :]:
                 if series not in probabilities:
-                    write({"series": series, "error": "none of its slices could be read"} | verdicts.get(series, {}))
+                    write({"series": series, "error": "none of its images could be read"} | verdicts.get(series, {}))
                     continue
                 rows, missing = np.stack(probabilities[series]), unreadable[series]
-                notes = [*sources.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
+                notes = [*sources.notes.get(series, []), *([f"{missing} images could not be read"] if missing else [])]
                 record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
                 write({**verdicts.get(series, {}), **record})
-                print(line(f"{series} ({len(rows)} slices)", record))
+                print(line(f"{series} ({len(rows)} images)", record))
     return failures
 
 
-def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
-    """Yields each item with its `Input` and probabilities, or with the reason why it can't be read and None."""
+def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, write: Any) -> Iterator[dict[str, Any]]:
+    """Writes and yields the record of each item from `start` on; with --explain, draws its map into `folder`."""
     from lungjax.inference.inputs import reason  # here, since it imports the image decoders
+
+    if FLAGS.explain:
+        from lungjax.explain import figures  # here, since most calls draw nothing
+
+        taken: set[str] = set()
+        names = [figures.file_name(item.short, taken) for item in items]
 
     def read(item: Any) -> Any:
         try:
@@ -156,17 +175,29 @@ def predictions(model: Any, items: Sequence[Any]) -> Iterator[Any]:
             return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(environment.cores()) as pool:
-        for at in range(0, len(items), CHUNK):
+        for at in range(start, len(items), CHUNK):
             chunk = items[at : at + CHUNK]
             results = list(pool.map(read, chunk))
             pixels = [result.pixels for result in results if not isinstance(result, str)]
             rows = iter(model.outputs(np.stack(pixels))["probabilities"] if pixels else ())
-            for item, result in zip(chunk, results, strict=True):
-                yield item, result, None if isinstance(result, str) else next(rows)
+            for number, (item, result) in enumerate(zip(chunk, results, strict=True), at):
+                if isinstance(result, str):
+                    record = records.failure(item.name, result)
+                else:
+                    p = next(rows)
+                    record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
+                    if FLAGS.explain:
+                        best = int(p.argmax())
+                        heat = model.maps(result.pixels[None], np.asarray([best]), FLAGS.method)[0]
+                        path, classes = folder / f"{names[number]}_{FLAGS.method}.png", model.metadata.classes
+                        figures.draw(path, item.short, result.pixels, heat, p, classes, best, FLAGS.method)
+                record["series"] = item.series
+                write(record)
+                yield record
 
 
 def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
-    """Returns by series the judgment of the gate: a record with `gate`, and with `error` if it rejects the volume."""
+    """Returns the record of each volume from the gate, by series: `gate`, and `error` if the volume is rejected."""
     from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
 
     metadata, name = gate.metadata, FLAGS.gate_class
@@ -177,7 +208,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         try:
             result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
         except (ValueError, OSError) as error:
-            verdicts[series] = {"series": series, "error": f"the gate can't judge it: {error}"}
+            verdicts[series] = {"series": series, "error": f"the gate can't read it: {error}"}
             continue
         p = gate.outputs(result.pixels[None])["probabilities"][0]
         record = records.record(metadata, series, p)
@@ -188,45 +219,47 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         verdicts[series] = {"series": series, "gate": decision, **rejection}
     single = sum(sources.series.get(item.series) is None for item in sources.items)
     if single:
-        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and are not judged")
+        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and skip the gate")
     return verdicts
 
 
-def draw(model: Any, name: str, pixels: np.ndarray, p: np.ndarray, folder: Path, file_names: set[str]) -> None:
-    """Draws the saliency map of the predicted class."""
-    from lungjax.explain import figures  # here, since most calls draw nothing
-
-    best = int(p.argmax())
-    heat = model.maps(pixels[None], np.asarray([best]), FLAGS.method)[0]
-    path = folder / f"{figures.file_name(name, file_names)}_{FLAGS.method}.png"
-    figures.draw(path, name, pixels, heat, p, model.metadata.classes, best, FLAGS.method)
-
-
 @contextlib.contextmanager
-def tables(stem: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Yields a function that writes a record into STEM.csv and STEM.jsonl, which are renamed when complete."""
+def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
+    """Yields a function that writes a record to STEM.csv and STEM.jsonl, and the records of an interrupted call.
+
+    The files are renamed when complete. Raises ValueError if another process is writing files with the same `key`.
+    """
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
-    partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
+    partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
-        # File names need not be UTF-8: the table keeps their bytes, JSON escapes them.
-        table, lines = (
-            stack.enter_context(path.open("w", buffering=1, newline="", encoding="utf-8", errors=errors))
-            for path, errors in zip(partials, ("surrogateescape", "backslashreplace"), strict=True)
+        # File names that are not UTF-8 keep their bytes in the table and are escaped in JSON.
+        lines, table = (
+            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
+            for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
         )
+        try:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes {partials[1]}; choose another --out") from None
+        complete = partials[1].read_bytes().rpartition(b"\n")[0] + b"\n"
+        lines.truncate(len(complete) if len(complete) > 1 else 0)
+        table.truncate(0)
+        done = [json.loads(text) for text in complete.splitlines() if text]
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(columns)
+        writer.writerows([records.cell(record, column) for column in columns] for record in done)
 
         def write(record: dict[str, Any]) -> None:
             lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             writer.writerow([records.cell(record, column) for column in columns])
 
-        yield write
+        yield write, done
     for partial, path in zip(partials, paths, strict=True):
         partial.replace(path)
 
 
 def line(name: str, record: dict[str, Any]) -> str:
-    """Returns a record as text for the screen."""
+    """Formats a record for the screen."""
     called = [other for other, point in record["decisions"].items() if point["called"]]
     text = f"{name}: {record['predicted']} {record['probabilities'][record['predicted']]:.3f}"
     text += f", called {' and '.join(called)}" if called else ""
@@ -234,4 +267,4 @@ def line(name: str, record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags, ("PATH...",))
+    cli.run(main, define_flags, ("PATH...",), resumable=True)

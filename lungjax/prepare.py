@@ -1,7 +1,8 @@
 """Prepares a data set for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
---dataset=NAME --help prints where to get a data set and the required folder, --cross=OTHER the patients and images that
-two prepared data sets share. Neither TensorFlow nor JAX is imported.
+--dataset=NAME --help prints where to get a data set and the required folder structure, --cross=OTHER the patients and
+images that two prepared data sets share, and --lookup=series-5d8538175f2c/0003 --source=DIR the DICOM file behind a
+name in reports. An interrupted command resumes when it is repeated. Neither TensorFlow nor JAX is imported.
 """
 
 import itertools
@@ -30,9 +31,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
+    flags.DEFINE_string("lookup", None, "folder: print the files in --source behind a name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
-    flags.DEFINE_string("group_pattern", "", "folder: regex; its parentheses match the patient in the path, or none.")
-    flags.DEFINE_string("source_pattern", "", "folder: regex; its parentheses match the source in the name.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex with the patient of a path in parentheses, or none.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex with the source of a file name in parentheses.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
     flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks, for augment.exterior.")
     window = "DICOM, NIfTI: center/width in HU; three, separated by commas, make three channels."
@@ -42,18 +44,22 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prepares the data set and prints its summary; with --cross, what it shares with another."""
-    if not FLAGS.dataset:
+    """Prepares the data set and prints its summary; with --cross, also the images that it shares with another."""
+    if not FLAGS.dataset and not FLAGS.lookup:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()
-    if FLAGS.source or not FLAGS.cross:
-        names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
-        values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-        hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
-        options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
+    source = Path(FLAGS.source).expanduser() if FLAGS.source else None
+    names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
+    options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
+    if FLAGS.lookup:
+        print("\n".join(datasets.lookup(FLAGS.lookup, source, data_dir, options)))
+        return
+    if source or not FLAGS.cross:
         result = datasets.write(
             FLAGS.dataset,
-            Path(FLAGS.source).expanduser() if FLAGS.source else None,
+            source,
             data_dir,
             options,
             window=cli.read_window(FLAGS.window) if FLAGS.window else None,
@@ -62,8 +68,11 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        train = f"--experiment=cbr_folder:dataset={result['name']} --data_dir={shlex.quote(str(data_dir))}"
-        print(in_user_form(f"To train on it: python -m lungjax.main {train}"))
+        purpose, command = "train on it", f"--experiment=cbr_folder:dataset={result['name']}"
+        if "train" not in result["protocols"]["clean"]:
+            purpose, command = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
+        command += f" --data_dir={shlex.quote(str(data_dir))}"
+        print(in_user_form(f"To {purpose}: python -m lungjax.main {command}"))
     if FLAGS.cross:
         from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
 
@@ -76,7 +85,7 @@ def run() -> None:
     names = [text.partition("=")[2] for text in arguments if text.startswith(("--dataset=", "-dataset="))]
     names += [b for a, b in itertools.pairwise(arguments) if a in ("--dataset", "-dataset")]
     if not names or not {"--help", "-h", "-help"} & set(arguments):
-        cli.run(main, define_flags)
+        cli.run(main, define_flags, resumable=True)
         return
     try:
         print(in_user_form(datasets.help_text(names[-1])))

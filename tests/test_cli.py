@@ -21,7 +21,7 @@ def fail(error):
     [
         (lambda _: overrides.parse("x", int, "train.steps"), 2, "train.steps=x: expected int"),
         (lambda _: Path("/nowhere/at/all").read_text(), 2, "No such file"),
-        (lambda _: fail(KeyboardInterrupt()), 130, "rerun the same command"),
+        (lambda _: fail(KeyboardInterrupt()), 130, "interrupted"),
         (lambda _: fail(signals.Interrupted(signal.SIGTERM)), 143, ""),
         (lambda _: None, 0, ""),
     ],

@@ -115,6 +115,49 @@ def test_failed_inputs_are_listed(trained_run, command, tmp_path, capsys):
     assert table(tmp_path / "two/predictions.csv")["deep.png"]["predicted"] in CLASSES
 
 
+def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
+    for i, name in enumerate(("P1/a.png", "P1/b.png", "P2/c.png", "P2/d.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(np.full((3, 4) if i == 3 else (9, 9), 50 * i, np.uint8)))
+    (tmp_path / "in/P2/photo.HEIC").write_bytes(b"a photo")
+    (tmp_path / "in/notes.txt").write_text("words")
+    assert by_brightness(tmp_path / "in", group_pattern="^([^/]+)/") == 1  # below the folder, as in prepare
+    output = capsys.readouterr()
+    assert "photo.HEIC: unsupported" in output.err and "1 files that are not images" in output.out
+    rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
+    assert "HEIC" not in series and {name: row["files"] for name, row in series.items()} == {"P1": "2", "P2": "2"}
+    assert "unsupported" in rows["photo.HEIC"]["error"]
+    assert "4 x 3 pixels" in rows["d.png"]["warnings"] and not rows["c.png"]["warnings"]
+
+
+def test_resume_equals_an_uninterrupted_call(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    bright, calls = model.load("model"), []
+
+    def interrupted(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return bright.forward(pixels)
+
+    monkeypatch.setitem(model.load.__self__, "broken", replace(bright, forward=interrupted))
+    given = [trained_run.images, tmp_path / "gone.png"]
+    flags = {"group_pattern": r"p0*(\d+)"}
+    assert command(*given, model="model", out=tmp_path / "whole", **flags) == 1
+    assert command(*given, model="broken", **flags) == 130
+    (lines_file,) = (tmp_path / "out").glob("predictions.jsonl.*.partial")
+    with lines_file.open("a") as file:
+        file.write('{"file": "a line that is cut o')
+    assert not (tmp_path / "out/predictions.csv").exists()
+    assert command(*given, model="model", rule="another", overwrite=True, **flags) == 1
+    assert "Resumed" not in capsys.readouterr().out
+    assert command(*given, model="model", overwrite=True, **flags) == 1
+    assert "Resumed after 8 of 36 images" in capsys.readouterr().out
+    for name in predict.FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
 def test_usage_errors(trained_run, command, tmp_path, capsys):
     image = trained_run.images / "p000.png"
     for flags, code, word in (
@@ -239,8 +282,8 @@ def test_unreadable_slices_are_counted(by_brightness, tmp_path):
     assert by_brightness(tmp_path / "some", tmp_path / "all") == 1
     assert sum(bool(row["error"]) for row in table(tmp_path / "out/predictions.csv").values()) >= 5
     series = table(tmp_path / "out/series.csv")
-    assert "2 slices" in series["some"]["warnings"] and series["some"]["files"] == "3"
-    assert "none of its slices" in series["all"]["error"]
+    assert "2 images" in series["some"]["warnings"] and series["some"]["files"] == "3"
+    assert "none of its images" in series["all"]["error"]
 
 
 def test_damaged_dicom_headers(by_brightness, tmp_path):
@@ -303,4 +346,4 @@ def test_records():
     }  # fmt: skip
     series = records.summary(description, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
     assert series["probabilities"] == {"dark": 0.75, "bright": 0.25} and not series["decisions"]["bright"]["called"]
-    assert series["files"] == 2 and "1 of 2 slices" in series["warnings"][0]
+    assert series["files"] == 2 and "1 of 2 images" in series["warnings"][0]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def test_command_without_tensorflow_and_jax(tmp_path):
     result = python(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    assert "| train |" in result.stdout and "--set=data.dataset=folder/mine --data_dir=out" in result.stdout
-    assert "24/24" in result.stderr and "images/s" in result.stderr
+    assert "| train |" in result.stdout
+    assert "--experiment=cbr_folder:dataset=folder/mine --data_dir=out" in result.stdout
+    assert "24 of 24" in result.stderr and "images/s" in result.stderr
 
 
 def test_invalid_commands(tmp_path, monkeypatch, capsys):
@@ -164,6 +166,27 @@ def test_overwrite(tmp_path):
     assert open_folder(tmp_path).fingerprint == first
 
 
+@pytest.mark.parametrize("name", ["folder", "folder/default-12"])
+def test_resume_after_a_bad_image(tmp_path, monkeypatch, name):
+    folder = make_folder(tmp_path)
+    write(tmp_path, name)
+    first = datasets.open_dataset(name, tmp_path / "data")
+    expected = [first.records[i] for i in range(24)]
+    image = folder / "val/b/022.png"  # after all of test and train
+    data, processed = image.read_bytes(), []
+    image.write_bytes(data[:150])
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1000)
+    with pytest.raises(ValueError, match="damaged"):
+        write(tmp_path, name, overwrite=True)
+    image.write_bytes(data)
+    process = writer.process_image
+    monkeypatch.setattr(writer, "process_image", lambda e, options: processed.append(e.file) or process(e, options))
+    write(tmp_path, name, overwrite=True)
+    assert "val/b/022.png" in processed and len(processed) <= 6
+    again = datasets.open_dataset(name, tmp_path / "data")
+    assert again.fingerprint == first.fingerprint and [again.records[i] for i in range(24)] == expected
+
+
 KILL = """
 import os, signal, sys
 from pathlib import Path
@@ -172,6 +195,7 @@ from lungjax.data.imaging import images
 from lungjax.datasets import listing
 from lungjax.datasets.build import writer
 def image(i):
+    print(f"<{i}>", file=sys.stderr)
     if i == 40 and sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return images.encode(np.random.default_rng(i).integers(0, 255, (40, 40), np.uint8))
@@ -185,8 +209,15 @@ def test_killed_run(tmp_path):
     assert python(KILL, tmp_path, "kill").returncode == -signal.SIGKILL
     assert list((tmp_path / "data/.staging").rglob("*.array_record*")), "killed while writing"
     assert_nothing_opens(tmp_path)
-    assert python(KILL, tmp_path, "finish").returncode == 0
-    assert len(open_folder(tmp_path).records) == 50
+    result = python(KILL, tmp_path, "finish")
+    assert result.returncode == 0
+    assert "Resuming an interrupted run" in result.stdout
+    assert re.findall(r"<(\d+)>", result.stderr) == [str(i) for i in range(40, 50)]
+    records = open_folder(tmp_path).records
+    (tmp_path / "whole").mkdir()
+    assert python(KILL, tmp_path / "whole", "finish").returncode == 0
+    assert [records[i] for i in range(50)] == [open_folder(tmp_path / "whole").records[i] for i in range(50)]
+    assert open_folder(tmp_path).fingerprint == open_folder(tmp_path / "whole").fingerprint
     assert [path.name for path in (tmp_path / "data/.staging").iterdir()] == ["folder-default.lock"]
 
 

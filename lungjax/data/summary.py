@@ -27,8 +27,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
 
-    `info` is the content of lungjax.json, `twins` the result of `datasets.build.near_duplicates`; `warnings` are added
-    to those of this function.
+    `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
+    are added to those of this function.
     """
     classes = info["classes"]
     labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
@@ -41,6 +41,7 @@ def summarize(
     labels_per_group = Counter(group for group, _ in set(zip(groups, labels, strict=True)))
     result = {
         "name": info["name"],
+        "unit": "slice" if info["body"] or info.get("volumes") else "image",  # in reports
         "images": len(labels),
         "classes": list(classes),
         "group_name": group_name,
@@ -91,8 +92,10 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol."""
+    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol, if any."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
+    if not train.any():
+        return {}
     mean, std = (np.array(columns[key], dtype=np.str_).astype(float)[train] for key in ("mean", "std"))
     total = float(mean.mean())
     return {"mean": round(total, 4), "std": round(float(np.sqrt((std**2 + mean**2).mean() - total**2)), 4)}
@@ -117,8 +120,9 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         warnings.append(f"images without a detected body or lung: {len(result['unstaged'])}")
     if result["skipped"]:
         warnings.append(f"skipped images: {len(result['skipped'])}")
-    for split in SPLITS:
-        counts = result["protocols"]["clean"].get(split, {"images": {}})["images"]
+    given = result["protocols"]["clean"]
+    for split in SPLITS if set(given) != {"test"} else ("test",):
+        counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
             warnings.append(f"the {split} split has no image of {', '.join(empty)}")
         if single := [c for c in result["classes"] if counts.get(c) == 1 and split != "train"]:
@@ -133,12 +137,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             f"small images, a median of {width} x {height} pixels: most networks enlarge them to 224 x 224; use the "
             "originals, or a smaller --set=input.size"
         )
-    if len(result["sources"]) > 1:
-        for name in result["classes"]:
-            single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
-            names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
-            if single:
-                warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
+    for name in result["classes"] if len(result["sources"]) > 1 else ():
+        single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
+        names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
+        if single:
+            warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
     return warnings
 
 
@@ -168,8 +171,11 @@ def markdown(result: dict[str, Any]) -> str:
     without = ", ".join(result["unstaged"][:MAX_NAMES])
     lines += [
         f"- Width {w0} to {w2} pixels, median {w1}; height {h0} to {h2}, median {h1}; most common {common}",
-        f"- Pixels of the train split, in 0..1: mean {pixels['mean']}, standard deviation {pixels['std']} "
-        f"(--set=input.mean={pixels['mean']} --set=input.std={pixels['std']}, unless weights bring their own)",
+        *(
+            f"- Pixels of the train split, in 0..1: mean {mean}, standard deviation {std} "
+            f"(--set=input.mean={mean} --set=input.std={std}, unless weights bring their own)"
+            for mean, std in ([pixels.values()] if pixels else [])
+        ),
         f"- Exact copies: {copies['images']} images in {copies['sets']} sets, "
         f"{copies['sets_with_several_labels']} of them with different labels",
         f"- Near duplicates in different {name}: {twins['near_pairs']} pairs",

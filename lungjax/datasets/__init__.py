@@ -24,6 +24,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
 PLAIN_CONFIGS = ("default", "original")  # omitted from the name of a stage if they are the default
+SALT_FILE = ".patient_salt"  # in the folder of prepared data sets
 MAX_SIDE = 4096  # pixels of a stored copy
 
 
@@ -59,7 +60,7 @@ class PrepareOptions:
     """The user's options for listing a data set; all except `seed` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
-    source_pattern: str = ""  # regex; its first group, searched in the file name, is the source
+    source_pattern: str = ""  # regex, searched in the file name; its first group is the source
     group_pattern: str = ""  # the same for the group (patient), searched in the path; "none" for no groups
     classes: tuple[str, ...] = ()  # label order; () sorts the names
     modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files
@@ -198,8 +199,8 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
 def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as the test split of another data set.
 
-    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if `data` is a stage,
-    whose networks have not seen the surroundings of the lungs, if classes or files differ, or if no lung was detected.
+    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if its classes or files
+    differ, if no lung was detected, or if `data` is a stage, whose networks know no surroundings of the lungs.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""
@@ -236,6 +237,15 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
     return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **settings)
 
 
+def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:
+    """Returns the files of a user's folder behind a name in reports; raises ValueError without any."""
+    if source is None or not source.is_dir():
+        raise ValueError(f"--lookup={name}: --source={source} is not the folder that was prepared")
+    if not (data_dir / SALT_FILE).exists():
+        raise ValueError(f"--lookup={name}: {data_dir} has no {SALT_FILE}; give the --data_dir of the preparation")
+    return list(_module("folder").lookup(source, name, replace(options, salt=_salt(data_dir))))
+
+
 def _module(base: str) -> Any:
     return importlib.import_module(f"lungjax.datasets.{base}")
 
@@ -246,7 +256,7 @@ def _origin(base: str) -> str:
 
 def _salt(data_dir: Path) -> str:
     """Returns the salt of the patient hashes in `data_dir`, which is drawn once."""
-    file = data_dir / ".patient_salt"
+    file = data_dir / SALT_FILE
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f"{file.name}.{os.getpid()}")

@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
+from lungjax.data.imaging.volumes import PLANES
 from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing, complete_splits
@@ -24,8 +26,7 @@ LAYOUTS = (
     "a file labels.csv (path,label[,split,group,source]), or folders {train,val,test}/{class}/..., or "
     f"{{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI files"
 )
-
-MIN_PATIENTS = 3  # fewer sub-folders of class folders are rather images/ and masks/ than patients
+MIN_PATIENTS = 3  # fewer subfolders of class folders are more likely named images and masks than after patients
 
 ABOUT = About(
     title="your own CT slices, chest X-rays or CT volumes, in a folder",
@@ -33,24 +34,23 @@ ABOUT = About(
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
     group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
-  {train,val,test}/{class}/... (a missing val or test is cut from train)
+  {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
-(see --window), upright according to their EXIF orientation. Patients are the column group, or folders below the class
-folders ({class}/{patient}/...), or the parentheses of --group_pattern in the path below the source; with
---group_pattern=none, or without any of these, each image counts as its own patient.
+(see --window). They are turned upright according to their EXIF orientation. Patients are given by the column group, by
+folders below the class folders ({class}/{patient}/...), or by the parentheses of the regex --group_pattern, searched in
+the path below the source. Otherwise, and with --group_pattern=none, each image counts as its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
 such a file, or a folder with one or more series; pip install -e '.[dicom]'.
-  CT: the slices of one SeriesInstanceUID, also frames of enhanced CT, are a volume, ordered by position, without
-    localizers. --plane=axial, coronal
-    or sagittal, --position=mid (one image) or all; pixels are made square. --hu_window=-600/1500 (center/width in HU)
-    is the default; three windows, separated by commas, become red, green and blue. Axial and coronal images have the
-    patient's right on the left; the head is up.
-  X-rays (CR, DX): in the window of the file, bones white.
-  NIfTI: Hounsfield units in three dimensions.
-  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007; groups of labels.csv and paths of other
-    files are kept. --on_bad_image=skip lists skipped files by path.
+  CT: the slices with one SeriesInstanceUID, or the frames of an enhanced CT, form a volume, sorted by position, without
+    localizers. --plane is axial, coronal or sagittal, --position is mid (one image) or all. Pixels are made square.
+    --hu_window=-600/1500 (center/width in HU) is the default; three windows, separated by commas, become red, green and
+    blue. Axial and coronal images show the patient's right on the left; the head is up.
+  X-rays (CR, DX): rendered in the window of the file, with white bones.
+  NIfTI: three-dimensional, in Hounsfield units.
+  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007, which --lookup finds again. Groups of
+    labels.csv and paths of other files are kept. --on_bad_image=skip lists skipped files by path.
 --plane=coronal --position=mid --hu_window=-300/1400 makes images of folder/NAME-64x128 like those of the NCCID study,
 but head up.""",
     licence="that of your images",
@@ -63,29 +63,23 @@ but head up.""",
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images of the folder `source` and those cut from its volumes; see ABOUT.
 
-    Classes are sorted (as numbers if all are), or in the order of options.classes. Raises ValueError for an unknown
-    layout, a malformed line, an unknown split or class, and a pattern without a match. An unusable DICOM or NIfTI file
-    raises it when its example is read, see `folder_volumes.expand`.
+    Classes are in the order of `options.classes`, or sorted (numerically if all are numbers). Raises ValueError for an
+    unknown layout, a malformed line, an unknown split or class, and a path that a pattern does not match. Errors of
+    DICOM and NIfTI files are raised when an example is read, see `folder_volumes.expand`.
     """
     table = source / "labels.csv"
     by_folder = not options.group_pattern
     rows, extra, notes, warnings = _from_csv(table) if table.is_file() else _from_folders(source, by_folder)
     if not rows:
         raise ValueError(f"{source}: no image found{''.join(f' ({text})' for text in warnings)}; expected {LAYOUTS}")
-    if options.group_pattern not in ("", "none"):
-        groups = _search(rows, "group", options.group_pattern)
-        rows = [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
-    if options.source_pattern:
-        sources = _search(rows, "source", options.source_pattern)
-        rows = [replace(row, source=name) for row, name in zip(rows, sources, strict=True)]
+    rows = _search(rows, "group", options.group_pattern)
+    rows = _search(rows, "source", options.source_pattern)
     rows, volume_notes, axial = folder_volumes.expand(rows, options)
-    notes += volume_notes
-    ungrouped = sum(not row.group for row in rows)
-    if ungrouped:
-        advice = "give patients by a column group, folders {class}/{patient}/..., or --group_pattern"
+    if ungrouped := sum(not row.group for row in rows):
         warnings.append(
-            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients: if some show the "
-            f"same patient, train and test share it, and all scores are too high; {advice}"
+            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If a patient has "
+            "several images, train and test share patients, and all scores are too high: name the patients in a column "
+            "group, in folders {class}/{patient}/... or with --group_pattern"
         )
     classes = _classes([row.label for row in rows], options.classes)
     cases = Counter(name.casefold() for name in classes)
@@ -96,12 +90,35 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
         for r, label in zip(rows, labels, strict=True)
     ]
-    examples, split_notes = complete_splits(listed, options.seed)
+    if {row.split for row in rows} == {"test"}:
+        examples, split_notes = listed, ["only test images: an external test set for --mode=evaluate --dataset=NAME"]
+    else:
+        examples, split_notes = complete_splits(listed, options.seed)
     group_name = "patients" if ungrouped < len(rows) else "images without a group"
     study = "the given splits" if any(row.split for row in rows) else ""
     body = options.modality == "ct" if options.modality else axial
     cut = {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volume_notes else None
-    return Listing(classes, examples, extra, (*notes, *split_notes), group_name, study, body, cut, tuple(warnings))
+    return Listing(
+        classes, examples, extra, (*notes, *volume_notes, *split_notes), group_name, study, body, cut, tuple(warnings)
+    )
+
+
+def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
+    """Returns the files behind the name of an image, series or patient in reports, such as "series-5d8538175f2c/0003".
+
+    `options` must equal those of the preparation. Raises ValueError if nothing in `source` has this name.
+    """
+    prefix = name.rpartition("/")[2].partition("-")[0]
+    plane = prefix if prefix in PLANES else "axial" if "/" in name else options.plane
+    pattern = options.group_pattern or ("" if (source / "labels.csv").is_file() else "none")
+    examples = listing(source, "", replace(options, plane=plane, position="all", group_pattern=pattern)).examples
+    files: dict[str, None] = {}
+    for example in examples:
+        if name in (example.file, example.file.rpartition("/")[0], example.group):
+            files |= dict.fromkeys(folder_volumes.files(example.image))
+    if not files:
+        raise ValueError(f"{source}: nothing is named {name}; give the folder, the --data_dir and the flags of prepare")
+    return list(files)
 
 
 def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,31 +133,34 @@ def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if numbers else sorted(names))
 
 
-def _search(rows: Sequence[Row], column: str, pattern: str) -> list[str]:
-    """Returns the first group of a regex in the path of each row, or for sources in the file name.
+def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
+    """Sets a column to the first group of a regex in the path of each row (group) or in its file name (source).
 
-    Raises ValueError for an invalid pattern and for a row that does not match.
+    Raises ValueError for an invalid pattern, a row that does not match, and a column that labels.csv already has.
     """
     flag = f"--{column}_pattern={pattern}"
+    if pattern and any(getattr(row, column) for row in rows):
+        raise ValueError(f"{flag}: labels.csv already has a column {column}; remove one of them")
+    if not pattern or (column, pattern) == ("group", "none"):
+        return list(rows)
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{flag} is not a regular expression: {error}") from None
     if not regex.groups:
         raise ValueError(f"{flag} needs a group in parentheses, such as '([a-z]+)_'")
-    if any(getattr(row, column) for row in rows):
-        raise ValueError(f"{flag}: labels.csv already has a column {column}; remove one of them")
     matches = [regex.search(row.file if column == "group" else os.path.basename(row.file)) for row in rows]
     for row, match in zip(rows, matches, strict=True):
-        if not match or not match.group(1):
+        if not match or not match[1]:
             raise ValueError(f"{flag} matches nothing in {row.file}")
-    return [match.group(1) for match in matches if match]
+    values: Any = [{column: match[1]} for match in matches if match]
+    return [replace(row, **value) for row, value in zip(rows, values, strict=True)]
 
 
 def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
-    """Returns the rows, an empty tuple of extra columns, notes and warnings.
+    """Returns the rows, no extra columns, notes and warnings.
 
-    With `by_folder`, folders below the class folders are the groups of images and NIfTI files (DICOM has patient ids).
+    With `by_folder`, images and NIfTI files are grouped by the folders below the class folders; DICOM has patient ids.
     """
     files = list_files(source)
     kinds = {path: name for path in files if (name := folder_volumes.kind(str(source / path)))}
@@ -151,7 +171,7 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
         others, given = (", ".join(sorted(names)) for names in (tops - set(split_of), split_of))
         raise ValueError(f"{source}: unexpected folders {others} next to {given}; expected {LAYOUTS}")
     depth = 2 if split_of else 1
-    rows = []
+    rows: list[Row] = []
     for path in paths:
         parts = path.split("/")
         if len(parts) <= depth:
@@ -159,10 +179,7 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
         patient = parts[depth] if by_folder and len(parts) > depth + 1 and kinds[path] != "dicom" else ""
         rows.append(Row(path, str(source / path), parts[depth - 1], split_of.get(parts[0], ""), patient))
     notes, warnings = folder_volumes.unread_notes([path for path in files if path not in kinds])
-    labels = defaultdict(set)
-    for row in rows:
-        labels[row.group].add(row.label)
-    patients = labels.keys() - {""}
+    patients = {row.group for row in rows if row.group}
     if 0 < len(patients) < MIN_PATIENTS:
         raise ValueError(
             f"{source}: are the folders {', '.join(sorted(patients))} below the class folders patients? Give a "
@@ -170,7 +187,8 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
         )
     if patients:
         notes.append(f"{len(patients):,} patients by the folders below the class folders")
-    if shared := sorted(name for name in patients if len(labels[name]) > 1):
+    pairs = Counter(group for group, _ in {(row.group, row.label) for row in rows})
+    if shared := sorted(name for name in patients if pairs[name] > 1):
         warnings.append(
             f"{len(shared):,} patient folders have the same name in several classes, such as {shared[0]}, and count as "
             f"one patient; if they are different patients: --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
@@ -179,7 +197,7 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
 
 
 def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
-    """Returns the rows, the names of extra columns, notes, and warnings about images that are not listed."""
+    """Returns the rows, the names of extra columns, no notes, and warnings about files that are not listed."""
     columns, lines = read_table(table, ("path", "label"))
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")
@@ -212,12 +230,13 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     without = next((row.where for row in rows if not row.split), None)
     if without and any(row.split for row in rows):
         raise ValueError(f"{without}: no split, but other lines have one; give all lines a split, or none")
-    listed = {os.path.normpath(row.file) for row in rows}
-    others = [path for path in list_files(table.parent, lambda path, reason: None) if path not in listed]
-    kinds = {path: folder_volumes.kind(str(table.parent / path)) for path in others}
-    _, warnings = folder_volumes.unread_notes([path for path in others if not kinds[path]])
-    if unlisted := [path for path in others if kinds[path]]:
-        warnings.append(f"{len(unlisted):,} images are not in {table.name} and were skipped, such as {unlisted[0]}")
+    listed = {os.path.normpath(row.image) for row in rows}
+    every = [str(table.parent / path) for path in list_files(table.parent, lambda path, reason: None)]
+    kinds = {path: folder_volumes.kind(path) for path in every if path not in listed}
+    _, warnings = folder_volumes.unread_notes([path for path, kind in kinds.items() if not kind])
+    if unlisted := [path for path, kind in kinds.items() if kind]:
+        example = os.path.basename(unlisted[0])
+        warnings.append(f"{len(unlisted):,} images are not in {table.name} and were skipped, such as {example}")
     return rows, extra, [], warnings
 
 

@@ -10,12 +10,12 @@ from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.datasets import PrepareOptions
 
-# Files next to images that nobody expects to be read; all others that are not read are named.
+# Suffixes of files that are only counted; the names of all other files that can't be read are printed.
 DOCUMENTS = (
     ".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
     ".db", ".ini", ".log", ".py", "dicomdir",
 )  # fmt: skip
-Notes = dict[str, list[str]]  # remark -> files or series it applies to, "" for one without a name
+Notes = dict[str, list[str]]  # maps a remark to the files or series it applies to; "" stands for an unnamed one
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,37 @@ def kind(path: str) -> str:
     return "dicom" if ambiguous and dicom.is_dicom(path) else ""
 
 
+def is_document(path: str) -> bool:
+    """Returns whether a file is a text, table or database, which folders of images often contain."""
+    return path.lower().endswith(DOCUMENTS)
+
+
 def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns a note on the documents among files that are not read, and a warning that names the others by suffix."""
+    """Returns a note that counts the documents among unread files, and a warning that lists the others by suffix."""
     others: dict[str, list[str]] = {}
     for path in paths:
-        if not path.lower().endswith(DOCUMENTS):
+        if not is_document(path):
             others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
     documents = len(paths) - sum(map(len, others.values()))
-    names = "; ".join(f"{len(names):,} with {suffix}, such as {names[0]}" for suffix, names in others.items())
+    names = "; ".join(f"{len(p):,} with {suffix}, such as {os.path.basename(p[0])}" for suffix, p in others.items())
     return (
         [f"{documents:,} files that are not images were skipped"] if documents else [],
         [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
     )
 
 
+def files(image: Any) -> list[str]:
+    """Returns the files that the image of a `Row` is read from, with frame numbers; [] for an unusable file."""
+    if isinstance(image, str):
+        return [image]
+    if image.func is volumes.raise_error:
+        return []
+    first = image.args[0]  # a path, a header, or the headers of a series
+    return [str(getattr(one, "name", one)) for one in (first if isinstance(first, tuple) else (first,))]
+
+
 def unfold(row: Row) -> list[Row]:
-    """Returns one row per DICOM and NIfTI file of the folder in `row`. Raises ValueError without any."""
+    """Returns one row per DICOM and NIfTI file in the folder of `row`. Raises ValueError if there are none."""
     paths = [(name, os.path.join(row.image, name)) for name in list_files(row.image)]
     scans = [(name, path) for name, path in paths if kind(path) in ("dicom", "nifti")]
     rows = [replace(row, file=f"{row.file}/{name}", image=path) for name, path in scans]
@@ -75,12 +90,12 @@ def unfold(row: Row) -> list[Row]:
 def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], bool]:
     """Replaces each row of a DICOM or NIfTI file by the images that `options` select.
 
-    The index has no path of a DICOM file, but "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" for
-    X-rays and single slices; HASH and the group of rows without one are `volumes.pseudonym` of the UID and of the
-    patient's id. A NIfTI file keeps its path and is its own group.
+    DICOM images are named "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" (X-rays and single slices),
+    where HASH is the `volumes.pseudonym` of the UID; rows without a group get that of the patient id. A NIfTI file
+    keeps its path and is its own group.
 
     Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
-    come first, so that without the flag preparation fails before anything is written.
+    come first, so that otherwise preparation fails before anything is written.
 
     Returns the rows, notes, and whether all images are axial CT slices. Raises ValueError for invalid options, a
     missing package, and a NIfTI file that is listed twice.
@@ -141,7 +156,7 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
         xrays[name] = str(header.path)
         result.append(replace(row, file=name, image=partial(dicom.xray, header.path)))
     if len(xrays) + len(series) > 1 and len(patients) == 1:
-        notes["PatientID in all DICOM files, so they count as one patient; groups would distinguish them"] = [""]
+        notes["PatientID in all DICOM files, so they count as one patient unless groups are given"] = [""]
     if xrays:
         notes["X-rays from DICOM files, each in its own window"] = [""] * len(xrays)
     if series:
@@ -161,36 +176,28 @@ def _from_series(
     series = dicom.series([header for header, _ in slices])
     row_of = {header.path: row for header, row in slices}
     rows = [row_of[header.path] for header in series.headers]
-    boxed = next((row for row in rows if row.box is not None), None)
-    if boxed:
-        raise ValueError(f"{boxed.file} is a slice of a CT series, which can't have a box")
+    for row in rows:
+        if row.box is not None:
+            raise ValueError(f"{row.file} is a slice of a CT series, which can't have a box")
     for note in series.notes:
         notes.setdefault(f"CT series {note}", []).append(name)
     if options.plane == series.plane:  # each slice may have its own label
         units: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
-            units.setdefault((row.label, row.split, row.where), []).append(i)
-        if options.position == "mid":
-            places = [unit[volumes.middle_slice(len(unit))] for unit in units.values()]
-        else:
-            places = list(range(len(rows)))
+            units.setdefault((row.label, row.split, row.where) if options.position == "mid" else i, []).append(i)
         alone = f"image-{volumes.pseudonym(series.headers[0].image, options.salt)}" if len(rows) == 1 else ""
-        return [
-            replace(
-                rows[i],
-                file=alone or _name(name, options.plane, i),
-                image=partial(dicom.picture, series.headers[i], options.hu_windows),
-            )
-            for i in places
-        ]
-    problem = f"{series.headers[0].name} and its series"
+        result = []
+        for i in (unit[volumes.middle_slice(len(unit))] for unit in units.values()):
+            image = partial(dicom.picture, series.headers[i], options.hu_windows)
+            result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
+        return result
     if series.flaw:
-        raise ValueError(f"{problem}: no {options.plane} plane can be cut, {series.flaw}")
+        raise ValueError(f"{rows[0].file}: no {options.plane} plane can be cut, {series.flaw}")
     for key in ("label", "split"):
         values = sorted({getattr(row, key) for row in rows})
         if len(values) > 1:
-            what = f"several {key}s ({', '.join(values)})"
-            raise ValueError(f"{problem} have {what}: a {options.plane} plane needs one {key} per series")
+            what = f"slices with several {key}s ({', '.join(values)})"
+            raise ValueError(f"{rows[0].file}: {what}; a {options.plane} plane needs one {key} per series")
     cut = partial(dicom.cut, series.headers, series.step, options.plane)
     return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
 

@@ -15,23 +15,31 @@ MAX_NAMES = 5  # patients, sources or pairs in an error message
 PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all folders prepared in one data_dir
 
 
-def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[str]:
-    """Raises ValueError if test images of `other` show patients in train or val of `own`; returns remaining doubts.
+def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
+    """Checks whether test images of `other` show patients in train or val of `own`; returns `other`, and notes.
 
     Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
     both share (see `shared_sources`); equal pixels; near duplicates. For stages, the last two compare the complete
     images if those are prepared in `data_dir`. `what` names the test images, such as "the test split of folder/b".
+
+    Raises ValueError for shared patients. With `drop`, all test images of these patients are removed from the test
+    split instead; a shared source, whose patients are unknown, and a test without other patients remain errors.
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
+    view, groups = other, other.columns["group"][rows]
+    removed = np.zeros(len(rows), bool)
     total = f"{len(rows):,} images"
 
     def fail(reason: str, examples: list[str]) -> NoReturn:
         advice = "An external test needs patients that the run has not seen: choose another --split or --dataset"
+        advice += "" if drop else ", or leave out the shared patients with --overlap=drop"
         raise ValueError(f"{what} can't test a run on {own.name}: {reason} {'; '.join(examples[:MAX_NAMES])}. {advice}")
 
-    if groups := shared_groups(own, seen, other, rows):
-        count = int(np.isin(other.columns["group"][rows], groups).sum())
-        fail(f"{count:,} of its {total} show {len(groups):,} patients of the run's train or val split, such as", groups)
+    if names := shared_groups(own, seen, other, rows):
+        removed = np.isin(groups, names)
+        text = f"{removed.sum():,} of its {total} show {len(names):,} patients of the run's train or val split, such as"
+        if not drop:
+            fail(text, names)
     if sources := shared_sources(own, seen, other, rows):
         fail("both may show the same patients under different names, in images of", sources)
     doubts = []
@@ -45,8 +53,21 @@ def refuse(own: Prepared, other: Prepared, data_dir: Path, what: str) -> list[st
     exact, near = shared["exact"][1], shared["near"][1]
     if exact or near:
         copies = f"{exact:,} are exact copies and {near:,} near duplicates"
-        fail(f"of its {total}, {copies} of images in the run's train or val split, such as", shared["examples"])
-    return doubts + ([f"The search for near duplicates was incomplete: {shared['note']}."] if shared["note"] else [])
+        text = f"of its {total}, {copies} of images in the run's train or val split, such as"
+        removed |= shared["b_rows"] | (np.isin(groups, groups[shared["b_rows"]]) & (groups != ""))
+        if not drop:
+            fail(text, shared["examples"])
+    if removed.all():
+        fail("no image is left without", ["the patients that the run has seen"])
+    if removed.any():
+        count = f"{removed.sum():,} of {total} of {len(np.unique(groups[removed])):,} patients"
+        doubts.append(f"--overlap=drop left out {count} that the run has seen in training or validation.")
+        splits = view.columns["split"].copy()
+        splits[np.unique(view.rows("test"))[removed]] = ""
+        view = replace(view, columns=view.columns | {"split": splits})
+    return view, doubts + (
+        [f"The search for near duplicates was incomplete: {shared['note']}."] if shared["note"] else []
+    )
 
 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
@@ -62,9 +83,9 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the sources, sorted, that two different public data sets share; a data set may be a source of the other.
+    """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
 
-    Sources of users' folders and of synthetic images are not public names, so they are never shared.
+    Names of sources in users' folders and in synthetic data sets are not public, so they are ignored.
     """
     if _identity(one) == _identity(other):
         return []
@@ -84,7 +105,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set without its stage, and the same images in it; None if it is not prepared or lacks one."""
+    """Returns the data set without its stage, and the same images in it; None if they are not prepared."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

@@ -1,4 +1,4 @@
-"""Networks by name, with pretrained weights and preprocessing: `create`, `list_models`, `preprocess`.
+"""Creates networks by name, with pretrained weights and preprocessing: `create`, `list_models`, `preprocess`.
 
 net, variables, spec = lungjax.create("efficientnetv2_s", weights="imagenet", classes=3)
 logits, features = net.apply(variables, lungjax.preprocess(images, spec), train=False)
@@ -61,15 +61,15 @@ def create(
       name: one of `list_models()`.
       weights: as `model.weights`: "imagenet", a record of `python -m lungjax.weights --list`, "file:PATH",
         "run:WORKDIR", "none".
-      classes: outputs of a new classifier; None keeps the classifier of the weights, for a run its complete head
-        (1000 classes without weights).
-      size: height and width of the images; None takes that of the weights.
-      channels: of the images, 1 or 3; None takes 3, or that of a run.
+      classes: number of outputs of a new classifier; None keeps the classifier of the weights, or the complete head
+        of a run (1000 classes without weights).
+      size: height and width of the images; None takes the size of the weights.
+      channels: channels of the images, 1 or 3; None takes those of a run, otherwise 3.
       gray: how grayscale input is adapted to three-channel weights: "repeat", "fold" or "slice" (`model.gray`).
       head: replaces the published head.
       noncommercial: accept weights whose license forbids commercial use.
-      weights_dir: folder of downloaded files, searched first.
-      seed: of randomly initialized layers.
+      weights_dir: folder of downloaded files, which is searched first.
+      seed: seed of randomly initialized layers.
       **fields: further fields of `lungjax.config.ModelConfig`, such as padding or dtype.
 
     The network maps float32 images [B, H, W, C] from `preprocess` to (logits [B, classes], features);
@@ -105,7 +105,7 @@ def create(
 
 
 def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-    """Returns variables with the leaves of `start`, which is emptied; missing leaves are initialized."""
+    """Returns variables with the leaves of `start`, which is emptied, and initializes the other leaves."""
 
     def initialize() -> dict[str, jax.Array]:
         return trees.flatten(state.init(module, (*spec.size, spec.network_channels), seed))
@@ -119,14 +119,14 @@ def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], 
 
 
 def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarray:
-    """Returns float32 [B, H, W, C] for the network: cropped, resized and normalized according to `spec`.
+    """Crops, resizes and normalizes images for a network; returns float32 [B, H, W, C].
 
     Args:
-      images: one or several, each the path of an image file or an array [H, W] or [H, W, 3], uint8 or float in 0..255.
-      spec: from `create`.
-      boxes: xmin, ymin, xmax, ymax of each image, where `spec.crop` is "box"; None takes complete images.
+      images: one or several images, each a path or an array [H, W] or [H, W, 3], uint8 or float in 0..255.
+      spec: input specification from `create`.
+      boxes: xmin, ymin, xmax, ymax of each image, used if `spec.crop` is "box"; None takes complete images.
 
-    Raises ValueError for an image that can't be read, or has another shape or type.
+    Raises ValueError for an image that can't be read or has another shape or type.
     """
     pixels = []
     for array, box in read_images(images, boxes):

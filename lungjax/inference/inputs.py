@@ -1,8 +1,8 @@
 """Inputs of a trained model: images from files, folders, lists and scans.
 
-Allowed are images (`images.FORMATS`), DICOM files, NIfTI volumes (both with the extra `dicom`), folders of these,
-and CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of one DICOM
-series, of one NIfTI volume and of one group form a series. Volumes are cut like the training images of the model.
+Inputs may be images (`images.FORMATS`), DICOM files and NIfTI volumes (both need the extra `dicom`), folders of these,
+and CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of a DICOM
+series, a NIfTI volume or a group form a series. Volumes are cut like the training images of the model.
 """
 
 import os
@@ -50,6 +50,8 @@ class Inputs:
     notes: dict[str, list[str]] = field(default_factory=dict)  # by series
     failures: list[tuple[str, str]] = field(default_factory=list)  # name and reason
     skipped: int = 0  # DICOM objects without an image of the patient
+    documents: int = 0  # files of folders that are not images, such as tables
+    stamps: list[tuple[str, int, int]] = field(default_factory=list)  # path, size and time of change of each file
 
     def add(self, item: Item) -> None:
         """Adds an image, and its series if that is new."""
@@ -81,13 +83,14 @@ class Inputs:
 
 
 def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
-    """Returns the images in files, folders (recursively) and CSV lists; unusable inputs are in `Inputs.failures`.
+    """Collects the images in files, folders (recursively) and CSV lists; unusable inputs go to `Inputs.failures`.
 
-    Volumes are cut by hu_windows, plane and position of the metadata. The first group of the regex `group_pattern` in
-    the path of an image names its series. Raises ValueError for an invalid pattern or one without a group.
+    Volumes are cut with the `hu_windows`, `plane` and `position` of the metadata. The first group of the regex
+    `group_pattern`, matched in the path of an image (below a folder, in a list, or as given), names its series. Raises
+    ValueError for an invalid pattern or one without a group.
     """
     try:
-        pattern = re.compile(group_pattern) if group_pattern else None
+        pattern = re.compile(group_pattern) if group_pattern not in ("", "none") else None
     except re.error as error:
         raise ValueError(f"--group_pattern={group_pattern}: not a regular expression ({error})") from None
     if pattern is not None and pattern.groups < 1:
@@ -96,8 +99,8 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
     series_by_path: dict[str, str] = {}
     headers: dict[str, list[dicom.Header]] = {}
     names: dict[str, tuple[str, str]] = {}  # group and short name of each DICOM slice
-    for path, group, short in _files(paths, inputs):
-        match = pattern.search(str(path)) if pattern and not group else None
+    for path, group, short, text in _files(paths, inputs):
+        match = pattern.search(text) if pattern and not group else None
         series = group or (match.group(1) or "" if match else "")
         place = os.path.realpath(path)
         if place in series_by_path:
@@ -107,6 +110,8 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
             continue
         series_by_path[place] = series
         try:
+            stat = os.stat(path)
+            inputs.stamps.append((place, stat.st_size, stat.st_mtime_ns))
             slices = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:
             inputs.failures.append((str(path), reason(error, str(path))))
@@ -123,38 +128,43 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
 
 
 def reason(error: Exception, name: str) -> str:
-    """Returns the message of an error without the name of the file."""
+    """Returns the message of an error without the file name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).removeprefix(f"{name}: ") or type(error).__name__
 
 
-def _files(paths: Sequence[str], inputs: Inputs) -> Iterator[tuple[Path, str, str]]:
-    """Yields each file with its group or "" and its short name."""
+def _files(paths: Sequence[str], inputs: Inputs) -> Iterator[tuple[Path, str, str, str]]:
+    """Yields each file with its group or "", its short name, and the text in which a pattern finds its group."""
     lists = {text for text in paths if text.lower().endswith(".csv")}
     for text in paths:
         try:
             path = Path(text).expanduser()
             if path.is_dir():
-                yield from _folder(path, text, inputs)
+                yield from ((path / name, "", name, name) for name in _folder(path, text, inputs))
             elif text in lists:
                 # The same name in two lists need not be the same patient.
                 prefix = f"{text}: " if len(lists) > 1 else ""
-                yield from ((file, f"{prefix}{group}" if group else "", name) for file, group, name in _rows(path))
+                for file, group, name in _rows(path):
+                    yield file, f"{prefix}{group}" if group else "", name, name
             elif path.exists():
-                yield path, "", path.name
+                yield path, "", path.name, text
             else:
                 inputs.failures.append((text, "no such file or folder"))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             inputs.failures.append((text, reason(error, text)))
 
 
-def _folder(folder: Path, text: str, inputs: Inputs) -> list[tuple[Path, str, str]]:
+def _folder(folder: Path, text: str, inputs: Inputs) -> list[str]:
     files = list_files(folder, lambda path, reason: inputs.failures.append((path, reason)))
     names = [name for name in files if folder_volumes.kind(str(folder / name))]
+    others = sorted(set(files) - set(names))
+    unknown = [name for name in others if not folder_volumes.is_document(name)]
+    inputs.documents += len(others) - len(unknown)
+    inputs.failures += [(str(folder / name), f"unsupported file type; expected {KINDS}") for name in unknown]
     if not names:
         inputs.failures.append((text, f"no image in this folder; expected {KINDS}"))
-    return [(folder / name, "", name) for name in names]
+    return names
 
 
 def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
@@ -177,12 +187,11 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
         inputs.add_slices(path, short, name, cut, volume.shape, metadata)
     elif kind == "dicom":
         headers = [header for header in dicom.headers(path) if not header.aside]
-        if not headers:
-            inputs.skipped += 1
-        elif headers[0].modality not in dicom.XRAYS:
+        if headers and headers[0].modality not in dicom.XRAYS:
             return headers
-        else:
+        if headers:
             inputs.add(Item(path, partial(dicom.xray, path), series, short))
+        inputs.skipped += not headers
     else:
         raise ValueError(f"unsupported file type; expected {KINDS}")
     return []
@@ -197,22 +206,17 @@ def _add_dicom(
     series = dicom.series(headers)
 
     def item(header: dicom.Header, series: str) -> Item:
-        suffix = header.name.removeprefix(str(header.path))
-        short = names[str(header.path)][1] + suffix
+        short = names[str(header.path)][1] + header.name.removeprefix(str(header.path))
         return Item(header.name, partial(dicom.picture, header, metadata.hu_windows), series, short)
 
-    def check(plane: str) -> None:
-        if series.flaw and plane != series.plane:
-            raise ValueError(f"no {plane} plane can be cut: {series.flaw}")
-
     def cut(plane: str, number: int, windows: Windows) -> bytes:
-        check(plane)
+        series.check(plane)
         return dicom.cut(series.headers, series.step, plane, number, windows)
 
     if len(headers) == 1 and plane == series.plane:
         inputs.add(item(headers[0], group))
         return
-    check(plane)
+    series.check(plane)
     files = {str(header.path) for header in headers}
     folder = first if len(files) == 1 else os.path.dirname(first) or first
     name = inputs.add_volume(folder, group, series.notes, cut, series.shape)

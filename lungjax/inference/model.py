@@ -56,7 +56,7 @@ class Model:
 
     `predict`, `logits`, `features` and `explain` take images: one or several, each the path of an image file or an
     array [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in
-    pixels; without them the body is located if the model was trained on body crops. They raise ValueError for
+    pixels; by default, the body is located if the model was trained on body crops. These methods raise ValueError for
     an image that can't be read or has another shape or type.
     """
 
@@ -74,7 +74,7 @@ class Model:
         return self.outputs(self._pixels(images, boxes))["probabilities"]
 
     def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
-        """Returns uncalibrated logits float32 [B, classes]; a sigmoid output is paired with a zero."""
+        """Returns uncalibrated logits float32 [B, classes]; for a sigmoid output, the other logit is zero."""
         return self.outputs(self._pixels(images, boxes))["logits"]
 
     def features(self, images: Images, boxes: Boxes = None) -> np.ndarray:
@@ -100,7 +100,7 @@ class Model:
         return (*powers, self.batch_size)
 
     def warm(self) -> None:
-        """Compiles every batch size, or reads it from the compilation cache; saliency maps compile at first use."""
+        """Compiles every batch size, or loads it from the compilation cache; saliency maps compile at first use."""
         for size in self.batch_sizes:
             self.outputs(np.zeros((size, *artifacts.image_shape(self.metadata)), np.uint8))
 
@@ -203,7 +203,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
 
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
-    """Returns `artifacts.OUTPUTS` of a network's logits [B, outputs] and last map [B, h, w, F]."""
+    """Computes `artifacts.OUTPUTS` from the logits [B, outputs] and the last map [B, h, w, F] of a network."""
     scores = outputs.class_logits(logits, metadata.positive)
     probabilities = jax.nn.softmax(scores / np.float32(metadata.temperature))  # calibrated
     return {"probabilities": probabilities, "logits": scores, "features": outputs.pooled_features(last)}
@@ -221,7 +221,7 @@ def _load_run(workdir: Path) -> Model:
 
     compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
     explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
-    # CAM methods have one value per cell of the last map: a single cell would give a uniform map.
+    # CAM methods yield one value per cell of the last map, so the map of a single cell would be uniform.
     useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
     methods = tuple(method for method in saliency.METHODS if method not in useless)
     size = prediction_batch_size(network.config, 1, jax.default_backend())

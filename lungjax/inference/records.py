@@ -4,8 +4,8 @@
     predicted       class with the highest probability
     probabilities   {class: p}, calibrated, with sum 1
     decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p reaches the
-                    threshold that `rule` chose on the validation split for slices or patients (`level`), and the rates
-                    of that threshold on the test split; only classes with such an operating point
+                    threshold that `rule` chose on the validation split for slices or patients (`level`), and its rates
+                    on the test split; only classes with such an operating point
     novelty         out-of-distribution score; above 1 for about 1 % of the validation images; None without a score
     warnings        [sentences]
 
@@ -22,11 +22,11 @@ from lungjax.config.metadata import Metadata
 
 RULE = "youden"
 POINT_KEYS = ("threshold", "sensitivity", "specificity")
-WARNED_FRACTION = 0.2  # of the slices of a series; from there on the series has a warning too
+WARNED_FRACTION = 0.2  # fraction of slices with warnings from which the series has a warning too
 
 
 def check_rule(metadata: Metadata, rule: str) -> None:
-    """Raises ValueError for an unknown operating point; a model without any accepts every name."""
+    """Raises ValueError for an unknown operating point; models without operating points accept every name."""
     rules = metadata.rules()
     if rules and rule not in rules:
         raise ValueError(f"--rule={rule}: {nearest(rule, rules)}")
@@ -56,11 +56,11 @@ def summary(
 ) -> dict[str, Any]:
     """Returns the record of a series: the mean over its slices, as for patients in the report.
 
-    `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, `warnings` are
-    those of the series itself. Decisions use the operating point for patients if the model has one, else for slices.
+    `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, and `warnings`
+    are those of the series. Decisions use the operating points for patients if the model has any, else for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
-    several = [f"{warned} of {count} slices have warnings"] if warned and warned >= WARNED_FRACTION * count else []
+    several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []
     mean = np.asarray(probabilities, np.float64).mean(axis=0)
     prediction = _prediction(metadata, mean, rule, level)
     return {"series": name, "files": count, **prediction, "warnings": [*warnings, *several]}
@@ -72,7 +72,7 @@ def failure(name: str, message: str) -> dict[str, str]:
 
 
 def columns(metadata: Metadata) -> list[str]:
-    """Returns the columns of a CSV table of records that describe the prediction."""
+    """Returns the columns of a CSV table that describe the prediction."""
     return ["predicted", *(f"p_{name}" for name in metadata.classes), *(f"called_{name}" for name in metadata.classes)]
 
 

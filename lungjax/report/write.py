@@ -5,6 +5,7 @@
     version             1
     name                of the experiment
     classes             [names] in label order, as in rows and columns of every `confusion`
+    unit                name of an example: "slice" for CT slices, else "image"
     best                step of the tested weights, monitor (the validation metric that chose it, unless
                         train.keep is "last"), score (None if not logged)
     warnings            [sentences], caveats about the numbers
@@ -102,6 +103,7 @@ def write_report(
         "version": VERSION,
         "name": config.name,
         "classes": list(test.classes),
+        "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "warnings": [],
         "facts": dict(facts),
@@ -162,7 +164,7 @@ def warnings(
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
             mixed = count(patient["mixed_groups"], "patient")
-            yield f"The {split} scores per patient exclude {mixed} with slices of several classes."
+            yield f"The {split} scores per patient exclude {mixed} with images of several classes."
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
             yield f"Never predicted on the {split} split: {listed(never)}. Their precision is undefined."
@@ -173,7 +175,7 @@ def warnings(
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
         yield (
-            "No two test images share a patient, so the scores per patient equal those per slice. If patients have "
+            "No two test images share a patient, so the scores per patient equal those per image. If patients have "
             "several images, add a group column to the data set."
         )
     if "val" in results:
@@ -218,8 +220,9 @@ def draw(
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for unit, level in context.distinct_levels(report["test"]).items():
-        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {count(level['n'], unit)}"
+    for noun, level in context.distinct_levels(report["test"], report["unit"]).items():
+        name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
+        title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
         files.append(name)
     for kind in ("roc", "pr"):

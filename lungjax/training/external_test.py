@@ -2,8 +2,8 @@
 
     python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
 
-It is an error if a tested patient or image is in the training or validation split of the run; no flag overrides this.
-Only RUN/external is written.
+It is an error if a tested patient or image is in the training or validation split of the run; --overlap=drop leaves
+these patients out. Only RUN/external is written.
 """
 
 import time
@@ -42,7 +42,13 @@ class LabelMap:
 
 
 def evaluate(
-    config: Config, workdir: Path, data_dir: Path, dataset: str, label_map: str = "", split: str = "test"
+    config: Config,
+    workdir: Path,
+    data_dir: Path,
+    dataset: str,
+    label_map: str = "",
+    split: str = "test",
+    drop_overlap: bool = False,
 ) -> Path:
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
@@ -53,9 +59,10 @@ def evaluate(
       dataset: name of the other data set, whose clean protocol is used.
       label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" if the class names are equal.
       split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
+      drop_overlap: leave out patients that the run has seen, instead of an error.
 
-    The folder NAME (of the data set, with "_" for "/") has the same files as a run. Thresholds and temperature are
-    chosen on the val split of the run, under the label map.
+    NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Thresholds and
+    temperature are chosen on the val split of the run with the label map applied.
 
     Raises ValueError for a missing run, data set, class or split, and if the run has seen some of the images.
     """
@@ -70,21 +77,23 @@ def evaluate(
         {
             "the configuration": overrides.to_json(run.config),
             "the prepared data": run.data.fingerprint + other.fingerprint,
-            "--label_map and --split": f"{label_map} {split}",
+            "--label_map, --split and --overlap": f"{label_map} {split} {drop_overlap}",
         }
     )
     mapping = read_map(label_map, other.classes, run.data.classes)
     # The images of a data set that is stored upside down look to the network like those it was trained on.
-    view = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
+    selected = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
     what = "every split" if split == "all" else f"the {split} split"
-    notes = distributed.run_on_all_hosts(lambda: overlap.refuse(run.data, view, data_dir, f"{what} of {other.name}"))
+    view, notes = distributed.run_on_all_hosts(
+        lambda: overlap.check(run.data, selected, data_dir, f"{what} of {other.name}", drop_overlap)
+    )
     notes += _notes(run.config, run.data, view)
     variables, step = restore_best(workdir, run.program.abstract_state.variables)
     results = {}
     with program.memory_advice(run.config, run.program.mesh.size):
         for name, images in (("test", view), ("no_lungs", datasets.without_lungs(view, data_dir))):
             if images is not None:
-                # Labels of the other data set are not classes of the run; `map_predictions` sets those of the result.
+                # Labels of the other data set are not classes of the run, so `map_predictions` sets them later.
                 labels = images.columns["label"]
                 columns = images.columns | {"label": np.zeros_like(labels)}
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
@@ -135,15 +144,15 @@ def evaluate(
 
 
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
-    """Reads "A=X,B=Y+Z,C=-": A is the class X of the run, B is Y or Z, C is ignored.
+    """Parses "A=X,B=Y+Z,C=-", where A is the class X of the run, B is Y or Z, and C is ignored.
 
-    Classes of the other data set with the same right-hand side are tested as one; probabilities of run classes without
-    an entry are dropped. The tested classes are named after those of the run, such as "Y+Z".
+    Classes of the other data set with the same right-hand side are tested as one class; probabilities of run classes
+    without an entry are dropped. The tested classes are named after those of the run, such as "Y+Z".
 
     Args:
-      text: "" if both have the same names.
+      text: the label map; "" if both have the same classes.
       other_classes: classes of the other data set in label order.
-      run_classes: those of the run.
+      run_classes: classes of the run in label order.
 
     Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right-hand sides,
     and fewer than two tested classes.
@@ -205,10 +214,10 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
 
 
 def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarray) -> Predictions:
-    """Returns the predictions over the C classes of a run as those over the K tested classes.
+    """Converts predictions over the classes of a run to predictions over the tested classes.
 
-    Adds the probabilities of the members of a class, then normalizes to a sum of one. The sum is a log-sum-exp of
-    logits, which stays exact for confident networks. `labels` [N] are those of the other data set, all mapped.
+    Adds the probabilities of the members of each class and normalizes them. The sum is a log-sum-exp of logits, which
+    stays exact for confident networks. `labels` [N] are labels of the other data set, all of them mapped.
     """
     logits = predicted.logits
     if logits is None:
@@ -224,9 +233,10 @@ def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarra
 
 
 def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
-    """Returns predictions on the run's val split over the tested classes, without images of other classes.
+    """Converts predictions on the run's val split to the tested classes, without images of other classes.
 
-    Patients get the name of the data set as a prefix, so that they differ from patients of the same name in the other.
+    Patients are prefixed with the name of the data set, so that they differ from patients of the same name in the
+    other.
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))

@@ -11,11 +11,12 @@ from PIL import Image
 pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
 
+import commands
 import scans
 from scans import windowed
 
-from lungjax import datasets
-from lungjax.data.imaging import volumes
+from lungjax import datasets, prepare
+from lungjax.data.imaging import dicom, volumes
 from lungjax.datasets import PrepareOptions, folder
 
 WIDE = ((-350.0, 1300.0),)
@@ -162,6 +163,29 @@ def test_missing_slices(tmp_path):
     assert any("missing slices" in note and pseudonym("1.2.8") in note for note in listing(tmp_path).notes)
     with pytest.raises(ValueError, match="no coronal plane"):
         listing(tmp_path, plane="coronal").examples[0].image()
+
+
+def test_lookup(tmp_path, monkeypatch, capsys):
+    hu = class_folders(tmp_path / "in", count=2)
+    scans.enhanced(tmp_path / "in/a/e.dcm", hu, **uids(9, "ID-9"))
+    scans.save(scans.dataset(hu[0].astype(np.uint16), "DX", PatientID="ID-8"), tmp_path / "in/b/x.dcm")
+    command = [f"--source={tmp_path / 'in'}", f"--data_dir={tmp_path / 'data'}"]
+    assert commands.run(prepare, *command, "--lookup=series-1/0000") == 2 and ".patient_salt" in capsys.readouterr().err
+    datasets.write("folder", tmp_path / "in", tmp_path / "data", PrepareOptions(position="mid"), quiet=True)
+    data = datasets.open_dataset("folder", tmp_path / "data")
+    for i, name in enumerate(data.columns["file"].tolist()):
+        assert commands.run(prepare, *command, f"--lookup={name}") == 0
+        path, _, frame = capsys.readouterr().out.strip().partition("#frame-")
+        assert Path(path).is_relative_to(tmp_path / "in" / data.classes[data.columns["label"][i]])
+        header = dicom.headers(path)[int(frame or 1) - 1]
+        stored = dicom.xray(path) if header.modality == "DX" else dicom.picture(header, ((-600.0, 1500.0),))
+        assert stored == data.records[i]["image"]
+    series = name.rpartition("/")[0]
+    for text, count in ((f"{series}/coronal-0003", 6), (series, 6), (data.columns["group"][i], None)):
+        assert commands.run(prepare, *command, f"--lookup={text}") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == count or (count is None and len(lines) >= 6)
+    assert commands.run(prepare, *command, "--lookup=none") == 2 and "nothing is named" in capsys.readouterr().err
 
 
 def test_table_errors(tmp_path):

@@ -21,7 +21,7 @@ from lungjax.evaluation import predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.inference.model import load
 from lungjax.runtime import environment
-from lungjax.training import external_test
+from lungjax.training import external_test, setup
 
 OURS, THEIRS = ("left", "middle", "right"), ("L", "M", "R", "junk")
 MAP = "L=left,M=middle+right,R=middle+right,junk=-"
@@ -130,13 +130,49 @@ def test_images_seen_in_training_are_an_error(root):
     without = named(again, "test")
     without.columns["split"][np.isin(again.columns["pixels"], mine.columns["pixels"])] = ""
     with pytest.raises(ValueError, match="0 are exact copies and 1 near"):
-        overlap.refuse(mine, without, root / "data", "it")
+        overlap.check(mine, without, root / "data", "it")
     # Its val and train splits are new to the run.
-    assert overlap.refuse(mine, named(again, "train", "val"), root / "data", "it") == []
+    assert overlap.check(mine, named(again, "train", "val"), root / "data", "it")[1] == []
     with pytest.raises(ValueError, match="no class 'midle'; did you mean middle"):
         external_test.evaluate(config, root / "run", root / "data", "folder/other", "L=left,M=midle,R=-,junk=-")
     with pytest.raises(ValueError, match="folder/none is not prepared"):
         external_test.evaluate(config, root / "run", root / "data", "folder/none")
+
+
+def test_overlap_drop(root, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "prepare_jax", lambda: None)
+    again = datasets.open_dataset("folder/again", root / "data")
+    test = again.rows("test")
+    copies = [f"z{row['path']}" for row in rows(THEIRS, 4, splits=SPLITS, prefix="q") if row["split"] == "test"]
+    shared = np.isin(again.columns["file"], [copies[0], copies[3]])  # images of two patients with two images each
+    rest = [i for i in test if again.columns["group"][i] not in again.columns["group"][shared]]
+    assert len(rest) == len(test) - 4
+    arguments = ["--mode=evaluate", "--dataset=folder/again", f"--label_map={MAP.replace('-', 'left')}"]
+    arguments += [f"--data_dir={root / 'data'}", f"--workdir={root / 'run'}"]
+    assert commands.run(main, *arguments) == 2 and "--overlap=drop" in capsys.readouterr().err
+    assert commands.run(main, *arguments, "--overlap=drop") == 0
+    folder = root / "run/external/folder_again"
+    assert predictions.read(folder / "predictions_test.csv").ids.tolist() == again.columns["file"][rest].tolist()
+    warnings = json.loads((folder / "report.json").read_text())["warnings"]
+    assert any("left out 4 of 8 images of 2 patients" in text for text in warnings)
+    with pytest.raises(ValueError, match="no image is left"):
+        overlap.check(again, named(again, "train"), root / "data", "it", drop=True)
+
+
+def test_data_set_with_test_images_only(root):
+    images = [row | {"split": "test"} for row in rows(OURS, 2, prefix="t", seed=7)]
+    prepare(root, "external", images)
+    data = datasets.open_dataset("folder/external", root / "data")
+    assert set(data.columns["split"]) == {"test"}
+    summary = json.loads((root / "data/folder/external/2.0.0/summary.json").read_text())
+    assert not any("train" in text or "val" in text for text in summary["warnings"])
+    assert any("external test set" in note for note in summary["notes"])
+    config = overrides.from_json((root / "run/config.json").read_text())
+    external_test.evaluate(config, root / "run", root / "data", "folder/external")
+    assert len(predictions.read(root / "run/external/folder_external/predictions_test.csv").ids) == 12
+    config = overrides.override(config, "data.dataset=folder/external")
+    with pytest.raises(ValueError, match="split is empty"):
+        setup.set_up(config, root / "new", root / "data", "train", 0)
 
 
 def named(data, *splits):
@@ -179,10 +215,10 @@ def test_overlap_of_stages(root):
     whole, rows = overlap._without_stage(staged[1], np.array([5, 2]), data_dir)
     assert whole.name == "folder/again-20" and rows.tolist() == [5, 2]
     with pytest.raises(ValueError, match="1 are exact copies and 1 near"):
-        overlap.refuse(staged[0], staged[1], data_dir, "it")
+        overlap.check(staged[0], staged[1], data_dir, "it")
     lone = replace(mine, name="folder/lone-nobackg")
     other = datasets.open_dataset("folder/other", data_dir)
-    doubts = overlap.refuse(lone, other, data_dir, "it")
+    _, doubts = overlap.check(lone, other, data_dir, "it")
     assert len(doubts) == 1 and "prepare folder/lone-nobackg" in doubts[0]
 
 

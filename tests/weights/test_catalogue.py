@@ -1,4 +1,4 @@
-"""The catalogue's rows are valid and agree with an independent collection; the command lists, fetches and checks."""
+"""Rows of the catalogue against their rules and published facts; the command that lists, fetches and checks."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window.
 
-A file is a path or a `MemoryFile`. A CT file holds one slice, or several frames with functional groups (enhanced CT,
-DICOM PS3.3 A.38), of which each is treated as a slice of the same series.
+A file is a path or a `MemoryFile`. A CT file has one slice, or several frames with functional groups (enhanced CT,
+DICOM PS3.3 A.38), which become slices of one series.
 """
 
 import os
@@ -25,7 +25,7 @@ TAGS = [
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
-FUNCTIONAL_GROUPS = {  # attributes of a frame, and the sequence that holds each
+FUNCTIONAL_GROUPS = {  # sequence with each attribute of a frame
     "ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence",
     "PixelSpacing": "PixelMeasuresSequence", "RescaleSlope": "PixelValueTransformationSequence",
     "RescaleIntercept": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
@@ -46,7 +46,7 @@ class Header:
     image: str  # SOPInstanceUID
     patient: str  # PatientID, else the study's UID
     modality: str
-    aside: str  # kind of a file that is not an image of the patient, such as "localizers"; "" for images
+    aside: str  # kind of a file to skip, such as "localizers"; "" for images of the patient
     size: tuple[int, int]  # rows, columns
     spacing: tuple[float, float] | None  # mm between rows, between columns
     orientation: tuple[float, ...] | None  # six direction cosines: along a row, down a column
@@ -56,7 +56,7 @@ class Header:
 
     @property
     def name(self) -> str:
-        """The file, with the number of the frame, which DICOM counts from 1."""
+        """The file and, counted from 1 as in DICOM, the frame."""
         return str(self.path) if self.frame is None else f"{self.path}#frame-{self.frame + 1:04d}"
 
 
@@ -68,12 +68,17 @@ class Series:
     plane: str  # of its slices
     shape: tuple[int, int, int]  # of its `Volume`
     step: float  # mm between slices, 1 for a single one
-    flaw: str  # reason why no other plane can be cut; "" if it can
+    flaw: str  # reason why no other plane can be cut, or ""
     notes: tuple[str, ...] = ()
+
+    def check(self, plane: str) -> None:
+        """Raises ValueError if the plane can't be cut from these slices."""
+        if self.flaw and plane != self.plane:
+            raise ValueError(f"no {plane} plane can be cut: {self.flaw}")
 
 
 def is_dicom(path: str) -> bool:
-    """Returns whether a file has DICOM's magic bytes, DICM at byte 128; False for a missing file."""
+    """Returns whether a file exists and has DICOM's magic bytes, DICM at byte 128."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -83,17 +88,18 @@ def is_dicom(path: str) -> bool:
 
 @named_errors
 def headers(path: File) -> list[Header]:
-    """Reads the header of a DICOM file, not its pixels; returns one per frame of an enhanced CT, else a single one.
+    """Reads a DICOM file without its pixels; returns one header, or one per frame of an enhanced CT.
 
-    Raises ValueError with the file's name if it is not DICOM, not a CT or X-ray, without pixels, multi-frame without
-    functional groups, compressed without an installed decoder, or a CT without RescaleSlope and RescaleIntercept.
+    Raises ValueError with the file name if the file is not DICOM, is neither a CT nor an X-ray, has no pixels, has
+    several frames without functional groups, is compressed and no decoder is installed, or is a CT without
+    RescaleSlope or RescaleIntercept.
     """
     data = _read(path, header_only=True)
     frames = list(data.get("PerFrameFunctionalGroupsSequence", None) or ())
     if not frames:
         return [_header(path, data)]
     if len(frames) != int(data.get("NumberOfFrames", 1)):
-        raise Unreadable(f"{path}: functional groups of {len(frames)} frames, but NumberOfFrames is different")
+        raise Unreadable(f"{path}: functional groups of {len(frames)} frames differ from NumberOfFrames")
     shared, result = list(data.get("SharedFunctionalGroupsSequence", None) or ()), []
     for number, frame in enumerate(frames):
         for name, sequence in FUNCTIONAL_GROUPS.items():
@@ -145,9 +151,9 @@ def _header(path: File, data: Any, frame: int | None = None) -> Header:
 def series(headers: Sequence[Header]) -> Series:
     """Sorts the slices of one CT series by their position along the slice normal.
 
-    InstanceNumber is ignored, because it may be reversed or missing. Missing slices and uneven distances are noted and
-    rule out other planes. Raises ValueError with two of the files if sizes, pixel spacings or orientations differ, if
-    two slices have the same position, or if a position is missing.
+    InstanceNumber is ignored, because it may be reversed or missing. Series with missing slices or uneven distances
+    get a note, and no other plane can be cut from them. Raises ValueError with two of the files if sizes, pixel
+    spacings or orientations differ, if two slices have the same position, or if a position is missing.
     """
     first = headers[0]
     if len(headers) == 1 and (first.orientation is None or first.position is None):
@@ -175,7 +181,7 @@ def series(headers: Sequence[Header]) -> Series:
 
 
 def picture(header: Header, windows: Windows) -> bytes:
-    """Returns one CT slice as a PNG file, oriented as in `volumes`; no other slice is read.
+    """Returns one CT slice as a PNG file, oriented as described in `volumes`; reads only this slice.
 
     Raises ValueError for pixels that can't be decoded.
     """
@@ -184,25 +190,25 @@ def picture(header: Header, windows: Windows) -> bytes:
 
 
 def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a series as a PNG file; the volume is cached for the next plane.
+    """Returns one plane of a series as a PNG file, and caches the volume for the next plane.
 
-    `headers` and `step` are those of a `Series`. Raises ValueError as `picture`.
+    `headers` and `step` are those of a `Series`. Raises the same errors as `picture`.
     """
     return volumes.picture(volume(headers, step), plane, index, windows)
 
 
 @volumes.cache_latest
 def volume(headers: tuple[Header, ...], step: float) -> Volume:
-    """Reads a sorted series whose slices are `step` mm apart. Raises ValueError as `picture`."""
+    """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
     return _volume(headers, step)
 
 
 @named_errors
 def xray(path: File) -> bytes:
-    """Returns an X-ray as an 8-bit PNG file with white bone, also for MONOCHROME1.
+    """Returns an X-ray as an 8-bit PNG file with white bones, also for MONOCHROME1.
 
-    The window is that of the file (WindowCenter and WindowWidth, or its VOI LUT), because scales differ between
-    manufacturers; without one, the range of the pixels becomes 0 to 255. Raises ValueError as `picture`.
+    Scales differ between manufacturers, so the window is that of the file (WindowCenter and WindowWidth, or its VOI
+    LUT); without one, the range of the pixels is mapped to 0..255. Raises the same errors as `picture`.
     """
     from pydicom.pixels import apply_modality_lut
 
@@ -267,9 +273,9 @@ def _can_decode(syntax: Any) -> bool:
 
 
 def _pixels(path: File, frame: int | None = None) -> tuple[Any, np.ndarray]:
-    """Returns a data set with the description of the pixels, and the stored values, [rows, columns] or RGB [..., 3]."""
+    """Returns a data set that describes the pixels, and the stored values, [rows, columns] or [rows, columns, 3]."""
     pydicom = volumes.need("pydicom", "DICOM files")
-    frame_only = frame is not None and not isinstance(path, MemoryFile)  # of a large file on disk, only this is read
+    frame_only = frame is not None and not isinstance(path, MemoryFile)  # does not read the other frames from disk
     data = pydicom.Dataset() if frame_only else _read(path)
     if not frame_only and "PixelData" not in data:
         raise Unreadable(f"{path}: a DICOM file without pixels")
@@ -290,7 +296,7 @@ def _pixels(path: File, frame: int | None = None) -> tuple[Any, np.ndarray]:
 
 
 def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
-    """Returns bool [rows, columns], True where the stored value marks pixels outside the scan."""
+    """Returns a mask, bool [rows, columns], of the pixels that PixelPaddingValue marks as outside the scan."""
     value = data.get("PixelPaddingValue", None)
     if value is None:
         return np.zeros(pixels.shape, bool)
@@ -313,7 +319,7 @@ def _volume(headers: Sequence[Header], step: float) -> Volume:
     for i, one in enumerate(headers):
         stack[i] = _hu(one.path, one.frame, one.rescale)
     directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
-    if len(headers) > 1:  # the slices are sorted along the body, but the normal may point the other way
+    if len(headers) > 1:  # slices are sorted along the body, but their normal may point in the opposite direction
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
     return volumes.canonical(stack, directions, (step, *(first.spacing or (1.0, 1.0))))
@@ -346,7 +352,7 @@ def _check_alike(first: Header, other: Header) -> None:
 def _flaws(
     ordered: Sequence[Header], steps: np.ndarray, step: float, places: np.ndarray, normal: np.ndarray
 ) -> list[str]:
-    """Returns the reason why no other plane can be cut from a series, or "", and notes."""
+    """Returns the reason why no other plane can be cut from a series (or ""), followed by notes."""
     if len(ordered) == 1:
         return ["a single slice"]
     if ordered[0].spacing is None:

@@ -1,7 +1,7 @@
 """Checks the size of a compressed DICOM image before it is decoded.
 
-Decoders use the size in the compressed stream, not Rows and Columns, so a file of a few kilobytes could allocate
-gigabytes.
+Decoders take the size from the compressed stream, not from Rows and Columns, so a file of a few kilobytes could make
+them allocate gigabytes.
 """
 
 import struct
@@ -35,7 +35,7 @@ def check(data: Any, number: int = 0) -> None:
 
 
 def codestream_size(data: bytes) -> tuple[int, int]:
-    """Returns rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it has no size."""
+    """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError without a size."""
     if data[:4] == b"\xff\x4f\xff\x51" and len(data) >= 24:  # JPEG 2000: SOC, then SIZ
         right, bottom, left, top = struct.unpack(">4I", data[8:24])
         return bottom - top, right - left
@@ -71,7 +71,7 @@ def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
 
 
 def _check_rle(frame: bytes, pixels: int) -> None:
-    """Raises ValueError if a run-length coded segment expands to more than one byte per pixel."""
+    """Raises ValueError if a run-length encoded segment expands to more than one byte per pixel."""
     count = int.from_bytes(frame[:4], "little")
     if not 1 <= count <= 15 or len(frame) < 64:
         raise ValueError("damaged run-length coding")
@@ -83,4 +83,4 @@ def _check_rle(frame: bytes, pixels: int) -> None:
             size += 257 - head if head > 128 else head + 1 if head < 128 else 0
             at += 2 if head > 128 else head + 2 if head < 128 else 1
             if size > pixels + 1:  # segments of odd length are padded by one byte
-                raise ValueError("run-length coded pixels exceed the image")
+                raise ValueError("run-length encoded pixels exceed the image")

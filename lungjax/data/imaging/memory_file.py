@@ -1,4 +1,4 @@
-"""Uploaded files in memory, read like files on disk. They may contain patient data, so no message quotes them."""
+"""Uploaded files in memory, read like files on disk. Messages never quote them, since they may contain patient data."""
 
 import functools
 import io
@@ -23,7 +23,7 @@ class MemoryFile:
     def open(self) -> io.BytesIO:
         """Returns a file object that raises ValueError after MAX_READS reads.
 
-        A few megabytes of empty or deeply nested elements would keep a parser busy for a minute.
+        Otherwise, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
         """
         return _LimitedReads(self.data)
 
@@ -42,7 +42,7 @@ class _LimitedReads(io.BytesIO):
 
 
 def quote(file: File, text: Any, instead: str = "") -> str:
-    """Returns the text that a message may quote: `text` for a file on disk, `instead` for one in memory."""
+    """Returns the text to quote in a message: `text` for a file on disk, `instead` for one in memory."""
     return instead if isinstance(file, MemoryFile) else " ".join(str(text).split())
 
 
@@ -58,10 +58,10 @@ Result = TypeVar("Result")
 
 
 def named_errors(read: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorates a reader, whose first argument is the file, so that errors of damaged files become Unreadable.
+    """Decorates a reader, whose first argument is the file, so that it raises Unreadable for damaged files.
 
-    Packages convert values lazily, so any access may raise any exception. pydicom's errors quote values, which may
-    identify a patient; for a file in memory they are omitted.
+    pydicom and nibabel convert values lazily, so any access may raise any exception. Their messages may quote values
+    that identify a patient, and are omitted for files in memory.
     """
 
     @functools.wraps(read)

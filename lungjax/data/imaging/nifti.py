@@ -27,8 +27,8 @@ class Header:
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
-    Raises ValueError for a file that is not NIfTI or does not have three dimensions, a unit that is not a length, and
-    voxels outside 0.1 to 10 mm.
+    Raises ValueError for a file that is not NIfTI or not three-dimensional, a unit that is not a length, and voxels
+    outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = _open(nibabel, path)
@@ -61,9 +61,9 @@ def header(path: str) -> Header:
 
 @named_errors
 def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a NIfTI volume as a PNG file; the volume is cached for the next plane.
+    """Returns one plane of a NIfTI volume as a PNG file, and caches the volume for the next plane.
 
-    Raises ValueError as `header`, and for a damaged file or values that are not Hounsfield units.
+    Raises ValueError as `header` does, and for a damaged file or values that are not Hounsfield units.
     """
     return volumes.picture(volume(path), plane, index, windows)
 
@@ -71,7 +71,7 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 @volumes.cache_latest
 @named_errors
 def volume(path: str) -> Volume:
-    """Reads a NIfTI volume; NaN becomes air. Raises ValueError as `picture`."""
+    """Reads a NIfTI volume, replacing NaN by air. Raises the same errors as `picture`."""
     spacing = header(path).spacing
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = nibabel.as_closest_canonical(_open(nibabel, path))

@@ -1,8 +1,8 @@
 """Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
 Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. Images are in radiological
-orientation: axial with the patient's right on the left and the chest up, coronal with the patient's right on the left
-and the head up, sagittal facing left with the head up.
+orientation: the patient's right is on the left of axial images (chest up) and coronal images (head up), and sagittal
+images face left (head up).
 """
 
 import functools
@@ -23,7 +23,7 @@ from lungjax.data.imaging.memory_file import MissingPackage
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` normal to the plane
 POSITIONS = ("mid", "all")
-CACHE_SIZE = 2  # volumes: threads may read the end of one and the start of the next
+CACHE_SIZE = 2  # volumes, because threads may read the end of one and the start of the next
 
 Windows = tuple[tuple[float, float], ...]
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ class Volume:
 
 
 def check_options(plane: str, position: str, windows: Windows) -> None:
-    """Raises ValueError for an unknown plane or position, and unless there are one or three windows of width > 0."""
+    """Raises ValueError for an unknown plane or position, or without one or three windows of positive width."""
     for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
@@ -48,7 +48,7 @@ def check_options(plane: str, position: str, windows: Windows) -> None:
 
 
 def need(package: str, what: str) -> Any:
-    """Imports an optional package. Raises MissingPackage with the install command."""
+    """Imports and returns an optional package. Raises MissingPackage with the install command if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -75,9 +75,9 @@ def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[
 
 
 def canonical(array: np.ndarray, directions: np.ndarray, spacing: Sequence[float]) -> Volume:
-    """Returns a stored scan, int16 with three axes, as a `Volume`; an oblique scan is not interpolated.
+    """Returns a stored scan, int16 with three axes, as a `Volume`; oblique scans are not interpolated.
 
-    `directions` as in `canonical_axes`, `spacing` in mm along the array's own axes.
+    `directions` are those of `canonical_axes`; `spacing` is in mm along the axes of the array.
     """
     order, signs = canonical_axes(directions)
     flipped = array.transpose(order)[tuple(slice(None, None, sign) for sign in signs)]
@@ -117,17 +117,17 @@ def render(hu: np.ndarray, windows: Windows) -> np.ndarray:
 
 
 def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a volume as a PNG file, see `cut` and `render`."""
+    """Returns one plane of a volume as a PNG file; see `cut` and `render`."""
     return images.encode(render(cut(volume, plane, index), windows))
 
 
 def raise_error(problem: str) -> bytes:
-    """Raises ValueError(problem); the image of an example whose error is already known."""
+    """Raises ValueError(problem). Replaces the reader of an image whose error is already known."""
     raise ValueError(problem)
 
 
 def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
-    """Caches the last CACHE_SIZE results of `read`; one thread reads at a time, because volumes are large."""
+    """Caches the last CACHE_SIZE results of `read`; since volumes are large, only one thread reads at a time."""
     cached = functools.lru_cache(maxsize=CACHE_SIZE)(read)
     lock = threading.Lock()
 

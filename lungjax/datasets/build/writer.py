@@ -1,29 +1,36 @@
-"""Writes a data set: reads and checks every image once; writes TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
 The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
-the old one remains until the new one is complete.
+the old one remains until the new one is complete. The processed images of complete shards are kept until then, so the
+next run continues after them.
 """
 
 import functools
+import hashlib
 import itertools
 import multiprocessing
 import os
+import pickle
+import shutil
 import sys
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from lungjax import __version__
 from lungjax.data import duplicates, prepared, summary
 from lungjax.datasets.build import near_duplicates, staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
+from lungjax.runtime.files import atomic_file
+from lungjax.runtime.progress_bar import progress_bar
 
 SHARD_BYTES = 128 << 20  # TFDS writes a shard from memory
 GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image, which is stored uncompressed
@@ -32,13 +39,14 @@ SKIP = "; use --on_bad_image=skip to skip such images"
 
 @dataclass
 class _Images:
-    """The pass over the images of a listing, and its results."""
+    """State and results of one pass over the images of a listing."""
 
     listing: Listing
     options: ImageOptions
     on_bad_image: str
     on_no_lung: str
     thumbnails: Path  # a file with one thumbnail per row, because memory may not hold them
+    shard_folder: Path  # the processed images of complete shards, see `process_shard`
     bar: Any
     skipped: list[str]
     examples: list[Example] = field(default_factory=list)  # stored ones, in order
@@ -62,7 +70,7 @@ class _Images:
 
     def _shard(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
         with self.thumbnails.open("ab") as thumbnails:
-            for example, image in process_images(examples, self.options):
+            for example, image in process_shard(examples, self.options, self.shard_folder):
                 self.bar.update()
                 if self._is_stored(example, image) and isinstance(image, ProcessedImage):
                     thumbnails.write(image.thumbnail)
@@ -125,7 +133,8 @@ class _Images:
         rows = zip(self.columns["label"], clean, strict=True)
         empty = set(classes) - {label for label, split in rows if split == "train"}
         listed = {classes[example.label] for example in self.examples if example.split == "train"}
-        if empty and not (empty <= listed and self.listing.study):  # with study splits, a warning suffices
+        # With study splits, a warning suffices; a set without any training images is for tests.
+        if empty and listed and not (empty <= listed and self.listing.study):
             lost = " once patients and images of later splits are removed" if empty & listed else ""
             names = ", ".join(c for c in classes if c in empty)
             raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
@@ -169,7 +178,7 @@ def prepare(
     keep: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the data set `name` and returns its summary, which is also stored with it as summary.json and .md.
+    """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
     Args:
         name: data set and configuration, such as "folder/my_hospital".
@@ -189,15 +198,21 @@ def prepare(
     final = prepared.directory(data_dir, name)
     options = ImageOptions(stage, size, listing.body, window)
     with staging.locked(data_dir, name) as root:
+        shard_folder = root.with_name(f"{root.name}.shards")
+        shard_folder.mkdir(exist_ok=True)
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
-        staging.check_disk(sum(sizes), data_dir, len(listing.examples), say)
+        twice = sum(size for e, size in zip(listing.examples, sizes, strict=True) if stage or size or callable(e.image))
+        staging.check_disk(sum(sizes) + twice, data_dir, len(listing.examples), say)
+        if any(shard_folder.iterdir()):
+            say("Resuming an interrupted run")
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
-        with tqdm(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
-            images = _Images(listing, options, on_bad_image, on_no_lung, root / "thumbnails", bar, missing)
+        with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+            paths = (root / "thumbnails", shard_folder)
+            images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
             tfds_builder.write(name, root, name, listing.classes, shards)
         written = prepared.directory(root, name)
@@ -213,13 +228,13 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        if images.converted:
-            modes = ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items()))
+        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items())):
             notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
         staging.publish(written, final)
+        shutil.rmtree(shard_folder)
     return result
 
 
@@ -246,6 +261,44 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
 
 def _place(example: Example) -> str:
     return f"{example.where}: " if example.where else ""
+
+
+def process_shard(
+    examples: Sequence[Example], options: ImageOptions, folder: Path
+) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
+    """Yields as `process_images`, and saves the results in `folder`, where the next run reads all except bad images."""
+    path, saved = folder / _shard_key(examples, options), []
+    if path.exists():
+        saved = pickle.loads(zlib.decompress(path.read_bytes()))
+        missing = process_images([e for e, image in zip(examples, saved, strict=True) if image is None], options)
+        for example, image in zip(examples, saved, strict=True):
+            if image is None:
+                yield next(missing)
+            else:
+                yield example, replace(image, data=Path(str(example.image)).read_bytes()) if image.original else image
+        return
+    for example, result in process_images(examples, options):
+        good = None if isinstance(result, Problem) else result
+        saved.append(replace(good, data=b"") if good and good.original else good)
+        yield example, result
+    with atomic_file(path) as partial:
+        partial.write_bytes(zlib.compress(pickle.dumps(saved), 1))
+
+
+def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
+    """Returns a digest of everything that the processed images of a shard depend on."""
+
+    def describe(function: Any) -> str:  # repr would contain the address of the function
+        target = getattr(function, "func", function)
+        return f"{getattr(target, '__qualname__', target)} {[getattr(function, k, '') for k in ('args', 'keywords')]}"
+
+    digest = hashlib.blake2b(f"{__version__} {options}".encode(), digest_size=12)
+    for e in examples:
+        stat = os.stat(e.image) if isinstance(e.image, str) else None
+        source = describe(e.image) if stat is None else f"{e.image} {stat.st_size} {stat.st_mtime_ns}"
+        text = f"{e.file} {source} {e.box} {describe(e.transform)}\n"
+        digest.update(text.encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def process_images(
