@@ -72,6 +72,7 @@ case ${1:-} in
   test)
     shift
     install "$accel,test"
+    unset LUNGJAX_RUN_SH  # the tests expect the form of `python -m`
     cd "$here" && exec "$venv/bin/python" -m pytest -n 2 --dist=loadfile "$@" ;;
   prepare | explore | weights | tables | explain | compare | predict | export | serve | runs | tensorboard)
     command=$1

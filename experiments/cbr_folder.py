@@ -2,8 +2,8 @@
 
     python -m lungjax.main --experiment=cbr_folder
 
-Any number of classes; CT slices or chest X-rays. Two cores train on about 40 images per second. With the study's
-"valid" padding the last feature map is a single cell at 128 px: use input.size=256 for heat maps.
+The images are CT slices or chest X-rays of any number of classes. Two cores train on about 40 images per second. With
+the published "valid" padding, the last feature map at 128 px is a single cell: set input.size=256 for heat maps.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -20,8 +20,8 @@ training all of DenseNet-121 takes 0.2 s per slice). Not run on the real data se
 | computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies. Differences
-below one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and the figures
-of confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
+of less than one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and its
+confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
 Not reproducible: val and test were normalized with the statistics of test (here: of train); the standard deviation of
 3A is not printed (here that of 2A). Small images were padded to the window, here the window is clipped to them. The
 complete image was rotated before the crop; here the window and a margin are rotated after resizing to a square.

@@ -1,12 +1,12 @@
-"""Any network trained from random weights on your ImageNet folder, to pretrain other runs.
+"""Trains any network from random weights on your ImageNet folder, to pretrain other runs.
 
     python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
     python -m lungjax.main --experiment=cbr_folder --set=model.weights=run:runs/imagenet_pretrain_cbr_small
 
-For networks without published ImageNet weights: the CBR family of "Transfusion" (arXiv 1902.07208), pretrained by its
-authors. `dataset=` names any other prepared data set. 90 epochs of 1.28 million images need an accelerator: some hours
-on one GPU for CBR-Small. Not run on ImageNet, to which we have no access.
+This is for networks without published ImageNet weights, such as the CBR family of "Transfusion" (arXiv 1902.07208),
+whose pretrained weights its authors did not publish. `dataset=` names any other prepared data set. 90 epochs of 1.28
+million images need an accelerator: some hours on one GPU for CBR-Small. It was not run on ImageNet, which we lack.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

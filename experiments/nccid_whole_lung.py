@@ -17,7 +17,8 @@ EfficientNet-B0 (tests/benchmarks/README.md). Not run on the images, which are a
 | computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: the published test scores are optimistic, because a series (and a patient) may be in several splits. The README
-states dropout 0.3, the published run used 0.2. TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root
+states a dropout of 0.3, but the published run used 0.2. The images are stored rotated by 180 degrees, and so are images
+at prediction (`orientation` in model.json). TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root
 of ImageNet's standard deviations (tensorflow issue 49930); the run used about 2.3. The order of augmentations differs:
 `lungjax.config.presets`. Inversion (half of the train images) is unusual for CT but intended, so it is kept;
 `--set=augment.invert=0` disables it.

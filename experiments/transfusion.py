@@ -6,18 +6,18 @@
     python -m lungjax.main --experiment=transfusion:model=cbr_small,dataset=folder/xray,start=run:runs/imagenet_pretrain_cbr_small
 
 Published AUC, random / ImageNet: ResNet-50 .964 / .967, CBR-LargeT .962 / .962 on 250,000 retina photographs; .922 /
-.946 and .936 / .939 on 5,000 of them (`--set=train.fraction=0.1` gives a point of such a curve). Those photographs are
+.946 and .936 / .939 on 5,000 of them (`--set=train.fraction=0.1` gives a point of a learning curve). Those photographs are
 not public and the numbers here are for other data, so only the difference between the two starts is comparable. No
 ImageNet weights of the CBR networks are public; `imagenet_pretrain` trains some. `meanvar:` is the paper's "Mean Var":
 random weights with each tensor's mean and variance. Cost: CBR-LargeT trains on 11 and ResNet-50 on about 7 images of
 224 px per second on 2 cores (tests/benchmarks/README.md).
 
-Adam at 1e-3, as in the paper for the retina; all layers are trained, with three channels for every start, so that the
-number of parameters is the same. Epochs, batch size and weights tested (best AUC on val) are our choice: the paper uses
-other data.
+As in the paper for the retina, the optimizer is Adam at 1e-3. All layers are trained, with three channels for every
+start, so that the number of parameters is the same. Epochs, batch size and the tested weights (best AUC on val) are our
+choice, since the paper uses other data.
 
-protocol=study uses the original splits of a data set (`data.protocol`), clean (the default) splits by patient without
-duplicates; nothing else differs, and a user's folder has no study splits. The paper's count for CBR-Tiny
+protocol=study uses the original splits of a data set (`data.protocol`); clean, the default, splits by patient without
+duplicates. Nothing else differs, and a user's folder has no study splits. The paper's count for CBR-Tiny
 (1,076,480) does not match its definition (5x5, 64 to 512: 4,303,360 by the same rule); `cbr_tiny` follows the definition.
 """  # noqa: E501 a command
 

@@ -7,18 +7,18 @@ import re
 import zlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-
-from lungjax.models.trees import flatten, unflatten
 
 SCALES = r"(scale|gamma|weight|variable(_\d+)?|var|running_var|moving_variance)$"
 
 
-def random_variables(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns random variables of a network for images of shape `image_shape`."""
+def random_variables(module: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns random variables of a linen network for images of shape `image_shape`."""
+    import jax  # here: `draw` is also called in environments with torch alone
+    import jax.numpy as jnp
+
+    from lungjax.models.trees import flatten, unflatten
+
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
     return unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(shapes).items()})
 

@@ -158,9 +158,9 @@ def pairs_named(
 def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = slice(None)) -> dict[str, Any]:
     """Finds groups and images that two data sets, or some of their rows, have in common, regardless of splits.
 
-    Returns `exact` and `near`: the number of images of each with an exact copy, or else a near duplicate, in the other;
-    `examples`: at most MAX_PAIRS pairs; `b_rows`: bool [N], True for the images of `b` among these; `note`: the limits
-    of the search, or ""; `lines`: all of these, and the names of the shared groups, as text.
+    Returns `exact` and `near`, the numbers of images in each data set with an exact copy, or else a near duplicate, in
+    the other; `examples`, at most MAX_PAIRS pairs; `b_rows`, bool [N], True for the images of `b` among these; `note`,
+    the limits of the search, or ""; and `lines`, all of this and the names of the common groups as text.
     """
     sides = ((a, a_rows), (b, b_rows))
     a_files, b_files = (data.columns["file"][rows].tolist() for data, rows in sides)

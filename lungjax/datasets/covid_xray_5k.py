@@ -1,15 +1,12 @@
 """COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository."""
 
 import functools
-import io
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance
 
-from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, keras_generator
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
@@ -85,19 +82,15 @@ def generate(
 ) -> np.ndarray:
     """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
 
-    Keras saved it as JPEG with gray levels stretched to 0..255, which leaves little of `brightness` but coarser levels.
+    Keras stretches the gray levels of a copy to 0..255 before and after it changes the brightness, which therefore only
+    makes them coarser. The study's JPEG compression of the copies is omitted.
     """
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
-    picture = _stretch(moved[:, ::-1] if flip else moved)
-    file = io.BytesIO()
-    _stretch(np.asarray(ImageEnhance.Brightness(picture).enhance(brightness))).save(file, "JPEG")
-    return images.read(file.getvalue())[0]
+    return _stretch(np.floor(_stretch(moved[:, ::-1] if flip else moved) * brightness)).astype(np.uint8)
 
 
-def _stretch(array: np.ndarray) -> Image.Image:
-    """Keras's array_to_img."""
-    values = array.astype(np.float32) - array.min()
-    return Image.fromarray((values / max(values.max(), 1e-9) * 255).astype(np.uint8))
+def _stretch(array: np.ndarray) -> np.ndarray:
+    return np.floor(np.interp(array, (array.min(), array.max()), (0, 255)))
 
 
 def _generated(original: Example, count: int, seed: int) -> list[Example]:

@@ -83,10 +83,9 @@ def compare_counts(
     name: str,
     unit: str = "images",
 ) -> list[str]:
-    """Returns one line per split of `Example.study` whose counts per class differ from the published ones, if any.
+    """Returns one line per split of `Example.study` with other counts per class than published, or that all agree.
 
-    `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, the
-    only line says so.
+    `expected` maps a split, or "all" for the complete data set, to published counts in label order.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:

@@ -18,9 +18,9 @@ PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all fo
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
     """Checks whether test images of `other` show patients in train or val of `own`; returns `other`, and notes.
 
-    Checked in this order: patients of the same name, if both are versions of one data set; images from a source that
-    both share (see `shared_sources`); equal pixels; near duplicates. For stages, the last two compare the complete
-    images if those are prepared in `data_dir`. `what` names the test images, such as "the test split of folder/b".
+    It compares, in this order, patient names (of versions of one data set), sources (see `shared_sources`), equal
+    pixels and near duplicates. For stages, the last two compare the complete images if those are prepared in
+    `data_dir`. `what` names the test images, such as "the test split of folder/b".
 
     Raises ValueError for shared patients. With `drop`, all test images of these patients are removed from the test
     split instead; a shared source, whose patients are unknown, and a test without other patients remain errors.

@@ -250,10 +250,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
 
 
 def decision_curves(predictions: Predictions, path: Path) -> None:
-    """Draws the net benefit of the network, of treating all and of treating none by threshold probability.
-
-    There is one panel for each of the MAX_PANELS most frequent classes. Raises ValueError without examples.
-    """
+    """Draws the net benefit of the MAX_PANELS most frequent classes. Raises ValueError without examples."""
     p = predictions
     n = [int((p.labels == i).sum()) for i in range(len(p.classes))]
     panels = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])

@@ -10,10 +10,11 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} elapsed, {remainin
 
 
 class _Lines:
-    """A file for tqdm that turns each redraw of the bar into a line."""
+    """A file for tqdm that prints each redraw of the bar as a line."""
 
     def write(self, text: str) -> None:
-        if line := " ".join(text.split()):
+        line = " ".join(text.split())
+        if line and " 0 of " not in f" {line}":  # not the empty bar at the start
             print(line, file=sys.stderr, flush=True)
 
 

@@ -113,8 +113,9 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
         if (r.group.experiment, r.cell.split) not in panels:
             each = [metrics.summarize(p)["confusion"] for p in r.group.predictions[r.cell.split]]
             panels[r.group.experiment, r.cell.split] = title, np.mean(each, axis=0)
-        if r.cell.row in table.matrices:
-            panels[r.cell.row, r.cell.split] = f"{r.cell.row}\npublished", np.asarray(table.matrices[r.cell.row], float)
+        published = np.asarray(table.matrices.get(r.cell.row, ()), float)
+        if len(published) and tuple(published.sum(axis=1)) == table.counts.get(r.cell.split):  # is of this split
+            panels[r.cell.row, r.cell.split] = f"{r.cell.row}\npublished", published
     splits, seeds = {split for _, split in panels}, done[0].group.predictions["val"]
     names = [style.short(name, MAX_LETTERS) for name in seeds[0].classes]
     c, longest = len(names), max(map(len, names))

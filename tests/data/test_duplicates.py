@@ -57,14 +57,6 @@ def test_hash_of_flat_images():
     assert duplicates.phash(gamma(chest(0), 1.0, -20) // 8) != 0  # dark, but not flat
 
 
-def test_hash_of_thumbnail():
-    image = chest(3)
-    small = duplicates.thumbnail(image)
-    assert small.shape == (64, 64) and small.dtype == np.uint8
-    np.testing.assert_array_equal(duplicates.thumbnail(small), small)
-    assert hamming(duplicates.phash(image), duplicates.phash(small)) <= 1
-
-
 def brute_force(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[list[int]]:
     i, j = np.triu_indices(len(hashes), 1)
     keep = (np.bitwise_count(hashes[i] ^ hashes[j]) <= distance) & (groups[i] != groups[j])

@@ -288,11 +288,10 @@ def test_covid_xray_5k_generated_image():
     turned, image = np.asarray(image.rotate(-5, Image.Resampling.BILINEAR)), np.asarray(image)
     still = {"angle": 0.0, "shear": 0.0, "zoom": (1.0, 1.0), "flip": False, "brightness": 1.0}
     for change, expected, levels, error in (
-        ({}, image, image, 3),
-        ({"flip": True}, image[:, ::-1], image, 3),
-        ({"zoom": (0.5, 0.5)}, half, half, 4),
-        ({"angle": 5.0}, turned, image, 6),
-        ({"brightness": 0.2}, image, image, 6),
+        ({"flip": True}, image[:, ::-1], image, 1),
+        ({"zoom": (0.5, 0.5)}, half, half, 2),
+        ({"angle": 5.0}, turned, image, 5),
+        ({"brightness": 0.2}, image, image, 4),
     ):
         actual = covid_xray_5k.generate(image, **still | change).astype(float)
         stretched = np.interp(expected, (levels.min(), levels.max()), (0, 255))

@@ -32,7 +32,7 @@ SIZES = {"cbr_tiny": 128}
 NETWORKS = (
     "cbr_tiny", "xray_cnn", "efficientnet_b0", "efficientnet_lite0", "efficientnetv2_b0", "resnet18", "resnet50v2",
     "bit_r50x1", "convnext_tiny", "convnextv2_atto", "densenet121", "vgg16", "mobilenet", "mobilenetv2",
-    "mobilenetv3_small",
+    "mobilenetv3_small", "squeezenet1_1",
 )  # fmt: skip
 STD, MEAN = (0.2, 0.25, 0.3), (0.4, 0.5, 0.6)
 

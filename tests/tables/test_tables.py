@@ -241,13 +241,10 @@ def test_table_that_chooses(trial, options):
         cells.candidates(chooser, replace(test[0], row="d"), tables)
 
 
-def test_charts_of_the_best_runs(trial, options, monkeypatch):
-    drawn, draw = [], charts.plots.confusion_cells
-    monkeypatch.setattr(charts.plots, "confusion_cells", lambda *a: drawn.append(a[1].sum()) or draw(*a))
+def test_charts_of_the_best_runs(trial, options):
     sample = table(
         *(cell(trial, row, column, f":size={size}") for row in "ab" for column, size in (("c", 48), ("d", 64))),
         charts=("bars", "confusions", "curves"),
-        matrices={"b": np.full((3, 3), 7)},
     )
     for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
         for run in runs.plan(name, options):
@@ -261,10 +258,23 @@ def test_charts_of_the_best_runs(trial, options, monkeypatch):
     files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
     assert list(charts.draw(sample, answers, options.workdir)) == files
     assert all((options.workdir / file).stat().st_size > 5000 for file in files)
-    assert drawn == [20, 20, 63]  # of the val split; published
     nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
     assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
     assert not (options.workdir / files[2]).exists(), "chart of deleted runs"
+
+
+def test_published_confusion_matrices(trial, options, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts.plots, "confusion_cells", lambda axis, counts, *_: drawn.append(counts))
+    cells_of = [cell(trial, "a", split, metric=f"{split}.slice.accuracy") for split in ("test", "val")]
+    sample = table(
+        *cells_of, charts=("confusions",), counts={"val": COUNTS["val"]}, matrices={"a": np.diag((10, 6, 4))}
+    )
+    for run in runs.plan(trial, options):
+        fabricate(run)
+    charts.draw(sample, evaluate(sample, options), options.workdir)
+    assert [counts.sum() for counts in drawn] == [24, 20, 20]  # the published one is of the val split
+    assert [np.trace(counts) == 20 for counts in drawn] == [False, False, True]
 
 
 def test_execute_missing_runs(trial, options, monkeypatch):
@@ -306,14 +316,11 @@ def test_ctrl_c_saves_a_run(tmp_path, options, trial, monkeypatch, capfd):
 
 
 def test_runs_pooled_over_seeds(trial, options, capsys):
-    for name in (trial, f"{trial}:size=64"):
-        for run in runs.plan(name, options):
-            fabricate(run)
-            path = run.folder / "predictions_test.csv"
-            p = predictions.read(path)
-            predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "north", "south")), path)
-    arguments = ["--pool", "--draws=100", f"--workdir={options.workdir}"]
-    assert commands.run(command, *arguments) == 0
+    for run in (*runs.plan(trial, options), *runs.plan(f"{trial}:size=64", options)):
+        fabricate(run)
+        p = predictions.read(path := run.folder / "predictions_test.csv")
+        predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "north", "south")), path)
+    assert commands.run(command, "--pool", "--draws=100", f"--workdir={options.workdir}") == 0
     text, pool = capsys.readouterr().out, [predict("test", 1.0, seed) for seed in (0, 1)]
     rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
     assert len(rows) == 2 and "trial_simple_64_phantom_ct_tiny/seed0" in rows[1]
@@ -321,8 +328,7 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
         mean, low, high = bootstrap.over_runs(pool, [name], 100, unit=unit)[name]
         assert all(f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in row for row in rows)
     assert "| AUC; accuracy per slice | north, 16 images | south, 8 images |" in text
-    (options.workdir / "empty").mkdir()
-    assert commands.run(command, *arguments[:2], f"--workdir={options.workdir / 'empty'}") == 2
+    assert commands.run(command, "--pool", f"--workdir={options.data_dir}") == 2
     assert "no finished" in capsys.readouterr().err
 
 

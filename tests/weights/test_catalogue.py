@@ -44,7 +44,7 @@ def test_rows_are_valid():
     for column in ("name", "filename"):
         assert len({getattr(record, column) for record in catalogue.RECORDS}) == len(catalogue.RECORDS)
     models_of_rows = [record.model for record in catalogue.RECORDS]
-    assert len([model for model, _ in groupby(models_of_rows)]) == len(set(models_of_rows)) == 61  # adjacent rows
+    assert len([model for model, _ in groupby(models_of_rows)]) == len(set(models_of_rows)) == 62  # adjacent rows
 
 
 # Checksum, normalization, size, top-1, license: from the documentation and code of Keras, timm, torchvision and BiT.
@@ -57,6 +57,7 @@ FACTS = {
     "bit_r50x1.goog_m_in1k": ("", "half", 480, 80.68, "apache-2.0"),
     "convnextv2_atto.fcmae_ft_in1k": ("", "imagenet", 224, 76.64, "cc-by-nc-4.0"),
     "vgg16.keras": ("md5:64373286793e3c8b2b4e3219cbf3544b", "caffe", 224, 71.3, "cc-by-4.0"),
+    "squeezenet1_1.torchvision_v1": ("sha256:b8a52dc0", "imagenet", 224, 58.178, "bsd-3-clause"),
     "mobilenetv3_small.keras": ("md5:8768d4c2e7dee89b9d02b2d03d65d862", "half", 224, 68.1, "apache-2.0"),
 }
 

@@ -293,10 +293,7 @@ def orientation(exif: bytes) -> int:
 
 
 def conversion(data: bytes) -> str:
-    """Returns the mode of an image file if `read` loses part of it, such as "RGBA, 16 bits"; "" otherwise.
-
-    Raises an exception of Pillow for an unreadable file.
-    """
+    """Returns the mode of a readable image file, such as "RGBA, 16 bits", if `read` loses part of it; "" otherwise."""
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())) as picture:
         mode = picture.mode + (" with transparency" if "transparency" in picture.info else "")
         # From the header, because Pillow reduces 16-bit color to 8 bits.

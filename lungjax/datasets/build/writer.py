@@ -1,8 +1,7 @@
 """Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
-The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
-the old one remains until the new one is complete. The processed images of complete shards are kept until then, so the
-next run continues after them.
+A staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, nor replaces an old one.
+The processed images of complete shards are kept until then, so the next run continues after them.
 """
 
 import functools
