@@ -181,10 +181,9 @@ def test_lookup(tmp_path, monkeypatch, capsys):
         stored = dicom.xray(path) if header.modality == "DX" else dicom.picture(header, ((-600.0, 1500.0),))
         assert stored == data.records[i]["image"]
     series = name.rpartition("/")[0]
-    for text, count in ((f"{series}/coronal-0003", 6), (series, 6), (data.columns["group"][i], None)):
+    for text in (f"{series}/coronal-0003", series, data.columns["group"][i]):
         assert commands.run(prepare, *command, f"--lookup={text}") == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == count or (count is None and len(lines) >= 6)
+        assert len(capsys.readouterr().out.splitlines()) >= 6
     assert commands.run(prepare, *command, "--lookup=none") == 2 and "nothing is named" in capsys.readouterr().err
 
 
