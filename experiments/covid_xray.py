@@ -1,21 +1,21 @@
-"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, DeepCovid's ResNet18.
+"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two of DeepCovid.
 
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
 
-Study: github.com/Mithunjack/covid-19-xay-image-classification; ResNet18: github.com/shervinmin/DeepCovid (arXiv
-2004.09363), the source of these X-rays. Published accuracy: CNN .9896 (text of the README: .97), MobileNetV2 .6938,
-ResNet101V2 .9750, DenseNet201 .9625. On 2 cores xray_cnn trains in minutes and the heads of the others in tens of
-minutes (step times: tests/benchmarks/README.md). On 2,683 of the study's 2,688 X-rays, reduced to 288 pixels, xray_cnn
-with protocol=study reached .9803 (one seed).
+Study: github.com/Mithunjack/covid-19-xay-image-classification; resnet18, squeezenet1_1: github.com/shervinmin/DeepCovid
+(arXiv 2004.09363), the source of these X-rays. Published accuracy: CNN .9896 (text of the README: .97), MobileNetV2
+.6938, ResNet101V2 .9750, DenseNet201 .9625. On 2 cores xray_cnn trains in minutes and the heads of the others in tens
+of minutes (step times: tests/benchmarks/README.md). On 2,683 of the study's 2,688 X-rays, reduced to 288 pixels,
+xray_cnn with protocol=study reached .9803 (one seed).
 
 | | study | clean |
 | --- | --- | --- |
 | splits | test is also val, generated images in train | val cut from train by patient, no copies, none generated |
-| few COVID images | 121 generated images (covid_xray_5k/oversampled), or DeepCovid's for resnet18 | class weights |
+| few COVID images | 121 generated images (covid_xray_5k/oversampled), or those of DeepCovid | class weights |
 | xray_cnn | 100 times 3 batches, last weights, nearest-neighbor resizing | up to 30 epochs, best AUC on val, bilinear |
 | frozen networks | input 0..1 | input range of their weights |
-| resnet18 | best accuracy on val, which is test | best AUC on val |
+| DeepCovid | best accuracy on val, which is test | best AUC on val |
 | computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: none of the published scores is reliable. .9896 is 95 of 96 random test images, of which 94 % are "non" (always
@@ -36,12 +36,13 @@ from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec,
 from lungjax.config.presets import one_of, preset, slug
 
 FROZEN = ("mobilenetv2", "resnet101v2", "densenet201", "vgg16")
+DEEPCOVID = ("resnet18", "squeezenet1_1")
 
 
 def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
     """Arguments: model; protocol (clean or study)."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
-    one_of("model", model, ("xray_cnn", *FROZEN, "resnet18"))
+    one_of("model", model, ("xray_cnn", *FROZEN, *DEEPCOVID))
     size, ranged, augment = (256, 256), model == "xray_cnn" or study, preset("none")
     if model == "xray_cnn":
         network = ModelConfig(name=model, head=HeadConfig(output="sigmoid", positive_class="non"))
@@ -49,7 +50,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
         train = TrainConfig(batch_size=32, epochs=30, patience=10)
         if study:
             train = TrainConfig(batch_size=32, steps=300, eval_steps=30, keep="last")
-    elif model == "resnet18":
+    elif model in DEEPCOVID:
         size, ranged = (224, 224), False
         network = ModelConfig(name=model, weights="torchvision_v1")
         decays = tuple(epoch / 100 for epoch in range(7, 100, 7))
@@ -66,7 +67,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
             train = TrainConfig(batch_size=8, steps=10 * 96, eval_steps=96, keep="last")
     if not study:
         optim = replace(optim, class_weights="balanced")
-    copies = "/oversampled" if study and model != "resnet18" else ""  # DeepCovid's archive has its own
+    copies = "/oversampled" if study and model not in DEEPCOVID else ""  # DeepCovid's archive has its own
     return Config(
         name=slug("covid_xray", model, "study" if study else ""),
         data=DataConfig(dataset=f"covid_xray_5k{copies}", protocol=protocol),
@@ -74,7 +75,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
             size=size,
             channels=3,
             interpolation="nearest" if study and model == "xray_cnn" else "bilinear",
-            antialias=not study or model == "resnet18",  # PIL's in torch
+            antialias=not study or model in DEEPCOVID,  # PIL's in torch
             mean=(0.0,) if ranged else None,
             std=(1.0,) if ranged else None,
         ),

@@ -49,7 +49,7 @@ def run(
     program = sys.modules["__main__"]
     program.__doc__ = program.__doc__ and in_user_form(program.__doc__)  # printed by --help
     define_flags()
-    flags.DEFINE_bool("traceback", False, "Shows the traceback of an error.", module_name=main.__module__)
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error.", module_name=main.__module__)
     try:
         app.run(check_arguments, argv)
     except signals.Interrupted as stop:  # the training loop has saved and printed a message

@@ -1,8 +1,8 @@
 """Compares two runs on the same test examples: python -m lungjax.compare RUN_A RUN_B
 
 Prints a Markdown table with each metric of A and B, the difference B - A, its 95 % interval by paired bootstrap over
-patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Runs
-of the same network also vary with the seed: a difference between runs need not be a difference between networks.
+patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Two
+runs of one network also differ, by their seeds: a difference between runs need not be one between networks.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 def compare(
     run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000, seed: int = 0
 ) -> str:
-    """Returns the comparison of two run folders with report.json and predictions_SPLIT.csv as Markdown.
+    """Returns the comparison of the folders of two finished runs as Markdown.
 
     `names` are metrics, UNIT.NAME with UNIT "slice" or "patient"; None compares DEFAULT_METRICS and the recall of each
     class, also per patient if patients have several slices. `draws` and `seed` are those of the bootstrap. Raises
@@ -118,10 +118,7 @@ def _predictions(run: Path, split: str) -> Predictions:
 
 
 def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Returns a note if the runs saw different preprocessing of one data set, or "".
-
-    Raises ValueError if the data differ.
-    """
+    """Returns a note if the preprocessing differs, otherwise "". Raises ValueError if the data differ."""
     names, prints = [[str(facts.get(key, "")) for facts in (a, b)] for key in ("dataset", "fingerprint")]
     # name[/config][-stage][-size]: different stages of the same examples can be compared.
     if names[0].split("-")[0] != names[1].split("-")[0]:

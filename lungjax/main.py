@@ -4,6 +4,7 @@ This module reads the flags; `lungjax.training.train.run` does the work. jax is 
 complete, so that typos are reported immediately.
 """
 
+import json
 from pathlib import Path
 
 from absl import app, flags
@@ -34,13 +35,13 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
-    flags.DEFINE_string("compile_for", None, "Only compiles the training step, for TPUs such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_string("compile_for", None, "Only compile the training step, for TPUs such as v5e:4x4; needs no TPU.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to trace with jax.profiler, into WORKDIR/profile.")
     flags.DEFINE_bool("list", False, "List the experiments and exit.")
 
 
 def main(_: list[str]) -> None:
-    """Loads the experiment, applies the overrides, runs it and prints the path of the report."""
+    """Loads the experiment, applies the overrides, runs it, and prints the test scores and the path of the report."""
     if FLAGS.list:
         print(experiments.listing())
         return
@@ -66,7 +67,8 @@ def main(_: list[str]) -> None:
         print(aot_compile.compile_for(config, FLAGS.compile_for, Path(FLAGS.data_dir)))
         return
     environment.prepare_jax()
-    from lungjax.runtime import distributed  # here, after the flags, since they import jax
+    from lungjax.report import context  # here, after the flags, since they import jax
+    from lungjax.runtime import distributed
     from lungjax.training import cross_validation, external_test, train
 
     address = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
@@ -84,6 +86,9 @@ def main(_: list[str]) -> None:
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
+        print("Test scores, 95 % intervals in parentheses:")
+        for where, scores in context.headline(json.loads(report.with_suffix(".json").read_text("utf-8"))).items():
+            print(f"  {where}: " + "; ".join(f"{name} {score}" for name, score in scores.items()))
         print(f"Report: {report.with_suffix('.html')}")
 
 

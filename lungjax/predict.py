@@ -146,13 +146,13 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
         with tables(out / "series", columns, key) as (write, done):
             for series in list(sources.series)[len(done) :]:
                 if series not in probabilities:
-                    write({"series": series, "error": "none of its slices could be read"} | verdicts.get(series, {}))
+                    write({"series": series, "error": "none of its images could be read"} | verdicts.get(series, {}))
                     continue
                 rows, missing = np.stack(probabilities[series]), unreadable[series]
-                notes = [*sources.notes.get(series, []), *([f"{missing} slices could not be read"] if missing else [])]
+                notes = [*sources.notes.get(series, []), *([f"{missing} images could not be read"] if missing else [])]
                 record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
                 write({**verdicts.get(series, {}), **record})
-                print(line(f"{series} ({len(rows)} slices)", record))
+                print(line(f"{series} ({len(rows)} images)", record))
     return failures
 
 

@@ -1,7 +1,7 @@
 """Lists runs and their scores: python -m lungjax.runs [DIR] [--plot=FILE]
 
 One line per run below DIR (default `runs`): name, data set, network, step, best validation score and test score of
-`train.monitor`, and whether the run is finished. Below the table, the commands that resume the others.
+`train.monitor`, and whether the run is finished. The commands that resume the others follow.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A model that answers in a known way, without a network."""
+"""A model with known answers, without a network."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from lungjax.inference.model import Model
 
 
 def brightness(**fields):
-    """A model whose probability of "bright" is the mean gray level."""
+    """Returns a model whose probability of "bright" is the mean gray level."""
 
     def forward(pixels):
         assert len(pixels) in (1, 2, 4)

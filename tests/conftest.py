@@ -1,4 +1,4 @@
-"""What the tests share: a small in-memory data set, where real images lie, one compilation cache a session."""
+"""Shared fixtures: a small data set in memory, a trained run, the folder of real images, and a compilation cache."""
 
 import atexit
 import io
@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-# Sub-processes of the tests compile the same programs again; one throw-away cache serves them all.
+# Subprocesses of the tests compile the same programs, so all share one temporary cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -25,14 +25,14 @@ flags.FLAGS.mark_as_parsed()
 
 
 def without_pictures(patch) -> None:
-    """Reports without pictures, which take half of a small run; for tests that look at weights and numbers alone."""
+    """Omits the figures of reports, which take half of the time of a small run."""
     from lungjax.report import write
 
     patch.setattr(write, "draw", lambda *_, **__: {})
 
 
 def small_bn():
-    """The constructor of a network with BatchNorm that compiles in a second."""
+    """Returns the constructor of a network with BatchNorm that compiles in a second."""
     from lungjax.models.transfusion import Transfusion
 
     return partial(Transfusion, 3, (4, 8))
@@ -40,7 +40,7 @@ def small_bn():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For programs that run a few times: compiled quickly, not well."""
+    """Compiles quickly, without optimizations, for programs that run a few times."""
     from lungjax.models.ops import conv
 
     with pytest.MonkeyPatch.context() as patch:
@@ -50,10 +50,10 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real images for development; only tests that want it may skip."""
+    """The folder of real images for development; only tests that need it may skip."""
     path = ROOT / os.environ.get("LUNGJAX_SHARED", "../shared")
     if not path.is_dir():
-        pytest.skip("no real images here: LUNGJAX_SHARED names no folder")
+        pytest.skip("no real images: LUNGJAX_SHARED is not a folder")
     return path
 
 
@@ -64,7 +64,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def make_small_data():
-    """60 images of 40 x 40, three classes that a small network can tell apart: where the bright square is."""
+    """Returns 60 images of 40 x 40 in three classes that differ in the position of a bright square."""
     from lungjax.data.prepared import Prepared
 
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def small_data():
 
 
 class TrainedRun(NamedTuple):
-    """A finished run and its data; nothing in it may be changed, so copy what a test changes."""
+    """A finished run and its data; copy it before changing anything."""
 
     workdir: Path  # config.json, model.json, checkpoints, report.html, predictions_test.csv, ...
     data_dir: Path  # of the prepared data set folder/mine
@@ -111,9 +111,9 @@ class TrainedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> TrainedRun:
-    """A network of the zoo, `simple`, trained for two steps on folder/mine: 3 classes, 18 patients, 32 x 32 pixels.
+    """The network `simple`, trained for two steps on folder/mine: 3 classes, 32 x 32 pixels.
 
-    Of each class 3 patients are in train, 2 in val, 1 in test, with 2 images each. Any process can open the run.
+    Each class has 3 patients in train, 2 in val and 1 in test, with 2 images each. Any process can open the run.
     """
     import folders
 

@@ -1,4 +1,4 @@
-"""Predictions for tests, from labels and scores, or random."""
+"""Random predictions, and predictions from labels and scores."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from lungjax.evaluation.predictions import Predictions
 
 
 def make_predictions(labels, scores, groups=None, sources=None, logits=None, ids=None) -> Predictions:
-    """Probabilities are `scores` [N, C], each row divided by its sum; classes are a, b, c, ..."""
+    """Returns predictions whose probabilities are `scores` [N, C], normalized; classes are a, b, c, ..."""
     scores = np.asarray(scores, np.float64)
     n, c = scores.shape
     return Predictions(
@@ -21,7 +21,10 @@ def make_predictions(labels, scores, groups=None, sources=None, logits=None, ids
 
 
 def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Predictions:
-    """Three classes, of which c is rare; the labels are the same for every seed, some examples have no patient."""
+    """Returns predictions of three classes, of which c is rare.
+
+    Labels are the same for every seed; some examples have no patient.
+    """
     rng, fixed = np.random.default_rng(seed), np.random.default_rng(99)
     patient = fixed.integers(0, patients, n)
     labels = np.where(fixed.random(patients) < 0.08, 2, np.arange(patients) % 2)[patient]
@@ -34,7 +37,7 @@ def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Pred
 
 
 def guesses(labels, classes, seed=0, skill=1.5, slices=3, tag="t", sources=("",)) -> Predictions:
-    """Predictions that are better the higher `skill`; `slices` successive images are of one patient."""
+    """Returns predictions that are better for a higher `skill`; `slices` successive images are of one patient."""
     rng, n = np.random.default_rng(seed), len(labels)
     logits = (rng.normal(size=(n, len(classes))) + skill * np.eye(len(classes))[labels]).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
 """A small run in its own process: python tests/run_small.py OUT [FIELD=VALUE ...] [--host=I --hosts=N --port=P]
 
-Trains the configuration of `runs.PLAIN`, or with --all that of `runs.CONFIG`, and saves losses and test predictions as
-OUT.npz. --pause waits before each step, for tests that stop it. With --hosts several processes are one run.
+Trains `small_runs.PLAIN`, or with --all `small_runs.CONFIG`, and saves losses and test predictions as OUT.npz. --pause
+waits before each step, for tests that stop the run. With --hosts it is one host of a run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Every number of a level by scikit-learn's functions."""
+"""All metrics of a level, computed by scikit-learn."""
 
 import numpy as np
 from sklearn import metrics as sk
@@ -7,7 +7,7 @@ from lungjax.evaluation.predictions import Predictions
 
 
 def by_scikit_learn(p: Predictions, rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
-    """All numbers of a level over `rows`, NaN where scikit-learn or the definition has none."""
+    """Returns all metrics of a level over `rows`, NaN where they are undefined."""
     labels, s = p.labels[rows], p.probabilities[rows]
     z = s if p.logits is None else p.logits[rows]
     predicted, c = s.argmax(axis=1), len(p.classes)

@@ -1,4 +1,4 @@
-"""A service on a free port with a known model, and a client; for the tests of `lungjax.serve`."""
+"""A service on a free port with a known model, and a client, for the tests of `lungjax.serve`."""
 
 import http.client
 import json
@@ -44,7 +44,7 @@ sys.addaudithook(watch)
 
 
 class Brightness:
-    """A `Model` whose probability of "bright" is the mean gray level. Clearing `gate` stops the device."""
+    """A model whose probability of "bright" is the mean gray level; clearing `gate` blocks the device."""
 
     batch_sizes, methods = (1, 2, 4), ("gradcam", "occlusion")
 
@@ -79,7 +79,7 @@ class Brightness:
 
 
 class Service:
-    """A running service, asked over its port."""
+    """A running service, queried over its port."""
 
     def __init__(self, model, app, port):
         self.model, self.app, self.port = model, app, port
@@ -103,7 +103,7 @@ class Service:
 
 
 def form(*files):
-    """A multipart body of (name, bytes) under the field `files`."""
+    """Returns a multipart body of (name, bytes) in the field `files`, and its type."""
     head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
     parts = [head % (name.encode(), data) for name, data in files]
     return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
@@ -141,7 +141,7 @@ def slices(level, uid, count=3):
 
 
 def post_all(service, count, path="/predict"):
-    """Posts images of gray level 0, 1, ... at once; returns the list of answers and the threads that fill it."""
+    """Posts images of gray level 0, 1, ... in parallel; returns the list of answers and the threads that fill it."""
     answers = [None] * count
 
     def post(i):

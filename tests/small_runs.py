@@ -23,7 +23,7 @@ from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, optim, program, setup
 
-# With everything that must survive an interruption: dropout, augmentation, mixing, a schedule, frozen parameters.
+# Has everything that must survive an interruption: dropout, augmentation, mixing, a schedule, frozen parameters.
 CONFIG = Config(
     name="small",
     input=InputSpec(size=(32, 32)),
@@ -44,21 +44,21 @@ def changed(config: Config, *assignments: str) -> Config:
 
 
 def patched(patch: pytest.MonkeyPatch, data) -> None:
-    """Lets runs find the small network and open `data`, and leaves out the figures of their reports."""
+    """Makes runs find the small network and open `data`, and omits the figures of their reports."""
     patch.setitem(models.MODELS, "small_bn", conftest.small_bn())
     patch.setattr(setup, "open_dataset", lambda *_, **__: data)
     conftest.without_pictures(patch)
 
 
 def last_state(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the last state by path, optimizer included, read without lungjax."""
+    """Returns all arrays of the last state by path, read without lungjax."""
     path = workdir.absolute() / "checkpoints/last" / str(newest(workdir, "last"))
     leaves = jax.tree_util.tree_leaves_with_path(ocp.load_checkpointables(path)["state"])
     return {jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf) for key, leaf in leaves}
 
 
 def assert_same_end(a: Path, b: Path) -> None:
-    """Last state, best step and validation losses of two runs are equal, bit for bit."""
+    """Asserts that last state, best step and losses of two runs are bit-identical."""
     states = [last_state(workdir) for workdir in (a, b)]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 20
     for path, array in states[0].items():
@@ -89,7 +89,7 @@ def start_hosts(out: Path, *arguments: str) -> list[subprocess.Popen]:
 
 
 def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
-    """Waits for processes that end with `code`; returns what each wrote to stderr."""
+    """Waits for processes to end with `code`; returns the stderr of each."""
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), outputs
     return [errors for _, errors in outputs]
@@ -119,7 +119,7 @@ def build(config: Config) -> program.Program:
 
 
 def first_state(config: Config):
-    """A state with random weights and statistics."""
+    """Returns a state with random weights and statistics."""
     built = build(config)
     variables = random_variables(built.module, (*config.input.size, config.input.network_channels))
     return built.new_state({path: leaf for tree in variables.values() for path, leaf in trees.flatten(tree).items()})
@@ -127,7 +127,7 @@ def first_state(config: Config):
 
 @cache
 def one_step(config: Config):
-    """Returns the states before and after one step from random weights, as numpy arrays, and the step's metrics."""
+    """Returns the states before and after one step from random weights, and its metrics, as numpy arrays."""
     first = first_state(config)
     before = jax.device_get(first)
     after, metrics = build(config).train_step(first, batch_of(config))
@@ -139,7 +139,7 @@ def frozen_paths(config: Config) -> frozenset[str]:
 
 
 def different(before, after) -> set[str]:
-    """Paths of the leaves that are not bit for bit equal."""
+    """Returns the paths of the leaves that are not bit-identical."""
     before, after = trees.flatten(before), trees.flatten(after)
     assert before.keys() == after.keys()
     return {path for path in before if not np.array_equal(before[path], after[path])}

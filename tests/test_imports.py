@@ -84,3 +84,9 @@ def test_a_step_needs_no_data_or_plotting_packages():
         "from lungjax.training import losses, optim, state, step"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_benchmark_peers_need_no_jax():
+    absent = ("flax", "jax", "lungjax")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from tests.benchmarks import train_peers"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -70,8 +70,12 @@ def test_from_nothing_to_a_report_after_sigkill(tmp_path):
     result = run(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
     assert "Resuming from step" in result.stdout
-    assert result.stdout.splitlines()[-1] == "Report: runs/phantom_demo/report.html"
-    assert 0 <= json.loads((workdir / "report.json").read_text())["test"]["slice"]["accuracy"] <= 1
+    level = json.loads((workdir / "report.json").read_text())["test"]["slice"]
+    low, high = level["intervals"]["accuracy"]
+    *_, scores, patients, last = result.stdout.splitlines()
+    assert f"{level['n']} test slices" in scores and "test patients" in patients
+    assert f"; accuracy {level['accuracy']:.3f} ({low:.3f} to {high:.3f}); " in scores
+    assert last == "Report: runs/phantom_demo/report.html" and "\r" not in result.stderr
 
 
 def test_evaluating_a_moved_run(trained_run, tmp_path, monkeypatch, capsys):

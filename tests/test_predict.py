@@ -285,8 +285,8 @@ def test_unreadable_slices_are_counted(by_brightness, tmp_path):
     assert by_brightness(tmp_path / "some", tmp_path / "all") == 1
     assert sum(bool(row["error"]) for row in table(tmp_path / "out/predictions.csv").values()) >= 5
     series = table(tmp_path / "out/series.csv")
-    assert "2 slices" in series["some"]["warnings"] and series["some"]["files"] == "3"
-    assert "none of its slices" in series["all"]["error"]
+    assert "2 images" in series["some"]["warnings"] and series["some"]["files"] == "3"
+    assert "none of its images" in series["all"]["error"]
 
 
 def test_damaged_dicom_headers(by_brightness, tmp_path):
@@ -349,4 +349,4 @@ def test_records():
     }  # fmt: skip
     series = records.summary(description, "s", np.asarray([[0.6, 0.4], [0.9, 0.1]]), warned=1)
     assert series["probabilities"] == {"dark": 0.75, "bright": 0.25} and not series["decisions"]["bright"]["called"]
-    assert series["files"] == 2 and "1 of 2 slices" in series["warnings"][0]
+    assert series["files"] == 2 and "1 of 2 images" in series["warnings"][0]

@@ -63,8 +63,9 @@ def test_command_without_tensorflow_and_jax(tmp_path):
     result = python(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    assert "| train |" in result.stdout and "dataset=folder/mine --data_dir=out" in result.stdout
-    assert "24/24" in result.stderr and "images/s" in result.stderr
+    assert "| train |" in result.stdout
+    assert "--experiment=cbr_folder:dataset=folder/mine --data_dir=out" in result.stdout
+    assert "24 of 24" in result.stderr and "images/s" in result.stderr
 
 
 def test_invalid_commands(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Writes pickles like those of torch.save, in both of its formats, and malicious ones."""
+"""Writes pickles like those of torch.save in both formats, and malicious ones."""
 
 import struct
 import zipfile
@@ -35,7 +35,7 @@ def mapping(**items):
 
 
 def state_dict(items):
-    """An OrderedDict with a state, as of a module."""
+    """Returns an OrderedDict with a state, like that of a module."""
     pairs = b"".join(text(key) + value for key, value in items.items())
     empty = call(name("collections", "OrderedDict"))
     return empty + b"(" + pairs + b"u" + mapping(_metadata=mapping()) + b"b"

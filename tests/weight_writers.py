@@ -1,13 +1,12 @@
-"""Writes weight files of every format for a tiny network, by hand, and records that add it to the zoo."""
+"""Writes weight files of every format for a tiny network, and adds it to networks and catalogue."""
 
-import json
 import re
-import struct
 from dataclasses import replace
 
 import h5py
 import numpy as np
 from random_weights import draw
+from safetensors.numpy import save_file
 from torch_writers import array_of, state_dict, write_stream, write_zip
 
 from lungjax import models
@@ -20,7 +19,7 @@ CLASSES, SIDE = 5, 32
 
 
 def tiny(width=8):
-    """An EfficientNet of two blocks, with each kind of layer that the family has."""
+    """Returns an EfficientNet of two blocks, with every kind of layer of the family."""
     stages = (Stage(False, 1, 8, 1, 1, 3, 0.25), Stage(False, 1, width + 4, 6, 2, 5))
     return EfficientNet(expand(stages, 8), stem=8, top=2 * width, head=HeadConfig(dropout=0.2))
 
@@ -43,7 +42,7 @@ WIDE = replace(KERAS, name="wide.keras", filename="wide.h5")
 
 
 def install(monkeypatch, folder):
-    """Adds "tiny" and "wide" to the networks; the other records are of two real networks. The cache is empty."""
+    """Adds "tiny" and "wide" to the networks, with records of these and of two real networks; the cache is empty."""
     for name, make in {"tiny": tiny, "wide": lambda: tiny(16)}.items():
         monkeypatch.setitem(models.MODELS, name, make)
         monkeypatch.setitem(models.FAMILIES["efficientnet"], name, make)
@@ -58,7 +57,7 @@ def flat(variables):
 
 
 def leaves(model="tiny", classes=CLASSES, channels=3):
-    """Random parameters of a network of the zoo by our paths."""
+    """Returns random parameters of a network by our paths."""
     module = models.build(ModelConfig(name=model), classes)
     return {path: draw(path, shape) for path, shape in leaf_shapes(module, (SIDE, SIDE, channels)).items()}
 
@@ -78,7 +77,7 @@ TORCH_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var"
 
 
 def as_keras(ours):
-    """Our leaves as Keras names and lays them out."""
+    """Returns our leaves with the names and layout of Keras."""
     tensors = {}
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")
@@ -91,7 +90,7 @@ def as_keras(ours):
 
 
 def as_timm(ours):
-    """Our leaves as timm names and PyTorch lays them out."""
+    """Returns our leaves with the names of timm and the layout of PyTorch."""
     tensors = {}
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")
@@ -101,15 +100,7 @@ def as_timm(ours):
 
 
 def write_safetensors(path, arrays):
-    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "bool": "BOOL"}
-    fields, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, array in arrays.items():
-        raw = array.tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        fields[name] = {"dtype": types[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
-        data += raw
-    text = json.dumps(fields).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    save_file(arrays, path, {"format": "pt"})
     return path
 
 

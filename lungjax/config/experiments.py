@@ -33,12 +33,9 @@ def listing() -> str:
 
 
 def load(choice: str) -> Config:
-    """Returns the configuration that `--experiment` names.
+    """Returns the configuration of --experiment=CHOICE: NAME[:KEY=VALUE,...], FILE.py[:KEY=VALUE,...] or config.json.
 
-    Args:
-      choice: NAME, NAME:key=value,key=value, a path to a .py file (arguments as well), or to a config.json.
-
-    Raises ValueError for an unknown name (with the nearest), a missing file or an unknown argument.
+    Raises ValueError for an unknown name or argument (with the nearest ones) and for a missing file.
     """
     target, _, text = choice.partition(":")
     if target.endswith(".json"):

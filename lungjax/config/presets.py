@@ -1,6 +1,6 @@
 """Augmentation presets of the studies, for `--set=augment=NAME`, and helpers for the arguments of experiments.
 
-The units are those of `AugmentConfig`. Comments name differences from a study.
+The units are those of `AugmentConfig`; comments describe how a preset differs from its study.
 """
 
 import math
@@ -12,9 +12,9 @@ from lungjax.config.schema import AugmentConfig, nearest
 
 
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
-    """CT-COV19 study, layers of Keras: flip, rotation, zoom, translation; black outside.
+    """CT-COV19 study, with Keras layers: flip, rotation, zoom, translation, black fill.
 
-    The study gave the zoom as one negative number, which Keras reads as a range in both directions.
+    The study gave the zoom as one negative number, which Keras takes as a range in both directions.
     """
     return AugmentConfig(flip_horizontal=0.5, rotation=rotation, zoom=(-zoom, zoom), shift=(shift, shift))
 
@@ -84,7 +84,7 @@ def one_of(argument: str, value: str, known: Iterable[str]) -> str:
 def slug(*parts: str) -> str:
     """Returns the nonempty parts as the name of a run: a-z, 0-9, _ and -.
 
-    A slash becomes a "-". A part with other changes gets a checksum, so that different parts give different names.
+    A slash becomes "-". A part with other characters gets a checksum, so that different parts give different names.
     """
     names = []
     for part in filter(None, parts):

@@ -20,7 +20,7 @@ STAGES = (
 PROTOCOLS = ("clean", "study")
 FILLS = ("constant", "edge", "reflect")
 SAMPLINGS = ("natural", "balanced")
-POOLS = ("avg", "max", "flatten", "avg2x2_flatten")
+POOLS = ("avg", "max", "flatten", "avg2x2_flatten", "class_map")  # "class_map": the classifier comes first
 NORMS = ("none", "batch", "layer", "group")
 OUTPUTS = ("softmax", "sigmoid")
 PADDINGS = ("valid", "same", "symmetric")
@@ -44,7 +44,7 @@ class InputSpec:
     # One of CROPS; "box" crops to the body box of an image that has one, "center" to a window around the middle.
     crop: str = "none"
     crop_size: tuple[int, int] = (0, 0)  # height, width of the "center" crop in pixels of the stored image
-    box_margin: float = 0.0  # fraction of the box's side added around it in training, for box_jitter
+    box_margin: float = 0.0  # fraction of the crop's sides added around it in training, for box_jitter and rotation
     interpolation: str = "bilinear"  # one of INTERPOLATIONS
     antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
     # Of pixel / 255; one number, or one per channel. Three make three channels of a gray image, on the device.

@@ -47,27 +47,22 @@ def _check_augment(config: Config) -> None:
             raise ValueError(f"augment.{name}={value}: expected two numbers in increasing order")
     margin = config.input.box_margin
     if augment.box_jitter and (config.input.crop != "box" or margin < augment.box_jitter):
-        raise ValueError(
-            f"augment.box_jitter={augment.box_jitter} needs input.crop=box and at least the same "
-            f"input.box_margin, such as {max(0.1, augment.box_jitter):g}; it is {margin:g}"
-        )
-    if margin and config.input.crop != "box":
-        raise ValueError(f"input.box_margin={margin} needs input.crop=box")
+        needs = f"input.crop=box and at least the same input.box_margin; it is {margin:g}"
+        raise ValueError(f"augment.box_jitter={augment.box_jitter} needs {needs}")
+    if margin and config.input.crop == "none":
+        raise ValueError(f"input.box_margin={margin} needs input.crop=box or center")
 
 
 def _check_splits(config: Config) -> None:
     """Raises ValueError for invalid folds or train.fraction."""
     data, fraction = config.data, config.train.fraction
     if data.folds and data.folds < 3:
-        raise ValueError(f"data.folds={data.folds}: 3 or more (at least one each for test, val and train), or 0")
+        raise ValueError(f"data.folds={data.folds}: must be 0, or at least 3 (one each for test, val and train)")
     if not 0 <= data.fold < max(data.folds, 1):
         allowed = f"0 to {data.folds - 1}" if data.folds else "only 0 without data.folds"
         raise ValueError(f"data.fold={data.fold}: expected {allowed}")
     if data.folds and data.protocol != "clean":
-        raise ValueError(
-            f"data.folds={data.folds} and data.protocol={data.protocol}: a study has fixed splits; use only one "
-            "of the two"
-        )
+        raise ValueError(f"data.folds={data.folds} needs data.protocol=clean: a study has fixed splits")
     if not 0 < fraction <= 1:
         raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
@@ -93,21 +88,14 @@ def check(config: Config) -> None:
             raise ValueError(f"{path}={leaves[path]}: expected one number or three")
     inputs, train, head = config.input, config.train, config.model.head
     if (inputs.crop == "center") != (min(inputs.crop_size) > 0):
-        raise ValueError(
-            f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}: a center crop needs a height and width "
-            "in pixels; other crops have no size"
-        )
+        given = f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}"
+        raise ValueError(f"{given}: a center crop needs a height and width in pixels; other crops have no size")
     if train.epochs == 0 and train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
     if not train.sync_batch_norm and train.shard_params:
-        raise ValueError(
-            "train.sync_batch_norm=False and train.shard_params=True: per-device statistics need replicated "
-            "parameters; use only one of the two"
-        )
+        raise ValueError("train.sync_batch_norm=False needs replicated parameters: set train.shard_params=False")
     if train.batch_size % train.accumulate:
-        raise ValueError(
-            f"train.batch_size={train.batch_size} is not a multiple of train.accumulate={train.accumulate}"
-        )
+        raise ValueError(f"train.batch_size={train.batch_size} is no multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
     _check_augment(config)

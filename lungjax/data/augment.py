@@ -70,14 +70,10 @@ def augment(
 ) -> jax.Array:
     """Returns augmented copies of the images, float32 [B, H, W, C] in 0..255, where H, W is `size`.
 
-    Args:
-      images: uint8 or float32 [B, h, w, C] in 0..255, about as large as the result (resizing has no antialiasing).
-      places: uint32 [B], the position of each example in the run; may be None if nothing is random.
-      key: random key of the run.
-      config: operations and their ranges.
-      size: height and width of the result.
-      boxes: float32 [B, 4], visible parts: xmin, ymin, xmax, ymax as fractions of the image; None for all of it.
-      body: uint8 [B, h, w], above zero inside the body.
+    `images` are uint8 or float32 [B, h, w, C] in 0..255, about as large as the result, since resizing has no
+    antialiasing. `places`, uint32 [B], are the positions of the examples in the run, or None if nothing is random;
+    `key` is the random key of the run. `boxes`, float32 [B, 4], are the visible parts as fractions of the image (xmin,
+    ymin, xmax, ymax), or None for all of it; `body`, uint8 [B, h, w], is above zero inside the body.
 
     Raises ValueError if `config` requires boxes or body masks that are None.
     """
@@ -164,17 +160,10 @@ def affine(
 ) -> jax.Array:
     """Returns float32 [B, 2, 3]: (y, x) in the image = matrix @ (y, x, 1) of the result, in pixel centers.
 
-    Equals a chain of Keras layers in the order of the arguments, after a crop to the box and a resize.
-
-    Args:
-      inside: height and width of the image.
-      size: height and width of the result.
-      flip: bool [B, 2], vertical and horizontal.
-      angle: [B], radians, counterclockwise about the center, as are zoom and shear.
-      zoom: [B, 2], visible fraction of height and width.
-      shear: [B, 2], tangents along y and x.
-      shift: [B, 2], fractions of height and width, down and right.
-      boxes: [B, 4], xmin, ymin, xmax, ymax as fractions of the image.
+    Equals a chain of Keras layers in the order of the arguments, after a crop to the box and a resize from height and
+    width `inside` to `size`. About the center: `flip`, bool [B, 2], vertical and horizontal; `angle` [B], radians
+    counterclockwise; `zoom` [B, 2], the visible fraction of height and width; `shear` [B, 2], tangents along y and x.
+    Then `shift` [B, 2], fractions down and right. `boxes` [B, 4]: xmin, ymin, xmax, ymax as fractions of the image.
     """
     linear = jnp.eye(2)[None]
     if flip is not None:

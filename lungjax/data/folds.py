@@ -19,12 +19,12 @@ MIN_FOLDS = 3  # one for test, one for val, one for train
 def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
     """Returns `data` with the splits of `data.folds`, `data.fold` and `train.fraction`.
 
-    With folds, the images of the clean protocol are divided into `data.folds` folds by patient, where patients with
-    near duplicates (rows `near`, int64 [P, 2], see `near_duplicates.read`) count as one; fold `data.fold` is test, the
-    next one val, the remainder train. With a fraction, only that fraction of the train patients of each class remains;
-    smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
+    Folds divide the images of the clean protocol by patient, where patients with near duplicates (rows `near`, int64
+    [P, 2], see `near_duplicates.read`) count as one. Fold `data.fold` is test, the next one val, the others train. With
+    `train.fraction`, only that fraction of the train patients of each class remains; smaller fractions are subsets of
+    larger ones. Name and fingerprint are unchanged.
 
-    Raises ValueError for folds of a study's protocol, and if a fold would lack a class.
+    Raises ValueError for folds with the study protocol, and if a fold would lack a class.
     """
     if config.data.folds:
         if data.protocol != "clean":

@@ -1,7 +1,7 @@
-"""Leakage between splits: exact copies, near duplicates and shared patients, counted or removed.
+"""Leakage between splits: exact copies, near duplicates and patients in several splits.
 
-The splits of a study are only counted; the clean protocol removes images until no test image has a duplicate or its
-patient in train or val.
+Leaks in the splits of a study are only counted. The clean protocol removes images until no test image has a duplicate
+or its patient in train or val.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,12 @@ def clean(
 ) -> tuple[list[str], list[str]]:
     """Returns the splits of the clean protocol, with "" for removed images, and notes on the removed images.
 
-    Test has precedence over val, and val over train. An image is removed if its group or a near duplicate is in a
-    later split, and if it is an exact copy of an image that remains (the copy in the latest split, and there the one
-    with the first group name). Copies with different labels are all removed.
+    An image is removed if its group or a near duplicate is in a later split (train, val, test). Of exact copies, only
+    the one in the latest split remains, and there the one with the first group name; copies with different labels are
+    all removed.
 
-    Columns have one value per image; `splits` is "" for images in no split, and `pixels` is equal for exact copies.
-    `near`, int64 [P, 2], are pairs of near duplicates, see `duplicates.near_twins`. `group_name` is a plural noun.
+    The columns have one value per image: `splits` is "" for images in no split, and `pixels` are equal for exact
+    copies. `near`, int64 [P, 2], are the pairs of `duplicates.near_twins`. `group_name` is a plural noun.
     """
     count = len(splits)
     rank = np.array([SPLITS.index(split) if split else -1 for split in splits], np.int64)  # train 0, test 2, none -1
@@ -74,10 +74,10 @@ def leaks(
 ) -> dict[str, dict[str, int]]:
     """Counts the images of val and test that training has seen.
 
-    `members` are the images of each split; repeated images count once. Other arguments as in `clean`. Returns, for val
-    and test if they have images: `images`; `exact_twin_in_train` (equal pixels, or the image itself);
-    `near_twin_in_train` without an exact one; `group_in_train`; `any` of these; for test also `exact_twin_in_val`,
-    because val selects the epoch.
+    `members` are the images of each split, where repeated images count once; other arguments are as in `clean`. For val
+    and test, if not empty, returns the number of `images` and how many have an `exact_twin_in_train` (or are in train),
+    a `near_twin_in_train` but no exact one, their `group_in_train`, or `any` of these; for test also those with an
+    `exact_twin_in_val`, because val selects the epoch.
     """
     group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}
@@ -156,7 +156,7 @@ def pairs_named(
 
 
 def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = slice(None)) -> dict[str, Any]:
-    """Detects groups and images that two data sets, or some of their rows, share; splits are ignored.
+    """Finds groups and images that two data sets, or some of their rows, have in common, regardless of splits.
 
     Returns `exact` and `near`: the number of images of each with an exact copy, or else a near duplicate, in the other;
     `examples`: at most MAX_PAIRS pairs; `b_rows`: bool [N], True for the images of `b` among these; `note`: the limits

@@ -29,7 +29,7 @@ class Reader:
 
     data: Prepared
     spec: InputSpec
-    margin: float = 0.0  # visible margin around the box, as a fraction of its sides
+    margin: float = 0.0  # visible margin around the crop, as a fraction of its sides
     body: bool = False  # whether to return body masks as well
 
     def __call__(self, row: int) -> np.ndarray:
@@ -55,11 +55,12 @@ class Reader:
             width, height = images.extent(image)
             example = {"image": images.to_input(image, box, spec, self.margin)}
             left, top, right, bottom = images.view(box, spec, self.margin, width, height)
+            crop = images.view(box, spec, 0.0, width, height)
         except ValueError as error:
             raise ValueError(f"{self.data.name}: {self.data.columns['file'][row]}: {error}") from None
         if self.margin:
             across, down = right - left, bottom - top
-            at = ((box[0] - left) / across, (box[1] - top) / down, (box[2] - left) / across, (box[3] - top) / down)
+            at = ((crop[0] - left) / across, (crop[1] - top) / down, (crop[2] - left) / across, (crop[3] - top) / down)
             example["box"] = np.clip(np.asarray(at, np.float32), 0, 1)
         if self.body:
             mask = self.data.body_mask(row).astype(np.uint8) * 255

@@ -42,9 +42,8 @@ def make_splits(
 ) -> list[str]:
     """Returns the split of each example, drawn by group and stratified by class.
 
-    Groups are assigned from the largest to the smallest, equal ones in an order drawn by `seed`, each to the split that
-    keeps the counts per class closest to `shares` (which sum to one). The result does not depend on the order of the
-    examples.
+    Groups are assigned in decreasing size, those of equal size in an order drawn by `seed`, each to the split that
+    keeps the counts per class closest to `shares`, which sum to one. The order of the examples has no effect.
     """
     names, member = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
     counts = np.zeros((len(names), int(max(labels)) + 1))

@@ -8,9 +8,9 @@ from lungjax.data.prepared import Prepared
 
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct `values`, the most frequent first, and their images per class, int64 [V, C].
+    """Returns the distinct `values`, the most frequent first, and their numbers of images per class, int64 [V, C].
 
-    `values` [N], or [N, K] where a value is a row.
+    `values` are [N], or [N, K] with one value per row.
     """
     names, member = np.unique(values, axis=0, return_inverse=True)
     counts = np.zeros((len(names), classes), np.int64)
@@ -36,8 +36,8 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
     """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
 
-    The guess is the class with the largest share of its train images under this key, random for ties and for keys
-    missing in train. Arguments as in `frequencies`.
+    The guess is the class with the largest share of its train images under this key; ties and keys that train lacks
+    are guessed at random. Arguments as in `frequencies`.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
@@ -62,7 +62,7 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws up to `count` of `rows`: sources take turns, and a group repeats only after all others of its source."""
+    """Draws up to `count` of `rows` from alternating sources; a group repeats only after all others of its source."""
     rows = rng.permutation(rows)
     sources, groups = data.columns["source"][rows], data.columns["group"][rows]
     repeated = np.ones(len(rows), bool)
@@ -73,9 +73,9 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns exact copies as rows, int64 [P, 2]: one image of each set of equal pixels with each of the others.
+    """Returns pairs of exact copies as rows, int64 [P, 2]: the first image of each set of copies with each other one.
 
-    The first image is in a split of the protocol if any of the set is.
+    The first image is in a split of the protocol if any image of the set is.
     """
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)
@@ -99,7 +99,7 @@ def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int
 
 
 def cells(data: Prepared) -> np.ndarray:
-    """Returns the splits of each image in the set's protocol, str [N], such as "train" or "val+test"; "" for none."""
+    """Returns the splits of each image in the selected protocol, str [N]: "train", "val+test", or "" for none."""
     return data.columns["split" if data.protocol == "clean" else "split_study"]
 
 

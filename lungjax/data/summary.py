@@ -27,8 +27,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
 
-    `info` is the content of lungjax.json, `twins` the result of `datasets.build.near_duplicates`; `warnings` are added
-    to those of this function.
+    `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
+    are added to those of this function.
     """
     classes = info["classes"]
     labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
@@ -41,6 +41,7 @@ def summarize(
     labels_per_group = Counter(group for group, _ in set(zip(groups, labels, strict=True)))
     result = {
         "name": info["name"],
+        "unit": "slice" if info["body"] or info.get("volumes") else "image",  # in reports
         "images": len(labels),
         "classes": list(classes),
         "group_name": group_name,
@@ -136,12 +137,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             f"small images, a median of {width} x {height} pixels: most networks enlarge them to 224 x 224; use the "
             "originals, or a smaller --set=input.size"
         )
-    if len(result["sources"]) > 1:
-        for name in result["classes"]:
-            single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
-            names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
-            if single:
-                warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
+    for name in result["classes"] if len(result["sources"]) > 1 else ():
+        single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
+        names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
+        if single:
+            warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
     return warnings
 
 

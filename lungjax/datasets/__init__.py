@@ -60,7 +60,7 @@ class PrepareOptions:
     """The user's options for listing a data set; all except `seed` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
-    source_pattern: str = ""  # regex; its first group, searched in the file name, is the source
+    source_pattern: str = ""  # regex, searched in the file name; its first group is the source
     group_pattern: str = ""  # the same for the group (patient), searched in the path; "none" for no groups
     classes: tuple[str, ...] = ()  # label order; () sorts the names
     modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files
@@ -199,8 +199,8 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
 def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as the test split of another data set.
 
-    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if `data` is a stage,
-    whose networks have not seen the surroundings of the lungs, if classes or files differ, or if no lung was detected.
+    Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if its classes or files
+    differ, if no lung was detected, or if `data` is a stage, whose networks know no surroundings of the lungs.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""

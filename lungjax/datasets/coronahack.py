@@ -1,6 +1,7 @@
 """CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of COVID-19 patients."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lungjax.datasets import PrepareOptions
@@ -38,29 +39,22 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     listed = []
     for where, row in files.read_rows(table, COLUMNS):
         name, split = row["X_ray_image_name"], files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where)
-        example = Example(
-            file=f"{split}/{name}",
-            image=str(root / split / name),
-            label=int(files.lookup(row["Label"], LABELS, "Label", where)),
-            split=split,
-            group=patient(name),
-            source="Kermany" if kermany(name) else "COVID-19 image data collection",
-            extra=(row["Label_1_Virus_category"], row["Label_2_Virus_category"]),
-            where=where,
-            study="train" if split == "train" else "val+test",
-        )
-        listed.append(example)
+        label, image = int(files.lookup(row["Label"], LABELS, "Label", where)), str(root / split / name)
+        collection = "Kermany" if kermany(name) else "COVID-19 image data collection"
+        example = Example(f"{split}/{name}", image, label, split, patient(name), collection, where=where)
+        extra = (row["Label_1_Virus_category"], row["Label_2_Virus_category"])
+        listed.append(replace(example, extra=extra, study="train" if split == "train" else "val+test"))
     examples, notes = complete_splits(listed, options.seed)
     notes += compare_counts(examples, CLASSES, ABOUT.expected["default"], "CoronaHack")
     return Listing(CLASSES, examples, ("cause", "agent"), tuple(notes), study=ABOUT.study)
 
 
 def kermany(file: str) -> str:
-    """Returns the patient in a name such as person123_virus_4.jpeg or NORMAL2-IM-0059-0001.jpeg of Kermany; else ""."""
+    """Returns the patient in Kermany's names, such as person123_virus_4.jpeg or NORMAL2-IM-0059-0001.jpeg; else ""."""
     match = re.match(r"(person\d+)_|((?:NORMAL\d*-)?IM-\d+)-", file)
     return match.group(0)[:-1] if match else ""
 
 
 def patient(file: str) -> str:
-    """Returns the patient of a file: Kermany's, or the case or paper of the COVID-19 collection."""
+    """Returns the patient in a name of Kermany, or the case or paper in a name of the COVID-19 collection."""
     return kermany(file) or files.web_case(Path(file).stem)

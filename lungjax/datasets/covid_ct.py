@@ -51,19 +51,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     patients = {row["image name"]: row["patient id"] for _, row in named}
     negatives = [file for _, _, label, file in rows if label == 0]
     runs = _runs(negatives)
-    examples = [
-        Example(
-            file=f"CT_{CLASSES[label]}/{file}",
-            image=str(folders[label] / file),
-            label=label,
-            split=split,
-            group=f"paper {paper(file)}" if label else patients.get(file) or web_patient(file) or runs.get(file, file),
-            source=origin(file, label),
-            where=where,
-            study=split,
-        )
-        for where, split, label, file in rows
-    ]
+    examples = []
+    for where, split, label, file in rows:
+        name, image, place = f"CT_{CLASSES[label]}/{file}", str(folders[label] / file), origin(file, label)
+        group = f"paper {paper(file)}" if label else patients.get(file) or web_patient(file) or runs.get(file, file)
+        examples.append(Example(name, image, label, split, group, place, where=where, study=split))
     notes = compare_counts(examples, CLASSES, ABOUT.expected["default"], "COVID-CT")
     missing = len([file for file in negatives if file not in patients])
     if missing:
@@ -78,9 +70,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def paper(file: str) -> str:
-    """Returns the paper of a COVID file: the part of "2020.01.24.919183-p27-132.png" before the page.
+    """Returns the paper of a COVID file: of "2020.01.24.919183-p27-132.png" the part before the page.
 
-    Names of Elsevier's papers have no page: "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
+    Elsevier's names have no page: the paper of "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
     """
     return re.sub(r"(?<=^PIIS\d{16}).*|-p\d+-[^-]*(?:-\d+)?$", "", Path(file).stem)
 
@@ -99,12 +91,6 @@ def origin(file: str, label: int) -> str:
 
 
 def _runs(names: Sequence[str]) -> dict[str, str]:
-    """Returns the run of numbers of each numbered PNG file; MedPix's slices are numbered by patient."""
+    """Returns the run of numbers of each numbered PNG file; MedPix numbers slices by patient."""
     numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
-    runs, start, last = {}, 0, -MAX_GAP - 1
-    for number, file in sorted((int(Path(file).stem), file) for file in numbered):
-        if number - last > MAX_GAP:
-            start = number
-        runs[file] = f"medpix_run_{start}"
-        last = number
-    return runs
+    return files.runs({file: ("medpix_run_", int(Path(file).stem)) for file in numbered}, MAX_GAP)

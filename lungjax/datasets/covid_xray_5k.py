@@ -15,6 +15,7 @@ from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
+SOURCES = ("COVID-19 image data collection", "CheXpert")
 ROOTS = ("", "data_upload_v3/", "data_upload_v3/data_upload_v3/", "data/", "data_set/")
 REPOSITORY = {"train": (121, 994), "test": (100, 1473)}  # images per class in the study's repository
 
@@ -36,9 +37,9 @@ ABOUT = About(
     citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
     "al.: COVID-19 image data collection, 2020.",
     study="Train with the generated images; test is also the validation set. In the study's repository 37 of the 100 "
-    "COVID-19 test images are also in train. Its generated images are not published: the configuration oversampled "
-    "draws them again, one per file in train/covid, but as in the study's code all come from one X-ray, the last that "
-    "was read. The study's file order is unknown (here: by name), and its draw was unseeded (here: --seed).",
+    "COVID-19 test images are also in train. Its generated images are not published. The configuration oversampled "
+    "draws them again, one per file in train/covid; by a bug of the study all are copies of the last file that it read "
+    "(here the last by name, because the study's order is unknown), with random moves (here seeded by --seed).",
     clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
     "Generated images and train images with a near duplicate in test are removed.",
     expected={
@@ -53,38 +54,27 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
     Raises ValueError for a missing split or class folder, with the names tried, or one without images.
     """
-    paths: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
-    for split in ("train", "test"):
+    listed, generated = [], 0
+    for split, study in (("train", "train"), ("test", "val+test")):
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
         for label, name in enumerate(CLASSES):
-            paths += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
-    listed = []
-    for split, label, path, inner in paths:
-        generated = split == "train" and not label and GENERATED.match(path.stem)
-        example = Example(
-            file=path.relative_to(source).as_posix(),
-            image=str(path),
-            label=label,
-            split="" if generated else split,
-            group="generated" if generated else group(inner, label),
-            source="CheXpert" if label else "COVID-19 image data collection",
-            extra=(finding(inner) if label else "COVID-19",),
-            study="train" if split == "train" else "val+test",
+            for path, inner in files.class_images(folder, name):
+                file, cell, patient = path.relative_to(source).as_posix(), split, group(inner, label)
+                if split == "train" and not label and GENERATED.match(path.stem):
+                    generated, cell, patient = generated + 1, "", "generated"
+                extra = (finding(inner) if label else "COVID-19",)
+                listed.append(Example(file, str(path), label, cell, patient, SOURCES[label], extra=extra, study=study))
+    examples, notes = complete_splits(listed, options.seed)
+    if generated:
+        notes.append(
+            f"{generated} generated images in train/covid, recognized by name, are used only by protocol=study"
         )
-        listed.append(example)
-    real, notes = complete_splits([example for example in listed if example.split], options.seed)
-    clean = {example.file: example for example in real}
-    examples = [clean.get(example.file, example) for example in listed]
-    if len(real) < len(listed):
-        count = len(listed) - len(real)
-        notes.append(f"{count} generated images in train/covid, recognized by name, are used only by protocol=study")
-    originals = [example for example in examples if example.study == "train" and not example.label]
-    if config == "oversampled":
-        examples += _generated(originals[-1], len(originals), options.seed)
-        notes.append(f"{len(originals)} images are generated from {originals[-1].file}, for protocol=study only")
     publications = {"COVID-XRay-5K": ABOUT.expected["default"], "the study's repository": REPOSITORY}
     if config == "oversampled":
         publications = {"the study's repository": ABOUT.expected[config]}
+        originals = [example for example in examples if example.study == "train" and not example.label]
+        examples += _generated(originals[-1], len(originals), options.seed)
+        notes.append(f"{len(originals)} images are generated from {originals[-1].file}, for protocol=study only")
     name = min(publications, key=lambda key: abs(sum(map(sum, publications[key].values())) - len(examples)))
     notes += compare_counts(examples, CLASSES, publications[name], name)
     return Listing(CLASSES, examples, ("finding",), tuple(notes), "patients, papers or images", ABOUT.study)
@@ -93,12 +83,10 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def generate(
     array: np.ndarray, angle: float, shear: float, zoom: tuple[float, float], flip: bool, brightness: float
 ) -> np.ndarray:
-    """Returns a copy of an X-ray as the study generated it, uint8.
+    """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
 
-    Equals Keras's ImageDataGenerator, which then saved the copy as JPEG with its gray levels stretched to 0..255. Hence
-    little of `brightness` remains but coarser levels. Angles are in degrees.
+    Keras saved it as JPEG with gray levels stretched to 0..255, which leaves little of `brightness` but coarser levels.
     """
-    array = array if array.dtype == np.uint8 else images.gray(array)
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
     picture = _stretch(moved[:, ::-1] if flip else moved)
     file = io.BytesIO()
@@ -113,24 +101,21 @@ def _stretch(array: np.ndarray) -> Image.Image:
 
 
 def _generated(original: Example, count: int, seed: int) -> list[Example]:
-    """Returns `count` random copies of one X-ray, which the study's loop over all files overwrote all others with."""
-    rng = np.random.default_rng(seed)
-    copies = []
+    """Returns `count` random copies of one X-ray: the study's code kept only the last of the files that it read."""
+    rng, copies = np.random.default_rng(seed), []
     for i in range(count):
         angle, shear = rng.uniform(-1, 1, 2) * (ROTATION, SHEAR)
-        moves = {"angle": angle, "shear": shear, "zoom": tuple(rng.uniform(*ZOOM, 2)), "flip": rng.random() < 0.5}
-        transform = functools.partial(generate, **moves, brightness=rng.uniform(*BRIGHTNESS))
+        zoom, flip, brightness = tuple(rng.uniform(*ZOOM, 2)), rng.random() < 0.5, rng.uniform(*BRIGHTNESS)
+        transform = functools.partial(generate, angle=angle, shear=shear, zoom=zoom, flip=flip, brightness=brightness)
         copies.append(replace(original, file=f"generated/{i:03}.jpg", split="", transform=transform))
     return copies
 
 
 def group(file: str, label: int) -> str:
-    """Returns CheXpert's patient of a non-COVID file, else the case or paper in the file name."""
+    """Returns the CheXpert patient in the name of a non-COVID file, or the case or paper in that of a COVID file."""
     stem = Path(file).stem
-    match = CHEXPERT.match(stem)
-    if label == 1:
-        return match.group(2).lower() if match else stem
-    return files.web_case(stem)
+    match = CHEXPERT.match(stem) if label else None
+    return match.group(2).lower() if match else stem if label else files.web_case(stem)
 
 
 def finding(path: str) -> str:

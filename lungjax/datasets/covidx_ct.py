@@ -82,13 +82,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """
     version = config.upper()
     names = ("_COVIDx_CT-" + version, "_COVIDx-CT-" + version, "_COVIDx_CT", "_COVIDx-CT")
-    roots = ("", f"splits/v{config[0]}/")
-    tables = {
-        split: files.find(
-            source, [f"{root}{split}{name}.txt" for root in roots for name in names], f"{split} label file"
-        )
-        for split in splits.SPLITS
-    }
+    forms = [f"{root}{{}}{name}.txt" for root in ("", f"splits/v{config[0]}/") for name in names]
+    tables = {s: files.find(source, [form.format(s) for form in forms], f"{s} label file") for s in splits.SPLITS}
     folders = (f"{version}_images", "images", f"COVIDx_CT-{version}", f"COVIDx-CT-{version}", "COVIDx-CT", "COVIDx_CT")
     places = [f"{place}/" for name in folders for place in (f"{name}/{name}", name, f"data/{name}")]
     folder = files.find(source, places, "image folder")
@@ -96,26 +91,22 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     unknown = [example.file for example in examples if not example.source]
     notes = compare_patients(examples, config)
     if unknown:
-        notes.append(
-            f"{len(unknown)} file names match no rule, such as {unknown[0]}: their patient is the part before the last "
-            "'-' or '_', and their source is empty"
-        )
+        rule = "their patient is the part before the last '-' or '_', and their source is empty"
+        notes.append(f"{len(unknown)} file names match no rule, such as {unknown[0]}: {rule}")
     if config in ("2a", "3a"):
         examples = resampled(examples)
-    extra: tuple[str, ...] = ()
-    if (source / "metadata.csv").is_file():
-        extra, unknown_patient = EXTRA, ("",) * len(EXTRA)
-        # A few ids of TCIA end in a scan number, which is not part of a patient's id in file names.
-        patients = {
-            patient(f"{row['patient id']}-0.png")[0]: tuple(row[name] for name in EXTRA)
-            for _, row in files.read_rows(source / "metadata.csv", ("patient id", *EXTRA))
-        }
-        examples = [replace(e, extra=patients.get(e.group, unknown_patient)) for e in examples]
+    table = source / "metadata.csv"
+    if table.is_file():
+        rows = [row for _, row in files.read_rows(table, ("patient id", *EXTRA))]
+        # As in file names: a few ids of TCIA end in a scan number.
+        patients = {patient(f"{row['patient id']}-0.png")[0]: tuple(row[name] for name in EXTRA) for row in rows}
+        examples = [replace(e, extra=patients.get(e.group, ("",) * len(EXTRA))) for e in examples]
+    extra = EXTRA if table.is_file() else ()
     return Listing(CLASSES, examples, extra, tuple(notes), study=ABOUT.study, body=True)
 
 
 def resampled(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples in the order of the label file, with `study` set to how often the study drew each one."""
+    """Returns the examples in the order of the label file; `study` has the number of times the study drew each one."""
     from sklearn.utils import resample  # here: it takes two seconds to import
 
     result = list(examples)

@@ -69,21 +69,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
         notes.append(f"differs from the publication: train has {total:,} images, in the study's notebooks 4,404")
-    return Listing(
-        CLASSES, examples, notes=tuple(notes), group_name="scans or runs of slices", study=ABOUT.study, body=True
-    )
+    return Listing(CLASSES, examples, (), tuple(notes), "scans or runs of slices", ABOUT.study, body=True)
 
 
 def runs(paths: Iterable[Path]) -> dict[Path, str]:
-    """Returns the run of each file of a series: the first name of consecutive file numbers, or SCAN for a scan."""
-    numbered = []
-    for path in paths:
-        prefix = SCAN if path.stem.startswith(SCAN) else path.stem.rstrip(string.digits)
-        numbered.append((prefix, int(path.stem.removeprefix(prefix) or 0), path))
-    result, start, last = {}, ("", 0), ("", 0)
-    for prefix, number, path in sorted(numbered):
-        if prefix != last[0] or number - last[1] >= GAP or number - start[1] >= LONGEST:
-            start = (prefix, number)
-        last = (prefix, number)
-        result[path] = prefix if prefix == SCAN else f"{start[0]}{start[1]}"
-    return result
+    """Returns the group of each file of a series: SCAN for files of that name, else its run of file numbers."""
+    prefixes = {path: SCAN if path.stem.startswith(SCAN) else path.stem.rstrip(string.digits) for path in paths}
+    numbers = {path: (prefix, int(path.stem.removeprefix(prefix) or 0)) for path, prefix in prefixes.items()}
+    return files.runs(numbers, GAP, LONGEST) | {path: SCAN for path, prefix in prefixes.items() if prefix == SCAN}

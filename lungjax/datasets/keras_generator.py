@@ -13,14 +13,8 @@ def transform(
 ) -> np.ndarray:
     """Returns an image [H, W] or [H, W, C] as float32, transformed as by Keras's `apply_affine_transform`.
 
-    Interpolation is bilinear, and edge pixels are repeated.
-
-    Args:
-        array: the image, of any numeric type.
-        angle: of the rotation, clockwise, in degrees.
-        shift: distance up and to the left, in fractions of the height and the width.
-        shear: in degrees.
-        zoom: visible fractions of the height and the width.
+    Interpolation is bilinear, and edge pixels are repeated. `angle` (clockwise) and `shear` are in degrees; `shift`
+    (up, to the left) and `zoom` (the visible part) are fractions of height and width.
     """
     size = np.array(array.shape[:2])
     theta, phi = np.deg2rad([angle, shear])

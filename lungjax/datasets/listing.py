@@ -1,7 +1,4 @@
-"""The examples of a data set before any image is read: types shared by all data set modules.
-
-TFDS is not imported here, so that help pages and error messages are fast.
-"""
+"""Types that describe a data set before any image is read, without TFDS, whose import would delay help and errors."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +9,13 @@ import numpy as np
 
 from lungjax.data import splits
 
-Transform = Callable[[np.ndarray], np.ndarray]  # uint8 pixels of an image to those of a copy of the same size
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One image of a data set before it is read.
 
-    `split` is the initial split of the clean protocol, which then removes images with a duplicate in a later split;
-    `study` has the study's splits and repetitions: "train", "train*3", "val+test", or "" for unused images.
+    `split` is the initial split of the clean protocol, which then removes images with a duplicate in a later split.
+    `study` are the splits of the study with repetitions: "train", "train*3", "val+test", or "" for unused images.
     """
 
     file: str  # name in reports; unique in the data set
@@ -33,7 +28,7 @@ class Example:
     extra: tuple[str, ...] = ()  # values of Listing.extra
     where: str = ""  # such as "labels.csv line 7", for errors
     study: str = ""  # see above; ignored if Listing.study is ""
-    transform: Transform | None = None  # applied after the stage; picklable, keeps the size
+    transform: Callable[[np.ndarray], np.ndarray] | None = None  # applied after the stage; picklable, keeps the size
 
 
 @dataclass(frozen=True)
@@ -88,10 +83,10 @@ def compare_counts(
     name: str,
     unit: str = "images",
 ) -> list[str]:
-    """Returns one line per split of `Example.study` whose counts per class differ from the published ones.
+    """Returns one line per split of `Example.study` whose counts per class differ from the published ones, if any.
 
-    `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, one
-    line states this.
+    `expected` maps a split, or "all" for the complete data set, to published counts in label order. If all agree, the
+    only line says so.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:

@@ -51,8 +51,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         listed.append(Example(name, image, int(label), "", group, "NCCID", where=where, study=cell))
     examples, _ = complete_splits(listed, options.seed)
     notes = tuple(compare_counts(examples, CLASSES, ABOUT.expected["default"], "the study"))
-    name = "series by file name"
-    return Listing(CLASSES, examples, notes=notes, group_name=name, study=ABOUT.study, volumes=VOLUMES)
+    return Listing(CLASSES, examples, (), notes, "series by file name", ABOUT.study, volumes=VOLUMES)
 
 
 def series(file: str) -> str:

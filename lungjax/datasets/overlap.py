@@ -83,9 +83,9 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the sources, sorted, that two different public data sets share; a data set may be a source of the other.
+    """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
 
-    Sources of users' folders and of synthetic images are not public names, so they are never shared.
+    Names of sources in users' folders and in synthetic data sets are not public, so they are ignored.
     """
     if _identity(one) == _identity(other):
         return []
@@ -105,7 +105,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set without its stage, and the same images in it; None if it is not prepared or lacks one."""
+    """Returns the data set without its stage, and the same images in it; None if they are not prepared."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

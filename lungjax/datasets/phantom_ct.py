@@ -1,8 +1,4 @@
-"""Synthetic chest CT slices of Normal, Pneumonia and COVID-19 patients, without a download.
-
-See `lungjax.datasets.phantom.slices`. Patients are split 60 / 15 / 25 percent within each class; every class has the
-same share of every scanner.
-"""
+"""Synthetic chest CT slices of Normal, Pneumonia and COVID-19 patients, drawn by `lungjax.datasets.phantom.slices`."""
 
 import functools
 from pathlib import Path
@@ -37,17 +33,8 @@ def listing(source: Path | None, config: str, options: PrepareOptions) -> Listin
         patient = phantom.new_patient(options.seed * 100_000 + number, CLASSES[label], scanner)
         for index, level in enumerate(phantom.levels(patient, slices)):
             xmin, ymin, xmax, ymax = map(float, phantom.body_box(patient, level))
-            examples.append(
-                Example(
-                    file=f"{group}_s{index:02}.png",
-                    image=functools.partial(_png, patient, level),
-                    label=label,
-                    split=split,
-                    group=group,
-                    source=scanner.name,
-                    box=(xmin, ymin, xmax, ymax),
-                )
-            )
+            box, image = (xmin, ymin, xmax, ymax), functools.partial(_png, patient, level)
+            examples.append(Example(f"{group}_s{index:02}.png", image, label, split, group, scanner.name, box))
     return Listing(CLASSES, examples, body=True)
 
 

@@ -1,14 +1,17 @@
 """Reading a downloaded data set: paths in any letter case, tables, lists, and groups from file names."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 
+Key = TypeVar("Key", str, Path)
 BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of one scan in these data sets
 
 
@@ -44,7 +47,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its location. Raises ValueError as `read_table`, and without rows."""
+    """Returns the rows of a CSV file, each with its location. Raises ValueError like `read_table`, or without rows."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -52,7 +55,7 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, s
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns the nonempty lines of a text file, each with its location. Raises ValueError without any."""
+    """Returns the nonempty lines of a text file, each with its location. Raises ValueError if there are none."""
     try:
         text = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -73,11 +76,25 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
 def block(stem: str) -> str:
     """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
-    Neighboring slices are nearly identical, so numbered files of unknown patients are grouped in blocks: "neg_81" and
-    "neg_119" are in "neg_block2". A name without a number forms a separate block.
+    "neg_81" and "neg_119" are in "neg_block2", because neighboring slices of an unknown patient are nearly identical. A
+    name without a number forms a separate block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem
+
+
+def runs(numbers: Mapping[Key, tuple[str, int]], gap: int, longest: float = math.inf) -> dict[Key, str]:
+    """Returns the first name of the run of consecutive file numbers that contains each file, such as "pos_289".
+
+    `numbers` are the prefix and number of each name. A run ends before `gap` missing numbers, or after `longest`.
+    """
+    result: dict[Key, str] = {}
+    start = last = ("", 0)
+    for name, key in sorted((name, key) for key, name in numbers.items()):
+        if name[0] != last[0] or name[1] - last[1] > gap or name[1] - start[1] >= longest or not result:
+            start = name
+        result[key], last = f"{start[0]}{start[1]}", name
+    return result
 
 
 # The end of a name that distinguishes the figures of one paper or web page: b2, 003, Fig9c, day27, PA
@@ -97,8 +114,8 @@ _CASE = re.compile(
 def web_case(stem: str) -> str:
     """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
-    The end of a name distinguishes the figures of one paper. These may show several patients, so a group may be too
-    large, but rarely too small. An id without a figure number is a separate case.
+    The end of a name distinguishes the figures of one paper, which may show several patients: a group may be too large,
+    but is rarely too small. An id without a figure number is a separate case.
     """
     match = _CASE.match(stem)
     if match:

@@ -15,10 +15,10 @@ WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
-    """Returns predictions from the source of an image alone: the class frequencies among its source's training images.
+    """Returns predictions from the source of an image alone: the class frequencies of the training images from it.
 
-    Unknown sources ("", or missing in train) get the frequencies of all training images. `statistics.frequencies`
-    describes the smoothing. Returns None if the training images have fewer than two known sources.
+    Sources that are unknown or missing in train get the frequencies of all training images (`statistics.frequencies`
+    describes the smoothing). Returns None if the training images have fewer than two known sources.
     """
     train, rows = data.rows("train"), data.rows(split)
     sources, labels, classes = data.columns["source"], data.columns["label"], len(data.classes)

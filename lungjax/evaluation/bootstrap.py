@@ -4,12 +4,11 @@ Slices of a patient are correlated, so a draw samples patients with replacement,
 bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its own patient.
 Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
 Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for that metric. A
-metric has no interval if it is undefined in more than half of the draws, or if there are fewer than two patients. An
-interval covers the variation between patients, not between training seeds; see `over_runs` for those.
+metric has no interval if it is undefined in more than half of the draws, or if there are fewer than two patients.
+Intervals cover the variation between patients; only those of `over_runs` also cover the variation between seeds.
 
-A draw is a count per patient; no examples are copied. All metrics except the areas under curves follow from sums over
-examples, a sparse product with the counts. The areas follow from cumulative sums along the ranking by score, which is
-computed once. Draws are processed in blocks to bound memory.
+A draw is a vector of counts per patient; no examples are copied. The areas under curves follow from cumulative sums in
+the order of the scores, all other metrics from sums over examples. Draws are processed in blocks to bound memory.
 """
 
 import math
@@ -44,12 +43,10 @@ class Difference:
 def intervals(
     predictions: Predictions, draws: int = 2000, seed: int = 0, unit: str = "slice"
 ) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % interval (low, high) of each metric of a level, by dotted name (`metrics.numbers`).
+    """Returns the 95 % interval (low, high) of each metric, by dotted name (`metrics.numbers`).
 
-    Metrics without an interval (see the module's docstring) are omitted; with draws=0 all are. The same `seed` draws
-    the same patients of a data set. `unit` is "slice" for the level over examples, "patient" for the level over
-    patients (`metrics.by_patient`).
-
+    Metrics without an interval (see the module's docstring) are omitted; draws=0 omits all. The same `seed` draws the
+    same patients. `unit` selects metrics over examples ("slice") or over patients ("patient", `metrics.by_patient`).
     Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
     """
     (point,), (samples,) = _evaluate([predictions], None, draws, seed, unit)
@@ -58,26 +55,21 @@ def intervals(
 
 
 def over_runs(
-    runs: Sequence[Predictions],
-    names: Sequence[str] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    unit: str = "slice",
+    runs: Sequence[Predictions], names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice"
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, None where undefined.
 
     Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
-    patients and between seeds. With three runs it underestimates the variance between seeds by a third.
-
-    `runs` are predictions for the same examples, in any order; `names` are dotted, such as "study.auc_micro_logits",
-    and None selects all. Raises ValueError for no runs, different examples, an unknown name, and as `intervals`.
+    patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
+    predictions for the same examples, in any order; `names` are dotted, and None selects all metrics. Raises ValueError
+    for no runs, different examples, an unknown name or unit, a negative number of draws, or invalid probabilities.
     """
     if not runs:
         raise ValueError("no runs to average over")
-    points, samples = _evaluate(runs, names, draws, seed, unit)
+    points, samples = _evaluate(runs, names, draws, 0, unit)
     k = len(runs)
     # A separate random stream, so that the patients are those of `intervals` for any number of runs.
-    weights = np.random.default_rng([seed, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
+    weights = np.random.default_rng([0, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
     for name in points[0] if names is None else names:
         values = [value for point in points if (value := point[name]) is not None]
@@ -100,10 +92,8 @@ def paired_difference(
 
     `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
     most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
-    draws it is at least 0.001. It is not corrected for multiple comparisons.
-
-    `a` and `b` are for the same examples, in any order; `names` are dotted, and None selects all. Raises ValueError for
-    different examples, an unknown name, and as `intervals`.
+    draws it is at least 0.001. It is not corrected for multiple comparisons. The arguments and errors are those of
+    `over_runs`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
@@ -123,7 +113,7 @@ def paired_difference(
 
 
 def align(a: Predictions, b: Predictions) -> Predictions:
-    """Returns b with its rows in a's order. Raises ValueError naming the difference if the test sets differ."""
+    """Returns `b` with its rows in the order of `a`. Raises ValueError if examples, labels or patients differ."""
     if a.classes != b.classes:
         raise ValueError(f"different classes: {', '.join(a.classes)} and {', '.join(b.classes)}")
     order_a, order_b = np.argsort(a.ids, kind="stable"), np.argsort(b.ids, kind="stable")
@@ -145,10 +135,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
 
 
 def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`], `draws` columns in total.
-
-    The draws do not depend on `block`.
-    """
+    """Yields how often each patient was drawn, float64 [patients, up to `block`], for any `block` the same draws."""
     rng = np.random.default_rng(seed)
     for start in range(0, draws, block):
         counts = [
@@ -178,8 +165,8 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
 def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
     """Returns the percentile interval of a metric from its draws, or the basic interval for the calibration error.
 
-    A draw repeats examples, which moves the mean of a bin away from its confidence: the percentiles of ECE are too
-    high, often above ECE itself. The basic interval reflects them about the estimate (Efron and Tibshirani, ch. 13.4).
+    Repeated examples move the accuracy of a bin away from its confidence, so the percentiles of ECE are too high, often
+    above ECE itself. The basic interval reflects them about the estimate (Efron and Tibshirani, ch. 13.4).
     """
     ends = interval(values)
     if ends is None or name != "ece" or point is None:
@@ -190,9 +177,9 @@ def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, fl
 def _evaluate(
     runs: Sequence[Predictions], names: Sequence[str] | None, draws: int, seed: int, unit: str
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]]]:
-    """Returns the metrics of each run, and each metric's values [draws], NaN where undefined.
+    """Returns the metrics of each run, and the draws [draws] of each metric, NaN where undefined.
 
-    The runs are aligned with the first. All values are NaN for fewer than two patients.
+    Runs are aligned with the first. With fewer than two patients, all draws are NaN.
     """
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r}: expected {', '.join(UNITS)}")

@@ -21,8 +21,8 @@ SCORES = ("ece", "brier", "loss")
 def fit_temperature(predictions: Predictions) -> float:
     """Returns the temperature, within BOUNDS, that minimizes the mean cross-entropy of the predictions.
 
-    Missing logits are replaced by log probabilities, which differ from them by a constant per example. Raises
-    ValueError without examples, or for invalid probabilities.
+    Without logits, log probabilities are used, which give the same result. Raises ValueError without examples, or for
+    invalid probabilities.
     """
     p = predictions
     if not len(p):
@@ -55,10 +55,10 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
 
 
 def bins(predictions: Predictions) -> list[dict[str, Any]]:
-    """Returns the bins of a reliability diagram, `metrics.BINS` bins of equal width over the highest probability.
+    """Returns the `metrics.BINS` bins of a reliability diagram, of equal width over the highest probability.
 
-    Each is {low, high, n, confidence, accuracy}: edges (the upper one is included), number of examples, their mean
-    highest probability and accuracy, both None in an empty bin.
+    Each is {low, high, n, confidence, accuracy}: the edges (the upper one is included), the number of examples, their
+    mean highest probability and their accuracy, both None in an empty bin.
     """
     p = predictions
     top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
@@ -74,10 +74,9 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns `calibration` of the report: the temperature fitted on val, and the test split before and after scaling.
+    """Returns `calibration` of the report: the temperature fitted on val, SCORES and bins of test before and after.
 
-    Keys: `temperature`, `fitted_on`; `test` and `test_scaled`, each with SCORES; `bins` and `bins_scaled` of the test
-    split. Raises ValueError as `fit_temperature` does.
+    `report.write` lists the keys. Raises ValueError without val examples, or for invalid probabilities.
     """
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}

@@ -57,10 +57,8 @@ def summarize(predictions: Predictions) -> Level:
 
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
     WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
-    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study`. Rates are 0..1, or None if undefined;
-    `study.auc_micro_logits` is None without logits.
-
-    Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
+    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study` (`study_metrics`). Rates are 0..1, or None if
+    undefined. Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
     """
     p = predictions
     check_probabilities(p)

@@ -1,6 +1,6 @@
 """Novelty detection: a score that warns about out-of-distribution input, computed from the image alone.
 
-A classifier returns a class even for a photograph, another organ or a blank page. The novelty score shrinks an image to
+A classifier returns a class even for a photograph, another organ or a blank page. The novelty score resizes an image to
 64 x 64 pixels and computes three feature vectors: "intensity" (gray-level quantiles, black, white, the four borders),
 "detail" (local differences, aspect ratio, color), and "layout" (an 8 x 8 thumbnail normalized for brightness and
 contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each vector it takes the
@@ -38,7 +38,6 @@ TOLERANCES = {
     "layout": np.asarray([4.0] * 64 + [3.0] * 64 + [2.0] * 2),
 }
 MIN_THRESHOLD = 0.5  # half a tolerance in every feature is not novel, even if all training images are equal
-BORDERS = ("top", "bottom", "left", "right")
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 COLOR = 6  # index in "detail"
@@ -50,7 +49,7 @@ MEANINGS = {
         *[("darker bright areas", "brighter bright areas")] * 3,
         ("smaller black area", "larger black area"),
         ("smaller white area", "larger white area"),
-        *((f"darker {side} border", f"brighter {side} border") for side in BORDERS),
+        *((f"darker {side} border", f"brighter {side} border") for side in ("top", "bottom", "left", "right")),
     ),
     "detail": (
         *[("smoother", "more fine detail or noise")] * 5,
@@ -83,7 +82,7 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
-    """A score from `fit` or `from_dict`. Its methods raise ValueError for invalid pictures, as `measure` does."""
+    """A score from `fit` or `from_dict`. Its methods raise the errors of `measure` for invalid pictures."""
 
     parts: dict[str, Gaussian]
     threshold: float
@@ -123,8 +122,7 @@ class Novelty:
 def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture]) -> Novelty:
     """Fits the score to train images, chooses the threshold on val images, and counts false alarms on test images.
 
-    Pictures are measured one at a time; 2,000 train and 1,000 val images are enough. The counts are optimistic if
-    patients have images in several splits. Raises ValueError for fewer images than MIN_IMAGES or invalid pictures.
+    2,000 train and 1,000 val images are enough. Raises ValueError for fewer images than MIN_IMAGES or invalid pictures.
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
@@ -245,8 +243,8 @@ def _conformal(scores: np.ndarray) -> float:
 def _threshold(scores: np.ndarray) -> float:
     """Returns a value that new scores of the same distribution exceed with probability FALSE_ALARMS.
 
-    With few scores the conformal quantile is too low: a new score exceeds the largest of ten with probability 1/11. So
-    the threshold is at least the prediction bound of a log-normal distribution (Student's t).
+    A new score exceeds the largest of ten with probability 1/11. With few scores the conformal quantile is therefore
+    too low, and the prediction bound of a log-normal distribution (Student's t) applies.
     """
     from scipy import stats  # here: model.pyz only scores
 

@@ -20,14 +20,13 @@ from lungjax.config import EvalConfig
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions
 
-RATES = ("sensitivity", "specificity", "ppv", "npv", "ppv_at", "npv_at")
 COUNTS = ("tp", "fp", "fn", "tn")
 
 
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or if all examples or none are of the class.
+    Raises ValueError for an unknown rule, or if the class has all of the examples or none.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
@@ -44,19 +43,13 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
 
 
 def metrics_at_thresholds(
-    predictions: Predictions,
-    thresholds: Sequence[tuple[int, float]],
-    prevalence: float = 0.0,
-    draws: int = 2000,
-    seed: int = 0,
+    predictions: Predictions, thresholds: Sequence[tuple[int, float]], prevalence: float = 0.0, draws: int = 2000
 ) -> list[dict[str, Any]]:
     """Returns the metrics of each (class index, threshold) on `predictions` (the test split), JSON-ready.
 
     Keys: `threshold`; `sensitivity`, `specificity`, `ppv`, `npv`, 0..1 or None if undefined; `ppv_at` and `npv_at` at
-    `at_prevalence`, all three None if it is 0 (unknown); the counts `tp`, `fp`, `fn`, `tn`; `intervals`, {name: [low,
-    high]} of the rates, 95 % by bootstrap over patients (`lungjax.evaluation.bootstrap`), if defined.
-
-    Raises ValueError for a prevalence outside 0..1.
+    `at_prevalence`, all three None if `prevalence` is 0 (unknown); the counts `tp`, `fp`, `fn`, `tn`; `intervals`,
+    {name: [low, high]} of the defined rates (`bootstrap`). Raises ValueError for a prevalence outside 0..1.
     """
     if not 0 <= prevalence <= 1:
         raise ValueError(f"prevalence={prevalence}: must be in 0..1")
@@ -68,7 +61,7 @@ def metrics_at_thresholds(
     cells = np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])  # as COUNTS
     keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
     of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
-    blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, seed, 256)
+    blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, 0, 256)
     samples = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in blocks)], axis=1)
     counts = cells.sum(axis=2)  # [4, K]
     rates, sample_rates = (
@@ -90,9 +83,9 @@ def metrics_at_thresholds(
 
 
 def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}, for every class.
+    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}.
 
-    {} for a class without a threshold; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
+    A class without a threshold has {}; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
@@ -113,12 +106,10 @@ def missing_rules(val: Predictions) -> list[str]:
 def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[float]]:
     """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
-    At a threshold probability t a false positive costs t / (1 - t) of the benefit of a true positive, and examples with
-    a probability of at least t are treated: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
-    calibrated; at least one example is required.
-
-    Returns {"thresholds": 0.01, 0.02, ... 0.99, "model", "all"}, lists of equal length; "all" treats every example.
-    Treating none has a net benefit of zero.
+    At a threshold probability t, examples with a probability of at least t are treated, and a false positive costs
+    t / (1 - t) of the benefit of a true positive: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
+    calibrated; at least one example is required. Returns lists of equal length: "thresholds" 0.01, 0.02, ... 0.99,
+    "model", and "all" for treating every example. Treating none has a net benefit of zero.
     """
     t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
     odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)
@@ -144,7 +135,7 @@ def _scores(p: Predictions, class_index: int) -> np.ndarray:
 
 
 def _rates(counts: np.ndarray, prevalence: float) -> Mapping[str, np.ndarray]:
-    """Returns RATES from counts [4, ...] in the order of COUNTS, [...] each, NaN where undefined."""
+    """Returns the rates [...] of counts [4, ...] in the order of COUNTS, NaN where undefined."""
     tp, fp, fn, tn = counts
     with np.errstate(invalid="ignore", divide="ignore"):
         sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
@@ -14,6 +13,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models.inputs import prediction_batch_size
 from lungjax.runtime import mesh as meshes
+from lungjax.runtime.progress_bar import progress_bar
 from lungjax.runtime.signals import Watch
 
 
@@ -28,9 +28,9 @@ def predict(
 ) -> Predictions:
     """Returns the predictions for every example of a split, in record order.
 
-    `predict_step` takes `variables` and is jitted with replicated outputs (`mesh.replicated`), so every host has all
-    predictions. Shows a progress bar without `watch`; with it raises Interrupted between batches after a signal.
-    Raises ValueError for an empty split.
+    The outputs of `predict_step`, a jitted function of `variables` and a batch, are replicated, so every host has all
+    predictions. With `watch`, raises Interrupted between batches after a signal; without, shows a progress bar. Raises
+    ValueError for an empty split.
     """
     rows = data.rows(split)
     if not len(rows):
@@ -46,7 +46,7 @@ def predict(
 
     running: list[dict[str, jax.Array]] = []  # computed while the next batch is read and transferred
     total = -(-len(rows) // size)
-    for batch in tqdm(batches, f"predicting {split}", total, disable=watch is not None, leave=False):
+    for batch in progress_bar(batches, f"predicting {split}", total, disable=watch is not None, leave=False):
         if watch:
             watch.check()
         running.append(predict_step(variables, meshes.to_devices(batch, mesh)))

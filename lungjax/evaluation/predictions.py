@@ -89,7 +89,7 @@ def write(predictions: Predictions, path: Path) -> None:
 def read(path: Path) -> Predictions:
     """Reads the CSV of `write`; probabilities and logits are float32.
 
-    Raises ValueError naming file and line for a missing column, a row of the wrong length, an unknown class, a value
+    Raises ValueError, with file and line, for a missing column, a row of the wrong length, an unknown class, a value
     that is not a number, or logits of only some classes.
     """
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:

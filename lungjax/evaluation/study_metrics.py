@@ -31,8 +31,7 @@ def values(
 ) -> dict[str, np.ndarray]:
     """Returns the metrics listed in the module's docstring, NaN where undefined, for any leading axes [...].
 
-    `sums` are those of `metrics.metrics_from_sums`, `rates` have "precision" and "recall" [..., C], NaN where
-    undefined, and `auc_micro_logits` [...] is passed through.
+    `sums` are those of `metrics.metrics_from_sums`; `rates` have "precision" and "recall" [..., C], NaN if undefined.
     """
     counts, n = sums["confusion"].sum(axis=-1), sums["confusion"].sum(axis=(-2, -1))
     hits = np.diagonal(sums["highest"], axis1=-2, axis2=-1)

@@ -90,7 +90,7 @@ def main(_: list[str]) -> None:
             bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
         methods, count, images = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES, None if synthetic else reader
-        bad += quality.write(explainer, config, run.classes, run.step, images, methods, target, out, count)
+        bad += quality.write(explainer, run, images, methods, target, out, count)
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: skipped: {problem}", file=sys.stderr)

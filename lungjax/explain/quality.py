@@ -25,7 +25,7 @@ from flax import linen as nn
 from scipy import ndimage, stats
 
 from lungjax import datasets
-from lungjax.config import Config, InputSpec
+from lungjax.config import InputSpec
 from lungjax.data import preprocess
 from lungjax.data.imaging import images as image_files
 from lungjax.data.pipeline import Reader
@@ -264,9 +264,7 @@ def measure(
 
 def write(
     explainer: Explainer,
-    config: Config,
-    classes: Sequence[str],
-    step: int,
+    run: Any,
     reader: Reader | None,
     methods: Sequence[str],
     target: int | None,
@@ -277,12 +275,12 @@ def write(
 
     Uses `count` evenly spaced images of the reader's test split, for the class `target` or the predicted ones, without
     the pointing game. With `reader` None, for networks of phantom_ct, it uses synthetic slices of `count` new patients
-    and explains the true finding. `config`, `classes` and `step` are those of the run.
+    and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
     """
     bad: list[str] = []
     slices = None
     if reader is None:
-        slices = draw_slices(classes, explainer.spec, datasets.resolve(config.data.dataset)[0], count)
+        slices = draw_slices(run.classes, explainer.spec, datasets.resolve(run.config.data.dataset)[0], count)
         images, targets = slices.images, slices.labels
         description = f"{count} synthetic slices with a lesion, each of a new patient"
     else:
@@ -296,7 +294,7 @@ def write(
         targets = predicted if target is None else np.full(len(images), target)
         description = f"{len(pixels)} images of the test split of {name}, without lesion masks"
     results = {method: measure(explainer, method, images, targets, slices) for method in methods}
-    content = {"name": config.name, "step": step, "images": description, "methods": results}
+    content = {"name": run.config.name, "step": run.step, "images": description, "methods": results}
     (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
     page = templating.render("quality.md.j2", **content, unchanged=UNCHANGED)
     (out / "quality.md").write_text(page, "utf-8")

@@ -7,10 +7,14 @@
 
 Each contains weights, normalization, calibration and metadata, and takes any number of images. Before a file is kept,
 its logits are compared with the network's: equal to 1e-5 of their range. An existing export is replaced.
+
+jax reads a model.pyz only for some months. --refresh=model.pyz replaces it with one for the installed jax, from the
+weights and the configuration in the file; with --format=onnx it writes an ONNX file.
 """
 
 import importlib.util
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags
@@ -30,14 +34,15 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "A finished run.")
+    flags.DEFINE_string("refresh", None, "Instead of --workdir: a model.pyz that is exported again, for this jax.")
     flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
-    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export.")
+    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export, or that of --refresh.")
 
 
 def main(_: list[str]) -> None:
     """Checks the flags, writes each format and prints its difference from the network."""
-    if not FLAGS.workdir:
-        raise app.UsageError("--workdir=RUN is missing: the folder of a finished run")
+    if bool(FLAGS.workdir) == bool(FLAGS.refresh):
+        raise app.UsageError("give --workdir=RUN, the folder of a finished run, or --refresh=FILE, a model.pyz")
     if not FLAGS.format:
         raise app.UsageError(f"--format is empty: give one or more of {', '.join(FORMATS)}")
     for name in FLAGS.format:
@@ -48,17 +53,21 @@ def main(_: list[str]) -> None:
                 raise ValueError(f"--format={name} needs the package {package}: pip install {install}")
     environment.prepare_jax()
     from lungjax.export import functions, onnx, savedmodel, stablehlo, triton  # here, since they import jax
+    from lungjax.inference import artifacts
 
     modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
-    workdir = Path(FLAGS.workdir).expanduser()
-    exported = functions.load(workdir)
-    out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "export"
+    source = Path(FLAGS.workdir or FLAGS.refresh).expanduser()
+    exported = functions.load(source) if FLAGS.workdir else functions.from_pyz(source)
+    default = source / "export" if FLAGS.workdir else source.parent
+    out = Path(FLAGS.out).expanduser() if FLAGS.out else default
     out.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(FLAGS.format):
         start = time.monotonic()
         path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start
         print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference of the logits {difference:.0e}")
+        if name == "jax":
+            print(f"Guaranteed to run with {artifacts.compatibility(version('jax'))}")
     print(NOTICE)
 
 

@@ -8,6 +8,7 @@ Probabilities are calibrated: softmax(logits / temperature). Features are the sp
 a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`).
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lungjax import config as configs
 from lungjax import models
+from lungjax.config import ModelConfig, overrides
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
 from lungjax.inference import artifacts, model
-from lungjax.models import trees
+from lungjax.models import batch_norm_folding, trees
 from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
@@ -40,7 +43,8 @@ class Functions:
     """The two functions of a network and their weights."""
 
     metadata: Metadata
-    module: nn.Module  # from `models.build`, in float32
+    config: ModelConfig
+    module: nn.Module  # of `config`, in float32
     variables: dict[str, Any]  # params and batch_stats
 
     @cached_property
@@ -136,8 +140,30 @@ def worst_difference(results: list[Any], expected: list[Any]) -> float:
 def load(workdir: Path) -> Functions:
     """Returns the functions of a finished run, computed in float32. Raises ValueError as `model.load_finished`."""
     network, metadata = model.load_finished(workdir)
-    module = models.build(replace(network.config.model, dtype="float32"), len(metadata.classes))
-    return Functions(metadata, module, network.variables)
+    # `weights` may name a folder of this machine, and is not needed any more.
+    config = replace(network.config.model, dtype="float32", weights="none")
+    return Functions(metadata, config, models.build(config, len(metadata.classes)), network.variables)
+
+
+def from_pyz(path: Path) -> Functions:
+    """Returns the functions of a model.pyz, built again from its weights and configuration, without its programs.
+
+    Raises ValueError as `artifacts.read_parts`, and if weights and configuration don't fit together.
+    """
+    metadata, weights, about = artifacts.read_parts(path)
+    where = f"{path}: {artifacts.ABOUT}"
+    config = overrides.from_json(json.dumps({"model": about.get("network")}), where)
+    configs.check(config)
+    module, spec = models.build(config.model, len(metadata.classes)), metadata.input
+    shape = (*spec.size, spec.network_channels)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    with conv.plain_forms():
+        pairs = FoldedModel(module, shapes, shape).pairs
+    leaves = batch_norm_folding.unfold(weights, pairs)
+    expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
+    if {path: leaf.shape for path, leaf in leaves.items()} != expected:
+        raise ValueError(f"{where}: the weights are those of another network or another version of lungjax")
+    return Functions(metadata, config.model, module, _tree(leaves))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Writes `model.pyz`: StableHLO for every platform, weights, metadata and a script in one file that Python runs."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -58,6 +59,7 @@ def members(functions: Functions) -> dict[str, bytes]:
     about = {
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
+        "network": dataclasses.asdict(functions.config),
         "platforms": artifacts.PLATFORMS,
         "compiler_options": conv.compiler_options("cpu", train=False),
     }

@@ -26,7 +26,9 @@ BATCH = 8
 
 def main() -> int:
     """Reads the command line, predicts, and returns the exit code: 1 if an image could not be read."""
-    parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1])
+    about = artifacts.read_about(Path(__file__).parent)  # of the zip itself
+    needs = f"Guaranteed to run with {artifacts.compatibility(about['jax'])}."
+    parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1], epilog=needs)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders of them")
     parser.add_argument("--rule", default=records.RULE, help="operating point of the decisions (default %(default)s)")
     parser.add_argument("--maps", metavar="FOLDER", help="also write Grad-CAM maps, 8-bit grayscale PNG")

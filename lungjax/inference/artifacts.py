@@ -2,7 +2,7 @@
 
 A `model.pyz` is an uncompressed zip:
 
-    artifact.json        {"lungjax", "jax": versions, "platforms", "compiler_options"}
+    artifact.json        {"lungjax", "jax": versions, "network": `config.ModelConfig`, "platforms", "compiler_options"}
     model.json           `metadata.Metadata`
     weights.npz          float32 arrays by path, batch norms folded
     predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"
@@ -18,9 +18,10 @@ from trusted sources. This module imports only modules that are also packed into
 import io
 import json
 import re
+import shlex
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,14 @@ OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width"
 CALLS = re.compile(r"(?:custom_call\s*@|call_target_name\s*=\s*\")([^\s(\"]+)")
 SAFE_CALLS = {"shape_assertion"}  # checks that the batch has at least one image
 METADATA_KEY = "lungjax"  # in an ONNX file's metadata_props
+
+
+def compatibility(version: str) -> str:
+    """Returns which versions of jax can read a program that was exported with `version`: those that jax guarantees.
+
+    See docs.jax.dev/en/latest/export/export.html#compatibility-guarantees.
+    """
+    return f"jax {version}, and versions released up to 6 months after or 3 weeks before it"
 
 
 def member(program: str) -> str:
@@ -135,23 +144,45 @@ class Program:
 
 
 def read_pyz(path: str | Path) -> Program:
-    """Opens a `model.pyz`. Raises ValueError for a damaged file and one not from lungjax.export."""
+    """Opens a `model.pyz`.
+
+    Raises ValueError for a damaged file, one not from lungjax.export, and one of a version of jax too new or too old.
+    """
     path = Path(path)
+    metadata, weights, about = read_parts(path)
+    files = _members(path, map(member, PROGRAMS))
+    programs = {name: _program(files[member(name)], path, member(name), about["jax"]) for name in PROGRAMS}
+    options = {key: value for key, value in about["compiler_options"].items() if key in OPTIONS}
+    return Program(metadata, weights, programs, options)
+
+
+def read_parts(path: Path) -> tuple[Metadata, dict[str, np.ndarray], dict[str, Any]]:
+    """Returns metadata, weights and artifact.json of a `model.pyz`, even if this jax can't read its programs.
+
+    Raises ValueError for a damaged file and one not from lungjax.export.
+    """
+    files = _members(path, (MODEL, WEIGHTS))
+    metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
+    return metadata, _weights(files[WEIGHTS], f"{path}: {WEIGHTS}"), read_about(path)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Returns artifact.json of a `model.pyz`. Raises ValueError as `read_parts`."""
+    try:
+        about = json.loads(_members(path, (ABOUT,))[ABOUT])
+        return about | {"jax": str(about["jax"]), "compiler_options": dict(about["compiler_options"])}
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError):
+        raise ValueError(f"{path}: {ABOUT} is not from lungjax.export") from None
+
+
+def _members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             if ABOUT not in archive.namelist():
                 raise ValueError(f"{path}: a zip, but not from lungjax.export (no {ABOUT})")
-            files = {name: _member(archive, name, path) for name in (ABOUT, MODEL, WEIGHTS, *map(member, PROGRAMS))}
+            return {name: _member(archive, name, path) for name in names}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a zip, or a damaged one ({error}); copy or export it again") from None
-    metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
-    weights = _weights(files[WEIGHTS], f"{path}: {WEIGHTS}")
-    programs = {name: _program(files[member(name)], f"{path}: {member(name)}") for name in PROGRAMS}
-    try:
-        options = dict(json.loads(files[ABOUT])["compiler_options"])
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path}: {ABOUT} is not from lungjax.export") from None
-    return Program(metadata, weights, programs, {key: value for key, value in options.items() if key in OPTIONS})
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
@@ -174,21 +205,27 @@ def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:
     return weights
 
 
-def _program(data: bytes, where: str) -> Any:
+def _program(data: bytes, path: Path, name: str, version: str) -> Any:
+    """Returns the program `name` of a file that was exported with a version of jax."""
     from jax import export  # here: a model.onnx doesn't need it
 
+    where = f"{path}: {name}"
     try:
         program = export.deserialize(bytearray(data))
         calls = set(CALLS.findall(program.mlir_module())) - SAFE_CALLS
     except ImportError as error:  # jax reads programs with flatbuffers, but doesn't depend on it
         raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # jax raises almost anything for damaged data
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{where}: damaged, or from a jax newer than {jax.__version__} ({reason})") from None
-    if calls:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if version == jax.__version__:
+            raise ValueError(f"{where}: damaged ({reason})") from None
         raise ValueError(
-            f"{where}: refused, since it calls external code ({', '.join(sorted(calls)[:3])}); exports never do"
-        )
+            f"{where}: jax {jax.__version__} can't read it; it needs {compatibility(version)}. Install one of these or "
+            f"export it again: python -m lungjax.export --refresh={shlex.quote(str(path))} ({reason})"
+        ) from None
+    if calls:
+        names = ", ".join(sorted(calls)[:3])
+        raise ValueError(f"{where}: refused, since it calls external code ({names}); exports never do")
     return program
 
 

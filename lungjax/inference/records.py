@@ -60,7 +60,7 @@ def summary(
     are those of the series. Decisions use the operating points for patients if the model has any, else for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
-    several = [f"{warned} of {count} slices have warnings"] if warned and warned >= WARNED_FRACTION * count else []
+    several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []
     mean = np.asarray(probabilities, np.float64).mean(axis=0)
     prediction = _prediction(metadata, mean, rule, level)
     return {"series": name, "files": count, **prediction, "warnings": [*warnings, *several]}

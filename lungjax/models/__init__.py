@@ -19,6 +19,7 @@ from lungjax.models.head import output_count, with_defaults
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
 from lungjax.models.resnet import RESNET
+from lungjax.models.squeezenet import SQUEEZENET
 from lungjax.models.transfusion import TRANSFUSION
 from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "convnext": CONVNEXT,
     "densenet": DENSENET,
     "vgg": VGG,
+    "squeezenet": SQUEEZENET,
     "mobilenet": MOBILENET,
     "mobilenetv2": MOBILENETV2,
     "mobilenetv3": MOBILENETV3,
@@ -42,12 +44,16 @@ FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
 MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError with the nearest names for an unknown network."""
+    if name not in MODELS:
+        raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
+
+
 def family_of(name: str) -> str:
-    """Returns the family of a network. Raises ValueError with the nearest names if the network is unknown."""
-    for family, names in FAMILIES.items():
-        if name in names:
-            return family
-    raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
+    """Returns the family of a network. Raises ValueError for an unknown one."""
+    check_name(name)
+    return next(family for family, names in FAMILIES.items() if name in names)
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
@@ -63,7 +69,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
     not support, for fewer than two classes, and for a sigmoid with more than two.
     """
-    family_of(config.name)  # raises for an unknown name
+    check_name(config.name)
     dtype = config.dtype or default_dtype(platform or jax.default_backend())
     if dtype not in configs.DTYPES:
         raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")

@@ -6,13 +6,14 @@ trace of the network, so networks need no code for it.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -111,6 +112,22 @@ def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
         params[f"{pair.layer}/kernel"] = params[f"{pair.layer}/kernel"] * factor  # outputs are the last axis
         params[f"{pair.norm}/bias"] = shift
     return {"params": trees.unflatten(params), "batch_stats": trees.unflatten(stats)}
+
+
+def unfold(leaves: Mapping[str, np.ndarray], pairs: tuple[ConvNorm, ...]) -> dict[str, np.ndarray]:
+    """Returns complete leaves, by "params/PATH" and "batch_stats/PATH", that `fold` turns into these folded ones.
+
+    The norms of `pairs` then only add their bias.
+    """
+    leaves = dict(leaves)
+    for pair in pairs:
+        shape = leaves[f"params/{pair.norm}/bias"].shape
+        leaves[f"params/{pair.norm}/scale"] = np.ones(shape, np.float32)
+        leaves[f"batch_stats/{pair.norm}/mean"] = np.zeros(shape, np.float32)
+        leaves[f"batch_stats/{pair.norm}/var"] = np.full(shape, 1 - pair.epsilon, np.float32)
+        if pair.biased:
+            leaves[f"params/{pair.layer}/bias"] = np.zeros(shape, np.float32)
+    return leaves
 
 
 @cache

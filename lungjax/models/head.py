@@ -80,7 +80,8 @@ class Head(nn.Module):
             x = ACTIVATIONS[config.activation or "relu"](nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
             x = nn.Dropout(config.hidden_dropout, deterministic=not train, name=f"hidden{i}_dropout")(x)
         init = nn.initializers.zeros_init() if config.zero_init else init
-        return nn.Dense(self.outputs, kernel_init=init, name="dense")(x)
+        logits = nn.Dense(self.outputs, kernel_init=init, name="dense")(x)
+        return nn.relu(logits).mean((1, 2)) if config.pool == "class_map" else logits
 
 
 def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
@@ -89,6 +90,8 @@ def _pool(x: jax.Array, kind: str | None, train: bool) -> jax.Array:
         return mean(x) if train else cpu_or_default(x, cpu=partial(isolate_fusion, mean), default=mean)
     if kind == "max":
         return x.max((1, 2))
+    if kind == "class_map":  # as in SqueezeNet: the classifier of every cell, then ReLU and the mean
+        return x
     if kind == "avg2x2_flatten":
         x = avg_pool_2x2(x)  # an odd map loses its last row and column
     return x.reshape(x.shape[0], -1)

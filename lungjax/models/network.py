@@ -27,12 +27,10 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
         Raises ValueError for images smaller than `minimum_size`.
         """
-        size, minimum = images.shape[1:3], self.minimum_size()
-        if size[0] < minimum[0] or size[1] < minimum[1]:
-            raise ValueError(
-                f"images of {size[0]} x {size[1]} pixels are too small for this network, which needs at least "
-                f"{minimum[0]} x {minimum[1]}; increase input.size"
-            )
+        (height, width), (rows, columns) = images.shape[1:3], self.minimum_size()
+        if height < rows or width < columns:
+            size = f"images of {height} x {width} pixels are too small for this network"
+            raise ValueError(f"{size}, which needs at least {rows} x {columns}; increase input.size")
         x = self.feature_map(images, train=train)
         return Head(self.head, self.outputs, name="head")(x, train=train), {"last": x}
 

@@ -1,6 +1,5 @@
 """Parameter trees by path, such as "block1/conv/kernel": flax.traverse_util with "/" as separator."""
 
-import re
 from collections.abc import Container, Mapping
 from functools import partial
 from typing import Any
@@ -11,11 +10,6 @@ Tree = Mapping[str, Any]
 
 flatten = partial(traverse_util.flatten_dict, sep="/")
 unflatten = partial(traverse_util.unflatten_dict, sep="/")
-
-
-def mask(tree: Tree, pattern: str) -> dict[str, Any]:
-    """Returns a tree of bools that tells whether `pattern` matches a part of each leaf's path."""
-    return unflatten({path: re.search(pattern, path) is not None for path in flatten(tree)})
 
 
 def split(tree: Tree, paths: Container[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -48,8 +48,7 @@ class Section:
 def draw(sections: Sequence[Section], path: Path, columns: int, paired: bool = False, aspect: float = 1.2) -> None:
     """Draws sections of tiles, `columns` per row, with a legend of at most two masks.
 
-    `paired` groups successive tiles in pairs. The height of a tile is at most `aspect` times its width; taller images
-    are scaled down.
+    `paired` groups the tiles in pairs. Images taller than `aspect` times the width of a tile are scaled down.
     """
     side, pair_gap = WIDTH - GAP, PAIR_GAP if paired else 0.0
     masks = list(dict.fromkeys(name for section in sections for tile in section.tiles for name in tile.masks))

@@ -47,14 +47,14 @@ HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "bala
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
-    "confusion_slice.png": "Confusion matrix per slice.",
+    "confusion_slice.png": "Confusion matrix per {}.",
     "confusion_patient.png": "Confusion matrix per patient.",
-    "roc.png": "ROC curves, test slices.",
-    "pr.png": "Precision-recall curves, test slices.",
-    "reliability.png": "Reliability diagram, test slices: accuracy by confidence.",
-    "decision_curve.png": "Decision curves, test slices: net benefit of each class against the rest.",
+    "roc.png": "ROC curves, test {}s.",
+    "pr.png": "Precision-recall curves, test {}s.",
+    "reliability.png": "Reliability diagram, test {}s: accuracy by confidence.",
+    "decision_curve.png": "Decision curves, test {}s: net benefit of each class against the rest.",
     "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
-    "mistakes.png": "Worst mistakes, test slices, each with the Grad-CAM map of its predicted class (yellow: highest).",
+    "mistakes.png": "Worst mistakes, test {}s, each with the Grad-CAM map of its predicted class (yellow: highest).",
     "training.png": "Training: the train loss includes class weights and label smoothing, if any.",
 }
 LEAKS = {
@@ -74,23 +74,23 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2; `config` to `about` are those of `write.write_report`.
+    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in page order, keys of CAPTIONS, in the folder `plots`. Raises OSError for a missing figure.
+    `files` are the figures in the folder `plots`, in the order of the page; they are keys of CAPTIONS. Raises OSError
+    for a missing figure.
     """
     facts = report["facts"]
-    figures = {name: embed(plots / name, CAPTIONS[name]) for name in files}
+    unit = report["unit"]
+    figures = {name: embed(plots / name, CAPTIONS[name].format(unit)) for name in files}
     return {
         "title": f"{report['name']}: {config.model.name} on {facts.get('dataset', config.data.dataset)}",
         "sections": SECTIONS,
         "config": config,
         "report": report,
         "run": facts,
-        "headline": {
-            f"On {count(level['n'], f'test {unit}')}": {words: number(level, name) for name, words in HEADLINE.items()}
-            for unit, level in distinct_levels(report["test"]).items()
-        },
-        "results": _results(config, report),
+        "unit": unit,
+        "headline": headline(report),
+        "results": _results(config, report, unit),
         "mistakes_figure": figures.pop("mistakes.png", None),
         "figures": list(figures.values()),
         "mistakes": Table(
@@ -110,14 +110,22 @@ def build(
     }
 
 
-def distinct_levels(levels: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the slice level, and the patient level if patients have several slices."""
-    units = ["slice", "patient"] if 0 < levels["patient"]["n"] < levels["slice"]["n"] else ["slice"]
-    return {unit: levels[unit] for unit in units}
+def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
+    """Returns the main test scores by level and name, as "On 40 test slices": {"accuracy": ...}."""
+    return {
+        f"On {count(level['n'], f'test {noun}')}": {words: number(level, name) for name, words in HEADLINE.items()}
+        for noun, level in distinct_levels(report["test"], report["unit"]).items()
+    }
+
+
+def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
+    """Returns the level over examples under the name `unit`, and the level "patient" if patients have several."""
+    several = 0 < levels["patient"]["n"] < levels["slice"]["n"]
+    return {unit: levels["slice"]} | ({"patient": levels["patient"]} if several else {})
 
 
 def number(level: Mapping[str, Any], name: str, value: float | None = None) -> Number:
-    """Returns a level's metric with its interval; a dotted `name`, such as per_class.a.recall, needs its `value`."""
+    """Returns a metric of a level with its interval; a dotted `name`, such as per_class.a.recall, needs `value`."""
     return Number(level.get(name, value), *level.get("intervals", {}).get(name, ()))
 
 
@@ -127,38 +135,38 @@ def changed(section: Any, defaults: Any) -> dict[str, Any]:
     return {k: v for k, v in fields_of(section).items() if v != before[k] and k != "name"}
 
 
-def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
+def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table]:
     """Returns the tables of metrics."""
     test, classes = report["test"], report["classes"]
     columns = {
-        f"{split}, per {unit}": level
+        f"{split}, per {name}": level
         for split in ("test", "val")
         if split in report
-        for unit, level in distinct_levels(report[split]).items()
+        for name, level in distinct_levels(report[split], unit).items()
     }
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     note = (
         "A dash marks an undefined number, such as the recall of a class without examples. The probability of a "
-        "patient is the mean over the patient's slices."
+        "patient is the mean over the patient's images."
     )
     if any(level["intervals"] for level in columns.values()):
         note += f" With 95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws."
     tables = [Table(["", *columns], rows, note=note)]
     if "folds" in report["facts"]:
-        tables.append(_folds(report["facts"]["folds"]))
-    for unit, level in distinct_levels(test).items():
+        tables.append(_folds(report["facts"]["folds"], unit))
+    for noun, level in distinct_levels(test, unit).items():
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
-        confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {unit} (test)")
-        tables += [_classes(unit, level), confusion]
+        confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
+        tables += [_classes(noun, level), confusion]
     if test["by_source"]:
-        tables.append(_sources(test["by_source"], classes))
+        tables.append(_sources(test["by_source"], classes, unit))
     if "calibration" in report:
         tables.append(_calibration(report["calibration"]))
     if report.get("operating_points"):
         tables.append(_operating_points(config, report["operating_points"]))
     if report["controls"]:
-        tables.append(_controls(report))
+        tables.append(_controls(report, unit))
     studies = [
         [words, *(number(level, f"study.{name}", level["study"][name]) for level in columns.values())]
         for name, words in STUDY_METRICS.items()
@@ -170,12 +178,12 @@ def _results(config: Config, report: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _folds(folds: Mapping[str, Any]) -> Table:
+def _folds(folds: Mapping[str, Any], unit: str) -> Table:
     rows = []
     for name, spread in folds["over"].items():
-        unit, _, metric = name.partition(".")
+        level, _, metric = name.partition(".")
         values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
-        rows.append([f"{METRICS[metric]}, per {unit}", *map(Number, values)])
+        rows.append([f"{METRICS[metric]}, per {unit if level == 'slice' else level}", *map(Number, values)])
     return Table(["", "mean", "min", "max", *(f"fold {i}" for i in range(folds["count"]))], rows, "Over the folds")
 
 
@@ -188,13 +196,13 @@ def _classes(unit: str, level: Mapping[str, Any]) -> Table:
     return Table(head, rows, f"Classes, per {unit} (test)")
 
 
-def _sources(by_source: Mapping[str, Any], classes: Sequence[str]) -> Table:
+def _sources(by_source: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
     rows = [
         [source, n["n"], *(n["per_class"][c]["n"] for c in classes), *(number(n, name) for name in COMPARED)]
         for source, n in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
     ]
     head = ["source", "n", *classes, *(SHORT_METRICS[name] for name in COMPARED)]
-    return Table(head, rows, "Sources, per slice (test)")
+    return Table(head, rows, f"Sources, per {unit} (test)")
 
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
@@ -226,7 +234,7 @@ def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
     return Table(["class", "chosen for", "threshold", *names.values()], rows, "Operating points (test)", note)
 
 
-def _controls(report: Mapping[str, Any]) -> Table:
+def _controls(report: Mapping[str, Any], unit: str) -> Table:
     levels = {"network, as tested": report["test"]["slice"]}
     levels |= {CONTROLS.get(name, name): level for name, level in report["controls"].items()}
     rows = [[words, level["n"], *(number(level, name) for name in COMPARED)] for words, level in levels.items()]
@@ -234,7 +242,7 @@ def _controls(report: Mapping[str, Any]) -> Table:
     if "no_lungs" in report["controls"]:
         note += " Blacked out: the lungs of all test slices in which lungs were detected."
         note += " Their outline, and lesions outside the mask, remain visible."
-    return Table(["", "n", *(SHORT_METRICS[name] for name in COMPARED)], rows, "Controls (test, per slice)", note)
+    return Table(["", "n", *(SHORT_METRICS[name] for name in COMPARED)], rows, f"Controls (test, per {unit})", note)
 
 
 def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:

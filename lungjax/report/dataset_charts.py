@@ -15,10 +15,7 @@ FLOOR = 1e-4  # share of the pixels below which a histogram is not drawn
 
 
 def split_bars(counts: Mapping[str, Mapping[str, Sequence[int]]], classes: Sequence[str], path: Path) -> None:
-    """Draws one bar per class and split: images on the left, patients on the right.
-
-    `counts` is {split: {"images": numbers per class, "patients": ...}}.
-    """
+    """Draws one bar per class and split, with a column for each key of {split: {"images": numbers per class, ...}}."""
     columns = list(next(iter(counts.values())))
     figure = style.figure(9.6, len(counts) * (0.42 + 0.24 * len(classes)) + 0.5)
     axes = figure.subplots(len(counts), len(columns), sharex="col", squeeze=False)
@@ -75,10 +72,7 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
 
 
 def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws the image sizes, one panel per class; the area of a bubble is the share of the class with that size.
-
-    `sizes` [N, 2] int (width, height), `labels` [N] int.
-    """
+    """Draws a bubble per image size and class, its area the share of the class. `sizes` [N, 2] (width, height)."""
     columns = min(len(classes), 4 if len(classes) != 3 else 3)
     rows = math.ceil(len(classes) / columns)
     max_width, max_height = sizes.max(axis=0).tolist()
@@ -104,10 +98,7 @@ def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
 
 
 def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
-    """Draws gray-level histograms and cumulative ones, a row per title.
-
-    `panels` is {title: {name: share of the pixels at each level [256]}}.
-    """
+    """Draws gray-level histograms and cumulative ones: {title: {name: share of the pixels at each level [256]}}."""
     figure = style.figure(12.6, 3.1 * len(panels) + 0.2)
     axes = figure.subplots(len(panels), 2, sharex=True, squeeze=False)
     edges = np.arange(0, 257, LEVELS)

@@ -98,7 +98,7 @@ class View:
 
 
 def samples(view: View, count: int) -> dict[str, Figure]:
-    """Draws images of each class; returns the figures by class."""
+    """Draws up to `count` images of each class; returns the figures by class."""
     figures = {}
     for label, name in enumerate(view.data.classes):
         rows = statistics.spread(np.flatnonzero(view.data.columns["label"] == label), view.data, count, view.rng)
@@ -109,7 +109,7 @@ def samples(view: View, count: int) -> dict[str, Figure]:
 
 
 def stages(view: View) -> list[Figure]:
-    """Draws the stages of some slices; [] without masks, or if the data set already has a stage."""
+    """Draws the stages of some slices; returns [] without masks, or if the data set already has a stage."""
     if not view.masks or datasets.resolve(view.data.name)[0].stage:
         return []
     rows = statistics.spread(np.arange(len(view.data.columns["label"])), view.data, SLICES, view.rng)
@@ -141,7 +141,7 @@ def _staged(view: View, row: int, stage: str) -> Tile:
 
 
 def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str, Figure]:
-    """Plots one training image under each augmentation preset; returns {preset: figure}."""
+    """Draws a training image and its augmentations by each preset; returns the figures by preset."""
     figures = {}
     for name, config in presets.items():
         fields = context.changed(config, AugmentConfig()).items()

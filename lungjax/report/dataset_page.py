@@ -37,17 +37,10 @@ def write(
 ) -> Path:
     """Writes figures and index.html into `out`, a new or empty folder that appears when complete; returns the page.
 
-    Args:
-      data: the data set, prepared in `data_dir`.
-      data_dir: the folder of the data sets.
-      out: output folder.
-      augmentations: configurations by name; {} selects the default.
-      stages: whether to segment bodies and lungs; None does so if the data set was prepared with masks.
-      seed: random seed of the choice of images.
-      samples: images per class.
-
-    Raises ValueError if `out` is not empty, an augmentation needs body masks that the data set lacks, or an image can't
-    be read.
+    `data` is prepared in `data_dir`. `augmentations` are configurations by name; {} selects the default. `stages` says
+    whether to segment bodies and lungs; None does so if the data set was prepared with masks. `seed` chooses the
+    images, `samples` per class. Raises ValueError if `out` is not empty, an augmentation needs body masks that the data
+    set lacks, or an image can't be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")
@@ -179,7 +172,7 @@ def _sizes(view: View) -> dict[str, Any]:
 
 
 def _gray_levels(view: View) -> dict[str, Any]:
-    """Returns the figure of gray-level histograms by class and by source, and a table of the colors by class."""
+    """Returns the gray-level histograms by class and by source, and a table of color images by class."""
     labels, sources, classes = view.data.columns["label"], view.data.columns["source"], view.data.classes
     by_class = [np.flatnonzero(labels == label) for label in range(len(classes))]
     samples = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]

@@ -23,10 +23,7 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES evenly spaced images of each split; skips unreadable ones.
-
-    Returns None if too few images remain.
-    """
+    """Fits the novelty score to at most MAX_IMAGES readable images of each split; returns None if there are too few."""
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
     except ValueError:
@@ -50,15 +47,10 @@ def describe(
     detector: novelty.Novelty | None,
     dataset: Mapping[str, Any],
 ) -> Metadata:
-    """Returns the content of model.json for a run that was just tested.
+    """Returns the content of model.json for a run that was just tested, with its complete `config` and training data.
 
-    Args:
-      config: complete configuration of the run.
-      data: the training data.
-      results: predictions of "test" and, to choose temperature and thresholds, of "val".
-      report: content of report.json.
-      detector: result of `fit_novelty`.
-      dataset: result of `datasets.describe`.
+    `results` are the predictions of "test" and, to choose temperature and thresholds, of "val"; `report` is the content
+    of report.json; `detector` comes from `fit_novelty` and `dataset` from `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}

@@ -73,10 +73,7 @@ def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str) -> None:
-    """Draws a confusion matrix as counts and as shares of each row (true class).
-
-    `matrix` [C, C] counts, one row per true class. A row without examples has no shares.
-    """
+    """Draws a confusion matrix [C, C], one row per true class, as counts and as shares of each row."""
     c = len(classes)
     names = [style.short(name, 22) for name in classes]
     longest = max(map(len, names))
@@ -96,10 +93,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
 
 
 def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: float, cell: float) -> None:
-    """Draws the cells of a confusion matrix [C, C], as counts or as shares of each row.
-
-    `cell` is the width of a cell in inches. Cells of rows without examples have no share.
-    """
+    """Draws a confusion matrix [C, C] as counts or as shares of each row, with cells `cell` inches wide."""
     total = counts.sum(axis=1, keepdims=True)
     values = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0) if shares else counts
     highest = 1 if shares else max(values.max(initial=0), 1)
@@ -121,8 +115,7 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
     """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
 
-    The legend has the areas under the curves; the chance level of the average precision is the share of the class. A
-    class without positives or negatives has no curve.
+    The legend has the areas; a class without positives or negatives has no curve.
     """
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
@@ -155,9 +148,9 @@ def square(axis: "Axes", kind: str) -> None:
 
 
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
-    """Draws one "roc" or "pr" curve; returns its AUC or average precision. `positive` [N] bool, `scores` [N].
+    """Draws a "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its AUC or average precision.
 
-    The curve is empty and its area NaN without positives or negatives.
+    Without positives or negatives, the curve is empty and its area NaN.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
 
@@ -173,10 +166,7 @@ def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, loo
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
-    """Draws up to `count` images with correct and as many with wrong predictions; see `choose_examples`.
-
-    `read_image` returns the image of a row, uint8 [h, w], [h, w, 1] or [h, w, 3].
-    """
+    """Draws the images of `choose_examples`; `read_image` returns that of a row, uint8 [h, w] or [h, w, 1 or 3]."""
     p, sections = predictions, []
     looks = (("Correct", style.CORRECT), ("Wrong", style.WRONG))
     for (what, color), rows in zip(looks, choose_examples(p, count), strict=True):
@@ -193,10 +183,9 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
 
 
 def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
-    """Draws the misclassified images of M >= 1 `rows` (see `choose_examples`), each next to a copy with its heat map.
+    """Draws the misclassified images of M >= 1 `rows`, each next to a copy with the heat map of its predicted class.
 
-    `images` uint8 [M, h, w, 1 or 3] are the network's input, `heats` [M, h, w] in 0..1 the contribution of each pixel
-    to the predicted class.
+    `images` uint8 [M, h, w, 1 or 3] are the network's input; `heats` [M, h, w] are in 0..1.
     """
     p, tiles = predictions, []
     for row, image, heat in zip(rows, images, heats, strict=True):
@@ -209,10 +198,10 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 
 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows of correct and as many of wrong predictions; deterministic.
+    """Returns up to `count` rows of correct and up to `count` of wrong predictions, alternating between true classes.
 
-    Alternates between the true classes. Correct predictions are spread evenly over the rows of a class. Wrong ones are
-    sorted by falling probability, the first image of each patient before any further images.
+    Correct predictions are spread evenly over the rows of a class. Wrong ones are in order of falling probability, the
+    first image of each patient before any further images.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
@@ -261,9 +250,9 @@ def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str,
 
 
 def decision_curves(predictions: Predictions, path: Path) -> None:
-    """Draws the net benefit by threshold probability of the network, of treating all and of treating none.
+    """Draws the net benefit of the network, of treating all and of treating none by threshold probability.
 
-    One panel per class, for at most the MAX_PANELS most frequent ones. Raises ValueError without examples.
+    There is one panel for each of the MAX_PANELS most frequent classes. Raises ValueError without examples.
     """
     p = predictions
     n = [int((p.labels == i).sum()) for i in range(len(p.classes))]

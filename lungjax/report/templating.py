@@ -1,7 +1,7 @@
 """Pages from the Jinja templates in `templates/`: NAME.html.j2 and NAME.md.j2, with every value escaped.
 
-The context of a page has plain values, `Number`, `Table` and `Figure`. A page in both formats has one body, NAME.j2,
-that calls the macros of each format. HTML pages are self-contained and have no scripts.
+The context of a page consists of plain values, `Number`, `Table` and `Figure`. A page in both formats has one body,
+NAME.j2, which calls the macros of either format. HTML pages are self-contained and have no scripts.
 """
 
 import base64

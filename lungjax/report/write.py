@@ -5,13 +5,14 @@
     version             1
     name                of the experiment
     classes             [names] in label order, as in rows and columns of every `confusion`
+    unit                name of an example: "slice" for CT slices, else "image"
     best                step of the tested weights, monitor (the validation metric that chose it, unless
                         train.keep is "last"), score (None if not logged)
     warnings            [sentences], caveats about the numbers
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
                         unknown), code (digest of lungjax's files); novelty, the false alarms on val and test images
-                        (`lungjax.evaluation.novelty`); notes, the first of the warnings; folds
+                        (`lungjax.evaluation.novelty`); notes, which come first in `warnings`; folds
                         (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
     test, val           the splits, each:
       .slice            level over all examples
@@ -32,10 +33,9 @@
 
 A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
 
-    n, loss, ece, brier, accuracy, balanced_accuracy,
-    precision_macro, recall_macro, specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro,
-    precision_weighted, recall_weighted, f1_weighted, auc_weighted, average_precision_weighted,
-    auc_micro, average_precision_micro,
+    n, loss, ece, brier, accuracy, balanced_accuracy, auc_micro, average_precision_micro, precision_macro, recall_macro,
+    specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro, precision_weighted, recall_weighted,
+    f1_weighted, auc_weighted, average_precision_weighted
     confusion           C lists of C counts, one row per true class
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
@@ -92,7 +92,7 @@ def write_report(
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
 
-    Raises ValueError if "test" is missing or empty, or if probabilities are invalid (see `metrics`).
+    Raises ValueError if "test" is missing or empty, or if probabilities are invalid.
     """
     if "test" not in results or not len(results["test"]):
         raise ValueError("no test predictions: the report needs a test split with images")
@@ -103,6 +103,7 @@ def write_report(
         "version": VERSION,
         "name": config.name,
         "classes": list(test.classes),
+        "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "warnings": [],
         "facts": dict(facts),
@@ -151,7 +152,7 @@ def _levels(p: Predictions, config: Config) -> dict[str, Any]:
 def warnings(
     config: Config, results: Mapping[str, Predictions], history: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yields caveats about the numbers of a report, one per line."""
+    """Yields caveats about the numbers of a report."""
     for split in ("test", "val") if "val" in report else ("test",):
         level, patient = report[split]["slice"], report[split]["patient"]
         counts = {name: values["n"] for name, values in level["per_class"].items()}
@@ -163,7 +164,7 @@ def warnings(
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
             mixed = count(patient["mixed_groups"], "patient")
-            yield f"The {split} scores per patient exclude {mixed} with slices of several classes."
+            yield f"The {split} scores per patient exclude {mixed} with images of several classes."
         never = [name for name, v in level["per_class"].items() if v["precision"] is None]
         if never:
             yield f"Never predicted on the {split} split: {listed(never)}. Their precision is undefined."
@@ -174,7 +175,7 @@ def warnings(
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
         yield (
-            "No two test images share a patient, so the scores per patient equal those per slice. If patients have "
+            "No two test images share a patient, so the scores per patient equal those per image. If patients have "
             "several images, add a group column to the data set."
         )
     if "val" in results:
@@ -219,8 +220,9 @@ def draw(
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for unit, level in context.distinct_levels(report["test"]).items():
-        name, title = f"confusion_{unit}.png", f"Confusion on the test split, {count(level['n'], unit)}"
+    for noun, level in context.distinct_levels(report["test"], report["unit"]).items():
+        name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
+        title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
         files.append(name)
     for kind in ("roc", "pr"):

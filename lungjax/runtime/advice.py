@@ -22,5 +22,5 @@ def in_user_form(text: str) -> str:
         (r"\bpip install ", f"{folder}/.venv/bin/python -m pip install "),
         (r"(?<=install -e )'\.(?=\[)", f"{folder}'"),  # the shell joins FOLDER'[dicom]'
     ):
-        text = re.sub(pattern, lambda _, command=command: command, text)
+        text = re.sub(pattern, command.replace("\\", "\\\\"), text)
     return text

@@ -95,7 +95,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._pending = self._worker.submit(self._finish, step, text, writes)
 
     def wait(self) -> None:
-        """Waits until the pending save is on the disk; raises what `save` would raise next. Call on every host."""
+        """Waits until the pending save is on the disk; raises the error that `save` would. Call on every host."""
         distributed.run_on_all_hosts(self._finish_pending)
 
     def _finish_pending(self) -> None:
@@ -147,7 +147,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
 
 def is_begun(workdir: Path) -> bool:
-    """Returns whether a workdir has a complete checkpoint, also one whose folder was not renamed before a kill."""
+    """Returns whether a workdir has a complete checkpoint, even if a kill prevented the renaming of its folder."""
     return any((workdir / "checkpoints" / "last").glob(f"*/{CHECKSUMS}"))
 
 
@@ -214,15 +214,12 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
         damaged[path] = reason
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise ValueError(
-            f"{folder}: no intact checkpoint ({reasons}). Restore one from a backup, or choose another --workdir to "
-            "start over"
-        )
+        raise ValueError(f"{folder}: no intact checkpoint ({reasons}). Restore a backup, or choose another --workdir")
     return None, []
 
 
 def _corruption(path: Path) -> str | None:
-    """Returns a description of a checkpoint's damage, or None if it is intact."""
+    """Returns how a checkpoint is damaged, or None if it is intact."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
@@ -306,10 +303,9 @@ def _make_room(folder: Path, step: int, size: int) -> None:
         _clear(folder / kind)
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
-        raise ValueError(
-            f"saving the checkpoint of step {step} to {folder}: it takes {size / 2**20:.0f} MiB, but only "
-            f"{free / 2**20:.0f} MiB are free; {RESUME_HINT.format('free some space')}"
-        )
+        sizes = f"it takes {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free"
+        hint = RESUME_HINT.format("free some space")
+        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {hint}")
 
 
 def _metadata(path: Path, name: str) -> Any:
@@ -329,10 +325,8 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
     if different:
         lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
         lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
-        raise ValueError(
-            f"{path} belongs to another network:\n  " + "\n  ".join(lines) + "\nNothing was changed: choose another "
-            "--workdir, or configure the network that was saved"
-        )
+        lines += ["Nothing was changed: choose another --workdir, or configure the network that was saved"]
+        raise ValueError(f"{path} belongs to another network:\n  " + "\n  ".join(lines))
 
 
 @contextmanager
@@ -347,8 +341,6 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]
         for codes, (what, remedy) in DISK_ERRORS.items():
             if any(os.strerror(code) in messages for code in codes):
-                raise ValueError(
-                    f"saving the checkpoint of step {step} to {folder}: the disk is {what}; "
-                    f"{RESUME_HINT.format(remedy)}"
-                ) from error
+                reason = f"the disk is {what}; {RESUME_HINT.format(remedy)}"
+                raise ValueError(f"saving the checkpoint of step {step} to {folder}: {reason}") from error
         raise

@@ -27,12 +27,8 @@ class CollectiveError(ValueError):
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Connects this process to the other processes of the run; call before jax initializes its devices.
 
-    Args:
-      coordinator: HOST:PORT of process 0. All three are None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI.
-      processes: number of processes.
-      process: index of this one, from 0.
-
-    Raises ValueError if they can't be found or reached.
+    `coordinator` is HOST:PORT of process 0, `processes` their number, `process` the index of this one from 0; all are
+    None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI. Raises ValueError if they can't be found or reached.
     """
     if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(
@@ -135,6 +131,4 @@ def check_same(facts: Mapping[str, str]) -> None:
     hosts = {name: ", ".join(map(str, np.flatnonzero(row))) for name, row in zip(facts, differ, strict=True)}
     lines = [f"{name} (host 0 against {others})" for name, others in hosts.items() if others]
     if lines:
-        raise CollectiveError(
-            f"the hosts differ in {'; '.join(lines)}. Give every host the same command, code and prepared data"
-        )
+        raise CollectiveError(f"the hosts differ in {'; '.join(lines)}: each needs the same command, code and data")

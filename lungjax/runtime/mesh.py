@@ -47,11 +47,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(shapes: Any, mesh: Mesh, shard: bool) -> Any:
-    """Returns a pytree of shardings with the structure of `shapes`.
+    """Returns shardings with the structure of `shapes`: replicated, or with `shard` large arrays are split.
 
-    Arrays are replicated, or, with `shard`, large ones are split along their longest axis.
-
-    Only an axis that the devices divide evenly is sharded; an array without one is replicated.
+    They are split along the longest axis that the devices divide evenly, if there is one.
     """
 
     def one(leaf: Any) -> NamedSharding:

@@ -27,11 +27,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string(
-        "host", "127.0.0.1", "Address to listen on; any but loopback exposes the service to other machines."
-    )
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any but loopback is open to other machines.")
     flags.DEFINE_integer("port", 8000, "Port; 0 picks a free one.", 0, 65535)
-    flags.DEFINE_list("allowed_hosts", [], "Further accepted Host names; a reverse proxy must forward Host.")
+    flags.DEFINE_list("allowed_hosts", [], "Additional Host names to accept; a reverse proxy must forward Host.")
     flags.DEFINE_string("token_file", None, "File with the token that requests must send; default $LUNGJAX_TOKEN.")
     flags.DEFINE_float("max_mb", 64, "MiB per file.", 0.001)
     flags.DEFINE_float("max_request_mb", 256, "MiB per request.", 0.001)
@@ -42,7 +40,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Opens the port and the model, and serves until a signal."""
+    """Opens the port, loads the model and serves until a signal."""
     if not FLAGS.model:
         raise app.UsageError("--model=M is missing: a run folder, or a model.pyz or model.onnx")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -149,7 +147,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def read_token(file: str | None) -> str:
-    """Returns the token of a file, else of LUNGJAX_TOKEN, else "". Raises ValueError for a weak one."""
+    """Returns the token of a file, or of LUNGJAX_TOKEN, or "". Raises ValueError for a weak one."""
     try:
         text = Path(file).expanduser().read_text("utf-8") if file else os.environ.get("LUNGJAX_TOKEN", "")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """Routes of the service.
 
-Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), computed by
-one thread (`batching`), and freed when the response is sent.
+Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), passed to
+the network by one thread (`batching`), and freed when the response is sent.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from lungjax.serve.uploads import UploadError
 
 PAGE = Path(__file__).with_name("page")
 LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
-TRIM_BYTES = 48 * 2**20  # freed memory that is returned to the system
+TRIM_BYTES = 48 * 2**20  # of freed memory, after which it is returned to the system
 # Of /docs. FastAPI's own page loads Swagger from a content delivery network, which a hospital may not reach.
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
@@ -81,7 +81,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Runs the device, and ends all threads."""
+        """Starts the compute thread; at shutdown, ends all threads."""
         task = asyncio.create_task(self.device.run())
         yield
         self.device.stop()

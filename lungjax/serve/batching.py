@@ -66,11 +66,11 @@ class Device:
             raise UploadError(503, "queue", "too many images are waiting; try again in a second")
 
     def predict(self, pixels: Sequence[np.ndarray]) -> "list[asyncio.Future[np.ndarray]]":
-        """Queues images uint8 [H, W, C]; the futures get probabilities [classes]. Raises UploadError as `check`."""
+        """Queues images uint8 [H, W, C]; the futures give probabilities [classes]. Raises UploadError as `check`."""
         return self._enqueue("predict", [_Entry(image) for image in pixels])
 
     def explain(self, pixels: Sequence[np.ndarray], target: int | None, method: str) -> "list[asyncio.Future[Any]]":
-        """Queues images; the futures get (map [H, W], probabilities [classes]). Raises UploadError as `check`."""
+        """Queues images; the futures give (map [H, W], probabilities [classes]). Raises UploadError as `check`."""
         return self._enqueue("explain", [_Entry(image, target, method) for image in pixels])
 
     def _enqueue(self, kind: str, entries: list[_Entry]) -> "list[asyncio.Future[Any]]":
@@ -115,7 +115,7 @@ class Device:
                     await self._change.wait()
 
     def _take(self, kind: str) -> list[_Entry]:
-        """Takes one saliency map, or the images of the largest batch size that the queue can fill."""
+        """Removes one image to explain, or the largest batch to predict, from a queue."""
         queue = self._queues[kind]
         fitting = [size for size in self.model.batch_sizes if size <= len(queue)]
         entries = [queue.popleft() for _ in range(max(fitting, default=1) if kind == "predict" else 1)]

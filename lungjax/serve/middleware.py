@@ -141,7 +141,7 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Responds with 500 and a number, under which the log has the location of the error, but not its message."""
+        """Responds with 500 and a number, which identifies the error in the log: its location, not its message."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:

@@ -181,9 +181,7 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             return Upload([images.decode(dicom.xray(file), None, ("PNG",))])
         own = dicom.series(headers).plane
         if header.orientation is not None and own != plane:
-            raise UploadError(
-                422, "plane", f"the slice is {own}, but this model needs {plane} ones; use lungjax.predict"
-            )
+            raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         slices = [dicom.picture(one, hu_windows) for one in headers]

@@ -2,6 +2,7 @@
 
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19             # from finished runs
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
+    python -m lungjax.tables --pool --workdir=runs/mine                               # any runs, pooled over seeds
     python -m lungjax.tables --smoke                                                  # tests every cell without data
 
 Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of the exact experiment on
@@ -38,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_multi_string("set", [], "Override a field in every run, such as train.devices=1; repeatable.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws over patients and seeds.", lower_bound=100)
+    flags.DEFINE_bool("pool", False, "Print the test scores of all runs below --workdir, pooled over train.seed.")
     flags.DEFINE_bool("smoke", False, "Test every cell of every table (or of --table) without data.")
 
 
@@ -60,10 +62,15 @@ def main(_: list[str]) -> None:
             print("\n".join(["Failures:", *failures]))
             sys.exit(1)
         return
-    if not FLAGS.table:
+    if FLAGS.pool and FLAGS.workdir:
+        from lungjax.tables import pooled  # here: other calls don't need it
+
+        print(pooled.markdown(Path(FLAGS.workdir).expanduser(), FLAGS.draws))
+        return
+    if not FLAGS.table and not FLAGS.pool:
         raise app.UsageError("--table=NAME is missing; --list shows the names")
     if not FLAGS.workdir:
-        raise app.UsageError(f"--workdir=DIR is missing: the folder for the runs of {FLAGS.table}")
+        raise app.UsageError("--workdir=DIR is missing: the folder of the runs")
     from lungjax.tables import charts, results, runs  # here: they import jax
 
     weights_dir = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None

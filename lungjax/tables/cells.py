@@ -1,20 +1,20 @@
-"""A results table of a study: each cell has a published number, an experiment and a metric. Imports no jax.
+"""The results tables of the studies: each cell has a published number, an experiment and a metric. Imports no jax.
 
     Cell("Simple", "original-baseline", "ct_cov19:model=simple,images=original,protocol=study",
          "val.slice.study.f1_weighted", 0.778)
 
-`published` is a rate in 0..1 or a loss; `decimals`, the number of printed digits, limits the precision of comparisons.
-Cells with the same experiment share its runs.
+`published` is a rate in 0..1 or a loss, compared at the precision of its `decimals` printed digits. Cells with the same
+experiment share its runs.
 
 **Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
 in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro".
 "val.slice.accuracy@3" is that of the third validation in metrics.jsonl, which logs no metrics per class.
 
-**Model selection.** With `chosen_from="ct_cov19_val"` a cell scores the best candidate by our runs instead of its own
-`experiment`, the study's choice. Candidates are the cells of that table whose row or column is the row of this cell;
-the best one has the highest mean of its own metric. So `ct_cov19_test` has, for each network, the val and test scores
-of the configuration that is best on val. `correlate` lists pairs of columns; the table reports their Spearman rank
-correlation over the rows, published and ours.
+**Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,
+but the one that is best in our runs: among the cells of that table whose row or column is the row of this cell, the one
+with the highest mean of its own metric. So `ct_cov19_test` has, for each network, the val and test scores of the
+configuration that is best on val. `correlate` lists pairs of columns whose Spearman rank correlation over the rows is
+reported, published and ours.
 """
 
 import re
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def slack(self) -> float:
-        """Returns the largest rounding error of the published number, half a unit of the last printed digit."""
+        """Returns half a unit of the last printed digit, the largest rounding error of the published number."""
         return 0.5 * 10.0**-self.decimals
 
 
@@ -123,10 +123,7 @@ class Table:
 
 
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
-    """Returns the candidates for a cell: itself, or cells of the table `chosen_from`.
-
-    Raises ValueError if that table has no matching row or column.
-    """
+    """Returns the cell, or its candidates in the table `chosen_from`. Raises ValueError if it has none there."""
     if not table.chosen_from:
         return (cell,)
     matches = tuple(other for other in tables[table.chosen_from].cells if cell.row in (other.row, other.column))

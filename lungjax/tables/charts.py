@@ -48,7 +48,7 @@ def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str
 def bars(table: Table, results: Sequence[Result], path: Path) -> None:
     """Draws each cell: our number as a bar with its interval, colored by verdict, and the published number as a mark.
 
-    One panel per row, or per column if there are fewer columns. Losses and other numbers above 1 are skipped.
+    There is one panel per row, or per column if there are fewer columns. Numbers above 1 and losses are skipped.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -146,10 +146,7 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
 
 
 def curves(table: Table, done: Sequence[Result], path: Path) -> None:
-    """Draws ROC and precision-recall curves of each network's best run: the best seed of its best cell.
-
-    Networks differ by name, weights and trained parameters. Curves pool all example-class pairs (micro average).
-    """
+    """Draws ROC and precision-recall curves, pooled over the classes (micro), of each network's best run."""
     figure = style.figure(12.6, 5.2)
     axes = dict(zip(("roc", "pr"), figure.subplots(1, 2), strict=True))
     for kind, axis in axes.items():
@@ -170,7 +167,7 @@ def curves(table: Table, done: Sequence[Result], path: Path) -> None:
 
 
 def best_runs(done: Sequence[Result]) -> list[tuple[str, Result, int, Predictions]]:
-    """Returns name, result, seed and predictions of each network's best run, by the network's first metric."""
+    """Returns name, result, seed and predictions of the best seed of each network's best cell, by its first metric."""
     networks: dict[tuple[str, ...], list[Result]] = {}
     for r in done:
         model, tune = r.group.runs[0].config.model, r.group.runs[0].config.optim

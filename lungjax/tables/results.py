@@ -1,8 +1,8 @@
 """A table with our numbers, read from finished runs and compared with the published ones.
 
 Our number is the mean over the seeds, with a 95 % interval by bootstrap over patients and seeds
-(`bootstrap.over_runs`). A published number is "inside" the interval, or our number is "above" or "below" it. Published
-numbers are rounded, so half a unit of their last digit is tolerated.
+(`bootstrap.over_runs`). The published number is "inside" the interval, or ours is "above" or "below" it. Half a unit of
+the last printed digit is tolerated.
 """
 
 import csv
@@ -110,11 +110,9 @@ class Reader:
         if not group.finished:
             return self._unfinished(cell, group)
         try:
-            ours, low, high = (
-                (runs.logged(group.runs, cell), None, None)
-                if cell.validation
-                else self._level(group, cell.split, cell.unit).get(cell.name, (None, None, None))
-            )
+            level = {} if cell.validation else self._level(group, cell.split, cell.unit)
+            logged = runs.logged(group.runs, cell) if cell.validation else None
+            ours, low, high = level.get(cell.name, (logged, None, None))
         except ValueError as error:
             return Result(cell, group, "damaged", str(error), commands=tuple(run.command for run in group.runs))
         if ours is None:
@@ -153,7 +151,7 @@ def evaluate(table: Table, tables: Mapping[str, Table], reader: Reader) -> list[
 
 
 def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reader) -> Result:
-    """Returns the result of the best candidate by its own metric, scored by the metric of the cell."""
+    """Returns the result for a cell of the candidate that is best by its own metric."""
     scored = [reader.result(candidate) for candidate in cells.candidates(table, cell, tables)]
     finished = [result for result in scored if result.ours is not None]
     commands = tuple(dict.fromkeys(command for result in scored for command in result.commands))
@@ -173,9 +171,9 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes the missing, unfinished and damaged runs sequentially; returns {command line: error} of failed ones.
+    """Executes the missing, unfinished and damaged runs in sequence; returns {command line: error} of failed ones.
 
-    Raises `signals.Interrupted` once an interrupted run has saved its checkpoint.
+    Raises `signals.Interrupted` after a signal, once the current run has saved its checkpoint.
     """
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported

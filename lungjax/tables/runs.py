@@ -1,7 +1,7 @@
 """Runs of a table: their folders and states, and the execution of missing ones.
 
-A run is one seed of one experiment, in WORKDIR/NAME/seedN with the NAME of the configuration. Training runs in separate
-processes; this process uses no device.
+A run is one seed of one experiment, in WORKDIR/NAME/seedN, where NAME is the name of the configuration. Each run trains
+in a process of its own; this process uses no device.
 """
 
 import json
@@ -104,8 +104,8 @@ def plan(name: str, options: Options) -> tuple[Run, ...]:
 def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> State:
     """Returns the state of a run's folder, without reading its predictions.
 
-    A run's data set must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class, in
-    label order, in the study's splits; a run under the clean protocol may lack a share of MAX_EXCLUDED.
+    The run's data must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class in
+    the study's splits, of which a run under the clean protocol may lack a share of MAX_EXCLUDED.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
     if not saved.exists():
@@ -181,10 +181,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the predictions of a finished run.
-
-    Raises ValueError if they are missing, damaged or inconsistent with `report`.
-    """
+    """Returns the predictions of a run. Raises ValueError if missing, damaged or inconsistent with `report`."""
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")
@@ -213,7 +210,7 @@ def logged(runs: Sequence[Run], cell: Cell) -> float | None:
 def execute(run: Run) -> tuple[int, str]:
     """Starts or resumes a run in a subprocess and prints its output; returns its exit code and last lines.
 
-    Ctrl-C and SIGTERM are forwarded once, so that the run saves a checkpoint; then `signals.Interrupted` is raised. A
+    The first Ctrl-C or SIGTERM is forwarded, so that the run saves a checkpoint, and `signals.Interrupted` is raised. A
     second Ctrl-C kills the run.
     """
     command = [sys.executable, "-m", "lungjax.main", *run.arguments]
@@ -248,7 +245,7 @@ def execute(run: Run) -> tuple[int, str]:
 
 
 def ending(code: int) -> str:
-    """Returns a failed process's exit code or signal, such as "exit code 2" or "killed by SIGKILL"."""
+    """Describes the exit code of a failed process, such as "exit code 2" or "killed by SIGKILL"."""
     if code >= 0:
         return f"exit code {code}"
     memory = " (often out of memory)" if -code == signal.SIGKILL else ""

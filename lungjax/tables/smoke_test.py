@@ -1,9 +1,8 @@
 """Smoke test of every cell of every table, without data.
 
-For each cell: the experiment is valid; its data set, classes and weights are known; network, optimizer, schedule and
-loss are compatible (shapes only); augmented images have the right size; the metric is defined. For each distinct
-network with its head and frozen parameters: two Adam steps with finite losses and one prediction, with random weights
-and the smallest possible images, without augmentation or class weights.
+Each cell must have a valid experiment, known data set, classes and weights, compatible shapes of network, optimizer and
+loss, augmented images of the right size, and a defined metric. Each distinct combination of network, head and frozen
+parameters makes two Adam steps with finite losses and one prediction, from random weights on the smallest images.
 """
 
 import time
@@ -32,16 +31,11 @@ from lungjax.training import optim, program
 from lungjax.weights import load
 
 LABELS = 64  # of a simulated train split
-LEARNING_RATE = 1e-6  # of the two steps
 BATCH = 8  # images per step; with fewer, batch norm over single cells makes deep networks diverge
-UNKNOWN = ("a", "b")  # for a data set whose classes depend on its images (folder)
 
 
 def run(tables: Mapping[str, Table], chosen: Mapping[str, Table], say: Callable[[str], None]) -> list[str]:
-    """Tests every cell of the `chosen` among all `tables`; returns one line per failure.
-
-    `say` prints one line per row of each table, and a summary.
-    """
+    """Tests every cell of the `chosen` among all `tables` and reports to `say`; returns one line per failure."""
     started, tested = time.monotonic(), 0
     failures: list[str] = []
     train_and_predict.cache_clear()
@@ -88,11 +82,11 @@ def _one_line(error: Exception) -> str:
 def complete(name: str) -> tuple[Config, tuple[str, ...]]:
     """Returns the configuration of an experiment, completed for its weights, and the classes of its data set.
 
-    Random weights replace those of another run. Raises ValueError for a configuration that a run would reject.
+    Random weights replace those of another run. Raises ValueError for an invalid configuration.
     """
     config = experiments.load(name)
     configs.check(config)
-    classes = datasets.classes(config.data.dataset) or UNKNOWN
+    classes = datasets.classes(config.data.dataset) or ("a", "b")  # those of `folder` depend on its images
     if config.model.weights.removeprefix("meanvar:").startswith("run:"):
         config = replace(config, model=replace(config.model, weights="none"))
     config = load.resolve(config)
@@ -155,17 +149,14 @@ def _build(config: Config, classes: tuple[str, ...]) -> Any:
 
 
 def smallest(config: Config) -> Config:
-    """Returns a configuration for two steps on the smallest images, a small batch and random weights.
-
-    It keeps network, head and frozen parameters, so that cells that share them are trained once.
-    """
+    """Returns a configuration of the same network, head and frozen parameters for two steps on the smallest images."""
     optim = {name: getattr(config.optim, name) for name in ("tune", "freeze", "frozen_batch_norm")}
     size, mean = models.minimum_size(config.model), (0.0,) * config.input.network_channels
     return Config(
         input=configs.InputSpec(size=size, channels=config.input.channels, mean=mean),
         model=replace(config.model, weights="none"),
         # A small rate: on the smallest images a feature map is one cell, whose batch norm gradients can be huge.
-        optim=configs.OptimConfig(lr=LEARNING_RATE, **optim),
+        optim=configs.OptimConfig(lr=1e-6, **optim),
         train=configs.TrainConfig(batch_size=BATCH, steps=2),
     )
 

@@ -4,12 +4,10 @@ XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topol
 """
 
 import importlib.util
-import io
 import math
 import os
 import re
 import time
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from PIL import Image
 
 from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
-from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.report.templating import count
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime import provenance
@@ -75,9 +71,8 @@ def devices(topology: str) -> list[Any]:
         raise ValueError(f"--compile_for={topology}: slices of {name} are {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install -e '.[tpu]' (or libtpu); no TPU is needed")
-    options: dict[str, Any] = {}
-    if name == "v4":  # one device per chip of two cores, as on Cloud TPU
-        options["chip_config_name"] = "megacore"
+    # On Cloud TPU a v4 chip of two cores is one device.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     if shape == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -89,8 +84,7 @@ def devices(topology: str) -> list[Any]:
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     """Compiles the training step of a run for a topology such as "v5e:4x4", and returns a report.
 
-    Takes minutes and several GB of memory. If the data set is not prepared in `data_dir`, but its classes are known,
-    black images replace it.
+    Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
 
     Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
     not fit in the memory of a chip.
@@ -101,12 +95,12 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     if config.train.devices:
         raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
-    data = _open_data(config, data_dir)
-    if len(data.records) <= len(data.classes):
+    classes, labels = _classes_and_labels(config, data_dir)
+    if len(labels) == len(classes):  # not prepared
         steps = config.train.steps or DEFAULT_STEPS
         config = replace(config, train=replace(config.train, steps=steps))
-    built = program.build(config, data.classes, data.columns["label"][pipeline.train_rows(data)], mesh)
-    batch = batch_shapes(config, data, mesh)
+    built = program.build(config, classes, labels, mesh)
+    batch = batch_shapes(config, mesh)
     sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
     lowered = built.train_step.lower(built.abstract_state, batch)  # type: ignore[attr-defined]
     started = time.perf_counter()
@@ -193,12 +187,18 @@ def count_collectives(text: str) -> list[tuple[str, str]]:
     return rows or [("collectives", "none")]
 
 
-def batch_shapes(config: Config, data: Prepared, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and shardings of a global training batch of the pipeline."""
-    train, reading = replace(config.train, batch_size=1), replace(config.data, workers=0)
-    example = next(pipeline.train_batches(data, replace(config, train=train, data=reading), start=0))
-    n, sharding = config.train.batch_size, meshes.batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in example.items()}
+def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and shardings of a global batch of `pipeline.train_batches`."""
+    n, spec = config.train.batch_size, config.input
+    height, width = (round(side * (1 + 2 * spec.box_margin)) for side in spec.size)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((n,), np.int32), "place": ((n,), np.uint32)}
+    shapes["image"] = ((n, height, width, spec.channels), np.uint8)
+    if spec.box_margin:
+        shapes["box"] = ((n, 4), np.float32)
+    if config.augment.exterior:
+        shapes["body"] = ((n, height, width), np.uint8)
+    sharding = meshes.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
 def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
@@ -226,36 +226,17 @@ def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
     return "; ".join(tips) or "a smaller network"
 
 
-def _open_data(config: Config, data_dir: Path) -> Prepared:
-    """Returns the data set, or if it is not prepared, one black image per class."""
+def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns classes and training labels of the data set; if it is not prepared, one label per class."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
-        return datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
+        data = datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
+        return data.classes, data.columns["label"][pipeline.train_rows(data)]
     classes = datasets.classes(config.data.dataset)
     if not classes:
-        raise ValueError(
-            f"data set {name.full} is not prepared in {data_dir}, and its classes are unknown: prepare it, or use "
-            "another one, such as --set=data.dataset=covidx_ct (three classes)"
-        )
-    black = io.BytesIO()
-    Image.fromarray(np.zeros((BODY_SIDE, BODY_SIDE), np.uint8)).save(black, "PNG")
-    record = {"image": black.getvalue(), "body": zlib.compress(bytes(BODY_SIDE**2 // 8))}
-    n = len(classes)
-    return Prepared(
-        name=name.full,
-        classes=classes,
-        columns={
-            "file": np.full(n, "black.png"),
-            "label": np.arange(n),
-            **dict.fromkeys(("split", "split_study"), np.full(n, "train")),
-            "box": np.tile(np.asarray([0, 0, BODY_SIDE, BODY_SIDE], np.float32), (n, 1)),
-        },
-        records=[record] * n,
-        window=None,
-        fingerprint="",
-        protocol=config.data.protocol,
-        body=True,
-    )
+        advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
+        raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
+    return classes, np.arange(len(classes))
 
 
 def _bytes_per_chip(shapes: Any) -> int:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from lungjax.data import pipeline
 from lungjax.runtime import distributed
 from lungjax.runtime.files import atomic_write
+from lungjax.runtime.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # `setup` imports this module
     from lungjax.training.setup import Run
@@ -41,7 +41,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
                 self.events = EventFiles(run.workdir, rows)
         options = {"total": run.program.steps, "initial": step, "unit": "step", "disable": not first_host}
-        self.bar = tqdm(desc=run.config.name, **options)
+        self.bar = progress_bar(desc=run.config.name, **options)
 
     def __exit__(self, *_: object) -> None:
         """Closes the progress bar and the event files."""
@@ -68,7 +68,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
             self.write(step, {**row, "lr": float(self.run.program.schedule(step - 1)), "images_per_s": round(rate, 2)})
-            self.bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s")
+            self.bar.set_postfix_str(f"loss {row['train.loss']:.3f}, {rate:.0f} images/s", refresh=False)
         self.reset_clock()
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from lungjax.config import OptimConfig
 from lungjax.models import trees
@@ -109,8 +110,9 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -
     elif config.name == "rmsprop":
         parts.append(optax.scale_by_rms(decay=0.9, eps=config.eps))
     if config.weight_decay:
-        # Only kernels: no recipe of these networks decays norm scales or biases.
-        parts.append(optax.add_decayed_weights(config.weight_decay, trees.mask(params, r"kernel$")))
+        # No recipe of these networks decays norm scales or biases.
+        kernels = traverse_util.path_aware_map(lambda path, _: path[-1] == "kernel", params)
+        parts.append(optax.add_decayed_weights(config.weight_decay, kernels))
     if config.name in ("sgd", "rmsprop") and config.momentum:
         parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
     parts.append(optax.scale_by_learning_rate(schedule))

@@ -90,9 +90,7 @@ def check_monitor(config: Config, data: Prepared) -> None:
             raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
     rows, classes = data.rows("val"), len(data.classes)
     files, groups, sources, labels = (data.columns[name][rows] for name in ("file", "group", "source", "label"))
-    uniform = Predictions(
-        files, groups, sources, labels, np.full((len(rows), classes), 1 / classes), classes=data.classes
-    )
+    uniform = Predictions(files, groups, sources, labels, np.full((len(rows), classes), 1 / classes), data.classes)
     scores, name = metrics.flat_levels(uniform), config.train.monitor
     if name not in scores:
         raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")

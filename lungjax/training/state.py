@@ -54,9 +54,6 @@ def init(
     module: nn.Module, image_shape: tuple[int, ...], seed: int, start: Mapping[str, jax.Array] | None = None
 ) -> dict[str, Any]:
     """Returns the variables for images of [height, width, channels], random except for the leaves of `start`."""
-    random = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    variables = {}
-    for collection in ("params", "batch_stats"):
-        leaves = trees.flatten(random.get(collection, {}))
-        variables[collection] = trees.unflatten({path: (start or {}).get(path, leaf) for path, leaf in leaves.items()})
-    return variables
+    random, start = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False), start or {}
+    leaves = {name: trees.flatten(random.get(name, {})) for name in ("params", "batch_stats")}
+    return {name: trees.unflatten({p: start.get(p, x) for p, x in own.items()}) for name, own in leaves.items()}

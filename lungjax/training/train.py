@@ -39,13 +39,9 @@ def run(
 ) -> Path:
     """Trains or resumes, tests and reports; returns the path of `report.md`.
 
-    Args:
-      config: configuration of the run.
-      workdir: folder of the run; created if missing.
-      data_dir: folder of the data sets that `lungjax.prepare` wrote.
-      mode: "train", or "evaluate" to test the best weights of a finished or interrupted run again.
-      weights_dir: folder that is searched first for files of `model.weights`.
-      profile: first and last step of a `jax.profiler` trace in WORKDIR/profile.
+    `data_dir` has the data sets that `lungjax.prepare` wrote; `weights_dir` is searched first for files of
+    `model.weights`. `mode` is "train", or "evaluate" to test the best weights of a finished or interrupted run again.
+    `profile` has the first and last step of a `jax.profiler` trace in WORKDIR/profile.
 
     Raises ValueError for user errors, before training where possible, and `signals.Interrupted` after SIGTERM or
     Ctrl-C, once the state is saved.

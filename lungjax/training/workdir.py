@@ -83,11 +83,9 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
         return
     before = read_data(workdir)
     if before != data_facts(data):
-        name, fingerprint = before.get("dataset"), str(before.get("fingerprint"))[:12]
-        raise ValueError(
-            f"{workdir}: this run was started on {name} with fingerprint {fingerprint}, which is now "
-            f"{data.fingerprint[:12]}: other images, labels or splits. Choose another --workdir"
-        )
+        name, old, new = before.get("dataset"), str(before.get("fingerprint"))[:12], data.fingerprint[:12]
+        change = f"the run was started on {name} with fingerprint {old}, which is now {new}"
+        raise ValueError(f"{workdir}: {change}: other images, labels or splits. Choose another --workdir")
 
 
 def data_facts(data: Prepared) -> dict[str, Any]:
@@ -135,10 +133,8 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
     needed = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
     free = shutil.disk_usage(workdir).free
     if newest(workdir, "last") is None and free < needed:
-        raise ValueError(
-            f"{workdir}: the checkpoints take up to {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free; "
-            "choose another --workdir"
-        )
+        sizes = f"the checkpoints take up to {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free"
+        raise ValueError(f"{workdir}: {sizes}; choose another --workdir")
 
 
 def _lock(file: IO[str], workdir: Path) -> None:

@@ -15,6 +15,7 @@ import csv
 import re
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from lungjax.config import InputSpec, nearest
@@ -51,6 +52,11 @@ class PretrainedWeights:
     def model(self) -> str:
         """The network: a key of `lungjax.models.MODELS`."""
         return self.name.partition(".")[0]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The relative paths at which the file is found; files of the hub are all called model.safetensors."""
+        return Path(self.filename), Path(Path(self.filename).stem, self.url.rpartition("/")[2])
 
     @property
     def noncommercial(self) -> bool:

@@ -112,15 +112,11 @@ def convert(
     optional: str = NOTHING,
     label: str = "the file",
 ) -> dict[str, np.ndarray]:
-    """Returns our parameters by path, from the tensors of a file.
+    """Returns our parameters by path, from the tensors of a file, which are read one by one.
 
-    Args:
-      tensors: arrays by their names in the file; read one by one.
-      rules: for the family of the network and the layout of the file.
-      shapes: shapes of our parameters by path ("stem_conv/kernel").
-      fresh: regex for paths that are never read from the file.
-      optional: regex for paths that are skipped if they are missing in the file or have another shape there.
-      label: name of the file for error messages.
+    `shapes` has the shapes of our parameters by path ("stem_conv/kernel"). Paths that match the regex `fresh` are never
+    read from the file; those that match `optional` are skipped if they are missing there or have another shape.
+    `label` is the name of the file in errors.
 
     Raises ValueError that lists tensors without a rule, missing parameters, parameters filled twice and unequal shapes.
     """

@@ -13,9 +13,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 from lungjax.runtime.files import atomic_write
+from lungjax.runtime.progress_bar import progress_bar
 from lungjax.weights.catalogue import PretrainedWeights
 
 
@@ -61,11 +60,7 @@ def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> 
 
 def _places(record: PretrainedWeights, weights_dir: str | Path | None) -> Iterator[Path]:
     if weights_dir is not None:
-        folder = Path(weights_dir).expanduser()
-        yield folder / record.filename
-        published = record.url.rpartition("/")[2]
-        if published != record.filename:  # files on the hub are all called model.safetensors; the folder has the name
-            yield folder / record.filename.removesuffix(".safetensors") / published
+        yield from (Path(weights_dir).expanduser() / path for path in record.paths)
     yield cache_dir() / record.filename
     spec = importlib.util.find_spec(record.package) if record.package else None
     for package in (spec and spec.submodule_search_locations) or ():
@@ -141,7 +136,7 @@ def _receive(url: str, partial: Path, record: PretrainedWeights) -> None:
         total = offset + int(length) if length else None
         with (
             partial.open("ab" if offset else "wb") as file,
-            tqdm(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
+            progress_bar(total=total, initial=offset, desc=record.filename, unit="B", unit_scale=True) as bar,
         ):
             while chunk := response.read(1 << 20):
                 file.write(chunk)

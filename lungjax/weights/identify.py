@@ -28,9 +28,7 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     Raises ValueError if the names do not fit the network, or fit several records that need different settings.
     """
     for record in records(model):
-        # Files on the hub are all called model.safetensors; the folder has the name.
-        hub = Path(record.filename).stem, record.url.rpartition("/")[2]
-        if path.name == record.filename or (path.parent.name, path.name) == hub:
+        if any(path.parts[-len(known.parts) :] == known.parts for known in record.paths):
             return record
     with open_tensors(path) as tensors:
         shapes = tensors.shapes
@@ -40,16 +38,12 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     matches = {record: _match(shapes, layouts(model)[record.layout]) for record in records(model)}
     best = max(matches.values(), default=0.0)
     if best < MIN_MATCH:
-        raise ValueError(
-            f"{path}: its tensor names ({_first(shapes)}) do not match any weights of {model}; {suggestion(path)}"
-        )
+        raise ValueError(f"{path}: tensors {_first(shapes)} do not match any weights of {model}; {suggestion(path)}")
     fit = [record for record in matches if matches[record] == best]
     fit = [record for record in fit if (record.classes,) in shapes.values()] or fit  # the bias of its classifier
     if len({(record.network, record.input) for record in fit}) > 1:
-        raise ValueError(
-            f"{path} may be any of {', '.join(record.name for record in fit)}, which need different settings: "
-            f"rename it to {' or '.join(record.filename for record in fit)}"
-        )
+        names, files = ", ".join(record.name for record in fit), " or ".join(record.filename for record in fit)
+        raise ValueError(f"{path} may be any of {names}, which need different settings: rename it to {files}")
     return fit[0]
 
 
@@ -84,7 +78,7 @@ def identify(path: str | Path) -> str:
             return f"{path}: the tensors of {names}, except for the classifier:\n" + "\n".join(problems[:MAX_LINES])
         return f"{path}: the tensors of {names}; the file has no published checksum"
     if not failures:
-        raise ValueError(f"{path}: its tensor names ({_first(placeholders)}) do not match any known file")
+        raise ValueError(f"{path}: tensors {_first(placeholders)} do not match any known file")
     _, model, lines = min(failures)
     raise ValueError(f"{path}: fits no network; the nearest is {model}, but\n{lines}")
 

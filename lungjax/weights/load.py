@@ -42,7 +42,7 @@ def parse(model: ModelConfig) -> Source:
     Raises ValueError for an unknown network or source (with the nearest), a network without public weights, weights
     whose license was not accepted, a missing file, and a run without trained weights.
     """
-    models.family_of(model.name)
+    models.check_name(model.name)
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
         return Source()
@@ -79,7 +79,7 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 def resolve(config: Config) -> Config:
     """Returns the configuration with the mean, std, padding and epsilon that its weights require.
 
-    Values set by the user are kept. Raises ValueError as `parse`, for a padding or epsilon that does not match the
+    Values set by the user are kept. Raises ValueError like `parse`, for a padding or epsilon that does not match the
     weights, and for `model.gray=fold` if folding would change the output.
     """
     model, spec = config.model, config.input
@@ -202,10 +202,8 @@ def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: st
     Raises ValueError for any other change of channels.
     """
     if kernel.ndim != 4 or kernel.shape[2] != 3 or shape[2] != 1:
-        raise ValueError(
-            f"{path}: the weights are for {kernel.shape[2]} channels, the images have {shape[2]}; "
-            f"set input.channels={kernel.shape[2]}"
-        )
+        channels = kernel.shape[2]
+        raise ValueError(f"{path}: the weights need input.channels={channels}, but the images have {shape[2]} channels")
     return kernel.sum(2, keepdims=True) if gray == "fold" else kernel[:, :, 1:2]
 
 

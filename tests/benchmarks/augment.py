@@ -1,4 +1,4 @@
-"""Rate of `lungjax.data.augment` and of Keras's preprocessing layers on its JAX backend, in one process.
+"""Times `lungjax.data.augment` against the preprocessing layers of Keras on jax, in one process.
 
 KERAS_BACKEND=jax python -m tests.benchmarks.augment [--rounds=5]        # extra "parity"
 """
@@ -52,7 +52,7 @@ def rate_rows(rounds: int) -> None:
 
 
 def agreement_rows() -> None:
-    """Prints the difference between the warp and each layer, for the parameters that the layer drew."""
+    """Prints the difference between our warp and each layer, for the parameters that the layer drew."""
     print("\n" + harness.header("layer", "largest difference, gray levels"))
     images = noise(3, 4)
     size = (SIDE, SIDE)

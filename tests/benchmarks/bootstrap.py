@@ -1,8 +1,8 @@
-"""Processor time of 95 % intervals of all metrics, and of a loop over scikit-learn on resampled rows.
+"""Times 95 % intervals of all metrics against a loop over scikit-learn on resampled rows, in processor time.
 
 OPENBLAS_NUM_THREADS=1 python -m tests.benchmarks.bootstrap [--draws=2000]
 
-The loop is timed on few draws and scaled. tests/evaluation/test_bootstrap.py compares the intervals of both.
+The loop is timed on a few draws and scaled; tests/evaluation/test_bootstrap.py compares the intervals of both.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def make(examples: int, patients: int) -> Predictions:
 
 
 def loop(p: Predictions) -> None:
-    """Computes all metrics of PEER_DRAWS draws of patients."""
+    """Computes all metrics for PEER_DRAWS draws of patients."""
     names, patient = np.unique(p.groups, return_inverse=True)
     for counts in np.concatenate(list(bootstrap.resample_patients(len(names), PEER_DRAWS, 0, 64)), axis=1).T:
         by_scikit_learn(p, np.repeat(np.arange(len(p)), counts.astype(int)[patient]))

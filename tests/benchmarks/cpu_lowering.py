@@ -1,4 +1,4 @@
-"""Times the CPU forms of `lungjax.models.ops` against the plain operations, in turns in one process.
+"""Times the CPU forms of `lungjax.models.ops` against the plain operations, taking turns in one process.
 
 python -m tests.benchmarks.cpu_lowering [--layers | --steps] [--rounds=7] [--keep_freed]
 """
@@ -26,7 +26,7 @@ LAYERS = [
 
 
 def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
-    """Compiles the plain operations, and ours as in training; prints one line of the table."""
+    """Compiles the plain operations, and ours as in training; prints a row of the table."""
     with conv.plain_forms():
         plain = jax.jit(function).lower(*args).compile()
     ours = jax.jit(function, compiler_options=conv.compiler_options()).lower(*args).compile()
@@ -36,7 +36,7 @@ def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> N
 
 
 def layer_rows(rounds: int) -> None:
-    """Prints forward and gradients of single layers."""
+    """Prints rows for forward pass and gradients of single layers."""
     draw = np.random.default_rng(0).normal
     for kind, batch, side, channels, features, size, stride, padding in LAYERS:
         depth = 1 if kind == "depthwise" else channels
@@ -50,9 +50,8 @@ def layer_rows(rounds: int) -> None:
                 return layers.max_pool(x, size, stride, padding)
             return module.apply({"params": {"kernel": kernel}}, x)
 
-        def gradients(x, kernel, dy, forward=forward, image=channels <= 3):
-            # Training needs no gradient of the image.
-            return jax.vjp(partial(forward, x), kernel)[1](dy) if image else jax.vjp(forward, x, kernel)[1](dy)
+        def gradients(x, kernel, dy, forward=forward):
+            return jax.vjp(forward, x, kernel)[1](dy)
 
         name = f"{kind} {size}x{size}/{stride} {padding}, {batch} x {side} px, {channels} -> {features}"
         dy = jnp.asarray(draw(size=jax.eval_shape(forward, x, kernel).shape), jnp.float32)
@@ -61,7 +60,7 @@ def layer_rows(rounds: int) -> None:
 
 
 def step_rows(rounds: int) -> None:
-    """Prints training steps: forward, gradients, SGD."""
+    """Prints rows for training steps: forward pass, gradients and SGD."""
     cases = [("efficientnetv2_b0", 8, 128), ("efficientnet_b0", 8, 128), ("cbr_small", 32, 128), ("simple", 32, 112)]
     for name, batch, side in cases:
         module = models.build(ModelConfig(name=name), 3)

@@ -1,9 +1,9 @@
-"""Rate of the training loop fed from files, relative to the same compiled step on one batch in memory.
+"""Times the training loop fed from files, relative to the same compiled step on one batch in memory.
 
     python -m tests.benchmarks.end_to_end [--work=FOLDER] [--networks=cbr_small,efficientnet_b0] [--rounds=3]
         [--drawn=1000]
 
-A turn starts with uncounted steps, so that batches read ahead during other turns are used up.
+A turn starts with steps that are not counted, to consume batches that were read during other turns.
 """
 
 import itertools
@@ -23,7 +23,7 @@ SECONDS = 10.0  # minimum length of a turn
 
 
 class Loop:
-    """The training loop of one network: a state that continues from turn to turn, and its sources of batches."""
+    """The training loop of one network, with a state that persists between turns and several sources of batches."""
 
     def __init__(self, network: str, work: Path):
         import jax
@@ -41,7 +41,7 @@ class Loop:
         for name, dataset in NAMES.items():
             config = replace(self.config, data=DataConfig(dataset=dataset))
             runs[name] = setup.set_up(config, work / "run", work / "data", "train", time.time())
-        # One compiled step for all: the configurations differ only in the name of the data set.
+        # All share one compiled step, since the configurations differ only in the name of the data set.
         self.program = runs["source"].program
         batches = {name: replace(run, program=self.program).batches(0) for name, run in runs.items()}
         memory = next(batches["source"])
@@ -52,7 +52,7 @@ class Loop:
         print(f"{network}: {time.perf_counter() - start:.1f} s to compile and run one step", flush=True)
 
     def steps(self, name: str, count: int) -> None:
-        """Trains on `count` batches of a contender and fetches the metrics once, as the loop does for a log line."""
+        """Trains on `count` batches of a source and fetches the metrics once, as the loop does for a log line."""
         import jax
 
         pending = []
@@ -64,7 +64,7 @@ class Loop:
     def turn(self, name: str) -> tuple[float, float]:
         """Returns images per second, and the fraction of the cores used by other processes."""
         log_steps, count = self.config.train.log_steps, 0
-        self.steps(name, harness.cores() + 3 + self.config.data.prefetch)  # batches read ahead, and one more
+        self.steps(name, harness.cores() + 3 + self.config.data.prefetch)  # batches that were read ahead, and one more
         watch, until = harness.Watch(), time.perf_counter() + SECONDS
         while not count or time.perf_counter() < until:
             self.steps(name, log_steps)

@@ -1,8 +1,8 @@
-"""Flags, processes that take turns, times, ratios and Markdown tables of the benchmarks.
+"""Flags, timing, processes that take turns, and Markdown tables for the benchmarks.
 
     python -m tests.benchmarks.harness MODULE FUNCTION        # the child process of `Process`
 
-Frameworks that are compared may run in other interpreters, so this module needs the standard library only.
+Other frameworks may run in other interpreters, so this module needs only the standard library.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 
 CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # environment of processes that compute on the CPU
-
-Times = tuple[float, float]  # wall seconds, and processor seconds of all threads
+Times = tuple[float, float]  # wall seconds, processor seconds of all threads
 
 
 def parse(doc: str | None, required: Iterable[str] = (), positional: str = "", **defaults: Any) -> argparse.Namespace:
-    """Returns the flags of the command line: one per keyword, of the type of its default.
+    """Parses the command line with one flag per keyword, which gives its type and default.
 
-    False is a switch, a list is comma-separated, and a type has no default. `positional` names further arguments.
+    A default of False makes a switch, a list a comma-separated flag, a type a flag without default. `positional` is the
+    name of further arguments.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if positional:
@@ -52,7 +52,7 @@ def parse(doc: str | None, required: Iterable[str] = (), positional: str = "", *
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed memory with the process, as `lungjax.main` does; call it before jax is imported."""
+    """Keeps freed memory in the process, as `lungjax.main` does; call it before importing jax."""
     from lungjax.runtime import environment
 
     environment.keep_freed_memory()
@@ -88,9 +88,6 @@ def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
     return value, {"params": jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads), **updates}
 
 
-# Times.
-
-
 def cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -104,7 +101,7 @@ def machine() -> str:
 
 
 def timed(call: Callable[[], Any]) -> Times:
-    """Returns the times of a call, with the computations of jax that it starts."""
+    """Returns the times of a call, including the jax computations that it starts."""
     start, used = time.perf_counter(), time.process_time()
     result = call()
     if "jax" in sys.modules:
@@ -113,7 +110,7 @@ def timed(call: Callable[[], Any]) -> Times:
 
 
 def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[Any]]:
-    """Returns the results of each call, after one round to warm up."""
+    """Returns the results of each call in each round; a first round for warming up is not counted."""
     results: dict[Any, list[Any]] = {key: [] for key in calls}
     for number in range(rounds + 1):
         for key, call in calls.items():
@@ -124,13 +121,13 @@ def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
 
 def median_ms(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Returns the median milliseconds of each call, which take turns."""
+    """Returns the median milliseconds of calls that take turns."""
     times = take_turns({key: lambda call=call: timed(call) for key, call in calls.items()}, rounds)
     return {key: 1e3 * statistics.median(wall for wall, _ in values) for key, values in times.items()}
 
 
 def busy_seconds() -> float:
-    """Returns the seconds that the cores of this process have worked for any process."""
+    """Returns the seconds for which the cores of this process have been busy with any process."""
     names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     times = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split()[0] in names]
     # user, nice, system, irq, softirq (not idle, iowait); guests are part of user
@@ -149,34 +146,31 @@ def resident(pid: int | str = "self") -> tuple[float, float]:
 
 
 class Watch:
-    """Measures from its creation on: wall seconds, processor seconds, and the use of the cores by other processes."""
+    """Measures wall time, processor time, and the load by other processes, from its creation on."""
 
     def __init__(self, processor: Callable[[], float] = time.process_time):
-        """Starts it; `processor` returns the processor seconds of the processes that are measured."""
+        """Starts measuring; `processor` returns the processor seconds of the measured processes."""
         self.processor = processor
         self.start = (time.perf_counter(), processor(), busy_seconds())
 
     def read(self) -> tuple[float, float, float]:
-        """Returns wall seconds, processor seconds, and the share of the cores that other processes used."""
+        """Returns wall seconds, processor seconds, and the fraction of the cores used by other processes."""
         now = (time.perf_counter(), self.processor(), busy_seconds())
         wall, used, busy = (b - a for a, b in zip(self.start, now, strict=True))
         return wall, used, max((busy - used) / wall / cores(), 0.0)
 
 
-# Processes.
-
-
 class Process:
-    """A process that is idle between requests; it runs a function of a module of this folder.
+    """A process that runs a function of a module in this folder and is idle between requests.
 
-    The function returns facts, and a function from a request to its answer, both as JSON.
+    The function returns facts and a second function, from a request to its answer; all must be JSON.
     """
 
     def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):
-        """Starts it with `python`, by default this interpreter. `answer` returns its facts."""
+        """Starts the process with `python`, by default this interpreter; the first `answer` has the facts."""
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "PYTHONSAFEPATH": "1",  # modules of this folder must not hide a library
+            "PYTHONSAFEPATH": "1",  # modules in this folder must not shadow libraries
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **env,
         }
@@ -187,11 +181,11 @@ class Process:
         self._send(arguments)
 
     def _send(self, request: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the process has ended, and `answer` raises its error
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `answer` raises its error
             print(json.dumps(request), file=self.process.stdin, flush=True)
 
     def answer(self, seconds: float | None = None) -> Any:
-        """Returns the next answer; raises RuntimeError with an error of the process, TimeoutError after `seconds`."""
+        """Returns the next answer. Raises RuntimeError if the process failed, TimeoutError after `seconds`."""
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise TimeoutError
         line = self.process.stdout.readline()
@@ -205,7 +199,7 @@ class Process:
         return answer
 
     def ask(self, seconds: float | None = None, **request: Any) -> Any:
-        """Sends a request and returns its answer; raises as `answer`."""
+        """Sends a request and returns its answer; raises like `answer`."""
         self._send(request)
         return self.answer(seconds)
 
@@ -216,7 +210,7 @@ class Process:
 
 
 def main() -> None:
-    """Answers requests until the input ends; an error is the last answer."""
+    """Answers requests until the input ends or an error occurs, which is the last answer."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     module, function = sys.argv[1:]
@@ -229,26 +223,23 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
-    os._exit(0)  # without waiting for threads of libraries
-
-
-# Tables.
+    os._exit(0)  # does not wait for threads of libraries
 
 
 def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> str:
-    """Returns "median (lowest..highest)" of the ratios within each round."""
+    """Returns the "median (lowest..highest)" of the ratios of each round."""
     ratios = [a / b for a, b in zip(values, units, strict=True)]
     low, high = min(ratios), max(ratios)
     return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
 
 
 def row(*cells: Any) -> str:
-    """Returns a row of a table."""
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def header(*heads: str) -> str:
-    """Returns the header of a table, with its first column to the left and the others to the right."""
+    """Returns the header of a table whose first column is left-aligned, the others right-aligned."""
     return f"{row(*heads)}\n{row('---', *['---:'] * (len(heads) - 1))}"
 
 

@@ -1,10 +1,10 @@
-"""Times the input pipeline against torch's DataLoader and tf.data: same files, decode, resize, batches and cores.
+"""Times the input pipeline against torch's DataLoader and tf.data on the same files, sizes, batches and cores.
 
     python -m tests.benchmarks.input_pipeline --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
-FOLDER contains a folder of JPEG or PNG files per class; without --source, slices are drawn. The interpreters need torch
-with Pillow, and tensorflow. A turn in which other processes used more than 10% of the cores is repeated.
+FOLDER contains one folder of JPEG or PNG files per class; by default synthetic slices are used. The interpreters need
+torch with Pillow, and tensorflow. A turn in which other processes use more than 10% of the cores is repeated.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tests.benchmarks import harness
 SIDE, BATCH, NAME = 224, 64, "folder/bench"
 NAMES = {"source": NAME, "copy": f"{NAME}-{SIDE}"}
 CORES = (0, 1)
-SECONDS, WARM_UP = 3.0, 1.0  # per turn; batches made during other turns are consumed in the warm-up
+SECONDS, WARM_UP = 3.0, 1.0  # per turn; the warm-up consumes batches made during other turns
 MAX_OTHERS, MAX_REPEATS = 0.1, 15  # fraction of the cores that others may use in a turn; repetitions of a turn
 Batches = tuple[str, Iterator[Any]]  # with versions
 
@@ -63,7 +63,7 @@ def tf_batches(files: list[str]) -> Batches:
 
 
 def lungjax_batches(name: str, work: str) -> Batches:
-    """lungjax's pipeline from the data set `name`."""
+    """Returns the batches of lungjax from the data set `name`."""
     harness.keep_freed_memory()
     import grain
     import PIL
@@ -82,7 +82,7 @@ def family_seconds() -> float:
     """Returns the CPU seconds of this process and its children, running or ended."""
     parents, ticks = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
             parents[int(entry.name)], ticks[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
     family = {os.getpid()}
@@ -92,7 +92,7 @@ def family_seconds() -> float:
 
 
 def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
-    """Returns facts, and a function for turns."""
+    """Returns facts, and a function that measures a turn."""
     os.sched_setaffinity(0, CORES)
     if name in NAMES:
         versions, batches = lungjax_batches(NAMES[name], work)
@@ -127,7 +127,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def prepare(source: Path, work: Path) -> list[str]:
-    """Prepares the files and their copy if necessary, and returns the training files."""
+    """Prepares the files and their copy if necessary; returns the training files."""
     from lungjax import datasets
 
     for name in NAMES.values():
@@ -138,7 +138,7 @@ def prepare(source: Path, work: Path) -> list[str]:
 
 
 def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Runs all contenders in turns; returns the measurements of each round."""
+    """Lets all contenders take turns; returns the measurements of each round."""
     processes = {}
     for name, python in pythons.items():
         processes[name] = harness.Process(python, "input_pipeline", "contender", name=name, work=str(work), files=files)
@@ -157,7 +157,7 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
 
 
 def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
-    """Returns rates, and the median of the ratios per round."""
+    """Returns the table of rates, with the median of the ratios per round."""
     peers = [name for name in ("torch", "tf") if name in turns]
     heads = ["", "images/s", "lowest..highest", "images/s of a core"]
     heads += [f"{what} / {peer}" for peer in peers for what in ("rate", "of a core")] + ["others"]

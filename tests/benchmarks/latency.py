@@ -1,9 +1,9 @@
-"""Latency of single images and batches of eight: lungjax against onnxruntime, in turns.
+"""Times predictions of single images and batches of eight against onnxruntime.
 
     python -m tests.benchmarks.latency [--models=efficientnet_b0,...] [--rounds=9] [--peer_python=PYTHON]
 
-Models are those that tests.parity compares with timm. Needs the extra `parity`, torch, onnxscript and onnxruntime;
-`--peer_python` names an interpreter that has these.
+The models are those that tests.parity compares with timm. Needs the extra `parity`, torch, onnxscript and onnxruntime,
+at least in the interpreter `--peer_python`.
 """
 
 import statistics
@@ -34,12 +34,12 @@ def pixels(batch: int) -> np.ndarray:
 
 
 def for_onnx(images: np.ndarray) -> np.ndarray:
-    """Returns float32 [B, 3, H, W] in -1..1, the input of the ONNX file."""
+    """Returns the input of the ONNX file, float32 [B, 3, H, W] in -1..1."""
     return np.ascontiguousarray((images.astype(np.float32) / 255 - 0.5).transpose(0, 3, 1, 2) / 0.5)
 
 
 def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
-    """Writes timm's network with random weights: its file of weights, and NETWORK.onnx of a dynamic batch size.
+    """Writes a network of timm with random weights, as a weight file and as NETWORK.onnx with dynamic batch size.
 
     torch.onnx folds the norms into the convolutions.
     """
@@ -60,7 +60,7 @@ def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
 
 
 def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and turns from uint8 pixels to probabilities on the host."""
+    """Returns facts, and a function for turns from uint8 pixels to probabilities on the host."""
     harness.keep_freed_memory()
     import jax
     import jax.numpy as jnp
@@ -92,7 +92,7 @@ def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
 
 
 def onnx(path: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and turns from normalized float32 pixels [B, 3, H, W] to logits."""
+    """Returns facts, and a function for turns from normalized float32 pixels [B, 3, H, W] to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -108,7 +108,7 @@ def onnx(path: str) -> tuple[dict[str, Any], Turn]:
 
 
 def turns(call: Callable[[int], Any]) -> Turn:
-    """Returns a function for turns of calls with a batch size."""
+    """Returns a function that times calls with a batch size for a turn."""
 
     def turn(batch: int) -> dict[str, Any]:
         call(batch)
@@ -165,11 +165,8 @@ def measure(network: str, rounds: int, python: str) -> list[list[str]]:
 def main() -> None:
     args = harness.parse(__doc__, models=["efficientnet_b0"], rounds=9, peer_python="")
     heads = ("cpu, float32", "ours, ms: median / p95", "onnxruntime", "ours / onnxruntime", "others")
-    print(
-        harness.table(
-            heads, [row for network in args.models for row in measure(network, args.rounds, args.peer_python)]
-        )
-    )
+    rows = [row for network in args.models for row in measure(network, args.rounds, args.peer_python)]
+    print(harness.table(heads, rows))
 
 
 if __name__ == "__main__":

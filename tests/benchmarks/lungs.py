@@ -1,4 +1,4 @@
-"""Dice of `lung_mask` on phantoms, and rates of all masks.
+"""Measures the Dice coefficient of `lung_mask` on phantoms, and the speed of all masks.
 
 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 python -m tests.benchmarks.lungs [--patients=150]
 """
@@ -15,7 +15,7 @@ from lungjax.datasets.phantom import slices
 from tests.benchmarks import harness
 
 FIRST_SEED = 3000
-TIMED, SNAKES = 24, 4  # slices to time, and of these also with the study's snake
+TIMED, SNAKES = 24, 4  # timed slices; the first ones also with the snake of the study
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -23,7 +23,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def speeds(images: list[np.ndarray]) -> list[tuple[str, float, int]]:
-    """Returns name, slices per processor second (median of the slices) and slices measured."""
+    """Returns name, median of slices per processor second, and number of slices, for each kind of mask."""
     times = defaultdict(list)
     lung_masks.lung_mask(images[0])
     for i, image in enumerate(images):

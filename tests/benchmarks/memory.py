@@ -1,4 +1,4 @@
-"""Memory of a long run with validations and checkpoints: python -m tests.benchmarks.memory [--steps=2000]"""
+"""Measures memory in a long run with validations and checkpoints: python -m tests.benchmarks.memory [--steps=2000]"""
 
 import tempfile
 from pathlib import Path

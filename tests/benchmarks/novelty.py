@@ -1,10 +1,10 @@
-"""Which out-of-distribution images `lungjax.evaluation.novelty` detects, compared with a score on network features.
+"""Measures which out-of-distribution images `lungjax.evaluation.novelty` detects, and a score on network features.
 
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
         [--network] [--images=2000] [--outliers=150]
 
-FOLDER/data has `ct`, `xray` and `covidx_ct_volume`, the first two with a `labels.csv` of columns path, split and group
-(no group in two splits). Most outliers are changed test images, --outliers of each kind.
+FOLDER/data has `ct` and `xray`, each with a `labels.csv` of columns path, split and group (no group in two splits), and
+`covidx_ct_volume`. Most outliers are modified test images, --outliers of each kind.
 """
 
 import csv
@@ -31,7 +31,7 @@ SPLITS = ("train", "val", "test")
 
 
 def load(name: str, shared: Path) -> dict[str, list[tuple[Picture, str]]]:
-    """Returns images and their sources by split."""
+    """Returns the images and their sources by split."""
     pictures: dict[str, list[tuple[Picture, str]]] = {split: [] for split in SPLITS}
     folder = shared / "data" / name
     if name == "phantom":
@@ -92,9 +92,9 @@ def jpeg(picture: Picture) -> Picture:
 def outliers(
     test: Sequence[Picture], other: Sequence[Picture], volume: Picture, count: int
 ) -> Iterator[tuple[str, list[Picture]]]:
-    """Yields kinds of outliers and at most `count` images; kinds that begin with "=" should score as the test images.
+    """Yields kinds of outliers with up to `count` images; kinds that begin with "=" should score like test images.
 
-    `other` is of the other modality, `volume` [slices, H, W] of a patient, from the shoulders down.
+    `other` are images of the other modality, `volume` [slices, H, W] is a CT from the shoulders down.
     """
     rng = np.random.default_rng(0)
     some = [test[i] for i in rng.permutation(len(test))[:count]]
@@ -142,10 +142,10 @@ def fit_ours(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
 
 
 def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
-    """Fits a published score and a range check of intensity, color and aspect ratio, at half the false alarms each.
+    """Fits a published score and a range check of intensity, color and aspect ratio, each for half the false alarms.
 
-    The score is the Mahalanobis distance (Lee et al., arXiv 1807.03888, covariance shrunk by a tenth) of
-    EfficientNet-Lite0's pooled ImageNet features.
+    The score is the Mahalanobis distance (Lee et al., arXiv 1807.03888, covariance shrunk by a tenth) of the pooled
+    ImageNet features of EfficientNet-Lite0.
     """
     import jax
 
@@ -191,7 +191,7 @@ def compare(name: str, data: dict[str, list[Any]], kinds: Any, fits: dict[str, A
 
 
 def sources(name: str, data: dict[str, list[Any]]) -> None:
-    """Leaves one source out of training and validation and scores all its images."""
+    """Prints scores of the images of each source when it is left out of training and validation."""
     rows = []
     for left in sorted({source for pairs in data.values() for _, source in pairs}):
         parts = [[p for p, source in data[split] if source != left] for split in SPLITS]
@@ -204,7 +204,7 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
 
 
 def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
-    """False alarms on all test images, and the other modality, after fitting on few images drawn six times."""
+    """Prints false alarms, and detections of the other modality, after fitting on few images (six draws)."""
     test = [p for p, _ in data["test"]]
     rows = []
     for counts in ((36, 11), (60, 15), (100, 30), (200, 60), (400, 120)):

@@ -1,9 +1,9 @@
-"""Load test of the service: throughput, latency, malformed requests for minutes, and start-up time.
+"""Load test of the service: throughput, latency, startup time, and minutes of valid and malformed requests.
 
     python -m tests.benchmarks.serve_load --models=RUN_OR_NETWORK,... [--rounds=5] [--minutes=10] [--starts=3]
         [--images=FOLDER] [--seconds=5]
 
-A model that is not a folder is a network with random weights. Images are those of FOLDER, or phantoms.
+A model that is not a folder is a network with random weights. Images are those in FOLDER, or phantoms.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from tests.benchmarks import harness
 from tests.benchmarks.serve_requests import Request, encoded, malformed, pictures, random_run, request, valid
 
 MANY = 32  # clients of the throughput test
-MIXED = 12  # clients of the mixed load
+MIXED = 12  # clients of the mixed load test
 MALFORMED_FRACTION = 0.1
 
 
@@ -56,7 +56,7 @@ class Server:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
 
     def first_answer(self, body: bytes) -> float:
-        """Returns the seconds from the start of the process to the first 200 of /predict."""
+        """Returns the seconds from the start of the process to the first successful prediction."""
         while self.process.poll() is None:
             with contextlib.suppress(ConnectionError):
                 if send(self.connect(), request(body, "image/png"))[0] == 200:
@@ -69,7 +69,7 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def batches(self) -> np.ndarray:
-        """Returns the number of computed images and of batches so far."""
+        """Returns the numbers of images and of batches computed so far."""
         connection = self.connect()
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
@@ -77,18 +77,18 @@ class Server:
         return np.asarray([float(re.search(rf"^{name} (\S+)$", text, re.M)[1]) for name in names])
 
     def stop(self) -> int:
-        """Ends it as a service manager does; returns its exit code."""
+        """Stops the service as a service manager does; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(90)
 
 
 def send(connection: http.client.HTTPConnection, data: Request) -> tuple[int, bytes]:
-    """Sends a request and returns status and body of the answer; an open connection is used again."""
+    """Sends a request and returns status and body of the answer; the connection is reused."""
     path, body, headers = data
     chunked = callable(body) and "Content-Length" not in headers
     headers = headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
     try:
-        with contextlib.suppress(ConnectionError):  # the service may have answered and closed the connection
+        with contextlib.suppress(ConnectionError):  # the service may already have answered and closed the connection
             connection.request("POST", path, body() if callable(body) else body, headers, encode_chunked=chunked)
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -98,13 +98,13 @@ def send(connection: http.client.HTTPConnection, data: Request) -> tuple[int, by
 
 
 def clients(count: int, run: Callable[[int], Any]) -> list[Any]:
-    """Returns the results of `run` with the numbers of `count` clients, each in a thread."""
+    """Returns the results of `run(i)` for clients 0 to `count` - 1, each in its own thread."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
 
 
 def closed_loop(server: Server, count: int, seconds: float, requests: list[Request]) -> list[float]:
-    """Returns the milliseconds of each answer to `count` clients that send one request after the other."""
+    """Returns the latencies in milliseconds of `count` clients that send one request after the other."""
     turns, end = itertools.cycle(requests), time.perf_counter() + seconds
 
     def run(_: int) -> list[float]:
@@ -121,7 +121,7 @@ def closed_loop(server: Server, count: int, seconds: float, requests: list[Reque
 
 
 def throughput(model: str, images: list[Image.Image], seconds: float, rounds: int) -> list[str]:
-    """Measures one client and 32 clients in turns; returns the cells of a row."""
+    """Measures one and 32 clients in turns; returns the cells of a row."""
     server = Server(model)
     requests = [request(encoded(image), "image/png") for image in images]
     server.first_answer(encoded(images[0]))

@@ -1,4 +1,4 @@
-"""Requests of `serve_load`, valid and malformed, and runs with random weights."""
+"""Valid and malformed requests of `serve_load`, and runs with random weights."""
 
 import io
 import itertools
@@ -42,7 +42,7 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
-    """Returns grayscale images of 512 px: of the files in `folder`, or phantoms."""
+    """Returns grayscale images of 512 px from the files in `folder`, or phantoms."""
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
@@ -57,7 +57,7 @@ def scan(picture: Image.Image, **tags: Any) -> bytes:
 
 
 def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[Request]]]:
-    """Returns weight and requests of each kind of valid request."""
+    """Returns the weight and the requests of each valid kind."""
     pngs, slices = list(map(encoded, images)), list(map(scan, images[:6]))
     return {
         "PNG": (6, [request(data, "image/png") for data in pngs]),

@@ -1,8 +1,8 @@
-"""Times training steps of lungjax, Keras (on jax) and torch (timm) on the CPU, in turns.
+"""Times training steps of lungjax, Keras (on jax) and torch (timm) on the CPU, taking turns.
 
     python -m tests.benchmarks.train [--networks=NAME,...] [--rounds=5] [--keras_python=PYTHON] [--torch_python=PYTHON]
 
-A framework without an interpreter is left out.
+Frameworks without an interpreter are omitted.
 """
 
 import statistics
@@ -22,7 +22,7 @@ def measure(network: str, pythons: dict[str, str], rounds: int) -> dict[str, dic
     """Returns the facts of each framework and its turns."""
     env = harness.CPU | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compile time is measured
     facts, processes = {}, {}
-    for name, python in pythons.items():  # one after the other: each compiles alone
+    for name, python in pythons.items():  # one after the other, so that each compiles alone
         if name == "torch" and network not in (*TIMM, *CBR):
             continue
         processes[name] = harness.Process(python, "train_peers", "contender", env, name=name, network=network)

@@ -1,10 +1,10 @@
-"""The frameworks of `train.py`: each process trains one network, and is idle between requests.
+"""The frameworks of `train.py`: each process trains one network and is idle between requests.
 
-Each interpreter needs only numpy and its own library: lungjax with jax, flax and optax (grain, TFDS, orbax, h5py and
+Interpreters need only numpy and their own library: jax, flax and optax for lungjax (grain, TFDS, orbax, h5py and
 scikit-image are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
 
-All train the same layers with Adam in float32. Layers, classes, dropout and stochastic depth are those of lungjax's
-networks; CBR is defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
+All train the same layers with Adam in float32, with the classes, dropout and stochastic depth of lungjax. CBR networks
+are defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.parity.studies import CBR, build
 
 SIDE, BATCH = 224, 8
 LR = 1e-3
-WARM_STEPS = 3  # after the first step: torch tunes its kernels for some steps
+WARM_STEPS = 3  # after the first step, since torch tunes its kernels for some steps
 TURN_SECONDS = 2.0  # length of a turn; at least one step
 ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotlib", "PIL")
 
@@ -36,12 +36,12 @@ TIMM = {
 
 
 def channels(network: str) -> int:
-    """Returns the number of image channels: the CBR networks are for gray images."""
+    """Returns the number of image channels; CBR networks are for gray images."""
     return 1 if network in CBR else 3
 
 
 def keras_network(network: str) -> Any:
-    """Returns the Keras model with three logits, from keras.applications if it has the network."""
+    """Returns the Keras model with three logits, from keras.applications if possible."""
     import keras
 
     if network in KERAS:
@@ -95,7 +95,7 @@ def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callabl
 
 
 def ours(network: str) -> Framework:
-    """lungjax, compiled as by `lungjax.training.train`."""
+    """Returns lungjax, compiled as in `lungjax.training.train`."""
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]
     harness.keep_freed_memory()
@@ -128,9 +128,9 @@ def ours(network: str) -> Framework:
 
 
 def keras(network: str) -> Framework:
-    """Keras 3 on jax: exactly the function that `fit` compiles, `Model.train_step` under jit with its state donated.
+    """Returns Keras 3 on jax: the function that `fit` compiles, `Model.train_step` under jit with donated state.
 
-    It is called without the loop, callbacks and iterator of `fit`, which could slow it, on a batch on the device.
+    It is called on a batch on the device, without the loop, callbacks and iterator of `fit`, which could slow it down.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
@@ -151,7 +151,7 @@ def keras(network: str) -> Framework:
 
 
 def torch(network: str) -> Framework:
-    """torch and timm, eager, channels_last, fused Adam."""
+    """Returns torch and timm: eager, channels_last, fused Adam."""
     import torch
 
     torch.set_num_threads(harness.cores())
@@ -178,7 +178,7 @@ def torch(network: str) -> Framework:
 
 
 def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
-    """Compiles and warms up; returns facts, and a function for turns."""
+    """Compiles and warms up; returns facts, and a function that measures a turn."""
     advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
 
     def run(steps: int) -> None:

@@ -24,16 +24,11 @@ def test_override_values():
 
 def test_override_errors():
     for assignment, words in (
-        ("optim.lrr=1", ["optim.lrr", "optim.lr"]),
-        ("optimm.lr=1", ["optim.lr"]),
-        ("optim.lr=fast", ["optim.lr", "float", "fast"]),
-        ("train.batch_size=2.5", ["train.batch_size", "int", "2.5"]),
-        ("train.maximize=maybe", ["train.maximize", "bool"]),
-        ("input.size=1,2,3", ["input.size", "int, int"]),
-        ("optim=adam", ["section", "optim.name"]),
-        ("optim.lr.x=1", ["optim.lr"]),
-        ("optim.lr", ["path=value"]),
-    ):
+        ("optim.lrr=1", ["optim.lrr", "optim.lr"]), ("optimm.lr=1", ["optim.lr"]), ("optim.lr", ["path=value"]),
+        ("optim.lr=fast", ["optim.lr", "float", "fast"]), ("train.batch_size=2.5", ["train.batch_size", "int", "2.5"]),
+        ("train.maximize=maybe", ["train.maximize", "bool"]), ("input.size=1,2,3", ["input.size", "int, int"]),
+        ("optim=adam", ["section", "optim.name"]), ("optim.lr.x=1", ["optim.lr"]),
+    ):  # fmt: skip
         with pytest.raises(ValueError) as error:
             overrides.override(Config(), assignment)
         assert all(word in str(error.value) for word in words), assignment

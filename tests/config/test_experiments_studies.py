@@ -35,7 +35,7 @@ ICTCF = {
 # COVID-XRay-5K: trained parameters; VGG16 was never trained.
 XRAY = {
     "xray_cnn": 422_177, "mobilenetv2": 1_310_914, "resnet101v2": 2_097_346, "densenet201": 1_966_274,
-    "resnet18": 2 * 513, "vgg16": None,
+    "resnet18": 2 * 513, "squeezenet1_1": 2 * 513, "vgg16": None,
 }  # fmt: skip
 # torchvision's layer4 of a ResNet-50 has 14,964,736 parameters: three blocks of 6,039,552 and twice 4,462,592.
 RESNET, BLOCKS = 3 * 2049, (6_039_552, 4_462_592, 4_462_592)
@@ -166,7 +166,7 @@ def test_unique_names():
         assert config.name.endswith("_study") == ("protocol=study" in choice)
         if not choice.startswith(("covidnet_ct", "transfusion")):  # mixed precision in the first, any data in the other
             assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
-    assert len(names) == 2 + 520 + 26 + 12 + 200 + 80 + 80 + 32 + 40
+    assert len(names) == 2 + 520 + 26 + 14 + 200 + 80 + 80 + 32 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"
     assert names["ct_cov19_cbr_tiny_original_classw_study"] and experiments.load(tiny).name in names
 

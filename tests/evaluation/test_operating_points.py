@@ -66,7 +66,7 @@ def test_metrics_at_a_threshold_by_hand():
     assert point["specificity"] == pytest.approx(4 / 6)
     # Of 1,200 people 120 are ill: 90 true and 360 false positives; 720 of 750 negatives are healthy.
     assert point["ppv_at"] == pytest.approx(90 / 450) and point["npv_at"] == pytest.approx(720 / 750)
-    assert point["intervals"].keys() == set(operating_points.RATES)
+    assert point["intervals"].keys() == {"sensitivity", "specificity", "ppv", "npv", "ppv_at", "npv_at"}
     bare = at(p, 0.5, draws=0)
     assert bare["ppv_at"] is bare["npv_at"] is bare["at_prevalence"] is None and bare["intervals"] == {}
     never = at(p, 0.95, prevalence=0.1, draws=0)
@@ -80,9 +80,9 @@ def test_metrics_at_a_threshold_by_hand():
 
 def test_intervals_are_over_patients():
     p = make()
-    point = at(p, 0.3, prevalence=0.2, draws=40, seed=5)
+    point = at(p, 0.3, prevalence=0.2, draws=40)
     names, member = np.unique(p.groups, return_inverse=True)
-    counts = next(bootstrap.resample_patients(len(names), 40, 5, 40))[member]
+    counts = next(bootstrap.resample_patients(len(names), 40, 0, 40))[member]
     called, positive = p.probabilities[:, 1] >= 0.3, p.labels == 1
     sensitivity = np.array([sk.recall_score(positive, called, sample_weight=w) for w in counts.T])
     specificity = np.array([sk.recall_score(~positive, ~called, sample_weight=w) for w in counts.T])

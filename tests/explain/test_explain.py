@@ -19,6 +19,7 @@ from lungjax.explain import __main__ as command
 from lungjax.explain import figures, quality
 from lungjax.explain.saliency import Explainer
 from lungjax.inference import model
+from lungjax.inference.model import Network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLASSES = ("left", "middle", "right")
@@ -106,7 +107,8 @@ def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, 
 
     def measure(dataset, classes, reader, count):
         config = Config(name="small", input=SPEC, data=DataConfig(dataset=dataset))
-        assert quality.write(explainer, config, classes, 7, reader, ["gradcam"], None, tmp_path, count) == []
+        run = Network(config, classes, explainer.module, explainer.variables, 7)
+        assert quality.write(explainer, run, reader, ["gradcam"], None, tmp_path, count) == []
         return json.loads((tmp_path / "quality.json").read_text()), (tmp_path / "quality.md").read_text()
 
     content, page = measure("folder/small", CLASSES, pipeline.Reader(small_data, SPEC), 5)

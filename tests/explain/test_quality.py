@@ -111,10 +111,8 @@ def test_masks_of_synthetic_slices_match_the_images():
         level = np.random.default_rng([patient.seed, 30]).permutation(quality.LEVELS)[0]
         phantom = slices.draw_slice(patient, slices.levels(patient, quality.LEVELS)[level])
         left, top, right, bottom = phantom.box
-        for drawn, start, extent in (
-            (full, (0, 0), phantom.lesion.shape),
-            (cropped, (top, left), (bottom - top, right - left)),
-        ):
+        box = (cropped, (top, left), (bottom - top, right - left))
+        for drawn, start, extent in ((full, (0, 0), phantom.lesion.shape), box):
             place = center(drawn.lesions[i]) / drawn.lesions[i].shape
             np.testing.assert_allclose(place, (center(phantom.lesion) - start) / np.asarray(extent), atol=0.01)
         assert (cropped.lesions[i] & ~cropped.lungs[i]).mean() < 0.005

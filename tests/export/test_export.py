@@ -22,7 +22,8 @@ from random_weights import random_variables
 from scipy import special
 
 import lungjax
-from lungjax.config import HeadConfig, InputSpec
+from lungjax import models
+from lungjax.config import HeadConfig, InputSpec, ModelConfig
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
 from lungjax.export import __main__ as export
@@ -48,14 +49,16 @@ def fast_compilation():
     """Programs run only a few times here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
+        patch.setitem(models.MODELS, "small_bn", small_bn())
         patch.setattr(artifacts, "OPTIONS", (*artifacts.OPTIONS, "xla_backend_optimization_level"))
         yield
 
 
 def make(metadata=METADATA, **fields):
-    module = small_bn()(outputs=1 if metadata.positive is not None else 3, padding="same", **fields)
+    config = ModelConfig("small_bn", padding="same", dtype="float32", **fields)
+    module = models.build(config, len(metadata.classes))
     variables = random_variables(module, (*metadata.input.size, metadata.input.network_channels))
-    return Functions(metadata, module, jax.tree.map(jnp.asarray, variables))
+    return Functions(metadata, config, module, jax.tree.map(jnp.asarray, variables))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,22 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         artifacts.read_pyz(pyz).outputs(np.zeros((1, 24, 32, 3), np.uint8))
 
 
+def test_program_of_another_jax_is_refreshed(pyz, tmp_path, capsys):
+    program = zipfile.ZipFile(pyz).read("predict.stablehlo").replace(b"convolution_v1", b"convolution_v9")
+    about = json.loads(zipfile.ZipFile(pyz).read("artifact.json")) | {"jax": "0.99.1"}
+    members = {"artifact.json": json.dumps(about).encode(), "predict.stablehlo": program}
+    old = altered(pyz, tmp_path / "model.pyz", members)
+    for word in ("jax 0.99.1, and .* 6 months after or 3 weeks before", re.escape(f"lungjax.export --refresh={old}")):
+        with pytest.raises(ValueError, match=word):
+            artifacts.read_pyz(old)
+    assert commands.run(export, f"--refresh={old}") == 0
+    assert f"Guaranteed to run with jax {jax.__version__}" in capsys.readouterr().out
+    assert old.read_bytes() == pyz.read_bytes()  # in place, with the weights of the network to the last bit
+    for network, word in (({"name": "simple"}, "another network"), ({"nam": 1}, "no field"), (None, "artifact.json")):
+        altered(pyz, old, {"artifact.json": json.dumps(about | {"network": network}).encode()})
+        assert commands.run(export, f"--refresh={old}") == 2 and word in capsys.readouterr().err
+
+
 def test_compiler_options_are_filtered(pyz, tmp_path):
     about = json.loads(zipfile.ZipFile(pyz).read("artifact.json"))
     about["compiler_options"] = {"xla_dump_to": str(tmp_path / "dump"), "xla_cpu_prefer_vector_width": 256}
@@ -291,7 +310,7 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(sys.modules, module, None)
     given = f"--workdir={tmp_path}"
     for flags, code, word in (
-        ([], 1, "--workdir=RUN is missing"), ([given, "--format="], 1, "--format is empty"),
+        ([], 1, "give --workdir=RUN"), ([given, "--format="], 1, "--format is empty"),
         ([given, "--format=onx"], 2, "did you mean onnx"), ([given], 2, "no trained run"),
         ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),

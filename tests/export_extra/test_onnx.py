@@ -41,11 +41,12 @@ def make(name, classes=3, positive=None, side=None, **fields):
     """A network of random weights for grayscale images that become three channels."""
     side = side or SIZES.get(name, 64)
     spec = InputSpec(size=(side, side), mean=MEAN, std=STD)
-    module = models.build(ModelConfig(name=name, dtype="float32", **fields), classes)
+    config = ModelConfig(name=name, dtype="float32", **fields)
+    module = models.build(config, classes)
     variables = jax.tree.map(jnp.asarray, random_variables(module, (side, side, 3)))
     metadata = Metadata(name, tuple("abc"[:classes]), spec, "folder", temperature=0.7, positive=positive)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-    return Functions(metadata, module, variables)
+    return Functions(metadata, config, module, variables)
 
 
 @pytest.fixture(scope="module")

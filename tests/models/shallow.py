@@ -13,6 +13,7 @@ from lungjax.models.efficientnet import EfficientNet, Row, Stage, expand
 from lungjax.models.mobilenet import MobileNet
 from lungjax.models.mobilenetv3 import MobileNetV3
 from lungjax.models.resnet import ResNet, keras_v1, keras_v2
+from lungjax.models.squeezenet import SqueezeNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.models.vgg import Vgg
 from lungjax.models.xray_cnn import XrayCNN
@@ -42,6 +43,7 @@ SHALLOW = {
     "convnextv2": Shallow(partial(ConvNeXt, (2, 1), (4, 6), drop_path=0.5, grn=True), 3, 0),
     "densenet": Shallow(partial(DenseNet, (1, 2), 4), 4, 1 + 3),
     "vgg": Shallow(partial(Vgg, (1, 2), (4, 8), head=HeadConfig()), 3, 0),
+    "squeezenet": Shallow(partial(SqueezeNet, (((2, 4),), ((4, 6),))), 2, 0),
     "mobilenet": Shallow(partial(MobileNet, ((1, 8), (2, 12)), stem=4), 3, 1 + 3 * 2),
     "mobilenetv3": Shallow(partial(MobileNetV3, V3, top=16, stem=4), 3, 1 + (2 + 3 + 3) + 1),
 }

@@ -1,1 +1,1 @@
-"""Networks compared with references of other libraries, through files in the released formats."""
+"""Compares networks with those of other libraries, through files in the released formats."""

@@ -1,4 +1,4 @@
-"""Which reference each variant is compared with, at which sizes."""
+"""The references and image sizes with which each network is compared."""
 
 from dataclasses import dataclass, replace
 
@@ -9,13 +9,13 @@ class Case:
 
     model: str  # ours
     library: str  # "keras", "timm" or "torchvision"
-    name: str  # there
+    name: str  # in the library
     layout: str  # of the written file
     size: int  # default input, pixels
     odd: int = 0  # second size; 0 for networks above 60 million parameters
     gain: float = 1.0  # variance of random kernels times the number of their inputs
-    double: bool = False  # compared in float64 as well
-    train: bool = False  # training mode and gradients as well
+    double: bool = False  # also compared in float64
+    train: bool = False  # also compared in training mode, with gradients
 
     @property
     def key(self) -> str:
@@ -48,6 +48,7 @@ def _cases() -> list[Case]:
           for v in (*v2_convnext, "base", "large", "huge")),
         *(Case(f"densenet{d}", "torchvision", f"densenet{d}", "torchvision", 224, 107) for d in (121, 161, 169, 201)),
         *(Case(f"vgg{d}", "torchvision", f"vgg{d}", "torchvision", 224, gain=2.0) for d in (16, 19)),
+        Case("squeezenet1_1", "torchvision", "squeezenet1_1", "torchvision", 224, 107, gain=2.0),
         Case("mobilenet", "keras", "MobileNet", "keras", 224, 107),
         Case("mobilenetv2", "keras", "MobileNetV2", "keras", 224, 107),
         *(Case(f"mobilenetv3_{v}", "timm", f"tf_mobilenetv3_{v}_100", "timm", 224, 107) for v in ("small", "large")),
@@ -67,31 +68,31 @@ def _cases() -> list[Case]:
     ]  # fmt: skip
 
 
-# Small enough for float64 on both sides; not Keras, parts of which always compute in float32.
+# Networks that are small enough for float64; not those of Keras, parts of which always compute in float32.
 DOUBLE = (
     "efficientnet_b0 timm", "efficientnet_lite0 timm", "efficientnetv2_b0 timm", "resnet18 ", "bit_r50x1 ",
     "convnext_tiny timm", "convnextv2_atto ", "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision",
-    "mobilenetv3_small timm", "xray_cnn ", "simple ",
+    "mobilenetv3_small timm", "squeezenet1_1 ", "xray_cnn ", "simple ",
 )  # fmt: skip
-# One per family for training mode and gradients, without VGG: no norm, no branch, and 143 million float64 gradients.
+# One per family; without VGG, which has no norm, no branch, and 143 million float64 gradients.
 TRAIN = (
     "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ", "convnextv2_atto ",
-    "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm", "xray_cnn ",
-    "cbr_small ", "simple ",
+    "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm",
+    "squeezenet1_1 ", "xray_cnn ", "cbr_small ", "simple ",
 )  # fmt: skip
 
 
 CASES = {c.key: replace(c, double=c.key.startswith(DOUBLE), train=c.key.startswith(TRAIN)) for c in _cases()}
-# One small case per family: the goldens of the ordinary tests.
+# One small case per family, for the goldens of the ordinary tests.
 GOLDEN = (
     "efficientnet_lite0 ", "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ",
     "convnextv2_atto ", "densenet121 torchvision", "vgg16 keras", "mobilenet keras", "mobilenetv2 torchvision",
-    "mobilenetv3_small timm",
+    "mobilenetv3_small timm", "squeezenet1_1 ",
 )  # fmt: skip
-# Further layouts whose tensor names the tests of the rules know.
+# Networks and further layouts whose tensor names are in the tests of the rules.
 NAMED = (
     r"efficientnet_(b0|lite0)|efficientnetv2_(b0|s)|resnet(18|50|50_v15|50v2)|bit_r50x1|convnext_tiny|convnextv2_atto"
-    r"|densenet121|vgg1[69]|mobilenet(v2|v3_small|v3_large)?"
+    r"|densenet121|vgg1[69]|squeezenet1_1|mobilenet(v2|v3_small|v3_large)?"
 )
 LAYOUTS = (
     Case("bit_r50x1", "timm", "resnetv2_50x1_bit", "timm", 224),

@@ -1,4 +1,4 @@
-"""Writes tests/goldens, with which the ordinary tests check networks and rules: python -m tests.parity.goldens"""
+"""Writes tests/goldens, the references of the ordinary tests: python -m tests.parity.goldens"""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def main() -> None:
-    """Writes logits, tensor names and running statistics of one network per family, and the names of every layout."""
+    """Writes logits, tensor names and running statistics of one network per family, and the tensor names per layout."""
     for case in (case for key, case in CASES.items() if key.startswith(GOLDEN)):
         side = 32 if case.model == "vgg16" else 67
         reference, record = references.make(case, side), references.record(case)

@@ -1,8 +1,8 @@
-"""Keras's networks as references."""
+"""Networks of Keras as references."""
 
 import os
 
-os.environ["KERAS_BACKEND"] = "jax"  # before keras is imported: the reference needs no TensorFlow
+os.environ["KERAS_BACKEND"] = "jax"  # before keras is imported, which then needs no TensorFlow
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ class KerasReference(Reference):
         keras.config.set_floatx(kind)
         keras.config.set_dtype_policy(kind)
         if double:
-            # Keras's BatchNorm takes its dtype from this function, which never returns float64.
+            # BatchNorm takes its dtype from this function, which never returns float64.
             keras.src.backend.result_type = lambda *types: "float64"
         if case.layout == "ours":
             self.model = studies.build(case.name, side)
@@ -49,7 +49,7 @@ class KerasReference(Reference):
             variable.assign(array)
 
     def run(self, images: np.ndarray, training: bool) -> Any:
-        """Returns the logits and the values of the non-trainable variables after the pass."""
+        """Returns the logits, and the values of the non-trainable variables after the pass."""
         x = self.feed(images)
         parts = (
             [v.value for v in self.model.trainable_variables],
@@ -58,7 +58,7 @@ class KerasReference(Reference):
         return jax.jit(lambda t, n, x: self.model.stateless_call(t, n, x, training=training))(*parts, x)
 
     def with_batch_statistics(self, images: np.ndarray) -> list[np.ndarray]:
-        """Returns the arrays with the statistics of `images` as running ones."""
+        """Returns the arrays, with the statistics of `images` as running statistics."""
         arrays = self.arrays()
         statistic = [bool(MEANS.search(name) or VARIANCES.search(name)) for name in self.names]
         self.assign([array * 0 if is_one else array for array, is_one in zip(arrays, statistic, strict=True)])
@@ -74,7 +74,7 @@ class KerasReference(Reference):
         """Converts normalized RGB images to the input of the network."""
         images = images.astype(self.kind)
         if self.case.name.startswith("EfficientNetB"):
-            return images * 255  # it divides by 255 itself
+            return images * 255  # the network divides by 255
         if re.fullmatch(r"ResNet\d+|VGG\d+", self.case.name):
             return images[..., ::-1].copy()  # BGR
         return images
@@ -83,7 +83,7 @@ class KerasReference(Reference):
         return np.asarray(self.run(images, training=False)[0])
 
     def gradients(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the logits in training mode and the gradients of their mean square, by the library's own names."""
+        """Returns the logits in training mode, and the gradients of their mean square by the names of the library."""
         fixed, x = [v.value for v in self.model.non_trainable_variables], self.feed(images)
 
         def loss(trained: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checks with real files: copies from two sources have equal parameters, and a photograph of a cat is recognized.
+"""Checks real files: copies from two sources have equal parameters, and a photograph of a cat is recognized.
 
 python -m tests.parity.published [REGEX]
 """
@@ -23,7 +23,7 @@ from lungjax.weights.name_rules import layouts
 from lungjax.weights.readers import open_tensors
 
 GROUPS = (
-    # Published from one checkpoint each, so the parameters must be equal.
+    # Each group was published from one checkpoint, so the parameters must be equal.
     ("efficientnet_b0.keras", "efficientnet_b0.aa_in1k"), ("efficientnetv2_b0.keras", "efficientnetv2_b0.in1k"),
     ("mobilenetv3_small.keras", "mobilenetv3_small.in1k"), ("mobilenetv3_large.keras", "mobilenetv3_large.in1k"),
     ("convnext_tiny.keras", "convnext_tiny.fb_in1k", "convnext_tiny.facebook"),
@@ -37,10 +37,7 @@ CATS = {281, 282, 285}  # tabby, tiger cat, Egyptian cat: skimage's chelsea
 
 
 def main(match: str = "") -> int:
-    """Downloads about 20 files (1 GB), or the groups with a name that matches a regex; returns the number of failures.
-
-    A failed download counts. One line per group is printed.
-    """
+    """Downloads and checks about 20 files (1 GB), or the groups that match a regex; returns the number of failures."""
     failures = 0
     for group in GROUPS:
         if not any(re.search(match, name) for name in group):
@@ -63,7 +60,7 @@ def main(match: str = "") -> int:
 
 
 def leaves(name: str) -> dict[str, np.ndarray]:
-    """Returns our parameters of a record, from its file, which is downloaded if missing."""
+    """Returns our parameters from the file of a record, which is downloaded if missing."""
     record = catalogue.find(name)
     try:
         path = download.locate(record)
@@ -75,7 +72,7 @@ def leaves(name: str) -> dict[str, np.ndarray]:
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
-    """Returns "" for equal parameters, else how many differ and the largest difference."""
+    """Returns "" for equal parameters, or else the number of unequal ones and the largest difference."""
     if one.keys() != other.keys():
         return f"{len(set(one) ^ set(other))} parameters are in only one of them"
     unequal = {path: np.abs(one[path] - other[path]).max() for path in one if (one[path] != other[path]).any()}
@@ -86,7 +83,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
 
 
 def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:
-    """Returns "" if a cat is in the top five for a photograph of one, preprocessed as the record expects."""
+    """Returns "" if a cat is among the five best classes for a photograph of one."""
     module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
     photo, spec = data.chelsea(), record.input
     side = round(record.crop * min(photo.shape[:2]))

@@ -1,4 +1,4 @@
-"""Reference networks with random weights, and the names and files of their tensors."""
+"""Reference networks with random weights, their tensor names and files."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ MEANS, VARIANCES = re.compile(r"(moving|running)_mean$"), re.compile(r"(moving|r
 
 
 class Reference:
-    """A network of another library in evaluation mode; `names` are its tensors, in its own order.
+    """A network of another library in evaluation mode; `names` are those of its tensors, in order.
 
-    The subclasses are in `keras_reference` and `torch_reference`.
+    Subclasses are in `keras_reference` and `torch_reference`.
     """
 
     case: Case
@@ -25,13 +25,13 @@ class Reference:
 
     @property
     def shift(self) -> float:
-        """The shift of `draw`: 1 for networks with batch norm."""
+        """The `shift` of `draw`, 1 for networks with batch norm."""
         return float(any(map(VARIANCES.search, self.names)))
 
     def randomize(self, side: int) -> None:
-        """Draws weights, then sets running statistics to those of random images, changed by up to half their size.
+        """Draws weights, then perturbs the statistics of random images by up to half their size.
 
-        Completely random statistics would make a deep network's output independent of its input.
+        With completely random statistics the output of a deep network would not depend on its input.
         """
         self.assign([self.random_array(name, array.shape) for name, array in self.tensors()])
         if self.shift:
@@ -44,25 +44,25 @@ class Reference:
             self.assign(arrays)
 
     def random_array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.startswith("normalization"):  # of the input, in Keras's EfficientNet; it is already normalized
+        if name.startswith("normalization"):  # of the input of Keras's EfficientNet, which is already normalized
             return np.full(shape, 1.0 if "variance" in name else 0.0)
         return draw(name, shape, self.case.gain, self.shift) if shape else np.zeros(())
 
     def tensors(self) -> list[tuple[str, np.ndarray]]:
-        """Returns names and arrays of the tensors that a released file has."""
+        """Returns names and arrays of all tensors in a released file."""
         return list(zip(self.names, self.arrays(), strict=True))
 
     def file_shapes(self, own_names: bool = False) -> dict[str, list[int]]:
-        """Returns the shapes of the file's tensors by name; `own_names`: by the library's current names."""
+        """Returns the shapes of all tensors by their names in the file, or the current names of the library."""
         return {
             name if own_names else self.file_name(name, array.shape): list(self.file_array(array).shape)
             for name, array in self.tensors() if not name.startswith("normalization")
         }  # fmt: skip
 
     def facts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns facts and running statistics, both by the names of the file.
+        """Returns facts, and running statistics by their names in the file.
 
-        Facts: {"shift": of `draw`, "tensors": {name in the file: [name for `draw`, shape, is it transposed there]}}.
+        Facts: {"shift": of `draw`, "tensors": {name in the file: [name for `draw`, shape, whether transposed]}}.
         """
         facts, statistics = {}, {}
         for name, array in self.tensors():
@@ -75,7 +75,7 @@ class Reference:
 
 
 def build(case: Case, side: int, double: bool = False) -> Any:
-    """Returns the reference network for images of `side` pixels with its initial weights."""
+    """Returns the reference network for images of `side` pixels, with its initial weights."""
     if case.library == "keras":
         from tests.parity.keras_reference import KerasReference
 
@@ -86,14 +86,14 @@ def build(case: Case, side: int, double: bool = False) -> Any:
 
 
 def make(case: Case, side: int) -> Any:
-    """Returns the reference network for images of `side` pixels with random weights."""
+    """Returns the reference network for images of `side` pixels, with random weights."""
     reference = build(case, side)
     reference.randomize(side)
     return reference
 
 
 def record(case: Case) -> Any:
-    """Returns the record of the case's layout and file format."""
+    """Returns the record with the layout and file format of a case."""
     suffix = {"keras": ".h5", "timm": ".npz" if case.layout == "bit" else ".safetensors", "torchvision": ".pth"}
     names = (case.layout, f"{case.layout}_{case.model}")
     records = [r for r in catalogue.records(case.model) if r.layout in names]
@@ -101,7 +101,7 @@ def record(case: Case) -> Any:
 
 
 def write(reference: Any, folder: Path) -> Path:
-    """Writes the weights in the format of the released file; returns its path."""
+    """Writes the weights in the released format; returns the path of the file."""
     case = reference.case
     path = folder / (f"{case.model}.npz" if case.layout == "ours" else record(case).filename)
     reference.write(path)

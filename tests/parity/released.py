@@ -1,13 +1,10 @@
-"""Tensor names in the released files: Keras (keras-applications, 2017 to 2021) and BiT."""
+"""Tensor names in the released files of Keras (keras-applications, 2017 to 2021) and BiT."""
 
 import re
 
 
 def released(network: str, layer: str, weights: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
-    """Returns a layer's name and its weights' names in the released file of `network`.
-
-    `weights` are the names of Keras 3 with the shapes of the arrays.
-    """
+    """Returns the names of a layer and its weights in the released file; `weights` are names of Keras 3 with shapes."""
     new = _layer(network, layer)
     names = []
     for weight, shape in weights.items():
@@ -65,7 +62,7 @@ def _mobilenet_v3(layer: str) -> str:
 
 
 def bit_name(name: str) -> str:
-    """Returns the name in Google's BiT files of a tensor of timm."""
+    """Returns the name of a tensor in Google's BiT files for its name in timm."""
     *place, leaf = name.split(".")
     match place:
         case ["stem", "conv"]:

@@ -1,4 +1,4 @@
-"""The studies' small networks in Keras, after their code, with our layer names. Their weights were not published."""
+"""The small networks of the studies in Keras, following their code, with our layer names (no published weights)."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""Every network against its references, through files in the formats of the released ones.
+"""Every network against its references, through files in the released formats.
 
 python -m pytest -m slow -s tests/parity/test_networks.py [-k "resnet18 or vgg"]       (extra `parity`; README.md)
 
-Each comparison prints its row of README's table. The reference and our network run one after the other in their own
-processes, so that the largest networks fit into memory.
+Each comparison prints a row of the table in README.md. The reference and our network run one after the other in
+separate processes, so that the largest networks fit into memory.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ def passes(case: Case) -> list[tuple[str, int, bool]]:
 
 
 def run_reference(case: Case, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes the file of the reference; returns its path, the logits of each pass, parameters and gradients."""
+    """Writes the weights of the reference; returns the path, and logits of each pass, parameters and gradients."""
     from tests.parity import references
 
     reference = references.make(case, case.size)
@@ -46,7 +46,7 @@ def run_reference(case: Case, folder: Path) -> tuple[Path, dict[str, Any]]:
         reference.assign(arrays)
         results[column] = reference.logits(images(side))
     if case.train:
-        # In float64: in float32 a unit near zero is positive in one library and not in the other.
+        # In float64, since in float32 a unit near zero may be positive in only one library.
         reference = references.build(case, case.odd or case.size, True)
         reference.assign(arrays)
         results["training"], results["gradients"] = reference.gradients(images(case.odd or case.size, 4))
@@ -54,7 +54,7 @@ def run_reference(case: Case, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def run_ours(case: Case, path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Loads the file by the public API and runs our network; returns the cells of the row."""
+    """Loads the file by the public API and runs our network; returns the cells of a row."""
     import jax
     import jax.numpy as jnp
 
@@ -90,7 +90,7 @@ def load(case: Case, path: Path, side: int) -> tuple[Any, dict[str, Any]]:
     from lungjax.config import ModelConfig
     from lungjax.models import trees
 
-    with np.load(path) as file:  # of a study's network, by our names
+    with np.load(path) as file:  # has our names
         leaves = dict(file)
     stats = {key: leaves.pop(key) for key in list(leaves) if key.endswith(("/mean", "/var"))}
     module = models.build(ModelConfig(name=case.model), 1000)
@@ -98,9 +98,9 @@ def load(case: Case, path: Path, side: int) -> tuple[Any, dict[str, Any]]:
 
 
 def difference(logits: Any, expected: np.ndarray) -> float:
-    """Returns the largest difference of the logits over the range of one image's logits.
+    """Returns the largest difference of the logits, relative to their range for one image.
 
-    Raises AssertionError if two images have similar logits: a network that ignores its input would pass.
+    Raises AssertionError if two images have similar logits, since a network that ignores its input would pass.
     """
     logits = np.asarray(logits)
     assert logits.shape == expected.shape and np.isfinite(expected).all()
@@ -110,7 +110,7 @@ def difference(logits: Any, expected: np.ndarray) -> float:
 
 
 def mistake(variables: dict[str, Any]) -> dict[str, Any]:
-    """Returns variables with mean and variance of one norm swapped; without norms, with one bias reversed."""
+    """Returns variables with mean and variance of a norm swapped, or without norms, with a bias reversed."""
     from lungjax.models import trees
 
     stats, params = trees.flatten(variables["batch_stats"]), trees.flatten(variables["params"])
@@ -124,7 +124,7 @@ def mistake(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def training(case: Case, path: Path, expected: dict[str, Any]) -> float:
-    """Returns the largest difference of training-mode logits and of gradients, each over its range."""
+    """Returns the largest difference of logits and gradients in training mode, relative to their range."""
     import jax
     import jax.numpy as jnp
 
@@ -152,11 +152,11 @@ def training(case: Case, path: Path, expected: dict[str, Any]) -> float:
         for old, new in ((".", "/"), ("gamma", "scale"), ("beta", "bias")):
             by_name = {name.replace(old, new): gradient for name, gradient in by_name.items()}
     else:
-        table = layouts(case.model)  # the gradients have the library's own names
+        table = layouts(case.model)  # gradients have the names of the library
         layout = "timm" if case.layout == "bit" else case.layout
         rules = table.get(layout) or table[f"{layout}_{case.model}"]
     expected_grads = convert(by_name, rules, {path: g.shape for path, g in grads.items()})
-    # Each gradient over the largest one of its tensor; the gradient of a bias before batch norm is only rounding.
+    # Relative to the largest gradient of each tensor; that of a bias before batch norm is only rounding.
     top = max(np.abs(g).max() for g in expected_grads.values())
     differences = [
         float(np.abs(np.asarray(grads[path]) - g).max() / max(np.abs(g).max(), 1e-3 * top))

@@ -1,4 +1,4 @@
-"""Saliency maps against torch: the same weights, the formulas of the papers by autograd and hooks.
+"""Saliency maps against the formulas of the papers in torch, with the same weights.
 
 python -m pytest tests/parity/test_saliency.py (needs the extra `parity` with torch)
 """
@@ -14,11 +14,11 @@ from tests.parity.cases import CASES
 SIDE, TARGETS, STEPS = 96, (3, 977), 8
 LAYERS = {"resnet18 torchvision:resnet18": "layer4", "mobilenetv2 torchvision:mobilenet_v2": "features"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOLERANCE = 5e-4  # of 1, the maps' range: float32 through complete networks
+TOLERANCE = 5e-4  # maps range from 0 to 1; float32 through complete networks
 
 
 def pixels() -> np.ndarray:
-    """Two smooth random color images, uint8."""
+    """Returns two smooth random color images, uint8."""
     from PIL import Image
 
     small = np.random.default_rng(5).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
@@ -26,7 +26,7 @@ def pixels() -> np.ndarray:
 
 
 def torch_maps(model: Any, layer: str, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Maps [B, H, W] by method, each image for its class of TARGETS."""
+    """Returns maps [B, H, W] by method, each image for its class of TARGETS."""
     import torch
     from torch.nn import functional
 
@@ -85,8 +85,8 @@ def test_maps_equal_torch(key: str, tmp_path: Any) -> None:
     for method in expected:
         maps, _ = explainer.maps(images, np.asarray(TARGETS), method)
         difference = np.abs(maps - np.nan_to_num(expected[method]))  # torch divides a map without evidence by 0
-        # Along the path of integrated gradients a unit near zero is positive in only one library: single pixels
-        # differ by up to 0.015, so the mean is compared.
+        # On the path of integrated gradients a unit near zero may be positive in only one library, so single pixels
+        # differ by up to 0.015, and the mean is compared.
         worst = difference.mean() if method == "integrated_gradients" else difference.max()
         results[method] = float(maps.std()), float(worst)
         print(f"{key}, {method}: {results[method][1]:.1e}, standard deviation {results[method][0]:.3f}")

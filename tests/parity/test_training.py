@@ -1,9 +1,9 @@
-"""Training: 20 steps in Keras and in lungjax from the same weights, on the same batches, compared step by step.
+"""Twenty training steps of lungjax and Keras from the same weights on the same batches, compared step by step.
 
-python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). Ours is the code of a run: the batches of
+python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). Ours is the code of a run:
 `pipeline.train_batches` over a prepared folder of CT slices (without LUNGJAX_SHARED, of random images) and the compiled
-step of `program.build`. Keras has the layers of `studies.build` under `train_on_batch` and the same arrays.
-Augmentation and dropout are off, so nothing is random. Each comparison runs in its own process.
+step of `program.build`. Keras trains the layers of `studies.build` by `train_on_batch`. Augmentation and dropout are
+off, so nothing is random. Each comparison runs in its own process.
 """
 
 import os
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 SLICES = ROOT / os.environ.get("LUNGJAX_SHARED", "../shared") / "data" / "ct"
 STEPS, SIDE = 20, 128
 BATCH = {"float32": 16, "float64": 4}  # Keras's convolutions in float64 take seconds per step
-CLASSES = {"COVID": 90, "NonCOVID": 50}  # images of each: different counts, so that class weights matter
-NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}  # Keras's and ours
+CLASSES = {"COVID": 90, "NonCOVID": 50}  # images; different counts, so that class weights matter
+NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}  # of Keras, and ours
 RUNS = {  # network, differences from Adam with rate 1e-3 and epsilon 1e-7
     "cbr_small": ("cbr_small", ["optim.class_weights=balanced"]),
     "simple, adamw": ("simple", ["optim.name=adamw", "optim.weight_decay=0.01"]),
@@ -32,7 +32,7 @@ RUNS = {  # network, differences from Adam with rate 1e-3 and epsilon 1e-7
 
 
 def prepared(folder: Path) -> Any:
-    """Prepares slices as a user would, and opens them."""
+    """Prepares slices as a user would, and opens the data set."""
     from lungjax import datasets
 
     lines, rng = ["path,label,split"], np.random.default_rng(0)
@@ -53,7 +53,7 @@ def prepared(folder: Path) -> Any:
 
 
 def configured(run: str, kind: str) -> Any:
-    """Returns the configuration of the run; the other fields have lungjax's defaults."""
+    """Returns the configuration of a run; other fields have their defaults."""
     from lungjax.config import Config, InputSpec, ModelConfig, OptimConfig, TrainConfig, overrides
     from lungjax.weights import load
 
@@ -70,10 +70,10 @@ def configured(run: str, kind: str) -> Any:
 
 
 def keras_optimizer(optim: Any) -> Any:
-    """Returns Keras's optimizer with the same numbers, but Adam's epsilon where optax and the paper have it.
+    """Returns the optimizer of Keras with the same numbers, and with Adam's epsilon as in optax and the paper.
 
-    Keras adds epsilon to the root of the second moment before its bias correction, the paper (arXiv 1412.6980,
-    algorithm 1) and optax after it: Keras's is 32 times as large at the first step and 7 times at the 20th.
+    Keras adds epsilon to the root of the second moment before the bias correction, the paper (arXiv 1412.6980,
+    algorithm 1) and optax after it, so that of Keras is 32 times as large at the first step and 7 times at the 20th.
     """
     from keras import optimizers
 
@@ -92,14 +92,14 @@ def keras_optimizer(optim: Any) -> Any:
 
 
 def arrays(model: Any) -> dict[str, np.ndarray]:
-    """Returns copies of Keras's arrays by our paths: head.dense/kernel is head/dense/kernel."""
+    """Returns copies of the arrays of a Keras model by our paths: head.dense/kernel is head/dense/kernel."""
     paths = [variable.path.split("/")[-2:] for variable in model.weights]
     names = [f"{layer.replace('.', '/')}/{NAMES.get(leaf, leaf)}" for layer, leaf in paths]
     return {name: np.array(variable.value) for name, variable in zip(names, model.weights, strict=True)}
 
 
 def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
-    """Trains both; returns the losses of each step and the final differences of statistics, parameters and logits."""
+    """Trains both; returns the losses per step and the final differences of statistics, parameters and logits."""
     import jax
 
     jax.config.update("jax_enable_x64", kind == "float64")
@@ -130,7 +130,7 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
             return "float64" if "float64" in dtype_names else result_type(*kinds)
 
         dtypes.result_type = keras.src.backend.result_type = wide
-        # Pixels leave the augmentation as integers in float32; everything after is float64.
+        # Augmentation returns integers in float32; everything after it is float64.
         build, normalize = models.build, step.normalize
         models.build = lambda *args, **kwargs: build(*args, **kwargs).clone(dtype=jnp.float64)
         step.normalize = lambda images, spec: normalize(images.astype(jnp.float64), spec)
@@ -179,7 +179,7 @@ def differences_of(run: str, kind: str, folder: Path) -> tuple[dict[str, Any], n
 
 
 def test_twenty_steps_of_adam_in_float64(tmp_path):
-    """CBR-Small with class weights: the loss rises to 5 and falls again, and agrees with Keras's to 9 digits."""
+    """CBR-Small with class weights: the loss rises to 5, falls again, and agrees with that of Keras to 9 digits."""
     result, differences = differences_of("cbr_small", "float64", tmp_path)
     assert differences.max() <= 1e-9
     assert max(result["statistics"].values()) <= 1e-7 and result["logits"] <= 1e-7
@@ -192,9 +192,9 @@ def test_twenty_steps_of_adamw_in_float32(tmp_path):
 
 
 def test_first_step_in_float32(tmp_path):
-    """Of the 166,000 pool windows of stage 3 some have two maxima that are equal in float32 only.
+    """Only the first loss, which comes before any gradient, agrees closely in float32.
 
-    Choosing the other one changes the gradient below it by some thousandths, and steps of this size multiply that. So
-    in float32 no two programs agree for long; the first loss comes before any gradient.
+    Of the 166,000 pool windows of stage 3 some have two maxima that are equal in float32 only. Choosing the other one
+    changes the gradient below it by some thousandths, and steps of this size multiply that.
     """
     assert differences_of("cbr_small", "float32", tmp_path)[1][0] <= 1e-5

@@ -1,4 +1,4 @@
-"""timm's and torchvision's networks as references."""
+"""Networks of timm and torchvision as references."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class TorchReference(Reference):
         )
 
     def with_batch_statistics(self, images: np.ndarray) -> list[np.ndarray]:
-        """Returns the arrays with the statistics of `images` as running ones."""
+        """Returns the arrays, with the statistics of `images` as running statistics."""
         for layer in self.model.modules():
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
                 layer.momentum = 1.0
@@ -62,7 +62,7 @@ class TorchReference(Reference):
             return self.model(self.feed(images)).numpy()
 
     def gradients(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the logits in training mode and the gradients of their mean square, by the library's own names."""
+        """Returns the logits in training mode, and the gradients of their mean square by the names of the library."""
         self.model.train()
         out = self.model(self.feed(images))
         (out**2).mean().backward()

@@ -183,13 +183,21 @@ def test_heat_map_overlay(tmp_path):
     np.testing.assert_allclose(middle[int(len(middle) * 0.9)], (126, 115, 18), atol=3)
 
 
+def test_images_are_slices_only_in_ct(run, page, saved):
+    slices = render_page(run, saved | {"unit": "slice"}, CONFIG, summary())
+    for noun, here, other in (("image", page, "per slice"), ("slice", slices, "per image")):
+        words = (f"Tested on 36 {noun}s of 18 patients", f"Confusion, per {noun} (test)", f"On 36 test {noun}s")
+        assert all(word in here.text for word in words) and other not in here.text
+    assert "ROC curves, test images." in page.text
+
+
 def test_numbers_and_intervals(run, saved):
     for unit in ("slice", "patient"):
         saved["test"][unit]["intervals"] = {"accuracy": [0.1234, 0.5678], f"per_class.{EVIL[1]}.recall": [0.2, 0.9]}
     level = {"n": 36, "accuracy": 0.44, "balanced_accuracy": None, "auc_macro": 0.61}
     page = render_page(run, saved | {"controls": {"source_only": level}})
     level = saved["test"]["slice"]
-    results = {row[0]: row[1:] for row in page.table("", "test, per slice")}
+    results = {row[0]: row[1:] for row in page.table("", "test, per image")}
     assert results["accuracy"][0] == f"{level['accuracy']:.3f} 0.123 to 0.568"
     classes = next(t for t in page.tables if t[0][0] == "class against the rest")
     recall = classes[2][2 + metrics.PER_CLASS.index("recall")]

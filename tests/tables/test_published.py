@@ -18,7 +18,7 @@ from lungjax.tables.published import TABLES
 CELLS = {
     "nccid_test": 14, "nccid_val": 16, "ct_cov19_val": 8 * 5 * 4 + 4 + 1, "ct_cov19_test": 8 * 4, "ct_cov19_auc": 8 * 4,
     "ct_cov19_curves": 8, "ct_cov19_reports": 8 * 4 * 12, "ictcf_test": 9 * 4 + 4 * 3, "ictcf_reports": 9 * 12,
-    "covid_xray": 6 * 5 + 2, "covidx_ct_3a": 4 * 14 + 1, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
+    "covid_xray": 7 * 5 + 2, "covidx_ct_3a": 4 * 14 + 1, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
     "covidnet_ct_2a": 3 * 7, "transfusion": 8 * 2, "transfusion_chexpert": 5 * 2,
 }  # fmt: skip
 TOTALS = {  # of splits without a confusion matrix

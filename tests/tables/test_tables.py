@@ -16,7 +16,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from lungjax.config import overrides
-from lungjax.evaluation import predictions
+from lungjax.evaluation import bootstrap, predictions
 from lungjax.runtime import signals
 from lungjax.tables import __main__ as command
 from lungjax.tables import cells, charts, results, runs, smoke_test
@@ -325,6 +325,27 @@ def test_smoke(trial, monkeypatch):
     monkeypatch.setattr(smoke_test, "random_leaves", lambda _: infinite)
     (failure,) = smoke_test.run({}, {"t": table(cell(trial))}, lines.append)
     assert "at step 1" in failure
+
+
+def test_runs_pooled_over_seeds(trial, options, capsys):
+    for name in (trial, f"{trial}:size=64"):
+        for run in runs.plan(name, options):
+            fabricate(run)
+            path = run.folder / "predictions_test.csv"
+            p = predictions.read(path)
+            predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "north", "south")), path)
+    arguments = ["--pool", "--draws=100", f"--workdir={options.workdir}"]
+    assert commands.run(command, *arguments) == 0
+    text, pool = capsys.readouterr().out, [predict("test", 1.0, seed) for seed in (0, 1)]
+    rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
+    assert len(rows) == 2 and "trial_simple_64_phantom_ct_tiny/seed0" in rows[1]
+    for unit, name in (("slice", "auc_macro"), ("patient", "auc_macro"), ("slice", "accuracy")):
+        mean, low, high = bootstrap.over_runs(pool, [name], 100, unit=unit)[name]
+        assert all(f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in row for row in rows)
+    assert "| AUC; accuracy per slice | north, 16 images | south, 8 images |" in text
+    (options.workdir / "empty").mkdir()
+    assert commands.run(command, *arguments[:2], f"--workdir={options.workdir / 'empty'}") == 2
+    assert "no finished" in capsys.readouterr().err
 
 
 def test_command(tmp_path, capsys):

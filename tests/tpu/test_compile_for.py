@@ -1,7 +1,4 @@
-"""Reports of the TPU compiler on the training step against hand-computed numbers. Needs the extra `tpu`, but no TPU:
-
-python -m pytest tests/tpu
-"""
+"""Reports of --compile_for against numbers by hand. Needs the extra `tpu`, but no TPU: python -m pytest tests/tpu"""
 
 import re
 import subprocess
@@ -15,7 +12,7 @@ from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConf
 from lungjax.models.transfusion import Transfusion
 from lungjax.training import aot_compile
 
-# Two blocks for gray images of 32 x 32 and three classes.
+# A network of two blocks for gray images of 32 x 32 and three classes.
 STEM, KERNEL = 3 * 3 * 1 * 64, 3 * 3 * 64 * 128
 PARAMETERS = STEM + 64 + 2 * 64 + KERNEL + 128 + 2 * 128 + 128 * 3 + 3
 STATISTICS = 2 * 64 + 2 * 128

@@ -1,4 +1,4 @@
-"""Messages and shapes of --compile_for that need no TPU compiler; tests/tpu has the rest."""
+"""The parts of --compile_for that need no TPU compiler; tests/tpu has the others."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from lungjax import datasets
 from lungjax.config import AugmentConfig, Config, DataConfig, InputSpec, TrainConfig
 from lungjax.data import pipeline
 from lungjax.data.prepared import BODY_SIDE
@@ -67,7 +66,7 @@ def test_memory_advice():
     assert last.endswith("Try a smaller network")
 
 
-def test_batch_shapes_of_a_missing_data_set(small_data, tmp_path):
+def test_batch_shapes_of_the_pipeline(small_data):
     config = Config(
         data=DataConfig(dataset="covidx_ct", sampling="balanced"),
         input=InputSpec(size=(16, 20), channels=3, crop="box", box_margin=0.25),
@@ -75,24 +74,15 @@ def test_batch_shapes_of_a_missing_data_set(small_data, tmp_path):
         train=TrainConfig(batch_size=6),
     )
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    data = aot_compile._open_data(config, tmp_path)
-    assert data.classes == ("Normal", "Pneumonia", "COVID-19")
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in aot_compile.batch_shapes(config, data, mesh).items()}
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in aot_compile.batch_shapes(config, mesh).items()}
     packed = zlib.compress(bytes(BODY_SIDE**2 // 8))
     real = dataclasses.replace(small_data, body=True, records=[{**r, "body": packed} for r in small_data.records])
     batch = next(pipeline.train_batches(real, config, start=0))
     assert shapes == {name: (value.shape, value.dtype) for name, value in batch.items()}
     assert shapes["image"] == ((6, 24, 30, 3), np.uint8)
+
+
+def test_unprepared_data_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(aot_compile, "devices", lambda topology: jax.devices()[:1])
     with pytest.raises(ValueError, match="folder/mine is not prepared"):
-        aot_compile._open_data(dataclasses.replace(config, data=DataConfig(dataset="folder/mine")), tmp_path)
-
-
-def test_class_counts_of_unprepared_data_sets():
-    for base, entry in datasets.DATASETS.items():
-        expected = datasets.about(base).expected or {}
-        for name in entry.configs:
-            classes = datasets.classes(f"{base}/{name}")
-            for counts in expected.get(name, {}).values():
-                assert len(classes) == len(counts), f"{base}/{name}"
-            assert len(set(classes)) == len(classes) > 1
-    assert datasets.classes("folder/mine") == ()
+        aot_compile.compile_for(Config(data=DataConfig(dataset="folder/mine")), "v5e:1x1", tmp_path)

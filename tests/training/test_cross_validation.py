@@ -1,4 +1,4 @@
-"""Cross-validation: pooled predictions, finished folds, metrics over folds by hand."""
+"""Cross-validation: pooled predictions, finished folds, and metrics over folds by hand."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def predict(data, at, offset):
 
 
 def quick(config, workdir, data_dir, *_):
-    """Leaves what `train.run` leaves, of a network with two of three images right."""
+    """Writes the files of `train.run` for a network that predicts two of three images correctly."""
     data = setup.open_data(config, data_dir)
     (workdir / "checkpoints/last/2").mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(overrides.to_json(config))

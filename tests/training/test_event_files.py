@@ -1,4 +1,4 @@
-"""TensorBoard events, read by TensorBoard itself, and the profiler's trace."""
+"""TensorBoard events, read by TensorBoard, and the trace of the profiler."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_data, capsys):
         with pytest.raises(signals.Interrupted):
             train.run(CONFIG, workdir, tmp_path)
     assert [event.step for event in assert_events_equal_rows(workdir).Scalars("train/loss")] == list(range(1, 7))
-    shutil.rmtree(workdir / "checkpoints/last/6")  # as if it was killed before that checkpoint: steps 5 and 6 again
+    shutil.rmtree(workdir / "checkpoints/last/6")  # as if killed before this checkpoint, so steps 5 and 6 are repeated
     train.run(CONFIG, workdir, tmp_path, profile=(7, 8))
     events = assert_events_equal_rows(workdir)
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))

@@ -1,16 +1,11 @@
 from lungjax.training import metrics_log
 
 
-def test_resume_drops_rows_that_come_again(tmp_path):
-    """Rows after the restored step, and the validation of that step, which was not saved."""
+def test_resume_drops_rows_that_are_repeated(tmp_path):
+    """These are the rows after the restored step, and the validation of that step, which was not saved."""
     path = tmp_path / "metrics.jsonl"
-    for step, name in (
-        (10, "train.loss"),
-        (10, "val.slice.loss"),
-        (20, "train.loss"),
-        (20, "val.slice.loss"),
-        (30, "lr"),
-    ):
+    names = ("train.loss", "val.slice.loss", "train.loss", "val.slice.loss", "lr")
+    for step, name in zip((10, 10, 20, 20, 30), names, strict=True):
         metrics_log.append(path, {"step": step, name: 0.5})
     remaining = metrics_log.truncate(path, 20, 10)
     assert [tuple(row)[1] for row in remaining] == ["train.loss", "val.slice.loss", "train.loss"]

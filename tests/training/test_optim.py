@@ -17,13 +17,13 @@ PARAMS = {
 }
 
 
-def updated(config: OptimConfig, grads=None, steps=1, params=PARAMS, state=False):
+def updated(config: OptimConfig, grads=None, steps=1, params=PARAMS):
     optimizer = optim.make_optimizer(config, optim.make_schedule(config, 10), params)
     opt_state = optimizer.init(params)
     for _ in range(steps):
         updates, opt_state = optimizer.update(grads or jax.tree.map(jnp.ones_like, params), opt_state, params)
         params = optax.apply_updates(params, updates)
-    return (params, opt_state) if state else params
+    return params
 
 
 def test_schedules_by_hand():
@@ -63,11 +63,8 @@ def test_no_optimizer_state_for_frozen_parameters():
     config = OptimConfig(freeze=r"^(?!head/)", weight_decay=0.1)
     frozen = optim.frozen_paths(config, PARAMS)
     assert frozen == {"stem_conv/kernel", "stem_conv/bias"}
-    trained, rest = trees.split(PARAMS, frozen)
-    assert list(trained) == ["head"] and list(rest) == ["stem_conv"]
-    params, opt_state = updated(config, params=trained, state=True)
-    assert jax.tree.structure(params) == jax.tree.structure(trained)
-    assert all((np.asarray(leaf) != 1.0).all() for leaf in jax.tree.leaves(params))
+    optimizer = optim.make_optimizer(config, lambda step: 0.1, trees.split(PARAMS, frozen)[0])
+    opt_state = optimizer.init(trees.split(PARAMS, frozen)[0])
     assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == 2 * (6 + 3)  # Adam's two of each
 
 
@@ -82,7 +79,7 @@ def test_lr_factors_scale_updates(name):
         changed = dataclasses.replace(config, lr_factors=setting)
         optimizer = optim.make_optimizer(changed, optim.make_schedule(changed, 10), PARAMS)
         opt_state = optimizer.init(PARAMS)
-        for _ in range(2):  # also where the optimiser remembers
+        for _ in range(2):  # with optimizer state
             updates, opt_state = optimizer.update(grads, opt_state, PARAMS)
         result |= trees.flatten(updates)
     expected = {"stem_conv/kernel": 0.5, "stem_conv/bias": 1, "head/dense/kernel": 8, "head/dense/bias": 0}

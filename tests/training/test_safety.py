@@ -1,4 +1,4 @@
-"""Interruptions, damage, non-finite losses and full disks: a resumed run ends as the uninterrupted one."""
+"""Interruptions, damage, non-finite losses and full disks: a resumed run ends like an uninterrupted one."""
 
 import dataclasses
 import errno
@@ -32,7 +32,7 @@ def data(monkeypatch, small_data):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, small_data):
-    """Workdirs of a complete run and of one that SIGTERM stopped at step 8; copy the second before resuming."""
+    """Workdirs of a complete run and of one that was stopped by SIGTERM at step 8; copy the second before resuming."""
     root = tmp_path_factory.mktemp("safety")
     with pytest.MonkeyPatch.context() as patch:
         runs.patched(patch, small_data)
@@ -53,7 +53,7 @@ def stopped(folders, tmp_path):
     return shutil.copytree(folders / "stopped", tmp_path / "run")
 
 
-def batches_that(monkeypatch, change):
+def change_batches(monkeypatch, change):
     """Applies `change(step, batch)` to every training batch."""
     device_batches = setup.Run.batches
 
@@ -72,13 +72,13 @@ def interrupt(monkeypatch, number, at):
             os.kill(os.getpid(), number)
         return batch
 
-    batches_that(monkeypatch, change)
+    change_batches(monkeypatch, change)
 
 
 def break_batches(monkeypatch, steps):
-    """All images are float32, since another type would be another program."""
+    """Replaces the images of some steps by NaN; all become float32, so that one program is compiled."""
     factor = {True: np.float32(np.nan), False: np.float32(1)}
-    batches_that(monkeypatch, lambda step, batch: {**batch, "image": batch["image"] * factor[step in steps]})
+    change_batches(monkeypatch, lambda step, batch: {**batch, "image": batch["image"] * factor[step in steps]})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -105,7 +105,7 @@ def test_resume_after_signal_is_bit_exact(tmp_path, monkeypatch, capsys, complet
 
 
 def test_resume_after_kill_is_bit_exact(tmp_path, complete):
-    """Ctrl-C and SIGTERM reach the whole process group and the run still saves; SIGKILL leaves no reading process."""
+    """A SIGTERM that reaches the whole process group still lets the run save; SIGKILL leaves no worker behind."""
     out = tmp_path / "run"
     for number, code, step in ((signal.SIGTERM, 143, 3), (signal.SIGKILL, -9, 8)):
         process = runs.start(out, 1, "--all", "--pause=0.1", "data.workers=1", new_group=True)
@@ -141,7 +141,7 @@ def test_resume_from_before_a_damaged_checkpoint(tmp_path, capsys, complete, sto
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_run_files_lost_in_a_power_cut(tmp_path, capsys, complete, stopped, name):
+def test_run_files_lost_in_a_power_failure(tmp_path, capsys, complete, stopped, name):
     content = (stopped / name).read_text()
     (stopped / name).write_text("" if name == "config.json" else content[: len(content) // 2])
     if name == "config.json":

@@ -102,12 +102,8 @@ def test_mistakes_before_training(tmp_path):
         ("optim.class_weights=1,2", "left, middle, right"),
         ("model.name=simpel", "simple"),
         ("optim.freeze=nothing", "matches no parameter"),
-        ("optim.freeze=.", "every parameter"),
-        ("optim.tune=blocks:3", "the network has"),
         ("optim.lr_factors=nothing=2", "matches no trained parameter"),
         ("model.weights=run:nowhere", "no trained run"),
-        ("model.weights=imagenett", "expected none, imagenet"),
-        ("model.weights=file:nowhere.h5", "no such file"),
     ):
         with pytest.raises(ValueError, match=hint):
             train.run(changed(CONFIG, assignment), tmp_path / "run", tmp_path)
@@ -119,7 +115,7 @@ def test_mistakes_before_training(tmp_path):
 
 @pytest.mark.parametrize("variant", ["train.accumulate=4", pytest.param("train.remat=true", marks=pytest.mark.slow)])
 def test_variants_equal_the_plain_step(variant):
-    """Also with augmentation, which depends on the position of an example in the sequence only."""
+    """Augmentation is included; it depends only on the position of an example in the sequence."""
     config = changed(SGD, "optim.frozen_batch_norm=frozen", "augment=ct_cov19_original", "augment.contrast=0.5,1.5")
     before, plain, metrics_of_plain = runs.one_step(config)
     _, other, metrics_of_other = runs.one_step(changed(config, variant))
@@ -159,7 +155,7 @@ def test_warm_start_accounts_for_every_name(tmp_path, complete):
 
 
 def test_tuning_a_head_on_another_run(tmp_path):
-    """The statistics of images and weights are those of the source run; only the head is trained."""
+    """Normalization and weights are those of the source run; only the head is trained."""
     source = changed(CONFIG, "train.steps=2", "train.eval_steps=2", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
     train.run(source, tmp_path / "source", tmp_path)
     tuning = ("train.steps=2", "train.eval_steps=2", "optim.tune=head", "optim.lr_factors=bias$=2")

@@ -96,7 +96,7 @@ def test_freeze_adds_to_tune():
     blocks = optim.frozen_paths(OptimConfig(tune="blocks:2"), params)
     both = optim.frozen_paths(OptimConfig(tune="blocks:2", freeze=r"bn\d?/|^top_conv"), params)
     assert blocks < both == blocks | {path for path in trees.flatten(params) if "bn" in path} | {"top_conv/kernel"}
-    # The regular expression that the studies' code uses.
+    # The regular expression in the experiments of the studies.
     head = optim.frozen_paths(OptimConfig(tune="head"), params)
     assert optim.frozen_paths(OptimConfig(freeze=r"^(?!head/)"), params) == head
 

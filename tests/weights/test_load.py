@@ -1,4 +1,4 @@
-"""Weights of every format reach the network unchanged, or an error names what is wrong."""
+"""Weights of every format reach the network unchanged, or an error says what is wrong."""
 
 import hashlib
 from dataclasses import replace

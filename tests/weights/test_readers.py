@@ -45,8 +45,7 @@ def test_other_files(tmp_path):
 
 
 def test_safetensors_dtypes(tmp_path):
-    flags = np.asarray([True, False, True])  # three bytes, so the arrays after it are unaligned
-    brain = np.asarray([1.5, -2.0], ml_dtypes.bfloat16)
+    flags, brain = np.asarray([True, False, True]), np.asarray([1.5, -2.0], ml_dtypes.bfloat16)
     arrays = {"flags": flags, "brain": brain, "empty": np.zeros((0, 4), np.float32), "double": np.linspace(0, 1, 7)}
     tensors = open_tensors(write_safetensors(tmp_path / "w", arrays))
     for name, array in arrays.items():
@@ -89,7 +88,7 @@ def test_keras_names_of_released_files(tmp_path):
         assert list(open_tensors(path)) == [*expected, "predictions/kernel"]
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file.attrs["layer_names"] = [b"a", b"a/b"]
-        file["a/b/c:0"] = np.ones(2)  # the one array that both names can mean
+        file["a/b/c:0"] = np.ones(2)  # the array that both names can mean
         file["a"].attrs["weight_names"] = [b"b/c:0"]
         file["a/b"].attrs["weight_names"] = [b"c:0"]
     assert list(open_tensors(tmp_path / "w.h5")) == ["a/b/c", "a/b/c#2"]

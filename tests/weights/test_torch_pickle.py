@@ -1,4 +1,4 @@
-"""PyTorch's two formats are read without it, and a crafted pickle is refused before it runs anything."""
+"""Both formats of PyTorch are read without it, and malicious pickles are refused before they run anything."""
 
 import struct
 import zipfile
@@ -53,7 +53,7 @@ def test_wrappers_are_removed(tmp_path, write):
 
 
 def attacks(marker):
-    """Programs that would write the file `marker`, or change what the reader works with."""
+    """Returns pickles that would write the file `marker`, or change objects of the reader."""
     shell, python = text(f"touch {marker}"), text(f"open({str(marker)!r}, 'w')")
     stack = b"\x93"  # STACK_GLOBAL: module and name are values
     ordered_dict, size = name("collections", "OrderedDict"), name("torch", "Size")
@@ -96,7 +96,7 @@ def test_crafted_pickles_are_refused(tmp_path, write):
         files = {
             "alone": {"tree": body},
             "as a value": {"tree": state_dict({"a": body})},
-            "dropped": {"tree": body + b"0" + good},  # POP: run, without a trace
+            "dropped": {"tree": body + b"0" + good},  # POP: run, and discarded
         }
         if write is torch_writers.write_stream:
             files |= {"system": {"tree": good, "system": body}, "keys": {"tree": good, "keys": body}}
@@ -104,7 +104,7 @@ def test_crafted_pickles_are_refused(tmp_path, write):
             with pytest.raises(ValueError, match=r"w.pth: "):
                 open_tensors(write(tmp_path / "w.pth", stored=RAW, **parts))
             assert not marker.exists(), (attack, place)
-    # Refused files leave nothing behind.
+    # Refused files have no lasting effect.
     np.testing.assert_array_equal(open_tensors(write(tmp_path / "w.pth", good, RAW))["a"], NUMBERS)
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -35,7 +35,6 @@ FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a
 INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
 LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
 MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
-ALLOWED = "expected color, 8-bit gray, or gray with integers of 0 to 65535"
 ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -77,7 +76,7 @@ def _decode_own(data: bytes) -> np.ndarray | None:
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
     width, height, bits, kind, *rest = struct.unpack(">IIBBBBB", data[16:29])
-    if bits not in (8, 16) or kind not in (0, 2) or any(rest):
+    if (bits, kind) not in ((8, 0), (8, 2), (16, 0)) or any(rest):
         return None
     row = 1 + width * (bits // 8) * (3 if kind == 2 else 1)
     if not 0 < height * row < len(data):  # compressed, or truncated
@@ -108,8 +107,8 @@ def gray(array: np.ndarray) -> np.ndarray:
 def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 for 16 bits.
 
-    `window` is the 16-bit values of 0 and 255. `formats` are Pillow's names of the formats to try, by default all of
-    FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
+    `window` are the 16-bit values that become 0 and 255. `formats` are Pillow's names of the formats to try, by default
+    all of FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -117,7 +116,7 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
 def load(
     data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
 ) -> np.ndarray | Image.Image:
-    """As `decode`, but gray 8-bit files remain Pillow images, which saves two copies in `to_input`."""
+    """Like `decode`, but returns gray 8-bit files as Pillow images, which saves two copies in `to_input`."""
     image, _ = _open(data, formats)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
@@ -153,8 +152,8 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     """Returns `image` cropped and resized for a network, uint8 [height, width, channels].
 
     `image` is [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`. `box`, used if spec.crop is
-    "box", is xmin, ymin, xmax, ymax in pixels, max exclusive; `margin` is the fraction of its side added on each edge,
-    clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
+    "box", is xmin, ymin, xmax, ymax in pixels, max exclusive. `margin`, a fraction of the sides of the crop, is added
+    on each edge and clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
     """
     if spec.crop not in CROPS:
         raise ValueError(f"input.crop={spec.crop!r}: expected {', '.join(CROPS)}")
@@ -177,9 +176,10 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
 
 def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> Region:
     """Returns the region of a width x height image that `to_input` shows."""
-    if spec.crop == "center":
-        return center(spec.crop_size, width, height)
-    return grow(box, margin, width, height) if spec.crop == "box" else (0.0, 0.0, float(width), float(height))
+    if spec.crop == "none":
+        return 0.0, 0.0, float(width), float(height)
+    region = center(spec.crop_size, width, height) if spec.crop == "center" else box
+    return grow(region, margin, width, height)
 
 
 def center(size: tuple[int, int], width: int, height: int) -> Region:
@@ -195,7 +195,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
     return float(left), float(top), float(left + columns), float(top + rows)
 
 
-def grow(box: np.ndarray, margin: float, width: int, height: int) -> Region:
+def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
     """Returns `box` with `margin` of its sides added on each edge, clipped to the image.
 
     Raises ValueError if the box contains less than one pixel of the image.
@@ -323,7 +323,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     except Exception as error:  # Pillow's exceptions depend on format and damage
         raise ValueError(f"damaged or truncated image ({error})") from None
     raise ValueError(
-        problem or f"fractions or values outside 0 to 65535; {ALLOWED}, such as Hounsfield units plus 1024"
+        problem or "fractions or values outside 0 to 65535: save integers, such as Hounsfield units + 1024"
     )
 
 
@@ -343,7 +343,7 @@ def _unsupported(picture: Image.Image) -> str | None:
         return f"{pages} pages in one file: save one image per file"
     if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
         return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
-    return None if picture.mode in MODES else f"pixels of mode {picture.mode}; {ALLOWED}"
+    return None if picture.mode in MODES else f"pixels of mode {picture.mode}; expected gray or color"
 
 
 def _array(picture: Image.Image) -> np.ndarray | None:

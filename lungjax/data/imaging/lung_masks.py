@@ -1,7 +1,6 @@
-"""Body and lung masks of a CT slice, and stages, which are images processed with them.
+"""Body and lung masks of a CT slice without a trained network, for any window, and the stages that apply them.
 
-The masks need no training, work on single slices, and accept any window. `study_masks` has the masks of the studies;
-`apply` supports both kinds of stages.
+`study_masks` has the masks of the studies; `apply` supports both kinds of stages.
 """
 
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class _View:
 def body_mask(image: np.ndarray) -> np.ndarray:
     """Returns the body in a gray uint8 image [H, W], bool [H, W], with the lungs and without table and arms.
 
-    All False without contrast to the background. Raises ValueError for anything but a gray uint8 image.
+    It is all False without contrast to the background. Raises ValueError unless the image is gray uint8.
     """
     view = _prepare(_check_gray(image))
     return _enlarge(view.body if view else None, view, image.shape)
@@ -59,8 +58,8 @@ def body_mask(image: np.ndarray) -> np.ndarray:
 def lung_mask(image: np.ndarray) -> np.ndarray:
     """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False without lungs.
 
-    Includes vessels, lesions inside and at the chest wall, and large bubbles in stomach or bowel, but not a separate
-    trachea. The spine must be above or below the lungs, not to the side. Raises ValueError as `body_mask`.
+    The mask includes vessels, lesions (also at the chest wall) and large gas bubbles of stomach or bowel, but not a
+    separate trachea. The spine must be above or below the lungs. Raises ValueError like `body_mask`.
     """
     view = _prepare(_check_gray(image))
     mask, sides = (None, 0) if view is None else _lungs(view)
@@ -262,7 +261,7 @@ def _midline(lungs: np.ndarray, x0: int, width: int) -> float:
 def _complete(lung: np.ndarray, specks: np.ndarray, view: _View, medial: int, width: int) -> np.ndarray:
     """Returns one lung with its hilum, vessels and lesions; `medial` is the sign of x towards the other lung.
 
-    `specks` are small dark spots; those near the lung are air enclosed by a lesion.
+    `specks` are small dark spots; those near the lung are air within a lesion.
     """
     radius = max(2, round(0.035 * width))
     x0, y0, x1, y1 = bounding_box(lung)

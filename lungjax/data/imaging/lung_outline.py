@@ -15,9 +15,9 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
     `gray` is the image, [h, w]; `medial` is +1 or -1, the x direction of the other lung. The lung must not touch the
     image border.
 
-    The chest wall is convex, so a concavity (bay) of the outline that opens outwards is lung. Medial bays are heart,
-    vessels and spine, and a wide anterior one is the dome of liver or spleen. The wall across a bay is an arc that
-    continues the outline at both ends.
+    The chest wall is convex, so a concavity (bay) of the outline that opens outwards belongs to the lung. Medial bays
+    are heart, vessels and spine, and a wide anterior one is the dome of the liver or spleen. The wall across a bay is
+    an arc that continues the outline at both ends.
     """
     edge = np.argwhere(lung & ~ndimage.binary_erosion(lung))
     if len(edge) < 12 or (np.ptp(edge, 0) < 3).any():

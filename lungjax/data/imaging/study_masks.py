@@ -25,11 +25,10 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusi
 
 
 def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
-    """Returns a stage of a gray uint8 image [H, W]: uint8 [h, w], its region of the original, and if it was found.
+    """Returns a gray uint8 image [H, W] in a stage, uint8 [h, w], its region of the original, and if it was found.
 
-    `stage` is one of `STAGES`. The CT-COV19 stages are parts of the 512 x 512 image; `features` is the iCTCF study's
-    image (512 x 512 if a side was longer, else the original size). Without a body or lung, the result is the previous
-    stage.
+    `stage` is one of `STAGES`. CT-COV19's stages show the image at 512 x 512, `features` at its own size, but at most
+    512 x 512. Without a body or lung, the result is the previous stage.
     """
     region = full_region(image)
     if stage == "features":
@@ -74,21 +73,16 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def body_mask(square: np.ndarray) -> np.ndarray | None:
-    """Returns the CT-COV19 study's body mask of a gray image [h, w], repaired at the top edge; None without edges.
+    """Returns the CT-COV19 study's body mask of a gray image [h, w]; None without edges.
 
-    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled.
+    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled. The study can also repair a mask
+    that is open at the top edge, but none of its published calls does.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
     lines = ndimage.binary_dilation(canny(np.where(bright, 0, 255).astype(np.uint8), *CANNY), SQUARE)
     best = longest_contour(lines)
-    if best is None:
-        return None
-    mask = best[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
-    # An image edge that cuts the body leaves it open at the top.
-    if len(top := np.flatnonzero(mask[0])):
-        mask[:5, top[0] : top[-1] + 1] = True
-    return np.asarray(ndimage.binary_fill_holes(mask))
+    return None if best is None else best[MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -177,10 +171,10 @@ def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
 def features(image: np.ndarray) -> np.ndarray:
     """Returns the iCTCF study's "preprocessed" image of a gray uint8 image [H, W], uint8.
 
-    Images with a side above 512 are resized to 512 x 512 (bicubic). Local Gaussian threshold over 401 pixels; erosion
-    disk(4), closing disk(6), Roberts edges, filled holes; everything else becomes black, and so does the largest bright
-    component, the body's tissue. The published "small regions" step has no effect and is omitted, as is the JPEG
-    compression between steps.
+    Images with a side above 512 are resized to 512 x 512 (bicubic). A local Gaussian threshold over 401 pixels, erosion
+    disk(4), closing disk(6), Roberts edges and filled holes give a mask, without the largest bright component, the
+    tissue of the body; the remainder becomes black. The published "small regions" step has no effect and is omitted, as
+    is the JPEG compression between steps.
     """
     if max(image.shape) > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

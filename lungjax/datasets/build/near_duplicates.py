@@ -1,4 +1,4 @@
-"""Duplicates in a data set: detected in its index, removed from the clean protocol, counted in the study's splits."""
+"""Duplicates in a data set: found in its index, removed from the clean protocol, and counted in the study's splits."""
 
 import csv
 from collections.abc import Mapping, Sequence

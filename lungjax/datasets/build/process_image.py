@@ -9,7 +9,7 @@ from PIL import Image
 from lungjax.data import duplicates, prepared, preprocess
 from lungjax.data.imaging import images
 from lungjax.data.preprocess import Box
-from lungjax.datasets.listing import Example, Transform
+from lungjax.datasets.listing import Example
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
     source = gray if options.stage else array
     move = example.transform
     stored, box, region, found = preprocess.apply_stage(source, box, options.stage, None if move else options.size)
-    body = _body(gray, region, stored.shape, move) if options.body else b""
+    body = _body(gray, region) if options.body else np.zeros(0, np.uint8)
     if move:
+        body = move(body) if options.body else body
         array, deep, form = move(shown), False, ""
         gray = images.gray(array)
         stored, box, *_ = preprocess.apply_stage(move(stored), box, "", options.size)
@@ -95,19 +96,16 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         std=float(values.std()),
         raw=raw,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
-        body=body,
+        body=np.packbits(body > 127).tobytes(),
         found=found,
         conversion=conversion,
         original=original and isinstance(example.image, str),
     )
 
 
-def _body(gray: np.ndarray, region: Box, shape: tuple[int, ...], move: Transform | None) -> bytes:
+def _body(gray: np.ndarray, region: Box) -> np.ndarray:
     from lungjax.data.imaging import lung_masks  # here: it imports scikit-image
 
     mask = Image.fromarray(lung_masks.body_mask(gray).astype(np.uint8) * 255)
     size = (prepared.BODY_SIDE, prepared.BODY_SIDE)
-    if move:
-        shown = mask.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box=region)
-        mask, region = Image.fromarray(move(np.asarray(shown))), (0.0, 0.0, float(shape[1]), float(shape[0]))
-    return np.packbits(np.asarray(mask.resize(size, Image.Resampling.BILINEAR, box=region)) > 127).tobytes()
+    return np.asarray(mask.resize(size, Image.Resampling.BILINEAR, box=region))

@@ -20,8 +20,7 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
     """Writes the records of given shards.
 
     `image` is an encoded image (uint8, or uint16 PNG for 16 bits), `box` TFDS's ymin, xmin, ymax, xmax as fractions of
-    the image (by default the complete image), and `body` the bits of a body mask over the complete image, row by row
-    (zero without masks).
+    the image, and `body` the bits of a body mask over the image, row by row (zero without masks).
     """
 
     name = "lungjax"

@@ -1,4 +1,4 @@
-"""Writes a data set: reads and checks every image once; writes TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
 The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
 the old one remains until the new one is complete. The processed images of complete shards are kept until then, so the
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lungjax import __version__
 from lungjax.data import duplicates, prepared, summary
@@ -31,6 +30,7 @@ from lungjax.datasets.build.process_image import ImageOptions, Problem, Processe
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
 from lungjax.runtime.files import atomic_file
+from lungjax.runtime.progress_bar import progress_bar
 
 SHARD_BYTES = 128 << 20  # TFDS writes a shard from memory
 GENERATED_BYTES = 512 * 512  # approximate size of a generated or modified image, which is stored uncompressed
@@ -39,7 +39,7 @@ SKIP = "; use --on_bad_image=skip to skip such images"
 
 @dataclass
 class _Images:
-    """The pass over the images of a listing, and its results."""
+    """State and results of one pass over the images of a listing."""
 
     listing: Listing
     options: ImageOptions
@@ -178,7 +178,7 @@ def prepare(
     keep: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the data set `name` and returns its summary, which is also stored with it as summary.json and .md.
+    """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
     Args:
         name: data set and configuration, such as "folder/my_hospital".
@@ -210,7 +210,7 @@ def prepare(
         if any(shard_folder.iterdir()):
             say("Resuming an interrupted run")
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
-        with tqdm(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+        with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
             images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
@@ -228,8 +228,7 @@ def prepare(
         prepared.write_index(written, info, header, rows)
         _check_order(written, name, images.columns["file"])
         notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        if images.converted:
-            modes = ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items()))
+        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items())):
             notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)

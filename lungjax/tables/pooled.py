@@ -1,0 +1,59 @@
+"""Test scores of finished runs, pooled over the seeds of each configuration, as Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lungjax.config import overrides
+from lungjax.evaluation import bootstrap, metrics, predictions
+from lungjax.evaluation.predictions import Predictions
+from lungjax.report.templating import Number, Table, render
+
+SCORES = {"AUC, slice": "slice.auc_macro", "AUC, patient": "patient.auc_macro", "accuracy, slice": "slice.accuracy"}
+
+
+def markdown(folder: Path, draws: int) -> str:
+    """Returns the scores of the runs below `folder` by data set and configuration, and those of each source.
+
+    Runs whose config.json differs only in train.seed are pooled by `bootstrap.over_runs`. Raises ValueError without
+    tested runs, for damaged files, and for runs of a configuration that were tested on different images.
+    """
+    pools: dict[str, dict[str, list[Path]]] = {}  # folders by data set and configuration
+    for path in sorted(folder.rglob("config.json")):
+        if (path.parent / "predictions_test.csv").exists():
+            config = overrides.from_json(path.read_text("utf-8"), str(path))
+            key = overrides.to_json(replace(config, train=replace(config.train, seed=0)))
+            pools.setdefault(config.data.dataset, {}).setdefault(key, []).append(path.parent)
+    if not pools:
+        raise ValueError(f"{folder}: no finished runs (with predictions_test.csv) below this folder")
+
+    tables: dict[str, list[Table]] = {}
+    for dataset, configs in pools.items():
+        rows, by_source, sources = [], [], dict[str, int]()
+        for key, folders in configs.items():
+            model, first = overrides.from_json(key).model, str(folders[0].relative_to(folder))
+            runs, no_lungs = (_read(folders, split) for split in ("test", "no_lungs"))
+            scores = [_score(runs, metric, draws) for metric in SCORES.values()]
+            scores.append(_score(no_lungs, "slice.auc_macro", draws))
+            rows.append([first, model.name, model.weights, len(folders), *scores])
+            parts = [metrics.by_source(p) for p in runs]
+            sources |= {name: len(part) for name, part in parts[0].items()}
+            pools_by_source = [[part[name] for part in parts] for name in sources]
+            cells = ((_score(p, "slice.auc_macro", draws), _score(p, "slice.accuracy", draws)) for p in pools_by_source)
+            by_source.append([first, *(f"{auc}; {accuracy}" for auc, accuracy in cells)])
+        tables[dataset] = [Table(["first run", "network", "weights", "seeds", *SCORES, "AUC, no lungs"], rows)]
+        if sources:
+            head = ["AUC; accuracy per slice", *(f"{name}, {n:,} images" for name, n in sources.items())]
+            tables[dataset].append(Table(head, by_source))
+    return render("pooled.md.j2", tables=tables, draws=draws)
+
+
+def _read(folders: Sequence[Path], split: str) -> list[Predictions]:
+    """Returns the predictions of each run, [] if a run has none for this split."""
+    files = [folder / f"predictions_{split}.csv" for folder in folders]
+    return [predictions.read(file) for file in files] if all(file.exists() for file in files) else []
+
+
+def _score(runs: Sequence[Predictions], metric: str, draws: int) -> Number:
+    unit, _, name = metric.partition(".")
+    return Number(*bootstrap.over_runs(runs, [name], draws, unit=unit)[name]) if runs else Number(None)
