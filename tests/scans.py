@@ -7,13 +7,7 @@ import nibabel
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.uid import (
-    CTImageStorage,
-    DigitalXRayImageStorageForPresentation,
-    EnhancedCTImageStorage,
-    ExplicitVRLittleEndian,
-    generate_uid,
-)
+from pydicom import uid
 
 HU = (-2048, 1)  # intercept and slope
 # Storage orders: axis and sign of z, y, x of the body for (slices, rows, columns).
@@ -51,9 +45,9 @@ def windowed(hu, window=(-350.0, 1300.0)):
 def dataset(pixels, modality, **tags):
     """One DICOM file with 16-bit pixels; tags that are None are omitted."""
     meta = pydicom.dataset.FileMetaDataset()
-    kind = CTImageStorage if modality == "CT" else DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    kind = uid.CTImageStorage if modality == "CT" else uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, uid.generate_uid()
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     data = pydicom.Dataset()
     data.file_meta = meta
     data.SOPClassUID, data.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
@@ -113,56 +107,44 @@ def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=
     return paths
 
 
-def enhanced(path: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True, slope=1, at=0, **tags):
+def nested(values):
+    """A data set from a dict; a dict inside becomes a sequence with one item."""
+    data = pydicom.Dataset()
+    for name, value in values.items():
+        setattr(data, name, [nested(value)] if isinstance(value, dict) else value)
+    return data
+
+
+def enhanced(path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True, slope=1, at=0, **tags):
     """Writes a body [z, y, x] as an enhanced CT, one frame per slice, in random order. Returns the path.
 
     Orientation, spacing and rescale are in the shared functional groups, or with `shared` False in those of each frame.
     The first frame is stored with `slope`; the body starts `at` mm above that of `series`.
     """
-
-    def group(**sequences):
-        item = pydicom.Dataset()
-        for name, values in sequences.items():
-            inner = pydicom.Dataset()
-            for tag, value in values.items():
-                setattr(inner, tag, value)
-            setattr(item, name, [inner])
-        return item
-
-    frames = list(slices(hu, spacing, stored))
-    order = np.random.default_rng(1).permutation(len(frames)).tolist()
-    per_frame, stack = [], []
-    for number, i in enumerate(order, 1):
+    frames, per_frame, stack = list(slices(hu, spacing, stored)), [], []
+    for number, i in enumerate(np.random.default_rng(1).permutation(len(frames)).tolist(), 1):
         pixels, own = frames[i]
-        factor = slope if number == 1 else 1
+        factor = 1 if number > 1 else slope
         stack.append(pixels // factor)
+        rescale = {"RescaleIntercept": HU[0], "RescaleSlope": HU[1] * factor, "RescaleType": "HU"}
         common = {
             "PixelMeasuresSequence": {"PixelSpacing": own["PixelSpacing"], "SliceThickness": 1},
             "PlaneOrientationSequence": {"ImageOrientationPatient": own["ImageOrientationPatient"]},
-            "PixelValueTransformationSequence": {
-                "RescaleIntercept": HU[0], "RescaleSlope": HU[1] * factor, "RescaleType": "HU",
-            },
+            "PixelValueTransformationSequence": rescale,
             "CTImageFrameTypeSequence": {"FrameType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]},
-        }  # fmt: skip
+        }
         place = {
-            "FrameContentSequence": {
-                "StackID": "1",
-                "InStackPositionNumber": number,
-                "DimensionIndexValues": [1, number],
-            },
+            "FrameContentSequence": {"StackID": "1", "InStackPositionNumber": number},
             "PlanePositionSequence": {"ImagePositionPatient": list(np.add(own["ImagePositionPatient"], (0, 0, at)))},
             "FrameVOILUTSequence": {"WindowCenter": -600, "WindowWidth": 1500},
         }
-        per_frame.append(group(**place, **({} if shared else common)))
-    data = dataset(
-        np.stack(stack), "CT", NumberOfFrames=len(stack), ImageType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
-    )
+        per_frame.append(nested(place | ({} if shared else common)))
+    data = dataset(np.stack(stack), "CT", NumberOfFrames=len(stack), ImageType=["ORIGINAL", "PRIMARY", "VOLUME"])
     data.Rows, data.Columns = stack[0].shape
-    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
-    data.SharedFunctionalGroupsSequence = [group(**common) if shared else group()]
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = uid.EnhancedCTImageStorage
+    data.SharedFunctionalGroupsSequence = [nested(common if shared else {})]
     data.PerFrameFunctionalGroupsSequence = per_frame
-    for name, value in tags.items():
-        setattr(data, name, value)
+    data.update(nested(tags))
     return str(save(data, path))
 
 

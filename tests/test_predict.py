@@ -1,4 +1,4 @@
-"""`lungjax.predict`: calibrated predictions of every kind of file; inputs that fail."""
+"""`lungjax.predict`: calibrated predictions for every kind of file, inputs that fail, and resumption."""
 
 import csv
 import itertools
@@ -101,7 +101,7 @@ def test_patients_of_a_list_and_saliency_maps(trained_run, command, tmp_path):
     assert len(list((tmp_path / "out/explain").glob("*_gradcam.png"))) == 3
 
 
-def test_failed_inputs_are_listed(trained_run, command, tmp_path, capsys):
+def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):
     good = trained_run.images / "p000.png"
     (tmp_path / "cut.png").write_bytes((trained_run.images / "p001.png").read_bytes()[:200])
     (tmp_path / "deep.png").write_bytes(png(np.full((40, 40), 900, np.uint16)))
@@ -130,7 +130,7 @@ def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     assert "4 x 3 pixels" in rows["d.png"]["warnings"] and not rows["c.png"]["warnings"]
 
 
-def test_resume_equals_an_uninterrupted_call(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
+def test_resume_after_an_interruption(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(predict, "CHUNK", 4)
     bright, calls = model.load("model"), []
 
@@ -174,7 +174,7 @@ def test_usage_errors(trained_run, command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_volumes_are_cut_like_training_images(tmp_path):
+def test_volumes_in_the_planes_of_training(tmp_path):
     hu = scans.body((6, 10, 8))
     scans.series(tmp_path / "scan", hu)
     scans.nifti(tmp_path / "volume.nii.gz", hu)
@@ -257,7 +257,7 @@ def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness
     assert seen[0][-1].mean() > seen[0][0].mean() + 50 and seen[0][:, 0].mean() > seen[0][:, -1].mean()
 
 
-def test_lists_name_patients_of_volumes(tmp_path):
+def test_patients_of_volumes_in_lists(tmp_path):
     hu = scans.body((4, 10, 8))
     paths = scans.series(tmp_path / "scan", hu)
     scans.nifti(tmp_path / "v.nii", hu)
@@ -273,7 +273,7 @@ def test_lists_name_patients_of_volumes(tmp_path):
     assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png as another patient
 
 
-def test_unreadable_slices_are_counted(by_brightness, tmp_path):
+def test_count_of_unreadable_slices(by_brightness, tmp_path):
     hu = scans.body((5, 10, 8))
     for name, broken in (("some", 2), ("all", 5)):
         for path in scans.series(tmp_path / name, hu, SeriesInstanceUID=f"1.2.{broken}")[:broken]:
@@ -287,7 +287,7 @@ def test_unreadable_slices_are_counted(by_brightness, tmp_path):
 
 
 def test_damaged_dicom_headers(by_brightness, tmp_path):
-    """Elements are converted on access: a changed value representation fails late, and with any type."""
+    """Elements are converted on access, so a wrong value representation fails late, with any exception."""
     paths = [Path(path) for path in scans.series(tmp_path / "in", scans.body((4, 10, 8)), SeriesInstanceUID="1.2.3")]
     for path, old, new in (
         (paths[0], b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00CQ"),

@@ -1,4 +1,4 @@
-"""Preparation: atomic writes, order and content of records, and the command."""
+"""Preparation: atomic writes, resumption, order and content of records, and the command."""
 
 import os
 import pickle
@@ -108,7 +108,7 @@ def test_order_of_records(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(data)).records[23]["image"] == data.records[23]["image"]
 
 
-def test_records_equal_those_of_tfds(tmp_path):
+def test_records_of_tfds(tmp_path):
     datasets.write("phantom_ct/tiny", None, tmp_path, PrepareOptions(), quiet=True)
     directory = prepared.directory(tmp_path, "phantom_ct/tiny")
     builder = tfds.builder_from_directory(directory)

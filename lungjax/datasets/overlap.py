@@ -16,7 +16,7 @@ PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all fo
 
 
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
-    """Checks whether test images of `other` show patients in train or val of `own`; returns `other`, and notes.
+    """Checks whether test images of `other` show patients in train or val of `own`; returns `other` and notes.
 
     It compares, in this order, patient names (of versions of one data set), sources (see `shared_sources`), equal
     pixels and near duplicates. For stages, the last two compare the complete images if those are prepared in
@@ -65,9 +65,9 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
         splits = view.columns["split"].copy()
         splits[np.unique(view.rows("test"))[removed]] = ""
         view = replace(view, columns=view.columns | {"split": splits})
-    return view, doubts + (
-        [f"The search for near duplicates was incomplete: {shared['note']}."] if shared["note"] else []
-    )
+    if shared["note"]:
+        doubts.append(f"The search for near duplicates was incomplete: {shared['note']}.")
+    return view, doubts
 
 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:

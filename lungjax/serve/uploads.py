@@ -168,23 +168,23 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
     file = MemoryFile("file", _inflated_dicom(data, limits) if DEFLATED in data else data)
     try:
-        headers = dicom.headers(file)
-        header, count = headers[0], len(headers)
-        check_size(header.size[1], header.size[0], limits)
-        if count > limits.frames or count * header.size[0] * header.size[1] > limits.pixels:
-            allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
-            raise UploadError(413, "frames", f"{count} frames of {header.size[1]} x {header.size[0]} pixels; {allowed}")
-        headers = [header for header in headers if not header.aside]
+        frames = dicom.headers(file)
+        headers = [header for header in frames if not header.aside]
         if not headers:
-            raise UploadError(422, "aside", f"no image of the patient ({header.aside})")
+            raise UploadError(422, "aside", f"no image of the patient ({frames[0].aside})")
+        header, (height, width) = headers[0], headers[0].size
+        check_size(width, height, limits)
+        if len(frames) > limits.frames or len(frames) * width * height > limits.pixels:
+            allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
+            raise UploadError(413, "frames", f"{len(frames)} frames of {width} x {height} pixels; {allowed}")
         if header.modality in dicom.XRAYS:
             return Upload([images.decode(dicom.xray(file), None, ("PNG",))])
         own = dicom.series(headers).plane
-        if headers[0].orientation is not None and own != plane:
+        if header.orientation is not None and own != plane:
             raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
         # Files without a series are single, and the same series UID of two patients is two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
-        slices = [dicom.picture(header, hu_windows) for header in headers]
+        slices = [dicom.picture(one, hu_windows) for one in headers]
         return Upload([images.decode(data, None, ("PNG",)) for data in slices], series)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None

@@ -133,9 +133,9 @@ def test_cross():
     pictures = [picture(0), picture(0), bright, picture(7), bright]
     two = data_set("two", list("xyzwv"), ["p9", "p3", "q", "q", "r"], list("00898"), pictures)
     result = leakage.cross(one, two)
-    lines, shared = result.pop("lines"), result.pop("b_rows")
-    assert shared.tolist() == [True, True, True, False, True]
+    lines, seen = result.pop("lines"), result.pop("b_rows")
     assert result == {"exact": [1, 2], "near": [1, 2], "examples": ["a = x", "c ~ z"], "note": ""}
+    assert seen.tolist() == [True, True, True, False, True]
     assert lines[0].endswith("1 (p3)") and lines[1].startswith("of 4 images of one")
     other = leakage.cross(one, two, np.array([1, 3]), np.array([0, 2, 3]))
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])

@@ -95,7 +95,7 @@ def test_patient_folders(tmp_path):
 
 
 def test_questionable_images(tmp_path):
-    """Excel writes the table in Europe; classes in two spellings, a rare class, one test image, images not listed."""
+    """A table from European Excel with two spellings of a class, a rare class, one test image, and unlisted images."""
     rows = ['"path";"label";"split";"note, in words"']
     for i in range(106):
         label = "sick" if i < 2 else "Sick" if i < 4 else "well"

@@ -27,7 +27,7 @@ def listing(root, **options):
 
 
 def pixels(example):
-    """The image, through a pickle, as in a worker process."""
+    """The pixels of an example that was pickled, as for a worker process."""
     return scans.pixels_of(pickle.loads(pickle.dumps(example.image))())
 
 
@@ -40,7 +40,7 @@ def uids(i, patient):
 
 
 def class_folders(root, count=1):
-    """`count` series in each of two classes, in folders with the patient's name; four series per patient."""
+    """Writes `count` series per class, with two classes, in folders with the patient's name; four per patient."""
     hu = scans.body()
     for i in range(2 * count):
         where = root / "ab"[i % 2] / f"Doe^Jane {i}" / "CT"
@@ -83,7 +83,7 @@ def test_planes_and_positions(tmp_path):
 
 
 def test_enhanced_ct(tmp_path):
-    """Two files of one series, and a file with its own series."""
+    """One series in two files, and another in one file."""
     hu = scans.body((6, 10, 8))
     for name, part, at, uid in (("1", hu[:4], 0, "1.2.1"), ("2", hu[4:], 4, "1.2.1"), ("3", hu + 1, 0, "1.2.3")):
         path = tmp_path / f"{'ab'[name == '3']}/{name}.dcm"
@@ -181,10 +181,9 @@ def test_lookup(tmp_path, monkeypatch, capsys):
         stored = dicom.xray(path) if header.modality == "DX" else dicom.picture(header, ((-600.0, 1500.0),))
         assert stored == data.records[i]["image"]
     series = name.rpartition("/")[0]
-    for text, count in ((f"{series}/coronal-0003", 6), (series, 6), (data.columns["group"][i], None)):
+    for text in (f"{series}/coronal-0003", series, data.columns["group"][i]):
         assert commands.run(prepare, *command, f"--lookup={text}") == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == count or (count is None and len(lines) >= 6)
+        assert len(capsys.readouterr().out.splitlines()) >= 6
     assert commands.run(prepare, *command, "--lookup=none") == 2 and "nothing is named" in capsys.readouterr().err
 
 

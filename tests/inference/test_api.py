@@ -69,8 +69,8 @@ def test_create_size_head_and_fields(zoo):
         lungjax.create("simple", "none", size=8)
 
 
-def test_training_starts_from_the_same_numbers(zoo):
-    """On gray images with weights for color: three channels in the network, the weights' normalization."""
+def test_start_of_training(zoo):
+    """Gray images with weights for color: the network has three channels, normalized as for the weights."""
     write(zoo, "safetensors", leaves())
     config = Config(model=ModelConfig(name="tiny", weights="half"), input=InputSpec(size=(SIDE, SIDE)))
     config = loading.resolve(config)

@@ -1,4 +1,4 @@
-"""`lungjax.load`: the numbers of the report, batches of any size, and what a model refuses. Exports: tests/export."""
+"""`lungjax.load`: the numbers of the report, batches of any size, and errors. tests/export tests exports."""
 
 import json
 import shutil

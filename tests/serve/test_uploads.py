@@ -280,6 +280,28 @@ def test_unsuitable_dicom():
     assert refused(written(scan(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])))[:2] == (422, "aside")
 
 
+def test_million_frames():
+    file = written(scan(NumberOfFrames=10**6))
+    at = file.index(b"\xe0\x7f\x10\x00OW")
+    items = b"\xfe\xff\x00\xe0\0\0\0\0" * 10**6
+    groups = b"\x00\x52\x30\x92SQ\0\0" + len(items).to_bytes(4, "little") + items
+    started = time.process_time()
+    assert refused(file[:at] + groups + file[at:], bytes=2**24)[:2] == (422, "damaged")
+    assert time.process_time() - started < 2
+
+
+def test_frame_limits(tmp_path):
+    scans.enhanced(tmp_path / "e.dcm", scans.body((5, 24, 32)))
+    data = (tmp_path / "e.dcm").read_bytes()
+    assert len(read(data).images) == 5
+    for limits in ({"frames": 4}, {"pixels": 4 * 24 * 32}):
+        assert refused(data, **limits)[:2] == (413, "frames")
+    sr = scan()
+    sr.Modality = "SR"
+    del sr.Rows
+    assert refused(written(sr))[:2] == (422, "aside")
+
+
 def test_million_dicom_elements():
     file = written(scan())
     many = file + b"\xf1\x7f\x10\x00SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\0\0\0\0" * 900_000

@@ -1,4 +1,4 @@
-"""External validation: mapped probabilities by hand, overlapping patients and images, an unchanged run."""
+"""External validation: mapped probabilities computed by hand, overlapping patients and images, an unchanged run."""
 
 import hashlib
 import io
@@ -63,7 +63,7 @@ def digests(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_command_tests_another_data_set(root, monkeypatch, capsys):
+def test_command(root, monkeypatch, capsys):
     before = digests(root / "run")
     monkeypatch.setattr(environment, "prepare_jax", lambda: None)
     arguments = ["--mode=evaluate", "--dataset=folder/other", f"--label_map={MAP}", f"--data_dir={root / 'data'}"]
@@ -108,7 +108,7 @@ def test_orientation_of_another_data_set(root, monkeypatch):
     np.testing.assert_allclose(result.probabilities, special.softmax(logits, axis=1), rtol=1e-4)
 
 
-def test_own_test_split_repeats_the_predictions(root):
+def test_own_test_split(root):
     config = overrides.from_json((root / "run/config.json").read_text())
     external_test.evaluate(config, root / "run", root / "data", "folder/mine")
     again = predictions.read(root / "run/external/folder_mine/predictions_test.csv")
@@ -121,7 +121,7 @@ def test_own_test_split_repeats_the_predictions(root):
             external_test.evaluate(config, root / "run", root / "data", "folder/mine", split=split)
 
 
-def test_images_seen_in_training_are_an_error(root):
+def test_images_from_training(root):
     config = overrides.from_json((root / "run/config.json").read_text())
     with pytest.raises(ValueError, match="1 are exact copies and 1 near"):
         external_test.evaluate(config, root / "run", root / "data", "folder/again", MAP.replace("-", "left"))

@@ -30,6 +30,7 @@ FUNCTIONAL_GROUPS = {  # sequence with each attribute of a frame
     "PixelSpacing": "PixelMeasuresSequence", "RescaleSlope": "PixelValueTransformationSequence",
     "RescaleIntercept": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
 }  # fmt: skip
+MAX_GROUPS_BYTES = 2**21  # of functional groups in an upload; millions of empty items would keep the parser busy
 PADDING = [0x00280120, 0x00280121]  # PixelPaddingValue and PixelPaddingRangeLimit
 ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
@@ -95,6 +96,10 @@ def headers(path: File) -> list[Header]:
     RescaleSlope or RescaleIntercept.
     """
     data = _read(path, header_only=True)
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        raw = data.get_item(name).value if isinstance(path, MemoryFile) and name in data else None
+        if isinstance(raw, bytes) and len(raw) > MAX_GROUPS_BYTES:  # not parsed yet
+            raise ValueError("too many elements")
     frames = list(data.get("PerFrameFunctionalGroupsSequence", None) or ())
     if not frames:
         return [_header(path, data)]

@@ -1,7 +1,8 @@
 """Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
-A staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, nor replaces an old one.
-The processed images of complete shards are kept until then, so the next run continues after them.
+The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
+the old one remains until the new one is complete. Until then, the processed images of complete shards are saved, from
+which the next run resumes.
 """
 
 import functools
@@ -204,8 +205,9 @@ def prepare(
         if prepared.is_prepared(final) and not overwrite:
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
-        twice = sum(size for e, size in zip(listing.examples, sizes, strict=True) if stage or size or callable(e.image))
-        staging.check_disk(sum(sizes) + twice, data_dir, len(listing.examples), say)
+        # Until the data set is complete, images that differ from their files also exist in `shard_folder`.
+        twice = [n for e, n in zip(listing.examples, sizes, strict=True) if stage or size or callable(e.image)]
+        staging.check_disk(sum(sizes) + sum(twice), data_dir, len(listing.examples), say)
         if any(shard_folder.iterdir()):
             say("Resuming an interrupted run")
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
@@ -265,7 +267,7 @@ def _place(example: Example) -> str:
 def process_shard(
     examples: Sequence[Example], options: ImageOptions, folder: Path
 ) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
-    """Yields as `process_images`, and saves the results in `folder`, where the next run reads all except bad images."""
+    """Yields the results of `process_images`, and saves those of good images in `folder` for the next run."""
     path, saved = folder / _shard_key(examples, options), []
     if path.exists():
         saved = pickle.loads(zlib.decompress(path.read_bytes()))
