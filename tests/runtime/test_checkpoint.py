@@ -121,18 +121,15 @@ def test_saving_a_step_again_replaces_it(workdir):
 def damage(path, kind: str) -> None:
     """Damages a checkpoint's largest file, or its checksums."""
     largest = max(path.glob("*/ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
-    if kind == "flipped bit":
-        content = bytearray(largest.read_bytes())
-        content[len(content) // 2] ^= 4
-        largest.write_bytes(content)
-    elif kind == "truncated":
-        os.truncate(largest, largest.stat().st_size - 1)
-    elif kind == "missing":
-        largest.unlink()
-    elif kind == "no checksums":
-        (path / "checksums.json").unlink()
-    else:
-        (path / "checksums.json").write_text('["state"]')
+    content = largest.read_bytes()
+    half = len(content) // 2
+    {
+        "flipped bit": lambda: largest.write_bytes(content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]),
+        "truncated": lambda: largest.write_bytes(content[:-1]),
+        "missing": largest.unlink,
+        "no checksums": (path / "checksums.json").unlink,
+        "garbled checksums": lambda: (path / "checksums.json").write_text('["state"]'),
+    }[kind]()
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "no checksums", "garbled checksums"])
