@@ -87,10 +87,7 @@ class Metadata:
 
 
 def from_json(text: str, where: str = FILE) -> Metadata:
-    """Reads metadata from JSON; the inverse of `Metadata.to_json`.
-
-    Raises ValueError, naming `where`, for other text, a newer format, or invalid fields.
-    """
+    """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for other text or a newer format."""
     try:
         tree = json.loads(text)
     except ValueError as error:

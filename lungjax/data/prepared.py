@@ -57,10 +57,7 @@ class Prepared:
         return str((self.volumes or {}).get("orientation", "standard"))
 
     def rows(self, split: str) -> np.ndarray:
-        """Returns the row numbers of a split, int64 [n], in record order.
-
-        With protocol "study" a row may be repeated or in two splits, as in the study.
-        """
+        """Returns the row numbers of a split, int64 [n], in order; with protocol "study" they may be repeated."""
         if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
         cells, place = np.unique(self.columns["split_study"], return_inverse=True)

@@ -134,10 +134,7 @@ def about(base: str) -> About:
 
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
-    """Returns the description of a prepared data set for reports: `summary`, and `about`, the fields of its `About`.
-
-    Each is None if missing; a user's folder has no `about`.
-    """
+    """Returns the `summary` of a prepared data set, None if missing, and its `about`, None for a user's folder."""
     file = prepared.directory(Path(data_dir), data.name) / "summary.json"
     base = resolve(data.name)[0].base
     return {
@@ -147,10 +144,7 @@ def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
 
 
 def classes(name: str) -> tuple[str, ...]:
-    """Returns the classes of a data set, prepared or not, in label order; () for `folder`, whose images define them.
-
-    Raises ValueError for an unknown name.
-    """
+    """Returns the classes of a data set in label order, () for `folder`. Raises ValueError for an unknown name."""
     parts, _ = resolve(name)
     names: Any = getattr(_module(parts.base), "CLASSES", ())
     return tuple(names[parts.config] if isinstance(names, Mapping) else names)

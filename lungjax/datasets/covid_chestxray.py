@@ -66,10 +66,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def label_of(finding: str, config: str, where: str) -> int | None:
-    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None for an unused row.
-
-    Raises ValueError with the line `where` for an unknown finding.
-    """
+    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19", or None. Raises ValueError if unknown."""
     parts = finding.split("/")
     if parts[0] not in ROOT_FINDINGS:
         raise ValueError(f"{where}: unknown finding {finding!r}; {nearest(parts[0], ROOT_FINDINGS)}")

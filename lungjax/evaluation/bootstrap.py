@@ -205,10 +205,7 @@ def _evaluate(
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
-    """Returns a function from counts [patients, draws] to the metrics of a level, [draws] each.
-
-    `member` [N] int is the patient of each example.
-    """
+    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

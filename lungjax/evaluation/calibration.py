@@ -40,10 +40,7 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Returns predictions with scaled logits and their probabilities, in float64.
-
-    Raises ValueError for a temperature that is not above zero, or invalid probabilities.
-    """
+    """Returns float64 predictions at a temperature. Raises ValueError for invalid temperatures or probabilities."""
     if not (temperature > 0 and np.isfinite(temperature)):
         raise ValueError(f"temperature={temperature}: must be above zero")
     logits = _logits(predictions) / temperature

@@ -102,10 +102,7 @@ def near(masks: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Returns whether the maximum of each map [N, H, W] is in its mask, float64 [N].
-
-    For tied pixels it is their share in the mask. A map of zeros is a miss.
-    """
+    """Returns the share of the maxima of each map [N, H, W] that is in its mask, float64 [N]; 0 for a map of zeros."""
     top = maps.max((1, 2), keepdims=True)
     tied = (maps == top) & (top > 0)
     return (tied & masks).sum((1, 2)) / np.maximum(tied.sum((1, 2)), 1)

@@ -121,10 +121,7 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs, for logits and features relative to their range.
-
-    It is infinite if shapes differ or values are non-finite.
-    """
+    """Returns the largest difference of outputs relative to their range; infinite for other shapes and NaN."""
     worst = 0.0
     for name in artifacts.OUTPUTS:
         arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]

@@ -21,10 +21,7 @@ LECUN_NORMAL = nn.initializers.lecun_normal()
 
 
 class Conv(nn.Module):
-    """A two-dimensional flax.linen.Conv in the form that is fastest on the platform.
-
-    Parameters: `kernel` [h, w, C / groups, features] and `bias` [features].
-    """
+    """A two-dimensional flax.linen.Conv, with the same parameters, in the form that is fastest on the platform."""
 
     features: int
     kernel_size: int | Sequence[int]

@@ -30,10 +30,7 @@ VERDICTS = {
 
 
 def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str]:
-    """Draws `table.charts` into `folder`; returns the captions by file name.
-
-    Without finished runs only bars are drawn, with the published numbers alone.
-    """
+    """Draws `table.charts` into `folder`, without finished runs only published bars; returns captions by file name."""
     captions = {}
     done = [r for r in results if r.ours is not None and not r.cell.validation]
     for chart, (function, caption) in CHARTS.items():
@@ -98,10 +95,7 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
 
 
 def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
-    """Draws a confusion matrix per experiment and split: shares of each true class, mean over the seeds.
-
-    The published matrix of a row, if known, follows ours.
-    """
+    """Draws confusion matrices per experiment and split (shares of each class, mean over seeds), and published ones."""
     cells_of = Counter(r.group.experiment for r in done)
     panels: dict[tuple[str, str], tuple[str, np.ndarray]] = {}  # by experiment, or row of a published one, and split
     for r in done:

@@ -54,10 +54,7 @@ GENERATIONS = {
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns one device per chip of a topology such as "v5e:4x4", for the compiler only.
-
-    Raises ValueError with the choices for an unknown topology, and if libtpu is missing.
-    """
+    """Returns one device per chip of a topology such as "v5e:4x4". Raises ValueError if it or libtpu is unavailable."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     name, shape = match.groups() if match else (re.split("[:-]", topology)[0], "")
     generation = GENERATIONS.get(name)

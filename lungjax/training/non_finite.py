@@ -81,10 +81,7 @@ def state_before(step: int, state: TrainState) -> TrainState:
 def rewind(
     checkpoints: "Checkpoints", abstract_state: TrainState, progress: "Progress", error: NonFiniteError
 ) -> tuple[TrainState, "Progress"]:
-    """Returns state and progress of the last checkpoint, with the data moved past the bad batch.
-
-    Raises ValueError after MAX_REWINDS rewinds.
-    """
+    """Returns state and progress of the last checkpoint, after the bad batch. Raises ValueError after MAX_REWINDS."""
     if progress.rewinds == MAX_REWINDS:
         raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)

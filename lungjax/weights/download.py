@@ -39,10 +39,7 @@ def digest(path: Path, kind: str) -> str:
 
 
 def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> Path:
-    """Returns the path of a file in `weights_dir`, the cache, or the package that ships it.
-
-    Raises ValueError if its checksum is wrong, or with instructions if the file is missing.
-    """
+    """Returns the path of a file in `weights_dir`, the cache or a package. Raises ValueError if missing or damaged."""
     for path in _places(record, weights_dir):
         if path.is_file():
             verify(record, path)

@@ -197,10 +197,7 @@ def _without_detached_hidden(loaded: Mapping[str, np.ndarray], shapes: Mapping[s
 
 
 def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: str) -> np.ndarray:
-    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum over channels ("fold") or the green one ("slice").
-
-    Raises ValueError for any other change of channels.
-    """
+    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum over channels ("fold") or the green one ("slice")."""
     if kernel.ndim != 4 or kernel.shape[2] != 3 or shape[2] != 1:
         channels = kernel.shape[2]
         raise ValueError(f"{path}: the weights need input.channels={channels}, but the images have {shape[2]} channels")

@@ -196,10 +196,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
 
 
 def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
-    """Returns `box` with `margin` of its sides added on each edge, clipped to the image.
-
-    Raises ValueError if the box contains less than one pixel of the image.
-    """
+    """Returns `box` with `margin` of its sides added on each edge, clipped to the image. Raises ValueError if empty."""
     left, top, right, bottom = (float(v) for v in box)
     dx, dy = margin * (right - left), margin * (bottom - top)
     x0, y0, x1, y1 = max(left - dx, 0.0), max(top - dy, 0.0), min(right + dx, width), min(bottom + dy, height)
