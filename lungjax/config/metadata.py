@@ -1,7 +1,6 @@
 """model.json: the metadata of a trained network, in the folder of a run and in each of its exports.
 
-Everything that predicts reads input, classes, calibration and operating points from here, so preprocessing is specified
-once.
+Everything that predicts reads input, classes, calibration and operating points from here.
 
     format              1; incremented if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on

@@ -83,8 +83,7 @@ def is_prepared(directory: Path) -> bool:
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the data set has no study splits but these are requested, or if index and records differ in
-    length.
+    Raises ValueError if the data set lacks requested study splits, or if index and records differ in length.
     """
     info = json.loads((directory / "lungjax.json").read_text("utf-8"))
     if protocol == "study" and not info["study"]:

@@ -1,7 +1,6 @@
 """Data sets by name: NAME/CONFIGURATION, or a preprocessed copy, NAME/CONFIGURATION-STAGE-SIZE.
 
-Each data set has a module with `ABOUT` and `listing(source, config, options)`; `build.writer.prepare` writes the listed
-images.
+Each data set has a module with `ABOUT` and `listing(source, config, options)`, whose images `build.writer` writes.
 """
 
 import contextlib
@@ -177,8 +176,7 @@ def help_text(name: str) -> str:
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
     """Opens a prepared data set; a synthetic one is generated on first use.
 
-    Raises ValueError for an unknown name or protocol, and for a data set that is not prepared, with the command that
-    prepares it.
+    Raises ValueError for an unknown name or protocol, and, with the command, for a data set that is not prepared.
     """
     parts, entry = resolve(name)
     folder = prepared.directory(Path(data_dir), parts.full)

@@ -35,8 +35,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the frontal X-rays of the repository `source`; `config` is "covid" or "findings".
 
-    Raises ValueError for a missing metadata.csv or column, an unknown finding, a row without patient or file, or a
-    file named twice.
+    Raises ValueError for a missing metadata.csv or column, an invalid row, or a file named twice.
     """
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
     listed, skipped = [], Counter[str]()

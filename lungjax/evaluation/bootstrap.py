@@ -92,8 +92,7 @@ def paired_difference(
 
     `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
     most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
-    draws it is at least 0.001. It is not corrected for multiple comparisons. The arguments and errors are those of
-    `over_runs`.
+    draws it is at least 0.001. It is not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}

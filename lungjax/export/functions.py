@@ -86,8 +86,7 @@ class Functions:
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
         Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
-        the network as trained and folded in plain operations), ROUNDING_FACTOR times that is allowed, at most
-        MAX_TOLERANCE.
+        the network as trained and folded), ROUNDING_FACTOR times that is allowed, at most MAX_TOLERANCE.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]

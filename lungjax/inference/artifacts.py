@@ -92,8 +92,7 @@ class Preprocessor:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
         `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on body crops.
-        `segmented` says that the image is already segmented like the training images. Raises ValueError for a 16-bit
-        image if the model has no window.
+        `segmented` images are already in the stage of the model. Raises ValueError for 16 bits without a window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size

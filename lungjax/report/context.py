@@ -76,8 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in the folder `plots`, in the order of the page; they are keys of CAPTIONS. Raises OSError
-    for a missing figure.
+    `files` are the figures in `plots`, keys of CAPTIONS, in their order. Raises OSError for a missing figure.
     """
     facts = report["facts"]
     unit = report["unit"]

@@ -42,8 +42,7 @@ A level; `lungjax.evaluation.metrics` defines the metrics, and when they are Non
     intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
                         (`lungjax.evaluation.bootstrap`); undefined ones are missing. By source for at most 30 sources
 
-Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient."; `train.monitor` is one of
-them without "val.".
+Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.".
 """
 
 import json

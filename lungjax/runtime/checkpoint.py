@@ -78,8 +78,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder, step):
             distributed.on_first_host(lambda: _make_room(self.folder, step, size))
-            # Orbax copies the values before it returns. On a CPU it may keep the buffers, and XLA then copies them
-            # instead of donating them.
+            # Orbax copies the values before it returns. On a CPU it may keep the buffers, which XLA then copies.
             context = ocp.Context()
             # Orbax would wait five minutes for folders that can't be created in the background.
             context.asynchronous.create_directories_asynchronously = False

@@ -115,8 +115,7 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
     c, longest = len(names), max(map(len, names))
     across = min(len(panels), 10 if len(panels) > 40 else COLUMNS)
     down = math.ceil(len(panels) / across)
-    # In inches: a matrix, its title, the gap between two, the margins. Matplotlib's layout engine would take minutes
-    # for a hundred axes.
+    # In inches: a matrix, its title, gaps and margins. Matplotlib's layout engine takes minutes for a hundred axes.
     side, head, gap = 0.3 + 0.32 * c, 0.36 + 0.14 * (len(splits) > 1), 0.12
     left, below, above = 0.2 + 0.065 * longest, 0.15 + 0.055 * longest, 0.55
     width = max(left + across * (side + gap), 5.0)

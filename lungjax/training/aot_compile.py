@@ -83,8 +83,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
 
     Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
 
-    Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
-    not fit in the memory of a chip.
+    Raises ValueError for an unknown topology, a missing compiler, an invalid configuration, and too large a step.
     """
     chips = devices(topology)
     configs.check(config)

@@ -154,8 +154,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
       other_classes: classes of the other data set in label order.
       run_classes: classes of the run in label order.
 
-    Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right-hand sides,
-    and fewer than two tested classes.
+    Raises ValueError for unknown, missing, repeated or overlapping names, and fewer than two tested classes.
     """
     if not text:
         if set(other_classes) != set(run_classes):
@@ -232,8 +231,7 @@ def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarra
 def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     """Converts predictions on the run's val split to the tested classes, without images of other classes.
 
-    Patients are prefixed with the name of the data set, so that they differ from patients of the same name in the
-    other.
+    Patients are prefixed with the name of the data set, since other patients may have the same name.
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))

@@ -38,8 +38,7 @@ class NonFiniteError(ValueError):
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
     """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
 
-    Unless the policy is "skip", a bad step also disables all later steps (unlike `optax.apply_if_finite`), so that the
-    host finds the last good state.
+    Unless the policy is "skip", a bad step also disables all later ones, so that the host finds the last good state.
     """
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)

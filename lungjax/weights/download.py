@@ -1,7 +1,6 @@
 """Finds, downloads and verifies weight files.
 
-Each use verifies the published checksum. If none is published, that of the first download is stored next to the file
-and verified instead.
+Each use verifies the published checksum, or else that of the first download, which is stored next to the file.
 """
 
 import hashlib

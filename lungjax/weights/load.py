@@ -129,8 +129,7 @@ def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
-    # Equivalent only if the three channels are equal everywhere, even at the borders, which are padded after
-    # normalization.
+    # Equivalent only if the channels are equal everywhere, even at the borders, padded after normalization.
     problem = ""
     if len({*mean}) > 1 or len({*std}) > 1:
         problem = f"{model.weights} of {model.name} needs mean {mean} and std {std}, which differ by channel"

@@ -92,8 +92,7 @@ def headers(path: File) -> list[Header]:
     """Reads a DICOM file without its pixels; returns one header, or one per frame of an enhanced CT.
 
     Raises ValueError with the file name if the file is not DICOM, is neither a CT nor an X-ray, has no pixels, has
-    several frames without functional groups, is compressed and no decoder is installed, or is a CT without
-    RescaleSlope or RescaleIntercept.
+    several frames without functional groups, is compressed without a decoder, or is a CT without its rescaling.
     """
     data = _read(path, header_only=True)
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):

@@ -185,8 +185,7 @@ def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: in
 def center(size: tuple[int, int], width: int, height: int) -> Region:
     """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for a size below one
-    pixel.
+    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError below one pixel.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
