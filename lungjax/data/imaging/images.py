@@ -307,7 +307,9 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
             problem = _unsupported(picture)
             if problem is None:
                 picture.load()
-                upright = _upright(picture)
+                turn = TURNS.get(orientation(picture.info.get("exif", b"")))
+                # Then without a format, since the file has other pixels. Pillow turns TIFF itself.
+                upright = picture if turn is None else picture.transpose(turn)
                 image = upright if upright.mode == "L" else _array(upright)
                 if image is not None:
                     return image, upright.format or ""
@@ -318,12 +320,6 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     raise ValueError(
         problem or "fractions or values outside 0 to 65535: save integers, such as Hounsfield units + 1024"
     )
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Returns an image turned according to its EXIF orientation, then without a format. Pillow turns TIFF itself."""
-    turn = TURNS.get(orientation(picture.info.get("exif", b"")))
-    return picture if turn is None else picture.transpose(turn)
 
 
 def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
