@@ -37,7 +37,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the slices of the repository `source`. Raises ValueError for missing or empty folders, unknown classes."""
+    """Lists the slices of a repository. Raises ValueError for missing folders or images, or an unknown class."""
     images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in splits.SPLITS:
         name = split.capitalize()

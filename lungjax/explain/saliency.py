@@ -192,7 +192,7 @@ class Explainer:
         return 2 if self.positive is not None else int(self.module.outputs)
 
     def cam(self, method: str) -> Any:
-        """Returns a function of folded variables, head variables, pixels and targets (-1: the predicted class)."""
+        """Returns a CAM method: a function of folded variables, head variables, pixels and targets (-1: predicted)."""
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
         axes = receptive_field.cell_positions(None if stretched else self.module, self.spec.size, self.map_size)
         rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, self.map_size)

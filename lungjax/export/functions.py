@@ -120,7 +120,7 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs relative to their range; infinite for other shapes and NaN."""
+    """Returns the largest difference of outputs relative to their range; infinite for other shapes or NaN."""
     worst = 0.0
     for name in artifacts.OUTPUTS:
         arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]

@@ -40,7 +40,7 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, reads it back, and returns its path and `Functions.check`. Raises as the latter."""
+    """Writes FILE into `folder`, reads it back, and returns its path and `Functions.check`. Raises its errors."""
     path = folder / FILE
     with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:

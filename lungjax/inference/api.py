@@ -135,7 +135,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
 
 
 def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields each image, uint8 or uint16 [H, W] or [H, W, 3] (floats are rounded), and its box; see `preprocess`."""
+    """Yields each image, uint8 or uint16 [H, W] or [H, W, 3] (floats are rounded), and its box. Raises ValueError."""
     # An array with few columns is one image with the channels last, not a stack of narrow grayscale images.
     single = isinstance(images, np.ndarray) and (images.ndim == 2 or (images.ndim == 3 and images.shape[-1] <= 4))
     if single or isinstance(images, str | Path):
