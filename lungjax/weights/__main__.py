@@ -1,7 +1,4 @@
-"""Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE
-
-Only --fetch uses the network.
-"""
+"""Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME (uses the network) | --check=FILE"""
 
 from pathlib import Path
 

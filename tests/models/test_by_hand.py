@@ -73,10 +73,10 @@ def test_global_response_norm_of_a_zero_channel():
 def test_drop_path_drops_examples():
     x = draw(0, 4000, 2, 2, 1) + 10
     module = DropPath(0.2)
-    y = module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    y = module.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     ratio = np.asarray(y / x).reshape(4000, -1)
     dropped = (ratio == 0).all(1)
     np.testing.assert_allclose(ratio[~dropped], 1.25, rtol=1e-5)
     assert abs(dropped.mean() - 0.2) < 0.03
-    np.testing.assert_array_equal(module.apply({}, x, train=False), x)
-    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, train=True), x)
+    np.testing.assert_array_equal(module.apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, deterministic=False), x)
