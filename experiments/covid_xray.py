@@ -1,4 +1,4 @@
-"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two networks of DeepCovid.
+"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two DeepCovid networks.
 
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
@@ -27,7 +27,7 @@ therefore shows a baseline from the source alone.
 Not reproducible: train images were 265 px high by mistake (here 256, as in test), validation used 160 random images of
 test (here all, every 30 steps), and the images of the frozen networks are unknown. DeepCovid trained on a random crop
 (8 to 100 % of the area) and tested on the central square; here these are a zoom and the complete image. xray_cnn keeps
-the study's accidental stride of 3, and its logit is for "non". The study imports VGG16 but never trains it; its
+the study's accidental stride of 3, and its single output is for "non". The study imports VGG16 but never trains it; its
 settings here are those of the other frozen networks.
 """
 

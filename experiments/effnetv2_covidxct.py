@@ -12,7 +12,8 @@ on this data set is published. This experiment has not been run on the real data
 
 `protocol=study` (2a, 3a) trains and tests as the transfer study of `covidx_ct` did, for comparison with its table. It
 uses the study's train and val slices, which were balanced once by drawing with replacement, tests the last weights, and
-computes in float32. `clean`, the default, uses all slices of the official split and the weights with the best AUC on val.
+computes in float32. `clean`, the default, uses all slices of the official split and tests the weights with the best AUC
+on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

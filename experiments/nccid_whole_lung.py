@@ -19,8 +19,8 @@ on the images of the study, which are available on application only.
 
 Caveats: the published test scores are optimistic, because a series (and a patient) may be in several splits. The README
 states a dropout of 0.3, but the published run used 0.2. The images are stored rotated by 180 degrees, so prediction
-rotates its input as well (`orientation` in model.json). TensorFlow 2.3 to 2.5 divided EfficientNet's input by the square
-root of ImageNet's standard deviations (tensorflow issue 49930); the published run used about 2.3. The order of
+rotates its input as well (`orientation` in model.json). TensorFlow 2.3 to 2.5 divided EfficientNet's input by the
+square root of ImageNet's standard deviations (tensorflow issue 49930); the published run used about 2.3. The order of
 augmentations differs (`lungjax.config.presets`). Inversion of half of the train images is unusual for CT but intended,
 so it is kept; `--set=augment.invert=0` disables it.
 """

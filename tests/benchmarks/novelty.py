@@ -1,4 +1,4 @@
-"""Measures which out-of-distribution images `lungjax.evaluation.novelty` detects, and a score on network features.
+"""Measures which out-of-distribution images `lungjax.evaluation.novelty` and a score from network features detect.
 
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
         [--network] [--images=2000] [--outliers=150]
