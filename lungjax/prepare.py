@@ -2,7 +2,8 @@
 
 --dataset=NAME --help prints where to get a data set and the required folder structure. --cross=OTHER prints the
 patients and images that two prepared data sets share. --lookup=series-5d8538175f2c/0003 --source=DIR prints the DICOM
-file that has this name in reports. Rerun an interrupted command to resume. This module imports neither TensorFlow nor JAX.
+file that has this name in reports. Rerun an interrupted command to resume. This module imports neither TensorFlow nor
+JAX.
 """
 
 import itertools
