@@ -151,7 +151,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         "patient is the mean over the patient's images."
     )
     if any(level["intervals"] for level in columns.values()):
-        note += f" With 95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws."
+        note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws."
     tables = [Table(["", *columns], rows, note=note)]
     if "folds" in report["facts"]:
         tables.append(_folds(report["facts"]["folds"], unit))
