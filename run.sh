@@ -8,23 +8,23 @@ venv=$here/.venv
 
 usage() {
   cat <<'END'
-./run.sh                                train and test the embedded demo
-./run.sh --experiment=NAME [--set=...]  train an experiment (python -m lungjax.main; --list shows all)
-./run.sh prepare --dataset=NAME ...     prepare a data set; --help says where to get it
-./run.sh explore --dataset=NAME         page of figures about a prepared data set
-./run.sh weights --list                 pretrained weights
-./run.sh tables --list                  tables of published results
-./run.sh explain --workdir=RUN ...      heat maps
-./run.sh runs [DIR]                     list of runs, their scores, and how to resume
-./run.sh tensorboard RUN...             TensorBoard events of runs
-./run.sh compare RUN_A RUN_B            two runs on the same patients
-./run.sh predict --model=RUN PATH...    predictions for images and scans
-./run.sh export --workdir=RUN ...       standalone, ONNX, SavedModel and Triton models
-./run.sh serve --model=RUN              HTTP service with a web page
+./run.sh                                train and test the demo
+./run.sh --experiment=NAME [--set=...]  train an experiment (python -m lungjax.main; --list prints all)
+./run.sh prepare --dataset=NAME ...     prepare a data set; --help prints where to get it
+./run.sh explore --dataset=NAME         draw a page of figures about a prepared data set
+./run.sh weights --list                 list the pretrained weights; --fetch=NAME downloads a file
+./run.sh tables --list                  list the tables of published results
+./run.sh explain --workdir=RUN ...      draw saliency maps
+./run.sh runs [DIR]                     list runs, their scores, and the commands that resume them
+./run.sh tensorboard RUN...             write TensorBoard events of runs
+./run.sh compare RUN_A RUN_B            compare two runs on the same patients
+./run.sh predict --model=RUN PATH...    predict images and scans
+./run.sh export --workdir=RUN ...       export a standalone, ONNX, SavedModel or Triton model
+./run.sh serve --model=RUN              start an HTTP service with a web page
 ./run.sh test [PYTEST ARGUMENTS]        run the tests
 
-COMMAND stands for python -m lungjax.COMMAND; add --help for its flags. LUNGJAX_ACCEL=cpu|cuda|tpu selects the jax
-packages (default: detected), PYTHON the interpreter for .venv.
+./run.sh COMMAND runs python -m lungjax.COMMAND; --help lists its flags. LUNGJAX_ACCEL=cpu|cuda|tpu selects the jax
+packages (default: the detected accelerator), and PYTHON selects the interpreter for .venv.
 END
 }
 

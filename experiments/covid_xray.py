@@ -1,13 +1,13 @@
-"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two of DeepCovid.
+"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two DeepCovid networks.
 
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
 
 Study: github.com/Mithunjack/covid-19-xay-image-classification; resnet18, squeezenet1_1: github.com/shervinmin/DeepCovid
-(arXiv 2004.09363), the source of these X-rays. Published accuracy: CNN .9896 (text of the README: .97), MobileNetV2
-.6938, ResNet101V2 .9750, DenseNet201 .9625. On 2 cores xray_cnn trains in minutes and the heads of the others in tens
-of minutes (step times: tests/benchmarks/README.md). On 2,683 of the study's 2,688 X-rays, reduced to 288 pixels,
-xray_cnn with protocol=study reached .9777 (one seed).
+(arXiv 2004.09363), the source of these X-rays. The published accuracy is .9896 for the CNN (.97 in the text of the
+README), .6938 for MobileNetV2, .9750 for ResNet101V2 and .9625 for DenseNet201. On 2 cores xray_cnn trains in minutes
+and the heads of the other networks in tens of minutes (step times: tests/benchmarks/README.md). On 2,683 of the study's
+2,688 X-rays, reduced to 288 pixels, xray_cnn with protocol=study reached .9777 (one seed).
 
 | | study | clean |
 | --- | --- | --- |
@@ -18,16 +18,17 @@ xray_cnn with protocol=study reached .9777 (one seed).
 | DeepCovid | best accuracy on val, which is test | best AUC on val |
 | computation on GPU, TPU | float32 | bfloat16 |
 
-Caveats: none of the published scores is reliable. .9896 is 95 of 96 random test images, of which 94 % are "non" (always
-answering "non" gives .936), and 37 of the 100 COVID test images are also in train; all generated images come from one
-X-ray. The numbers of the frozen networks were copied from another project (138 images, each in train and in test).
-COVID images are figures from the web and the others come from one hospital: see the report's baseline from source
-alone.
+Caveats: none of the published scores is reliable. The accuracy of .9896 means 95 of 96 random test images, of which
+94 % are "non" (always predicting "non" gives .936). Of the 100 COVID test images, 37 are also in train, and all
+generated images come from one X-ray. The scores of the frozen networks were copied from another project (138 images,
+each in train and in test). COVID images are figures from the web, whereas the others come from one hospital; the report
+therefore shows a baseline from the source alone.
+
 Not reproducible: train images were 265 px high by mistake (here 256, as in test), validation used 160 random images of
-test (here all, every 30 steps), the images of the frozen networks are unknown. DeepCovid trained on a random crop (8 to
-100 % of the area), replaced by a zoom here, and tested on the central square, here the complete image. The stride of 3
-in xray_cnn, an accident, is kept. Its logit is the probability of "non". The study imports VGG16 but never trains it;
-its settings here are those of the other frozen networks.
+test (here all, every 30 steps), and the images of the frozen networks are unknown. DeepCovid trained on a random crop
+(8 to 100 % of the area) and tested on the central square; here these are a zoom and the complete image. xray_cnn keeps
+the study's accidental stride of 3, and its single output is for "non". The study imports VGG16 but never trains it; its
+settings here are those of the other frozen networks.
 """
 
 from dataclasses import replace

@@ -1,13 +1,14 @@
-"""COVIDx CT by transfer learning: torchvision's ImageNet VGG, ResNet and DenseNet with only the last layers trained.
+"""Transfer learning on COVIDx CT: torchvision's ImageNet VGG, ResNet and DenseNet with only the last layers trained.
 
     python -m lungjax.main --experiment=covidx_ct
     python -m lungjax.main --experiment=covidx_ct:protocol=study
     python -m lungjax.main --experiment=covidx_ct:model=densenet161,version=2a,protocol=study
 
-Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. Published, DenseNet-201, k = 4: 3A test accuracy .8696
-(.8811 in a second run), macro F1 .8752; best on val .8956. DenseNet-161 on 2A: .9530, on val. Cost in the study: 7
-minutes per epoch of 80,910 slices on a GPU, 10 epochs. On 2 cores several hours per epoch (tests/benchmarks/README.md:
-training all of DenseNet-121 takes 0.2 s per slice). Not run on the real data set, to which we have no access.
+Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. For DenseNet-201 with k = 4 on 3A, the published test
+accuracy is .8696 (.8811 in a second run), macro F1 .8752, and the best validation accuracy .8956. For DenseNet-161 on
+2A only a validation accuracy, .9530, is published. The study trained 10 epochs of 80,910 slices, each in 7 minutes on a
+GPU. On 2 cores an epoch takes several hours (in tests/benchmarks/README.md, training all of DenseNet-121 takes 0.2 s
+per slice). This experiment has not been run on the real data set, to which we have no access.
 
 | | study | clean |
 | --- | --- | --- |
@@ -22,9 +23,11 @@ training all of DenseNet-121 takes 0.2 s per slice). Not run on the real data se
 Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies. Differences
 of less than one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and its
 confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
-Not reproducible: val and test were normalized with the statistics of test (here: of train); the standard deviation of
-3A is not printed (here that of 2A). Small images were padded to the window, here the window is clipped to them. The
-complete image was rotated before the crop; here the window and a margin are rotated after resizing to a square.
+
+Not reproducible: val and test were normalized with the statistics of test (here with those of train), and the standard
+deviation of 3A is not printed (here that of 2A is used). Small images were padded to the window; here the window is
+clipped to them. The complete image was rotated before the crop; here the window and a margin are rotated after resizing
+to a square.
 """  # noqa: E501 a table row
 
 from dataclasses import replace

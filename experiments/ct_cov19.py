@@ -1,14 +1,15 @@
-"""CT-COV19: COVID-19, normal or other pneumonia; the study's grid of 8 networks, 5 image versions, 4 training variants.
+"""CT-COV19 (COVID-19, normal, other pneumonia): the study's 8 networks, 5 image versions and 4 training variants.
 
     python -m lungjax.main --experiment=ct_cov19:model=cbr_tiny
     python -m lungjax.main --experiment=ct_cov19:model=cbr_largew,class_weight=true,protocol=study
     python -m lungjax.main --experiment=ct_cov19:model=efficientnet_b3,weights=none,images=lungs,augment=true
 
-Study: github.com/marta-0/covid-ct (160 runs; data github.com/m2dgithub/CT-COV19). Published weighted F1, val / test, of
-the configuration that was best on val: Simple .810 / .582, Tiny .861 / .580, Small .860 / .600, LargeW .853 / .634,
-LargeT .888 / .577, BiT .766 / .711, EfficientNet-B3 from ImageNet .768 / .629, from random weights .761 / .570. Not run
-on the real data set, to which we have no access. 4,404 slices of 512 px have five times the pixels of 224 px: train
-Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/benchmarks/README.md).
+Study: github.com/marta-0/covid-ct (160 runs; data github.com/m2dgithub/CT-COV19). The published weighted F1 (val /
+test) of the configuration that was best on val is .810 / .582 for Simple, .861 / .580 for Tiny, .860 / .600 for Small,
+.853 / .634 for LargeW, .888 / .577 for LargeT, .766 / .711 for BiT, and .768 / .629 (ImageNet weights) or .761 / .570
+(random weights) for EfficientNet-B3. This experiment has not been run on the real data set, to which we have no access.
+Since its 4,404 train slices of 512 px have five times the pixels of 224 px, train Simple and the frozen networks on a
+CPU and the others on a GPU (step times: tests/benchmarks/README.md).
 
 | | study | clean |
 | --- | --- | --- |
@@ -22,10 +23,11 @@ Simple and the frozen networks on a CPU, the others on a GPU (step times: tests/
 Caveats: F1 on val is optimistic (0.06 to 0.31 above test), because val selected epoch and configuration. LargeT and
 Tiny are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never
 trained). Micro AUC was computed from unnormalized logits. Only COV has JPEG files, which affects all scores.
+
 Not reproducible: epochs and batch size are not documented (here 30 and 32), some lung masks were corrected by hand,
 and the ranges of BiT's augmentation are not given (here those of the others). The study's negative zoom was symmetric,
-as here.
-BiT: the hub module took 0..1 and rescaled internally; its public weights take the same numbers as 2x - 1.
+as it is here. The study's BiT module took pixels x in 0..1 and rescaled them internally; the public weights used here
+take 2x - 1 instead.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -1,17 +1,19 @@
-"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A: body box, 224 px, COVIDNet-CT's augmentation.
+"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A, with body box, 224 px and COVIDNet-CT's augmentation.
 
     python -m lungjax.main --experiment=effnetv2_covidxct
 
-Data: Kaggle hgunraj/covidxct, 425,024 slices of 5,312 patients. EfficientNetV2: arXiv 2104.00298. Download the weights
-once (`python -m lungjax.weights --fetch=efficientnetv2_s.keras`, 88 MB); they define the input range, x / 128 - 1.
-`weights=none` starts from random weights, `run:WORKDIR` from another run.
-Classes are sampled equally often, slices augmented as in COVIDNet-CT (`lungjax.config.presets`). An epoch of 357,518
-slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-Net CT. No result of this network on this
-data set is published. Not run on the real data set, to which we have no access.
+The data set (Kaggle hgunraj/covidxct) has 425,024 slices of 5,312 patients. The network is from arXiv 2104.00298.
+Download its weights once (`python -m lungjax.weights --fetch=efficientnetv2_s.keras`, 88 MB); they define the input
+range, x / 128 - 1. `weights=none` starts from random weights, and `weights=run:WORKDIR` from those of another run.
 
-`protocol=study` (2a, 3a) trains and tests like the transfer study of `covidx_ct`, for comparison with its table: on its
-draw of train and val slices, balanced once with replacement, with the last weights and in float32. `clean`, the
-default, uses all slices of the official split and the weights with the best AUC on val.
+Classes are sampled equally often, and slices are augmented as in COVIDNet-CT (`lungjax.config.presets`). An epoch of
+357,518 slices takes hours on a GPU, so validation runs every 2,000 steps, as in COVID-Net CT. No result of this network
+on this data set is published. This experiment has not been run on the real data set, to which we have no access.
+
+`protocol=study` (2a, 3a) trains and tests as the transfer study of `covidx_ct` did, for comparison with its table. It
+uses the study's train and val slices, which were balanced once by drawing with replacement, tests the last weights, and
+computes in float32. `clean`, the default, uses all slices of the official split and tests the weights with the best AUC
+on val.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -1,12 +1,13 @@
-"""iCTCF: COVID-negative, COVID-positive and non-informative CT slices; networks from random weights, 512 px.
+"""iCTCF (COVID-negative, COVID-positive and non-informative CT slices): networks from random weights at 512 px.
 
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
     python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
 
-Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. Published test accuracy: EfficientNetV2-B0
-.9575, B1 .9367, B2 .9460, ConvNeXt-Tiny .4310, Small .9410, Base .9596, ResNet50V2 .9571, 101 .9299, 152 .5911. Cost
-there per epoch of 19,585 slices: 110 s (B0, RTX 4090) to 1,239 s (ConvNeXt-Base, A100), ten epochs. Days on a CPU: a
-slice of 512 px costs 5.2 times as much as one of 224 px, see tests/benchmarks/README.md. Not run on the real data set.
+Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The published test accuracy is .9575,
+.9367 and .9460 for EfficientNetV2-B0, B1 and B2; .4310, .9410 and .9596 for ConvNeXt-Tiny, Small and Base; and .9571,
+.9299 and .5911 for ResNet50V2, 101 and 152. The study trained ten epochs of 19,585 slices, each in 110 s (B0, RTX 4090)
+to 1,239 s (ConvNeXt-Base, A100). A run takes days on a CPU, since a slice of 512 px costs 5.2 times as much as one of
+224 px (step times: tests/benchmarks/README.md). This experiment has not been run on the real data set.
 
 | | study | clean |
 | --- | --- | --- |
@@ -17,14 +18,15 @@ slice of 512 px costs 5.2 times as much as one of 224 px, see tests/benchmarks/R
 | weights tested | last of 10 epochs | best AUC on val of at most 20 epochs, patience 5 |
 | computation on GPU, TPU | float32 | bfloat16 |
 
-EfficientNetV2-B3, S, M and L are the study's future work; their batch sizes are our choice. Both protocols read the
-stage `features`, the study's own rendering of the lungs; `--set=data.dataset=ictcf` uses plain slices.
+The study lists EfficientNetV2-B3, S, M and L as future work; their batch sizes are our choice. Both protocols read the
+stage `features`, which is the study's local threshold and morphology; `--set=data.dataset=ictcf` uses original slices.
 
 Caveats: no test score is reliable. Copies of a slice and its neighbors are in several splits. About 56 % of the test
 images of pCT are generated, and 37 % of niCT. The last epoch was tested although validation fluctuated: ConvNeXt-Tiny
 (at best .93 on val) and ResNet152V2 (.84) would rank differently. Published confusion matrices come from rounded
 probabilities. "Early stopping" with patience 10 never triggers in 10 epochs.
-Not reproducible: the unseeded draw of copies, and Keras's AdamW, which also decays norms and biases.
+
+Not reproducible: the draw of copies was unseeded, and Keras's AdamW also decays norms and biases.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -1,12 +1,13 @@
-"""Trains any network from random weights on your ImageNet folder, to pretrain other runs.
+"""Training of any network from random weights on your ImageNet folder, to pretrain other runs.
 
     python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
     python -m lungjax.main --experiment=cbr_folder --set=model.weights=run:runs/imagenet_pretrain_cbr_small
 
 This is for networks without published ImageNet weights, such as the CBR family of "Transfusion" (arXiv 1902.07208),
-whose pretrained weights its authors did not publish. `dataset=` names any other prepared data set. 90 epochs of 1.28
-million images need an accelerator: some hours on one GPU for CBR-Small. It was not run on ImageNet, which we lack.
+whose authors did not publish the pretrained weights. `dataset=` selects another prepared data set. 90 epochs of 1.28
+million images need an accelerator; CBR-Small takes some hours on one GPU. This experiment has not been run on ImageNet,
+to which we have no access.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -4,9 +4,10 @@
     python -m lungjax.main --experiment=nccid_whole_lung
     python -m lungjax.main --experiment=nccid_whole_lung:protocol=study
 
-Study: github.com/nhsx/nccid-ct-slice-lung-classification. Published, on 716 test images: accuracy 0.982, AUC 0.9958,
-confusion [512, 10; 3, 191]. Cost in the study: 8 epochs of 9 s on a GPU; on 2 cores about ten minutes, estimated from
-EfficientNet-B0 (tests/benchmarks/README.md). Not run on the images, which are available on application only.
+Study: github.com/nhsx/nccid-ct-slice-lung-classification. The published scores on 716 test images are accuracy 0.982,
+AUC 0.9958 and the confusion matrix [512, 10; 3, 191]. The study trained 8 epochs of 9 s on a GPU; on 2 cores a run
+takes about ten minutes, estimated from EfficientNet-B0 (tests/benchmarks/README.md). This experiment has not been run
+on the images of the study, which are available on application only.
 
 | | study | clean |
 | --- | --- | --- |
@@ -17,11 +18,11 @@ EfficientNet-B0 (tests/benchmarks/README.md). Not run on the images, which are a
 | computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: the published test scores are optimistic, because a series (and a patient) may be in several splits. The README
-states a dropout of 0.3, but the published run used 0.2. The images are stored rotated by 180 degrees, and so are images
-at prediction (`orientation` in model.json). TensorFlow 2.3 to 2.5 divided EfficientNet's images by the square root
-of ImageNet's standard deviations (tensorflow issue 49930); the run used about 2.3. The order of augmentations differs:
-`lungjax.config.presets`. Inversion (half of the train images) is unusual for CT but intended, so it is kept;
-`--set=augment.invert=0` disables it.
+states a dropout of 0.3, but the published run used 0.2. The images are stored rotated by 180 degrees, so prediction
+rotates its input as well (`orientation` in model.json). TensorFlow 2.3 to 2.5 divided EfficientNet's input by the
+square root of ImageNet's standard deviations (tensorflow issue 49930); the published run used about 2.3. The order of
+augmentations differs (`lungjax.config.presets`). Inversion of half of the train images is unusual for CT but intended,
+so it is kept; `--set=augment.invert=0` disables it.
 """
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -1,24 +1,25 @@
-"""Pretrained against random initialization by network size: the comparison of "Transfusion" (arXiv 1902.07208).
+"""Pretrained and random initialization for networks of different sizes, as in "Transfusion" (arXiv 1902.07208).
 
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=imagenet
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=meanvar:imagenet
     python -m lungjax.main --experiment=transfusion:model=cbr_small,dataset=folder/xray,start=run:runs/imagenet_pretrain_cbr_small
 
-Published AUC, random / ImageNet: ResNet-50 .964 / .967, CBR-LargeT .962 / .962 on 250,000 retina photographs; .922 /
-.946 and .936 / .939 on 5,000 of them (`--set=train.fraction=0.1` gives a point of a learning curve). Those photographs are
-not public and the numbers here are for other data, so only the difference between the two starts is comparable. No
-ImageNet weights of the CBR networks are public; `imagenet_pretrain` trains some. `meanvar:` is the paper's "Mean Var":
-random weights with each tensor's mean and variance. Cost: CBR-LargeT trains on 11 and ResNet-50 on about 7 images of
-224 px per second on 2 cores (tests/benchmarks/README.md).
+On 250,000 retina photographs, the published AUC with random / ImageNet weights is .964 / .967 for ResNet-50 and .962 /
+.962 for CBR-LargeT; on 5,000 of them, it is .922 / .946 and .936 / .939. (`--set=train.fraction=0.1` trains on a tenth
+of the patients.) These photographs are not public, so the experiment uses other data, and only the difference between
+the two initializations is comparable. No ImageNet weights of the CBR networks are public; `imagenet_pretrain` trains
+them. `meanvar:` is the paper's "Mean Var", random weights with the mean and variance of each pretrained tensor. On 2
+cores, CBR-LargeT trains on 11 and ResNet-50 on about 7 images of 224 px per second (tests/benchmarks/README.md).
 
-As in the paper for the retina, the optimizer is Adam at 1e-3. All layers are trained, with three channels for every
-start, so that the number of parameters is the same. Epochs, batch size and the tested weights (best AUC on val) are our
-choice, since the paper uses other data.
+As in the paper's experiments on the retina, the optimizer is Adam with learning rate 1e-3. All layers are trained, and
+every initialization has three input channels, so that the number of parameters is the same. Epochs, batch size and the
+tested weights (best AUC on val) are our choice, since the paper uses other data.
 
 protocol=study uses the original splits of a data set (`data.protocol`); clean, the default, splits by patient without
-duplicates. Nothing else differs, and a user's folder has no study splits. The paper's count for CBR-Tiny
-(1,076,480) does not match its definition (5x5, 64 to 512: 4,303,360 by the same rule); `cbr_tiny` follows the definition.
+duplicates. Nothing else differs, and a user's folder has no study splits. The paper's parameter count for CBR-Tiny
+(1,076,480) does not match its definition, which gives 4,303,360 (5x5 kernels, 64 to 512 channels); `cbr_tiny` follows
+the definition.
 """  # noqa: E501 a command
 
 from lungjax.config import PROTOCOLS, Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -69,8 +69,8 @@ def run(
 
 def define_window_flags() -> None:
     """Defines --window and --hu_window, which `windows` reads."""
-    flags.DEFINE_string("window", None, "low,high of 16-bit images; default the window of the training images.")
-    flags.DEFINE_string("hu_window", None, "center/width in HU of CT volumes; default that of the training images.")
+    flags.DEFINE_string("window", None, "Window of 16-bit images, as low,high; default that of the training images.")
+    flags.DEFINE_string("hu_window", None, "Window of CT in HU, as center/width; default that of the training images.")
 
 
 def windows() -> dict[str, Any]:

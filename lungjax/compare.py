@@ -1,8 +1,9 @@
 """Compares two runs on the same test examples: python -m lungjax.compare RUN_A RUN_B
 
 Prints a Markdown table with each metric of A and B, the difference B - A, its 95 % interval by paired bootstrap over
-patients, and p. Runs with different examples, labels, patients, classes or versions of the data set are rejected. Two
-runs of one network also differ, by their seeds: a difference between runs need not be one between networks.
+patients, and the p-value. Runs with different examples, labels, patients, classes or versions of the data set are
+rejected. Runs of the same network with different seeds also differ, so a difference between two runs does not imply a
+difference between networks.
 """
 
 import itertools
@@ -31,8 +32,8 @@ DEFAULT_METRICS = (
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("split", "test", "The split to compare: predictions_SPLIT.csv of both runs.")
-    flags.DEFINE_list("metrics", None, "Metrics such as slice.auc_macro,patient.per_class.COVID.recall.")
+    flags.DEFINE_string("split", "test", "Split to compare; both runs need a predictions_SPLIT.csv.")
+    flags.DEFINE_list("metrics", None, "Metrics to compare, such as slice.auc_macro,patient.per_class.COVID.recall.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Random seed of the draws.")
     flags.DEFINE_string("out", None, "Also write the table to this file.")

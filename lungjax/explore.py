@@ -1,6 +1,6 @@
 """Writes a page of figures about a prepared data set: python -m lungjax.explore --dataset=folder/mine
 
-It shows counts, sources, sizes, gray levels, samples, stages with their masks, augmented images and duplicates.
+The page shows counts, sources, sizes, gray levels, samples, stages with their masks, augmented images and duplicates.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("dataset", None, "A prepared data set, as NAME/CONFIGURATION-STAGE-SIZE.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
-    flags.DEFINE_string("out", None, "Output folder, new or empty; default explore/NAME.")
+    flags.DEFINE_string("out", None, "New or empty output folder; default explore/NAME.")
     flags.DEFINE_enum("protocol", "clean", PROTOCOLS, "Protocol of the splits.")
     flags.DEFINE_list("augment", [], "Presets to show; default covidnet_ct for CT, xray_covid_online for X-rays.")
     flags.DEFINE_bool("stages", None, "Show masks and stages; by default only if body masks were stored.")
-    flags.DEFINE_integer("seed", 0, "Random seed of the images that are shown.", lower_bound=0)
-    flags.DEFINE_integer("samples", 12, "Images per class.", lower_bound=1, upper_bound=120)
+    flags.DEFINE_integer("seed", 0, "Random seed for the choice of images.", lower_bound=0)
+    flags.DEFINE_integer("samples", 12, "Number of images per class.", lower_bound=1, upper_bound=120)
 
 
 def main(_: list[str]) -> None:

@@ -19,24 +19,24 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("experiment", None, "Name, name:key=value,..., a .py file, or a run's config.json; see --list.")
-    flags.DEFINE_multi_string("set", [], "Overrides one field, such as optim.lr=3e-4; repeatable.")
+    flags.DEFINE_string("experiment", None, "Experiment: NAME, NAME:key=value,..., a .py file, or a run's config.json.")
+    flags.DEFINE_multi_string("set", [], "Override a field, such as optim.lr=3e-4; repeatable.")
     flags.DEFINE_string("workdir", None, "Run folder; default ./runs/NAME, or that of config.json in --mode=evaluate.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
-    flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files; searched first.")
+    flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
     flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
-    flags.DEFINE_string("dataset", None, "With --mode=evaluate: another prepared data set to test on.")
-    flags.DEFINE_string("label_map", "", "With --dataset: class names as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
-    flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "With --dataset: the split to test on.")
-    shared = "With --dataset: patients in the run's train or val split are an error, or left out."
+    flags.DEFINE_string("dataset", None, "Another prepared data set to test on, with --mode=evaluate.")
+    flags.DEFINE_string("label_map", "", "Classes of --dataset, as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
+    flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "Split of --dataset to test on.")
+    shared = "Action for patients of --dataset that are in train or val of the run: drop excludes them."
     flags.DEFINE_enum("overlap", "refuse", ["refuse", "drop"], shared)
-    flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each.")
+    flags.DEFINE_bool("multihost", False, "Run on several hosts; start the same command on each of them.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster is detected.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "Index of this process from 0, with --coordinator.")
-    flags.DEFINE_string("compile_for", None, "Only compile the training step, for TPUs such as v5e:4x4; needs no TPU.")
-    flags.DEFINE_string("profile", None, "START:STOP: steps to trace with jax.profiler, into WORKDIR/profile.")
+    flags.DEFINE_string("compile_for", None, "Only compile the step for a TPU slice such as v5e:4x4; needs no TPU.")
+    flags.DEFINE_string("profile", None, "Steps START:STOP to trace with jax.profiler, into WORKDIR/profile.")
     flags.DEFINE_bool("list", False, "List the experiments and exit.")
 
 

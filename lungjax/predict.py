@@ -1,10 +1,10 @@
 """Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
 PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, and NIfTI
-volumes. --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and series.jsonl with
-one line per series or patient (see `lungjax.inference.records`), and with --explain one saliency map per image. If some
-inputs fail, they are listed in the files and at the end, the others are predicted, and the exit code is 1. Files are
-renamed when complete; an interrupted call leaves files that end in .partial, and the same call resumes from them.
+volumes. The folder --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and
+series.jsonl with one line per series or patient (see `lungjax.inference.records`), and with --explain one saliency map
+per image. If some inputs fail, they are listed in the files and at the end, the others are predicted, and the exit code
+is 1. An interrupted command leaves files that end in .partial; rerun it to resume.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Folder of a finished run, or a model.pyz or model.onnx of lungjax.export.")
     flags.DEFINE_string("out", "predictions", "Output folder.")
     flags.DEFINE_bool("overwrite", False, "Replace the predictions in --out.")
-    flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions: youden, or sensitivity_0.95.")
-    flags.DEFINE_bool("explain", False, "Also draw saliency maps.")
+    flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions, such as youden or sensitivity_0.95.")
+    flags.DEFINE_bool("explain", False, "Also draw a saliency map of each image.")
     flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
     flags.DEFINE_string("gate", None, "Model that selects the volumes to predict.")
-    flags.DEFINE_string("gate_class", "WholeLung", "Class of --gate that a volume needs to be predicted.")
-    flags.DEFINE_string("group_pattern", "", "Regex; its first group is the patient in the path below a folder.")
+    flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must assign to a volume for it to be predicted.")
+    flags.DEFINE_string("group_pattern", "", "Regex whose first group is the patient in a path below a folder.")
     cli.define_window_flags()
 
 

@@ -1,8 +1,9 @@
 """Prepares a data set for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
---dataset=NAME --help prints where to get a data set and the required folder structure, --cross=OTHER the patients and
-images that two prepared data sets share, and --lookup=series-5d8538175f2c/0003 --source=DIR the DICOM file behind a
-name in reports. An interrupted command resumes when it is repeated. Neither TensorFlow nor JAX is imported.
+--dataset=NAME --help prints where to get a data set and the required folder structure. --cross=OTHER prints the
+patients and images that two prepared data sets share. --lookup=series-5d8538175f2c/0003 --source=DIR prints the DICOM
+file that has this name in reports. Rerun an interrupted command to resume. This module imports neither TensorFlow nor
+JAX.
 """
 
 import itertools
@@ -22,22 +23,22 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("dataset", None, f"{', '.join(datasets.DATASETS)}, as NAME/CONFIGURATION-STAGE-SIZE.")
+    flags.DEFINE_string("dataset", None, f"NAME/CONFIGURATION-STAGE-SIZE; names: {', '.join(datasets.DATASETS)}.")
     flags.DEFINE_string("source", None, "Folder with the downloaded images.")
     flags.DEFINE_string("data_dir", "data", "Folder for prepared data sets.")
-    flags.DEFINE_string("window", None, "low,high: 16-bit pixel values that become black and white.")
+    flags.DEFINE_string("window", None, "16-bit pixel values that become black and white, as low,high.")
     flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "Action for a damaged or missing image.")
     keep = "Action for an image without a detected body or lung: keep stores the previous stage."
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
-    flags.DEFINE_string("cross", None, "Another prepared data set: list the patients and images in both.")
-    flags.DEFINE_string("lookup", None, "folder: print the files in --source behind a name in reports.")
+    flags.DEFINE_string("cross", None, "Another prepared data set, whose shared patients and images are listed.")
+    flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
-    flags.DEFINE_string("group_pattern", "", "folder: regex with the patient of a path in parentheses, or none.")
-    flags.DEFINE_string("source_pattern", "", "folder: regex with the source of a file name in parentheses.")
+    flags.DEFINE_string("group_pattern", "", "folder: regex whose first group is the patient in a path, or none.")
+    flags.DEFINE_string("source_pattern", "", "folder: regex whose first group is the source in a file name.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
-    flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks, for augment.exterior.")
-    window = "DICOM, NIfTI: center/width in HU; three, separated by commas, make three channels."
+    flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks for augment.exterior.")
+    window = "DICOM, NIfTI: window as center/width in HU; three windows give three channels."
     flags.DEFINE_list("hu_window", ["-600/1500"], window)
     flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: orientation of the images.")
     flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: all slices, or the middle one.")

@@ -1,7 +1,7 @@
 """Lists runs and their scores: python -m lungjax.runs [DIR] [--plot=FILE]
 
-One line per run below DIR (default `runs`): name, data set, network, step, best validation score and test score of
-`train.monitor`, and whether the run is finished. The commands that resume the others follow.
+Prints one line per run below DIR (default `runs`): name, data set, network, step, best validation score and test score
+of `train.monitor`, and whether the run is finished. The commands that resume unfinished runs follow.
 """
 
 import json
@@ -33,7 +33,7 @@ class RunSummary:
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("plot", None, "PNG file for a figure of all validation curves.")
+    flags.DEFINE_string("plot", None, "PNG file to write, with the validation curves of all runs.")
 
 
 def main(argv: list[str]) -> None:

@@ -92,7 +92,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes = compare_patients(examples, config)
     if unknown:
         rule = "their patient is the part before the last '-' or '_', and their source is empty"
-        notes.append(f"{len(unknown)} file names match no rule, such as {unknown[0]}: {rule}")
+        notes.append(f"{len(unknown)} file names (such as {unknown[0]}) match no rule; {rule}")
     if config in ("2a", "3a"):
         examples = resampled(examples)
     table = source / "metadata.csv"

@@ -83,7 +83,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     classes = _classes([row.label for row in rows], options.classes)
     cases = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if cases[name.casefold()] > 1]:
-        warnings.append(f"classes that differ only in upper and lower case: {', '.join(alike)}")
+        warnings.append(f"classes that differ only in case: {', '.join(alike)}")
     labels = [classes.index(row.label) for row in rows]
     listed = [
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)

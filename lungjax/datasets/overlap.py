@@ -73,7 +73,8 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
     """Returns the names of patients in `rows` of one data set and in `others` of another, sorted.
 
-    Names mean the same person only in versions of one data set, and pseudonyms of DICOM patients in any folder.
+    A name identifies the same person only across versions of one data set; a DICOM pseudonym does so across all
+    folders.
     """
     names = np.intersect1d(one.columns["group"][rows], other.columns["group"][others]).tolist()
     if _identity(one) == _identity(other):
@@ -105,7 +106,10 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set without its stage, and the same images in it; None if they are not prepared."""
+    """Returns the data set prepared without the stage, and the rows of the same images in it.
+
+    Returns None if no such data set is prepared or images are missing.
+    """
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

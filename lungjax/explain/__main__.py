@@ -1,8 +1,8 @@
 """Draws saliency maps of a trained network: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
 Writes each image with its map and their overlay to WORKDIR/explain/NAME_METHOD.png. `--split=test` draws contact sheets
-of a split, most confident first, and `--quality` measures the maps (`lungjax.explain.quality`). Unreadable images are
-reported and skipped; the exit code is then 1.
+of a split, with the most confident predictions first. `--quality` tests the maps (`lungjax.explain.quality`).
+Unreadable images are reported and skipped, and the exit code is then 1.
 """
 
 import sys
@@ -30,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")
     flags.DEFINE_list("images", [], "Files, folders, CSV lists and scans, as for lungjax.predict.")
     flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
-    flags.DEFINE_bool("quality", False, "Measure the maps: pointing game, deletion curve, sanity check.")
+    flags.DEFINE_bool("quality", False, "Test the maps by pointing game, deletion curve and sanity check.")
     flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, or all for --quality.")
     flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")
     count = f"Number of images for --split (default all) and --quality (default {QUALITY_IMAGES})."

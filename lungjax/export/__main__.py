@@ -5,10 +5,10 @@
     savedmodel   savedmodel/, for TensorFlow, which must be installed
     triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (extra `export`)
 
-Each contains weights, normalization, calibration and metadata, and takes any number of images. Before a file is kept,
-its logits are compared with the network's: equal to 1e-5 of their range. An existing export is replaced.
+Each export contains weights, normalization, calibration and metadata, and takes any number of images. An export whose
+logits differ from those of the network by more than 1e-5 of their range is an error. An existing export is replaced.
 
-jax reads a model.pyz only for some months. --refresh=model.pyz replaces it with one for the installed jax, from the
+jax can read a model.pyz only for some months. --refresh=model.pyz replaces it with one for the installed jax, from the
 weights and the configuration in the file; with --format=onnx it writes an ONNX file.
 """
 
@@ -33,8 +33,8 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("workdir", None, "A finished run.")
-    flags.DEFINE_string("refresh", None, "Instead of --workdir: a model.pyz that is exported again, for this jax.")
+    flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+    flags.DEFINE_string("refresh", None, "A model.pyz to export again for the installed jax, instead of --workdir.")
     flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export, or that of --refresh.")
 

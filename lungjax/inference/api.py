@@ -120,7 +120,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
     """Crops, resizes and normalizes images for a network; returns float32 [B, H, W, C].
 
     Args:
-      images: one or several images, each a path or an array [H, W] or [H, W, 3], uint8 or float in 0..255.
+      images: one or several images, each a path or an array [H, W] or [H, W, 3] of uint8, uint16 or float in 0..255.
       spec: input specification from `create`.
       boxes: xmin, ymin, xmax, ymax of each image, used if `spec.crop` is "box"; None takes complete images.
 
@@ -157,11 +157,11 @@ def _read(image: Any, name: str) -> np.ndarray:
     array = np.asarray(image)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3) or not array.size:
-        raise ValueError(f"{name}: shape {np.shape(image)}; expected [H, W], [H, W, 1] and [H, W, 3]")
+        raise ValueError(f"{name}: shape {np.shape(image)}; expected [H, W], [H, W, 1] or [H, W, 3]")
     if array.dtype == np.uint8 or (array.dtype == np.uint16 and array.ndim == 2):
         return array
     low, high = (array.min(), array.max()) if array.dtype.kind == "f" else (-1, -1)
     if not (low >= 0 and high <= 255) or 0 < high <= 1:
         values = f"{array.dtype}" + (f" from {low:g} to {high:g}" if array.dtype.kind == "f" else "")
-        raise ValueError(f"{name}: {values}; expected uint8, and float in 0..255")
+        raise ValueError(f"{name}: {values}; expected uint8, uint16 [H, W], or float in 0..255")
     return np.rint(array).astype(np.uint8)

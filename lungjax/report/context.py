@@ -147,7 +147,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     note = "A dash marks an undefined number. The probability of a patient is the mean over the patient's images."
     if any(level["intervals"] for level in columns.values()):
-        note += f" With 95 % intervals: percentile bootstrap over patients, {config.eval.draws:,} draws."
+        note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws."
     tables = [Table(["", *columns], rows, note=note)]
     if "folds" in report["facts"]:
         tables.append(_folds(report["facts"]["folds"], unit))

@@ -93,7 +93,7 @@ def describe(
 
 
 def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    """Returns the number of patients of each split and class; {} if each has one image."""
+    """Returns the number of patients of each split and class; {} if every patient has only one image."""
     groups = data.columns["group"]
     if len(np.unique(groups)) == len(groups):
         return {}

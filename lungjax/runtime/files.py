@@ -12,7 +12,7 @@ PARTIAL = ".partial-"  # prefix of unfinished files
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; after the body the file replaces `path`, after an error it is removed.
+    """Yields a path to write to. If the body succeeds, the file replaces `path`; if it fails, the file is removed.
 
     After a kill or a power loss `path` has its old or its new content. The yielded path has the suffix of `path`.
     """
@@ -44,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
-    """Yields an empty folder to fill; after the body it replaces `path`, after an error it is removed.
+    """Yields an empty folder. If the body succeeds, the folder replaces `path`; if it fails, the folder is removed.
 
     Raises ValueError for an existing folder without the file `mark`, so that no other files are lost. The old folder
     keeps a hidden name until the new one is in place, so that one of them is always complete.

@@ -1,7 +1,7 @@
-"""A trained network as an HTTP service: python -m lungjax.serve --model=runs/my_run
+"""Serves a trained network over HTTP: python -m lungjax.serve --model=runs/my_run
 
-Serves a web page at http://127.0.0.1:8000, and /predict and /explain for programs, documented at /docs. Needs the
-extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
+The service has a web page at http://127.0.0.1:8000, and /predict and /explain for programs, documented at /docs. It
+needs the extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
 import importlib.util
@@ -27,16 +27,16 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any but loopback is open to other machines.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; all but loopback are open to other machines.")
     flags.DEFINE_integer("port", 8000, "Port; 0 picks a free one.", 0, 65535)
     flags.DEFINE_list("allowed_hosts", [], "Additional Host names to accept; a reverse proxy must forward Host.")
     flags.DEFINE_string("token_file", None, "File with the token that requests must send; default $LUNGJAX_TOKEN.")
-    flags.DEFINE_float("max_mb", 64, "MiB per file.", 0.001)
-    flags.DEFINE_float("max_request_mb", 256, "MiB per request.", 0.001)
-    flags.DEFINE_float("max_upload_mb", 512, "MiB of uploads in memory over all requests.", 0.001)
-    flags.DEFINE_integer("max_files", 64, "Files per request.", 1)
-    flags.DEFINE_float("max_megapixels", 30, "Million pixels per image.", 0.0001)
-    flags.DEFINE_float("max_seconds", 60, "Seconds to decode files and compute predictions, per request.", 0.01)
+    flags.DEFINE_float("max_mb", 64, "Maximum size of a file in MiB.", 0.001)
+    flags.DEFINE_float("max_request_mb", 256, "Maximum size of a request in MiB.", 0.001)
+    flags.DEFINE_float("max_upload_mb", 512, "Maximum size of the uploads of all requests in memory, in MiB.", 0.001)
+    flags.DEFINE_integer("max_files", 64, "Maximum number of files in a request.", 1)
+    flags.DEFINE_float("max_megapixels", 30, "Maximum number of pixels of an image, in millions.", 0.0001)
+    flags.DEFINE_float("max_seconds", 60, "Maximum seconds to decode a request and compute its response.", 0.01)
 
 
 def main(_: list[str]) -> None:

@@ -19,7 +19,7 @@ class Decision(Strict):
 
     called: bool
     rule: str
-    level: str = Field(description="slice or patient: what the threshold was chosen for")
+    level: str = Field(description="level for which the threshold was chosen, slice or patient")
     threshold: float
     sensitivity: float | None = Field(description="on the test split")
     specificity: float | None = Field(description="on the test split")
@@ -39,7 +39,7 @@ class Record(Prediction):
 
     file: str = Field(description="name in the request")
     novelty: float | None = Field(
-        description="above 1: unlike the training images; null for several slices or no score"
+        description="above 1 if unlike the training images; null for several slices, or if the model has no score"
     )
 
 

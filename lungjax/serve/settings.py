@@ -22,7 +22,7 @@ class Settings:
     queue: int = 256  # images that wait for the device
     explains: int = 32  # saliency maps that wait for the device
     read_seconds: float = 10.0  # for a body, plus one second for each 64 KiB
-    seconds: float = 60.0  # to decode and compute one request
+    seconds: float = 60.0  # to decode a request and compute its response
 
     @property
     def public(self) -> bool:

@@ -21,7 +21,7 @@ from lungjax.data.imaging.memory_file import MemoryFile
 from lungjax.data.imaging.volumes import Windows
 
 MIB = 2**20
-ALLOWED = f"expected {images.FORMAT_NAMES}, and DICOM; one image per file"
+ALLOWED = f"expected one image per file; supported formats: {images.FORMAT_NAMES}, and DICOM"
 MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"), (b"BM", "BMP"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),

@@ -1,11 +1,11 @@
-"""Results tables of the studies, published and ours: python -m lungjax.tables --list
+"""Compares published results with ours in tables: python -m lungjax.tables --list
 
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19             # from finished runs
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
     python -m lungjax.tables --pool --workdir=runs/mine                               # any runs, pooled over seeds
 
-Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of the exact experiment on
-the exact data set count; the other cells are `not run`, and the page lists the commands that run them.
+Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of exactly the same
+experiment on the same data set count. Cells without such runs are `not run`, and the page lists the missing commands.
 """
 
 import sys
@@ -27,9 +27,9 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_bool("list", False, "List the tables with their titles, data sets and networks.")
     flags.DEFINE_string("table", None, "Name of the table; see --list.")
-    flags.DEFINE_string("workdir", None, "Folder of the runs, each in NAME/seedN.")
+    flags.DEFINE_string("workdir", None, "Folder of the runs, which are in NAME/seedN.")
     flags.DEFINE_bool("run", False, "Execute missing and unfinished runs, one after the other.")
-    flags.DEFINE_integer("seeds", 3, "Runs per experiment, with train.seed 0, 1, ...", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "Number of runs per experiment, with train.seed 0, 1, ...", lower_bound=1)
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_multi_string("set", [], "Override a field in every run, such as train.devices=1; repeatable.")

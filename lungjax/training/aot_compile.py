@@ -64,8 +64,8 @@ def devices(topology: str) -> list[Any]:
     flat = generation.shapes == SHAPES_2D
     if not (shape in SHAPES_2D if flat else shape.count("x") == 2):
         choices = ", ".join(f"{name}:{shape}" for shape in generation.shapes)
-        others = "" if flat else " and other boxes of 2x2 chips"
-        raise ValueError(f"--compile_for={topology}: slices of {name} are {choices}{others}")
+        others = "" if flat else " and other shapes built from 2x2 blocks of chips"
+        raise ValueError(f"--compile_for={topology}: not a valid {name} slice; available: {choices}{others}")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("--compile_for needs the TPU compiler: pip install -e '.[tpu]' (or libtpu); no TPU is needed")
     # On Cloud TPU a v4 chip of two cores is one device.

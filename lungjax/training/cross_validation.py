@@ -28,6 +28,7 @@ POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are test
 PREFIXES = ("predictions_", "report.", "plots")  # of the files next to the folds
 SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
 SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
+RESTART = "delete the cross-validation folder to start over"
 
 
 def run(
@@ -85,7 +86,7 @@ def write(
     results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
-        raise ValueError(f"{workdir}: the folds do not have the images of {data.name}; delete the folder to start over")
+        raise ValueError(f"{workdir}: the folds do not match the images of {data.name}; {RESTART}")
     for name in POOLED[1:]:
         paths = [folder / f"predictions_{name}.csv" for folder in folders]
         if all(path.exists() for path in paths):
@@ -117,7 +118,7 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     )
     ids, counts = np.unique(pooled.ids, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{ids[counts > 1][0]} was tested in two folds; delete the folder to start over")
+        raise ValueError(f"{ids[counts > 1][0]} was tested in two folds; {RESTART}")
     return predictions.take(pooled, np.argsort(_rows(pooled, data)))
 
 
@@ -159,7 +160,7 @@ def _rows(p: Predictions, data: Prepared) -> np.ndarray:
     rows = {name: row for row, name in enumerate(data.columns["file"].tolist())}
     unknown = [name for name in p.ids.tolist() if name not in rows]
     if unknown:
-        raise ValueError(f"{unknown[0]} is not an image of {data.name}; delete the folder to start over")
+        raise ValueError(f"{unknown[0]} is not an image of {data.name}; {RESTART}")
     return np.asarray([rows[name] for name in p.ids.tolist()])
 
 

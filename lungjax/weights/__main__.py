@@ -1,4 +1,7 @@
-"""Public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME (uses the network) | --check=FILE"""
+"""Lists, downloads and checks public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE
+
+Only --fetch accesses the network.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_bool("list", False, "Print the catalogue.")
-    flags.DEFINE_string("match", "", "Regex for the names that --list prints.")
+    flags.DEFINE_string("match", "", "Regex of the names that --list prints.")
     flags.DEFINE_multi_string("fetch", [], "Download a file, such as efficientnet_b0.keras; repeatable.")
     flags.DEFINE_string("check", None, "Print the catalogue entry of a file, or the network that it fits.")
     flags.DEFINE_string("weights_dir", None, "Folder for weight files instead of the cache.")

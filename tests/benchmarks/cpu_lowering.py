@@ -1,4 +1,4 @@
-"""Times the CPU forms of `lungjax.models.ops` against the plain operations, taking turns in one process.
+"""Times the CPU forms of `lungjax.models.ops` against the plain operations, alternating between the two in one process.
 
 python -m tests.benchmarks.cpu_lowering [--layers | --steps] [--rounds=7] [--keep_freed]
 """

@@ -47,7 +47,7 @@ class Network:
 
 
 def batch_sizes(args: Namespace) -> None:
-    print(harness.header("images per processor second, relative to the best", "best", *map(str, SIZES)))
+    print(harness.header("images per CPU second, relative to the best", "best", *map(str, SIZES)))
     for name in args.networks:
         network = Network(name)
         times = harness.take_turns({size: network.compile(size)[0] for size in SIZES}, args.rounds)
@@ -57,7 +57,7 @@ def batch_sizes(args: Namespace) -> None:
 
 def folded_and_plain(args: Namespace) -> None:
     heads = (
-        f"{BATCH} x {SIDE} px", "folded norms", "plain / folded, processor time", "compile plain, s",
+        f"{BATCH} x {SIDE} px", "folded norms", "plain / folded, CPU time", "compile plain, s",
         "compile folded, s", "first fold, s", "fold, ms",
     )  # fmt: skip
     print(harness.header(*heads))

@@ -151,8 +151,8 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
 def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
     """Returns the table of rates, with the median of the ratios per round."""
     peers = [name for name in ("torch", "tf") if name in turns]
-    heads = ["", "images/s", "lowest..highest", "images/s of a core"]
-    heads += [f"{what} / {peer}" for peer in peers for what in ("rate", "of a core")] + ["others"]
+    heads = ["", "images/s", "lowest..highest", "images per CPU second"]
+    heads += [f"{what} / {peer}" for peer in peers for what in ("rate", "per CPU second")] + ["others"]
     values = {name: {key: [turn[key] for turn in own] for key in own[0]} for name, own in turns.items()}
     rows = []
     for name, own in values.items():

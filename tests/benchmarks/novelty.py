@@ -1,4 +1,4 @@
-"""Measures which out-of-distribution images `lungjax.evaluation.novelty` detects, and a score on network features.
+"""Measures which out-of-distribution images `lungjax.evaluation.novelty` and a score from network features detect.
 
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
         [--network] [--images=2000] [--outliers=150]
@@ -218,7 +218,7 @@ def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
             detected.append(np.mean([100 * (fitted.score(p) > 1) for p in other[:100]]))
         cells = [f"{np.mean(alarms):.1f} ({max(alarms):.1f})", f"{np.mean(detected):.0f}"]
         rows.append([f"{name}: {counts[0]} + {counts[1]}", *cells])
-    heads = ("training + validation images", "false alarms, % (worst of 6)", "other modality detected, %")
+    heads = ("training + validation images", "false alarms, % (highest of 6)", "other modality detected, %")
     print(harness.table(heads, rows) + "\n", flush=True)
 
 

@@ -221,7 +221,7 @@ def main() -> None:
             print(harness.table(("seconds from the start to the first answer", "median", "max"), rows) + "\n")
         if args.rounds:
             heads = ("", "images/s, one", "p50, p95 ms", "images/s, 32", "p50, p95 ms", "ratio",
-                     "processor ms per image", "batch", "others")  # fmt: skip
+                     "CPU ms per image: one, 32", "mean batch", "others")  # fmt: skip
             rows = [throughput(model, images, args.seconds, args.rounds) for model in models]
             print(harness.table(heads, rows) + "\n")
         if args.minutes:

@@ -1,9 +1,9 @@
 """Twenty training steps of lungjax and Keras from the same weights on the same batches, compared step by step.
 
-python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). Ours is the code of a run:
-`pipeline.train_batches` over a prepared folder of CT slices (without LUNGJAX_SHARED, of random images) and the compiled
-step of `program.build`. Keras trains the layers of `studies.build` by `train_on_batch`. Augmentation and dropout are
-off, so nothing is random. Each comparison runs in its own process.
+python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). lungjax uses the code of a normal run:
+`pipeline.train_batches` over a prepared folder of CT slices (or random images without LUNGJAX_SHARED) and the compiled
+step of `program.build`. Keras trains the layers of `studies.build` with `train_on_batch`. Augmentation and dropout are
+disabled, so nothing is random. Each comparison runs in its own process.
 """
 
 import os
@@ -179,7 +179,7 @@ def differences_of(run: str, kind: str, folder: Path) -> tuple[dict[str, Any], n
 
 
 def test_twenty_steps_of_adam_in_float64(tmp_path):
-    """CBR-Small with class weights: the loss rises to 5, falls again, and agrees with that of Keras to 9 digits."""
+    """Trains CBR-Small with class weights; all losses agree with those of Keras to 9 digits."""
     result, differences = differences_of("cbr_small", "float64", tmp_path)
     assert differences.max() <= 1e-9
     assert max(result["statistics"].values()) <= 1e-7 and result["logits"] <= 1e-7
@@ -194,7 +194,7 @@ def test_twenty_steps_of_adamw_in_float32(tmp_path):
 def test_first_step_in_float32(tmp_path):
     """Only the first loss, which comes before any gradient, agrees closely in float32.
 
-    Of the 166,000 pool windows of stage 3 some have two maxima that are equal in float32 only. Choosing the other one
-    changes the gradient below it by some thousandths, and steps of this size multiply that.
+    Some of the 166,000 pool windows of stage 3 have two maxima that are equal in float32 only. Choosing the other one
+    changes the gradients of the layers before the pool by a few thousandths, and further steps amplify the difference.
     """
     assert differences_of("cbr_small", "float32", tmp_path)[1][0] <= 1e-5

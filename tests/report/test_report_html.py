@@ -198,7 +198,7 @@ def test_numbers_and_intervals(run, saved):
     assert recall == f"{level['per_class'][EVIL[1]]['recall']:.3f} 0.200 to 0.900"
     assert page.table("class", "chosen for")[0][-2:] == ["PPV, at 10 % prevalence", "NPV, at 10 % prevalence"]
     assert ["source of the image alone, no network", "36", "0.440", "-", "0.610"] in page.table("", "n")
-    card = page.text[page.text.index("Headings as in Mitchell") :]
+    card = page.text[page.text.index("The headings are those of Mitchell") :]
     assert "0.610 from the source alone" in card and "95 % intervals" in card
 
 

@@ -45,7 +45,7 @@ RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in sourc
 
 
 def digest(array: np.ndarray) -> str:
-    """Returns a hex digest of decoded pixels; equal for exact copies, also across file formats."""
+    """Returns a hex digest of decoded pixels; equal for exact copies, even across file formats."""
     gray = array[..., 0] if array.ndim == 3 and (array == array[..., :1]).all() else array
     blake = hashlib.blake2b(f"{gray.shape}{gray.dtype}".encode(), digest_size=10)
     blake.update(np.ascontiguousarray(gray).data)

@@ -29,7 +29,7 @@ VESSELS = (  # range of levels, x in mm, y in depths of the cavity, half axes in
 
 @dataclass(frozen=True)
 class Build:
-    """Body measures of a patient."""
+    """Body measurements of a patient."""
 
     width: float  # half width of the chest cavity
     depth: float  # half depth of the chest cavity

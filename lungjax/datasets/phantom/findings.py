@@ -90,7 +90,7 @@ def _consolidation(lesion: Lesion, q: np.ndarray, g: Grid, rng: np.random.Genera
 
 
 def _ground_glass(lesion: Lesion, q: np.ndarray, size: float, g: Grid, rng: np.random.Generator) -> np.ndarray:
-    """Returns hazy opacity, some with thickened septa, for the signed distance `q` to the lesion."""
+    """Returns a hazy opacity, sometimes with thickened septa, for the signed distance `q` to the lesion."""
     mottle = np.clip(0.8 + 0.35 * lesion.patchy * noise(rng, g, 7), 0.2, 1.2)
     if lesion.patchy > 0.65:  # crazy paving
         net = sum(np.exp(-((noise(rng, g, scale) / 0.22) ** 2)) for scale in (5, 6))

@@ -6,7 +6,7 @@ export const settings = { rule: "", method: "" };
 
 const MAX_RUNNING = 2; // requests for saliency maps at a time
 const LEVELS = { slice: "test images", patient: "test patients" };
-const UNIFORM = "The map is uniform: this method does not localize anything here.";
+const UNIFORM = "The map is uniform, so this method does not highlight any region of this image.";
 let cards = 0;
 
 function bar(name, p, decision, index = -1) {
@@ -56,7 +56,7 @@ function points(decisions, level) {
     const specificity = `specificity ${percent(point.specificity)}${within(point.intervals?.specificity)}`;
     const reached = `it reaches the threshold of ${percent(point.threshold)}.`;
     const rates = ` On ${LEVELS[level]} this threshold has ${sensitivity} and ${specificity}.`;
-    lines.push(make("p", {}, make("strong", {}, `${name} is called positive: `), reached, rates));
+    lines.push(make("p", {}, make("strong", {}, `${name} is positive: `), reached, rates));
   }
   const several = "Each class is tested against all others, so several can be positive.";
   if (lines.length > 1) lines.push(make("p", {}, several));

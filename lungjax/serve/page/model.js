@@ -85,7 +85,7 @@ function scoreTable(model) {
     const n = model.scores[level].n;
     return isNumber(n) ? plural(n, LEVELS[level]) : `${LEVELS[level]}s`;
   });
-  return [make("h3", {}, "Scores on test"), table(["", ...head], rows), quiet("With 95 % intervals.")];
+  return [make("h3", {}, "Scores on test"), table(["", ...head], rows), quiet("Small numbers are 95 % intervals.")];
 }
 
 function pointTables(model) {
@@ -102,7 +102,7 @@ function pointTables(model) {
     parts.push(table(["threshold", "sensitivity", "specificity"], rows));
   }
   if (!parts.length) return [];
-  const words = "Thresholds were chosen on validation images; rates are of test images.";
+  const words = "Thresholds were chosen on validation images; the rates are for test images.";
   return [unfold("Operating points", false, ...parts, quiet(words))];
 }
 
@@ -137,7 +137,7 @@ export function describe(model) {
     ...scoreTable(model),
     ...(warnings.length ? [unfold("Caveats", warnings.length < MAX_OPEN, caveats)] : []),
     ...pointTables(model),
-    ...(model.novelty ? [quiet(`Images unlike the training images get a warning.${alarm}`)] : []),
+    ...(model.novelty ? [quiet(`Images that are unlike the training images have a warning.${alarm}`)] : []),
     ...(about.length ? [unfold("Details", false, facts(about))] : []),
   );
 }

@@ -47,7 +47,7 @@ function changed(id) {
   settings[id] = at(id).value;
   if (id === "rule") {
     const threshold = `the threshold with the ${ruleWords(settings.rule)[1]} on the validation images`;
-    const words = `Positive: the probability reaches ${threshold}, the mark in the bar.`;
+    const words = `A class is positive if its probability reaches ${threshold}, which is marked in the bar.`;
     at("rule-words").textContent = settings.rule ? words : "";
     for (const one of [...list.cards, ...list.series]) one.draw();
   } else for (const card of list.cards) explainWhenSeen(card);
