@@ -73,9 +73,9 @@ def test_every_field_is_used():
     assert not unread
 
 
-def test_config_and_experiments_import_no_jax():
+def test_config_experiments_and_tables_import_no_jax():
     code = (
-        "import sys; from lungjax.config import experiments; from lungjax import main; "
+        "import sys; from lungjax import main; from lungjax.config import experiments; import lungjax.tables.published; "
         "[experiments.load(n) for n in experiments.names()]; "
         "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     )
