@@ -9,11 +9,11 @@ import lungjax
 
 PACKAGE = Path(lungjax.__file__).parent
 PACKAGES = (
-    *"config runtime models data datasets weights evaluation".split(),
-    *"report explain training inference export serve tables".split(),
-)
+    "config", "runtime", "models", "data", "datasets", "weights", "evaluation", "report", "explain", "training",
+    "inference", "export", "serve", "tables",
+)  # fmt: skip
 # Leaves, as each package's __main__.
-COMMANDS = set("cli main prepare explore predict compare runs tensorboard".split())
+COMMANDS = {"cli", "main", "prepare", "explore", "predict", "compare", "runs", "tensorboard"}
 
 
 def imported(path: Path) -> set[str]:

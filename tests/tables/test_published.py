@@ -60,11 +60,6 @@ def classes_of(table):
     return datasets.classes(load(TABLES[table].cells[0].experiment).data.dataset)
 
 
-def report(row, classes):
-    """Precision, recall and F1 [3, C] of a row."""
-    return np.array([[row[f"{name} {rate}"] for name in classes] for rate in ("precision", "recall", "F1")])
-
-
 def test_confusion_matrices():
     tables = [name for name, table in TABLES.items() if table.matrices and name != "ictcf_test"]
     matrices = {(table, row): matrix for table in tables for row, matrix in TABLES[table].matrices.items()}
@@ -110,10 +105,11 @@ def test_covidx_rates_match_their_split():
         ("covidx_ct_3a", "val, last epoch", "val"),
         ("covidx_ct_2a", "val, last epoch (3)", "val"),
     ):
-        precision, recall, f1 = report(rows(table)[row], classes_of(table))
-        support = np.array(TABLES[table].counts[split])
+        numbers, support = rows(table)[row], np.array(TABLES[table].counts[split])
+        each = [[numbers[f"{name} {rate}"] for name in classes_of(table)] for rate in ("precision", "recall", "F1")]
+        precision, recall, f1 = np.array(each)
         assert (recall * support / precision).sum() == pytest.approx(support.sum(), abs=5)
-        assert np.dot(recall, support) / support.sum() == pytest.approx(rows(table)[row]["accuracy"], abs=1e-4)
+        assert np.dot(recall, support) / support.sum() == pytest.approx(numbers["accuracy"], abs=1e-4)
         np.testing.assert_allclose(f1, 2 * recall * precision / (recall + precision), atol=1.1e-4)
     # The numbers of 2A are not those of test, although its README suggests it.
     support = np.array(TABLES["covidx_ct_2a"].counts["test"])
