@@ -46,7 +46,7 @@ def test_clean_near_duplicates():
     rows = "train 0 a 1, val 0 b 2, test 0 c 3"
     assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val is removed, so train may stay
     assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
-    # Val is removed as a copy of test, and train as its near duplicate. With different labels, val and test are removed.
+    # Val is removed as a copy of test, and train as its near duplicate. With different labels, val and test go.
     assert clean("train 0 a 1, val 0 b 2, test 0 c 2", [(0, 1)])[0] == ["", "", "test"]
     assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
     rows = "train 0 a 1, train 0 b 2, train 1 c 3"  # in one split
