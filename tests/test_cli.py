@@ -33,7 +33,7 @@ def test_exit_codes(capsys, main, code, words):
     assert words in output and "Traceback" not in output
 
 
-def test_bugs_have_a_traceback(capsys):
+def test_traceback_of_bugs(capsys):
     command = types.SimpleNamespace(main=lambda _: json.loads("{"), define_flags=lambda: None, __name__="command")
     with pytest.raises(json.JSONDecodeError):  # a ValueError of a library
         commands.run(command)

@@ -34,7 +34,7 @@ def test_packages():
     assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS | {"__init__"}
 
 
-def test_imports_run_one_way():
+def test_direction_of_imports():
     wrong = []
     for number, package in enumerate(PACKAGES):
         for path in sorted((PACKAGE / package).rglob("*.py")):
@@ -45,18 +45,18 @@ def test_imports_run_one_way():
     assert not wrong
 
 
-def test_no_source_file_is_ignored():
+def test_ignored_source_files():
     """Ignored files would be missing from the wheel."""
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert not subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
 
 
-def test_experiments_import_configuration_alone():
+def test_imports_of_experiments():
     for path in (PACKAGE.parent / "experiments").glob("*.py"):
         assert imported(path) == {"config"}, path
 
 
-def test_a_step_needs_no_data_or_plotting_packages():
+def test_imports_of_a_training_step():
     absent = ("grain", "tensorflow_datasets", "orbax", "h5py", "matplotlib", "tensorflow", "torch", "skimage")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent})); "  # None makes an import fail
@@ -66,7 +66,7 @@ def test_a_step_needs_no_data_or_plotting_packages():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_benchmark_peers_need_no_jax():
+def test_imports_of_benchmark_peers():
     code = "import sys; sys.modules.update(flax=None, jax=None); from tests.benchmarks import latency, train_peers; "
     code += "from tests.parity import cases, references"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -41,12 +41,12 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     assert commands.run(main, "--list") == 0 and "phantom_demo" in capsys.readouterr().out
 
 
-def test_help_starts_with_our_flags(tmp_path):
+def test_order_of_flags_in_the_help(tmp_path):
     text = run(tmp_path, "--help").stdout
     assert 0 < text.index("--experiment") < text.index("--workdir")
 
 
-def test_from_nothing_to_a_report_after_sigkill(tmp_path):
+def test_complete_run_with_a_sigkill(tmp_path):
     arguments = [
         "--experiment=phantom_demo:dataset=phantom_ct/tiny", "--set=input.size=32", "--set=train.batch_size=8",
         "--set=train.steps=60", "--set=train.eval_steps=10", "--set=model.name=simple", "--set=augment=none",

@@ -35,7 +35,7 @@ def test_printed_commands(run):
     assert "./run.sh predict --model=runs/my_run" in run("", "bash", "run.sh", "predict", "--help")
 
 
-def test_help_lists_the_commands(run):
+def test_commands_in_the_help(run):
     packages = [path.parent.name for path in (ROOT / "lungjax").glob("*/__main__.py")]
     commands = {path.stem for path in (ROOT / "lungjax").glob("[a-z]*.py")}.union(packages, ["test"]) - {"cli", "main"}
     text = run("", "./run.sh", "help")

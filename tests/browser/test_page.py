@@ -339,7 +339,7 @@ def test_token_and_synthetic_data_warning(opened, trained, files, tmp_path):
         assert TOKEN not in page.evaluate("document.documentElement.outerHTML + location.href")
 
 
-def test_layout_is_stable(opened, service, files):
+def test_layout_stability(opened, service, files):
     page = opened(
         service,
         """const real = window.fetch;

@@ -48,7 +48,7 @@ def test_json_round_trip():
         overrides.from_json(text[:-5])
 
 
-def test_check_names_the_invalid_field():
+def test_name_of_the_invalid_field():
     for assignment in (
         "input.crop=centre", "optim.name=adan", "train.batch_size=0", "train.epochs=-1", "train.accumulate=3",
         "input.channels=2", "input.std=0", "input.mean=0.1,0.2", "input.std=0.2,0.2,0", "model.head.dropout=1",
@@ -61,14 +61,14 @@ def test_check_names_the_invalid_field():
             configs.check(overrides.override(Config(), assignment))
 
 
-def test_every_field_is_used():
+def test_use_of_every_field():
     package = Path(configs.__file__).parents[1]
     code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.parent.name != "config")
     unread = [path for path in configs.fields_of(Config()) if not re.search(rf"\.{path.split('.')[-1]}\b", code)]
     assert not unread
 
 
-def test_config_experiments_and_tables_import_no_jax():
+def test_imports_of_config_experiments_and_tables():
     code = (
         "import sys; import lungjax.main, lungjax.tables.published; from lungjax.config import experiments; "
         "[experiments.load(n) for n in experiments.names()]; "

@@ -4,7 +4,7 @@ from lungjax import config as configs
 from lungjax.config import experiments, overrides
 
 
-def test_every_experiment_is_valid_and_listed():
+def test_validity_and_list_of_all_experiments():
     listing = experiments.listing()
     for name in experiments.names():
         config = experiments.load(name)

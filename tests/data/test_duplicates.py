@@ -70,7 +70,7 @@ def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
     return hashes
 
 
-def test_search_equals_brute_force(monkeypatch):
+def test_search_against_brute_force(monkeypatch):
     monkeypatch.setattr(duplicates, "BLOCK", 97)  # so that blocks end inside the pairs of one hash
     for distance in (0, 1, 4, 6, 8, 15):
         rng = np.random.default_rng(distance)

@@ -88,7 +88,7 @@ def sampled_png(samples, kind):
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
-def test_every_mode_equals_pillow():
+def test_every_mode_against_pillow():
     base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8), "RGBA")
     every = "PNG JPEG TIFF BMP GIF WEBP JPEG2000"
     files = {
@@ -140,7 +140,7 @@ def test_unsupported_files():
             images.read(data)
 
 
-def test_box_equals_crop():
+def test_box_against_crop():
     for kernel in ("nearest", "bilinear", "bicubic", "lanczos"):
         for antialias in (True, False):
             full = InputSpec(size=(16, 24), interpolation=kernel, antialias=antialias)
@@ -192,7 +192,7 @@ def test_plain_kernels_at_pixel_centers():
     np.testing.assert_array_equal(result, [[1, 3, 6, 8]])  # centers 1.25, 3.75, 6.25, 8.75
 
 
-def test_kernels_equal_jax():
+def test_kernels_against_jax():
     smooth = ndimage.gaussian_filter(GRAY.astype(np.float32), 1.5)
     for kernel, name in (("bilinear", "linear"), ("bicubic", "cubic"), ("lanczos", "lanczos3")):
         for antialias, size in ((True, (18, 23)), (False, (61, 77))):

@@ -148,7 +148,7 @@ def test_real_slices(shared):
     assert np.mean(plausible) >= 0.9
 
 
-def test_canny_equals_opencv():
+def test_canny_against_opencv():
     # A step has two columns of equal strength; OpenCV takes the first. Below the low threshold there is no edge.
     step = np.zeros((6, 8), np.uint8)
     step[:, 4:] = 255

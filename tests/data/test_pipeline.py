@@ -27,7 +27,7 @@ def joined(parts):
     return [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
 
 
-def test_epochs_cover_all_examples(small_data):
+def test_all_examples_in_every_epoch(small_data):
     rows, order = pipeline.train_rows(small_data).tolist(), pipeline.order(small_data, CONFIG)
     first, second = ([order[i + len(rows) * epoch] for i in range(len(rows))] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == rows and first != second

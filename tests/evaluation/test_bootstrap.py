@@ -56,7 +56,7 @@ def test_draws_by_seed_and_block(monkeypatch):
     assert all(small[name] == pytest.approx(intervals[name], abs=1e-12) for name in intervals)
 
 
-def test_duplicated_slices_do_not_narrow_intervals():
+def test_intervals_of_duplicated_slices():
     p = dataclasses.replace(random_predictions(60), groups=np.array([f"p{i:02}" for i in range(60)]))
     ids = np.array([f"{i}" for i in range(240)])
     four = dataclasses.replace(take(p, np.repeat(np.arange(60), 4)), ids=ids)
@@ -88,7 +88,7 @@ def shuffled(p: Predictions) -> Predictions:
     return take(p, np.random.default_rng(0).permutation(len(p)))
 
 
-def test_runs_are_averaged_and_resampled():
+def test_average_and_resampling_of_runs():
     names = ["accuracy", "per_class.b.auc", "auc_macro", "study.auc_micro_logits", "average_precision_micro"]
     runs = [random_predictions(seed=s, spread=0.5 + s) for s in range(2)]
     result = bootstrap.over_runs([runs[0], shuffled(runs[1])], names, DRAWS)

@@ -19,7 +19,7 @@ def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
     return make_predictions(labels, np.exp(z * sharpness), logits=z * sharpness + 7.0 if logits else None)
 
 
-def test_temperature_inverts_sharpening():
+def test_temperature_against_sharpening():
     for sharpness, logits in ((0.5, True), (1.0, False), (3.0, True), (3.0, False)):
         p = make(sharpness=sharpness, logits=logits)
         temperature = calibration.fit_temperature(p)

@@ -46,7 +46,7 @@ def test_every_metric_against_scikit_learn():
         check_against_scikit_learn(replace(given, logits=logits))
 
 
-def test_absent_class_is_undefined():
+def test_undefined_metrics_of_an_absent_class():
     absent = check_against_scikit_learn(random_case(3, 200, labels=np.arange(200) % 2))["per_class"]["c"]
     assert absent == absent | {"n": 0, "recall": None, "auc": None, "average_precision": None, "npv": 1.0}
     # A class that is never predicted has no precision.
@@ -110,7 +110,7 @@ def patients():
     )
 
 
-def test_patients_are_means_without_mixed_labels():
+def test_patient_means_without_mixed_labels():
     means, mixed = metrics.by_patient(patients())
     assert mixed == 1
     columns = zip(means.ids, means.labels, means.sources, means.probabilities, strict=True)

@@ -52,7 +52,7 @@ def test_outliers_and_reasons(fitted):
         assert words in fitted.reason(picture), name
 
 
-def test_false_alarms_are_counted_and_rare(fitted):
+def test_count_and_rarity_of_false_alarms(fitted):
     counts = fitted.false_alarms["test"]
     alarms = sum(fitted.score(picture) > 1 for picture in chests(400, 150))
     assert (counts["n"], counts["alarms"], counts["rate"]) == (150, alarms, alarms / 150)
@@ -60,7 +60,7 @@ def test_false_alarms_are_counted_and_rare(fitted):
     assert alarms + sum(fitted.score(picture) > 1 for picture in chests(550, 150)) <= 9  # 3 %
 
 
-def test_score_rises_with_noise_and_tint(fitted):
+def test_score_by_noise_and_tint(fitted):
     noise = np.random.default_rng(1).normal(0, 1, (64, 64))
     noisy = [np.clip(chest(902) + s * noise, 0, 255).astype(np.float32) for s in (0, 20, 40, 80)]
     tinted = [in_color(chest(902)) * np.asarray([1, 1 - s, 1 - s]) for s in (0.0, 0.1, 0.3, 0.9)]
@@ -72,7 +72,7 @@ def test_score_rises_with_noise_and_tint(fitted):
     assert fitted.score(grain) == pytest.approx(fitted.score(grain @ novelty.LUMA), rel=0.15)
 
 
-def test_score_is_independent_of_size_and_dtype(fitted):
+def test_score_independence_of_size_and_dtype(fitted):
     large = chest(903, 256)
     image, score = Image.fromarray(large), fitted.score(large)
     assert fitted.score(image.resize((128, 128), Image.Resampling.BOX)) == pytest.approx(score, rel=0.1)

@@ -78,7 +78,7 @@ def test_metrics_at_a_threshold_by_hand():
             at(p, 0.5, prevalence=bad)
 
 
-def test_intervals_are_over_patients():
+def test_intervals_over_patients():
     p = make()
     point = at(p, 0.3, prevalence=0.2, draws=40)
     names, member = np.unique(p.groups, return_inverse=True)

@@ -52,7 +52,7 @@ def test_csv_columns(tmp_path):
     assert rows[2][4] == "Normal", "tied probabilities"
 
 
-def test_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch):
+def test_earlier_file_after_a_full_disk(tmp_path, monkeypatch):
     predictions.write(make(), tmp_path / "p.csv")
     before = (tmp_path / "p.csv").read_bytes()
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("No space")))

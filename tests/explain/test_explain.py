@@ -33,7 +33,7 @@ def explainer():
     return Explainer(module, random_variables(module, (24, 32, 1)), SPEC, None, 8)
 
 
-def test_command_draws_files_and_reports_bad_ones(trained_run, tmp_path, capsys):
+def test_command_with_good_and_bad_files(trained_run, tmp_path, capsys):
     (tmp_path / "in/deep").mkdir(parents=True)
     for name in ("in/a.png", "in/a.tiff", "in/deep/a.png", "odd name?.jpg"):
         Image.fromarray(PICTURE).save(tmp_path / name)

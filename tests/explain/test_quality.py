@@ -85,7 +85,7 @@ def test_sanity_check_of_gradcam_and_of_brightness():
     assert good["stages"][-1]["modules"] == len(order)
 
 
-def test_shuffling_permutes_the_values_of_one_module():
+def test_permutation_of_one_module():
     module = small_bn()(outputs=3)
     variables = random_variables(module, (SIDE, SIDE, 3))
     changed = quality.shuffled(variables, ["head"], 0)
@@ -96,7 +96,7 @@ def test_shuffling_permutes_the_values_of_one_module():
                 assert (np.asarray(old) != new).any() == (name == "head")
 
 
-def test_masks_of_synthetic_slices_match_the_images():
+def test_masks_of_synthetic_slices_against_images():
     classes, name = slices.CLASSES[::-1], datasets.resolve("phantom_ct")[0]
     plain, boxed = InputSpec(size=(96, 96), channels=1), InputSpec(size=(64, 48), channels=1, crop="box")
     full, cropped = (quality.draw_slices(classes, spec, name, 2) for spec in (plain, boxed))

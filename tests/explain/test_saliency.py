@@ -107,7 +107,7 @@ def test_predicted_class_and_batches():
     assert maps.shape == (0, SIDE, SIDE) and probabilities.shape == (0, 3)
 
 
-def test_sigmoid_scores_both_classes():
+def test_sigmoid_maps_of_both_classes():
     """The map of the negative class is that of a network with the sign of the last layer flipped."""
     one = toy(outputs=1, positive=0)
     flipped = dict(one.variables["params"], head=dict(one.variables["params"]["head"]))
@@ -121,7 +121,7 @@ def test_sigmoid_scores_both_classes():
         assert np.abs(against - one.maps(IMAGES, 0, method)[0]).max() > 0.1
 
 
-def test_integrated_gradients_add_up_to_the_difference():
+def test_sum_of_integrated_gradients():
     explainer = toy(steps=256)
     scores = []
     for x in (IMAGES, 0 * IMAGES):
@@ -172,7 +172,7 @@ def test_places_of_cells_by_hand():
         assert axes == (expected, expected), name
 
 
-def test_map_is_placed_by_the_receptive_field():
+def test_map_position_by_receptive_field():
     """With valid padding, a map that is only stretched to the image would miss the bright spot."""
     module = small_bn()(outputs=2, padding="valid", head=HeadConfig(pool="avg"))
     spec = InputSpec(size=(48, 48), channels=1)
@@ -193,7 +193,7 @@ def test_map_is_placed_by_the_receptive_field():
     assert away[True] < 2.5 and away[False] > away[True] + 1, away  # a cell is 4 pixels
 
 
-def test_maps_without_evidence_are_zeros():
+def test_zero_maps_without_evidence():
     """Maps are zeros if the score does not depend on the map, or if all cells are equal."""
     explainer = corner_explainer()
     for method in saliency.METHODS:
@@ -220,7 +220,7 @@ def test_invalid_arguments():
         toy(patch=SIDE + 1)
 
 
-def test_overlay_is_the_mean_of_image_and_colors():
+def test_overlay_as_mean_of_image_and_colors():
     image, heat = np.full((2, 3, 1), 100, np.uint8), np.asarray([[0, 0, 0], [1, 1, 1]])
     ends = np.asarray([[(68, 1, 84)] * 3, [(253, 231, 37)] * 3])  # of viridis
     np.testing.assert_allclose(saliency.heat_colors(heat), ends, atol=1)

@@ -182,7 +182,7 @@ def test_script_without_lungjax(pyz, tmp_path):
     assert np.abs(written - model.explain(names[0])[0] * 255).max() <= 0.51
 
 
-def test_script_needs_masks(pyz, tmp_path):
+def test_script_without_masks(pyz, tmp_path):
     segmented = replace(METADATA, stage="lungs")
     altered(pyz, tmp_path / "lungs.pyz", {"model.json": segmented.to_json().encode()})
     Image.fromarray(images(1)[0, ..., 0]).save(tmp_path / "a.png")
@@ -239,7 +239,7 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         artifacts.read_pyz(pyz).outputs(np.zeros((1, 24, 32, 3), np.uint8))
 
 
-def test_program_of_another_jax_is_refreshed(pyz, tmp_path, capsys):
+def test_refresh_of_another_jax_version(pyz, tmp_path, capsys):
     program = zipfile.ZipFile(pyz).read("predict.stablehlo").replace(b"convolution_v1", b"convolution_v9")
     about = json.loads(zipfile.ZipFile(pyz).read("artifact.json")) | {"jax": "0.99.1"}
     members = {"artifact.json": json.dumps(about).encode(), "predict.stablehlo": program}
@@ -255,21 +255,21 @@ def test_program_of_another_jax_is_refreshed(pyz, tmp_path, capsys):
         assert commands.run(export, f"--refresh={old}") == 2 and word in capsys.readouterr().err
 
 
-def test_compiler_options_are_filtered(pyz, tmp_path):
+def test_compiler_option_filter(pyz, tmp_path):
     about = json.loads(zipfile.ZipFile(pyz).read("artifact.json"))
     about["compiler_options"] = {"xla_dump_to": str(tmp_path / "dump"), "xla_cpu_prefer_vector_width": 256}
     path = altered(pyz, tmp_path / "model.pyz", {"artifact.json": json.dumps(about).encode()})
     assert artifacts.read_pyz(path).compiler_options == {"xla_cpu_prefer_vector_width": 256}
 
 
-def test_equal_models_are_equal_files(small, pyz, tmp_path):
+def test_byte_identical_files_of_equal_models(small, pyz, tmp_path):
     data = pyz.read_bytes()
     assert stablehlo.write(small, tmp_path)[0].read_bytes() == data
     for folder in (Path(lungjax.__file__).parent, Path(jax.__file__).parent, Path(__file__).parents[1]):
         assert str(folder).encode() not in data  # no paths of this machine
 
 
-def test_wrong_export_is_not_kept(small, tmp_path):
+def test_removal_of_a_wrong_export(small, tmp_path):
     (tmp_path / "model.pyz").write_bytes(b"old")
     scaled = replace(small, variables=jax.tree.map(lambda leaf: 1.01 * leaf, small.variables))
     wrong = replace(small)

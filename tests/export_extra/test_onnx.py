@@ -59,7 +59,7 @@ def test_every_family():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_file_equals_network(name, tmp_path):
+def test_file_against_network(name, tmp_path):
     functions = make(name)
     path, worst = onnx_export.write(functions, tmp_path)
     allowed = 1e-4 if name == "bit_r50x1" else 1e-5  # here BiT's float32 and float64 differ by 1e-5
@@ -104,7 +104,7 @@ def test_damaged_foreign_and_large_files(small, tmp_path, monkeypatch):
 TYPES = {"TYPE_UINT8": onnx.TensorProto.UINT8, "TYPE_FP32": onnx.TensorProto.FLOAT}
 
 
-def test_triton_configuration_fits_model(small, tmp_path):
+def test_triton_configuration_against_model(small, tmp_path):
     functions = replace(small, metadata=replace(small.metadata, name="x rays"))
     other = tmp_path / "triton/somebody_elses/1"
     other.mkdir(parents=True)

@@ -14,7 +14,7 @@ tf = pytest.importorskip("tensorflow", reason="SavedModel needs TensorFlow: pip 
 
 
 @pytest.mark.parametrize("name", ["cbr_tiny", "xray_cnn", "mobilenetv3_small"])
-def test_file_equals_network(name, tmp_path):
+def test_file_against_network(name, tmp_path):
     functions = make(name)
     path, worst = savedmodel.write(functions, tmp_path)
     assert worst <= 1e-5

@@ -22,7 +22,7 @@ def model(trained_run):
     return lungjax.load(trained_run.workdir)
 
 
-def test_predict_as_the_report(model, trained_run):
+def test_predictions_of_the_report(model, trained_run):
     assert model.metadata.classes == trained_run.classes and model.format == "run"
     saved = predictions.read(trained_run.workdir / "predictions_test.csv")
     paths = [trained_run.images / name for name in saved.ids]

@@ -14,7 +14,7 @@ from lungjax.models import layers
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["silu", "relu6", ""])
-def test_batch_norm_and_activation_equal_linen(name, dtype):
+def test_batch_norm_and_activation_against_linen(name, dtype):
     """Compares initial values, outputs, running statistics and gradients; 7, 9 and 11 rows are split differently."""
     activation = getattr(nn, name) if name else None
     with jax.enable_x64(dtype == "float64"):

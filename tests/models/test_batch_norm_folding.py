@@ -44,7 +44,7 @@ DEFAULT = ("cbr", "efficientnet", "resnet50v2")
 
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in FOLDED])
-def test_folded_network_equals_the_plain_one(name):
+def test_folded_network_against_the_plain_one(name):
     module = SHALLOW[name].make(outputs=3)
     variables = random_variables(module, SHAPE)
     network, folded, plain, result = both(module, variables)
@@ -103,7 +103,7 @@ def test_combinations_of_layer_and_norm():
             assert error(folded[0], plain[0]) < 1e-5 and error(folded[1]["last"], plain[1]["last"]) < 1e-5, kind
 
 
-def test_bfloat16_is_folded_in_float32():
+def test_float32_folding_of_bfloat16_networks():
     exact, half = (small_bn()(outputs=3, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
     variables = random_variables(exact, SHAPE)
     _, folded_exact, expected, _ = both(exact, variables)
@@ -117,7 +117,7 @@ def test_bfloat16_is_folded_in_float32():
     assert errors[0] > 1e-3 * rms(expected[1]["last"]) and errors[1] < 1.1 * errors[0]
 
 
-def test_folded_variables_keep_their_sharding():
+def test_sharding_of_folded_variables():
     mesh = meshes.make_mesh()
     module = small_bn()(outputs=3)
     sharded = NamedSharding(mesh, PartitionSpec(None, None, None, "data"))

@@ -70,7 +70,7 @@ def test_global_response_norm_of_a_zero_channel():
     np.testing.assert_array_equal(module.init_with_output(jax.random.key(0), x)[0], x)
 
 
-def test_drop_path_drops_examples():
+def test_drop_path_per_example():
     x = draw(0, 4000, 2, 2, 1) + 10
     module = DropPath(0.2)
     y = module.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})

@@ -26,7 +26,7 @@ CONVOLUTIONS = {"depthwise": (6, (1, 6)), "dense": (6, (6, 4)), "gray": (1, (1, 
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolution_equals_lax(kind):
+def test_convolution_against_lax(kind):
     channels, depth = CONVOLUTIONS[kind]
     windows = WINDOWS[:: 1 if kind == "depthwise" else 2]
     arrays = [(draw(0, 2, height, width, channels), draw(1, *size, *depth)) for height, width, size, *_ in windows]
@@ -116,7 +116,7 @@ LINEN = [
 ]
 
 
-def test_conv_layer_equals_linen():
+def test_conv_layer_against_linen():
     """Initial values, and outputs with a random bias."""
     x, pairs = draw(0, 2, 9, 11, 6), []
     for fields in LINEN:

@@ -59,14 +59,14 @@ def check(path: Path, jit):
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
-def test_logits_equal_the_reference(path):
+def test_logits_against_the_reference(path):
     with conv.plain_forms():
         check(path, quick_jit)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
-def test_logits_of_the_cpu_forms_equal_the_reference(path):
+def test_logits_of_the_cpu_forms_against_the_reference(path):
     check(path, lambda function: jax.jit(function, compiler_options=conv.compiler_options()))
 
 

@@ -82,7 +82,7 @@ def test_zero_init():
     assert not np.any(params["dense"]["kernel"])
 
 
-def test_bfloat16_maps_are_pooled_in_float32():
+def test_float32_pooling_of_bfloat16_maps():
     features = jnp.asarray([1, 1, 1, 1 + 2**-7], jnp.bfloat16).reshape(1, 2, 2, 1)
     variables = {"params": {"dense": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
     logits = Head(HeadConfig(), 1).apply(variables, features, train=False)

@@ -190,7 +190,7 @@ def test_training_step_of_a_shallow_network(name):
     assert not ratios or min(ratio.min() for ratio in ratios) < (1 + module.momentum) / 2  # not a slower decay
 
 
-def test_published_head_is_the_default():
+def test_published_head_as_default():
     simple = models.build(ModelConfig(name="simple", head=HeadConfig(dropout=0.1)), 3)
     assert (simple.head.pool, simple.head.hidden, simple.head.dropout) == ("max", (32,), 0.1)
     assert models.build(ModelConfig(name="efficientnetv2_b0"), 3).head.dropout == 0.2
@@ -211,7 +211,7 @@ def test_class_counts():
         models.build(ModelConfig(), 1)
 
 
-def test_unavailable_options_are_named():
+def test_names_of_unavailable_options():
     for config, message in (
         (ModelConfig(name="efficentnetv2_s"), "'efficentnetv2_s'.*efficientnetv2_s"),
         (ModelConfig(name="efficientnetv2_b0", padding="valid"), "model.padding='valid'.*same"),
@@ -225,12 +225,12 @@ def test_unavailable_options_are_named():
             models.minimum_size(config)
 
 
-def test_equal_builds_share_one_compiled_program():
+def test_one_compiled_program_of_equal_builds():
     one, equal, other = (models.build(ModelConfig(name="efficientnetv2_s"), classes) for classes in (3, 3, 4))
     assert one == equal != other and hash(one) == hash(equal)  # keys of jit's cache
 
 
-def test_drop_path_rises_linearly():
+def test_linear_rise_of_drop_path():
     """The rates rise from 0 to the given one in ConvNeXt, and to (n - 1) / n of it over n blocks in EfficientNet."""
     efficientnet = models.build(ModelConfig(name="efficientnetv2_b1", drop_path=0.27), 3)
     starts = {0, 2, 5, 8, 12, 18}  # first blocks of stages have no shortcut
@@ -251,7 +251,7 @@ def test_drop_path_rises_linearly():
         np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
-def test_initial_values_are_the_authors():
+def test_initial_values_of_the_authors():
     stages = expand((Stage(True, 1, 64, 4, 2), Stage(False, 1, 64, 4, 1, squeeze=0.25)), 64)
     efficientnet, convnext = EfficientNet(stages, stem=64, top=512), ConvNeXt((1,), (16,), drop_path=0.0, outputs=5)
 

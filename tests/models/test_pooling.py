@@ -21,7 +21,7 @@ WINDOWS = [
 ]
 
 
-def test_max_pool_equals_linen():
+def test_max_pool_against_linen():
     for height, width, *window in WINDOWS:
         x = draw(0, 2, height, width, 5)
         x = jnp.concatenate([x, jnp.maximum(jnp.round(x), 0)], -1)  # ties: many windows have several equal maxima
@@ -35,7 +35,7 @@ def test_max_pool_of_negative_bfloat16():
     assert pull(y)[0].dtype == jnp.bfloat16
 
 
-def test_avg_pool_equals_linen():
+def test_avg_pool_against_linen():
     for shape in ((2, 8, 6, 5), (3, 9, 7, 4)):
         x = draw(0, *shape)
         plain = with_gradients(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), x)

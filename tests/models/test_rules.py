@@ -28,7 +28,7 @@ def rules(model, layout):
 
 
 @pytest.mark.parametrize("model", [m if m in DEFAULT else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
-def test_rules_fill_every_leaf_once(model):
+def test_one_tensor_per_leaf_by_the_rules(model):
     with conv.plain_forms():
         shapes = models.leaf_shapes(models.build(ModelConfig(name=model), 1000), (224, 224, 3))
     for key, tensors in NAMES.items():
@@ -78,7 +78,7 @@ def test_names_of_other_publishers():
         assert set(leaves) == {path for path, _ in tensors.values()}, (model, layout)
 
 
-def test_arrays_that_are_rearranged():
+def test_rearranged_arrays():
     """Kernels for BGR images, the dense kernel after a flattened map, and Keras's depthwise kernels."""
     random = np.random.default_rng(0).normal(size=(7, 7, 3, 4)).astype(np.float32)
     for model, layout, name, path in (

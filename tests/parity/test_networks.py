@@ -173,7 +173,7 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", CASES)
-def test_network_equals_reference(key, tmp_path):
+def test_network_against_reference(key, tmp_path):
     case = CASES[key]
     path, expected = in_process(run_reference, case, tmp_path)
     cells = in_process(run_ours, case, path, expected)

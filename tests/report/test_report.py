@@ -217,7 +217,7 @@ def test_minimal_run(tmp_path):
         write.write_report(tmp_path, Config(), {"val": p}, [], {}, image)
 
 
-def test_invalid_predictions_keep_the_earlier_report(run, tmp_path):
+def test_earlier_report_after_invalid_predictions(run, tmp_path):
     workdir = shutil.copytree(run[0], tmp_path / "run")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     p = make(5)
@@ -277,7 +277,7 @@ def check_overlaps(figure):
         assert width < 2 or height < 2, f"{a!r} on {b!r}"
 
 
-def test_long_names_do_not_overlap(figures, tmp_path):
+def test_long_names_without_overlap(figures, tmp_path):
     p = make(n=400, classes=LONG)
     matrix = metrics.summarize(p)["confusion"]
     plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")

@@ -112,7 +112,7 @@ def render_page(run, report, config=CONFIG, *details):
     return Page(templating.render("report.html.j2", **context.build(config, report, {}, run[0] / "plots", *details)))
 
 
-def test_page_is_self_contained(run, page):
+def test_self_contained_page(run, page):
     assert not {tag for tag, _ in page.tags} & {"script", "i", "link", "iframe", "object", "form", "base"}
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
@@ -139,7 +139,7 @@ def test_embedded_figures(run, page):
     assert "mistakes.png" in files and sorted(embedded) == sorted(files.values())
 
 
-def test_names_are_escaped(run, page):
+def test_escaping_of_names(run, page):
     confusion = next(table for table in page.tables if table[0][0] == "true / predicted")
     assert [row[0] for row in confusion[1:]] == list(EVIL) and confusion[0][1:] == list(EVIL)
     assert page.text.startswith("small</title>: cbr_tiny on folder/mine")
@@ -177,7 +177,7 @@ def test_heat_map_overlay(tmp_path):
     np.testing.assert_allclose(middle[int(len(middle) * 0.9)], (126, 115, 18), atol=3)
 
 
-def test_images_are_slices_only_in_ct(run, page, saved):
+def test_ct_slices_and_other_images(run, page, saved):
     slices = render_page(run, saved | {"unit": "slice"}, CONFIG, summary())
     for noun, here, other in (("image", page, "per slice"), ("slice", slices, "per image")):
         words = (f"Tested on 36 {noun}s of 18 patients", f"Confusion, per {noun} (test)", f"On 36 test {noun}s")
@@ -225,7 +225,7 @@ def test_other_splits(run, saved):
     assert "have a counterpart in train" not in page.text + folds.text
 
 
-def test_figure_that_is_not_png(tmp_path):
+def test_figure_in_another_format(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
     with pytest.raises(OSError, match="a.png"):
         templating.embed(tmp_path / "a.png", "caption")

@@ -77,7 +77,7 @@ def test_save_and_restore(tmp_path):
     assert isinstance(restore_best(tmp_path)[0]["params"]["dense"]["kernel"], np.ndarray)
 
 
-def test_save_survives_donation(tmp_path):
+def test_save_of_donated_buffers(tmp_path):
     train_step = jax.jit(
         lambda s: s.replace(step=s.step + 1, params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
     )
@@ -91,7 +91,7 @@ def test_save_survives_donation(tmp_path):
     assert int(restored.step) == 1 and kernel(restored) == 1 and kernel(restore_best(tmp_path)[0]) == 1
 
 
-def test_save_is_asynchronous_and_commits_best_first(tmp_path, monkeypatch):
+def test_asynchronous_save_with_best_first(tmp_path, monkeypatch):
     commit, gate, order = checkpoint._commit, threading.Event(), []
 
     def slow_commit(folder, step):
@@ -112,7 +112,7 @@ def test_save_is_asynchronous_and_commits_best_first(tmp_path, monkeypatch):
     assert order == [("best", 1), ("last", 1), ("last", 2)]
 
 
-def test_saving_a_step_again_replaces_it(workdir):
+def test_second_save_of_a_step(workdir):
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(make(8, value=0.0), {}, best=True)
         restored, _ = checkpoints.restore(abstract())
@@ -134,7 +134,7 @@ def damage(path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "no checksums", "garbled checksums"])
-def test_damaged_checkpoint_is_skipped(workdir, capsys, kind):
+def test_damaged_checkpoint(workdir, capsys, kind):
     last, best = workdir / "checkpoints/last", workdir / "checkpoints/best"
     damage(last / "8", kind)
     with Checkpoints(workdir) as checkpoints:
@@ -164,7 +164,7 @@ def test_no_intact_checkpoint(workdir):
         restore_best(workdir / "other")
 
 
-def test_last_best_is_never_dropped(workdir):
+def test_preservation_of_the_last_best(workdir):
     # Both best checkpoints are later than the remaining state; one is kept because the state refers to a best step.
     for path, to in (("last/4", "last/2"), ("last/8", "other")):
         (workdir / "checkpoints" / path).rename(workdir / "checkpoints" / to)
@@ -232,7 +232,7 @@ def fail_with(code):
     ("at", "code", "words"),
     [("save", errno.ENOSPC, "full"), ("wait", errno.EROFS, "read-only"), ("exit", errno.ENOSPC, "full")],
 )
-def test_failed_background_save_is_reported_next(workdir, monkeypatch, at, code, words):
+def test_report_of_a_failed_background_save(workdir, monkeypatch, at, code, words):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail_with(code))
         checkpoints = Checkpoints(workdir)
@@ -250,7 +250,7 @@ def test_failed_background_save_is_reported_next(workdir, monkeypatch, at, code,
     assert folders(workdir, "last") == ["12", "8"] and folders(workdir, "best") == ["4", "8"]
 
 
-def test_failed_save_is_a_note_on_another_error(workdir, monkeypatch):
+def test_failed_save_as_note_on_another_error(workdir, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
     with pytest.raises(KeyError) as error, Checkpoints(workdir) as checkpoints:
         checkpoints.save(make(12), {})
@@ -272,7 +272,7 @@ def test_disk_without_room_or_permission(workdir, tmp_path, monkeypatch):
         Checkpoints(workdir)
 
 
-def test_reading_leaves_a_pending_save_alone(workdir):
+def test_reading_during_a_pending_save(workdir):
     pending = workdir / "checkpoints/best/12.partial.orbax-checkpoint-tmp"
     pending.mkdir()
     variables, step = restore_best(workdir)

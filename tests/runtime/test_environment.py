@@ -21,7 +21,7 @@ def page_faults(choice: str) -> tuple[str, int]:
     return applied, int(faults)
 
 
-def test_freed_memory_is_used_again_without_page_faults():
+def test_reuse_of_freed_memory():
     reused, few = page_faults("keep")
     assert reused == str(platform.libc_ver()[0] == "glibc")
     assert reused == "False" or few * 10 < page_faults("leave")[1]

@@ -142,7 +142,7 @@ def test_openapi_and_docs(service):
     assert "/explain" in text and "<script" not in text and not re.findall(r'(?:src|href)="https?:', text)
 
 
-def test_batches_and_saliency_maps_alternate():
+def test_alternating_batches_and_saliency_maps():
     with running() as service:
         model = service.model
         model.gate.clear()
@@ -208,7 +208,7 @@ def test_starting_then_ready():
         assert service.post("/predict", ("a", flat(1)))[0] == 200
 
 
-def test_model_error_has_a_number(caplog):
+def test_number_of_a_model_error(caplog):
     caplog.set_level(logging.INFO, "lungjax.serve")
     with running() as service:
         service.model.error = RuntimeError(f"of {SECRETS[0]}")

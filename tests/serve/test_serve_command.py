@@ -50,7 +50,7 @@ def test_tokens(tmp_path, monkeypatch):
         assert "secret" not in str(error.value)
 
 
-def test_process_finishes_requests_after_sigterm(trained_run):
+def test_requests_in_progress_at_sigterm(trained_run):
     command = [sys.executable, "-m", "lungjax.serve", f"--model={trained_run.workdir}", "--port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -45,7 +45,7 @@ def test_limits_of_a_request(strict):
     assert strict.metric('lungjax_refused_total{reason="bytes"}') >= 3
 
 
-def test_unread_body_gets_the_answer(strict):
+def test_response_before_the_body_is_read(strict):
     status, answer = raw(strict, HEAD + b"Content-Length: 4000000\r\n\r\n" + bytes(2_000_000), bytes(2_000_000))
     assert status == 413 and "4000000" in answer["error"]
     started = time.monotonic()
@@ -152,7 +152,7 @@ def test_host_names_of_a_public_service():
         assert [service.ask("GET", "/model", host=host)[0] for host in hosts] == [200, 200, 421]
 
 
-def test_memory_of_uploads_is_returned(monkeypatch):
+def test_memory_after_uploads(monkeypatch):
     """Uploads are large files, and a small file that decodes to a large image."""
     for limit, requests in ((2000, [np.random.default_rng(0).bytes(600)] * 4), (2**22, [flat(100, (2100, 2100))])):
         trimmed = threading.Event()
@@ -165,7 +165,7 @@ def test_memory_of_uploads_is_returned(monkeypatch):
             assert trimmed.wait(5)
 
 
-def test_uploads_leave_no_trace(caplog, capfd):
+def test_no_trace_of_uploads(caplog, capfd):
     """This includes files above a megabyte, which Starlette's form parser writes to disk by default."""
     caplog.set_level(logging.DEBUG)
     big = written(secret(scan(shape=(1100, 1100))))

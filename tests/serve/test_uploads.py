@@ -227,7 +227,7 @@ print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).images[0].s
 """
 
 
-def test_first_dicom_of_a_process_logs_nothing(tmp_path):
+def test_silence_of_the_first_dicom_in_a_process(tmp_path):
     """This runs in a new process, since importing pydicom resets the level of its logger."""
     uid = "1.2.826.01.3680043.77"  # pydicom warns of the leading zero in a part
     data = scan(SeriesInstanceUID="1.2.826.91.3680043.77")
@@ -300,7 +300,7 @@ def test_million_dicom_elements():
     assert time.process_time() - started < 5
 
 
-def test_damaged_dicom_leaks_nothing(monkeypatch, recwarn, capfd, caplog):
+def test_damaged_dicom_without_leaks(monkeypatch, recwarn, capfd, caplog):
     """Any damage results in an UploadError or an image, never in another exception or in text of the file."""
     uploads.quiet()
     complete = written(secret(scan()))

@@ -89,7 +89,7 @@ def test_ictcf_rounded_accuracies():
             assert numbers["test accuracy, rounded"] == pytest.approx(rounded, abs=0.5e-4)
 
 
-def test_ct_cov19_tables_agree():
+def test_ct_cov19_tables_against_each_other():
     grid, areas = rows("ct_cov19_val"), rows("ct_cov19_auc")
     for row, numbers in rows("ct_cov19_test").items():
         best = max(grid[row], key=grid[row].get)  # the study chose by val F1
@@ -102,7 +102,7 @@ def test_ct_cov19_tables_agree():
     assert np.mean(noise) == pytest.approx(0.044, abs=0.0005) and max(noise) == pytest.approx(0.158)
 
 
-def test_covidx_rates_match_their_split():
+def test_covidx_rates_against_split_sizes():
     # Recall x support / precision is the number of predictions of a class; the sum is the number of images.
     for table, row, split in (
         ("covidx_ct_3a", "test, repeat run", "test"),
@@ -120,7 +120,7 @@ def test_covidx_rates_match_their_split():
     assert abs((recall * support / precision).sum() - support.sum()) > 50
 
 
-def test_tables_are_complete():
+def test_completeness_of_tables():
     assert {name: len(table.cells) for name, table in TABLES.items()} == CELLS
     assert {(name, split): sum(TABLES[name].counts[split]) for name, split in TOTALS} == TOTALS
     for name, table in TABLES.items():

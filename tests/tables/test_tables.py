@@ -83,7 +83,7 @@ def evaluate(sample, options, draws=50, tables=None):
     return results.evaluate(sample, tables or {}, results.Reader(sample, options, draws))
 
 
-def test_verdict_allows_for_rounding():
+def test_verdict_with_rounding():
     one = Cell("a", "b", "x", "val.slice.accuracy", 0.81, decimals=2)
     # 0.805 is the lowest number printed as 0.81, 0.815 the highest.
     ends = {(0.7, 0.8): "below", (0.7, 0.8051): "inside", (0.8149, 0.9): "inside", (0.8151, 0.9): "above"}
@@ -184,7 +184,7 @@ def test_counts_of_the_published_splits(trial, options, monkeypatch):
         assert states == {n: "finished" if n in allowed else "other data" for n in last}
 
 
-def test_overrides_give_no_verdict(trial, options):
+def test_overrides_without_verdict(trial, options):
     """Runs with another data set or configuration get no verdict."""
     override = replace(options, sets=("data.dataset=phantom_ct/tiny",))
     for run in runs.plan(f"{trial}:dataset=ct_cov19", override):
@@ -295,7 +295,7 @@ def test_execute_missing_runs(trial, options, monkeypatch):
     assert results.run_missing(table(cell(trial)), {}, options, output.append) == {} and not executed
 
 
-def test_ctrl_c_saves_a_run(tmp_path, options, trial, monkeypatch, capfd):
+def test_ctrl_c_during_a_run(tmp_path, options, trial, monkeypatch, capfd):
     script = tmp_path / "python"
     script.write_text(
         f"#!{sys.executable}\nimport signal, sys, time\n"

@@ -59,7 +59,7 @@ def test_report_of_sharded_parameters(tmp_path):
     assert re.search(r"all-gather +\d+ in the program of each chip: 0.1 MB of bf16", report)
 
 
-def test_step_that_does_not_fit(tmp_path):
+def test_step_beyond_the_memory(tmp_path):
     command = [
         sys.executable, "-m", "lungjax.main", "--experiment=phantom_demo", "--compile_for=v5e:4x4",
         "--set=train.batch_size=1048576",

@@ -24,7 +24,7 @@ HLO = """
 """
 
 
-def test_unknown_topology_lists_choices():
+def test_choices_for_an_unknown_topology():
     generations = "v4, v5e, v5p, v6e"
     for topology, hint in (
         ("v5e-16", "v5e:4x4"), ("v5e", "v5e:4x4"), ("v5e:3x3", "v5e:2x4"), ("v5p:4x4", "v5p:2x2x1"),

@@ -22,7 +22,7 @@ from lungjax.training import losses, setup, train
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_augmentation_follows_the_position_in_the_sequence():
+def test_augmentation_by_position_in_the_sequence():
     config = changed(PLAIN, "augment.brightness=0.5,1.5", "model.head.dropout=0", "input.size=16")
     batch, result = runs.batch_of(config), []
     for offset in (0, 0, 100):
@@ -53,7 +53,7 @@ def test_loss_of_mixed_labels(mixing):
     np.testing.assert_allclose(metrics["loss"], (share * a + (1 - share) * b).mean(), rtol=1e-5)
 
 
-def test_box_jitter_has_a_margin(small_data):
+def test_margin_of_box_jitter(small_data):
     columns = small_data.columns | {"box": np.tile(np.asarray([10, 5, 30, 35], np.float32), (60, 1))}
     boxed = replace(small_data, columns=columns)
     config = changed(PLAIN, "input.crop=box", "input.box_margin=0.25", "augment.box_jitter=0.2")
@@ -66,7 +66,7 @@ def test_box_jitter_has_a_margin(small_data):
         next(pipeline.train_batches(boxed, changed(config, "augment.exterior=0.5"), start=0))
 
 
-def test_rotation_shows_what_is_outside_the_crop(small_data):
+def test_pixels_outside_the_crop_after_rotation(small_data):
     """The study of COVIDx CT rotates before it crops 340 x 380 of 512 x 512 pixels: no corner becomes black."""
     config = experiments.load("covidx_ct:protocol=study")
     config = replace(config, train=replace(config.train, batch_size=16))
@@ -103,7 +103,7 @@ def test_report_of_the_control_without_lungs(phantoms, tmp_path, monkeypatch):
     assert warned == (report["controls"]["no_lungs"]["auc_macro"] >= 0.6)
 
 
-def test_control_without_lungs_has_the_test_files(phantoms):
+def test_images_of_the_control_without_lungs(phantoms):
     data = datasets.open_dataset("phantom_ct/tiny", phantoms)
     files = data.columns["file"]
     control = datasets.without_lungs(data, phantoms)

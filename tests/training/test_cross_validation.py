@@ -55,7 +55,7 @@ def quick(config, workdir, data_dir, *_):
     (workdir / "report.md").write_text("")
 
 
-def test_folds_are_trained_once_and_pooled(root, monkeypatch, capsys):
+def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     workdir, real, trained = root / "cv", train.run, []
 
     def counted(config, folder, *others):

@@ -29,7 +29,7 @@ def assert_events_equal_rows(workdir):
     return events
 
 
-def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_network, capsys):
+def test_steps_of_a_resumed_run(tmp_path, monkeypatch, small_network, capsys):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         interrupt(patch, signal.SIGTERM, 6)
@@ -49,7 +49,7 @@ def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_network, capsy
     assert sum("train_step" in name for name in names) >= 2
 
 
-def test_missing_extra_is_found_before_training(tmp_path, monkeypatch, small_network):
+def test_missing_extra_before_training(tmp_path, monkeypatch, small_network):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match="extra"):
         train.run(CONFIG, tmp_path / "run", tmp_path)

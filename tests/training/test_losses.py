@@ -13,7 +13,7 @@ def loss(logits, labels, weights=None, smoothing=0.0, positive=None, classes=3):
     return np.asarray(losses.cross_entropy(logits, labels, class_weights=weights, **settings))
 
 
-def test_softmax_loss_equals_scikit_learn():
+def test_softmax_loss_against_scikit_learn():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(0, 3, 20)
     p = np.asarray(outputs.probabilities(jnp.asarray(logits), None), np.float64)

@@ -1,7 +1,7 @@
 from lungjax.training import metrics_log
 
 
-def test_resume_drops_rows_that_are_repeated(tmp_path):
+def test_repeated_rows_after_a_resume(tmp_path):
     """These are the rows after the restored step, and the validation of that step, which was not saved."""
     path = tmp_path / "metrics.jsonl"
     names = ("train.loss", "val.slice.loss", "train.loss", "val.slice.loss", "lr")

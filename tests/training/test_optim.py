@@ -61,7 +61,7 @@ def test_no_optimizer_state_for_frozen_parameters():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_lr_factors_scale_updates(name):
+def test_updates_with_lr_factors(name):
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), PARAMS)
@@ -89,7 +89,7 @@ def test_invalid_lr_factors():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
-def test_every_optimizer_descends(name):
+def test_descent_of_every_optimizer(name):
     assert (np.asarray(updated(OptimConfig(name=name))["head"]["dense"]["kernel"]) < 1).all()
 
 

@@ -56,7 +56,7 @@ def break_batches(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_resume_after_signal_is_bit_exact(tmp_path, monkeypatch, capsys, complete, number):
+def test_bit_exact_resume_after_signal(tmp_path, monkeypatch, capsys, complete, number):
     """SIGTERM arrives in a training step, and SIGINT in a validation."""
     handler, name = signal.getsignal(number), signal.Signals(number).name
     with monkeypatch.context() as patch:
@@ -78,7 +78,7 @@ def test_resume_after_signal_is_bit_exact(tmp_path, monkeypatch, capsys, complet
     assert json.loads((tmp_path / "run/report.json").read_text())
 
 
-def test_resume_after_kill_is_bit_exact(tmp_path, complete):
+def test_bit_exact_resume_after_kill(tmp_path, complete):
     """A SIGTERM that reaches the whole process group still lets the run save; SIGKILL leaves no worker behind."""
     out = tmp_path / "run"
     for number, code, step in ((signal.SIGTERM, 143, 3), (signal.SIGKILL, -9, 8)):
@@ -116,7 +116,7 @@ def test_run_files_lost_in_a_power_failure(tmp_path, capsys, complete, stopped, 
     runs.assert_same_end(complete, stopped)
 
 
-def test_non_finite_loss_stops_with_the_batch(tmp_path, monkeypatch, small_data, complete):
+def test_non_finite_loss_and_its_batch(tmp_path, monkeypatch, small_data, complete):
     with monkeypatch.context() as patch:
         break_batches(patch, {7})
         with pytest.raises(ValueError, match="at step 7; batch") as error:
@@ -131,7 +131,7 @@ def test_non_finite_loss_stops_with_the_batch(tmp_path, monkeypatch, small_data,
         np.testing.assert_array_equal(states[1][path], array, err_msg=path)
 
 
-def test_skip_omits_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data):
+def test_skip_of_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data):
     config = changed(PLAIN, "train.on_nan=skip", "train.steps=4")
     with monkeypatch.context() as patch:
         break_batches(patch, {3})
@@ -151,7 +151,7 @@ def test_skip_omits_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data)
         np.testing.assert_array_equal(end[f"params/{path}"], leaf, err_msg=path)
 
 
-def test_rewind_continues_with_other_examples(tmp_path, monkeypatch, capsys):
+def test_other_examples_after_a_rewind(tmp_path, monkeypatch, capsys):
     config = changed(PLAIN, *REWIND)
     break_batches(monkeypatch, {2, 7})
     train.run(config, tmp_path / "run", tmp_path)
@@ -165,7 +165,7 @@ def test_rewind_continues_with_other_examples(tmp_path, monkeypatch, capsys):
     assert steps == sorted(set(steps)) and steps[-1] == 8
 
 
-def test_rewinds_are_limited(tmp_path, monkeypatch):
+def test_limit_of_rewinds(tmp_path, monkeypatch):
     break_batches(monkeypatch, range(100))
     with pytest.raises(ValueError, match="rewound 5 times"):
         train.run(changed(PLAIN, *REWIND), tmp_path / "run", tmp_path)

@@ -34,7 +34,7 @@ def losses(workdir):
     return [row["train.loss"] for row in metrics_log.read(workdir / "metrics.jsonl") if "train.loss" in row]
 
 
-def test_two_hosts_stop_resume_and_equal_one(tmp_path):
+def test_stop_and_resume_of_two_hosts(tmp_path):
     """SIGTERM to one host saves on both; the resumed run equals one on a single device, which can also continue it."""
     hosts = runs.start_hosts(tmp_path / "two", *[f"{HOSTS} --pause=0.15"] * 2)
     runs.wait_for_step(tmp_path / "two", 2, hosts[0])
@@ -57,7 +57,7 @@ def test_two_hosts_stop_resume_and_equal_one(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
-def test_failing_host_stops_all(tmp_path):
+def test_end_of_all_hosts_after_a_failure(tmp_path):
     """A normal exit would wait five minutes for the other host, which waits for this host's part of the step."""
     begin = time.time()
     errors = runs.finish(runs.start_hosts(tmp_path / "run", HOSTS, f"{HOSTS} --fail_at=3"), code=2)
@@ -91,7 +91,7 @@ def eight_devices(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("mode", "reference"), [("sharded", "global"), ("frozen_per_device", "frozen")])
-def test_step_on_eight_devices_equals_one(eight_devices, monkeypatch, mode, reference):
+def test_step_on_eight_devices_against_one(eight_devices, monkeypatch, mode, reference):
     monkeypatch.setitem(models.MODELS, "wide", None)
     one, eight = run_steps.steps(reference), eight_devices[mode]
     assert eight.keys() == one.keys() and len(one) > 5
@@ -103,7 +103,7 @@ def test_step_on_eight_devices_equals_one(eight_devices, monkeypatch, mode, refe
             np.testing.assert_allclose(eight_devices["global"][name], one[name], atol=5e-6, err_msg=name)
 
 
-def test_batch_statistics_are_global_unless_per_device(eight_devices):
+def test_global_and_per_device_batch_statistics(eight_devices):
     live, own = (eight_devices[mode]["stage2_conv/kernel"] for mode in ("global", "per_device"))
     assert np.abs(live - own).max() > 1e-4
     norm = eight_devices["norm"]
@@ -121,7 +121,7 @@ def test_mesh_errors(monkeypatch):
         meshes.make_mesh(1, devices=[jax.devices()[0]] * 2)
 
 
-def test_memory_tips_are_valid():
+def test_validity_of_memory_tips():
     for assignments in ([], ["train.sync_batch_norm=False"], ["train.accumulate=3", "train.remat=True"]):
         config = runs.changed(Config(train=TrainConfig(batch_size=24)), *assignments)
         tips = program.smaller(config, 4)

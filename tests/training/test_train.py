@@ -59,7 +59,7 @@ def test_files_of_a_run(tmp_path, complete):
     assert (workdir / "predictions_test.csv").read_bytes() == before
 
 
-def test_progress_is_final(tmp_path):
+def test_final_progress(tmp_path):
     settings = ("train.patience=1", "optim.lr=1e-12", "train.eval_steps=2", "train.steps=40", "train.keep=last")
     config = changed(CONFIG, *settings)
     train.run(config, tmp_path / "run", tmp_path)
@@ -106,7 +106,7 @@ def test_mistakes_before_training(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["train.accumulate=4", pytest.param("train.remat=true", marks=pytest.mark.slow)])
-def test_variants_equal_the_plain_step(variant):
+def test_variants_against_the_plain_step(variant):
     """Augmentation is included; it depends only on the position of an example in the sequence."""
     config = changed(SGD, "optim.frozen_batch_norm=frozen", "augment=ct_cov19_original", "augment.contrast=0.5,1.5")
     before, plain, metrics_of_plain = runs.one_step(config)
@@ -116,7 +116,7 @@ def test_variants_equal_the_plain_step(variant):
     np.testing.assert_allclose(metrics_of_other["loss"], metrics_of_plain["loss"], rtol=1e-5)
 
 
-def test_dropout_depends_on_seed_and_step():
+def test_dropout_by_seed_and_step():
     config = changed(CONFIG, "model.head.dropout=0.5")
     batch, losses = runs.batch_of(config), []
     for number in (0, 0, 1):
@@ -126,7 +126,7 @@ def test_dropout_depends_on_seed_and_step():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_warm_start_accounts_for_every_name(complete):
+def test_names_of_a_warm_start(complete):
     module = models.build(CONFIG.model, 5)
     optimizer = optim.make_optimizer(OptimConfig(), lambda s: 0.1, {})
     random = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9).params)

@@ -80,7 +80,7 @@ def shapes(name):
     return jax.eval_shape(lambda: NETWORKS[name](outputs=3).init(jax.random.key(0), images, train=False))["params"]
 
 
-def test_tune_trains_last_units_and_what_follows():
+def test_trained_units_by_tune():
     params = {name: shapes(name) for name in NETWORKS}
     for (name, tune), modules in TRAINED_MODULES.items():
         paths = set(trees.flatten(params[name]))
@@ -90,7 +90,7 @@ def test_tune_trains_last_units_and_what_follows():
         assert paths - optim.frozen_paths(OptimConfig(tune=tune), params[name]) == expected, (name, tune)
 
 
-def test_freeze_adds_to_tune():
+def test_freeze_combined_with_tune():
     params = shapes("tiny_efficientnet")
     assert optim.frozen_paths(OptimConfig(), params) == frozenset()
     blocks = optim.frozen_paths(OptimConfig(tune="blocks:2"), params)
@@ -121,7 +121,7 @@ def test_invalid_tune_and_freeze():
 @pytest.mark.parametrize(
     ("name", "variant"), [("tiny_cbr", "train.accumulate=2"), slow("tiny_efficientnet", "train.remat=true")]
 )
-def test_frozen_parameters_stay_bit_exact(name, variant):
+def test_bit_exact_frozen_parameters(name, variant):
     config = config_of(name, "optim.name=adamw", "optim.weight_decay=0.1", "optim.lr=0.01", "optim.tune=head", variant)
     first = runs.first_state(config)
     before, current = jax.device_get(first), first
@@ -145,7 +145,7 @@ def test_no_backward_pass_below_trained_layers(name):
 @pytest.mark.parametrize(
     ("name", "norms"), [("tiny_cbr", "frozen"), slow("tiny_convnext", "update"), slow("tiny_densenet", "update")]
 )
-def test_tuned_gradients_equal_full_training(name, norms):
+def test_tuned_gradients_against_full_training(name, norms):
     config = config_of(name, f"optim.frozen_batch_norm={norms}")
     _, full, metrics = runs.one_step(config)
     tuning = changed(config, "optim.tune=blocks:1")
@@ -184,13 +184,13 @@ def test_statistics_of_frozen_layers(name, remat):
     np.testing.assert_allclose(result["update"][2]["loss"], batchwise, rtol=1e-5)
 
 
-def test_norm_with_a_trained_scale_updates():
+def test_statistics_of_a_norm_with_trained_scale():
     config = config_of("tiny_cbr", "optim.freeze=stem_conv|stage2_bn/bias", "optim.frozen_batch_norm=with_layer")
     before, after, _ = runs.one_step(config)
     assert runs.different(before.batch_stats, after.batch_stats) == set(trees.flatten(before.batch_stats))
 
 
-def test_norm_in_the_head_is_trained():
+def test_training_of_a_norm_in_the_head():
     config = config_of("tiny_cbr", "optim.tune=head", "model.head.norm_after_pool=batch")
     before, after, _ = runs.one_step(config)
     statistics = {"head/norm_after_pool/mean", "head/norm_after_pool/var"}

@@ -19,7 +19,7 @@ from lungjax.weights import catalogue
 from lungjax.weights.name_rules import layouts
 
 
-def test_rows_are_valid():
+def test_validity_of_rows():
     assert len(catalogue.RECORDS) == 212
     for record in catalogue.RECORDS:
         model, tag = record.name.split(".")
@@ -62,7 +62,7 @@ FACTS = {
 }
 
 
-def test_rows_agree_with_published_facts():
+def test_rows_against_published_facts():
     for name, (checksum, normalization, size, top1, license) in FACTS.items():
         record = catalogue.find(name)
         mean, std = catalogue.NORMALIZATIONS[normalization]

@@ -13,7 +13,7 @@ def numbers(*shape):
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-def test_all_problems_are_in_one_error():
+def test_one_error_for_all_problems():
     shapes = {"conv1/kernel": (3, 3, 2, 4), "conv2/kernel": (1, 1, 4, 4), "bn/scale": (4,), "bn/bias": (4,)}
     tensors = {
         "conv1/kernel": numbers(3, 3, 4, 2), "conv2/kernel": numbers(1, 1, 4, 4), "odd1/kernel": numbers(1, 1, 4, 4),

@@ -130,7 +130,7 @@ def test_wrong_checksum(host, cache):
     assert (cache / FILE).exists()  # the user's file is never removed
 
 
-def test_network_errors_say_where_to_put_the_file(host, cache, monkeypatch):
+def test_advice_after_network_errors(host, cache, monkeypatch):
     host.status = 404
     missing, offline = record_of(host), replace(record_of(host), url="http://127.0.0.1:9/model.safetensors")
     for record, reason in ((missing, "404 Not Found"), (offline, "refused")):
@@ -142,7 +142,7 @@ def test_network_errors_say_where_to_put_the_file(host, cache, monkeypatch):
         download.download(missing)
 
 
-def test_missing_file_says_what_to_do(cache, tmp_path):
+def test_advice_for_a_missing_file(cache, tmp_path):
     record = catalogue.find("efficientnetv2_s")
     with pytest.raises(ValueError) as error:
         download.locate(record, tmp_path / "mine")

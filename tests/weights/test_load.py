@@ -69,7 +69,7 @@ def test_renamed_file_of_several_records(zoo):
     assert lungjax.create("tiny", "torch", weights_dir=zoo)[0].padding == "symmetric"
 
 
-def test_file_recognized_by_checksum(zoo, monkeypatch):
+def test_recognition_by_checksum(zoo, monkeypatch):
     path = write(zoo, "safetensors", leaves(), "weights.safetensors")
     published = replace(TORCH, checksum=f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
     monkeypatch.setattr(catalogue, "RECORDS", (KERAS, HALVED, published))
@@ -98,7 +98,7 @@ def test_other_class_count(zoo):
     assert lungjax.create("tiny", f"file:{path}", classes=3)[1]["params"]["head"]["dense"]["bias"].shape == (3,)
 
 
-def test_repeated_gray_is_the_same_network(zoo):
+def test_repeated_gray_against_color_weights(zoo):
     write(zoo, "h5", leaves())
     *gray, spec = lungjax.create("tiny", weights_dir=zoo, channels=1)
     *color, color_spec = lungjax.create("tiny", weights_dir=zoo)
@@ -108,7 +108,7 @@ def test_repeated_gray_is_the_same_network(zoo):
     np.testing.assert_array_equal(images, lungjax.preprocess(np.stack([PHOTO] * 3, -1), color_spec))
 
 
-def test_folded_kernel_is_the_same_network(zoo):
+def test_folded_kernel_against_three_channels(zoo):
     write(zoo, "safetensors", leaves())
     repeat, three, spec3 = lungjax.create("tiny", "half", weights_dir=zoo, channels=1)
     fold, one, spec1 = lungjax.create("tiny", "half", weights_dir=zoo, channels=1, gray="fold")
@@ -119,14 +119,14 @@ def test_folded_kernel_is_the_same_network(zoo):
     np.testing.assert_allclose(logits(fold, one, images1), expected, atol=1e-5 * np.ptp(expected))
 
 
-def test_slice_is_the_green_one(zoo):
+def test_slice_of_the_green_channel(zoo):
     write(zoo, "h5", leaves())
     variables, spec = lungjax.create("tiny", weights_dir=zoo, channels=1, gray="slice")[1:]
     np.testing.assert_array_equal(flat(variables)["stem_conv/kernel"], leaves()["stem_conv/kernel"][:, :, 1:2])
     assert (spec.mean, spec.std) == ((0.456,), (0.224,))
 
 
-def test_fold_needs_equal_channels():
+def test_fold_of_unequal_channels():
     for name, message in (("efficientnet_b0", "differ by channel"), ("bit_r50x1", "standardizes")):
         with pytest.raises(ValueError, match=message):
             resolved(name=name, weights="imagenet", gray="fold")
@@ -144,7 +144,7 @@ def test_resolved_configuration(zoo):
     assert load.resolve(plain) is plain
 
 
-def test_user_fields_stay_unless_wrong(zoo):
+def test_user_fields_and_corrections(zoo):
     config = resolved(mean=(0.1,), weights="torch", epsilon=1e-5)
     assert (config.input.mean, config.input.std) == ((0.1,) * 3, TORCH.input.std)
     assert resolved(3, mean=(0.1, 0.2, 0.3), weights="keras").input.mean == (0.1, 0.2, 0.3)
@@ -158,7 +158,7 @@ def test_user_fields_stay_unless_wrong(zoo):
             resolved(**fields)
 
 
-def test_saved_configuration_needs_no_file(zoo):
+def test_saved_configuration_without_the_file(zoo):
     path = write(zoo, "h5", leaves())
     config = resolved(weights=f"file:{path}")
     path.unlink()

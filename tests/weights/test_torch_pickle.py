@@ -17,7 +17,7 @@ RAW = {"0": NUMBERS.tobytes()}
 
 
 @BOTH
-def test_tensors_share_storages(tmp_path, write):
+def test_tensors_of_one_storage(tmp_path, write):
     shared = storage("0", "Float", 24, b"N")
     parameter = call(name("torch._utils", "_rebuild_parameter"), tensor(shared, (24,), (1,)), b"\x88", b"}")
     tree = state_dict({
@@ -46,7 +46,7 @@ def test_dtypes(tmp_path):
 
 
 @BOTH
-def test_wrappers_are_removed(tmp_path, write):
+def test_removal_of_wrappers(tmp_path, write):
     for wrapper in ("model", "state_dict"):
         tree = mapping(epoch=number(3), **{wrapper: state_dict({"module.a": array_of("0", NUMBERS)})})
         np.testing.assert_array_equal(open_tensors(write(tmp_path / "w", tree, RAW))["a"], NUMBERS)
@@ -89,7 +89,7 @@ def attacks(marker):
 
 
 @BOTH
-def test_crafted_pickles_are_refused(tmp_path, write):
+def test_crafted_pickles(tmp_path, write):
     marker = tmp_path / "harm"
     good = state_dict({"a": array_of("0", NUMBERS)})
     for attack, body in attacks(marker).items():
