@@ -25,7 +25,7 @@ def summarize(
     group_name: str,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
+    """Returns the summary of an index: counts, sizes, warnings, and copies with their effect on each protocol.
 
     `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
     are added to those of this function.
@@ -92,7 +92,7 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol, if any."""
+    """Returns mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
     if not train.any():
         return {}

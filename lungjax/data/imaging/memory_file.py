@@ -17,7 +17,7 @@ class MemoryFile:
     data: bytes = field(repr=False)
 
     def __str__(self) -> str:
-        """Returns its name."""
+        """Returns the name of the file."""
         return self.name
 
     def open(self) -> io.BytesIO:
