@@ -113,7 +113,7 @@ class Service:
         async with self._decoded(request, "explain") as files:
             for file in files:
                 if len(file.inputs) > 1:
-                    file.error = UploadError(422, "frames", "several frames in one file; maps are drawn for single slices")
+                    file.error = UploadError(422, "frames", "several frames in one file; maps need single slices")
             good = [file for file in files if file.error is None]
             futures = self.device.explain([file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
