@@ -31,7 +31,7 @@ def define_flags() -> None:
     keep = "Action for an image without a detected body or lung: keep stores the previous stage."
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
-    flags.DEFINE_string("cross", None, "Another prepared data set, whose shared patients and images are listed.")
+    flags.DEFINE_string("cross", None, "Another prepared data set; prints the patients and images that both share.")
     flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
     flags.DEFINE_string("group_pattern", "", "folder: regex whose first group is the patient in a path, or none.")

@@ -92,7 +92,7 @@ def from_json(text: str, where: str = FILE) -> Metadata:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
-        raise ValueError(f"{where}: not a model.json of lungjax (no number `format`)")
+        raise ValueError(f"{where}: not a model.json of lungjax (no numeric `format`)")
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:

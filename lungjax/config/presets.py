@@ -12,7 +12,7 @@ from lungjax.config.schema import AugmentConfig, nearest
 
 
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
-    """Returns the augmentation of the CT-COV19 study, which used Keras layers, with black fill.
+    """Returns the augmentation of the CT-COV19 study: Keras layers with black fill.
 
     The study gave the zoom as one negative number, which Keras takes as a range in both directions.
     """

@@ -37,7 +37,7 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the fold of each image, int64 [N] in 0 to `count` - 1, or -1 if it is in no split of the clean protocol.
+    """Returns the fold of each image, int64 [N] in 0 to `count` - 1, or -1 if it has no split in the clean protocol.
 
     Groups, exact copies and near duplicates are never divided; every fold has every class, as balanced as the groups
     allow. Raises ValueError with class and numbers if a class has too few groups.

@@ -73,7 +73,7 @@ def complete(
         return make_splits(labels, groups, SHARES, seed), [note]
     missing = [split for split in SPLITS if split not in names]
     if "train" in missing:
-        raise ValueError(f"no train split, only {', '.join(sorted(names))}; name the training images train")
+        raise ValueError(f"no train split, only {', '.join(sorted(names))}; assign the training images to train")
     if not missing:
         return list(splits), []
     total = sum(SHARES[split] for split in ("train", *missing))

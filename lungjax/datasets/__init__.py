@@ -247,7 +247,7 @@ def _origin(base: str) -> str:
 
 
 def _salt(data_dir: Path) -> str:
-    """Returns the salt of the patient hashes in `data_dir`, which is drawn once."""
+    """Returns the salt of the patient hashes in `data_dir`, which is drawn on first use."""
     file = data_dir / SALT_FILE
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)

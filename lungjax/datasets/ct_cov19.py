@@ -65,7 +65,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes = compare_counts(examples, CLASSES, ABOUT.expected["original"], "CT-COV19")
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
-        notes.append(f"differs from the publication: train has {total:,} images, in the study's notebooks 4,404")
+        notes.append(f"differs from the publication: train has {total:,} images, but 4,404 in the study's notebooks")
     return Listing(CLASSES, examples, (), tuple(notes), "scans or runs of slices", ABOUT.study, body=True)
 
 

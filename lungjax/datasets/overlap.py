@@ -58,7 +58,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
         if not drop:
             fail(text, shared["examples"])
     if removed.all():
-        fail("no image is left without", ["the patients that the run has seen"])
+        fail("no image is left after excluding", ["the patients that the run has seen"])
     if removed.any():
         count = f"{removed.sum():,} of {total} of {len(np.unique(groups[removed])):,} patients"
         doubts.append(f"--overlap=drop left out {count} that the run has seen in training or validation.")

@@ -158,7 +158,7 @@ def from_pyz(path: Path) -> Functions:
     leaves = batch_norm_folding.unfold(weights, pairs)
     expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
-        raise ValueError(f"{where}: the weights are those of another network or another version of lungjax")
+        raise ValueError(f"{where}: the weights belong to another network or another version of lungjax")
     return Functions(metadata, config.model, module, _tree(leaves))
 
 

@@ -200,7 +200,7 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
 def _add_dicom(
     inputs: Inputs, headers: Sequence[dicom.Header], names: dict[str, tuple[str, str]], metadata: Metadata
 ) -> None:
-    """Adds the slices of a DICOM series, or slices of another plane cut from it. Raises ValueError if it has gaps."""
+    """Adds the slices of a DICOM series, or slices of another plane. Raises ValueError if this plane can't be cut."""
     first, plane = str(headers[0].path), metadata.plane
     group, short = names[first]
     series = dicom.series(headers)

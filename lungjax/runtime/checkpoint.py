@@ -53,7 +53,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         distributed.on_first_host(lambda: _open(self.folder))
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Waits for this host's part of a pending save; raises its error, or adds this to `error` as a note."""
+        """Waits for this host's part of a pending save. If the save fails, raises its error or adds it to `error`."""
         try:
             self._finish_pending()  # not `wait`, which other hosts might not join
         except Exception as save_error:
@@ -116,9 +116,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def restore(self, abstract_state: StateT) -> tuple[StateT, dict[str, Any]] | None:
         """Returns the newest intact state, in the layout of `abstract_state` (shapes with shardings), and its progress.
 
-        None if nothing was saved yet. Newer damaged ones are reported and renamed to STEP.damaged, and best weights
-        newer than the state are deleted, since training will reach them again. Raises ValueError, and changes nothing,
-        if all are damaged or the state is that of another network.
+        Returns None if nothing was saved yet. Newer damaged states are reported and renamed to STEP.damaged, and best
+        weights newer than the state are deleted, since training will reach them again. Raises ValueError, and changes
+        nothing, if all states are damaged or the state belongs to another network.
         """
         self.wait()
         folder = self.folder / "last"
@@ -186,7 +186,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
-    """Returns the first host's newest intact step or None, and newer damaged ones. Raises ValueError if all are."""
+    """Returns the first host's newest intact step (or None) and newer damaged ones, or raises ValueError if all are."""
     step, damaged = distributed.on_first_host(lambda: _inspect(folder)) or (None, [])
     step = distributed.broadcast_int(-1 if step is None else step)
     return None if step < 0 else step, damaged

@@ -301,7 +301,7 @@ def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
 
 
 def trim_memory() -> None:
-    """Returns freed memory of large uploads to the system, which `environment.keep_freed_memory` prevents."""
+    """Returns memory freed by large uploads to the system, which `environment.keep_freed_memory` otherwise prevents."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:

@@ -203,7 +203,7 @@ def volume(headers: tuple[Header, ...], step: float) -> Volume:
 
 @named_errors
 def xray(path: File) -> bytes:
-    """Returns an X-ray as an 8-bit PNG file with white bones, also for MONOCHROME1.
+    """Returns an X-ray as an 8-bit PNG file with white bones, even if it is stored inverted (MONOCHROME1).
 
     Scales differ between manufacturers, so the window is that of the file (WindowCenter and WindowWidth, or its VOI
     LUT); without one, the range of the pixels is mapped to 0..255. Raises the same errors as `picture`.

@@ -23,7 +23,7 @@ class MemoryFile:
     def open(self) -> io.BytesIO:
         """Returns a file object that raises ValueError after MAX_READS reads.
 
-        Otherwise, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
+        Without a limit, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
         """
         return _LimitedReads(self.data)
 

@@ -1,4 +1,4 @@
-"""Staging directory of a data set: locked, with sufficient disk space, published by renaming."""
+"""The staging directory of a data set, which is locked, checked for disk space, and published by renaming."""
 
 import contextlib
 import fcntl
