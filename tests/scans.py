@@ -12,14 +12,9 @@ from pydicom import uid
 HU = (-2048, 1)  # intercept and slope
 # Storage orders: axis and sign of z, y, x of the body for (slices, rows, columns).
 STORED = {
-    "head first": "+z+y+x",
-    "foot first": "-z+y+x",
-    "prone": "+z-y-x",
-    "mirrored": "+z+y-x",
-    "turned": "+z+x+y",
-    "coronal": "+y-z+x",
-    "sagittal": "-x-z+y",
-}
+    "head first": "+z+y+x", "foot first": "-z+y+x", "prone": "+z-y-x", "mirrored": "+z+y-x", "turned": "+z+x+y",
+    "coronal": "+y-z+x", "sagittal": "-x-z+y",
+}  # fmt: skip
 VECTOR = {"x": np.array([1.0, 0, 0]), "y": np.array([0, 1.0, 0]), "z": np.array([0, 0, 1.0])}
 
 

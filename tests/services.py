@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
@@ -141,16 +142,9 @@ def slices(level, uid, count=3):
 
 
 def post_all(service, count, path="/predict"):
-    """Posts images of gray level 0, 1, ... in parallel; returns the list of answers and the threads that fill it."""
-    answers = [None] * count
-
-    def post(i):
-        answers[i] = service.post(path, (f"{i}", flat(i)))
-
-    threads = [threading.Thread(target=post, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    return answers, threads
+    """Posts images of gray level 0, 1, ... in parallel; returns the futures of the answers."""
+    pool = ThreadPoolExecutor(count)
+    return [pool.submit(service.post, path, (f"{i}", flat(i))) for i in range(count)]
 
 
 def wait_for(condition, seconds=10):

@@ -99,5 +99,4 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "c.md").read_text() == result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c.md"}
     assert commands.run(compare, a, positional=("RUN_A", "RUN_B")) == 1
-    output = capsys.readouterr()
-    assert "RUN_B" in output.out + output.err
+    assert "RUN_B" in "".join(capsys.readouterr())

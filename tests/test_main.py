@@ -40,8 +40,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         ([], "--list"),
     ):
         assert commands.run(main, *arguments) in (1, 2), arguments
-        output = capsys.readouterr()
-        assert hint in output.out + output.err, arguments
+        assert hint in "".join(capsys.readouterr()), arguments
         assert not (tmp_path / "runs").exists()
     assert commands.run(main, "--list") == 0 and "phantom_demo" in capsys.readouterr().out
 

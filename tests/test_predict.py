@@ -169,8 +169,7 @@ def test_usage_errors(trained_run, command, tmp_path, capsys):
         ({"group_pattern": "("}, 2, "regular expression"), ({"group_pattern": "p"}, 2, "parentheses"),
     ):  # fmt: skip
         assert command(image, **flags) == code
-        output = capsys.readouterr()
-        assert word in output.out + output.err, word
+        assert word in "".join(capsys.readouterr()), word
     assert not (tmp_path / "out").exists()
 
 

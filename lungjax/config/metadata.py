@@ -1,7 +1,6 @@
 """model.json: the metadata of a trained network, in the folder of a run and in each of its exports.
 
-Everything that predicts reads input, classes, calibration and operating points from here, so preprocessing is specified
-once.
+Everything that predicts reads input, classes, calibration and operating points from here.
 
     format              1; incremented if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on
@@ -87,10 +86,7 @@ class Metadata:
 
 
 def from_json(text: str, where: str = FILE) -> Metadata:
-    """Reads metadata from JSON; the inverse of `Metadata.to_json`.
-
-    Raises ValueError, naming `where`, for other text, a newer format, or invalid fields.
-    """
+    """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for other text or a newer format."""
     try:
         tree = json.loads(text)
     except ValueError as error:

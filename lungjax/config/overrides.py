@@ -52,10 +52,7 @@ def _paths(section: Any, prefix: str = "") -> list[str]:
 
 
 def parse(text: str, hint: Any, what: str) -> Any:
-    """Reads `text` as the type `hint`: int, float, bool, str, None or a tuple of these.
-
-    Raises ValueError naming `what`, the text and the expected type.
-    """
+    """Reads `text` as a `hint`: int, float, bool, str, None or a tuple of these. Raises ValueError naming `what`."""
     error = ValueError(f"{what}={text}: expected {_type_name(hint)}, got {text!r}")
     if isinstance(hint, types.UnionType):
         if text == "None":  # "none" is a value of norms and weights

@@ -22,8 +22,7 @@ def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
 def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scale: float) -> AugmentConfig:
     """COVIDNet-CT (arXiv:2009.05383), each change with probability 0.5; needs input.crop=box.
 
-    The original rotates and shears about the center of the box before it crops and resizes, and shifts gray levels by
-    integers.
+    The original rotates and shears about the center of the box before the crop, and shifts gray levels by integers.
     """
     return AugmentConfig(
         probability=0.5, exterior=0.5, flip_horizontal=0.5, rotation=degrees / 360, shear=shear, box_jitter=jitter,

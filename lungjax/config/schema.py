@@ -86,8 +86,7 @@ class AugmentConfig:
     flip_horizontal: float = 0.0  # probability
     flip_vertical: float = 0.0  # probability
     rotation: float = 0.0  # maximum fraction of a turn each way, as in Keras: 0.1 is 36 degrees
-    # As in Keras's RandomZoom, the visible side changes by a fraction from this range: -0.2 zooms in to 0.8 of it, 0.2
-    # out to 1.2.
+    # As in Keras's RandomZoom, the visible side changes by a fraction from this range: 0.2 zooms out to 1.2 of it.
     zoom: tuple[float, float] = (0.0, 0.0)
     zoom_apart: bool = False  # draw height and width independently
     shear: float = 0.0  # maximum coefficient (tangent) each way, along x or along y
@@ -106,8 +105,7 @@ class AugmentConfig:
     dropout_grid: tuple[int, int] = (3, 8)  # patches along each side, drawn from this range (imgaug's size_px)
     noise: float = 0.0  # Gaussian; maximum standard deviation in gray levels
     probability: float = 1.0  # of each of rotation, shear, box_jitter, zoom, shift and intensities
-    # Finally, two images of a batch are mixed, and their losses in the same proportion. With both options, each is
-    # applied to half of the batches.
+    # Finally, two images and their losses are mixed. With both options, each is applied to half of the batches.
     mixup: float = 0.0  # alpha of the beta distribution; 0 is off
     cutmix: float = 0.0  # likewise
 

@@ -128,8 +128,7 @@ def near_twins(
 ) -> Near:
     """Returns the confirmed near duplicates in different groups; arguments as in `near_pairs` and `likeness`.
 
-    `groups` are names. Of exact copies (equal `pixels`) in a group only the first is compared; `leakage` applies its
-    pairs to all of them.
+    `groups` are names. Of exact copies (equal `pixels`) in a group only the first is compared.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
     group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]

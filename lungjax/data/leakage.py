@@ -1,7 +1,6 @@
 """Leakage between splits: exact copies, near duplicates and patients in several splits.
 
-Leaks in the splits of a study are only counted. The clean protocol removes images until no test image has a duplicate
-or its patient in train or val.
+Leaks in a study's splits are only counted. The clean protocol removes images until test shares none with train or val.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,7 @@ def clean(
     """Returns the splits of the clean protocol, with "" for removed images, and notes on the removed images.
 
     An image is removed if its group or a near duplicate is in a later split (train, val, test). Of exact copies, only
-    the one in the latest split remains, and there the one with the first group name; copies with different labels are
-    all removed.
+    the one in the latest split with the first group name remains; copies with different labels are all removed.
 
     The columns have one value per image: `splits` is "" for images in no split, and `pixels` are equal for exact
     copies. `near`, int64 [P, 2], are the pairs of `duplicates.near_twins`. `group_name` is a plural noun.

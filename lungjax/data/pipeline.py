@@ -118,8 +118,7 @@ def train_batches(
     """Yields this host's part of each global batch from number `start` on, endlessly.
 
     A batch has the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in the
-    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior needs body masks and the data
-    set has none.
+    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior lacks body masks.
     """
     if (share := config.augment.exterior) and not data.body:
         raise ValueError(f"augment.exterior={share}: {data.name} has no body masks; only CT data sets have them")

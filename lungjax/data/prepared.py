@@ -57,10 +57,7 @@ class Prepared:
         return str((self.volumes or {}).get("orientation", "standard"))
 
     def rows(self, split: str) -> np.ndarray:
-        """Returns the row numbers of a split, int64 [n], in record order.
-
-        With protocol "study" a row may be repeated or in two splits, as in the study.
-        """
+        """Returns the row numbers of a split, int64 [n], in order; with protocol "study" they may be repeated."""
         if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
         cells, place = np.unique(self.columns["split_study"], return_inverse=True)
@@ -86,8 +83,7 @@ def is_prepared(directory: Path) -> bool:
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the data set has no study splits but these are requested, or if index and records differ in
-    length.
+    Raises ValueError if the data set lacks requested study splits, or if index and records differ in length.
     """
     info = json.loads((directory / "lungjax.json").read_text("utf-8"))
     if protocol == "study" and not info["study"]:

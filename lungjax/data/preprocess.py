@@ -1,7 +1,6 @@
 """Turns an image into network input: orientation, stage, stored size and window of the data set, then crop and resize.
 
-Preparation and prediction share these steps. The window of a 16-bit image is applied before a stage, but after resizing
-to the stored size.
+Preparation and prediction share these steps. A 16-bit window is applied before a stage, but after resizing.
 """
 
 import numpy as np

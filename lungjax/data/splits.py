@@ -10,10 +10,7 @@ SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
 
 
 def parse_study(cell: str) -> dict[str, int]:
-    """Returns the repetitions per split in a cell such as "train", "train*3" or "val+test".
-
-    Raises ValueError for anything else.
-    """
+    """Returns the repetitions per split in a cell such as "train*3" or "val+test". Raises ValueError for other text."""
     counts = {}
     for part in cell.split("+") if cell else []:
         split, _, times = part.partition("*")

@@ -8,10 +8,7 @@ from lungjax.data.prepared import Prepared
 
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct `values`, the most frequent first, and their numbers of images per class, int64 [V, C].
-
-    `values` are [N], or [N, K] with one value per row.
-    """
+    """Returns the distinct `values` [N] or [N, K], most frequent first, and their images per class, int64 [V, C]."""
     names, member = np.unique(values, axis=0, return_inverse=True)
     counts = np.zeros((len(names), classes), np.int64)
     np.add.at(counts, (member.ravel(), labels), 1)

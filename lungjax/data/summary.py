@@ -133,10 +133,8 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             warnings.append(f"the train split is imbalanced: {least:,} images of {rare}, {most:,} of {frequent}")
     width, height = (result["sizes"][side][1] for side in ("width", "height"))
     if max(width, height) < MIN_SIDE and not result["size"]:
-        warnings.append(
-            f"small images, a median of {width} x {height} pixels: most networks enlarge them to 224 x 224; use the "
-            "originals, or a smaller --set=input.size"
-        )
+        size = f"a median of {width} x {height} pixels"
+        warnings.append(f"small images, {size}: use the originals, or a smaller --set=input.size than 224 x 224")
     for name in result["classes"] if len(result["sources"]) > 1 else ():
         single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
         names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"

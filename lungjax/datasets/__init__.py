@@ -1,7 +1,6 @@
 """Data sets by name: NAME/CONFIGURATION, or a preprocessed copy, NAME/CONFIGURATION-STAGE-SIZE.
 
-Each data set has a module with `ABOUT` and `listing(source, config, options)`; `build.writer.prepare` writes the listed
-images.
+Each data set has a module with `ABOUT` and `listing(source, config, options)`, whose images `build.writer` writes.
 """
 
 import contextlib
@@ -134,10 +133,7 @@ def about(base: str) -> About:
 
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
-    """Returns the description of a prepared data set for reports: `summary`, and `about`, the fields of its `About`.
-
-    Each is None if missing; a user's folder has no `about`.
-    """
+    """Returns the `summary` of a prepared data set, None if missing, and its `about`, None for a user's folder."""
     file = prepared.directory(Path(data_dir), data.name) / "summary.json"
     base = resolve(data.name)[0].base
     return {
@@ -147,10 +143,7 @@ def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
 
 
 def classes(name: str) -> tuple[str, ...]:
-    """Returns the classes of a data set, prepared or not, in label order; () for `folder`, whose images define them.
-
-    Raises ValueError for an unknown name.
-    """
+    """Returns the classes of a data set in label order, () for `folder`. Raises ValueError for an unknown name."""
     parts, _ = resolve(name)
     names: Any = getattr(_module(parts.base), "CLASSES", ())
     return tuple(names[parts.config] if isinstance(names, Mapping) else names)
@@ -183,8 +176,7 @@ def help_text(name: str) -> str:
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
     """Opens a prepared data set; a synthetic one is generated on first use.
 
-    Raises ValueError for an unknown name or protocol, and for a data set that is not prepared, with the command that
-    prepares it.
+    Raises ValueError for an unknown name or protocol, and, with the command, for a data set that is not prepared.
     """
     parts, entry = resolve(name)
     folder = prepared.directory(Path(data_dir), parts.full)

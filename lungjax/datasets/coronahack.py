@@ -29,10 +29,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the X-rays in the table of the archive `source`.
-
-    Raises ValueError for a missing table, column or folder, an unknown label or split, or a file named twice.
-    """
+    """Lists the X-rays in the table of the archive `source`. Raises ValueError for missing files and invalid rows."""
     table = files.find(source, (TABLE, f"{FOLDER}/{TABLE}"), "table")
     names = (f"{FOLDER}/{FOLDER}/train/", f"{FOLDER}/train/", "train/")
     root = files.find(source, names, "folder of training images").parent

@@ -35,8 +35,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the frontal X-rays of the repository `source`; `config` is "covid" or "findings".
 
-    Raises ValueError for a missing metadata.csv or column, an unknown finding, a row without patient or file, or a
-    file named twice.
+    Raises ValueError for a missing metadata.csv or column, an invalid row, or a file named twice.
     """
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
     listed, skipped = [], Counter[str]()
@@ -66,10 +65,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def label_of(finding: str, config: str, where: str) -> int | None:
-    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19"; None for an unused row.
-
-    Raises ValueError with the line `where` for an unknown finding.
-    """
+    """Returns the label of a finding such as "Pneumonia/Viral/COVID-19", or None. Raises ValueError if unknown."""
     parts = finding.split("/")
     if parts[0] not in ROOT_FINDINGS:
         raise ValueError(f"{where}: unknown finding {finding!r}; {nearest(parts[0], ROOT_FINDINGS)}")

@@ -29,10 +29,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the slices in the split lists of the repository `source`.
-
-    Raises ValueError for a missing list or image folder, with the names tried, or a file named twice.
-    """
+    """Lists the slices in the split lists of `source`. Raises ValueError for missing or repeated files."""
     rows: list[tuple[str, str, int, str]] = []  # place, split, label, file
     for label, name in enumerate(CLASSES):
         for split in splits.SPLITS:

@@ -135,10 +135,7 @@ def patient(file: str) -> tuple[str, str]:
 
 
 def read_labels(table: Path, split: str, folder: Path) -> list[Example]:
-    """Returns the examples of one official label file, whose images are in `folder`.
-
-    Raises ValueError with file and line for a line that is not `filename class xmin ymin xmax ymax`.
-    """
+    """Returns the examples of an official label file with images in `folder`. Raises ValueError for malformed lines."""
     examples = []
     for where, line in files.read_lines(table):
         file, *numbers = line.split()

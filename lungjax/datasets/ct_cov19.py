@@ -37,10 +37,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the slices of the repository folder `source`; `config` is "original".
-
-    Raises ValueError for a missing split or class folder, an unknown class, and a class without images.
-    """
+    """Lists the slices of a repository. Raises ValueError for missing folders or images, or an unknown class."""
     images: list[tuple[str, int, Path, str]] = []  # split, label, path, path below the class folder
     for split in splits.SPLITS:
         name = split.capitalize()

@@ -77,9 +77,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     rows, volume_notes, axial = folder_volumes.expand(rows, options)
     if ungrouped := sum(not row.group for row in rows):
         warnings.append(
-            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If a patient has "
-            "several images, train and test share patients, and all scores are too high: name the patients in a column "
-            "group, in folders {class}/{patient}/... or with --group_pattern"
+            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If any are not, all "
+            "scores are too high: name patients in a column group, folders {class}/{patient}/... or --group_pattern"
         )
     classes = _classes([row.label for row in rows], options.classes)
     cases = Counter(name.casefold() for name in classes)

@@ -35,10 +35,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the images in the label file of `source`.
-
-    Raises ValueError for a missing label file or column, a label that is not 0 or 1, or a file named twice.
-    """
+    """Lists the images in the label file of `source`. Raises ValueError if the file is missing or a line is invalid."""
     table = files.find(source, (TABLE,), "label file")
     rows = files.read_rows(table, ("image_name", "whole_lung"))
     # The study drops rows without a file before it draws.

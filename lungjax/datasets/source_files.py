@@ -35,10 +35,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
-    """Returns the images below the folder of class `name`, sorted: each path, absolute and relative to that folder.
-
-    Raises ValueError if the folder is missing or has no image.
-    """
+    """Returns the sorted images of class `name`, absolute and relative to its folder. Raises ValueError without any."""
     inner = find(folder, (f"{name}/",), f"folder of class {name}")
     paths = [(inner / path, path) for path in list_images(inner)]
     if not paths:

@@ -92,8 +92,7 @@ def paired_difference(
 
     `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
     most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
-    draws it is at least 0.001. It is not corrected for multiple comparisons. The arguments and errors are those of
-    `over_runs`.
+    draws it is at least 0.001. It is not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
@@ -205,10 +204,7 @@ def _evaluate(
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
-    """Returns a function from counts [patients, draws] to the metrics of a level, [draws] each.
-
-    `member` [N] int is the patient of each example.
-    """
+    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

@@ -1,8 +1,7 @@
 """Calibration: reliability bins, and temperature scaling.
 
 Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
-split. T above 1 makes probabilities less extreme. The predicted class does not change. `lungjax.evaluation.metrics`
-defines ECE and Brier score.
+split. T above 1 makes probabilities less extreme. The predicted class does not change.
 """
 
 from dataclasses import replace
@@ -21,8 +20,7 @@ SCORES = ("ece", "brier", "loss")
 def fit_temperature(predictions: Predictions) -> float:
     """Returns the temperature, within BOUNDS, that minimizes the mean cross-entropy of the predictions.
 
-    Without logits, log probabilities are used, which give the same result. Raises ValueError without examples, or for
-    invalid probabilities.
+    Without logits, log probabilities are used. Raises ValueError without examples, or for invalid probabilities.
     """
     p = predictions
     if not len(p):
@@ -40,10 +38,7 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Returns predictions with scaled logits and their probabilities, in float64.
-
-    Raises ValueError for a temperature that is not above zero, or invalid probabilities.
-    """
+    """Returns float64 predictions at a temperature. Raises ValueError for invalid temperatures or probabilities."""
     if not (temperature > 0 and np.isfinite(temperature)):
         raise ValueError(f"temperature={temperature}: must be above zero")
     logits = _logits(predictions) / temperature

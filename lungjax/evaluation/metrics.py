@@ -249,10 +249,7 @@ def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def auc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the area under the ROC curve, ties one half; NaN without positives or negatives.
-
-    `positive` [N] bool, `scores` [N], higher meaning more likely positive.
-    """
+    """Returns the area under the ROC curve of `scores` [N], ties one half; NaN if `positive` bool [N] is constant."""
     from scipy import stats  # here: it takes a second to import
 
     p, n = positive.sum(), (~positive).sum()

@@ -5,8 +5,7 @@ A classifier returns a class even for a photograph, another organ or a blank pag
 "detail" (local differences, aspect ratio, color), and "layout" (an 8 x 8 thumbnail normalized for brightness and
 contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each vector it takes the
 Mahalanobis distance to the training images, with a regularized covariance, in units of the 99th percentile of the
-validation images. The score is the power mean of the three distances, divided so that 1 % of the validation images
-score above 1.
+validation images. The score is the power mean of the three distances; 1 % of the validation images score above 1.
 
 No network is involved, so the score is the same for every network of a data set and for every export. The Mahalanobis
 distance of network features (Lee et al., arXiv 1807.03888) detected fewer outliers. tests/benchmarks/README.md has the
@@ -30,8 +29,7 @@ MIN_IMAGES = (20, 5)  # of the train and val splits
 RIDGE = 0.2  # added to each standard deviation, as a fraction of it
 POWER = 8  # exponent of the power mean of the three distances: nearly their maximum
 # Smallest standard deviation of each feature, in its unit: gray levels of 0..255; 20 times a logarithm, so 1 is 5
-# percent; 50 times a contrast or a correlation. It applies where the training images do not vary: the color of
-# grayscale images is always 0.
+# percent; 50 times a contrast or correlation. It applies to what never varies, such as the color of gray images.
 TOLERANCES = {
     "intensity": np.full(13, 2.0),
     "detail": np.asarray([2.0] * 5 + [1.0, 1.5]),

@@ -6,8 +6,7 @@
 - Deletion curve (Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421): the probability of the class as pixels are
   replaced by the image's mean in the order of the map; a lower area under the curve is better.
 - Sanity check (Adebayo et al., NeurIPS 2018, arXiv 1810.03292): rank correlation with the map after shuffling weights,
-  first those of the head, then of more and more layers from the top. A map that does not change shows the image rather
-  than the network.
+  first of the head, then of ever more layers. A map that does not change shows the image rather than the network.
 """
 
 import itertools
@@ -102,10 +101,7 @@ def near(masks: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Returns whether the maximum of each map [N, H, W] is in its mask, float64 [N].
-
-    For tied pixels it is their share in the mask. A map of zeros is a miss.
-    """
+    """Returns the share of the maxima of each map [N, H, W] that is in its mask, float64 [N]; 0 for a map of zeros."""
     top = maps.max((1, 2), keepdims=True)
     tied = (maps == top) & (top > 0)
     return (tied & masks).sum((1, 2)) / np.maximum(tied.sum((1, 2)), 1)
@@ -122,8 +118,7 @@ def deletion(
 ) -> np.ndarray:
     """Returns the deletion curve of each image, the probability of its class, float64 [N, steps + 1].
 
-    In column i, the fraction i / steps of the pixels with the highest values in the map is replaced by the image's
-    mean; ties are broken at random.
+    In column i, the fraction i / steps of the pixels with the highest values is replaced by the mean; ties are random.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)

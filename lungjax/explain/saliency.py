@@ -120,8 +120,7 @@ class Explainer:
 
         `images` are uint8 [B, H, W, C], network inputs before normalization. `targets` are the classes to explain, int
         [B], one class for all images, or None for the most probable class. CAMs are interpolated linearly to the input
-        size. Maps are divided by their maximum, so that 0 means "no evidence for this class"; gradcam_positive is
-        min-max scaled, as in the study.
+        size. Maps are divided by their maximum (0: no evidence); gradcam_positive is min-max scaled, as in the study.
 
         Raises ValueError for an unknown method, images of the wrong shape or dtype, and invalid targets.
         """
@@ -153,8 +152,7 @@ class Explainer:
 
         Returns float32 [B, H, W, C], the pixel values times the mean gradient of the score along the path from black to
         the image (midpoints of `steps` equal parts), and [B], the difference of the scores of image and black. By the
-        completeness axiom the attributions of an image add up to this difference, up to the discretization error.
-        Arguments as in `maps`.
+        completeness axiom, up to the discretization error, the attributions of an image add up to this difference.
         """
         images, targets = self._checked(images, targets)
         program = self._program("slope")
@@ -194,10 +192,7 @@ class Explainer:
         return 2 if self.positive is not None else int(self.module.outputs)
 
     def cam(self, method: str) -> Any:
-        """Returns a CAM method as a function of variables with folded norms, head variables, pixels and targets.
-
-        Target -1 is the most probable class.
-        """
+        """Returns a CAM method: a function of folded variables, head variables, pixels and targets (-1: predicted)."""
         head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
         axes = receptive_field.cell_positions(None if stretched else self.module, self.spec.size, self.map_size)
         rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, self.map_size)

@@ -86,8 +86,7 @@ class Functions:
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
         Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
-        the network as trained and folded in plain operations), ROUNDING_FACTOR times that is allowed, at most
-        MAX_TOLERANCE.
+        the network as trained and folded), ROUNDING_FACTOR times that is allowed, at most MAX_TOLERANCE.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]
@@ -121,10 +120,7 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs, for logits and features relative to their range.
-
-    It is infinite if shapes differ or values are non-finite.
-    """
+    """Returns the largest difference of outputs relative to their range; infinite for other shapes or NaN."""
     worst = 0.0
     for name in artifacts.OUTPUTS:
         arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]

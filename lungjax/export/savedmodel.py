@@ -19,10 +19,7 @@ FOLDER = "savedmodel"
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER into `folder`, reloads it, and returns its path and the result of `Functions.check`.
-
-    Raises ValueError as `check`; then no folder remains.
-    """
+    """Writes FOLDER into `folder`, reloads it, and returns its path and `Functions.check`. Raises its errors."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
     from jax.experimental import jax2tf

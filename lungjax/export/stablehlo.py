@@ -40,10 +40,7 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, reads it back, and returns its path and the result of `Functions.check`.
-
-    Raises ValueError as `check`; then no file remains.
-    """
+    """Writes FILE into `folder`, reads it back, and returns its path and `Functions.check`. Raises its errors."""
     path = folder / FILE
     with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:

@@ -34,8 +34,7 @@ Boxes = Sequence[Any] | None
 def list_models(match: str = "*", weights: bool | None = None) -> list[str]:
     """Returns the names of the networks.
 
-    `match` is a shell pattern such as "efficientnet*"; `weights` selects those with (True) or without (False) public
-    ImageNet weights.
+    `match` is a pattern such as "efficientnet*"; `weights` selects those with (True) or without ImageNet weights.
     """
     names = fnmatch.filter(models.MODELS, match)
     return [name for name in names if weights is None or bool(catalogue.records(name)) == weights]
@@ -75,8 +74,7 @@ def create(
     The network maps float32 images [B, H, W, C] from `preprocess` to (logits [B, classes], features);
     features["last"] is the map [B, h, w, c] before the head.
 
-    Raises ValueError for an unknown name or source, a missing or incompatible file, too small a size, and a class
-    count that does not match.
+    Raises ValueError for an unknown name or source, an incompatible file, too small a size, or a wrong class count.
     """
     options = dict(fields, gray=gray, noncommercial=noncommercial)
     model = ModelConfig(name=name, weights=weights, head=head or HeadConfig(), **options)
@@ -137,10 +135,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
 
 
 def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields the pixels of each image, uint8 or uint16 [H, W] or [H, W, 3], and its box or None.
-
-    Floats are rounded. Raises ValueError as `preprocess`.
-    """
+    """Yields each image, uint8 or uint16 [H, W] or [H, W, 3] (floats are rounded), and its box. Raises ValueError."""
     # An array with few columns is one image with the channels last, not a stack of narrow grayscale images.
     single = isinstance(images, np.ndarray) and (images.ndim == 2 or (images.ndim == 3 and images.shape[-1] <= 4))
     if single or isinstance(images, str | Path):

@@ -92,8 +92,7 @@ class Preprocessor:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
         `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on body crops.
-        `segmented` says that the image is already segmented like the training images. Raises ValueError for a 16-bit
-        image if the model has no window.
+        `segmented` images are already in the stage of the model. Raises ValueError for 16 bits without a window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
@@ -144,10 +143,7 @@ class Program:
 
 
 def read_pyz(path: str | Path) -> Program:
-    """Opens a `model.pyz`.
-
-    Raises ValueError for a damaged file, one not from lungjax.export, and one of a version of jax too new or too old.
-    """
+    """Opens a `model.pyz`. Raises ValueError if it is damaged, not from lungjax.export, or from an incompatible jax."""
     path = Path(path)
     metadata, weights, about = read_parts(path)
     files = _members(path, map(member, PROGRAMS))
@@ -157,10 +153,7 @@ def read_pyz(path: str | Path) -> Program:
 
 
 def read_parts(path: Path) -> tuple[Metadata, dict[str, np.ndarray], dict[str, Any]]:
-    """Returns metadata, weights and artifact.json of a `model.pyz`, even if this jax can't read its programs.
-
-    Raises ValueError for a damaged file and one not from lungjax.export.
-    """
+    """Returns metadata, weights and artifact.json of a `model.pyz` of any jax. Raises ValueError if it is damaged."""
     files = _members(path, (MODEL, WEIGHTS))
     metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
     return metadata, _weights(files[WEIGHTS], f"{path}: {WEIGHTS}"), read_about(path)
@@ -243,10 +236,7 @@ class Session:
 
 
 def read_onnx(path: str | Path) -> Session:
-    """Opens a `model.onnx` of lungjax.export on the CPU.
-
-    Raises ValueError if onnxruntime is not installed, and for a damaged file and one not from lungjax.export.
-    """
+    """Opens a `model.onnx` on the CPU. Raises ValueError without onnxruntime, or if it is not from lungjax.export."""
     try:
         import onnxruntime
     except ImportError:

@@ -153,10 +153,7 @@ class Model:
 
 
 def load(path: str | Path) -> Model:
-    """Opens a run folder, a `model.pyz`, a `model.onnx`, or a folder that contains one of these files.
-
-    Raises ValueError for anything else, a run without model.json, and a damaged file.
-    """
+    """Opens a run, a `model.pyz`, a `model.onnx`, or a folder with one of them. Raises ValueError for anything else."""
     place = Path(path).expanduser()
     if place.is_dir() and not (place / "config.json").exists():
         place = next((place / name for name in ("model.pyz", "model.onnx") if (place / name).exists()), place)
@@ -178,10 +175,7 @@ def load(path: str | Path) -> Model:
 
 
 def load_finished(workdir: Path) -> tuple[Network, Metadata]:
-    """Returns the best network of a finished run and its model.json.
-
-    Raises ValueError if there is no trained run, or model.json is missing or belongs to other weights.
-    """
+    """Returns the best network of a finished run and its model.json. Raises ValueError unless both exist and agree."""
     if checkpoint.newest(workdir, "best") is None:
         raise ValueError(f"{workdir}: no trained run (no weights in checkpoints/best)")
     file = workdir / metadata.FILE

@@ -60,8 +60,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     """Returns the network of `config` with one logit per class, or a single logit for a sigmoid head.
 
     Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
-    of each block in the backward pass. `platform` ("cpu", "gpu", "tpu" or None for the default backend) sets the
-    default dtype.
+    of each block in the backward pass. `platform` ("cpu", "gpu", "tpu", None: the default) sets the default dtype.
 
     The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.

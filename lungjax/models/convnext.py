@@ -1,8 +1,7 @@
 """ConvNeXt (Liu et al., CVPR 2022, arXiv 2201.03545) and ConvNeXt V2 (Woo et al., CVPR 2023, arXiv 2301.00808).
 
 V2 replaces the layer scale of the blocks by a global response norm. All sources have layer norms with epsilon 1e-6,
-exact GELU, strided convolutions without padding (which ignore a remainder at the lower and right edge), and a norm
-after the pool, not before it.
+exact GELU, strided convolutions without padding (which ignore a remainder), and a norm after the pool.
 """
 
 from dataclasses import field
@@ -65,7 +64,7 @@ class Block(nn.Module):
         if not self.grn:
             init = nn.initializers.constant(LAYER_SCALE)
             x = x * self.param("layer_scale", init, (channels,), jnp.float32).astype(self.dtype)
-        return inputs + DropPath(self.drop_path, name="drop_path")(x, train=train)
+        return inputs + DropPath(self.drop_path, name="drop_path")(x, deterministic=not train)
 
 
 class Downsample(nn.Module):

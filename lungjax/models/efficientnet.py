@@ -18,8 +18,7 @@ from lungjax.config import HeadConfig
 from lungjax.models.layers import Activation, BatchNorm, Conv, DropPath, Initializer, Layer, SqueezeExcite
 from lungjax.models.network import Network
 
-# Normal with variance 2 / fan_out (google/automl), which for a depthwise kernel [k, k, 1, C] is k * k, the number that
-# jax calls fan_in.
+# Normal with variance 2 / fan_out (google/automl); for a depthwise kernel jax calls this number fan_in.
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -79,7 +78,7 @@ class Block(nn.Module):
         single = row.fused and not expands  # the block is a single k x k convolution
         x = conv_bn(x, row.width, single, "project", act if single else None)
         if inputs.shape == x.shape:
-            x = inputs + DropPath(self.drop_path, name="drop_path")(x, train=train)
+            x = inputs + DropPath(self.drop_path, name="drop_path")(x, deterministic=not train)
         return x
 
 

@@ -40,10 +40,7 @@ def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig
 
 
 def output_count(head: HeadConfig, classes: int) -> int:
-    """Returns the number of logits: one per class, or a single one for a sigmoid.
-
-    Raises ValueError for fewer than two classes, and for a sigmoid with more than two.
-    """
+    """Returns the number of logits. Raises ValueError for fewer than two classes, or more than two with a sigmoid."""
     if classes < 2:
         raise ValueError(f"{classes} class(es): a classifier needs at least 2")
     if head.output == "sigmoid" and classes != 2:

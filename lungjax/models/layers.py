@@ -1,9 +1,7 @@
-"""Convolution, pooling, batch norm, squeeze-excite and stochastic depth.
-
-Parameters have the names, shapes and initial values of flax.linen.
-"""
+"""Layers whose parameters have the names, shapes and initial values of flax.linen."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +16,12 @@ from lungjax.models.ops.pooling import window_max
 Initializer = Callable[..., jax.Array]
 Layer = Callable[..., Any]  # a module class with some fields set, called with the remaining fields and a name
 LECUN_NORMAL = nn.initializers.lecun_normal()
+# Stochastic depth (arXiv 1603.09382): drops a residual branch [B, H, W, C] of random examples in training.
+DropPath = partial(nn.Dropout, broadcast_dims=(1, 2, 3))
 
 
 class Conv(nn.Module):
-    """A two-dimensional flax.linen.Conv in the form that is fastest on the platform.
-
-    Parameters: `kernel` [h, w, C / groups, features] and `bias` [features].
-    """
+    """A two-dimensional flax.linen.Conv, with the same parameters, in the form that is fastest on the platform."""
 
     features: int
     kernel_size: int | Sequence[int]
@@ -116,18 +113,3 @@ class SqueezeExcite(nn.Module):
         mean = x.mean((1, 2), keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(self.dtype)
         middle = self.activation(Conv(self.reduced, name="reduce", **fields)(mean))
         return x * self.gate(Conv(x.shape[-1], name="expand", **fields)(middle))
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch of random examples in training and divides the others by 1 - rate (arXiv 1603.09382)."""
-
-    rate: float  # probability of dropping, 0..1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, ...] to the same shape; training draws from the random stream `dropout`."""
-        if not train or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(mask, x / keep, 0).astype(x.dtype)

@@ -8,10 +8,7 @@ from lungjax.models.ops.conv import to_float32
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label of the class whose probability a sigmoid head predicts, or None for a softmax head.
-
-    Raises ValueError if the data set does not have the configured class.
-    """
+    """Returns the label of a sigmoid head's positive class, None for softmax. Raises ValueError if it is unknown."""
     name = config.model.head.positive_class
     if not name:
         return None

@@ -2,8 +2,7 @@
 
 A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the global mean.
 The paper does not specify the padding; the default is "valid" as in CT-COV19 (github.com/marta-0/covid-ct). Like that
-study's code, convolutions have a bias, batch norm has epsilon 1e-3 and decay 0.99, and kernels are initialized Glorot
-uniform, the defaults of Keras.
+study's code, layers have Keras's defaults: biases, batch norm with epsilon 1e-3 and decay 0.99, Glorot uniform.
 """
 
 from functools import partial

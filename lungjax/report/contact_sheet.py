@@ -1,7 +1,4 @@
-"""Contact sheets: images with text, mask contours or heat maps.
-
-Gray levels are not rescaled, so that a darker source looks darker.
-"""
+"""Contact sheets of images with text, mask contours or heat maps; gray levels are not rescaled."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -76,8 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in the folder `plots`, in the order of the page; they are keys of CAPTIONS. Raises OSError
-    for a missing figure.
+    `files` are the figures in `plots`, keys of CAPTIONS, in their order. Raises OSError for a missing figure.
     """
     facts = report["facts"]
     unit = report["unit"]
@@ -146,10 +145,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     }
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
-    note = (
-        "A dash marks an undefined number, such as the recall of a class without examples. The probability of a "
-        "patient is the mean over the patient's images."
-    )
+    note = "A dash marks an undefined number. The probability of a patient is the mean over the patient's images."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws."
     tables = [Table(["", *columns], rows, note=note)]
@@ -209,10 +205,8 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     names = ("ece", "brier", "loss")
     kinds = {"test": "uncalibrated", "test_scaled": f"temperature-scaled, T = {rate(calibration['temperature'])}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
-    note = (
-        f"0 is perfect calibration. The logits are divided by the temperature, which was fitted on "
-        f"{calibration['fitted_on']}; a temperature above 1 means that the network is overconfident."
-    )
+    fitted = f"The temperature, fitted on {calibration['fitted_on']}, divides the logits"
+    note = f"0 is perfect calibration. {fitted}; above 1, the network is overconfident."
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
 

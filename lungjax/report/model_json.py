@@ -15,10 +15,7 @@ from lungjax.evaluation.predictions import Predictions
 from lungjax.models.outputs import positive_class
 
 MAX_IMAGES = 1000  # of a split, for the novelty score
-BODY_BOX = (
-    "Tested with the body boxes of the data set. Prediction detects the body in each image; its box may differ by some "
-    "pixels and change a prediction."
-)
+BODY_BOX = "Tested with the body boxes of the data set; prediction detects the body, and its box may differ slightly."
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 

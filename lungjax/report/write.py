@@ -42,8 +42,7 @@ A level; `lungjax.evaluation.metrics` defines the metrics, and when they are Non
     intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
                         (`lungjax.evaluation.bootstrap`); undefined ones are missing. By source for at most 30 sources
 
-Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient."; `train.monitor` is one of
-them without "val.".
+Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.".
 """
 
 import json
@@ -174,10 +173,7 @@ def warnings(
         chance = f"always predicting the most frequent class ({frequency:.3f})"
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
-        yield (
-            "No two test images share a patient, so the scores per patient equal those per image. If patients have "
-            "several images, add a group column to the data set."
-        )
+        yield "No two test images share a patient. If patients have several, add a group column to the data set."
     if "val" in results:
         both = set(results["val"].groups) & set(p.groups) - {""}
         if both:
@@ -199,10 +195,7 @@ def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[s
     classes = {s: [c for c, v in level["per_class"].items() if v["n"]] for s, level in by_source.items()}
     single = [f"{source} ({names[0]})" for source, names in classes.items() if len(names) == 1]
     if single and len(p.classes) > 1:
-        yield (
-            f"Sources with test examples of one class only: {listed(single)}. The network may recognize the source "
-            "instead of the finding."
-        )
+        yield f"Sources with test examples of one class only: {listed(single)}. The network may recognize the source."
     for name in p.classes:
         sources = [source for source, names in classes.items() if name in names]
         if len(sources) == 1:

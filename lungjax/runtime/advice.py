@@ -8,10 +8,7 @@ VARIABLE = "LUNGJAX_RUN_SH"  # set by run.sh to its own path
 
 
 def in_user_form(text: str) -> str:
-    """Returns `text` with its `python -m lungjax.NAME` and `pip install` commands in the form of run.sh, if it is used.
-
-    Without run.sh the text is unchanged.
-    """
+    """Returns `text` with `python -m lungjax.NAME` and `pip install` commands in the form of run.sh, if it is used."""
     script = os.environ.get(VARIABLE)
     if not script:
         return text

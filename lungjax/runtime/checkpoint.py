@@ -45,10 +45,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
     def __init__(self, workdir: Path):
-        """Makes the folders and removes the remains of an interrupted save.
-
-        Raises ValueError if they are not writable.
-        """
+        """Makes the folders and removes the remains of an interrupted save. Raises ValueError if they are read-only."""
         self.folder = workdir / "checkpoints"
         self.last_step = 0  # of the last save or restore
         self._worker = ThreadPoolExecutor(1, "checkpoint")
@@ -81,8 +78,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder, step):
             distributed.on_first_host(lambda: _make_room(self.folder, step, size))
-            # Orbax copies the values before it returns. On a CPU it may keep the buffers, and XLA then copies them
-            # instead of donating them.
+            # Orbax copies the values before it returns. On a CPU it may keep the buffers, which XLA then copies.
             context = ocp.Context()
             # Orbax would wait five minutes for folders that can't be created in the background.
             context.asynchronous.create_directories_asynchronously = False
@@ -178,10 +174,7 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
 
 
 def check_network(workdir: Path, abstract_state: Any) -> None:
-    """Raises ValueError if the newest intact state of a workdir has other names or shapes than `abstract_state`.
-
-    Call on the first host only.
-    """
+    """Raises ValueError if the newest intact state does not match `abstract_state`. Call on the first host only."""
     folder = workdir / "checkpoints" / "last"
     step, _ = _inspect(folder)
     _check_same(folder / str(step), "state", abstract_state)
@@ -193,10 +186,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
-    """Returns the newest intact step as the first host sees it, None without checkpoints, and newer damaged ones.
-
-    Raises ValueError if all are damaged.
-    """
+    """Returns the first host's newest intact step or None, and newer damaged ones. Raises ValueError if all are."""
     step, damaged = distributed.on_first_host(lambda: _inspect(folder)) or (None, [])
     step = distributed.broadcast_int(-1 if step is None else step)
     return None if step < 0 else step, damaged

@@ -104,8 +104,7 @@ def on_first_host(work: Callable[[], T]) -> T | None:
 def abort_all_on_error() -> Iterator[None]:
     """Prints the error and ends this process immediately if only this one of several hosts fails.
 
-    A regular exit would wait five minutes for the others, which wait for this host's part of a step; without this host
-    jax's heartbeat ends them sooner.
+    A regular exit would wait minutes for the others, which wait for this host; without it, jax's heartbeat ends them.
     """
     try:
         yield

@@ -17,10 +17,7 @@ MIN_SHARDED_SIZE = 2**14  # elements; smaller arrays are replicated, since each 
 
 
 def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (None: all devices of all hosts), or over the first `count` of them.
-
-    Raises ValueError if there are fewer, or if a host would have no device.
-    """
+    """Returns the mesh over `devices` (None: all of all hosts) or the first `count`. Raises ValueError for too few."""
     devices = list(jax.devices() if devices is None else devices)
     if count > len(devices):
         raise ValueError(f"train.devices={count}: expected 1 to {len(devices)}, the devices here, or 0 for all")

@@ -233,10 +233,7 @@ class Service:
 
 
 def build(model: Model, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None) -> FastAPI:
-    """Returns the service as an ASGI application; the model is compiled when the application starts.
-
-    `on_failure` is called with the error if compilation fails.
-    """
+    """Returns the ASGI application, which compiles the model when it starts, and calls `on_failure` if that fails."""
     uploads.quiet()
     service = Service(model, settings, on_failure)
     files = {f"/{file.name}".removesuffix("index.html"): file for file in PAGE.iterdir()}

@@ -127,10 +127,7 @@ class Guard:
         return None
 
     def is_own_name(self, host: str) -> bool:
-        """Returns whether a Host header names this service; rejecting other names prevents DNS rebinding.
-
-        A service that other machines can reach accepts any IP address.
-        """
+        """Returns whether a Host header names the service, or an IP address if it is public. Prevents DNS rebinding."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):

@@ -1,7 +1,4 @@
-"""Reads request bodies into files in memory; limits of a request are checked while the bytes arrive.
-
-The limit of one file is checked by `uploads.read`.
-"""
+"""Reads request bodies into files in memory; limits of a request are checked while the bytes arrive."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -86,10 +86,7 @@ def kind_of(data: bytes) -> str:
 
 
 def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
-    """Decodes one file in memory, CT slices with `hu_windows`; those of a plane other than `plane` are refused.
-
-    Raises UploadError; no file causes another exception.
-    """
+    """Decodes one file in memory, CT slices of `plane` with `hu_windows`. Raises UploadError and no other exception."""
     if len(data) > limits.bytes:
         raise UploadError(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are accepted")
     kind = kind_of(data)

@@ -13,8 +13,7 @@ in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.
 **Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,
 but the one that is best in our runs: among the cells of that table whose row or column is the row of this cell, the one
 with the highest mean of its own metric. So `ct_cov19_test` has, for each network, the val and test scores of the
-configuration that is best on val. `correlate` lists pairs of columns whose Spearman rank correlation over the rows is
-reported, published and ours.
+configuration that is best on val. `correlate` lists pairs of columns whose Spearman correlation is reported.
 """
 
 import re

@@ -30,10 +30,7 @@ VERDICTS = {
 
 
 def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str]:
-    """Draws `table.charts` into `folder`; returns the captions by file name.
-
-    Without finished runs only bars are drawn, with the published numbers alone.
-    """
+    """Draws `table.charts` into `folder`, without finished runs only published bars; returns captions by file name."""
     captions = {}
     done = [r for r in results if r.ours is not None and not r.cell.validation]
     for chart, (function, caption) in CHARTS.items():
@@ -98,10 +95,7 @@ def _bar(axis: "Axes", y: float, result: Result, color: str) -> None:
 
 
 def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
-    """Draws a confusion matrix per experiment and split: shares of each true class, mean over the seeds.
-
-    The published matrix of a row, if known, follows ours.
-    """
+    """Draws confusion matrices per experiment and split (shares of each class, mean over seeds), and published ones."""
     cells_of = Counter(r.group.experiment for r in done)
     panels: dict[tuple[str, str], tuple[str, np.ndarray]] = {}  # by experiment, or row of a published one, and split
     for r in done:
@@ -121,8 +115,7 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
     c, longest = len(names), max(map(len, names))
     across = min(len(panels), 10 if len(panels) > 40 else COLUMNS)
     down = math.ceil(len(panels) / across)
-    # In inches: a matrix, its title, the gap between two, the margins. Matplotlib's layout engine would take minutes
-    # for a hundred axes.
+    # In inches: a matrix, its title, gaps and margins. Matplotlib's layout engine takes minutes for a hundred axes.
     side, head, gap = 0.3 + 0.32 * c, 0.36 + 0.14 * (len(splits) > 1), 0.12
     left, below, above = 0.2 + 0.065 * longest, 0.15 + 0.055 * longest, 0.55
     width = max(left + across * (side + gap), 5.0)

@@ -54,10 +54,7 @@ GENERATIONS = {
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns one device per chip of a topology such as "v5e:4x4", for the compiler only.
-
-    Raises ValueError with the choices for an unknown topology, and if libtpu is missing.
-    """
+    """Returns one device per chip of a topology such as "v5e:4x4". Raises ValueError if it or libtpu is unavailable."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     name, shape = match.groups() if match else (re.split("[:-]", topology)[0], "")
     generation = GENERATIONS.get(name)
@@ -86,8 +83,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
 
     Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
 
-    Raises ValueError for an unknown topology, a missing compiler, an incompatible configuration, and a step that does
-    not fit in the memory of a chip.
+    Raises ValueError for an unknown topology, a missing compiler, an invalid configuration, and too large a step.
     """
     chips = devices(topology)
     configs.check(config)

@@ -40,8 +40,7 @@ def run(
     predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
     and maximum of the metrics over folds. The other arguments are those of `train.run`.
 
-    Raises ValueError before training if the data cannot be split into `count` folds or WORKDIR contains other files,
-    and any error of `train.run`.
+    Raises ValueError if the data has no `count` folds or WORKDIR contains other files, and any error of `train.run`.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:

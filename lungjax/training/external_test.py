@@ -154,16 +154,13 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
       other_classes: classes of the other data set in label order.
       run_classes: classes of the run in label order.
 
-    Raises ValueError for an unknown name (with the nearest), a missing or repeated one, overlapping right-hand sides,
-    and fewer than two tested classes.
+    Raises ValueError for unknown, missing, repeated or overlapping names, and fewer than two tested classes.
     """
     if not text:
         if set(other_classes) != set(run_classes):
-            raise ValueError(
-                f"the classes of the data set are {', '.join(other_classes)}, those of the run "
-                f"{', '.join(run_classes)}: map them with --label_map={other_classes[0]}={run_classes[0]},... "
-                f"({other_classes[0]}={IGNORED} ignores a class)"
-            )
+            names = f"{', '.join(other_classes)}, those of the run {', '.join(run_classes)}"
+            hint = f"--label_map={other_classes[0]}={run_classes[0]},... (CLASS={IGNORED} ignores a class)"
+            raise ValueError(f"the classes of the data set are {names}: map them with {hint}")
         indices = [list(run_classes).index(name) for name in other_classes]
         return LabelMap(tuple(run_classes), tuple((i,) for i in range(len(run_classes))), tuple(indices))
     targets: dict[str, tuple[int, ...]] = {}
@@ -182,9 +179,8 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
         targets[name] = tuple(sorted({list(run_classes).index(member) for member in members}))
     missing = [name for name in other_classes if name not in targets]
     if missing:
-        raise ValueError(
-            f"--label_map={text}: {', '.join(missing)} not mapped; add {missing[0]}={IGNORED} to ignore it"
-        )
+        hint = f"add {missing[0]}={IGNORED} to ignore it"
+        raise ValueError(f"--label_map={text}: {', '.join(missing)} not mapped; {hint}")
     groups = sorted({target for target in targets.values() if target})
     for i, count in Counter(i for target in groups for i in target).items():
         if count > 1:
@@ -199,17 +195,13 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
 
 
 def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
-    """Returns the other data set with only the mapped images of `split`, as its test split.
-
-    Raises ValueError if no image remains.
-    """
+    """Returns the other data set with the mapped images of `split` as its test split. Raises ValueError without any."""
     splits = other.columns["split"]
     in_split = splits != "" if split == "all" else splits == split
     in_test = in_split & (np.asarray(mapping.labels)[other.columns["label"]] >= 0)
     if not in_test.any():
-        raise ValueError(
-            f"{other.name}: no image to test in split {split}; --split is one of {', '.join(TESTABLE_SPLITS)}"
-        )
+        allowed = ", ".join(TESTABLE_SPLITS)
+        raise ValueError(f"{other.name}: no image to test in split {split}; --split is one of {allowed}")
     return replace(other, columns=other.columns | {"split": np.where(in_test, "test", "")})
 
 
@@ -235,8 +227,7 @@ def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarra
 def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     """Converts predictions on the run's val split to the tested classes, without images of other classes.
 
-    Patients are prefixed with the name of the data set, so that they differ from patients of the same name in the
-    other.
+    Patients are prefixed with the name of the data set, since other patients may have the same name.
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))
@@ -257,8 +248,5 @@ def _notes(config: Config, own: Prepared, view: Prepared) -> list[str]:
         full = np.column_stack([zeros, zeros, columns["width"], columns["height"]])
         without = int((columns["box"] == full).all(axis=1)[rows].sum())
         if without:
-            notes.append(
-                f"The run crops images to the body (input.crop=box); {without:,} of {len(rows):,} images have no box "
-                "and are not cropped."
-            )
+            notes.append(f"Unlike in training, {without:,} of {len(rows):,} images have no box and are not cropped.")
     return notes

@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Writes the metrics of a training run on the first host.
 
-    First drops the rows that a resumed run will write again: those after `step`, and validations after
-    `last_validation`.
+    First drops the rows that a resumed run will write again: those after `step` and `last_validation`.
     """
 
     def __init__(self, run: "Run", step: int, last_validation: int):

@@ -38,8 +38,7 @@ class NonFiniteError(ValueError):
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
     """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
 
-    Unless the policy is "skip", a bad step also disables all later steps (unlike `optax.apply_if_finite`), so that the
-    host finds the last good state.
+    Unless the policy is "skip", a bad step also disables all later ones, so that the host finds the last good state.
     """
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)
@@ -81,10 +80,7 @@ def state_before(step: int, state: TrainState) -> TrainState:
 def rewind(
     checkpoints: "Checkpoints", abstract_state: TrainState, progress: "Progress", error: NonFiniteError
 ) -> tuple[TrainState, "Progress"]:
-    """Returns state and progress of the last checkpoint, with the data moved past the bad batch.
-
-    Raises ValueError after MAX_REWINDS rewinds.
-    """
+    """Returns state and progress of the last checkpoint, after the bad batch. Raises ValueError after MAX_REWINDS."""
     if progress.rewinds == MAX_REWINDS:
         raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)

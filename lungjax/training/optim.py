@@ -98,10 +98,7 @@ def _position(path: str) -> tuple[int, int]:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-    """Returns the optax chain for trainable `params`, of which only the paths are used.
-
-    Raises ValueError for `optim.lr_factors` that are malformed or match nothing.
-    """
+    """Returns the optax chain for the paths of trainable `params`. Raises ValueError for invalid `optim.lr_factors`."""
     parts: list[optax.GradientTransformation] = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))

@@ -1,7 +1,4 @@
-"""The progress of a run besides its training state, saved with every checkpoint.
-
-With it, a resumed run makes the same decisions as an uninterrupted one.
-"""
+"""The progress of a run besides its training state, saved so that a resumed run makes the same decisions."""
 
 import math
 from collections.abc import Mapping

@@ -41,8 +41,7 @@ def train_step(
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
     constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, the
-    paths of `frozen` parameters, and the mesh axis `axis_name` if each device calls this function on its part of the
-    batch (`mesh.per_device`).
+    paths of `frozen` parameters, and the mesh axis `axis_name` if called per device (`mesh.per_device`).
 
     If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
     equals that of the full batch if BatchNorm is frozen or absent and dropout is off.

@@ -43,8 +43,7 @@ def run(
     `model.weights`. `mode` is "train", or "evaluate" to test the best weights of a finished or interrupted run again.
     `profile` has the first and last step of a `jax.profiler` trace in WORKDIR/profile.
 
-    Raises ValueError for user errors, before training where possible, and `signals.Interrupted` after SIGTERM or
-    Ctrl-C, once the state is saved.
+    Raises ValueError for user errors, and `signals.Interrupted` after SIGTERM or Ctrl-C, once the state is saved.
     """
     started = time.time()
     configs.check(config)

@@ -1,7 +1,6 @@
 """Finds, downloads and verifies weight files.
 
-Each use verifies the published checksum. If none is published, that of the first download is stored next to the file
-and verified instead.
+Each use verifies the published checksum, or else that of the first download, which is stored next to the file.
 """
 
 import hashlib
@@ -39,10 +38,7 @@ def digest(path: Path, kind: str) -> str:
 
 
 def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> Path:
-    """Returns the path of a file in `weights_dir`, the cache, or the package that ships it.
-
-    Raises ValueError if its checksum is wrong, or with instructions if the file is missing.
-    """
+    """Returns the path of a file in `weights_dir`, the cache or a package. Raises ValueError if missing or damaged."""
     for path in _places(record, weights_dir):
         if path.is_file():
             verify(record, path)

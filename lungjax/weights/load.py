@@ -129,8 +129,7 @@ def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
-    # Equivalent only if the three channels are equal everywhere, even at the borders, which are padded after
-    # normalization.
+    # Equivalent only if the channels are equal everywhere, even at the borders, padded after normalization.
     problem = ""
     if len({*mean}) > 1 or len({*std}) > 1:
         problem = f"{model.weights} of {model.name} needs mean {mean} and std {std}, which differ by channel"
@@ -197,10 +196,7 @@ def _without_detached_hidden(loaded: Mapping[str, np.ndarray], shapes: Mapping[s
 
 
 def _one_channel(kernel: np.ndarray, gray: str, shape: tuple[int, ...], path: str) -> np.ndarray:
-    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum over channels ("fold") or the green one ("slice").
-
-    Raises ValueError for any other change of channels.
-    """
+    """Returns a kernel [h, w, 3, D] as [h, w, 1, D]: the sum over channels ("fold") or the green one ("slice")."""
     if kernel.ndim != 4 or kernel.shape[2] != 3 or shape[2] != 1:
         channels = kernel.shape[2]
         raise ValueError(f"{path}: the weights need input.channels={channels}, but the images have {shape[2]} channels")

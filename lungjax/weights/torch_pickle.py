@@ -1,7 +1,6 @@
 """Reads both formats of PyTorch's .pth, .pt and .bin files without PyTorch; its unpickler can build only tensors.
 
-A pickle is a program that may call everything it can name. Here it can name a dozen immutable stand-ins; any other name
-or instruction is refused.
+A pickle is a program that may call everything it can name. Here it can name a dozen stand-ins and nothing else.
 """
 
 import math

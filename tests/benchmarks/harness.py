@@ -28,15 +28,12 @@ CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # environment of pro
 Times = tuple[float, float]  # wall seconds, processor seconds of all threads
 
 
-def parse(doc: str | None, required: Iterable[str] = (), positional: str = "", **defaults: Any) -> argparse.Namespace:
+def parse(doc: str | None, required: Iterable[str] = (), **defaults: Any) -> argparse.Namespace:
     """Parses the command line with one flag per keyword, which gives its type and default.
 
-    A default of False makes a switch, a list a comma-separated flag, a type a flag without default. `positional` is the
-    name of further arguments.
+    A default of False makes a switch, a list a comma-separated flag, a type a flag without default.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if positional:
-        parser.add_argument(positional, nargs="*")
     for name, default in defaults.items():
         if default is False:
             parser.add_argument(f"--{name}", action="store_true")
@@ -139,10 +136,9 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def resident(pid: int | str = "self") -> tuple[float, float]:
-    """Returns the resident and the private memory of a process in MiB."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024, int(fields["RssAnon"].split()[0]) / 1024
+def resident(pid: int | str = "self") -> float:
+    """Returns the resident memory of a process in MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Watch:

@@ -4,7 +4,7 @@
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
 FOLDER contains one folder of JPEG or PNG files per class; by default synthetic slices are used. The interpreters need
-torch with Pillow, and tensorflow. A turn in which other processes use more than 10% of the cores is repeated.
+torch with Pillow, and tensorflow.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ SIDE, BATCH, NAME = 224, 64, "folder/bench"
 NAMES = {"source": NAME, "copy": f"{NAME}-{SIDE}"}
 CORES = (0, 1)
 SECONDS, WARM_UP = 3.0, 1.0  # per turn; the warm-up consumes batches made during other turns
-MAX_OTHERS, MAX_REPEATS = 0.1, 15  # fraction of the cores that others may use in a turn; repetitions of a turn
 Batches = tuple[str, Iterator[Any]]  # with versions
 
 
@@ -143,14 +142,7 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
     for name, python in pythons.items():
         processes[name] = harness.Process(python, "input_pipeline", "contender", name=name, work=str(work), files=files)
         print(f"{name}: {processes[name].answer()['versions']}", flush=True)
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
-    for _ in range(rounds):
-        for name, process in processes.items():
-            for _ in range(MAX_REPEATS):
-                turn = process.ask()
-                if turn["others"] < MAX_OTHERS:
-                    break
-            turns[name].append(turn)
+    turns = harness.take_turns({name: process.ask for name, process in processes.items()}, rounds)
     for process in processes.values():
         process.close()
     return turns

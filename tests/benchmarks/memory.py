@@ -22,7 +22,7 @@ def main() -> None:
         optim=OptimConfig(lr=1e-3),
         train=TrainConfig(batch_size=16, monitor="slice.accuracy", steps=steps, eval_steps=100, save_steps=50),
     )
-    memory: dict[int, tuple[float, float]] = {}  # by step
+    memory: dict[int, float] = {}  # resident MiB by step
     append = metrics_log.append
 
     def record(path: Path, row: dict[str, Any]) -> None:
@@ -32,10 +32,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):
         train.run(config, Path(folder) / "run", Path(folder) / "data")
 
-    print("\n" + harness.header("step", "resident, MiB", "private, MiB"))
+    print("\n" + harness.header("step", "resident, MiB"))
     for tenth in range(1, 11):
         step = max(logged for logged in memory if logged <= max(steps * tenth // 10, min(memory)))
-        print(harness.row(step, *(f"{mib:.1f}" for mib in memory[step])))
+        print(harness.row(step, f"{memory[step]:.1f}"))
 
 
 if __name__ == "__main__":

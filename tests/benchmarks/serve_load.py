@@ -182,7 +182,7 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
 
     def watch() -> None:
         while time.perf_counter() < end:
-            memory.append(harness.resident(server.process.pid)[0])
+            memory.append(harness.resident(server.process.pid))
             time.sleep(10)
 
     clients(MIXED + 1, lambda seed: run(seed) if seed else watch())

@@ -1,6 +1,5 @@
 """Valid and malformed requests of `serve_load`, and runs with random weights."""
 
-import io
 import itertools
 import json
 import sys
@@ -17,6 +16,7 @@ from tests.benchmarks import harness
 
 sys.path += [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/serve")]
 import scans
+from folders import encoded
 from services import form as encode
 from test_uploads import bombs, png, written
 
@@ -33,12 +33,6 @@ def request(body: Any, kind: str, **headers: str) -> Request:
 
 def form(*files: bytes, path: str = "/predict") -> Request:
     return path, encode(*(("f", file) for file in files))[0], MULTIPART
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:

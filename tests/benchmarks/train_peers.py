@@ -1,7 +1,6 @@
 """The frameworks of `train.py`: each process trains one network and is idle between requests.
 
-Interpreters need only numpy and their own library: jax, flax and optax for lungjax (grain, TFDS, orbax, h5py and
-scikit-image are hidden, so that a machine without them measures the same), Keras with jax, or torch with timm.
+Interpreters need only numpy and their own library: jax, flax and optax for lungjax, Keras with jax, or torch with timm.
 
 All train the same layers with Adam in float32, with the classes, dropout and stochastic depth of lungjax. CBR networks
 are defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
@@ -22,7 +21,6 @@ SIDE, BATCH = 224, 8
 LR = 1e-3
 WARM_STEPS = 3  # after the first step, since torch tunes its kernels for some steps
 TURN_SECONDS = 2.0  # length of a turn; at least one step
-ABSENT = ("grain", "tensorflow_datasets", "orbax", "h5py", "skimage", "matplotlib", "PIL")
 
 CLASSES = 3
 KERAS = {
@@ -96,8 +94,6 @@ def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callabl
 
 def ours(network: str) -> Framework:
     """Returns lungjax, compiled as in `lungjax.training.train`."""
-    for name in ABSENT:
-        sys.modules[name] = None  # type: ignore[assignment]
     harness.keep_freed_memory()
     import flax
     import jax

@@ -2,15 +2,14 @@
 
 Needs the extra `browser` and Chromium (Debian: apt-get install chromium); about a minute. A small network is trained
 and served. Files are dropped, chosen and pasted on the page; its content is compared with the answers of the service.
-LUNGJAX_SCREENSHOTS=FOLDER keeps screenshots.
 """
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import conftest
@@ -18,10 +17,11 @@ import numpy as np
 import pytest
 import scans
 from PIL import Image
-from playwright.sync_api import expect
-from visits import OVERFLOW, card, drop, finished, launch, picture, post, ready, served, wait_for_map, watch_errors
+from playwright.sync_api import expect, sync_playwright
+from visits import OVERFLOW, card, drop, finished, post, ready, served, wait_for_map
 
 TESTS = Path(__file__).parent.parent
+CHROMIUM = Path("/usr/bin/chromium")  # Debian's; without it, the browser of `playwright install chromium`
 CLASSES = ("left", "middle", "right")
 EVIL = """<img src=x onerror="document.title='broken'"><b>bold&amp;.png"""
 FORMULA = "=1+1,two.png"
@@ -79,8 +79,8 @@ def service(trained):
 
 @pytest.fixture(scope="session")
 def browser():
-    with launch() as browser:
-        yield browser
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM if CHROMIUM.exists() else None)
 
 
 @pytest.fixture
@@ -91,15 +91,19 @@ def opened(browser):
     def at(address, before=""):
         page = browser.new_page(viewport=DESK)
         page.add_init_script(WATCH + before)
-        errors, urls = watch_errors(page), []
+        errors, messages, urls = [], [], []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.on("console", lambda message: messages.append(message))
         page.on("request", lambda request: urls.append(request.url))
         page.goto(address)
-        pages.append((page, address, errors, urls))
+        pages.append((page, address, errors, messages, urls))
         return page
 
     yield at
-    for page, address, errors, urls in pages:
+    for page, address, errors, messages, urls in pages:
         assert all(url.startswith((address, "data:", f"blob:{address}")) for url in urls), urls
+        logged = [message.text for message in messages if message.type in ("error", "warning")]
+        assert all(text.startswith("Failed to load resource") for text in logged), logged  # for 4xx answers
         assert page.evaluate("violations") == errors == []
         assert page.evaluate("document.cookie + localStorage.length + sessionStorage.length") == "00"
         assert page.evaluate("indexedDB.databases().then((databases) => databases.length)") == 0
@@ -315,18 +319,17 @@ def test_busy_service_and_model_without_maps(opened, service, files):
     assert not [url for url in requests if "explain" in url]
 
 
-def test_token_and_synthetic_data_warning(opened, trained, files):
+def test_token_and_synthetic_data_warning(opened, trained, files, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
     text = (trained / "model.json").read_text("utf-8")
-    with ExitStack() as stack:
-        (trained / "model.json").write_text(text.replace('"folder/small"', '"phantom_ct/default"'), "utf-8")
-        stack.callback((trained / "model.json").write_text, text, "utf-8")
-        page = opened(stack.enter_context(served(trained, TOKEN)))
+    (run / "model.json").write_text(text.replace('"folder/small"', '"phantom_ct/default"'), "utf-8")
+    with served(run, TOKEN) as address:
+        page = opened(address)
         page.locator("#token").wait_for()
         assert not page.locator("#layout").is_visible()
         page.locator("#secret").fill("wrong")
         page.locator("#token button").click()
         page.locator("#refused").wait_for()
-        picture(page, "token")
         page.locator("#secret").fill(TOKEN)
         page.locator("#token button").click()
         drop(page, files["slice"])
@@ -360,7 +363,6 @@ def test_screen_sizes(opened, service, files):
     page = opened(service)
     ready(page)
     assert not page.locator("#synthetic").is_visible()
-    picture(page, "empty")
     drop(page, *files.values())
     wait_for_map(page)
     assert page.evaluate("shift") < 0.1  # a good score by web.dev/articles/cls
@@ -376,5 +378,3 @@ def test_screen_sizes(opened, service, files):
             assert box["y"] >= 0 and box["y"] + box["height"] <= height  # always visible
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(OVERFLOW) == []
-            page.evaluate("scrollTo(0, 0)")
-            picture(page, f"{width}_{colors}")

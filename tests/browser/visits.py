@@ -1,20 +1,18 @@
-"""A browser, the service, and actions on its page."""
+"""The service, and actions on its page."""
 
 import json
-import os
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from services import running
 
 import lungjax
 
 expect.set_options(timeout=60_000)
-CHROMIUM = "/usr/bin/chromium"  # Debian's; without it, the browser of `playwright install chromium`
 # Elements that are wider than the window, except in scrollable boxes.
 OVERFLOW = """(() => {
   const width = document.documentElement.clientWidth;
@@ -33,29 +31,6 @@ CARD = """(() => {
       parseFloat(row.children[1].textContent), row.children[2].textContent.includes("positive"),
       row.querySelector(".track b") ? 100 * wide(row, ".track b") / wide(row, ".track") : null])};
 })()"""
-
-
-@contextmanager
-def launch() -> Iterator[Browser]:
-    """Yields a headless Chromium."""
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM if Path(CHROMIUM).exists() else None)
-
-
-def watch_errors(page: Page) -> list[str]:
-    """Returns a list to which exceptions, console errors and warnings of a page are added.
-
-    Chromium logs each 4xx answer as an error; these are excluded.
-    """
-    errors: list[str] = []
-
-    def log(message: Any) -> None:
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
-            errors.append(message.text)
-
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", log)
-    return errors
 
 
 @contextmanager
@@ -105,9 +80,3 @@ def card(page: Page, path: Path) -> dict[str, Any]:
 def wait_for_map(page: Page) -> None:
     """Waits for the first saliency map."""
     page.wait_for_function("() => [...document.querySelectorAll('.heat')].some((map) => map.naturalWidth)")
-
-
-def picture(page: Page, name: str) -> None:
-    """Writes a screenshot if LUNGJAX_SCREENSHOTS is set."""
-    if folder := os.environ.get("LUNGJAX_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)

@@ -131,6 +131,9 @@ def test_integrated_gradients_add_up_to_the_difference():
     attributions, difference = explainer.attributions(IMAGES, np.arange(3))
     np.testing.assert_allclose(difference, scores[0] - scores[1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(attributions.sum((1, 2, 3)), difference, rtol=0.01)
+    evidence = np.maximum(attributions.sum(-1), 0)
+    maps, _ = explainer.maps(IMAGES, np.arange(3), "integrated_gradients")
+    np.testing.assert_allclose(maps, evidence / evidence.max((1, 2), keepdims=True), atol=1e-5)
 
 
 def corner_explainer(**options):

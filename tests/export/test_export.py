@@ -317,8 +317,7 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),
     ):  # fmt: skip
         assert commands.run(export, *flags) == code
-        output = capsys.readouterr()
-        assert word in output.out + output.err
+        assert word in "".join(capsys.readouterr())
     assert not list(tmp_path.iterdir())
 
 

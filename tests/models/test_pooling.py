@@ -30,14 +30,9 @@ def test_max_pool_equals_linen():
 
 def test_max_pool_of_negative_bfloat16():
     x = draw(0, 2, 9, 9, 3, dtype="bfloat16") - 10
-
-    def run(x):
-        y, pull = jax.vjp(lambda x: layers.max_pool(x, 3, 2, "SAME"), x)
-        return y, *pull(y)
-
-    y, dx = quick_jit(run)(x)
+    y, pull = jax.vjp(lambda x: layers.max_pool(x, 3, 2, "SAME"), x)
     np.testing.assert_array_equal(y, nn.max_pool(x, (3, 3), (2, 2), "SAME"))
-    assert dx.dtype == jnp.bfloat16
+    assert pull(y)[0].dtype == jnp.bfloat16
 
 
 def test_avg_pool_equals_linen():

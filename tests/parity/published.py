@@ -11,10 +11,7 @@ import jax
 import numpy as np
 from skimage import data
 
-from lungjax import models
-from lungjax.config import ModelConfig
-from lungjax.data.imaging import images
-from lungjax.models import trees
+import lungjax
 from lungjax.weights import catalogue, download
 from lungjax.weights.catalogue import PretrainedWeights
 from lungjax.weights.convert import convert
@@ -49,23 +46,18 @@ def main(match: str = "") -> int:
         try:
             first, *others = [leaves(name) for name in group]
             problem = next(filter(None, (compare(first, other) for other in others)), "")
-            problem = problem or recognize(catalogue.find(group[0]), first)
+            problem = problem or recognize(catalogue.find(group[0]))
         except ValueError as error:
             problem = str(error)
         failures += bool(problem)
-        print(
-            f"{'FAILED' if problem else 'ok'}: {' and '.join(group)}" + (f": {problem}" if problem else ""), flush=True
-        )
+        print(f"FAILED: {' and '.join(group)}: {problem}" if problem else f"ok: {' and '.join(group)}", flush=True)
     return failures
 
 
 def leaves(name: str) -> dict[str, np.ndarray]:
     """Returns our parameters from the file of a record, which is downloaded if missing."""
     record = catalogue.find(name)
-    try:
-        path = download.locate(record)
-    except ValueError:
-        path = download.download(record)
+    path = download.download(record)
     with open_tensors(path) as tensors:
         ours = shapes(record.model, record.classes)
         return convert(tensors, layouts(record.model)[record.layout], ours, label=str(path))
@@ -82,18 +74,14 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str:
     return f"{len(unequal)} of {len(one)} parameters differ, by up to {unequal[worst]:.3g} ({worst})"
 
 
-def recognize(record: PretrainedWeights, leaves: dict[str, np.ndarray]) -> str:
+def recognize(record: PretrainedWeights) -> str:
     """Returns "" if a cat is among the five best classes for a photograph of one."""
-    module = models.build(ModelConfig(name=record.model, dtype="float32", **dict(record.network)), record.classes)
-    photo, spec = data.chelsea(), record.input
+    network, variables, spec = lungjax.create(record.model, record.name, noncommercial=True)
+    photo = data.chelsea()
     side = round(record.crop * min(photo.shape[:2]))
     top, left = ((length - side) // 2 for length in photo.shape[:2])
-    square = photo[top : top + side, left : left + side]
-    pixels = images.resize(square, (0, 0, side, side), spec.size, spec.interpolation, True) / np.float32(255)
-    batch = ((pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32))[None]
-    running = [path for path in leaves if path.endswith(("/mean", "/var"))]
-    params, stats = trees.split(trees.unflatten(leaves), running)
-    logits, _ = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "batch_stats": stats}, batch)
+    batch = lungjax.preprocess(photo[top : top + side, left : left + side], spec)
+    logits, _ = jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, batch)
     best = np.argsort(-np.asarray(logits[0]))[:5].tolist()
     return "" if CATS & set(best) else f"the photograph of a cat is {best}; cats are {sorted(CATS)}"
 

@@ -28,15 +28,10 @@ CONFIG = Config(
     name="small", train=TrainConfig(monitor="slice.auc_macro"), eval=EvalConfig(examples=3, draws=40, prevalence=0.02)
 )
 FACTS = {
-    "dataset": "folder/my_hospital",
-    "fingerprint": "ab" * 32,
-    "counts": {"train": {"Normal": 1234, "Pneumonia": 30, "COVID-19": 40}},
-    "parameters": np.int64(2108672),
-    "steps": 60,
-    "best_step": np.int64(40),
-    "seconds": 3725.0,
-    "versions": {"jax": "0.10.2"},
-}
+    "dataset": "folder/my_hospital", "fingerprint": "ab" * 32, "parameters": np.int64(2108672), "steps": 60,
+    "counts": {"train": {"Normal": 1234, "Pneumonia": 30, "COVID-19": 40}}, "best_step": np.int64(40),
+    "seconds": 3725.0, "versions": {"jax": "0.10.2"},
+}  # fmt: skip
 HISTORY = [
     {"step": 20, "epoch": 1.0, "train.loss": 1.0, "lr": 1e-3},
     {"step": 20, "epoch": 1.0, "val.slice.loss": 0.9, "val.slice.auc_macro": None},

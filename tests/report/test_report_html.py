@@ -17,23 +17,17 @@ from lungjax.report import context, plots, style, templating, write
 
 EVIL = ('<script>alert("x")</script>', "a & b's | c", "NonCOVID")
 CONFIG = Config(
-    name="small</title>",
-    model=ModelConfig(name="cbr_tiny"),
-    optim=OptimConfig(lr=0.0125),
+    name="small</title>", model=ModelConfig(name="cbr_tiny"), optim=OptimConfig(lr=0.0125),
     eval=EvalConfig(examples=3, prevalence=0.1, draws=0),
-)
+)  # fmt: skip
 FACTS = {
-    "dataset": "folder/mine",
-    "counts": {"train": dict(zip(EVIL, (50, 40, 30), strict=True))},
-    "steps": 60,
+    "dataset": "folder/mine", "counts": {"train": dict(zip(EVIL, (50, 40, 30), strict=True))}, "steps": 60,
     "versions": {"lungjax": "0.1.0", "jax": "0.10.2"},
-}
+}  # fmt: skip
 ABOUT = {
-    "title": "slices",
-    "licence": "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).",
-    "citation": "A <b> et al.",
-    "clean": "by patient",
-}
+    "title": "slices", "licence": "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).",
+    "citation": "A <b> et al.", "clean": "by patient",
+}  # fmt: skip
 
 
 def make(seed=0):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import scans
 from conftest import png
+from folders import encoded
 from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
-from test_uploads import SECRETS, saved
+from test_uploads import SECRETS
 
 from lungjax.config.metadata import NOTICE
 from lungjax.data.imaging import images
@@ -45,7 +46,7 @@ def test_results_in_order(service):
 def test_raw_bodies(service):
     gray = np.full((20, 30), 102, np.uint8)
     for kind, body, bright in (
-        ("image/jpeg", saved(gray, "JPEG"), 0.4),
+        ("image/jpeg", encoded(gray, "JPEG"), 0.4),
         ("image/png", png(np.full((20, 30), 13107, np.uint16)), 0.2),
         ("application/dicom", slices(1099, "1.2.3")[0], 0.95),
     ):
@@ -145,17 +146,15 @@ def test_batches_and_saliency_maps_alternate():
     with running() as service:
         model = service.model
         model.gate.clear()
-        _, first = post_all(service, 1)
+        post_all(service, 1)
         assert model.entered.wait(10)
-        answers, threads = post_all(service, 9)
-        _, maps = post_all(service, 2, "/explain")
+        futures = post_all(service, 9) + post_all(service, 2, "/explain")
         wait_for(lambda: service.metric("lungjax_queue_images") == 11)
         model.gate.set()
-        for thread in (*first, *threads, *maps):
-            thread.join()
+        answers = [future.result() for future in futures]
         # A map takes the probabilities first.
         assert [call for call in model.calls if call != "gradcam"] == [1, 1, 4, 1, 4, 1]
-        for i, (status, answer, _) in enumerate(answers):
+        for i, (status, answer, _) in enumerate(answers[:9]):
             p = answer["results"][0]["probabilities"]["bright"]
             assert status == 200 and p == pytest.approx(i / 255, abs=1e-6)
         assert service.metric("lungjax_batch_images_sum") == 10 and service.metric("lungjax_batch_images_count") == 4
@@ -165,16 +164,14 @@ def test_full_queue_and_too_many_requests():
     with running(queue=3, requests=6) as service:
         model = service.model
         model.gate.clear()
-        _, first = post_all(service, 1)
+        futures = post_all(service, 1)
         assert model.entered.wait(10)
-        answers, threads = post_all(service, 3)
+        futures += post_all(service, 3)
         wait_for(lambda: service.metric("lungjax_queue_images") == 3)
         status, answer, headers = service.post("/predict", ("a", flat(1)))
         assert status == 503 and headers["retry-after"] == "1" and "waiting" in answer["error"]
         model.gate.set()
-        for thread in (*first, *threads):
-            thread.join()
-        assert {answer[0] for answer in answers} == {200}
+        assert {future.result()[0] for future in futures} == {200}
         sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(7)]
         for one in sockets:
             one.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
@@ -189,11 +186,9 @@ def test_time_limit_and_abandoned_images():
     with running(seconds=0.5) as service:
         model = service.model
         model.gate.clear()
-        _, first = post_all(service, 1)
+        futures = post_all(service, 1)
         assert model.entered.wait(10)
-        answers, threads = post_all(service, 3)
-        for thread in (*first, *threads):
-            thread.join()
+        answers = [future.result() for future in futures + post_all(service, 3)]
         assert {answer[0] for answer in answers} == {504} and "0.5 seconds" in answers[0][1]["error"]
         model.gate.set()
         wait_for(lambda: not service.metric("lungjax_queue_images"))

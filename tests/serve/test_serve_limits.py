@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
+from folders import encoded
 from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
-from test_uploads import SECRETS, picture, saved, scan, secret, written
+from test_uploads import SECRETS, picture, scan, secret, written
 
 from lungjax.serve import app as serve_app
 from lungjax.serve import protocol, uploads
@@ -169,7 +170,7 @@ def test_uploads_leave_no_trace(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     big = written(secret(scan(shape=(1100, 1100))))
     assert len(big) > 2**21
-    tiff = saved(picture((1500, 1500)), "TIFF", compression="tiff_lzw")
+    tiff = encoded(picture((1500, 1500)), "TIFF", compression="tiff_lzw")
     for decoder in ("pydicom", "PIL", "python_multipart"):
         logging.getLogger(decoder).setLevel(logging.NOTSET)
     with running() as service:

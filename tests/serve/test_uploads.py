@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import scans
+from folders import encoded
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
@@ -28,12 +29,6 @@ SECRETS = ("Zentinel", "Otto", "SECRET-4711", "19110203", "1.2.826.0.1.3680043.7
 
 def picture(shape=(40, 50)):
     return np.random.default_rng(3).integers(0, 256, shape).astype(np.uint8)
-
-
-def saved(array, form, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def scan(modality="CT", shape=(24, 32), **tags):
@@ -88,10 +83,9 @@ GOOD = (
 
 
 def test_images_as_pillow_decodes_them():
-    deep = Image.fromarray(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30)
-    buffer = io.BytesIO()
-    deep.save(buffer, "PNG")
-    for form, data in [("PNG", buffer.getvalue()), *((form, saved(array, form, **more)) for array, form, more in GOOD)]:
+    deep = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30
+    for array, form, options in [(deep, "PNG", {}), *GOOD]:
+        data = encoded(array, form, **options)
         upload, decoded = read(data), Image.open(io.BytesIO(data))
         expected = np.asarray(decoded.convert("L") if form == "GIF" else decoded)
         np.testing.assert_array_equal(upload.images[0], expected)
@@ -102,7 +96,7 @@ def test_exif_orientation():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "words" * 100
     for form in ("JPEG", "PNG", "WEBP"):
-        data = saved(GRAY, form, exif=exif)
+        data = encoded(GRAY, form, exif=exif)
         np.testing.assert_array_equal(read(data).images[0], images.read(data)[0])
         assert read(data).images[0].shape == GRAY.shape[::-1] + (3,) * (form == "WEBP")
 
@@ -147,7 +141,7 @@ def test_only_the_decoder_of_the_format(monkeypatch):
     formats, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda file, formats=None: tried(formats) or real(file, formats=formats))
     tried = formats.append
-    refused(saved(picture(), "PNG")[:60] + b"\0" * 100)
+    refused(encoded(picture(), "PNG")[:60] + b"\0" * 100)
     assert formats and set(formats) == {("PNG",)}
 
 
@@ -156,16 +150,16 @@ def test_size_limits_by_header(monkeypatch):
     monkeypatch.setattr(images, "decode", None)
     for width, height, *expected in ((6000, 40, 413, "side"), (400, 300, 413, "pixels"), (1, 1, 422, "small")):
         for form in dict.fromkeys(form for _, form, _ in GOOD):
-            *reason, message = refused(saved(np.zeros((height, width), np.uint8), form))
+            *reason, message = refused(encoded(np.zeros((height, width), np.uint8), form))
             assert reason == expected and f"{width} x {height} pixels" in message, form
         assert refused(written(scan(Rows=height, Columns=width)))[:2] == tuple(expected)
-    data = bytearray(saved(picture(), "JPEG2000"))  # decoders use the size in the codestream, not in the boxes
+    data = bytearray(encoded(picture(), "JPEG2000"))  # decoders use the size in the codestream, not in the boxes
     at = data.index(b"\xff\x4f\xff\x51") + 8
     data[at : at + 8] = struct.pack(">II", 60_000, 40)
     tags = {256: 40, 257: 50, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 9}
     tiles = tiff(*((tag, 4, 1, value) for tag, value in tags.items()))
     assert refused(bytes(data))[:2] == refused(tiles)[:2] == (413, "side")
-    assert refused(saved(picture(), "BMP"), bytes=2000)[:2] == (413, "bytes")
+    assert refused(encoded(picture(), "BMP"), bytes=2000)[:2] == (413, "bytes")
     assert refused(b"")[:2] == (422, "empty")
 
 
@@ -212,12 +206,8 @@ def test_decompression_bombs():
 
 
 def test_several_frames():
-    first, second = Image.fromarray(picture()), Image.fromarray(255 - picture())
-
-    def frames(form, **options):
-        buffer = io.BytesIO()
-        first.save(buffer, form, save_all=True, append_images=[second], **options)
-        return buffer.getvalue()
+    def frames(form):
+        return encoded(picture(), form, save_all=True, append_images=[Image.fromarray(255 - picture())])
 
     for form in ("TIFF", "PNG", "WEBP"):
         assert refused(frames(form))[:2] == (422, "frames")
@@ -249,7 +239,7 @@ def test_first_dicom_of_a_process_logs_nothing(tmp_path):
 
 
 def test_slow_jpeg():
-    data = saved(picture(), "JPEG")
+    data = encoded(picture(), "JPEG")
     many = data[:2] + b"\xff\xe5\x00\x02" * 5000 + data[2:]
     assert "segments" in refused(many)[2]
     at = data.index(b"\xff\xda")
@@ -259,9 +249,9 @@ def test_slow_jpeg():
 def test_dicom_codestream_size(monkeypatch):
     data = scan("DX", shape=(24, 32), BitsAllocated=8, BitsStored=8, HighBit=7)
     data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    data.PixelData = encapsulate([saved(picture((24, 32)), "JPEG")])
+    data.PixelData = encapsulate([encoded(picture((24, 32)), "JPEG")])
     assert read(written(data)).images[0].shape == (24, 32)
-    data.PixelData = encapsulate([saved(picture((30, 70)), "JPEG")])
+    data.PixelData = encapsulate([encoded(picture((30, 70)), "JPEG")])
     with monkeypatch.context() as patch:
         calls = []
         patch.setattr(Image, "open", lambda *_, **__: calls.append(1))
@@ -343,7 +333,7 @@ def test_damaged_dicom_leaks_nothing(monkeypatch, recwarn, capfd, caplog):
 
 def test_damaged_images():
     for array, form, options in GOOD:
-        data, rng, bad = saved(array, form, **options), random.Random(6), 0
+        data, rng, bad = encoded(array, form, **options), random.Random(6), 0
         for _ in range(60):
             damaged = bytearray(data[: rng.randrange(len(data))] if rng.random() < 0.5 else data)
             for _ in range(rng.choice((0, 1, 5))):

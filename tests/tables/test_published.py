@@ -14,8 +14,12 @@ from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import experiments
 from lungjax.evaluation import metrics
+from lungjax.runtime.mesh import make_mesh
 from lungjax.tables import published
 from lungjax.tables.published import TABLES
+from lungjax.training import program
+from lungjax.training.aot_compile import batch_shapes
+from lungjax.weights.load import resolve
 
 CELLS = {
     "nccid_test": 14, "nccid_val": 16, "ct_cov19_val": 8 * 5 * 4 + 4 + 1, "ct_cov19_test": 8 * 4, "ct_cov19_auc": 8 * 4,
@@ -155,27 +159,20 @@ def test_experiments_and_metrics():
 
 @pytest.mark.slow
 def test_training_step_of_every_row():
-    """Traces the augmented training step of each distinct experiment, with the settings of its weights."""
-    from lungjax.runtime.mesh import make_mesh
-    from lungjax.training import program
-    from lungjax.weights.load import resolve
-
+    """Traces the augmented training step of each distinct network, head and augmentation of the tables."""
+    programs = {}
     for text in {cell.experiment for table in TABLES.values() for cell in table.cells}:
         config = load(text)
         if "run:" in config.model.weights:  # a run that does not exist here
             config = replace(config, model=replace(config.model, weights="none"))
-        config = resolve(replace(config, train=replace(config.train, devices=1)))
-        classes, size = datasets.classes(config.data.dataset) or ("a", "b"), config.train.batch_size
-        built = program.build(config, classes, np.arange(8 * size) % len(classes), make_mesh(1))
-        height, width = (round(side * (1 + 2 * config.input.box_margin)) for side in config.input.size)
-        batch = {"image": ((height, width, config.input.channels), np.uint8), "label": ((), np.int32)}
-        batch["place"] = (), np.uint32
-        if config.input.box_margin:
-            batch["box"] = (4,), np.float32
-        if config.augment.exterior:
-            batch["body"] = (height, width), np.uint8
-        arrays = {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in batch.items()}
-        state, values = jax.eval_shape(built.train_step, built.abstract_state, arrays)
+        config = resolve(config)
+        classes, optim = datasets.classes(config.data.dataset) or ("a", "b"), config.optim
+        key = config.model, config.input, config.augment, optim.name, optim.tune, optim.freeze, len(classes)
+        programs[key] = text, replace(config, train=replace(config.train, devices=1)), classes
+    for text, config, classes in programs.values():
+        mesh = make_mesh(1)
+        built = program.build(config, classes, np.arange(8 * config.train.batch_size) % len(classes), mesh)
+        state, values = jax.eval_shape(built.train_step, built.abstract_state, batch_shapes(config, mesh))
         assert values["loss"].shape == () and state.step.shape == (), text
 
 

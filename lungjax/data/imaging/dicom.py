@@ -92,8 +92,7 @@ def headers(path: File) -> list[Header]:
     """Reads a DICOM file without its pixels; returns one header, or one per frame of an enhanced CT.
 
     Raises ValueError with the file name if the file is not DICOM, is neither a CT nor an X-ray, has no pixels, has
-    several frames without functional groups, is compressed and no decoder is installed, or is a CT without
-    RescaleSlope or RescaleIntercept.
+    several frames without functional groups, is compressed without a decoder, or is a CT without its rescaling.
     """
     data = _read(path, header_only=True)
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
@@ -186,19 +185,13 @@ def series(headers: Sequence[Header]) -> Series:
 
 
 def picture(header: Header, windows: Windows) -> bytes:
-    """Returns one CT slice as a PNG file, oriented as described in `volumes`; reads only this slice.
-
-    Raises ValueError for pixels that can't be decoded.
-    """
+    """Returns one CT slice as a PNG file, oriented as described in `volumes`. Raises ValueError for damaged pixels."""
     one = series([header])
     return volumes.picture(_volume(one.headers, one.step), one.plane, 0, windows)
 
 
 def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a series as a PNG file, and caches the volume for the next plane.
-
-    `headers` and `step` are those of a `Series`. Raises the same errors as `picture`.
-    """
+    """Returns one plane of a sorted series as a PNG file, and caches its volume. Raises the errors of `picture`."""
     return volumes.picture(volume(headers, step), plane, index, windows)
 
 

@@ -1,7 +1,6 @@
 """Checks the size of a compressed DICOM image before it is decoded.
 
-Decoders take the size from the compressed stream, not from Rows and Columns, so a file of a few kilobytes could make
-them allocate gigabytes.
+Decoders take the size from the stream, not from Rows and Columns, so a small file could make them allocate gigabytes.
 """
 
 import struct

@@ -185,8 +185,7 @@ def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: in
 def center(size: tuple[int, int], width: int, height: int) -> Region:
     """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for a size below one
-    pixel.
+    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError below one pixel.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
@@ -196,10 +195,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
 
 
 def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
-    """Returns `box` with `margin` of its sides added on each edge, clipped to the image.
-
-    Raises ValueError if the box contains less than one pixel of the image.
-    """
+    """Returns `box` with `margin` of its sides added on each edge, clipped to the image. Raises ValueError if empty."""
     left, top, right, bottom = (float(v) for v in box)
     dx, dy = margin * (right - left), margin * (bottom - top)
     x0, y0, x1, y1 = max(left - dx, 0.0), max(top - dy, 0.0), min(right + dx, width), min(bottom + dy, height)
@@ -311,7 +307,9 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
             problem = _unsupported(picture)
             if problem is None:
                 picture.load()
-                upright = _upright(picture)
+                turn = TURNS.get(orientation(picture.info.get("exif", b"")))
+                # Then without a format, since the file has other pixels. Pillow turns TIFF itself.
+                upright = picture if turn is None else picture.transpose(turn)
                 image = upright if upright.mode == "L" else _array(upright)
                 if image is not None:
                     return image, upright.format or ""
@@ -322,12 +320,6 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     raise ValueError(
         problem or "fractions or values outside 0 to 65535: save integers, such as Hounsfield units + 1024"
     )
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Returns an image turned according to its EXIF orientation, then without a format. Pillow turns TIFF itself."""
-    turn = TURNS.get(orientation(picture.info.get("exif", b"")))
-    return picture if turn is None else picture.transpose(turn)
 
 
 def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:

@@ -12,8 +12,7 @@ MIN_CONTRAST = 0.15  # minimum contrast of a lesion to the tissue behind it, rel
 def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
     """Returns the mask of one lung, bool [h, w], extended to include lesions at the chest wall.
 
-    `gray` is the image, [h, w]; `medial` is +1 or -1, the x direction of the other lung. The lung must not touch the
-    image border.
+    `gray` is the image, [h, w]; `medial` (+1 or -1) points to the other lung. The lung must not touch the border.
 
     The chest wall is convex, so a concavity (bay) of the outline that opens outwards belongs to the lung. Medial bays
     are heart, vessels and spine, and a wide anterior one is the dome of the liver or spleen. The wall across a bay is

@@ -27,8 +27,7 @@ class Header:
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
-    Raises ValueError for a file that is not NIfTI or not three-dimensional, a unit that is not a length, and voxels
-    outside 0.1 to 10 mm.
+    Raises ValueError for other files, dimensions and units, and for voxels outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = _open(nibabel, path)

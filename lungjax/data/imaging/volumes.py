@@ -1,8 +1,7 @@
 """Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
 Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. Images are in radiological
-orientation: the patient's right is on the left of axial images (chest up) and coronal images (head up), and sagittal
-images face left (head up).
+orientation: axial images show the chest up, others the head; the right is on the left, and sagittal images face left.
 """
 
 import functools

@@ -59,10 +59,7 @@ def read(data: Prepared, data_dir: Path) -> np.ndarray:
 
 
 def cross(one: Prepared, other: Prepared) -> str:
-    """Returns the patients and images that two prepared data sets share, as markdown.
-
-    Raises ValueError for a stage, which hides part of the images.
-    """
+    """Returns the patients and images that two prepared data sets share, as markdown. Raises ValueError for a stage."""
     for data in (one, other):
         if resolve(data.name)[0].stage:
             raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage")

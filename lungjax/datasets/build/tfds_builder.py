@@ -48,10 +48,7 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
 
 
 def write(name: str, root: Path, description: str, classes: Sequence[str], shards: Shards) -> None:
-    """Writes the shards, in order, below `root` as the data set `name`, such as "covidx_ct/3a".
-
-    Raises ValueError if the disk is full.
-    """
+    """Writes the shards in order below `root` as the data set `name`. Raises ValueError if the disk is full."""
     tfds.disable_progress_bar()  # replaced by one for the complete data set
     base, _, config = name.partition("/")
     kind: Any = type(base, (Builder,), {"name": base}, skip_registration=True)

@@ -1,8 +1,7 @@
 """Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
 The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
-the old one remains until the new one is complete. Until then, the processed images of complete shards are saved, from
-which the next run resumes.
+the old one remains until the new one is complete. The next run resumes from the processed images of complete shards.
 """
 
 import functools

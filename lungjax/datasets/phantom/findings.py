@@ -31,10 +31,7 @@ class Lesion:
 
 
 def new_lesions(finding: str, rng: np.random.Generator) -> tuple[Lesion, ...]:
-    """Draws the lesions of a patient; () for Normal.
-
-    Raises ValueError for a finding that is not in `CLASSES`.
-    """
+    """Draws the lesions of a patient; () for Normal. Raises ValueError for a finding that is not in `CLASSES`."""
     if finding not in CLASSES:
         raise ValueError(f"unknown finding {finding!r}; expected {', '.join(CLASSES)}")
     severity, first = rng.uniform(*SEVERITY), int(rng.choice((-1, 1)))

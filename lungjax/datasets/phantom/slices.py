@@ -74,10 +74,7 @@ class Phantom:
 
 
 def new_patient(seed: int, finding: str, scanner: Scanner | None = None) -> Patient:
-    """Returns the patient of a seed; only the lesions depend on `finding`.
-
-    Raises ValueError for a finding that is not in `CLASSES`.
-    """
+    """Returns the patient of a seed; only the lesions depend on `finding`. Raises ValueError for an unknown finding."""
     rng = np.random.default_rng([seed, 1])
     scanner = scanner or SCANNERS[rng.integers(len(SCANNERS))]
     build = anatomy.Build(

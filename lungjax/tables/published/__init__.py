@@ -17,10 +17,7 @@ MIN_DECIMALS = 2  # of a report that prints 1.00 as 1
 
 
 def parse_number(text: str) -> tuple[float | None, int]:
-    """Returns the value of a printed number, a rate in 0..1 or a loss, and its digits after the decimal point.
-
-    Raises ValueError for text that is not a number.
-    """
+    """Returns the value of a printed rate in 0..1 or loss, and its decimal places. Raises ValueError for other text."""
     if not text:
         return None, MIN_DECIMALS
     try:
