@@ -1,6 +1,6 @@
-"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, told apart by content.
+"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, distinguished by content.
 
-Nothing in a file is ever executed: no pickled arrays, no links to other files, and only tensors in PyTorch's pickles.
+Nothing in a file is executed. Pickled arrays, links to other files and PyTorch objects other than tensors are rejected.
 """
 
 import zipfile
