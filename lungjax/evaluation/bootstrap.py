@@ -90,9 +90,9 @@ def paired_difference(
 ) -> dict[str, Difference]:
     """Returns the difference between two networks by metric name; each draw uses the same patients for both.
 
-    `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
-    most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
-    draws it is at least 0.001. It is not corrected for multiple comparisons. Other arguments are as in `over_runs`.
+    `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, capped at
+    1. It is the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4), at least
+    0.001 with 2,000 draws and not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
@@ -118,7 +118,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
     order_a, order_b = np.argsort(a.ids, kind="stable"), np.argsort(b.ids, kind="stable")
     if len(a) != len(b) or (a.ids[order_a] != b.ids[order_b]).any():
         ids = np.setxor1d(a.ids, b.ids)
-        reason = f"{len(ids)} of them in only one, such as {ids[0]}" if len(ids) else "some are duplicates"
+        reason = f"{len(ids)} of them are in only one, such as {ids[0]}" if len(ids) else "some are duplicates"
         raise ValueError(f"different examples, {len(a)} and {len(b)}: {reason}")
     rows = np.empty(len(a), np.int64)
     rows[order_a] = order_b
@@ -134,7 +134,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
 
 
 def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`], for any `block` the same draws."""
+    """Yields how often each patient was drawn, float64 [patients, up to `block`]; draws do not depend on `block`."""
     rng = np.random.default_rng(seed)
     for start in range(0, draws, block):
         counts = [
