@@ -5,9 +5,9 @@ need one forward pass and the gradient of the head. The score of a class is its 
 positive class and -z for the other one.
 
 With valid padding the last feature map covers only the center of the image, and its map is placed there
-(`models.receptive_field`). The papers stretch it over the entire image, and so does gradcam_positive. A map shows which
-pixels the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or
-from a last feature map of one cell) is all zeros rather than amplified noise.
+(`models.receptive_field`). The papers and gradcam_positive stretch it over the entire image. A map shows which pixels
+the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or from a
+last feature map of one cell) is all zeros rather than amplified noise.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def gradcam(last: jax.Array, gradient: jax.Array) -> Maps:
 
 
 def gradcam_positive(last: jax.Array, gradient: jax.Array) -> Maps:
-    """The CT-COV19 study's variant (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
+    """Grad-CAM of the CT-COV19 study (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
 
     A channel's weight is the mean of its gradient where activation and gradient are positive, and 0 elsewhere; there is
     no ReLU of the sum. No weight is negative, so evidence against the class is not subtracted.
@@ -151,8 +151,8 @@ class Explainer:
         """Integrated gradients (Sundararajan et al., ICML 2017, arXiv 1703.01365) from a black image.
 
         Returns float32 [B, H, W, C], the pixel values times the mean gradient of the score along the path from black to
-        the image (midpoints of `steps` equal parts), and [B], the difference of the scores of image and black. By the
-        completeness axiom, up to the discretization error, the attributions of an image add up to this difference.
+        the image (midpoints of `steps` equal parts), and [B], the score of the image minus that of black. By the
+        completeness axiom, the attributions of an image add up to this difference, up to the discretization error.
         """
         images, targets = self._checked(images, targets)
         program = self._program("slope")
