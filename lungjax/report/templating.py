@@ -28,7 +28,7 @@ LINK = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)\]])")
 
 
 class Number(NamedTuple):
-    """A metric of a table; None is undefined."""
+    """A number in a table; None if undefined."""
 
     value: float | None
     low: float | None = None  # of the 95 % interval
