@@ -30,7 +30,7 @@ BLOCK = 400_000  # examples x draws at a time
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two runs; None where it is undefined."""
+    """The difference of one metric between two runs; undefined values are None."""
 
     a: float | None
     b: float | None
@@ -57,7 +57,7 @@ def intervals(
 def over_runs(
     runs: Sequence[Predictions], names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice"
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
-    """Returns (mean over the runs, low, high) of each named metric, None where undefined.
+    """Returns (mean over the runs, low, high) of each named metric, with None for undefined values.
 
     Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
     patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
@@ -176,7 +176,7 @@ def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, fl
 def _evaluate(
     runs: Sequence[Predictions], names: Sequence[str] | None, draws: int, seed: int, unit: str
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]]]:
-    """Returns the metrics of each run, and the draws [draws] of each metric, NaN where undefined.
+    """Returns the metrics of each run, and their draws, {metric: [draws]}, with NaN for undefined values.
 
     Runs are aligned with the first. With fewer than two patients, all draws are NaN.
     """
@@ -204,7 +204,7 @@ def _evaluate(
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
-    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
+    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is the patient per example."""
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

@@ -53,7 +53,7 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     """Returns the `metrics.BINS` bins of a reliability diagram, of equal width over the highest probability.
 
     Each is {low, high, n, confidence, accuracy}: the edges (the upper one is included), the number of examples, their
-    mean highest probability and their accuracy, both None in an empty bin.
+    mean highest probability and their accuracy. The last two are None in an empty bin.
     """
     p = predictions
     top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)

@@ -163,7 +163,7 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
 
 
 def by_source(predictions: Predictions) -> dict[str, Predictions]:
-    """Returns the predictions of each source, "unknown" for examples without one; {} if no source is known."""
+    """Returns the predictions by source, with "unknown" for examples without one; {} if no source is known."""
     if not (predictions.sources != "").any():
         return {}
     names = np.where(predictions.sources == "", "unknown", predictions.sources)
@@ -232,7 +232,7 @@ def check_probabilities(predictions: Predictions) -> None:
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall, specificity, npv and f1 of each class, [..., C] each, NaN where undefined.
+    """Returns precision, recall, specificity, npv and f1 per class, [..., C], with NaN for undefined rates.
 
     `confusion` [..., C, C]: entry i, j is the number of examples of class i predicted as class j.
     """

@@ -83,7 +83,7 @@ def metrics_at_thresholds(
 
 
 def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}.
+    """Returns the entry `operating_points` of the report, {class: {rule: metrics at its threshold}}.
 
     A class without a threshold has {}; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
     """

@@ -50,7 +50,7 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The class with the highest probability, the first one if tied, int64 [N]."""
+        """The class with the highest probability (the first one if tied), int64 [N]."""
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
 
 

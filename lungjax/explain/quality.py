@@ -116,9 +116,9 @@ def random_maps(count: int, grain: tuple[int, int], size: tuple[int, int], seed:
 def deletion(
     explainer: Explainer, images: np.ndarray, maps: np.ndarray, targets: np.ndarray, steps: int = DELETIONS
 ) -> np.ndarray:
-    """Returns the deletion curve of each image, the probability of its class, float64 [N, steps + 1].
+    """Returns the deletion curve of each image (the probability of its class), float64 [N, steps + 1].
 
-    In column i, the fraction i / steps of the pixels with the highest values is replaced by the mean; ties are random.
+    In column i, the mean replaces the fraction i / steps of the pixels, highest values first; ties are broken randomly.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)
@@ -163,7 +163,7 @@ def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> di
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 if either is constant."""
+    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 if a map is constant."""
     ranks = [stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (one, other)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
     norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))

@@ -61,7 +61,7 @@ def gradcam_plus_plus(last: jax.Array, gradient: jax.Array) -> Maps:
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv 1710.11063, equation 19), for the exponential of the score.
 
     With g the gradient of the score at a cell and S the sum of the channel's activations, the paper's coefficient
-    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); its sum is the channel's weight. The factor
+    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); the weight of a channel sums this. The factor
     exp(score), the same for all cells, is omitted. The paper assumes positive activations; without a final ReLU (BiT,
     ConvNeXt) S sums only positive ones, which keeps the coefficient in 0..1/2.
     """
@@ -84,7 +84,7 @@ CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
 
 
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
-    """Returns the score [B] of the class `targets` [B] of each example from its logits [B, outputs]."""
+    """Returns the score [B] of one class per example, `targets` [B], from the logits [B, outputs]."""
     if positive is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jnp.where(targets == positive, logits[:, 0], -logits[:, 0])

@@ -128,7 +128,7 @@ def make_divisible(channels: float, guard: bool) -> int:
 
 
 def expand(stages: tuple[Stage, ...], channels: int, activation: Activation = nn.silu) -> tuple[tuple[Row, ...], ...]:
-    """Returns the blocks of each stage after a stem of `channels`."""
+    """Returns the blocks of each stage that follow a stem of `channels` channels."""
     result = []
     for stage in stages:
         rows = []

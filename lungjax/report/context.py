@@ -129,7 +129,7 @@ def number(level: Mapping[str, Any], name: str, value: float | None = None) -> N
 
 
 def changed(section: Any, defaults: Any) -> dict[str, Any]:
-    """Returns the fields of `section` that differ from `defaults`, by dotted path, except the name."""
+    """Returns the fields of `section` that differ from `defaults`, by dotted path; omits `name`."""
     before = fields_of(defaults)
     return {k: v for k, v in fields_of(section).items() if v != before[k] and k != "name"}
 

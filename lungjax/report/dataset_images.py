@@ -141,7 +141,7 @@ def _staged(view: View, row: int, stage: str) -> Tile:
 
 
 def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str, Figure]:
-    """Draws a training image and its augmentations by each preset; returns the figures by preset."""
+    """Draws augmentations of a training image for each preset; returns the figures by preset."""
     figures = {}
     for name, config in presets.items():
         fields = context.changed(config, AugmentConfig()).items()

@@ -202,6 +202,6 @@ def _gray_levels(view: View) -> dict[str, Any]:
 
 
 def _measure(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the histogram [256] of an image, and the mean over its pixels of the range of the color channels."""
+    """Returns the histogram [256] of an image, and the range of its color channels, averaged over the pixels."""
     spread = float(np.ptp(image, axis=-1).mean()) if image.ndim == 3 else 0.0
     return np.bincount(images.gray(image).ravel(), minlength=256), spread

@@ -20,7 +20,7 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES readable images of each split; returns None if there are too few."""
+    """Fits the novelty score to at most MAX_IMAGES readable images per split; returns None for too few images."""
     try:
         return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
     except ValueError:

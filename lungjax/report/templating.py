@@ -41,7 +41,7 @@ class Number(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a page; the first cell of each row is its name."""
+    """A table of a page; the first cell of each row names the row."""
 
     head: Sequence[str]  # all "" for no head
     rows: Sequence[Sequence[Any]]

@@ -122,7 +122,7 @@ class Table:
 
 
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
-    """Returns the cell, or its candidates in the table `chosen_from`. Raises ValueError if it has none there."""
+    """Returns the cell or, with `chosen_from`, its candidates in that table. Raises ValueError if there are none."""
     if not table.chosen_from:
         return (cell,)
     matches = tuple(other for other in tables[table.chosen_from].cells if cell.row in (other.row, other.column))

@@ -49,7 +49,7 @@ def markdown(folder: Path, draws: int) -> str:
 
 
 def _read(folders: Sequence[Path], split: str) -> list[Predictions]:
-    """Returns the predictions of each run, [] if a run has none for this split."""
+    """Returns the predictions of each run, or [] if a run has none for this split."""
     files = [folder / f"predictions_{split}.csv" for folder in folders]
     return [predictions.read(file) for file in files] if all(file.exists() for file in files) else []
 

@@ -66,7 +66,7 @@ class Result:
 
 
 class Reader:
-    """Reads the run folders of a table, each once."""
+    """Reads each run folder of a table once."""
 
     def __init__(self, table: Table, options: Options, draws: int = 2000, failures: Mapping[str, str] | None = None):
         """`failures` are the errors of `run_missing`, by command line."""
@@ -226,7 +226,7 @@ def place(cell: Cell) -> str:
 
 
 def markdown(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> str:
-    """Returns the table as a page. `captions` are those of its figures, by file name."""
+    """Returns the table as a page. `captions` are the captions of its figures by file name."""
     verdicts = [f"{n} {word}" for word in VERDICTS if (n := sum(r.verdict == word for r in results))]
     choice = any(r.chosen for r in results)
     rows = []

@@ -210,7 +210,7 @@ def logged(runs: Sequence[Run], cell: Cell) -> float | None:
 def execute(run: Run) -> tuple[int, str]:
     """Starts or resumes a run in a subprocess and prints its output; returns its exit code and last lines.
 
-    The first Ctrl-C or SIGTERM is forwarded, and raises `signals.Interrupted`; a second Ctrl-C kills the run.
+    The first Ctrl-C or SIGTERM is forwarded to the run and raises `signals.Interrupted`; a second Ctrl-C kills the run.
     """
     command = [sys.executable, "-m", "lungjax.main", *run.arguments]
     tail = b""

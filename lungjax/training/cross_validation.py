@@ -40,7 +40,7 @@ def run(
     predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
     and maximum of the metrics over folds. The other arguments are those of `train.run`.
 
-    Raises ValueError if the data does not allow `count` folds or WORKDIR contains other files, and like `train.run`.
+    Raises ValueError if the data does not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:

@@ -195,7 +195,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
 
 
 def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
-    """Returns the other data set with the mapped images of `split` as its test split. Raises ValueError without any."""
+    """Returns the other data set with the mapped images of `split` for testing. Raises ValueError if there are none."""
     splits = other.columns["split"]
     in_split = splits != "" if split == "all" else splits == split
     in_test = in_split & (np.asarray(mapping.labels)[other.columns["label"]] >= 0)

@@ -86,7 +86,7 @@ with (resources.files(__package__) / "catalogue.csv").open(encoding="utf-8") as 
 
 
 def records(model: str | None = None) -> list[PretrainedWeights]:
-    """Returns the records of a network, the default first, or all records."""
+    """Returns the records of a network (the default first), or all records."""
     return [record for record in RECORDS if model in (None, record.model)]
 
 

@@ -25,7 +25,7 @@ Reader = tuple[list[str], Callable[[str], np.ndarray], Any]  # names, a function
 
 
 class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
-    """A read-only mapping from the names in a file to its arrays, each read on access."""
+    """A read-only mapping from the names in a file to its arrays, which are read on access."""
 
     def __init__(self, path: Path, names: list[str], read: Callable[[str], np.ndarray], file: Any):
         self.path = path
