@@ -31,6 +31,19 @@ def without_pictures(patch) -> None:
     patch.setattr(write, "draw", lambda *_, **__: {})
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    without_pictures(monkeypatch)
+
+
+@pytest.fixture
+def small_network(monkeypatch, small_data):
+    """Makes runs use the small data and find the small network."""
+    import small_runs
+
+    small_runs.patched(monkeypatch, small_data)
+
+
 def small_bn():
     """Returns the constructor of a network with BatchNorm that compiles in a second."""
     from lungjax.models.transfusion import Transfusion

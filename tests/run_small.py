@@ -20,7 +20,7 @@ import small_runs as runs
 
 from lungjax.evaluation import predictions
 from lungjax.runtime import distributed, signals
-from lungjax.training import metrics_log, setup, train
+from lungjax.training import metrics_log, train
 
 
 def main() -> None:
@@ -39,17 +39,14 @@ def main() -> None:
     elif "SLURM_JOB_ID" in os.environ:
         distributed.start()
 
+    def wait_or_fail(step, batch):
+        time.sleep(flags.pause)
+        if step == flags.fail_at:
+            raise ValueError("7.png can't be read")
+        return batch
+
     runs.patched(pytest.MonkeyPatch(), conftest.make_small_data())
-    device_batches = setup.Run.batches
-
-    def slow_batches(run, start):
-        for step, batch in enumerate(device_batches(run, start), start + 1):
-            time.sleep(flags.pause)
-            if step == flags.fail_at:
-                raise ValueError("7.png can't be read")
-            yield batch
-
-    setup.Run.batches = slow_batches
+    runs.change_batches(pytest.MonkeyPatch(), wait_or_fail)
     out = flags.out
     try:
         with distributed.abort_all_on_error():

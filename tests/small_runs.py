@@ -50,6 +50,28 @@ def patched(patch: pytest.MonkeyPatch, data) -> None:
     conftest.without_pictures(patch)
 
 
+def change_batches(patch: pytest.MonkeyPatch, change) -> None:
+    """Applies `change(step, batch)` to every training batch."""
+    device_batches = setup.Run.batches
+
+    def batches(run, start):
+        for step, batch in enumerate(device_batches(run, start), start + 1):
+            yield change(step, batch)
+
+    patch.setattr(setup.Run, "batches", batches)
+
+
+def interrupt(patch: pytest.MonkeyPatch, number: int, at: int) -> None:
+    """Sends this process a signal in step `at`."""
+
+    def change(step, batch):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return batch
+
+    change_batches(patch, change)
+
+
 def last_state(workdir: Path) -> dict[str, np.ndarray]:
     """Returns all arrays of the last state by path, read without lungjax."""
     path = workdir.absolute() / "checkpoints/last" / str(newest(workdir, "last"))
@@ -104,6 +126,18 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"no step {step}; exit code {process.poll()}")
+
+
+def group_ends(group: int) -> bool:
+    """Waits up to 30 seconds for all processes of a group to end; returns whether they did."""
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def batch_of(config: Config, n: int = 8) -> dict[str, jax.Array]:

@@ -1,11 +1,11 @@
 """Page of a data set: its numbers are those of the data, and its figures are not empty."""
 
-import csv
 import re
 from dataclasses import replace
 from html import unescape
 
 import commands
+import folders
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +15,6 @@ from sklearn.utils import compute_class_weight
 from lungjax import datasets, explore
 from lungjax.data import statistics
 from lungjax.data.imaging import study_masks
-from lungjax.datasets import PrepareOptions
 from lungjax.datasets.phantom import slices as phantom
 from lungjax.report import contact_sheet, dataset_page, style
 from lungjax.report.contact_sheet import Section, Tile
@@ -33,29 +32,21 @@ ROWS = [
 ]  # fmt: skip
 
 
-def slices(count):
-    patient = phantom.new_patient(3, "COVID-19")
-    return [phantom.gray(phantom.draw_slice(patient, z).hu, patient.window) for z in phantom.levels(patient, count)]
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Twelve images prepared as folder/mine; two test images are also in train."""
-    root = tmp_path_factory.mktemp("explore")
-    images = slices(10)
-    with (root / "labels.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["path", "label", "split", "group", "source"])
-        for i, (label, split, group, source, which) in enumerate(ROWS):
-            image = Image.fromarray(images[int(str(which).strip("=~"))])
-            if str(which).startswith("~"):
-                image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
-            if i == 7:  # with a red line
-                image = image.convert("RGB")
-                image.paste((255, 0, 0), (0, 0, image.width, 1))
-            image.save(root / f"{i:02}.png")
-            table.writerow([f"{i:02}.png", label, split, group, source])
-    datasets.write("folder/mine", root, root / "data", PrepareOptions(), quiet=True)
+    root, patient, made = tmp_path_factory.mktemp("explore"), phantom.new_patient(3, "COVID-19"), []
+    images = [phantom.gray(phantom.draw_slice(patient, z).hu, patient.window) for z in phantom.levels(patient, 10)]
+    for i, (*values, which) in enumerate(ROWS):
+        image = Image.fromarray(images[int(str(which).strip("=~"))])
+        if str(which).startswith("~"):
+            image = image.resize((image.width * 4 // 5, image.height * 4 // 5))
+        if i == 7:  # with a red line
+            image = image.convert("RGB")
+            image.paste((255, 0, 0), (0, 0, image.width, 1))
+        columns = dict(zip(("label", "split", "group", "source"), values, strict=True))
+        made.append(columns | {"path": f"{i:02}.png", "image": np.asarray(image)})
+    folders.prepare(root, "mine", made)
     return root / "data"
 
 
@@ -104,7 +95,7 @@ def test_counts(page):
     weights = next(table for table in tables(page[1]) if table[-1][0] == "class weight")
     expected = compute_class_weight("balanced", classes=np.arange(2), y=[0, 0, 0, 0, 1, 1])
     assert weights[1:] == [["train images", "4", "2"], ["class weight", *(f"{w:.3f}" for w in expected)]]
-    height = Image.open(page[0].parent / "07.png").height  # one of its rows is red
+    height = Image.open(page[0].parent / "in_mine/07.png").height  # one of its rows is red
     assert by_first["class"] == [["covid", "0 of 7", "0.00"], ["normal", "1 of 5", f"{255 / height / 5:.2f}"]]
     leaks = {row[0]: row[1:] for row in by_first["protocol, split"]}
     assert leaks["study, test"] == ["4", "1", "1", "0", "2"] and leaks["clean, test"] == ["4", "0", "0", "0", "0"]
@@ -113,7 +104,7 @@ def test_counts(page):
 def test_duplicates(page):
     text = page[1][page[1].index("<h3>Exact copies") :]
     assert re.findall(r"<code>(.*?)</code>", text) == ["02.png<br>05.png", "06.png<br>10.png"]
-    numbers = re.findall(r": (\d); in different splits of protocol=study: (\d);\s+with different labels: (\d)", text)
+    numbers = re.findall(r": (\d). Of these, (\d) are in different splits of\s+protocol=study, and (\d) have", text)
     assert numbers == [("1", "1", "0")] * 2
 
 

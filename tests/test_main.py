@@ -26,14 +26,10 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     for arguments, hint in (
         (["--experiment=phantom_dmo"], "did you mean phantom_demo"),
         (["--experimnt=phantom_demo"], "Did you mean: experiment"),
-        (["--experiment=finetune:model=convnext_tny"], "did you mean convnext_tiny"),
         (["--experiment=phantom_demo", "--set=optim.lrr=1"], "did you mean optim.lr"),
-        (["--experiment=phantom_demo", "--set=optim.lr=fast"], "expected float"),
         (["--experiment=phantom_demo", "--set=model.weights=imagenet"], "no ImageNet weights"),
-        (["--experiment=phantom_demo", "--set=optim.frozen_batch_norm=keras"], "with_layer, update, frozen"),
         (["--experiment=phantom_demo", "--mode=tset"], "train"),
         (["--experiment=cbr_folder"], "python -m lungjax.prepare --dataset=folder"),
-        (["--experiment=cbr_folder:dataset=covidx_ct/4a"], "3a"),
         (["phantom_demo"], "unexpected argument"),
         (["--experiment=phantom_demo", "--profile=10-20"], "START:STOP"),
         (["--experiment=phantom_demo", "--profile=20:10"], "START:STOP"),
@@ -84,5 +80,3 @@ def test_evaluating_a_moved_run(trained_run, tmp_path, monkeypatch, capsys):
     data = f"--data_dir={trained_run.data_dir}"
     assert commands.run(main, "--experiment=elsewhere/config.json", "--mode=evaluate", data) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Report: elsewhere/report.html"
-    changed = ["--experiment=elsewhere/config.json", "--set=optim.lr=0.5", "--workdir=elsewhere", data]
-    assert commands.run(main, *changed) == 2 and "optim.lr" in capsys.readouterr().err

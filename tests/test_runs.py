@@ -4,15 +4,17 @@ import json
 import shutil
 
 import commands
-import pytest
 from PIL import Image
 
 from lungjax import runs
 from lungjax.evaluation import metrics, predictions
 
 
-@pytest.fixture
-def folder(tmp_path, trained_run):
+def run(*arguments):
+    return commands.run(runs, *arguments, positional=("[DIR]",))
+
+
+def test_list(tmp_path, trained_run, capsys):
     """A finished run, one that was interrupted before its report, one with a damaged configuration, and others."""
     for name in ("finished", "group/interrupted", "damaged"):
         shutil.copytree(trained_run.workdir, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "plots"))
@@ -23,27 +25,19 @@ def folder(tmp_path, trained_run):
     (interrupted / "report.json").unlink()
     first = json.dumps({"step": 1, "epoch": 0.5, "val.slice.auc_macro": 0.75})
     (interrupted / "metrics.jsonl").write_text(first + "\n")
-    return tmp_path
-
-
-def run(*arguments):
-    return commands.run(runs, *arguments, positional=("[DIR]",))
-
-
-def test_list(folder, trained_run, capsys):
-    assert run(folder, f"--plot={folder / 'curves.png'}") == 0
+    assert run(tmp_path, f"--plot={tmp_path / 'curves.png'}") == 0
     lines = capsys.readouterr().out.splitlines()
-    finished, interrupted = (next(line for line in lines if line.startswith(n)) for n in ("finished", "group"))
+    finished, stopped = (next(line for line in lines if line.startswith(n)) for n in ("finished", "group"))
     test = predictions.read(trained_run.workdir / "predictions_test.csv")
     assert finished.split()[1:4] == ["folder/mine", "simple", "2/2"] and finished.endswith("finished")
     monitor = finished.split()[4]
     assert finished.split()[6] == f"{metrics.flat_levels(test)[monitor]:.4f}"
-    assert interrupted.split()[3] == "1/2" and interrupted.endswith("interrupted")
+    assert stopped.split()[3] == "1/2" and stopped.endswith("interrupted")
     resume = [line for line in lines if "python -m lungjax.main" in line]
-    assert len(resume) == 1 and f"--workdir={folder / 'group/interrupted'}" in resume[0]
+    assert len(resume) == 1 and f"--workdir={interrupted}" in resume[0]
     assert [line for line in lines if "Skipped" in line and "damaged" in line]
     assert not any("notes" in line for line in lines)
-    assert Image.open(folder / "curves.png").width > 500
+    assert Image.open(tmp_path / "curves.png").width > 500
 
 
 def test_mistakes(tmp_path, capsys):

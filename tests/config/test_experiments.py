@@ -13,11 +13,6 @@ def test_every_experiment_is_valid_and_listed():
         assert f"\n{name} " in "\n" + listing
 
 
-def test_arguments_after_the_colon():
-    config = experiments.load("cbr_folder:dataset=folder/mine,model=cbr_tiny")
-    assert (config.data.dataset, config.model.name) == ("folder/mine", "cbr_tiny")
-
-
 def test_experiment_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

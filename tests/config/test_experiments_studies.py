@@ -18,8 +18,6 @@ from lungjax.models.inputs import normalize
 from lungjax.training import optim, program
 from lungjax.weights import load
 
-CBR = ("simple", "cbr_tiny", "cbr_small", "cbr_largew", "cbr_larget", "cbr_larget_study")
-EFFICIENTNETS = ("efficientnet_b0", "efficientnet_b3", "efficientnet_b7")
 STAGES = ("original", "nobackg", "crop", "lungs_nocrop", "lungs")
 TORCH = ("vgg16", "vgg19", "resnet50", "resnet101", "resnet152", "densenet121", "densenet161", "densenet201")
 VERSIONS = ("1", "2a", "2b", "3a", "3b")
@@ -32,6 +30,12 @@ ICTCF = {
     "resnet50v2": (23_572_867, 23_523_331, 1225), "resnet101v2": (42_634_627, 42_532_867, 1225),
     "resnet152v2": (58_339_715, 58_191_875, 1399),
 }  # fmt: skip
+# COVID-19 CT: trained parameters.
+CT_COV19 = {
+    "simple": 25_475, "cbr_tiny": 4_306_819, "cbr_small": 2_111_171, "cbr_largew": 8_437_123, "cbr_larget": 8_536_003,
+    "cbr_larget_study": 4_306_819, "bit_r50x1": 6_147, "efficientnet_b0": 3_843, "efficientnet_b3": 4_611,
+    "efficientnet_b7": 7_683,
+}  # fmt: skip
 # COVID-XRay-5K: trained parameters; VGG16 was never trained.
 XRAY = {
     "xray_cnn": 422_177, "mobilenetv2": 1_310_914, "resnet101v2": 2_097_346, "densenet201": 1_966_274,
@@ -43,16 +47,7 @@ VGG, CONV = 25089 * 4096 + 4097 * 4096 + 3 * 4097, 512 * 512 * 9 + 512
 PARAMETERS = {
     # Keras counts mean, variance and counter of its normalization (7 numbers) in 6,577,801.
     "nccid_whole_lung:protocol=study": (2, (6_577_801 - 7, 6_515_746)),
-    "ct_cov19:model=simple,protocol=study": (3, 25_475),
-    "ct_cov19:model=cbr_tiny,protocol=study": (3, 4_306_819),
-    "ct_cov19:model=cbr_larget_study,protocol=study": (3, 4_306_819),
-    "ct_cov19:model=cbr_small,protocol=study": (3, 2_111_171),
-    "ct_cov19:model=cbr_largew,protocol=study": (3, 8_437_123),
-    "ct_cov19:model=cbr_larget,protocol=study": (3, 8_536_003),
-    "ct_cov19:model=bit_r50x1,protocol=study": (3, 6_147),
-    "ct_cov19:model=efficientnet_b0,protocol=study": (3, 3_843),
-    "ct_cov19:model=efficientnet_b3,protocol=study": (3, 4_611),
-    "ct_cov19:model=efficientnet_b7,protocol=study": (3, 7_683),
+    **{f"ct_cov19:model={model},protocol=study": (3, count) for model, count in CT_COV19.items()},
     # Keras's EfficientNetB0 with its top for three classes: 4,007,548 and the dense layer.
     "ct_cov19:model=efficientnet_b0,weights=none,protocol=study": (3, 4_007_548 + 3 * 1281),
     **{f"ictcf:model={model},protocol=study": (3, counts[:2]) for model, counts in ICTCF.items()},
@@ -125,8 +120,9 @@ def choices(name, **arguments):
 def grid():
     options = {"images": STAGES, "class_weight": (False, True), "augment": (False, True), **BOTH}
     yield from choices("nccid_whole_lung", **BOTH)
-    yield from choices("ct_cov19", model=(*CBR, "bit_r50x1"), **options)
-    yield from choices("ct_cov19", model=EFFICIENTNETS, weights=("imagenet", "none"), **options)
+    efficientnets = [model for model in CT_COV19 if model.startswith("efficientnet")]
+    yield from choices("ct_cov19", model=CT_COV19.keys() - efficientnets, **options)
+    yield from choices("ct_cov19", model=efficientnets, weights=("imagenet", "none"), **options)
     yield from choices("ictcf", model=(*ICTCF, *(f"efficientnetv2_{size}" for size in ("b3", "s", "m", "l"))), **BOTH)
     yield from choices("covid_xray", model=XRAY, **BOTH)
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("clean",))

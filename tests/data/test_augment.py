@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage, stats
 
-from lungjax.config import AugmentConfig, Config, InputSpec, check
+from lungjax.config import AugmentConfig, Config, InputSpec, check, overrides
 from lungjax.config.presets import PRESETS, preset
 from lungjax.data.augment import affine, augment, mix, warp
 
@@ -298,8 +298,11 @@ def test_presets():
         spec = InputSpec(crop="box", box_margin=0.1) if config.box_jitter else InputSpec()
         check(Config(augment=config, input=spec))
     assert preset("ictcf").rotation * 360 == pytest.approx(15) and preset("ct_cov19_lungs").zoom == (-0.1, 0.1)
-    with pytest.raises(ValueError, match="ct_cov19_lungs"):
-        preset("ct_cov19_lung")
+    config = overrides.override(overrides.override(Config(), "augment=covidnet_ct"), "augment.rotation=0.1")
+    assert config.augment == replace(PRESETS["covidnet_ct"], rotation=0.1)
+    assert overrides.override(config, "augment=none").augment == AugmentConfig()
+    with pytest.raises(ValueError, match="did you mean ct_cov19_lungs"):
+        overrides.override(config, "augment=ct_cov19_lung")
 
 
 def test_invalid_ranges():

@@ -1,17 +1,19 @@
 """Folds and fractions of synthetic columns: complete, without divided patients, nested."""
 
+import functools
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_runs import changed
 
-from lungjax import config as configs
-from lungjax.config import Config, overrides
+from lungjax.config import Config
 from lungjax.data import folds, splits
 from lungjax.data.prepared import Prepared
 
 NONE = np.zeros((0, 2), np.int64)
+config = functools.partial(changed, Config())
 
 
 def table(rows, protocol="clean"):
@@ -34,14 +36,6 @@ def random_table(patients=90):
             split = rng.choice(["train", "val", "test", ""], p=[0.6, 0.15, 0.15, 0.1])
             rows.append((int(rng.choice(labels)), f"p{p}", split))
     return table(rows)
-
-
-def config(*assignments):
-    result = Config()
-    for assignment in assignments:
-        result = overrides.override(result, assignment)
-    configs.check(result)
-    return result
 
 
 def members(data):

@@ -50,9 +50,6 @@ def test_phantoms():
         assert np.mean(scores) > 0.97
         if finding == "Pneumonia":  # lesions at the chest wall, which a threshold takes for chest wall
             assert masked > 0.75 * lesions and masked > 1.3 * dark
-
-
-def test_large_images():
     image, lung, _ = next(phantoms("COVID-19"))
     big = np.asarray(Image.fromarray(image).resize((512, 480), Image.Resampling.BICUBIC))
     assert dice(lung_masks.lung_mask(big), np.asarray(Image.fromarray(lung).resize((512, 480)))) > 0.97

@@ -16,13 +16,10 @@ def patients(seed=0, count=300):
     return labels.tolist(), [f"patient {p}" for p in np.repeat(np.arange(count), sizes)]
 
 
-def mixed_patients():
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 3, 4000).tolist(), [f"g{i}" for i in rng.integers(0, 200, 4000)]
-
-
 def test_undivided_groups_and_shares():
-    for labels, groups in (patients(0), patients(1), mixed_patients()):
+    rng = np.random.default_rng(0)
+    mixed = rng.integers(0, 3, 4000).tolist(), [f"g{i}" for i in rng.integers(0, 200, 4000)]
+    for labels, groups in (patients(0), patients(1), mixed):
         result = splits.make_splits(labels, groups)
         assert len(set(zip(groups, result, strict=True))) == len(set(groups))
         for (label, split), n in Counter(zip(labels, result, strict=True)).items():

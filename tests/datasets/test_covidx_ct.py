@@ -56,10 +56,7 @@ def prepare(root, config="3a", **settings):
 def test_patient_and_source():
     for file, group, source in (
         ("NCP_96_1328_0032.png", "NCP_96", "CNCB"),
-        ("Normal_1678_45_0101.png", "Normal_1678", "CNCB"),
         ("137covid_patient12_SR_3_IM00021.png", "patient12", "COVID-CTset"),
-        ("normal2_patient225_SR_4_IM00009.png", "patient225", "COVID-CTset"),
-        ("cdnormal4_patient12_SR_2_IM00004.png", "patient12", "COVID-CTset"),
         ("normalcd1_patient3_SR_2_IM00004.png", "patient3", "COVID-CTset"),
         ("LIDC-IDRI-0003-1.3.6.1.4.1-017.png", "LIDC-IDRI-0003", "LIDC-IDRI"),
         ("volume-covid19-A-0694-12.png", "volume-covid19-A-0694", "TCIA"),

@@ -80,6 +80,10 @@ def test_planes_and_positions(tmp_path):
     (first, _) = listing(tmp_path, position="mid").examples
     assert first.file.endswith("/0003")
     np.testing.assert_array_equal(pixels(first), windowed(hu[3]))
+    scans.series(tmp_path / "a/gap", scans.body((9, 10, 8)), skip=(4,), **uids(8, "Q"))
+    assert any("missing slices" in note and pseudonym("1.2.8") in note for note in listing(tmp_path).notes)
+    with pytest.raises(ValueError, match="no coronal plane"):
+        listing(tmp_path, plane="coronal").examples[0].image()
 
 
 def test_enhanced_ct(tmp_path):
@@ -88,19 +92,15 @@ def test_enhanced_ct(tmp_path):
     for name, part, at, uid in (("1", hu[:4], 0, "1.2.1"), ("2", hu[4:], 4, "1.2.1"), ("3", hu + 1, 0, "1.2.3")):
         path = tmp_path / f"{'ab'[name == '3']}/{name}.dcm"
         scans.enhanced(path, part, at=at, SeriesInstanceUID=uid, PatientID=f"ID-{uid}")
-    for plane, shown in (
-        ("axial", [*hu, *(hu + 1)]),
-        ("coronal", [*hu[::-1].swapaxes(0, 1), *(hu + 1)[::-1].swapaxes(0, 1)]),
-    ):
-        result = listing(tmp_path, plane=plane)
-        prefix = "" if plane == "axial" else "coronal-"
-        names = [
-            f"series-{pseudonym(uid)}/{prefix}{i:04d}" for uid in ("1.2.1", "1.2.3") for i in range(len(shown) // 2)
-        ]
-        assert [example.file for example in result.examples] == names
-        assert {(e.label, e.group) for e in result.examples} == {(0, pseudonym("ID-1.2.1")), (1, pseudonym("ID-1.2.3"))}
-        for example, expected in zip(result.examples, shown, strict=True):
-            np.testing.assert_array_equal(pixels(example), windowed(expected))
+    for plane, prefix, shown in (("axial", "", hu), ("coronal", "coronal-", hu[::-1].swapaxes(0, 1))):
+        examples = listing(tmp_path, plane=plane).examples
+        for label, uid in enumerate(("1.2.1", "1.2.3")):
+            own = [example for example in examples if example.label == label]
+            names = [f"series-{pseudonym(uid)}/{prefix}{i:04d}" for i in range(len(shown))]
+            assert [example.file for example in own] == names
+            assert {example.group for example in own} == {pseudonym(f"ID-{uid}")}
+            for example, expected in zip(own, shown + label, strict=True):
+                np.testing.assert_array_equal(pixels(example), windowed(expected))
 
 
 def test_table_of_folders_volumes_and_slices(tmp_path):
@@ -155,14 +155,6 @@ def test_bad_files_and_series(tmp_path):
     for word in ("modality MR", "different orientations", "voxels of", "SOPInstanceUID of .*copy_c.dcm"):
         assert sum(bool(re.search(word, text)) for text in messages) == 1, word
     assert len(examples) == 17 and all(pixels(e).ndim == 2 for e in examples[4:])
-
-
-def test_missing_slices(tmp_path):
-    class_folders(tmp_path)
-    scans.series(tmp_path / "a/gap", scans.body((9, 10, 8)), skip=(4,), **uids(8, "Q"))
-    assert any("missing slices" in note and pseudonym("1.2.8") in note for note in listing(tmp_path).notes)
-    with pytest.raises(ValueError, match="no coronal plane"):
-        listing(tmp_path, plane="coronal").examples[0].image()
 
 
 def test_lookup(tmp_path, monkeypatch, capsys):

@@ -15,12 +15,10 @@ NAMES = {
     "ct_cov19/lungs_nocrop": "ct_cov19/lungs_nocrop",
     "ct_cov19/original-crop-224": "ct_cov19/crop-224",
     "folder/my-set_2.0": "folder/my-set_2.0",
-    "folder/mine-no_lungs": "folder/mine-no_lungs",
     "folder/2020": "folder/2020",
     "folder/default-224": "folder/default-224",
     "folder/default-lungs": "folder/lungs",
     "folder/original-lungs": "folder/original-lungs",
-    "phantom_ct/tiny-no_lungs": "phantom_ct/tiny-no_lungs",
 }
 BAD_NAMES = {
     "covidx": "did you mean covidx_ct",
@@ -28,7 +26,6 @@ BAD_NAMES = {
     "phantom_ct/tine": "did you mean tiny",
     "folder/mine-lung-64": "stage",
     "folder/a-lungs-crop": "stage",
-    "folder/nolung": "stage",
     "folder/mine-99999": "4096",
     "coronahack/lungs-224": "axial",
     "folder/../x": "letters",

@@ -120,6 +120,8 @@ def test_tiny_set_on_first_use(tmp_path):
     for row in (0, 17, 47):
         assert data.columns["file"][row] == listed[row].file and data.records[row]["image"] == listed[row].image()
         np.testing.assert_allclose(data.columns["box"][row], listed[row].box)
+    with pytest.raises(ValueError, match="data.protocol=study"):
+        datasets.open_dataset("phantom_ct/tiny", tmp_path, "study")
 
 
 def test_no_shortcuts():

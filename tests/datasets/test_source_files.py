@@ -32,8 +32,7 @@ def test_web_cases():
         "41591_2020_819_Fig1_HTML.webp-day5": "41591_2020_819",
         "nejmoa2001191_f1-PA": "nejmoa2001191",
         "auntminnie-d-2020_01_28_23_51_6665": "auntminnie-2020_01_28_23_51_6665",
-        "covid-19-pneumonia-58-day-9": "covid-19-pneumonia-58",
-        "covid-19-pneumonia-12": "covid-19-pneumonia-12",  # the number of a case, not of a figure
+        "covid-19-pneumonia-58-day-9": "covid-19-pneumonia-58",  # 58 is the number of a case, not of a figure
         "covid-19-rapidly-progressive-acute-ards-day-1": "covid-19-rapidly-progressive-acute-ards",
         "covid-19-pneumonia-rapidly-progressive-12-hours": "covid-19-pneumonia-rapidly-progressive",
         "88de9d8c39e946abd495b37cd07d89e5-0666-0": "88de9d8c39e946abd495b37cd07d89e5",

@@ -13,17 +13,14 @@ from lungjax.evaluation.predictions import Predictions, take
 DRAWS = 12
 
 
-def drawn_counts(p: Predictions, draws: int, seed: int) -> np.ndarray:
-    """How often each row is in each draw, [N, draws]; patients are numbered in the order of their names."""
+def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
+    """The rows in each draw, with repeats; patients are numbered in the order of their names."""
     names = ["1" + i if not g else "0" + g for i, g in zip(p.ids.tolist(), p.groups.tolist(), strict=True)]
     order = sorted(set(names))
     counts = np.concatenate(list(bootstrap.resample_patients(len(order), draws, seed, 7)), axis=1)
     assert (counts.sum(axis=0) == len(order)).all()
-    return counts[[order.index(name) for name in names]].astype(int)
-
-
-def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
-    return [np.repeat(np.arange(len(p)), times) for times in drawn_counts(p, draws, seed).T]
+    times = counts[[order.index(name) for name in names]].astype(int)
+    return [np.repeat(np.arange(len(p)), of_draw) for of_draw in times.T]
 
 
 def percentiles(values):

@@ -66,13 +66,6 @@ def test_single_class_single_example_and_empty():
     assert none["n"] == 0 and not any(v is not None for v in metrics.numbers(none).values())
 
 
-def test_calibration_by_hand():
-    # 0.6 is in the bin (8/15, 9/15], 0.61 in the next.
-    level = level_of([0, 1, 1], [[0.6, 0.4], [0.6, 0.4], [0.61, 0.39]])
-    assert level["ece"] == pytest.approx((abs(1.2 - 1) + 0.61) / 3)
-    assert level["brier"] == pytest.approx((2 * 0.16 + 2 * 0.36 + 2 * 0.61**2) / 3)
-
-
 def test_study_metrics_by_hand():
     # Rounded: the first class is predicted if no probability exceeds 0.5.
     p = [[0.2, 0.45, 0.35], [0.0, 0.5, 0.5], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]]

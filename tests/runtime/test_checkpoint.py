@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -224,10 +225,7 @@ def test_state_of_another_network(workdir):
 
 
 def fail_with(code):
-    def fail(*_, **__):
-        raise OSError(code, os.strerror(code))
-
-    return fail
+    return Mock(side_effect=OSError(code, os.strerror(code)))
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,6 @@ def test_invalid_cells_and_tables():
         table(cell("x"), matrices={"b": [[1]]})
 
 
-def prepare_again(folder):
-    where = folder.parents[2] / "data/phantom_ct/tiny/2.0.0"
-    where.mkdir(parents=True)
-    (where / "index.csv").write_text("x")
-    (where / "lungjax.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     ("name", "old", "new", "kind", "word"),
     [
@@ -132,8 +125,11 @@ def test_state_of_a_run(trial, options, name, old, new, kind, word):
     for run in planned:
         fabricate(run)
     path = planned[1].folder / name
-    if not name:
-        prepare_again(planned[1].folder)
+    if not name:  # the data set was prepared again
+        prepared = options.data_dir / "phantom_ct/tiny/2.0.0"
+        prepared.mkdir(parents=True)
+        (prepared / "index.csv").write_text("x")
+        (prepared / "lungjax.json").write_text("{}")
     elif old is None:
         path.unlink()
     else:

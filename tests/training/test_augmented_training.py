@@ -12,27 +12,14 @@ import small_runs as runs
 from small_runs import PLAIN, changed
 
 from lungjax import datasets
-from lungjax.config import AugmentConfig, Config, experiments, overrides
-from lungjax.config.presets import PRESETS
+from lungjax.config import experiments
 from lungjax.data import augment, pipeline
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
 from lungjax.training import losses, setup, train
 
-
-@pytest.fixture(autouse=True)
-def data(monkeypatch, small_data):
-    runs.patched(monkeypatch, small_data)
-
-
-def test_preset_with_refined_fields():
-    config = changed(Config(), "augment=covidnet_ct", "augment.rotation=0.1")
-    assert config.augment == replace(PRESETS["covidnet_ct"], rotation=0.1)
-    assert overrides.from_json(overrides.to_json(config)) == config
-    assert changed(config, "augment=none").augment == AugmentConfig()
-    with pytest.raises(ValueError, match="did you mean covidnet_ct"):
-        changed(Config(), "augment=covidnetct")
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def test_augmentation_follows_the_position_in_the_sequence():
@@ -122,6 +109,9 @@ def test_control_without_lungs_has_the_test_files(phantoms):
     control = datasets.without_lungs(data, phantoms)
     assert set(control.columns["file"][control.rows("test")]) == set(files[data.rows("test")])
     assert not len(control.rows("train"))
+    for column in ("file", "pixels", "phash", "box"):  # of the image before its stage
+        np.testing.assert_array_equal(control.columns[column], data.columns[column])
+    assert (control.columns["mean"] < data.columns["mean"]).mean() > 0.9
     # It follows other splits of the same files; other classes, stages and data sets have none.
     swapped = replace(data, columns=data.columns | {"split": np.where(data.columns["split"] == "val", "test", "val")})
     control = datasets.without_lungs(swapped, phantoms)
@@ -136,14 +126,3 @@ def test_control_without_lungs_has_the_test_files(phantoms):
         assert datasets.without_lungs(data, phantoms) is None  # no lungs in any test image
     finally:
         index.write_text(text)
-
-
-def test_stages_share_splits(phantoms):
-    full = datasets.open_dataset("phantom_ct/tiny", phantoms)
-    control = datasets.open_dataset("phantom_ct/tiny-no_lungs", phantoms)
-    for column in ("file", "split", "pixels", "phash", "width", "box"):
-        np.testing.assert_array_equal(full.columns[column], control.columns[column])
-    assert (control.columns["mean"] <= full.columns["mean"]).all()
-    assert (control.columns["mean"] < full.columns["mean"]).mean() > 0.9
-    with pytest.raises(ValueError, match="data.protocol=study"):
-        datasets.open_dataset("phantom_ct/tiny", phantoms, "study")

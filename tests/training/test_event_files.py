@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 import signal
 import sys
@@ -10,24 +9,19 @@ import sys
 import commands
 import numpy as np
 import pytest
-import small_runs as runs
-from small_runs import PLAIN, changed
+from small_runs import PLAIN, changed, interrupt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lungjax import tensorboard
 from lungjax.runtime import signals
-from lungjax.training import metrics_log, setup, train
+from lungjax.training import metrics_log, train
 
 CONFIG = changed(PLAIN, "train.tensorboard=True", "train.steps=8", "train.log_parameters=True")
 
 
-def events_of(workdir):
-    events = EventAccumulator(str(workdir / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0})
-    return events.Reload()
-
-
 def assert_events_equal_rows(workdir):
-    events, rows = events_of(workdir), metrics_log.read(workdir / "metrics.jsonl")
+    events = EventAccumulator(str(workdir / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    rows = metrics_log.read(workdir / "metrics.jsonl")
     for tag, key in (("train/loss", "train.loss"), ("val/slice.accuracy", "val.slice.accuracy")):
         expected = [(row["step"], row[key]) for row in rows if key in row]
         assert [event.step for event in events.Scalars(tag)] == [step for step, _ in expected]
@@ -35,21 +29,11 @@ def assert_events_equal_rows(workdir):
     return events
 
 
-def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_data, capsys):
-    runs.patched(monkeypatch, small_data)
+def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_network, capsys):
     workdir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        batches = setup.Run.batches
-
-        def interrupted(run, start):
-            for step, batch in enumerate(batches(run, start), start + 1):
-                if step == 6:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-        patch.setattr(setup.Run, "batches", interrupted)
-        with pytest.raises(signals.Interrupted):
-            train.run(CONFIG, workdir, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
+        interrupt(patch, signal.SIGTERM, 6)
+        train.run(CONFIG, workdir, tmp_path)
     assert [event.step for event in assert_events_equal_rows(workdir).Scalars("train/loss")] == list(range(1, 7))
     shutil.rmtree(workdir / "checkpoints/last/6")  # as if killed before this checkpoint, so steps 5 and 6 are repeated
     train.run(CONFIG, workdir, tmp_path, profile=(7, 8))
@@ -65,8 +49,7 @@ def test_resumed_run_repeats_no_step(tmp_path, monkeypatch, small_data, capsys):
     assert sum("train_step" in name for name in names) >= 2
 
 
-def test_missing_extra_is_found_before_training(tmp_path, monkeypatch, small_data):
-    runs.patched(monkeypatch, small_data)
+def test_missing_extra_is_found_before_training(tmp_path, monkeypatch, small_network):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match="extra"):
         train.run(CONFIG, tmp_path / "run", tmp_path)

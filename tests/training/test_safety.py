@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,12 +22,8 @@ from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, setup, train
 from lungjax.training import workdir as workdirs
 
+pytestmark = pytest.mark.usefixtures("small_network")
 REWIND = ("train.on_nan=rewind", "train.save_steps=4", "train.steps=8")
-
-
-@pytest.fixture(autouse=True)
-def data(monkeypatch, small_data):
-    runs.patched(monkeypatch, small_data)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def folders(tmp_path_factory, small_data):
     with pytest.MonkeyPatch.context() as patch:
         runs.patched(patch, small_data)
         train.run(CONFIG, root / "complete", root)
-        interrupt(patch, signal.SIGTERM, 8)
+        runs.interrupt(patch, signal.SIGTERM, 8)
         with pytest.raises(signals.Interrupted):
             train.run(CONFIG, root / "stopped", root)
     return root
@@ -53,32 +49,10 @@ def stopped(folders, tmp_path):
     return shutil.copytree(folders / "stopped", tmp_path / "run")
 
 
-def change_batches(monkeypatch, change):
-    """Applies `change(step, batch)` to every training batch."""
-    device_batches = setup.Run.batches
-
-    def batches(run, start):
-        for step, batch in enumerate(device_batches(run, start), start + 1):
-            yield change(step, batch)
-
-    monkeypatch.setattr(setup.Run, "batches", batches)
-
-
-def interrupt(monkeypatch, number, at):
-    """Sends this process a signal in step `at`."""
-
-    def change(step, batch):
-        if step == at:
-            os.kill(os.getpid(), number)
-        return batch
-
-    change_batches(monkeypatch, change)
-
-
 def break_batches(monkeypatch, steps):
     """Replaces the images of some steps by NaN; all become float32, so that one program is compiled."""
     factor = {True: np.float32(np.nan), False: np.float32(1)}
-    change_batches(monkeypatch, lambda step, batch: {**batch, "image": batch["image"] * factor[step in steps]})
+    runs.change_batches(monkeypatch, lambda step, batch: {**batch, "image": batch["image"] * factor[step in steps]})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -87,7 +61,7 @@ def test_resume_after_signal_is_bit_exact(tmp_path, monkeypatch, capsys, complet
     handler, name = signal.getsignal(number), signal.Signals(number).name
     with monkeypatch.context() as patch:
         if number == signal.SIGTERM:
-            interrupt(patch, number, 5)
+            runs.interrupt(patch, number, 5)
         else:
             eval_batches = pipeline.eval_batches
             patch.setattr(
@@ -112,20 +86,9 @@ def test_resume_after_kill_is_bit_exact(tmp_path, complete):
         runs.wait_for_step(out, step, process)
         (os.killpg if number == signal.SIGTERM else os.kill)(process.pid, number)
         assert process.wait(60) == code
-        deadline = time.time() + 30
-        while group_lives(process.pid) and time.time() < deadline:
-            time.sleep(0.05)
-        assert not group_lives(process.pid) and newest(out, "last") >= 3
+        assert runs.group_ends(process.pid) and newest(out, "last") >= 3
     train.run(CONFIG, out, tmp_path)
     runs.assert_same_end(complete, out)
-
-
-def group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_resume_from_before_a_damaged_checkpoint(tmp_path, capsys, complete, stopped):
@@ -213,7 +176,7 @@ def test_unusable_workdir_before_training(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="can't be written"):
         train.run(CONFIG, tmp_path / "file/run", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", raise_full)
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(ValueError, match="No space left"):
             train.run(CONFIG, tmp_path / "run", tmp_path)
     workdirs.check(tmp_path / "run", CONFIG, "train")  # no lock is left
@@ -221,10 +184,6 @@ def test_unusable_workdir_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="0 MiB are free"):
         train.run(CONFIG, tmp_path / "run", tmp_path)
-
-
-def raise_full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_concurrent_run_in_one_workdir(tmp_path):

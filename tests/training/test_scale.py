@@ -25,13 +25,9 @@ from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, program, train
 
+pytestmark = pytest.mark.usefixtures("small_network")
 HOSTS = "train.steps=8 train.shard_params=True train.keep=last optim.schedule=constant optim.name=sgd optim.lr=0.01"
 MESH = jax.sharding.AbstractMesh((8,), ("data",))
-
-
-@pytest.fixture(autouse=True)
-def network(monkeypatch, small_data):
-    runs.patched(monkeypatch, small_data)
 
 
 def losses(workdir):
