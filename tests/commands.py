@@ -1,4 +1,4 @@
-"""Runs a command in this process, as `python -m lungjax.X ARGUMENTS` does in its own."""
+"""Runs a command like `python -m lungjax.X ARGUMENTS`, but in this process."""
 
 from absl import flags
 
@@ -6,10 +6,10 @@ from lungjax import cli
 
 
 def run(command, *arguments, positional=()) -> int:
-    """Returns the exit code of a command's module, such as `lungjax.prepare`; capsys captures the output.
+    """Runs the command of a module, such as `lungjax.prepare`; returns its exit code, and capsys captures its output.
 
-    `positional` are the names of the arguments that the command takes besides flags. The flags of the command are
-    removed again, so that several commands run in one process.
+    `positional` has the names of the command's arguments that are not flags. The command's flags are removed
+    afterwards, so that several commands can run in one process.
     """
     own = {"traceback"}
 

@@ -53,7 +53,7 @@ def small_bn():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compiles quickly, without optimizations, for programs that run a few times."""
+    """Compiles quickly and without optimizations, for programs that run only a few times."""
     from lungjax.models.ops import conv
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ CONFIG = Config(
 
 
 def encoded(image, form="PNG", **options) -> bytes:
-    """A Pillow image or an array as an image file."""
+    """Returns a Pillow image or an array as the bytes of an image file."""
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
     return file.getvalue()
@@ -52,7 +52,7 @@ def chest(seed: int, size: int = 64, vessels: int = 12) -> np.ndarray:
 
 
 def rows(classes, patients, images=2, splits=None, prefix="p", seed=0):
-    """Rows of labels.csv with their images: `patients` per class, `images` per patient, two sources."""
+    """Returns rows of labels.csv with images from two sources: `patients` per class and `images` per patient."""
     made = []
     for place, name in enumerate(classes):
         for p in range(patients):

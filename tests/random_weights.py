@@ -1,6 +1,6 @@
 """Random weights for any framework, drawn by numpy with a seed from each tensor's name.
 
-Running statistics are random too: their initial 0 and 1 would hide a swapped mean and variance.
+Running statistics are random too, because their initial 0 and 1 could hide a swap of mean and variance.
 """
 
 import re
@@ -24,7 +24,7 @@ def random_variables(module: Any, image_shape: tuple[int, ...]) -> dict[str, Any
 
 
 def draw(name: str, shape: tuple[int, ...], gain: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """Returns a float32 array: kernels of variance gain / inputs, scales and variances in 0.5..1.5.
+    """Returns a float32 array: kernels have variance gain / inputs; scales and variances are in 0.5..1.5.
 
     `shift` is added to biases. If norms keep every map at mean 0 and variance 1, a shift of about 1 activates most
     units; with half of them inactive, a deep random network doubles rounding errors every few layers.

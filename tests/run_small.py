@@ -1,7 +1,7 @@
 """A small run in its own process: python tests/run_small.py OUT [FIELD=VALUE ...] [--host=I --hosts=N --port=P]
 
-Trains `small_runs.PLAIN`, or with --all `small_runs.CONFIG`, and saves losses and test predictions as OUT.npz. --pause
-waits before each step, for tests that stop the run. With --hosts it is one host of a run.
+Trains `small_runs.PLAIN` (with --all: `small_runs.CONFIG`) and saves losses and test predictions as OUT.npz. With
+--pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run.
 """
 
 import argparse
@@ -65,5 +65,5 @@ def main() -> None:
         )
 
 
-if __name__ == "__main__":  # reading processes import this file as well
+if __name__ == "__main__":  # reader processes import this file as well
     main()

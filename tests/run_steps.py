@@ -34,7 +34,7 @@ CONFIG = runs.changed(
 
 
 def steps(mode: str) -> dict[str, np.ndarray]:
-    """Returns parameters after two steps by path, and the bytes of the initial ones on the first device."""
+    """Returns the parameters after two steps by path, and the bytes of the initial ones on the first device."""
     models.MODELS["wide"] = lambda: Transfusion(3, (32, 64))
     config = runs.changed(CONFIG, *MODES[mode])
     data, mesh = conftest.make_small_data(), meshes.make_mesh()
@@ -47,7 +47,7 @@ def steps(mode: str) -> dict[str, np.ndarray]:
 
 
 def norm_outputs() -> dict[str, np.ndarray]:
-    """Returns BatchNorm's outputs and input gradients with the batch on one device, and sharded over all."""
+    """Returns BatchNorm's outputs and input gradients with the batch on one device and sharded over all."""
 
     def both(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pull = jax.vjp(lambda x: batch_norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
@@ -55,7 +55,7 @@ def norm_outputs() -> dict[str, np.ndarray]:
 
     draw = np.random.default_rng(0).normal
     x, dy = draw(size=(2, 8, 6, 5, 3)).astype(np.float32)
-    x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # each device has other statistics
+    x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # each device has different statistics
     sharded = (jax.device_put(part, meshes.batch_sharding(meshes.make_mesh())) for part in (x, dy))
     return {"one": np.stack(jax.jit(both)(x, dy)), "sharded": np.stack(jax.jit(both)(*sharded))}
 

@@ -19,7 +19,7 @@ VECTOR = {"x": np.array([1.0, 0, 0]), "y": np.array([0, 1.0, 0]), "z": np.array(
 
 
 def body(shape=(6, 10, 8)):
-    """Hounsfield units, int16 [z, y, x]: foot to head, front to back, right to left; smooth and asymmetric."""
+    """Smooth, asymmetric Hounsfield units, int16 [z, y, x]: foot to head, front to back, right to left."""
     z, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
     hu = -1000 + 700 * z + 450 * y * y + 250 * x**3
     hu[0, 0, 0], hu[-1, -1, -1] = -1000, 300
@@ -32,7 +32,7 @@ def pixels_of(data):
 
 
 def windowed(hu, window=(-350.0, 1300.0)):
-    """Hounsfield units as uint8; the default window, center and width, is the full range of the body."""
+    """Hounsfield units as uint8; the default window (center, width) is the full range of the body."""
     center, width = window
     return np.rint(np.interp(hu, [center - width / 2, center + width / 2], [0, 255])).astype(np.uint8)
 
@@ -90,7 +90,7 @@ def slices(hu, spacing, stored):
 def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
     """Writes a body [z, y, x] of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
 
-    `change`: {number of the slice: its own tags}.
+    `change` maps the number of a slice to tags of this slice only.
     """
     numbers = np.random.default_rng(1).permutation(max(hu.shape))
     paths = []
@@ -113,7 +113,7 @@ def nested(values):
 def enhanced(path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True, slope=1, at=0, **tags):
     """Writes a body [z, y, x] as an enhanced CT, one frame per slice, in random order. Returns the path.
 
-    Orientation, spacing and rescale are in the shared functional groups, or with `shared` False in those of each frame.
+    Orientation, spacing and rescale are in the shared functional groups, or if not `shared`, in those of each frame.
     The first frame is stored with `slope`; the body starts `at` mm above that of `series`.
     """
     frames, per_frame, stack = list(slices(hu, spacing, stored)), [], []
@@ -144,7 +144,7 @@ def enhanced(path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True
 
 
 def nifti(path: Path, hu, spacing=(1.0, 1.0, 1.0), axes="RAS", unit="mm", dtype=np.int16, code=1):
-    """Writes a body [z, y, x] as NIfTI with array axes towards `axes`, such as RAS or LPS."""
+    """Writes a body [z, y, x] as a NIfTI file with array axes towards `axes`, such as RAS or LPS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = hu.transpose(2, 1, 0)[::-1, ::-1]  # x to the right, y to the front, z to the head
     affine = np.diag([spacing[2], spacing[1], spacing[0], 1.0])

@@ -35,7 +35,7 @@ def by_scikit_learn(p: Predictions, rows: np.ndarray | slice = slice(None)) -> d
             defined = ~np.isnan(values)
             result[f"{name}_weighted"] = np.average(values[defined], weights=shares[defined])
     result["balanced_accuracy"] = result["recall_macro"]
-    highest = (z == z.max(axis=1, keepdims=True)) & (z != 0)  # TensorFlow Addons: both of a tie
+    highest = (z == z.max(axis=1, keepdims=True)) & (z != 0)  # TensorFlow Addons: all classes of a tie
     result["study.f1_weighted"] = sk.f1_score(one_hot, highest, average="weighted", zero_division=0)
     logits_auc = np.nan if p.logits is None else sk.roc_auc_score(one_hot.ravel(), z.ravel())
     result["study.auc_micro_logits"] = logits_auc

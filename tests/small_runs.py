@@ -80,7 +80,7 @@ def last_state(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_end(a: Path, b: Path) -> None:
-    """Asserts that last state, best step and losses of two runs are bit-identical."""
+    """Asserts that the last state, best step and losses of two runs are bit-identical."""
     states = [last_state(workdir) for workdir in (a, b)]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 20
     for path, array in states[0].items():
@@ -100,7 +100,7 @@ def start(out: Path, devices: int, *arguments: str, new_group: bool = False, **e
 
 
 def start_hosts(out: Path, *arguments: str) -> list[subprocess.Popen]:
-    """Starts one run on hosts of two devices each, with these arguments per host."""
+    """Starts one run on several hosts with two devices each; `arguments` has one string per host."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

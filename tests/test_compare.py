@@ -1,4 +1,4 @@
-"""Comparison of two runs: numbers of the paired bootstrap, and incompatible runs."""
+"""Comparison of two runs: numbers of the paired bootstrap, and errors for incompatible runs."""
 
 import json
 import re

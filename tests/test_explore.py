@@ -1,4 +1,4 @@
-"""Page of a data set: its numbers are those of the data, and its figures are not empty."""
+"""The page of a data set has the numbers of the data, and figures that are not empty."""
 
 import re
 from dataclasses import replace
@@ -52,7 +52,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(prepared):
-    """Folder and text of the page of protocol study, without the slow snake stages."""
+    """The folder and text of the page for protocol `study`, without the slow snake stages."""
     data = datasets.open_dataset("folder/mine", prepared, "study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_masks, "STAGES", ("study_crop", "features"))
@@ -140,11 +140,11 @@ def test_shortcut_baseline():
     keys = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 2])
     labels = np.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0])
     train, test = np.arange(6), np.arange(6, 10)
-    # Keys 0 and 1: half of the zeros, half of the ones. So everything is chance.
+    # Keys 0 and 1 each have half of the zeros and half of the ones, so the result is chance.
     assert statistics.guess(keys, labels, train, test, 2) == 0.5
     keys[4] = 0  # key 0: 3/4 of the zeros and 1/2 of the ones, key 1: 1/4 and 1/2
     assert statistics.guess(keys, labels, train, test, 2) == recall_score(labels[test], keys[test], average="macro")
-    alone = np.array([6, 8, 10])  # a key that train lacks is chance
+    alone = np.array([6, 8, 10])  # a key that train lacks is at chance
     assert statistics.guess(keys, labels, train, alone, 2) == pytest.approx(((1 + 0.5) / 2 + 1) / 2)
     assert statistics.guess(keys, labels, train, np.array([6]), 2) is None
 

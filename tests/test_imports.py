@@ -12,12 +12,12 @@ PACKAGES = (
     "config", "runtime", "models", "data", "datasets", "weights", "evaluation", "report", "explain", "training",
     "inference", "export", "serve", "tables",
 )  # fmt: skip
-# Leaves, as each package's __main__.
+# Leaves, like the __main__ of each package.
 COMMANDS = {"cli", "main", "prepare", "explore", "predict", "compare", "runs", "tensorboard"}
 
 
 def imported(path: Path) -> set[str]:
-    """The packages and top-level modules of lungjax that a file imports anywhere in it."""
+    """Returns the packages and top-level modules of lungjax that a file imports anywhere, even in functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lungjax":
@@ -59,7 +59,7 @@ def test_experiments_import_configuration_alone():
 def test_a_step_needs_no_data_or_plotting_packages():
     absent = ("grain", "tensorflow_datasets", "orbax", "h5py", "matplotlib", "tensorflow", "torch", "skimage")
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent})); "  # None there makes an import fail
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); "  # None makes an import fail
         "from lungjax import models; from lungjax.evaluation import metrics; from lungjax.runtime import mesh; "
         "from lungjax.training import losses, optim, program, state, step"
     )

@@ -1,4 +1,4 @@
-"""The training command: mistakes in-process, one complete use in its own process and folder."""
+"""The training command: mistakes in this process, and one complete run in its own process and folder."""
 
 import json
 import os

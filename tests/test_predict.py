@@ -252,7 +252,7 @@ def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness
     monkeypatch.setattr(model, "load", {"gate": gate, "model": brightness()}.__getitem__)
     scans.nifti(tmp_path / "v.nii", scans.body((6, 6, 8)))
     by_brightness(tmp_path / "v.nii", gate="gate", gate_class="bright")
-    # The head of the body is brighter than the foot, its left side brighter than the right.
+    # The body is brighter at the head than at the foot, and brighter on the left than on the right.
     assert seen[0][-1].mean() > seen[0][0].mean() + 50 and seen[0][:, 0].mean() > seen[0][:, -1].mean()
 
 
@@ -269,7 +269,7 @@ def test_patients_of_volumes_in_lists(tmp_path):
     (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
     both = inputs.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], METADATA)
     assert len([series for series in both.series if series.endswith(": 1")]) == 2  # two patients with that name
-    assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png as another patient
+    assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png is assigned to another patient
 
 
 def test_count_of_unreadable_slices(by_brightness, tmp_path):

@@ -42,7 +42,7 @@ WIDE = replace(KERAS, name="wide.keras", filename="wide.h5")
 
 
 def install(monkeypatch, folder):
-    """Adds "tiny" and "wide" to the networks, with records of these and of two real networks; the cache is empty."""
+    """Adds "tiny" and "wide" to the networks, with records of these two and two real networks; the cache is empty."""
     for name, make in {"tiny": tiny, "wide": lambda: tiny(16)}.items():
         monkeypatch.setitem(models.MODELS, name, make)
         monkeypatch.setitem(models.FAMILIES["efficientnet"], name, make)

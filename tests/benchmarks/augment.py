@@ -25,7 +25,7 @@ CONFIG = AugmentConfig(flip_horizontal=0.5, rotation=0.1, zoom=(-0.2, 0.2), shif
 
 
 def noise(channels: int, batch: int = BATCH) -> jax.Array:
-    """Returns uint8 [batch, 224, 224, channels]."""
+    """Returns random images, uint8 [batch, 224, 224, channels]."""
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, channels), np.uint8))
 
 
@@ -52,7 +52,7 @@ def rate_rows(rounds: int) -> None:
 
 
 def agreement_rows() -> None:
-    """Prints the difference between our warp and each layer, for the parameters that the layer drew."""
+    """Prints the largest difference between our warp and each Keras layer for the layer's random parameters."""
     print("\n" + harness.header("layer", "largest difference, gray levels"))
     images = noise(3, 4)
     size = (SIDE, SIDE)

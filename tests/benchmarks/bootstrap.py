@@ -1,8 +1,8 @@
-"""Times 95 % intervals of all metrics against a loop over scikit-learn on resampled rows, in processor time.
+"""Compares the CPU time of 95 % intervals of all metrics with that of a scikit-learn loop over resampled rows.
 
 OPENBLAS_NUM_THREADS=1 python -m tests.benchmarks.bootstrap [--draws=2000]
 
-The loop is timed on a few draws and scaled; tests/evaluation/test_bootstrap.py compares the intervals of both.
+The loop runs a few draws and its time is scaled up. tests/evaluation/test_bootstrap.py compares the intervals.
 """
 
 import numpy as np

@@ -26,7 +26,7 @@ LAYERS = [
 
 
 def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
-    """Compiles the plain operations, and ours as in training; prints a row of the table."""
+    """Compiles the plain operations, and ours with the options of training; prints a table row with the times."""
     with conv.plain_forms():
         plain = jax.jit(function).lower(*args).compile()
     ours = jax.jit(function, compiler_options=conv.compiler_options()).lower(*args).compile()
@@ -36,7 +36,7 @@ def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> N
 
 
 def layer_rows(rounds: int) -> None:
-    """Prints rows for forward pass and gradients of single layers."""
+    """Prints the rows for the forward pass and the gradients of single layers."""
     draw = np.random.default_rng(0).normal
     for kind, batch, side, channels, features, size, stride, padding in LAYERS:
         depth = 1 if kind == "depthwise" else channels
@@ -60,7 +60,7 @@ def layer_rows(rounds: int) -> None:
 
 
 def step_rows(rounds: int) -> None:
-    """Prints rows for training steps: forward pass, gradients and SGD."""
+    """Prints the rows for training steps (forward pass, gradients and SGD update)."""
     cases = [("efficientnetv2_b0", 8, 128), ("efficientnet_b0", 8, 128), ("cbr_small", 32, 128), ("simple", 32, 112)]
     for name, batch, side in cases:
         module = models.build(ModelConfig(name=name), 3)

@@ -1,10 +1,10 @@
-"""Times the search for near duplicates with as many hashes as COVIDx CT has slices.
+"""Times the near-duplicate search on as many hashes as COVIDx CT has slices.
 
     python -m tests.benchmarks.duplicates [--images=431205]
 
-Hashes are synthetic: each patient starts near a common hash and changes from slice to slice by 0 to 4 flipped bits,
-some bits far more often than others, so that about as many hashes are similar as for real CT slices. Copies with 0 to 4
-flipped bits are planted in other patients.
+The hashes are synthetic. Those of a patient form a random walk that starts near a common hash and flips 0 to 4 bits
+per slice. Some bits flip far more often than others, so that about as many hashes are similar as for real CT slices.
+Copies with 0 to 4 flipped bits are planted in other patients.
 """
 
 import time
@@ -27,7 +27,7 @@ def make_hashes(images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
     """Returns hashes uint64 [N], groups int64 [N] and the planted pairs int64 [P, 2]."""
     groups = np.sort(rng.integers(0, PATIENTS, images))
     _, first, patient = np.unique(groups, return_index=True, return_inverse=True)
-    unusual = rng.uniform(0.02, 0.3, (len(first), 1))  # together with the walk as similar as real hashes
+    unusual = rng.uniform(0.02, 0.3, (len(first), 1))  # with the walk, hashes are as similar as real ones
     begin = words((rng.random(64) < 0.5) ^ (rng.random((len(first), 64)) < unusual))
     bits = rng.permutation(64).astype(np.uint64)[(64 * rng.random((images, 4)) ** 6).astype(np.int64)]
     flips = np.where(np.arange(4) < rng.integers(0, 5, (images, 1)), np.uint64(1) << bits, np.uint64(0))

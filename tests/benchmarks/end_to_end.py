@@ -3,7 +3,7 @@
     python -m tests.benchmarks.end_to_end [--work=FOLDER] [--networks=cbr_small,efficientnet_b0] [--rounds=3]
         [--drawn=1000]
 
-A turn starts with steps that are not counted, to consume batches that were read during other turns.
+Each turn begins with untimed steps that consume the batches read during other turns.
 """
 
 import itertools
@@ -23,7 +23,7 @@ SECONDS = 10.0  # minimum length of a turn
 
 
 class Loop:
-    """The training loop of one network, with a state that persists between turns and several sources of batches."""
+    """The training loop of one network with several sources of batches; its state persists between turns."""
 
     def __init__(self, network: str, work: Path):
         import jax
@@ -52,7 +52,7 @@ class Loop:
         print(f"{network}: {time.perf_counter() - start:.1f} s to compile and run one step", flush=True)
 
     def steps(self, name: str, count: int) -> None:
-        """Trains on `count` batches of a source and fetches the metrics once, as the loop does for a log line."""
+        """Trains on `count` batches of a source and fetches the metrics once, like the training loop for a log line."""
         import jax
 
         pending = []
@@ -64,7 +64,7 @@ class Loop:
     def turn(self, name: str) -> tuple[float, float]:
         """Returns images per second, and the fraction of the cores used by other processes."""
         log_steps, count = self.config.train.log_steps, 0
-        self.steps(name, harness.cores() + 3 + self.config.data.prefetch)  # batches that were read ahead, and one more
+        self.steps(name, harness.cores() + 3 + self.config.data.prefetch)  # batches read ahead, plus one
         watch, until = harness.Watch(), time.perf_counter() + SECONDS
         while not count or time.perf_counter() < until:
             self.steps(name, log_steps)

@@ -29,9 +29,9 @@ Times = tuple[float, float]  # wall seconds, processor seconds of all threads
 
 
 def parse(doc: str | None, required: Iterable[str] = (), **defaults: Any) -> argparse.Namespace:
-    """Parses the command line with one flag per keyword, which gives its type and default.
+    """Parses the command line; each keyword defines a flag by its default value.
 
-    A default of False makes a switch, a list a comma-separated flag, a type a flag without default.
+    False defines a switch, a list a comma-separated flag, and a type a flag without a default.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
@@ -49,7 +49,7 @@ def parse(doc: str | None, required: Iterable[str] = (), **defaults: Any) -> arg
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed memory in the process, as `lungjax.main` does; call it before importing jax."""
+    """Makes the process keep freed memory, as `lungjax.main` does. Call this before importing jax."""
     from lungjax.runtime import environment
 
     environment.keep_freed_memory()
@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def folder(path: Path | None) -> Iterator[Path]:
-    """Yields `path`, or a temporary folder."""
+    """Yields `path`, or a temporary folder if it is None."""
     with tempfile.TemporaryDirectory() as temporary:
         yield path or Path(temporary)
 
@@ -72,7 +72,7 @@ def phantom(finding: str, seed: int) -> tuple[Any, Any]:
 
 
 def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
-    """Returns the loss of a training step, and the variables after it."""
+    """Returns the loss of a training step and the updated variables."""
     import jax
     import optax
 
@@ -91,14 +91,14 @@ def cores() -> int:
 
 
 def machine() -> str:
-    """Returns jax's version and device, and the number of cores."""
+    """Returns a description of the jax version, the device and the number of cores."""
     import jax
 
     return f"jax {jax.__version__}, {jax.default_backend()}, {cores()} cores"
 
 
 def timed(call: Callable[[], Any]) -> Times:
-    """Returns the times of a call, including the jax computations that it starts."""
+    """Returns the wall and CPU time of a call, including the jax computations that it starts."""
     start, used = time.perf_counter(), time.process_time()
     result = call()
     if "jax" in sys.modules:
@@ -107,7 +107,7 @@ def timed(call: Callable[[], Any]) -> Times:
 
 
 def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[Any]]:
-    """Returns the results of each call in each round; a first round for warming up is not counted."""
+    """Runs the calls in turns, after a warm-up round; returns the results of each call, one per round."""
     results: dict[Any, list[Any]] = {key: [] for key in calls}
     for number in range(rounds + 1):
         for key, call in calls.items():
@@ -118,13 +118,13 @@ def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
 
 
 def median_ms(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Returns the median milliseconds of calls that take turns."""
+    """Runs the calls in turns; returns the median time of each call in milliseconds."""
     times = take_turns({key: lambda call=call: timed(call) for key, call in calls.items()}, rounds)
     return {key: 1e3 * statistics.median(wall for wall, _ in values) for key, values in times.items()}
 
 
 def busy_seconds() -> float:
-    """Returns the seconds for which the cores of this process have been busy with any process."""
+    """Returns the busy seconds of the cores that this process may use, including work of other processes."""
     names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     times = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split()[0] in names]
     # user, nice, system, irq, softirq (not idle, iowait); guests are part of user
@@ -142,7 +142,7 @@ def resident(pid: int | str = "self") -> float:
 
 
 class Watch:
-    """Measures wall time, processor time, and the load by other processes, from its creation on."""
+    """Measures wall time, processor time and the load from other processes since its creation."""
 
     def __init__(self, processor: Callable[[], float] = time.process_time):
         """Starts measuring; `processor` returns the processor seconds of the measured processes."""
@@ -159,11 +159,11 @@ class Watch:
 class Process:
     """A process that runs a function of a module in this folder and is idle between requests.
 
-    The function returns facts and a second function, from a request to its answer; all must be JSON.
+    The function returns facts, and a function that maps a request to its answer. All of these must be JSON.
     """
 
     def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):
-        """Starts the process with `python`, by default this interpreter; the first `answer` has the facts."""
+        """Starts the process with `python` (default: this interpreter); the first `answer` returns the facts."""
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONSAFEPATH": "1",  # modules in this folder must not shadow libraries
@@ -181,7 +181,7 @@ class Process:
             print(json.dumps(request), file=self.process.stdin, flush=True)
 
     def answer(self, seconds: float | None = None) -> Any:
-        """Returns the next answer. Raises RuntimeError if the process failed, TimeoutError after `seconds`."""
+        """Returns the next answer. Raises RuntimeError if the process failed, or TimeoutError after `seconds`."""
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise TimeoutError
         line = self.process.stdout.readline()
@@ -206,7 +206,7 @@ class Process:
 
 
 def main() -> None:
-    """Answers requests until the input ends or an error occurs, which is the last answer."""
+    """Answers requests until the input ends or an error occurs; the error is sent as the last answer."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     module, function = sys.argv[1:]
@@ -219,7 +219,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
-    os._exit(0)  # does not wait for threads of libraries
+    os._exit(0)  # exits without waiting for threads of libraries
 
 
 def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> str:
@@ -235,12 +235,12 @@ def row(*cells: Any) -> str:
 
 
 def header(*heads: str) -> str:
-    """Returns the header of a table whose first column is left-aligned, the others right-aligned."""
+    """Returns the header of a table whose first column is left-aligned and whose others are right-aligned."""
     return f"{row(*heads)}\n{row('---', *['---:'] * (len(heads) - 1))}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a complete table."""
+    """Returns a complete Markdown table."""
     return "\n".join([header(*heads), *(row(*cells) for cells in rows)])
 
 

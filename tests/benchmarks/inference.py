@@ -1,4 +1,4 @@
-"""Times inference by batch size, and with folded against plain batch norms.
+"""Times inference at several batch sizes, and with folded against plain batch norms.
 
 python -m tests.benchmarks.inference [--batch_sizes | --folding] [--networks=NAME,...] [--rounds=5]
 """
@@ -36,7 +36,7 @@ class Network:
         self.folded_variables = self.folded.fold(self.variables)
 
     def compile(self, size: int, plain: bool = False) -> tuple[Callable[[], Times], float]:
-        """Returns a function that times a batch, and the seconds of compilation."""
+        """Returns a function that times a batch, and the compilation time in seconds."""
         function = partial(self.module.apply, train=False) if plain else self.folded
         variables = self.variables if plain else self.folded_variables
         images = jax.device_put(np.random.default_rng(0).normal(size=(size, SIDE, SIDE, 3)).astype(np.float32))

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.input_pipeline --source=FOLDER --torch_python=PYTHON --tf_python=PYTHON
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
-FOLDER contains one folder of JPEG or PNG files per class; by default synthetic slices are used. The interpreters need
-torch with Pillow, and tensorflow.
+FOLDER contains one folder of JPEG or PNG files per class (default: synthetic slices). The interpreter of --torch_python
+needs torch and Pillow; that of --tf_python needs tensorflow.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def lungjax_batches(name: str, work: str) -> Batches:
 
 
 def family_seconds() -> float:
-    """Returns the CPU seconds of this process and its children, running or ended."""
+    """Returns the CPU seconds of this process and of its running and finished children."""
     parents, ticks = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # the process has ended
@@ -113,7 +113,7 @@ def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], C
 
 
 def draw(folder: Path, count: int) -> None:
-    """Writes `count` synthetic slices as 512 x 512 gray PNG, one folder per class."""
+    """Writes `count` synthetic slices as grayscale PNG files of 512 x 512 pixels in one folder per class."""
     from PIL import Image
 
     from lungjax.datasets.phantom.slices import CLASSES
@@ -126,7 +126,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def prepare(source: Path, work: Path) -> list[str]:
-    """Prepares the files and their copy if necessary; returns the training files."""
+    """Prepares the data sets that do not exist yet; returns the paths of the training files."""
     from lungjax import datasets
 
     for name in NAMES.values():
@@ -137,7 +137,7 @@ def prepare(source: Path, work: Path) -> list[str]:
 
 
 def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Lets all contenders take turns; returns the measurements of each round."""
+    """Runs all contenders in turns; returns the measurements of each one, one per round."""
     processes = {}
     for name, python in pythons.items():
         processes[name] = harness.Process(python, "input_pipeline", "contender", name=name, work=str(work), files=files)
@@ -149,7 +149,7 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
 
 
 def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
-    """Returns the table of rates, with the median of the ratios per round."""
+    """Returns the table of rates with the median ratio over the rounds."""
     peers = [name for name in ("torch", "tf") if name in turns]
     heads = ["", "images/s", "lowest..highest", "images per CPU second"]
     heads += [f"{what} / {peer}" for peer in peers for what in ("rate", "per CPU second")] + ["others"]

@@ -33,7 +33,7 @@ def main() -> None:
         moments = []
         while len(moments) < flags.kills:
             process = runs.start(killed, 1, *FIELDS)
-            # Half of the kills come during training, the others at any time after the start.
+            # Half of the kills occur during training, the others at any time after the start.
             in_training = len(moments) % 2
             target = (newest(killed, "last") or 0) + rng.randint(1, 12)
             deadline = time.time() + (120 if in_training else rng.uniform(0, 8))

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.latency [--models=efficientnet_b0,...] [--rounds=9] [--peer_python=PYTHON]
 
-The models are those that tests.parity compares with timm. Needs the extra `parity`, torch, onnxscript and onnxruntime,
-at least in the interpreter `--peer_python`.
+Models can be those that tests.parity compares with timm. The interpreter `--peer_python` (default: this one) needs the
+extra `parity`, torch, onnxscript and onnxruntime.
 """
 
 import statistics
@@ -39,7 +39,7 @@ def for_onnx(images: np.ndarray) -> np.ndarray:
 
 
 def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
-    """Writes a network of timm with random weights, as a weight file and as NETWORK.onnx with dynamic batch size.
+    """Writes a timm network with random weights as a weight file and as NETWORK.onnx with a dynamic batch size.
 
     torch.onnx folds the norms into the convolutions.
     """
@@ -60,7 +60,7 @@ def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
 
 
 def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and a function for turns from uint8 pixels to probabilities on the host."""
+    """Returns facts, and a function that times a turn from uint8 pixels to probabilities on the host."""
     harness.keep_freed_memory()
     import jax
     import jax.numpy as jnp
@@ -92,7 +92,7 @@ def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
 
 
 def onnx(path: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and a function for turns from normalized float32 pixels [B, 3, H, W] to logits."""
+    """Returns facts, and a function that times a turn from normalized float32 pixels [B, 3, H, W] to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -108,7 +108,7 @@ def onnx(path: str) -> tuple[dict[str, Any], Turn]:
 
 
 def turns(call: Callable[[int], Any]) -> Turn:
-    """Returns a function that times calls with a batch size for a turn."""
+    """Returns a function that times repeated calls with a batch size for one turn."""
 
     def turn(batch: int) -> dict[str, Any]:
         call(batch)
@@ -123,13 +123,13 @@ def turns(call: Callable[[int], Any]) -> Turn:
 
 
 def distance(a: Any, b: Any) -> float:
-    """Returns the largest difference of logits [B, C], relative to the range of an image's logits."""
+    """Returns the largest difference of logits [B, C], relative to the range of each image's logits."""
     a, b = np.asarray(a), np.asarray(b)
     return float((np.abs(a - b).max(1) / np.ptp(b, axis=1)).max())
 
 
 def measure(network: str, rounds: int, python: str) -> list[list[str]]:
-    """Returns the rows of a network, one per batch size."""
+    """Returns the table rows of a network, one per batch size."""
 
     def start(python: str, function: str, **arguments: Any) -> tuple[harness.Process, Any]:
         process = harness.Process(python, "latency", function, **arguments)

@@ -1,4 +1,4 @@
-"""Measures the Dice coefficient of `lung_mask` on phantoms, and the speed of all masks.
+"""Measures the Dice coefficient of `lung_mask` on phantoms, and the speed of all mask functions.
 
 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 python -m tests.benchmarks.lungs [--patients=150]
 """
@@ -15,7 +15,7 @@ from lungjax.datasets.phantom import slices
 from tests.benchmarks import harness
 
 FIRST_SEED = 3000
-TIMED, SNAKES = 24, 4  # timed slices; the first ones also with the snake of the study
+TIMED, SNAKES = 24, 4  # timed slices, and the number of them for the study's slow snake
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -23,7 +23,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rate(mask: Callable[[np.ndarray], Any], images: list[np.ndarray]) -> float:
-    """Returns the number of masks per processor second, after one that is not timed."""
+    """Returns the number of masks per CPU second, after an untimed one."""
     mask(images[0])
     return len(images) / harness.timed(lambda: [mask(image) for image in images])[1]
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
         [--network] [--images=2000] [--outliers=150]
 
-FOLDER/data has `ct` and `xray`, each with a `labels.csv` of columns path, split and group (no group in two splits), and
-`covidx_ct_volume`. Most outliers are modified test images, --outliers of each kind.
+FOLDER/data has `covidx_ct_volume`, and `ct` and `xray`, each with a `labels.csv` (columns path, split and group; no
+group is in two splits). Most outliers are modified test images; --outliers limits their number per kind.
 """
 
 import csv
@@ -92,9 +92,9 @@ def jpeg(picture: Picture) -> Picture:
 def outliers(
     test: Sequence[Picture], other: Sequence[Picture], volume: Picture, count: int
 ) -> Iterator[tuple[str, list[Picture]]]:
-    """Yields kinds of outliers with up to `count` images; kinds that begin with "=" should score like test images.
+    """Yields the name and up to `count` images of each kind; those named "= ..." should score like test images.
 
-    `other` are images of the other modality, `volume` [slices, H, W] is a CT from the shoulders down.
+    `other` contains images of the other modality; `volume` [slices, H, W] is a CT from the shoulders down.
     """
     rng = np.random.default_rng(0)
     some = [test[i] for i in rng.permutation(len(test))[:count]]
@@ -110,7 +110,7 @@ def outliers(
     fours = zip(small[::4], small[1::4], small[2::4], small[3::4], strict=False)
     yield "four in one image", [np.block([[a, b], [c, d]]) for a, b, c, d in fours]
     changes: dict[str, Callable[[Picture], Picture]] = {
-        "color heat map over it": heat_map,
+        "color heat map over the image": heat_map,
         "inverted": lambda p: 255 - p,
         "turned by 90 degrees": np.rot90,
         "upside down": lambda p: p[::-1],
@@ -142,7 +142,7 @@ def fit_ours(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
 
 
 def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
-    """Fits a published score and a range check of intensity, color and aspect ratio, each for half the false alarms.
+    """Fits a published score and a range check of intensity, color and aspect ratio, each with half the false alarms.
 
     The score is the Mahalanobis distance (Lee et al., arXiv 1807.03888, covariance shrunk by a tenth) of the pooled
     ImageNet features of EfficientNet-Lite0.
@@ -191,7 +191,7 @@ def compare(name: str, data: dict[str, list[Any]], kinds: Any, fits: dict[str, A
 
 
 def sources(name: str, data: dict[str, list[Any]]) -> None:
-    """Prints scores of the images of each source when it is left out of training and validation."""
+    """Prints the detection rate of each source when it is left out of training and validation."""
     rows = []
     for left in sorted({source for pairs in data.values() for _, source in pairs}):
         parts = [[p for p, source in data[split] if source != left] for split in SPLITS]
@@ -204,7 +204,7 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
 
 
 def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
-    """Prints false alarms, and detections of the other modality, after fitting on few images (six draws)."""
+    """Prints the rates of false alarms and of detections after fitting on few images, over six random draws."""
     test = [p for p, _ in data["test"]]
     rows = []
     for counts in ((36, 11), (60, 15), (100, 30), (200, 60), (400, 120)):

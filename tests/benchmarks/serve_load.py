@@ -1,9 +1,9 @@
-"""Load test of the service: throughput, latency, startup time, and minutes of valid and malformed requests.
+"""Load test of the service: throughput, latency, startup time, and a mix of valid and malformed requests.
 
     python -m tests.benchmarks.serve_load --models=RUN_OR_NETWORK,... [--rounds=5] [--minutes=10] [--starts=3]
         [--images=FOLDER] [--seconds=5]
 
-A model that is not a folder is a network with random weights. Images are those in FOLDER, or phantoms.
+A model is a run folder, or the name of a network that gets random weights. Images are from FOLDER or are phantoms.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Server:
 
 
 def send(connection: http.client.HTTPConnection, data: Request) -> tuple[int, bytes]:
-    """Sends a request and returns status and body of the answer; the connection is reused."""
+    """Sends a request over a reused connection; returns the status and body of the response."""
     path, body, headers = data
     chunked = callable(body) and "Content-Length" not in headers
     headers = headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
@@ -104,7 +104,7 @@ def clients(count: int, run: Callable[[int], Any]) -> list[Any]:
 
 
 def closed_loop(server: Server, count: int, seconds: float, requests: list[Request]) -> list[float]:
-    """Returns the latencies in milliseconds of `count` clients that send one request after the other."""
+    """Returns the latencies in milliseconds of `count` clients that each send one request after another."""
     turns, end = itertools.cycle(requests), time.perf_counter() + seconds
 
     def run(_: int) -> list[float]:
@@ -121,7 +121,7 @@ def closed_loop(server: Server, count: int, seconds: float, requests: list[Reque
 
 
 def throughput(model: str, images: list[Image.Image], seconds: float, rounds: int) -> list[str]:
-    """Measures one and 32 clients in turns; returns the cells of a row."""
+    """Measures one client and 32 clients in turns; returns the cells of a table row."""
     server = Server(model)
     requests = [request(encoded(image), "image/png") for image in images]
     server.first_answer(encoded(images[0]))
@@ -151,7 +151,7 @@ def throughput(model: str, images: list[Image.Image], seconds: float, rounds: in
 
 
 def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
-    """Sends valid and malformed requests; returns the results as markdown."""
+    """Sends valid and malformed requests; returns the results as Markdown."""
     good, bad = valid(images), malformed(images)
     server = Server(model)
     server.first_answer(encoded(images[0]))
@@ -199,7 +199,7 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
 
 
 def start_times(model: str, images: list[Image.Image], count: int) -> list[float]:
-    """Returns the seconds of `count` starts, after one that fills the compilation cache."""
+    """Returns the durations of `count` starts in seconds, after a first start that fills the compilation cache."""
 
     def start() -> float:
         server = Server(model)

@@ -1,4 +1,4 @@
-"""Valid and malformed requests of `serve_load`, and runs with random weights."""
+"""Valid and malformed requests for `serve_load`, and runs with random weights."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from test_uploads import bombs, png, written
 
 SIDE = 512
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=edge"}
-# Path, body or a function that returns its parts, headers.
+# The path; the body, or a function that returns its parts; and the headers.
 Request = tuple[str, bytes | Callable[[], Iterator[bytes]], dict[str, str]]
 
 
@@ -51,7 +51,7 @@ def scan(picture: Image.Image, **tags: Any) -> bytes:
 
 
 def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[Request]]]:
-    """Returns the weight and the requests of each valid kind."""
+    """Returns the relative frequency and the requests of each valid kind."""
     pngs, slices = list(map(encoded, images)), list(map(scan, images[:6]))
     return {
         "PNG": (6, [request(data, "image/png") for data in pngs]),
@@ -101,7 +101,7 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
 
 
 def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
-    """Writes a run with random weights, as fast as a trained one; returns its folder."""
+    """Writes a run with random weights, which is as fast as a trained run; returns its folder."""
     from lungjax import models
     from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, overrides
     from lungjax.config.metadata import Metadata

@@ -1,4 +1,4 @@
-"""Times training steps of lungjax, Keras (on jax) and torch (timm) on the CPU, taking turns.
+"""Times training steps of lungjax, Keras (on jax) and torch (timm) on the CPU; the frameworks take turns.
 
     python -m tests.benchmarks.train [--networks=NAME,...] [--rounds=5] [--keras_python=PYTHON] [--torch_python=PYTHON]
 
@@ -19,7 +19,7 @@ COSTS = (("compile_seconds", 1, ".1f"), ("peak_bytes", 2**30, ".2f"), ("paramete
 
 
 def measure(network: str, pythons: dict[str, str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Returns the facts of each framework and its turns."""
+    """Returns the facts and the turns of each framework."""
     env = harness.CPU | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compile time is measured
     facts, processes = {}, {}
     for name, python in pythons.items():  # one after the other, so that each compiles alone

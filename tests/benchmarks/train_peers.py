@@ -1,9 +1,9 @@
 """The frameworks of `train.py`: each process trains one network and is idle between requests.
 
-Interpreters need only numpy and their own library: jax, flax and optax for lungjax, Keras with jax, or torch with timm.
+Each interpreter needs numpy and only its own libraries: jax, flax and optax; Keras and jax; or torch and timm.
 
-All train the same layers with Adam in float32, with the classes, dropout and stochastic depth of lungjax. CBR networks
-are defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
+All train the same layers with Adam in float32, with the same classes, dropout and stochastic depth. CBR networks are
+defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
 """
 
 import os
@@ -34,12 +34,12 @@ TIMM = {
 
 
 def channels(network: str) -> int:
-    """Returns the number of image channels; CBR networks are for gray images."""
+    """Returns the number of image channels, 1 for CBR networks and 3 for the others."""
     return 1 if network in CBR else 3
 
 
 def keras_network(network: str) -> Any:
-    """Returns the Keras model with three logits, from keras.applications if possible."""
+    """Returns the Keras model with three logits, from keras.applications if available."""
     import keras
 
     if network in KERAS:
@@ -69,7 +69,7 @@ def torch_network(network: str) -> Any:
 
 
 def normalized(network: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 images [BATCH, SIDE, SIDE, channels] and int32 labels, for the peers."""
+    """Returns the data of the peers: float32 images [BATCH, SIDE, SIDE, channels] and int32 labels."""
     images = np.random.default_rng(0).normal(size=(BATCH, SIDE, SIDE, channels(network))).astype(np.float32)
     return images, (np.arange(BATCH) % CLASSES).astype(np.int32)
 
@@ -79,7 +79,7 @@ Framework = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callable, **facts: Any) -> Framework:
-    """Compiles a jitted function of state and data; `unpack` returns the new state and the loss of its result."""
+    """Compiles a jitted function of state and data; `unpack` maps its result to the new state and the loss."""
     start = time.perf_counter()
     program = step.lower(*shapes).compile()
     facts["compile_seconds"] = time.perf_counter() - start
@@ -93,7 +93,7 @@ def jax_framework(step: Any, shapes: Any, state: Any, data: Any, unpack: Callabl
 
 
 def ours(network: str) -> Framework:
-    """Returns lungjax, compiled as in `lungjax.training.train`."""
+    """Returns the training step of lungjax, compiled as in `lungjax.training.train`."""
     harness.keep_freed_memory()
     import flax
     import jax
@@ -124,9 +124,9 @@ def ours(network: str) -> Framework:
 
 
 def keras(network: str) -> Framework:
-    """Returns Keras 3 on jax: the function that `fit` compiles, `Model.train_step` under jit with donated state.
+    """Returns the training step of Keras 3 on jax as `fit` compiles it: under jit, with donated state.
 
-    It is called on a batch on the device, without the loop, callbacks and iterator of `fit`, which could slow it down.
+    The batch is on the device; the loop, callbacks and iterator of `fit`, which could slow the step down, are not used.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
@@ -147,7 +147,7 @@ def keras(network: str) -> Framework:
 
 
 def torch(network: str) -> Framework:
-    """Returns torch and timm: eager, channels_last, fused Adam."""
+    """Returns the training step of a timm network in eager torch, with channels_last and fused Adam."""
     import torch
 
     torch.set_num_threads(harness.cores())

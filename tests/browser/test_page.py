@@ -1,7 +1,7 @@
 """The page of `python -m lungjax.serve` in a real browser: python -m pytest tests/browser
 
-Needs the extra `browser` and Chromium (Debian: apt-get install chromium); about a minute. A small network is trained
-and served. Files are dropped, chosen and pasted on the page; its content is compared with the answers of the service.
+Needs the extra `browser` and Chromium (Debian: apt-get install chromium), and takes about a minute. The tests train and
+serve a small network, drop, choose and paste files on the page, and compare its content with the service's responses.
 """
 
 import csv
@@ -21,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 from visits import OVERFLOW, card, drop, finished, post, ready, served, wait_for_map
 
 TESTS = Path(__file__).parent.parent
-CHROMIUM = Path("/usr/bin/chromium")  # Debian's; without it, the browser of `playwright install chromium`
+CHROMIUM = Path("/usr/bin/chromium")  # Debian's; if missing, the one of `playwright install chromium`
 CLASSES = ("left", "middle", "right")
 EVIL = """<img src=x onerror="document.title='broken'"><b>bold&amp;.png"""
 FORMULA = "=1+1,two.png"

@@ -48,7 +48,7 @@ def post(address: str, path: Path) -> Any:
 
 
 def drop(page: Page, *paths: Path, results: int = 0) -> None:
-    """Drops files or folders on the page, and waits for as many results, by default one per path."""
+    """Drops files or folders on the page and waits for the number of results, by default one per path."""
     ready(page)
     drop_zone = page.locator("#drop")
     drop_zone.scroll_into_view_if_needed()
@@ -73,7 +73,7 @@ def finished(page: Page, count: int) -> None:
 
 
 def card(page: Page, path: Path) -> dict[str, Any]:
-    """Returns the content of a card; `bars` has class, percentage, called positive, width in percent."""
+    """Returns the content of a card; each of `bars` has class, percentage, whether positive, and width in percent."""
     return page.evaluate(CARD % json.dumps(path.name))
 
 

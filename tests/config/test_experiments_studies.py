@@ -22,7 +22,7 @@ STAGES = ("original", "nobackg", "crop", "lungs_nocrop", "lungs")
 TORCH = ("vgg16", "vgg19", "resnet50", "resnet101", "resnet152", "densenet121", "densenet161", "densenet201")
 VERSIONS = ("1", "2a", "2b", "3a", "3b")
 BOTH = {"protocol": PROTOCOLS}
-# iCTCF: parameters of each network with the study's top, all and without running statistics; steps per published epoch.
+# iCTCF, networks with the study's top: parameters with and without running statistics, steps per published epoch.
 ICTCF = {
     "efficientnetv2_b0": (5_927_699, 5_864_531, 613), "efficientnetv2_b1": (6_939_511, 6_865_879, 613),
     "efficientnetv2_b2": (8_778_657, 8_693_553, 307), "convnext_tiny": (27_822_435, 27_820_899, 613),
@@ -41,11 +41,11 @@ XRAY = {
     "xray_cnn": 422_177, "mobilenetv2": 1_310_914, "resnet101v2": 2_097_346, "densenet201": 1_966_274,
     "resnet18": 2 * 513, "squeezenet1_1": 2 * 513, "vgg16": None,
 }  # fmt: skip
-# torchvision's layer4 of a ResNet-50 has 14,964,736 parameters: three blocks of 6,039,552 and twice 4,462,592.
+# layer4 of torchvision's ResNet-50 has 14,964,736 parameters: 6,039,552 in the first block, 4,462,592 in the other two.
 RESNET, BLOCKS = 3 * 2049, (6_039_552, 4_462_592, 4_462_592)
 VGG, CONV = 25089 * 4096 + 4097 * 4096 + 3 * 4097, 512 * 512 * 9 + 512
 PARAMETERS = {
-    # Keras counts mean, variance and counter of its normalization (7 numbers) in 6,577,801.
+    # The 6,577,801 of Keras include mean, variance and counter of its normalization layer (7 numbers).
     "nccid_whole_lung:protocol=study": (2, (6_577_801 - 7, 6_515_746)),
     **{f"ct_cov19:model={model},protocol=study": (3, count) for model, count in CT_COV19.items()},
     # Keras's EfficientNetB0 with its top for three classes: 4,007,548 and the dense layer.
@@ -72,7 +72,7 @@ INPUTS = {
     "ct_cov19:model=cbr_small,protocol=study": (0, 128 / 255, 1),
     "ct_cov19:model=bit_r50x1,protocol=study": (-1, 1 / 255, 1),
     "ct_cov19:model=efficientnet_b3": IMAGENET,
-    # TensorFlow of the time used ImageNet's standard deviations as variances: 0.485 / 0.47854 and so on.
+    # TensorFlow at the time used ImageNet's standard deviations as variances: 0.485 / 0.47854 and so on.
     "ct_cov19:model=efficientnet_b3,protocol=study": ROOTS,
     "nccid_whole_lung:protocol=study": ROOTS,
     "nccid_whole_lung": IMAGENET,
@@ -83,7 +83,7 @@ INPUTS = {
     "covidx_ct:version=2a,protocol=study": (-1.94738, -0.40786, 1.11963),
     "covidnet_ct": (0, 128 / 255, 1),
 }
-# Data set, its protocol, and the weights that are tested.
+# The data set, the protocol, and the weights that are tested.
 DATA = {
     "nccid_whole_lung:protocol=study": ("nccid_whole_lung", "study", "last"),
     "nccid_whole_lung": ("nccid_whole_lung", "clean", "best"),
@@ -140,7 +140,7 @@ def leaf_shapes(model, classes, *size):
 
 
 def leaves(choice, classes):
-    """Shapes by path of an experiment's network: all leaves, and the trained ones."""
+    """Returns the leaf shapes by path of an experiment's network: those of all leaves, and of the trained ones."""
     config = load.resolve(experiments.load(choice))
     model = dataclasses.replace(config.model, weights="none")  # so that equal networks are built once
     shapes = leaf_shapes(model, classes, *config.input.size, config.input.network_channels)
@@ -160,7 +160,7 @@ def test_unique_names():
         names[config.name] = choice
         assert re.fullmatch("[a-z0-9_-]+", config.name) and config.name.startswith(choice.partition(":")[0])
         assert config.name.endswith("_study") == ("protocol=study" in choice)
-        if not choice.startswith(("covidnet_ct", "transfusion")):  # mixed precision in the first, any data in the other
+        if not choice.startswith(("covidnet_ct", "transfusion")):  # the first has mixed precision, the other any data
             assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
     assert len(names) == 2 + 520 + 26 + 14 + 200 + 80 + 80 + 32 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"

@@ -1,4 +1,4 @@
-"""Augmentation: the warp against scipy, geometry measured on ramps, intensities by hand, mixing by its pixels."""
+"""Augmentation: the warp against scipy, geometry on ramp images, intensities by hand, and mixing by pixel values."""
 
 import os
 import subprocess
@@ -38,12 +38,12 @@ def many(config, image):
 
 
 def ramp(side=17):
-    """An image whose pixel (y, x) is (y, x): a warped copy shows where it was sampled."""
+    """An image whose pixel at (y, x) has the value (y, x), so that a warped copy shows where it was sampled."""
     return np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).astype(np.float32)
 
 
 def matrices(config, side=17):
-    """The affine maps about the middle, [1000, 2, 3], rows and columns (y, x, shift), that `config` draws."""
+    """Random affine maps of `config` about the center, [1000, 2, 3], with rows (y, x) and columns (y, x, shift)."""
     out, c = many(config, ramp(side)), (side - 1) // 2
     middle = out[:, c, c]
     return np.stack([out[:, c + 1, c] - middle, out[:, c, c + 1] - middle, middle - c], -1)
@@ -73,7 +73,7 @@ def test_warp_equals_scipy():
 
 
 def test_tiny_rotation():
-    """Next to integer coordinates, place and weight must refer to the same pixel."""
+    """Near integer coordinates, index and weight must refer to the same pixel."""
     images = noise(32, 64, 64, 3)
     angle = np.linspace(-1e-6, 1e-6, 32).astype(np.float32)
     out = compiled_warp(images, compiled_affine((64, 64), (64, 64), angle=angle), (64, 64), "edge", 0)
@@ -186,7 +186,7 @@ def test_ranges_of_intensities():
     assert_uniform(level(AugmentConfig(intensity_scale=0.2)) / 100, 0.8, 1.2)
     assert np.isclose((level(AugmentConfig(invert=0.3)) == 155).mean(), 0.3, atol=0.05)
     out = many(AugmentConfig(contrast=(0.5, 1.5)), np.asarray([[60.0, 100.0]])[..., None])
-    np.testing.assert_allclose(out.mean((1, 2, 3)), 80, atol=1e-3)  # about the mean
+    np.testing.assert_allclose(out.mean((1, 2, 3)), 80, atol=1e-3)  # contrast changes about the mean
     assert_uniform((out[:, 0, 1, 0] - out[:, 0, 0, 0]) / 40, 0.5, 1.5)
     grain = many(AugmentConfig(noise=10), np.full((16, 16, 1), 128.0)) - 128
     deviation = grain.std((1, 2, 3))
@@ -216,9 +216,9 @@ def test_coarse_dropout():
 
 
 def test_exterior_exclusion():
-    image = np.asarray([[0, 10, 21, 250], [0, 12, 120, 180]], np.uint8)  # 0 is black, 250 a table
+    image = np.asarray([[0, 10, 21, 250], [0, 12, 120, 180]], np.uint8)  # 0 is black, 250 is a table
     body = np.asarray([[0, 0, 0, 0], [0, 0, 255, 255]], np.uint8)
-    expected = np.asarray([[0, 14, 14, 14], [0, 14, 120, 180]])  # 14.33 of 10, 12 and 21
+    expected = np.asarray([[0, 14, 14, 14], [0, 14, 120, 180]])  # 14.33 is the mean of 10, 12 and 21
     arguments = (image[None, :, :, None], places(1), KEY)
     for probability, result in ((1.0, expected), (1e-9, image)):
         out = augment(*arguments, AugmentConfig(exterior=probability), (2, 4), None, body[None])

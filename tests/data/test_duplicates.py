@@ -1,4 +1,4 @@
-"""Near duplicates: hashes of copies, the search against brute force, the likeness of copies and other images."""
+"""Near duplicates: hashes of copies, the search against brute force, and the likeness of copies and other images."""
 
 import csv
 import functools
@@ -59,7 +59,7 @@ def brute_force(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[l
 
 
 def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Walks of a few flipped bits, so that every distance occurs, with repeats and zeros."""
+    """Hashes on random walks of a few flipped bits, so that every distance occurs, with repeats and zeros."""
     hashes = rng.integers(1, 2**64 - 1, n, dtype=np.uint64)
     for i in range(1, n):
         if i % 12:
@@ -124,7 +124,7 @@ def test_likeness():
     pairs = np.array([(i // len(changes), 6 + i) for i in range(len(images) - 6)])
     assert duplicates.likeness(pairs, images.__getitem__).min() >= duplicates.MIN_CORRELATION
     others = np.array([(i, j) for i in range(6) for j in range(i)])
-    assert duplicates.likeness(others, images.__getitem__).max() < 0.87  # one smooth outline fits another
+    assert duplicates.likeness(others, images.__getitem__).max() < 0.87  # all smooth outlines match well
 
 
 def test_near_duplicates():
@@ -150,7 +150,7 @@ def test_real_images(shared):
         hashes = np.array([duplicates.phash(picture) for picture in pictures], np.uint64)
         groups, names = [row["group"] for row in rows], [row["path"] for row in rows]
         assert duplicates.near_twins(hashes, groups, names, small.__getitem__).pairs.tolist() == []
-        if kind == "ct":  # without groups, slices of one patient that are in the collection twice (verified by eye)
+        if kind == "ct":  # one group per file: slices of a patient that the collection has twice (by eye)
             near = duplicates.near_twins(hashes, names, names, small.__getitem__).pairs
             assert all(groups[i] == groups[j] for i, j in near)
             pairs = {(names[i], names[j]) for i, j in near}

@@ -1,4 +1,4 @@
-"""Folds and fractions of synthetic columns: complete, without divided patients, nested."""
+"""Folds and fractions of synthetic data sets: complete, nested, and without divided patients."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ config = functools.partial(changed, Config())
 
 
 def table(rows, protocol="clean"):
-    """`rows` are (label, group, split[, pixels]); without pixels every image is unique."""
+    """Returns a data set of rows (label, group, split[, pixels]); without pixels, every image is unique."""
     rows = [(*row, f"x{i}") if len(row) == 3 else row for i, row in enumerate(rows)]
     label, group, split, pixels = (list(column) for column in zip(*rows, strict=True))
     columns = {"label": np.asarray(label, np.int64), "file": np.asarray([f"{i:04}" for i in range(len(rows))])}
@@ -27,7 +27,7 @@ def table(rows, protocol="clean"):
 
 
 def random_table(patients=90):
-    """Patients of 1 to 9 images, a few of two classes; some images are in no split."""
+    """Patients with 1 to 9 images, a few of them with two classes; some images are in no split."""
     rng = np.random.default_rng(0)
     rows = []
     for p in range(patients):
@@ -72,7 +72,7 @@ def test_linked_groups():
     rows = [(0, "a", "train", "1"), (0, "b", "val", "2"), (0, "b", "test", "3"), (0, "c", "test", "4"),
             (0, "d", "train", "5"), (0, "e", "", "6"), (0, "f", "train", "7"), (0, "e", "", "4")]  # fmt: skip
     used = np.array([0, 1, 2, 3, 4, 6])
-    # a ~ b by 0 ~ 1; b ~ c by 2 ~ a copy of 3 that is in no split; d ~ f only through e, which is in no split.
+    # Pairs link a with b, and b with c through a copy of 3 in no split; d and f are linked only by e, in no split.
     near = np.array([(0, 1), (2, 7), (4, 5), (5, 6)])
     assert folds.linked_groups(table(rows), used, near).tolist() == ["a", "a", "a", "a", "d", "f"]
     assert folds.linked_groups(table(rows), used, NONE).tolist() == ["a", "b", "b", "c", "d", "f"]
@@ -145,7 +145,7 @@ def test_too_few_patients():
 
 
 def test_every_class_in_every_part():
-    for sizes, others in (((60, 30, 1, 1, 1, 1), 20), ((100, 80, 60, 1, 1, 1), 1)):  # by size, small groups cluster
+    for sizes, others in (((60, 30, 1, 1, 1, 1), 20), ((100, 80, 60, 1, 1, 1), 1)):  # dealing by size would fail
         rows = [(0, f"p{i}", "train") for i in range(7) for _ in range(others)]
         data = table(rows + [(1, f"q{i}", "train") for i, size in enumerate(sizes) for _ in range(size)])
         part = folds.deal(data, 6, NONE)
@@ -155,7 +155,7 @@ def test_every_class_in_every_part():
     data = table([*rows, (2, "pq", "test"), (2, "r", "train"), (2, "s", "train")])
     part = folds.deal(data, 3, NONE)
     assert all(set(data.columns["label"][part == i].tolist()) == {0, 1, 2} for i in range(3))
-    # Each class has three of four patients, so any two of these would have to be in two of the three parts.
+    # Each class has three of the four patients; no assignment gives every part a patient of every class.
     data = table([(label, f"p{patient}", "train") for label in range(4) for patient in range(4) if patient != label])
     with pytest.raises(ValueError, match="several classes"):
         folds.deal(data, 3, NONE)

@@ -81,7 +81,7 @@ def test_16_bit_rounding_after_resizing():
 
 
 def sampled_png(samples, kind):
-    """A 16-bit PNG file of uint16 samples [H, W, channels]; `kind` is the color type of its header."""
+    """A 16-bit PNG file of uint16 samples [H, W, channels]; `kind` is the color type in its header."""
     height, width, channels = samples.shape
     data = images.encode(samples.reshape(height, width * channels))
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
@@ -198,7 +198,7 @@ def test_kernels_equal_jax():
         for antialias, size in ((True, (18, 23)), (False, (61, 77))):
             result = images.resize(smooth, (0, 0, 53, 37), size, kernel, antialias)
             expected = np.asarray(jax.image.resize(smooth, size, name, antialias=antialias))
-            # At the edge jax drops taps, plain sampling repeats the pixel.
+            # At the edge, jax drops taps while plain sampling repeats the pixel.
             inner = np.s_[:] if antialias else np.s_[7:-7, 7:-7]
             np.testing.assert_allclose(result[inner], expected[inner], atol=0.02)
 

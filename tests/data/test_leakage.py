@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 
 
 def clean(text, near=()):
-    """Rows are "split label group pixels", separated by commas; the split "-" is none."""
+    """Applies the protocol to comma-separated rows "split label group pixels"; the split "-" means none."""
     splits, labels, groups, pixels = zip(*(row.split() for row in text.split(",")), strict=True)
     splits = ["" if split == "-" else split for split in splits]
     near = np.array(near, np.int64).reshape(-1, 2)
@@ -46,7 +46,7 @@ def test_clean_near_duplicates():
     rows = "train 0 a 1, val 0 b 2, test 0 c 3"
     assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val is removed, so train may stay
     assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
-    # val is removed as a copy of test, which is then train's duplicate; with different labels both are removed.
+    # Val is removed as a copy of test, and train as its near duplicate. With different labels, val and test go.
     assert clean("train 0 a 1, val 0 b 2, test 0 c 2", [(0, 1)])[0] == ["", "", "test"]
     assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
     rows = "train 0 a 1, train 0 b 2, train 1 c 3"  # in one split
@@ -89,10 +89,10 @@ def test_leaks():
     groups = ["a", "b", "c", "d", "a", "e", "f", "g"]
     pixels = ["1", "2", "3", "1", "4", "5", "6", "2"]
     members = {"train": [0, 0, 0, 1, 2], "val": [3, 4, 7], "test": [3, 3, 5, 6, 2]}
-    near = np.array([(1, 5), (3, 6), (2, 3)])  # of the last, 3 has an exact copy in train, which counts
+    near = np.array([(1, 5), (3, 6), (2, 3)])  # 3 also has an exact copy in train, which has precedence
     leaks = leakage.leaks(members, groups, pixels, near)
     names = ("images", "exact_twin_in_train", "near_twin_in_train", "group_in_train", "any")
-    # Val: 3 is a copy of 0, 7 of 1; 4 is of a. Test: 3, and 2, which is in both; 5 duplicates 1, 6 a copy of 0.
+    # Val: 3 copies 0, 7 copies 1, 4 is of group a. Test: 3, 2 (also in train), 5 (like 1), and 6 (like a copy of 0).
     assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
     assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
     assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}

@@ -1,4 +1,4 @@
-"""Body and lung masks of phantoms with known lungs; masks of the studies in synthetic cases."""
+"""Body and lung masks of phantoms with known lungs, and masks of the studies in synthetic cases."""
 
 import csv
 
@@ -16,7 +16,7 @@ def dice(a, b):
 
 
 def phantoms(finding, count=10):
-    """One slice per patient, at alternating levels: image, lungs, lesion."""
+    """Yields the image, lung mask and lesion mask of one slice per patient, at alternating levels."""
     for seed in range(count):
         patient = slices.new_patient(seed, finding)
         drawn = slices.draw_slice(patient, slices.levels(patient, 4)[seed % 4])
@@ -48,7 +48,7 @@ def test_phantoms():
             masked, dark = masked + (mask & lesion).sum(), dark + ((image < level) & lesion).sum()
             lesions += lesion.sum()
         assert np.mean(scores) > 0.97
-        if finding == "Pneumonia":  # lesions at the chest wall, which a threshold takes for chest wall
+        if finding == "Pneumonia":  # lesions at the chest wall, which a threshold does not separate from it
             assert masked > 0.75 * lesions and masked > 1.3 * dark
     image, lung, _ = next(phantoms("COVID-19"))
     big = np.asarray(Image.fromarray(image).resize((512, 480), Image.Resampling.BICUBIC))
@@ -57,7 +57,7 @@ def test_phantoms():
 
 def test_cut_lungs_and_white_margins():
     image, both = drawing()
-    cut = np.s_[:, 45:155]  # no air left at the sides, both lungs open at the edge
+    cut = np.s_[:, 45:155]  # there is no air at the sides, and both lungs are open at the edge
     assert dice(lung_masks.lung_mask(image[cut]), both[cut]) > 0.95
     framed = np.pad(image, 12, constant_values=255)
     assert dice(lung_masks.lung_mask(framed), np.pad(both, 12)) > 0.97
@@ -76,7 +76,7 @@ def test_body_without_table_and_arms():
 
 def test_air_above_table_and_trachea():
     image, both = drawing()
-    image[148:156, :] = 180  # a table from edge to edge, and up along the sides to the body
+    image[148:156, :] = 180  # a table from edge to edge that rises along the sides to the body
     image[80:156, :16] = 180
     image[80:156, -16:] = 180
     assert dice(lung_masks.lung_mask(image), both) > 0.97
@@ -163,13 +163,13 @@ def test_study_body_mask():
     square[ellipse(square.shape, (240, 180), (90, 60))] = 60  # lung
     square[450:458, 100:400] = 220  # table
     mask = study_masks.body_mask(square)
-    # The outline is on the edge of the eroded body, dilated again: at most two pixels off.
+    # The outline follows the body after erosion and dilation, and is at most two pixels off.
     assert (ndimage.binary_erosion(body, iterations=2) & ~mask).sum() == 0
     assert (mask & ~ndimage.binary_dilation(body, iterations=2)).sum() == 0
     cut = np.concatenate([square[160:], square[:160]])  # the image's upper edge cuts the body
     cut[:40, 250:255] = 20  # a gap that is open at the top
     mask = study_masks.body_mask(cut)
-    assert not mask[:30, 252].any() and mask[100, 252], "it is not repaired (correct_mask=False)"
+    assert not mask[:30, 252].any() and mask[100, 252], "the gap is not repaired (correct_mask=False)"
 
 
 def test_study_crop_region():

@@ -23,7 +23,7 @@ def assert_equal(batches, others):
 
 
 def joined(parts):
-    """Batches of several hosts as those of one."""
+    """Joins the batches of several hosts into those of one."""
     return [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
 
 
@@ -39,7 +39,7 @@ def test_order_by_seed_and_step(small_data):
         batches = take(small_data, config, 16)
         for hosts in (1, 2, 3):
             parts = [take(small_data, config, 3, start=13, host=h, hosts=hosts) for h in range(hosts)]
-            assert_equal(joined(parts), batches[13:])  # each host its part, in order
+            assert_equal(joined(parts), batches[13:])  # each host has its part, in order
         rows = pipeline.batch_rows(small_data, config, 13)
         np.testing.assert_array_equal(small_data.columns["label"][rows], batches[13]["label"])
     other = take(small_data, dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=4)), 3)

@@ -9,7 +9,7 @@ from lungjax.data import splits
 
 
 def patients(seed=0, count=300):
-    """Patients of 1 to 40 slices, one class each, classes 70 : 20 : 10."""
+    """Patients with 1 to 40 slices of one class; the classes are in the ratio 70 : 20 : 10."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 41, count)
     labels = np.repeat(rng.choice(3, count, p=[0.7, 0.2, 0.1]), sizes)

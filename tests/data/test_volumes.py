@@ -20,7 +20,7 @@ XRAY = np.random.default_rng(0).integers(100, 4000, (9, 7), dtype=np.uint16)
 
 
 def views(hu):
-    """The middle axial, coronal and sagittal plane in radiological orientation."""
+    """The middle axial, coronal and sagittal planes in radiological orientation."""
     z, y, x = (n // 2 for n in hu.shape)
     return {"axial": hu[z], "coronal": hu[::-1, y, :], "sagittal": hu[::-1, :, x]}
 
@@ -248,7 +248,7 @@ def test_bad_nifti_files(tmp_path):
     hu = scans.body()
     tiny = scans.nifti(tmp_path / "a.nii", hu, (1e-3, 1e-3, 1e-3))
     raw = bytearray((tmp_path / "a.nii").read_bytes())
-    raw[123] = 8 + 5  # seconds, and a code of length that does not exist
+    raw[123] = 8 + 5  # seconds, and an undefined code for the unit of length
     (tmp_path / "d.nii").write_bytes(raw)
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), tmp_path / "c.nii")
     gray = np.linspace(0, 255, hu.size).reshape(hu.shape)

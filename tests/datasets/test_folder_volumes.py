@@ -27,7 +27,7 @@ def listing(root, **options):
 
 
 def pixels(example):
-    """The pixels of an example that was pickled, as for a worker process."""
+    """The pixels of an example after pickling, as in a worker process."""
     return scans.pixels_of(pickle.loads(pickle.dumps(example.image))())
 
 
@@ -40,7 +40,7 @@ def uids(i, patient):
 
 
 def class_folders(root, count=1):
-    """Writes `count` series per class, with two classes, in folders with the patient's name; four per patient."""
+    """Writes `count` series of each of two classes into folders with the patient's name, four series per patient."""
     hu = scans.body()
     for i in range(2 * count):
         where = root / "ab"[i % 2] / f"Doe^Jane {i}" / "CT"
@@ -67,7 +67,7 @@ def test_series_in_class_folders(tmp_path):
     assert len({(e.group, e.split) for e in result.examples}) == len({e.group for e in result.examples}) == 2
     assert {e.group for e in listing(tmp_path, salt="other").examples}.isdisjoint(e.group for e in result.examples)
     index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
-    assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # nothing personal
+    assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # no personal data
     notes = ("8 CT series", "2 files that are not images", "48 axial images of CT volumes, window -350 +/- 650")
     for note in (*notes, "1 DICOM files skipped: localizers", "1 DICOM files skipped: SR objects"):
         assert any(line.startswith(note) for line in result.notes)

@@ -48,7 +48,7 @@ def splits_of_groups(examples):
 
 
 def assert_errors(module, root, file, config, errors):
-    """Each error: text to replace once in a file, and a word of the message."""
+    """Asserts that each replacement of a text in the file, made once, raises an error with the given word."""
     original = file.read_text()
     for old, new, word in errors:
         file.write_text(original.replace(old, new, 1))
@@ -74,7 +74,7 @@ def test_ct_cov19(tmp_path):
     tree(
         tmp_path,
         *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70, 170)),
-        *(f"Train/COV/malek_2/pos_{k}.png" for k in range(40) if k % 11),  # single numbers are missing in a scan
+        *(f"Train/COV/malek_2/pos_{k}.png" for k in range(40) if k % 11),  # some slice numbers are missing in a scan
         "Train/COV/malek_2/pos_0.png",
         *(f"Train/Normal/1/neg_{k}.png" for k in (*range(0, 200, 5), 2173)),
         *(f"Train/OtherPneumonia/pneu_1/pneu_{k}.png" for k in range(120, 720, 5)),
@@ -90,12 +90,12 @@ def test_ct_cov19(tmp_path):
     assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE001170.jpg"]
     assert group["Train/COV/malek_2/pos_0.png"] == group["Train/COV/malek_2/pos_39.png"]
     assert group["Train/Normal/1/neg_2173.png"] == group["Test/Normal/1/neg_2174.png"]  # divided by the original split
-    # The real files of Test/COV/30: four runs, and none of them is the patient of Val/COV/30.
+    # The real files of Test/COV/30 are four runs of numbers, and none is the patient of Val/COV/30.
     scans = [{group[f"Test/COV/30/pos_{k}.png"] for k in run} for run in RUNS]
     assert all(len(names) == 1 for names in scans) and len(set.union(*scans)) == 4
     assert group["Val/COV/30/FILE0016.jpg"] == group["Val/COV/30/FILE00126.jpg"] not in set.union(*scans)
-    assert len({group[f"Train/Normal/1/neg_{k}.png"] for k in range(0, 200, 5)}) == 4, "of at most 60 numbers"
-    # Images moved to the flat folder are grouped with their neighbors, and the test's own series is not.
+    assert len({group[f"Train/Normal/1/neg_{k}.png"] for k in range(0, 200, 5)}) == 4, "runs of at most 60 numbers"
+    # Images in the flat folder are grouped with their neighbors in train; the separate series of test is not.
     assert group["Val/OtherPneumonia/pneu_133.png"] == group["Train/OtherPneumonia/pneu_1/pneu_140.png"]
     assert group["Val/OtherPneumonia/pneu_133.png"] != group["Test/OtherPneumonia/2/pneu_133.png"]
     new = [e for e in listing.examples if e.label == 2 and e.study != "test"]
@@ -117,7 +117,7 @@ def test_nccid(tmp_path):
     tree(tmp_path, *names)
     rows = [f"{name},{int(i // 3 % 4 == 0)}" for i, name in enumerate(names)]
     write_text(tmp_path / "whole_lung_label.csv", "image_name,whole_lung", *rows)
-    (tmp_path / names[5]).unlink()  # the study drops it before it draws; `prepare` asks what to do
+    (tmp_path / names[5]).unlink()  # the study drops it before drawing the splits; `prepare` asks what to do
     listing, by_file = listed(nccid, tmp_path)
     assert not listing.body and listing.classes == ("Others", "WholeLung") and list(by_file) == names
     assert listing.volumes["orientation"] == "rotated"
@@ -179,7 +179,7 @@ def test_ictcf_generated_images(tmp_path, monkeypatch):
     gray = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(listings[0][-1].transform))(gray * 0), gray * 0)
     np.testing.assert_array_equal(ictcf.generate(gray, 0.0, 0.0, 0.0), gray)
-    # As in Keras a positive shift samples further down and right; the edge is repeated.
+    # As in Keras, a positive shift samples further down and right; the edge is repeated.
     shifted = np.pad(gray, ((0, 2), (0, 3)), mode="edge")[2:, 3:]
     np.testing.assert_array_equal(ictcf.generate(gray, 0.0, 0.1, 0.1), shifted)
     square = gray[:, :20]
@@ -281,7 +281,7 @@ def test_covid_xray_5k(tmp_path):
 
 
 def test_covid_xray_5k_generated_image():
-    """Keras stretches the gray levels of a stored copy, so that little of the brightness remains."""
+    """Keras stretches the gray levels of a stored copy, so that little of the brightness change remains."""
     noise = np.random.default_rng(0).integers(50, 200, (6, 8), dtype=np.uint8)
     image = Image.fromarray(noise).resize((80, 60))
     half = np.asarray(image.resize((80, 60), Image.Resampling.BILINEAR, box=(20, 15, 60, 45)))
@@ -299,7 +299,7 @@ def test_covid_xray_5k_generated_image():
 
 
 COLLECTION = [
-    "patientid,offset,sex,age,finding,RT_PCR_positive,view,modality,folder,filename,url,license,",  # ends so in truth
+    "patientid,offset,sex,age,finding,RT_PCR_positive,view,modality,folder,filename,url,license,",  # as published
     "2,0,M,65,Pneumonia/Viral/COVID-19,Y,PA,X-ray,images,a.png,https://www.nejm.org/x,CC BY,",
     "2,3,M,65,Pneumonia/Viral/COVID-19,Y,AP Supine,X-ray,images,b.png,https://www.nejm.org/x,,",
     "13,3,M,35,Pneumonia/Viral/COVID-19,Y,L,X-ray,images,c.png,https://www.nejm.org/x,,",
@@ -382,7 +382,7 @@ def test_coronahack(tmp_path):
 
 
 def test_covid_xray_5k_real_names(shared, tmp_path):
-    """The study's repository, with the real names of all files; cases are known from another data set."""
+    """All real file names of the study's repository; another data set has the cases of some images."""
     folder = shared / "data/covid_xray_study"
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("data_set/*/*/*")]
     names += (folder / "missing.txt").read_text().split()
@@ -399,20 +399,20 @@ def test_covid_xray_5k_real_names(shared, tmp_path):
     (copied,) = {example.image for example in oversampled.examples if example.transform}
     assert copied == max(e.image for e in listing.examples if e.study == "train" and not e.label), "the study's bug"
     assert all(re.fullmatch(r"patient\d{5}", example.group) for example in listing.examples if example.label)
-    assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # the finding
+    assert all((example.extra == ("",)) == ("test/non" in file) for file, example in by_file.items())  # finding
     with (shared / "data/xray/labels.csv").open() as file:
         cases = {Path(r["path"]).stem: r["group"] for r in csv.DictReader(file) if r["source"] == "talo-cohen"}
     groups = defaultdict(set)
     for file, example in by_file.items():
         groups[cases.get(f"cohen_{Path(file).stem}", "cohen-unknown")].add(example.group)
-    del groups["cohen-unknown"]  # bare ids, which do not show the patient
+    del groups["cohen-unknown"]  # their names are ids that do not show the patient
     assert len(groups) == 20 and all(len(by_name) == 1 for by_name in groups.values())
     splits = splits_of_groups(example for example in listing.examples if example.study == "train")
     assert all(len(names) == 1 for names in splits.values())
 
 
 def test_covid_ct_real_names(shared, tmp_path):
-    """The UCSD images under the names of the repository: names alone keep patients and papers together."""
+    """The UCSD images under their names in the repository: names alone keep patients and papers together."""
     groups, lists = {}, defaultdict(list)
     with (shared / "data/ct/labels.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Duplicates: counted in the study's splits, removed from the clean ones; comparison of two data sets."""
+"""Duplicates are counted in the study's splits and removed from the clean ones; two data sets are compared."""
 
 import shutil
 from collections import Counter
@@ -38,7 +38,7 @@ def write_slices(root, names, seed):
 
 @pytest.fixture(scope="module")
 def xray_5k(tmp_path_factory):
-    """COVID-XRay-5K with an exact copy and a smaller, recompressed one of test images in train."""
+    """COVID-XRay-5K whose train split has an exact copy and a smaller, recompressed copy of test images."""
     root = tmp_path_factory.mktemp("twins")
     names = [f"{split}/{label}/{split}{label}{i}.png" for split in ("train", "test") for label in ("covid", "non")
              for i in range(4)]  # fmt: skip

@@ -74,7 +74,7 @@ def test_effect_of_finding_on_lesion_only(drawn):
 
 
 def test_patterns_of_the_findings(drawn):
-    """Pneumonia is dense and one-sided; COVID-19 faint, bilateral, peripheral and posterior."""
+    """Pneumonia is dense and one-sided; COVID-19 is faint, bilateral, peripheral and posterior."""
     means = {}
     for finding in phantom.CLASSES[1:]:
         rows = []

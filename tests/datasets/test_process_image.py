@@ -54,7 +54,7 @@ def test_box_in_resized_image():
     result = process(data, box=(10, 20, 50, 60), size=(37, 106))
     assert (result.height, result.width) == (37, 106) and result.box == (10, 10, 50, 30)
     assert result.phash == process(data).phash, "of the original"
-    # Rounding must not move the box of a complete image over the edge by one bit: TFDS refuses that.
+    # Rounding must not move the box of a complete image over the edge by one bit, because TFDS rejects that.
     for width in range(100, 600, 7):
         result = process(encoded(np.zeros((113, width), np.uint8)), box=(0, 0, width, 113), size=(224, 225))
         assert result.box[2] <= 225 and result.box == pytest.approx((0, 0, 225, 224))

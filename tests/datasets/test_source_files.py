@@ -1,4 +1,4 @@
-"""Rows and lines with their places, and groups from file names."""
+"""Rows and lines with their positions in a file, and groups from file names."""
 
 import pytest
 

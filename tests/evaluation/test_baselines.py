@@ -10,7 +10,7 @@ from lungjax.evaluation import baselines, metrics
 
 
 def make(train, test, classes=("ill", "well")):
-    """`train` and `test` are (label, source)."""
+    """Returns a data set of the (label, source) pairs in `train` and `test`."""
     label, source = zip(*train, *test, strict=True)
     n = len(label)
     columns = {
@@ -41,7 +41,7 @@ def test_smoothing_by_class_frequencies():
     prior = np.array([0.6, 0.2, 0.2])
     expected = [(np.array([6, 2, 0]) + 3 * prior) / 11, (np.array([0, 0, 2]) + 3 * prior) / 5, prior]
     np.testing.assert_allclose(baselines.source_only(data).probabilities, expected)
-    # Images that a study repeats count repeatedly.
+    # Images that a study repeats count several times.
     split = np.asarray(["train*2"] * 6 + ["train"] * 4 + ["test"] * 3)
     study = replace(data, protocol="study", columns=data.columns | {"split_study": split})
     np.testing.assert_allclose(baselines.source_only(study).probabilities[2], np.array([12, 2, 2]) / 16)
@@ -53,7 +53,7 @@ def test_no_baseline_without_two_sources():
 
 
 def test_warnings():
-    # Two sources of 1000 images: a share of 0.6 or 0.71 of the ill are from the first, of the well from the second.
+    # Two sources of 1000 images; 60 or 71 % of the ill are from the first, and as many of the well from the second.
     for share, warned in ((0.6, False), (0.71, True)):
         parts = zip((0, 1, 0, 1), "aabb", (share, 1 - share, 1 - share, share), strict=True)
         rows = [(label, source) for label, source, part in parts for _ in range(round(1000 * part))]

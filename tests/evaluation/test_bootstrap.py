@@ -68,7 +68,7 @@ def test_duplicated_slices_do_not_narrow_intervals():
 
 
 def test_undefined_in_most_draws():
-    """Classes b and c have one patient each: 63 % of the draws contain class b, 40 % both."""
+    """Classes b and c have one patient each: 63 % of the draws contain class b, and 40 % contain both."""
     labels = np.array([0] * 28 + [1, 2])
     p = make_predictions(labels, np.eye(3)[labels])
     intervals = bootstrap.intervals(p, 200)

@@ -11,7 +11,7 @@ from lungjax.evaluation import calibration, metrics
 
 
 def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
-    """Labels are drawn from softmax(z), the predictions are softmax(z * sharpness)."""
+    """Returns predictions softmax(z * sharpness) with labels drawn from softmax(z)."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, c)) * 1.5
     true = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
@@ -40,7 +40,7 @@ def test_temperature_inverts_sharpening():
 
 def test_bounds_and_certain_predictions():
     labels = make(50).labels
-    for shift, bound in enumerate(calibration.BOUNDS):  # all right, all wrong
+    for shift, bound in enumerate(calibration.BOUNDS):  # all correct, all wrong
         p = make_predictions(labels, 0.1 * np.eye(3)[(labels + shift) % 3] + 0.3)
         assert calibration.fit_temperature(p) == bound
     # Probabilities of exactly 0 and 1, one of them wrong, remain finite.

@@ -73,7 +73,7 @@ def test_study_metrics_by_hand():
         level = level_of(labels, p)
         assert level["accuracy"] == accuracy and level["study"]["accuracy_rounded"] == rounded
     # TensorFlow Addons: all tied classes count as predicted, and 0 / 0 is 0. Class b has precision 1/2 and recall 1,
-    # class a recall 0.
+    # and class a has recall 0.
     study = level_of([1, 0], [[0.0, 0.5, 0.5], [0.1, 0.8, 0.1]])["study"]
     assert study["f1_weighted"] == pytest.approx((2 * 0.5 * 1 / 1.5 + 0) / 2)
     assert study["f1_macro_harmonic"] is None  # class a is never predicted, class c has no example
@@ -97,7 +97,7 @@ def test_invalid_probabilities():
 
 
 def patients():
-    """p1: two slices of one source; p2: mixed labels; p3: two sources; two slices without a patient."""
+    """Patient p1 has two slices of one source, p2 mixed labels, and p3 two sources; two slices have no patient."""
     return make_predictions(
         [0, 1, 0, 1, 1, 0, 2, 0],
         [

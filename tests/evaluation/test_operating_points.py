@@ -42,11 +42,11 @@ def test_thresholds_against_a_search():
 
 def test_thresholds_by_hand():
     p = two([1, 1, 1, 1, 0, 0, 0, 0], [0.9, 0.8, 0.6, 0.2, 0.7, 0.6, 0.1, 0.1])
-    # At 0.8: 2/4 + 4/4; at 0.6, with both of the tie: 3/4 + 2/4; at 0.2: 4/4 + 2/4. Of equals the highest.
+    # At 0.8: 2/4 + 4/4; at 0.6, with both of the tie: 3/4 + 2/4; at 0.2: 4/4 + 2/4. The highest of equals is chosen.
     assert operating_points.choose(p, 1, "youden") == 0.8
     assert operating_points.choose(p, 1, "sensitivity_0.75") == 0.6
     assert operating_points.choose(p, 1, "sensitivity_0.76") == 0.2
-    # An inverted classifier still gets one of its scores.
+    # An inverted classifier still gets one of its scores as a threshold.
     assert operating_points.choose(two([0, 0, 1, 1], [0.9, 0.8, 0.2, 0.1]), 1, "youden") in (0.9, 0.1)
     for rule in ("best", "sensitivity_", "sensitivity_0", "sensitivity_1.2", "sensitivity_nan"):
         with pytest.raises(ValueError, match=rule):
@@ -64,7 +64,7 @@ def test_metrics_at_a_threshold_by_hand():
     expected = {"threshold": 0.5, "tp": 3, "fp": 2, "fn": 1, "tn": 4, "ppv": 3 / 5, "npv": 4 / 5}
     assert point == point | expected | {"sensitivity": 3 / 4, "at_prevalence": 0.1}
     assert point["specificity"] == pytest.approx(4 / 6)
-    # Of 1,200 people 120 are ill: 90 true and 360 false positives; 720 of 750 negatives are healthy.
+    # Of 1,200 people, 120 are ill. There are 90 true and 360 false positives, and 720 of 750 negatives are healthy.
     assert point["ppv_at"] == pytest.approx(90 / 450) and point["npv_at"] == pytest.approx(720 / 750)
     assert point["intervals"].keys() == {"sensitivity", "specificity", "ppv", "npv", "ppv_at", "npv_at"}
     bare = at(p, 0.5, draws=0)

@@ -1,4 +1,4 @@
-"""Checks of saliency maps: pointing game, deletion curve, sanity check, and their synthetic slices."""
+"""Checks of saliency maps (pointing game, deletion curve and sanity check) and their synthetic slices."""
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ def test_rank_correlation_against_scipy():
 
 
 class Brightness(Explainer):
-    """Its maps are the brightness of the image, for any weights."""
+    """A fake `Explainer` whose maps are the brightness of the image, for any weights."""
 
     def maps(self, images, targets=None, method="gradcam"):
         return images.mean(-1).astype(np.float32) / 255, None

@@ -27,7 +27,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.
 
 
 class Toy(Network):
-    """One layer over the colors, mean over cells of 4 x 4, and a head."""
+    """A network of one layer over the colors, a mean over cells of 4 x 4 pixels, and a head."""
 
     relu: bool = True
 
@@ -42,14 +42,14 @@ class Toy(Network):
 FLAT = HeadConfig(pool="flatten", hidden=(6,))
 
 
-@functools.cache  # with its compiled programs
+@functools.cache  # caches the compiled programs as well
 def toy(head=FLAT, outputs=3, positive=None, relu=True, **options):
     module = Toy(relu, head=head, outputs=outputs)
     return Explainer(module, random_variables(module, (SIDE, SIDE, 3)), SPEC, positive, **options)
 
 
 def by_hand(explainer, target):
-    """Returns the toy's last map, the gradient of a class's logit and the logits, in float64 by NumPy."""
+    """Returns the last map of `Toy`, the gradient of the target's logit, and all logits, in float64 by NumPy."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), explainer.variables["params"])
     x = (IMAGES / 255.0 - np.asarray(SPEC.mean)) / np.asarray(SPEC.std)
     x = x @ p["colors"]["kernel"] + p["colors"]["bias"]
@@ -160,12 +160,12 @@ def test_occlusion_by_hand():
 
 
 def test_places_of_cells_by_hand():
-    """Pixel of the first cell's center, and pixels between cells."""
+    """Positions are the pixel at the center of the first cell, and the distance between cells in pixels."""
     for name, side, cells, expected in (
         ("simple", 64, 6, (10.5, 8)),  # valid: 3x3 and a pool of 2, three times: 1 + .5 + 2 + 1 + 4 + 2
         ("xray_cnn", 80, 2, (17.5, 36)),  # strides as wide as the windows, and a remainder
         ("convnext_tiny", 100, 3, (15.5, 32)),
-        ("mobilenetv2", 64, 2, (15.5, 32)),  # padded: spread evenly
+        ("mobilenetv2", 64, 2, (15.5, 32)),  # with padding, cells are spread evenly
         ("mobilenetv2", 100, 4, (12, 25)),
     ):
         axes = receptive_field.cell_positions(models.MODELS[name](), (side, side), (cells, cells))
@@ -173,7 +173,7 @@ def test_places_of_cells_by_hand():
 
 
 def test_map_is_placed_by_the_receptive_field():
-    """A network of brightness with valid padding: a stretched map would miss the spot."""
+    """With valid padding, a map that is only stretched to the image would miss the bright spot."""
     module = small_bn()(outputs=2, padding="valid", head=HeadConfig(pool="avg"))
     spec = InputSpec(size=(48, 48), channels=1)
     variables = random_variables(module, (48, 48, 1))
@@ -194,7 +194,7 @@ def test_map_is_placed_by_the_receptive_field():
 
 
 def test_maps_without_evidence_are_zeros():
-    """If the score does not depend on the map, or all cells are equal."""
+    """Maps are zeros if the score does not depend on the map, or if all cells are equal."""
     explainer = corner_explainer()
     for method in saliency.METHODS:
         assert not explainer.maps(IMAGES, 1, method)[0].any(), method

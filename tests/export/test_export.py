@@ -46,7 +46,7 @@ METADATA = Metadata(
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation():
-    """Programs run only a few times here."""
+    """Compiles quickly, since programs run only a few times here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
         patch.setitem(models.MODELS, "small_bn", small_bn())
@@ -130,7 +130,7 @@ def test_sigmoid_head(tmp_path):
 def test_plain_operations_for_every_platform(exported):
     assert tuple(exported.programs["predict"].platforms) == ("cpu", "cuda", "tpu")
     text = exported.programs["predict"].mlir_module()
-    # jax writes each convolution once per platform; two of the network.
+    # The network has two convolutions, which jax writes once per platform.
     assert len(re.findall("= stablehlo.convolution", text)) == 2 * 3
     assert not re.search("optimization_barrier|stablehlo.if|stablehlo.dot_general.*x8xf32.*x8xf32", text)
 
@@ -167,7 +167,7 @@ def test_script_without_lungjax(pyz, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(pyz), str(tmp_path / "maps"), *names], capture_output=True, text=True
     )
-    assert done.returncode == 1, done.stderr  # because of broken.png
+    assert done.returncode == 1, done.stderr  # since broken.png fails
     assert "broken.png: damaged or truncated" in done.stderr and "research use only" in done.stderr
     rows = {row["file"]: row for row in csv.DictReader(io.StringIO(done.stdout))}
     assert sorted(rows) == names
@@ -192,7 +192,7 @@ def test_script_needs_masks(pyz, tmp_path):
 
 
 def altered(pyz, path, members, compression=zipfile.ZIP_STORED):
-    """Writes a copy of the file with other members; one that is None is left out."""
+    """Writes a copy of the file with replaced members; those that are None are left out."""
     with zipfile.ZipFile(pyz) as old, zipfile.ZipFile(path, "w", compression) as new:
         for name in old.namelist():
             data = members.get(name, old.read(name))
@@ -249,7 +249,7 @@ def test_program_of_another_jax_is_refreshed(pyz, tmp_path, capsys):
             artifacts.read_pyz(old)
     assert commands.run(export, f"--refresh={old}") == 0
     assert f"Guaranteed to run with jax {jax.__version__}" in capsys.readouterr().out
-    assert old.read_bytes() == pyz.read_bytes()  # in place, with the weights of the network to the last bit
+    assert old.read_bytes() == pyz.read_bytes()  # in place, with bit-identical weights
     for network, word in (({"name": "simple"}, "another network"), ({"nam": 1}, "no field"), (None, "artifact.json")):
         altered(pyz, old, {"artifact.json": json.dumps(about | {"network": network}).encode()})
         assert commands.run(export, f"--refresh={old}") == 2 and word in capsys.readouterr().err
@@ -273,7 +273,7 @@ def test_wrong_export_is_not_kept(small, tmp_path):
     (tmp_path / "model.pyz").write_bytes(b"old")
     scaled = replace(small, variables=jax.tree.map(lambda leaf: 1.01 * leaf, small.variables))
     wrong = replace(small)
-    wrong.__dict__["weights"] = scaled.weights  # other weights than those of the network it is compared with
+    wrong.__dict__["weights"] = scaled.weights  # not the weights of the network it is compared with
     with pytest.raises(ValueError, match="differ"):
         stablehlo.write(wrong, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pyz"] and (tmp_path / "model.pyz").read_bytes() == b"old"

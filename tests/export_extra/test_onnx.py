@@ -38,7 +38,7 @@ STD, MEAN = (0.2, 0.25, 0.3), (0.4, 0.5, 0.6)
 
 
 def make(name, classes=3, positive=None, side=None, **fields):
-    """A network of random weights for grayscale images that become three channels."""
+    """A network with random weights whose grayscale input is repeated to three channels."""
     side = side or SIZES.get(name, 64)
     spec = InputSpec(size=(side, side), mean=MEAN, std=STD)
     config = ModelConfig(name=name, dtype="float32", **fields)
@@ -62,7 +62,7 @@ def test_every_family():
 def test_file_equals_network(name, tmp_path):
     functions = make(name)
     path, worst = onnx_export.write(functions, tmp_path)
-    allowed = 1e-4 if name == "bit_r50x1" else 1e-5  # BiT's own float32 differs by 1e-5 from its float64 here
+    allowed = 1e-4 if name == "bit_r50x1" else 1e-5  # here BiT's float32 and float64 differ by 1e-5
     assert worst <= allowed
     session = artifacts.read_onnx(path)
     assert session.metadata == functions.metadata

@@ -70,7 +70,7 @@ def test_create_size_head_and_fields(zoo):
 
 
 def test_start_of_training(zoo):
-    """Gray images with weights for color: the network has three channels, normalized as for the weights."""
+    """For gray images and color weights, the network has three channels, normalized as for the weights."""
     write(zoo, "safetensors", leaves())
     config = Config(model=ModelConfig(name="tiny", weights="half"), input=InputSpec(size=(SIDE, SIDE)))
     config = loading.resolve(config)

@@ -54,7 +54,7 @@ def test_folded_network_equals_the_plain_one(name):
 
 
 def test_number_of_folded_norms():
-    # The head norms the last map, which is also returned, and then its mean, which is not a convolution's output.
+    # The head normalizes the last map, which is also returned, and then its mean, which no convolution returns.
     for name, network in SHALLOW.items():
         module = network.make(remat=True, head=BN_HEAD)
         with conv.plain_forms():

@@ -1,4 +1,4 @@
-"""The CPU forms of convolutions against XLA's own and flax.linen's, with gradients, and which form a platform gets."""
+"""The CPU forms of convolutions and their gradients against XLA and flax.linen, and the form for each platform."""
 
 import jax
 import jax.numpy as jnp

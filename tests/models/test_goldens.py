@@ -1,7 +1,7 @@
 """Logits of one small network per family against its reference, for the same random weights.
 
-`python -m tests.parity.goldens` wrote the files: the logits of the reference, names and shapes of its tensors and
-its running statistics. The other tensors are drawn here again, each from its name, and converted by the rules.
+`python -m tests.parity.goldens` wrote the files, which have the logits and running statistics of the reference and the
+names and shapes of its tensors. The other tensors are drawn again here, each from its name, and converted by the rules.
 """
 
 import json

@@ -9,7 +9,7 @@ from lungjax.models.head import Head
 
 
 def test_head_order_and_arithmetic():
-    """Norm, ReLU, 2x2 mean, flatten in (h, w, c) order, norm, hidden layer with ReLU, dense, as in plain numpy."""
+    """Norm, ReLU, 2x2 mean, flatten in (h, w, c) order, norm, hidden layer with ReLU, and dense equal plain numpy."""
     config = HeadConfig(
         pool="avg2x2_flatten", norm_before_pool="group", norm_after_pool="batch", hidden=(5,), dropout=0.5
     )
@@ -33,7 +33,7 @@ def test_head_order_and_arithmetic():
 
 
 def test_layer_norm_before_and_after_the_pool():
-    """There is no ReLU, as in Keras's ConvNeXt without top; with it the mean of normalized channels would not be 0."""
+    """There is no ReLU, as in Keras's ConvNeXt without top; with it, the mean of normalized channels is not 0."""
     x = np.random.default_rng(0).normal(size=(2, 3, 3, 8)).astype(np.float32)
     params = {"dense": {"kernel": np.eye(8), "bias": np.zeros(8)}}
 

@@ -103,7 +103,7 @@ def test_networks_of_the_studies():
         assert {size: last_map(module, *size) for size in maps} == maps, name
         check_layer_names(name, shapes(module, (256, 256, 1))[0]["params"])
     assert last_map(models.build(ModelConfig(name="cbr_small", padding="same"), 3), 96, 80) == (6, 5)
-    # The goldens have padding="same", with which Keras pads odd maps by (0, 1): (2, 2).
+    # The goldens cover padding="same", with which Keras pads odd maps by (0, 1) and the last map would be (2, 2).
     assert last_map(models.build(ModelConfig(name="mobilenet", padding="symmetric"), 3), 65, 65) == (3, 3)
     assert set(TABLE) | set(MAPS) == set(models.MODELS)
 
@@ -157,7 +157,7 @@ DEFAULT = ("cbr", "efficientnet", "densenet")
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SHALLOW])
 def test_training_step_of_a_shallow_network(name):
-    """Gradients reach every parameter and are equal with remat, statistics follow the decay, bfloat16 is close."""
+    """Gradients reach every parameter and are equal with remat, statistics follow the decay, and bfloat16 is close."""
     module = SHALLOW[name].make(outputs=3)
     variables, images = random_variables(module, SHAPE), random_images(SHAPE)
 
@@ -231,9 +231,9 @@ def test_equal_builds_share_one_compiled_program():
 
 
 def test_drop_path_rises_linearly():
-    """ConvNeXt from 0 to its rate, EfficientNet to (n - 1) / n of it over n blocks."""
+    """The rates rise from 0 to the given one in ConvNeXt, and to (n - 1) / n of it over n blocks in EfficientNet."""
     efficientnet = models.build(ModelConfig(name="efficientnetv2_b1", drop_path=0.27), 3)
-    starts = {0, 2, 5, 8, 12, 18}  # of stages, among 27 blocks: they change the shape and have no sum to drop
+    starts = {0, 2, 5, 8, 12, 18}  # first blocks of stages have no shortcut
     convnext = ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), drop_path=0.5)
     for module, expected in (
         (efficientnet, [0.01 * b for b in range(27) if b not in starts]),

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Case:
-    """One variant and a reference implementation of it."""
+    """A variant of a network and its reference implementation."""
 
     model: str  # ours
     library: str  # "keras", "timm" or "torchvision"
     name: str  # in the library
     layout: str  # of the written file
     size: int  # default input, pixels
-    odd: int = 0  # second size; 0 for networks above 60 million parameters
+    odd: int = 0  # second size, or 0 for networks with more than 60 million parameters
     gain: float = 1.0  # variance of random kernels times the number of their inputs
     double: bool = False  # also compared in float64
     train: bool = False  # also compared in training mode, with gradients
@@ -74,7 +74,7 @@ DOUBLE = (
     "convnext_tiny timm", "convnextv2_atto ", "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision",
     "mobilenetv3_small timm", "squeezenet1_1 ", "xray_cnn ", "simple ",
 )  # fmt: skip
-# One per family; without VGG, which has no norm, no branch, and 143 million float64 gradients.
+# One per family, except VGG, which has no norm, no branch, and 143 million float64 gradients.
 TRAIN = (
     "efficientnet_b0 timm", "efficientnetv2_b0 timm", "resnet18 ", "resnet50v2 ", "bit_r50x1 ", "convnextv2_atto ",
     "densenet121 torchvision", "mobilenet timm", "mobilenetv2 torchvision", "mobilenetv3_small timm",
@@ -89,7 +89,7 @@ GOLDEN = (
     "convnextv2_atto ", "densenet121 torchvision", "vgg16 keras", "mobilenet keras", "mobilenetv2 torchvision",
     "mobilenetv3_small timm", "squeezenet1_1 ",
 )  # fmt: skip
-# Networks and further layouts whose tensor names are in the tests of the rules.
+# Networks and further layouts whose tensor names are used in the tests of the rules.
 NAMED = (
     r"efficientnet_(b0|lite0)|efficientnetv2_(b0|s)|resnet(18|50|50_v15|50v2)|bit_r50x1|convnext_tiny|convnextv2_atto"
     r"|densenet121|vgg1[69]|squeezenet1_1|mobilenet(v2|v3_small|v3_large)?"

@@ -41,7 +41,7 @@ def main(match: str = "") -> int:
             continue
         package = catalogue.find(group[0]).package
         if package and importlib.util.find_spec(package) is None:
-            print(f"skipped: {group[0]}: pip install {package} installs it")
+            print(f"skipped: {group[0]}: to check it, pip install {package}")
             continue
         try:
             first, *others = [leaves(name) for name in group]
@@ -55,7 +55,7 @@ def main(match: str = "") -> int:
 
 
 def leaves(name: str) -> dict[str, np.ndarray]:
-    """Returns our parameters from the file of a record, which is downloaded if missing."""
+    """Returns our parameters from the file of a record, and downloads the file if it is missing."""
     record = catalogue.find(name)
     path = download.download(record)
     with open_tensors(path) as tensors:

@@ -14,7 +14,7 @@ MEANS, VARIANCES = re.compile(r"(moving|running)_mean$"), re.compile(r"(moving|r
 
 
 class Reference:
-    """A network of another library in evaluation mode; `names` are those of its tensors, in order.
+    """A network of another library in evaluation mode; `names` lists its tensors in order.
 
     Subclasses are in `keras_reference` and `torch_reference`.
     """
@@ -25,13 +25,13 @@ class Reference:
 
     @property
     def shift(self) -> float:
-        """The `shift` of `draw`, 1 for networks with batch norm."""
+        """The `shift` for `draw`: 1 for networks with batch norm, 0 for others."""
         return float(any(map(VARIANCES.search, self.names)))
 
     def randomize(self, side: int) -> None:
-        """Draws weights, then perturbs the statistics of random images by up to half their size.
+        """Draws random weights, and running statistics that are those of random images, perturbed by up to half.
 
-        With completely random statistics the output of a deep network would not depend on its input.
+        With completely random statistics, the output of a deep network would not depend on its input.
         """
         self.assign([self.random_array(name, array.shape) for name, array in self.tensors()])
         if self.shift:

@@ -1,4 +1,4 @@
-"""The small networks of the studies in Keras, following their code, with our layer names (no published weights)."""
+"""The small networks of the studies in Keras, following the studies' code, with our layer names."""
 
 from typing import Any
 

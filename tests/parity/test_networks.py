@@ -28,7 +28,7 @@ def images(side: int, count: int = 2) -> np.ndarray:
 
 
 def passes(case: Case) -> list[tuple[str, int, bool]]:
-    """Returns (column, side, float64) of the forward passes of a case."""
+    """Returns (column, side, float64) for each forward pass of a case."""
     columns = [("default size", case.size, False), ("odd size", case.odd, False)]
     columns += [("float64", case.odd or case.size, True)] if case.double else []
     return [column for column in columns if column[1]]
@@ -54,7 +54,7 @@ def run_reference(case: Case, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def run_ours(case: Case, path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Loads the file by the public API and runs our network; returns the cells of a row."""
+    """Loads the file through the public API and runs our network; returns the cells of a row."""
     import jax
     import jax.numpy as jnp
 
@@ -81,7 +81,7 @@ def run_ours(case: Case, path: Path, expected: dict[str, Any]) -> dict[str, Any]
 
 
 def load(case: Case, path: Path, side: int) -> tuple[Any, dict[str, Any]]:
-    """Returns our network and the variables of the file, by the public API."""
+    """Returns our network and the variables of the file, loaded through the public API."""
     import lungjax
 
     if case.layout != "ours":
@@ -110,7 +110,7 @@ def difference(logits: Any, expected: np.ndarray) -> float:
 
 
 def mistake(variables: dict[str, Any]) -> dict[str, Any]:
-    """Returns variables with mean and variance of a norm swapped, or without norms, with a bias reversed."""
+    """Returns variables with the mean and variance of a norm swapped or, if there is no norm, with a bias reversed."""
     from lungjax.models import trees
 
     stats, params = trees.flatten(variables["batch_stats"]), trees.flatten(variables["params"])
@@ -156,7 +156,7 @@ def training(case: Case, path: Path, expected: dict[str, Any]) -> float:
         layout = "timm" if case.layout == "bit" else case.layout
         rules = table.get(layout) or table[f"{layout}_{case.model}"]
     expected_grads = convert(by_name, rules, {path: g.shape for path, g in grads.items()})
-    # Relative to the largest gradient of each tensor; that of a bias before batch norm is only rounding.
+    # Relative to the largest gradient of each tensor; the gradient of a bias before batch norm is only rounding.
     top = max(np.abs(g).max() for g in expected_grads.values())
     differences = [
         float(np.abs(np.asarray(grads[path]) - g).max() / max(np.abs(g).max(), 1e-3 * top))

@@ -70,10 +70,10 @@ def configured(run: str, kind: str) -> Any:
 
 
 def keras_optimizer(optim: Any) -> Any:
-    """Returns the optimizer of Keras with the same numbers, and with Adam's epsilon as in optax and the paper.
+    """Returns the Keras optimizer with the same settings, and with Adam's epsilon as in optax and the paper.
 
-    Keras adds epsilon to the root of the second moment before the bias correction, the paper (arXiv 1412.6980,
-    algorithm 1) and optax after it, so that of Keras is 32 times as large at the first step and 7 times at the 20th.
+    Keras adds epsilon before the bias correction of the second moment; the paper (arXiv 1412.6980, algorithm 1) and
+    optax add it afterwards. Keras's epsilon thus acts like one 32 times as large at step 1 and 7 times at step 20.
     """
     from keras import optimizers
 
@@ -123,7 +123,7 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
     if kind == "float64":
         from keras.src.backend.common import dtypes
 
-        result_type = dtypes.result_type  # float32 for float64 and another: batch norm and means would be rounded
+        result_type = dtypes.result_type  # returns float32 for mixed types, which would round batch norm and means
 
         def wide(*kinds: Any) -> str:
             dtype_names = [str(getattr(kind, "dtype", kind)) for kind in kinds]

@@ -62,7 +62,7 @@ class TorchReference(Reference):
             return self.model(self.feed(images)).numpy()
 
     def gradients(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the logits in training mode, and the gradients of their mean square by the names of the library."""
+        """Returns the logits in training mode, and the gradients of their mean square by the library's names."""
         self.model.train()
         out = self.model(self.feed(images))
         (out**2).mean().backward()

@@ -68,7 +68,7 @@ def small_figures():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir with a report, and its predictions."""
+    """A workdir with a report, and the predictions in it."""
     workdir, results = tmp_path_factory.mktemp("run"), {"val": make(1, 60, tag="v"), "test": make()}
     write.write_report(workdir, CONFIG, results, HISTORY, FACTS, image)
     return workdir, results
@@ -202,7 +202,7 @@ def test_warnings(tmp_path):
 
 
 def test_minimal_run(tmp_path):
-    """One image, a class without examples; without sources, history, facts and validation."""
+    """A report of one image, with a class without examples, and without sources, history, facts or validation."""
     ids = np.array(["only.png"])
     p = Predictions(ids, ids, np.array([""]), np.array([1]), np.array([[0.2, 0.8]]), ("a|b", "c"))
     write.write_report(tmp_path, Config(eval=EvalConfig(draws=9)), {"test": p}, [], {}, image)
@@ -257,7 +257,7 @@ def figures(monkeypatch):
 
 
 def texts_of(figure):
-    """Returns the texts of a figure and their boxes in pixels, without rotated texts and tick labels."""
+    """Returns the texts of a figure, except rotated ones and tick labels, with their boxes in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 

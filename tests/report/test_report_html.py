@@ -56,7 +56,7 @@ def summary(leaks=5):
 
 
 class Page:
-    """Tags, text and tables of a page; raises for invalid HTML."""
+    """Collects tags, text and tables of a page; raises an error for invalid HTML."""
 
     def __init__(self, text):
         root = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
@@ -83,7 +83,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Returns a run's folder and the arguments of `explain`."""
+    """The folder of a run, and the arguments of its calls of `explain`."""
     workdir, calls = tmp_path_factory.mktemp("page"), []
 
     def explain(images, targets):

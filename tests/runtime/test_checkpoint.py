@@ -140,7 +140,7 @@ def test_damaged_checkpoint_is_skipped(workdir, capsys, kind):
     with Checkpoints(workdir) as checkpoints:
         restored, progress = checkpoints.restore(abstract())
         assert int(restored.step) == progress["best_step"] == kernel(restored) == 4
-        # Nothing is lost, and a best of later steps does not count.
+        # Nothing is lost, and the later best checkpoint does not count.
         assert folders(workdir, "last") == ["4", "8.damaged"] and folders(workdir, "best") == ["4"]
         assert f"{last / '8'} is damaged" in capsys.readouterr().out
         checkpoints.save(make(8), {}, best=True)
@@ -165,14 +165,14 @@ def test_no_intact_checkpoint(workdir):
 
 
 def test_last_best_is_never_dropped(workdir):
-    # Both bests are later than the remaining state, which refers to a best: one is better than none.
+    # Both best checkpoints are later than the remaining state; one is kept because the state refers to a best step.
     for path, to in (("last/4", "last/2"), ("last/8", "other")):
         (workdir / "checkpoints" / path).rename(workdir / "checkpoints" / to)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.restore(abstract())
         assert folders(workdir, "best") == ["4"]
         checkpoints.save(make(3), {"best_step": 0})
-        checkpoints.restore(abstract())  # this state refers to none
+        checkpoints.restore(abstract())  # this state refers to no best step
     assert folders(workdir, "best") == []
 
 

@@ -1,4 +1,4 @@
-"""The command `lungjax.serve`: a trained network, ports, tokens, and the end of the process."""
+"""The command `lungjax.serve`: a trained network, ports, tokens, and shutdown."""
 
 import http.client
 import json

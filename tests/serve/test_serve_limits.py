@@ -1,4 +1,4 @@
-"""Limits, access control, and that no upload is logged or written."""
+"""Limits and access control of the service; no upload is logged or written to disk."""
 
 import json
 import logging
@@ -110,7 +110,7 @@ def test_disconnected_clients(service):
     for end in (b"", b"abc"):
         with socket.create_connection(("127.0.0.1", service.port)) as one:
             one.sendall(HEAD + b"Content-Length: 500\r\n\r\n" + end)
-    wait_for(lambda: service.metric("lungjax_running_requests") == 1)  # the one that asks
+    wait_for(lambda: service.metric("lungjax_running_requests") == 1)  # the request for the metrics
     assert service.state.budget.bytes == 0 and service.post("/predict", ("a", flat(1)))[0] == 200
 
 
@@ -153,7 +153,7 @@ def test_host_names_of_a_public_service():
 
 
 def test_memory_of_uploads_is_returned(monkeypatch):
-    """Of large files, and of a small one that decodes to a large image."""
+    """Uploads are large files, and a small file that decodes to a large image."""
     for limit, requests in ((2000, [np.random.default_rng(0).bytes(600)] * 4), (2**22, [flat(100, (2100, 2100))])):
         trimmed = threading.Event()
         monkeypatch.setattr(serve_app, "trim_memory", trimmed.set)
@@ -166,7 +166,7 @@ def test_memory_of_uploads_is_returned(monkeypatch):
 
 
 def test_uploads_leave_no_trace(caplog, capfd):
-    """Also of files above a megabyte, which Starlette's form parser writes to disk by default."""
+    """This includes files above a megabyte, which Starlette's form parser writes to disk by default."""
     caplog.set_level(logging.DEBUG)
     big = written(secret(scan(shape=(1100, 1100))))
     assert len(big) > 2**21
@@ -175,8 +175,8 @@ def test_uploads_leave_no_trace(caplog, capfd):
         logging.getLogger(decoder).setLevel(logging.NOTSET)
     with running() as service:
         for decoder in ("pydicom", "PIL.PngImagePlugin", "python_multipart.multipart"):
-            logging.getLogger(decoder).error("found %s", SECRETS[2])  # such as they would
-        service.post("/explain", ("warm.png", flat(9)))  # matplotlib's own files
+            logging.getLogger(decoder).error("found %s", SECRETS[2])  # as these libraries would
+        service.post("/explain", ("warm.png", flat(9)))  # matplotlib writes its own files first
         DISK["written"], DISK["watched"] = [], True
         name = "Zentinel^Otto.dcm"
         refused = [

@@ -1,4 +1,4 @@
-"""Uploads are decoded as by Pillow and pydicom, or refused with a reason and little work."""
+"""Uploads are decoded as by Pillow and pydicom, or are rejected early with a reason."""
 
 import io
 import random
@@ -164,7 +164,7 @@ def test_size_limits_by_header(monkeypatch):
 
 
 def tiff(*entries, size=200):
-    """Header and one directory of a TIFF, with entries (tag, type, count, value)."""
+    """Returns the header and one directory of a TIFF file, with entries (tag, type, count, value)."""
     body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + body + bytes(size)
 
@@ -195,7 +195,7 @@ def memory_limit(mebibytes):
 
 
 def test_decompression_bombs():
-    """Small files that inflate to 30 MiB and more are refused in little memory; further pixels are not inflated."""
+    """Small files that inflate to 30 MiB or more are rejected with little memory; excess pixels are not inflated."""
     for name, data in bombs():
         with memory_limit(8):
             if name == "pixels":
@@ -228,8 +228,8 @@ print(uploads.read(open(sys.argv[1], "rb").read(), uploads.Limits()).images[0].s
 
 
 def test_first_dicom_of_a_process_logs_nothing(tmp_path):
-    """In a fresh process, since importing pydicom resets the level of its logger."""
-    uid = "1.2.826.01.3680043.77"  # a part with a leading zero, which pydicom warns of
+    """This runs in a new process, since importing pydicom resets the level of its logger."""
+    uid = "1.2.826.01.3680043.77"  # pydicom warns of the leading zero in a part
     data = scan(SeriesInstanceUID="1.2.826.91.3680043.77")
     (tmp_path / "scan.dcm").write_bytes(written(data).replace(b"1.2.826.91.", b"1.2.826.01."))
     done = subprocess.run(
@@ -301,7 +301,7 @@ def test_million_dicom_elements():
 
 
 def test_damaged_dicom_leaks_nothing(monkeypatch, recwarn, capfd, caplog):
-    """Any damage gives a refusal or an image, never another exception, and never text of the file."""
+    """Any damage results in an UploadError or an image, never in another exception or in text of the file."""
     uploads.quiet()
     complete = written(secret(scan()))
     deflated, swapped = secret(scan()), secret(scan())

@@ -40,7 +40,7 @@ CONTRADICTIONS = {
 
 
 def from_matrix(matrix, classes):
-    """{metric name: value} of a confusion matrix."""
+    """Returns {metric name: value} for a confusion matrix."""
     matrix = np.array(matrix)
     hits, true, taken = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     rates = {"precision": hits / taken, "recall": hits / true, "f1": 2 * hits / (true + taken)}
@@ -53,7 +53,7 @@ def from_matrix(matrix, classes):
 
 
 def rows(table):
-    """{row: {column: published}}."""
+    """Returns the published numbers as {row: {column: number}}."""
     numbers = {row: {} for row in TABLES[table].rows}
     for cell in TABLES[table].cells:
         numbers[cell.row][cell.column] = cell.published
@@ -103,7 +103,7 @@ def test_ct_cov19_tables_agree():
 
 
 def test_covidx_rates_match_their_split():
-    # Recall x support / precision is the number of predictions of a class; they sum to the number of images.
+    # Recall x support / precision is the number of predictions of a class; the sum is the number of images.
     for table, row, split in (
         ("covidx_ct_3a", "test, repeat run", "test"),
         ("covidx_ct_3a", "val, last epoch", "val"),

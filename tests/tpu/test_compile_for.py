@@ -40,7 +40,7 @@ def test_report_of_replicated_parameters(tmp_path):
     assert f"two_blocks, {PARAMETERS:,} parameters, computes in bfloat16" in report
     assert "64 images of 32 x 32, 16 per chip" in report and "it fits" in report
     assert f"{mebibytes(3 * PARAMETERS + STATISTICS)} parameters, statistics and optimizer state, replicated" in report
-    # Gradients of the batch are summed over the chips, in bfloat16 as convolutions compute.
+    # Gradients are summed over the chips, in the bfloat16 of the convolutions.
     assert re.search(r"all-reduce +\d+ in the program of each chip: 0.\d MB of bf16", report)
     assert "all-gather" not in report
     # Forward and backward passes of 16 images; maps of 30 x 30 and 12 x 12, no gradient with respect to the images.

@@ -14,7 +14,7 @@ from lungjax.data.prepared import BODY_SIDE
 from lungjax.runtime import mesh as meshes
 from lungjax.training import aot_compile
 
-# Of TPU programs: one all-gather in two fusions, an asynchronous one, and a tuple of two types.
+# Parts of TPU programs: one all-gather in two fusions, an asynchronous one, and a tuple of two types.
 HLO = """
   ROOT %gather.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, dimensions={1}
   ROOT %gather.2 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, dimensions={1}

@@ -72,7 +72,7 @@ def test_rotation_shows_what_is_outside_the_crop(small_data):
     config = replace(config, train=replace(config.train, batch_size=16))
     records = [{**record, "image": images.encode(np.full((512, 512), 200, np.uint8))} for record in small_data.records]
     batch = next(pipeline.train_batches(replace(small_data, records=records), config, start=0))
-    # The margin is 0.19 of the sides, to the left and right only 66 pixels.
+    # The margin is 0.19 of the sides, but only 66 pixels to the left and right.
     np.testing.assert_allclose(batch["box"][0], [66 / 512, 64.6 / 469.2, 446 / 512, 404.6 / 469.2], rtol=1e-5)
     result = augment.augment(
         batch["image"], batch["place"], jax.random.key(0), config.augment, (224, 224), batch["box"]
@@ -109,10 +109,10 @@ def test_control_without_lungs_has_the_test_files(phantoms):
     control = datasets.without_lungs(data, phantoms)
     assert set(control.columns["file"][control.rows("test")]) == set(files[data.rows("test")])
     assert not len(control.rows("train"))
-    for column in ("file", "pixels", "phash", "box"):  # of the image before its stage
+    for column in ("file", "pixels", "phash", "box"):  # those of the image before its stage
         np.testing.assert_array_equal(control.columns[column], data.columns[column])
     assert (control.columns["mean"] < data.columns["mean"]).mean() > 0.9
-    # It follows other splits of the same files; other classes, stages and data sets have none.
+    # The control follows other splits of the same files; other classes, stages and data sets have no control.
     swapped = replace(data, columns=data.columns | {"split": np.where(data.columns["split"] == "val", "test", "val")})
     control = datasets.without_lungs(swapped, phantoms)
     assert set(control.columns["file"][control.rows("test")]) == set(files[data.rows("val")])
@@ -121,7 +121,7 @@ def test_control_without_lungs_has_the_test_files(phantoms):
         assert datasets.without_lungs(replace(data, name=name), phantoms) is None
     index = next(phantoms.glob("phantom_ct/tiny-no_lungs/*/index.csv"))
     text = index.read_text()
-    index.write_text(re.sub(r",1$", ",0", text, flags=re.M))  # the last column, found
+    index.write_text(re.sub(r",1$", ",0", text, flags=re.M))  # the last column, `found`
     try:
         assert datasets.without_lungs(data, phantoms) is None  # no lungs in any test image
     finally:

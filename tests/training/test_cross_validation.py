@@ -75,7 +75,7 @@ def test_folds_are_trained_once_and_pooled(root, monkeypatch, capsys):
     pooled = predictions.read(workdir / "predictions_test.csv")
     each = [predictions.read(workdir / f"fold{i}/predictions_test.csv") for i in range(3)]
     data = datasets.open_dataset("folder/few", root / "data")
-    assert pooled.ids.tolist() == data.columns["file"].tolist(), "each image once, in the data set's order"
+    assert pooled.ids.tolist() == data.columns["file"].tolist(), "each image once, in the order of the data set"
     assert not (workdir / "predictions_val.csv").exists()
     for i, part in enumerate(each):
         mine = pooled.extra["fold"] == str(i)

@@ -50,14 +50,14 @@ def stopped(folders, tmp_path):
 
 
 def break_batches(monkeypatch, steps):
-    """Replaces the images of some steps by NaN; all become float32, so that one program is compiled."""
+    """Replaces the images of some steps by NaN; all images become float32, so that one program is compiled."""
     factor = {True: np.float32(np.nan), False: np.float32(1)}
     runs.change_batches(monkeypatch, lambda step, batch: {**batch, "image": batch["image"] * factor[step in steps]})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resume_after_signal_is_bit_exact(tmp_path, monkeypatch, capsys, complete, number):
-    """SIGTERM in a step, SIGINT in a validation."""
+    """SIGTERM arrives in a training step, and SIGINT in a validation."""
     handler, name = signal.getsignal(number), signal.Signals(number).name
     with monkeypatch.context() as patch:
         if number == signal.SIGTERM:

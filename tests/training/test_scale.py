@@ -35,7 +35,7 @@ def losses(workdir):
 
 
 def test_two_hosts_stop_resume_and_equal_one(tmp_path):
-    """SIGTERM to one host saves on both; the resumed run equals that of one device, which can continue it."""
+    """SIGTERM to one host saves on both; the resumed run equals one on a single device, which can also continue it."""
     hosts = runs.start_hosts(tmp_path / "two", *[f"{HOSTS} --pause=0.15"] * 2)
     runs.wait_for_step(tmp_path / "two", 2, hosts[0])
     hosts[1].send_signal(signal.SIGTERM)
@@ -69,7 +69,7 @@ def test_differing_hosts_in_slurm(tmp_path):
     with socket.socket() as free:
         for job in range(1000, 2000):
             with contextlib.suppress(OSError):
-                free.bind(("localhost", 61440 + job))  # the port that jax derives from the job's number
+                free.bind(("localhost", 61440 + job))  # jax derives this port from the job id
                 break
     slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     tasks = [{**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]

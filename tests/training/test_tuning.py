@@ -20,7 +20,7 @@ from lungjax.models.resnet import ResNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.training import optim
 
-# One network per order of blocks, in few layers.
+# One network of few layers per order of blocks.
 STAGES = expand((Stage(True, 1, 4, 1, 1), Stage(True, 1, 8, 2, 2), Stage(False, 2, 8, 2, 2, squeeze=0.25)), 4)
 NETWORKS = {
     "tiny_efficientnet": partial(EfficientNet, STAGES, stem=4, top=16),
@@ -39,7 +39,7 @@ TRAINED_MODULES = {
     ("tiny_resnet", "blocks:2"): "stage1_block2 stage2_block1",
     ("tiny_resnet", "stages:2"): "stage1_block1 stage1_block2 stage2_block1",
     ("tiny_resnetv2", "blocks:1"): "stage2_block1 top_bn",
-    ("tiny_convnext", "blocks:2"): "stage2_block1 stage2_block2",  # without the downsampling before them
+    ("tiny_convnext", "blocks:2"): "stage2_block1 stage2_block2",  # the blocks without the downsampling before them
     ("tiny_convnext", "blocks:3"): "stage1_block1 stage2_downsample stage2_block1 stage2_block2",
     ("tiny_convnext", "stages:1"): "stage2_downsample stage2_block1 stage2_block2",
     ("tiny_densenet", "blocks:2"): "stage1_block2 stage1_transition stage2_block1 top_bn",
@@ -65,7 +65,7 @@ def side(name):
 
 
 def config_of(name, *assignments):
-    """Plain gradient descent without dropout, whose step is the gradient."""
+    """Returns a configuration of plain gradient descent without dropout, whose updates are scaled gradients."""
     plain = changed(
         runs.PLAIN, f"model.name={name}", f"input.size={side(name)}", "model.head.dropout=0", "optim.name=sgd",
         "optim.lr=0.125", "optim.momentum=0", "optim.schedule=constant", "optim.freeze=",
@@ -160,7 +160,7 @@ def test_tuned_gradients_equal_full_training(name, norms):
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_statistics_of_frozen_layers(name, remat):
-    """With all norms frozen the training loss is that of evaluation, with none that of batch statistics."""
+    """With all norms frozen, the training loss is that of evaluation; with none, it is that of batch statistics."""
     result = {
         choice: runs.one_step(config_of(name, FREEZE, f"optim.frozen_batch_norm={choice}", f"train.remat={remat}"))
         for choice in ("with_layer", "update", "frozen")

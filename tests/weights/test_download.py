@@ -1,4 +1,4 @@
-"""Weight files are located, downloaded, resumed and verified, with a local server as host."""
+"""Weight files are located, downloaded and verified, and downloads resumed, with a local server as host."""
 
 import hashlib
 import re
@@ -21,7 +21,7 @@ FILE = "tf_efficientnet_b0.aa_in1k.safetensors"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `content`; can close the connection early, ignore ranges, or answer with an error."""
+    """Serves `content`; it can close the connection early, ignore ranges, or respond with an error."""
 
     def do_GET(self):
         server = self.server
@@ -90,7 +90,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_interrupted_download(host, cache):
-    """Resumes if the remainder certainly belongs to the same file, and otherwise starts over."""
+    """A download resumes if the remainder is certain to belong to the same file, and otherwise starts over."""
     md5 = f"md5:{MD5}"
     for etag, checksum, changes, resumes in (
         ('"one"', md5, {}, True), ('"one"', "", {}, True), ("", md5, {}, True), ("", "", {}, False),

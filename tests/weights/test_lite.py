@@ -49,6 +49,6 @@ def test_logits_of_photographs(lite):
 
 def test_checkpoint_of_another_variant():
     path = download.locate(catalogue.find("efficientnet_lite1"))
-    for lite in (0, 2):  # more blocks than 0 has, and the shapes of 2 differ
+    for lite in (0, 2):  # variant 0 has fewer blocks, and 2 has other shapes
         with pytest.raises(ValueError, match=r"does not fit(.|\n)*efficientnet_lite1.pypi \(the published checksum\)"):
             lungjax.create(f"efficientnet_lite{lite}", f"file:{path}")

@@ -61,7 +61,7 @@ def test_renamed_file_of_several_records(zoo):
     path.rename(zoo / TORCH.filename)
     net, _, spec = lungjax.create("tiny", f"file:{zoo / TORCH.filename}")
     assert (net.padding, net.epsilon, spec.mean) == ("symmetric", 1e-5, TORCH.input.mean)
-    assert identify.record_of(write(zoo, "h5", ours, "renamed.h5"), "tiny") == KERAS  # the only record with its names
+    assert identify.record_of(write(zoo, "h5", ours, "renamed.h5"), "tiny") == KERAS  # the only record that fits
     # The hub's files are all model.safetensors: the folder identifies them.
     path = write(zoo / "tiny_torch", "safetensors", ours, "model.safetensors")
     assert identify.record_of(path, "tiny") == TORCH
@@ -171,7 +171,7 @@ def test_saved_configuration_needs_no_file(zoo):
 def test_meanvar_statistics():
     rng = np.random.default_rng(0)
     source = {
-        "a/kernel": rng.gamma(2.0, 3.0, (3, 3, 64, 64)).astype(np.float32),  # far from normal
+        "a/kernel": rng.gamma(2.0, 3.0, (3, 3, 64, 64)).astype(np.float32),  # far from a normal distribution
         "b/kernel": rng.normal(-1, 0.01, (5, 5, 64, 64)).astype(np.float32),
     }
     random = load.mean_var(source | {"c/scale": np.full(8, 2.5), "c/mean": np.ones(8), "c/var": np.ones(8)}, seed=1)

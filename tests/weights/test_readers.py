@@ -1,4 +1,4 @@
-"""Weight files are recognized by content, read one array at a time, and refused with a reason if damaged."""
+"""Weight files are recognized by content, read one array at a time, and rejected with a reason if damaged."""
 
 import zipfile
 
@@ -88,7 +88,7 @@ def test_keras_names_of_released_files(tmp_path):
         assert list(open_tensors(path)) == [*expected, "predictions/kernel"]
     with h5py.File(tmp_path / "w.h5", "w") as file:
         file.attrs["layer_names"] = [b"a", b"a/b"]
-        file["a/b/c:0"] = np.ones(2)  # the array that both names can mean
+        file["a/b/c:0"] = np.ones(2)  # both names can mean this array
         file["a"].attrs["weight_names"] = [b"b/c:0"]
         file["a/b"].attrs["weight_names"] = [b"c:0"]
     assert list(open_tensors(tmp_path / "w.h5")) == ["a/b/c", "a/b/c#2"]

@@ -1,4 +1,4 @@
-"""Both formats of PyTorch are read without it, and malicious pickles are refused before they run anything."""
+"""Both formats of PyTorch are read without torch, and malicious pickles are rejected before they run anything."""
 
 import struct
 import zipfile
