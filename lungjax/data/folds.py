@@ -37,10 +37,10 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the fold of each image, int64 [N] in 0 to `count` - 1, or -1 if it has no split in the clean protocol.
+    """Returns the fold of each image, int64 [N] from 0 to `count` - 1, or -1 if it has no split in the clean protocol.
 
-    Groups, exact copies and near duplicates are never divided; every fold has every class, as balanced as the groups
-    allow. Raises ValueError with class and numbers if a class has too few groups.
+    Groups, exact copies and near duplicates are never divided; every fold has every class, and the classes are as
+    balanced as the groups allow. Raises ValueError if a class has too few groups or no such assignment is found.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
     labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)

@@ -189,7 +189,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
-        raise ValueError(f"{file} belongs to other weights than checkpoints/best; rewrite it with `{command}`")
+        raise ValueError(f"{file} does not match the weights in checkpoints/best; rewrite it with `{command}`")
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
     variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
     module = models.build(config.model, len(description.classes))

@@ -268,7 +268,7 @@ def _remove(path: Path) -> None:
 
 
 def _open(folder: Path) -> None:
-    """Creates the folders of both kinds, checks that they are writable, and clears them."""
+    """Creates the folders of KINDS, checks that they are writable, and cleans up after interruptions."""
     try:
         for kind in KINDS:
             (folder / kind).mkdir(parents=True, exist_ok=True)

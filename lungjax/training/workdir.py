@@ -85,7 +85,7 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
     if before != data_facts(data):
         name, old, new = before.get("dataset"), str(before.get("fingerprint"))[:12], data.fingerprint[:12]
         change = f"the run was started on {name} with fingerprint {old}, which is now {new}"
-        raise ValueError(f"{workdir}: {change}; it has other images, labels or splits. Choose another --workdir")
+        raise ValueError(f"{workdir}: {change}: images, labels or splits have changed. Choose another --workdir")
 
 
 def data_facts(data: Prepared) -> dict[str, Any]:

@@ -252,9 +252,10 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums over the map in one loop for 3x3 kernels; larger ones get a loop per row, since one loop compiles slowly.
+    """Returns the gradient of a 3x3 kernel by one loop over the map, of a larger one by a loop per kernel row.
 
-    Each element of a loop's result sums several cells; with one product per element, memory would be the bottleneck.
+    One loop for a large kernel would compile slowly. Each element of a loop's result sums several cells; with one
+    product per element, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
