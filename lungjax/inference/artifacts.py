@@ -213,7 +213,7 @@ def _program(data: bytes, path: Path, name: str, version: str) -> Any:
         if version == jax.__version__:
             raise ValueError(f"{where}: damaged ({reason})") from None
         raise ValueError(
-            f"{where}: jax {jax.__version__} can't read it; readable are {compatibility(version)}. Install one or "
+            f"{where}: not readable by jax {jax.__version__}, but by {compatibility(version)}. Install one or "
             f"export it again: python -m lungjax.export --refresh={shlex.quote(str(path))} ({reason})"
         ) from None
     if calls:
