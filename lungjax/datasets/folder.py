@@ -189,8 +189,8 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
     pairs = Counter(group for group, _ in {(row.group, row.label) for row in rows})
     if shared := sorted(name for name in patients if pairs[name] > 1):
         warnings.append(
-            f"{len(shared):,} patient folders have the same name in several classes, such as {shared[0]}, and count as "
-            f"one patient; if they are different patients: --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
+            f"{len(shared):,} patient folders (such as {shared[0]}) have the same name in several classes and count as "
+            f"one patient; if they are not, use --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
         )
     return rows, (), notes, warnings
 
