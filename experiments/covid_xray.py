@@ -1,10 +1,10 @@
-"""COVID-19 or not on chest X-rays: the study's CNN of 422,177 parameters, frozen networks, and two DeepCovid networks.
+"""COVID-19 detection on chest X-rays: the study's CNN (422,177 parameters), frozen networks and two DeepCovid networks.
 
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
 
-Study: github.com/Mithunjack/covid-19-xay-image-classification; resnet18, squeezenet1_1: github.com/shervinmin/DeepCovid
-(arXiv 2004.09363), the source of these X-rays. The published accuracy is .9896 for the CNN (.97 in the text of the
+Study: github.com/Mithunjack/covid-19-xay-image-classification. resnet18, squeezenet1_1 and the X-rays are from
+github.com/shervinmin/DeepCovid (arXiv 2004.09363). The published accuracy is .9896 for the CNN (.97 in the text of the
 README), .6938 for MobileNetV2, .9750 for ResNet101V2 and .9625 for DenseNet201. On 2 cores xray_cnn trains in minutes
 and the heads of the other networks in tens of minutes (step times: tests/benchmarks/README.md). On 2,683 of the study's
 2,688 X-rays, reduced to 288 pixels, xray_cnn with protocol=study reached .9777 (one seed).
@@ -76,7 +76,7 @@ def get_config(model: str = "xray_cnn", protocol: str = "clean") -> Config:
             size=size,
             channels=3,
             interpolation="nearest" if study and model == "xray_cnn" else "bilinear",
-            antialias=not study or model in DEEPCOVID,  # PIL's in torch
+            antialias=not study or model in DEEPCOVID,  # in torch, PIL antialiases
             mean=(0.0,) if ranged else None,
             std=(1.0,) if ranged else None,
         ),

@@ -6,7 +6,7 @@
 
 Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. For DenseNet-201 with k = 4 on 3A, the published test
 accuracy is .8696 (.8811 in a second run), macro F1 .8752, and the best validation accuracy .8956. For DenseNet-161 on
-2A only a validation accuracy, .9530, is published. The study trained 10 epochs of 80,910 slices, each in 7 minutes on a
+2A only a validation accuracy, .9530, is published. The study trained 10 epochs of 80,910 slices, 7 minutes each on a
 GPU. On 2 cores an epoch takes several hours (in tests/benchmarks/README.md, training all of DenseNet-121 takes 0.2 s
 per slice). This experiment has not been run on the real data set, to which we have no access.
 
@@ -35,7 +35,7 @@ from dataclasses import replace
 from lungjax.config import PROTOCOLS, Config, DataConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
 from lungjax.config.presets import one_of, preset, slug
 
-# The network here (torchvision's ResNet has its strides on the 3x3) and how many blocks its last stage has.
+# The network here (torchvision's ResNet has its strides on the 3x3) and the number of blocks in its last stage.
 MODELS = {
     "vgg16": ("vgg16", 3), "vgg19": ("vgg19", 4),
     "resnet50": ("resnet50_v15", 3), "resnet101": ("resnet101_v15", 3), "resnet152": ("resnet152_v15", 3),

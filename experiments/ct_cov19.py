@@ -8,8 +8,8 @@ Study: github.com/marta-0/covid-ct (160 runs; data github.com/m2dgithub/CT-COV19
 test) of the configuration that was best on val is .810 / .582 for Simple, .861 / .580 for Tiny, .860 / .600 for Small,
 .853 / .634 for LargeW, .888 / .577 for LargeT, .766 / .711 for BiT, and .768 / .629 (ImageNet weights) or .761 / .570
 (random weights) for EfficientNet-B3. This experiment has not been run on the real data set, to which we have no access.
-Since its 4,404 train slices of 512 px have five times the pixels of 224 px, train Simple and the frozen networks on a
-CPU and the others on a GPU (step times: tests/benchmarks/README.md).
+Since its 4,404 train slices of 512 px have five times the pixels of 224 px slices, train Simple and the frozen networks
+on a CPU and the others on a GPU (step times: tests/benchmarks/README.md).
 
 | | study | clean |
 | --- | --- | --- |

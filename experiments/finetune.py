@@ -1,4 +1,4 @@
-"""ImageNet weights, fine-tuned on a user's folder of images: EfficientNet-Lite0 at 160 px.
+"""Fine-tunes ImageNet weights on a user's folder of images: EfficientNet-Lite0 at 160 px.
 
     python -m lungjax.main --experiment=finetune                          # trains all layers
     python -m lungjax.main --experiment=finetune:tune=head                # only the classifier

@@ -1,4 +1,4 @@
-"""iCTCF (COVID-negative, COVID-positive and non-informative CT slices): networks from random weights at 512 px.
+"""iCTCF (COVID-negative, COVID-positive and non-informative CT slices): networks trained from random weights, 512 px.
 
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
     python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
@@ -21,9 +21,9 @@ to 1,239 s (ConvNeXt-Base, A100). A run takes days on a CPU, since a slice of 51
 The study lists EfficientNetV2-B3, S, M and L as future work; their batch sizes are our choice. Both protocols read the
 stage `features`, which is the study's local threshold and morphology; `--set=data.dataset=ictcf` uses original slices.
 
-Caveats: no test score is reliable. Copies of a slice and its neighbors are in several splits. About 56 % of the test
-images of pCT are generated, and 37 % of niCT. The last epoch was tested although validation fluctuated: ConvNeXt-Tiny
-(at best .93 on val) and ResNet152V2 (.84) would rank differently. Published confusion matrices come from rounded
+Caveats: no test score is reliable. Copies of a slice and its neighbors are in several splits. About 56 % of the pCT and
+37 % of the niCT test images are generated. The last epoch was tested although validation fluctuated: ConvNeXt-Tiny (at
+best .93 on val) and ResNet152V2 (.84) would rank differently. Published confusion matrices come from rounded
 probabilities. "Early stopping" with patience 10 never triggers in 10 epochs.
 
 Not reproducible: the draw of copies was unseeded, and Keras's AdamW also decays norms and biases.

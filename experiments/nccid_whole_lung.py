@@ -52,7 +52,7 @@ def get_config(protocol: str = "clean") -> Config:
             lr=1e-4,
             schedule="cosine",
             end_factor=0.3,
-            schedule_steps=416 if study else 0,  # 8 x 52: they rounded down, Keras rounds an epoch up
+            schedule_steps=416 if study else 0,  # 8 x 52: they rounded down; Keras rounds an epoch up
             class_weights="balanced",
         ),
         train=TrainConfig(

@@ -1,4 +1,4 @@
-"""Entry point of every command: a user error prints a message and exits with 2, a bug prints its traceback."""
+"""Entry point of every command. A user error prints a message and exits with code 2; a bug prints its traceback."""
 
 import errno
 import os
@@ -28,10 +28,9 @@ def run(
 ) -> None:
     """Defines and parses the flags, runs `main` and ends the process with its exit code.
 
-    `main` gets the program's name and the positional arguments, whose names are `arguments`: a last name with "..."
-    stands for one or more, a name in brackets is optional. `argv` replaces sys.argv; `resumable` says that the command
-    goes on after an interruption. Flags are defined by a function,
-    so that importing the module of a command defines none.
+    `main` receives the program's name and the positional arguments. `arguments` are their names: a last name with "..."
+    stands for one or more, and a name in brackets is optional. `argv` replaces sys.argv; `resumable` means that a rerun
+    continues an interrupted command. A function defines the flags, so that importing the module of a command does not.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
 
@@ -57,8 +56,8 @@ def run(
     except KeyboardInterrupt:
         print(f"lungjax: interrupted{'; rerun the same command to resume' if resumable else ''}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it again at exit
+    except BrokenPipeError:  # the reader, such as `| head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it at exit
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         if flags.FLAGS.traceback or not _is_user_error(error):
@@ -69,8 +68,8 @@ def run(
 
 def define_window_flags() -> None:
     """Defines --window and --hu_window, which `windows` reads."""
-    flags.DEFINE_string("window", None, "Window of 16-bit images, as low,high; default that of the training images.")
-    flags.DEFINE_string("hu_window", None, "Window of CT in HU, as center/width; default that of the training images.")
+    flags.DEFINE_string("window", None, "Window of 16-bit images as low,high; default: that of the training images.")
+    flags.DEFINE_string("hu_window", None, "Window of CT in HU as center/width; default: that of the training images.")
 
 
 def windows() -> dict[str, Any]:
@@ -84,7 +83,7 @@ def read_window(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--window={text}: expected two numbers low,high such as --window=-160,240") from None
+        raise ValueError(f"--window={text}: expected two numbers low,high, such as --window=-160,240") from None
     if not low < high:
         raise ValueError(f"--window={text}: low must be below high")
     return low, high
@@ -95,7 +94,7 @@ def read_hu_window(text: str) -> tuple[float, float]:
     try:
         center, width = (float(part) for part in text.split("/"))
     except ValueError:
-        raise ValueError(f"--hu_window={text}: expected center/width in HU such as -600/1500") from None
+        raise ValueError(f"--hu_window={text}: expected center/width in HU, such as -600/1500") from None
     if width <= 0:
         raise ValueError(f"--hu_window={text}: the width must be above zero")
     return center, width

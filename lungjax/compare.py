@@ -52,9 +52,9 @@ def compare(
 ) -> str:
     """Returns the comparison of the folders of two finished runs as Markdown.
 
-    `names` are metrics, UNIT.NAME with UNIT "slice" or "patient"; None compares DEFAULT_METRICS and the recall of each
-    class, also per patient if patients have several slices. `draws` and `seed` are those of the bootstrap. Raises
-    ValueError for a missing file, an unknown metric, or runs that can't be compared.
+    `names` are metrics UNIT.NAME, where UNIT is "slice" or "patient"; None compares DEFAULT_METRICS and the recall of
+    each class, per slice and, if patients have several slices, per patient. `draws` and `seed` are those of the
+    bootstrap. Raises ValueError for a missing file, an unknown metric, or runs that can't be compared.
     """
     reports = [_report(run) for run in (run_a, run_b)]
     splits = [_predictions(run, split) for run in (run_a, run_b)]
@@ -128,7 +128,7 @@ def _check_same_data(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         return f"The networks saw different images of these examples: {names[0]} and {names[1]}."
     if prints[0] != prints[1]:
         versions = f"different versions of {names[0]}, fingerprints {prints[0][:12]} and {prints[1][:12]}"
-        raise ValueError(f"{versions}: images, labels or splits differ; train one of them again")
+        raise ValueError(f"{versions}: images, labels or splits differ; train one of the runs again")
     return ""
 
 

@@ -1,10 +1,10 @@
 """Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
-PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, and NIfTI
+PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, or NIfTI
 volumes. The folder --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and
-series.jsonl with one line per series or patient (see `lungjax.inference.records`), and with --explain one saliency map
-per image. If some inputs fail, they are listed in the files and at the end, the others are predicted, and the exit code
-is 1. An interrupted command leaves files that end in .partial; rerun it to resume.
+series.jsonl with one line per series or patient (see `lungjax.inference.records`) and, with --explain, one saliency map
+per image. Inputs that fail are listed in the files and at the end, the others are predicted, and the exit code is 1. An
+interrupted command leaves files that end in .partial; rerun it to resume.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
-KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # they affect the records, besides metadata and inputs
+KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # affect the records, as do metadata and inputs
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
-MAX_LINES = 12  # on the screen
+MAX_LINES = 12  # printed per list
 
 
 def define_flags() -> None:
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        (out / name).unlink(missing_ok=True)  # no file of an earlier call next to the new ones
+        (out / name).unlink(missing_ok=True)  # so that no file of an earlier call remains next to the new ones
     failures = predict(model, sources, out, gate, run_key(model, sources, gate))
     print(f"Written to {out}. {NOTICE}")
     if failures:
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_key(model: Any, sources: Any, gate: Any) -> str:
-    """Returns a digest of model, flags and input files; a call may resume one with the same key."""
+    """Returns a digest of model, flags and input files; a call can resume an interrupted one with the same key."""
     described = [each.metadata.to_json() for each in (model, gate) if each]
     inputs = [[(item.name, item.series) for item in sources.items], sources.failures, sources.stamps]
     text = repr([__version__, described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
@@ -101,8 +101,8 @@ def run_key(model: Any, sources: Any, gate: Any) -> str:
 def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tuple[str, str]]:
     """Writes all files into the folder `out`; returns the failed images and series as (name, reason).
 
-    `model` and `gate`, which selects the volumes to predict, are `inference.model.Model`, `sources` is an
-    `inputs.Inputs`, and `key` the result of `run_key`.
+    `model` and `gate`, which selects the volumes to predict, are of type `inference.model.Model`; `sources` is an
+    `inputs.Inputs`, and `key` is the result of `run_key`.
     """
     metadata = model.metadata
     verdicts = judge_volumes(gate, sources) if gate else {}
@@ -157,7 +157,7 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
 
 
 def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, write: Any) -> Iterator[dict[str, Any]]:
-    """Writes and yields the record of each item from `start` on; with --explain, draws its map into `folder`."""
+    """Writes and yields the record of each item from `start` on; with --explain, also draws its map into `folder`."""
     from lungjax.inference.inputs import reason  # here, since it imports the image decoders
 
     if FLAGS.explain:
@@ -171,7 +171,7 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
             return model.prepare(item.read())
         except (ValueError, OSError) as error:
             return reason(error, item.name)
-        except Exception as error:  # decoders raise anything, and one file must not stop the others
+        except Exception as error:  # decoders may raise any exception, and one file must not stop the others
             return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(environment.cores()) as pool:
@@ -197,8 +197,8 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
 
 
 def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
-    """Returns the record of each volume from the gate, by series: `gate`, and `error` if the volume is rejected."""
-    from lungjax.data.imaging import images  # here, since it imports Pillow, and most calls have no gate
+    """Returns the gate's record of each volume by series, with `gate` and, if the volume is rejected, `error`."""
+    from lungjax.data.imaging import images  # here, since it imports Pillow and most calls have no gate
 
     metadata, name = gate.metadata, FLAGS.gate_class
     verdicts: dict[str, dict[str, Any]] = {}
@@ -219,7 +219,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         verdicts[series] = {"series": series, "gate": decision, **rejection}
     single = sum(sources.series.get(item.series) is None for item in sources.items)
     if single:
-        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and skip the gate")
+        print(f"--gate: {single} of {len(sources.items)} images do not belong to a volume and are not gated")
     return verdicts
 
 

@@ -1,6 +1,6 @@
 """Prepares a data set for training: python -m lungjax.prepare --dataset=folder/mine --source=DIR
 
---dataset=NAME --help prints where to get a data set and the required folder structure. --cross=OTHER prints the
+--dataset=NAME --help prints the source of a data set and the required folder structure. --cross=OTHER prints the
 patients and images that two prepared data sets share. --lookup=series-5d8538175f2c/0003 --source=DIR prints the DICOM
 file that has this name in reports. Rerun an interrupted command to resume. This module imports neither TensorFlow nor
 JAX.
@@ -31,7 +31,7 @@ def define_flags() -> None:
     keep = "Action for an image without a detected body or lung: keep stores the previous stage."
     flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
-    flags.DEFINE_string("cross", None, "Another prepared data set, whose shared patients and images are listed.")
+    flags.DEFINE_string("cross", None, "Another prepared data set; prints the patients and images that both share.")
     flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed of new splits and synthetic data sets.")
     flags.DEFINE_string("group_pattern", "", "folder: regex whose first group is the patient in a path, or none.")
@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prepares the data set and prints its summary; with --cross, also the images that it shares with another."""
+    """Prepares the data set and prints its summary; with --cross, also the images that it shares with another one."""
     if not FLAGS.dataset and not FLAGS.lookup:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()
@@ -81,7 +81,7 @@ def main(_: list[str]) -> None:
 
 
 def run() -> None:
-    """Prints the help page of a data set, or reads the flags and prepares."""
+    """Prints the help page of a data set, or parses the flags and prepares a data set."""
     arguments = sys.argv[1:]
     names = [text.partition("=")[2] for text in arguments if text.startswith(("--dataset=", "-dataset="))]
     names += [b for a, b in itertools.pairwise(arguments) if a in ("--dataset", "-dataset")]

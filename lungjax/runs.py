@@ -1,7 +1,7 @@
 """Lists runs and their scores: python -m lungjax.runs [DIR] [--plot=FILE]
 
 Prints one line per run below DIR (default `runs`): name, data set, network, step, best validation score and test score
-of `train.monitor`, and whether the run is finished. The commands that resume unfinished runs follow.
+of `train.monitor`, and whether the run is finished. Then prints the commands that resume unfinished runs.
 """
 
 import json
@@ -37,7 +37,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prints the list, and writes the figure."""
+    """Prints the list and writes the figure."""
     folder = Path(argv[1] if len(argv) > 1 else "runs")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder of the runs, such as the parent of --workdir")

@@ -104,7 +104,7 @@ def test_counts(page):
 def test_duplicates(page):
     text = page[1][page[1].index("<h3>Exact copies") :]
     assert re.findall(r"<code>(.*?)</code>", text) == ["02.png<br>05.png", "06.png<br>10.png"]
-    numbers = re.findall(r": (\d); in different splits of protocol=study: (\d);\s+with different labels: (\d)", text)
+    numbers = re.findall(r": (\d). Of these, (\d) are in different splits of\s+protocol=study, and (\d) have", text)
     assert numbers == [("1", "1", "0")] * 2
 
 

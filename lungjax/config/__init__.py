@@ -1,4 +1,4 @@
-"""A run, an experiment and a trained model as frozen dataclasses. Nothing here imports jax."""
+"""Frozen dataclasses for the configuration of a run and the metadata of a trained model. Nothing here imports jax."""
 
 from lungjax.config.schema import (
     CROPS,

@@ -21,7 +21,7 @@ def folder() -> Path:
 
 
 def names() -> dict[str, Path]:
-    """Returns every experiment's file by name."""
+    """Returns the files of all experiments by name."""
     return {path.stem: path for path in sorted(folder().glob("*.py")) if not path.stem.startswith("_")}
 
 
@@ -35,7 +35,7 @@ def listing() -> str:
 def load(choice: str) -> Config:
     """Returns the configuration of --experiment=CHOICE: NAME[:KEY=VALUE,...], FILE.py[:KEY=VALUE,...] or config.json.
 
-    Raises ValueError for an unknown name or argument (with the nearest ones) and for a missing file.
+    Raises ValueError for an unknown name or argument (listing the nearest ones) and for a missing file.
     """
     target, _, text = choice.partition(":")
     if target.endswith(".json"):

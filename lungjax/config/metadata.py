@@ -1,6 +1,6 @@
-"""model.json: the metadata of a trained network, in the folder of a run and in each of its exports.
+"""The metadata of a trained network, stored as model.json in the folder of a run and in each of its exports.
 
-Everything that predicts reads input, classes, calibration and operating points from here.
+All code that predicts reads input, classes, calibration and operating points from this file.
 
     format              1; incremented if a key is removed or changes its meaning
     name, dataset       of the experiment and of the data set it was trained on
@@ -8,17 +8,17 @@ Everything that predicts reads input, classes, calibration and operating points 
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
     stage, stored       preprocessing by the data set (`datasets.build.process_image`): a stage such as "lungs", and
                         [height, width] of the stored copy, or null
-    box                 with input.crop "box", the origin of an image's box: "body", computed around the body in a CT
-                        slice, or "given", part of the data set; "" otherwise
+    box                 with input.crop "box", the origin of an image's box: "body" if it is computed around the body in
+                        a CT slice, "given" if it is part of the data set; "" with other crops
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
     hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), of CT volumes
     plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
-    orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; every image to
-                        predict, which should be in standard orientation (head or chest up), is then rotated first
+    orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; images to predict,
+                        which should be in standard orientation (head or chest up), are then rotated first
     positive            positive class of the sigmoid output; null for softmax
     temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
-    points              LEVEL.CLASS.RULE, with LEVEL slice or patient: threshold on the calibrated probability, chosen
-                        on val, and sensitivity, specificity, ppv, npv, intervals of the test split
+    points              LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability,
+                        chosen on val, and sensitivity, specificity, ppv, npv and intervals of the test split
     scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
     counts              SPLIT.CLASS: number of images
     patients            SPLIT.CLASS: number of patients; {} without patient IDs
@@ -74,7 +74,7 @@ class Metadata:
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def public(self) -> dict[str, Any]:
-        """Returns the fields for readers, JSON-ready: without the parameters of `novelty`."""
+        """Returns the fields of interest to readers, ready for JSON: all but the parameters of `novelty`."""
         tree = dataclasses.asdict(self)
         if self.novelty is not None:
             tree["novelty"] = {"false_alarms": self.novelty.get("false_alarms")}
@@ -86,13 +86,13 @@ class Metadata:
 
 
 def from_json(text: str, where: str = FILE) -> Metadata:
-    """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for other text or a newer format."""
+    """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for invalid text or a newer format."""
     try:
         tree = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
-        raise ValueError(f"{where}: not a model.json of lungjax (no number `format`)")
+        raise ValueError(f"{where}: not a model.json of lungjax (no numeric `format`)")
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:
@@ -107,7 +107,7 @@ def from_json(text: str, where: str = FILE) -> Metadata:
 
 
 def read(path: Path) -> Metadata:
-    """Reads a model.json. Raises ValueError if it is missing, and as `from_json`."""
+    """Reads a model.json. Raises ValueError if it is missing or invalid (see `from_json`)."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:

@@ -1,4 +1,4 @@
-"""Configuration from text and back: `--set=path=value`, `config.json`, and the difference of two configurations."""
+"""Conversion of configurations from and to text: `--set=path=value`, `config.json`, and differences of two of them."""
 
 import ast
 import dataclasses
@@ -12,9 +12,9 @@ from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest
 
 
 def override(config: Config, assignment: str) -> Config:
-    """Returns `config` with one "path=value" set, the value read by the field's own type.
+    """Returns `config` with one "path=value" set; the value is parsed as the type of the field.
 
-    Raises ValueError for a missing "=", an unknown path (with the nearest ones) or a value of another type.
+    Raises ValueError for a missing "=", an unknown path (listing the nearest ones) or a value of another type.
     """
     path, equals, text = assignment.partition("=")
     path = path.strip()
@@ -68,7 +68,7 @@ def parse(text: str, hint: Any, what: str) -> Any:
         raise error
     if typing.get_origin(hint) is tuple:
         text = text.strip()
-        if text[:1] + text[-1:] in ("()", "[]"):  # only around the complete text: regular expressions contain brackets
+        if text[:1] + text[-1:] in ("()", "[]"):  # not inside the text: regular expressions contain brackets
             text = text[1:-1]
         items = [t.strip() for t in text.split(",") if t.strip()]
         kinds = typing.get_args(hint)

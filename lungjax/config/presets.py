@@ -1,4 +1,4 @@
-"""Augmentation presets of the studies, for `--set=augment=NAME`, and helpers for the arguments of experiments.
+"""Augmentation presets of the studies for `--set=augment=NAME`, and helpers for the arguments of experiments.
 
 The units are those of `AugmentConfig`; comments describe how a preset differs from its study.
 """
@@ -12,7 +12,7 @@ from lungjax.config.schema import AugmentConfig, nearest
 
 
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
-    """CT-COV19 study, with Keras layers: flip, rotation, zoom, translation, black fill.
+    """Returns the augmentation of the CT-COV19 study: Keras layers with black fill.
 
     The study gave the zoom as one negative number, which Keras takes as a range in both directions.
     """
@@ -20,7 +20,7 @@ def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
 
 
 def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scale: float) -> AugmentConfig:
-    """COVIDNet-CT (arXiv:2009.05383), each change with probability 0.5; needs input.crop=box.
+    """Returns the augmentation of COVIDNet-CT (arXiv:2009.05383), each part with probability 0.5; needs input.crop=box.
 
     The original rotates and shears about the center of the box before the crop, and shifts gray levels by integers.
     """
@@ -66,14 +66,14 @@ PRESETS: dict[str, AugmentConfig] = {
 
 
 def preset(name: str) -> AugmentConfig:
-    """Returns the named augmentation; raises ValueError with the nearest names for an unknown one."""
+    """Returns the named augmentation. Raises ValueError, listing the nearest names, for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
     return PRESETS[name]
 
 
 def one_of(argument: str, value: str, known: Iterable[str]) -> str:
-    """Returns `value`; raises ValueError with the nearest of `known` if it is not one of them."""
+    """Returns `value`. Raises ValueError, listing the nearest of `known`, if it is not one of them."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{argument}={value}: {nearest(value, known)}; expected {', '.join(known)}")

@@ -1,7 +1,7 @@
 """The configuration of a run as frozen dataclasses.
 
-An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`), reads and writes
-`config.json`. Nothing here imports jax, so a typo on the command line is reported immediately.
+An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`) and reads and
+writes `config.json`. Nothing here imports jax, so a typo on the command line is reported immediately.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ class InputSpec:
     """The network's input: `(pixel / 255 - mean) / std`, float32, [height, width, channels]."""
 
     size: tuple[int, int] = (224, 224)  # height, width in pixels
-    channels: int = 1  # of images as read: 1 is gray, 3 is color (gray images are repeated)
+    channels: int = 1  # of images when read: 1 is gray, 3 is color (gray images are repeated)
     # One of CROPS; "box" crops to the body box of an image that has one, "center" to a window around the middle.
     crop: str = "none"
     crop_size: tuple[int, int] = (0, 0)  # height, width of the "center" crop in pixels of the stored image
     box_margin: float = 0.0  # fraction of the crop's sides added around it in training, for box_jitter and rotation
     interpolation: str = "bilinear"  # one of INTERPOLATIONS
     antialias: bool = True  # widen the kernel when shrinking; False samples the plain kernel
-    # Of pixel / 255; one number, or one per channel. Three make three channels of a gray image, on the device.
+    # Of pixel / 255; one number, or one per channel. Three turn a gray image into three channels, on the device.
     # None uses the values of the weights (`model.weights`), or 0 and 1 without weights.
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -76,9 +76,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images on the device, in this order; defaults do nothing.
+    """Augmentation of training images on the device, in the order of the fields; the defaults do nothing.
 
-    `lungjax.config.presets` defines those of the studies: `--set=augment=covidnet_ct`, followed by single fields.
+    `lungjax.config.presets` defines those of the studies; `--set=augment=covidnet_ct` may precede single fields.
     """
 
     exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
@@ -89,9 +89,9 @@ class AugmentConfig:
     # As in Keras's RandomZoom, the visible side changes by a fraction from this range: 0.2 zooms out to 1.2 of it.
     zoom: tuple[float, float] = (0.0, 0.0)
     zoom_apart: bool = False  # draw height and width independently
-    shear: float = 0.0  # maximum coefficient (tangent) each way, along x or along y
+    shear: float = 0.0  # maximum tangent each way, along x or along y
     shift: tuple[float, float] = (0.0, 0.0)  # maximum fractions of height and width each way
-    box_jitter: float = 0.0  # maximum move of each edge, a fraction of the box's side; needs input.crop=box
+    box_jitter: float = 0.0  # maximum shift of each edge, as a fraction of the box's side; needs input.crop=box
     fill: str = "constant"  # one of FILLS, for pixels outside the image
     fill_value: float = 0.0  # 0..255, for "constant"
     # Then intensities in 0..255, clipped to that range at the end.
@@ -114,7 +114,7 @@ class AugmentConfig:
 class HeadConfig:
     """The layers after the last feature map: norm, pool, norm, dropout, hidden layers, dense.
 
-    None is the value of the network's original paper, which `models.build` fills in.
+    None stands for the value in the network's original paper, which `models.build` fills in.
     """
 
     pool: str | None = None  # one of POOLS
@@ -132,7 +132,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. None is the published value of the architecture."""
+    """The network. None stands for the published value of the architecture."""
 
     name: str = "cbr_small"  # a key of lungjax.models.MODELS
     # Initial weights: "none" (random), "imagenet" (its first record), a record such as "aa_in1k" or
@@ -148,7 +148,7 @@ class ModelConfig:
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
     dropout: float | None = None  # between the layers of `xray_cnn`, 0..1; that of all heads is head.dropout
-    # Of the computation, one of DTYPES; parameters, statistics, pooling and logits stay float32. None is bfloat16 on
+    # Of the computation, one of DTYPES; parameters, statistics, pooling and logits remain float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)  # layers after the last feature map
@@ -180,11 +180,11 @@ class OptimConfig:
     # Trained layers: "all", "head", "blocks:K" or "stages:K" (the last K and everything after them). Frozen parameters
     # cost neither gradients nor optimizer memory.
     tune: str = "all"
-    # One of FROZEN_BATCH_NORMS, which BatchNorms use running statistics in training and do not update them: those of
+    # One of FROZEN_BATCH_NORMS: which BatchNorms use running statistics in training and do not update them, those of
     # frozen layers ("with_layer", as in Keras), none ("update") or all ("frozen").
     frozen_batch_norm: str = "with_layer"
     freeze: str = ""  # regex of parameter paths that are also frozen, such as "^stem"
-    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" of parameter paths, the first match counts; such as "^head/=10"
+    lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" of parameter paths, such as "^head/=10"; the first match counts
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class TrainConfig:
     batch_size: int = 32  # global, over all devices and hosts
     epochs: float = 10.0  # passes over the train split
     steps: int = 0  # above zero it replaces epochs
-    fraction: float = 1.0  # of training patients that are used, for learning curves
+    fraction: float = 1.0  # of training patients to use, for learning curves
     eval_steps: int = 0  # steps between validations; 0 is once per epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
     # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step, which
@@ -223,7 +223,7 @@ class EvalConfig:
     examples: int = 12  # number of correct and of wrong test images in the figure
     draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
     sensitivity: float = 0.95  # of the operating point that is chosen on val
-    prevalence: float = 0.0  # 0..1, for additional predictive values; 0 is that of the test split only
+    prevalence: float = 0.0  # 0..1, for additional predictive values; 0 uses only that of the test split
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the most similar known names, or the first of all."""
+    """Returns the end of an error message: the most similar known names, or the first ones if none is similar."""
     known = sorted(known)
     prefixed = [other for other in known if name and other.startswith(name)]
     similar = [n for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if n not in prefixed]

@@ -89,13 +89,13 @@ def check(config: Config) -> None:
     inputs, train, head = config.input, config.train, config.model.head
     if (inputs.crop == "center") != (min(inputs.crop_size) > 0):
         given = f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}"
-        raise ValueError(f"{given}: a center crop needs a height and width in pixels; other crops have no size")
+        raise ValueError(f"{given}: crop center needs a height and width in pixels; other crops have no size")
     if train.epochs == 0 and train.steps == 0:
         raise ValueError("train.epochs=0 and train.steps=0: one of them must be above zero")
     if not train.sync_batch_norm and train.shard_params:
         raise ValueError("train.sync_batch_norm=False needs replicated parameters: set train.shard_params=False")
     if train.batch_size % train.accumulate:
-        raise ValueError(f"train.batch_size={train.batch_size} is no multiple of train.accumulate={train.accumulate}")
+        raise ValueError(f"train.batch_size={train.batch_size}: not a multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
     _check_augment(config)

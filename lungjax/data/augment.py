@@ -1,9 +1,9 @@
 """Augments training images on the device, inside the jitted step: one warp, then intensities, then mixing of pairs.
 
-All geometry (flip, rotation, zoom, shear, shift, box, resize) is one affine map from output to input pixels, by which
-the image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers
-depend only on the key and the position of the example, not on batch, device or host. Disabled operations add nothing to
-the compiled program. `AugmentConfig` documents units and order.
+Flip, rotation, zoom, shear, shift, box and resize are combined into one affine map from output to input pixels, and the
+image is sampled once, bilinearly; a chain of layers would blur it and cut off corners repeatedly. Random numbers depend
+only on the key and the position of the example, not on batch, device or host. Disabled operations add nothing to the
+compiled program. `AugmentConfig` documents units and order.
 """
 
 import math
@@ -49,7 +49,7 @@ class _Draws:
         return self.numbers[:, _DRAWS.index(name)] < probability
 
     def maybe(self, name: str, value: jax.Array, neutral: float) -> jax.Array:
-        """Returns `value`, but `neutral` for examples that skip the operation."""
+        """Returns `value`, or `neutral` for examples that skip the operation."""
         if self.probability >= 1:
             return value
         skip = ~self.chance(f"if_{name}", self.probability)
@@ -90,15 +90,15 @@ def augment(
     if moves or flips or boxes is not None or tuple(size) != images.shape[1:3]:
         matrix = _draw_affine(draws, config, images.shape[1:3], size, boxes)
         matrix = jnp.broadcast_to(matrix, (images.shape[0], 2, 3))
-        # Without moves, samples leave the image by at most half a pixel.
+        # With flips and resizing only, samples leave the image by at most half a pixel.
         images = warp(images, matrix, size, config.fill if moves else "edge", config.fill_value)
     return _intensities(images.astype(jnp.float32), draws, config)
 
 
 def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
-    """Sets non-black pixels outside the body to the mean of the dark ones among them, the exclusion of COVIDNet-CT.
+    """Sets non-black pixels outside the body to the mean of the dark ones among them, as in COVIDNet-CT.
 
-    The threshold for dark pixels is the mean of all non-black pixels in place of Otsu's.
+    The threshold for dark pixels is the mean of all non-black pixels, whereas COVIDNet-CT uses Otsu's method.
     """
     assert body is not None
     x = images.astype(jnp.float32)
@@ -158,12 +158,12 @@ def affine(
     shift: jax.Array | None = None,
     boxes: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns float32 [B, 2, 3]: (y, x) in the image = matrix @ (y, x, 1) of the result, in pixel centers.
+    """Returns matrices, float32 [B, 2, 3], that map (y, x, 1) in the result to (y, x) in the image, in pixel centers.
 
-    Equals a chain of Keras layers in the order of the arguments, after a crop to the box and a resize from height and
-    width `inside` to `size`. About the center: `flip`, bool [B, 2], vertical and horizontal; `angle` [B], radians
-    counterclockwise; `zoom` [B, 2], the visible fraction of height and width; `shear` [B, 2], tangents along y and x.
-    Then `shift` [B, 2], fractions down and right. `boxes` [B, 4]: xmin, ymin, xmax, ymax as fractions of the image.
+    The map equals a chain of Keras layers in the order of the arguments, after a crop to the box and a resize from
+    height and width `inside` to `size`. `flip`, bool [B, 2], is vertical and horizontal; `angle` [B] is in radians
+    counterclockwise; `zoom` [B, 2] is the visible fraction of height and width; `shear` [B, 2] has tangents along y and
+    x; `shift` [B, 2] has fractions down and right. `boxes` [B, 4] are xmin, ymin, xmax, ymax as fractions of the image.
     """
     linear = jnp.eye(2)[None]
     if flip is not None:
@@ -196,13 +196,13 @@ def _two_by_two(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.A
 def warp(images: jax.Array, matrix: jax.Array, size: tuple[int, int], fill: str, fill_value: float) -> jax.Array:
     """Samples images [B, h, w, C] bilinearly at the positions of `matrix` (see `affine`); returns float32 [B, H, W, C].
 
-    `fill` is "constant" (`fill_value`), "edge" or "reflect": grid-constant, nearest and reflect in scipy. Samples must
-    be within eight times the longer side.
+    `fill` is "constant" (`fill_value`), "edge" or "reflect", which scipy calls grid-constant, nearest and reflect.
+    Samples must be within eight times the longer side of the image.
     """
     h, w = images.shape[1:3]
     if fill == "constant" and fill_value != int(fill_value):
         images = images.astype(jnp.float32)
-    # Padded by one pixel, so that no corner of a sample needs a bounds check.
+    # The image is padded by one pixel, so that no corner of a sample needs a bounds check.
     value = int(fill_value) if images.dtype == jnp.uint8 else fill_value
     options = {"constant_values": value} if fill == "constant" else {"mode": "edge"}
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), **options)

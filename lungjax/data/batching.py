@@ -4,7 +4,7 @@ import numpy as np
 
 
 def pad_batch(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
-    """Returns `array` [n, ...] with n <= size extended to [size, ...] by rows of `value`; unchanged if n is size."""
+    """Returns `array` [n, ...], n <= size, extended to [size, ...] by rows of `value`; unchanged if n is size."""
     missing = size - len(array)
     if not missing:
         return array

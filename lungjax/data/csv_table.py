@@ -19,9 +19,9 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, required: Iterable[str] = ()) -> Table:
-    """Reads a CSV file; blank lines, and white space around names and values, are skipped.
+    """Reads a CSV file, skipping blank lines and stripping white space around names and values.
 
-    The delimiter is the most frequent one outside quotes in the first line, which may be Excel's "sep=;". Raises
+    The delimiter is the most frequent one outside quotes in the first line, which may also be Excel's "sep=;". Raises
     ValueError with the line number for a column of `required` that is missing or repeated, a row that does not match
     the header, malformed CSV, and text that is not UTF-8; OSError for an unreadable file.
     """

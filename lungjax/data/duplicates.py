@@ -39,7 +39,7 @@ class Near:
     """Pairs of confirmed or candidate near duplicates."""
 
     pairs: np.ndarray  # int64 [P, 2], rows i < j, sorted
-    note: str = ""  # limits that the search reached, "" if none
+    note: str = ""  # limits that the search reached, "" for none
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
@@ -63,15 +63,15 @@ def phash(gray: np.ndarray) -> int:
 def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE) -> Near:
     """Returns all pairs of images in different groups whose hashes differ in at most `distance` bits.
 
-    `hashes` uint64 [N], 0 is never paired; `groups` int64 [N]; `distance` 0 to 15. Hashes that differ in d bits are
-    equal in at least one of d + 1 bands, so sorting by each band finds every pair. To limit memory, pairs are skipped
-    if very many hashes are similar, which `note` reports.
+    `hashes` is uint64 [N], and hash 0 is never paired; `groups` is int64 [N]; `distance` is 0 to 15. Hashes that differ
+    in d bits are equal in at least one of d + 1 bands, so sorting by each band finds every pair. To limit memory, pairs
+    are skipped if very many hashes are similar; `note` reports this.
     """
     images = np.flatnonzero(hashes)
     images = images[np.lexsort((_rank_in_group(hashes[images], groups[images]), hashes[images]))]
     values, owner = hashes[images], groups[images]
     _, start, run, count = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
-    rank = np.arange(len(images)) - start[run]  # among the images of one hash, in which groups take turns
+    rank = np.arange(len(images)) - start[run]  # among images with the same hash, alternating between groups
     parts, notes = [_late_copies(rank, owner != owner[start[run]], run)], []
     total, skipped, full = len(parts[0]), 0, False
     early = np.flatnonzero(rank < MAX_COPIES)
@@ -99,7 +99,7 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
         notes.append(f"{skipped:,} comparisons were skipped: over {MAX_PARTNERS:,} hashes share a band")
     places = np.concatenate(parts)
     if len(parts[0]) or count[run[places]].max(initial=0) > MAX_COPIES:
-        notes.insert(0, f"up to {count.max():,} images have one hash; at most {MAX_COPIES} pairs per image were tried")
+        notes.insert(0, f"up to {count.max():,} images share a hash; at most {MAX_COPIES} pairs per image were tried")
     pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
     return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
@@ -128,7 +128,7 @@ def near_twins(
 ) -> Near:
     """Returns the confirmed near duplicates in different groups; arguments as in `near_pairs` and `likeness`.
 
-    `groups` are names. Of exact copies (equal `pixels`) in a group only the first is compared.
+    `groups` are names. Among exact copies (equal `pixels`) in a group, only the first is compared.
     """
     same = np.unique(np.asarray(pixels, np.str_), return_inverse=True)[1]
     group = np.unique(np.asarray(groups, np.str_), return_inverse=True)[1]

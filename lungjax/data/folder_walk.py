@@ -41,5 +41,5 @@ def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None)
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder is skipped: dotfiles, and the metadata of macOS in zip archives."""
+    """Returns whether a file or folder is skipped: a dotfile, or metadata that macOS adds to zip archives."""
     return name.startswith(HIDDEN)

@@ -1,6 +1,6 @@
-"""Splits of one run: cross-validation folds, and fewer train patients for a learning curve.
+"""Splits of one run: cross-validation folds, and subsets of the train patients for a learning curve.
 
-Both depend only on names and labels, so runs with other seeds and networks use the same patients.
+Both depend only on names and labels, so runs with different seeds or networks use the same patients.
 """
 
 from dataclasses import replace
@@ -37,10 +37,10 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 
 
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
-    """Returns the fold of each image, int64 [N] in 0 to `count` - 1, or -1 if it is in no split of the clean protocol.
+    """Returns the fold of each image, int64 [N] from 0 to `count` - 1, or -1 if it has no split in the clean protocol.
 
-    Groups, exact copies and near duplicates are never divided; every fold has every class, as balanced as the groups
-    allow. Raises ValueError with class and numbers if a class has too few groups.
+    Groups, exact copies and near duplicates are never divided; every fold has every class, and the classes are as
+    balanced as the groups allow. Raises ValueError if a class has too few groups or no such assignment is found.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
     labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)
@@ -83,7 +83,7 @@ def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray
 def linked_groups(data: Prepared, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
     """Returns the group of each of `rows`, str [n]; groups linked by duplicates get the first of their names.
 
-    Exact copies (`pixels`) link groups, and near duplicates if both images, or copies of them, are in `rows`.
+    Exact copies (`pixels`) link groups; near duplicates link them if both images, or copies of them, are in `rows`.
     """
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     pixels = data.columns.get("pixels", data.columns["file"])

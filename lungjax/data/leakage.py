@@ -1,6 +1,6 @@
 """Leakage between splits: exact copies, near duplicates and patients in several splits.
 
-Leaks in a study's splits are only counted. The clean protocol removes images until test shares none with train or val.
+Leaks in a study's splits are only counted. The clean protocol removes images until its splits share no patient or copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -157,7 +157,7 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     """Finds groups and images that two data sets, or some of their rows, have in common, regardless of splits.
 
     Returns `exact` and `near`, the numbers of images in each data set with an exact copy, or else a near duplicate, in
-    the other; `examples`, at most MAX_PAIRS pairs; `b_rows`, bool [N], True for the images of `b` among these; `note`,
+    the other; `examples`, at most MAX_PAIRS pairs; `b_rows`, bool [N], True for such images of `b`; `note`,
     the limits of the search, or ""; and `lines`, all of this and the names of the common groups as text.
     """
     sides = ((a, a_rows), (b, b_rows))

@@ -134,7 +134,7 @@ def train_batches(
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
         return {**batch, "label": labels[rows].astype(np.int32), "place": (places % 2**32).astype(np.uint32)}
 
-    # Elements are batches; of single examples, each worker would read every n-th one.
+    # Elements are batches; if they were single examples, each worker would read every n-th one.
     batches = grain.MapDataset.range(1).repeat(None).map_with_index(load).to_iter_dataset(_read_options(config))
     if config.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), _begin_worker)
@@ -151,7 +151,7 @@ def _begin_worker(*_: int) -> None:
 def eval_batches(
     data: Prepared, rows: np.ndarray, config: Config, size: int, *, host: int = 0, hosts: int = 1
 ) -> Iterator[Batch]:
-    """Yields this host's part of batches of `size` that have each of `rows` exactly once, as `image` and `row` [b].
+    """Yields this host's part of batches of `size`, as `image` and `row` [b]; each of `rows` occurs exactly once.
 
     The last batch is padded with black images, whose row is -1.
     """
@@ -168,6 +168,6 @@ def eval_batches(
 
 
 def _read_options(config: Config) -> grain.ReadOptions:
-    # One more than cores, since one of them often waits for Python's lock.
+    # One thread more than cores, since one often waits for Python's lock.
     threads = config.data.threads or min(environment.cores() + 1, MAX_THREADS)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

@@ -49,7 +49,7 @@ class Prepared:
     protocol: str = "clean"  # of the splits that `rows` returns
     body: bool = False  # whether records have a body mask
     volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position, orientation
-    rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, for a network trained on such
+    rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, as the network expects
 
     @property
     def orientation(self) -> str:
@@ -57,7 +57,7 @@ class Prepared:
         return str((self.volumes or {}).get("orientation", "standard"))
 
     def rows(self, split: str) -> np.ndarray:
-        """Returns the row numbers of a split, int64 [n], in order; with protocol "study" they may be repeated."""
+        """Returns the row numbers of a split, int64 [n], in order; with protocol "study", rows may be repeated."""
         if self.protocol == "clean":
             return np.flatnonzero(self.columns["split"] == split)
         cells, place = np.unique(self.columns["split_study"], return_inverse=True)

@@ -1,4 +1,4 @@
-"""Splits by group: no patient in two splits, and similar class frequencies."""
+"""Splits by group: no patient is in two splits, and class frequencies are similar."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,8 +39,8 @@ def make_splits(
 ) -> list[str]:
     """Returns the split of each example, drawn by group and stratified by class.
 
-    Groups are assigned in decreasing size, those of equal size in an order drawn by `seed`, each to the split that
-    keeps the counts per class closest to `shares`, which sum to one. The order of the examples has no effect.
+    Groups are assigned in order of decreasing size (`seed` determines the order of groups of equal size), each to the
+    split that keeps the counts per class closest to `shares`, which sum to one. The order of examples has no effect.
     """
     names, member = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
     counts = np.zeros((len(names), int(max(labels)) + 1))
@@ -73,7 +73,7 @@ def complete(
         return make_splits(labels, groups, SHARES, seed), [note]
     missing = [split for split in SPLITS if split not in names]
     if "train" in missing:
-        raise ValueError(f"no train split, only {', '.join(sorted(names))}; name the training images train")
+        raise ValueError(f"no train split, only {', '.join(sorted(names))}; assign the training images to train")
     if not missing:
         return list(splits), []
     total = sum(SHARES[split] for split in ("train", *missing))

@@ -17,13 +17,13 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
 
 
 def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
-    """Returns class probabilities of each test image from its key alone, float64 [n, C]; rows sum to 1.
+    """Returns the class probabilities of each test image given only its key, float64 [n, C]; rows sum to 1.
 
     They are the class frequencies of train images with this key, smoothed by `classes` pseudo-images with the
-    frequencies of the train split. `keys` [N] have any type, `labels` int [N]; `train` (not empty) and `test` are rows.
+    frequencies of the train split. `keys` [N] have any type, `labels` are int [N]; `train` (nonempty), `test` are rows.
     """
     names, at = np.unique(keys[train], return_inverse=True)
-    counts = np.zeros((len(names) + 1, classes))  # the last row: keys missing in train
+    counts = np.zeros((len(names) + 1, classes))  # the last row is for keys missing in train
     np.add.at(counts, (at, labels[train]), 1)
     place = np.minimum(np.searchsorted(names, keys[test]), len(names) - 1)
     counts = counts[np.where(names[place] == keys[test], place, len(names))] + classes * counts.sum(axis=0) / len(train)
@@ -33,8 +33,8 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
     """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
 
-    The guess is the class with the largest share of its train images under this key; ties and keys that train lacks
-    are guessed at random. Arguments as in `frequencies`.
+    The guess is the class with the largest share of its train images under this key, or random for ties and for keys
+    that train lacks. The arguments are those of `frequencies`.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
@@ -59,7 +59,7 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws up to `count` of `rows` from alternating sources; a group repeats only after all others of its source."""
+    """Draws at most `count` of `rows`, alternating sources; a group repeats only after all others of its source."""
     rows = rng.permutation(rows)
     sources, groups = data.columns["source"][rows], data.columns["group"][rows]
     repeated = np.ones(len(rows), bool)
@@ -70,9 +70,9 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns pairs of exact copies as rows, int64 [P, 2]: the first image of each set of copies with each other one.
+    """Returns pairs of exact copies as rows, int64 [P, 2], each the first image of a set of copies and another one.
 
-    The first image is in a split of the protocol if any image of the set is.
+    The first image of a set is in a split of the protocol if any image of the set is.
     """
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)

@@ -25,7 +25,7 @@ def summarize(
     group_name: str,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the summary of an index: counts, sizes, copies and their effect on each protocol, warnings.
+    """Returns the summary of an index: counts, sizes, warnings, and copies with their effect on each protocol.
 
     `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
     are added to those of this function.
@@ -92,7 +92,7 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the train images of the clean protocol, if any."""
+    """Returns mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
     if not train.any():
         return {}
@@ -134,7 +134,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     width, height = (result["sizes"][side][1] for side in ("width", "height"))
     if max(width, height) < MIN_SIDE and not result["size"]:
         size = f"a median of {width} x {height} pixels"
-        warnings.append(f"small images, {size}: use the originals, or a smaller --set=input.size than 224 x 224")
+        warnings.append(f"small images, {size}: use the originals, or an --set=input.size below 224 x 224")
     for name in result["classes"] if len(result["sources"]) > 1 else ():
         single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
         names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
@@ -171,7 +171,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"- Width {w0} to {w2} pixels, median {w1}; height {h0} to {h2}, median {h1}; most common {common}",
         *(
             f"- Pixels of the train split, in 0..1: mean {mean}, standard deviation {std} "
-            f"(--set=input.mean={mean} --set=input.std={std}, unless weights bring their own)"
+            f"(--set=input.mean={mean} --set=input.std={std}, unless the weights define them)"
             for mean, std in ([pixels.values()] if pixels else [])
         ),
         f"- Exact copies: {copies['images']} images in {copies['sets']} sets, "

@@ -22,7 +22,7 @@ from lungjax.data import prepared
 from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
-PLAIN_CONFIGS = ("default", "original")  # omitted from the name of a stage if they are the default
+PLAIN_CONFIGS = ("default", "original")  # omitted from the name of a stage if it is the default
 SALT_FILE = ".patient_salt"  # in the folder of prepared data sets
 MAX_SIDE = 4096  # pixels of a stored copy
 
@@ -31,7 +31,7 @@ MAX_SIDE = 4096  # pixels of a stored copy
 class Dataset:
     """Registry entry of a data set; its module is `lungjax.datasets.NAME`."""
 
-    default: str  # configuration if the name has none
+    default: str  # configuration if a name contains none
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
     synthetic: bool = False  # drawn by lungjax on first use
     axial: bool = True  # may contain axial CT slices, which have stages
@@ -133,7 +133,7 @@ def about(base: str) -> About:
 
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
-    """Returns the `summary` of a prepared data set, None if missing, and its `about`, None for a user's folder."""
+    """Returns the `summary` of a prepared data set (None if missing) and its `about` (None for a user's folder)."""
     file = prepared.directory(Path(data_dir), data.name) / "summary.json"
     base = resolve(data.name)[0].base
     return {
@@ -192,7 +192,7 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     """Returns the test images of `data` with their lungs blacked out, as the test split of another data set.
 
     Images without a detected lung are omitted. Returns None if NAME-no_lungs is not prepared, if its classes or files
-    differ, if no lung was detected, or if `data` is a stage, whose networks know no surroundings of the lungs.
+    differ, if no lung was detected, or if `data` is a stage, whose networks have not seen what surrounds the lungs.
     """
     parts = resolve(data.name)[0] if data.name.partition("/")[0] in DATASETS else None
     name = replace(parts, stage="no_lungs").full if parts and not parts.stage else ""
@@ -230,7 +230,7 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
 
 
 def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:
-    """Returns the files of a user's folder behind a name in reports; raises ValueError without any."""
+    """Returns the files of a user's folder that a name in reports stands for; raises ValueError if there are none."""
     if source is None or not source.is_dir():
         raise ValueError(f"--lookup={name}: --source={source} is not the folder that was prepared")
     if not (data_dir / SALT_FILE).exists():
@@ -247,14 +247,14 @@ def _origin(base: str) -> str:
 
 
 def _salt(data_dir: Path) -> str:
-    """Returns the salt of the patient hashes in `data_dir`, which is drawn once."""
+    """Returns the salt of the patient hashes in `data_dir`, which is drawn on first use."""
     file = data_dir / SALT_FILE
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f"{file.name}.{os.getpid()}")
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):  # another process was faster; its salt is used
+        with contextlib.suppress(FileExistsError):  # another process has created the file; its salt is used
             os.link(draft, file)
         draft.unlink()
     salt = file.read_text().strip()

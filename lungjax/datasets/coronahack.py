@@ -1,4 +1,4 @@
-"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany), some of COVID-19 patients."""
+"""CoronaHack: chest X-rays with and without pneumonia, mostly of children (Kermany et al.), some of COVID-19."""
 
 import re
 from dataclasses import replace
@@ -22,8 +22,8 @@ ABOUT = About(
     licence="CC BY 4.0 for Kermany's images; individual licenses for the COVID-19 images, see covid_chestxray.",
     citation="P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al., Cell 172, 2018.",
     study="The original split (column Dataset_type), which has no validation part: test is also the validation set.",
-    clean="The original test split; val is cut from train by patient (personNNN and IM-NNNN of the file names; for the "
-    "COVID-19 collection the case or paper). Patients in train and test stay in test only.",
+    clean="The original test split; val is cut from train by patient (personNNN or IM-NNNN in the file name; for the "
+    "COVID-19 collection, the case or paper). Patients in both train and test remain only in test.",
     expected={"default": {"train": (1342, 3944), "test": (234, 390)}},
 )
 
@@ -53,5 +53,5 @@ def kermany(file: str) -> str:
 
 
 def patient(file: str) -> str:
-    """Returns the patient in a name of Kermany, or the case or paper in a name of the COVID-19 collection."""
+    """Returns the patient in a file name of Kermany, or the case or paper in one of the COVID-19 collection."""
     return kermany(file) or files.web_case(Path(file).stem)

@@ -22,7 +22,7 @@ ABOUT = About(
     title="frontal chest X-rays: COVID-19 or not (covid), or by finding (findings)",
     origin="https://github.com/ieee8023/covid-chestxray-dataset (950 images; git clone or zip)",
     layout="metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows with the "
-    "finding Unknown or todo are omitted; findings also omits tuberculosis and pneumonia of unstated or other cause.",
+    "finding Unknown or todo are omitted; `findings` also omits tuberculosis and pneumonia of unstated or other cause.",
     licence="Per image (column license: Apache 2.0, CC BY, CC BY-NC-SA, or none); metadata and scripts CC BY-NC-SA "
     "4.0.",
     citation="Cohen et al.: COVID-19 Image Data Collection: Prospective Predictions Are the Future, MELBA, 2020.",

@@ -16,7 +16,7 @@ MAX_GAP = 3  # between the file numbers of consecutive MedPix slices of one pati
 ABOUT = About(
     title="axial chest CT slices from papers and teaching files: COVID-19 or not",
     origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or zip)",
-    layout="Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unpack the two zip files there), "
+    layout="Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unzip the two archives there), "
     "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
     f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers).",
     licence="None stated for the images, which are figures of papers and web pages with individual terms.",
@@ -67,9 +67,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def paper(file: str) -> str:
-    """Returns the paper of a COVID file: of "2020.01.24.919183-p27-132.png" the part before the page.
+    """Returns the paper of a COVID file: the part before the page in a name such as "2020.01.24.919183-p27-132.png".
 
-    Elsevier's names have no page: the paper of "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
+    Elsevier's names contain no page: the paper of "PIIS0140673620301549_0%1.png" is PIIS0140673620301549.
     """
     return re.sub(r"(?<=^PIIS\d{16}).*|-p\d+-[^-]*(?:-\d+)?$", "", Path(file).stem)
 

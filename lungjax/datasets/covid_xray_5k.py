@@ -1,4 +1,4 @@
-"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not; the official archive or the study's repository."""
+"""COVID-XRay-5K (DeepCovid): chest X-rays, COVID-19 or not, from the official archive or the study's repository."""
 
 import functools
 import re
@@ -27,16 +27,16 @@ ABOUT = About(
     title="chest X-rays: COVID-19 (COVID-19 image data collection) or not (CheXpert)",
     origin="data_upload_v3.zip, linked in https://github.com/shervinmin/DeepCovid (5,184 X-rays, or 5,520 with the "
     "generated ones), or https://github.com/Mithunjack/covid-19-xay-image-classification (2,688 X-rays)",
-    layout="{train,test}/{covid,non}/FILE, with any subfolders, also in data_upload_v3 or data_set. Generated files in "
-    'train/covid are recognized by name ("a_NUMBER_NUMBER.jpg" of Keras, "..._original_..._UUID" of Augmentor).',
+    layout="{train,test}/{covid,non}/FILE, with any subfolders; optionally below data_upload_v3 or data_set. Generated "
+    'files in train/covid are recognized by name (Keras: "a_NUMBER_NUMBER.jpg", Augmentor: "..._original_..._UUID").',
     licence="None for the complete set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). "
     "COVID-19 images: individual licenses, see covid_chestxray.",
     citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
     "al.: COVID-19 image data collection, 2020.",
-    study="Train with the generated images; test is also the validation set. In the study's repository 37 of the 100 "
-    "COVID-19 test images are also in train. Its generated images are not published. The configuration oversampled "
-    "draws them again, one per file in train/covid; by a bug of the study all are copies of the last file that it read "
-    "(here the last by name, because the study's order is unknown), with random moves (here seeded by --seed).",
+    study="Train includes the generated images; test is also the validation set. In the study's repository, 37 of the "
+    "100 COVID-19 test images are also in train, and the generated images are not published. The configuration "
+    "oversampled generates new ones, one per file in train/covid. Due to a bug in the study, all are random "
+    "transforms of the last file that it read (here the last by name, since the study's order is unknown).",
     clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
     "Generated images and train images with a near duplicate in test are removed.",
     expected={
@@ -82,8 +82,8 @@ def generate(
 ) -> np.ndarray:
     """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
 
-    Keras stretches the gray levels of a copy to 0..255 before and after it changes the brightness, which therefore only
-    makes them coarser. The study's JPEG compression of the copies is omitted.
+    Keras stretches the gray levels of a copy to 0..255 before and after changing the brightness, so that change only
+    makes the levels coarser. The study's JPEG compression of the copies is omitted.
     """
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
     return _stretch(np.floor(_stretch(moved[:, ::-1] if flip else moved) * brightness)).astype(np.uint8)
@@ -94,7 +94,7 @@ def _stretch(array: np.ndarray) -> np.ndarray:
 
 
 def _generated(original: Example, count: int, seed: int) -> list[Example]:
-    """Returns `count` random copies of one X-ray: the study's code kept only the last of the files that it read."""
+    """Returns `count` random copies of one X-ray, since the study's code kept only the last of the files it read."""
     rng, copies = np.random.default_rng(seed), []
     for i in range(count):
         angle, shear = rng.uniform(-1, 1, 2) * (ROTATION, SHEAR)
@@ -112,6 +112,6 @@ def group(file: str, label: int) -> str:
 
 
 def finding(path: str) -> str:
-    """Returns the finding of a CheXpert file: its folder below the class, else the text before the patient number."""
+    """Returns the finding of a CheXpert file: its folder below the class, or the text before the patient number."""
     match = CHEXPERT.match(Path(path).stem)
     return path.rpartition("/")[0] or (match.group(1) or "" if match else "")

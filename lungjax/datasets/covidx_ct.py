@@ -19,8 +19,8 @@ CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official 
 
 EXTRA = ("age", "sex", "country")  # columns of metadata.csv that are kept
 
-# Slices and patients per class in the official tables (CT-1, val and test: counted in the files). In the train split of
-# the other versions the table counts 17 patients of TCIA twice, once per scan; here each counts once.
+# Slices and patients per class in the official tables (val and test of CT-1 are counted in the files). In the train
+# split of the other versions, the table counts 17 patients of TCIA twice, once per scan; here each counts once.
 _VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
 _VAL3, _TEST3 = ((17570, 8008, 8147), (164, 202, 194)), ((17922, 7965, 7894), (164, 138, 201))
 EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
@@ -55,18 +55,18 @@ ABOUT = About(
     origin="https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024 or about 65 "
     "GB, and the same again once prepared; 2b and 3b must be built from their sources)",
     layout="The label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
-    "3A_images or 3A_images/3A_images with the PNG files, as on Kaggle; or splits/v3 and data/COVIDx_CT-3A, as in the "
-    "official repository; likewise for the other versions. Age, sex and country of metadata.csv, if it exists, are "
-    "kept as columns.",
+    "3A_images or 3A_images/3A_images with the PNG files, as on Kaggle, or splits/v3 and data/COVIDx_CT-3A, as in the "
+    "official repository; likewise for the other versions. Age, sex and country are kept as columns if metadata.csv "
+    "exists.",
     licence="By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
     "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
-    "COVID-CT-MD unknown. Hence no commercial use of the complete set.",
+    "COVID-CT-MD unknown. Therefore, the complete set does not permit commercial use.",
     citation="Gunraj et al.: COVIDNet-CT, Frontiers in Medicine 7, 2020; COVID-Net CT-2, Frontiers in Medicine 8, "
     "2022.",
     study="2a and 3a: the official split, resampled with replacement as in "
-    "AbdullahMakhdoom/COVIDNet-CT-Identification (seed 0): in train Normal and COVID-19 to the count of Pneumonia, in "
-    "val Normal and Pneumonia to that of COVID-19; test is unmodified. Other versions: the official split.",
-    clean="The official split, by patient. Sources are unevenly distributed over it.",
+    "AbdullahMakhdoom/COVIDNet-CT-Identification (seed 0): Normal and COVID-19 to the count of Pneumonia in train, "
+    "Normal and Pneumonia to the count of COVID-19 in val; test is unmodified. Other versions: the official split.",
+    clean="The official split, by patient. The sources are unevenly distributed over the splits.",
     expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
 )
 
@@ -77,8 +77,8 @@ RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the slices of version `config` in the folder `source`.
 
-    Raises ValueError for a missing label file or image folder, with the names tried, or for a malformed line, an
-    unknown class, an empty box or a file listed twice, with file and line.
+    Raises ValueError, naming the paths tried, for a missing label file or image folder; and, naming file and line, for
+    a malformed line, an unknown class, an empty box or a file listed twice.
     """
     version = config.upper()
     names = ("_COVIDx_CT-" + version, "_COVIDx-CT-" + version, "_COVIDx_CT", "_COVIDx-CT")

@@ -15,7 +15,7 @@ from lungjax.datasets.listing import About, Example, Listing, compare_counts, co
 
 CLASSES = ("COV", "Normal", "OtherPneumonia")  # labels 0, 1, 2 of the study
 SCAN = "FILE001"  # prefix of the files of a folder with one scan, before the number of the slice
-GAP = 10  # file numbers between two scans are at least 18 apart, those of a scan at most 3
+GAP = 10  # file numbers of two scans are at least 18 apart, those of one scan at most 3
 LONGEST = 60  # file numbers in a group: runs have up to 56 (Test/OtherPneumonia), except in Normal, without gaps
 TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class are not published
 
@@ -28,10 +28,10 @@ ABOUT = About(
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
     clean="The original test split. Patients are not published. A folder of FILE001*.jpg (COV only) looks like one "
-    "scan and is a group. The other folders hold several scans each, also numbered ones such as Test/COV/30, which is "
-    f"not the patient of Val/COV/30. There a group is a run of file numbers, which ends at a gap of {GAP} or after "
+    "scan and is a group. Every other folder contains several scans, even a numbered one such as Test/COV/30, which is "
+    f"not the patient of Val/COV/30. There, a group is a run of file numbers, which ends at a gap of {GAP} or after "
     f"{LONGEST} numbers. The original val images of OtherPneumonia were taken from the train folder, so "
-    "val of this class is made anew, by group.",
+    "a new val split of this class is made, by group.",
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )
 
@@ -47,7 +47,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
                 raise ValueError(f"{folder}: unknown class folder {other}; {nearest(other, CLASSES)}")
         for label, name in enumerate(CLASSES):
             images += [(split, label, path, inner) for path, inner in files.class_images(folder, name)]
-    # Images directly in a class folder were moved there from others: they are in one series with their neighbors.
+    # Images directly in a class folder were moved there from other folders and belong to a series with their neighbors.
     flat = {label for _, label, _, inner in images if "/" not in inner}
     series: dict[str, list[Path]] = defaultdict(list)
     for split, label, path, inner in images:
@@ -65,12 +65,12 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     notes = compare_counts(examples, CLASSES, ABOUT.expected["original"], "CT-COV19")
     total = Counter(example.study for example in examples)["train"]
     if total != TRAIN_TOTAL:
-        notes.append(f"differs from the publication: train has {total:,} images, in the study's notebooks 4,404")
+        notes.append(f"differs from the publication: train has {total:,} images, but 4,404 in the study's notebooks")
     return Listing(CLASSES, examples, (), tuple(notes), "scans or runs of slices", ABOUT.study, body=True)
 
 
 def runs(paths: Iterable[Path]) -> dict[Path, str]:
-    """Returns the group of each file of a series: SCAN for files of that name, else its run of file numbers."""
+    """Returns the group of each file of a series: SCAN for files of that name, or else the run of file numbers."""
     prefixes = {path: SCAN if path.stem.startswith(SCAN) else path.stem.rstrip(string.digits) for path in paths}
     numbers = {path: (prefix, int(path.stem.removeprefix(prefix) or 0)) for path, prefix in prefixes.items()}
     return files.runs(numbers, GAP, LONGEST) | {path: SCAN for path, prefix in prefixes.items() if prefix == SCAN}

@@ -26,33 +26,33 @@ LAYOUTS = (
     "a file labels.csv (path,label[,split,group,source]), or folders {train,val,test}/{class}/..., or "
     f"{{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI files"
 )
-MIN_PATIENTS = 3  # fewer subfolders of class folders are more likely named images and masks than after patients
+MIN_PATIENTS = 3  # fewer subfolders of class folders are more likely "images" and "masks" than patients
 
 ABOUT = About(
     title="your own CT slices, chest X-rays or CT volumes, in a folder",
     origin="your own images, or any data set in one of the layouts below",
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
-    group (patient), source (hospital, scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
+    group (patient), source (hospital or scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
   {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
   {class}/... (splits are made by group, 70/15/15)
-Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000, 8-bit gray or color or unsigned 16-bit gray
-(see --window). They are turned upright according to their EXIF orientation. Patients are given by the column group, by
-folders below the class folders ({class}/{patient}/...), or by the parentheses of the regex --group_pattern, searched in
-the path below the source. Otherwise, and with --group_pattern=none, each image counts as its own patient.
+Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000 files, either 8-bit gray or color, or unsigned
+16-bit gray (see --window). They are turned upright according to their EXIF orientation. Patients are given by the
+column group, by folders below the class folders ({class}/{patient}/...), or by the first group of the regex
+--group_pattern in the path below the source. Otherwise, and with --group_pattern=none, each image is its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
-such a file, or a folder with one or more series; pip install -e '.[dicom]'.
-  CT: the slices with one SeriesInstanceUID, or the frames of an enhanced CT, form a volume, sorted by position, without
-    localizers. --plane is axial, coronal or sagittal, --position is mid (one image) or all. Pixels are made square.
+such a file, or a folder with one or more series. This requires pip install -e '.[dicom]'.
+  CT: the slices with one SeriesInstanceUID (except localizers), or the frames of an enhanced CT, form a volume, sorted
+    by position. --plane is axial, coronal or sagittal, --position is mid (one image) or all. Pixels are made square.
     --hu_window=-600/1500 (center/width in HU) is the default; three windows, separated by commas, become red, green and
     blue. Axial and coronal images show the patient's right on the left; the head is up.
   X-rays (CR, DX): rendered in the window of the file, with white bones.
   NIfTI: three-dimensional, in Hounsfield units.
-  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007, which --lookup finds again. Groups of
+  Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007, which --lookup resolves. Groups in
     labels.csv and paths of other files are kept. --on_bad_image=skip lists skipped files by path.
---plane=coronal --position=mid --hu_window=-300/1400 makes images of folder/NAME-64x128 like those of the NCCID study,
-but head up.""",
+With --plane=coronal --position=mid --hu_window=-300/1400, the images of folder/NAME-64x128 resemble those of the NCCID
+study, except that the head is up.""",
     licence="that of your images",
     citation="the origin of your images",
     study="the given splits; none if the folder has none",
@@ -77,8 +77,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     rows, volume_notes, axial = folder_volumes.expand(rows, options)
     if ungrouped := sum(not row.group for row in rows):
         warnings.append(
-            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If any are not, all "
-            "scores are too high: name patients in a column group, folders {class}/{patient}/... or --group_pattern"
+            f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If some show one "
+            "patient, scores are too high: give a column group, folders {class}/{patient}/... or --group_pattern"
         )
     classes = _classes([row.label for row in rows], options.classes)
     cases = Counter(name.casefold() for name in classes)
@@ -103,7 +103,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
-    """Returns the files behind the name of an image, series or patient in reports, such as "series-5d8538175f2c/0003".
+    """Returns the files of an image, series or patient named in reports, such as "series-5d8538175f2c/0003".
 
     `options` must equal those of the preparation. Raises ValueError if nothing in `source` has this name.
     """
@@ -135,7 +135,7 @@ def _classes(labels: Sequence[str], order: tuple[str, ...]) -> tuple[str, ...]:
 def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
     """Sets a column to the first group of a regex in the path of each row (group) or in its file name (source).
 
-    Raises ValueError for an invalid pattern, a row that does not match, and a column that labels.csv already has.
+    Raises ValueError for an invalid pattern, a row that does not match, or a column that labels.csv already has.
     """
     flag = f"--{column}_pattern={pattern}"
     if pattern and any(getattr(row, column) for row in rows):
@@ -159,7 +159,7 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
 def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
     """Returns the rows, no extra columns, notes and warnings.
 
-    With `by_folder`, images and NIfTI files are grouped by the folders below the class folders; DICOM has patient ids.
+    With `by_folder`, the folders below the class folders are the groups of all files but DICOM, which has patient ids.
     """
     files = list_files(source)
     kinds = {path: name for path in files if (name := folder_volumes.kind(str(source / path)))}
@@ -182,15 +182,15 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
     if 0 < len(patients) < MIN_PATIENTS:
         raise ValueError(
             f"{source}: are the folders {', '.join(sorted(patients))} below the class folders patients? Give a "
-            "--group_pattern that matches the patients, or --group_pattern=none if each image is from another patient"
+            "--group_pattern that matches the patients, or --group_pattern=none if each image is from a new patient"
         )
     if patients:
         notes.append(f"{len(patients):,} patients by the folders below the class folders")
     pairs = Counter(group for group, _ in {(row.group, row.label) for row in rows})
     if shared := sorted(name for name in patients if pairs[name] > 1):
         warnings.append(
-            f"{len(shared):,} patient folders have the same name in several classes, such as {shared[0]}, and count as "
-            f"one patient; if they are different patients: --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
+            f"{len(shared):,} patient folders (such as {shared[0]}) have the same name in several classes and count as "
+            f"one patient; if they are not, use --group_pattern='{'[^/]+/' * (depth - 1)}([^/]+/[^/]+)/'"
         )
     return rows, (), notes, warnings
 

@@ -10,7 +10,7 @@ from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.datasets import PrepareOptions
 
-# Suffixes of files that are only counted; the names of all other files that can't be read are printed.
+# Suffixes of files that are only counted; other files that can't be read are listed by name.
 DOCUMENTS = (
     ".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".pdf", ".doc", ".docx", ".xls", ".xlsx",
     ".db", ".ini", ".log", ".py", "dicomdir",
@@ -91,11 +91,11 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     """Replaces each row of a DICOM or NIfTI file by the images that `options` select.
 
     DICOM images are named "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" (X-rays and single slices),
-    where HASH is the `volumes.pseudonym` of the UID; rows without a group get that of the patient id. A NIfTI file
-    keeps its path and is its own group.
+    where HASH is the `volumes.pseudonym` of the UID; rows without a group get the pseudonym of the patient id. A NIfTI
+    file keeps its path and is its own group.
 
     Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
-    come first, so that otherwise preparation fails before anything is written.
+    come first, so that without that flag, preparation fails before anything is written.
 
     Returns the rows, notes, and whether all images are axial CT slices. Raises ValueError for invalid options, a
     missing package, and a NIfTI file that is listed twice.
@@ -150,13 +150,13 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
             continue
         name = f"image-{volumes.pseudonym(header.image, options.salt)}"
         if name in xrays:
-            copy = ValueError(f"{header.path} has the SOPInstanceUID of {xrays[name]}: keep one of them")
+            copy = ValueError(f"{header.path} has the same SOPInstanceUID as {xrays[name]}: keep one of them")
             result.append(_bad(row, row.file, copy))
             continue
         xrays[name] = str(header.path)
         result.append(replace(row, file=name, image=partial(dicom.xray, header.path)))
     if len(xrays) + len(series) > 1 and len(patients) == 1:
-        notes["PatientID in all DICOM files, so they count as one patient unless groups are given"] = [""]
+        notes["PatientID for all DICOM files, so they count as one patient unless groups are given"] = [""]
     if xrays:
         notes["X-rays from DICOM files, each in its own window"] = [""] * len(xrays)
     if series:

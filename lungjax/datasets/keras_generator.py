@@ -1,4 +1,4 @@
-"""Random copies of images as Keras's ImageDataGenerator made them for studies that stored such copies."""
+"""Transforms images like Keras's ImageDataGenerator, for studies that stored the transformed copies."""
 
 import numpy as np
 from scipy import ndimage

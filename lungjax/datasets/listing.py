@@ -1,4 +1,4 @@
-"""Types that describe a data set before any image is read, without TFDS, whose import would delay help and errors."""
+"""Types that describe a data set before its images are read. TFDS is not imported, as it would delay help texts."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ class Example:
     """One image of a data set before it is read.
 
     `split` is the initial split of the clean protocol, which then removes images with a duplicate in a later split.
-    `study` are the splits of the study with repetitions: "train", "train*3", "val+test", or "" for unused images.
+    `study` has the splits of the study with repetitions: "train", "train*3", "val+test", or "" for unused images.
     """
 
     file: str  # name in reports; unique in the data set
@@ -83,9 +83,9 @@ def compare_counts(
     name: str,
     unit: str = "images",
 ) -> list[str]:
-    """Returns one line per split of `Example.study` with other counts per class than published, or that all agree.
+    """Returns one line per split of `Example.study` whose counts per class differ from the published ones, if any.
 
-    `expected` maps a split, or "all" for the complete data set, to published counts in label order.
+    If all agree, returns a line that says so. `expected` maps a split, or "all", to published counts in label order.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for example in examples:

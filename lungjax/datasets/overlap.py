@@ -12,18 +12,18 @@ from lungjax.data.prepared import Prepared
 from lungjax.datasets import DATASETS, resolve
 
 MAX_NAMES = 5  # patients, sources or pairs in an error message
-PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient: the same in all folders prepared in one data_dir
+PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient; the same in all folders prepared in one data_dir
 
 
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
     """Checks whether test images of `other` show patients in train or val of `own`; returns `other` and notes.
 
-    It compares, in this order, patient names (of versions of one data set), sources (see `shared_sources`), equal
-    pixels and near duplicates. For stages, the last two compare the complete images if those are prepared in
+    The checks are, in this order: patient names (in versions of one data set), sources (see `shared_sources`), equal
+    pixels, and near duplicates. For stages, the last two compare the complete images if these are prepared in
     `data_dir`. `what` names the test images, such as "the test split of folder/b".
 
-    Raises ValueError for shared patients. With `drop`, all test images of these patients are removed from the test
-    split instead; a shared source, whose patients are unknown, and a test without other patients remain errors.
+    Raises ValueError for shared patients. With `drop`, all images of these patients are removed from the test split
+    instead; a shared source, whose patients are unknown, and a test split without other patients remain errors.
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
     view, groups = other, other.columns["group"][rows]
@@ -41,7 +41,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
         if not drop:
             fail(text, names)
     if sources := shared_sources(own, seen, other, rows):
-        fail("both may show the same patients under different names, in images of", sources)
+        fail("patients may be the same under different names, since both include images of", sources)
     doubts = []
     sides = [_without_stage(own, seen, data_dir), _without_stage(other, rows, data_dir)]
     if sides[0] and sides[1]:
@@ -58,7 +58,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
         if not drop:
             fail(text, shared["examples"])
     if removed.all():
-        fail("no image is left without", ["the patients that the run has seen"])
+        fail("no image is left after excluding", ["the patients that the run has seen"])
     if removed.any():
         count = f"{removed.sum():,} of {total} of {len(np.unique(groups[removed])):,} patients"
         doubts.append(f"--overlap=drop left out {count} that the run has seen in training or validation.")
@@ -86,7 +86,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
     """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
 
-    Names of sources in users' folders and in synthetic data sets are not public, so they are ignored.
+    Source names in users' folders and synthetic data sets are not public, so they are ignored.
     """
     if _identity(one) == _identity(other):
         return []

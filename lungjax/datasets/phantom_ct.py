@@ -12,7 +12,7 @@ from lungjax.datasets.phantom import slices as phantom
 
 CLASSES = phantom.CLASSES
 SIZES = {"default": (360, 3), "tiny": (24, 2)}  # patients, slices per patient
-SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the rest is test
+SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the others are test
 
 ABOUT = About(
     title="synthetic axial chest CT slices: normal, pneumonia, COVID-19; no download",

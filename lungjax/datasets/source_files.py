@@ -1,4 +1,4 @@
-"""Reading a downloaded data set: paths in any letter case, tables, lists, and groups from file names."""
+"""Reads downloaded data sets: paths regardless of case, tables, lists, and groups from file names."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file, each with its location. Raises ValueError like `read_table`, or without rows."""
+    """Returns the rows of a CSV file with their locations. Raises ValueError as `read_table`, or if there are none."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -100,7 +100,7 @@ _FIGURE = re.compile(
     r"day[-_]?\d+|\d+-(?:hours|days)|admission|left|right|pa|ap|lrg|html|webp|main|pdf|annot|original)$",
     re.IGNORECASE,
 )
-# Ids of cases, which are kept complete: a UUID or hash, and numbered cases of Radiopaedia and SIRM.
+# Ids of cases, which are not shortened: UUIDs, hashes, and numbered cases of Radiopaedia and SIRM.
 _CASE = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}(?=-)|case_\d+|"
     r"(?:radiop\w+-)?covid-19-(?:(?!day-)[a-z]+-)+\d+(?!-(?:hours|days)))(?![0-9a-z])",
@@ -111,8 +111,8 @@ _CASE = re.compile(
 def web_case(stem: str) -> str:
     """Returns the case or paper of an image of the COVID-19 image data collection, from its file name.
 
-    The end of a name distinguishes the figures of one paper, which may show several patients: a group may be too large,
-    but is rarely too small. An id without a figure number is a separate case.
+    The end of a name distinguishes the figures of one paper, which may show several patients, so a group may be too
+    large but is rarely too small. An id without a figure number is a separate case.
     """
     match = _CASE.match(stem)
     if match:

@@ -15,10 +15,10 @@ WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 
 
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
-    """Returns predictions from the source of an image alone: the class frequencies of the training images from it.
+    """Returns predictions from the source of an image alone: the class frequencies of this source in the train split.
 
-    Sources that are unknown or missing in train get the frequencies of all training images (`statistics.frequencies`
-    describes the smoothing). Returns None if the training images have fewer than two known sources.
+    If the source is unknown or missing in train, the frequencies are those of all training images (smoothing: see
+    `statistics.frequencies`). Returns None if the training images have fewer than two known sources.
     """
     train, rows = data.rows("train"), data.rows(split)
     sources, labels, classes = data.columns["source"], data.columns["label"], len(data.classes)
@@ -38,10 +38,10 @@ def warnings(report: Mapping[str, Any]) -> Iterator[str]:
     network = report["test"]["slice"]["auc_macro"]
     reference = "undefined" if network is None else f"{network:.3f}"
     texts = {
-        "no_lungs": "With the lungs blacked out the network still reaches a test AUC of {:.3f} ({} with them): it uses "
-        "image content outside the lungs.",
+        "no_lungs": "With the lungs blacked out, the network still reaches a test AUC of {:.3f} ({} with them): it "
+        "uses image content outside the lungs.",
         "source_only": "The source of an image alone gives a test AUC of {:.3f} (network: {}): it predicts the class, "
-        "and the network may have learned to recognize it.",
+        "and the network may have learned to recognize the source.",
     }
     for name, text in texts.items():
         auc = report["controls"].get(name, {}).get("auc_macro")

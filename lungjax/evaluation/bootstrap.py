@@ -30,7 +30,7 @@ BLOCK = 400_000  # examples x draws at a time
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two runs; None where it is undefined."""
+    """The difference of one metric between two runs; undefined values are None."""
 
     a: float | None
     b: float | None
@@ -57,7 +57,7 @@ def intervals(
 def over_runs(
     runs: Sequence[Predictions], names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice"
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
-    """Returns (mean over the runs, low, high) of each named metric, None where undefined.
+    """Returns (mean over the runs, low, high) of each named metric, with None for undefined values.
 
     Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
     patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
@@ -90,9 +90,9 @@ def paired_difference(
 ) -> dict[str, Difference]:
     """Returns the difference between two networks by metric name; each draw uses the same patients for both.
 
-    `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, and at
-    most 1: the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4). With 2,000
-    draws it is at least 0.001. It is not corrected for multiple comparisons. Other arguments are as in `over_runs`.
+    `p` is twice the smaller share of draws with a difference <= 0 or >= 0, with one draw added to each count, capped at
+    1. It is the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4), at least
+    0.001 with 2,000 draws and not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
     points, samples = _evaluate([a, b], names, draws, seed, unit)
     result = {}
@@ -118,7 +118,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
     order_a, order_b = np.argsort(a.ids, kind="stable"), np.argsort(b.ids, kind="stable")
     if len(a) != len(b) or (a.ids[order_a] != b.ids[order_b]).any():
         ids = np.setxor1d(a.ids, b.ids)
-        reason = f"{len(ids)} of them in only one, such as {ids[0]}" if len(ids) else "some are duplicates"
+        reason = f"{len(ids)} of them are in only one, such as {ids[0]}" if len(ids) else "some are duplicates"
         raise ValueError(f"different examples, {len(a)} and {len(b)}: {reason}")
     rows = np.empty(len(a), np.int64)
     rows[order_a] = order_b
@@ -134,7 +134,7 @@ def align(a: Predictions, b: Predictions) -> Predictions:
 
 
 def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`], for any `block` the same draws."""
+    """Yields how often each patient was drawn, float64 [patients, up to `block`]; draws do not depend on `block`."""
     rng = np.random.default_rng(seed)
     for start in range(0, draws, block):
         counts = [
@@ -176,7 +176,7 @@ def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, fl
 def _evaluate(
     runs: Sequence[Predictions], names: Sequence[str] | None, draws: int, seed: int, unit: str
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]]]:
-    """Returns the metrics of each run, and the draws [draws] of each metric, NaN where undefined.
+    """Returns the metrics of each run, and their draws, {metric: [draws]}, with NaN for undefined values.
 
     Runs are aligned with the first. With fewer than two patients, all draws are NaN.
     """
@@ -204,7 +204,7 @@ def _evaluate(
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
-    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
+    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is the patient per example."""
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

@@ -20,7 +20,7 @@ SCORES = ("ece", "brier", "loss")
 def fit_temperature(predictions: Predictions) -> float:
     """Returns the temperature, within BOUNDS, that minimizes the mean cross-entropy of the predictions.
 
-    Without logits, log probabilities are used. Raises ValueError without examples, or for invalid probabilities.
+    Without logits, log probabilities are used. Raises ValueError if there are no examples or probabilities are invalid.
     """
     p = predictions
     if not len(p):
@@ -53,7 +53,7 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     """Returns the `metrics.BINS` bins of a reliability diagram, of equal width over the highest probability.
 
     Each is {low, high, n, confidence, accuracy}: the edges (the upper one is included), the number of examples, their
-    mean highest probability and their accuracy, both None in an empty bin.
+    mean highest probability and their accuracy. The last two are None in an empty bin.
     """
     p = predictions
     top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
@@ -69,9 +69,9 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns `calibration` of the report: the temperature fitted on val, SCORES and bins of test before and after.
+    """Returns `calibration` of the report: the temperature from val, and SCORES and bins of test before and after it.
 
-    `report.write` lists the keys. Raises ValueError without val examples, or for invalid probabilities.
+    `report.write` lists the keys. Raises ValueError if val has no examples or probabilities are invalid.
     """
     temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}

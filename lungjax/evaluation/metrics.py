@@ -1,7 +1,7 @@
 """The metrics of a report, computed from labels and probabilities in float64.
 
-Definitions, per class against the rest, with TP, FP, FN, TN from the confusion matrix. The predicted class has the
-highest probability; the first one if tied.
+Metrics per class compare the class with the rest; TP, FP, FN and TN are from the confusion matrix. The predicted class
+is the one with the highest probability, or the first such class if tied.
 
     precision (positive predictive value)  TP / (TP + FP)      recall (sensitivity)  TP / (TP + FN)
     npv (negative predictive value)        TN / (TN + FN)      specificity           TN / (TN + FP)
@@ -11,7 +11,7 @@ highest probability; the first one if tied.
 
 `_macro` is the mean over the classes, `_weighted` the mean weighted by the true class counts, and `_micro` pools all
 example-class pairs into one two-class problem. `balanced_accuracy` is the mean recall, so it equals `recall_macro`.
-`loss` is the mean of -log(probability of the true class) in nats, probabilities clipped at 2.2e-16. Calibration:
+`loss` is the mean of -log(probability of the true class) in nats, with probabilities clipped at 2.2e-16. Calibration:
 
     ece      expected calibration error: mean over the examples of |mean probability - accuracy| of their bin, with 15
              bins of equal width of the highest probability (Guo et al., arXiv 1706.04599; bins include the upper edge)
@@ -58,7 +58,7 @@ def summarize(predictions: Predictions) -> Level:
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
     WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
     true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study` (`study_metrics`). Rates are 0..1, or None if
-    undefined. Raises ValueError naming the examples whose probabilities are NaN, outside 0..1 or don't sum to 1.
+    undefined. Raises ValueError, with example names, if probabilities are NaN, outside 0..1 or don't sum to 1.
     """
     p = predictions
     check_probabilities(p)
@@ -163,7 +163,7 @@ def report_levels(predictions: Predictions) -> dict[str, Any]:
 
 
 def by_source(predictions: Predictions) -> dict[str, Predictions]:
-    """Returns the predictions of each source, "unknown" for examples without one; {} if no source is known."""
+    """Returns the predictions by source, with "unknown" for examples without one; {} if no source is known."""
     if not (predictions.sources != "").any():
         return {}
     names = np.where(predictions.sources == "", "unknown", predictions.sources)
@@ -218,7 +218,7 @@ def patient_keys(predictions: Predictions) -> np.ndarray:
 
 
 def check_probabilities(predictions: Predictions) -> None:
-    """Raises ValueError naming the examples whose rows are not probabilities."""
+    """Raises ValueError with the names of the examples whose rows are not probabilities."""
     p = np.asarray(predictions.probabilities, dtype=np.float64)
     for what, bad in (
         ("are NaN or infinite", ~np.isfinite(p).all(axis=1)),
@@ -232,7 +232,7 @@ def check_probabilities(predictions: Predictions) -> None:
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall, specificity, npv and f1 of each class, [..., C] each, NaN where undefined.
+    """Returns precision, recall, specificity, npv and f1 per class, [..., C], with NaN for undefined rates.
 
     `confusion` [..., C, C]: entry i, j is the number of examples of class i predicted as class j.
     """

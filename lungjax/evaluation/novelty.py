@@ -29,7 +29,7 @@ MIN_IMAGES = (20, 5)  # of the train and val splits
 RIDGE = 0.2  # added to each standard deviation, as a fraction of it
 POWER = 8  # exponent of the power mean of the three distances: nearly their maximum
 # Smallest standard deviation of each feature, in its unit: gray levels of 0..255; 20 times a logarithm, so 1 is 5
-# percent; 50 times a contrast or correlation. It applies to what never varies, such as the color of gray images.
+# percent; 50 times a contrast or correlation. It applies to features that never vary, such as the color of gray images.
 TOLERANCES = {
     "intensity": np.full(13, 2.0),
     "detail": np.asarray([2.0] * 5 + [1.0, 1.5]),

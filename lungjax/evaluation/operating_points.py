@@ -26,20 +26,20 @@ COUNTS = ("tp", "fp", "fn", "tn")
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
     """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
 
-    Raises ValueError for an unknown rule, or if the class has all of the examples or none.
+    Raises ValueError for an unknown rule, or if all examples or none of them belong to the class.
     """
     if reason := _one_sided(predictions, class_index):
         raise ValueError(reason)
     name, _, number = rule.partition("_")
     sensitivity = float(number) if re.fullmatch(r"[0-9.e-]+", number) else 0.0
     if rule != "youden" and not (name == "sensitivity" and 0 < sensitivity <= 1):
-        raise ValueError(f"rule {rule!r}: expected youden and sensitivity_X with 0 < X <= 1")
+        raise ValueError(f"rule {rule!r}: expected youden or sensitivity_X with 0 < X <= 1")
     from sklearn.metrics import roc_curve  # here: it takes two seconds to import
 
     positive, scores = predictions.labels == class_index, _scores(predictions, class_index)
     fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
     good = tpr - fpr if rule == "youden" else tpr >= sensitivity
-    return float(thresholds[1 + np.argmax(good[1:])])  # the first one if tied, without the threshold infinity
+    return float(thresholds[1 + np.argmax(good[1:])])  # the first one if tied; skips the threshold infinity
 
 
 def metrics_at_thresholds(
@@ -83,7 +83,7 @@ def metrics_at_thresholds(
 
 
 def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Returns `operating_points` of the report, {class: {rule: metrics at its threshold}}.
+    """Returns the entry `operating_points` of the report, {class: {rule: metrics at its threshold}}.
 
     A class without a threshold has {}; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
     """

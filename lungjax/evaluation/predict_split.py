@@ -29,7 +29,7 @@ def predict(
     """Returns the predictions for every example of a split, in record order.
 
     The outputs of `predict_step`, a jitted function of `variables` and a batch, are replicated, so every host has all
-    predictions. With `watch`, raises Interrupted between batches after a signal; without, shows a progress bar. Raises
+    predictions. With `watch`, raises Interrupted between batches after a signal; otherwise shows a progress bar. Raises
     ValueError for an empty split.
     """
     rows = data.rows(split)

@@ -1,8 +1,8 @@
 """Predictions for the examples of a split, in memory and as a CSV file.
 
 Columns of the CSV, one row per example: `id`, `group` (patient), `source`, `label` and `predicted` (class names),
-`p_CLASS` and, if logits are known, `logit_CLASS` for each class in label order, `extra_NAME` for each additional column
-of the data set. Every metric of a report can be computed from this file.
+`p_CLASS` and, if logits are known, `logit_CLASS` for each class in label order, and `extra_NAME` for each additional
+column of the data set. Every metric of a report can be computed from this file.
 """
 
 import csv
@@ -50,7 +50,7 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The class with the highest probability, the first one if tied, int64 [N]."""
+        """The class with the highest probability (the first one if tied), int64 [N]."""
         return self.probabilities.argmax(axis=1) if len(self) else np.zeros(0, np.int64)
 
 

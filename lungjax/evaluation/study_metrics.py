@@ -1,4 +1,4 @@
-"""Metrics as the reproduced studies define them, for comparison with their tables: `study` of a level.
+"""Metrics as the reproduced studies define them, for comparison with their tables: the key `study` of a level.
 
 f1_weighted         CT-COV19: TensorFlow Addons' F1Score(average="weighted") of the network's outputs (logits if known).
                     All classes tied for the highest output count as predicted, and 0 / 0 is 0.

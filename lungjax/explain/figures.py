@@ -90,7 +90,7 @@ def draw_images(
     """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
 
     `pictures` yields the name and the network input, uint8 [H, W, C], of each image. `target` is the class to explain,
-    None for the predicted one. `save_maps` also writes NAME_METHOD.npy.
+    or None for the predicted one. `save_maps` also writes NAME_METHOD.npy.
     """
     used: set[str] = set()
     count, remaining = 0, iter(pictures)
@@ -119,8 +119,8 @@ def draw_split(
 ) -> list[str]:
     """Writes index.csv and page_001.png, ... of a split, most confident first; returns errors of unreadable images.
 
-    `count` selects that many images, evenly spaced in this order. Wrong predictions have a colored frame. Raises
-    ValueError if no image of the split can be read.
+    `count` limits the number of images, which are evenly spaced in this order. Wrong predictions have a colored frame.
+    Raises ValueError if no image of the split can be read.
     """
     bad: list[str] = []
     data = reader.data

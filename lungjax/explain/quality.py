@@ -6,7 +6,7 @@
 - Deletion curve (Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421): the probability of the class as pixels are
   replaced by the image's mean in the order of the map; a lower area under the curve is better.
 - Sanity check (Adebayo et al., NeurIPS 2018, arXiv 1810.03292): rank correlation with the map after shuffling weights,
-  first of the head, then of ever more layers. A map that does not change shows the image rather than the network.
+  first of the head, then of more and more layers. A map that does not change shows the image, not the network.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from lungjax.report import templating
 
 FIRST_SEED = 2**40  # of new patients: the seeds of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices per patient that are searched for a lesion
-TOLERANCE = 0.05  # fraction of the shorter side: largest distance from the lesion of a hit with tolerance
+TOLERANCE = 0.05  # fraction of the shorter side; hits with tolerance are at most this far from the lesion
 DELETIONS = 20  # steps of the deletion curve
 SANITY_IMAGES = 16
 DRAWS = 3  # of shuffled weights
@@ -116,9 +116,9 @@ def random_maps(count: int, grain: tuple[int, int], size: tuple[int, int], seed:
 def deletion(
     explainer: Explainer, images: np.ndarray, maps: np.ndarray, targets: np.ndarray, steps: int = DELETIONS
 ) -> np.ndarray:
-    """Returns the deletion curve of each image, the probability of its class, float64 [N, steps + 1].
+    """Returns the deletion curve of each image (the probability of its class), float64 [N, steps + 1].
 
-    In column i, the fraction i / steps of the pixels with the highest values is replaced by the mean; ties are random.
+    In column i, the mean replaces the fraction i / steps of the pixels, highest values first; ties are broken randomly.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)
@@ -163,7 +163,7 @@ def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> di
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 if either is constant."""
+    """Returns Spearman's correlation of each pair of maps [N, H, W], float64 [N]; 0 if a map is constant."""
     ranks = [stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (one, other)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
     norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
@@ -233,7 +233,7 @@ def measure(
 ) -> dict[str, Any]:
     """Returns {"pointing", "deletion", "sanity"} of a method; prints progress.
 
-    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. "pointing" needs their `slices`.
+    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. `slices` adds "pointing".
     """
     print(f"{method}: maps of {len(images)} images")
     maps, _ = explainer.maps(images, targets, method)
@@ -268,9 +268,9 @@ def write(
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
 
-    Uses `count` evenly spaced images of the reader's test split, for the class `target` or the predicted ones, without
-    the pointing game. With `reader` None, for networks of phantom_ct, it uses synthetic slices of `count` new patients
-    and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
+    Uses `count` evenly spaced images of the reader's test split and explains the class `target` or the predicted ones,
+    without the pointing game. If `reader` is None (networks of phantom_ct), it uses synthetic slices of `count` new
+    patients and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
     """
     bad: list[str] = []
     slices = None

@@ -5,9 +5,9 @@ need one forward pass and the gradient of the head. The score of a class is its 
 positive class and -z for the other one.
 
 With valid padding the last feature map covers only the center of the image, and its map is placed there
-(`models.receptive_field`). The papers stretch it over the entire image, and so does gradcam_positive. A map shows which
-pixels the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or
-from a last feature map of one cell) is all zeros rather than amplified noise.
+(`models.receptive_field`). The papers and gradcam_positive stretch it over the entire image. A map shows which pixels
+the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or from a
+last feature map of one cell) is all zeros rather than amplified noise.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def gradcam(last: jax.Array, gradient: jax.Array) -> Maps:
 
 
 def gradcam_positive(last: jax.Array, gradient: jax.Array) -> Maps:
-    """The CT-COV19 study's variant (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
+    """Grad-CAM of the CT-COV19 study (github.com/marta-0/covid-ct, covid/gradcam.py, after a PyImageSearch tutorial).
 
     A channel's weight is the mean of its gradient where activation and gradient are positive, and 0 elsewhere; there is
     no ReLU of the sum. No weight is negative, so evidence against the class is not subtracted.
@@ -61,7 +61,7 @@ def gradcam_plus_plus(last: jax.Array, gradient: jax.Array) -> Maps:
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv 1710.11063, equation 19), for the exponential of the score.
 
     With g the gradient of the score at a cell and S the sum of the channel's activations, the paper's coefficient
-    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); its sum is the channel's weight. The factor
+    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); the weight of a channel sums this. The factor
     exp(score), the same for all cells, is omitted. The paper assumes positive activations; without a final ReLU (BiT,
     ConvNeXt) S sums only positive ones, which keeps the coefficient in 0..1/2.
     """
@@ -84,7 +84,7 @@ CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
 
 
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
-    """Returns the score [B] of the class `targets` [B] of each example from its logits [B, outputs]."""
+    """Returns the score [B] of one class per example, `targets` [B], from the logits [B, outputs]."""
     if positive is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jnp.where(targets == positive, logits[:, 0], -logits[:, 0])
@@ -151,8 +151,8 @@ class Explainer:
         """Integrated gradients (Sundararajan et al., ICML 2017, arXiv 1703.01365) from a black image.
 
         Returns float32 [B, H, W, C], the pixel values times the mean gradient of the score along the path from black to
-        the image (midpoints of `steps` equal parts), and [B], the difference of the scores of image and black. By the
-        completeness axiom, up to the discretization error, the attributions of an image add up to this difference.
+        the image (midpoints of `steps` equal parts), and [B], the score of the image minus that of black. By the
+        completeness axiom, the attributions of an image add up to this difference, up to the discretization error.
         """
         images, targets = self._checked(images, targets)
         program = self._program("slope")

@@ -1,1 +1,1 @@
-"""A finished run as a file that needs no lungjax: StableHLO, ONNX, SavedModel, and Triton's folder layout."""
+"""Exports of finished runs that need no lungjax: StableHLO, ONNX, SavedModel, and Triton's folder layout."""

@@ -8,8 +8,8 @@
 Each export contains weights, normalization, calibration and metadata, and takes any number of images. An export whose
 logits differ from those of the network by more than 1e-5 of their range is an error. An existing export is replaced.
 
-jax can read a model.pyz only for some months. --refresh=model.pyz replaces it with one for the installed jax, from the
-weights and the configuration in the file; with --format=onnx it writes an ONNX file.
+A model.pyz can be read by jax for some months only. --refresh=model.pyz replaces it with one for the installed jax,
+built from the weights and the configuration in the file; with --format=onnx it writes an ONNX file.
 """
 
 import importlib.util
@@ -34,9 +34,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")
-    flags.DEFINE_string("refresh", None, "A model.pyz to export again for the installed jax, instead of --workdir.")
+    flags.DEFINE_string("refresh", None, "A model.pyz to export again for the installed jax; replaces --workdir.")
     flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
-    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export, or that of --refresh.")
+    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export, or the folder of --refresh.")
 
 
 def main(_: list[str]) -> None:

@@ -33,7 +33,7 @@ from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 
 TOLERANCE = 1e-5  # largest difference of an export from the network, relative to the range of the logits
-ROUNDING_FACTOR = 4  # times the network's own rounding error are allowed if that is larger
+ROUNDING_FACTOR = 4  # an export may have this multiple of the network's own rounding error, if that is larger
 MAX_TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)  # batch sizes of the comparison
 
@@ -85,8 +85,8 @@ class Functions:
 
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
-        Raises ValueError if it is above TOLERANCE. If float32 itself loses more in this network (the difference between
-        the network as trained and folded), ROUNDING_FACTOR times that is allowed, at most MAX_TOLERANCE.
+        Raises ValueError if it is above MAX_TOLERANCE, or above both TOLERANCE and ROUNDING_FACTOR times the difference
+        of the folded network in float32.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]
@@ -134,17 +134,17 @@ def worst_difference(results: list[Any], expected: list[Any]) -> float:
 
 
 def load(workdir: Path) -> Functions:
-    """Returns the functions of a finished run, computed in float32. Raises ValueError as `model.load_finished`."""
+    """Returns the functions of a finished run in float32. Raises the same errors as `model.load_finished`."""
     network, metadata = model.load_finished(workdir)
-    # `weights` may name a folder of this machine, and is not needed any more.
+    # `weights` may name a folder of this machine and is no longer needed.
     config = replace(network.config.model, dtype="float32", weights="none")
     return Functions(metadata, config, models.build(config, len(metadata.classes)), network.variables)
 
 
 def from_pyz(path: Path) -> Functions:
-    """Returns the functions of a model.pyz, built again from its weights and configuration, without its programs.
+    """Returns the functions of a model.pyz, rebuilt from its weights and configuration instead of its programs.
 
-    Raises ValueError as `artifacts.read_parts`, and if weights and configuration don't fit together.
+    Raises ValueError as `artifacts.read_parts`, and if weights and configuration do not match.
     """
     metadata, weights, about = artifacts.read_parts(path)
     where = f"{path}: {artifacts.ABOUT}"
@@ -158,13 +158,13 @@ def from_pyz(path: Path) -> Functions:
     leaves = batch_norm_folding.unfold(weights, pairs)
     expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
-        raise ValueError(f"{where}: the weights are those of another network or another version of lungjax")
+        raise ValueError(f"{where}: the weights belong to another network or another version of lungjax")
     return Functions(metadata, config.model, module, _tree(leaves))
 
 
 @contextmanager
 def without_source_paths() -> Iterator[None]:
-    """Keeps paths of this machine out of a program, where jax records the source line of each operation."""
+    """Keeps paths of this machine out of a program, since jax records the source line of each operation."""
     names = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
     before = {name: getattr(jax.config, name) for name in names}
     try:

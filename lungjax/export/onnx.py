@@ -26,7 +26,7 @@ TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     """Writes FILE into `folder`, runs it with onnxruntime, and returns its path and the result of `Functions.check`.
 
-    Raises ValueError as `check`, and for a network too large for the format; then no file remains.
+    If the check fails or the network is too large for the format, raises ValueError and leaves no file.
     """
     import onnx
 
@@ -46,9 +46,9 @@ def convert(functions: Functions) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
     from jax2onnx import to_onnx
 
-    for name in ("jax2onnx", "onnx_ir"):  # they warn about each missing plugin and each shape
+    for name in ("jax2onnx", "onnx_ir"):  # the packages warn about each missing plugin and each shape
         logging.getLogger(name).setLevel(logging.ERROR)
-    weights = functions.weights  # outside of the trace, in which they would be abstract
+    weights = functions.weights  # outside of the trace, in which the arrays would be abstract
 
     def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
         outputs = functions.predict(weights, pixels)
@@ -66,7 +66,7 @@ def convert(functions: Functions) -> Any:
 
 
 def fix_pools(model: Any) -> None:
-    """Turns each max pool over four axes, with two Unsqueeze before and a Squeeze after it, into one over two."""
+    """Replaces each max pool over four axes, with its two Unsqueeze and one Squeeze, by one over two."""
     from onnx import helper
 
     graph = model.graph

@@ -2,7 +2,7 @@
 
     signature serving_default: pixels uint8 [B, H, W, C] -> probabilities, logits [B, classes], features [B, F], float32
 
-jax2tf with native serialization: TensorFlow runs the same program as `model.pyz`, through XLA, on CPU, CUDA and TPU.
+With native serialization of jax2tf, TensorFlow runs the same program as `model.pyz`, through XLA, on CPU, CUDA and TPU.
 model.json is in assets.extra, which TensorFlow ignores.
 """
 
@@ -19,7 +19,7 @@ FOLDER = "savedmodel"
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER into `folder`, reloads it, and returns its path and `Functions.check`. Raises its errors."""
+    """Writes FOLDER into `folder` and reloads it; returns its path and the result of `Functions.check`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
     from jax.experimental import jax2tf

@@ -19,7 +19,7 @@ from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
 
 FILE = "model.pyz"
-EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models are equal files
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal models give equal files
 SCRIPT = "__main__.py"
 # Files of lungjax that the script imports to read images and to write records.
 PACKED = (
@@ -40,7 +40,7 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FILE into `folder`, reads it back, and returns its path and `Functions.check`. Raises its errors."""
+    """Writes FILE into `folder` and reads it back; returns its path and the result of `Functions.check`."""
     path = folder / FILE
     with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:

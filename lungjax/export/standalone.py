@@ -1,8 +1,8 @@
 """Predicts with the model in this file: python model.pyz scan.png more/*.png
 
-Needs Python 3.11, jax, numpy and pillow; also scikit-image if the model was trained on segmented bodies or lungs.
+Needs Python 3.11, jax, numpy and pillow, and scikit-image if the model was trained on segmented bodies or lungs.
 Prints CSV: the calibrated class probabilities of each image, and whether each class reaches its operating point.
-PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000; 16-bit images go through the window of the training
+Reads PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000; 16-bit images get the window of the training
 images. For research use only. Not a medical device, not for diagnosis.
 """
 
@@ -25,7 +25,7 @@ BATCH = 8
 
 
 def main() -> int:
-    """Reads the command line, predicts, and returns the exit code: 1 if an image could not be read."""
+    """Parses the command line, predicts, and returns the exit code (1 if an image could not be read)."""
     about = artifacts.read_about(Path(__file__).parent)  # of the zip itself
     needs = f"Guaranteed to run with {artifacts.compatibility(about['jax'])}."
     parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1], epilog=needs)
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def predict(flags: argparse.Namespace) -> int:
-    """Predicts the images of the command line; returns the exit code."""
+    """Predicts the images on the command line; returns the exit code."""
     model = artifacts.read_pyz(Path(__file__).parent)  # the zip itself
     description = model.metadata
     if not flags.paths:
@@ -92,7 +92,7 @@ def predict(flags: argparse.Namespace) -> int:
 
 
 def gather(paths: list[str]) -> list[str]:
-    """Returns the files, and the images of folders. Raises ValueError for a folder without images."""
+    """Returns the given files and the images in the given folders. Raises ValueError for a folder without images."""
     files: list[str] = []
     for path in paths:
         if not Path(path).is_dir():

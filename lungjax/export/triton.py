@@ -2,7 +2,7 @@
 
     triton/NAME/config.pbtxt     backend, batching, inputs and outputs
     triton/NAME/1/model.onnx     version 1
-    triton/NAME/labels.txt       the classes, so that a client may request the k best by name
+    triton/NAME/labels.txt       the classes, so that clients can request the top k by name
     triton/NAME/model.json       `metadata.Metadata`
     triton/NAME/README.md        how to start the server and send a request
 
@@ -65,10 +65,10 @@ calibration are inside the model. With lungjax, `lungjax.load("{name}/1/model.on
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER/NAME into `folder`; otherwise as `onnx.write`, which writes its model.onnx."""
+    """Writes FOLDER/NAME into `folder`; returns and raises the same as `onnx.write`, which writes the model.onnx."""
     path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)
-    with atomic_folder(path / model_name(metadata), FILE) as model:  # other models of the repository stay
+    with atomic_folder(path / model_name(metadata), FILE) as model:  # other models in the repository remain
         (model / "1").mkdir()
         _, difference = onnx.write(functions, model / "1")
         features = functions.reference(functions.sample(1))["features"].shape[1]
@@ -80,7 +80,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
 
 
 def model_name(metadata: Metadata) -> str:
-    """Returns the model's name in folders and URLs: the letters, digits, `_`, `-` and `.` of the experiment's name."""
+    """Returns the experiment's name for folders and URLs, with `_` for all but letters, digits, `_`, `-` and `.`."""
     return re.sub(r"[^\w.-]+", "_", metadata.name, flags=re.ASCII).strip("._") or "model"
 
 

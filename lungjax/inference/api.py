@@ -74,7 +74,7 @@ def create(
     The network maps float32 images [B, H, W, C] from `preprocess` to (logits [B, classes], features);
     features["last"] is the map [B, h, w, c] before the head.
 
-    Raises ValueError for an unknown name or source, an incompatible file, too small a size, or a wrong class count.
+    Raises ValueError for an unknown name or source, an incompatible file, a size below the minimum, or wrong `classes`.
     """
     options = dict(fields, gray=gray, noncommercial=noncommercial)
     model = ModelConfig(name=name, weights=weights, head=head or HeadConfig(), **options)

@@ -35,19 +35,19 @@ from lungjax.data import preprocess
 from lungjax.evaluation import novelty
 
 ABOUT, MODEL, WEIGHTS = "artifact.json", "model.json", "weights.npz"
-OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of ONNX outputs
+OUTPUTS = ("probabilities", "logits", "features")  # of the predict program, in the order of the ONNX outputs
 PROGRAMS = ("predict", "gradcam")
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Compiler options that a file may set. Others are ignored, since some make the compiler write files.
 OPTIONS = ("xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width")
 # Calls to external code, which would let a forged file jump to any address in memory.
 CALLS = re.compile(r"(?:custom_call\s*@|call_target_name\s*=\s*\")([^\s(\"]+)")
-SAFE_CALLS = {"shape_assertion"}  # checks that the batch has at least one image
+SAFE_CALLS = {"shape_assertion"}  # assertion that the batch has at least one image
 METADATA_KEY = "lungjax"  # in an ONNX file's metadata_props
 
 
 def compatibility(version: str) -> str:
-    """Returns which versions of jax can read a program that was exported with `version`: those that jax guarantees.
+    """Returns which versions of jax are guaranteed to read a program that was exported with `version`.
 
     See docs.jax.dev/en/latest/export/export.html#compatibility-guarantees.
     """
@@ -97,7 +97,7 @@ class Preprocessor:
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
         if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
-            warnings.append(f"a small image, {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
+            warnings.append(f"small image: {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
         score = None if self.novelty is None else self.novelty.score(stored)
         if self.novelty is not None and score is not None and score > 1:
             warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")
@@ -153,14 +153,14 @@ def read_pyz(path: str | Path) -> Program:
 
 
 def read_parts(path: Path) -> tuple[Metadata, dict[str, np.ndarray], dict[str, Any]]:
-    """Returns metadata, weights and artifact.json of a `model.pyz` of any jax. Raises ValueError if it is damaged."""
+    """Returns metadata, weights and artifact.json of a `model.pyz` from any jax. Raises ValueError if it is damaged."""
     files = _members(path, (MODEL, WEIGHTS))
     metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
     return metadata, _weights(files[WEIGHTS], f"{path}: {WEIGHTS}"), read_about(path)
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Returns artifact.json of a `model.pyz`. Raises ValueError as `read_parts`."""
+    """Returns artifact.json of a `model.pyz`. Raises the same errors as `read_parts`."""
     try:
         about = json.loads(_members(path, (ABOUT,))[ABOUT])
         return about | {"jax": str(about["jax"]), "compiler_options": dict(about["compiler_options"])}
@@ -191,7 +191,7 @@ def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             weights = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # numpy and zipfile raise almost anything for damaged data
+    except Exception as error:  # numpy and zipfile raise almost any exception for damaged data
         raise ValueError(f"{where} can't be read ({error})") from None
     if not weights or any(array.dtype != np.float32 for array in weights.values()):
         raise ValueError(f"{where} must contain float32 arrays only")
@@ -208,17 +208,17 @@ def _program(data: bytes, path: Path, name: str, version: str) -> Any:
         calls = set(CALLS.findall(program.mlir_module())) - SAFE_CALLS
     except ImportError as error:  # jax reads programs with flatbuffers, but doesn't depend on it
         raise ValueError(f"{where}: {error}") from None
-    except Exception as error:  # jax raises almost anything for damaged data
+    except Exception as error:  # jax raises almost any exception for damaged data
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if version == jax.__version__:
             raise ValueError(f"{where}: damaged ({reason})") from None
         raise ValueError(
-            f"{where}: jax {jax.__version__} can't read it; it needs {compatibility(version)}. Install one of these or "
-            f"export it again: python -m lungjax.export --refresh={shlex.quote(str(path))} ({reason})"
+            f"{where}: jax {jax.__version__} can't read it; supported versions are {compatibility(version)}. Install "
+            f"one or export the model again: python -m lungjax.export --refresh={shlex.quote(str(path))} ({reason})"
         ) from None
     if calls:
         names = ", ".join(sorted(calls)[:3])
-        raise ValueError(f"{where}: refused, since it calls external code ({names}); exports never do")
+        raise ValueError(f"{where}: rejected, since it calls external code ({names}), which exports never do")
     return program
 
 
@@ -230,7 +230,7 @@ class Session:
     session: Any  # onnxruntime.InferenceSession
 
     def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Program.outputs`."""
+        """Returns the same outputs as `Program.outputs`."""
         arrays = self.session.run(list(OUTPUTS), {"pixels": np.ascontiguousarray(pixels)})
         return dict(zip(OUTPUTS, arrays, strict=True))
 

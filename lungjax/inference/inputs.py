@@ -1,7 +1,7 @@
 """Inputs of a trained model: images from files, folders, lists and scans.
 
-Inputs may be images (`images.FORMATS`), DICOM files and NIfTI volumes (both need the extra `dicom`), folders of these,
-and CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of a DICOM
+Inputs may be images (`images.FORMATS`), DICOM files or NIfTI volumes (both need the extra `dicom`), folders of these,
+or CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of a DICOM
 series, a NIfTI volume or a group form a series. Volumes are cut like the training images of the model.
 """
 
@@ -106,7 +106,7 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
         if place in series_by_path:
             if series_by_path[place] != series:
                 before = f"of {series_by_path[place]!r}" if series_by_path[place] else "without a patient"
-                inputs.failures.append((str(path), f"duplicate; predicted as the first one, {before}"))
+                inputs.failures.append((str(path), f"duplicate, predicted only once, as {before}"))
             continue
         series_by_path[place] = series
         try:
@@ -128,14 +128,14 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
 
 
 def reason(error: Exception, name: str) -> str:
-    """Returns the message of an error without the file name."""
+    """Returns the message of an error without the name of the file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).removeprefix(f"{name}: ") or type(error).__name__
 
 
 def _files(paths: Sequence[str], inputs: Inputs) -> Iterator[tuple[Path, str, str, str]]:
-    """Yields each file with its group or "", its short name, and the text in which a pattern finds its group."""
+    """Yields each file with its group or "", its short name, and the text that `group_pattern` is matched in."""
     lists = {text for text in paths if text.lower().endswith(".csv")}
     for text in paths:
         try:
@@ -177,7 +177,7 @@ def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> list[dicom.Header]:
-    """Adds a file; slices of a DICOM series are returned instead. Raises ValueError for another kind of file."""
+    """Adds a file, or returns its slices if it is from a CT series. Raises ValueError for another kind of file."""
     kind = folder_volumes.kind(path)
     if kind == "image":
         inputs.add(Item(path, Path(path).read_bytes, series, short))
@@ -200,7 +200,7 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
 def _add_dicom(
     inputs: Inputs, headers: Sequence[dicom.Header], names: dict[str, tuple[str, str]], metadata: Metadata
 ) -> None:
-    """Adds the slices of a DICOM series, or slices of another plane cut from it. Raises ValueError if it has gaps."""
+    """Adds the slices of a DICOM series, or slices of another plane. Raises ValueError if this plane can't be cut."""
     first, plane = str(headers[0].path), metadata.plane
     group, short = names[first]
     series = dicom.series(headers)
@@ -220,7 +220,7 @@ def _add_dicom(
     files = {str(header.path) for header in headers}
     folder = first if len(files) == 1 else os.path.dirname(first) or first
     name = inputs.add_volume(folder, group, series.notes, cut, series.shape)
-    if plane == series.plane:  # slice by slice: the volume need not be in memory
+    if plane == series.plane:  # slice by slice, so the volume need not fit into memory
         inputs.items += [item(series.headers[i], name) for i in _numbers(len(headers), metadata)]
         return
     short = short if len(files) == 1 else os.path.dirname(short) or os.path.basename(folder)

@@ -1,4 +1,4 @@
-"""A trained model applied to images; `load` opens a run folder, a `model.pyz` or a `model.onnx`.
+"""Applies a trained model to images; `load` opens a run folder, a `model.pyz` or a `model.onnx`.
 
     model = lungjax.load("runs/my_run")
     model.predict(["a.png"])           # calibrated probabilities [1, classes]
@@ -54,10 +54,10 @@ class Network:
 class Model:
     """A trained model, opened by `load`. It may be called from several threads.
 
-    `predict`, `logits`, `features` and `explain` take images: one or several, each the path of an image file or an
-    array [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in
-    pixels; by default, the body is located if the model was trained on body crops. These methods raise ValueError for
-    an image that can't be read or has another shape or type.
+    `predict`, `logits`, `features` and `explain` take one or several images, each the path of an image file or an array
+    [H, W] or [H, W, 3] (uint8, uint16, or float in 0..255). `boxes` are xmin, ymin, xmax, ymax of each image in pixels;
+    by default, the body is located if the model was trained on body crops. These methods raise ValueError for an image
+    that can't be read or has another shape or type.
     """
 
     metadata: Metadata
@@ -136,7 +136,7 @@ class Model:
             raise ValueError(f"targets={targets.tolist()}: expected {len(pixels)} class indices in 0..{classes - 1}")
         assert self.saliency is not None
         maps = [np.zeros((0, *self.metadata.input.size), np.float32)]
-        for i in range(len(pixels)):  # one at a time: a map costs about a forward pass, and one size compiles once
+        for i in range(len(pixels)):  # one at a time: a map takes about a forward pass, and one size compiles once
             with self.lock:
                 maps.append(self.saliency(pixels[i : i + 1], targets[i : i + 1].astype(np.int32), method))
         return np.concatenate(maps)
@@ -181,7 +181,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     file = workdir / metadata.FILE
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
-        raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; `{command}` completes it")
+        raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; complete it with `{command}`")
     description, data = metadata.read(file), workdirs.read_data(workdir)
     config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
     variables, step = checkpoint.restore_best(workdir)
@@ -189,7 +189,7 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
         description.classes, description.input, about.get("best_step"), about.get("fingerprint")
     ):  # fmt: skip
-        raise ValueError(f"{file} belongs to other weights than checkpoints/best; `{command}` rewrites it")
+        raise ValueError(f"{file} does not match the weights in checkpoints/best; rewrite it with `{command}`")
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
     variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
     module = models.build(config.model, len(description.classes))

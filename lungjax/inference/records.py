@@ -1,15 +1,15 @@
-"""JSON-ready records of predictions, the same for every command and the service.
+"""Records of predictions, ready for JSON and the same in every command and the service.
 
     file            name of the image
     predicted       class with the highest probability
     probabilities   {class: p}, calibrated, with sum 1
     decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p reaches the
-                    threshold that `rule` chose on the validation split for slices or patients (`level`), and its rates
-                    on the test split; only classes with such an operating point
+                    threshold that `rule` chose on the validation split for slices or patients (`level`), and the rates
+                    on the test split; only for classes with such an operating point
     novelty         out-of-distribution score; above 1 for about 1 % of the validation images; None without a score
     warnings        [sentences]
 
-The record of a series (or patient) has `series` and `files`, its number of slices, in place of `file` and `novelty`.
+The record of a series (or patient) has `series` and `files` (the number of slices) instead of `file` and `novelty`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from lungjax.config.metadata import Metadata
 
 RULE = "youden"
 POINT_KEYS = ("threshold", "sensitivity", "specificity")
-WARNED_FRACTION = 0.2  # fraction of slices with warnings from which the series has a warning too
+WARNED_FRACTION = 0.2  # minimum fraction of slices with warnings for a warning about the series
 
 
 def check_rule(metadata: Metadata, rule: str) -> None:
@@ -57,7 +57,7 @@ def summary(
     """Returns the record of a series: the mean over its slices, as for patients in the report.
 
     `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, and `warnings`
-    are those of the series. Decisions use the operating points for patients if the model has any, else for slices.
+    are those of the series. Decisions use the operating points for patients if the model has any, or those for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
     several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []

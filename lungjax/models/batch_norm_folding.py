@@ -2,7 +2,7 @@
 
 With fixed statistics a batch norm is a scale and a shift per channel, so norm(conv(x, kernel)) equals
 conv(x, kernel * factor) + shift with factor = scale / sqrt(var + epsilon). The norms that can be folded are found in a
-trace of the network, so networks need no code for it.
+trace of the network, so the networks need no code for folding.
 """
 
 from collections import Counter
@@ -38,12 +38,12 @@ def _path(module: nn.Module) -> str:
 
 
 def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[ConvNorm, ...]:
-    """Returns the norms of a network that can be folded, from one trace on shapes.
+    """Finds the norms of a network that can be folded, by tracing it once with abstract arrays.
 
-    `shapes` are the variables of `module` or their shapes, `image_shape` is [height, width, channels] of its input.
+    `shapes` are the variables of `module` or their shapes; `image_shape` is the [height, width, channels] of its input.
 
-    A norm cannot be folded if its input is not the output of a layer (but a sum, an activation, a concatenation), if
-    that output is read elsewhere or returned, if norm or layer is called more than once, or if the layer is a
+    A norm cannot be folded if its input is not the output of a layer (but a sum, an activation or a concatenation), if
+    that output is read elsewhere or returned, if the norm or the layer is called more than once, or if the layer is a
     weight-standardized convolution, whose kernel cannot be scaled.
     """
     if not shapes.get("batch_stats"):
@@ -100,8 +100,8 @@ def _all_jaxprs(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
 def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
     """Returns float32 variables with the norms of `pairs` folded.
 
-    Of each pair there remain the scaled `kernel` of the layer and the `bias` of the norm, which becomes the complete
-    shift. A bfloat16 network casts the folded kernel, so values are rounded only once.
+    Each pair keeps only the scaled `kernel` of the layer and the `bias` of the norm, which becomes the total shift. A
+    bfloat16 network casts the folded kernel, so its values are rounded only once.
     """
     params, stats = trees.flatten(variables["params"]), trees.flatten(variables.get("batch_stats") or {})
     for pair in pairs:
@@ -115,7 +115,7 @@ def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
 
 
 def unfold(leaves: Mapping[str, np.ndarray], pairs: tuple[ConvNorm, ...]) -> dict[str, np.ndarray]:
-    """Returns complete leaves, by "params/PATH" and "batch_stats/PATH", that `fold` turns into these folded ones.
+    """Returns unfolded leaves, by "params/PATH" and "batch_stats/PATH", that `fold` maps to the folded `leaves`.
 
     The norms of `pairs` then only add their bias.
     """
@@ -157,7 +157,7 @@ class FoldedModel:
         return _compiled_fold(self.pairs, structure, tuple(shardings))(variables)
 
     def layout(self, tree: Variables) -> Variables:
-        """Returns a tree of the structure of the variables, such as their shardings, without the folded leaves."""
+        """Returns `tree`, which has the structure of the variables (such as their shardings), without folded leaves."""
         folded = {f"{pair.norm}/{name}" for pair in self.pairs for name in ("scale", "mean", "var")}
         folded |= {f"{pair.layer}/bias" for pair in self.pairs if pair.biased}
         return {name: trees.split(tree.get(name) or {}, folded)[0] for name in ("params", "batch_stats")}

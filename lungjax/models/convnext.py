@@ -1,7 +1,7 @@
 """ConvNeXt (Liu et al., CVPR 2022, arXiv 2201.03545) and ConvNeXt V2 (Woo et al., CVPR 2023, arXiv 2301.00808).
 
-V2 replaces the layer scale of the blocks by a global response norm. All sources have layer norms with epsilon 1e-6,
-exact GELU, strided convolutions without padding (which ignore a remainder), and a norm after the pool.
+V2 replaces the layer scale of the blocks with a global response norm. All sources have layer norms with epsilon 1e-6,
+exact GELU, strided convolutions without padding (which ignore leftover rows and columns), and a norm after the pool.
 """
 
 from dataclasses import field
@@ -34,7 +34,7 @@ class GlobalResponseNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         squares = jnp.square(to_float32(x)).sum((1, 2), keepdims=True)
-        # GELU can set a complete channel of a small map to zero, where the slope of the root is infinite; torch has 0.
+        # GELU can zero a complete channel of a small map. The slope of the root is infinite there; torch uses 0.
         positive = squares > 0
         norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)  # [B, 1, 1, C]
         relative = norms / (norms.mean(-1, keepdims=True) + EPSILON)
@@ -42,7 +42,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise 7 x 7, norm, two dense layers with four times the channels between them, plus the input."""
+    """Depthwise 7 x 7 convolution, norm and two dense layers with four times the channels between, plus the input."""
 
     grn: bool
     drop_path: float
@@ -113,7 +113,7 @@ SHALLOW, DEEP = (3, 3, 9, 3), (3, 3, 27, 3)
 
 
 def v1(depths: tuple[int, ...], width: int, drop_path: float, grn: bool = False) -> partial[ConvNeXt]:
-    """Returns a constructor; `width` is that of the first stage and doubles with each further one."""
+    """Returns a constructor; `width`, the number of channels of the first stage, doubles with each further stage."""
     return partial(ConvNeXt, depths, (width, 2 * width, 4 * width, 8 * width), drop_path=drop_path, grn=grn)
 
 

@@ -1,7 +1,7 @@
 """DenseNet-BC (Huang et al., CVPR 2017, arXiv 1608.06993): every layer reads the maps of all layers before it.
 
 Padding is symmetric in all sources; average pools drop the last row and column of an odd map. Batch norm has epsilon
-1.001e-5 and decay 0.99 as in Keras, or for DenseNet161, which only torch has, 1e-5 and 0.9.
+1.001e-5 and decay 0.99 as in Keras; DenseNet161, which only torch has, uses 1e-5 and 0.9.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1 convolution to half the channels, average pool of stride 2."""
+    """Norm, ReLU, 1x1 convolution to half the channels, and average pool of stride 2."""
 
     conv: Layer
     norm: Layer
@@ -49,7 +49,7 @@ class Transition(nn.Module):
 
 
 class DenseNet(Network):
-    """Stem of stride 4, stages of dense layers with a transition after all but the last, norm and ReLU."""
+    """Stem of stride 4, stages of dense layers with a transition after each but the last, then norm and ReLU."""
 
     depths: tuple[int, ...]  # layers per stage
     growth: int = 32  # channels that each layer adds

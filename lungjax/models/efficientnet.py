@@ -1,9 +1,9 @@
 """EfficientNet (Tan and Le, ICML 2019, arXiv 1905.11946) B0 to B7, its Lite versions, and V2 (arXiv 2104.00298).
 
-A table of stages with two kinds of blocks, scaled in width and depth. Batch norm has epsilon 1e-3 (torch-trained
-weights: 1e-5) and decay 0.99, in V2 0.9 (tensorflow/tpu, google/automl, Keras). Padding is SAME as in TensorFlow, by
-(0, 1) for an even map at stride 2; torch-trained weights need "symmetric". Lite (tensorflow/tpu, efficientnet/lite)
-has ReLU6 and no squeeze-excite.
+The networks consist of stages with two kinds of blocks, scaled in width and depth. Batch norm has epsilon 1e-3
+(torch-trained weights: 1e-5) and decay 0.99 (0.9 in V2), as in tensorflow/tpu, google/automl and Keras. Padding is SAME
+as in TensorFlow, which is (0, 1) for an even map at stride 2; torch-trained weights need "symmetric". Lite
+(tensorflow/tpu, efficientnet/lite) has ReLU6 and no squeeze-excite.
 """
 
 import math
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The numbers of one block."""
+    """The settings of one block."""
 
     kernel: int
     middle: int  # expanded channels; no expansion if equal to the channels in
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class EfficientNet(Network):
-    """Stem, stages of blocks and a 1x1 convolution to `top` channels; also the class of MobileNetV2 and V3."""
+    """Stem, stages of blocks and a 1x1 convolution to `top` channels; also used for MobileNetV2 and V3."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
 
@@ -128,7 +128,7 @@ def make_divisible(channels: float, guard: bool) -> int:
 
 
 def expand(stages: tuple[Stage, ...], channels: int, activation: Activation = nn.silu) -> tuple[tuple[Row, ...], ...]:
-    """Returns the blocks of each stage after a stem of `channels`."""
+    """Returns the blocks of each stage that follow a stem of `channels` channels."""
     result = []
     for stage in stages:
         rows = []

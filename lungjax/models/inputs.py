@@ -13,7 +13,7 @@ MULTIPLE = 8  # of the batch size; accelerators compute in tiles of this size
 
 
 def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
-    """Maps images [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; None is a mean of 0 or a std of 1.
+    """Maps images [B, H, W, C] in 0..255 to float32 (x / 255 - mean) / std; None stands for mean 0 or std 1.
 
     Grayscale images become [B, H, W, 3] if mean or std has three numbers.
     """
@@ -26,8 +26,8 @@ def prediction_batch_size(config: Config, devices: int, platform: str) -> int:
 
     The default depends only on image size, `platform` ("cpu", "gpu" or "tpu") and number of devices, so batches are
     reproducible. On a CPU it is 8 per device; at 224 px (tests/benchmarks/inference.py) throughput with 4 to 16 images
-    is within 4 % of the best. On accelerators it is as many pixels per device as 64 images of 224 x 224 (not measured);
-    the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16.
+    is within 4 % of the best. On accelerators each device gets as many pixels as 64 images of 224 x 224 have (not
+    measured); the largest maps (VGG's first, the stem of BiT R152x4) then take 0.4 GB in bfloat16.
     """
     if config.eval.batch_size:
         return config.eval.batch_size

@@ -21,7 +21,7 @@ DropPath = partial(nn.Dropout, broadcast_dims=(1, 2, 3))
 
 
 class Conv(nn.Module):
-    """A two-dimensional flax.linen.Conv, with the same parameters, in the form that is fastest on the platform."""
+    """A two-dimensional flax.linen.Conv with the same parameters, computed in the fastest way for the platform."""
 
     features: int
     kernel_size: int | Sequence[int]
@@ -75,7 +75,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
-        """Normalizes [B, ..., C] by batch statistics, which update the running ones, or without `train` by the latter.
+        """Normalizes [B, ..., C] by batch statistics and updates the running ones; without `train`, uses the latter.
 
         An elementwise `activation` is fused into the same pass.
         """

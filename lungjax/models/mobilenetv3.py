@@ -1,9 +1,9 @@
 """MobileNetV3 small and large (Howard et al., ICCV 2019, arXiv 1905.02244).
 
-The MBConv of EfficientNet with ReLU in the early blocks and hard swish in the later ones, the stem and the head.
-Squeeze-excite has a bottleneck of a quarter of the expanded channels, rounded to a multiple of 8, with ReLU and a hard
-sigmoid gate. Batch norm has epsilon 1e-3 (weights trained by timm: 1e-5) and decay 0.999 (Keras). Padding is SAME as
-in TensorFlow; torch-trained weights need "symmetric".
+Blocks are the MBConv of EfficientNet, with ReLU in the early ones; all later layers, the stem and the head use hard
+swish. Squeeze-excite has a bottleneck of a quarter of the expanded channels, rounded to a multiple of 8, with ReLU and
+a hard sigmoid gate. Batch norm has epsilon 1e-3 (weights trained by timm: 1e-5) and decay 0.999 (Keras). Padding is
+SAME as in TensorFlow; torch-trained weights need "symmetric".
 """
 
 from functools import partial

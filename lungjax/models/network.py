@@ -14,7 +14,7 @@ from lungjax.models.head import Head, min_cells
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
-    """A backbone followed by the shared head; subclasses define `feature_map` and `_stride`, or `min_side`."""
+    """A backbone followed by the shared head; subclasses define `feature_map` and either `_stride` or `min_side`."""
 
     head: HeadConfig = HeadConfig()  # by default that of the original paper
     outputs: int = 1000  # logits
@@ -46,7 +46,7 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
     def min_side(self, cells: int) -> int:
         """Returns the smallest side in pixels whose feature map has `cells` cells per side.
 
-        For padded networks this is `cells` strides, the limit of Keras: in smaller images a cell sees mostly padding.
+        For padded networks this is `cells` strides, as in Keras; in smaller images a cell would see mostly padding.
         """
         return self._stride() * cells
 

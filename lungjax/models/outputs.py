@@ -8,7 +8,7 @@ from lungjax.models.ops.conv import to_float32
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label of a sigmoid head's positive class, None for softmax. Raises ValueError if it is unknown."""
+    """Returns the label of the positive class of a sigmoid head, None for softmax. Raises ValueError if unknown."""
     name = config.model.head.positive_class
     if not name:
         return None

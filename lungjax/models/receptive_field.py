@@ -17,10 +17,10 @@ class Axis(NamedTuple):
 def cell_positions(network: Network | None, size: tuple[int, int], cells: tuple[int, int]) -> tuple[Axis, Axis]:
     """Returns the positions of the rows and columns of the last feature map in an image.
 
-    Without padding, cells are at the centers of their receptive fields: the smallest image with one cell is its
-    receptive field, and each further cell needs one more stride. With padding, cells are spread evenly, as in image
-    resizing. That is where the input that trained cells react to is centered (measured with the ImageNet weights of
-    EfficientNet-Lite0); padding shifts the centers of the receptive fields.
+    Without padding, a cell is at the center of its receptive field, which is as large as the smallest image with one
+    cell; each further cell needs one more stride. With padding, cells are spread evenly, as in image resizing. The
+    pixels that trained cells respond to are centered there (measured with the ImageNet weights of EfficientNet-Lite0),
+    although padding shifts the centers of the receptive fields.
 
     `size` and `cells` are (height, width) of the image and of the map; without a `network` cells are spread evenly.
     """

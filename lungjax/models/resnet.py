@@ -1,10 +1,10 @@
 """ResNet (He et al., CVPR 2016, arXiv 1512.03385) and ResNetV2 (ECCV 2016, arXiv 1603.05027).
 
 Three architectures share these names, each with its own weights. In Keras v1, as in the paper, the first 1x1
-convolution of a stage has its stride, and every convolution has a bias. In torch ("v1.5"; also 18 and 34) the 3x3 has
-the stride, and there is no bias. In Keras V2 norm and ReLU come before each convolution, the last block of a stage has
-its stride, and convolutions without a norm after them have a bias. Parameter shapes do not depend on strides, so
-weights of another architecture load without an error. Padding is symmetric in all of them.
+convolution of a stage has its stride, and every convolution has a bias. In torch ("v1.5"; also ResNet18 and 34), the
+first 3x3 convolution has the stride, and no convolution has a bias. In Keras V2, norm and ReLU come before each
+convolution, the last block of a stage has its stride, and convolutions without a norm after them have a bias. Parameter
+shapes do not depend on strides, so weights of another architecture load without an error. Padding is always symmetric.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ EXPANSION = 4  # output channels of a block per channel of its bottleneck
 
 
 def pool_zeros(x: jax.Array) -> jax.Array:
-    """Max-pools x [B, H, W, C] in 3x3 windows at stride 2, padded by zeros; V2 and BiT have no ReLU before it."""
+    """Max-pools x [B, H, W, C] in 3x3 windows of stride 2, padded with zeros (in V2 and BiT, no ReLU precedes it)."""
     return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
 
 
@@ -36,7 +36,7 @@ def subsample(x: jax.Array, stride: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, plus the input; ReLU after the sum."""
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 ones, plus the input; ReLU follows the sum."""
 
     width: int  # channels inside the block
     stride: int
@@ -90,7 +90,7 @@ class PreactBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Stem, pool and stages of blocks, each twice as wide as the one before; also the class of BiT."""
+    """Stem, pool and stages of blocks, where each stage is twice as wide as the one before; also used for BiT."""
 
     repeats: tuple[int, ...]  # blocks per stage
     bottleneck: bool = True  # False: two 3x3 convolutions per block

@@ -2,7 +2,7 @@
 
 Fire modules squeeze the channels by a 1x1 convolution and expand them by 1x1 and 3x3 convolutions side by side. The 3x3
 max pools of stride 2 include a partial window at the end ("ceil mode"). There is no norm. The classifier is a 1x1
-convolution and ReLU, followed by the mean over the map (`head.pool=class_map`). Kernels start He uniform.
+convolution and ReLU, followed by the mean over the map (`head.pool=class_map`). Initialization is He uniform.
 """
 
 from dataclasses import field
@@ -21,7 +21,7 @@ WIDTHS = (((16, 64), (16, 64)), ((32, 128), (32, 128)), ((48, 192), (48, 192), (
 
 
 class Fire(nn.Module):
-    """1x1 convolution to `squeeze` channels, then 1x1 and 3x3 ones to `expand` channels each; ReLU after all."""
+    """1x1 convolution to `squeeze` channels, then 1x1 and 3x3 ones to `expand` channels each, all with ReLU."""
 
     squeeze: int
     expand: int

@@ -20,5 +20,5 @@ def split(tree: Tree, paths: Container[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def merge(one: Tree, other: Tree) -> dict[str, Any]:
-    """Returns one tree with the leaves of both, the inverse of `split`."""
+    """Returns one tree with the leaves of both trees; the inverse of `split`."""
     return unflatten(flatten(one) | flatten(other))

@@ -1,9 +1,9 @@
 """VGG-16 and VGG-19 (Simonyan and Zisserman, ICLR 2015, arXiv 1409.1556; configurations D and E).
 
-3x3 convolutions with bias and ReLU, five 2x2 max pools and two dense layers of 4096 on the flattened map, as published
-without normalization. Kernels are initialized Glorot uniform (Keras; also the paper's later advice). The paper and
-torchvision have dropout of 0.5 after the dense layers (`head.hidden_dropout`), Keras and the default have none. The
-dense layers of published weights need a 7 x 7 map, hence images of 224 x 224.
+The networks have 3x3 convolutions with bias and ReLU, five 2x2 max pools, two dense layers of 4096 on the flattened map
+and, as published, no normalization. Kernels are initialized Glorot uniform (as in Keras). The paper and torchvision use
+dropout of 0.5 after the dense layers (`head.hidden_dropout`); Keras and the default use none. The dense layers of
+published weights need a 7 x 7 map, hence images of 224 x 224.
 """
 
 from dataclasses import field

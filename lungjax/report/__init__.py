@@ -1,1 +1,1 @@
-"""Numbers and data sets to pages and figures."""
+"""Pages and figures about results and data sets."""

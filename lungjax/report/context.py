@@ -76,7 +76,7 @@ def build(
 ) -> dict[str, Any]:
     """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
 
-    `files` are the figures in `plots`, keys of CAPTIONS, in their order. Raises OSError for a missing figure.
+    `files` are the figures in `plots`, in order; they are keys of CAPTIONS. Raises OSError for a missing figure.
     """
     facts = report["facts"]
     unit = report["unit"]
@@ -95,7 +95,7 @@ def build(
         "mistakes": Table(
             ["image (test)", "true", "predicted", "probability"],
             [[each["id"], each["true"], each["predicted"], rate(each["probability"])] for each in report["mistakes"]],
-            note="The true classes alternate, highest probability first; further images of a patient come last.",
+            note="The true classes alternate, in order of falling probability; further images of a patient come last.",
             text=True,
         ),
         "counts": _counts(facts.get("counts")),
@@ -110,7 +110,7 @@ def build(
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
-    """Returns the main test scores by level and name, as "On 40 test slices": {"accuracy": ...}."""
+    """Returns the main test scores by level and name: {"On 40 test slices": {"accuracy": ...}}."""
     return {
         f"On {count(level['n'], f'test {noun}')}": {words: number(level, name) for name, words in HEADLINE.items()}
         for noun, level in distinct_levels(report["test"], report["unit"]).items()
@@ -118,7 +118,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
 
 
 def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
-    """Returns the level over examples under the name `unit`, and the level "patient" if patients have several."""
+    """Returns the level over examples under the name `unit`, and "patient" if patients have several examples."""
     several = 0 < levels["patient"]["n"] < levels["slice"]["n"]
     return {unit: levels["slice"]} | ({"patient": levels["patient"]} if several else {})
 
@@ -129,7 +129,7 @@ def number(level: Mapping[str, Any], name: str, value: float | None = None) -> N
 
 
 def changed(section: Any, defaults: Any) -> dict[str, Any]:
-    """Returns the fields of `section` that differ from `defaults`, by dotted path, except the name."""
+    """Returns the fields of `section` that differ from `defaults`, by dotted path; omits `name`."""
     before = fields_of(defaults)
     return {k: v for k, v in fields_of(section).items() if v != before[k] and k != "name"}
 
@@ -206,7 +206,7 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     kinds = {"test": "uncalibrated", "test_scaled": f"temperature-scaled, T = {rate(calibration['temperature'])}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     fitted = f"The temperature, fitted on {calibration['fitted_on']}, divides the logits"
-    note = f"0 is perfect calibration. {fitted}; above 1, the network is overconfident."
+    note = f"0 is perfect calibration. {fitted}; a value above 1 means overconfidence."
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
 

@@ -72,7 +72,7 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
 
 
 def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws a bubble per image size and class, its area the share of the class. `sizes` [N, 2] (width, height)."""
+    """Draws a bubble per image size and class; its area is the share of the class. `sizes` [N, 2]: (width, height)."""
     columns = min(len(classes), 4 if len(classes) != 3 else 3)
     rows = math.ceil(len(classes) / columns)
     max_width, max_height = sizes.max(axis=0).tolist()
@@ -98,7 +98,7 @@ def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
 
 
 def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
-    """Draws gray-level histograms and cumulative ones: {title: {name: share of the pixels at each level [256]}}."""
+    """Draws histograms and cumulative histograms of {title: {name: share of the pixels at each gray level [256]}}."""
     figure = style.figure(12.6, 3.1 * len(panels) + 0.2)
     axes = figure.subplots(len(panels), 2, sharex=True, squeeze=False)
     edges = np.arange(0, 257, LEVELS)

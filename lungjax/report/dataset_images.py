@@ -41,7 +41,7 @@ class View:
 
     @cached_property
     def rng(self) -> np.random.Generator:
-        """Random generator of the choice of images."""
+        """Random generator for choosing images."""
         return np.random.default_rng(self.seed)
 
     @cached_property
@@ -53,7 +53,7 @@ class View:
 
     @cached_property
     def typical_row(self) -> int:
-        """Row of a train image of the largest source; among CT slices one with large lungs."""
+        """Row of a train image of the largest source; for CT slices, one with large lungs."""
         rows = self.data.rows("train")
         sources, count = np.unique(self.data.columns["source"][rows], return_counts=True)
         rows = rows[self.data.columns["source"][rows] == sources[np.argmax(count)]]
@@ -63,7 +63,7 @@ class View:
         return max(candidates, key=lambda row: float(lung_masks.lung_mask(self.gray(row)).mean()))
 
     def gray(self, row: int) -> np.ndarray:
-        """Returns an image as uint8 [h, w]. Raises ValueError naming the file if it can't be read."""
+        """Returns an image as uint8 [h, w]. Raises ValueError with the file name if it can't be read."""
         return images.gray(self.decoded(row))
 
     def picture(self, row: int) -> np.ndarray:
@@ -73,7 +73,7 @@ class View:
         return np.asarray(image)
 
     def decoded(self, row: int) -> np.ndarray:
-        """Returns an image as uint8 [h, w] or [h, w, 3]. Raises as `gray`."""
+        """Returns an image as uint8 [h, w] or [h, w, 3]. Raises the errors of `gray`."""
         try:
             image = images.decode(self.data.records[int(row)]["image"], self.data.window)
         except ValueError as error:
@@ -141,7 +141,7 @@ def _staged(view: View, row: int, stage: str) -> Tile:
 
 
 def augmentations(view: View, presets: Mapping[str, AugmentConfig]) -> dict[str, Figure]:
-    """Draws a training image and its augmentations by each preset; returns the figures by preset."""
+    """Draws augmentations of a training image for each preset; returns the figures by preset."""
     figures = {}
     for name, config in presets.items():
         fields = context.changed(config, AugmentConfig()).items()

@@ -38,9 +38,9 @@ def write(
     """Writes figures and index.html into `out`, a new or empty folder that appears when complete; returns the page.
 
     `data` is prepared in `data_dir`. `augmentations` are configurations by name; {} selects the default. `stages` says
-    whether to segment bodies and lungs; None does so if the data set was prepared with masks. `seed` chooses the
-    images, `samples` per class. Raises ValueError if `out` is not empty, an augmentation needs body masks that the data
-    set lacks, or an image can't be read.
+    whether to segment bodies and lungs; None does so if the data set was prepared with masks. `seed` selects the sample
+    of `samples` images per class. Raises ValueError if `out` is not empty, an augmentation needs body masks that the
+    data set lacks, or an image can't be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")
@@ -202,6 +202,6 @@ def _gray_levels(view: View) -> dict[str, Any]:
 
 
 def _measure(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the histogram [256] of an image, and the mean over its pixels of the range of the color channels."""
+    """Returns the histogram [256] of an image, and the range of its color channels, averaged over the pixels."""
     spread = float(np.ptp(image, axis=-1).mean()) if image.ndim == 3 else 0.0
     return np.bincount(images.gray(image).ravel(), minlength=256), spread

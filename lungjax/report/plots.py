@@ -55,7 +55,7 @@ def training_curves(
 
 
 def _line(axis: "Axes", history: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draws one column of the history; a long train loss in a lighter color below its running mean."""
+    """Draws one column of the history; a long train loss is drawn in a lighter color below its running mean."""
     points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
     if not points:
         return
@@ -115,7 +115,7 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
     """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
 
-    The legend has the areas; a class without positives or negatives has no curve.
+    The legend lists the areas; a class without positives or negatives has no curve.
     """
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
@@ -166,7 +166,7 @@ def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, loo
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
-    """Draws the images of `choose_examples`; `read_image` returns that of a row, uint8 [h, w] or [h, w, 1 or 3]."""
+    """Draws the images of `choose_examples`; `read_image` returns the one of a row, uint8 [h, w] or [h, w, 1 or 3]."""
     p, sections = predictions, []
     looks = (("Correct", style.CORRECT), ("Wrong", style.WRONG))
     for (what, color), rows in zip(looks, choose_examples(p, count), strict=True):

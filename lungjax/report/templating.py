@@ -28,7 +28,7 @@ LINK = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)\]])")
 
 
 class Number(NamedTuple):
-    """A metric of a table; None is undefined."""
+    """A number in a table; None if undefined."""
 
     value: float | None
     low: float | None = None  # of the 95 % interval
@@ -41,7 +41,7 @@ class Number(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a page; the first cell of each row is its name."""
+    """A table of a page; the first cell of each row names the row."""
 
     head: Sequence[str]  # all "" for no head
     rows: Sequence[Sequence[Any]]

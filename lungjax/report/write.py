@@ -1,6 +1,6 @@
 """Writes the report of a run: report.json for programs, report.html and report.md for people, predictions and figures.
 
-`report.json`, version 1. A new key keeps the version; removing a key or changing its meaning raises it.
+`report.json`, version 1. Adding a key does not change the version; removing a key or changing its meaning does.
 
     version             1
     name                of the experiment
@@ -40,7 +40,7 @@ A level; `lungjax.evaluation.metrics` defines the metrics, and when they are Non
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
     intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
-                        (`lungjax.evaluation.bootstrap`); undefined ones are missing. By source for at most 30 sources
+                        (`lungjax.evaluation.bootstrap`); undefined ones are omitted. By source if there are at most 30
 
 Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.".
 """
@@ -158,7 +158,7 @@ def warnings(
         absent = [name for name, n in counts.items() if not n]
         few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < MIN_EXAMPLES]
         if absent:
-            yield f"The {split} split has no examples of {listed(absent)}: means ignore undefined metrics."
+            yield f"The {split} split has no examples of {listed(absent)}: means over classes ignore undefined metrics."
         if few:
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
@@ -173,7 +173,7 @@ def warnings(
         chance = f"always predicting the most frequent class ({frequency:.3f})"
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
-        yield "No two test images share a patient. If patients have several, add a group column to the data set."
+        yield "No two test images share a patient. If patients have several images, add a group column to the data set."
     if "val" in results:
         both = set(results["val"].groups) & set(p.groups) - {""}
         if both:

@@ -1,12 +1,12 @@
-"""Checkpoints in a workdir: the last states to resume from, the best weights to test. Only this module imports orbax.
+"""Checkpoints of a run: the last states for resuming and the best weights for testing. Only this module imports orbax.
 
     WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping; the last two
     WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations; the last two
 
 Orbax writes STEP.partial in the background, each host its part. The first host then adds progress.json, syncs all files
-to the disk, adds checksums.json and renames the folder: a folder named STEP was complete once, and its checksums tell
-whether it still is. Older checkpoints are deleted only then. A damaged one becomes STEP.damaged when a run resumes from
-the one before it, and is never read or deleted.
+to the disk, adds checksums.json and renames the folder. A folder named STEP was thus complete once, and its checksums
+tell whether it still is. Older checkpoints are deleted only then. A damaged checkpoint is renamed to STEP.damaged when
+a run resumes from the one before it; it is then never read or deleted.
 """
 
 import errno
@@ -45,7 +45,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoint folders of a run in training; use as a context manager, on every host."""
 
     def __init__(self, workdir: Path):
-        """Makes the folders and removes the remains of an interrupted save. Raises ValueError if they are read-only."""
+        """Creates the folders and cleans up an interrupted save. Raises ValueError if the folders are read-only."""
         self.folder = workdir / "checkpoints"
         self.last_step = 0  # of the last save or restore
         self._worker = ThreadPoolExecutor(1, "checkpoint")
@@ -53,9 +53,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         distributed.on_first_host(lambda: _open(self.folder))
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Waits for this host's part of a pending save; its error is raised, or added as a note to `error`."""
+        """Waits for this host's part of a pending save. If the save fails, raises its error or adds it to `error`."""
         try:
-            self._finish_pending()  # not `wait`: other hosts may not have raised, and would not join
+            self._finish_pending()  # not `wait`, which other hosts might not join
         except Exception as save_error:
             if error is None:
                 raise
@@ -64,7 +64,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             self._worker.shutdown()
 
     def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
-        """Starts writing the state and `progress` (numbers by name); with `best` also saves the weights as the best.
+        """Starts writing the state and `progress` (numbers by name); `best` also saves the weights as the best.
 
         `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
         once the values are copied, so the next step may overwrite the state. First waits for the previous save and
@@ -102,7 +102,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def _finish(self, step: int, progress: str, writes: dict[str, Any]) -> None:
         """Waits for orbax, commits the new folders and deletes old ones; runs in the worker thread."""
         with _disk_errors(self.folder, step):
-            with ExitStack() as stack:  # if one write fails, the other must finish too
+            with ExitStack() as stack:  # even if one write fails, the other must finish
                 for write in writes.values():
                     stack.callback(write.result)
             if distributed.is_first_host():
@@ -116,9 +116,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def restore(self, abstract_state: StateT) -> tuple[StateT, dict[str, Any]] | None:
         """Returns the newest intact state, in the layout of `abstract_state` (shapes with shardings), and its progress.
 
-        None if nothing was saved yet. Newer damaged ones are reported and renamed to STEP.damaged, and best weights
-        newer than the state are deleted, since training will reach them again. Raises ValueError, and changes nothing,
-        if all are damaged or the state is that of another network.
+        Returns None if nothing was saved yet. Newer damaged states are reported and renamed to STEP.damaged, and best
+        weights newer than the state are deleted, since training will reach them again. Raises ValueError, and changes
+        nothing, if all states are damaged or the state belongs to another network.
         """
         self.wait()
         folder = self.folder / "last"
@@ -155,9 +155,9 @@ def newest(workdir: Path, kind: str) -> int | None:
 def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
     """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
 
-    Only reads, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with shardings;
-    None restores numpy arrays on this host.
-    Raises ValueError if none exists, none is intact, or they belong to another network than `abstract_variables`.
+    Changes no files, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with
+    shardings; None restores numpy arrays on this host. Raises ValueError if no checkpoint exists or is intact, or if it
+    belongs to another network than `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
@@ -186,7 +186,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
-    """Returns the first host's newest intact step or None, and newer damaged ones. Raises ValueError if all are."""
+    """Returns the first host's newest intact step (or None) and newer damaged ones, or raises ValueError if all are."""
     step, damaged = distributed.on_first_host(lambda: _inspect(folder)) or (None, [])
     step = distributed.broadcast_int(-1 if step is None else step)
     return None if step < 0 else step, damaged
@@ -215,7 +215,7 @@ def _corruption(path: Path) -> str | None:
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):  # the last three for unexpected content
+    except (OSError, ValueError, TypeError, AttributeError):  # the last three come from unexpected content
         return f"{CHECKSUMS} can't be read"
     for name, size, checksum in files:
         try:
@@ -268,7 +268,7 @@ def _remove(path: Path) -> None:
 
 
 def _open(folder: Path) -> None:
-    """Makes the folders of both kinds, checks that they are writable, and clears them."""
+    """Creates the folders of KINDS, checks that they are writable, and cleans up after interruptions."""
     try:
         for kind in KINDS:
             (folder / kind).mkdir(parents=True, exist_ok=True)

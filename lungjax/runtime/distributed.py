@@ -66,7 +66,7 @@ def broadcast_int(value: int) -> int:
 
 
 def preempted() -> Callable[[int], bool] | None:
-    """Returns a function of the step: True if any host received SIGTERM and all should stop there. None for one host.
+    """Returns a function that is True if a host received SIGTERM and all should stop at this step; None for one host.
 
     jax's preemption service catches the signal and chooses a step that no host has passed.
     """
@@ -76,7 +76,7 @@ def preempted() -> Callable[[int], bool] | None:
 def run_on_all_hosts(work: Callable[[], T]) -> T:
     """Runs `work` on every host and returns its result; if it fails on one of them, all fail.
 
-    Otherwise a host with a missing file would exit and the others would wait for it until a timeout.
+    Otherwise, a host with a missing file would exit, and the others would wait for it until a timeout.
     Raises CollectiveError on every host with the message of the first host that raised ValueError or OSError.
     """
     if jax.process_count() == 1:
@@ -104,7 +104,7 @@ def on_first_host(work: Callable[[], T]) -> T | None:
 def abort_all_on_error() -> Iterator[None]:
     """Prints the error and ends this process immediately if only this one of several hosts fails.
 
-    A regular exit would wait minutes for the others, which wait for this host; without it, jax's heartbeat ends them.
+    A regular exit would wait minutes for the other hosts, which wait for this one; now, jax's heartbeat ends them.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises CollectiveError on every host, naming facts and hosts, if `facts` (same keys everywhere) differ."""
+    """Raises CollectiveError on every host if `facts`, which must have the same keys on all hosts, differ."""
     if jax.process_count() == 1:
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])

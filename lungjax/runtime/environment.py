@@ -1,4 +1,4 @@
-"""Process set-up before jax is imported: cores, the memory allocator, the compilation cache."""
+"""Process set-up before jax is imported: processor cores, memory allocator and compilation cache."""
 
 import ctypes
 import ctypes.util
@@ -16,7 +16,7 @@ SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_A
 def without_tpu() -> None:
     """Lets the TPU compiler load without a TPU, or while another process uses it. Call before jax is imported.
 
-    The compiler then queries no metadata server and takes no lock, jax itself runs on the CPU, and programs are not
+    The compiler then queries no metadata server and takes no lock. jax itself runs on the CPU, and programs are not
     cached, since jax can't read them back without TPUs.
     """
     settings = {
@@ -28,7 +28,7 @@ def without_tpu() -> None:
 
 
 def cores() -> int:
-    """Returns how many processor cores this process may use."""
+    """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

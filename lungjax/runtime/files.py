@@ -1,4 +1,4 @@
-"""Atomic and durable files and folders: written under a temporary name next to their place, then renamed."""
+"""Writes files and folders atomically and durably: under a temporary name in the same folder, then renamed."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ PARTIAL = ".partial-"  # prefix of unfinished files
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to. If the body succeeds, the file replaces `path`; if it fails, the file is removed.
+    """Yields a path to write to. If the body succeeds, that file replaces `path`; if it fails, it is removed.
 
-    After a kill or a power loss `path` has its old or its new content. The yielded path has the suffix of `path`.
+    After a kill or a power loss, `path` has its old or its new content. The yielded path has the suffix of `path`.
     """
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:

@@ -1,7 +1,7 @@
-"""The device mesh: each batch is sharded over the devices, parameters are replicated or sharded too.
+"""The device mesh: each batch is sharded over the devices, and parameters are replicated or sharded as well.
 
-One axis, "data", over all devices of all hosts. Under `jit` XLA inserts the collectives, so BatchNorm sees the global
-batch and a step on eight devices equals the step on one.
+Its only axis, "data", spans all devices of all hosts. Under `jit`, XLA inserts the collectives, so BatchNorm sees the
+global batch, and a step on eight devices equals the step on one.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ MIN_SHARDED_SIZE = 2**14  # elements; smaller arrays are replicated, since each 
 
 
 def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (None: all of all hosts) or the first `count`. Raises ValueError for too few."""
+    """Returns the mesh over the first `count` (0: all) of `devices` (None: all). Raises ValueError for too few."""
     devices = list(jax.devices() if devices is None else devices)
     if count > len(devices):
         raise ValueError(f"train.devices={count}: expected 1 to {len(devices)}, the devices here, or 0 for all")
@@ -34,19 +34,19 @@ def platform(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of metrics, and of parameters by default: a copy on each device."""
+    """Returns the sharding of metrics and, by default, of parameters: a copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch, over its first axis."""
+    """Returns the sharding of a batch over its first axis."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def state_sharding(shapes: Any, mesh: Mesh, shard: bool) -> Any:
-    """Returns shardings with the structure of `shapes`: replicated, or with `shard` large arrays are split.
+    """Returns shardings with the structure of `shapes`: arrays are replicated, or with `shard` large ones are split.
 
-    They are split along the longest axis that the devices divide evenly, if there is one.
+    An array is split along the longest axis that is divisible by the number of devices, if there is one.
     """
 
     def one(leaf: Any) -> NamedSharding:
@@ -71,8 +71,8 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
 def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Runs `train_step(state, batch, axis_name=...)` on each device's part of the batch, as with `jax.pmap`.
 
-    The step averages its gradients, metrics and BatchNorm statistics over that axis. Each device has its own dropout
-    key, and mixes (mixup, cutmix) only its own images.
+    The step averages gradients, metrics and BatchNorm statistics over that axis. Each device has a separate dropout
+    key and mixes (mixup, cutmix) only its own images.
     """
     copy, part = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma=False: differentiation would otherwise sum the gradients over the devices before the mean.

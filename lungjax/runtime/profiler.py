@@ -13,7 +13,7 @@ from lungjax.runtime.distributed import is_first_host, print_once
 class Profiler(AbstractContextManager["Profiler"]):
     """Traces the steps `first` to `last` (from 1, inclusive) on the first host, once; a context manager.
 
-    The folder opens with TensorBoard's profile plugin or `xprof`; its perfetto_trace.json.gz in ui.perfetto.dev.
+    Open the folder with TensorBoard's profile plugin or `xprof`, or its perfetto_trace.json.gz in ui.perfetto.dev.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
@@ -21,7 +21,7 @@ class Profiler(AbstractContextManager["Profiler"]):
         self.steps = range(steps[0], steps[1] + 1) if steps and is_first_host() else range(0)
 
     def __exit__(self, *_: object) -> None:
-        """Ends a trace that is still active, such as after an interruption."""
+        """Ends a trace that is still active, for example after an interruption."""
         if self.active:
             self._stop()
         elif self.steps:
@@ -32,7 +32,7 @@ class Profiler(AbstractContextManager["Profiler"]):
         if step not in self.steps:
             return train_step(state, batch)
         if not self.active:
-            jax.block_until_ready(state)  # ends the steps before the range
+            jax.block_until_ready(state)  # waits for the steps before the range
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.active = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):

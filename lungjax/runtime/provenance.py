@@ -1,4 +1,4 @@
-"""Code, package versions and machine, which a report records so that its run can be repeated."""
+"""Records code, package versions and machine in reports, so that runs can be repeated."""
 
 import hashlib
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("lungjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 
 def code() -> str:
-    """Returns a digest of lungjax's own source files, 64 hexadecimal digits."""
+    """Returns a digest of the source files of lungjax, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
@@ -33,7 +33,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """Returns the version of a package, or "" if it is not installed, such as lungjax run from a checkout."""
+    """Returns the version of a package, or "" if it is not installed, as when lungjax runs from a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def facts() -> dict[str, Any]:
-    """Returns the facts of a report about code and machine; `lungjax/report/write.py` describes the keys."""
+    """Returns facts about code and machine for a report; `lungjax/report/write.py` describes the keys."""
     return {
         "commit": commit(),
         "code": code(),

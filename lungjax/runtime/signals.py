@@ -1,7 +1,7 @@
 """Graceful shutdown: SIGTERM and Ctrl-C set a flag that the training loop polls between steps, so that it saves first.
 
-Schedulers send SIGTERM some seconds before they kill (SLURM, Kubernetes, preempted machines). Imports no jax, since
-the commands import it at start-up.
+Schedulers such as SLURM and Kubernetes, and preemptible machines, send SIGTERM some seconds before they kill. This
+module does not import jax, since the commands import it at startup.
 """
 
 import os
@@ -13,7 +13,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised once the run is saved; the exit code is 128 + `number`, that of the signal."""
+    """Raised once the run is saved; the exit code is 128 + `number`, the number of the signal."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -28,13 +28,13 @@ class Watch:
         self._preempted = preempted
 
     def should_stop(self, step: int) -> bool:
-        """Returns whether the run should stop; all hosts call it after the same steps and get the same answer."""
+        """Returns whether the run should stop; all hosts must call it after the same steps and get the same result."""
         if self._preempted and self._preempted(step):
             self.number = signal.SIGTERM
         return bool(self.number)
 
     def check(self) -> None:
-        """Raises Interrupted if the run should stop; with several hosts only after `should_stop` returned True."""
+        """Raises Interrupted if the run should stop; with several hosts, only after `should_stop` has returned True."""
         if self.number:
             raise Interrupted(self.number)
 
@@ -43,8 +43,8 @@ class Watch:
 def watching(preempted: Callable[[int], bool] | None = None) -> Iterator[Watch]:
     """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C ends it.
 
-    With several hosts, `preempted` reports a SIGTERM that any of them received (`distributed.preempted`), and Ctrl-C
-    becomes a SIGTERM. Outside the main thread, where Python allows no handlers, nothing is caught.
+    With several hosts, `preempted` (`distributed.preempted`) reports a SIGTERM that any of them received, and Ctrl-C
+    becomes a SIGTERM. Outside the main thread, where Python allows no handlers, no signal is caught.
     """
     watch, interrupted = Watch(preempted), False
 

@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; all but loopback are open to other machines.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any other than loopback is open to other machines.")
     flags.DEFINE_integer("port", 8000, "Port; 0 picks a free one.", 0, 65535)
     flags.DEFINE_list("allowed_hosts", [], "Additional Host names to accept; a reverse proxy must forward Host.")
     flags.DEFINE_string("token_file", None, "File with the token that requests must send; default $LUNGJAX_TOKEN.")
@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_upload_mb", 512, "Maximum size of the uploads of all requests in memory, in MiB.", 0.001)
     flags.DEFINE_integer("max_files", 64, "Maximum number of files in a request.", 1)
     flags.DEFINE_float("max_megapixels", 30, "Maximum number of pixels of an image, in millions.", 0.0001)
-    flags.DEFINE_float("max_seconds", 60, "Maximum seconds to decode a request and compute its response.", 0.01)
+    flags.DEFINE_float("max_seconds", 60, "Maximum seconds for decoding a request and computing its response.", 0.01)
 
 
 def main(_: list[str]) -> None:
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not installed: pip install -e '.[serve]'")
-    # The decoding threads use all cores; numpy's own threads would contend with them and take five times as long.
+    # The decoding threads use all cores; numpy's threads would contend with them, which takes five times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would contain uploads
     from lungjax.runtime import environment
@@ -90,7 +90,7 @@ def serve(settings: Any, listening: socket.socket) -> int:
         server.should_exit = True
 
     server = make_server(build(model, settings, on_failure), settings)
-    # On exit, uvicorn re-raises the signal that stopped it; that must not kill the process.
+    # On exit, uvicorn re-raises the signal that stopped it, which must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     greet(model.metadata, settings, listening)
@@ -108,7 +108,7 @@ def make_server(application: Any, settings: Any) -> Any:
     config = uvicorn.Config(
         application, http=HeadTimeoutProtocol, loop="asyncio", ws="none", lifespan="on", log_config=None,
         access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=settings.requests + 1024,  # the middleware refuses with a message before that
+        limit_concurrency=settings.requests + 1024,  # the middleware rejects requests with a message before that
         backlog=256, timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.seconds) + 5,
     )  # fmt: skip
     return uvicorn.Server(config)
@@ -127,7 +127,7 @@ def greet(metadata: Any, settings: Any, listening: socket.socket) -> None:
     if settings.public and not settings.token:
         print(f"WARNING: {url} accepts requests without a token from anyone who can reach it. Set --token_file.")
     if settings.public:
-        print("WARNING: plain HTTP exposes images and token on the network. Put a TLS proxy in front.")
+        print("WARNING: plain HTTP exposes images and the token on the network. Put a TLS proxy in front.")
     print(url, flush=True)
 
 
@@ -147,7 +147,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def read_token(file: str | None) -> str:
-    """Returns the token of a file, or of LUNGJAX_TOKEN, or "". Raises ValueError for a weak one."""
+    """Returns the token in a file or in LUNGJAX_TOKEN, or "" without one. Raises ValueError for a weak token."""
     try:
         text = Path(file).expanduser().read_text("utf-8") if file else os.environ.get("LUNGJAX_TOKEN", "")
     except (OSError, UnicodeDecodeError) as error:

@@ -42,9 +42,9 @@ from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
 PAGE = Path(__file__).with_name("page")
-LARGE_IMAGE = 4 * 2**20  # bytes of a decoded image that count as freed memory
+LARGE_IMAGE = 4 * 2**20  # bytes from which a decoded image counts as freed memory
 TRIM_BYTES = 48 * 2**20  # of freed memory, after which it is returned to the system
-# Of /docs. FastAPI's own page loads Swagger from a content delivery network, which a hospital may not reach.
+# For /docs. FastAPI's own page loads Swagger from a content delivery network, which hospitals may block.
 DOCS_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {FRAME_POLICY}"
 MAX_DECODERS = 4  # threads; each may hold some 600 MB for the largest allowed image
 DESCRIPTION = (
@@ -58,7 +58,7 @@ Method = Annotated[str | None, Query(description="One of `methods` of /model; de
 
 @dataclass(eq=False)
 class _Decoded:
-    """A decoded file, or the error."""
+    """A decoded file or its error."""
 
     name: str
     inputs: list[Input] = field(default_factory=list)  # several for a multi-frame file
@@ -113,7 +113,7 @@ class Service:
         async with self._decoded(request, "explain") as files:
             for file in files:
                 if len(file.inputs) > 1:
-                    file.error = UploadError(422, "frames", "several frames in one file; maps are drawn for one slice")
+                    file.error = UploadError(422, "frames", "several frames in one file; maps need single slices")
             good = [file for file in files if file.error is None]
             futures = self.device.explain([file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
@@ -132,7 +132,7 @@ class Service:
         }  # fmt: skip
 
     async def health(self) -> Response:
-        """Status 200 when everything is compiled."""
+        """Returns status 200 when everything is compiled."""
         status = "failed" if self.device.failure else "ok" if self.device.ready else "starting"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
@@ -189,7 +189,7 @@ class Service:
             return _Decoded(file.name, error=error)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
-        """Returns the record of a file with probabilities `p` [frames, classes]: of several frames, their mean."""
+        """Returns the record of a file from the mean over its frames of the probabilities `p` [frames, classes]."""
         first = file.inputs[0]
         if len(p) == 1:
             return records.record(self.metadata, file.name, p[0], first.novelty, first.warnings, rule)
@@ -199,7 +199,7 @@ class Service:
     def _response(
         self, request: Request, route: str, files: list[_Decoded], results: list[dict[str, Any]], more: dict[str, Any]
     ) -> Response:
-        """Returns the response; `results` are those of the decoded files, in order."""
+        """Returns the response; `results` has one item per decoded file, in order."""
         good = iter(results)
         every = [next(good) if file.error is None else records.failure(file.name, str(file.error)) for file in files]
         request.scope["lungjax"]["images"] = len(results)
@@ -218,7 +218,7 @@ class Service:
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
-        """Returns the record of each series of two or more slices, numbered, since a UID identifies a person."""
+        """Returns the records of all series of two or more slices, with numbers, since a UID identifies a person."""
         groups: dict[str, list[int]] = {}
         for i, file in enumerate(files):
             if file.series:
@@ -233,7 +233,7 @@ class Service:
 
 
 def build(model: Model, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None) -> FastAPI:
-    """Returns the ASGI application, which compiles the model when it starts, and calls `on_failure` if that fails."""
+    """Returns the ASGI application, which compiles the model on startup and calls `on_failure` if that fails."""
     uploads.quiet()
     service = Service(model, settings, on_failure)
     files = {f"/{file.name}".removesuffix("index.html"): file for file in PAGE.iterdir()}
@@ -277,7 +277,7 @@ def build(model: Model, settings: Settings, on_failure: Callable[[BaseException]
 
 
 def openapi_tree(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """Returns the OpenAPI description, with the token if the service requires one."""
+    """Returns the OpenAPI description, which includes bearer authentication if the service requires a token."""
     tree = app.openapi()
     if settings.token:
         tree["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -301,7 +301,7 @@ def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
 
 
 def trim_memory() -> None:
-    """Returns freed memory of large uploads to the system, which `environment.keep_freed_memory` prevents."""
+    """Returns memory freed by large uploads to the system, which `environment.keep_freed_memory` otherwise prevents."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:

@@ -80,7 +80,7 @@ class Device:
         return [entry.result for entry in entries]
 
     async def run(self) -> None:
-        """Compiles the model, then computes what is queued, until `stop`."""
+        """Compiles the model, then computes queued images until `stop`."""
         with ThreadPoolExecutor(1, "device") as thread:
             call = partial(asyncio.get_running_loop().run_in_executor, thread)
             try:

@@ -19,6 +19,6 @@ class Metrics:
         self.batches = Histogram("lungjax_batch_images", "Images per batch.", buckets=BATCHES, registry=registry)
         words = "Computation of one batch or one saliency map."
         self.device = Histogram("lungjax_device_seconds", words, ("kind",), buckets=SECONDS, registry=registry)
-        self.waiting = Gauge("lungjax_queue_images", "Images that wait for the device.", registry=registry)
+        self.waiting = Gauge("lungjax_queue_images", "Images waiting for the device.", registry=registry)
         self.running = Gauge("lungjax_running_requests", "Requests in progress.", registry=registry)
         self.upload_bytes = Gauge("lungjax_upload_bytes", "Bytes of uploads in memory.", registry=registry)

@@ -1,4 +1,4 @@
-"""Middleware around every request: access control, the number of requests, logging, and unexpected errors."""
+"""Middleware around every request: access control, a limit on concurrent requests, logging, and unexpected errors."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from lungjax.serve.uploads import UploadError
 LOG = logging.getLogger("lungjax.serve")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 WORK = ("/predict", "/explain")
-OPEN = ("/docs", "/openapi.json", "/health")  # need no token, like the page; they reveal nothing about model or images
+OPEN = ("/docs", "/openapi.json", "/health")  # need no token, like the page: they reveal nothing about model or images
 FRAME_POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 IMAGE_POLICY = "script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 POLICY = f"default-src 'none'; {IMAGE_POLICY}; {FRAME_POLICY}"
@@ -127,7 +127,7 @@ class Guard:
         return None
 
     def is_own_name(self, host: str) -> bool:
-        """Returns whether a Host header names the service, or an IP address if it is public. Prevents DNS rebinding."""
+        """Returns whether a Host header names the service (or, if public, an IP address); prevents DNS rebinding."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in (*LOOPBACK, self.settings.host.lower(), *self.settings.names):
@@ -138,12 +138,12 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Responds with 500 and a number, which identifies the error in the log: its location, not its message."""
+        """Responds with 500 and a number that identifies the error in the log (with its location, not its message)."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
             return  # the response has started
-        message = f"internal error, number {number} in its log"
+        message = f"internal error, number {number} in the log of the service"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:

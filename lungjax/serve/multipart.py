@@ -46,7 +46,7 @@ class Budget:
 async def receive(request: Request, settings: Settings, budget: Budget) -> tuple[list[File], int]:
     """Returns the files of a body and the number of bytes counted in `budget`, which the caller releases.
 
-    Raises UploadError (400, 408, 413, 415, 422, 503) for a malformed body or one over a limit, and then counts nothing.
+    If a body is malformed or exceeds a limit, counts nothing and raises UploadError (400, 408, 413, 415, 422, 503).
     """
     count = 0
 

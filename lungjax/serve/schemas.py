@@ -19,7 +19,7 @@ class Decision(Strict):
 
     called: bool
     rule: str
-    level: str = Field(description="level for which the threshold was chosen, slice or patient")
+    level: str = Field(description="level for which the threshold was chosen: slice or patient")
     threshold: float
     sensitivity: float | None = Field(description="on the test split")
     specificity: float | None = Field(description="on the test split")
@@ -39,7 +39,7 @@ class Record(Prediction):
 
     file: str = Field(description="name in the request")
     novelty: float | None = Field(
-        description="above 1 if unlike the training images; null for several slices, or if the model has no score"
+        description="above 1 if unlike the training images; null for several slices or if the model has no score"
     )
 
 
@@ -66,7 +66,7 @@ class Model(Strict):
 
 
 class Predictions(Strict):
-    """Response of /predict: one result per file, in order, and each DICOM series of two or more slices."""
+    """Response of /predict: one result per file, in order, and one per DICOM series of two or more slices."""
 
     model: Model
     notice: str
@@ -128,7 +128,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         415: "Unsupported kind of file or body.",
         421: "Unknown Host header.",
         422: "A damaged or unsuitable file, or an unknown class, method or rule. The first file decides if all fail.",
-        500: "An error in the service; its log has the number in the message.",
+        500: "An error in the service, whose log describes it under the number in the message.",
         503: "Starting, or overloaded: try again after Retry-After seconds.",
         504: "The computation took too long.",
     }.items()

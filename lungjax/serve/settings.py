@@ -1,4 +1,4 @@
-"""Limits of the service, and who may use it."""
+"""Settings of the service: its limits, and who may use it."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits, and who may use the service."""
+    """Settings of the service."""
 
-    host: str = "127.0.0.1"  # address it listens on
+    host: str = "127.0.0.1"  # address to listen on
     names: tuple[str, ...] = ()  # further accepted Host headers
     token: str = field(default="", repr=False)  # "" for none
     file: Limits = field(default_factory=Limits)
@@ -21,7 +21,7 @@ class Settings:
     requests: int = 128  # in progress
     queue: int = 256  # images that wait for the device
     explains: int = 32  # saliency maps that wait for the device
-    read_seconds: float = 10.0  # for a body, plus one second for each 64 KiB
+    read_seconds: float = 10.0  # to receive a body, plus one second for each 64 KiB
     seconds: float = 60.0  # to decode a request and compute its response
 
     @property

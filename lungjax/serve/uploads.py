@@ -1,9 +1,9 @@
-"""Decodes untrusted images in memory; every limit is checked before the step that it protects.
+"""Decodes untrusted images in memory, checking every limit before the step that it protects.
 
-Allowed are the formats of `images.FORMATS` and, with the extra `dicom`, DICOM, recognized by their first bytes. Sizes
-are read from the header, and each file goes to the decoder of its format only; Pillow limits the text and profiles that
-it inflates. Animated PNG and WebP and multi-page TIFF are refused, because the first frame need not be the intended
-one. Nothing is written to disk, and no message quotes the content of a DICOM file.
+The formats of `images.FORMATS` and, with the extra `dicom`, DICOM are accepted and recognized by their first bytes.
+Sizes are read from the header, and each file goes only to the decoder of its format; Pillow limits the text and
+profiles that it inflates. Animated PNG and WebP and multi-page TIFF are rejected, since the first frame may not be the
+intended one. Nothing is written to disk, and no message quotes the content of a DICOM file.
 """
 
 import io
@@ -32,7 +32,7 @@ EXPLICIT_LITTLE_ENDIAN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  #
 
 
 class UploadError(ValueError):
-    """A refused upload; `status` is the HTTP status, `reason` one word for the metrics."""
+    """A rejected upload; `status` is the HTTP status, `reason` is one word for the metrics."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -66,8 +66,8 @@ def quiet() -> None:
     for name in ("PIL", "pydicom", "python_multipart"):
         logger = logging.getLogger(name)
         logger.disabled = True
-        logger.propagate = False  # also not the messages of child loggers
-        logger.handlers = [logging.NullHandler()]  # without one Python prints warnings to stderr
+        logger.propagate = False  # for the messages of child loggers
+        logger.handlers = [logging.NullHandler()]  # without a handler, Python prints warnings to stderr
     warnings.simplefilter("ignore")
 
 
@@ -86,9 +86,9 @@ def kind_of(data: bytes) -> str:
 
 
 def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
-    """Decodes one file in memory, CT slices of `plane` with `hu_windows`. Raises UploadError and no other exception."""
+    """Decodes a file in memory; CT slices must be of `plane` and get `hu_windows`. Raises only UploadError."""
     if len(data) > limits.bytes:
-        raise UploadError(413, "bytes", f"a file of {len(data)} bytes; at most {limits.bytes} are accepted")
+        raise UploadError(413, "bytes", f"the file has {len(data)} bytes; at most {limits.bytes} are accepted")
     kind = kind_of(data)
     try:
         if kind == "DICOM":
@@ -121,12 +121,12 @@ def check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _check_header(data: bytes, kind: str, limits: Limits) -> None:
-    """Checks the size of image and tiles and the number of pages, for which Pillow reads only the header."""
+    """Checks the number of pages and the size of image and tiles, for which Pillow reads only the header."""
     with Image.open(io.BytesIO(data), formats=(kind,)) as image:
         check_size(*image.size, limits)
         if kind != "GIF" and getattr(image, "is_animated", False):
             raise UploadError(422, "frames", f"several pages or frames in one {kind}; save one image per file")
-        if kind == "TIFF":  # a complete tile is in memory, however small the image
+        if kind == "TIFF":  # Pillow decodes complete tiles, even of a small image
             tags = image.tag_v2  # type: ignore[attr-defined]
             check_size(tags.get(322, limits.min_side), tags.get(323, limits.min_side), limits)
 
@@ -179,7 +179,7 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         own = dicom.series(headers).plane
         if header.orientation is not None and own != plane:
             raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
-        # Files without a series are single, and the same series UID of two patients is two series.
+        # Files without a series UID are single, and equal UIDs of two patients are two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         slices = [dicom.picture(one, hu_windows) for one in headers]
         return Upload([images.decode(data, None, ("PNG",)) for data in slices], series)
@@ -187,7 +187,7 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except UploadError:
         raise
-    except Exception:  # its message may quote the file
+    except Exception:  # the message may quote the file
         raise UploadError(422, "damaged", "a damaged DICOM file") from None
 
 

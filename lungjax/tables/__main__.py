@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a text with its commands in the form of run.sh, if it is used."""
+    """Prints a text; if run.sh is in use, rewrites the commands in it for run.sh."""
     print(in_user_form(text), flush=True)
 
 

@@ -8,12 +8,12 @@ experiment share its runs.
 
 **Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
 in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro".
-"val.slice.accuracy@3" is that of the third validation in metrics.jsonl, which logs no metrics per class.
+"val.slice.accuracy@3" is the accuracy in the third validation of metrics.jsonl, which has no metrics per class.
 
 **Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,
-but the one that is best in our runs: among the cells of that table whose row or column is the row of this cell, the one
-with the highest mean of its own metric. So `ct_cov19_test` has, for each network, the val and test scores of the
-configuration that is best on val. `correlate` lists pairs of columns whose Spearman correlation is reported.
+but the best one in our runs. Candidates are the cells of that table whose row or column is the row of this cell; the
+highest mean of the candidate's metric wins. Thus `ct_cov19_test` has the val and test scores of each network's best
+configuration on val. `correlate` lists pairs of columns whose Spearman correlation is reported.
 """
 
 import re
@@ -44,7 +44,7 @@ class Cell:
         """Raises ValueError for an invalid metric or published number."""
         where = f"{self.row}, {self.column}"
         if not METRIC.fullmatch(self.metric):
-            allowed = "SPLIT.UNIT.NAME, with SPLIT of val, test and UNIT of slice, patient, or val.UNIT.NAME@VALIDATION"
+            allowed = "SPLIT.UNIT.NAME (SPLIT: val or test; UNIT: slice or patient) or val.UNIT.NAME@VALIDATION"
             raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}")
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
@@ -122,7 +122,7 @@ class Table:
 
 
 def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[Cell, ...]:
-    """Returns the cell, or its candidates in the table `chosen_from`. Raises ValueError if it has none there."""
+    """Returns the cell or, with `chosen_from`, its candidates in that table. Raises ValueError if there are none."""
     if not table.chosen_from:
         return (cell,)
     matches = tuple(other for other in tables[table.chosen_from].cells if cell.row in (other.row, other.column))
@@ -132,5 +132,5 @@ def candidates(table: Table, cell: Cell, tables: Mapping[str, Table]) -> tuple[C
 
 
 def experiments(table: Table, tables: Mapping[str, Table]) -> list[str]:
-    """Returns the distinct experiments of a table, in order. Raises as `candidates`."""
+    """Returns the distinct experiments of a table, in order. Raises the errors of `candidates`."""
     return list(dict.fromkeys(one.experiment for cell in table.cells for one in candidates(table, cell, tables)))

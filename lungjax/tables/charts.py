@@ -30,7 +30,7 @@ VERDICTS = {
 
 
 def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str]:
-    """Draws `table.charts` into `folder`, without finished runs only published bars; returns captions by file name."""
+    """Draws `table.charts` into `folder` (only published bars if no run is finished); returns captions by file name."""
     captions = {}
     done = [r for r in results if r.ours is not None and not r.cell.validation]
     for chart, (function, caption) in CHARTS.items():
@@ -108,7 +108,7 @@ def confusions(table: Table, done: Sequence[Result], path: Path) -> None:
             each = [metrics.summarize(p)["confusion"] for p in r.group.predictions[r.cell.split]]
             panels[r.group.experiment, r.cell.split] = title, np.mean(each, axis=0)
         published = np.asarray(table.matrices.get(r.cell.row, ()), float)
-        if len(published) and tuple(published.sum(axis=1)) == table.counts.get(r.cell.split):  # is of this split
+        if len(published) and tuple(published.sum(axis=1)) == table.counts.get(r.cell.split):  # for this split
             panels[r.cell.row, r.cell.split] = f"{r.cell.row}\npublished", published
     splits, seeds = {split for _, split in panels}, done[0].group.predictions["val"]
     names = [style.short(name, MAX_LETTERS) for name in seeds[0].classes]
@@ -161,7 +161,7 @@ def curves(table: Table, done: Sequence[Result], path: Path) -> None:
 
 
 def best_runs(done: Sequence[Result]) -> list[tuple[str, Result, int, Predictions]]:
-    """Returns name, result, seed and predictions of the best seed of each network's best cell, by its first metric."""
+    """Returns name, result, seed and predictions per network: the best seed of its best cell, by the first metric."""
     networks: dict[tuple[str, ...], list[Result]] = {}
     for r in done:
         model, tune = r.group.runs[0].config.model, r.group.runs[0].config.optim

@@ -15,8 +15,8 @@ SCORES = {"AUC, slice": "slice.auc_macro", "AUC, patient": "patient.auc_macro", 
 def markdown(folder: Path, draws: int) -> str:
     """Returns the scores of the runs below `folder` by data set and configuration, and those of each source.
 
-    Runs whose config.json differs only in train.seed are pooled by `bootstrap.over_runs`. Raises ValueError without
-    tested runs, for damaged files, and for runs of a configuration that were tested on different images.
+    Runs whose config.json differs only in train.seed are pooled by `bootstrap.over_runs`. Raises ValueError if there
+    are no tested runs, for damaged files, and for runs of one configuration that were tested on different images.
     """
     pools: dict[str, dict[str, list[Path]]] = {}  # folders by data set and configuration
     for path in sorted(folder.rglob("config.json")):
@@ -49,7 +49,7 @@ def markdown(folder: Path, draws: int) -> str:
 
 
 def _read(folders: Sequence[Path], split: str) -> list[Predictions]:
-    """Returns the predictions of each run, [] if a run has none for this split."""
+    """Returns the predictions of each run, or [] if a run has none for this split."""
     files = [folder / f"predictions_{split}.csv" for folder in folders]
     return [predictions.read(file) for file in files] if all(file.exists() for file in files) else []
 

@@ -1,8 +1,8 @@
 """A table with our numbers, read from finished runs and compared with the published ones.
 
 Our number is the mean over the seeds, with a 95 % interval by bootstrap over patients and seeds
-(`bootstrap.over_runs`). The published number is "inside" the interval, or ours is "above" or "below" it. Half a unit of
-the last printed digit is tolerated.
+(`bootstrap.over_runs`). The published number is "inside" the interval, or ours is "above" or "below" the published one.
+Half a unit of the last printed digit is tolerated.
 """
 
 import csv
@@ -66,7 +66,7 @@ class Result:
 
 
 class Reader:
-    """Reads the run folders of a table, each once."""
+    """Reads each run folder of a table once."""
 
     def __init__(self, table: Table, options: Options, draws: int = 2000, failures: Mapping[str, str] | None = None):
         """`failures` are the errors of `run_missing`, by command line."""
@@ -151,7 +151,7 @@ def evaluate(table: Table, tables: Mapping[str, Table], reader: Reader) -> list[
 
 
 def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reader) -> Result:
-    """Returns the result for a cell of the candidate that is best by its own metric."""
+    """Returns the result of a cell for its best candidate, judged by the metric of the candidate."""
     scored = [reader.result(candidate) for candidate in cells.candidates(table, cell, tables)]
     finished = [result for result in scored if result.ours is not None]
     commands = tuple(dict.fromkeys(command for result in scored for command in result.commands))
@@ -226,7 +226,7 @@ def place(cell: Cell) -> str:
 
 
 def markdown(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> str:
-    """Returns the table as a page. `captions` are those of its figures, by file name."""
+    """Returns the table as a page. `captions` are the captions of its figures by file name."""
     verdicts = [f"{n} {word}" for word in VERDICTS if (n := sum(r.verdict == word for r in results))]
     choice = any(r.chosen for r in results)
     rows = []
@@ -242,7 +242,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             r.verdict or (r.state if r.ours is not None and r.state != "finished" else ""),
             *([place(r.chosen) if r.chosen else ""] * choice),
         ])  # fmt: skip
-    reasons: dict[str, list[str]] = {}  # of missing numbers: cells
+    reasons: dict[str, list[str]] = {}  # cells by the reason why their numbers are missing
     for r in results:
         if r.reason and r.state not in (NOT_RUN, "finished"):
             reasons.setdefault(f"{r.state}: {' '.join(r.reason.split())}", []).append(place(r.cell))

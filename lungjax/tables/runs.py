@@ -1,7 +1,7 @@
 """Runs of a table: their folders and states, and the execution of missing ones.
 
 A run is one seed of one experiment, in WORKDIR/NAME/seedN, where NAME is the name of the configuration. Each run trains
-in a process of its own; this process uses no device.
+in its own process; the parent process uses no device.
 """
 
 import json
@@ -105,7 +105,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     """Returns the state of a run's folder, without reading its predictions.
 
     The run's data must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class in
-    the study's splits, of which a run under the clean protocol may lack a share of MAX_EXCLUDED.
+    the study's splits; a run under the clean protocol may lack a share of up to MAX_EXCLUDED.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
     if not saved.exists():
@@ -138,7 +138,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         return State("other data", f"{run.folder} does not have the classes of {dataset}, but {', '.join(classes)}")
     now = prepared_fingerprint(data_dir, dataset)
     if now and now != fingerprint:
-        prints = f"fingerprint {fingerprint[:12]}, but {data_dir} has {now[:12]}: other images, labels or splits"
+        prints = f"fingerprint {fingerprint[:12]}, but {data_dir} has {now[:12]}: images, labels or splits differ"
         return State("other data", f"{run.folder} was trained on {dataset} with {prints}")
     # The clean protocol excludes exact copies from the published split; real data sets have few.
     lowest = 1 - MAX_EXCLUDED if run.protocol == "clean" else 1.0
@@ -151,11 +151,11 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
 
 
 def agree(states: Sequence[State]) -> list[State]:
-    """Returns the states of an experiment's seeds; "other data" for seeds trained on other data than the first."""
+    """Returns the states of an experiment's seeds; "other data" for seeds whose data differ from the first."""
     fingerprints = [state.report["facts"]["fingerprint"] if state.report else "" for state in states]
     first = next(filter(None, fingerprints), "")
     return [
-        State("other data", f"fingerprint {own[:12]}, another seed has {first[:12]}: other images, labels or splits")
+        State("other data", f"fingerprint {own[:12]}, another seed has {first[:12]}: images, labels or splits differ")
         if own not in ("", first)
         else state
         for state, own in zip(states, fingerprints, strict=True)
@@ -210,7 +210,7 @@ def logged(runs: Sequence[Run], cell: Cell) -> float | None:
 def execute(run: Run) -> tuple[int, str]:
     """Starts or resumes a run in a subprocess and prints its output; returns its exit code and last lines.
 
-    The first Ctrl-C or SIGTERM is forwarded, and raises `signals.Interrupted`; a second Ctrl-C kills the run.
+    The first Ctrl-C or SIGTERM is forwarded to the run and raises `signals.Interrupted`; a second Ctrl-C kills the run.
     """
     command = [sys.executable, "-m", "lungjax.main", *run.arguments]
     tail = b""

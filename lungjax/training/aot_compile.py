@@ -28,7 +28,7 @@ from lungjax.weights import load
 
 GIB = 2**30
 MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not suggested for a smaller state
-DEFAULT_STEPS = 1000  # if the data set is unavailable; only constants of the schedule depend on it
+DEFAULT_STEPS = 1000  # without the data set; only constants of the schedule depend on this number
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
@@ -83,7 +83,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
 
     Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
 
-    Raises ValueError for an unknown topology, a missing compiler, an invalid configuration, and too large a step.
+    Raises ValueError for an unknown topology, a missing compiler, a bad configuration, or a step that does not fit.
     """
     chips = devices(topology)
     configs.check(config)
@@ -198,7 +198,7 @@ def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Shape
 
 
 def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes: dict[str, int]) -> str:
-    """Returns an error message for the compiler's RESOURCE_EXHAUSTED, with settings to try."""
+    """Returns the message for a RESOURCE_EXHAUSTED error of the compiler, with settings to try."""
     reason = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")[:300]
     return (
         f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}. TPU compiler "

@@ -34,13 +34,13 @@ RESTART = "delete the cross-validation folder to start over"
 def run(
     config: Config, count: int, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
-    """Trains and tests a run per fold in WORKDIR/fold0, fold1, ... and writes a report over all, WORKDIR/report.md.
+    """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md over all folds.
 
-    Finished folds are skipped, unfinished ones resumed. WORKDIR must contain nothing else; it gets the pooled
+    Finished folds are skipped, unfinished ones resumed. WORKDIR must contain nothing else. It receives the pooled
     predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
     and maximum of the metrics over folds. The other arguments are those of `train.run`.
 
-    Raises ValueError if the data has no `count` folds or WORKDIR contains other files, and any error of `train.run`.
+    Raises ValueError if the data does not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:
@@ -102,7 +102,7 @@ def write(
 def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
     """Returns the predictions of all folds in the order of the data set, with the fold as an extra column.
 
-    Raises ValueError if an image is in two folds or not in the data set, and if classes or columns differ.
+    Raises ValueError if an image is in two folds or not in the data set, or if classes or columns differ.
     """
     first = parts[0]
     if any(p.classes != first.classes or p.extra.keys() != first.extra.keys() for p in parts):
@@ -123,7 +123,7 @@ def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
 
 
 def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
-    """Returns {"slice.accuracy": {mean, low, high, values}, ...}; an undefined value is None and otherwise ignored."""
+    """Returns {"slice.accuracy": {mean, low, high, values}, ...}; an undefined value is listed as None and ignored."""
     levels = [metrics.flat_levels(p) for p in fold_predictions]
     result = {}
     for name in (f"{unit}.{number}" for unit in ("slice", "patient") for number in SPREAD_METRICS):

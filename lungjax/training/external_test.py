@@ -64,7 +64,7 @@ def evaluate(
     NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Thresholds and
     temperature are chosen on the val split of the run with the label map applied.
 
-    Raises ValueError for a missing run, data set, class or split, and if the run has seen some of the images.
+    Raises ValueError for a missing run, data set, class or split, or if the run has seen some of the images.
     """
     started = time.time()
     if split not in TESTABLE_SPLITS:
@@ -81,7 +81,7 @@ def evaluate(
         }
     )
     mapping = read_map(label_map, other.classes, run.data.classes)
-    # The images of a data set that is stored upside down look to the network like those it was trained on.
+    # Images that are stored upside down are rotated to the orientation of the training images.
     selected = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
     what = "every split" if split == "all" else f"the {split} split"
     view, notes = distributed.run_on_all_hosts(
@@ -102,7 +102,7 @@ def evaluate(
     val = workdir / "predictions_val.csv"
     if val.exists():
         results["val"] = map_val(predictions.read(val), mapping, run.data.name)
-        notes.append(f"Thresholds and temperature come from the run's own val split, of {run.data.name}.")
+        notes.append(f"Thresholds and temperature come from the val split of {run.data.name}, the run's own data.")
     counts = np.bincount(results["test"].labels, minlength=len(mapping.classes))
     facts = final_report.describe(run) | {
         "dataset": other.name,
@@ -119,7 +119,7 @@ def evaluate(
                 for name, index in zip(other.classes, mapping.labels, strict=True)
             },
         },
-        "notes": [f"Tested on {what} of {other.name}; trained and chosen on {run.data.name}.", *notes],
+        "notes": [f"Tested on {what} of {other.name}; the model was trained and selected on {run.data.name}.", *notes],
     }
     suffix = "" if split == "test" else f"_{split}"
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
@@ -154,11 +154,11 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
       other_classes: classes of the other data set in label order.
       run_classes: classes of the run in label order.
 
-    Raises ValueError for unknown, missing, repeated or overlapping names, and fewer than two tested classes.
+    Raises ValueError for unknown, missing, repeated or overlapping names, or for fewer than two tested classes.
     """
     if not text:
         if set(other_classes) != set(run_classes):
-            names = f"{', '.join(other_classes)}, those of the run {', '.join(run_classes)}"
+            names = f"{', '.join(other_classes)}, but those of the run are {', '.join(run_classes)}"
             hint = f"--label_map={other_classes[0]}={run_classes[0]},... (CLASS={IGNORED} ignores a class)"
             raise ValueError(f"the classes of the data set are {names}: map them with {hint}")
         indices = [list(run_classes).index(name) for name in other_classes]
@@ -195,7 +195,7 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
 
 
 def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
-    """Returns the other data set with the mapped images of `split` as its test split. Raises ValueError without any."""
+    """Returns the other data set with the mapped images of `split` for testing. Raises ValueError if there are none."""
     splits = other.columns["split"]
     in_split = splits != "" if split == "all" else splits == split
     in_test = in_split & (np.asarray(mapping.labels)[other.columns["label"]] >= 0)
@@ -208,8 +208,8 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
 def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarray) -> Predictions:
     """Converts predictions over the classes of a run to predictions over the tested classes.
 
-    Adds the probabilities of the members of each class and normalizes them. The sum is a log-sum-exp of logits, which
-    stays exact for confident networks. `labels` [N] are labels of the other data set, all of them mapped.
+    Sums the probabilities of the members of each class and normalizes the sums, using the log-sum-exp of logits, which
+    stays accurate for confident networks. `labels` [N] are labels of the other data set, all of them mapped.
     """
     logits = predicted.logits
     if logits is None:
@@ -225,9 +225,9 @@ def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarra
 
 
 def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
-    """Converts predictions on the run's val split to the tested classes, without images of other classes.
+    """Converts predictions on the run's val split to the tested classes; drops images of other classes.
 
-    Patients are prefixed with the name of the data set, since other patients may have the same name.
+    Patient names are prefixed with the name of the data set, since the data sets may use the same names.
     """
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))

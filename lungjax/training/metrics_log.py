@@ -62,7 +62,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         return jax.device_get(pending)
 
     def write_steps(self, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the means of `metrics`, one mapping per step, as the row of `step`; writes nothing if it is empty."""
+        """Writes the means of `metrics`, one mapping per step, as the row of `step`; does nothing if there are none."""
         rate = len(metrics) * self.run.config.train.batch_size / (time.perf_counter() - self.clock)
         if metrics:
             row = {f"train.{name}": float(np.mean([values[name] for values in metrics])) for name in metrics[0]}
@@ -71,7 +71,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.reset_clock()
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Writes a row, with step, epoch and time added."""
+        """Writes a row after adding step, epoch and time."""
         row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
             append(self.path, row)

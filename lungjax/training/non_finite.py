@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the training step imports this module, and runs without orb
     from lungjax.runtime.checkpoint import Checkpoints
     from lungjax.training.progress import Progress
 
-MAX_CONSECUTIVE = 50  # more point to a real problem, not to some bad batches
+MAX_CONSECUTIVE = 50  # more point to a real problem rather than a few bad batches
 MAX_REWINDS = 5
 
 
@@ -29,8 +29,8 @@ class NonFiniteError(ValueError):
     """The loss or gradient was not finite at `step`; `cause` describes the batch, and the message adds advice."""
 
     def __init__(self, policy: str, step: int, cause: str):
-        other = ", or --set=train.on_nan=skip or rewind in this one" if policy == "stop" else ""
-        advice = "Check these examples; a smaller optim.lr or optim.clip_norm=1 may help (in another --workdir)"
+        other = "; in this one, --set=train.on_nan=skip or rewind" if policy == "stop" else ""
+        advice = "Check these examples. In another --workdir, try a smaller optim.lr or optim.clip_norm=1"
         super().__init__(f"{cause}. The checkpoints are intact. {advice}{other}")
         self.step, self.cause = step, cause
 
@@ -51,7 +51,7 @@ def check_steps(
     """Returns the metrics of the finite steps, and an error if the run must stop or rewind.
 
     `rows` are the metrics of consecutive steps up to `last_step`; `batch_names(step)` lists the examples of a step. The
-    first bad step is an error, with "skip" only the last of MAX_CONSECUTIVE in a row; later metrics are not returned.
+    first bad step is an error, but with "skip" only the last of MAX_CONSECUTIVE in a row is. Later metrics are dropped.
     """
     finite: list[dict[str, Any]] = []
     for step, row in enumerate(rows, last_step - len(rows) + 1):
@@ -68,7 +68,7 @@ def check_steps(
 
 
 def enable_steps(policy: str, state: TrainState) -> TrainState:
-    """Returns the state with `bad_steps` reset, since it would disable all steps; "skip" only counts them."""
+    """Resets `bad_steps`, which would otherwise disable all steps, unless `policy` is "skip"; returns the new state."""
     return state if policy == "skip" else state.replace(bad_steps=_full_like(state.bad_steps, 0))
 
 
@@ -80,7 +80,7 @@ def state_before(step: int, state: TrainState) -> TrainState:
 def rewind(
     checkpoints: "Checkpoints", abstract_state: TrainState, progress: "Progress", error: NonFiniteError
 ) -> tuple[TrainState, "Progress"]:
-    """Returns state and progress of the last checkpoint, after the bad batch. Raises ValueError after MAX_REWINDS."""
+    """Returns the last checkpoint, with its progress moved past the bad batch. Raises ValueError after MAX_REWINDS."""
     if progress.rewinds == MAX_REWINDS:
         raise ValueError(f"{error}. The run has already been rewound {MAX_REWINDS} times")
     checkpoint = checkpoints.restore(abstract_state)

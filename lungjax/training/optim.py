@@ -22,7 +22,7 @@ TOP, HEAD = (LAST, 0), (LAST, 1)
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the schedule of the learning rate: a linear warm-up, then `optim.schedule` over the remaining steps.
 
-    `optim.schedule_steps` above zero replaces `steps`; later steps have the last rate.
+    `optim.schedule_steps` above zero replaces `steps`; later steps use the final rate.
     """
     rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule
@@ -49,7 +49,7 @@ def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     stage2_transition after the blocks, top_conv after all stages, then the head.
 
     Raises ValueError for an unknown `tune`, for more blocks or stages than the network has, for a `freeze` that matches
-    nothing, and if no parameter remains trainable.
+    nothing, or if no parameter remains trainable.
     """
     paths = list(trees.flatten(params))
     positions: dict[str, tuple[int, ...]] = {path: _position(path) for path in paths}
@@ -67,7 +67,7 @@ def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
             raise ValueError(f"optim.tune={config.tune!r}: the network has {len(units)} {kind}")
         first = units[-int(count)]
     elif config.tune != "all":
-        raise ValueError(f"optim.tune={config.tune!r}: expected all, head, blocks:K and stages:K")
+        raise ValueError(f"optim.tune={config.tune!r}: expected all, head, blocks:K or stages:K")
     frozen = {path for path, position in positions.items() if position < first}
     if config.freeze:
         frozen |= set(_match(config.freeze, paths, f"optim.freeze={config.freeze!r}"))

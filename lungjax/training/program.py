@@ -42,7 +42,7 @@ class Program:
 def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: jax.sharding.Mesh) -> Program:
     """Returns the program of a configuration resolved by `weights.load.resolve`; nothing is compiled yet.
 
-    The `labels` [N] of train determine steps and class weights. Raises ValueError for incompatible settings.
+    The training `labels` [N] determine the steps and the class weights. Raises ValueError for incompatible settings.
     """
     # ---- Network
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)

@@ -37,14 +37,14 @@ class Progress:
 
 
 def last_step(workdir: Path) -> int:
-    """Returns the last step in a run's metrics.jsonl, or 0 if it has none."""
+    """Returns the last step in the metrics.jsonl of a run, or 0 if there is none."""
     return max((int(row["step"]) for row in metrics_log.read(workdir / "metrics.jsonl")), default=0)
 
 
 def is_complete(workdir: Path, config: Config, steps: int) -> bool:
     """Returns whether metrics.jsonl shows a run that reached its last step or early stopping, and was validated there.
 
-    A report is no proof of that, since --mode=evaluate also writes one for an interrupted run.
+    The existence of a report does not show this, since --mode=evaluate also writes one for an interrupted run.
     """
     progress, key = Progress(), f"val.{config.train.monitor}"
     for row in metrics_log.read(workdir / "metrics.jsonl"):

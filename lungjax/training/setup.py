@@ -1,4 +1,4 @@
-"""Opens the data and builds the program of a run, with all checks that come before anything is written."""
+"""Opens the data and builds the program of a run, and checks both before anything is written."""
 
 import importlib.util
 from collections.abc import Generator, Sequence
@@ -107,7 +107,7 @@ def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.
 
 
 def summary(run: Run) -> str:
-    """Returns a text with devices, network, length and folder of a run, and with `train.log_parameters` a table."""
+    """Returns a text with devices, network, length and folder of a run, and a table with `train.log_parameters`."""
     config, built = run.config, run.program
     devices, hosts = built.mesh.devices.flat, jax.process_count()
     params = trees.flatten(built.abstract_state.params)

@@ -35,7 +35,7 @@ def create(
     frozen: frozenset[str] = frozenset(),
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initializes a state; under jit no random numbers are drawn for leaves that `start` replaces.
+    """Initializes a state; under jit, no random numbers are drawn for leaves that `start` replaces.
 
     `image_shape` is [height, width, channels] of the input. `frozen` are paths of parameters without optimizer state.
     `start` has leaves by path, such as "stem_conv/kernel", that replace random ones.

@@ -1,6 +1,6 @@
 """The training step and the prediction step, pure functions of state and batch that `program` jits.
 
-The module needs neither grain, TFDS, orbax nor matplotlib, so a step can be measured with jax, flax and optax alone.
+The module does not import grain, TFDS, orbax or matplotlib, so a step can be measured with jax, flax and optax alone.
 """
 
 from collections.abc import Callable
@@ -136,7 +136,7 @@ def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[...
 def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> AbstractContextManager[None]:
     """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
 
-    `choice` is `optim.frozen_batch_norm`, `frozen` has paths of parameters.
+    `choice` is `optim.frozen_batch_norm`; `frozen` contains the paths of frozen parameters.
     """
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -159,7 +159,7 @@ def predict_step(
 ) -> dict[str, jax.Array]:
     """Returns the `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
 
-    `network(variables, images)` returns (logits, features), such as a `FoldedModel` or `apply` with train=False.
+    `network` maps (variables, images) to (logits, features): a `FoldedModel`, or `apply` with train=False.
     """
     logits, _ = network(variables, normalize(batch["image"], config.input))
     return {

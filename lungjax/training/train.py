@@ -84,7 +84,7 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
 
     A resumed run proceeds in this order, and changes nothing before it has the lock:
 
-    1. Without a checkpoint, read the pretrained weights, which may be missing.
+    1. Without a checkpoint, read the pretrained weights, since this may fail.
     2. Lock the workdir; compare or write config.json and data.json.
     3. Restore the newest intact state and its progress; set damaged checkpoints aside.
     4. Without a checkpoint, initialize the state from the seed and the pretrained weights.

@@ -31,7 +31,7 @@ MUTABLE_FIELDS = (
 
 
 def unreadable(workdir: Path) -> list[str]:
-    """Returns the names of config.json and data.json if they are missing or damaged in a workdir with checkpoints."""
+    """Returns which of config.json and data.json are missing or damaged in a workdir with checkpoints."""
     if newest(workdir, "last") is None:
         return []
     return [name for name in ("config.json", "data.json") if _read_json(workdir / name) is None]
@@ -85,7 +85,7 @@ def check_same_data(workdir: Path, data: Prepared) -> None:
     if before != data_facts(data):
         name, old, new = before.get("dataset"), str(before.get("fingerprint"))[:12], data.fingerprint[:12]
         change = f"the run was started on {name} with fingerprint {old}, which is now {new}"
-        raise ValueError(f"{workdir}: {change}: other images, labels or splits. Choose another --workdir")
+        raise ValueError(f"{workdir}: {change}: images, labels or splits have changed. Choose another --workdir")
 
 
 def data_facts(data: Prepared) -> dict[str, Any]:
@@ -101,10 +101,10 @@ def drop_reports(workdir: Path) -> None:
 
 @contextmanager
 def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState) -> Iterator[None]:
-    """Locks the folder against other runs, and writes config.json and data.json; to be entered on every host.
+    """Locks the folder against other runs, and writes config.json and data.json; must be entered on every host.
 
-    Raises ValueError on every host if another run is training in the folder, if it is not writable or not shared by all
-    hosts, or if there is no room for the checkpoints, which take up to four times the size of `abstract_state`.
+    Raises ValueError on every host if another run is training in the folder, if the folder is not writable or not
+    shared by all hosts, or if the checkpoints, up to four times the size of `abstract_state`, do not fit on the disk.
     """
     with ExitStack() as stack:
         distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))
@@ -123,7 +123,7 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
             check_network(workdir, abstract_state)
         for name in names:
             print(
-                f"{workdir / name} was missing or damaged, as after a power loss, and was rewritten from this command. "
+                f"{workdir / name} was missing or damaged, perhaps by power loss, and was rewritten from this command. "
                 "The checkpoint has the parameters of this network; other settings and the data are unverified"
             )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))

@@ -26,7 +26,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Runs --list, --fetch and --check, in this order."""
     if not (FLAGS.list or FLAGS.fetch or FLAGS.check):
-        raise app.UsageError("give one of --list, --fetch=NAME, --check=FILE")
+        raise app.UsageError("give one of --list, --fetch=NAME or --check=FILE")
     folder = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     if FLAGS.list:
         print(in_user_form(catalogue.listing(FLAGS.match)))

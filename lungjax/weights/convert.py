@@ -115,10 +115,10 @@ def convert(
     """Returns our parameters by path, from the tensors of a file, which are read one by one.
 
     `shapes` has the shapes of our parameters by path ("stem_conv/kernel"). Paths that match the regex `fresh` are never
-    read from the file; those that match `optional` are skipped if they are missing there or have another shape.
-    `label` is the name of the file in errors.
+    read from the file; those that match `optional` are skipped if the file lacks them or has another shape. `label` is
+    the name of the file in errors.
 
-    Raises ValueError that lists tensors without a rule, missing parameters, parameters filled twice and unequal shapes.
+    Raises a ValueError that lists tensors without a rule, missing parameters, duplicate parameters and unequal shapes.
     """
     leaves: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Finds, downloads and verifies weight files.
 
-Each use verifies the published checksum, or else that of the first download, which is stored next to the file.
+A file is verified at each use, by the published checksum or else by that of the first download, stored next to it.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def _first_checksum(path: Path) -> Path:
 def download(record: PretrainedWeights, folder: str | Path | None = None) -> Path:
     """Downloads a file into `folder`, by default the cache, unless it exists; resumes an interrupted download.
 
-    Raises ValueError for a wrong checksum, and with instructions for network errors.
+    Raises ValueError for a wrong checksum and, with instructions, for network errors.
     """
     target = (Path(folder).expanduser() if folder else cache_dir()) / record.filename
     if target.is_file():

@@ -23,7 +23,7 @@ MAX_LINES = 12  # of the listed differences
 
 
 def record_of(path: Path, model: str) -> PretrainedWeights:
-    """Returns the record of `model` that a file has by its name, its checksum or the names of its tensors.
+    """Returns the record of `model` that matches the name of a file, its checksum or the names of its tensors.
 
     Raises ValueError if the names do not fit the network, or fit several records that need different settings.
     """
@@ -57,7 +57,7 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 def identify(path: str | Path) -> str:
     """Returns a sentence with the records of a file, found by checksum or by tensor names and shapes.
 
-    Raises ValueError for an unreadable file, and with the differences from the nearest network if none fits.
+    Raises ValueError for an unreadable file or, listing the differences from the nearest network, if none fits.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
@@ -84,7 +84,7 @@ def identify(path: str | Path) -> str:
 
 
 def suggestion(path: Path) -> str:
-    """Returns the end of an error message, about the network that the file fits."""
+    """Returns the end of an error message, which names the network that the file fits."""
     try:
         return f"python -m lungjax.weights --check says: {identify(path).removeprefix(f'{path}: ')}"
     except ValueError:
@@ -116,7 +116,7 @@ def _match(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> float:
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]], size: int) -> list[list[PretrainedWeights]]:
-    """Returns groups of records with the same tensors, the best matches of names and file size first."""
+    """Returns groups of records with the same tensors, sorted by how well names and file size match."""
     groups: dict[tuple[str, str, int], list[PretrainedWeights]] = {}
     for record in records():
         groups.setdefault((record.model, record.layout, record.classes), []).append(record)

@@ -23,7 +23,7 @@ from lungjax.weights.readers import Tensors, open_tensors
 
 Floats = tuple[float, ...]
 MANY_PROBLEMS = 8  # with more, the file probably belongs to another network
-ALLOWED = "none, imagenet, a catalogue name, file:PATH, run:WORKDIR, or meanvar: and one of these"
+ALLOWED = "none, imagenet, a catalogue name, file:PATH, run:WORKDIR, or meanvar: before one of these"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def parse(model: ModelConfig) -> Source:
     """Parses `model.weights`.
 
     Raises ValueError for an unknown network or source (with the nearest), a network without public weights, weights
-    whose license was not accepted, a missing file, and a run without trained weights.
+    whose license was not accepted, a missing file, or a run without trained weights.
     """
     models.check_name(model.name)
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
@@ -79,8 +79,8 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 def resolve(config: Config) -> Config:
     """Returns the configuration with the mean, std, padding and epsilon that its weights require.
 
-    Values set by the user are kept. Raises ValueError like `parse`, for a padding or epsilon that does not match the
-    weights, and for `model.gray=fold` if folding would change the output.
+    Values set by the user are kept. Raises ValueError as `parse` does, for a padding or epsilon that does not match the
+    weights, or for `model.gray=fold` if folding would change the output.
     """
     model, spec = config.model, config.input
     try:
@@ -120,7 +120,7 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
 
 
 def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
-    """Returns mean and std for gray images with weights for color images, by `model.gray`.
+    """Returns the mean and std for gray images and weights of color images, according to `model.gray`.
 
     "repeat" returns three numbers each, so that normalization repeats the channel. Raises ValueError for "fold" if the
     network with the folded kernel would not be equivalent.
@@ -129,7 +129,7 @@ def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
-    # Equivalent only if the channels are equal everywhere, even at the borders, padded after normalization.
+    # Equivalent only if the channels are equal everywhere, even in the padding, which is added after normalization.
     problem = ""
     if len({*mean}) > 1 or len({*std}) > 1:
         problem = f"{model.weights} of {model.name} needs mean {mean} and std {std}, which differ by channel"
@@ -143,9 +143,9 @@ def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[
 def leaves(
     config: Config, module: nn.Module, weights_dir: Path | None = None, keep_head: bool = False
 ) -> dict[str, np.ndarray]:
-    """Returns initial parameters and statistics by path; all others are to be initialized randomly.
+    """Returns initial parameters and statistics by path; all others must be initialized randomly.
 
-    `config` must be resolved, `module` is its network. `weights_dir` is searched first for files. The classifier is
+    `config` must be resolved; `module` is its network. `weights_dir` is searched first for files. The classifier is
     loaded only if `keep_head` is set. Raises ValueError if the file is missing, damaged or of another network.
     """
     source = parse(config.model)

@@ -1,6 +1,6 @@
-"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, told apart by content.
+"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, distinguished by content.
 
-Nothing in a file is ever executed: no pickled arrays, no links to other files, and only tensors in PyTorch's pickles.
+Nothing in a file is executed. Pickled arrays, links to other files and PyTorch objects other than tensors are rejected.
 """
 
 import zipfile
@@ -25,7 +25,7 @@ Reader = tuple[list[str], Callable[[str], np.ndarray], Any]  # names, a function
 
 
 class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
-    """A read-only mapping from the names in a file to its arrays, each read on access."""
+    """A read-only mapping from the names in a file to its arrays, which are read on access."""
 
     def __init__(self, path: Path, names: list[str], read: Callable[[str], np.ndarray], file: Any):
         self.path = path

@@ -1,6 +1,6 @@
 """Reads both formats of PyTorch's .pth, .pt and .bin files without PyTorch; its unpickler can build only tensors.
 
-A pickle is a program that may call everything it can name. Here it can name a dozen stand-ins and nothing else.
+A pickle is a program that may call any function that it names. Here it can name a dozen stand-ins and nothing else.
 """
 
 import math
@@ -34,7 +34,7 @@ OPCODES = frozenset(INSTRUCTIONS.split())
 
 
 class UnsafePickleError(ValueError):
-    """The file is damaged or asks for more than tensors; the message does not contain its name."""
+    """The file is damaged or contains more than tensors; the message does not include the file name."""
 
 
 # Named tuples have neither state nor settable attributes, so a pickle cannot change them by BUILD.
@@ -65,7 +65,7 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict[Any, Any]):
-    """An OrderedDict, which in the state_dict of a module has a state, the versions of the layers."""
+    """An OrderedDict; the one of a module's state_dict has a state with the versions of the layers."""
 
     def __setstate__(self, state: Any) -> None:
         """Ignores the state."""
@@ -109,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns the stand-in for a name. Raises UnsafePickleError for any other."""
         if (module, name) not in GLOBALS:
-            raise UnsafePickleError(f"its pickle asks for {module}.{name}, which is not about tensors; nothing was run")
+            raise UnsafePickleError(f"its pickle asks for {module}.{name}, which tensors do not need; nothing was run")
         return GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -163,7 +163,7 @@ def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[
     tree, storages = _unpickle(file)
     keys, _ = _unpickle(file)
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(storages):
-        raise UnsafePickleError("its list of storages is not that of its tensors")
+        raise UnsafePickleError("its list of storages does not match its tensors")
     offsets, end = {}, file.tell()
     for key in keys:
         file.seek(end)
@@ -187,7 +187,7 @@ def read_archive(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], zi
     names = archive.namelist()
     roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[-1] == "data.pkl"]
     if len(roots) != 1 or len(set(names)) != len(names):
-        raise UnsafePickleError(f"{len(roots)} files data.pkl in it, or duplicate names; expected one")
+        raise UnsafePickleError(f"contains {len(roots)} files data.pkl, or duplicate names; expected one")
     root = roots[0]
     if f"{root}constants.pkl" in names:
         raise UnsafePickleError("a TorchScript program; expected a module's state_dict")

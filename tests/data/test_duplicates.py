@@ -90,7 +90,7 @@ def test_bound_on_equal_hashes():
     hashes = np.full(n, 99, np.uint64)
     hashes[::3] = 98
     near = duplicates.near_pairs(hashes, np.arange(n))
-    assert "20,000 images have one hash" in near.note
+    assert "20,000 images share a hash" in near.note
     assert 0 < len(near.pairs) <= duplicates.MAX_PAIRS
     assert len(np.unique(near.pairs)) > n - 10  # yet nearly every image has a partner
     assert duplicates.near_pairs(hashes, np.zeros(n, int)).note == ""  # one group: nothing is lost

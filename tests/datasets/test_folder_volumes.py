@@ -152,7 +152,7 @@ def test_bad_files_and_series(tmp_path):
         with pytest.raises(ValueError) as error:
             example.image()
         messages.append(str(error.value))
-    for word in ("modality MR", "different orientations", "voxels of", "SOPInstanceUID of .*copy_c.dcm"):
+    for word in ("modality MR", "different orientations", "voxels of", "SOPInstanceUID as .*copy_c.dcm"):
         assert sum(bool(re.search(word, text)) for text in messages) == 1, word
     assert len(examples) == 17 and all(pixels(e).ndim == 2 for e in examples[4:])
 

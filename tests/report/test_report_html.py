@@ -143,7 +143,7 @@ def test_escaping_of_names(run, page):
     confusion = next(table for table in page.tables if table[0][0] == "true / predicted")
     assert [row[0] for row in confusion[1:]] == list(EVIL) and confusion[0][1:] == list(EVIL)
     assert page.text.startswith("small</title>: cbr_tiny on folder/mine")
-    assert "<x>.png: broken" in page.text and "and 5 more" in page.text and "a <warning>" in page.text
+    assert "<x>.png: broken" in page.text and "lists 5 more" in page.text and "a <warning>" in page.text
     assert page.table("image (test)")[1][0].startswith('"><img src=x') and "\ufffd[2J.png" in page.text
     assert templating.escape_html("a\x00b\tc\n") == "a\ufffdb\tc\n"
     text = (run[0] / "report.md").read_text("utf-8")

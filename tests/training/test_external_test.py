@@ -75,7 +75,7 @@ def test_command(root, monkeypatch, capsys):
         "L": "left", "M": "middle+right", "R": "middle+right", "junk": "-"
     }  # fmt: skip
     assert report["facts"]["counts"]["test"] == {"left": 2, "middle+right": 4}
-    assert report["warnings"][0].startswith("Tested on the test split of folder/other; trained and chosen on")
+    assert report["warnings"][0].startswith("Tested on the test split of folder/other; the model was trained")
     val = predictions.read(folder / "predictions_val.csv")
     own = predictions.read(root / "run/predictions_val.csv")
     assert val.ids.tolist() == own.ids.tolist() and val.labels.tolist() == (own.labels > 0).astype(int).tolist()

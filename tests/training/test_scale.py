@@ -79,6 +79,13 @@ def test_differing_hosts_in_slurm(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_failed_setup_on_one_host(tmp_path):
+    for errors in runs.finish(runs.start_hosts(tmp_path / "run", "", "train.monitor=slice.acuracy"), code=2):
+        assert "host 1 of 2: train.monitor='slice.acuracy'" in errors
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     """The arrays that run_steps.py saves on eight devices, by mode."""

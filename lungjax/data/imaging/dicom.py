@@ -1,4 +1,4 @@
-"""DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in their own window.
+"""DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in the window of the file.
 
 A file is a path or a `MemoryFile`. A CT file has one slice, or several frames with functional groups (enhanced CT,
 DICOM PS3.3 A.38), which become slices of one series.
@@ -92,7 +92,7 @@ def headers(path: File) -> list[Header]:
     """Reads a DICOM file without its pixels; returns one header, or one per frame of an enhanced CT.
 
     Raises ValueError with the file name if the file is not DICOM, is neither a CT nor an X-ray, has no pixels, has
-    several frames without functional groups, is compressed without a decoder, or is a CT without its rescaling.
+    several frames without functional groups, is compressed without a decoder, or is a CT without rescale values.
     """
     data = _read(path, header_only=True)
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
@@ -176,7 +176,7 @@ def series(headers: Sequence[Header]) -> Series:
     steps = np.diff(along)
     for i in np.flatnonzero(steps < 0.01)[:1]:
         pair = f"{ordered[i].name} and {ordered[i + 1].name}"
-        raise Unreadable(f"{pair} have the same series and position: copies, or several scans; keep one of them")
+        raise Unreadable(f"{pair} have the same series and position; keep one of these copies or scans")
     step = float(np.median(steps)) if len(steps) else 1.0
     sides = (len(headers), *first.size)
     shape = (sides[order[0]], sides[order[1]], sides[order[2]])
@@ -191,7 +191,7 @@ def picture(header: Header, windows: Windows) -> bytes:
 
 
 def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a sorted series as a PNG file, and caches its volume. Raises the errors of `picture`."""
+    """Returns one plane of a sorted series as a PNG file and caches its volume. Raises the same errors as `picture`."""
     return volumes.picture(volume(headers, step), plane, index, windows)
 
 
@@ -203,7 +203,7 @@ def volume(headers: tuple[Header, ...], step: float) -> Volume:
 
 @named_errors
 def xray(path: File) -> bytes:
-    """Returns an X-ray as an 8-bit PNG file with white bones, also for MONOCHROME1.
+    """Returns an X-ray as an 8-bit PNG file with white bones, even if it is stored inverted (MONOCHROME1).
 
     Scales differ between manufacturers, so the window is that of the file (WindowCenter and WindowWidth, or its VOI
     LUT); without one, the range of the pixels is mapped to 0..255. Raises the same errors as `picture`.
@@ -237,11 +237,11 @@ def _read(path: File, header_only: bool = False) -> Any:
 def _check(data: Any, path: File, modality: str, frame: int | None) -> None:
     if modality != "CT" and modality not in XRAYS:
         name = modality if modality in OTHER_MODALITIES else quote(path, modality)
-        raise Unreadable(f"{path}: modality {name or 'unknown'}; expected CT and the X-rays {', '.join(XRAYS)}")
+        raise Unreadable(f"{path}: modality {name or 'unknown'}; expected CT or X-ray ({', '.join(XRAYS)})")
     if not data.get("Rows") or not data.get("Columns"):
         raise Unreadable(f"{path}: a DICOM file without pixels")
     if int(data.get("NumberOfFrames", 1) or 1) > 1 and (frame is None or modality != "CT"):
-        raise Unreadable(f"{path}: several frames without the functional groups of a CT: convert it to one per file")
+        raise Unreadable(f"{path}: several frames without the functional groups of a CT; save one frame per file")
     if modality == "CT" and ("RescaleSlope" not in data or "RescaleIntercept" not in data):
         raise Unreadable(f"{path}: a CT without RescaleSlope or RescaleIntercept, so Hounsfield units are unknown")
     syntax = data.file_meta.get("TransferSyntaxUID", None)
@@ -330,7 +330,7 @@ def _directions(orientation: Sequence[float]) -> np.ndarray:
 
 
 def _check_alike(first: Header, other: Header) -> None:
-    pair = f"{first.name} and {other.name} are of one series"
+    pair = f"{first.name} and {other.name} belong to one series"
     for header in (first, other):
         if header.orientation is None or header.position is None:
             name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
@@ -357,7 +357,7 @@ def _flaws(
         return ["no PixelSpacing"]
     stack = places[-1] - places[0]
     if np.linalg.norm(stack - (stack @ normal) * normal) > MAX_TILT * np.linalg.norm(stack):
-        return ["a tilted gantry: each slice is shifted against the next"]
+        return ["a tilted gantry: each slice is shifted relative to the next"]
     uneven = np.flatnonzero(np.abs(steps - step) > STEP_TOLERANCE * step)
     if not len(uneven):
         return [""]

@@ -1,8 +1,8 @@
 """Turns image files into network input: decode, window, crop, resize.
 
-8-bit images become uint8. 16-bit gray images require a window, which maps them to float32 in 0..255, rounded only after
-resizing. Other modes become gray or RGB as in Pillow's `convert`, which Keras and torchvision use: transparency is
-ignored, and 16-bit color loses its low byte.
+8-bit images become uint8. 16-bit gray images require a window, which maps them to float32 in 0..255; values are rounded
+only after resizing. Other modes become gray or RGB as with Pillow's `convert`, which Keras and torchvision use, so
+transparency is ignored, and 16-bit color loses its low byte.
 Images are turned upright according to their EXIF orientation; boxes refer to the upright image.
 """
 
@@ -153,7 +153,7 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
 
     `image` is [H, W] or [H, W, 3], uint8, or float32 in 0..255; or a result of `load`. `box`, used if spec.crop is
     "box", is xmin, ymin, xmax, ymax in pixels, max exclusive. `margin`, a fraction of the sides of the crop, is added
-    on each edge and clipped to the image. Raises ValueError for an empty box, or an unknown crop or interpolation.
+    on each edge and clipped to the image. Raises ValueError for an empty box or an unknown crop or interpolation.
     """
     if spec.crop not in CROPS:
         raise ValueError(f"input.crop={spec.crop!r}: expected {', '.join(CROPS)}")
@@ -185,7 +185,7 @@ def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: in
 def center(size: tuple[int, int], width: int, height: int) -> Region:
     """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
 
-    An odd remainder is halved as in torchvision's CenterCrop, rounded to even. Raises ValueError below one pixel.
+    Odd remainders are halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for an empty window.
     """
     if min(size) < 1:
         raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
@@ -263,8 +263,8 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    The format is "" for an image that was turned upright, whose file has other pixels. Raises ValueError if the file is
-    unreadable, truncated or multi-page, or its pixels are of another mode or range.
+    The format is "" if the image was turned upright, since the file has other pixels. Raises ValueError if the file is
+    unreadable, truncated or multi-page, or if its pixels have another mode or range.
     """
     image, form = _open(data, formats)
     return np.asarray(image), form
@@ -273,7 +273,7 @@ def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarra
 def orientation(exif: bytes) -> int:
     """Returns the orientation in an EXIF block, 1 (upright) if it is missing or damaged.
 
-    Pillow's reader would copy the data of all tags, in a forged file many times its size.
+    Pillow's reader would copy the data of all tags, which in a forged file may be many times its size.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = "<" if exif[:2] == b"II" else ">"
@@ -308,7 +308,7 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
             if problem is None:
                 picture.load()
                 turn = TURNS.get(orientation(picture.info.get("exif", b"")))
-                # Then without a format, since the file has other pixels. Pillow turns TIFF itself.
+                # The format is dropped, since the file has other pixels. Pillow itself turns TIFF upright.
                 upright = picture if turn is None else picture.transpose(turn)
                 image = upright if upright.mode == "L" else _array(upright)
                 if image is not None:

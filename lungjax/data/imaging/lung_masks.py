@@ -49,7 +49,7 @@ class _View:
 def body_mask(image: np.ndarray) -> np.ndarray:
     """Returns the body in a gray uint8 image [H, W], bool [H, W], with the lungs and without table and arms.
 
-    It is all False without contrast to the background. Raises ValueError unless the image is gray uint8.
+    The mask is all False if body and background have no contrast. Raises ValueError unless the image is gray uint8.
     """
     view = _prepare(_check_gray(image))
     return _enlarge(view.body if view else None, view, image.shape)
@@ -74,9 +74,9 @@ def lung_mask(image: np.ndarray) -> np.ndarray:
 def apply(image: np.ndarray, stage: str) -> StageResult:
     """Returns a grayscale uint8 image [H, W] preprocessed to a stage.
 
-    `nobackg` is the body on black, `crop` its box without raised arms; `lungs_nocrop` the lungs on black, `lungs` their
-    box; `no_lungs` the image with black lungs. The `study_` stages and `features` are those of `study_masks`. Raises
-    ValueError for an unknown stage, or if the image is not uint8 grayscale.
+    `nobackg` is the body on black and `crop` its box without raised arms; `lungs_nocrop` is the lungs on black and
+    `lungs` their box; `no_lungs` is the image with black lungs. The `study_` stages and `features` are those of
+    `study_masks`. Raises ValueError for an unknown stage, or if the image is not uint8 grayscale.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; {nearest(stage, STAGES)}")

@@ -17,13 +17,13 @@ class MemoryFile:
     data: bytes = field(repr=False)
 
     def __str__(self) -> str:
-        """Returns its name."""
+        """Returns the name of the file."""
         return self.name
 
     def open(self) -> io.BytesIO:
         """Returns a file object that raises ValueError after MAX_READS reads.
 
-        Otherwise, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
+        Without a limit, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
         """
         return _LimitedReads(self.data)
 

@@ -27,7 +27,7 @@ class Header:
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
 
-    Raises ValueError for other files, dimensions and units, and for voxels outside 0.1 to 10 mm.
+    Raises ValueError for other files, dimensions or units, and for voxels outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = _open(nibabel, path)
@@ -42,7 +42,7 @@ def header(path: str) -> Header:
     except KeyError:
         unit = f"code {int(image.header['xyzt_units'])}"
     if unit not in MILLIMETERS:
-        raise Unreadable(f"{path}: unit of length {unit}; expected mm, meter, micron and unknown (mm)")
+        raise Unreadable(f"{path}: unit of length {unit}; expected mm, meter, micron or unknown (mm)")
     # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.
     sizes = np.round(nibabel.affines.voxel_sizes(image.affine) * MILLIMETERS[unit], 5)
     if not all(MIN_SPACING <= size <= MAX_SPACING for size in sizes):

@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusi
 
 
 def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
-    """Returns a gray uint8 image [H, W] in a stage, uint8 [h, w], its region of the original, and if it was found.
+    """Returns a stage (uint8 [h, w]) of a gray uint8 image [H, W], its region, and whether it has the body or lungs.
 
     `stage` is one of `STAGES`. CT-COV19's stages show the image at 512 x 512, `features` at its own size, but at most
     512 x 512. Without a body or lung, the result is the previous stage.
@@ -75,8 +75,8 @@ def resize(image: np.ndarray) -> np.ndarray:
 def body_mask(square: np.ndarray) -> np.ndarray | None:
     """Returns the CT-COV19 study's body mask of a gray image [h, w]; None without edges.
 
-    Threshold 150, margin, erosion, Canny, dilation, then the longest contour, filled. The study can also repair a mask
-    that is open at the top edge, but none of its published calls does.
+    The steps are threshold 150, margin, erosion, Canny, dilation, and the longest contour, filled. The study's code can
+    also repair a mask that is open at the top edge, but no published call does so.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
@@ -148,7 +148,7 @@ def _hull_length(filled: np.ndarray) -> float:
 
 
 def snake_mask(bare: np.ndarray, iterations: int = 2500) -> np.ndarray:
-    """Returns the CT-COV19 study's lung mask of a body without background: uint8 512 x 512 to bool 512 x 512.
+    """Returns the CT-COV19 study's lung mask, bool 512 x 512, of a body without background, uint8 512 x 512.
 
     A snake of 500 points shrinks from a circle of radius 250 around the body; it includes the tissue between the
     lungs. The study corrected some masks by hand, which can't be reproduced.
@@ -172,9 +172,9 @@ def features(image: np.ndarray) -> np.ndarray:
     """Returns the iCTCF study's "preprocessed" image of a gray uint8 image [H, W], uint8.
 
     Images with a side above 512 are resized to 512 x 512 (bicubic). A local Gaussian threshold over 401 pixels, erosion
-    disk(4), closing disk(6), Roberts edges and filled holes give a mask, without the largest bright component, the
-    tissue of the body; the remainder becomes black. The published "small regions" step has no effect and is omitted, as
-    is the JPEG compression between steps.
+    disk(4), closing disk(6), Roberts edges and filled holes give a mask, from which the largest bright component, the
+    tissue of the body, is removed. Pixels outside the mask become black. The published "small regions" step, which has
+    no effect, and the JPEG compression between steps are omitted.
     """
     if max(image.shape) > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,7 +1,7 @@
 """Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
-Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. Images are in radiological
-orientation: axial images show the chest up, others the head; the right is on the left, and sagittal images face left.
+Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. In images, the chest (axial) or the
+head (coronal, sagittal) is up, and the patient's right is on the left; sagittal images face left.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Volume:
 
 
 def check_options(plane: str, position: str, windows: Windows) -> None:
-    """Raises ValueError for an unknown plane or position, or without one or three windows of positive width."""
+    """Raises ValueError for an unknown plane or position, and unless `windows` are one or three of positive width."""
     for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")

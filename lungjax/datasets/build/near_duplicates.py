@@ -1,4 +1,4 @@
-"""Duplicates in a data set: found in its index, removed from the clean protocol, and counted in the study's splits."""
+"""Finds duplicates in a data set, removes them from the clean protocol, and counts them in the study's splits."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ FILE = "near.csv"  # next to index.csv: the near duplicates of different groups,
 def search(
     examples: Sequence[Example], columns: Mapping[str, Sequence[str]], listing: Listing, thumbnails: np.ndarray
 ) -> tuple[np.ndarray, list[str], list[str], dict[str, Any]]:
-    """Detects exact copies and near duplicates in the columns of an index, and their effect on each protocol.
+    """Detects exact copies and near duplicates in the columns of an index, and computes their effect on each protocol.
 
     `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images. Returns the near duplicates in
     different groups as rows, int64 [P, 2]; the clean split of each row, "" for removed ones; notes; and the summary.
@@ -59,7 +59,7 @@ def read(data: Prepared, data_dir: Path) -> np.ndarray:
 
 
 def cross(one: Prepared, other: Prepared) -> str:
-    """Returns the patients and images that two prepared data sets share, as markdown. Raises ValueError for a stage."""
+    """Returns the patients and images that two prepared data sets share, as Markdown. Raises ValueError for a stage."""
     for data in (one, other):
         if resolve(data.name)[0].stage:
             raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage")

@@ -1,4 +1,4 @@
-"""Processing of one image of a data set: decode, check, stage, resize, hash, measure."""
+"""Processes one image of a data set: decodes, checks, applies the stage, resizes, hashes and measures it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class ProcessedImage:
     height: int
     box: Box  # in pixels of the stored image, max exclusive; by default the complete image
     pixels: str  # digest of the decoded original, or of its copy by Example.transform
-    phash: int  # of the same image, like the thumbnail: see data.duplicates
+    phash: int  # of the same image as the thumbnail; see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
     mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
     std: float

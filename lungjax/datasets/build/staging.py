@@ -1,4 +1,4 @@
-"""Staging directory of a data set: locked, with sufficient disk space, published by renaming."""
+"""The staging directory of a data set, which is locked, checked for disk space, and published by renaming."""
 
 import contextlib
 import fcntl
@@ -47,4 +47,4 @@ def check_disk(needed: int, data_dir: Path, count: int, say: Callable[[str], Non
     free, size, total = (tqdm.format_sizeof(n, "B") for n in (disk, needed, needed + SPARE_BYTES))
     say(f"{count:,} images, about {size} to write to {data_dir} ({free} free)")
     if needed + SPARE_BYTES > disk:
-        raise ValueError(f"{data_dir}: the records need about {total}, {free} are free; choose another --data_dir")
+        raise ValueError(f"{data_dir}: the records need about {total}, but {free} are free; choose another --data_dir")

@@ -1,4 +1,4 @@
-"""The TFDS builder of all data sets: the features of a record, and how they are written."""
+"""The TFDS builder of all data sets, which defines the features of a record and writes them."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ Shards = Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]
 
 
 class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes the records of given shards.
+    """Writes records in shards.
 
     `image` is an encoded image (uint8, or uint16 PNG for 16 bits), `box` TFDS's ymin, xmin, ymax, xmax as fractions of
     the image, and `body` the bits of a body mask over the image, row by row (zero without masks).

@@ -1,7 +1,7 @@
 """Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
 
-The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and with `overwrite`
-the old one remains until the new one is complete. The next run resumes from the processed images of complete shards.
+The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and an overwritten
+data set remains until the new one is complete. The next run resumes from the processed images of complete shards.
 """
 
 import functools
@@ -149,7 +149,7 @@ class _Images:
             return None, ["--window has no effect: no image has 16 bits"] if window else []
         count = f"{self.deep} of {len(self.examples)} images have 16 bits"
         if window:
-            return window, [f"{count}; the requested window is {window[0]:g} to {window[1]:g}"]
+            return window, [f"{count}; --window is {window[0]:g} to {window[1]:g}"]
         total = np.cumsum(self.histogram)
         if total[-1] == 0:
             raise ValueError(f"{count}, but none of them is in the train split: give --window=low,high")
@@ -159,7 +159,7 @@ class _Images:
         for row in self.raw:
             for key, offset in (("mean", low), ("std", 0.0)):
                 self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
-        text = f"{count}; the window is percentiles 0.5 to 99.5 of train, {low:g} to {high:g}; --window sets another"
+        text = f"{count}; their window, percentiles 0.5 to 99.5 of train, is {low:g} to {high:g}; --window sets another"
         return (low, high), [text]
 
 

@@ -58,7 +58,7 @@ def draw_lesions(
     """Returns the lesion field of one slice, float32 [H, W], 0 to 1; zero for Normal and outside the lungs."""
     field = np.zeros_like(g.x)
     for i, lesion in enumerate(lesions):
-        if i > 1 and rng.random() < 0.25:  # not every lesion reaches every slice; the first two do
+        if i > 1 and rng.random() < 0.25:  # the first two lesions reach every slice, the others may not
             continue
         angle = float(np.clip(lesion.angle + rng.normal(0, 0.12), -1.2, 1.35))
         size = lesion.size * rng.uniform(0.75, 1.05)
@@ -103,13 +103,13 @@ def draw_incidental(
 ) -> np.ndarray:
     """Returns the field of findings that any class may have, float32 [H, W]; below 0 where air is trapped.
 
-    `patient` has the same seed for all slices of a patient, `rng` one per slice.
+    `patient` has the same seed for all slices of a patient; `rng` has a different one for each slice.
     """
     middle, a, b = c.half
     field = patient.uniform(0.0, 0.04) * noise(rng, g, 22) + 0.012 * noise(rng, g, 5)
     haze, thickness, tilt = patient.uniform(0.06, 0.25), patient.uniform(5, 16), patient.uniform(-0.5, 0.5)
     if patient.random() < 0.5:
-        # Gravity-dependent opacity follows the back wall: as peripheral and posterior as COVID-19, but smooth.
+        # Gravity-dependent opacity along the back wall is as peripheral and posterior as COVID-19, but smooth.
         layer = np.clip(1 - (lung.depth + 2 * noise(rng, g, 25)) / (thickness * (1 + tilt * lung.side)), 0, 1)
         field += haze * rng.uniform(0.6, 1.2) * layer * np.clip((g.y - 0.35 * b) / (0.3 * b), 0, 1)
     # Nodules, and in some patients a nonspecific hazy spot: size in mm, density, width of the edge in mm.

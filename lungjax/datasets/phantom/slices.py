@@ -1,7 +1,7 @@
 """Synthetic axial chest CT slices with known lungs and lesions, for demonstrations and tests; no patient data.
 
-`draw_slice` returns Hounsfield units and true masks, `gray` the 8-bit image of a window. Everything is determined by
-the seed. Scanner and body are independent of the finding, so window, size, noise and brightness are uninformative.
+`draw_slice` returns Hounsfield units and true masks; `gray` returns the 8-bit image of a window. The seed determines
+everything. Scanner and body are independent of the finding, so window, size, noise and brightness are uninformative.
 Results on these images do not transfer to patients.
 """
 

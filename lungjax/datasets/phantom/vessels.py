@@ -70,7 +70,7 @@ def _halve(ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def cut(tree: Tree, g: Grid, level: float, thickness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the fraction of each pixel that is vessel, bronchial wall and bronchial lumen, float32 [H, W]."""
+    """Returns the fractions of each pixel that are vessel, bronchial wall and bronchial lumen, float32 [H, W]."""
     z, reach = level * LUNG_HEIGHT, thickness / 2
     heights = np.sort([tree.start[:, 2], tree.stop[:, 2]], axis=0)
     near = (heights[0] - tree.radius < z + reach) & (heights[1] + tree.radius > z - reach)

@@ -39,8 +39,8 @@ def normalize(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsi
 def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, activation: Activation, dtype: Any) -> Output:
     """Normalizes x [B, H, W, C] by its own statistics, multiplies by `scale`, adds `bias`, and applies `activation`.
 
-    `scale` and `bias` are float32 [C], `activation` is elementwise, `dtype` is that of the normalized map. Returns the
-    activated map, and the mean and biased variance, float32 [C], which have no gradient.
+    `scale` and `bias` are float32 [C], `activation` is elementwise, and `dtype` is the dtype of the normalized map.
+    Returns the activated map, and the mean and biased variance, float32 [C], which have no gradient.
     """
     cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
     return cpu_or_default(x, scale, bias, cpu=cpu, default=plain)

@@ -106,8 +106,8 @@ def plain_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> ja
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies x [..., C] by kernel [C, D].
 
-    XLA copies the first operand of the product that is the kernel's gradient to another layout. Here it is the narrower
-    map, while in plain autodiff it is always dy.
+    In the product for the kernel's gradient, XLA copies the first operand to another layout. Here that operand is the
+    narrower map, whereas in plain autodiff it is always dy.
     """
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -180,7 +180,7 @@ def isolate_fusion(function: Callable[..., jax.Array], *args: jax.Array) -> jax.
     """Returns function(*args), computed exactly once and from arguments in memory.
 
     XLA's CPU fusion considers a sum of slices cheap and recomputes it for each of its readers. It does not fuse across
-    a conditional, so the function becomes a branch that is always taken, which the barrier hides from the compiler.
+    a conditional, so the function becomes a branch that is always taken; the barrier hides this from the compiler.
     """
     result = jax.eval_shape(function, *args)
     predicate = lax.optimization_barrier(jnp.array(True))
@@ -200,7 +200,7 @@ def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, ja
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums shifted slices for depthwise kernels and images of few channels, in float32 or wider; else plain."""
+    """Sums shifted slices for depthwise kernels and images of few channels, in float32 or wider; else: `plain_conv`."""
     (kh, kw, depth, _), depthwise = kernel.shape, _is_depthwise(x, kernel)
     sliced = depth == x.shape[-1] <= MAX_SLICED_CHANNELS and kh * kw * depth <= MAX_SLICED_TERMS
     if not depthwise and not sliced:
@@ -252,9 +252,10 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums over the map in one loop for a 3x3 kernel; a larger one has a loop per row, since one compiles too slowly.
+    """Returns the gradient of a 3x3 kernel by one loop over the map, of a larger one by a loop per kernel row.
 
-    Each element of a loop's result sums several cells; with one product each, memory would be the bottleneck.
+    One loop for a large kernel would compile slowly. Each element of a loop's result sums several cells; with one
+    product per element, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))

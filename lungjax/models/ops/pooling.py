@@ -15,7 +15,7 @@ from lungjax.models.ops.conv import Pads, Pair, cpu_or_default, isolate_fusion, 
 
 
 def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the maximum of each window of x [B, H, W, C] by the reduction of XLA."""
+    """Returns the maximum of each window of x [B, H, W, C] by XLA's window reduction."""
     lowest = np.array(-np.inf, x.dtype)
     return lax.reduce_window(x, lowest, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0)))
 
@@ -24,8 +24,8 @@ def plain_window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> j
 def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     """Returns the maximum of each window of x [B, H, W, C]; padding is ignored.
 
-    The gradient goes to the first of equal maxima, row by row. On the CPU this is the maximum of shifted slices, one
-    loop that is fused with the bias and the activation before it.
+    The gradient goes to the first of equal maxima, row by row. On the CPU, the maximum is taken over shifted slices in
+    one loop, fused with the bias and the activation before it.
     """
     cpu, plain = (partial(f, window=window, strides=strides, pads=pads) for f in (_window_max, plain_window_max))
     return cpu_or_default(x, cpu=cpu, default=plain)

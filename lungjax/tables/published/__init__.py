@@ -1,8 +1,8 @@
 """The results tables of the studies, as printed: `TABLES` by name, from tables.toml and cells.csv.
 
 cells.csv has one row per cell: table, row, column, experiment (as for `--experiment`), metric, published and note.
-`published` is the printed text, so that it can be checked against the source: ".966" or "96.6%", both 0.966 with three
-digits; "1" and "0", as reports with two digits print 1.00 and 0.00; empty if the study printed no number.
+`published` is the printed text, so that it can be checked against the source: ".966" and "96.6%" are 0.966 with three
+digits, and "1" and "0" are 1.00 and 0.00 in reports with two digits. It is empty if the study printed no number.
 """
 
 import csv
