@@ -243,6 +243,14 @@ def test_insufficient_disk_space(folder, tmp_path, monkeypatch):
         write(tmp_path)
 
 
+def test_shuffled_records(folder, tmp_path, monkeypatch):
+    original = prepared.open_records
+    monkeypatch.setattr(prepared, "open_records", lambda path: list(reversed(list(original(path)))))
+    with pytest.raises(RuntimeError, match="order"):
+        write(tmp_path)
+    assert_nothing_opens(tmp_path)
+
+
 def test_workers_of_a_killed_run(tmp_path):
     command = [sys.executable, "-m", "lungjax.prepare", "--dataset=phantom_ct"]
     run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
