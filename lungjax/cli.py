@@ -69,7 +69,7 @@ def run(
 def define_window_flags() -> None:
     """Defines --window and --hu_window, which `windows` reads."""
     flags.DEFINE_string("window", None, "Window of 16-bit images as low,high; default: that of the training images.")
-    flags.DEFINE_string("hu_window", None, "Window of CT in HU as center/width; default: that of the training images.")
+    flags.DEFINE_string("hu_window", None, "CT window in HU, as center/width; default: that of the training images.")
 
 
 def windows() -> dict[str, Any]:

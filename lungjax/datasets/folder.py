@@ -235,7 +235,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     _, warnings = folder_volumes.unread_notes([path for path, kind in kinds.items() if not kind])
     if unlisted := [path for path, kind in kinds.items() if kind]:
         example = os.path.basename(unlisted[0])
-        warnings.append(f"{len(unlisted):,} images are not in {table.name} and were skipped, such as {example}")
+        warnings.append(f"skipped {len(unlisted):,} images that are not in {table.name}, such as {example}")
     return rows, extra, [], warnings
 
 

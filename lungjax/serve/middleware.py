@@ -138,12 +138,12 @@ class Guard:
         return self.settings.public
 
     async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Responds with 500 and a number that identifies the error in the log (with its location, not its message)."""
+        """Responds with 500 and an ID that identifies the error in the log (with its location, not its message)."""
         number = secrets.token_hex(4)
         LOG.error("error %s: %s", number, describe(error))
         if state["status"]:
             return  # the response has started
-        message = f"internal error, number {number} in the log of the service"
+        message = f"internal error, ID {number} in the log of the service"
         await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:

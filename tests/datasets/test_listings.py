@@ -382,7 +382,7 @@ def test_coronahack(tmp_path):
 
 
 def test_covid_xray_5k_real_names(shared, tmp_path):
-    """All real file names of the study's repository; another data set has the cases of some images."""
+    """All real file names of the study's repository; another data set gives the true patients of some images."""
     folder = shared / "data/covid_xray_study"
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("data_set/*/*/*")]
     names += (folder / "missing.txt").read_text().split()

@@ -213,7 +213,7 @@ def test_number_of_a_model_error(caplog):
     with running() as service:
         service.model.error = RuntimeError(f"of {SECRETS[0]}")
         status, answer, _ = service.post("/predict", ("Zentinel.png", flat(1)))
-        number = re.search(r"number (\w{8}) in the log", answer["error"])[1]
+        number = re.search(r"ID (\w{8}) in the log", answer["error"])[1]
         service.model.error = None
         assert status == 500 and service.post("/predict", ("a", flat(1)))[0] == 200
     assert f"error {number}: RuntimeError" in caplog.text and "services.py" in caplog.text
