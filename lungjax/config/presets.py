@@ -76,7 +76,7 @@ def one_of(argument: str, value: str, known: Iterable[str]) -> str:
     """Returns `value`. Raises ValueError, listing the nearest of `known`, if it is not one of them."""
     known = list(known)
     if value not in known:
-        raise ValueError(f"{argument}={value}: {nearest(value, known)}; expected {', '.join(known)}")
+        raise ValueError(f"{argument}={value}: expected {', '.join(known)}; {nearest(value, known)}")
     return value
 
 

@@ -117,7 +117,7 @@ def resolve(name: str) -> tuple[DatasetName, Dataset]:
     if parts and not entry.configs and difflib.get_close_matches(parts[-1], STAGES, 1, 0.8):
         raise ValueError(f"{name}: {parts[-1]!r} looks like a stage ({', '.join(STAGES)}); a name ends in at most one")
     if entry.configs and config not in entry.configs:
-        hint = f"{nearest(config, (*entry.configs, *STAGES))}. A name is NAME/CONFIGURATION[-STAGE][-SIZE]"
+        hint = f"a name is NAME/CONFIGURATION[-STAGE][-SIZE]; {nearest(config, (*entry.configs, *STAGES))}"
         raise ValueError(f"unknown configuration {config!r} of {base}; {hint}")
     if stage and not entry.axial:
         raise ValueError(f"{name}: stages are for axial CT slices, and {base} has none; remove {stage}")

@@ -49,7 +49,7 @@ def kind(path: str) -> str:
 
 
 def is_document(path: str) -> bool:
-    """Returns whether a file is a text, table or database, which folders of images often contain."""
+    """Returns whether a file is a text file, table or database, which folders of images often contain."""
     return path.lower().endswith(DOCUMENTS)
 
 
@@ -192,7 +192,7 @@ def _from_series(
             result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
         return result
     if series.flaw:
-        raise ValueError(f"{rows[0].file}: no {options.plane} plane can be cut, {series.flaw}")
+        raise ValueError(f"{rows[0].file}: no {options.plane} plane can be cut: {series.flaw}")
     for key in ("label", "split"):
         values = sorted({getattr(row, key) for row in rows})
         if len(values) > 1:

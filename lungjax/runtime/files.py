@@ -50,7 +50,7 @@ def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
     keeps a hidden name until the new one is in place, so that one of them is always complete.
     """
     if path.exists() and not (path / mark).exists():
-        raise ValueError(f"{path} exists without {mark}, so it is not an export: choose another --out")
+        raise ValueError(f"{path} exists but does not contain {mark}, so it is not an export: choose another --out")
     token = uuid.uuid4().hex
     partial, old = path.with_name(f".{token}"), path.with_name(f".{token}.old")
     partial.mkdir()

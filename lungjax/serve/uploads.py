@@ -149,7 +149,7 @@ def _jpeg(data: bytes, limits: Limits) -> bytes:
 
 
 def _check_jpeg2000(data: bytes, limits: Limits) -> None:
-    """Checks the size of image and tiles in the codestream, which decoders use instead of the boxes around it."""
+    """Checks the sizes of the image and its tiles in the codestream; decoders ignore those in the boxes around it."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or len(data) < start + 40:
         raise UploadError(422, "damaged", "a damaged or truncated JPEG 2000 file")

@@ -34,14 +34,14 @@ def check(data: Any, number: int = 0) -> None:
 
 
 def codestream_size(data: bytes) -> tuple[int, int]:
-    """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it has no size."""
+    """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it has none."""
     if data[:4] == b"\xff\x4f\xff\x51" and len(data) >= 24:  # JPEG 2000: SOC, then SIZ
         right, bottom, left, top = struct.unpack(">4I", data[8:24])
         return bottom - top, right - left
     for marker, start, end in jpeg_segments(data)[0]:
         if marker in FRAMES and end - start >= 9:
             return struct.unpack(">HH", data[start + 5 : start + 9])
-    raise ValueError("the compressed image has no size")
+    raise ValueError("the compressed image does not specify its size")
 
 
 def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:

@@ -25,9 +25,10 @@ class Header:
 
 @named_errors
 def header(path: str) -> Header:
-    """Reads the header of a NIfTI file; an unknown unit is interpreted as mm, with a note.
+    """Reads the header of a NIfTI file. If the file specifies no unit of length, mm is assumed, with a note.
 
-    Raises ValueError for other files, dimensions or units, and for voxels outside 0.1 to 10 mm.
+    Raises ValueError if the file is not NIfTI or not a single 3D volume, for other units than mm, meter and micron, and
+    for voxels outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = _open(nibabel, path)
