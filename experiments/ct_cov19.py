@@ -71,7 +71,7 @@ def get_config(
             size=size, channels=3 if efficientnet and not frozen else 1, mean=mean, std=std, antialias=not study
         ),
         augment=preset(f"ct_cov19_{images}" if augment else "none"),
-        # ImageNet weights: a plain classifier on frozen features; random weights: the top of Keras.
+        # ImageNet weights: a plain classifier on frozen features; random weights: Keras's top.
         model=ModelConfig(
             name=model,
             weights=weights,

@@ -34,11 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_string("cross", None, "Another prepared data set; prints the patients and images that both share.")
     flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
     flags.DEFINE_integer("seed", 0, "Seed for new splits and synthetic data sets.")
-    flags.DEFINE_string(
-        "group_pattern",
-        "",
-        "folder: regex with the patient in its group; none: each image is one.",
-    )
+    flags.DEFINE_string("group_pattern", "", "folder: regex whose group is the patient; 'none': each image is one.")
     flags.DEFINE_string("source_pattern", "", "folder: regex whose first group is the source in a file name.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
     flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks for augment.exterior.")

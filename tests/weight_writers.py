@@ -90,7 +90,7 @@ def as_keras(ours):
 
 
 def as_timm(ours):
-    """Returns our leaves with the names of timm and the layout of PyTorch."""
+    """Returns our leaves with timm's names and the layout of PyTorch."""
     tensors = {}
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")

@@ -170,7 +170,7 @@ class OptimConfig:
     nesterov: bool = False  # sgd
     b1: float = 0.9  # adam, adamw
     b2: float = 0.999  # adam, adamw
-    # adam, adamw, rmsprop. The value of Keras (torch: 1e-8), added after bias correction as in the paper; Keras adds it
+    # adam, adamw, rmsprop. Keras's value (torch: 1e-8), added after bias correction as in the paper; Keras adds it
     # before, where it weighs 32 times as much at the first step.
     eps: float = 1e-7
     weight_decay: float = 0.0  # decoupled; kernels only, never norms or biases

@@ -134,7 +134,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     width, height = (result["sizes"][side][1] for side in ("width", "height"))
     if max(width, height) < MIN_SIDE and not result["size"]:
         size = f"a median of {width} x {height} pixels"
-        warnings.append(f"small images, {size}: use the originals, or an --set=input.size below 224 x 224")
+        warnings.append(f"small images, {size}: use the originals, or an input.size below 224 x 224")
     for name in result["classes"] if len(result["sources"]) > 1 else ():
         single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
         names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"

@@ -33,7 +33,8 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
     def fail(reason: str, examples: list[str]) -> NoReturn:
         advice = "An external test needs patients that the run has not seen: choose another --split or --dataset"
         advice += "" if drop else ", or leave out the shared patients with --overlap=drop"
-        raise ValueError(f"{what} can't test a run on {own.name}: {reason} {'; '.join(examples[:MAX_NAMES])}. {advice}")
+        reason = f"{reason} {'; '.join(examples[:MAX_NAMES])}. {advice}"
+        raise ValueError(f"{what} can't be used to test a run trained on {own.name}: {reason}")
 
     if names := shared_groups(own, seen, other, rows):
         removed = np.isin(groups, names)

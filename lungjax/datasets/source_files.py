@@ -44,7 +44,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file with their locations. Raises ValueError as `read_table`, or if there are none."""
+    """Returns the rows of a CSV file with their locations. Raises ValueError as `read_table` does, and if empty."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")

@@ -1,6 +1,6 @@
 """95 % confidence intervals by bootstrap over patients: for one run, several runs, and the difference between two.
 
-Slices of a patient are correlated, so a draw samples patients with replacement, with all their slices (cluster
+Slices from the same patient are correlated, so a draw samples patients with replacement, with all their slices (cluster
 bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its own patient.
 Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
 Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for that metric. A

@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
         start = time.monotonic()
         path, difference = modules[name].write(exported, out)
         seconds = time.monotonic() - start
-        print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference of the logits {difference:.0e}")
+        print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference in the logits {difference:.0e}")
         if name == "jax":
             print(f"Guaranteed to run with {artifacts.compatibility(version('jax'))}")
     print(NOTICE)

@@ -144,7 +144,7 @@ def load(workdir: Path) -> Functions:
 def from_pyz(path: Path) -> Functions:
     """Returns the functions of a model.pyz, rebuilt from its weights and configuration instead of its programs.
 
-    Raises ValueError as `artifacts.read_parts`, and if weights and configuration do not match.
+    Raises ValueError as `artifacts.read_parts` does, and if weights and configuration do not match.
     """
     metadata, weights, about = artifacts.read_parts(path)
     where = f"{path}: {artifacts.ABOUT}"

@@ -16,7 +16,7 @@ from lungjax.models.layers import BatchNorm
 from lungjax.models.ops.conv import cpu_or_default, isolate_fusion, to_float32
 from lungjax.models.ops.pooling import avg_pool_2x2
 
-# Batch: the defaults of Keras, which the studies use. Group and layer: as in the code of BiT and ConvNeXt, but without
+# Batch: Keras's defaults, which the studies use. Group and layer: as in the code of BiT and ConvNeXt, but without
 # the fast variance (mean of squares minus square of mean), whose rounding errors the parity tests detect.
 NORMS: dict[str | None, Callable[..., nn.Module]] = {
     "batch": partial(BatchNorm, momentum=0.99, epsilon=1e-3),
@@ -72,7 +72,7 @@ class Head(nn.Module):
         x = nn.relu(x) if config.norm_before_pool in ("batch", "group") else x
         x = norm(_pool(x, config.pool, train), config.norm_after_pool, "norm_after_pool")
         x = nn.Dropout(config.dropout, deterministic=not train, name="dropout")(x)
-        init = nn.initializers.glorot_uniform()  # the default of Keras, which all studies use
+        init = nn.initializers.glorot_uniform()  # Keras's default, which all studies use
         for i, width in enumerate(config.hidden or (), 1):
             x = ACTIVATIONS[config.activation or "relu"](nn.Dense(width, kernel_init=init, name=f"hidden{i}")(x))
             x = nn.Dropout(config.hidden_dropout, deterministic=not train, name=f"hidden{i}_dropout")(x)

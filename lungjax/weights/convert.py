@@ -75,7 +75,7 @@ def target(name: str, rules: Rules, ndim: int) -> str | None:
         return None
     if leaf == "weight":
         return f"{layer_path}/{'scale' if ndim == 1 else 'kernel'}"
-    if re.search(r"_[Wb]_1$", leaf):  # of Keras 1, after the name of the layer
+    if re.search(r"_[Wb]_1$", leaf):  # in Keras 1, after the name of the layer
         return f"{layer_path}/{'kernel' if leaf.endswith('_W_1') else 'bias'}"
     return f"{layer_path}/{LEAVES[leaf]}" if leaf in LEAVES else None
 

@@ -1,4 +1,4 @@
-"""Reads weight files as named arrays: safetensors, npz, HDF5 of Keras and .pth of PyTorch, distinguished by content.
+"""Reads weight files as named arrays: safetensors, npz, Keras HDF5 and PyTorch .pth, distinguished by content.
 
 Nothing in a file is executed. Pickled arrays, links to other files and PyTorch objects other than tensors are rejected.
 """

@@ -1,4 +1,4 @@
-"""Times `lungjax.data.augment` against the preprocessing layers of Keras on jax, in one process.
+"""Times `lungjax.data.augment` against Keras's preprocessing layers on jax, in one process.
 
 KERAS_BACKEND=jax python -m tests.benchmarks.augment [--rounds=5]        # extra "parity"
 """

@@ -22,7 +22,7 @@ NAMES = {
 }
 BAD_NAMES = {
     "covidx": "did you mean covidx_ct",
-    "ct_cov19/lung": "'lung' of ct_cov19; did you mean lungs",
+    "ct_cov19/lung": "'lung' of ct_cov19.*did you mean lungs",
     "phantom_ct/tine": "did you mean tiny",
     "folder/mine-lung-64": "stage",
     "folder/a-lungs-crop": "stage",

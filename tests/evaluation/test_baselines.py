@@ -1,4 +1,4 @@
-"""Shortcut baseline from the source alone, by hand, and the warnings."""
+"""Shortcut baseline from the source alone, checked against values computed by hand, and its warnings."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Networks of Keras as references."""
+"""Keras networks as references."""
 
 import os
 

@@ -62,7 +62,7 @@ class Reference:
     def facts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns facts, and running statistics by their names in the file.
 
-        Facts: {"shift": of `draw`, "tensors": {name in the file: [name for `draw`, shape, whether transposed]}}.
+        Facts: {"shift": for `draw`, "tensors": {name in the file: [name for `draw`, shape, whether transposed]}}.
         """
         facts, statistics = {}, {}
         for name, array in self.tensors():

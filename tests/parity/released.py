@@ -1,10 +1,10 @@
-"""Tensor names in the released files of Keras (keras-applications, 2017 to 2021) and BiT."""
+"""Tensor names in the released files from Keras (keras-applications, 2017 to 2021) and BiT."""
 
 import re
 
 
 def released(network: str, layer: str, weights: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
-    """Returns the names of a layer and its weights in the released file; `weights` are names of Keras 3 with shapes."""
+    """Returns the names of a layer and its weights in the released file; `weights` are Keras 3 names with shapes."""
     new = _layer(network, layer)
     names = []
     for weight, shape in weights.items():

@@ -98,7 +98,7 @@ def load(case: Case, path: Path, side: int) -> tuple[Any, dict[str, Any]]:
 
 
 def difference(logits: Any, expected: np.ndarray) -> float:
-    """Returns the largest difference of the logits, relative to their range for one image.
+    """Returns the largest difference in the logits, relative to their range for one image.
 
     Raises AssertionError if two images have similar logits, since a network that ignores its input would pass.
     """

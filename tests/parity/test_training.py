@@ -166,7 +166,7 @@ def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
 
 
 def differences_of(run: str, kind: str, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Returns the result of `compare` and the relative differences of the losses; prints both."""
+    """Returns the result of `compare` and the relative differences in the losses; prints both."""
     result = in_process(compare, run, kind, folder)
     losses = np.asarray(result["losses"])
     assert losses.shape == (STEPS, 2) and np.ptp(losses[:, 0]) > 0.01

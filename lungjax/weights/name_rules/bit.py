@@ -1,4 +1,4 @@
-"""BiT: the released npz files and the names of timm."""
+"""BiT: the released npz files and timm's names."""
 
 from lungjax.weights.convert import Rules, blocks
 

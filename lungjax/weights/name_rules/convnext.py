@@ -16,7 +16,7 @@ STEM, BLOCK = r"(?:stem|downsample_layers\.0)\.", r"stages\.(\d)\.(?:blocks\.)?(
 KERAS_BLOCK = r"\w+_stage_(\d)_block_(\d+)_"
 KERAS_LEAF = r"/(?:.*/)?(kernel|bias|gamma|beta)"  # a norm and a convolution share a group, with different leaves
 KERAS_LEAVES = {"kernel": "conv/kernel", "bias": "conv/bias", "gamma": "norm/scale", "beta": "norm/bias"}
-# The layer scale of torchvision is [C, 1, 1], the response norm of Facebook [1, 1, 1, C].
+# torchvision's layer scale is [C, 1, 1], Facebook's response norm [1, 1, 1, C].
 FLAT = ((r"/layer_scale$|/grn/(scale|bias)$", lambda array, shape: array.reshape(-1)),)
 
 

@@ -1,4 +1,4 @@
-"""DenseNet: files of Keras and torchvision; timm has the tensor names of torchvision."""
+"""DenseNet: files from Keras and torchvision; timm has torchvision's tensor names."""
 
 from lungjax.weights.convert import Rules, blocks
 

@@ -1,4 +1,4 @@
-"""EfficientNet and its Lite versions: files of Keras, timm, torchvision and EfficientNet-PyTorch (lukemelas)."""
+"""EfficientNet and its Lite versions: files from Keras, timm, torchvision and EfficientNet-PyTorch (lukemelas)."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""EfficientNetV2: files of Keras, timm and torchvision. Stages 1 to 3 have fused blocks in every variant."""
+"""EfficientNetV2: files from Keras, timm and torchvision. Stages 1 to 3 have fused blocks in every variant."""
 
 from lungjax.weights.convert import Rules, blocks
 from lungjax.weights.name_rules.efficientnet import KERAS, TIMM_BLOCK, TIMM_TOP, TORCHVISION_BLOCK, TORCHVISION_TOP

@@ -1,4 +1,4 @@
-"""MobileNet V1: files of Keras and timm."""
+"""MobileNet V1: files from Keras and timm."""
 
 from lungjax.weights.convert import Rules, blocks, numbered_blocks
 

@@ -1,4 +1,4 @@
-"""MobileNetV2: files of Keras (released and new names), timm and torchvision."""
+"""MobileNetV2: files from Keras (released and new names), timm and torchvision."""
 
 from lungjax.weights.convert import Rules, numbered_blocks
 from lungjax.weights.name_rules.efficientnet import TIMM_BLOCK, TIMM_FIRST, TIMM_TOP

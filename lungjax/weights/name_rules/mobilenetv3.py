@@ -1,4 +1,4 @@
-"""MobileNetV3: files of Keras (released and new names), timm and torchvision.
+"""MobileNetV3: files from Keras (released and new names), timm and torchvision.
 
 The files number blocks or stages consecutively, so each layout has one table per size.
 """
@@ -17,7 +17,7 @@ KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1":
 KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}
 KERAS_RELEASED |= {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
 KERAS_NEW = {name.replace("BatchNorm", "bn").replace("/", "_").lower(): path for name, path in KERAS_RELEASED.items()}
-# Blocks of torchvision are sequences that may lack the squeeze-excitation.
+# torchvision's blocks are sequences that may lack the squeeze-excitation.
 FIRST = TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
 BLOCK = TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
 RULES: dict[str, Rules] = {}

@@ -1,4 +1,4 @@
-"""VGG-16 and VGG-19: the Oxford weights (BGR) of Keras, and those of torchvision, also with the names of timm."""
+"""VGG-16 and VGG-19: Keras's Oxford weights (BGR), and torchvision's weights, also with timm's names."""
 
 import numpy as np
 
