@@ -2,7 +2,7 @@
 
     python -m lungjax.main --experiment=effnetv2_covidxct
 
-The data set (Kaggle hgunraj/covidxct) has 425,024 slices of 5,312 patients. The network is from arXiv 2104.00298.
+The data set (Kaggle hgunraj/covidxct) has 425,024 slices from 5,312 patients. The network is from arXiv 2104.00298.
 Download its weights once (`python -m lungjax.weights --fetch=efficientnetv2_s.keras`, 88 MB); they define the input
 range, x / 128 - 1. `weights=none` starts from random weights, and `weights=run:WORKDIR` from those of another run.
 

@@ -3,7 +3,7 @@
     python -m lungjax.main --experiment=phantom_demo
 
 The "Simple" CNN of the CT-COV19 study, with 25,000 parameters, learns to distinguish Normal, Pneumonia and COVID-19
-phantoms (`lungjax.datasets.phantom.slices`, 1,080 slices of 360 patients), cropped to the body box at 112 px. A run
+phantoms (`lungjax.datasets.phantom.slices`, 1,080 slices from 360 patients), cropped to the body box at 112 px. A run
 takes about two minutes on 2 cores; with seed 0 the test accuracy is 0.85 per slice and 0.90 per patient. Since the
 images are synthetic, the score shows that the pipeline works and says nothing about real lungs.
 """

@@ -1,6 +1,6 @@
 """Near duplicates: re-saved copies of an image, detected by a 64-bit hash and confirmed on the pixels.
 
-Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices of different patients, 41 have
+Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices from different patients, 41 have
 hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness` compares details after alignment.
 """
 

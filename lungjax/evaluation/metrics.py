@@ -211,7 +211,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
 
 
 def patient_keys(predictions: Predictions) -> np.ndarray:
-    """Returns one key per example, [N] str, equal for examples of the same patient."""
+    """Returns one key per example, [N] str, equal for examples from the same patient."""
     p = predictions
     # The prefix distinguishes groups from ids: id "7" without a group is not patient "7".
     return np.where(p.groups == "", np.char.add("1", p.ids), np.char.add("0", p.groups))

@@ -58,7 +58,7 @@ class Slices:
 
 
 def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
-    """Returns `count` slices of new patients with alternating findings, and their masks with the same preprocessing.
+    """Returns `count` slices from new patients with alternating findings, and their masks with the same preprocessing.
 
     `classes` are those of phantom_ct in any order; `name` is the training data set, whose stage and size apply.
     Patients without a visible lesion in LEVELS slices are skipped.

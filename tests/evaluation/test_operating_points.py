@@ -13,7 +13,7 @@ from lungjax.evaluation.predictions import Predictions
 
 
 def make(seed=0, ties=True):
-    """120 examples of 30 patients in three classes."""
+    """120 examples from 30 patients, in three classes."""
     rng = np.random.default_rng(seed)
     patient = rng.integers(0, 30, 120)
     z = rng.normal(size=(120, 3)) + np.eye(3)[patient % 3]

@@ -25,10 +25,10 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels, max exclusi
 
 
 def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
-    """Returns a stage (uint8 [h, w]) of a gray uint8 image [H, W], its region, and whether it has the body or lungs.
+    """Returns a stage (uint8 [h, w]) of a gray uint8 image [H, W], its region, and whether body or lungs were found.
 
     `stage` is one of `STAGES`. CT-COV19's stages show the image at 512 x 512, `features` at its own size, but at most
-    512 x 512. Without a body or lung, the result is the previous stage.
+    512 x 512. If the body or lungs were not found, the result is the previous stage.
     """
     region = full_region(image)
     if stage == "features":

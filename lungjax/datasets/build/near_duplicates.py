@@ -62,7 +62,7 @@ def cross(one: Prepared, other: Prepared) -> str:
     """Returns the patients and images that two prepared data sets share, as Markdown. Raises ValueError for a stage."""
     for data in (one, other):
         if resolve(data.name)[0].stage:
-            raise ValueError(f"--cross compares complete images, and {data.name} is a stage; omit the stage")
+            raise ValueError(f"--cross compares complete images, but {data.name} is a stage; omit the stage")
     shared = leakage.cross(one, other)
     lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
     return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
