@@ -5,9 +5,9 @@
     python -m lungjax.main --experiment=finetune:tune=blocks:3            # the last three blocks and the classifier
     python -m lungjax.main --experiment=finetune:model=convnext_tiny      # any network of lungjax.list_models()
 
-The weights define the mean and standard deviation of the input. Grayscale images are repeated to three channels. At 160
-px, two cores train all of Lite0 on about 25 images per second, or its head on about 100. experiments/README.md has
-results on CT slices and chest X-rays, with and without ImageNet weights.
+The weights define the mean and standard deviation of the input. Grayscale images are repeated across three channels.
+At 160 px, two cores train all of Lite0 on about 25 images per second, or its head on about 100. experiments/README.md
+has results on CT slices and chest X-rays, with and without ImageNet weights.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,6 @@
 """Writes TensorBoard events of finished or interrupted runs: python -m lungjax.tensorboard RUN...
 
-With --set=train.tensorboard=True, training writes events continuously. Both need the extra `tensorboard`.
+With --set=train.tensorboard=True, training writes events continuously. Both need the `tensorboard` extra.
 """
 
 from pathlib import Path

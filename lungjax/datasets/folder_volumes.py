@@ -122,7 +122,7 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     lines = [f"{len(names)} {what}{f', such as {names[0]}' if names[0] else ''}" for what, names in notes.items()]
     if len(good) > xrays:
         windows = " and ".join(f"{center:g} +/- {width / 2:g}" for center, width in options.hu_windows)
-        lines.append(f"{len(good) - xrays} {options.plane} images of CT volumes, window {windows} Hounsfield units")
+        lines.append(f"{len(good) - xrays} {options.plane} images from CT volumes, window {windows} Hounsfield units")
     return [*bad, *plain, *good], lines, not plain and not xrays and options.plane == "axial"
 
 

@@ -1,9 +1,9 @@
 """Exports a run as files that need no lungjax: python -m lungjax.export --workdir=runs/my_run --format=jax,onnx
 
     jax          model.pyz: StableHLO for CPU, CUDA and TPU; `python model.pyz scan.png` needs only jax, numpy, pillow
-    onnx         model.onnx, for onnxruntime and others (extra `export`)
+    onnx         model.onnx, for onnxruntime and others (`export` extra)
     savedmodel   savedmodel/, for TensorFlow, which must be installed
-    triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (extra `export`)
+    triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (`export` extra)
 
 Each export contains weights, normalization, calibration and metadata, and takes any number of images. An export whose
 logits differ from those of the network by more than 1e-5 of their range is an error. An existing export is replaced.

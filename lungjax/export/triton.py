@@ -65,7 +65,7 @@ calibration are inside the model. With lungjax, `lungjax.load("{name}/1/model.on
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, float]:
-    """Writes FOLDER/NAME into `folder`; returns and raises the same as `onnx.write`, which writes the model.onnx."""
+    """Writes FOLDER/NAME into `folder`; returns and raises the same as `onnx.write`, which writes model.onnx."""
     path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)
     with atomic_folder(path / model_name(metadata), FILE) as model:  # other models in the repository remain

@@ -1,6 +1,6 @@
 """Inputs of a trained model: images from files, folders, lists and scans.
 
-Inputs may be images (`images.FORMATS`), DICOM files or NIfTI volumes (both need the extra `dicom`), folders of these,
+Inputs may be images (`images.FORMATS`), DICOM files or NIfTI volumes (both need the `dicom` extra), folders of these,
 or CSV lists with a column `path` (relative to the list) and optionally `group`, the patient. The slices of a DICOM
 series, a NIfTI volume or a group form a series. Volumes are cut like the training images of the model.
 """

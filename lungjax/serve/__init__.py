@@ -1,1 +1,1 @@
-"""The HTTP service around a trained network: `python -m lungjax.serve` (extra `serve`)."""
+"""The HTTP service around a trained network: `python -m lungjax.serve` (`serve` extra)."""

@@ -1,7 +1,7 @@
 """Serves a trained network over HTTP: python -m lungjax.serve --model=runs/my_run
 
 The service has a web page at http://127.0.0.1:8000, and /predict and /explain for programs, documented at /docs. It
-needs the extra `serve`. After SIGTERM or Ctrl-C it finishes the requests in progress.
+needs the `serve` extra. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Decodes untrusted images in memory, checking every limit before the step that it protects.
 
-The formats of `images.FORMATS` and, with the extra `dicom`, DICOM are accepted and recognized by their first bytes.
+The formats of `images.FORMATS` and, with the `dicom` extra, DICOM are accepted and recognized by their first bytes.
 Sizes are read from the header, and each file goes only to the decoder of its format; Pillow limits the text and
 profiles that it inflates. Animated PNG and WebP and multi-page TIFF are rejected, since the first frame may not be the
 intended one. Nothing is written to disk, and no message quotes the content of a DICOM file.

@@ -1,4 +1,4 @@
-"""Writes TensorBoard events of a run: metrics, configuration and figures. Needs the extra `tensorboard`."""
+"""Writes TensorBoard events of a run: metrics, configuration and figures. Needs the `tensorboard` extra."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -57,7 +57,7 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 def identify(path: str | Path) -> str:
     """Returns a sentence with the records of a file, found by checksum or by tensor names and shapes.
 
-    Raises ValueError for an unreadable file or, listing the differences from the nearest network, if none fits.
+    Raises ValueError if the file is unreadable, or fits no network; then it lists the differences from the nearest one.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:

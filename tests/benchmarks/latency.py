@@ -3,7 +3,7 @@
     python -m tests.benchmarks.latency [--models=efficientnet_b0,...] [--rounds=9] [--peer_python=PYTHON]
 
 Models can be those that tests.parity compares with timm. The interpreter `--peer_python` (default: this one) needs the
-extra `parity`, torch, onnxscript and onnxruntime.
+`parity` extra, torch, onnxscript and onnxruntime.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """The page of `python -m lungjax.serve` in a real browser: python -m pytest tests/browser
 
-Needs the extra `browser` and Chromium (Debian: apt-get install chromium), and takes about a minute. The tests train and
+Needs the `browser` extra and Chromium (Debian: apt-get install chromium), and takes about a minute. The tests train and
 serve a small network, drop, choose and paste files on the page, and compare its content with the service's responses.
 """
 

@@ -68,7 +68,7 @@ def test_series_in_class_folders(tmp_path):
     assert {e.group for e in listing(tmp_path, salt="other").examples}.isdisjoint(e.group for e in result.examples)
     index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
     assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # no personal data
-    notes = ("8 CT series", "2 files that are not images", "48 axial images of CT volumes, window -350 +/- 650")
+    notes = ("8 CT series", "2 files that are not images", "48 axial images from CT volumes, window -350 +/- 650")
     for note in (*notes, "1 DICOM files skipped: localizers", "1 DICOM files skipped: SR objects"):
         assert any(line.startswith(note) for line in result.notes)
 

@@ -1,4 +1,4 @@
-"""ONNX files and Triton's folder, with onnxruntime: python -m pytest tests/export_extra/test_onnx.py (extra `export`)
+"""ONNX files and Triton's folder, with onnxruntime: python -m pytest tests/export_extra/test_onnx.py (`export` extra)
 
 One network of every family is converted, with random weights and running statistics. Triton itself is not run: its
 configuration is parsed and compared with the model.
@@ -38,7 +38,7 @@ STD, MEAN = (0.2, 0.25, 0.3), (0.4, 0.5, 0.6)
 
 
 def make(name, classes=3, positive=None, side=None, **fields):
-    """A network with random weights whose grayscale input is repeated to three channels."""
+    """A network with random weights whose grayscale input is repeated across three channels."""
     side = side or SIZES.get(name, 64)
     spec = InputSpec(size=(side, side), mean=MEAN, std=STD)
     config = ModelConfig(name=name, dtype="float32", **fields)

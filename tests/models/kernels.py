@@ -1,4 +1,4 @@
-"""Comparison of functions and their gradients with a reference; programs that compile quickly and run slowly."""
+"""Comparison of functions and their gradients with a reference; a jit with few optimizations."""
 
 from functools import partial
 

@@ -1,6 +1,6 @@
 """Every network against its references, through files in the released formats.
 
-python -m pytest -m slow -s tests/parity/test_networks.py [-k "resnet18 or vgg"]       (extra `parity`; README.md)
+python -m pytest -m slow -s tests/parity/test_networks.py [-k "resnet18 or vgg"]       (`parity` extra; README.md)
 
 Each comparison prints a row of the table in README.md. The reference and our network run one after the other in
 separate processes, so that the largest networks fit into memory.

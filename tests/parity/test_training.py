@@ -1,6 +1,6 @@
 """Twenty training steps of lungjax and Keras from the same weights on the same batches, compared step by step.
 
-python -m pytest -s tests/parity/test_training.py (needs the extra `parity`). lungjax uses the code of a normal run:
+python -m pytest -s tests/parity/test_training.py (needs the `parity` extra). lungjax uses the code of a normal run:
 `pipeline.train_batches` over a prepared folder of CT slices (or random images without LUNGJAX_SHARED) and the compiled
 step of `program.build`. Keras trains the layers of `studies.build` with `train_on_batch`. Augmentation and dropout are
 disabled, so nothing is random. Each comparison runs in its own process.

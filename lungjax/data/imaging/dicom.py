@@ -1,4 +1,4 @@
-"""DICOM files, read with pydicom (extra `dicom`): CT series in Hounsfield units, X-rays in the window of the file.
+"""DICOM files, read with pydicom (`dicom` extra): CT series in Hounsfield units, X-rays in the window of the file.
 
 A file is a path or a `MemoryFile`. A CT file has one slice, or several frames with functional groups (enhanced CT,
 DICOM PS3.3 A.38), which become slices of one series.

@@ -1,4 +1,4 @@
-"""NIfTI volumes in Hounsfield units, read with nibabel (extra `dicom`)."""
+"""NIfTI volumes in Hounsfield units, read with nibabel (`dicom` extra)."""
 
 from dataclasses import dataclass
 from typing import Any

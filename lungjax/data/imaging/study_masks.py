@@ -1,7 +1,7 @@
 """The masks of two studies as published, for `protocol=study`; `lung_masks` has more robust ones.
 
-CT-COV19 (github.com/marta-0/covid-ct): body mask by OpenCV contours and lung mask by a snake, both at 512 x 512.
-iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): "preprocessed" images by a local
+CT-COV19 (github.com/marta-0/covid-ct): body mask from OpenCV contours and lung mask from a snake, both at 512 x 512.
+iCTCF (github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification): "preprocessed" images from a local
 threshold. OpenCV's steps are reimplemented with scikit-image and scipy, following the actual effect of the published
 arguments, not their intent (erosion and dilation run once, not ten times and twice).
 """
