@@ -115,7 +115,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
             share = f"{leaks['any']} of {leaks['images']}"
             warnings.append(f"protocol=study: {share} {split} images leak from train, so its scores are too high")
     if conflicting := result["duplicates"]["sets_with_several_labels"]:
-        warnings.append(f"{conflicting} sets of equal images have different labels")
+        warnings.append(f"{conflicting} sets of identical images have conflicting labels")
     if result["unstaged"]:
         warnings.append(f"images without a detected body or lung: {len(result['unstaged'])}")
     if result["skipped"]:

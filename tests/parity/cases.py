@@ -1,4 +1,4 @@
-"""The references and image sizes with which each network is compared."""
+"""The references that each network is compared with, and the image sizes used."""
 
 from dataclasses import dataclass, replace
 

@@ -17,7 +17,7 @@ WITHOUT_SEGMENT = (0x01, 0xD8, *range(0xD0, 0xD8))
 def check(data: Any, number: int = 0) -> None:
     """Raises ValueError if a compressed frame of a pydicom data set differs in size from Rows and Columns.
 
-    Uncompressed pixels pass, because pydicom compares their number of bytes.
+    Uncompressed pixels pass, because pydicom itself checks their byte count.
     """
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is None or not syntax.is_compressed or syntax.is_deflated:
