@@ -5,9 +5,9 @@
     python -m lungjax.main --experiment=nccid_whole_lung:protocol=study
 
 Study: github.com/nhsx/nccid-ct-slice-lung-classification. The published scores on 716 test images are accuracy 0.982,
-AUC 0.9958 and the confusion matrix [512, 10; 3, 191]. The study trained 8 epochs of 9 s on a GPU; on 2 cores a run
-takes about ten minutes, estimated from EfficientNet-B0 (tests/benchmarks/README.md). This experiment has not been run
-on the images of the study, which are available on application only.
+AUC 0.9958 and the confusion matrix [512, 10; 3, 191]. The study trained for 8 epochs of 9 s each on a GPU; on 2 cores a
+run takes about ten minutes, estimated from EfficientNet-B0 (tests/benchmarks/README.md). This experiment has not been
+run on the images of the study, which are available on application only.
 
 | | study | clean |
 | --- | --- | --- |

@@ -283,5 +283,5 @@ def test_class_lost_to_duplicates(folder, tmp_path):
     for path in (folder / "train/a").iterdir():
         path.write_bytes(next((folder / "test/a").iterdir()).read_bytes())
     result = write(tmp_path)
-    assert "the train split has no image of a" in result["warnings"]
+    assert "the train split has no images labeled a" in result["warnings"]
     assert len(open_folder(tmp_path, protocol="study").rows("train")) == 12

@@ -124,9 +124,9 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     for split in SPLITS if set(given) != {"test"} else ("test",):
         counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
-            warnings.append(f"the {split} split has no image of {', '.join(empty)}")
+            warnings.append(f"the {split} split has no images labeled {', '.join(empty)}")
         if single := [c for c in result["classes"] if counts.get(c) == 1 and split != "train"]:
-            warnings.append(f"the {split} split has a single image of {', '.join(single)}: its scores say little")
+            warnings.append(f"the {split} split has a single image labeled {', '.join(single)}: its scores say little")
         least, most = min(counts.values(), default=0), max(counts.values(), default=0)
         if split == "train" and least and most >= MAX_IMBALANCE * least:
             rare, frequent = (next(c for c, n in counts.items() if n == count) for count in (least, most))

@@ -35,7 +35,7 @@ SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))  # for files with our o
 def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0, suffix: str = "") -> Rule:
     """Returns the rule that turns the layers of all blocks into "stageS_blockB/NAME".
 
-    Two groups in the regex `prefix` match the numbers of stage and block, to which `stage` and `block` are added;
+    Two groups in the regex `prefix` match the stage and block numbers, to which `stage` and `block` are added;
     `names` maps the text between prefix and suffix to NAME.
     """
 

@@ -70,7 +70,7 @@ def verify(record: PretrainedWeights, path: Path) -> None:
     kind, _, expected = checksum.partition(":")
     if checksum and not (actual := digest(path, kind)).startswith(expected):
         source = "published" if record.checksum else "first download"
-        raise ValueError(f"{path} is not {record.name}, or damaged: {kind} {actual}, {source} {expected}")
+        raise ValueError(f"{path} is not {record.name}, or is damaged: {kind} {actual}, {source} {expected}")
 
 
 def _first_checksum(path: Path) -> Path:

@@ -108,7 +108,7 @@ def test_questionable_images(tmp_path):
     result, data = prepare(tmp_path)
     assert len(data.records) == 106 and set(data.columns["note, in words"]) == {"a; b"}
     for word in ("2 images that are not in labels.csv, such as extra.png", "case: Sick, sick",
-                 "test split has a single image of Sick, sick", "imbalanced: 1 images of Sick, 79 of well",
+                 "test split has a single image labeled Sick, sick", "imbalanced: 1 images of Sick, 79 of well",
                  "median of 10 x 12 pixels"):  # fmt: skip
         assert sum(word in line for line in result["warnings"]) == 1, word
 
