@@ -1,4 +1,4 @@
-"""Writes weight files of every format for a tiny network, and adds it to networks and catalogue."""
+"""Writes weight files of every format for a tiny network, and adds it to the networks and the catalogue."""
 
 import re
 from dataclasses import replace

@@ -234,7 +234,7 @@ def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptio
     if source is None or not source.is_dir():
         raise ValueError(f"--lookup={name}: --source={source} is not the folder that was prepared")
     if not (data_dir / SALT_FILE).exists():
-        raise ValueError(f"--lookup={name}: {data_dir} has no {SALT_FILE}; give the --data_dir of the preparation")
+        raise ValueError(f"--lookup={name}: {data_dir} has no {SALT_FILE}; give the --data_dir used with prepare")
     return list(_module("folder").lookup(source, name, replace(options, salt=_salt(data_dir))))
 
 

@@ -105,7 +105,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
     """Returns the files of an image, series or patient named in reports, such as "series-5d8538175f2c/0003".
 
-    `options` must equal those of the preparation. Raises ValueError if nothing in `source` has this name.
+    `options` must be those used with prepare. Raises ValueError if nothing in `source` has this name.
     """
     prefix = name.rpartition("/")[2].partition("-")[0]
     plane = prefix if prefix in PLANES else "axial" if "/" in name else options.plane

@@ -14,7 +14,7 @@ FOLDER = "tensorboard"  # in the workdir
 
 
 class EventFiles:
-    """Writes to WORKDIR/tensorboard, first the `rows` of metrics.jsonl. Raises ValueError if the extra is missing."""
+    """Writes events to WORKDIR/tensorboard, starting with `rows`. Raises ValueError if the extra is missing."""
 
     def __init__(self, workdir: Path, rows: Iterable[Mapping[str, Any]]):
         try:

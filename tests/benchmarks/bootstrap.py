@@ -35,7 +35,7 @@ def loop(p: Predictions) -> None:
 
 def main() -> None:
     draws = harness.parse(__doc__, draws=2000).draws
-    print(harness.header("examples", "patients", "metrics", "lungjax, s", "loop over scikit-learn, s", "ratio"))
+    print(harness.header("examples", "patients", "metrics", "lungjax, s", "scikit-learn in a loop, s", "ratio"))
     for examples, patients in CASES:
         p = make(examples, patients)
         _, seconds = harness.timed(lambda p=p: bootstrap.intervals(p, draws))
