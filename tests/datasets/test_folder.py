@@ -62,7 +62,7 @@ def test_split_folders(tmp_path):
     save(tmp_path / "in/.hidden/a/x.png")
     (tmp_path / "in/train/notes.txt").write_text("not an image")
     (tmp_path / "in/train/a/IMG_1.HEIC").write_bytes(b"a photo")
-    with pytest.raises(ValueError, match="the folders deeper below .*--group_pattern=none"):
+    with pytest.raises(ValueError, match="the folders deeper in .*--group_pattern=none"):
         prepare(tmp_path)
     result, data = prepare(tmp_path, options=PrepareOptions(group_pattern="none"))
     assert data.name == "folder/default" and data.classes == ("a", "b") and len(data.records) == 8

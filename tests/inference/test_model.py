@@ -65,7 +65,7 @@ def test_load_errors(trained_run, tmp_path):
     shutil.copytree(trained_run.workdir, copy)
     other = replace(metadata.read(copy / "model.json"), classes=("a", "b", "c"))
     (copy / "model.json").write_text(other.to_json())
-    with pytest.raises(ValueError, match="other weights.*--mode=evaluate"):
+    with pytest.raises(ValueError, match="does not match the weights.*--mode=evaluate"):
         lungjax.load(copy)
     (copy / "model.json").unlink()
     with pytest.raises(ValueError, match="--mode=evaluate"):

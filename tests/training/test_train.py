@@ -83,7 +83,7 @@ def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
         train.run(CONFIG, tmp_path / "foreign", tmp_path)
     other = dataclasses.replace(small_data, fingerprint="1" * 64)
     monkeypatch.setattr(setup, "open_dataset", lambda *_, **__: other)
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match="images, labels or splits"):
         train.run(CONFIG, workdir, tmp_path)
 
 
