@@ -185,7 +185,7 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
             "--group_pattern that matches patients, or --group_pattern=none if each image is from a different one"
         )
     if patients:
-        notes.append(f"{len(patients):,} patients by the folders below the class folders")
+        notes.append(f"{len(patients):,} patients, according to the folders below the class folders")
     pairs = Counter(group for group, _ in {(row.group, row.label) for row in rows})
     if shared := sorted(name for name in patients if pairs[name] > 1):
         warnings.append(

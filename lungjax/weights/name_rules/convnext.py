@@ -1,4 +1,4 @@
-"""ConvNeXt and ConvNeXt V2: files of Facebook, timm, torchvision and Keras."""
+"""ConvNeXt and ConvNeXt V2: files from Facebook, timm, torchvision and Keras."""
 
 import re
 
