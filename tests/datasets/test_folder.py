@@ -83,7 +83,7 @@ def test_patient_folders(tmp_path):
     assert groups["a/single.png"] == "a/single.png"
     pairs = set(zip(data.columns["group"].tolist(), data.columns["split"].tolist(), strict=True))
     assert len(pairs) == 7, "no patient in two splits"
-    assert any(note.startswith("6 patients by the folders") for note in result["notes"])
+    assert any(note.startswith("6 patients, according to the folders") for note in result["notes"])
     pattern = "([^/]+/[^/]+)/"
     for word in ("1 of 25 images have no group", f"6 patient folders .* P0. .*--group_pattern='{re.escape(pattern)}'"):
         assert any(re.search(word, line) for line in result["warnings"])
