@@ -26,13 +26,13 @@ Caveats: none of the published scores is reliable. The accuracy of .9896 means 9
 94 % are "non" (always predicting "non" gives .936). Of the 100 COVID test images, 37 are also in train, and all
 generated images come from one X-ray. The scores of the frozen networks were copied from another project (138 images,
 each in train and in test). COVID images are figures from the web, whereas the others come from one hospital; the report
-therefore shows a baseline from the source alone.
+therefore shows a baseline that uses the source alone.
 
 Not reproducible: train images were 265 px high by mistake (here 256, as in test), validation used 160 random images of
-test (here all, every 30 steps), and the images of the frozen networks are unknown. DeepCovid trained on a random crop
-(8 to 100 % of the area) and tested on the central square; here these are a zoom and the complete image. xray_cnn keeps
-the study's accidental stride of 3, and its single output is for "non". The study imports VGG16 but never trains it; its
-settings here are those of the other frozen networks.
+the test split (here all, every 30 steps), and the images that the frozen networks used are unknown. DeepCovid trained
+on a random crop (8 to 100 % of the area) and tested on the central square; here it trains on zooms and tests on
+complete images. xray_cnn keeps the study's accidental stride of 3, and its single output is for "non". The study
+imports VGG16 but never trains it; its settings here are those of the other frozen networks.
 """
 
 from dataclasses import replace

@@ -1,12 +1,12 @@
-"""The official COVID-Net CT protocol on COVIDx CT for any network, with its body box, size, augmentation and metrics.
+"""The official COVID-Net CT protocol on COVIDx CT for any network: body box, size, augmentation and metrics.
 
     python -m lungjax.main --experiment=covidnet_ct:version=2a
     python -m lungjax.main --experiment=covidnet_ct:model=resnet50,version=2a,weights=imagenet,protocol=study
 
 Source: github.com/haydengunraj/COVIDNet-CT (arXiv 2009.05383, 2101.07433). The published accuracy / COVID sensitivity
-of their own networks is .991 / .973 for CT-1 L, .985 / .947 for CT-1 S, .981 / .962 for CT-2 L and .979 / .957 for CT-2
-S. These networks exist only as TensorFlow 1 graphs and are not included. Their README labels the CT-2 numbers "3A", but
-the confusion matrices are of the 25,658 test slices of 2A; no 3A score is published.
+of the authors' networks is .991 / .973 for CT-1 L, .985 / .947 for CT-1 S, .981 / .962 for CT-2 L and .979 / .957 for
+CT-2 S. These networks exist only as TensorFlow 1 graphs and are not included. The README labels the CT-2 scores "3A",
+but the confusion matrices are for the 25,658 test slices of 2A; no 3A score is published.
 
 This experiment uses the defaults of their training script: batch 8, SGD with momentum 0.9, learning rate 1e-3 with
 cosine decay to 1 %, 20 epochs in which each class is repeated until all are about equally large, and validation every
@@ -22,9 +22,9 @@ CT-1 perhaps 5e-3 and 17 epochs). This experiment has not been run on the real d
 Their script trains in mixed precision; on GPU and TPU, both protocols compute in bfloat16.
 Both use the official split by patient, which is `data.protocol=study` of versions 1, 2b and 3b. For 2a and 3a, `study`
 is the resampling of another study (covidx_ct.py), so these use `clean`, which removes the duplicates that `prepare`
-reports. Their order of augmentations and Otsu's threshold differ slightly from ours (`lungjax.config.presets`).
+reports. Their order of augmentations and their Otsu threshold differ slightly from ours (`lungjax.config.presets`).
 
-Caveats: slices were selected by an earlier network in most of train and by experts in val and test. STOIC, iCTCF and
+Caveats: slices were selected by an earlier network for most of train and by experts for val and test. STOIC, iCTCF and
 Stony Brook are only in train. The scores therefore say little about other hospitals.
 """
 

@@ -6,8 +6,8 @@
 
 Study: github.com/AbdullahMakhdoom/COVIDNet-CT-Identification. For DenseNet-201 with k = 4 on 3A, the published test
 accuracy is .8696 (.8811 in a second run), macro F1 .8752, and the best validation accuracy .8956. For DenseNet-161 on
-2A only a validation accuracy, .9530, is published. The study trained 10 epochs of 80,910 slices, 7 minutes each on a
-GPU. On 2 cores an epoch takes several hours (in tests/benchmarks/README.md, training all of DenseNet-121 takes 0.2 s
+2A only a validation accuracy, .9530, is published. The study trained for 10 epochs of 80,910 slices, 7 minutes each on
+a GPU. On 2 cores an epoch takes several hours (in tests/benchmarks/README.md, training all of DenseNet-121 takes 0.2 s
 per slice). This experiment has not been run on the real data set, to which we have no access.
 
 | | study | clean |
@@ -20,14 +20,14 @@ per slice). This experiment has not been run on the real data set, to which we h
 | weights tested | last epoch (the "best" ones were overwritten) | best macro F1 on val |
 | computation on GPU, TPU | float32 | bfloat16 |
 
-Caveats: val and test scores are not comparable, because val repeats slices and has other class frequencies. Differences
+Caveats: val and test scores are not comparable, as val repeats slices and has different class frequencies. Differences
 of less than one point between single runs are not meaningful. The README's "last three layers" is inaccurate, and its
-confusion matrices are transposed. Most COVID slices of train come from sources that are missing in test.
+confusion matrices are transposed. Most COVID slices in train come from sources that are missing in test.
 
 Not reproducible: val and test were normalized with the statistics of test (here with those of train), and the standard
-deviation of 3A is not printed (here that of 2A is used). Small images were padded to the window; here the window is
-clipped to them. The complete image was rotated before the crop; here the window and a margin are rotated after resizing
-to a square.
+deviation of 3A is not printed (here that of 2A is used). Small images were padded to the window's size; here the window
+is clipped to them. The complete image was rotated before the crop; here the window and a margin are rotated after
+resizing to a square.
 """  # noqa: E501 a table row
 
 from dataclasses import replace

@@ -20,9 +20,9 @@ on a CPU and the others on a GPU (step times: tests/benchmarks/README.md).
 | EfficientNet's normalization | TensorFlow 2.5's, presumably theirs (issue 49930) | that of the weights |
 | computation on GPU, TPU | float32 | bfloat16 |
 
-Caveats: F1 on val is optimistic (0.06 to 0.31 above test), because val selected epoch and configuration. LargeT and
-Tiny are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, which they never
-trained). Micro AUC was computed from unnormalized logits. Only COV has JPEG files, which affects all scores.
+Caveats: F1 on val is optimistic (0.06 to 0.31 above test), because val selected the epoch and the configuration.
+LargeT and Tiny are the same network in the study's code (`cbr_larget_study`; `cbr_larget` is the paper's, never trained
+there). Micro AUC was computed from unnormalized logits. Only the class COV has JPEG files, which affects all scores.
 
 Not reproducible: epochs and batch size are not documented (here 30 and 32), some lung masks were corrected by hand,
 and the ranges of BiT's augmentation are not given (here those of the others). The study's negative zoom was symmetric,

@@ -1,4 +1,4 @@
-"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A, with body box, 224 px and COVIDNet-CT's augmentation.
+"""EfficientNetV2-S from ImageNet weights on COVIDx CT 3A, cropped to the body, with COVIDNet-CT's augmentation.
 
     python -m lungjax.main --experiment=effnetv2_covidxct
 

@@ -3,11 +3,11 @@
     python -m lungjax.main --experiment=ictcf:model=efficientnetv2_b0
     python -m lungjax.main --experiment=ictcf:model=convnext_base,protocol=study
 
-Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The published test accuracy is .9575,
+Study: github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The published test accuracies are .9575,
 .9367 and .9460 for EfficientNetV2-B0, B1 and B2; .4310, .9410 and .9596 for ConvNeXt-Tiny, Small and Base; and .9571,
-.9299 and .5911 for ResNet50V2, 101 and 152. The study trained ten epochs of 19,585 slices, each in 110 s (B0, RTX 4090)
-to 1,239 s (ConvNeXt-Base, A100). A run takes days on a CPU, since a slice of 512 px costs 5.2 times as much as one of
-224 px (step times: tests/benchmarks/README.md). This experiment has not been run on the real data set.
+.9299 and .5911 for ResNet50V2, 101 and 152. The study trained for ten epochs of 19,585 slices, each taking 110 s (B0,
+RTX 4090) to 1,239 s (ConvNeXt-Base, A100). A run takes days on a CPU, since a slice of 512 px costs 5.2 times as much
+as one of 224 px (step times: tests/benchmarks/README.md). This experiment has not been run on the real data set.
 
 | | study | clean |
 | --- | --- | --- |
@@ -18,8 +18,8 @@ to 1,239 s (ConvNeXt-Base, A100). A run takes days on a CPU, since a slice of 51
 | weights tested | last of 10 epochs | best AUC on val of at most 20 epochs, patience 5 |
 | computation on GPU, TPU | float32 | bfloat16 |
 
-The study lists EfficientNetV2-B3, S, M and L as future work; their batch sizes are our choice. Both protocols read the
-stage `features`, which is the study's local threshold and morphology; `--set=data.dataset=ictcf` uses original slices.
+The study lists EfficientNetV2-B3, S, M and L as future work; we chose their batch sizes. Both protocols read the stage
+`features`, the study's local threshold and morphology; `--set=data.dataset=ictcf` uses the original slices.
 
 Caveats: no test score is reliable. Copies of a slice and its neighbors are in several splits. About 56 % of the pCT and
 37 % of the niCT test images are generated. The last epoch was tested although validation fluctuated: ConvNeXt-Tiny (at

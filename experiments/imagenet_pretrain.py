@@ -1,4 +1,4 @@
-"""Trains any network from random weights on your ImageNet folder, to pretrain other runs.
+"""Trains any network from random weights on your ImageNet folder, to provide other runs with pretrained weights.
 
     python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small

@@ -1,4 +1,4 @@
-"""Whole lung or not: EfficientNet-B1 on mid-coronal CT images of the NCCID, 64 x 128 px.
+"""Whole lung or not: EfficientNet-B1 on mid-coronal CT images from the NCCID, 64 x 128 px.
 
     python -m lungjax.weights --fetch=efficientnet_b1.keras
     python -m lungjax.main --experiment=nccid_whole_lung
@@ -14,7 +14,7 @@ run on the images of the study, which are available on application only.
 | splits | by image, seed 42 | by series |
 | weights tested | last epoch | best AUC on val |
 | learning rate | minimum after 416 of 424 steps | minimum at the end |
-| normalization | that of their TensorFlow version | that of the weights |
+| normalization | that of the study's TensorFlow version | that of the weights |
 | computation on GPU, TPU | float32 | bfloat16 |
 
 Caveats: the published test scores are optimistic, because a series (and a patient) may be in several splits. The README

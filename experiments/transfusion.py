@@ -13,8 +13,8 @@ them. `meanvar:` is the paper's "Mean Var", random weights with the mean and var
 cores, CBR-LargeT trains on 11 and ResNet-50 on about 7 images of 224 px per second (tests/benchmarks/README.md).
 
 As in the paper's experiments on the retina, the optimizer is Adam with learning rate 1e-3. All layers are trained, and
-every initialization has three input channels, so that the number of parameters is the same. Epochs, batch size and the
-tested weights (best AUC on val) are our choice, since the paper uses other data.
+the input has three channels with every initialization, so the number of parameters is the same. Epochs, batch size and
+the tested weights (best AUC on val) are our choice, since the paper uses other data.
 
 protocol=study uses the original splits of a data set (`data.protocol`); clean, the default, splits by patient without
 duplicates. Nothing else differs, and a user's folder has no study splits. The paper's parameter count for CBR-Tiny

@@ -30,7 +30,7 @@ def run(
 
     `main` receives the program's name and the positional arguments. `arguments` are their names: a last name with "..."
     stands for one or more, and a name in brackets is optional. `argv` replaces sys.argv; `resumable` means that a rerun
-    continues an interrupted command. A function defines the flags, so that importing the module of a command does not.
+    continues an interrupted command. A function defines the flags, so that importing a command's module defines none.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
 

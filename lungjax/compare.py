@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 def compare(
     run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000, seed: int = 0
 ) -> str:
-    """Returns the comparison of the folders of two finished runs as Markdown.
+    """Returns a Markdown comparison of two finished runs, given their folders.
 
     `names` are metrics UNIT.NAME, where UNIT is "slice" or "patient"; None compares DEFAULT_METRICS and the recall of
     each class, per slice and, if patients have several slices, per patient. `draws` and `seed` are those of the

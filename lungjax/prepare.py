@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prepares the data set and prints its summary; with --cross, also the images that it shares with another one."""
+    """Prepares the data set and prints its summary and, with --cross, the images shared with another data set."""
     if not FLAGS.dataset and not FLAGS.lookup:
         raise app.UsageError(f"--dataset=NAME is missing; available: {', '.join(datasets.DATASETS)}")
     data_dir = Path(FLAGS.data_dir).expanduser()

@@ -8,7 +8,7 @@ from lungjax import cli
 def run(command, *arguments, positional=()) -> int:
     """Runs the command of a module, such as `lungjax.prepare`; returns its exit code, and capsys captures its output.
 
-    `positional` has the names of the command's arguments that are not flags. The command's flags are removed
+    `positional` lists the names of the command's arguments that are not flags. The command's flags are removed
     afterwards, so that several commands can run in one process.
     """
     own = {"traceback"}

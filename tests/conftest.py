@@ -25,7 +25,7 @@ flags.FLAGS.mark_as_parsed()
 
 
 def without_pictures(patch) -> None:
-    """Omits the figures of reports, which take half of the time of a small run."""
+    """Omits the figures of reports, which take half the time of a small run."""
     from lungjax.report import write
 
     patch.setattr(write, "draw", lambda *_, **__: {})
@@ -63,7 +63,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real images for development; only tests that need it may skip."""
+    """The folder of real images for development; only tests that need it may be skipped."""
     path = ROOT / os.environ.get("LUNGJAX_SHARED", "../shared")
     if not path.is_dir():
         pytest.skip("no real images: LUNGJAX_SHARED is not a folder")

@@ -38,7 +38,7 @@ def picture(place: int, seed: int) -> np.ndarray:
 
 @cache
 def chest(seed: int, size: int = 64, vessels: int = 12) -> np.ndarray:
-    """A synthetic slice, uint8 [size, size]: body, lungs and vessels whose places and sizes follow from `seed`."""
+    """A synthetic slice, uint8 [size, size]: body, lungs and vessels whose places and sizes depend on `seed`."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size - 0.5
     wide, high = rng.uniform(0.38, 0.48), rng.uniform(0.3, 0.42)

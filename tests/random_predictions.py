@@ -37,7 +37,7 @@ def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Pred
 
 
 def guesses(labels, classes, seed=0, skill=1.5, slices=3, tag="t", sources=("",)) -> Predictions:
-    """Returns predictions that improve with `skill`; every `slices` successive images are of one patient."""
+    """Returns predictions that improve with `skill`; every `slices` successive images belong to one patient."""
     rng, n = np.random.default_rng(seed), len(labels)
     logits = (rng.normal(size=(n, len(classes))) + skill * np.eye(len(classes))[labels]).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -68,7 +68,7 @@ def save(data, path):
 
 
 def slices(hu, spacing, stored):
-    """Yields the stored pixels and the tags of each slice of a body [z, y, x] with `spacing` mm."""
+    """Yields the stored pixels and the tags of each slice of a body [z, y, x] with voxels of `spacing` mm."""
     signs, letters = STORED[stored][::2], STORED[stored][1::2]
     mm = dict(zip("zyx", spacing, strict=True))
     stack = np.transpose(hu, ["zyx".index(letter) for letter in letters])
@@ -88,9 +88,9 @@ def slices(hu, spacing, stored):
 
 
 def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=(), change=None, suffix=".dcm", **tags):
-    """Writes a body [z, y, x] of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
+    """Writes a body [z, y, x] with voxels of `spacing` mm as a series with random InstanceNumbers. Returns the paths.
 
-    `change` maps the number of a slice to tags of this slice only.
+    `change` maps the number of a slice to tags for that slice only.
     """
     numbers = np.random.default_rng(1).permutation(max(hu.shape))
     paths = []
@@ -103,7 +103,7 @@ def series(folder: Path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", skip=
 
 
 def nested(values):
-    """A data set from a dict; a dict inside becomes a sequence with one item."""
+    """A data set from a dict; a nested dict becomes a sequence with one item."""
     data = pydicom.Dataset()
     for name, value in values.items():
         setattr(data, name, [nested(value)] if isinstance(value, dict) else value)
@@ -113,7 +113,7 @@ def nested(values):
 def enhanced(path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True, slope=1, at=0, **tags):
     """Writes a body [z, y, x] as an enhanced CT, one frame per slice, in random order. Returns the path.
 
-    Orientation, spacing and rescale are in the shared functional groups, or if not `shared`, in those of each frame.
+    Orientation, spacing and rescale are in the shared functional groups, or, if not `shared`, in those of each frame.
     The first frame is stored with `slope`; the body starts `at` mm above that of `series`.
     """
     frames, per_frame, stack = list(slices(hu, spacing, stored)), [], []
@@ -144,7 +144,7 @@ def enhanced(path, hu, spacing=(1.0, 1.0, 1.0), stored="head first", shared=True
 
 
 def nifti(path: Path, hu, spacing=(1.0, 1.0, 1.0), axes="RAS", unit="mm", dtype=np.int16, code=1):
-    """Writes a body [z, y, x] as a NIfTI file with array axes towards `axes`, such as RAS or LPS."""
+    """Writes a body [z, y, x] as a NIfTI file whose array axes point towards `axes`, such as RAS or LPS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = hu.transpose(2, 1, 0)[::-1, ::-1]  # x to the right, y to the front, z to the head
     affine = np.diag([spacing[2], spacing[1], spacing[0], 1.0])

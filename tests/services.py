@@ -80,7 +80,7 @@ class Brightness:
 
 
 class Service:
-    """A running service, queried over its port."""
+    """A running service, queried through its port."""
 
     def __init__(self, model, app, port):
         self.model, self.app, self.port = model, app, port
@@ -104,7 +104,7 @@ class Service:
 
 
 def form(*files):
-    """Returns a multipart body of (name, bytes) in the field `files`, and its type."""
+    """Returns a multipart body with each (name, bytes) in the field `files`, and its content type."""
     head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
     parts = [head % (name.encode(), data) for name, data in files]
     return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
@@ -142,7 +142,7 @@ def slices(level, uid, count=3):
 
 
 def post_all(service, count, path="/predict"):
-    """Posts images of gray level 0, 1, ... in parallel; returns the futures of the answers."""
+    """Posts images of gray level 0, 1, ... in parallel; returns the futures of the responses."""
     pool = ThreadPoolExecutor(count)
     return [pool.submit(service.post, path, (f"{i}", flat(i))) for i in range(count)]
 
@@ -155,7 +155,7 @@ def wait_for(condition, seconds=10):
 
 
 def raw(service, text, *more, pause=0.0, wait=5):
-    """Sends bytes over a socket and returns status and body of the answer."""
+    """Sends bytes over a socket and returns the status and body of the response."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=wait) as one:
         one.sendall(text)
         for part in more:

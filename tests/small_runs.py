@@ -62,7 +62,7 @@ def change_batches(patch: pytest.MonkeyPatch, change) -> None:
 
 
 def interrupt(patch: pytest.MonkeyPatch, number: int, at: int) -> None:
-    """Sends this process a signal in step `at`."""
+    """Sends this process a signal at step `at`."""
 
     def change(step, batch):
         if step == at:
@@ -118,7 +118,7 @@ def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    """Returns once metrics.jsonl has a row of `step`."""
+    """Returns once metrics.jsonl has a row for `step`."""
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         rows = metrics_log.read(workdir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""The page of a data set has the numbers of the data, and figures that are not empty."""
+"""The page of a data set shows the correct numbers, and its figures are not empty."""
 
 import re
 from dataclasses import replace

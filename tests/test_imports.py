@@ -1,4 +1,4 @@
-"""Imports run one way: a package imports only packages above it."""
+"""Imports run one way: a package imports only those before it in `PACKAGES`."""
 
 import ast
 import subprocess
@@ -46,7 +46,7 @@ def test_direction_of_imports():
 
 
 def test_ignored_source_files():
-    """Ignored files would be missing from the wheel."""
+    """No committed file is ignored by git, since it would be missing from the wheel."""
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert not subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
 

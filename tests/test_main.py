@@ -1,4 +1,4 @@
-"""The training command: mistakes in this process, and one complete run in its own process and folder."""
+"""The training command: user errors, tested in this process, and one complete run in its own process and folder."""
 
 import json
 import os

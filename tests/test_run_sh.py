@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a function that runs a command in a folder of a checkout; its Python prints the arguments of pip."""
+    """Returns a function that runs a command in a folder of a checkout, where pip only prints its arguments."""
     for name in ("run.sh", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / ".venv/bin/python"

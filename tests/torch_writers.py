@@ -35,7 +35,7 @@ def mapping(**items):
 
 
 def state_dict(items):
-    """Returns an OrderedDict with a state, like that of a module."""
+    """Returns the pickle of an OrderedDict with `_metadata`, like a module's state dict."""
     pairs = b"".join(text(key) + value for key, value in items.items())
     empty = call(name("collections", "OrderedDict"))
     return empty + b"(" + pairs + b"u" + mapping(_metadata=mapping()) + b"b"
@@ -69,7 +69,7 @@ def write_zip(path, tree, stored, compress=zipfile.ZIP_STORED, extra=()):
 
 
 def write_stream(path, tree, stored, system=None, keys=None):
-    """Writes torch's older format; storages of 4 bytes per element."""
+    """Writes torch's older format, for storages with 4 bytes per element."""
     system = system or mapping(little_endian=b"\x88")
     keys = keys or b"](" + b"".join(map(text, stored)) + b"e"
     pickles = [b"\x80\x02" + body + b"." for body in (number(1001), system, tree, keys)]

@@ -57,7 +57,7 @@ def flat(variables):
 
 
 def leaves(model="tiny", classes=CLASSES, channels=3):
-    """Returns random parameters of a network by our paths."""
+    """Returns random parameters of a network, keyed by our paths."""
     module = models.build(ModelConfig(name=model), classes)
     return {path: draw(path, shape) for path, shape in leaf_shapes(module, (SIDE, SIDE, channels)).items()}
 
@@ -77,7 +77,7 @@ TORCH_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var"
 
 
 def as_keras(ours):
-    """Returns our leaves with the names and layout of Keras."""
+    """Returns our leaves with Keras's names and layout."""
     tensors = {}
     for path, array in ours.items():
         layer, _, leaf = path.rpartition("/")
@@ -111,7 +111,7 @@ def write_npz(path, arrays):
 
 
 def write_layers(path, layers, root="", chunks=0):
-    """Writes Keras's legacy HDF5 format: {layer: {weight: array}}; `chunks` splits the lists of names."""
+    """Writes Keras's legacy HDF5 format: {layer: {weight: array}}; `chunks` > 0 splits each name list."""
 
     def set_names(group, name, values):
         values = [value.encode() for value in values]

@@ -2,16 +2,16 @@
 
 All code that predicts reads input, classes, calibration and operating points from this file.
 
-    format              1; incremented if a key is removed or changes its meaning
-    name, dataset       of the experiment and of the data set it was trained on
+    format              1; incremented if a key is removed or changes meaning
+    name, dataset       names of the experiment and of the training data set
     classes             [names] in label order, as in every list of probabilities
     input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
     stage, stored       preprocessing by the data set (`datasets.build.process_image`): a stage such as "lungs", and
                         [height, width] of the stored copy, or null
-    box                 with input.crop "box", the origin of an image's box: "body" if it is computed around the body in
-                        a CT slice, "given" if it is part of the data set; "" with other crops
+    box                 for input.crop "box", the origin of an image's box: "body" if it is computed around the body in
+                        a CT slice, "given" if it is part of the data set; "" for other crops
     window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
-    hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), of CT volumes
+    hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), for CT volumes
     plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
     orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; images to predict,
                         which should be in standard orientation (head or chest up), are then rotated first
@@ -128,7 +128,7 @@ def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(metadata: Metadata) -> str:
-    """Returns the first problem of metadata from an untrusted file; "" for valid metadata."""
+    """Returns the first problem in metadata from an untrusted file; "" for valid metadata."""
     names, windows = metadata.classes, metadata.hu_windows
     if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
         return "`classes` should be two or more names"

@@ -1,4 +1,4 @@
-"""Conversion of configurations from and to text: `--set=path=value`, `config.json`, and differences of two of them."""
+"""Conversion of configurations from and to text: `--set=path=value`, `config.json`, and differences between two."""
 
 import ast
 import dataclasses

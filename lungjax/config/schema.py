@@ -78,7 +78,7 @@ class DataConfig:
 class AugmentConfig:
     """Augmentation of training images on the device, in the order of the fields; the defaults do nothing.
 
-    `lungjax.config.presets` defines those of the studies; `--set=augment=covidnet_ct` may precede single fields.
+    `lungjax.config.presets` has the studies' values; overrides of single fields may follow `--set=augment=covidnet_ct`.
     """
 
     exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
@@ -189,7 +189,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, intervals, model selection and parallelism."""
+    """Training length, intervals, model selection and parallelism."""
 
     batch_size: int = 32  # global, over all devices and hosts
     epochs: float = 10.0  # passes over the train split
@@ -228,7 +228,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A complete run: configuration, data set and code reproduce it."""
+    """The complete configuration of a run, which can be reproduced from it, the data set and the code."""
 
     name: str = "run"  # of the experiment; the default workdir is runs/NAME
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,1 +1,1 @@
-"""Image files and scans to batches: decoding, masks, splits, leakage checks, augmentation."""
+"""From image files and scans to batches: decoding, masks, splits, leakage checks, augmentation."""

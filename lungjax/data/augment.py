@@ -281,11 +281,11 @@ def _dropout_mask(draws: _Draws, config: AugmentConfig, height: int, width: int)
 def mix(
     images: jax.Array, labels: jax.Array, places: jax.Array, key: jax.Array, config: AugmentConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mixes each image with the previous one of the batch by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+    """Mixes each image with the previous one in the batch by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
     Takes float32 images [B, H, W, C], int32 labels [B] and uint32 places [B]. Returns the images, the labels of their
-    partners [B], and float32 share [B] with loss = share * loss(labels) + (1 - share) * loss(partner labels). If both
-    are enabled, one of them is drawn for the batch.
+    partners [B], and float32 share [B], for loss = share * loss(labels) + (1 - share) * loss(partner labels). If both
+    methods are enabled, one of them is drawn for the batch.
     """
     if not (config.mixup or config.cutmix):
         return images, labels, jnp.ones(labels.shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Near duplicates: re-saved copies of an image, detected by a 64-bit hash and confirmed on the pixels.
+"""Near duplicates: re-saved copies of an image, detected by a 64-bit hash and confirmed by comparing pixels.
 
 Chests are so similar that a hash is insufficient: of 7.5 million pairs of CT slices from different patients, 41 have
 hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness` compares details after alignment.
@@ -159,7 +159,7 @@ def _rank_in_group(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (first, second) places of all pairs p, p + 1 ... p + partners[p], `BLOCK` pairs at a time."""
+    """Yields (first, second) positions that pair each p with p + 1 ... p + partners[p], `BLOCK` pairs at a time."""
     ends = np.cumsum(partners)
     total = int(ends[-1]) if len(ends) else 0
     for at in range(0, total, BLOCK):
@@ -171,7 +171,7 @@ def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Returns pairs, int64 [n, 2], of each image after the first MAX_COPIES of its hash with the images before it.
+    """Returns pairs, int64 [n, 2]: each image after the first MAX_COPIES with its hash, and the images just before it.
 
     `other_group` is True for images whose group is not that of the first image with their hash.
     """
@@ -221,7 +221,7 @@ def _align(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
 
 
 def _sampling_matrix(shift: np.ndarray) -> np.ndarray:
-    """Returns matrices [B, 64, 64] that sample linearly at each place plus `shift` [B, 64]; edges repeat."""
+    """Returns matrices [B, 64, 64] that sample linearly at each position plus `shift` [B, 64]; edges repeat."""
     place = np.arange(SIDE, dtype=np.float32)
     at = np.clip(place + shift, 0, SIDE - 1)
     return image_files.kernel_weights(np.abs(at[..., None] - place), "bilinear")

@@ -11,7 +11,7 @@ def list_files(folder: Path, on_error: Callable[[str, str], None] | None = None)
     """Returns the files below `folder`, relative to it with "/", sorted, without hidden files and folders.
 
     Links to folders are followed; broken links are listed, so that reading them raises an error with the name.
-    `on_error` receives path and reason of an unreadable folder or a circular link; without it, ValueError is raised.
+    `on_error` receives the path of an unreadable folder or circular link, and the reason; None raises ValueError.
     """
 
     def fail(path: str, reason: str) -> None:

@@ -17,12 +17,12 @@ MIN_FOLDS = 3  # one for test, one for val, one for train
 
 
 def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
-    """Returns `data` with the splits of `data.folds`, `data.fold` and `train.fraction`.
+    """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` define.
 
-    Folds divide the images of the clean protocol by patient, where patients with near duplicates (rows `near`, int64
-    [P, 2], see `near_duplicates.read`) count as one. Fold `data.fold` is test, the next one val, the others train. With
-    `train.fraction`, only that fraction of the train patients of each class remains; smaller fractions are subsets of
-    larger ones. Name and fingerprint are unchanged.
+    Folds divide the images of the clean protocol by patient; patients linked by near duplicates (the rows of `near`,
+    int64 [P, 2], see `near_duplicates.read`) count as one. Fold `data.fold` is test, the next one val, the rest train.
+    With `train.fraction`, only that fraction of the train patients of each class remains; smaller fractions are subsets
+    of larger ones. Name and fingerprint are unchanged.
 
     Raises ValueError for folds with the study protocol, and if a fold would lack a class.
     """
@@ -39,7 +39,7 @@ def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
 def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
     """Returns the fold of each image, int64 [N] from 0 to `count` - 1, or -1 if it has no split in the clean protocol.
 
-    Groups, exact copies and near duplicates are never divided; every fold has every class, and the classes are as
+    Groups, exact copies and near duplicates are never split up; every fold has every class, and the classes are as
     balanced as the groups allow. Raises ValueError if a class has too few groups or no such assignment is found.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
@@ -64,8 +64,8 @@ def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
 def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray | None:
     """Returns the fold of each group, int64 [G], so that each fold has every class; None if that is impossible.
 
-    Groups of a rare class and very unequal size may all be in a few folds. A fold that lacks a class gets the smallest
-    group that its own fold can spare. `place` [G] is the initial fold of each group, `images` int64 [G, C] counts.
+    If groups differ greatly in size, those of a rare class may all be in a few folds. A fold that lacks a class gets
+    the smallest group of it that another fold can spare. `place` [G] has initial folds; `images`, int64 [G, C], counts.
     """
     place, has = place.copy(), images > 0
     for label in range(images.shape[1]):

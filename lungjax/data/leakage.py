@@ -74,8 +74,8 @@ def leaks(
 
     `members` are the images of each split, where repeated images count once; other arguments are as in `clean`. For val
     and test, if not empty, returns the number of `images` and how many have an `exact_twin_in_train` (or are in train),
-    a `near_twin_in_train` but no exact one, their `group_in_train`, or `any` of these; for test also those with an
-    `exact_twin_in_val`, because val selects the epoch.
+    a `near_twin_in_train` but no exact one, their `group_in_train`, or `any` of these; for test, also how many
+    have an `exact_twin_in_val`, because val selects the epoch.
     """
     group, same = _codes(groups), _codes(pixels)
     rows = {split: np.unique(np.asarray(members.get(split, ()), np.int64)) for split in SPLITS}

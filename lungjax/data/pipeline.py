@@ -1,7 +1,7 @@
 """Turns a prepared data set into batches of uint8 images in a reproducible order: decode, crop, resize.
 
 The seed determines an endless global sequence of training examples. Batch `s` has the positions `s * B` to
-`(s + 1) * B - 1`, and each host reads one of its equal parts. Positions depend only on the step, so a run resumes
+`(s + 1) * B - 1`, and each host reads an equal part of it. Positions depend only on the step, so a run resumes
 exactly, even on a different number of hosts.
 """
 
@@ -115,10 +115,10 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def train_batches(
     data: Prepared, config: Config, *, start: int, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
-    """Yields this host's part of each global batch from number `start` on, endlessly.
+    """Yields this host's part of each global batch endlessly, starting with number `start`.
 
-    A batch has the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in the
-    global sequence, which seeds the augmentation. Raises ValueError if augment.exterior lacks body masks.
+    A batch contains the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in
+    the global sequence, which seeds the augmentation. Raises ValueError if augment.exterior is set without body masks.
     """
     if (share := config.augment.exterior) and not data.body:
         raise ValueError(f"augment.exterior={share}: {data.name} has no body masks; only CT data sets have them")

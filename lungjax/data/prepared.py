@@ -1,4 +1,4 @@
-"""A prepared data set: columns of `index.csv` and encoded images of TFDS records, in the same order.
+"""A prepared data set: columns from `index.csv` and encoded images from TFDS records, in the same order.
 
 The index is a CSV file next to the records, so that 425,000 images open in about a second. It is written last; a
 directory without it is not prepared.
@@ -160,8 +160,8 @@ def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the columns of an index.csv, each of length N.
 
     `label` is an int64 index of `classes`, `width` and `height` are int32 in pixels, `box` is float32 [N, 4] with xmin,
-    ymin, xmax, ymax in pixels (max exclusive), `phash` uint64, `mean` and `std` float32 of pixel / 255, `found` bool,
-    False if a stage found no body or lung. Other columns are str.
+    ymin, xmax, ymax in pixels (max exclusive), `phash` is uint64, `mean` and `std` are float32 of pixel / 255, and
+    `found` is bool, False if a stage found no body or lung. Other columns are str.
     """
     number = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[np.ndarray]] = {}

@@ -1,6 +1,6 @@
 """Turns an image into network input: orientation, stage, stored size and window of the data set, then crop and resize.
 
-Preparation and prediction share these steps. A 16-bit window is applied before a stage, but after resizing.
+Preparation and prediction share these steps. A 16-bit window is applied before a stage; without one, after resizing.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels, max
 def apply_stage(
     array: np.ndarray, box: Box, stage: str, size: tuple[int, int] | None
 ) -> tuple[np.ndarray, Box, Box, bool]:
-    """Returns an image in a stage, resized to `size` (height, width); stage "" and size None skip a step.
+    """Returns an image after a stage, resized to `size` (height, width); stage "" or size None skips that step.
 
     Also returns the box in pixels of the result, the region of the original that it shows, and whether the stage
     detected a body or lung. `array` is uint8, uint16, or float32 in 0..255; a stage requires gray uint8 [H, W].
@@ -45,8 +45,8 @@ def picture(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Returns the network input, uint8 [H, W, C], the image as the data set would store it, and warnings.
 
-    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the box of the body in pixels; None
-    detects it if the network was trained on boxes. `prepared` images are already in the stage of the training images.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the box of the body in pixels; if it
+    is None, a network trained on boxes gets a detected one. `prepared` images have been through the stage already.
     Raises ValueError for a 16-bit image if the model has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
@@ -73,7 +73,7 @@ def picture(
 
 
 def body_box(array: np.ndarray) -> Box | None:
-    """Returns the box of the body in a CT slice, or None if it has no contrast to the background."""
+    """Returns the box of the body in a CT slice, or None if the body has no contrast with the background."""
     from lungjax.data.imaging import lung_masks  # as above
 
     mask = lung_masks.body_mask(images.gray(array))
@@ -84,7 +84,7 @@ def body_box(array: np.ndarray) -> Box | None:
 
 
 def move_box(box: Box, region: Box, shape: tuple[int, ...]) -> Box:
-    """Returns `box` in the pixels of an image of `shape` that shows `region`; the full image if the box is outside."""
+    """Returns `box` in pixels of an image of `shape` that shows `region`; the full image if `box` is outside it."""
     down, across = shape[0] / (region[3] - region[1]), shape[1] / (region[2] - region[0])
     # Clipped after scaling: 256 * (224 / 256) may exceed 224, which TFDS refuses.
     left, right = (min(max((v - region[0]) * across, 0.0), float(shape[1])) for v in (box[0], box[2]))

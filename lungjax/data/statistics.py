@@ -20,7 +20,7 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
     """Returns the class probabilities of each test image given only its key, float64 [n, C]; rows sum to 1.
 
     They are the class frequencies of train images with this key, smoothed by `classes` pseudo-images with the
-    frequencies of the train split. `keys` [N] have any type, `labels` are int [N]; `train` (nonempty), `test` are rows.
+    frequencies of the train split. `keys` [N] have any type; `labels` are int [N], `train` (nonempty) and `test` rows.
     """
     names, at = np.unique(keys[train], return_inverse=True)
     counts = np.zeros((len(names) + 1, classes))  # the last row is for keys missing in train
@@ -73,7 +73,7 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns pairs of exact copies as rows, int64 [P, 2], each the first image of a set of copies and another one.
+    """Returns pairs of exact copies as rows, int64 [P, 2], each the first of a set of copies and another image of it.
 
     The first image of a set is in a split of the protocol if any image of the set is.
     """

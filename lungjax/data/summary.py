@@ -72,7 +72,7 @@ def summarize(
 def _counts(
     cells: Sequence[str], labels: Sequence[str], groups: Sequence[str], classes: Sequence[str]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Returns {split: {"images": {class: count}, "groups": {class: count}}} of a protocol's cells."""
+    """Returns {split: {"images": {class: count}, "groups": {class: count}}} from a protocol's column."""
     images: Counter[tuple[str, str]] = Counter()
     members = defaultdict(set)
     parsed = {cell: parse_study(cell) for cell in set(cells)}
@@ -92,7 +92,7 @@ def _counts(
 
 
 def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Returns mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
+    """Returns the mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
     train = np.array(columns["split"], dtype=np.str_) == "train"
     if not train.any():
         return {}

@@ -88,7 +88,7 @@ class DatasetName:
 
     @property
     def full(self) -> str:
-        """The name under which it is stored, such as "ct_cov19/lungs" or "covidx_ct/3a-crop-224"."""
+        """The name under which the data set is stored, such as "ct_cov19/lungs" or "covidx_ct/3a-crop-224"."""
         size = "" if self.size is None else "x".join(map(str, dict.fromkeys(self.size)))
         plain = self.config in PLAIN_CONFIGS and self.config == DATASETS[self.base].default
         config = "" if plain and self.stage else self.config
@@ -230,7 +230,7 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
 
 
 def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:
-    """Returns the files of a user's folder that a name in reports stands for; raises ValueError if there are none."""
+    """Returns the files of a user's folder that a name in a report stands for; raises ValueError if there are none."""
     if source is None or not source.is_dir():
         raise ValueError(f"--lookup={name}: --source={source} is not the folder that was prepared")
     if not (data_dir / SALT_FILE).exists():

@@ -53,5 +53,5 @@ def kermany(file: str) -> str:
 
 
 def patient(file: str) -> str:
-    """Returns the patient in a file name of Kermany, or the case or paper in one of the COVID-19 collection."""
+    """Returns the patient in a file name from Kermany, or the case or paper in one from the COVID-19 collection."""
     return kermany(file) or files.web_case(Path(file).stem)

@@ -81,13 +81,13 @@ def web_patient(file: str) -> str:
 
 
 def origin(file: str, label: int) -> str:
-    """Returns the source of a slice according to its name."""
+    """Returns the source of a slice, inferred from its name."""
     if label:
         return "preprint" if re.match(r"\d{4}\.\d\d\.\d\d\.", file) else "paper"
     return "web" if web_patient(file) else "MedPix"
 
 
 def _runs(names: Sequence[str]) -> dict[str, str]:
-    """Returns the run of numbers of each numbered PNG file; MedPix numbers slices by patient."""
+    """Returns the run of nearby numbers that each numbered PNG file belongs to; MedPix numbers slices by patient."""
     numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
     return files.runs({file: ("medpix_run_", int(Path(file).stem)) for file in numbered}, MAX_GAP)

@@ -49,7 +49,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the X-rays of the archive or repository `source`; "oversampled" adds the study's generated images.
 
-    Raises ValueError for a missing split or class folder, with the names tried, or one without images.
+    Raises ValueError if the folder of a split or class has no images or is missing; then lists the names tried.
     """
     listed, generated = [], 0
     for split, study in (("train", "train"), ("test", "val+test")):
@@ -82,7 +82,7 @@ def generate(
 ) -> np.ndarray:
     """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
 
-    Keras stretches the gray levels of a copy to 0..255 before and after changing the brightness, so that change only
+    Keras stretches the gray levels of a copy to 0..255 before and after changing the brightness, so the change only
     makes the levels coarser. The study's JPEG compression of the copies is omitted.
     """
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)

@@ -1,7 +1,7 @@
 """COVIDx CT 1, 2A, 2B, 3A and 3B from the official label files and PNG folder.
 
 Source: https://github.com/haydengunraj/COVIDNet-CT (docs/dataset.md); images from Kaggle, hgunraj/covidxct. The
-split is the official one, by patient. Patient and source of a slice follow from its file name.
+split is the official one, by patient. Patient and source of a slice are taken from its file name.
 """
 
 import re
@@ -125,7 +125,7 @@ def resampled(examples: Sequence[Example]) -> list[Example]:
 
 
 def patient(file: str) -> tuple[str, str]:
-    """Returns patient id and source of a slice from its file name; source is "" if no rule matches."""
+    """Returns the patient id and source of a slice, from its file name; the source is "" if no rule matches."""
     for pattern, source in RULES.items():
         match = re.match(pattern, file)
         if match:

@@ -105,7 +105,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
     """Returns the files of an image, series or patient named in reports, such as "series-5d8538175f2c/0003".
 
-    `options` must be those used with prepare. Raises ValueError if nothing in `source` has this name.
+    `options` must be those that were passed to prepare. Raises ValueError if nothing in `source` has this name.
     """
     prefix = name.rpartition("/")[2].partition("-")[0]
     plane = prefix if prefix in PLANES else "axial" if "/" in name else options.plane
@@ -157,9 +157,9 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
 
 
 def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
-    """Returns the rows, no extra columns, notes and warnings.
+    """Returns the rows, an empty tuple (there are no extra columns), notes and warnings.
 
-    With `by_folder`, the folders below the class folders are the groups of all files but DICOM, which has patient ids.
+    With `by_folder`, the folders below the class folders are groups, except for DICOM, which has patient ids.
     """
     files = list_files(source)
     kinds = {path: name for path in files if (name := folder_volumes.kind(str(source / path)))}
@@ -196,7 +196,7 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
 
 
 def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
-    """Returns the rows, the names of extra columns, no notes, and warnings about files that are not listed."""
+    """Returns the rows, the names of extra columns, an empty list of notes, and warnings about unlisted files."""
     columns, lines = read_table(table, ("path", "label"))
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")

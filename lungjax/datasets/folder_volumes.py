@@ -1,4 +1,4 @@
-"""DICOM files and NIfTI volumes of a folder, expanded to one example per image."""
+"""DICOM files and NIfTI volumes in a folder, expanded to one example per image."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ def unfold(row: Row) -> list[Row]:
 
 
 def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], bool]:
-    """Replaces each row of a DICOM or NIfTI file by the images that `options` select.
+    """Replaces each row of a DICOM or NIfTI file with the images that `options` select.
 
     DICOM images are named "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" (X-rays and single slices),
     where HASH is the `volumes.pseudonym` of the UID; rows without a group get the pseudonym of the patient id. A NIfTI

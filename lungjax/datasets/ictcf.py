@@ -1,6 +1,6 @@
 """The nCT, pCT and NiCT slices of iCTCF: COVID-negative, COVID-positive and non-informative axial CT slices.
 
-Source: Ning et al. 2020 (ictcf.biocuckoo.cn), as published in Kaggle azaemon/preprocessed-ct-scans-for-covid19; study:
+Source: Ning et al. 2020 (ictcf.biocuckoo.cn), as published on Kaggle, azaemon/preprocessed-ct-scans-for-covid19; study:
 https://github.com/kaclewtak/Classifying-CT-Scans-for-COVID-19-Classification. The file names contain no patient ids.
 """
 
@@ -46,7 +46,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the original slices in `source`; with `config` "oversampled" also the generated copies.
+    """Lists the original slices in `source` and, with `config` "oversampled", the generated copies.
 
     Raises ValueError for a missing class folder, with the names tried, or one without images.
     """
@@ -64,7 +64,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 
 
 def generate(array: np.ndarray, angle: float, down: float, right: float) -> np.ndarray:
-    """Returns a copy of a slice as the study generated it: gray uint8 [H, W], see `keras_generator.transform`."""
+    """Returns a copy of a slice as the study generated it: gray uint8 [H, W] (see `keras_generator.transform`)."""
     return keras_generator.transform(images.gray(array), angle, (down, right)).astype(np.uint8)
 
 

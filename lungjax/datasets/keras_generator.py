@@ -1,4 +1,4 @@
-"""Transforms images like Keras's ImageDataGenerator, for studies that stored the transformed copies."""
+"""Transforms images as Keras's ImageDataGenerator does, for studies that stored the transformed copies."""
 
 import numpy as np
 from scipy import ndimage

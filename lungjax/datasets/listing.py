@@ -70,7 +70,7 @@ class About:
 
 
 def complete_splits(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[str]]:
-    """Returns the examples with missing splits added by `splits.complete`, and its notes."""
+    """Returns the examples with missing splits filled in by `splits.complete`, and the notes from that function."""
     given, labels, groups = ([getattr(e, name) for e in examples] for name in ("split", "label", "group"))
     completed, notes = splits.complete(given, labels, groups, seed)
     return [replace(e, split=split) for e, split in zip(examples, completed, strict=True)], notes

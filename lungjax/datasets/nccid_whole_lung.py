@@ -1,4 +1,4 @@
-"""Coronal CT images of the NCCID, classified by whether they show the whole lung.
+"""Coronal CT images from the NCCID, classified by whether they show the whole lung.
 
 Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_util.py makes the split). The images are
 64 x 128, rotated by 180 degrees, and cut from volumes of the National COVID-19 Chest Imaging Database.

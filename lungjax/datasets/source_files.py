@@ -30,12 +30,12 @@ def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Returns all image files below `folder`, relative with "/", sorted, without hidden ones."""
+    """Returns the sorted paths, relative with "/", of all image files below `folder` that are not hidden."""
     return [name for name in list_files(folder) if name.lower().endswith(images.SUFFIXES)]
 
 
 def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
-    """Returns the sorted images of class `name`, absolute and relative to its folder. Raises ValueError without any."""
+    """Returns (absolute path, path in its folder) of class `name`'s images, sorted. Raises ValueError if none."""
     inner = find(folder, (f"{name}/",), f"folder of class {name}")
     paths = [(inner / path, path) for path in list_images(inner)]
     if not paths:
@@ -44,7 +44,7 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file with their locations. Raises ValueError as `read_table` does, and if empty."""
+    """Returns the rows of a CSV file with their locations. Raises ValueError as in `read_table`, or if empty."""
     rows = read_table(path, columns).rows
     if not rows:
         raise ValueError(f"{path} has no rows")

@@ -17,7 +17,7 @@ WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 def source_only(data: Prepared, split: str = "test") -> Predictions | None:
     """Returns predictions from the source of an image alone: the class frequencies of this source in the train split.
 
-    If the source is unknown or missing in train, the frequencies are those of all training images (smoothing: see
+    If the source is unknown or missing from train, the frequencies are those of all training images (smoothing: see
     `statistics.frequencies`). Returns None if the training images have fewer than two known sources.
     """
     train, rows = data.rows("train"), data.rows(split)

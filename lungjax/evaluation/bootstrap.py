@@ -62,7 +62,7 @@ def over_runs(
     Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
     patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
     predictions for the same examples, in any order; `names` are dotted, and None selects all metrics. Raises ValueError
-    for no runs, different examples, an unknown name or unit, a negative number of draws, or invalid probabilities.
+    for empty `runs`, different examples, an unknown name or unit, a negative number of draws, or invalid probabilities.
     """
     if not runs:
         raise ValueError("no runs to average over")
@@ -204,7 +204,7 @@ def _evaluate(
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
-    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is the patient per example."""
+    """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

@@ -82,7 +82,7 @@ def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
 
 
 def _logits(p: Predictions) -> np.ndarray:
-    """Returns logits float64 [N, C] of the probabilities."""
+    """Returns logits, float64 [N, C], for the probabilities."""
     metrics.check_probabilities(p)
     if p.logits is not None:
         return np.asarray(p.logits, dtype=np.float64)

@@ -16,9 +16,9 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
     ece      expected calibration error: mean over the examples of |mean probability - accuracy| of their bin, with 15
              bins of equal width of the highest probability (Guo et al., arXiv 1706.04599; bins include the upper edge)
     brier    mean over the examples of the sum over all classes of (probability - 1 or 0)^2, 0..2 (Brier, Monthly
-             Weather Review 78:1, 1950; for two classes half of it is common)
+             Weather Review 78:1, 1950; for two classes, half of this is often reported)
 
-`study` has the metrics of the reproduced studies, see `lungjax.evaluation.study_metrics`.
+`study` has the metrics of the reproduced studies; see `lungjax.evaluation.study_metrics`.
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
 average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
@@ -58,7 +58,7 @@ def summarize(predictions: Predictions) -> Level:
     Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
     WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
     true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study` (`study_metrics`). Rates are 0..1, or None if
-    undefined. Raises ValueError, with example names, if probabilities are NaN, outside 0..1 or don't sum to 1.
+    undefined. Raises ValueError, naming the examples, if probabilities are NaN, outside 0..1 or don't sum to 1.
     """
     p = predictions
     check_probabilities(p)
@@ -185,7 +185,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
     Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
-    "several" if it differs within the group. Rows are sorted by name, without extra columns. An example with the group
+    "several" if it differs within the group. Rows are sorted by name and lack extra columns. An example with the group
     "" is its own group, named by its id. Raises ValueError for invalid probabilities.
     """
     p = predictions
@@ -249,7 +249,7 @@ def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def auc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the area under the ROC curve of `scores` [N], ties one half; NaN if `positive` bool [N] is constant."""
+    """Returns the area under the ROC curve of `scores` [N], ties as half; NaN if `positive`, bool [N], is constant."""
     from scipy import stats  # here: it takes a second to import
 
     p, n = positive.sum(), (~positive).sum()

@@ -120,7 +120,7 @@ class Novelty:
 def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture]) -> Novelty:
     """Fits the score to train images, chooses the threshold on val images, and counts false alarms on test images.
 
-    2,000 train and 1,000 val images are enough. Raises ValueError for fewer images than MIN_IMAGES or invalid pictures.
+    2,000 train and 1,000 val images are enough. Raises ValueError for fewer than MIN_IMAGES images or invalid pictures.
     """
     from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
@@ -239,7 +239,7 @@ def _conformal(scores: np.ndarray) -> float:
 
 
 def _threshold(scores: np.ndarray) -> float:
-    """Returns a value that new scores of the same distribution exceed with probability FALSE_ALARMS.
+    """Returns a value that new scores from the same distribution exceed with probability FALSE_ALARMS.
 
     A new score exceeds the largest of ten with probability 1/11. With few scores the conformal quantile is therefore
     too low, and the prediction bound of a log-normal distribution (Student's t) applies.

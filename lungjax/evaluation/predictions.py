@@ -55,7 +55,7 @@ class Predictions:
 
 
 def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
-    """Returns the predictions of rows [M] int, in this order; rows may repeat."""
+    """Returns the predictions for `rows`, int [M], in this order; rows may repeat."""
     p = predictions
     columns = {name: getattr(p, name)[rows] for name in ("ids", "groups", "sources", "labels", "probabilities")}
     logits = None if p.logits is None else p.logits[rows]
@@ -87,10 +87,10 @@ def write(predictions: Predictions, path: Path) -> None:
 
 
 def read(path: Path) -> Predictions:
-    """Reads the CSV of `write`; probabilities and logits are float32.
+    """Reads a CSV written by `write`; probabilities and logits are float32.
 
     Raises ValueError, with file and line, for a missing column, a row of the wrong length, an unknown class, a value
-    that is not a number, or logits of only some classes.
+    that is not a number, or logits for only some classes.
     """
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.reader(file)

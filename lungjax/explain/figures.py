@@ -68,7 +68,7 @@ def prediction(probabilities: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def file_name(name: str, used: set[str]) -> str:
-    """Returns a file name for an image that is not in `used`, and adds it to `used`."""
+    """Returns a file name, not yet in `used`, for an image, and adds it to `used`."""
     parts = [part for part in PurePath(name).parts if part not in ("/", "..")]
     stem = "_".join(parts).removesuffix(next((end for end in images.SUFFIXES if name.lower().endswith(end)), ""))
     plain = "".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem) or "image"
@@ -117,7 +117,7 @@ def draw_split(
     out: Path,
     count: int | None = None,
 ) -> list[str]:
-    """Writes index.csv and page_001.png, ... of a split, most confident first; returns errors of unreadable images.
+    """Writes index.csv and page_001.png, ... for a split, most confident first; returns errors of unreadable images.
 
     `count` limits the number of images, which are evenly spaced in this order. Wrong predictions have a colored frame.
     Raises ValueError if no image of the split can be read.

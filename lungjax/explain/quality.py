@@ -101,7 +101,7 @@ def near(masks: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Returns the share of the maxima of each map [N, H, W] that is in its mask, float64 [N]; 0 for a map of zeros."""
+    """Returns the share of each map's [N, H, W] maxima that lie in its mask, float64 [N]; 0 for a map of zeros."""
     top = maps.max((1, 2), keepdims=True)
     tied = (maps == top) & (top > 0)
     return (tied & masks).sum((1, 2)) / np.maximum(tied.sum((1, 2)), 1)
@@ -149,7 +149,7 @@ def module_order(module: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
 def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> dict[str, Any]:
     """Returns variables in which the values of every tensor of `modules` are permuted.
 
-    Unlike a new initialization this preserves the scale of the activations and positive running variances.
+    Unlike a new initialization, this preserves the scale of the activations and keeps running variances positive.
     """
     rng = np.random.default_rng([seed, 33])
 
@@ -201,7 +201,7 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str, draws: int = D
 
 
 def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
-    """Returns the pointing game of `maps` on `slices`, without and with TOLERANCE, next to chance and random maps.
+    """Returns the pointing game's results for `maps`, without and with TOLERANCE, next to chance and random maps.
 
     `correct` bool [N] are the slices that the network classifies correctly; they are also counted separately.
     """
@@ -231,9 +231,9 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray, correct: np.n
 def measure(
     explainer: Explainer, method: str, images: np.ndarray, targets: np.ndarray, slices: Slices | None = None
 ) -> dict[str, Any]:
-    """Returns {"pointing", "deletion", "sanity"} of a method; prints progress.
+    """Returns {"pointing", "deletion", "sanity"} for a method; prints progress.
 
-    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. `slices` adds "pointing".
+    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. "pointing" needs `slices`.
     """
     print(f"{method}: maps of {len(images)} images")
     maps, _ = explainer.maps(images, targets, method)
@@ -269,7 +269,7 @@ def write(
     """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
 
     Uses `count` evenly spaced images of the reader's test split and explains the class `target` or the predicted ones,
-    without the pointing game. If `reader` is None (networks of phantom_ct), it uses synthetic slices of `count` new
+    without the pointing game. If `reader` is None (phantom_ct networks), it uses synthetic slices of `count` new
     patients and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
     """
     bad: list[str] = []

@@ -60,8 +60,8 @@ def gradcam_positive(last: jax.Array, gradient: jax.Array) -> Maps:
 def gradcam_plus_plus(last: jax.Array, gradient: jax.Array) -> Maps:
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv 1710.11063, equation 19), for the exponential of the score.
 
-    With g the gradient of the score at a cell and S the sum of the channel's activations, the paper's coefficient
-    g^2 / (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); the weight of a channel sums this. The factor
+    With g the gradient of the score at a cell and S the sum of the channel's activations, the paper's coefficient g^2 /
+    (2 g^2 + S g^3) times ReLU(g) is ReLU(g) / (2 + S ReLU(g)); a channel's weight sums this over its cells. The factor
     exp(score), the same for all cells, is omitted. The paper assumes positive activations; without a final ReLU (BiT,
     ConvNeXt) S sums only positive ones, which keeps the coefficient in 0..1/2.
     """

@@ -1,1 +1,1 @@
-"""Exports of finished runs that need no lungjax: StableHLO, ONNX, SavedModel, and Triton's folder layout."""
+"""Exports of finished runs, usable without lungjax: StableHLO, ONNX, SavedModel, and Triton's folder layout."""

@@ -5,10 +5,10 @@
     savedmodel   savedmodel/, for TensorFlow, which must be installed
     triton       triton/NAME, a model of a Triton Inference Server repository, from the ONNX file (`export` extra)
 
-Each export contains weights, normalization, calibration and metadata, and takes any number of images. An export whose
-logits differ from those of the network by more than 1e-5 of their range is an error. An existing export is replaced.
+Each export contains weights, normalization, calibration and metadata, and takes any number of images. The command
+fails if logits differ from those of the network by more than 1e-5 of their range. An existing export is replaced.
 
-A model.pyz can be read by jax for some months only. --refresh=model.pyz replaces it with one for the installed jax,
+jax can read a model.pyz for only a few months. --refresh=model.pyz replaces it with one for the installed jax,
 built from the weights and the configuration in the file; with --format=onnx it writes an ONNX file.
 """
 

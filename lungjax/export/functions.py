@@ -85,8 +85,8 @@ class Functions:
 
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
-        Raises ValueError if it is above MAX_TOLERANCE, or above both TOLERANCE and ROUNDING_FACTOR times the difference
-        of the folded network in float32.
+        Raises ValueError if the difference is above MAX_TOLERANCE, or above both TOLERANCE and ROUNDING_FACTOR times
+        that of the folded network in float32.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]
@@ -120,7 +120,7 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference of outputs relative to their range; infinite for other shapes or NaN."""
+    """Returns the largest difference between outputs, relative to their range; infinite if shapes differ or for NaN."""
     worst = 0.0
     for name in artifacts.OUTPUTS:
         arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]
@@ -164,7 +164,7 @@ def from_pyz(path: Path) -> Functions:
 
 @contextmanager
 def without_source_paths() -> Iterator[None]:
-    """Keeps paths of this machine out of a program, since jax records the source line of each operation."""
+    """Keeps this machine's paths out of exported programs, since jax records the source line of each operation."""
     names = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
     before = {name: getattr(jax.config, name) for name in names}
     try:

@@ -1,4 +1,4 @@
-"""Writes `model.onnx` with jax2onnx: the `predict` function in opset 23, any number of images, normalization inside.
+"""Writes `model.onnx` with jax2onnx: the `predict` function in opset 23, for any number of images, with normalization.
 
     pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes], features float32 [B, F]
 
@@ -66,7 +66,7 @@ def convert(functions: Functions) -> Any:
 
 
 def fix_pools(model: Any) -> None:
-    """Replaces each max pool over four axes, with its two Unsqueeze and one Squeeze, by one over two."""
+    """Replaces each max pool over four axes, with its two Unsqueeze nodes and one Squeeze node, by one over two."""
     from onnx import helper
 
     graph = model.graph

@@ -2,7 +2,7 @@
 
     signature serving_default: pixels uint8 [B, H, W, C] -> probabilities, logits [B, classes], features [B, F], float32
 
-With native serialization of jax2tf, TensorFlow runs the same program as `model.pyz`, through XLA, on CPU, CUDA and TPU.
+With jax2tf's native serialization, TensorFlow runs the same program as `model.pyz`, through XLA, on CPU, CUDA and TPU.
 model.json is in assets.extra, which TensorFlow ignores.
 """
 

@@ -1,4 +1,4 @@
-"""Writes `triton/NAME`, a model of a Triton Inference Server repository, from the ONNX file.
+"""Writes `triton/NAME`, a model for a Triton Inference Server repository, from the ONNX file.
 
     triton/NAME/config.pbtxt     backend, batching, inputs and outputs
     triton/NAME/1/model.onnx     version 1

@@ -34,7 +34,7 @@ Boxes = Sequence[Any] | None
 def list_models(match: str = "*", weights: bool | None = None) -> list[str]:
     """Returns the names of the networks.
 
-    `match` is a pattern such as "efficientnet*"; `weights` selects those with (True) or without ImageNet weights.
+    `match` is a pattern like "efficientnet*"; `weights` selects those with (True) or without (False) ImageNet weights.
     """
     names = fnmatch.filter(models.MODELS, match)
     return [name for name in names if weights is None or bool(catalogue.records(name)) == weights]
@@ -54,11 +54,11 @@ def create(
     seed: int = 0,
     **fields: Any,
 ) -> tuple[nn.Module, dict[str, Any], InputSpec]:
-    """Returns a network, its variables and its input specification, built as training builds them.
+    """Returns a network, its variables and its input specification, built as for training.
 
     Args:
       name: one of `list_models()`.
-      weights: as `model.weights`: "imagenet", a record of `python -m lungjax.weights --list`, "file:PATH",
+      weights: as in `model.weights`: "imagenet", a record of `python -m lungjax.weights --list`, "file:PATH",
         "run:WORKDIR", "none".
       classes: number of outputs of a new classifier; None keeps the classifier of the weights, or the complete head
         of a run (1000 classes without weights).
@@ -103,7 +103,7 @@ def create(
 
 
 def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-    """Returns variables with the leaves of `start`, which is emptied, and initializes the other leaves."""
+    """Returns variables with the leaves of `start`, which is emptied, and newly initialized leaves for the rest."""
 
     def initialize() -> dict[str, jax.Array]:
         return trees.flatten(state.init(module, (*spec.size, spec.network_channels), seed))
@@ -124,7 +124,7 @@ def preprocess(images: Images, spec: InputSpec, boxes: Boxes = None) -> np.ndarr
       spec: input specification from `create`.
       boxes: xmin, ymin, xmax, ymax of each image, used if `spec.crop` is "box"; None takes complete images.
 
-    Raises ValueError for an image that can't be read or has another shape or type.
+    Raises ValueError for an image that can't be read or has an unsupported shape or type.
     """
     pixels = []
     for array, box in read_images(images, boxes):

@@ -92,7 +92,7 @@ class Preprocessor:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
         `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on body crops.
-        `segmented` images are already in the stage of the model. Raises ValueError for 16 bits without a window.
+        `segmented` images are already in the stage of the model. Raises ValueError for 16-bit images without a window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
@@ -153,7 +153,7 @@ def read_pyz(path: str | Path) -> Program:
 
 
 def read_parts(path: Path) -> tuple[Metadata, dict[str, np.ndarray], dict[str, Any]]:
-    """Returns metadata, weights and artifact.json of a `model.pyz` from any jax. Raises ValueError if it is damaged."""
+    """Returns metadata, weights and artifact.json of a `model.pyz` of any jax version. Raises ValueError if damaged."""
     files = _members(path, (MODEL, WEIGHTS))
     metadata = from_json(files[MODEL].decode("utf-8", "replace"), f"{path}: {MODEL}")
     return metadata, _weights(files[WEIGHTS], f"{path}: {WEIGHTS}"), read_about(path)
@@ -199,7 +199,7 @@ def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:
 
 
 def _program(data: bytes, path: Path, name: str, version: str) -> Any:
-    """Returns the program `name` of a file that was exported with a version of jax."""
+    """Returns the program `name` of a file; `version` is the version of jax that exported it."""
     from jax import export  # here: a model.onnx doesn't need it
 
     where = f"{path}: {name}"

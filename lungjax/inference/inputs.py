@@ -60,7 +60,7 @@ class Inputs:
         self.items.append(item)
 
     def add_volume(self, name: str, group: str, notes: Sequence[str], cut: Cut, shape: Sequence[int]) -> str:
-        """Adds a volume of `shape` to its group, or as its own series; returns the name of the series."""
+        """Adds a volume of `shape` to its group, or as a series of its own; returns the name of the series."""
 
         def middle(plane: str, windows: Windows) -> bytes:
             return cut(plane, volumes.middle_slice(shape[volumes.PLANES[plane]]), windows)
@@ -177,7 +177,7 @@ def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> list[dicom.Header]:
-    """Adds a file, or returns its slices if it is from a CT series. Raises ValueError for another kind of file."""
+    """Adds a file, or returns its slices if it is from a CT series. Raises ValueError for any other kind of file."""
     kind = folder_volumes.kind(path)
     if kind == "image":
         inputs.add(Item(path, Path(path).read_bytes, series, short))
@@ -200,7 +200,7 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
 def _add_dicom(
     inputs: Inputs, headers: Sequence[dicom.Header], names: dict[str, tuple[str, str]], metadata: Metadata
 ) -> None:
-    """Adds the slices of a DICOM series, or slices of another plane. Raises ValueError if this plane can't be cut."""
+    """Adds slices of a DICOM series, recut if the model uses another plane. Raises ValueError if this is impossible."""
     first, plane = str(headers[0].path), metadata.plane
     group, short = names[first]
     series = dicom.series(headers)

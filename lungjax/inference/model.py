@@ -86,7 +86,7 @@ class Model:
     ) -> np.ndarray:
         """Returns saliency maps float32 [B, H, W] in 0..1 over the network's input.
 
-        `targets` are class numbers, one per image; None takes the predicted classes. `method` is one of `methods`.
+        `targets` are class numbers, one per image; None selects the predicted classes. `method` is one of `methods`.
         """
         self.check_method(method)
         pixels = self._pixels(images, boxes)
@@ -100,7 +100,7 @@ class Model:
         return (*powers, self.batch_size)
 
     def warm(self) -> None:
-        """Compiles every batch size, or loads it from the compilation cache; saliency maps compile at first use."""
+        """Compiles every batch size, or loads it from the compilation cache; saliency maps compile on first use."""
         for size in self.batch_sizes:
             self.outputs(np.zeros((size, *artifacts.image_shape(self.metadata)), np.uint8))
 
@@ -125,7 +125,7 @@ class Model:
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str = "gradcam") -> np.ndarray:
-        """Returns saliency maps float32 [B, H, W] of prepared pixels for the class numbers `targets` [B].
+        """Returns saliency maps, float32 [B, H, W], for prepared pixels and the class numbers `targets` [B].
 
         Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """

@@ -2,7 +2,7 @@
 
     file            name of the image
     predicted       class with the highest probability
-    probabilities   {class: p}, calibrated, with sum 1
+    probabilities   {class: p}, calibrated; they sum to 1
     decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p reaches the
                     threshold that `rule` chose on the validation split for slices or patients (`level`), and the rates
                     on the test split; only for classes with such an operating point
@@ -26,7 +26,7 @@ WARNED_FRACTION = 0.2  # minimum fraction of slices with warnings for a warning 
 
 
 def check_rule(metadata: Metadata, rule: str) -> None:
-    """Raises ValueError for an unknown operating point; models without operating points accept every name."""
+    """Raises ValueError for an unknown operating point; models without operating points accept any name."""
     rules = metadata.rules()
     if rules and rule not in rules:
         raise ValueError(f"--rule={rule}: {nearest(rule, rules)}")
@@ -57,7 +57,7 @@ def summary(
     """Returns the record of a series: the mean over its slices, as for patients in the report.
 
     `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, and `warnings`
-    are those of the series. Decisions use the operating points for patients if the model has any, or those for slices.
+    are those of the series. Decisions use operating points for patients if the model has any, else those for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
     several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []

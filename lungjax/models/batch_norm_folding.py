@@ -157,7 +157,7 @@ class FoldedModel:
         return _compiled_fold(self.pairs, structure, tuple(shardings))(variables)
 
     def layout(self, tree: Variables) -> Variables:
-        """Returns `tree`, which has the structure of the variables (such as their shardings), without folded leaves."""
+        """Returns `tree`, structured like the variables (such as their shardings), without the folded leaves."""
         folded = {f"{pair.norm}/{name}" for pair in self.pairs for name in ("scale", "mean", "var")}
         folded |= {f"{pair.layer}/bias" for pair in self.pairs if pair.biased}
         return {name: trees.split(tree.get(name) or {}, folded)[0] for name in ("params", "batch_stats")}

@@ -1,8 +1,8 @@
 """BiT, "Big Transfer" (Kolesnikov et al., ECCV 2020, arXiv 1912.11370): wide ResNetV2 with GroupNorm.
 
 As in the released code (github.com/google-research/big_transfer), kernels are standardized (arXiv 1903.10520) with
-epsilon 1e-10 inside the root (timm: 1e-8), convolutions have no bias, and each stage applies its stride in the 3x3
-convolution of its first block. A new head is initialized with zeros.
+epsilon 1e-10 inside the square root (timm: 1e-8), convolutions have no bias, and each stage applies its stride in the
+3x3 convolution of its first block. A new head is initialized with zeros.
 """
 
 from functools import partial

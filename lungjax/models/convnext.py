@@ -42,7 +42,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise 7 x 7 convolution, norm and two dense layers with four times the channels between, plus the input."""
+    """Depthwise 7 x 7 convolution, norm, two dense layers with four times the channels between them, plus the input."""
 
     grn: bool
     drop_path: float

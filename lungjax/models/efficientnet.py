@@ -24,7 +24,7 @@ DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Stage(NamedTuple):
-    """A row of table 4 of the V2 paper: equal blocks, of which the first changes width and resolution."""
+    """A row of table 4 of the V2 paper: identical blocks, except that the first changes width and resolution."""
 
     fused: bool  # Fused-MBConv, else MBConv
     repeats: int
@@ -122,7 +122,7 @@ class EfficientNet(Network):
 
 
 def make_divisible(channels: float, guard: bool) -> int:
-    """Rounds to the nearest multiple of 8, at least 8; `guard` rounds up instead of down by more than 10 %."""
+    """Rounds to the nearest multiple of 8, at least 8; with `guard`, never down by more than 10 %."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if guard and rounded < 0.9 * channels else rounded
 

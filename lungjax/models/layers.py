@@ -75,7 +75,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
-        """Normalizes [B, ..., C] by batch statistics and updates the running ones; without `train`, uses the latter.
+        """Normalizes [B, ..., C] with batch statistics and updates the running ones; without `train`, uses the latter.
 
         An elementwise `activation` is fused into the same pass.
         """

@@ -1,4 +1,4 @@
-"""Network output: from the logits of a softmax or sigmoid head to class probabilities in label order."""
+"""Converts the logits of a softmax or sigmoid head to class probabilities in label order."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from lungjax.models.ops.conv import to_float32
 
 
 def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
-    """Returns the label of the positive class of a sigmoid head, None for softmax. Raises ValueError if unknown."""
+    """Returns the label of the positive class of a sigmoid head, or None for softmax. Raises ValueError if unknown."""
     name = config.model.head.positive_class
     if not name:
         return None

@@ -22,7 +22,7 @@ def cell_positions(network: Network | None, size: tuple[int, int], cells: tuple[
     pixels that trained cells respond to are centered there (measured with the ImageNet weights of EfficientNet-Lite0),
     although padding shifts the centers of the receptive fields.
 
-    `size` and `cells` are (height, width) of the image and of the map; without a `network` cells are spread evenly.
+    `size` and `cells` are (height, width) of the image and of the map; without a `network`, cells are spread evenly.
     """
     if network:
         field = network.min_side(1)

@@ -1,8 +1,8 @@
 """SqueezeNet 1.1 (Iandola et al., arXiv 1602.07360; version 1.1 of the authors' repository), as in torchvision.
 
-Fire modules squeeze the channels by a 1x1 convolution and expand them by 1x1 and 3x3 convolutions side by side. The 3x3
+Fire modules squeeze the channels with one 1x1 convolution and expand them with parallel 1x1 and 3x3 ones. The 3x3
 max pools of stride 2 include a partial window at the end ("ceil mode"). There is no norm. The classifier is a 1x1
-convolution and ReLU, followed by the mean over the map (`head.pool=class_map`). Initialization is He uniform.
+convolution and ReLU, followed by the mean over the map (`head.pool=class_map`). Kernels use He uniform initialization.
 """
 
 from dataclasses import field

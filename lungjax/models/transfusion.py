@@ -1,6 +1,6 @@
 """The CBR networks of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208), and the CNNs of CT-COV19.
 
-A block is convolution, batch norm, ReLU ("CBR") and a max pool of stride 2; one dense layer follows the global mean.
+A block is convolution, batch norm, ReLU ("CBR") and max pool of stride 2; one dense layer follows the global mean.
 The paper does not specify the padding; the default is "valid" as in CT-COV19 (github.com/marta-0/covid-ct). As in that
 study's code, layers have Keras's defaults: bias, batch norm with epsilon 1e-3 and decay 0.99, and Glorot uniform.
 """

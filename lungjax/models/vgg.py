@@ -1,8 +1,8 @@
 """VGG-16 and VGG-19 (Simonyan and Zisserman, ICLR 2015, arXiv 1409.1556; configurations D and E).
 
 The networks have 3x3 convolutions with bias and ReLU, five 2x2 max pools, two dense layers of 4096 on the flattened map
-and, as published, no normalization. Kernels are initialized Glorot uniform (as in Keras). The paper and torchvision use
-dropout of 0.5 after the dense layers (`head.hidden_dropout`); Keras and the default use none. The dense layers of
+and, as published, no normalization. Kernels use Glorot uniform initialization (as in Keras). The paper and torchvision
+use dropout of 0.5 after the dense layers (`head.hidden_dropout`); Keras and the default use none. The dense layers of
 published weights need a 7 x 7 map, hence images of 224 x 224.
 """
 

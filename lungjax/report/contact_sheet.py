@@ -43,7 +43,7 @@ class Section:
 
 
 def draw(sections: Sequence[Section], path: Path, columns: int, paired: bool = False, aspect: float = 1.2) -> None:
-    """Draws sections of tiles, `columns` per row, with a legend of at most two masks.
+    """Draws sections of tiles, `columns` per row, with a legend for at most two masks.
 
     `paired` groups the tiles in pairs. Images taller than `aspect` times the width of a tile are scaled down.
     """

@@ -1,4 +1,4 @@
-"""The template context of report.html and report.md: their numbers, tables and figures."""
+"""The template context of report.html and report.md: numbers, tables and figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +74,7 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for `config` to `about`.
+    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for other parameters.
 
     `files` are the figures in `plots`, in order; they are keys of CAPTIONS. Raises OSError for a missing figure.
     """
@@ -118,7 +118,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
 
 
 def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
-    """Returns the level over examples under the name `unit`, and "patient" if patients have several examples."""
+    """Returns the per-example level under the name `unit`, and "patient" if patients have several examples."""
     several = 0 < levels["patient"]["n"] < levels["slice"]["n"]
     return {unit: levels["slice"]} | ({"patient": levels["patient"]} if several else {})
 

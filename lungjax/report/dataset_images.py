@@ -1,4 +1,4 @@
-"""Contact sheets of a data set's page: samples, stages, augmented images and duplicates."""
+"""Contact sheets for a data set's page: samples, stages, augmented images and duplicates."""
 
 import dataclasses
 import json
@@ -46,14 +46,14 @@ class View:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of the data set's summary.json."""
+        """Contents of the data set's summary.json."""
         path = prepared.directory(self.data_dir, self.data.name) / "summary.json"
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return summary
 
     @cached_property
     def typical_row(self) -> int:
-        """Row of a train image of the largest source; for CT slices, one with large lungs."""
+        """Row of a training image from the largest source; for CT slices, one with large lungs."""
         rows = self.data.rows("train")
         sources, count = np.unique(self.data.columns["source"][rows], return_counts=True)
         rows = rows[self.data.columns["source"][rows] == sources[np.argmax(count)]]
@@ -109,7 +109,7 @@ def samples(view: View, count: int) -> dict[str, Figure]:
 
 
 def stages(view: View) -> list[Figure]:
-    """Draws the stages of some slices; returns [] without masks, or if the data set already has a stage."""
+    """Draws the stages of some slices; returns [] without masks, or if a stage was already applied to the data set."""
     if not view.masks or datasets.resolve(view.data.name)[0].stage:
         return []
     rows = statistics.spread(np.arange(len(view.data.columns["label"])), view.data, SLICES, view.rng)
@@ -167,7 +167,7 @@ def _draws(view: View, row: int, config: AugmentConfig) -> list[Tile]:
 
 
 def duplicates(view: View) -> list[dict[str, Any]]:
-    """Draws exact copies and near duplicates side by side; returns counts and figure of each kind."""
+    """Draws exact copies and near duplicates side by side; returns the counts and the figure for each kind."""
     near = f"nearly identical but from different {view.summary['group_name']}"
     return [
         _pairs(view, "Exact copies", "identical in every pixel", statistics.copies(view.data)),

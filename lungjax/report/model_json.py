@@ -44,7 +44,7 @@ def describe(
     detector: novelty.Novelty | None,
     dataset: Mapping[str, Any],
 ) -> Metadata:
-    """Returns the content of model.json for a run that was just tested, with the complete `config` and training data.
+    """Returns the content of model.json for a run that was just tested; `config` is complete and `data` is its data.
 
     `results` are the predictions of "test" and, to choose temperature and thresholds, of "val"; `report` is the content
     of report.json; `detector` comes from `fit_novelty` and `dataset` from `datasets.describe`.
@@ -115,7 +115,7 @@ def _box(config: Config, data: Prepared) -> str:
 
 
 def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns the operating points of calibrated predictions by level; "patient" only if any has several slices."""
+    """Returns the operating points of calibrated predictions by level; "patient" only if one has several slices."""
     pairs = {"slice": (val, test)}
     if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
         pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])

@@ -25,7 +25,7 @@ def training_curves(
 ) -> None:
     """Draws the loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
 
-    `history` are rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
+    `history` has the rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
     """
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
@@ -150,7 +150,7 @@ def square(axis: "Axes", kind: str) -> None:
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
     """Draws a "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its AUC or average precision.
 
-    Without positives or negatives, the curve is empty and its area NaN.
+    Without positives or negatives, the curve is empty and its area is NaN.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
 
@@ -166,7 +166,7 @@ def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, loo
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
-    """Draws the images of `choose_examples`; `read_image` returns the one of a row, uint8 [h, w] or [h, w, 1 or 3]."""
+    """Draws the images of `choose_examples`; `read_image` returns that of a row, uint8 [h, w] or [h, w, 1 or 3]."""
     p, sections = predictions, []
     looks = (("Correct", style.CORRECT), ("Wrong", style.WRONG))
     for (what, color), rows in zip(looks, choose_examples(p, count), strict=True):
@@ -200,8 +200,8 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
     """Returns up to `count` rows of correct and up to `count` of wrong predictions, alternating between true classes.
 
-    Correct predictions are spread evenly over the rows of a class. Wrong ones are in order of falling probability, the
-    first image of each patient before any further images.
+    Correct predictions are spread evenly over the rows of a class. Wrong ones are in order of falling probability, with
+    the first image of each patient before any further images.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)

@@ -1,8 +1,8 @@
 """Style of all figures: colors, axes, legends and files.
 
-Figures are matplotlib Figure objects without pyplot, global state or display; matplotlib is imported when the first one
-is drawn. The colors are the color-blind safe palette of Okabe and Ito ("Color Universal Design", 2008) without yellow;
-line styles change where colors repeat.
+Figures are matplotlib Figure objects without pyplot, global state or a display; matplotlib is imported when the first
+one is drawn. The colors are the color-blind safe palette of Okabe and Ito ("Color Universal Design", 2008) without
+yellow; line styles change where colors repeat.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def percent(share: float) -> str:
 
 
 def short(text: str, length: int) -> str:
-    """Shortens a name to `length` characters in the middle, since file names differ at their ends."""
+    """Shortens a name to `length` characters by cutting its middle, since file names differ at their ends."""
     text = " ".join(text.split())
     if len(text) > length:
         end = (length - 1) // 2

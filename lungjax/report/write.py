@@ -18,7 +18,7 @@
       .slice            level over all examples
       .patient          level over patients (mean probability over a patient's slices), and
         .mixed_groups   patients excluded because their slices have different labels
-      .by_source.NAME   level over the examples of a source; {} if the sources are unknown
+      .by_source.NAME   level over the examples from a source; {} if the sources are unknown
     controls            shortcut baselines (`lungjax.evaluation.baselines`), each a level over test slices: no_lungs,
                         the network with the lungs blacked out, if prepared; source_only, the source of an image alone,
                         if train has several sources
@@ -40,7 +40,7 @@ A level; `lungjax.evaluation.metrics` defines the metrics, and when they are Non
     per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
     study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
     intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
-                        (`lungjax.evaluation.bootstrap`); undefined ones are omitted. By source if there are at most 30
+                        (`lungjax.evaluation.bootstrap`), if defined; levels by source have none if there are over 30
 
 Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.".
 """

@@ -1,1 +1,1 @@
-"""The process and its machines: set-up of jax, hosts, device mesh, signals, checkpoints and atomic files."""
+"""The process and its machines: setup of jax, hosts, device mesh, signals, checkpoints and atomic files."""

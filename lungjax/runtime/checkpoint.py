@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping; the last two
     WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations; the last two
 
-Orbax writes STEP.partial in the background, each host its part. The first host then adds progress.json, syncs all files
+Orbax writes STEP.partial in the background, one part per host. The first host then adds progress.json, syncs all files
 to the disk, adds checksums.json and renames the folder. A folder named STEP was thus complete once, and its checksums
 tell whether it still is. Older checkpoints are deleted only then. A damaged checkpoint is renamed to STEP.damaged when
 a run resumes from the one before it; it is then never read or deleted.
@@ -157,7 +157,7 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
 
     Changes no files, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with
     shardings; None restores numpy arrays on this host. Raises ValueError if no checkpoint exists or is intact, or if it
-    belongs to another network than `abstract_variables`.
+    belongs to a network other than that of `abstract_variables`.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
@@ -186,7 +186,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
-    """Returns the first host's newest intact step (or None) and newer damaged ones, or raises ValueError if all are."""
+    """Returns the first host's newest intact step or None, and newer damaged ones; raises ValueError if all are."""
     step, damaged = distributed.on_first_host(lambda: _inspect(folder)) or (None, [])
     step = distributed.broadcast_int(-1 if step is None else step)
     return None if step < 0 else step, damaged
@@ -304,7 +304,7 @@ def _metadata(path: Path, name: str) -> Any:
 
 
 def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
-    """Raises ValueError if a checkpoint has other names or shapes than `abstract_tree`."""
+    """Raises ValueError if the names or shapes in a checkpoint differ from those of `abstract_tree`."""
 
     def describe(tree: Any) -> dict[str, str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)

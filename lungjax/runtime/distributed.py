@@ -1,4 +1,4 @@
-"""Runs on several hosts: start-up, agreement and errors. On a single host every function is trivial."""
+"""Support for runs on several hosts: start-up, agreement and errors. On a single host every function is trivial."""
 
 import hashlib
 import os
@@ -66,7 +66,7 @@ def broadcast_int(value: int) -> int:
 
 
 def preempted() -> Callable[[int], bool] | None:
-    """Returns a function that is True if a host received SIGTERM and all should stop at this step; None for one host.
+    """Returns a function that tells if all hosts should stop at a step because one got SIGTERM; None for one host.
 
     jax's preemption service catches the signal and chooses a step that no host has passed.
     """
@@ -104,7 +104,7 @@ def on_first_host(work: Callable[[], T]) -> T | None:
 def abort_all_on_error() -> Iterator[None]:
     """Prints the error and ends this process immediately if only this one of several hosts fails.
 
-    A regular exit would wait minutes for the other hosts, which wait for this one; now, jax's heartbeat ends them.
+    A regular exit would wait minutes for the other hosts, which wait for this one; here, jax's heartbeat ends them.
     """
     try:
         yield

@@ -12,7 +12,7 @@ PARTIAL = ".partial-"  # prefix of unfinished files
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to. If the body succeeds, that file replaces `path`; if it fails, it is removed.
+    """Yields a path to write to. If the body succeeds, that file replaces `path`; otherwise, the file is removed.
 
     After a kill or a power loss, `path` has its old or its new content. The yielded path has the suffix of `path`.
     """
@@ -28,13 +28,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Writes UTF-8 text with `atomic_file`; characters of file names that are not UTF-8 become backslash escapes."""
+    """Writes UTF-8 text with `atomic_file`; bytes of file names that are not UTF-8 become backslash escapes."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def sync_folder(folder: Path) -> None:
-    """Writes the entries of a folder to the disk, so that a new or renamed file survives a power loss."""
+    """Writes the entries of a folder to disk, so that a new or renamed file survives a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """The device mesh: each batch is sharded over the devices, and parameters are replicated or sharded as well.
 
-Its only axis, "data", spans all devices of all hosts. Under `jit`, XLA inserts the collectives, so BatchNorm sees the
-global batch, and a step on eight devices equals the step on one.
+The mesh's only axis, "data", spans all devices of all hosts. Under `jit`, XLA inserts the collectives, so BatchNorm
+sees the global batch, and a step on eight devices equals the step on one.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(shapes: Any, mesh: Mesh, shard: bool) -> Any:
-    """Returns shardings with the structure of `shapes`: arrays are replicated, or with `shard` large ones are split.
+    """Returns shardings with the structure of `shapes`: arrays are replicated; with `shard`, large ones are split.
 
     An array is split along the longest axis that is divisible by the number of devices, if there is one.
     """

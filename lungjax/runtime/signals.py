@@ -1,7 +1,7 @@
-"""Graceful shutdown: SIGTERM and Ctrl-C set a flag that the training loop polls between steps, so that it saves first.
+"""Graceful shutdown: SIGTERM and Ctrl-C set a flag that the training loop polls between steps, to save the run first.
 
-Schedulers such as SLURM and Kubernetes, and preemptible machines, send SIGTERM some seconds before they kill. This
-module does not import jax, since the commands import it at startup.
+Schedulers such as SLURM and Kubernetes, and preemptible machines, send SIGTERM a few seconds before they kill a
+process. This module does not import jax, since the commands import it at startup.
 """
 
 import os
@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Watch:
-    """The signal that a run received, from `watching`."""
+    """The signal that a run received; yielded by `watching`."""
 
     def __init__(self, preempted: Callable[[int], bool] | None):
         self.number = 0  # of the signal; 0 before any

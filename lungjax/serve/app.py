@@ -1,6 +1,6 @@
 """Routes of the service.
 
-Files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), passed to
+The files of a request are read into memory under limits (`multipart`), decoded by a few threads (`uploads`), passed to
 the network by one thread (`batching`), and freed when the response is sent.
 """
 
@@ -218,7 +218,7 @@ class Service:
         return rule or records.RULE
 
     def _series(self, files: list[_Decoded], rows: list[np.ndarray], rule: str) -> list[dict[str, Any]]:
-        """Returns the records of all series of two or more slices, with numbers, since a UID identifies a person."""
+        """Returns the records of all series of two or more slices, named by number, since a UID identifies a person."""
         groups: dict[str, list[int]] = {}
         for i, file in enumerate(files):
             if file.series:
@@ -301,7 +301,7 @@ def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
 
 
 def trim_memory() -> None:
-    """Returns memory freed by large uploads to the system, which `environment.keep_freed_memory` otherwise prevents."""
+    """Gives the system memory freed by large uploads, which `environment.keep_freed_memory` otherwise prevents."""
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:

@@ -66,11 +66,11 @@ class Device:
             raise UploadError(503, "queue", "too many images are waiting; try again in a second")
 
     def predict(self, pixels: Sequence[np.ndarray]) -> "list[asyncio.Future[np.ndarray]]":
-        """Queues images uint8 [H, W, C]; the futures give probabilities [classes]. Raises UploadError as `check`."""
+        """Queues images uint8 [H, W, C]; futures give probabilities [classes]. Raises UploadError as `check` does."""
         return self._enqueue("predict", [_Entry(image) for image in pixels])
 
     def explain(self, pixels: Sequence[np.ndarray], target: int | None, method: str) -> "list[asyncio.Future[Any]]":
-        """Queues images; the futures give (map [H, W], probabilities [classes]). Raises UploadError as `check`."""
+        """Queues images; the futures give (map [H, W], probabilities [classes]). Raises UploadError as `check` does."""
         return self._enqueue("explain", [_Entry(image, target, method) for image in pixels])
 
     def _enqueue(self, kind: str, entries: list[_Entry]) -> "list[asyncio.Future[Any]]":

@@ -1,4 +1,4 @@
-"""Prometheus metrics of /metrics, in a separate registry. Labels never contain text from users."""
+"""Prometheus metrics served at /metrics, in a separate registry. Labels never contain text from users."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 

@@ -1,4 +1,4 @@
-"""Reads request bodies into files in memory; limits of a request are checked while the bytes arrive."""
+"""Reads request bodies into files in memory; limits on a request are checked as the bytes arrive."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -111,7 +111,7 @@ async def _parse_form(request: Request, chunks: AsyncGenerator[bytes, None], max
 
 
 class _Form(MultiPartParser):
-    """Starlette's parser without files on disk, and with a check for the closing boundary."""
+    """Starlette's parser, with no files on disk and a check for the closing boundary."""
 
     spool_max_size = 2**62  # larger than any request: Starlette's default writes files above 1 MiB to disk
     ended = False
@@ -125,6 +125,6 @@ if not hasattr(MultiPartParser, "spool_max_size"):  # the privacy of uploads dep
 
 
 def _display_name(name: str | None, number: int) -> str:
-    """Returns a file's name for the response: without folders and unprintable characters, of limited length."""
+    """Returns a file's name for the response: without folders or unprintable characters, of limited length."""
     text = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(character for character in text if character.isprintable())[:200] or f"file {number}"

@@ -1,7 +1,7 @@
 """Decodes untrusted images in memory, checking every limit before the step that it protects.
 
 The formats of `images.FORMATS` and, with the `dicom` extra, DICOM are accepted and recognized by their first bytes.
-Sizes are read from the header, and each file goes only to the decoder of its format; Pillow limits the text and
+Sizes are read from the header, and each file goes only to the decoder for its format; Pillow limits the text and
 profiles that it inflates. Animated PNG and WebP and multi-page TIFF are rejected, since the first frame may not be the
 intended one. Nothing is written to disk, and no message quotes the content of a DICOM file.
 """
@@ -61,7 +61,7 @@ class Upload:
 def quiet() -> None:
     """Silences the loggers and warnings of the decoders, whose messages quote values of the files.
 
-    A level is not enough: pydicom resets the level of its logger at its first import.
+    Setting a level is not enough: pydicom resets that of its logger when it is first imported.
     """
     for name in ("PIL", "pydicom", "python_multipart"):
         logger = logging.getLogger(name)
@@ -72,7 +72,7 @@ def quiet() -> None:
 
 
 def kind_of(data: bytes) -> str:
-    """Returns Pillow's name of the format, or DICOM. Raises UploadError for another kind."""
+    """Returns Pillow's name for the format, or DICOM. Raises UploadError for any other kind."""
     if not data:
         raise UploadError(422, "empty", "an empty file")
     if data[128:132] == b"DICM":
@@ -86,7 +86,7 @@ def kind_of(data: bytes) -> str:
 
 
 def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),), plane: str = "axial") -> Upload:
-    """Decodes a file in memory; CT slices must be of `plane` and get `hu_windows`. Raises only UploadError."""
+    """Decodes a file in memory; CT slices must be in `plane`; `hu_windows` apply. Raises only UploadError."""
     if len(data) > limits.bytes:
         raise UploadError(413, "bytes", f"the file has {len(data)} bytes; at most {limits.bytes} are accepted")
     kind = kind_of(data)
@@ -121,7 +121,7 @@ def check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _check_header(data: bytes, kind: str, limits: Limits) -> None:
-    """Checks the number of pages and the size of image and tiles, for which Pillow reads only the header."""
+    """Checks the number of pages and the sizes of the image and its tiles, for which Pillow reads only the header."""
     with Image.open(io.BytesIO(data), formats=(kind,)) as image:
         check_size(*image.size, limits)
         if kind != "GIF" and getattr(image, "is_animated", False):

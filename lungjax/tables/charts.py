@@ -1,4 +1,4 @@
-"""The figures of a table: bars per configuration, a grid of confusion matrices, curves of each network's best run."""
+"""The figures of a table: bars per configuration, a confusion matrix grid, and curves of each network's best run."""
 
 import math
 import textwrap
@@ -30,7 +30,7 @@ VERDICTS = {
 
 
 def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str]:
-    """Draws `table.charts` into `folder` (only published bars if no run is finished); returns captions by file name."""
+    """Draws `table.charts` into `folder` (only published marks if no run finished); returns captions by file name."""
     captions = {}
     done = [r for r in results if r.ours is not None and not r.cell.validation]
     for chart, (function, caption) in CHARTS.items():

@@ -2,7 +2,7 @@
 
 Our number is the mean over the seeds, with a 95 % interval by bootstrap over patients and seeds
 (`bootstrap.over_runs`). The published number is "inside" the interval, or ours is "above" or "below" the published one.
-Half a unit of the last printed digit is tolerated.
+A difference of half a unit in the last printed digit is tolerated.
 """
 
 import csv
@@ -98,7 +98,7 @@ class Reader:
         return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
 
     def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
-        """Returns `bootstrap.over_runs` of a finished group, computed once. Raises the same errors."""
+        """Returns `bootstrap.over_runs` of a finished group, computed once; raises the errors of `over_runs`."""
         key = (group.experiment, split, unit)
         if key not in self._levels:
             self._levels[key] = bootstrap.over_runs(group.predictions[split], draws=self._draws, unit=unit)
@@ -171,7 +171,7 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes the missing, unfinished and damaged runs in sequence; returns {command line: error} of failed ones.
+    """Executes the missing, unfinished and damaged runs in sequence; returns {command line: error} for failures.
 
     Raises `signals.Interrupted` after a signal, once the current run has saved its checkpoint.
     """
@@ -280,7 +280,7 @@ def _rounded(value: float | None, cell: Cell) -> str:
 
 
 def write(table: Table, results: Sequence[Result], options: Options, captions: Mapping[str, str]) -> Path:
-    """Writes NAME.csv and NAME.md into WORKDIR/tables; returns the path of the page. `captions` as for `markdown`."""
+    """Writes NAME.csv and NAME.md into WORKDIR/tables; returns the page's path. `captions` are as in `markdown`."""
     path = options.workdir / "tables" / f"{table.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()

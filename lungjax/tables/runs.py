@@ -181,7 +181,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the predictions of a run. Raises ValueError if missing, damaged or inconsistent with `report`."""
+    """Returns the predictions of a run. Raises ValueError if they are missing, damaged or contradict `report`."""
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")
@@ -199,7 +199,7 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
 
 
 def logged(runs: Sequence[Run], cell: Cell) -> float | None:
-    """Returns the mean over finished runs of a validation during training; None if a run has no such validation."""
+    """Returns the mean of a validation metric logged during training; None if a run lacks that validation."""
     name = cell.metric.partition("@")[0]
     rows = [metrics_log.read(run.folder / "metrics.jsonl") for run in runs]
     logs = [[row[name] for row in own if row.get(name) is not None] for own in rows]

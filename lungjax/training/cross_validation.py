@@ -34,7 +34,7 @@ RESTART = "delete the cross-validation folder to start over"
 def run(
     config: Config, count: int, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
-    """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md over all folds.
+    """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md on all folds.
 
     Finished folds are skipped, unfinished ones resumed. WORKDIR must contain nothing else. It receives the pooled
     predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
@@ -67,7 +67,7 @@ def run(
 
 
 def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
-    """Returns whether a fold was trained and reported. Raises ValueError for another configuration or data set."""
+    """Returns whether a fold was trained and reported. Raises ValueError if its configuration or data set differs."""
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
     steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]

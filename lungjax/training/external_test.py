@@ -59,7 +59,7 @@ def evaluate(
       dataset: name of the other data set, whose clean protocol is used.
       label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" if the class names are equal.
       split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
-      drop_overlap: leave out patients that the run has seen, instead of an error.
+      drop_overlap: leave out patients that the run has seen instead of raising an error.
 
     NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Thresholds and
     temperature are chosen on the val split of the run with the label map applied.

@@ -110,7 +110,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
 
 
 def step_counts(config: Config, examples: int) -> tuple[int, int]:
-    """Returns the number of steps of the run, and of steps between validations."""
+    """Returns the number of steps in the run, and the number between validations."""
     epoch = max(round(examples / config.train.batch_size), 1)
     steps = config.train.steps or max(round(config.train.epochs * examples / config.train.batch_size), 1)
     return steps, min(config.train.eval_steps or epoch, steps)
@@ -133,7 +133,7 @@ def smaller(config: Config, devices: int) -> list[str]:
 
 @contextmanager
 def memory_advice(config: Config, devices: int) -> Iterator[None]:
-    """Turns out-of-memory errors of devices into ValueErrors with advice."""
+    """Turns out-of-memory errors on devices into ValueErrors with advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -107,7 +107,7 @@ def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.
 
 
 def summary(run: Run) -> str:
-    """Returns a text with devices, network, length and folder of a run, and a table with `train.log_parameters`."""
+    """Returns devices, network, length and folder of a run as text, and its parameters if `train.log_parameters`."""
     config, built = run.config, run.program
     devices, hosts = built.mesh.devices.flat, jax.process_count()
     params = trees.flatten(built.abstract_state.params)
@@ -131,6 +131,6 @@ def summary(run: Run) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first `limit` names, separated by commas, and the number of the others."""
+    """Returns the first `limit` names, separated by commas, and the number of the remaining ones."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -39,7 +39,7 @@ def run(
 ) -> Path:
     """Trains or resumes, tests and reports; returns the path of `report.md`.
 
-    `data_dir` has the data sets that `lungjax.prepare` wrote; `weights_dir` is searched first for files of
+    `data_dir` has the data sets that `lungjax.prepare` wrote; `weights_dir` is searched first for
     `model.weights`. `mode` is "train", or "evaluate" to test the best weights of a finished or interrupted run again.
     `profile` has the first and last step of a `jax.profiler` trace in WORKDIR/profile.
 

@@ -55,7 +55,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check(workdir: Path, config: Config, mode: str) -> None:
-    """Raises ValueError if the workdir contains a trained run of another configuration, or foreign files."""
+    """Raises ValueError if the workdir contains a trained run with another configuration, or foreign files."""
     path = workdir / "config.json"
     if "config.json" in unreadable(workdir):
         return  # `lock_workdir` compares the parameters of the checkpoint instead

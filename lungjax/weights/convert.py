@@ -48,7 +48,7 @@ def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0
 def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, ...], first: int = 0) -> Rule:
     """Returns the rule for files that number blocks consecutively from `first`, regardless of stages.
 
-    One group in the regex `prefix` matches the number and may be empty for block 0; `repeats` are the blocks per stage.
+    One group in the regex `prefix` matches the number and may be empty for block 0; `repeats` counts blocks per stage.
     """
     units = [f"stage{stage}_block{i + 1}" for stage, count in enumerate(repeats, 1) for i in range(count)]
 

@@ -1,6 +1,6 @@
 """Finds, downloads and verifies weight files.
 
-A file is verified at each use, by the published checksum or else by that of the first download, stored next to it.
+A file is verified at each use, against the published checksum or else that of the first download, stored next to it.
 """
 
 import hashlib

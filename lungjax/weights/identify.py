@@ -57,7 +57,7 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 def identify(path: str | Path) -> str:
     """Returns a sentence with the records of a file, found by checksum or by tensor names and shapes.
 
-    Raises ValueError if the file is unreadable, or fits no network; then it lists the differences from the nearest one.
+    Raises ValueError if the file is unreadable, or fits no network; the error then lists differences from the nearest.
     """
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
@@ -84,7 +84,7 @@ def identify(path: str | Path) -> str:
 
 
 def suggestion(path: Path) -> str:
-    """Returns the end of an error message, which names the network that the file fits."""
+    """Returns the end of an error message: the network that the file fits, or how to see the nearest one."""
     try:
         return f"python -m lungjax.weights --check says: {identify(path).removeprefix(f'{path}: ')}"
     except ValueError:

@@ -39,7 +39,7 @@ class Source:
 def parse(model: ModelConfig) -> Source:
     """Parses `model.weights`.
 
-    Raises ValueError for an unknown network or source (with the nearest), a network without public weights, weights
+    Raises ValueError for an unknown network or source (listing the nearest), a network without public weights, weights
     whose license was not accepted, a missing file, or a run without trained weights.
     """
     models.check_name(model.name)
@@ -79,8 +79,8 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 def resolve(config: Config) -> Config:
     """Returns the configuration with the mean, std, padding and epsilon that its weights require.
 
-    Values set by the user are kept. Raises ValueError as `parse` does, for a padding or epsilon that does not match the
-    weights, or for `model.gray=fold` if folding would change the output.
+    Values set by the user are kept. Raises ValueError as `parse` does, and for a padding or epsilon that does not match
+    the weights, or for `model.gray=fold` if folding would change the output.
     """
     model, spec = config.model, config.input
     try:
@@ -120,7 +120,7 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
 
 
 def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
-    """Returns the mean and std for gray images and weights of color images, according to `model.gray`.
+    """Returns the mean and std for gray images with weights trained on color images, according to `model.gray`.
 
     "repeat" returns three numbers each, so that normalization repeats the channel. Raises ValueError for "fold" if the
     network with the folded kernel would not be equivalent.
@@ -146,7 +146,7 @@ def leaves(
     """Returns initial parameters and statistics by path; all others must be initialized randomly.
 
     `config` must be resolved; `module` is its network. `weights_dir` is searched first for files. The classifier is
-    loaded only if `keep_head` is set. Raises ValueError if the file is missing, damaged or of another network.
+    loaded only if `keep_head` is set. Raises ValueError if the file is missing, damaged or for another network.
     """
     source = parse(config.model)
     if not source.record and not source.run:

@@ -65,7 +65,7 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict[Any, Any]):
-    """An OrderedDict; the one of a module's state_dict has a state with the versions of the layers."""
+    """An OrderedDict; that of a module's state_dict also carries a state, the versions of the layers."""
 
     def __setstate__(self, state: Any) -> None:
         """Ignores the state."""
@@ -143,16 +143,16 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
 
 
 def is_stream(start: bytes) -> bool:
-    """Returns whether a file that begins with `start` has the older, stream format."""
+    """Returns whether a file that begins with `start` has the older stream format."""
     return start[:1] == b"\x80" and start[2:14] == LONG
 
 
 def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[bytes]]:
     """Opens a file of the older format; returns the names of the tensors, a function that reads one, and the open file.
 
-    The file has five pickles (magic number, protocol, system, tree, keys of the storages), then size and elements of
-    each storage. A wrapper {"model": tensors} or {"state_dict": tensors} and the prefix "module." are removed. Raises
-    UnsafePickleError for pickles that ask for anything but tensors, and for damaged bytes.
+    The file has five pickles (magic number, protocol, system, tree, keys of the storages), then the size and
+    elements of each storage. A wrapper {"model": tensors} or {"state_dict": tensors} and the prefix "module." are
+    removed. Raises UnsafePickleError for pickles that ask for anything but tensors, and for damaged bytes.
     """
     file = path.open("rb")
     magic, protocol, system = (_unpickle(file)[0] for _ in range(3))

@@ -1,4 +1,4 @@
-"""Compares the CPU time of 95 % intervals of all metrics with that of a scikit-learn loop over resampled rows.
+"""Compares the CPU time of 95 % intervals for all metrics with that of a scikit-learn loop over resampled rows.
 
 OPENBLAS_NUM_THREADS=1 python -m tests.benchmarks.bootstrap [--draws=2000]
 

@@ -26,7 +26,7 @@ LAYERS = [
 
 
 def row(name: str, part: str, function: Callable, args: tuple, rounds: int) -> None:
-    """Compiles the plain operations, and ours with the options of training; prints a table row with the times."""
+    """Compiles the plain operations, and ours with the options for training; prints a table row with the times."""
     with conv.plain_forms():
         plain = jax.jit(function).lower(*args).compile()
     ours = jax.jit(function, compiler_options=conv.compiler_options()).lower(*args).compile()

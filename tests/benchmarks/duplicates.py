@@ -3,7 +3,7 @@
     python -m tests.benchmarks.duplicates [--images=431205]
 
 The hashes are synthetic. Those of a patient form a random walk that starts near a common hash and flips 0 to 4 bits
-per slice. Some bits flip far more often than others, so that about as many hashes are similar as for real CT slices.
+per slice. Some bits flip far more often than others, so that about as many hashes are similar as in real CT slices.
 Copies with 0 to 4 flipped bits are planted in other patients.
 """
 
@@ -19,7 +19,7 @@ PATIENTS, PLANTED = 6_068, 5_000
 
 
 def words(bits: np.ndarray) -> np.ndarray:
-    """Packs bits bool [N, 64] into uint64 [N]."""
+    """Packs bits, bool [N, 64], into uint64 [N]."""
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 

@@ -159,7 +159,7 @@ class Watch:
 class Process:
     """A process that runs a function of a module in this folder and is idle between requests.
 
-    The function returns facts, and a function that maps a request to its answer. All of these must be JSON.
+    The function returns facts and a function that maps a request to its answer. Facts, requests and answers are JSON.
     """
 
     def __init__(self, python: str, module: str, function: str, env: Mapping[str, str] = CPU, **arguments: Any):
@@ -195,7 +195,7 @@ class Process:
         return answer
 
     def ask(self, seconds: float | None = None, **request: Any) -> Any:
-        """Sends a request and returns its answer; raises like `answer`."""
+        """Sends a request and returns its answer; raises the same errors as `answer`."""
         self._send(request)
         return self.answer(seconds)
 

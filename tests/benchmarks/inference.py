@@ -1,4 +1,4 @@
-"""Times inference at several batch sizes, and with folded against plain batch norms.
+"""Times inference at several batch sizes, and compares folded with plain batch norms.
 
 python -m tests.benchmarks.inference [--batch_sizes | --folding] [--networks=NAME,...] [--rounds=5]
 """

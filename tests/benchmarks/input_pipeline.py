@@ -62,7 +62,7 @@ def tf_batches(files: list[str]) -> Batches:
 
 
 def lungjax_batches(name: str, work: str) -> Batches:
-    """Returns the batches of lungjax from the data set `name`."""
+    """Returns the library versions and lungjax's batches from the data set `name`."""
     harness.keep_freed_memory()
     import grain
     import PIL
@@ -91,7 +91,7 @@ def family_seconds() -> float:
 
 
 def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
-    """Returns facts, and a function that measures a turn."""
+    """Returns the library versions of a contender, and a function that measures one turn."""
     os.sched_setaffinity(0, CORES)
     if name in NAMES:
         versions, batches = lungjax_batches(NAMES[name], work)
@@ -137,7 +137,7 @@ def prepare(source: Path, work: Path) -> list[str]:
 
 
 def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Runs all contenders in turns; returns the measurements of each one, one per round."""
+    """Runs all contenders in turns; returns the measurements of each, one per round."""
     processes = {}
     for name, python in pythons.items():
         processes[name] = harness.Process(python, "input_pipeline", "contender", name=name, work=str(work), files=files)
@@ -149,7 +149,7 @@ def measure(pythons: dict[str, str], rounds: int, work: Path, files: list[str]) 
 
 
 def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
-    """Returns the table of rates with the median ratio over the rounds."""
+    """Returns the table of rates, with their median ratios over the rounds."""
     peers = [name for name in ("torch", "tf") if name in turns]
     heads = ["", "images/s", "lowest..highest", "images per CPU second"]
     heads += [f"{what} / {peer}" for peer in peers for what in ("rate", "per CPU second")] + ["others"]

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.latency [--models=efficientnet_b0,...] [--rounds=9] [--peer_python=PYTHON]
 
-Models can be those that tests.parity compares with timm. The interpreter `--peer_python` (default: this one) needs the
-`parity` extra, torch, onnxscript and onnxruntime.
+The models can be any that tests.parity compares with timm. The interpreter `--peer_python` (default: this one) needs
+the `parity` extra, torch, onnxscript and onnxruntime.
 """
 
 import statistics
@@ -60,7 +60,7 @@ def make(network: str, folder: str) -> tuple[dict[str, Any], None]:
 
 
 def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and a function that times a turn from uint8 pixels to probabilities on the host."""
+    """Returns facts, and a function that times one turn of calls, from uint8 pixels to probabilities."""
     harness.keep_freed_memory()
     import jax
     import jax.numpy as jnp
@@ -92,7 +92,7 @@ def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
 
 
 def onnx(path: str) -> tuple[dict[str, Any], Turn]:
-    """Returns facts, and a function that times a turn from normalized float32 pixels [B, 3, H, W] to logits."""
+    """Returns facts, and a function that times one turn of calls, from normalized float32 pixels to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -108,7 +108,7 @@ def onnx(path: str) -> tuple[dict[str, Any], Turn]:
 
 
 def turns(call: Callable[[int], Any]) -> Turn:
-    """Returns a function that times repeated calls with a batch size for one turn."""
+    """Returns a function that times repeated calls at a given batch size during one turn."""
 
     def turn(batch: int) -> dict[str, Any]:
         call(batch)
@@ -123,7 +123,7 @@ def turns(call: Callable[[int], Any]) -> Turn:
 
 
 def distance(a: Any, b: Any) -> float:
-    """Returns the largest difference of logits [B, C], relative to the range of each image's logits."""
+    """Returns the largest difference between logits [B, C], relative to the range of each image's logits."""
     a, b = np.asarray(a), np.asarray(b)
     return float((np.abs(a - b).max(1) / np.ptp(b, axis=1)).max())
 

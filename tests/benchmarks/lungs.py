@@ -23,7 +23,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rate(mask: Callable[[np.ndarray], Any], images: list[np.ndarray]) -> float:
-    """Returns the number of masks per CPU second, after an untimed one."""
+    """Returns the number of masks per CPU second, after an untimed warm-up."""
     mask(images[0])
     return len(images) / harness.timed(lambda: [mask(image) for image in images])[1]
 

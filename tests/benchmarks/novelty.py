@@ -142,7 +142,7 @@ def fit_ours(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
 
 
 def fit_network(train: Sequence[Picture], val: Sequence[Picture]) -> Score:
-    """Fits a published score and a range check of intensity, color and aspect ratio, each with half the false alarms.
+    """Fits a published score and a range check of intensity, color and aspect, with half the false alarms each.
 
     The score is the Mahalanobis distance (Lee et al., arXiv 1807.03888, covariance shrunk by a tenth) of the pooled
     ImageNet features of EfficientNet-Lite0.
@@ -204,7 +204,7 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
 
 
 def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
-    """Prints the rates of false alarms and of detections after fitting on few images, over six random draws."""
+    """Prints the rates of false alarms and of detections after fitting on only a few images, over six random draws."""
     test = [p for p, _ in data["test"]]
     rows = []
     for counts in ((36, 11), (60, 15), (100, 30), (200, 60), (400, 120)):

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.serve_load --models=RUN_OR_NETWORK,... [--rounds=5] [--minutes=10] [--starts=3]
         [--images=FOLDER] [--seconds=5]
 
-A model is a run folder, or the name of a network that gets random weights. Images are from FOLDER or are phantoms.
+A model is a run folder, or the name of a network that gets random weights. Images come from FOLDER, or are phantoms.
 """
 
 import contextlib

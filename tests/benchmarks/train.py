@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.train [--networks=NAME,...] [--rounds=5] [--keras_python=PYTHON] [--torch_python=PYTHON]
 
-Frameworks without an interpreter are omitted.
+Keras and torch are omitted if the interpreter that has them is not given.
 """
 
 import statistics
@@ -19,7 +19,7 @@ COSTS = (("compile_seconds", 1, ".1f"), ("peak_bytes", 2**30, ".2f"), ("paramete
 
 
 def measure(network: str, pythons: dict[str, str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Returns the facts and the turns of each framework."""
+    """Returns the compilation and memory costs of each framework and the timings of its turns."""
     env = harness.CPU | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compile time is measured
     facts, processes = {}, {}
     for name, python in pythons.items():  # one after the other, so that each compiles alone

@@ -174,7 +174,7 @@ def torch(network: str) -> Framework:
 
 
 def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
-    """Compiles and warms up; returns facts, and a function that measures a turn."""
+    """Compiles and warms up a training step; returns facts about it, and a function that times one turn."""
     advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
 
     def run(steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Augmentation: the warp against scipy, geometry on ramp images, intensities by hand, and mixing by pixel values."""
+"""Augmentation: warp against scipy, geometry on ramp images, hand-computed intensities, and mixing by pixel values."""
 
 import os
 import subprocess

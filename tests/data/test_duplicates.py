@@ -59,7 +59,7 @@ def brute_force(hashes: np.ndarray, groups: np.ndarray, distance: int) -> list[l
 
 
 def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Hashes on random walks of a few flipped bits, so that every distance occurs, with repeats and zeros."""
+    """Returns hashes on random walks that flip a few bits, so that every distance occurs, with repeats and zeros."""
     hashes = rng.integers(1, 2**64 - 1, n, dtype=np.uint64)
     for i in range(1, n):
         if i % 12:

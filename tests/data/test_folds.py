@@ -1,4 +1,4 @@
-"""Folds and fractions of synthetic data sets: complete, nested, and without divided patients."""
+"""Folds and fractions of synthetic data sets: they are complete, nested, and never divide a patient."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Body and lung masks of phantoms with known lungs, and masks of the studies in synthetic cases."""
+"""Body and lung masks of phantoms with known lungs, and the studies' masks in synthetic cases."""
 
 import csv
 
@@ -137,7 +137,7 @@ def test_invalid_images_and_stages():
 
 
 def test_real_slices(shared):
-    """Two lungs of plausible size in nearly all slices."""
+    """Two lungs of plausible size are found in nearly all slices."""
     with open(shared / "data/ct/labels.csv") as lines:
         paths = [row["path"] for row in csv.DictReader(lines) if "/nor_" not in row["path"]]
     plausible = []

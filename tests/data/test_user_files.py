@@ -1,4 +1,4 @@
-"""Folders and CSV files of users."""
+"""Image folders and CSV files provided by users."""
 
 import os
 

@@ -95,7 +95,7 @@ def test_patient_folders(tmp_path):
 
 
 def test_questionable_images(tmp_path):
-    """A table from European Excel with two spellings of a class, a rare class, one test image, and unlisted images."""
+    """A European Excel table with two spellings of a class, a rare class, one test image, and unlisted images."""
     rows = ['"path";"label";"split";"note, in words"']
     for i in range(106):
         label = "sick" if i < 2 else "Sick" if i < 4 else "well"

@@ -48,7 +48,7 @@ def splits_of_groups(examples):
 
 
 def assert_errors(module, root, file, config, errors):
-    """Asserts that each replacement of a text in the file, made once, raises an error with the given word."""
+    """Asserts that each (old, new, word), replacing old by new once in the file, causes an error with the word."""
     original = file.read_text()
     for old, new, word in errors:
         file.write_text(original.replace(old, new, 1))
@@ -382,7 +382,7 @@ def test_coronahack(tmp_path):
 
 
 def test_covid_xray_5k_real_names(shared, tmp_path):
-    """All real file names of the study's repository; another data set gives the true patients of some images."""
+    """All real file names in the study's repository; another data set gives the true patients of some images."""
     folder = shared / "data/covid_xray_study"
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("data_set/*/*/*")]
     names += (folder / "missing.txt").read_text().split()

@@ -38,7 +38,7 @@ def write_slices(root, names, seed):
 
 @pytest.fixture(scope="module")
 def xray_5k(tmp_path_factory):
-    """COVID-XRay-5K whose train split has an exact copy and a smaller, recompressed copy of test images."""
+    """COVID-XRay-5K, with an exact copy and a smaller, recompressed copy of test images in its train split."""
     root = tmp_path_factory.mktemp("twins")
     names = [f"{split}/{label}/{split}{label}{i}.png" for split in ("train", "test") for label in ("covid", "non")
              for i in range(4)]  # fmt: skip

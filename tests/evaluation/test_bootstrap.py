@@ -1,4 +1,4 @@
-"""Intervals against scikit-learn on resampled rows, and by hand."""
+"""Intervals compared with scikit-learn on resampled rows, and with values known in advance."""
 
 import dataclasses
 

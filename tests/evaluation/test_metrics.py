@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and by hand."""
+"""Metrics compared with scikit-learn and with values computed by hand."""
 
 from dataclasses import replace
 
@@ -97,7 +97,7 @@ def test_invalid_probabilities():
 
 
 def patients():
-    """Patient p1 has two slices of one source, p2 mixed labels, and p3 two sources; two slices have no patient."""
+    """p1 has two slices from one source, p2 has mixed labels, and p3 has two sources; two slices have no patient."""
     return make_predictions(
         [0, 1, 0, 1, 1, 0, 2, 0],
         [

@@ -1,4 +1,4 @@
-"""Operating points and decision curves by hand, and against scikit-learn."""
+"""Operating points and decision curves, checked by hand and against scikit-learn."""
 
 import dataclasses
 

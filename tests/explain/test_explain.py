@@ -1,4 +1,4 @@
-"""The explain command: figures of files and splits, unreadable images, and the quality page."""
+"""The explain command: figures for files and splits, unreadable images, and the quality page."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Saliency maps against NumPy, on small networks with known maps."""
+"""Saliency maps checked against NumPy, on small networks with known maps."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ def toy(head=FLAT, outputs=3, positive=None, relu=True, **options):
 
 
 def by_hand(explainer, target):
-    """Returns the last map of `Toy`, the gradient of the target's logit, and all logits, in float64 by NumPy."""
+    """Returns the last map of `Toy`, the gradient of the target's logit, and all logits, in float64 with NumPy."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), explainer.variables["params"])
     x = (IMAGES / 255.0 - np.asarray(SPEC.mean)) / np.asarray(SPEC.std)
     x = x @ p["colors"]["kernel"] + p["colors"]["bias"]
@@ -160,7 +160,7 @@ def test_occlusion_by_hand():
 
 
 def test_places_of_cells_by_hand():
-    """Positions are the pixel at the center of the first cell, and the distance between cells in pixels."""
+    """Each position pair is the center of the first cell and the distance between cells, both in pixels."""
     for name, side, cells, expected in (
         ("simple", 64, 6, (10.5, 8)),  # valid: 3x3 and a pool of 2, three times: 1 + .5 + 2 + 1 + 4 + 2
         ("xray_cnn", 80, 2, (17.5, 36)),  # strides as wide as the windows, and a remainder

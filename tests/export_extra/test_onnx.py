@@ -1,6 +1,6 @@
 """ONNX files and Triton's folder, with onnxruntime: python -m pytest tests/export_extra/test_onnx.py (`export` extra)
 
-One network of every family is converted, with random weights and running statistics. Triton itself is not run: its
+One network from every family is converted, with random weights and running statistics. Triton itself is not run: its
 configuration is parsed and compared with the model.
 """
 

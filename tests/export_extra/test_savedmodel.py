@@ -1,4 +1,4 @@
-"""SavedModel, with TensorFlow: python -m pytest tests/export_extra/test_savedmodel.py (pip install tensorflow-cpu)"""
+"""SavedModels in TensorFlow: python -m pytest tests/export_extra/test_savedmodel.py (pip install tensorflow-cpu)"""
 
 from pathlib import Path
 

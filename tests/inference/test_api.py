@@ -70,7 +70,7 @@ def test_create_size_head_and_fields(zoo):
 
 
 def test_start_of_training(zoo):
-    """For gray images and color weights, the network has three channels, normalized as for the weights."""
+    """For gray images and color weights, the network has three input channels, normalized as the weights require."""
     write(zoo, "safetensors", leaves())
     config = Config(model=ModelConfig(name="tiny", weights="half"), input=InputSpec(size=(SIDE, SIDE)))
     config = loading.resolve(config)

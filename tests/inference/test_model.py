@@ -1,4 +1,4 @@
-"""`lungjax.load`: the numbers of the report, batches of any size, and errors. tests/export tests exports."""
+"""`lungjax.load`: the numbers in the report, batches of any size, and errors. tests/export tests exports."""
 
 import json
 import shutil

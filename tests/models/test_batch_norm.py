@@ -1,4 +1,4 @@
-"""Batch norm with its activation against flax.linen."""
+"""Batch norm and its activation compared with flax.linen."""
 
 from functools import partial
 

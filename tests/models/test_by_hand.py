@@ -1,4 +1,4 @@
-"""Small networks and blocks by hand, where the goldens cannot distinguish two architectures."""
+"""Small networks and blocks, checked by hand where the goldens cannot distinguish two architectures."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_layer_scale_of_convnext():
 
 
 def test_global_response_norm_of_a_zero_channel():
-    """The gradient is finite; with initial values the norm is the identity."""
+    """The gradient is finite; with initial values, the norm is the identity."""
     x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
     module = GlobalResponseNorm(jnp.float32)
     values = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}

@@ -1,4 +1,4 @@
-"""Logits of one small network per family against its reference, for the same random weights.
+"""Logits of one small network per family, checked against its reference, for the same random weights.
 
 `python -m tests.parity.goldens` wrote the files, which have the logits and running statistics of the reference and the
 names and shapes of its tensors. The other tensors are drawn again here, each from its name, and converted by the rules.

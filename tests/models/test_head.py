@@ -1,4 +1,4 @@
-"""The configurable head against numpy."""
+"""The configurable head compared with numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_head_order_and_arithmetic():
 
 
 def test_layer_norm_before_and_after_the_pool():
-    """There is no ReLU, as in Keras's ConvNeXt without top; with it, the mean of normalized channels is not 0."""
+    """There is no ReLU, as in Keras's headless ConvNeXt; with one, the mean of normalized channels is not 0."""
     x = np.random.default_rng(0).normal(size=(2, 3, 3, 8)).astype(np.float32)
     params = {"dense": {"kernel": np.eye(8), "bias": np.zeros(8)}}
 

@@ -1,4 +1,4 @@
-"""All networks by shape evaluation, and the behavior of one shallow network per family."""
+"""All networks, checked by shape evaluation, and the behavior of one shallow network per family."""
 
 import re
 from functools import partial
@@ -157,7 +157,7 @@ DEFAULT = ("cbr", "efficientnet", "densenet")
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SHALLOW])
 def test_training_step_of_a_shallow_network(name):
-    """Gradients reach every parameter and are equal with remat, statistics follow the decay, and bfloat16 is close."""
+    """Gradients reach every parameter and do not change with remat; statistics follow the decay; bfloat16 is close."""
     module = SHALLOW[name].make(outputs=3)
     variables, images = random_variables(module, SHAPE), random_images(SHAPE)
 
@@ -231,7 +231,7 @@ def test_one_compiled_program_of_equal_builds():
 
 
 def test_linear_rise_of_drop_path():
-    """The rates rise from 0 to the given one in ConvNeXt, and to (n - 1) / n of it over n blocks in EfficientNet."""
+    """The rates rise from 0 to the given rate in ConvNeXt, and to (n - 1) / n of it over n blocks in EfficientNet."""
     efficientnet = models.build(ModelConfig(name="efficientnetv2_b1", drop_path=0.27), 3)
     starts = {0, 2, 5, 8, 12, 18}  # first blocks of stages have no shortcut
     convnext = ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), drop_path=0.5)

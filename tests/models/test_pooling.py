@@ -1,4 +1,4 @@
-"""The CPU forms of pools against flax.linen's, with gradients."""
+"""The CPU forms of pooling and their gradients, compared with flax.linen's."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def test_avg_pool_against_linen():
 
 
 def test_max_pool_gradient_of_a_recomputed_input():
-    """Under jit the norm before the pool is recomputed for the gradient, with different rounding."""
+    """Under jit, the norm before the pool is recomputed for the gradient, with different rounding."""
 
     class Stem(nn.Module):
         pool: Callable

@@ -1,7 +1,7 @@
 """Rules for weight files: a one-to-one mapping between the tensors of a layout and the leaves of a network.
 
-`tests/goldens/tensor_names.json.gz`, written by `python -m tests.parity.goldens`, has the tensor names
-and shapes of timm, torchvision and Keras. Layouts named "today" are those of Keras 3, the others of released files.
+`tests/goldens/tensor_names.json.gz`, written by `python -m tests.parity.goldens`, has the tensor names and
+shapes of timm, torchvision and Keras. Layouts named "today" are those of Keras 3, the others those of released files.
 """
 
 import gzip

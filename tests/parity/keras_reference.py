@@ -83,7 +83,7 @@ class KerasReference(Reference):
         return np.asarray(self.run(images, training=False)[0])
 
     def gradients(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the logits in training mode, and the gradients of their mean square by the library's names."""
+        """Returns the logits in training mode, and the gradients of their mean square, keyed by the library's names."""
         fixed, x = [v.value for v in self.model.non_trainable_variables], self.feed(images)
 
         def loss(trained: Any) -> Any:

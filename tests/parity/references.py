@@ -53,7 +53,7 @@ class Reference:
         return list(zip(self.names, self.arrays(), strict=True))
 
     def file_shapes(self, own_names: bool = False) -> dict[str, list[int]]:
-        """Returns the shapes of all tensors by their names in the file, or the current names of the library."""
+        """Returns the shapes of all tensors by their names in the file or, with `own_names`, in the library."""
         return {
             name if own_names else self.file_name(name, array.shape): list(self.file_array(array).shape)
             for name, array in self.tensors() if not name.startswith("normalization")

@@ -62,7 +62,7 @@ def _mobilenet_v3(layer: str) -> str:
 
 
 def bit_name(name: str) -> str:
-    """Returns the name of a tensor in Google's BiT files for its name in timm."""
+    """Returns the name in Google's BiT files of the tensor that timm calls `name`."""
     *place, leaf = name.split(".")
     match place:
         case ["stem", "conv"]:

@@ -124,7 +124,7 @@ def mistake(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def training(case: Case, path: Path, expected: dict[str, Any]) -> float:
-    """Returns the largest difference of logits and gradients in training mode, relative to their range."""
+    """Returns the largest difference in logits and gradients in training mode, relative to their range."""
     import jax
     import jax.numpy as jnp
 

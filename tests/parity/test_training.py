@@ -92,14 +92,14 @@ def keras_optimizer(optim: Any) -> Any:
 
 
 def arrays(model: Any) -> dict[str, np.ndarray]:
-    """Returns copies of the arrays of a Keras model by our paths: head.dense/kernel is head/dense/kernel."""
+    """Returns copies of the arrays of a Keras model by our paths: head.dense/kernel becomes head/dense/kernel."""
     paths = [variable.path.split("/")[-2:] for variable in model.weights]
     names = [f"{layer.replace('.', '/')}/{NAMES.get(leaf, leaf)}" for layer, leaf in paths]
     return {name: np.array(variable.value) for name, variable in zip(names, model.weights, strict=True)}
 
 
 def compare(run: str, kind: str, folder: Path) -> dict[str, Any]:
-    """Trains both; returns the losses per step and the final differences of statistics, parameters and logits."""
+    """Trains both networks; returns losses per step and the final differences of statistics, parameters and logits."""
     import jax
 
     jax.config.update("jax_enable_x64", kind == "float64")

@@ -1,4 +1,4 @@
-"""report.html is valid, self-contained and escapes names; its numbers and figures are those of the run."""
+"""report.html is valid and self-contained, and escapes names; its numbers and figures are those of the run."""
 
 import base64
 import io
@@ -83,7 +83,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run, and the arguments of its calls of `explain`."""
+    """The folder of a run, and the arguments of its calls to `explain`."""
     workdir, calls = tmp_path_factory.mktemp("page"), []
 
     def explain(images, targets):

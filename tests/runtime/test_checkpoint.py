@@ -179,7 +179,7 @@ def test_preservation_of_the_last_best(workdir):
 @pytest.mark.parametrize("again", [8, 12])
 @pytest.mark.parametrize("call", range(1, 8))
 def test_kill_while_saving(workdir, call, again, monkeypatch):
-    """Stops at each rename, deletion and checksum of saving step 12, or step 8 again, as a kill would."""
+    """Stops at each rename, deletion or checksum while saving step 12 (or step 8 again), as a kill would."""
     calls = 0
 
     def killed(function):

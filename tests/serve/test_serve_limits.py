@@ -153,7 +153,7 @@ def test_host_names_of_a_public_service():
 
 
 def test_memory_after_uploads(monkeypatch):
-    """Uploads are large files, and a small file that decodes to a large image."""
+    """The uploads are large files and a small file that decodes to a large image."""
     for limit, requests in ((2000, [np.random.default_rng(0).bytes(600)] * 4), (2**22, [flat(100, (2100, 2100))])):
         trimmed = threading.Event()
         monkeypatch.setattr(serve_app, "trim_memory", trimmed.set)
@@ -166,7 +166,7 @@ def test_memory_after_uploads(monkeypatch):
 
 
 def test_no_trace_of_uploads(caplog, capfd):
-    """This includes files above a megabyte, which Starlette's form parser writes to disk by default."""
+    """No file leaves a trace, even above a megabyte, where Starlette's form parser by default writes to disk."""
     caplog.set_level(logging.DEBUG)
     big = written(secret(scan(shape=(1100, 1100))))
     assert len(big) > 2**21

@@ -1,4 +1,4 @@
-"""Uploads are decoded as by Pillow and pydicom, or are rejected early with a reason."""
+"""Uploads are decoded as Pillow and pydicom decode them, or are rejected early with a reason."""
 
 import io
 import random
@@ -301,7 +301,7 @@ def test_million_dicom_elements():
 
 
 def test_damaged_dicom_without_leaks(monkeypatch, recwarn, capfd, caplog):
-    """Any damage results in an UploadError or an image, never in another exception or in text of the file."""
+    """Any damage results in an UploadError or an image, never in another exception or in text from the file."""
     uploads.quiet()
     complete = written(secret(scan()))
     deflated, swapped = secret(scan()), secret(scan())

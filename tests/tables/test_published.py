@@ -1,4 +1,4 @@
-"""Published numbers against other numbers of the same studies: confusion matrices, reports, totals and notes."""
+"""Published numbers against other numbers from the same studies: confusion matrices, reports, totals and notes."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -150,7 +150,7 @@ def test_experiments_and_metrics():
 
 @pytest.mark.slow
 def test_training_step_of_every_row():
-    """Traces the augmented training step of each distinct network, head and augmentation of the tables."""
+    """Traces the augmented training step of each distinct network, head and augmentation in the tables."""
     programs = {}
     for text in {cell.experiment for table in TABLES.values() for cell in table.cells}:
         config = load(text)

@@ -173,7 +173,7 @@ def test_numbers_verdicts_and_files(trial, options):
 
 
 def test_counts_of_the_published_splits(trial, options, monkeypatch):
-    """Only the clean protocol may lack a few images; more are never allowed."""
+    """Only the clean protocol may lack a few images; extra images are never allowed."""
     clean = runs.plan(trial, options)[0]
     config = overrides.override(clean.config, "data.protocol=study")
     study = replace(clean, folder=clean.folder.with_name("study"), config=config, protocol="study")

@@ -1,4 +1,4 @@
-"""Reports of --compile_for against numbers by hand. Needs the `tpu` extra, but no TPU: python -m pytest tests/tpu"""
+"""--compile_for reports against hand-computed numbers. Needs the `tpu` extra, no TPU: python -m pytest tests/tpu"""
 
 import re
 import subprocess

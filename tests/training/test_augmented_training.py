@@ -67,7 +67,7 @@ def test_margin_of_box_jitter(small_data):
 
 
 def test_pixels_outside_the_crop_after_rotation(small_data):
-    """The study of COVIDx CT rotates before it crops 340 x 380 of 512 x 512 pixels: no corner becomes black."""
+    """The COVIDx CT study rotates before it crops 340 x 380 of 512 x 512 pixels: no corner becomes black."""
     config = experiments.load("covidx_ct:protocol=study")
     config = replace(config, train=replace(config.train, batch_size=16))
     records = [{**record, "image": images.encode(np.full((512, 512), 200, np.uint8))} for record in small_data.records]

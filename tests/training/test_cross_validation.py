@@ -1,4 +1,4 @@
-"""Cross-validation: pooled predictions, finished folds, and metrics over folds by hand."""
+"""Cross-validation: pooled predictions, finished folds, and metrics over folds computed by hand."""
 
 import json
 from dataclasses import replace

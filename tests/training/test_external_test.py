@@ -29,7 +29,7 @@ SPLITS = ("train", "train", "val", "test")
 
 @pytest.fixture(scope="module")
 def root(trained_run, tmp_path_factory):
-    """A run on folder/mine; folder/other is new, folder/again has a copy and a near duplicate in its test split."""
+    """A run on folder/mine; folder/other is new; folder/again has a copy and a near duplicate of images from mine."""
     root = tmp_path_factory.mktemp("external")
     for source, name in ((trained_run.workdir, "run"), (trained_run.data_dir, "data"), (trained_run.images, "in_mine")):
         shutil.copytree(source, root / name)

@@ -2,7 +2,7 @@ from lungjax.training import metrics_log
 
 
 def test_repeated_rows_after_a_resume(tmp_path):
-    """These are the rows after the restored step, and the validation of that step, which was not saved."""
+    """`truncate` drops the rows after the restored step, and the validation of that step, which was not saved."""
     path = tmp_path / "metrics.jsonl"
     names = ("train.loss", "val.slice.loss", "train.loss", "val.slice.loss", "lr")
     for step, name in zip((10, 10, 20, 20, 30), names, strict=True):

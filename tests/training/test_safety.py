@@ -57,7 +57,7 @@ def break_batches(monkeypatch, steps):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_bit_exact_resume_after_signal(tmp_path, monkeypatch, capsys, complete, number):
-    """SIGTERM arrives in a training step, and SIGINT in a validation."""
+    """SIGTERM arrives during a training step, and SIGINT during validation."""
     handler, name = signal.getsignal(number), signal.Signals(number).name
     with monkeypatch.context() as patch:
         if number == signal.SIGTERM:

@@ -35,7 +35,7 @@ def losses(workdir):
 
 
 def test_stop_and_resume_of_two_hosts(tmp_path):
-    """SIGTERM to one host saves on both; the resumed run equals one on a single device, which can also continue it."""
+    """SIGTERM to one host makes both save; the resumed run equals that of one device, which can also continue it."""
     hosts = runs.start_hosts(tmp_path / "two", *[f"{HOSTS} --pause=0.15"] * 2)
     runs.wait_for_step(tmp_path / "two", 2, hosts[0])
     hosts[1].send_signal(signal.SIGTERM)

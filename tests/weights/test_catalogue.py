@@ -1,4 +1,4 @@
-"""Rows of the catalogue against their rules and published facts; the command that lists, fetches and checks."""
+"""Catalogue rows, checked against rules and published facts; the command that lists, fetches and checks."""
 
 import os
 import re

@@ -47,7 +47,7 @@ def test_fresh_and_optional_parameters():
 
 
 def test_layout_of_kernels():
-    """A 1x1 convolution can become a dense layer; counters of batches are skipped."""
+    """A 1x1 convolution can become a dense layer; batch counters are skipped."""
     conv, pointwise, counter = numbers(6, 2, 3, 5), numbers(5, 3, 1, 1), np.asarray(9)
     tensors = {"net.conv1.weight": conv, "net.conv2.weight": pointwise, "net.bn.num_batches_tracked": counter}
     result = convert(tensors, TORCH, {"conv1/kernel": (3, 5, 2, 6), "conv2/kernel": (3, 5)})

@@ -1,4 +1,4 @@
-"""Weight files are located, downloaded and verified, and downloads resumed, with a local server as host."""
+"""Weight files are located, downloaded (and resumed) and verified, with a local server as host."""
 
 import hashlib
 import re

@@ -27,7 +27,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 def center(image):
-    """Returns the largest central square."""
+    """Returns the largest central square of an image."""
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])
     return image[top : top + side, left : left + side]

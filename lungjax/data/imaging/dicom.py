@@ -155,8 +155,8 @@ def _header(path: File, data: Any, frame: int | None = None) -> Header:
 def series(headers: Sequence[Header]) -> Series:
     """Sorts the slices of one CT series by their position along the slice normal.
 
-    InstanceNumber is ignored, because it may be reversed or missing. Series with missing slices or uneven distances
-    get a note, and no other plane can be cut from them. Raises ValueError with two of the files if sizes, pixel
+    InstanceNumber is ignored, because it may be reversed or missing. Series with missing or unevenly spaced slices
+    get a note, and no other plane can be cut from them. Raises ValueError, naming two of the files, if sizes, pixel
     spacings or orientations differ, if two slices have the same position, or if a position is missing.
     """
     first = headers[0]
@@ -191,7 +191,7 @@ def picture(header: Header, windows: Windows) -> bytes:
 
 
 def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
-    """Returns one plane of a sorted series as a PNG file and caches its volume. Raises the same errors as `picture`."""
+    """Returns a slice of a sorted series in `plane` as a PNG file; caches the volume. Same errors as `picture`."""
     return volumes.picture(volume(headers, step), plane, index, windows)
 
 

@@ -34,7 +34,7 @@ def check(data: Any, number: int = 0) -> None:
 
 
 def codestream_size(data: bytes) -> tuple[int, int]:
-    """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it has none."""
+    """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it states no size."""
     if data[:4] == b"\xff\x4f\xff\x51" and len(data) >= 24:  # JPEG 2000: SOC, then SIZ
         right, bottom, left, top = struct.unpack(">4I", data[8:24])
         return bottom - top, right - left

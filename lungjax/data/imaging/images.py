@@ -55,7 +55,7 @@ def digest(array: np.ndarray) -> str:
 def encode(array: np.ndarray) -> bytes:
     """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG without filters or compression.
 
-    array_record compresses records, and `read` takes a tenth of the time (tests/benchmarks/README.md).
+    array_record compresses records anyway, and `read` takes only a tenth of the time (tests/benchmarks/README.md).
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
@@ -71,7 +71,7 @@ def encode(array: np.ndarray) -> bytes:
 def _decode_own(data: bytes) -> np.ndarray | None:
     """Returns the pixels of a file from `encode`; None for any other or damaged file.
 
-    Pillow takes twice the time, mostly in Python code that blocks other threads. zlib verifies the pixels' checksum.
+    Pillow takes twice as long, mostly in Python code that blocks other threads. zlib verifies the pixels' checksum.
     """
     if not data.startswith(SIGNATURE) or data[37:41] != b"IDAT" or data[41:43] != b"\x78\x01" or data[-8:-4] != b"IEND":
         return None
@@ -95,7 +95,7 @@ def _decode_own(data: bytes) -> np.ndarray | None:
 
 
 def gray(array: np.ndarray) -> np.ndarray:
-    """Returns an image as uint8 [H, W]: the luminance of colors; types other than uint8 are scaled to their range."""
+    """Returns an image as uint8 [H, W]: the luminance of colors; other types are scaled to 0..255."""
     if array.ndim == 3:
         array = np.asarray(Image.fromarray(array).convert("L"))
     if array.dtype == np.uint8:
@@ -107,8 +107,8 @@ def gray(array: np.ndarray) -> np.ndarray:
 def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None) -> np.ndarray:
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 for 16 bits.
 
-    `window` are the 16-bit values that become 0 and 255. `formats` are Pillow's names of the formats to try, by default
-    all of FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
+    `window` holds the 16-bit values that become 0 and 255. `formats` lists the formats to try by Pillow's names, by
+    default all of FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -143,7 +143,7 @@ def rotate(image: np.ndarray | Image.Image, box: Region | np.ndarray) -> tuple[n
 
 
 def show(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Returns 16-bit values as float32 in 0..255; the values `window` become 0 and 255."""
+    """Returns 16-bit values as float32 in 0..255; the two values of `window` become 0 and 255."""
     low, high = window
     return np.clip((array.astype(np.float32) - low) * np.float32(255.0 / (high - low)), 0.0, 255.0)
 
@@ -195,7 +195,7 @@ def center(size: tuple[int, int], width: int, height: int) -> Region:
 
 
 def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
-    """Returns `box` with `margin` of its sides added on each edge, clipped to the image. Raises ValueError if empty."""
+    """Returns `box` grown at each edge by `margin` times its side, clipped to the image. Raises ValueError if empty."""
     left, top, right, bottom = (float(v) for v in box)
     dx, dy = margin * (right - left), margin * (bottom - top)
     x0, y0, x1, y1 = max(left - dx, 0.0), max(top - dy, 0.0), min(right + dx, width), min(bottom + dy, height)
@@ -211,7 +211,7 @@ def resize(
 
     With `antialias` the kernel widens when shrinking (Pillow's resampling within the region). Without it, the plain
     kernel is sampled at each output's center, with the region's edge repeated, as in TensorFlow and torch with
-    antialias=False. bicubic is Keys' kernel with a = -0.5 (torch uses -0.75), lanczos has 3 lobes. "nearest" takes the
+    antialias=False. bicubic is Keys' kernel with a = -0.5 (torch uses -0.75); lanczos has 3 lobes. "nearest" takes the
     pixel under the output's center in both cases.
     """
     left, top, right, bottom = region

@@ -1,4 +1,4 @@
-"""Body and lung masks of a CT slice without a trained network, for any window, and the stages that apply them.
+"""Body and lung masks of CT slices in any window, found without a trained network, and the stages that apply them.
 
 `study_masks` has the masks of the studies; `apply` supports both kinds of stages.
 """
@@ -26,7 +26,7 @@ MIN_CONTRAST = 6.0  # gray levels between air and tissue
 
 
 class StageResult(NamedTuple):
-    """An image in a stage."""
+    """An image preprocessed to a stage."""
 
     image: np.ndarray  # uint8 [h, w]
     region: Region  # of the original image
@@ -35,7 +35,7 @@ class StageResult(NamedTuple):
 
 @dataclass(frozen=True)
 class _View:
-    """A slice prepared for masking, at most `SIDE` pixels long. Arrays are [h, w]."""
+    """A slice prepared for masking, at most `SIDE` pixels on its longer side. Arrays are [h, w]."""
 
     shape: tuple[int, ...]  # of the reduced image, white margins included
     inside: tuple[slice, slice]  # the part within the margins: the arrays below
@@ -47,7 +47,7 @@ class _View:
 
 
 def body_mask(image: np.ndarray) -> np.ndarray:
-    """Returns the body in a gray uint8 image [H, W], bool [H, W], with the lungs and without table and arms.
+    """Returns the body in a gray uint8 image [H, W], bool [H, W], including the lungs but not the table or arms.
 
     The mask is all False if body and background have no contrast. Raises ValueError unless the image is gray uint8.
     """
@@ -58,7 +58,7 @@ def body_mask(image: np.ndarray) -> np.ndarray:
 def lung_mask(image: np.ndarray) -> np.ndarray:
     """Returns the lungs in a gray uint8 image [H, W], bool [H, W]; all False without lungs.
 
-    The mask includes vessels, lesions (also at the chest wall) and large gas bubbles of stomach or bowel, but not a
+    The mask includes vessels, lesions (also at the chest wall) and large gas bubbles in the stomach or bowel, but not a
     separate trachea. The spine must be above or below the lungs. Raises ValueError like `body_mask`.
     """
     view = _prepare(_check_gray(image))
@@ -213,7 +213,7 @@ def _body(outer: np.ndarray, dark: np.ndarray) -> np.ndarray | None:
 
 
 def _lungs(view: _View) -> tuple[np.ndarray | None, int]:
-    """Returns the lungs at the view's size, or None, and the number of sides of the body that have one."""
+    """Returns the lungs at the view's size, or None, and the number of sides of the body that have a lung."""
     x0, _, x1, _ = bounding_box(view.body)
     width, area = x1 - x0, float(view.body.sum())
     inner = view.dark & view.body & ~view.outer

@@ -15,8 +15,8 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
     `gray` is the image, [h, w]; `medial` (+1 or -1) points to the other lung. The lung must not touch the border.
 
     The chest wall is convex, so a concavity (bay) of the outline that opens outwards belongs to the lung. Medial bays
-    are heart, vessels and spine, and a wide anterior one is the dome of the liver or spleen. The wall across a bay is
-    an arc that continues the outline at both ends.
+    are the heart, vessels and spine, and a wide anterior one is the dome of the liver or spleen. The wall across a bay
+    is an arc that continues the outline at both ends.
     """
     edge = np.argwhere(lung & ~ndimage.binary_erosion(lung))
     if len(edge) < 12 or (np.ptp(edge, 0) < 3).any():
@@ -59,7 +59,7 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
 
 
 def _is_darker(gray: np.ndarray, lung: np.ndarray, part: np.ndarray, rest: np.ndarray) -> bool:
-    """Returns whether a part of a bay contains more air than the remainder: a lesion, not liver or spleen."""
+    """Returns whether a part of a bay contains more air than the rest, so that it is a lesion, not liver or spleen."""
     if not len(part) or not len(rest):
         return bool(len(part))
     air, solid = np.median(gray[lung]), np.median(gray[rest[:, 0], rest[:, 1]])
@@ -81,7 +81,7 @@ def _arc(corners: np.ndarray, i: int, normal: np.ndarray) -> np.ndarray:
     along, reach = (b - a) / length, max(8.0, 0.5 * length)
 
     def bend(start: np.ndarray, step: int, first: int, forward: np.ndarray) -> float:
-        """Returns the angle by which the outline turns away from the chord within `reach` of its end."""
+        """Returns the angle by which the outline turns away from the chord within `reach` of `start`."""
         k = first
         for _ in range(n - 2):
             k = (k + step) % n

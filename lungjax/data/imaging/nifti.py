@@ -27,7 +27,7 @@ class Header:
 def header(path: str) -> Header:
     """Reads the header of a NIfTI file. If the file specifies no unit of length, mm is assumed, with a note.
 
-    Raises ValueError if the file is not NIfTI or not a single 3D volume, for other units than mm, meter and micron, and
+    Raises ValueError if the file is not NIfTI or not a single 3D volume, for units other than mm, meter and micron, and
     for voxels outside 0.1 to 10 mm.
     """
     nibabel = volumes.need("nibabel", "NIfTI volumes")
@@ -71,7 +71,7 @@ def picture(path: str, plane: str, index: int, windows: Windows) -> bytes:
 @volumes.cache_latest
 @named_errors
 def volume(path: str) -> Volume:
-    """Reads a NIfTI volume, replacing NaN by air. Raises the same errors as `picture`."""
+    """Reads a NIfTI volume, replacing NaN with air. Raises the same errors as `picture`."""
     spacing = header(path).spacing
     nibabel = volumes.need("nibabel", "NIfTI volumes")
     image = nibabel.as_closest_canonical(_open(nibabel, path))

@@ -65,7 +65,7 @@ def without_arms(picture: np.ndarray, box: Box) -> Box:
 
 
 def resize(image: np.ndarray) -> np.ndarray:
-    """Returns a gray uint8 image at 512 x 512, linear without antialiasing as in OpenCV."""
+    """Returns a gray uint8 image resized to 512 x 512, bilinearly and without antialiasing, as in OpenCV."""
     if image.shape == (SIDE, SIDE):
         return image
     big = transform.resize(image, (SIDE, SIDE), order=1, mode="edge", anti_aliasing=False, preserve_range=True)
@@ -88,7 +88,7 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
     """Returns OpenCV's Canny edges of a uint8 image, bool [h, w]: 3x3 Sobel, L1 norm, no smoothing.
 
-    scikit-image smooths first and uses the Euclidean norm, so these thresholds would not carry over.
+    scikit-image smooths first and uses the Euclidean norm, so the study's thresholds would not carry over.
     """
     values = image.astype(np.int32)
     dx = ndimage.sobel(values, axis=1, mode="nearest")
@@ -172,9 +172,9 @@ def features(image: np.ndarray) -> np.ndarray:
     """Returns the iCTCF study's "preprocessed" image of a gray uint8 image [H, W], uint8.
 
     Images with a side above 512 are resized to 512 x 512 (bicubic). A local Gaussian threshold over 401 pixels, erosion
-    disk(4), closing disk(6), Roberts edges and filled holes give a mask, from which the largest bright component, the
-    tissue of the body, is removed. Pixels outside the mask become black. The published "small regions" step, which has
-    no effect, and the JPEG compression between steps are omitted.
+    with disk(4), closing with disk(6), Roberts edges and hole filling give a mask, from which the largest bright
+    component, the tissue of the body, is removed. Pixels outside the mask become black. The published "small regions"
+    step, which has no effect, and the JPEG compression between steps are omitted.
     """
     if max(image.shape) > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
+"""Renders planes of CT volumes in Hounsfield units as images: square pixels, windows, PNG.
 
 Volumes from DICOM series (`dicom`) and NIfTI files (`nifti`) have the same axes. In images, the chest (axial) or the
 head (coronal, sagittal) is up, and the patient's right is on the left; sagittal images face left.
@@ -37,7 +37,7 @@ class Volume:
 
 
 def check_options(plane: str, position: str, windows: Windows) -> None:
-    """Raises ValueError for an unknown plane or position, and unless `windows` are one or three of positive width."""
+    """Raises ValueError for an unknown plane or position, or unless `windows` has one or three, of positive width."""
     for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
         if value not in allowed:
             raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
@@ -121,7 +121,7 @@ def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
 
 
 def raise_error(problem: str) -> bytes:
-    """Raises ValueError(problem). Replaces the reader of an image whose error is already known."""
+    """Raises ValueError(problem). Stands in for the reader of an image already known to be unusable."""
     raise ValueError(problem)
 
 

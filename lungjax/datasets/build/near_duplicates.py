@@ -20,7 +20,7 @@ def search(
 ) -> tuple[np.ndarray, list[str], list[str], dict[str, Any]]:
     """Detects exact copies and near duplicates in the columns of an index, and computes their effect on each protocol.
 
-    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], replace the images. Returns the near duplicates in
+    `thumbnails`, uint8 [N, duplicates.SIDE, duplicates.SIDE], stand in for the images. Returns the near duplicates in
     different groups as rows, int64 [P, 2]; the clean split of each row, "" for removed ones; notes; and the summary.
     """
     files, groups, pixels, labels = (columns[key] for key in ("file", "group", "pixels", "label"))
@@ -59,7 +59,7 @@ def read(data: Prepared, data_dir: Path) -> np.ndarray:
 
 
 def cross(one: Prepared, other: Prepared) -> str:
-    """Returns the patients and images that two prepared data sets share, as Markdown. Raises ValueError for a stage."""
+    """Returns, as Markdown, the patients and images in both data sets. Raises ValueError if either is a stage."""
     for data in (one, other):
         if resolve(data.name)[0].stage:
             raise ValueError(f"--cross compares complete images, but {data.name} is a stage; omit the stage")

@@ -52,7 +52,7 @@ class Problem:
 
 
 def process_image(example: Example, options: ImageOptions) -> ProcessedImage | Problem:
-    """Reads and processes one image; returns a Problem for a bad one, because it runs in a worker process."""
+    """Reads and processes one image. Runs in a worker process, so it returns a Problem instead of raising an error."""
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)

@@ -42,7 +42,7 @@ def publish(written: Path, final: Path) -> None:
 
 
 def check_disk(needed: int, data_dir: Path, count: int, say: Callable[[str], None]) -> None:
-    """Prints the bytes to be written. Raises ValueError if they and SPARE_BYTES exceed the free space."""
+    """Prints the size of the data to write. Raises ValueError if it plus SPARE_BYTES exceeds the free space."""
     disk = shutil.disk_usage(data_dir).free
     free, size, total = (tqdm.format_sizeof(n, "B") for n in (disk, needed, needed + SPARE_BYTES))
     say(f"{count:,} images, about {size} to write to {data_dir} ({free} free)")

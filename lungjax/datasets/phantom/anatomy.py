@@ -1,6 +1,6 @@
 """Healthy anatomy of a synthetic axial chest slice: body, bones, mediastinum, lungs and large airways.
 
-Coordinates are those of `lungjax.datasets.phantom.canvas`, lengths are in mm. `level` is the height of a slice: 0 at
+Coordinates are those of `lungjax.datasets.phantom.canvas`; lengths are in mm. `level` is the height of a slice: 0 at
 the top of the lungs, 1 at their base.
 """
 
@@ -91,7 +91,7 @@ class Lungs:
 
 
 def half_sizes(build: Build, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns half width and half depth of the cavity at levels of any shape."""
+    """Returns the half width and half depth of the cavity at each level of an array of any shape."""
     levels = (0.0, 0.15, 0.3, 0.5, 0.8, 1.0)
     width = build.width * np.interp(level, levels, (0.4, 0.66, 0.85, 0.95, 1.0, 1.0))
     return width, build.depth * np.interp(level, levels, (0.42, 0.66, 0.85, 0.98, 1.0, 1.0))
@@ -111,7 +111,7 @@ def wall(c: Chest, g: Grid) -> np.ndarray:
 def at_wall(c: Chest, side: int, angle: float, depth: float) -> tuple[float, float, float]:
     """Returns the point `depth` mm inside the chest wall and the direction of the wall there in radians.
 
-    `side` is -1 or 1 as in `Lungs.side`; `angle` is 0 at the side, pi/2 at the back, -pi/2 in front.
+    `side` is -1 or 1 as in `Lungs.side`; `angle` is 0 at the side, pi/2 at the back, -pi/2 at the front.
     """
     middle, a, b = c.half
     y = (b - depth) * math.sin(angle)

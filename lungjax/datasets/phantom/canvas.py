@@ -14,7 +14,7 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class Grid:
-    """Positions of the pixels of one slice in the patient."""
+    """Positions, in the patient, of the pixels of one slice."""
 
     x: np.ndarray  # float32 [H, W], mm
     y: np.ndarray  # float32 [H, W], mm

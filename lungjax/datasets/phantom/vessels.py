@@ -61,7 +61,7 @@ def _ends(build: Build, side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _halve(ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Splits every group of points [G, n, 3] in two along a line near its longest: [2 G, n / 2, 3]."""
+    """Splits every group of points [G, n, 3] in two across a random line near its longest extent: [2 G, n / 2, 3]."""
     spread = ends.std(axis=1)
     line = spread * (rng.choice((-1.0, 1.0), spread.shape) + 0.5 * rng.standard_normal(spread.shape))
     line *= spread >= 0.6 * spread.max(axis=1, keepdims=True)

@@ -89,7 +89,7 @@ def _backward(*arrays: Array, epsilon: float, activation: Activation, dtype: Any
     rows = max(n for n in range(1, MAX_SUMMED_ROWS + 1) if x.shape[1] % n == 0)
 
     def inner(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
-        """Returns the gradient of the normalized map."""
+        """Returns the gradient with respect to the normalized map."""
         return jax.vjp(activation, (x * factor + offset).astype(dtype))[1](dy)[0].astype(factor.dtype)
 
     if activation not in CHEAP:

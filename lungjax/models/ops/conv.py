@@ -48,7 +48,7 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 
 def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
-    """Returns ((top, bottom), (left, right)) for a padding as in lax, or "SYMMETRIC".
+    """Returns ((top, bottom), (left, right)) for "SYMMETRIC" or a padding that lax accepts.
 
     "SYMMETRIC" is (kernel - 1) // 2 on every side as in torch; it differs from SAME on even maps at stride 2.
     Raises ValueError for any other string.
@@ -200,7 +200,7 @@ def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, ja
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums shifted slices for depthwise kernels and images of few channels, in float32 or wider; else: `plain_conv`."""
+    """Sums shifted slices for depthwise kernels and few-channel images, in float32 or wider; else `plain_conv`."""
     (kh, kw, depth, _), depthwise = kernel.shape, _is_depthwise(x, kernel)
     sliced = depth == x.shape[-1] <= MAX_SLICED_CHANNELS and kh * kw * depth <= MAX_SLICED_TERMS
     if not depthwise and not sliced:
@@ -252,7 +252,7 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the gradient of a 3x3 kernel by one loop over the map, of a larger one by a loop per kernel row.
+    """Returns the gradient of the kernel, computed in one loop over the map if 3x3, else in one loop per kernel row.
 
     One loop for a large kernel would compile slowly. Each element of a loop's result sums several cells; with one
     product per element, memory would be the bottleneck.
@@ -288,12 +288,12 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
 
 def _parts(cells: int, limit: int) -> int:
-    """Returns the number of parts, up to `limit`, that balances few cells per part and little padding."""
+    """Returns the number of parts, up to `limit`, that best balances few cells per part against little padding."""
     return min(range(1, limit + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
 def _dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums slices for depthwise kernels, and for strides or kernels so large that the plain form multiplies zeros."""
+    """Returns the gradient of x, from sums of slices if depthwise or where the plain form would multiply many zeros."""
     if _is_depthwise(x, kernel):
 
         def term(i: int, j: int, part: jax.Array) -> jax.Array:

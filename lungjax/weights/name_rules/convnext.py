@@ -21,7 +21,7 @@ FLAT = ((r"/layer_scale$|/grn/(scale|bias)$", lambda array, shape: array.reshape
 
 
 def _torchvision(match: re.Match[str]) -> str:
-    """Returns our layer for torchvision's blocks in features.1, 3, 5, 7 and downsampling layers in between."""
+    """Returns our layer for torchvision's blocks in features.1, 3, 5 and 7 and the downsampling layers between them."""
     unit = f"block{int(match[2]) + 1}/{TORCHVISION_UNITS[match[3]]}" if match[3] else f"downsample/{DOWN[match[2]]}"
     return f"stage{int(match[1]) // 2 + 1}_{unit}"
 

@@ -1,4 +1,4 @@
-"""SqueezeNet 1.1: torchvision's file. Modules are numbered together with the pools between the stages."""
+"""SqueezeNet 1.1: torchvision's file. The numbering of its modules includes the pools between the stages."""
 
 from lungjax.weights.convert import Rules
 

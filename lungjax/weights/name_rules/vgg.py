@@ -1,4 +1,4 @@
-"""VGG-16 and VGG-19: Keras's Oxford weights (BGR), and torchvision's weights, also with timm's names."""
+"""VGG-16 and VGG-19: Keras's Oxford weights (BGR), and torchvision's weights, under its own or timm's names."""
 
 import numpy as np
 
