@@ -192,8 +192,8 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     names = f" ({', '.join(groups[:MAX_PAIRS])}{', ...' if len(groups) > MAX_PAIRS else ''})" if groups else ""
     lines = [f"patients with the same name in {a.name} and {b.name}: {len(groups):,}{names}"]
     for name, other, total, i in ((a.name, b.name, size, 0), (b.name, a.name, len(b_files), 1)):
-        counts = f"{exact[i]:,} exact copies, {near[i]:,} near duplicates"
-        lines.append(f"of {total:,} images of {name} in {other}: {counts}")
+        counts = f"{exact[i]:,} have an exact copy and {near[i]:,} a near duplicate in {other}"
+        lines.append(f"of the {total:,} images in {name}, {counts}")
     lines += [search.note] if search.note else []
     seen = np.asarray([pixels in both or pixels in similar[1] for pixels in b_pixels], bool)
     result = {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}

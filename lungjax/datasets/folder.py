@@ -181,8 +181,8 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
     patients = {row.group for row in rows if row.group}
     if 0 < len(patients) < MIN_PATIENTS:
         raise ValueError(
-            f"{source}: is each of the folders {', '.join(sorted(patients))} in the class folders a patient? Give a "
-            "--group_pattern that matches patients, or --group_pattern=none if each image is from a different one"
+            f"{source}: do the folders {', '.join(sorted(patients))} in the class folders each hold one patient? Give "
+            "a --group_pattern that matches patients, or --group_pattern=none if each image is from a different one"
         )
     if patients:
         notes.append(f"{len(patients):,} patients, according to the folders below the class folders")

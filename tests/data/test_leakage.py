@@ -136,7 +136,7 @@ def test_cross():
     lines, seen = result.pop("lines"), result.pop("b_rows")
     assert result == {"exact": [1, 2], "near": [1, 2], "examples": ["a = x", "c ~ z"], "note": ""}
     assert seen.tolist() == [True, True, True, False, True]
-    assert lines[0].endswith("1 (p3)") and lines[1].startswith("of 4 images of one")
+    assert lines[0].endswith("1 (p3)") and lines[1].startswith("of the 4 images in one, 1 have")
     other = leakage.cross(one, two, np.array([1, 3]), np.array([0, 2, 3]))
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
 

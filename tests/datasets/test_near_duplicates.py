@@ -80,7 +80,7 @@ def test_cross(xray_5k, capsys):
     flags = ["--dataset=folder/other", "--cross=covid_xray_5k", f"--data_dir={root / 'data'}"]
     assert commands.run(prepare, *flags) == 0
     output = capsys.readouterr().out
-    assert "folder/other in covid_xray_5k/default: 1 exact" in output
+    assert "in folder/other, 1 have an exact copy and 0 a near duplicate in covid_xray_5k/default" in output
     assert "a/shared.png = test/non/testnon3.png" in output
     assert commands.run(prepare, "--dataset=folder/other-lungs", *flags[1:]) == 2
     assert "folder/other-lungs is a stage" in capsys.readouterr().err
