@@ -42,8 +42,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     except (RuntimeError, ValueError) as error:
         what = str(error).splitlines()[0]
         raise ValueError(
-            f"--multihost: could not connect to the other hosts ({what}). Outside Cloud TPU, GKE, SLURM and "
-            "Open MPI, give --coordinator=HOST:PORT --processes=N --process=I on every host; open the port in the firewall"
+            f"--multihost: could not connect to the other hosts ({what}). Outside Cloud TPU, GKE, SLURM and Open "
+            "MPI, give --coordinator=HOST:PORT --processes=N --process=I on every host; open the port in the firewall"
         ) from error
 
 

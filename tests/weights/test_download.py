@@ -125,7 +125,7 @@ def test_wrong_checksum(host, cache):
         download.download(record_of(host, ""))
     assert [p.name for p in cache.iterdir()] == [f"{FILE}.sha256"]
     (cache / FILE).write_bytes(bad)
-    with pytest.raises(ValueError, match="or damaged"):
+    with pytest.raises(ValueError, match="or is damaged"):
         download.locate(record_of(host))
     assert (cache / FILE).exists()  # the user's file is never removed
 
@@ -171,7 +171,7 @@ def test_files_in_other_folders(tmp_path, monkeypatch):
     lite = replace(catalogue.find("efficientnet_lite0"), package="some_model_package")
     record = replace(lite, checksum=f"sha256:{SHA256}")
     assert download.locate(record) == download.download(record) == path
-    with pytest.raises(ValueError, match="not efficientnet_lite0.pypi, or damaged"):
+    with pytest.raises(ValueError, match="not efficientnet_lite0.pypi, or is damaged"):
         download.locate(lite)
 
 

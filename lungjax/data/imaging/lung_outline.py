@@ -59,7 +59,7 @@ def complete(lung: np.ndarray, gray: np.ndarray, medial: int) -> np.ndarray:
 
 
 def _is_darker(gray: np.ndarray, lung: np.ndarray, part: np.ndarray, rest: np.ndarray) -> bool:
-    """Returns whether a part of a bay contains more air than the rest, so that it is a lesion, not liver or spleen."""
+    """Returns whether a part of a bay contains more air than the rest, as a lesion does, unlike liver or spleen."""
     if not len(part) or not len(rest):
         return bool(len(part))
     air, solid = np.median(gray[lung]), np.median(gray[rest[:, 0], rest[:, 1]])

@@ -55,7 +55,7 @@ def noise(rng: np.random.Generator, g: Grid, scale: float) -> np.ndarray:
 
 
 def ellipse(x: np.ndarray, y: np.ndarray, a: float, b: float, angle: float = 0.0) -> np.ndarray:
-    """Returns the approximate signed distance to an ellipse around the origin with half axes `a` and `b`."""
+    """Returns the approximate signed distance to an ellipse around the origin with semi-axes `a` and `b`."""
     if angle:
         c, s = math.cos(angle), math.sin(angle)
         x, y = c * x + s * y, c * y - s * x
@@ -89,7 +89,7 @@ def blend(hu: np.ndarray, fraction: np.ndarray, value: np.ndarray | float) -> No
 def paint(
     hu: np.ndarray, g: Grid, at: Sequence[float], a: float, b: float, angle: float, value: float, edge: float = 0.0
 ) -> None:
-    """Paints an ellipse of half axes `a` and `b` around the point `at` into `hu`, in place."""
+    """Paints an ellipse with semi-axes `a` and `b`, centered at `at`, into `hu`, in place."""
     near = window(g, at, max(a, b) + 2)
     distance = ellipse(g.x[near] - at[0], g.y[near] - at[1], a, b, angle)
     blend(hu[near], cover(distance, max(edge, g.pixel)), value)
