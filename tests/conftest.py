@@ -1,7 +1,6 @@
 """Shared fixtures: a small data set in memory, a trained run, the folder of real images, and a compilation cache."""
 
 import atexit
-import io
 import os
 import shutil
 import tempfile
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
 
 # Workers of pytest-xdist and subprocesses of the tests compile the same programs, so all share one temporary cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -73,14 +71,10 @@ def shared() -> Path:
     return path
 
 
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def make_small_data():
     """Returns 60 images of 40 x 40 in three classes that differ in the position of a bright square."""
+    from folders import encoded
+
     from lungjax.data.prepared import Prepared
 
     rng = np.random.default_rng(0)
@@ -90,7 +84,7 @@ def make_small_data():
     for i, label in enumerate(labels):
         image = rng.integers(0, 60, (40, 40), dtype=np.uint8)
         image[10:25, 2 + 12 * label : 12 + 12 * label] += 150
-        records.append({"image": png(image), "label": label, "file": f"{i}.png"})
+        records.append({"image": encoded(image), "label": label, "file": f"{i}.png"})
     split = np.asarray(["train"] * 36 + ["val"] * 11 + ["test"] * 13)
     return Prepared(
         name="folder/small",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scans
 from brightness import brightness
-from conftest import png
+from folders import encoded
 from scipy import special
 
 from lungjax import datasets, predict
@@ -104,7 +104,7 @@ def test_patients_of_a_list_and_saliency_maps(trained_run, command, tmp_path):
 def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):
     good = trained_run.images / "p000.png"
     (tmp_path / "cut.png").write_bytes((trained_run.images / "p001.png").read_bytes()[:200])
-    (tmp_path / "deep.png").write_bytes(png(np.full((40, 40), 900, np.uint16)))
+    (tmp_path / "deep.png").write_bytes(encoded(np.full((40, 40), 900, np.uint16)))
     assert command(good, *(tmp_path / name for name in ("cut.png", "deep.png", "gone.png"))) == 1
     rows = table(tmp_path / "out/predictions.csv")
     assert rows["p000.png"]["error"] == "" and rows["p000.png"]["predicted"] in CLASSES
@@ -118,7 +118,7 @@ def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):
 def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     for i, name in enumerate(("P1/a.png", "P1/b.png", "P2/c.png", "P2/d.png")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(png(np.full((3, 4) if i == 3 else (9, 9), 50 * i, np.uint8)))
+        (tmp_path / "in" / name).write_bytes(encoded(np.full((3, 4) if i == 3 else (9, 9), 50 * i, np.uint8)))
     (tmp_path / "in/P2/photo.HEIC").write_bytes(b"a photo")
     (tmp_path / "in/notes.txt").write_text("words")
     assert by_brightness(tmp_path / "in", group_pattern="^([^/]+)/") == 1  # below the folder, as in prepare
@@ -228,7 +228,7 @@ def test_gate(by_brightness, tmp_path, capsys):
     for name, hu in (("bright", whole), ("dark", whole - 850)):
         volume = np.concatenate([hu, np.full((1, 8, 8), 40), np.full((1, 8, 8), -1000)])
         scans.nifti(tmp_path / f"{name}.nii", volume)
-    (tmp_path / "plain.png").write_bytes(png(np.full((8, 8), 200, np.uint8)))
+    (tmp_path / "plain.png").write_bytes(encoded(np.full((8, 8), 200, np.uint8)))
     given = [tmp_path / name for name in ("bright.nii", "dark.nii", "plain.png")]
     assert by_brightness(*given, gate="gate", gate_class="bright") == 1
     output = capsys.readouterr()
@@ -261,7 +261,7 @@ def test_patients_of_volumes_in_lists(tmp_path):
     paths = scans.series(tmp_path / "scan", hu)
     scans.nifti(tmp_path / "v.nii", hu)
     for name in ("one", "two"):
-        (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
+        (tmp_path / f"{name}.png").write_bytes(encoded(np.full((9, 9), 50, np.uint8)))
     rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
     (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
     sources = inputs.gather([str(tmp_path / "a.csv")], METADATA)
@@ -320,7 +320,7 @@ def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):
     for i, (split, label) in enumerate(itertools.product(("train", "val", "test"), "ab")):
         path = tmp_path / "in" / split / label / f"{i}.png"
         path.parent.mkdir(parents=True)
-        path.write_bytes(png(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
+        path.write_bytes(encoded(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
     window, spec = (500.0, 1500.0), InputSpec(size=(16, 16))
     options = datasets.PrepareOptions()
     datasets.write("folder/deep-16", tmp_path / "in", tmp_path / "data", options, quiet=True, window=window)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scans
-from conftest import png
 from folders import encoded
 from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
 from test_uploads import SECRETS
@@ -47,7 +46,7 @@ def test_raw_bodies(service):
     gray = np.full((20, 30), 102, np.uint8)
     for kind, body, bright in (
         ("image/jpeg", encoded(gray, "JPEG"), 0.4),
-        ("image/png", png(np.full((20, 30), 13107, np.uint16)), 0.2),
+        ("image/png", encoded(np.full((20, 30), 13107, np.uint16)), 0.2),
         ("application/dicom", slices(1099, "1.2.3")[0], 0.95),
     ):
         status, answer, _ = service.ask("POST", "/predict", body, content_type=kind)
@@ -94,7 +93,7 @@ def test_enhanced_ct(service, tmp_path):
 
 def test_explain(service):
     pixels = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
-    status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", png(pixels)), ("b", b"\0"))
+    status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", encoded(pixels)), ("b", b"\0"))
     assert status == 200 and "error" in answer["results"][1] and service.model.targets.tolist() == [0]
     result = answer["results"][0]
     assert (result["explained"], result["method"], result["predicted"]) == ("dark", "occlusion", "dark")
