@@ -205,6 +205,8 @@ def test_class_counts():
         assert shapes(models.build(ModelConfig(name="simple"), classes), (40, 40, 1))[1].shape == (2, classes)
     config = ModelConfig(name="simple", head=HeadConfig(output="sigmoid", positive_class="covid"))
     assert shapes(models.build(config, 2), (40, 40, 1))[1].shape == (2, 1)
+    with pytest.raises(ValueError, match="class_map"):
+        models.build(ModelConfig(head=HeadConfig(output="sigmoid", pool="class_map")), 2)
     with pytest.raises(ValueError, match="sigmoid"):
         models.build(config, 3)
     with pytest.raises(ValueError, match="at least 2"):

@@ -88,7 +88,7 @@ def test_enhanced_ct(service, tmp_path):
     assert series["files"] == 3 and series["probabilities"] == answer["results"][0]["probabilities"]
     assert series["probabilities"]["bright"] == pytest.approx((2 * 0.95 + 0.5) / 3, abs=0.003)
     answer = service.post("/explain", ("e.dcm", data), ("x.png", flat(255)))[1]
-    assert "several frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
+    assert "3 frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
 
 
 def test_explain(service):
@@ -171,6 +171,7 @@ def test_full_queue_and_too_many_requests():
         assert status == 503 and headers["retry-after"] == "1" and "waiting" in answer["error"]
         model.gate.set()
         assert {future.result()[0] for future in futures} == {200}
+        assert service.post("/predict", *[("a", flat(1))] * 4)[0] == 413  # more than the queue can hold
         sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(7)]
         for one in sockets:
             one.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
