@@ -17,8 +17,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Programs run only a few times here, so less optimization saves more than it costs.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = Path(__file__).parent.parent
@@ -50,16 +48,6 @@ def small_bn():
     from lungjax.models.transfusion import Transfusion
 
     return partial(Transfusion, 3, (4, 8))
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles quickly and without optimizations, for programs that run only a few times."""
-    from lungjax.models.ops import conv
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from lungjax.explain.saliency import Explainer
 from lungjax.inference import model
 from lungjax.inference.model import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLASSES = ("left", "middle", "right")
 SPEC = InputSpec(size=(24, 32), channels=1)
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)

@@ -30,7 +30,6 @@ from lungjax.export import __main__ as export
 from lungjax.export import stablehlo, triton
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
-from lungjax.models.ops import conv
 from lungjax.runtime import files
 
 SPEC = InputSpec(
@@ -45,12 +44,9 @@ METADATA = Metadata(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Compiles quickly, since programs run only a few times here."""
+def small_network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
         patch.setitem(models.MODELS, "small_bn", small_bn())
-        patch.setattr(artifacts, "OPTIONS", (*artifacts.OPTIONS, "xla_backend_optimization_level"))
         yield
 
 
