@@ -41,7 +41,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Checks the flags, writes each format and prints its difference from the network."""
+    """Checks the flags, writes each format and prints its difference from the network and its speed."""
     if bool(FLAGS.workdir) == bool(FLAGS.refresh):
         raise app.UsageError("give --workdir=RUN, the folder of a finished run, or --refresh=FILE, a model.pyz")
     if FLAGS.refresh and Path(FLAGS.refresh).name != "model.pyz" and not FLAGS.out:
@@ -66,9 +66,10 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(FLAGS.format):
         start = time.monotonic()
-        path, difference = modules[name].write(exported, out)
+        path, check = modules[name].write(exported, out)
         seconds = time.monotonic() - start
-        print(f"{path}: {_size(path)} in {seconds:.0f} s; relative difference in the outputs {difference:.0e}")
+        result = f"relative difference in the outputs {check.difference:.0e}; {check.milliseconds:.1f} ms per image"
+        print(f"{path}: {_size(path)} in {seconds:.0f} s; {result}")
         if name == "jax":
             print(f"Guaranteed to run with {artifacts.compatibility(version('jax'))}")
     print(NOTICE)

@@ -1,20 +1,22 @@
-"""The two exported functions of weights and pixels, in float32 and in plain XLA operations.
+"""The two exported functions of weights and pixels, in float32.
 
     predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
               "features" float32 [b, F]}
     gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}
 
 Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
-a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`).
+a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`). Formats whose converter
+needs plain operations trace the functions inside `conv.plain_forms`.
 """
 
 import json
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,14 @@ TOLERANCE = 1e-5  # largest difference of an export from the network, as `worst_
 ROUNDING_FACTOR = 4  # an export may have this multiple of the network's own rounding error, if that is larger
 MAX_TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)  # batch sizes of the comparison
+TIMED_CALLS = 3  # with one image, after the first call
+
+
+class Check(NamedTuple):
+    """The result of `Functions.check`."""
+
+    difference: float  # result of `worst_difference`
+    milliseconds: float  # per image on this machine, in the fastest of TIMED_CALLS calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +66,14 @@ class Functions:
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         """Returns calibrated probabilities, logits and features of uint8 pixels [b, H, W, C]."""
-        with conv.plain_forms():
-            logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
-            return model.named_outputs(logits, features["last"], self.metadata)
+        logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
+        return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         """Returns the maps of `saliency.Explainer` for target classes int32 [b]."""
-        with conv.plain_forms():
-            folded = _tree(weights)
-            head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
-            return {"maps": self._cam(folded, head, pixels, targets)[0]}
+        folded = _tree(weights)
+        head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
+        return {"maps": self._cam(folded, head, pixels, targets)[0]}
 
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
@@ -80,8 +88,8 @@ class Functions:
         outputs = [self._reference(self.variables, pixels[i : i + 1]) for i in range(len(pixels))]
         return {name: np.concatenate([each[name] for each in outputs]) for name in artifacts.OUTPUTS}
 
-    def check(self, run: Any, name: str) -> float:
-        """Compares an export with the network; returns the result of `worst_difference`.
+    def check(self, run: Any, name: str) -> Check:
+        """Compares an export with the network and times it.
 
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
@@ -98,7 +106,8 @@ class Functions:
             if not difference <= allowed:
                 error = f"outputs differ from the network's by {difference:.1e} of their range, above {allowed:.0e}"
                 raise ValueError(f"{name}: {error}; use another --format, and please report the network")
-        return difference
+        times = [timeit.timeit(lambda: np.asarray(run(pixels[0])["logits"]), number=1) for _ in range(TIMED_CALLS)]
+        return Check(difference, 1e3 * min(times))
 
     @cached_property
     def _network(self) -> FoldedModel:

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lungjax.export.functions import Functions
+from lungjax.export.functions import Check, Functions
 from lungjax.inference import artifacts
+from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
 
 FILE = "model.onnx"
@@ -25,7 +26,7 @@ TINY = float(np.finfo(np.float32).tiny)
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     """Writes FILE into `folder`, runs it with onnxruntime, and returns its path and the result of `Functions.check`.
 
     If the check fails or the network is too large for the format, raises ValueError and leaves no file.
@@ -40,8 +41,8 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
     with atomic_file(path) as partial_file:
         onnx.save(model, str(partial_file))
         onnx.checker.check_model(str(partial_file), full_check=True)
-        difference = functions.check(artifacts.read_onnx(partial_file).outputs, FILE)
-    return path, difference
+        check = functions.check(artifacts.read_onnx(partial_file).outputs, FILE)
+    return path, check
 
 
 def convert(functions: Functions) -> Any:
@@ -53,7 +54,8 @@ def convert(functions: Functions) -> Any:
     weights = functions.weights  # outside of the trace, in which the arrays would be abstract
 
     def predict(pixels: jax.Array) -> tuple[jax.Array, ...]:
-        outputs = functions.predict(weights, pixels)
+        with conv.plain_forms():
+            outputs = functions.predict(weights, pixels)
         return tuple(outputs[name] for name in artifacts.OUTPUTS)
 
     pixels: Any = jax.ShapeDtypeStruct(("B", *artifacts.image_shape(functions.metadata)), np.uint8)

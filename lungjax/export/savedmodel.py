@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lungjax.config.metadata import FILE
-from lungjax.export.functions import Functions, without_source_paths
+from lungjax.export.functions import Check, Functions, without_source_paths
 from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
 FOLDER = "savedmodel"
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     """Writes FOLDER into `folder` and reloads it; returns its path and the result of `Functions.check`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
@@ -48,5 +48,5 @@ def write(functions: Functions, folder: Path) -> tuple[Path, float]:
         extra.mkdir()
         (extra / FILE).write_text(functions.metadata.to_json(), "utf-8")
         loaded = tf.saved_model.load(str(partial_folder)).signatures["serving_default"]
-        difference = functions.check(lambda pixels: loaded(pixels=tf.constant(pixels)), FOLDER)
-    return path, difference
+        check = functions.check(lambda pixels: loaded(pixels=tf.constant(pixels)), FOLDER)
+    return path, check

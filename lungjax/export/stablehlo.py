@@ -13,7 +13,7 @@ import numpy as np
 from jax import export
 
 import lungjax
-from lungjax.export.functions import Functions, without_source_paths
+from lungjax.export.functions import Check, Functions, without_source_paths
 from lungjax.inference import artifacts
 from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
@@ -39,15 +39,15 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 """
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     """Writes FILE into `folder` and reads it back; returns its path and the result of `Functions.check`."""
     path = folder / FILE
     with atomic_file(path) as partial_file:
         with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in members(functions).items():
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
-        difference = functions.check(artifacts.read_pyz(partial_file).outputs, FILE)
-    return path, difference
+        check = functions.check(artifacts.read_pyz(partial_file).outputs, FILE)
+    return path, check
 
 
 def members(functions: Functions) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
-from lungjax.export.functions import Functions
+from lungjax.export.functions import Check, Functions
 from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
@@ -64,19 +64,19 @@ calibration are inside the model. With lungjax, `lungjax.load("{name}/1/model.on
 """
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, float]:
+def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     """Writes FOLDER/NAME into `folder`; returns and raises the same as `onnx.write`, which writes model.onnx."""
     path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)
     with atomic_folder(path / model_name(metadata), FILE) as model:  # other models in the repository remain
         (model / "1").mkdir()
-        _, difference = onnx.write(functions, model / "1")
+        _, check = onnx.write(functions, model / "1")
         features = functions.reference(functions.sample(1))["features"].shape[1]
         (model / "config.pbtxt").write_text(config(metadata, features), "utf-8")
         (model / "labels.txt").write_text("".join(f"{name}\n" for name in metadata.classes), "utf-8")
         (model / FILE).write_text(metadata.to_json(), "utf-8")
         (model / "README.md").write_text(readme(metadata), "utf-8")
-    return path / model_name(metadata), difference
+    return path / model_name(metadata), check
 
 
 def model_name(metadata: Metadata) -> str:

@@ -123,12 +123,11 @@ def test_sigmoid_head(tmp_path):
         np.testing.assert_allclose(maps, network_maps(functions, pixels, [target, target]), atol=1e-5)
 
 
-def test_plain_operations_for_every_platform(exported):
+def test_forms_of_each_platform(exported):
     assert tuple(exported.programs["predict"].platforms) == ("cpu", "cuda", "tpu")
     text = exported.programs["predict"].mlir_module()
-    # The network has two convolutions, which jax writes once per platform.
-    assert len(re.findall("= stablehlo.convolution", text)) == 2 * 3
-    assert not re.search("optimization_barrier|stablehlo.if|stablehlo.dot_general.*x8xf32.*x8xf32", text)
+    # On a CPU the first convolution is a sum of slices, isolated by a barrier; elsewhere it is XLA's own.
+    assert "optimization_barrier" in text and "stablehlo.convolution" in text
 
 
 STRANGER = """
@@ -291,7 +290,7 @@ def test_atomic_folder(tmp_path):
 
 def test_command(trained_run, tmp_path, capsys):
     assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
-    assert re.search(r"model\.pyz: \d\.\d MiB in \d+ s; relative .* \de-0\d", capsys.readouterr().out)
+    assert re.search(r"model\.pyz: \d\.\d MiB in \d+ s; relative .* \de[-+]0\d; \d+\.\d ms", capsys.readouterr().out)
     run, exported = lungjax.load(trained_run.workdir), lungjax.load(tmp_path)  # the folder with the file
     paths = sorted(trained_run.images.glob("*.png"))[:3]
     assert exported.metadata == run.metadata and exported.methods == ("gradcam",)

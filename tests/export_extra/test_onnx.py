@@ -61,9 +61,9 @@ def test_every_family():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_file_against_network(name, tmp_path):
     functions = make(name)
-    path, worst = onnx_export.write(functions, tmp_path)
+    path, check = onnx_export.write(functions, tmp_path)
     allowed = 1e-4 if name == "bit_r50x1" else 1e-5  # here BiT's float32 and float64 differ by 1e-5
-    assert worst <= allowed
+    assert check.difference <= allowed
     session = artifacts.read_onnx(path)
     assert session.metadata == functions.metadata
     pixels = functions.sample(5)

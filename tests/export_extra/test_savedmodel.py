@@ -16,8 +16,8 @@ tf = pytest.importorskip("tensorflow", reason="SavedModel needs TensorFlow: pip 
 @pytest.mark.parametrize("name", ["cbr_tiny", "xray_cnn", "mobilenetv3_small"])
 def test_file_against_network(name, tmp_path):
     functions = make(name)
-    path, worst = savedmodel.write(functions, tmp_path)
-    assert worst <= 1e-5
+    path, check = savedmodel.write(functions, tmp_path)
+    assert check.difference <= 1e-5
     loaded = tf.saved_model.load(str(path))
     for batch in (1, 3, 8):
         pixels = functions.sample(batch)
