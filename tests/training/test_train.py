@@ -91,6 +91,7 @@ def test_mistakes_before_training(tmp_path):
     for assignment, hint in (
         ("train.monitor=slice.auc", "slice.auc_macro"),
         ("input.size=2", "too small"),
+        ("eval.prevalence=lefd:0.02", "left"),
         ("optim.class_weights=1,2", "left, middle, right"),
         ("model.name=simpel", "simple"),
         ("optim.freeze=nothing", "matches no parameter"),
