@@ -146,7 +146,8 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
-    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. A dash is undefined."
+    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. "
+    note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"
         note += " or Wilson's for a proportion that does not vary. AUC and average precision need"
@@ -162,9 +163,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         tables.append(_sources(test["by_source"], classes, unit))
     if "calibration" in report:
         tables.append(_calibration(report["calibration"]))
-    points = report.get("operating_points", {})
-    nouns = {"slice": unit, "patient": "patient"}
-    tables += [_operating_points(config, own, nouns[level]) for level, own in points.items() if any(own.values())]
+    tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
     studies = [
@@ -218,27 +217,31 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
 
-def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> Table:
+def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> list[Table]:
     names = {name: SHORT_METRICS.get(name, name) for name in ("sensitivity", "specificity", "ppv", "npv")}
-    prevalences = {name: f"{100 * p:g} %" for name, p in config.eval.prevalences().items() if name in points}
-    if prevalences:
+    levels = {unit if level == "slice" else level: own for level, own in points.items() if any(own.values())}
+    given = {name: p for name, p in config.eval.prevalences().items() if any(name in own for own in levels.values())}
+    if given:
         names |= {"ppv_at": "PPV, at prevalence", "npv_at": "NPV, at prevalence"}
-    rows = [
-        [name, rule.replace("_", " "), f"{point['threshold']:.3g}", *(number(point, key) for key in names)]
-        for name, rules in points.items()
-        for rule, point in rules.items()
-    ]
     note = (
         "A class is called if its calibrated probability reaches the threshold, which was chosen on val for the "
         "maximum sum of sensitivity and specificity (youden) or for a minimum sensitivity. Prediction, the service and "
         "the exports use the same thresholds. PPV and NPV hold for the class frequencies of the test split; for a "
         "rarer disease PPV is lower."
     )
-    if prevalences:
-        given = ", ".join(f"{name} {text}" for name, text in prevalences.items())
-        note += f" At prevalence: for the prevalences in eval.prevalence, {given}."
-    head = ["class", "chosen for", "threshold", *names.values()]
-    return Table(head, rows, f"Operating points, per {unit} (test)", note)
+    if given:
+        shares = ", ".join(f"{name} {100 * p:g} %" for name, p in given.items())
+        note += f" The prevalence is that of eval.prevalence: {shares}."
+    tables: list[Table] = []
+    for noun, classes in levels.items():
+        rows = [
+            [name, rule.replace("_", " "), f"{point['threshold']:.3g}", *(number(point, key) for key in names)]
+            for name, rules in classes.items()
+            for rule, point in rules.items()
+        ]
+        head = ["class", "chosen for", "threshold", *names.values()]
+        tables.append(Table(head, rows, f"Operating points, per {noun} (test)", "" if tables else note))
+    return tables
 
 
 def _controls(report: Mapping[str, Any], unit: str) -> Table:

@@ -124,7 +124,7 @@ def test_calibration_and_operating_points(run, tmp_path):
         assert rows["COVID-19", "youden"][0] == f"{point['threshold']:.3g}"
         assert rows["COVID-19", "youden"][-1] == f"{point['npv_at']:.3f} ({low:.3f} to {high:.3f})"
         assert rows["Normal", "sensitivity 0.95"][-2:] == ["-", "-"]
-    assert "in eval.prevalence, COVID-19 2 %" in text and "T = 1.500" in text
+    assert "that of eval.prevalence: COVID-19 2 %." in text and "T = 1.500" in text
     alone, text = report(tmp_path, {"test": test})
     assert not {"calibration", "operating_points"} & alone.keys() and "Calibration" not in text
 
