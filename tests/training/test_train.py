@@ -40,7 +40,8 @@ def test_files_of_a_run(tmp_path, complete):
     report = json.loads((workdir / "report.json").read_text())
     test = predictions.read(workdir / "predictions_test.csv")
     assert len(test.ids) == 13 and (workdir / "report.md").is_file() and (workdir / "model.json").is_file()
-    np.testing.assert_allclose(jax.nn.softmax(test.logits), test.probabilities, atol=1e-6)
+    temperature = report["calibration"]["temperature"]
+    np.testing.assert_allclose(jax.nn.softmax(test.logits / temperature), test.probabilities, atol=1e-6)
     assert report["test"]["slice"]["accuracy"] == pytest.approx((test.probabilities.argmax(1) == test.labels).mean())
     assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
     rows = metrics_log.read(workdir / "metrics.jsonl")
