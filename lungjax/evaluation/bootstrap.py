@@ -210,32 +210,26 @@ def _evaluate(
     ]
     each = zip(*blocks, strict=True)
     samples = [{name: np.concatenate([own[name] for own in run]) for name in run[0]} for run in each]
-    for run in samples:
-        run |= dict.fromkeys(("ece", *_scarce_areas(levels[0], member)), np.full(draws, np.nan))
     sizes = [_denominators(p, member) for p in levels]
-    return points, samples, {name: min(size[name] for size in sizes) for name in sizes[0]}
-
-
-def _count(member: np.ndarray, rows: np.ndarray) -> int:
-    return len(np.unique(member[rows]))
+    patients = {name: min(size[name] for size in sizes) for name in sizes[0]}
+    without = {"ece"}
+    for name in levels[0].classes:
+        fewer = min(patients[f"per_class.{name}.{side}"] for side in ("recall", "specificity"))
+        if 0 < fewer < MIN_PATIENTS:
+            without |= {n for area in AREAS for n in (f"per_class.{name}.{area}", f"{area}_macro", f"{area}_weighted")}
+    for run in samples:
+        run |= dict.fromkeys(without, np.full(draws, np.nan))
+    return points, samples, patients
 
 
 def _denominators(p: Predictions, member: np.ndarray) -> dict[str, int]:
     """Returns the number of patients in the denominator of each proportion; `member` [N] is each example's patient."""
-    result = dict.fromkeys(("accuracy", "study.accuracy_rounded"), member.max() + 1)
+    result = dict.fromkeys(("accuracy", "study.accuracy_rounded"), int(member.max()) + 1)
     for i, name in enumerate(p.classes):
         true, called = p.labels == i, p.predicted == i
         rates = {"recall": true, "specificity": ~true, "precision": called, "npv": ~called}
-        result |= {f"per_class.{name}.{rate}": _count(member, rows) for rate, rows in rates.items()}
+        result |= {f"per_class.{name}.{rate}": len(np.unique(member[rows])) for rate, rows in rates.items()}
     return result
-
-
-def _scarce_areas(p: Predictions, member: np.ndarray) -> list[str]:
-    """Returns the names of the areas under curves with fewer than MIN_PATIENTS on a side of a class."""
-    sides = [min(_count(member, p.labels == i), _count(member, p.labels != i)) for i in range(len(p.classes))]
-    scarce = [f"per_class.{name}" for name, n in zip(p.classes, sides, strict=True) if 0 < n < MIN_PATIENTS]
-    names = [f"{prefix}.{area}" for prefix in scarce for area in AREAS]
-    return names + [f"{area}_{mean}" for area in AREAS for mean in ("macro", "weighted") if scarce]
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
