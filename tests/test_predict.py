@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import commands
@@ -15,6 +16,7 @@ import scans
 from brightness import brightness
 from folders import encoded
 from scipy import special
+from services import running
 
 from lungjax import datasets, predict
 from lungjax.config import InputSpec, metadata
@@ -22,6 +24,8 @@ from lungjax.config.metadata import Metadata
 from lungjax.data import pipeline, preprocess
 from lungjax.data.imaging import images
 from lungjax.evaluation import predictions
+from lungjax.explain import __main__ as explain
+from lungjax.export import __main__ as export
 from lungjax.inference import inputs, model, records
 from lungjax.runtime import files
 
@@ -58,22 +62,52 @@ def by_brightness(monkeypatch, command):
     return partial(command, model="model")
 
 
-def test_calibrated_predictions_of_the_run(trained_run, command, tmp_path, capsys):
-    assert command(trained_run.images) == 0
-    rows, description = table(tmp_path / "out/predictions.csv"), metadata.read(trained_run.workdir / "model.json")
-    for split in ("val", "test"):
-        saved = predictions.read(trained_run.workdir / f"predictions_{split}.csv")
-        expected = special.softmax(saved.logits / description.temperature, axis=1)
-        for name, p in zip(saved.ids.tolist(), expected, strict=True):
-            np.testing.assert_allclose([float(rows[name][f"p_{c}"]) for c in CLASSES], p, atol=2e-6)
-            assert rows[name]["predicted"] == CLASSES[int(p.argmax())]
-            for c, value in zip(CLASSES, p, strict=True):
-                threshold = description.points["slice"][c]["youden"]["threshold"]
-                called = "yes" if value > threshold else "no"
-                assert abs(value - threshold) < 1e-6 or rows[name][f"called_{c}"] == called
-    assert "36 images" in capsys.readouterr().out
-    files = [record["file"].rpartition("/")[2] for record in lines(tmp_path / "out/predictions.jsonl")]
-    assert files == list(rows)
+def test_equal_numbers_everywhere(trained_run, command, tmp_path, capsys):
+    """Report, predictions_test.csv, model.json, predict, explain, service and exports agree for every test image."""
+    workdir, out = trained_run.workdir, tmp_path / "out"
+    saved, description = predictions.read(workdir / "predictions_test.csv"), metadata.read(workdir / "model.json")
+    report = json.loads((workdir / "report.json").read_text())
+    assert description.points == report["operating_points"] and description.points.keys() == {"slice", "patient"}
+    temperature = report["calibration"]["temperature"]
+    assert description.temperature == temperature != 1
+    np.testing.assert_allclose(saved.probabilities, special.softmax(saved.logits / temperature, axis=1), atol=1e-6)
+    right = saved.probabilities[np.arange(len(saved)), saved.labels].astype(np.float64)
+    assert report["test"]["slice"]["loss"] == pytest.approx(-np.log(right).mean())
+    called = {}
+    for i, name in enumerate(CLASSES):
+        point, positive = description.points["slice"][name]["youden"], saved.labels == i
+        assert np.abs(saved.probabilities[:, i] - point["threshold"]).min() > 1e-6
+        called[name] = saved.probabilities[:, i] >= point["threshold"]
+        assert point["sensitivity"] == called[name][positive].mean()
+        assert point["specificity"] == (~called[name])[~positive].mean()
+
+    paths = [trained_run.images / name for name in saved.ids.tolist()]
+    formats = ["jax", *["onnx"] * all(map(find_spec, ("jax2onnx", "onnxruntime")))]
+    assert commands.run(export, f"--workdir={workdir}", f"--out={tmp_path}", f"--format={','.join(formats)}") == 0
+    models = [workdir, *(tmp_path / f"model.{name.replace('jax', 'pyz')}" for name in formats)]
+    for i, path in enumerate(models):
+        assert command(*paths, model=path, out=out / str(i)) == 0 and "6 images" in capsys.readouterr().out
+        assert model.load(path).metadata == description
+    results = [lines(out / str(i) / "predictions.jsonl") for i in range(len(models))]
+    with running(model.load(workdir)) as service:
+        results.append(service.post("/predict", *((file.name, file.read_bytes()) for file in paths))[1]["results"])
+    for record in results:
+        p = [[each["probabilities"][name] for name in CLASSES] for each in record]
+        np.testing.assert_allclose(p, saved.probabilities, atol=2e-6)
+        assert [each["predicted"] for each in record] == [CLASSES[k] for k in saved.predicted]
+        for name in CLASSES:
+            decisions = [each["decisions"][name] for each in record]
+            assert [decision["called"] for decision in decisions] == called[name].tolist()
+            point = description.points["slice"][name]["youden"]
+            assert all(decision[key] == point[key] for decision in decisions for key in ("threshold", "sensitivity"))
+    rows = table(out / "0/predictions.csv")
+    assert [rows[name]["called_left"] for name in saved.ids] == ["yes" if call else "no" for call in called["left"]]
+
+    data = f"--data_dir={trained_run.data_dir}"
+    assert commands.run(explain, f"--workdir={workdir}", "--split=test", data, f"--out={out}") == 0
+    rows = {row["file"]: row for row in csv.DictReader((out / "test_gradcam/index.csv").open())}
+    p = [[float(rows[name][f"p_{c}"]) for c in CLASSES] for name in saved.ids]
+    np.testing.assert_allclose(p, saved.probabilities, atol=1e-4)
 
 
 def test_overwrite(trained_run, command, tmp_path, capsys):

@@ -223,7 +223,21 @@ class EvalConfig:
     examples: int = 12  # number of correct and of wrong test images in the figure
     draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
     sensitivity: float = 0.95  # of the operating point that is chosen on val
-    prevalence: float = 0.0  # 0..1, for additional predictive values; 0 uses only that of the test split
+    prevalence: tuple[str, ...] = ()  # CLASS:NUMBER with a prevalence in 0..1, for additional predictive values
+
+    def prevalences(self) -> dict[str, float]:
+        """Returns `prevalence` as {class: number}. Raises ValueError for other text or a repeated class."""
+        result: dict[str, float] = {}
+        for text in self.prevalence:
+            name, _, number = text.rpartition(":")
+            try:
+                value = float(number)
+            except ValueError:
+                value = 0.0
+            if not (name and name not in result and 0 < value < 1):
+                raise ValueError(f"eval.prevalence={text}: expected CLASS:NUMBER once per class, as COVID:0.02")
+            result[name] = value
+        return result
 
 
 @dataclass(frozen=True)

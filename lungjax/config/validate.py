@@ -25,7 +25,7 @@ FRACTIONS_BELOW_ONE = (
     "optim.label_smoothing", "model.momentum", "model.head.dropout", "model.head.hidden_dropout", "model.drop_path",
     "model.dropout",
 )  # fmt: skip
-FRACTIONS = ("eval.sensitivity", "eval.prevalence")
+FRACTIONS = ("eval.sensitivity",)
 
 
 def _check_augment(config: Config) -> None:
@@ -98,5 +98,6 @@ def check(config: Config) -> None:
         raise ValueError(f"train.batch_size={train.batch_size}: not a multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
+    config.eval.prevalences()
     _check_augment(config)
     _check_splits(config)

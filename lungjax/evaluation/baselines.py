@@ -9,7 +9,7 @@ from lungjax.data import statistics
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation.predictions import Predictions
 
-# AUC from which a baseline triggers a warning; 0.5 is chance. Class frequencies may differ between sources without a
+# AUC from which a baseline is mentioned; 0.5 is chance. Class frequencies may differ between sources without a
 # shortcut: two sources of equal size give 0.6 with 60 % and 40 % of a class, and 0.7 with 70 % and 30 %.
 WARNING_AUC = {"no_lungs": 0.6, "source_only": 0.7}
 
@@ -34,16 +34,27 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
 
 
 def warnings(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a warning for each baseline with a high AUC; `report` is the content of report.json."""
+    """Yields what the baselines say about the network; `report` is the content of report.json.
+
+    The network is better than `source_only` if the interval of the gain in AUC is above zero (without an interval, if
+    the gain is).
+    """
     network = report["test"]["slice"]["auc_macro"]
     reference = "undefined" if network is None else f"{network:.3f}"
-    texts = {
-        "no_lungs": "With the lungs blacked out, the network still reaches a test AUC of {:.3f} ({} with them): it "
-        "uses image content outside the lungs.",
-        "source_only": "The source of an image alone gives a test AUC of {:.3f} (network: {}): it predicts the class, "
-        "and the network may have learned to recognize the source.",
-    }
-    for name, text in texts.items():
-        auc = report["controls"].get(name, {}).get("auc_macro")
-        if auc is not None and auc >= WARNING_AUC[name]:
-            yield text.format(auc, reference)
+    no_lungs, source = (report["controls"].get(name, {}) for name in WARNING_AUC)
+    auc = no_lungs.get("auc_macro")
+    if auc is not None and auc >= WARNING_AUC["no_lungs"]:
+        yield (
+            f"With the lungs blacked out, the network still reaches a test AUC of {auc:.3f} ({reference} with them): "
+            "it uses image content outside the lungs."
+        )
+    auc, gain = source.get("auc_macro"), source.get("gain", {})
+    low = gain.get("difference") if gain.get("low") is None else gain["low"]
+    if low is not None and low <= 0:
+        ends = "" if gain["low"] is None else f" ({gain['low']:+.3f} to {gain['high']:+.3f})"
+        yield (
+            f"The network is no better than the source of an image alone: the test AUC is {reference}, that of the "
+            f"source {auc:.3f}, and the difference {gain['difference']:+.3f}{ends}."
+        )
+    elif auc is not None and auc >= WARNING_AUC["source_only"]:
+        yield f"The source of an image alone gives a test AUC of {auc:.3f} (network: {reference})."

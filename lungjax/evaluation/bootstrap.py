@@ -3,9 +3,14 @@
 Slices from the same patient are correlated, so a draw samples patients with replacement, with all their slices (cluster
 bootstrap; Field and Welsh, J. R. Stat. Soc. B 69:369, 2007). An example without a patient counts as its own patient.
 Intervals are the 2.5th to 97.5th percentiles (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
-Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for that metric. A
-metric has no interval if it is undefined in more than half of the draws, or if there are fewer than two patients.
-Intervals cover the variation between patients; only those of `over_runs` also cover the variation between seeds.
+Draws in which a metric is undefined, such as the AUC of a class that was not drawn, are ignored for that metric.
+
+A metric has no interval if it is undefined in more than half of the draws or if there are fewer than two patients. AUC
+and average precision have none if a class, or its complement, has fewer than MIN_PATIENTS. The calibration error has
+none: repeated examples move the accuracy of a bin away from its confidence, so its draws are too high. If the draws do
+not vary, such as those of a recall of 1, a proportion has Wilson's interval for the number of patients in its
+denominator, and other metrics have none. Intervals cover the variation between patients; only those of `over_runs` also
+cover the variation between seeds.
 
 A draw is a vector of counts per patient; no examples are copied. The areas under curves follow from cumulative sums in
 the order of the scores, all other metrics from sums over examples. Draws are processed in blocks to bound memory.
@@ -17,13 +22,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse, special
 
 from lungjax.config import nearest
 from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions, take
 
 UNITS = ("slice", "patient")
+MIN_PATIENTS = 5  # of a class and of the others, for the interval of an area under a curve
+AREAS = ("auc", "average_precision")
 ROUNDING = 1e-12  # smaller differences come from the order of summation
 BLOCK = 400_000  # examples x draws at a time
 
@@ -49,8 +56,8 @@ def intervals(
     same patients. `unit` selects metrics over examples ("slice") or over patients ("patient", `metrics.by_patient`).
     Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
     """
-    (point,), (samples,) = _evaluate([predictions], None, draws, seed, unit)
-    ends = {name: _ends(name, values, point[name]) for name, values in samples.items()}
+    (point,), (samples,), patients = _evaluate([predictions], None, draws, seed, unit)
+    ends = {name: interval(values, point[name], patients.get(name, 0)) for name, values in samples.items()}
     return {name: pair for name, pair in ends.items() if pair is not None}
 
 
@@ -66,7 +73,7 @@ def over_runs(
     """
     if not runs:
         raise ValueError("no runs to average over")
-    points, samples = _evaluate(runs, names, draws, 0, unit)
+    points, samples, patients = _evaluate(runs, names, draws, 0, unit)
     k = len(runs)
     # A separate random stream, so that the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([0, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
@@ -75,7 +82,7 @@ def over_runs(
         values = [value for point in points if (value := point[name]) is not None]
         mean = float(np.mean(values)) if len(values) == k else None
         each = np.stack([run[name] for run in samples], axis=1)  # [draws, runs]
-        ends = _ends(name, np.where(weights > 0, weights * each, 0.0).sum(axis=1) / k, mean)
+        ends = interval(np.where(weights > 0, weights * each, 0.0).sum(axis=1) / k, mean, patients.get(name, 0))
         result[name] = (mean, *(ends or (None, None)))
     return result
 
@@ -94,13 +101,13 @@ def paired_difference(
     1. It is the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4), at least
     0.001 with 2,000 draws and not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
-    points, samples = _evaluate([a, b], names, draws, seed, unit)
+    points, samples, _ = _evaluate([a, b], names, draws, seed, unit)
     result = {}
     for name in points[0] if names is None else names:
         first, second = points[0][name], points[1][name]
         values = samples[1][name] - samples[0][name]
         values[np.abs(values) < ROUNDING] = 0.0
-        ends = interval(values)
+        ends = _percentiles(values)
         difference = None if first is None or second is None else second - first
         p = None
         if ends is not None:
@@ -144,15 +151,28 @@ def resample_patients(patients: int, draws: int, seed: int, block: int) -> Itera
         yield np.ascontiguousarray(np.stack(counts, axis=1), dtype=np.float64)
 
 
-def wilson(count: int, n: int) -> list[float]:
+def wilson(count: float, n: int) -> list[float]:
     """Returns Wilson's 95 % interval of count / n (J. Am. Stat. Assoc. 22:209, 1927); [0, 1] for n = 0."""
     if not n:
         return [0.0, 1.0]
-    ends = stats.binomtest(count, n).proportion_ci(0.95, "wilson")
-    return [float(ends.low), float(ends.high)]
+    p, z = count / n, float(special.ndtri(0.975))
+    center, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return [max(0.0, (center - half) / (1 + z**2 / n)), min(1.0, (center + half) / (1 + z**2 / n))]
 
 
-def interval(values: np.ndarray) -> tuple[float, float] | None:
+def interval(values: np.ndarray, point: float | None, patients: int = 0) -> tuple[float, float] | None:
+    """Returns the interval of a metric from its draws and its value `point`, or None (see the module's docstring).
+
+    `patients` is the number in the denominator of a proportion, 0 for other metrics.
+    """
+    ends = _percentiles(values)
+    if ends is None or point is None or ends[1] - ends[0] > ROUNDING:
+        return ends
+    low, high = wilson(point * patients, patients)
+    return (low, high) if patients else None
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
     """Returns the percentile interval of the defined draws, or None if fewer than half are defined."""
     defined = values[~np.isnan(values)]
     if not len(defined) or 2 * len(defined) < len(values):
@@ -161,24 +181,13 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _ends(name: str, values: np.ndarray, point: float | None) -> tuple[float, float] | None:
-    """Returns the percentile interval of a metric from its draws, or the basic interval for the calibration error.
-
-    Repeated examples move the accuracy of a bin away from its confidence, so the percentiles of ECE are too high, often
-    above ECE itself. The basic interval reflects them about the estimate (Efron and Tibshirani, ch. 13.4).
-    """
-    ends = interval(values)
-    if ends is None or name != "ece" or point is None:
-        return ends
-    return max(0.0, 2 * point - ends[1]), max(0.0, 2 * point - ends[0])
-
-
 def _evaluate(
     runs: Sequence[Predictions], names: Sequence[str] | None, draws: int, seed: int, unit: str
-) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]]]:
-    """Returns the metrics of each run, and their draws, {metric: [draws]}, with NaN for undefined values.
+) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]], dict[str, int]]:
+    """Returns the metrics of each run, their draws, {metric: [draws]}, and the patients behind each proportion.
 
-    Runs are aligned with the first. With fewer than two patients, all draws are NaN.
+    Draws are NaN for undefined values and for metrics without an interval; the last is the smallest number of all runs
+    (`_denominators`). Runs are aligned with the first.
     """
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r}: expected {', '.join(UNITS)}")
@@ -192,7 +201,7 @@ def _evaluate(
             raise ValueError(f"unknown metric {name!r}; {nearest(name, points[0])}")
     keys, member = np.unique(metrics.patient_keys(levels[0]), return_inverse=True)
     if len(keys) < 2 or not draws:
-        return points, [dict.fromkeys(point, np.full(draws, np.nan)) for point in points]
+        return points, [dict.fromkeys(point, np.full(draws, np.nan)) for point in points], {}
     samplers = [_sampler(p, member, len(keys)) for p in levels]
     block = max(8, min(512, BLOCK // len(levels[0])))
     blocks = [
@@ -200,7 +209,27 @@ def _evaluate(
         for counts in resample_patients(len(keys), draws, seed, block)
     ]
     each = zip(*blocks, strict=True)
-    return points, [{name: np.concatenate([own[name] for own in run]) for name in run[0]} for run in each]
+    samples = [{name: np.concatenate([own[name] for own in run]) for name in run[0]} for run in each]
+    sizes = [_denominators(p, member) for p in levels]
+    patients = {name: min(size[name] for size in sizes) for name in sizes[0]}
+    without = {"ece"}
+    for name in levels[0].classes:
+        fewer = min(patients[f"per_class.{name}.{side}"] for side in ("recall", "specificity"))
+        if 0 < fewer < MIN_PATIENTS:
+            without |= {n for area in AREAS for n in (f"per_class.{name}.{area}", f"{area}_macro", f"{area}_weighted")}
+    for run in samples:
+        run |= dict.fromkeys(without, np.full(draws, np.nan))
+    return points, samples, patients
+
+
+def _denominators(p: Predictions, member: np.ndarray) -> dict[str, int]:
+    """Returns the number of patients in the denominator of each proportion; `member` [N] is each example's patient."""
+    result = dict.fromkeys(("accuracy", "study.accuracy_rounded"), int(member.max()) + 1)
+    for i, name in enumerate(p.classes):
+        true, called = p.labels == i, p.predicted == i
+        rates = {"recall": true, "specificity": ~true, "precision": called, "npv": ~called}
+        result |= {f"per_class.{name}.{rate}": len(np.unique(member[rows])) for rate, rows in rates.items()}
+    return result
 
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:

@@ -1,7 +1,9 @@
 """Calibration: reliability bins, and temperature scaling.
 
 Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
-split. T above 1 makes probabilities less extreme. The predicted class does not change.
+split. T above 1 makes probabilities less extreme. The predicted class of an example does not change; thresholds and,
+with more than two classes, the AUC of a class do. Reports, predictions_SPLIT.csv, `predict`, the service and the
+exports all use the probabilities softmax(logits / T).
 """
 
 from dataclasses import replace
@@ -38,15 +40,15 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Returns float64 predictions at a temperature. Raises ValueError for invalid temperatures or probabilities."""
+    """Returns predictions with softmax(logits / temperature), float32 as in `inference`; 1 is uncalibrated.
+
+    The logits remain unscaled. Raises ValueError for invalid temperatures or probabilities.
+    """
     if not (temperature > 0 and np.isfinite(temperature)):
         raise ValueError(f"temperature={temperature}: must be above zero")
     logits = _logits(predictions) / temperature
-    return replace(
-        predictions,
-        probabilities=special.softmax(logits, axis=1) if len(logits) else logits,
-        logits=None if predictions.logits is None else logits,
-    )
+    probabilities = special.softmax(logits, axis=1) if len(logits) else logits
+    return replace(predictions, probabilities=probabilities.astype(np.float32))
 
 
 def bins(predictions: Predictions) -> list[dict[str, Any]]:
@@ -68,21 +70,20 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     return result
 
 
-def summary(val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns `calibration` of the report: the temperature from val, and SCORES and bins of test before and after it.
+def summary(test: Predictions, temperature: float | None) -> dict[str, Any]:
+    """Returns `calibration` of the report for calibrated predictions with logits; `report.write` lists the keys.
 
-    `report.write` lists the keys. Raises ValueError if val has no examples or probabilities are invalid.
+    `temperature` is that of `test`, None if the folds have their own. Raises ValueError for invalid probabilities.
     """
-    temperature = fit_temperature(val)
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}
-    for suffix, p in (("", test), ("_scaled", apply_temperature(test, temperature))):
+    for kind, p in (("uncalibrated", apply_temperature(test, 1.0)), ("calibrated", test)):
         level = metrics.summarize(p)
-        result |= {f"test{suffix}": {key: level[key] for key in SCORES}, f"bins{suffix}": bins(p)}
+        result[kind] = {key: level[key] for key in SCORES} | {"bins": bins(p)}
     return result
 
 
 def _logits(p: Predictions) -> np.ndarray:
-    """Returns logits, float64 [N, C], for the probabilities."""
+    """Returns the logits, float64 [N, C], or the log probabilities if they are unknown."""
     metrics.check_probabilities(p)
     if p.logits is not None:
         return np.asarray(p.logits, dtype=np.float64)

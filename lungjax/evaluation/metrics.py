@@ -18,7 +18,7 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
     brier    mean over the examples of the sum over all classes of (probability - 1 or 0)^2, 0..2 (Brier, Monthly
              Weather Review 78:1, 1950; for two classes, half of this is often reported)
 
-`study` has the metrics of the reproduced studies; see `lungjax.evaluation.study_metrics`.
+`study` has the metrics of the reproduced studies, without calibration; see `lungjax.evaluation.study_metrics`.
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
 average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
@@ -89,14 +89,19 @@ def addends(predictions: Predictions) -> dict[str, Addends]:
     top = scores[rows, p.predicted]
     loss = -np.log(np.maximum(scores[rows, labels], np.finfo(np.float64).eps))
     brier = ((scores - (labels[:, None] == np.arange(c))) ** 2).sum(axis=1)
-    example, highest = np.nonzero(study_metrics.highest(scores if p.logits is None else np.asarray(p.logits)))
+    outputs = raw = scores
+    if p.logits is not None:
+        outputs = np.asarray(p.logits, dtype=np.float64)
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        raw = powers / powers.sum(axis=1, keepdims=True)
+    example, highest = np.nonzero(study_metrics.highest(outputs))
     return {
         "confusion": Addends((c, c), labels * c + p.predicted, rows, ones),
         "highest": Addends((c, c), labels[example] * c + highest, example, np.ones(len(example))),
         "gaps": Addends((BINS,), confidence_bins(top), rows, top - (p.predicted == labels)),
         "loss": Addends((), zeros, rows, loss),
         "brier": Addends((), zeros, rows, brier),
-        "rounded": Addends((), zeros, rows, (study_metrics.argmax_of_rounded(scores) == labels).astype(np.float64)),
+        "rounded": Addends((), zeros, rows, (study_metrics.argmax_of_rounded(raw) == labels).astype(np.float64)),
     }
 
 

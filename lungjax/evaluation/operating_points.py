@@ -1,13 +1,13 @@
 """Operating points: thresholds of class probabilities, their metrics, and decision curves.
 
 Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
-Thresholds are chosen on the validation split and evaluated on the test split. Rules:
+Probabilities are calibrated. Thresholds are chosen on the validation split and evaluated on the test split. Rules:
 
     youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); the highest threshold if tied
     sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another value)
 
 Predictive values depend on the prevalence. `ppv` and `npv` are those of the test split; `ppv_at` and `npv_at` follow by
-Bayes' rule from the same sensitivity and specificity at a given prevalence.
+Bayes' rule from the same sensitivity and specificity at a given prevalence of the class.
 """
 
 import re
@@ -21,6 +21,7 @@ from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions
 
 COUNTS = ("tp", "fp", "fn", "tn")
+Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CLASS.RULE, each with a threshold
 
 
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
@@ -43,16 +44,17 @@ def choose(predictions: Predictions, class_index: int, rule: str) -> float:
 
 
 def metrics_at_thresholds(
-    predictions: Predictions, thresholds: Sequence[tuple[int, float]], prevalence: float = 0.0, draws: int = 2000
+    predictions: Predictions,
+    thresholds: Sequence[tuple[int, float]],
+    prevalences: Mapping[str, float] | None = None,
+    draws: int = 2000,
 ) -> list[dict[str, Any]]:
     """Returns the metrics of each (class index, threshold) on `predictions` (the test split), JSON-ready.
 
     Keys: `threshold`; `sensitivity`, `specificity`, `ppv`, `npv`, 0..1 or None if undefined; `ppv_at` and `npv_at` at
-    `at_prevalence`, all three None if `prevalence` is 0 (unknown); the counts `tp`, `fp`, `fn`, `tn`; `intervals`,
-    {name: [low, high]} of the defined rates (`bootstrap`). Raises ValueError for a prevalence outside 0..1.
+    `at_prevalence`, all three None if the class is not in `prevalences`, {class: 0..1}; the counts `tp`, `fp`, `fn`,
+    `tn`; `intervals`, {name: [low, high]} of the defined rates (`bootstrap`).
     """
-    if not 0 <= prevalence <= 1:
-        raise ValueError(f"prevalence={prevalence}: must be in 0..1")
     if not thresholds:
         return []
     p, limits = predictions, np.asarray([threshold for _, threshold in thresholds])[:, None]
@@ -62,38 +64,62 @@ def metrics_at_thresholds(
     keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
     of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
     blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, 0, 256)
-    samples = np.concatenate([np.zeros((len(of_patient), 0)), *(of_patient @ counts for counts in blocks)], axis=1)
-    counts = cells.sum(axis=2)  # [4, K]
-    rates, sample_rates = (
-        _rates(x, prevalence) for x in (counts.astype(np.float64), samples.reshape(4, len(thresholds), -1))
-    )
+    once = np.ones((len(keys), 1))
+    samples = np.concatenate([of_patient @ counts for counts in (once, *blocks)], axis=1)  # without draw, and draws
+    known = [(prevalences or {}).get(p.classes[i]) for i, _ in thresholds]
+    rates = _rates(samples.reshape(4, len(thresholds), -1), np.asarray(known, np.float64)[:, None])
+    tp, fp, fn, tn = of_patient.reshape(4, len(thresholds), -1) > 0
+    pairs = {"sensitivity": tp | fn, "specificity": fp | tn, "ppv": tp | fp, "npv": fn | tn}
+    patients = {name: pair.sum(axis=-1) for name, pair in pairs.items()}  # in the denominators
     points = []
     for k, (_, threshold) in enumerate(thresholds):
-        intervals = {name: bootstrap.interval(values[k]) for name, values in sample_rates.items()}
+        values = {name: None if np.isnan(rate[k, 0]) else float(rate[k, 0]) for name, rate in rates.items()}
+        intervals = {
+            name: bootstrap.interval(rate[k, 1:], values[name], patients[name][k] if name in patients else 0)
+            for name, rate in rates.items()
+        }
         points.append(
             {
                 "threshold": threshold,
-                **{name: None if np.isnan(values[k]) else float(values[k]) for name, values in rates.items()},
-                "at_prevalence": prevalence or None,
-                **dict(zip(COUNTS, counts[:, k].tolist(), strict=True)),
+                **values,
+                "at_prevalence": known[k],
+                **dict(zip(COUNTS, cells[:, k].sum(axis=1).tolist(), strict=True)),
                 "intervals": {name: list(ends) for name, ends in intervals.items() if ends is not None},
             }
         )
     return points
 
 
-def points(val: Predictions, test: Predictions, options: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Returns the entry `operating_points` of the report, {class: {rule: metrics at its threshold}}.
+def choose_all(val: Predictions, test: Predictions, options: EvalConfig) -> Points:
+    """Returns the thresholds of all classes and rules, chosen on `val`, at the levels slice and patient.
 
-    A class without a threshold has {}; `missing_rules` gives the reason. Raises ValueError for an invalid prevalence.
+    The latter only if a patient has several examples in `val` or `test`. A class without a threshold has {};
+    `missing_rules` gives the reason.
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
-    keys = [(i, rule) for i in range(len(val.classes)) if not _one_sided(val, i) for rule in rules]
-    thresholds = [(i, choose(val, i, rule)) for i, rule in keys]
-    result: dict[str, dict[str, Any]] = {name: {} for name in val.classes}
-    metrics_of = metrics_at_thresholds(test, thresholds, options.prevalence, options.draws)
-    for (i, rule), point in zip(keys, metrics_of, strict=True):
-        result[val.classes[i]][rule] = point
+    levels = {"slice": val}
+    if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
+        levels["patient"] = metrics.by_patient(val)[0]
+    return {
+        level: {
+            name: {} if _one_sided(p, i) else {rule: {"threshold": choose(p, i, rule)} for rule in rules}
+            for i, name in enumerate(p.classes)
+        }
+        for level, p in levels.items()
+    }
+
+
+def evaluate(points: Points, test: Predictions, options: EvalConfig) -> Points:
+    """Returns the entry `operating_points` of the report: the metrics on `test` of each threshold in `points`."""
+    levels = {"slice": test, "patient": metrics.by_patient(test)[0]}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for level, classes in points.items():
+        keys = [(name, rule) for name, rules in classes.items() for rule in rules]
+        chosen = [(test.classes.index(name), classes[name][rule]["threshold"]) for name, rule in keys]
+        result[level] = {name: {} for name in classes}
+        metrics_of = metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws)
+        for (name, rule), point in zip(keys, metrics_of, strict=True):
+            result[level][name][rule] = point
     return result
 
 
@@ -134,12 +160,11 @@ def _scores(p: Predictions, class_index: int) -> np.ndarray:
     return np.asarray(p.probabilities, dtype=np.float64)[:, class_index]
 
 
-def _rates(counts: np.ndarray, prevalence: float) -> Mapping[str, np.ndarray]:
-    """Returns the rates [...] of counts [4, ...] in the order of COUNTS, NaN where undefined."""
+def _rates(counts: np.ndarray, prevalence: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Returns the rates [K, D] of counts [4, K, D] in the order of COUNTS, NaN where undefined; `prevalence` [K, 1]."""
     tp, fp, fn, tn = counts
     with np.errstate(invalid="ignore", divide="ignore"):
-        sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
-        ill, well = prevalence or np.nan, 1 - prevalence
+        sensitivity, specificity, ill, well = tp / (tp + fn), tn / (tn + fp), prevalence, 1 - prevalence
         return {
             "sensitivity": sensitivity,
             "specificity": specificity,

@@ -1,8 +1,9 @@
 """Predictions for the examples of a split, in memory and as a CSV file.
 
 Columns of the CSV, one row per example: `id`, `group` (patient), `source`, `label` and `predicted` (class names),
-`p_CLASS` and, if logits are known, `logit_CLASS` for each class in label order, and `extra_NAME` for each additional
-column of the data set. Every metric of a report can be computed from this file.
+`p_CLASS`, calibrated on val, and, if known, `logit_CLASS` for each class in label order, and `extra_NAME` for each
+additional column of the data set. Every metric of a report can be computed from this file. softmax(logit_CLASS) are the
+uncalibrated probabilities.
 """
 
 import csv
@@ -27,7 +28,7 @@ class Predictions:
     probabilities: np.ndarray  # [N, C] float32 or float64, each row sums to 1
     classes: tuple[str, ...]  # C names in label order
     extra: dict[str, np.ndarray] = field(default_factory=dict)  # additional columns, each [N] str
-    logits: np.ndarray | None = None  # [N, C], probabilities = softmax(logits); None if unknown
+    logits: np.ndarray | None = None  # [N, C], probabilities = softmax(logits / temperature); None if unknown
 
     def __post_init__(self) -> None:
         """Checks shapes, labels and class names; the metrics check the values of `probabilities`."""

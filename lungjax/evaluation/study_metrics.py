@@ -1,5 +1,8 @@
 """Metrics as the reproduced studies define them, for comparison with their tables: the key `study` of a level.
 
+The studies do not calibrate, so these metrics use the logits and softmax(logits). Without logits, as for patients, they
+use the (calibrated) probabilities.
+
 f1_weighted         CT-COV19: TensorFlow Addons' F1Score(average="weighted") of the network's outputs (logits if known).
                     All classes tied for the highest output count as predicted, and 0 / 0 is 0.
 auc_micro_logits    CT-COV19: micro-average AUC of the raw logits, which are comparable only within an image.

@@ -66,7 +66,10 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--class={label}: {nearest(label, run.classes)}")
     target = None if label is None else run.classes.index(label)
     config = run.config
-    explainer = Explainer(run.module, run.variables, config.input, description.positive, config.eval.batch_size)
+    explainer = Explainer(
+        run.module, run.variables, config.input, description.positive, config.eval.batch_size,
+        temperature=description.temperature,
+    )  # fmt: skip
     out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "explain"
     out.mkdir(parents=True, exist_ok=True)
     methods = FLAGS.method or ["gradcam"]

@@ -103,6 +103,7 @@ class Explainer:
     patch: int = 0  # side of the occluded square in pixels; 0 means a seventh of the shorter side
     stride: int = 0  # of the square in pixels; 0 means half a patch
     align: bool = True  # place gradcam and gradcam++ by receptive field; False stretches them, as published
+    temperature: float = 1.0  # of the probabilities, for calibration
 
     def __post_init__(self) -> None:
         """Fills in the defaults."""
@@ -199,7 +200,7 @@ class Explainer:
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, features = self._network(folded, normalize(pixels, self.spec))
-            probabilities = outputs.probabilities(logits, self.positive)
+            probabilities = outputs.probabilities(logits, self.positive, self.temperature)
             targets = jnp.where(targets < 0, probabilities.argmax(-1), targets)
             last = features["last"].astype(jnp.float32)
 
@@ -259,7 +260,7 @@ class Explainer:
         return self._programs[name]
 
     def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        return outputs.probabilities(self._logits(folded, pixels), self.positive)
+        return outputs.probabilities(self._logits(folded, pixels), self.positive, self.temperature)
 
     def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> tuple[Any, Any]:
         def score(at: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -198,8 +198,8 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
 
 def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dict[str, jax.Array]:
     """Computes `artifacts.OUTPUTS` from the logits [B, outputs] and the last map [B, h, w, F] of a network."""
+    probabilities = outputs.probabilities(logits, metadata.positive, metadata.temperature)
     scores = outputs.class_logits(logits, metadata.positive)
-    probabilities = jax.nn.softmax(scores / np.float32(metadata.temperature))  # calibrated
     return {"probabilities": probabilities, "logits": scores, "features": outputs.pooled_features(last)}
 
 

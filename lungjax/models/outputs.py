@@ -29,9 +29,9 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
     return pair if positive == 1 else pair[:, ::-1]
 
 
-def probabilities(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns class probabilities [B, C] in label order; [B, 2] for a sigmoid head."""
-    return jax.nn.softmax(class_logits(logits, positive))
+def probabilities(logits: jax.Array, positive: int | None, temperature: float = 1.0) -> jax.Array:
+    """Returns class probabilities [B, C] in label order, calibrated by `temperature`; [B, 2] for a sigmoid head."""
+    return jax.nn.softmax(class_logits(logits, positive) / jnp.float32(temperature))
 
 
 def pooled_features(last: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lungjax.config import AugmentConfig, Config, fields_of, overrides
-from lungjax.evaluation import metrics
+from lungjax.evaluation import bootstrap, metrics
 from lungjax.report.templating import Number, Table, count, embed, rate
 
 SECTIONS = {
@@ -145,9 +145,13 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     }
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
-    note = "A dash marks an undefined number. The probability of a patient is the mean over the patient's images."
+    scale = "calibrated on val" if "calibration" in report else "not calibrated"
+    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. "
+    note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
-        note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws."
+        note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"
+        note += " or Wilson's for a proportion that does not vary. AUC and average precision need"
+        note += f" {bootstrap.MIN_PATIENTS} patients with and without the class; the calibration error has no interval."
     tables = [Table(["", *columns], rows, note=note)]
     if "folds" in report["facts"]:
         tables.append(_folds(report["facts"]["folds"], unit))
@@ -159,8 +163,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         tables.append(_sources(test["by_source"], classes, unit))
     if "calibration" in report:
         tables.append(_calibration(report["calibration"]))
-    if report.get("operating_points"):
-        tables.append(_operating_points(config, report["operating_points"]))
+    tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
     studies = [
@@ -202,30 +205,43 @@ def _sources(by_source: Mapping[str, Any], classes: Sequence[str], unit: str) ->
 
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
-    names = ("ece", "brier", "loss")
-    kinds = {"test": "uncalibrated", "test_scaled": f"temperature-scaled, T = {rate(calibration['temperature'])}"}
+    names, temperature = ("ece", "brier", "loss"), calibration["temperature"]
+    scale = "one T per fold" if temperature is None else f"T = {rate(temperature)}"
+    kinds = {"uncalibrated": "uncalibrated", "calibrated": f"calibrated by temperature scaling, {scale}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
-    fitted = f"The temperature, fitted on {calibration['fitted_on']}, divides the logits"
-    note = f"0 is perfect calibration. {fitted}; a value above 1 means overconfidence."
+    note = (
+        f"0 is perfect calibration. The temperature T, fitted on {calibration['fitted_on']}, divides the logits; a "
+        "value above 1 means overconfidence. All other numbers and figures of this report, the predictions_*.csv, "
+        "prediction, the service and the exports use the calibrated probabilities."
+    )
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
 
-def _operating_points(config: Config, points: Mapping[str, Any]) -> Table:
+def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> list[Table]:
     names = {name: SHORT_METRICS.get(name, name) for name in ("sensitivity", "specificity", "ppv", "npv")}
-    if config.eval.prevalence:
-        at = f"at {100 * config.eval.prevalence:g} % prevalence"
-        names |= {"ppv_at": f"PPV, {at}", "npv_at": f"NPV, {at}"}
-    rows = [
-        [name, rule.replace("_", " "), f"{point['threshold']:.3g}", *(number(point, key) for key in names)]
-        for name, rules in points.items()
-        for rule, point in rules.items()
-    ]
+    levels = {unit if level == "slice" else level: own for level, own in points.items() if any(own.values())}
+    given = {name: p for name, p in config.eval.prevalences().items() if any(name in own for own in levels.values())}
+    if given:
+        names |= {"ppv_at": "PPV, at prevalence", "npv_at": "NPV, at prevalence"}
     note = (
-        "A class is predicted if its probability reaches the threshold, which was chosen on val for the maximum sum of "
-        "sensitivity and specificity (youden) or for a minimum sensitivity. PPV and NPV hold for the class frequencies "
-        "of the test split; for a rarer disease PPV is lower."
+        "A class is called if its calibrated probability reaches the threshold, which was chosen on val for the "
+        "maximum sum of sensitivity and specificity (youden) or for a minimum sensitivity. Prediction, the service and "
+        "the exports use the same thresholds. PPV and NPV hold for the class frequencies of the test split; for a "
+        "rarer disease PPV is lower."
     )
-    return Table(["class", "chosen for", "threshold", *names.values()], rows, "Operating points (test)", note)
+    if given:
+        shares = ", ".join(f"{name} {100 * p:g} %" for name, p in given.items())
+        note += f" The prevalence is that of eval.prevalence: {shares}."
+    tables: list[Table] = []
+    for noun, classes in levels.items():
+        rows = [
+            [name, rule.replace("_", " "), f"{point['threshold']:.3g}", *(number(point, key) for key in names)]
+            for name, rules in classes.items()
+            for rule, point in rules.items()
+        ]
+        head = ["class", "chosen for", "threshold", *names.values()]
+        tables.append(Table(head, rows, f"Operating points, per {noun} (test)", "" if tables else note))
+    return tables
 
 
 def _controls(report: Mapping[str, Any], unit: str) -> Table:

@@ -10,8 +10,7 @@ from lungjax.config import Config
 from lungjax.config.metadata import HU_WINDOWS, NOTICE, Metadata
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import calibration, metrics, novelty, operating_points
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation import novelty
 from lungjax.models.outputs import positive_class
 
 MAX_IMAGES = 1000  # of a split, for the novelty score
@@ -39,23 +38,17 @@ def _pictures(data: Prepared, split: str) -> Iterator[Any]:
 def describe(
     config: Config,
     data: Prepared,
-    results: Mapping[str, Predictions],
     report: Mapping[str, Any],
     detector: novelty.Novelty | None,
     dataset: Mapping[str, Any],
 ) -> Metadata:
     """Returns the content of model.json for a run that was just tested; `config` is complete and `data` is its data.
 
-    `results` are the predictions of "test" and, to choose temperature and thresholds, of "val"; `report` is the content
-    of report.json; `detector` comes from `fit_novelty` and `dataset` from `datasets.describe`.
+    `report` is the content of report.json, which has temperature and operating points; `detector` comes from
+    `fit_novelty` and `dataset` from `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
-    val, test = results.get("val"), results["test"]
-    temperature, points = 1.0, {}
-    if val is not None and len(val):
-        temperature = calibration.fit_temperature(val)
-        points = _points(config, *(calibration.apply_temperature(p, temperature) for p in (val, test)))
     facts, box = report["facts"], _box(config, data)
     about = dataset.get("about") or {}
     return Metadata(
@@ -72,8 +65,8 @@ def describe(
         position=volumes.get("position", "all"),
         orientation=data.orientation,
         positive=positive_class(config, data.classes),
-        temperature=temperature,
-        points=points,
+        temperature=report.get("calibration", {}).get("temperature", 1.0),
+        points=report.get("operating_points", {}),
         scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
         patients=_patients(data),
@@ -112,14 +105,6 @@ def _box(config: Config, data: Prepared) -> str:
     if config.input.crop != "box" or (columns["box"] == frames).all():
         return ""
     return "body" if entry.axial and name.base != "folder" else "given"  # boxes that users provide may contain anything
-
-
-def _points(config: Config, val: Predictions, test: Predictions) -> dict[str, Any]:
-    """Returns the operating points of calibrated predictions by level; "patient" only if one has several slices."""
-    pairs = {"slice": (val, test)}
-    if any(len(np.unique(metrics.patient_keys(p))) < len(p) for p in (val, test)):
-        pairs["patient"] = (metrics.by_patient(val)[0], metrics.by_patient(test)[0])
-    return {level: operating_points.points(*pair, config.eval) for level, pair in pairs.items() if len(pair[1])}
 
 
 def _scores(level: Mapping[str, Any]) -> dict[str, Any]:

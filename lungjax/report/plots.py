@@ -224,21 +224,19 @@ def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
     return turns[:count]
 
 
-def reliability(bins: Sequence[Mapping[str, Any]], scaled: Sequence[Mapping[str, Any]] | None, path: Path) -> None:
+def reliability(kinds: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draws accuracy by confidence (the highest probability), and the number of examples per bin.
 
-    `bins` are those of uncalibrated probabilities (`calibration.bins`), `scaled` those of temperature-scaled ones.
+    `kinds` are the bins (`calibration.bins`) by label: "uncalibrated" and "calibrated" probabilities.
     """
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1.2, zorder=1, label="perfect calibration")
-    looks = [(bins, "uncalibrated", style.COLORS[0], "o")]
-    looks += [(scaled, "temperature-scaled", style.COLORS[1], "s")] if scaled else []
-    for k, (drawn, label, color, marker) in enumerate(looks):
+    for k, ((label, drawn), color, marker) in enumerate(zip(kinds.items(), style.COLORS, "os", strict=False)):
         full = [b for b in drawn if b["n"]]
         means, shares = [b["confidence"] for b in full], [b["accuracy"] for b in full]
         upper.plot(means, shares, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
-        width = 1 / len(drawn) / len(looks)
+        width = 1 / len(drawn) / len(kinds)
         left = [b["low"] + k * width for b in drawn]
         lower.bar(left, [b["n"] for b in drawn], width=0.9 * width, align="edge", color=color)
     style.style(upper, "Reliability", 12)

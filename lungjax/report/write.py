@@ -7,7 +7,7 @@
     classes             [names] in label order, as in rows and columns of every `confusion`
     unit                name of an example: "slice" for CT slices, else "image"
     best                step of the tested weights, monitor (the validation metric that chose it, unless
-                        train.keep is "last"), score (None if not logged)
+                        train.keep is "last"), score (before calibration, as in metrics.jsonl; None if not logged)
     warnings            [sentences], caveats about the numbers
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
@@ -21,15 +21,21 @@
       .by_source.NAME   level over the examples from a source; {} if the sources are unknown
     controls            shortcut baselines (`lungjax.evaluation.baselines`), each a level over test slices: no_lungs,
                         the network with the lungs blacked out, if prepared; source_only, the source of an image alone,
-                        if train has several sources
-    calibration         with a val split: temperature, fitted_on ("val"); test and test_scaled (by the temperature),
-                        each with ece, brier, loss; bins and bins_scaled of the reliability diagram: low, high, n,
-                        confidence, accuracy (`lungjax.evaluation.calibration`)
-    operating_points    with a val split: CLASS.RULE with RULE youden or sensitivity_X: the threshold chosen on val;
-                        of the test split sensitivity, specificity, ppv, npv, tp, fp, fn, tn, intervals, and ppv_at and
-                        npv_at at the prevalence at_prevalence (`lungjax.evaluation.operating_points`); {} for a class
-                        that val lacks
+                        if train has several sources, with gain: difference, low and high of the network's auc_macro
+                        minus this one (`bootstrap.paired_difference`)
+    calibration         with a val split: temperature (null for folds, which have their own), fitted_on ("val");
+                        uncalibrated and calibrated scores of the test split, each with ece, brier, loss, and bins of
+                        the reliability diagram: low, high, n, confidence, accuracy (`lungjax.evaluation.calibration`)
+    operating_points    with a val split: LEVEL.CLASS.RULE with LEVEL slice or, if patients have several slices,
+                        patient, and RULE youden or sensitivity_X: the threshold chosen on val, as in model.json; of
+                        the test split sensitivity, specificity, ppv, npv, tp, fp, fn, tn, intervals, and ppv_at and
+                        npv_at at the prevalence at_prevalence, null for a class without one
+                        (`lungjax.evaluation.operating_points`); {} for a class that val lacks
     mistakes            the worst of the test split: id, true and predicted class, probability of the latter
+
+All probabilities, thresholds and metrics are those of calibrated probabilities, as in predictions_SPLIT.csv and in
+prediction, except `study` and `calibration.uncalibrated`. The studies do not calibrate, so `study` uses the logits, and
+`lungjax.tables` compares published numbers with metrics of uncalibrated probabilities, also of loss and AUC.
 
 A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
 
@@ -42,7 +48,7 @@ A level; `lungjax.evaluation.metrics` defines the metrics, and when they are Non
     intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
                         (`lungjax.evaluation.bootstrap`), if defined; levels by source have none if there are over 30
 
-Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.".
+Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.", before calibration.
 """
 
 import json
@@ -76,13 +82,16 @@ def write_report(
     explain: Explain | None = None,
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
+    temperature: float | None = 1.0,
+    points: operating_points.Points | None = None,
 ) -> dict[str, Any]:
     """Writes predictions_SPLIT.csv, plots/*.png, report.json, .html and .md; returns the content of report.json.
 
     Args:
       workdir: an existing folder. Files are written atomically, report.md last.
       config: configuration of the run.
-      results: predictions of "test" and, if available, of "val" and the baselines of `lungjax.evaluation.baselines`.
+      results: calibrated predictions of "test" and, if available, of "val" and the baselines of
+        `lungjax.evaluation.baselines`.
       history: rows of metrics.jsonl.
       facts: JSON-ready, with any of the names in the module's docstring.
       read_image: returns the image of a row of `results["test"]`, uint8 [h, w, 1 or 3].
@@ -90,6 +99,8 @@ def write_report(
         None omits mistakes.png.
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
+      temperature: that of `results`, 1 if they are not calibrated; None if the folds have their own.
+      points: the thresholds to evaluate; None chooses them on "val", if available.
 
     Raises ValueError if "test" is missing or empty, or if probabilities are invalid.
     """
@@ -122,9 +133,15 @@ def write_report(
             for row in plots.choose_examples(test, config.eval.examples)[1]
         ],
     }
-    if len(results.get("val", ())):
-        report["calibration"] = calibration.summary(results["val"], test)
-        report["operating_points"] = operating_points.points(results["val"], test, config.eval)
+    if (source := results.get("source_only")) is not None:
+        gain = bootstrap.paired_difference(source, test, ["auc_macro"], config.eval.draws)["auc_macro"]
+        report["controls"]["source_only"]["gain"] = {k: getattr(gain, k) for k in ("difference", "low", "high")}
+    if test.logits is not None and temperature != 1.0:
+        report["calibration"] = calibration.summary(test, temperature)
+    if points is None and len(results.get("val", ())):
+        points = operating_points.choose_all(results["val"], test, config.eval)
+    if points:
+        report["operating_points"] = operating_points.evaluate(points, test, config.eval)
     caveats = warnings(config, results, history, report)
     report["warnings"] = [*facts.get("notes", ()), *caveats, *baselines.warnings(report)]
     for split, predicted in results.items():
@@ -220,8 +237,8 @@ def draw(
         files.append(name)
     for kind in ("roc", "pr"):
         plots.curves(kind, test, folder / f"{kind}.png")
-    scaled = report.get("calibration", {}).get("bins_scaled")
-    plots.reliability(calibration.bins(test), scaled, folder / "reliability.png")
+    kinds = {k: v["bins"] for k, v in report.get("calibration", {}).items() if isinstance(v, Mapping)}
+    plots.reliability(kinds or {"uncalibrated": calibration.bins(test)}, folder / "reliability.png")
     plots.decision_curves(test, folder / "decision_curve.png")
     files += ["roc.png", "pr.png", "reliability.png", "decision_curve.png"]
     if config.eval.examples:

@@ -7,7 +7,8 @@
 experiment share its runs.
 
 **Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
-in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro".
+in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro". Ours are computed
+from uncalibrated probabilities, softmax(logits), as those of the studies.
 "val.slice.accuracy@3" is the accuracy in the third validation of metrics.jsonl, which has no per-class metrics.
 
 **Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,

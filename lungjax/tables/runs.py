@@ -23,7 +23,7 @@ from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config, experiments, overrides
 from lungjax.data import prepared
-from lungjax.evaluation import predictions
+from lungjax.evaluation import calibration, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest
@@ -181,7 +181,10 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the predictions of a run. Raises ValueError if they are missing, damaged or contradict `report`."""
+    """Returns the uncalibrated predictions of a run, since the studies do not calibrate.
+
+    Raises ValueError if they are missing, damaged or contradict `report`.
+    """
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")
@@ -195,7 +198,7 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
     accuracy = float((table.predicted == table.labels).mean())
     if abs(accuracy - level["accuracy"]) > 1e-6:
         raise ValueError(f"{path}: accuracy {accuracy:.6f}, report.json has {level['accuracy']:.6f}")
-    return table
+    return calibration.apply_temperature(table, 1.0)
 
 
 def logged(runs: Sequence[Run], cell: Cell) -> float | None:

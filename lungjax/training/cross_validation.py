@@ -95,8 +95,9 @@ def write(
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
     facts = _facts(folders, fold_predictions, data) | {"seconds": round(time.time() - started, 1)}
     reporting.write_report(
-        workdir, config, results, [], facts, lambda i: reader(rows[i]), **datasets.describe(data, data_dir)
-    )
+        workdir, config, results, [], facts, lambda i: reader(rows[i]), **datasets.describe(data, data_dir),
+        temperature=None,
+    )  # fmt: skip
 
 
 def pool(parts: Sequence[Predictions], data: Prepared) -> Predictions:
@@ -150,7 +151,8 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
         "folds": {"count": len(folders), "images": sizes, "over": spread(fold_predictions)},
         "notes": [
             f"Each image was tested once, by one of {len(folders)} networks ({span} images per fold). Metrics over all "
-            "images mix the scales of these networks; the mean over folds does not."
+            "images mix the scales of these networks, each calibrated on its own val split; the mean over folds does "
+            "not."
         ],
     }
 

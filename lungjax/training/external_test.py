@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import logsumexp, softmax
 
 from lungjax import datasets
-from lungjax.config import Config, nearest, overrides
+from lungjax.config import Config, metadata, nearest, overrides
 from lungjax.data import pipeline
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
@@ -61,8 +61,9 @@ def evaluate(
       split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
       drop_overlap: leave out patients that the run has seen instead of raising an error.
 
-    NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Thresholds and
-    temperature are chosen on the val split of the run with the label map applied.
+    NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Temperature and
+    thresholds are those in the run's model.json. If the label map joins or leaves out classes of the run, thresholds
+    are chosen on the run's val split with the label map applied.
 
     Raises ValueError for a missing run, data set, class or split, or if the run has seen some of the images.
     """
@@ -89,6 +90,9 @@ def evaluate(
     )
     notes += _notes(run.config, run.data, view)
     variables, step = restore_best(workdir, run.program.abstract_state.variables)
+    path = workdir / metadata.FILE
+    model = metadata.read(path) if path.exists() else None  # the run may not be finished
+    temperature = model.temperature if model else 1.0
     results = {}
     with program.memory_advice(run.config, run.program.mesh.size):
         for name, images in (("test", view), ("no_lungs", datasets.without_lungs(view, data_dir))):
@@ -98,11 +102,13 @@ def evaluate(
                 columns = images.columns | {"label": np.zeros_like(labels)}
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
                 predicted = run.predict(variables, "test", unlabeled)
-                results[name] = map_predictions(predicted, mapping, labels[images.rows("test")])
-    val = workdir / "predictions_val.csv"
-    if val.exists():
-        results["val"] = map_val(predictions.read(val), mapping, run.data.name)
+                results[name] = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
+    if model:
+        own_val = predictions.read(workdir / "predictions_val.csv")
+        results["val"] = map_val(own_val, mapping, run.data.name, temperature)
         notes.append(f"Thresholds and temperature come from the val split of {run.data.name}, the run's own data.")
+    else:
+        notes.append("The run is not finished: its probabilities are not calibrated, and it has no thresholds.")
     counts = np.bincount(results["test"].labels, minlength=len(mapping.classes))
     facts = final_report.describe(run) | {
         "dataset": other.name,
@@ -134,8 +140,9 @@ def evaluate(
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         report = reporting.write_report(
-            folder, run.config, results, [], facts, lambda i: reader(rows[i]), explain, **description
-        )
+            folder, run.config, results, [], facts, lambda i: reader(rows[i]), explain, **description,
+            temperature=temperature, points=model.points if model and mapping.classes == model.classes else None,
+        )  # fmt: skip
         for warning in baselines.warnings(report):
             distributed.print_once(warning)
 
@@ -205,26 +212,33 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
     return replace(other, columns=other.columns | {"split": np.where(in_test, "test", "")})
 
 
-def map_predictions(predicted: Predictions, mapping: LabelMap, labels: np.ndarray) -> Predictions:
-    """Converts predictions over the classes of a run to predictions over the tested classes.
+def map_predictions(
+    predicted: Predictions, mapping: LabelMap, labels: np.ndarray, temperature: float = 1.0
+) -> Predictions:
+    """Converts predictions over the classes of a run to calibrated predictions over the tested classes.
 
-    Sums the probabilities of the members of each class and normalizes the sums, using the log-sum-exp of logits, which
-    stays accurate for confident networks. `labels` [N] are labels of the other data set, all of them mapped.
+    Sums the probabilities of the members of each class at the run's temperature and normalizes the sums, using the
+    log-sum-exp of logits, which stays accurate for confident networks. The resulting logits are those at temperature 1.
+    `labels` [N] are labels of the other data set, all of them mapped.
     """
     logits = predicted.logits
     if logits is None:
         logits = np.log(np.maximum(predicted.probabilities, np.finfo(np.float32).smallest_subnormal))
-    logits = np.stack([logsumexp(logits[:, list(m)].astype(np.float64), axis=1) for m in mapping.members], axis=1)
+
+    def merged(temperature: float) -> np.ndarray:
+        scaled = logits.astype(np.float64) / temperature
+        return np.stack([logsumexp(scaled[:, list(members)], axis=1) for members in mapping.members], axis=1)
+
     return replace(
         predicted,
         labels=np.asarray(mapping.labels)[labels],
-        probabilities=softmax(logits, axis=1).astype(np.float32),
-        logits=logits.astype(np.float32),
+        probabilities=softmax(merged(temperature), axis=1).astype(np.float32),
+        logits=merged(1.0).astype(np.float32),
         classes=mapping.classes,
     )
 
 
-def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
+def map_val(val: Predictions, mapping: LabelMap, name: str, temperature: float = 1.0) -> Predictions:
     """Converts predictions on the run's val split to the tested classes; drops images of other classes.
 
     Patient names are prefixed with the name of the data set, since the data sets may use the same names.
@@ -233,7 +247,7 @@ def map_val(val: Predictions, mapping: LabelMap, name: str) -> Predictions:
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))
     val = predictions.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))
     groups = np.asarray([f"{name}: {group}" if group else "" for group in val.groups.tolist()], np.str_)
-    return replace(map_predictions(val, own, val.labels), groups=groups)
+    return replace(map_predictions(val, own, val.labels, temperature), groups=groups)
 
 
 def _notes(config: Config, own: Prepared, view: Prepared) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from lungjax import datasets
 from lungjax.config import metadata
 from lungjax.data import pipeline
-from lungjax.evaluation import baselines
+from lungjax.evaluation import baselines, calibration
 from lungjax.evaluation.predictions import Predictions
 from lungjax.explain import saliency
 from lungjax.models import trees
@@ -27,7 +27,8 @@ def write(
 ) -> Path:
     """Writes predictions, reports, plots and model.json on the first host; returns the path of report.md.
 
-    `results` are predictions by split, `variables` the tested weights; `facts` are added to those of `describe`.
+    `results` are uncalibrated predictions by split, `variables` the tested weights; `facts` are added to those of
+    `describe`.
     """
     facts, explain = describe(run) | facts, explainer(run, variables)
     description = datasets.describe(run.data, data_dir)
@@ -35,12 +36,18 @@ def write(
     def write_files() -> None:
         reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
         history = metrics_log.read(run.workdir / "metrics.jsonl")
+        temperature = calibration.fit_temperature(results["val"])
+        calibrated = {
+            name: p if p.logits is None else calibration.apply_temperature(p, temperature)
+            for name, p in results.items()
+        }
         detector = model_json.fit_novelty(run.data)
         alarms = {} if detector is None else {"novelty": detector.false_alarms}
         report = reporting.write_report(
-            run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
-        )
-        model = model_json.describe(run.config, run.data, results, report, detector, description)
+            run.workdir, run.config, calibrated, history, facts | alarms, lambda i: reader(rows[i]), explain,
+            **description, temperature=temperature,
+        )  # fmt: skip
+        model = model_json.describe(run.config, run.data, report, detector, description)
         files.atomic_write(run.workdir / metadata.FILE, model.to_json())
         for warning in baselines.warnings(report):
             distributed.print_once(warning)

@@ -69,6 +69,9 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
     data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
+    for name in config.eval.prevalences():
+        if name not in data.classes:
+            raise ValueError(f"eval.prevalence: no class {name!r}; {configs.nearest(name, data.classes)}")
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]

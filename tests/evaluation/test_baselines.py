@@ -59,8 +59,16 @@ def test_warnings():
         rows = [(label, source) for label, source, part in parts for _ in range(round(1000 * part))]
         level = metrics.summarize(baselines.source_only(make(rows, rows)))
         assert level["auc_macro"] == pytest.approx(share)
-        texts = list(baselines.warnings({"controls": {"source_only": level}, "test": {"slice": {"auc_macro": 0.9}}}))
-        assert len(texts) == warned and all(f"{share:.3f}" in text and "0.900" in text for text in texts)
+        for network, low, high in ((0.9, 0.1, 0.25), (0.9, None, None), (0.65, -0.1, 0.0), (0.65, None, None)):
+            better = network == 0.9
+            level["gain"] = {"difference": network - share if better else -0.05, "low": low, "high": high}
+            report = {"controls": {"source_only": level}, "test": {"slice": {"auc_macro": network}}}
+            texts = list(baselines.warnings(report))
+            assert len(texts) == (warned if better else 1)
+            for text in texts:
+                assert f"{share:.3f}" in text and f"{network:.3f}" in text
+                assert ("no better than the source" in text) == (not better) and "recognize" not in text
+                assert ("-0.100 to +0.000" in text) == (low == -0.1)
     for auc, network, warned in ((0.59, 0.95, False), (None, 0.95, False), (0.61, None, True)):
         report = {"controls": {"no_lungs": {"auc_macro": auc}}, "test": {"slice": {"auc_macro": network}}}
         assert len(list(baselines.warnings(report))) == warned

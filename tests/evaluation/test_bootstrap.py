@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from random_predictions import make_predictions, random_predictions
 from scikit_metrics import by_scikit_learn
+from scipy import stats
 
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions, take
 
 DRAWS = 12
+SCARCE = {"ece"} | {f"{area}_{mean}" for area in bootstrap.AREAS for mean in ("macro", "weighted")}
+SCARCE |= {f"per_class.c.{area}" for area in bootstrap.AREAS}  # class c has fewer than five patients
 
 
 def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
@@ -35,13 +38,11 @@ def test_every_interval_against_scikit_learn():
         assert min((p.labels[r] == 2).sum() for r in rows) == 0, "some draw lacks the rare class"
         each = [by_scikit_learn(p, r) for r in rows]
         intervals = bootstrap.intervals(p, DRAWS, seed=3)
-        point = metrics.numbers(metrics.summarize(p))
-        assert intervals.keys() == point.keys() == each[0].keys()
+        assert len({p.groups[i] or p.ids[i] for i in np.flatnonzero(p.labels == 2)}) < 5
+        assert intervals.keys() == metrics.numbers(metrics.summarize(p)).keys() - SCARCE == each[0].keys() - SCARCE
         for name, ends in intervals.items():
             low, high = percentiles([draw[name] for draw in each])
-            if name == "ece":  # the basic interval
-                low, high = max(0.0, 2 * point[name] - high), max(0.0, 2 * point[name] - low)
-            assert ends == pytest.approx((low, high)), name
+            assert low == high or ends == pytest.approx((low, high)), name
 
 
 def test_draws_by_seed_and_block(monkeypatch):
@@ -67,13 +68,26 @@ def test_intervals_of_duplicated_slices():
     assert width["alone"] < 0.7 * width["p"]
 
 
-def test_undefined_in_most_draws():
-    """Classes b and c have one patient each: 63 % of the draws contain class b, and 40 % contain both."""
+def test_intervals_without_variation():
+    """Classes b and c have one patient each, and all 30 predictions are correct."""
     labels = np.array([0] * 28 + [1, 2])
     p = make_predictions(labels, np.eye(3)[labels])
     intervals = bootstrap.intervals(p, 200)
-    assert intervals["per_class.b.recall"] == (1, 1) and intervals["recall_macro"] == (1, 1)
-    assert "study.f1_macro_harmonic" not in intervals
+    rates = {"a": {"recall": 28, "specificity": 2}, "b": {"recall": 1, "specificity": 29, "precision": 1, "npv": 29}}
+    counts = {f"per_class.{name}.{rate}": n for name, own in rates.items() for rate, n in own.items()}
+    for name, n in (counts | {"accuracy": 30, "study.accuracy_rounded": 30}).items():
+        assert intervals[name] == pytest.approx(stats.binomtest(n, n).proportion_ci(0.95, "wilson")), name
+    others = intervals.keys() - {"loss", "brier", "accuracy", "study.accuracy_rounded"}
+    assert all(name.startswith("per_class.") and name.split(".")[2] in metrics.PER_CLASS[:4] for name in others)
+    repeated = take(p, np.repeat(np.arange(30), 3))  # three slices per patient add no information
+    repeated = dataclasses.replace(repeated, groups=repeated.ids, ids=np.arange(90).astype(np.str_))
+    assert bootstrap.intervals(repeated, 200)["accuracy"] == intervals["accuracy"]
+    assert bootstrap.over_runs([p, p], ["accuracy"], 50)["accuracy"] == (1, *intervals["accuracy"])
+    scores = np.where(np.arange(40) % 7 == 0, 0.3, 0.8)
+    for positives, omitted in ((4, True), (5, False), (35, False), (36, True)):
+        given = make_predictions(np.arange(40) < positives, np.stack([1 - scores, scores], axis=1))
+        assert ("auc_macro" not in bootstrap.intervals(given, 50)) == omitted
+        assert (bootstrap.paired_difference(given, given, ["auc_macro"], 50)["auc_macro"].low is None) == omitted
     one = dataclasses.replace(p, groups=np.full(30, "same"))
     assert bootstrap.intervals(one, 200) == {} == bootstrap.intervals(p, 0)
     assert bootstrap.over_runs([one], ["accuracy"], 200) == {"accuracy": (1, None, None)}
@@ -96,11 +110,12 @@ def test_average_and_resampling_of_runs():
     each = [[by_scikit_learn(p, r) for r in rows] for p in runs]
     full = [by_scikit_learn(p, np.arange(len(p))) for p in runs]
     weights = np.random.default_rng([0, 2]).multinomial(2, [1 / 2] * 2, size=DRAWS)
-    for name in names:
+    assert result["auc_macro"][1:] == (None, None), "class c is rare"
+    for name in (name for name in names if name not in SCARCE):
         values = [sum(k * each[r][d][name] for r, k in enumerate(weights[d]) if k) / 2 for d in range(DRAWS)]
         assert result[name] == pytest.approx((np.mean([w[name] for w in full]), *percentiles(values)), abs=1e-10)
     alone, expected = bootstrap.over_runs(runs[:1], names, 80), bootstrap.intervals(runs[0], 80)
-    assert all(alone[name][1:] == pytest.approx(expected[name]) for name in names)
+    assert all(alone[name][1:] == pytest.approx(expected.get(name, (None, None))) for name in names)
 
 
 def test_paired_difference_against_scikit_learn():
@@ -109,9 +124,12 @@ def test_paired_difference_against_scikit_learn():
     pairs = [(by_scikit_learn(a, r), by_scikit_learn(b, r)) for r in drawn_rows(a, DRAWS, 6)]
     assert result.keys() == pairs[0][0].keys()
     for name, difference in result.items():
+        assert difference.difference == pytest.approx(difference.b - difference.a)
+        if name in SCARCE:
+            assert difference.low is difference.high is difference.p is None
+            continue
         values = np.array([two[name] - one[name] for one, two in pairs])
         assert (difference.low, difference.high) == pytest.approx(percentiles(values), abs=1e-10), name
-        assert difference.difference == pytest.approx(difference.b - difference.a)
         values = values[~np.isnan(values)]
         tail = min((values <= 1e-12).sum(), (values >= -1e-12).sum())
         assert difference.p == pytest.approx(min(1, 2 * (tail + 1) / (len(values) + 1))), name
@@ -120,7 +138,7 @@ def test_paired_difference_against_scikit_learn():
 def test_equal_better_and_disagreeing_runs():
     p = random_predictions(400, 120, spread=2.0)
     same = bootstrap.paired_difference(p, shuffled(p), draws=200)
-    assert all(d.p == 1 and d.low == d.high == 0 for d in same.values())
+    assert all(d.p == 1 and d.low == d.high == 0 for name, d in same.items() if name != "ece")
     worse = dataclasses.replace(p, probabilities=p.probabilities[:, [1, 0, 2]])
     difference = bootstrap.paired_difference(p, worse, ["accuracy"], draws=1999)["accuracy"]
     assert difference.high < 0 and difference.p == 2 / 2000
@@ -170,8 +188,5 @@ def test_binomial_interval_of_many():
 
 def test_wilson_interval():
     for count, n in ((0, 10), (1, 10), (5, 100), (10, 100), (100, 100)):
-        z, p = 1.959964, count / n
-        half = z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
-        by_hand = [(p + z**2 / 2 / n + s * half) / (1 + z**2 / n) for s in (-1, 1)]
-        assert bootstrap.wilson(count, n) == pytest.approx(by_hand, abs=1e-6)
+        assert bootstrap.wilson(count, n) == pytest.approx(stats.binomtest(count, n).proportion_ci(0.95, "wilson"))
     assert bootstrap.wilson(0, 0) == [0.0, 1.0]

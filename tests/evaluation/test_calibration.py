@@ -72,12 +72,13 @@ def test_bins_against_scikit_learn():
 
 def test_summary_of_val_and_test():
     val, test = make(600, 3.0, seed=1), make(500, 3.0, seed=2)
-    summary = calibration.summary(val, test)
-    assert summary["temperature"] == calibration.fit_temperature(val) != calibration.fit_temperature(test)
-    assert summary["fitted_on"] == "val"
-    level = metrics.summarize(test)
-    assert summary["test"] == {name: level[name] for name in ("ece", "brier", "loss")}
-    scaled = calibration.apply_temperature(test, summary["temperature"])
-    brier = sum(sk.brier_score_loss(test.labels == i, scaled.probabilities[:, i]) for i in range(3))
-    assert summary["test_scaled"]["brier"] == pytest.approx(brier)
-    assert summary["bins"] == calibration.bins(test) and summary["bins_scaled"] == calibration.bins(scaled)
+    temperature = calibration.fit_temperature(val)
+    scaled = calibration.apply_temperature(test, temperature)
+    np.testing.assert_array_equal(scaled.logits, test.logits)
+    summary = calibration.summary(scaled, temperature)
+    assert summary["temperature"] == temperature and summary["fitted_on"] == "val"
+    for kind, p in (("uncalibrated", test), ("calibrated", scaled)):
+        brier = sum(sk.brier_score_loss(test.labels == i, p.probabilities[:, i]) for i in range(3))
+        assert summary[kind]["brier"] == pytest.approx(brier, abs=1e-6)
+        assert summary[kind]["loss"] == pytest.approx(sk.log_loss(p.labels, p.probabilities), abs=1e-6)
+    assert summary["calibrated"]["bins"] == calibration.bins(scaled) != summary["uncalibrated"]["bins"]

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_predictions import make_predictions
+from random_predictions import make_predictions, random_predictions
 from scikit_metrics import by_scikit_learn
 from sklearn import metrics as sk
 
-from lungjax.evaluation import metrics
+from lungjax.evaluation import calibration, metrics
 from lungjax.evaluation.predictions import take
 
 TOLERANCE = 1e-12
@@ -77,6 +77,9 @@ def test_study_metrics_by_hand():
     study = level_of([1, 0], [[0.0, 0.5, 0.5], [0.1, 0.8, 0.1]])["study"]
     assert study["f1_weighted"] == pytest.approx((2 * 0.5 * 1 / 1.5 + 0) / 2)
     assert study["f1_macro_harmonic"] is None  # class a is never predicted, class c has no example
+    raw = random_predictions()
+    cold, warm = (metrics.summarize(calibration.apply_temperature(raw, t)) for t in (1.0, 3.0))
+    assert warm["study"] == cold["study"] and warm["loss"] != cold["loss"], "the studies do not calibrate"
 
 
 def test_invalid_probabilities():

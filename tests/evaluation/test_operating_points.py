@@ -8,7 +8,7 @@ from random_predictions import make_predictions
 from sklearn import metrics as sk
 
 from lungjax.config import EvalConfig
-from lungjax.evaluation import bootstrap, operating_points
+from lungjax.evaluation import bootstrap, metrics, operating_points
 from lungjax.evaluation.predictions import Predictions
 
 
@@ -60,7 +60,7 @@ def at(p, threshold, **options):
 
 def test_metrics_at_a_threshold_by_hand():
     p = two([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0.9, 0.8, 0.5, 0.2, 0.7, 0.5, 0.1, 0.1, 0.1, 0.1])
-    point = at(p, 0.5, prevalence=0.1, draws=200)
+    point = at(p, 0.5, prevalences={"b": 0.1}, draws=200)
     expected = {"threshold": 0.5, "tp": 3, "fp": 2, "fn": 1, "tn": 4, "ppv": 3 / 5, "npv": 4 / 5}
     assert point == point | expected | {"sensitivity": 3 / 4, "at_prevalence": 0.1}
     assert point["specificity"] == pytest.approx(4 / 6)
@@ -69,18 +69,22 @@ def test_metrics_at_a_threshold_by_hand():
     assert point["intervals"].keys() == {"sensitivity", "specificity", "ppv", "npv", "ppv_at", "npv_at"}
     bare = at(p, 0.5, draws=0)
     assert bare["ppv_at"] is bare["npv_at"] is bare["at_prevalence"] is None and bare["intervals"] == {}
-    never = at(p, 0.95, prevalence=0.1, draws=0)
+    assert at(p, 0.5, prevalences={"a": 0.1}, draws=0) == bare, "the prevalence of the other class"
+    never = at(p, 0.95, prevalences={"b": 0.1}, draws=0)
     assert never["ppv"] is never["ppv_at"] is None and never["sensitivity"] == 0 and never["npv_at"] == 0.9
     only = at(two([0, 0], [0.9, 0.1]), 0.5)
     assert only["sensitivity"] is only["npv_at"] is None and only["specificity"] == 0.5 and only["ppv"] == 0
-    for bad in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match="prevalence"):
-            at(p, 0.5, prevalence=bad)
+    # Without variation between the draws: Wilson's interval of 4 of 4 patients with the class, and none by Bayes' rule.
+    perfect = at(two([1, 1, 1, 1, 0], [0.9, 0.9, 0.9, 0.9, 0.1]), 0.5, prevalences={"b": 0.1}, draws=50)
+    ends = {"sensitivity": 4, "specificity": 1, "ppv": 4, "npv": 1}
+    assert perfect["intervals"].keys() == ends.keys()
+    for name, n in ends.items():
+        assert perfect["intervals"][name] == pytest.approx([n / (n + 1.959964**2), 1])
 
 
 def test_intervals_over_patients():
     p = make()
-    point = at(p, 0.3, prevalence=0.2, draws=40)
+    point = at(p, 0.3, prevalences={"b": 0.2}, draws=40)
     names, member = np.unique(p.groups, return_inverse=True)
     counts = next(bootstrap.resample_patients(len(names), 40, 0, 40))[member]
     called, positive = p.probabilities[:, 1] >= 0.3, p.labels == 1
@@ -93,24 +97,33 @@ def test_intervals_over_patients():
         assert point["intervals"][name] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist()), name
 
 
+def points_of(val, test, options):
+    return operating_points.evaluate(operating_points.choose_all(val, test, options), test, options)
+
+
 def test_points_from_val_and_test():
     val, test = make(seed=1), make(seed=2)
-    points = operating_points.points(val, test, EvalConfig(sensitivity=0.9, prevalence=0.05, draws=50))
-    assert list(points) == list(val.classes) and operating_points.missing_rules(val) == []
-    for i, rules in enumerate(points.values()):
-        assert list(rules) == ["youden", "sensitivity_0.9"]
-        for rule, point in rules.items():
-            threshold = operating_points.choose(val, i, rule)
-            assert [point] == operating_points.metrics_at_thresholds(test, [(i, threshold)], 0.05, draws=50)
+    options = EvalConfig(sensitivity=0.9, prevalence=("b:0.05",), draws=50)
+    points = points_of(val, test, options)
+    assert list(points) == ["slice", "patient"] and operating_points.missing_rules(val) == []
+    for level, chosen, tested in (("slice", val, test), ("patient", *(metrics.by_patient(p)[0] for p in (val, test)))):
+        assert list(points[level]) == list(val.classes)
+        for i, rules in enumerate(points[level].values()):
+            assert list(rules) == ["youden", "sensitivity_0.9"]
+            for rule, point in rules.items():
+                threshold = operating_points.choose(chosen, i, rule)
+                assert [point] == operating_points.metrics_at_thresholds(tested, [(i, threshold)], {"b": 0.05}, 50)
+    assert operating_points.evaluate(points, test, options) == points, "the thresholds of model.json"
+    assert list(points_of(*(dataclasses.replace(p, groups=p.ids) for p in (val, test)), options)) == ["slice"]
     without = dataclasses.replace(val, labels=np.where(val.labels == 2, 1, val.labels))
-    points = operating_points.points(without, test, EvalConfig(draws=0))
+    points = points_of(without, test, EvalConfig(draws=0))["slice"]
     assert points["c"] == {} and points["a"]["sensitivity_0.95"]["tp"] > 0
     (reason,) = operating_points.missing_rules(without)
     assert "no examples of c" in reason
     with pytest.raises(ValueError, match="no examples of c"):
         operating_points.choose(without, 2, "youden")
     same = dataclasses.replace(val, labels=np.zeros(120, int))
-    assert operating_points.points(same, test, EvalConfig(draws=0)) == {"a": {}, "b": {}, "c": {}}
+    assert points_of(same, test, EvalConfig(draws=0))["slice"] == {"a": {}, "b": {}, "c": {}}
     assert "only examples of a" in operating_points.missing_rules(same)[0]
 
 

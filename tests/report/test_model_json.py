@@ -6,18 +6,14 @@ import numpy as np
 
 from lungjax.config import Config, InputSpec
 from lungjax.evaluation import novelty
-from lungjax.evaluation.predictions import Predictions
 from lungjax.report import model_json
 
 
 def describe(data, crop="box"):
-    rows = data.rows("test")
-    ids, labels = data.columns["file"][rows], data.columns["label"][rows]
-    p = Predictions(ids, ids, ids, labels, np.eye(3)[labels], data.classes)
     level = {"per_class": {name: {} for name in data.classes}}
     report = {"facts": {}, "warnings": [], "classes": data.classes, "test": {"slice": level, "patient": level}}
     config = Config(input=InputSpec(size=(32, 32), crop=crop))
-    return model_json.describe(config, data, {"test": p}, report, model_json.fit_novelty(data), {})
+    return model_json.describe(config, data, report, model_json.fit_novelty(data), {})
 
 
 def test_where_boxes_come_from(small_data):

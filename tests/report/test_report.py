@@ -18,6 +18,7 @@ from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.evaluation import bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import context, plots, style, write
+from lungjax.report.templating import Number
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
 LONG = (
@@ -25,7 +26,9 @@ LONG = (
     *("Viral pneumonia, other than COVID-19", "Emphysema", "Fibrosis", "Edema", "Lung cancer, adenocarcinoma"),
 )
 CONFIG = Config(
-    name="small", train=TrainConfig(monitor="slice.auc_macro"), eval=EvalConfig(examples=3, draws=40, prevalence=0.02)
+    name="small",
+    train=TrainConfig(monitor="slice.auc_macro"),
+    eval=EvalConfig(examples=3, draws=40, prevalence=("COVID-19:0.02",)),
 )
 FACTS = {
     "dataset": "folder/my_hospital", "fingerprint": "ab" * 32, "parameters": np.int64(2108672), "steps": 60,
@@ -70,7 +73,8 @@ def small_figures():
 def run(tmp_path_factory):
     """A workdir with a report, and the predictions in it."""
     workdir, results = tmp_path_factory.mktemp("run"), {"val": make(1, 60, tag="v"), "test": make()}
-    write.write_report(workdir, CONFIG, results, HISTORY, FACTS, image)
+    results = {split: calibration.apply_temperature(p, 1.5) for split, p in results.items()}
+    write.write_report(workdir, CONFIG, results, HISTORY, FACTS, image, temperature=1.5)
     return workdir, results
 
 
@@ -108,16 +112,19 @@ def test_calibration_and_operating_points(run, tmp_path):
     workdir, results = run
     saved = json.loads((workdir / "report.json").read_text())
     val, test = results["val"], results["test"]
-    assert saved["calibration"] == calibration.summary(val, test)
-    assert saved["operating_points"] == operating_points.points(val, test, CONFIG.eval)
-    point = saved["operating_points"]["COVID-19"]["youden"]
+    assert saved["calibration"] == calibration.summary(test, 1.5)
+    points = operating_points.choose_all(val, test, CONFIG.eval)
+    assert saved["operating_points"] == operating_points.evaluate(points, test, CONFIG.eval)
     text = (workdir / "report.md").read_text()
-    rows = {tuple(row[:2]): row[2:] for table in tables(text) for row in table}
-    low, high = point["intervals"]["npv_at"]
-    assert rows["COVID-19", "youden"][0] == f"{point['threshold']:.3g}"
-    assert rows["COVID-19", "youden"][-1] == f"{point['npv_at']:.3f} ({low:.3f} to {high:.3f})"
-    assert "NPV, at 2 % prevalence" in text and rows["COVID-19", "sensitivity 0.95"]
-    assert f"T = {saved['calibration']['temperature']:.3f}" in text
+    for unit, level in (("image", "slice"), ("patient", "patient")):
+        block = tables(text[text.index(f"Operating points, per {unit}") :])[0]
+        rows = {tuple(row[:2]): row[2:] for row in block}
+        point = saved["operating_points"][level]["COVID-19"]["youden"]
+        low, high = point["intervals"]["npv_at"]
+        assert rows["COVID-19", "youden"][0] == f"{point['threshold']:.3g}"
+        assert rows["COVID-19", "youden"][-1] == f"{point['npv_at']:.3f} ({low:.3f} to {high:.3f})"
+        assert rows["Normal", "sensitivity 0.95"][-2:] == ["-", "-"]
+    assert "that of eval.prevalence: COVID-19 2 %." in text and "T = 1.500" in text
     alone, text = report(tmp_path, {"test": test})
     assert not {"calibration", "operating_points"} & alone.keys() and "Calibration" not in text
 
@@ -126,12 +133,17 @@ def test_controls_and_intervals(tmp_path):
     test = make()
     source = replace(test, probabilities=np.tile(np.float32([0.2, 0.3, 0.5]), (120, 1)))
     saved, text = report(tmp_path, {"test": test, "source_only": source, "no_lungs": test})
-    assert saved["controls"]["source_only"]["intervals"]["auc_macro"] == [0.5, 0.5]
-    assert saved["controls"]["no_lungs"] == saved["test"]["slice"]
-    assert "0.500 (0.500 to 0.500)" in text and "lungs blacked out" in text
+    controls = saved["controls"]
+    assert "auc_macro" not in controls["source_only"]["intervals"], "no draw differs"
+    gain = bootstrap.paired_difference(source, test, ["auc_macro"], 40)["auc_macro"]
+    assert controls["source_only"]["gain"] == {"difference": gain.difference, "low": gain.low, "high": gain.high}
+    assert controls["no_lungs"] == saved["test"]["slice"]
+    assert "| 0.500 |" in text and "lungs blacked out" in text
     config = replace(CONFIG, eval=EvalConfig(draws=0))
     bare, text = report(tmp_path, {"test": test, "val": make(1, tag="v")}, config)
-    assert bare["test"]["slice"]["intervals"] == bare["operating_points"]["Normal"]["youden"]["intervals"] == {}
+    assert (
+        bare["test"]["slice"]["intervals"] == bare["operating_points"]["slice"]["Normal"]["youden"]["intervals"] == {}
+    )
     assert not re.search(r"\d to \d", text)
 
 
@@ -160,9 +172,10 @@ def test_markdown_numbers(run):
     assert all(len({len(row) for row in table}) == 1 for table in blocks), "ragged rows"
     cells = {row[0]: row[1:] for table in blocks for row in table}
     columns = [saved[split][level] for split in ("test", "val") for level in ("slice", "patient")]
-    for name, words in (("auc_macro", "AUC, mean over classes"), ("ece", "expected calibration error")):
-        numbers = [(level[name], *level["intervals"][name]) for level in columns]
-        assert cells[words] == [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in numbers]
+    for name, words in (("auc_macro", "AUC, mean over classes"), ("f1_weighted", "F1, weighted by class size")):
+        numbers = [(level[name], *level["intervals"].get(name, ())) for level in columns]
+        assert cells[words] == [str(Number(*number)) for number in numbers] and "to" in cells[words][0]
+    assert cells["expected calibration error"] == [f"{level['ece']:.3f}" for level in columns], "it has no interval"
     assert [row[1:] for row in blocks[2][2:]] == [[str(n) for n in row] for row in saved["test"]["slice"]["confusion"]]
     mosmed = saved["test"]["by_source"]["mosmed"]
     assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
@@ -283,7 +296,7 @@ def test_long_names_without_overlap(figures, tmp_path):
     plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")
     plots.curves("roc", p, tmp_path / "roc.png")
     bins = calibration.bins(p)
-    plots.reliability(bins, bins, tmp_path / "r.png")
+    plots.reliability({"uncalibrated": bins, "calibrated": bins}, tmp_path / "r.png")
     plots.decision_curves(p, tmp_path / "d.png")
     p = replace(p, ids=np.array([f"{'long-' * 12}{i}" for i in range(400)]))
     plots.example_sheet(p, image, 2, tmp_path / "e.png")
@@ -318,7 +331,7 @@ def test_curves(figures, tmp_path):
 def test_reliability_and_decision_curves(figures, tmp_path):
     p = make(n=200, classes=LONG[:5])
     bins, scaled = calibration.bins(p), calibration.bins(calibration.apply_temperature(p, 2.0))
-    plots.reliability(bins, scaled, tmp_path / "r.png")
+    plots.reliability({"uncalibrated": bins, "calibrated": scaled}, tmp_path / "r.png")
     plots.decision_curves(p, tmp_path / "d.png")
     upper, lower = figures[0].axes
     for line, each in zip(upper.lines[1:], (bins, scaled), strict=True):

@@ -16,7 +16,8 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from lungjax.config import overrides
-from lungjax.evaluation import bootstrap, predictions
+from lungjax.evaluation import bootstrap, calibration, predictions
+from lungjax.report import templating
 from lungjax.runtime import signals
 from lungjax.tables import __main__ as command
 from lungjax.tables import cells, charts, results, runs
@@ -66,7 +67,7 @@ def fabricate(run, skill=1.0, **facts):
     report = {"classes": list(CLASSES), "facts": run_facts | facts}
     for split in ("val", "test"):
         p = predict(split, skill, run.seed)
-        predictions.write(p, run.folder / f"predictions_{split}.csv")
+        predictions.write(calibration.apply_temperature(p, 2.5), run.folder / f"predictions_{split}.csv")
         report[split] = {"slice": {"accuracy": float((p.predicted == p.labels).mean())}}
     (run.folder / "report.json").write_text(json.dumps(report))
 
@@ -149,15 +150,18 @@ def test_numbers_verdicts_and_files(trial, options):
     sample = table(
         cell(trial, published=0.05, note="A note | of ours."),
         cell(trial, "a", "test acc", metric="test.slice.accuracy", published=1.0),
+        cell(trial, "a", "loss", metric="val.slice.loss"),
         cell(trial, "a", "same", published=round(expected, 3)),
         cell(trial, "b", "F1", ":size=64"),
     )
     answers = evaluate(sample, options, 300)
     assert answers[0].ours == pytest.approx(expected, abs=1e-9)
     assert answers[0].low < expected < answers[0].high and answers[0].difference == pytest.approx(expected - 0.05)
-    assert [r.verdict for r in answers] == ["above", "below", "inside", ""]
-    assert answers[3].state == "not run" and answers[3].ours is None
-    assert answers[3].commands[1] == (
+    assert [answers[i].verdict for i in (0, 1, 3, 4)] == ["above", "below", "inside", ""]
+    losses = [reference.log_loss(p.labels, p.probabilities) for p in seeds]
+    assert answers[2].ours == pytest.approx(np.mean(losses), abs=1e-6), "calibrated, unlike the published one"
+    assert answers[4].state == "not run" and answers[4].ours is None
+    assert answers[4].commands[1] == (
         f"python -m lungjax.main --experiment={trial}:size=64 --set=train.seed=1 "
         f"--workdir={options.workdir}/trial_simple_64_phantom_ct_tiny/seed1 --data_dir={options.data_dir}"
     )
@@ -165,11 +169,11 @@ def test_numbers_verdicts_and_files(trial, options):
     assert other[0].ours == answers[0].ours and not any(r.verdict for r in other)
     path = results.write(sample, answers, options, {"t_bars.png": "bars"})
     rows = list(csv.DictReader((path.parent / "t.csv").read_text().splitlines()))
-    assert float(rows[0]["ours"]) == pytest.approx(expected, abs=1e-5) and rows[3]["ours"] == ""
-    assert rows[3]["state"] == "not run" and rows[3]["command"].count("lungjax.main") == 2
+    assert float(rows[0]["ours"]) == pytest.approx(expected, abs=1e-5) and rows[4]["ours"] == ""
+    assert rows[4]["state"] == "not run" and rows[4]["command"].count("lungjax.main") == 2
     text = path.read_text()
     assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text and "(t_bars.png)" in text
-    assert "not run" in text and answers[3].commands[0] in text
+    assert "not run" in text and answers[4].commands[0] in text
 
 
 def test_counts_of_the_published_splits(trial, options, monkeypatch):
@@ -320,12 +324,15 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
         second = "rest" if run.config.input.size[0] == 64 else "south"  # another source in one configuration
         predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "west", second)), path)
     assert commands.run(command, "--pool", "--draws=100", f"--workdir={options.workdir}") == 0
-    text, pool = capsys.readouterr().out, [predict("test", 1.0, seed) for seed in (0, 1)]
+    text, pool = (
+        capsys.readouterr().out,
+        [calibration.apply_temperature(predict("test", 1.0, seed), 2.5) for seed in (0, 1)],
+    )
     rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
     assert len(rows) == 2 and "trial_simple_64_phantom_ct_tiny/seed0" in rows[1]
     for unit, name in (("slice", "auc_macro"), ("patient", "auc_macro"), ("slice", "accuracy")):
-        mean, low, high = bootstrap.over_runs(pool, [name], 100, unit=unit)[name]
-        assert all(f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in row for row in rows)
+        number = templating.Number(*bootstrap.over_runs(pool, [name], 100, unit=unit)[name])
+        assert all(f"| {number} |" in row for row in rows)
     for second in ("south", "rest"):
         assert f"| AUC; accuracy per slice | west, 16 images | {second}, 8 images |" in text
     assert commands.run(command, "--pool", f"--workdir={options.data_dir}") == 2

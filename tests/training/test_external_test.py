@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from folders import CONFIG, encoded, prepare, rows
 from PIL import Image
-from scipy import special
 
 from lungjax import datasets, main
 from lungjax.config import overrides
@@ -67,8 +66,7 @@ def test_command(root, monkeypatch, capsys):
     assert result.classes == ("left", "middle+right")
     assert result.labels.tolist() == (other.columns["label"][rows] > 0).astype(int).tolist()
     # The same network through the Python API.
-    logits = load(root / "run").logits([root / "in_other" / name for name in result.ids])
-    p = special.softmax(logits.astype(np.float64), axis=1)
+    p = load(root / "run").predict([root / "in_other" / name for name in result.ids])
     np.testing.assert_allclose(result.probabilities, np.column_stack([p[:, 0], p[:, 1] + p[:, 2]]), rtol=1e-4)
     report = json.loads((folder / "report.json").read_text())
     assert report["facts"]["external"]["label_map"] == {
@@ -92,8 +90,7 @@ def test_orientation_of_another_data_set(root, monkeypatch):
     external_test.evaluate(config, root / "run", root / "data", "folder/other", "L=left,M=middle,R=right,junk=-")
     result = predictions.read(root / "run/external/folder_other/predictions_test.csv")
     images = [np.asarray(Image.open(root / "in_other" / name))[::-1, ::-1] for name in result.ids]
-    logits = load(root / "run").logits(images).astype(np.float64)
-    np.testing.assert_allclose(result.probabilities, special.softmax(logits, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(result.probabilities, load(root / "run").predict(images), rtol=1e-4)
     report = json.loads((root / "run/external/folder_other/report.json").read_text())
     assert any("duplicates" in text and "rotated by 180" in text for text in report["warnings"])
 
@@ -106,6 +103,10 @@ def test_own_test_split(root):
     assert again.ids.tolist() == own.ids.tolist() and again.classes == own.classes
     np.testing.assert_allclose(again.probabilities, own.probabilities, rtol=1e-5)
     np.testing.assert_array_equal(again.labels, own.labels)
+    reports = [json.loads((root / f"run/{name}report.json").read_text()) for name in ("", "external/folder_mine/")]
+    first, second = ({key: each[key] for key in ("operating_points", "calibration")} for each in reports)
+    assert second["calibration"]["temperature"] == first["calibration"]["temperature"]
+    assert second["operating_points"] == first["operating_points"]
     for split, patients in (("train", "9 patients"), ("val", "6 patients")):
         with pytest.raises(ValueError, match=patients):
             external_test.evaluate(config, root / "run", root / "data", "folder/mine", split=split)
@@ -238,6 +239,11 @@ def test_mapped_probabilities():
     sure = replace(predicted, logits=np.array([[0.0, 0, 0, 900]] * 3))
     confident = external_test.map_predictions(sure, mapping, labels)
     np.testing.assert_allclose(confident.probabilities, [[2 / 3, 1 / 3]] * 3, rtol=1e-6)
+    warm = external_test.map_predictions(predicted, mapping, labels, temperature=2.0)
+    roots = np.sqrt(p[:2])  # the probabilities at twice the temperature, before normalization
+    expected = np.stack([roots[:, 0] + roots[:, 1], roots[:, 2]], axis=1)
+    np.testing.assert_allclose(warm.probabilities[:2], expected / expected.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_array_equal(warm.logits, result.logits)
     powers = np.exp(confident.logits)
     np.testing.assert_allclose(powers / powers.sum(1, keepdims=True), confident.probabilities, rtol=1e-6)
     order = external_test.read_map("", ("b", "a"), ("a", "b"))

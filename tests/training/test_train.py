@@ -40,7 +40,8 @@ def test_files_of_a_run(tmp_path, complete):
     report = json.loads((workdir / "report.json").read_text())
     test = predictions.read(workdir / "predictions_test.csv")
     assert len(test.ids) == 13 and (workdir / "report.md").is_file() and (workdir / "model.json").is_file()
-    np.testing.assert_allclose(jax.nn.softmax(test.logits), test.probabilities, atol=1e-6)
+    temperature = report["calibration"]["temperature"]
+    np.testing.assert_allclose(jax.nn.softmax(test.logits / temperature), test.probabilities, atol=1e-6)
     assert report["test"]["slice"]["accuracy"] == pytest.approx((test.probabilities.argmax(1) == test.labels).mean())
     assert overrides.from_json((workdir / "config.json").read_text()) == CONFIG
     rows = metrics_log.read(workdir / "metrics.jsonl")
@@ -91,6 +92,7 @@ def test_mistakes_before_training(tmp_path):
     for assignment, hint in (
         ("train.monitor=slice.auc", "slice.auc_macro"),
         ("input.size=2", "too small"),
+        ("eval.prevalence=lefd:0.02", "left"),
         ("optim.class_weights=1,2", "left, middle, right"),
         ("model.name=simpel", "simple"),
         ("optim.freeze=nothing", "matches no parameter"),
