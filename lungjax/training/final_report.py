@@ -11,7 +11,7 @@ from lungjax.config import metadata
 from lungjax.data import pipeline
 from lungjax.evaluation import baselines
 from lungjax.evaluation.predictions import Predictions
-from lungjax.explain import saliency
+from lungjax.explain import figures, saliency
 from lungjax.models import trees
 from lungjax.models.outputs import positive_class
 from lungjax.report import model_json
@@ -29,7 +29,8 @@ def write(
 
     `results` are predictions by split, `variables` the tested weights; `facts` are added to those of `describe`.
     """
-    facts, explain = describe(run) | facts, explainer(run, variables)
+    explain, heat_maps = explainer(run, variables)
+    facts = describe(run) | heat_maps | facts
     description = datasets.describe(run.data, data_dir)
 
     def write_files() -> None:
@@ -70,11 +71,15 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def explainer(run: Run, variables: dict[str, Any]) -> reporting.Explain | None:
-    """Returns a function that computes Grad-CAM heat maps, or None if no device has all parameters."""
+def explainer(run: Run, variables: dict[str, Any]) -> tuple[reporting.Explain | None, dict[str, str]]:
+    """Returns a function that computes heat maps and the fact `heat_maps`; neither if no device has all parameters."""
     if run.config.train.shard_params and run.program.mesh.size > 1:
-        return None
+        return None, {}
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
     positive = positive_class(run.config, run.data.classes)
     explain = saliency.Explainer(run.program.module, local, run.config.input, positive, run.config.eval.batch_size)
-    return lambda images, targets: explain.maps(images, targets)[0]
+
+    def heats(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.stack([figures.visible(heat, explain.methods[0]) for heat in explain.maps(images, targets)[0]])
+
+    return heats, {"heat_maps": explain.describe()}
