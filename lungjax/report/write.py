@@ -187,7 +187,10 @@ def warnings(
     yield from _source_warnings(p, report["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
-        yield "The last validation was the best: longer training may give better weights."
+        length = config.train
+        longer = f"steps={2 * length.steps}" if length.steps else f"epochs={2 * length.epochs:g}"
+        command = f"rerun the command with --set=train.{longer} to continue"
+        yield f"The last validation was the best: longer training may give better weights; {command}."
 
 
 def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The last phase of a run: writes report, plots and model.json from the predictions of the best weights."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,16 @@ def write(
     def write_files() -> None:
         reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
         history = metrics_log.read(run.workdir / "metrics.jsonl")
+        lengths = [row for row in history if "steps" in row]
+        notes = [
+            f"The run was changed from {before['steps']} to {row['steps']} steps at step {row['step']}; from there on, "
+            "the learning rate is that of a run of this length."
+            for before, row in itertools.pairwise(lengths)
+        ]
         detector = model_json.fit_novelty(run.data)
-        alarms = {} if detector is None else {"novelty": detector.false_alarms}
+        more = {"notes": notes} | ({} if detector is None else {"novelty": detector.false_alarms})
         report = reporting.write_report(
-            run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
+            run.workdir, run.config, results, history, facts | more, lambda i: reader(rows[i]), explain, **description
         )
         model = model_json.describe(run.config, run.data, results, report, detector, description)
         files.atomic_write(run.workdir / metadata.FILE, model.to_json())
