@@ -11,11 +11,10 @@ the score depends on; `quality` measures how far to trust it. A map without evid
 zeros rather than amplified noise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -253,7 +252,7 @@ class Explainer:
                 if layer == LAST:
                     logits = head.apply(own, at, train=False)
                 else:  # the compiler removes the blocks before the map
-                    logits = _forward(forward, x, {layer: at})[0].astype(jnp.float32)
+                    logits = _forward(forward, x, layer, at)[0].astype(jnp.float32)
                 return class_scores(logits, targets, self.positive).sum()
 
             raw, size = CAMS[method](last, jax.grad(score)(last))
@@ -347,12 +346,9 @@ class Explainer:
 
 
 def _forward(
-    network: Callable[[jax.Array], Any], images: jax.Array, replacements: Mapping[str, jax.Array] = MappingProxyType({})
+    network: Callable[[jax.Array], Any], images: jax.Array, layer: str = "", at: Any = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the logits and the feature maps of all blocks by name, with LAST at the end.
-
-    Maps in `replacements` take the place of the computed ones.
-    """
+    """Returns the logits and the maps of all blocks by name, with LAST at the end; `at` replaces the map of `layer`."""
     maps: dict[str, jax.Array] = {}
 
     def visit(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -360,7 +356,7 @@ def _forward(
         if context.method_name != "run":
             return result
         name = kwargs.get("name", args[0].name)
-        maps[name] = replacements[name].astype(result.dtype) if name in replacements else result
+        maps[name] = at.astype(result.dtype) if name == layer else result
         return maps[name]
 
     with nn.intercept_methods(visit):

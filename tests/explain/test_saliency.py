@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -146,13 +145,14 @@ def test_gradcam_of_an_earlier_block(remat):
 )
 def test_feature_map_of_cams(name, side, layer):
     module = models.MODELS[name](outputs=2)
-    variables = jax.eval_shape(partial(module.init, train=False), jax.random.key(0), np.zeros((1, side, side, 1)))
+    images = np.zeros((1, side, side, 1), np.uint8)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), images / 255, train=False))
     explainer = Explainer(module, variables, InputSpec(size=(side, side), channels=1))
     assert explainer.layer == layer
     assert explainer.methods == (saliency.METHODS if layer else ("integrated_gradients", "occlusion"))
     if layer is None:
         with pytest.raises(ValueError, match=r"gradcam.*7 x 7.*occlusion"):
-            explainer.maps(np.zeros((1, side, side, 1), np.uint8), 0, "gradcam")
+            explainer.maps(images, 0, "gradcam")
 
 
 def test_predicted_class_and_batches():
