@@ -3,7 +3,8 @@
     python -m lungjax.main --experiment=cbr_folder
 
 The images are CT slices or chest X-rays of any number of classes. Two cores train on about 40 images per second. With
-the published "valid" padding, the last feature map at 128 px is a single cell, so set input.size=256 for heat maps.
+the published "valid" padding, the last feature map at 128 px is a single cell. Heat maps explain that of stage 3, 9 x 9
+cells; the last map has as many with input.size=256.
 """
 
 from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig

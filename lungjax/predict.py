@@ -45,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace the predictions in --out.")
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions, such as youden or sensitivity_0.95.")
     flags.DEFINE_bool("explain", False, "Also draw a saliency map of each image.")
-    flags.DEFINE_string("method", "gradcam", "Method of --explain; see lungjax.explain.")
+    flags.DEFINE_string("method", None, "Method of --explain; default gradcam if possible; see lungjax.explain.")
     flags.DEFINE_string("gate", None, "Model that selects the volumes to predict.")
     flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must assign to a volume for it to be predicted.")
     flags.DEFINE_string("group_pattern", "", "Regex whose first group is the patient in a path below a folder.")
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
     model = load(FLAGS.model)
     if FLAGS.explain:
-        model.check_method(FLAGS.method)
+        print(f"Saliency maps by {model.check_method(FLAGS.method)}")
     records.check_rule(model.metadata, FLAGS.rule)
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
@@ -175,6 +175,7 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
     if FLAGS.explain:
         from lungjax.explain import figures  # here, since most calls draw nothing
 
+        method = model.check_method(FLAGS.method)
         taken: set[str] = set()
         names = [figures.file_name(item.short, taken) for item in items]
 
@@ -202,9 +203,9 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
                     record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
                     if FLAGS.explain:
                         best = int(p.argmax())
-                        heat = model.maps(result.pixels[None], np.asarray([best]), FLAGS.method)[0]
-                        path, classes = folder / f"{names[number]}_{FLAGS.method}.png", model.metadata.classes
-                        figures.draw(path, item.short, result.pixels, heat, p, classes, best, FLAGS.method)
+                        heat = model.maps(result.pixels[None], np.asarray([best]), method)[0]
+                        path, classes = folder / f"{names[number]}_{method}.png", model.metadata.classes
+                        figures.draw(path, item.short, result.pixels, heat, p, classes, best, method)
                 record["series"] = item.series
                 write(record)
                 yield record

@@ -83,9 +83,7 @@ def read(folder: Path, name: str) -> RunSummary:
     key = f"val.{train.monitor}"
     curve = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     report: dict[str, Any] = json.loads(report_path.read_text("utf-8")) if report_path.is_file() else {}
-    steps = train.steps or report.get("facts", {}).get("steps") or 0
-    if not steps and rows and rows[-1]["epoch"]:
-        steps = round(train.epochs * rows[-1]["step"] / rows[-1]["epoch"])
+    steps = next((row["steps"] for row in reversed(rows) if "steps" in row), train.steps)
     test: Any = report.get("test")
     for part in train.monitor.split("."):
         test = test.get(part) if isinstance(test, dict) else None

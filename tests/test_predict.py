@@ -25,6 +25,7 @@ from lungjax.data import pipeline, preprocess
 from lungjax.data.imaging import images
 from lungjax.evaluation import predictions
 from lungjax.explain import __main__ as explain
+from lungjax.explain import saliency
 from lungjax.export import __main__ as export
 from lungjax.inference import inputs, model, records
 from lungjax.runtime import files
@@ -137,6 +138,18 @@ def test_patients_of_a_list_and_saliency_maps(trained_run, command, tmp_path):
     decision = lines(tmp_path / "out/series.jsonl")[0]["decisions"]["left"]
     assert decision == decision | {"rule": "youden", "threshold": points["left"]["youden"]["threshold"]}
     assert len(list((tmp_path / "out/explain").glob("*_gradcam.png"))) == 3
+
+
+def test_saliency_without_a_large_feature_map(trained_run, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saliency, "MIN_CELLS", 16)  # the largest map has 15 cells
+    image = trained_run.images / "p000.png"
+    assert command(image, explain=True, method="gradcam") == 2
+    assert "16 x 16 cells" in capsys.readouterr().err
+    assert command(image, explain=True) == 0
+    assert (tmp_path / "out/explain/p000_integrated_gradients.png").exists()
+    assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
+    exported = model.load(tmp_path / "model.pyz")
+    assert exported.methods == () and len(exported.predict([image])) == 1
 
 
 def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):

@@ -31,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_list("images", [], "Files, folders, CSV lists and scans, as for lungjax.predict.")
     flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
     flags.DEFINE_bool("quality", False, "Test the maps by pointing game, deletion curve and sanity check.")
-    flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; default gradcam, or all for --quality.")
+    flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; by default the first one possible.")
     flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")
     count = f"Number of images for --split (default all) and --quality (default {QUALITY_IMAGES})."
     flags.DEFINE_integer("count", None, count, lower_bound=1)
@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
     # Here: they import jax, which is slow and must be configured first.
     from lungjax.data import pipeline
     from lungjax.explain import figures, quality
-    from lungjax.explain.saliency import Explainer
+    from lungjax.explain.saliency import Explainer, check_method
     from lungjax.inference.model import load_finished
     from lungjax.training import setup
 
@@ -70,12 +70,12 @@ def main(_: list[str]) -> None:
         run.module, run.variables, config.input, description.positive, config.eval.batch_size,
         temperature=description.temperature,
     )  # fmt: skip
+    for method in FLAGS.method:
+        check_method(method, explainer.methods)
     out = Path(FLAGS.out).expanduser() if FLAGS.out else workdir / "explain"
     out.mkdir(parents=True, exist_ok=True)
-    methods = FLAGS.method or ["gradcam"]
+    methods = FLAGS.method or explainer.methods[:1]
     bad: list[str] = []
-    if "occlusion" not in methods and "integrated_gradients" not in methods and max(explainer.map_size) == 1:
-        print("The last feature map is 1x1, so CAM methods cannot localize: use occlusion or integrated_gradients.")
     if FLAGS.images:
         description = replace(description, **windows)
         inputs = gather(FLAGS.images, description)
@@ -92,8 +92,11 @@ def main(_: list[str]) -> None:
             folder = out / f"{FLAGS.split}_{method}"
             bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
-        methods, count, images = FLAGS.method or METHODS, FLAGS.count or QUALITY_IMAGES, None if synthetic else reader
+        count, images = FLAGS.count or QUALITY_IMAGES, None if synthetic else reader
+        methods = FLAGS.method or explainer.methods
         bad += quality.write(explainer, run, images, methods, target, out, count)
+    for method in methods:
+        print(f"{method}: {explainer.describe(method)}")
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
         print(f"lungjax: skipped: {problem}", file=sys.stderr)

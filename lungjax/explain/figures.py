@@ -18,8 +18,6 @@ from lungjax.report.contact_sheet import FRAME, Section, Tile
 if TYPE_CHECKING:  # the service imports this file, but not grain
     from lungjax.data.pipeline import Reader
 
-NAMES = ("Grad-CAM", "Grad-CAM, positive gradients", "Grad-CAM++", "Integrated gradients", "Occlusion")
-TITLES = dict(zip(saliency.METHODS, NAMES, strict=True))
 TILES = (4, 7)  # columns and rows of a contact sheet
 CHUNK = 64  # images in memory at a time
 
@@ -41,7 +39,7 @@ def draw(
     clipped = visible(heat, method)
     heading = f"{prediction(probabilities, classes)}  ·  {style.short(name, 60)}"
     empty = "" if heat.any() else ": no evidence"
-    titles = ("Image", f"{TITLES[method]} for {style.short(classes[target], 22)}{empty}", "Overlay")
+    titles = ("Image", f"{saliency.TITLES[method]} for {style.short(classes[target], 22)}{empty}", "Overlay")
     tall = image.shape[0] / image.shape[1]
     figure = style.figure(10.2, 3.2 * tall + 0.9, layout="compressed")
     figure.suptitle(heading, fontsize=11, color=style.INK)
@@ -153,7 +151,7 @@ def draw_split(
                 tiles += [Tile(image, (ids[0], prediction(p, classes), truth), frame=frame, wide=True)]
                 tiles += [Tile(image, heat=visible(heat, method), frame=frame)]
             explained = "the predicted class" if target is None else classes[target]
-            title = f"{data.name}, {split}: {TITLES[method]} for {explained}, page {page + 1} of {pages}"
+            title = f"{data.name}, {split}: {saliency.TITLES[method]} for {explained}, page {page + 1} of {pages}"
             section = Section(tiles, f"{title}, most confident first")
             contact_sheet.draw([section], out / f"page_{page + 1:03}.png", 2 * TILES[0], paired=True, aspect=2.0)
     return bad

@@ -1,19 +1,20 @@
 """Saliency maps of a network's input, [H, W] in 0..1, by five methods.
 
-Every network returns its last feature map and has a submodule `head` that maps it to logits, so the three CAM methods
-need one forward pass and the gradient of the head. The score of a class is its logit; with a sigmoid head, z for the
-positive class and -z for the other one.
+The three CAM methods explain the last feature map with at least MIN_CELLS cells per side: that of the network, for
+which they need one forward pass and the gradient of the head, or that of an earlier block (`Network.run`), with the
+gradient through the rest of the network. The score of a class is its logit; with a sigmoid head, z for the positive
+class and -z for the other one.
 
-With valid padding the last feature map covers only the center of the image, and its map is placed there
+With valid padding a feature map covers only the center of the image, and its map is placed there
 (`models.receptive_field`). The papers and gradcam_positive stretch it over the entire image. A map shows which pixels
-the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding, or from a
-last feature map of one cell) is all zeros rather than amplified noise.
+the score depends on; `quality` measures how far to trust it. A map without evidence (constant up to rounding) is all
+zeros rather than amplified noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -31,6 +32,10 @@ from lungjax.models.network import Network
 from lungjax.models.ops import conv
 
 METHODS = EXPLANATIONS
+NAMES = ("Grad-CAM", "Grad-CAM, positive gradients", "Grad-CAM++", "Integrated gradients", "Occlusion")
+TITLES = dict(zip(METHODS, NAMES, strict=True))
+MIN_CELLS = 7  # as ImageNet networks have at 224 pixels; coarser maps are nearly uniform squares
+LAST = "last"  # name of the network's last feature map
 ROUNDING = 1e-5  # range of values, relative to the size of the summands, below which a map is constant
 EPSILON = 1e-8  # in the min-max scaling of the CT-COV19 study
 
@@ -83,6 +88,15 @@ CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
 }
 
 
+def check_method(method: str, methods: Sequence[str]) -> None:
+    """Raises ValueError unless `method` is one of the `methods` of a network."""
+    if method in CAMS and methods and not CAMS.keys() & set(methods):
+        need = f"needs a feature map of at least {MIN_CELLS} x {MIN_CELLS} cells, which no block of this network has"
+        raise ValueError(f"method={method!r} {need} at this input.size; use {' or '.join(methods)}")
+    if method not in methods:
+        raise ValueError(f"method={method!r}: {nearest(method, methods)}")
+
+
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
     """Returns the score [B] of one class per example, `targets` [B], from the logits [B, outputs]."""
     if positive is None:
@@ -115,18 +129,19 @@ class Explainer:
             raise ValueError(f"patch={self.patch}, stride={self.stride}: expected 1 <= stride <= patch <= image side")
 
     def maps(
-        self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str = "gradcam"
+        self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps float32 [B, H, W] in 0..1 and class probabilities float32 [B, C].
 
         `images` are uint8 [B, H, W, C], network inputs before normalization. `targets` are the classes to explain, int
-        [B], one class for all images, or None for the most probable class. CAMs are interpolated linearly to the input
-        size. Maps are divided by their maximum (0: no evidence); gradcam_positive is min-max scaled, as in the study.
+        [B], one class for all images, or None for the most probable class. `method` is one of `methods`, by default the
+        first. CAMs are interpolated linearly to the input size. Maps are divided by their maximum (0: no evidence);
+        gradcam_positive is min-max scaled, as in the study.
 
-        Raises ValueError for an unknown method, images of the wrong shape or dtype, and invalid targets.
+        Raises ValueError for a method not in `methods`, images of the wrong shape or dtype, and invalid targets.
         """
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}: {nearest(method, METHODS)}")
+        method = method or self.methods[0]
+        check_method(method, self.methods)
         images, targets = self._checked(images, targets)
         if method in CAMS:
             program = self._program(method)
@@ -175,15 +190,37 @@ class Explainer:
         return other
 
     @cached_property
-    def map_size(self) -> tuple[int, int]:
-        """Height and width of the last feature map, the resolution of the CAM methods."""
-        shape = jax.eval_shape(self._last, self.variables, self._image).shape
-        return int(shape[1]), int(shape[2])
+    def layer(self) -> tuple[str, tuple[int, int]] | None:
+        """Name, height and width of the feature map of the CAM methods; None if no map has MIN_CELLS per side."""
+        names: list[str] = []
+
+        def forward(variables: dict[str, Any], image: jax.Array) -> list[jax.Array]:
+            _, maps = _forward(partial(self.module.apply, variables, train=False), image)
+            names[:] = maps
+            return list(maps.values())
+
+        image = jax.ShapeDtypeStruct((1, *self.spec.size, self.spec.network_channels), jnp.float32)
+        shapes = [each.shape[1:3] for each in jax.eval_shape(forward, self.variables, image)]
+        large = [layer for layer in zip(names, shapes, strict=True) if min(layer[1]) >= MIN_CELLS]
+        return large[-1] if large else None
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that this network allows, the default first."""
+        return tuple(method for method in METHODS if self.layer or method not in CAMS)
+
+    def describe(self, method: str | None = None) -> str:
+        """Returns the title of a method, by default the first one, and the feature map that it explains."""
+        method = method or self.methods[0]
+        if method not in CAMS or not self.layer:
+            return TITLES[method]
+        name, (height, width) = self.layer
+        return f"{TITLES[method]} of {'the last feature map' if name == LAST else name}, {height} x {width} cells"
 
     def grain(self, method: str) -> tuple[int, int]:
         """Returns the height and width of a method's maps before resizing."""
-        if method in CAMS:
-            return self.map_size
+        if method in CAMS and self.layer:
+            return self.layer[1]
         height, width = self.spec.size
         return (-(-height // self.stride), -(-width // self.stride)) if method == "occlusion" else (height, width)
 
@@ -193,19 +230,31 @@ class Explainer:
         return 2 if self.positive is not None else int(self.module.outputs)
 
     def cam(self, method: str) -> Any:
-        """Returns a CAM method: a function of folded variables, head variables, pixels and targets (-1: predicted)."""
-        head, stretched = Head(self.module.head, self.module.outputs), method == "gradcam_positive" or not self.align
-        axes = receptive_field.cell_positions(None if stretched else self.module, self.spec.size, self.map_size)
-        rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, self.map_size)
+        """Returns a CAM method: a function of folded variables, head variables, pixels and targets (-1: predicted).
+
+        Raises ValueError if no feature map is large enough.
+        """
+        check_method(method, self.methods)
+        assert self.layer
+        (layer, cells), head = self.layer, Head(self.module.head, self.module.outputs)
+        network = self.module if layer == LAST else self.module.up_to(layer)
+        stretched = method == "gradcam_positive" or not self.align
+        axes = receptive_field.cell_positions(None if stretched else network, self.spec.size, cells)
+        rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, cells)
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits, features = self._network(folded, normalize(pixels, self.spec))
+            forward, x = partial(self._network, folded), normalize(pixels, self.spec)
+            logits, maps = _forward(forward, x)
             probabilities = outputs.probabilities(logits, self.positive, self.temperature)
             targets = jnp.where(targets < 0, probabilities.argmax(-1), targets)
-            last = features["last"].astype(jnp.float32)
+            last = maps[layer].astype(jnp.float32)
 
             def score(at: jax.Array) -> jax.Array:
-                return class_scores(head.apply(own, at, train=False), targets, self.positive).sum()
+                if layer == LAST:
+                    logits = head.apply(own, at, train=False)
+                else:  # the compiler removes the blocks before the map
+                    logits = _forward(forward, x, layer, at)[0].astype(jnp.float32)
+                return class_scores(logits, targets, self.positive).sum()
 
             raw, size = CAMS[method](last, jax.grad(score)(last))
             full = jnp.einsum("yi,bij,xj->byx", rows, raw, columns, precision="highest")
@@ -231,14 +280,6 @@ class Explainer:
             fall[top : top + side, left : left + side] += scores[0] - score
             count[top : top + side, left : left + side] += 1
         return np.asarray(_scaled(np.maximum(fall / count, 0)[None], np.abs(scores).max(keepdims=True)))[0]
-
-    def _last(self, variables: dict[str, Any], image: jax.Array) -> jax.Array:
-        last: jax.Array = self.module.apply(variables, image, train=False)[1]["last"]
-        return last
-
-    @property
-    def _image(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *self.spec.size, self.spec.network_channels), jnp.float32)
 
     @cached_property
     def _network(self) -> FoldedModel:
@@ -303,6 +344,25 @@ class Explainer:
             results = run(pad_batch(batch, size), pad_batch(targets[at : at + size], size))
             parts.append([np.asarray(result)[: len(batch)] for result in results])
         return tuple(np.concatenate(results) for results in zip(*parts, strict=True))
+
+
+def _forward(
+    network: Callable[[jax.Array], Any], images: jax.Array, layer: str = "", at: Any = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the logits and the maps of all blocks by name, with LAST at the end; `at` replaces the map of `layer`."""
+    maps: dict[str, jax.Array] = {}
+
+    def visit(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = method(*args, **kwargs)
+        if context.method_name != "run":
+            return result
+        name = kwargs.get("name", args[0].name)
+        maps[name] = at.astype(result.dtype) if name == layer else result
+        return maps[name]
+
+    with nn.intercept_methods(visit):
+        logits, features = network(images)
+    return logits, maps | {LAST: features["last"]}
 
 
 def _scaled(full: jax.Array | np.ndarray, size: jax.Array | np.ndarray, min_max: bool = False) -> jax.Array:

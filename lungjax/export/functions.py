@@ -2,7 +2,8 @@
 
     predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
               "features" float32 [b, F]}
-    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}
+    gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}; only for
+              networks with a feature map that is large enough for Grad-CAM
 
 Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
 a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`). Formats whose converter
@@ -73,7 +74,7 @@ class Functions:
         """Returns the maps of `saliency.Explainer` for target classes int32 [b]."""
         folded = _tree(weights)
         head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
-        return {"maps": self._cam(folded, head, pixels, targets)[0]}
+        return {"maps": self.explainer.cam("gradcam")(folded, head, pixels, targets)[0]}
 
     def sample(self, batch: int) -> np.ndarray:
         """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
@@ -115,9 +116,9 @@ class Functions:
         return FoldedModel(self.module, self.variables, (*spec.size, spec.network_channels))
 
     @cached_property
-    def _cam(self) -> Any:
-        explainer = saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
-        return explainer.cam("gradcam")
+    def explainer(self) -> saliency.Explainer:
+        """The explainer of the network."""
+        return saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
 
     @cached_property
     def _reference(self) -> Any:

@@ -53,11 +53,13 @@ def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
 def members(functions: Functions) -> dict[str, bytes]:
     """Returns the contents of model.pyz as {file name: bytes}."""
     package, reader = Path(lungjax.__file__).parent, Path(flatbuffers.__file__).parent
+    programs = serialized(functions)
     about = {
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
         "network": dataclasses.asdict(functions.config),
         "platforms": artifacts.PLATFORMS,
+        "programs": list(programs),
         "compiler_options": conv.compiler_options("cpu", train=False),
     }
     return {
@@ -68,7 +70,7 @@ def members(functions: Functions) -> dict[str, bytes]:
         artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
         artifacts.MODEL: functions.metadata.to_json().encode(),
         artifacts.WEIGHTS: _npz(functions.weights),
-        **{artifacts.member(name): program for name, program in serialized(functions).items()},
+        **{artifacts.member(name): program for name, program in programs.items()},
     }
 
 
@@ -83,10 +85,10 @@ def serialized(functions: Functions) -> dict[str, bytes]:
         return bytes(export.export(jax.jit(function), platforms=artifacts.PLATFORMS)(*arguments).serialize())
 
     with without_source_paths():
-        return {
-            "predict": convert(functions.predict, weights, pixels),
-            "gradcam": convert(functions.gradcam, weights, pixels, targets),
-        }
+        programs = {"predict": convert(functions.predict, weights, pixels)}
+        if "gradcam" in functions.explainer.methods:
+            programs["gradcam"] = convert(functions.gradcam, weights, pixels, targets)
+    return programs
 
 
 def _npz(weights: dict[str, np.ndarray]) -> bytes:

@@ -55,6 +55,8 @@ def predict(flags: argparse.Namespace) -> int:
     records.check_rule(description, flags.rule)
     if (description.stage or description.box == "body") and not flags.prepared:
         from lungjax.data.imaging import lung_masks  # noqa: F401  # fails before any image is read
+    if flags.maps and "gradcam" not in model.programs:
+        raise ValueError("--maps: no feature map of this network is large enough for Grad-CAM")
     prepare = artifacts.Preprocessor(description)
     files = gather(flags.paths)
     columns = ["file", *records.columns(description), "novelty", "warnings", "error"]

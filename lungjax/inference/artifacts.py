@@ -2,12 +2,14 @@
 
 A `model.pyz` is an uncompressed zip:
 
-    artifact.json        {"lungjax", "jax": versions, "network": `config.ModelConfig`, "platforms", "compiler_options"}
+    artifact.json        {"lungjax", "jax": versions, "network": `config.ModelConfig`, "platforms", "programs",
+                         "compiler_options"}
     model.json           `metadata.Metadata`
     weights.npz          float32 arrays by path, batch norms folded
     predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"
                          [b, classes], "features" [b, F]}
-    gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W]}
+    gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W]}; missing
+                         if no feature map of the network is large enough for Grad-CAM
     __main__.py, lungjax/, flatbuffers/    the script that `python model.pyz scan.png` runs, with a copy of this file
 
 Images are cropped and resized before the program runs, which normalizes them and applies temperature and softmax. This
@@ -146,8 +148,9 @@ def read_pyz(path: str | Path) -> Program:
     """Opens a `model.pyz`. Raises ValueError if it is damaged, not from lungjax.export, or from an incompatible jax."""
     path = Path(path)
     metadata, weights, about = read_parts(path)
-    files = _members(path, map(member, PROGRAMS))
-    programs = {name: _program(files[member(name)], path, member(name), about["jax"]) for name in PROGRAMS}
+    names = [name for name in PROGRAMS if name in about["programs"]]
+    files = _members(path, map(member, names))
+    programs = {name: _program(files[member(name)], path, member(name), about["jax"]) for name in names}
     options = {key: value for key, value in about["compiler_options"].items() if key in OPTIONS}
     return Program(metadata, weights, programs, options)
 
@@ -164,7 +167,8 @@ def read_about(path: Path) -> dict[str, Any]:
     data = _members(path, (ABOUT,))[ABOUT]
     try:
         about = json.loads(data)
-        return about | {"jax": str(about["jax"]), "compiler_options": dict(about["compiler_options"])}
+        options, programs = dict(about["compiler_options"]), list(about["programs"])
+        return about | {"jax": str(about["jax"]), "compiler_options": options, "programs": programs}
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: {ABOUT} is not from lungjax.export") from None
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from lungjax import models
-from lungjax.config import Config, metadata, nearest, overrides
+from lungjax.config import Config, metadata, overrides
 from lungjax.config.metadata import Metadata
 from lungjax.data.batching import pad_batch
 from lungjax.explain import saliency
@@ -63,7 +63,7 @@ class Model:
     metadata: Metadata
     format: str  # run, pyz or onnx
     batch_size: int  # largest batch
-    methods: tuple[str, ...]  # of `explain`; empty if the format has no saliency maps
+    methods: tuple[str, ...]  # of `explain`, the default first; empty if the file has no saliency maps
     forward: Forward
     saliency: Saliency | None = None
     network: Network | None = None  # of a run
@@ -82,11 +82,12 @@ class Model:
         return self.outputs(self._pixels(images, boxes))["features"]
 
     def explain(
-        self, images: Images, targets: Sequence[int] | None = None, method: str = "gradcam", boxes: Boxes = None
+        self, images: Images, targets: Sequence[int] | None = None, method: str | None = None, boxes: Boxes = None
     ) -> np.ndarray:
         """Returns saliency maps float32 [B, H, W] in 0..1 over the network's input.
 
-        `targets` are class numbers, one per image; None selects the predicted classes. `method` is one of `methods`.
+        `targets` are class numbers, one per image; None selects the predicted classes. `method` is one of `methods`,
+        by default the first.
         """
         self.check_method(method)
         pixels = self._pixels(images, boxes)
@@ -124,13 +125,13 @@ class Model:
             batches.append({name: np.asarray(array)[: len(batch)] for name, array in results.items()})
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
-    def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str = "gradcam") -> np.ndarray:
+    def maps(self, pixels: np.ndarray, targets: np.ndarray, method: str | None = None) -> np.ndarray:
         """Returns saliency maps, float32 [B, H, W], for prepared pixels and the class numbers `targets` [B].
 
         Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """
         artifacts.check_pixels(pixels, self.metadata)
-        self.check_method(method)
+        method = self.check_method(method)
         classes = len(self.metadata.classes)
         if targets.shape != (len(pixels),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):
             raise ValueError(f"targets={targets.tolist()}: expected {len(pixels)} class indices in 0..{classes - 1}")
@@ -141,12 +142,13 @@ class Model:
                 maps.append(self.saliency(pixels[i : i + 1], targets[i : i + 1].astype(np.int32), method))
         return np.concatenate(maps)
 
-    def check_method(self, method: str) -> None:
-        """Raises ValueError unless `method` is one of `methods`."""
+    def check_method(self, method: str | None) -> str:
+        """Returns `method`, or the first of `methods` for None. Raises ValueError unless it is one of them."""
         if not self.methods:
-            raise ValueError(f"model.{self.format} has no saliency maps; use the run folder or a model.pyz")
-        if method not in self.methods:
-            raise ValueError(f"method={method!r}: {nearest(method, self.methods)}")
+            raise ValueError(f"model.{self.format} has no saliency maps; use the run folder")
+        method = method or self.methods[0]
+        saliency.check_method(method, self.methods)
+        return method
 
     def _pixels(self, images: Images, boxes: Boxes) -> np.ndarray:
         return np.stack([self.prepare(array, box).pixels for array, box in api.read_images(images, boxes)])
@@ -164,8 +166,9 @@ def load(path: str | Path) -> Model:
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
         size = prediction_batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
+        methods = ("gradcam",) if "gradcam" in program.programs else ()
         return Model(
-            program.metadata, "pyz", size, ("gradcam",), program.outputs,
+            program.metadata, "pyz", size, methods, program.outputs,
             lambda pixels, targets, _: program.gradcam(pixels, targets),
         )  # fmt: skip
     if place.suffix == ".onnx":
@@ -215,11 +218,8 @@ def _load_run(workdir: Path) -> Model:
 
     compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
     explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
-    # CAM methods yield one value per cell of the last map, so the map of a single cell would be uniform.
-    useless = saliency.CAMS if max(explainer.map_size) == 1 else ()
-    methods = tuple(method for method in saliency.METHODS if method not in useless)
     size = prediction_batch_size(network.config, 1, jax.default_backend())
     return Model(
-        description, "run", size, methods, lambda pixels: compiled(variables, pixels),
+        description, "run", size, explainer.methods, lambda pixels: compiled(variables, pixels),
         lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], network,
     )  # fmt: skip

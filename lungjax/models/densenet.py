@@ -5,6 +5,7 @@ Padding is symmetric in all sources; average pools drop the last row and column 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +59,12 @@ class DenseNet(Network):
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, h, w, channels] with h about H / 32."""
-        # Maps are concatenated inside the rematerialized function, so only the new channels of each layer are saved.
-        # Saving the concatenated maps would take memory quadratic in the depth.
-        run = partial(self.run, function=lambda layer, maps: layer(jnp.concatenate(maps, -1), train=train))
+
+        def concatenated(layer: Layer, maps: list[jax.Array]) -> Any:
+            # Inside the rematerialized function, so only the new channels of each layer are saved. Saving the
+            # concatenated maps would take memory quadratic in the depth.
+            return layer(jnp.concatenate(maps, -1), train=train)
+
         conv = partial(Conv, dtype=self.dtype, kernel_init=KERNEL_INIT)
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         x = conv(2 * self.growth, 7, 2, 3, name="stem_conv")(x)  # [B, H / 2, W / 2, 2 * growth]
@@ -68,9 +72,10 @@ class DenseNet(Network):
         for number, depth in enumerate(self.depths, 1):
             maps = [x]
             for i in range(1, depth + 1):
-                maps.append(run(DenseLayer(self.growth, conv, norm, name=f"stage{number}_block{i}"), maps))
+                layer = DenseLayer(self.growth, conv, norm, name=f"stage{number}_block{i}")
+                maps.append(self.run_part(layer, maps, concatenated))
             if number < len(self.depths):
-                x = run(Transition(conv, norm, name=f"stage{number}_transition"), maps)
+                x = self.run(Transition(conv, norm, name=f"stage{number}_transition"), maps, concatenated)
         return norm(name="top_bn")(jnp.concatenate(maps, -1), train=train, activation=nn.relu)
 
     def _stride(self) -> int:

@@ -1,6 +1,6 @@
 """One configurable head for the networks of the five studies and the published architectures.
 
-Its only input is the last feature map, with respect to which Grad-CAM differentiates the logits.
+Its only input is the last feature map, with respect to which Grad-CAM usually differentiates the logits.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,21 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
         """Returns the total stride of the feature map in pixels."""
         raise NotImplementedError
 
+    def up_to(self, layer: str) -> "Network | None":
+        """Returns the network that ends with the block `layer`, or None if the block's cells are spread evenly."""
+        return None
+
     def run(self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any) -> jax.Array:
-        """Returns function(block, x, **options), rematerialized if `remat` is set."""
+        """Returns the feature map function(block, x, **options), rematerialized if `remat` is set.
+
+        The rest of the network depends only on this map, which lets `explain.saliency` differentiate with respect to
+        it by intercepting this method. The map has the name of the block, or that in `options`.
+        """
+        return self.run_part(block, x, function, **options)
+
+    def run_part(
+        self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any
+    ) -> jax.Array:
+        """Like `run`, for a block that computes only a part of the channels."""
         call = partial(function, **options)
         return (nn.remat(call) if self.remat else call)(block, x)

@@ -36,15 +36,20 @@ class Transfusion(Network):
         conv = partial(Conv, padding=pads, use_bias=True, kernel_init=nn.initializers.glorot_uniform())
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
-        def block(module: nn.Module, x: jax.Array, number: int) -> jax.Array:
-            name, width = "stem" if number == 1 else f"stage{number}", self.widths[number - 1]
+        def block(module: nn.Module, x: jax.Array, name: str, width: int, pool: bool) -> jax.Array:
             x = conv(width, self.kernel, dtype=self.dtype, name=f"{name}_conv")(x)
             x = norm(name=f"{name}_bn")(x, train=train, activation=nn.relu) if self.norm else nn.relu(x)
-            return max_pool(x, self.pool, 2, pads) if number < len(self.widths) or self.last_pool else x
+            return max_pool(x, self.pool, 2, pads) if pool else x
 
-        for number in range(1, len(self.widths) + 1):
-            x = self.run(self, x, block, number=number)
+        for number, width in enumerate(self.widths, 1):
+            name, pool = "stem" if number == 1 else f"stage{number}", number < len(self.widths) or self.last_pool
+            x = self.run(self, x, block, name=name, width=width, pool=pool)
         return x
+
+    def up_to(self, layer: str) -> "Transfusion":
+        """Returns the network that ends with the block `layer`."""
+        number = 1 if layer == "stem" else int(layer.removeprefix("stage"))
+        return self.clone(widths=self.widths[:number], last_pool=number < len(self.widths) or self.last_pool)
 
     def min_side(self, cells: int) -> int:
         """Returns the smallest side in pixels whose feature map has `cells` cells per side."""

@@ -54,7 +54,7 @@ CAPTIONS = {
     "reliability.png": "Reliability diagram, test {}s: accuracy by confidence.",
     "decision_curve.png": "Decision curves, test {}s: net benefit of each class against the rest.",
     "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
-    "mistakes.png": "Worst mistakes, test {}s, each with the Grad-CAM map of its predicted class (yellow: highest).",
+    "mistakes.png": "Worst mistakes, test {}s, each with the heat map of its predicted class (yellow: highest).{}",
     "training.png": "Training: the train loss includes class weights and label smoothing, if any.",
 }
 LEAKS = {
@@ -80,7 +80,8 @@ def build(
     """
     facts = report["facts"]
     unit = report["unit"]
-    figures = {name: embed(plots / name, CAPTIONS[name].format(unit)) for name in files}
+    heat_maps = f" Heat maps: {facts['heat_maps']}." if "heat_maps" in facts else ""
+    figures = {name: embed(plots / name, CAPTIONS[name].format(unit, heat_maps)) for name in files}
     return {
         "title": f"{report['name']}: {config.model.name} on {facts.get('dataset', config.data.dataset)}",
         "sections": SECTIONS,

@@ -12,8 +12,9 @@
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
                         unknown), code (digest of lungjax's files); novelty, the false alarms on val and test images
-                        (`lungjax.evaluation.novelty`); notes, which come first in `warnings`; folds
-                        (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
+                        (`lungjax.evaluation.novelty`); heat_maps, method and feature map of mistakes.png; notes, which
+                        come first in `warnings`; folds (`lungjax.training.cross_validation`); external
+                        (`lungjax.training.external_test`)
     test, val           the splits, each:
       .slice            level over all examples
       .patient          level over patients (mean probability over a patient's slices), and
@@ -203,7 +204,10 @@ def warnings(
     yield from _source_warnings(p, report["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
-        yield "The last validation was the best: longer training may give better weights."
+        length = config.train
+        longer = f"steps={2 * length.steps}" if length.steps else f"epochs={2 * length.epochs:g}"
+        command = f"rerun the command with --set=train.{longer} to continue"
+        yield f"The last validation was the best: longer training may give better weights; {command}."
 
 
 def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[str]:

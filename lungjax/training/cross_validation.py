@@ -13,7 +13,7 @@ import numpy as np
 
 from lungjax import config as configs
 from lungjax import datasets
-from lungjax.config import Config
+from lungjax.config import Config, overrides
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation import metrics, predictions
@@ -71,11 +71,13 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
     if not (folder / "report.md").exists():  # the file that a run writes last
         return False
     steps = json.loads((folder / "report.json").read_text())["facts"]["steps"]
-    if not progress.is_complete(folder, load.resolve(config), steps):
+    config = load.resolve(config)
+    if not progress.is_complete(folder, config, steps):
         return False
-    workdirs.check(folder, load.resolve(config), "train")
+    workdirs.check(folder, config, "train")
     workdirs.check_same_data(folder, data)
-    return True
+    saved = overrides.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    return not any(line.split(":")[0] in workdirs.LENGTH_FIELDS for line in overrides.difference(saved, config))
 
 
 def write(

@@ -131,7 +131,7 @@ def evaluate(
     folder = workdir / "external" / (other.name.replace("/", "_") + suffix)
     # A heat map explains one class of the run, not a tested class that merges several.
     unmerged = all(len(members) == 1 for members in mapping.members)
-    explain_class = final_report.explainer(run, variables) if unmerged else None
+    explain_class, heat_maps = final_report.explainer(run, variables) if unmerged else (None, {})
     run_classes = np.asarray([members[0] for members in mapping.members])
     explain = explain_class and (lambda images, targets: explain_class(images, run_classes[targets]))
     description = datasets.describe(other, data_dir)
@@ -140,7 +140,7 @@ def evaluate(
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         report = reporting.write_report(
-            folder, run.config, results, [], facts, lambda i: reader(rows[i]), explain, **description,
+            folder, run.config, results, [], facts | heat_maps, lambda i: reader(rows[i]), explain, **description,
             temperature=temperature, points=model.points if model and mapping.classes == model.classes else None,
         )  # fmt: skip
         for warning in baselines.warnings(report):

@@ -1,5 +1,6 @@
 """The last phase of a run: writes report, plots and model.json from the predictions of the best weights."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lungjax.config import metadata
 from lungjax.data import pipeline
 from lungjax.evaluation import baselines, calibration
 from lungjax.evaluation.predictions import Predictions
-from lungjax.explain import saliency
+from lungjax.explain import figures, saliency
 from lungjax.models import trees
 from lungjax.models.outputs import positive_class
 from lungjax.report import model_json
@@ -30,7 +31,8 @@ def write(
     `results` are uncalibrated predictions by split, `variables` the tested weights; `facts` are added to those of
     `describe`.
     """
-    facts, explain = describe(run) | facts, explainer(run, variables)
+    explain, heat_maps = explainer(run, variables)
+    facts = describe(run) | heat_maps | facts
     description = datasets.describe(run.data, data_dir)
 
     def write_files() -> None:
@@ -41,10 +43,16 @@ def write(
             name: p if p.logits is None else calibration.apply_temperature(p, temperature)
             for name, p in results.items()
         }
+        lengths = [row for row in history if "steps" in row]
+        notes = [
+            f"The run was changed from {before['steps']} to {row['steps']} steps at step {row['step']}; from there on, "
+            "the learning rate is that of a run of this length."
+            for before, row in itertools.pairwise(lengths)
+        ]
         detector = model_json.fit_novelty(run.data)
-        alarms = {} if detector is None else {"novelty": detector.false_alarms}
+        more = {"notes": notes} | ({} if detector is None else {"novelty": detector.false_alarms})
         report = reporting.write_report(
-            run.workdir, run.config, calibrated, history, facts | alarms, lambda i: reader(rows[i]), explain,
+            run.workdir, run.config, calibrated, history, facts | more, lambda i: reader(rows[i]), explain,
             **description, temperature=temperature,
         )  # fmt: skip
         model = model_json.describe(run.config, run.data, report, detector, description)
@@ -77,11 +85,15 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def explainer(run: Run, variables: dict[str, Any]) -> reporting.Explain | None:
-    """Returns a function that computes Grad-CAM heat maps, or None if no device has all parameters."""
+def explainer(run: Run, variables: dict[str, Any]) -> tuple[reporting.Explain | None, dict[str, str]]:
+    """Returns a function that computes heat maps and the fact `heat_maps`; neither if no device has all parameters."""
     if run.config.train.shard_params and run.program.mesh.size > 1:
-        return None
+        return None, {}
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
     positive = positive_class(run.config, run.data.classes)
     explain = saliency.Explainer(run.program.module, local, run.config.input, positive, run.config.eval.batch_size)
-    return lambda images, targets: explain.maps(images, targets)[0]
+
+    def heats(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.stack([figures.visible(heat, explain.methods[0]) for heat in explain.maps(images, targets)[0]])
+
+    return heats, {"heat_maps": explain.describe()}

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Writes the metrics of a training run on the first host.
 
-    First drops the rows that a resumed run will write again: those after `step` and `last_validation`.
+    First drops the rows that a resumed run will write again: those after `step` and `last_validation`. Then writes the
+    length of the run as a row with `steps`, at the start and at the step from which it has another length.
     """
 
     def __init__(self, run: "Run", step: int, last_validation: int):
@@ -39,6 +40,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 from lungjax.training.event_files import EventFiles
 
                 self.events = EventFiles(run.workdir, rows)
+            lengths = [row["steps"] for row in rows if "steps" in row]
+            if lengths[-1:] != [run.program.steps]:
+                self.write(step, {"steps": run.program.steps})
         options = {"total": run.program.steps, "initial": step, "unit": "step", "disable": not first_host}
         self.bar = progress_bar(desc=run.config.name, **options)
 

@@ -32,8 +32,12 @@ class Progress:
             self.best, self.best_step, self.validations_without_improvement = float(score), step, 0
         else:
             self.validations_without_improvement += 1
-            self.stopped = int(0 < config.train.patience <= self.validations_without_improvement)
+            self.update_stop(config)
         return better
+
+    def update_stop(self, config: Config) -> None:
+        """Stops the run if `train.patience` is exhausted, or lets it continue if `train.patience` was raised."""
+        self.stopped = int(0 < config.train.patience <= self.validations_without_improvement)
 
 
 def last_step(workdir: Path) -> int:

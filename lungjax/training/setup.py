@@ -76,7 +76,10 @@ def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: fl
         raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]
     mesh = meshes.make_mesh(config.train.devices)
-    return Run(config, workdir, data, program.build(config, data.classes, labels, mesh), started)
+    built = program.build(config, data.classes, labels, mesh)
+    if mode == "train":
+        workdirs.check_length(workdir, built.steps)
+    return Run(config, workdir, data, built, started)
 
 
 def open_data(config: Config, data_dir: Path) -> Prepared:

@@ -86,10 +86,11 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
 
     1. Without a checkpoint, read the pretrained weights, since this may fail.
     2. Lock the workdir; compare or write config.json and data.json.
-    3. Restore the newest intact state and its progress; set damaged checkpoints aside.
+    3. Restore the newest intact state and its progress; set damaged checkpoints aside. With more steps or patience
+       than before, a finished run continues.
     4. Without a checkpoint, initialize the state from the seed and the pretrained weights.
     5. Delete reports of earlier weights, if training continues.
-    6. Drop the rows of metrics.jsonl after the restored step.
+    6. Drop the rows of metrics.jsonl after the restored step; note a new number of steps.
     7. Continue with batch step + skipped_batches.
     """
     config, abstract_state = run.config, run.program.abstract_state
@@ -107,7 +108,10 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
         checkpoint = checkpoints.restore(abstract_state)  # 3
         if checkpoint:
             state, progress = checkpoint[0], Progress(**checkpoint[1])
+            progress.update_stop(config)
             print_once(f"Resuming from step {int(state.step)} of {run.program.steps}")
+            if progress.stopped:
+                print_once("The run has stopped early; raise train.patience to continue")
         else:
             state, progress = run.program.new_state(pretrained), Progress()  # 4
             if policy == "rewind":  # needs a checkpoint to return to
@@ -152,7 +156,7 @@ def train_loop(
                     log.reset_clock()
 
                 # ---- Stop
-                if progress.stopped or step == built.steps:
+                if progress.stopped or step >= built.steps:
                     watch.check()  # for a signal during the last validation
                     return None
                 interrupted = watch.should_stop(step)

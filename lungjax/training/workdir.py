@@ -5,6 +5,7 @@ from the command, provided that the checkpoint has the parameters of the configu
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ MUTABLE_FIELDS = (
     "train.shard_params", "train.on_nan", "train.tensorboard", "train.log_parameters",
     "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity", "eval.prevalence",
 )  # fmt: skip
+# Fields of the length, with which a finished or interrupted run may be lengthened.
+LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
 
 
 def unreadable(workdir: Path) -> list[str]:
@@ -69,10 +72,22 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     if not is_begun(workdir):
         return  # nothing was trained yet
     old = overrides.from_json(path.read_text(), str(path))
-    changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in MUTABLE_FIELDS]
+    allowed: tuple[str, ...] = MUTABLE_FIELDS
+    if mode == "train":  # `check_length` compares the steps; patience may only grow, and 0 is the longest
+        before, now = (each.train.patience or math.inf for each in (old, config))
+        allowed += LENGTH_FIELDS if now >= before else LENGTH_FIELDS[:2]
+    changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in allowed]
     if changed:
         lines = "\n  ".join([f"{workdir} contains a run with another configuration:", *changed])
         raise ValueError(f"{lines}\nChoose another --workdir, or delete this one to start over")
+
+
+def check_length(workdir: Path, steps: int) -> None:
+    """Raises ValueError if the run has passed its new last step, `steps`."""
+    last = newest(workdir, "last") or 0
+    if steps < last:
+        reason = f"its last checkpoint is of step {last}, so it can't end at step {steps}"
+        raise ValueError(f"{workdir}: {reason}; set train.steps={last} or more, or choose another --workdir")
 
 
 def check_same_data(workdir: Path, data: Prepared) -> None:

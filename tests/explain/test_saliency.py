@@ -20,7 +20,7 @@ from lungjax.explain.saliency import Explainer
 from lungjax.models import receptive_field
 from lungjax.models.network import Network
 
-SIDE, CELL, CHANNELS = 16, 4, 5
+SIDE, CELL, CHANNELS = 32, 4, 5
 SPEC = InputSpec(size=(SIDE, SIDE), channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.4, 0.3))
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
 
@@ -61,6 +61,23 @@ def by_hand(explainer, target):
     return last, (back @ p["head"]["hidden1"]["kernel"].T).reshape(last.shape), logits
 
 
+class Block(nn.Module):
+    """Like the layers of `Toy`."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.avg_pool(nn.relu(nn.Dense(CHANNELS)(x)), (CELL, CELL), (CELL, CELL))
+
+
+class Deep(Toy):
+    """Two blocks; only the map of the first one, 8 x 8, is large enough."""
+
+    def feature_map(self, x, *, train):
+        for number in (1, 2):
+            x = self.run(Block(name=f"stage{number}"), x)
+        return x
+
+
 def enlarged(raw):
     return np.stack([np.asarray(Image.fromarray(m.astype(np.float32)).resize((SIDE, SIDE), 2)) for m in raw])
 
@@ -84,11 +101,57 @@ def test_cams_by_the_formulas_of_the_papers(relu):
             if name == "gradcam_positive":
                 expected = expected - expected.min((1, 2), keepdims=True)
             evidence[name] += expected.any()
-            expected = expected / np.maximum(expected.max((1, 2), keepdims=True), 1e-9)
+            top = expected.max((1, 2), keepdims=True) + 1e-8 * (name == "gradcam_positive")  # as in the study
+            expected = expected / np.maximum(top, 1e-9)
             maps, probabilities = explainer.maps(IMAGES, target, name)
             np.testing.assert_allclose(maps, expected, atol=2e-5, err_msg=f"{name} {target}")
             np.testing.assert_allclose(probabilities, special.softmax(logits, axis=1), rtol=1e-4)
     assert all(evidence[name] for name in raw), evidence
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradcam_of_an_earlier_block(remat):
+    module = Deep(head=FLAT, outputs=3, remat=remat)
+    explainer = Explainer(module, random_variables(module, (SIDE, SIDE, 3)), SPEC)
+    assert explainer.describe() == "Grad-CAM of stage1, 8 x 8 cells"
+    p, x = explainer.variables["params"], (IMAGES / 255.0 - np.asarray(SPEC.mean)) / np.asarray(SPEC.std)
+    first = Block().apply({"params": p["stage1"]}, x)
+
+    def score(at, target):
+        flat = Block().apply({"params": p["stage2"]}, at).reshape(len(at), -1)
+        hidden = nn.relu(flat @ p["head"]["hidden1"]["kernel"] + p["head"]["hidden1"]["bias"])
+        return (hidden @ p["head"]["dense"]["kernel"])[:, target].sum()
+
+    for target in range(3):
+        weights = jax.grad(score)(first, target).mean((1, 2), keepdims=True)
+        expected = enlarged(np.maximum((weights * first).sum(-1), 0))
+        expected /= np.maximum(expected.max((1, 2), keepdims=True), 1e-9)
+        maps, _ = explainer.maps(IMAGES, target)
+        assert expected.any()
+        np.testing.assert_allclose(maps, expected, atol=2e-5, err_msg=f"{target}")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "layer"),
+    [
+        ("cbr_small", 128, ("stage3", (9, 9))),
+        ("xray_cnn", 128, ("stem", (21, 21))),
+        ("xray_cnn", 41, None),
+        ("mobilenet", 224, (saliency.LAST, (7, 7))),
+        ("densenet121", 128, ("stage2_transition", (8, 8))),  # its layers are only parts of a map
+        ("vgg16", 128, ("stage5_block3", (8, 8))),  # before the last pool
+    ],
+)
+def test_feature_map_of_cams(name, side, layer):
+    module = models.MODELS[name](outputs=2)
+    images = np.zeros((1, side, side, 1), np.uint8)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), images / 255, train=False))
+    explainer = Explainer(module, variables, InputSpec(size=(side, side), channels=1))
+    assert explainer.layer == layer
+    assert explainer.methods == (saliency.METHODS if layer else ("integrated_gradients", "occlusion"))
+    if layer is None:
+        with pytest.raises(ValueError, match=r"gradcam.*7 x 7.*occlusion"):
+            explainer.maps(images, 0, "gradcam")
 
 
 def test_predicted_class_and_batches():
@@ -150,7 +213,7 @@ def test_occlusion_by_hand():
     images[:, :CELL, :CELL] = 250
     heat = corner_explainer(patch=4, stride=2).maps(images, 0, "occlusion")[0][0]
     fall, times = np.zeros((2, SIDE, SIDE))
-    for top, left in itertools.product(range(0, 13, 2), repeat=2):
+    for top, left in itertools.product(range(0, SIDE - 3, 2), repeat=2):
         hidden = max(0, 4 - top) * max(0, 4 - left) / 16
         fall[top : top + 4, left : left + 4] += hidden * (250 - images.mean())
         times[top : top + 4, left : left + 4] += 1
@@ -169,6 +232,8 @@ def test_places_of_cells_by_hand():
     ):
         axes = receptive_field.cell_positions(models.MODELS[name](), (side, side), (cells, cells))
         assert axes == (expected, expected), name
+    third = models.MODELS["cbr_small"]().up_to("stage3")  # center of 57: (1 + 2 + 4) * (6 + 2) + 1
+    assert receptive_field.cell_positions(third, (128, 128), (9, 9)) == ((28, 8), (28, 8))
 
 
 def test_map_position_by_receptive_field():

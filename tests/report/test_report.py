@@ -211,7 +211,7 @@ def test_warnings(tmp_path):
     assert "All test examples of COVID-19 come from one source, mosmed." in tied
     last = replace(CONFIG, train=replace(CONFIG.train, keep="last"))
     assert "longer training" not in warned(p, config=last, best_step=60)
-    assert "longer training" in warned(p, best_step=60) and "longer training" not in warned(p, best_step=40)
+    assert "--set=train.epochs=20" in warned(p, best_step=60) and "longer training" not in warned(p, best_step=40)
 
 
 def test_minimal_run(tmp_path):

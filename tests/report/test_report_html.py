@@ -21,6 +21,7 @@ CONFIG = Config(
     eval=EvalConfig(examples=3, prevalence=(f"{EVIL[0]}:0.1",), draws=0),
 )  # fmt: skip
 FACTS = {
+    "heat_maps": "HEAT",
     "dataset": "folder/mine", "counts": {"train": dict(zip(EVIL, (50, 40, 30), strict=True))}, "steps": 60,
     "versions": {"lungjax": "0.1.0", "jax": "0.10.2"},
 }  # fmt: skip
@@ -128,6 +129,7 @@ def test_self_contained_page(run, page):
 
 
 def test_embedded_figures(run, page):
+    assert "Heat maps: HEAT." in page.text
     embedded = []
     for attrs in [attrs for tag, attrs in page.tags if tag == "img"]:
         kind, _, data = attrs["src"].partition(",")

@@ -104,6 +104,8 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     (workdir / "fold2/metrics.jsonl").write_text('{"step": 1}\n')  # interrupted, and then evaluated: it has a report
     cross_validation.run(changed(), 3, workdir, root / "data")
     assert trained[7:] == [2]
+    cross_validation.run(changed("train.steps=4"), 3, workdir, root / "data")
+    assert trained[8:] == [0, 1, 2]
 
 
 def test_impossible_folds_and_foreign_workdir(root, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lungjax import models
 from lungjax.config import OptimConfig, overrides
 from lungjax.evaluation import metrics, predictions
 from lungjax.models import trees
+from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest, restore_best
 from lungjax.training import metrics_log, optim, progress, setup, state, train
 from lungjax.training import workdir as workdirs
@@ -71,6 +73,10 @@ def test_final_progress(tmp_path):
     assert json.loads((tmp_path / "run/report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)
     assert metrics_log.read(tmp_path / "run/metrics.jsonl") == rows
+    train.run(changed(config, "train.patience=3"), tmp_path / "run", tmp_path)
+    assert metrics_log.read(tmp_path / "run/metrics.jsonl")[-1]["step"] == 8  # after two more validations
+    with pytest.raises(ValueError, match="train.patience: 3 -> 2"):
+        train.run(changed(config, "train.patience=2"), tmp_path / "run", tmp_path)
 
 
 def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
@@ -86,6 +92,30 @@ def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
     monkeypatch.setattr(setup, "open_dataset", lambda *_, **__: other)
     with pytest.raises(ValueError, match="images, labels or splits"):
         train.run(CONFIG, workdir, tmp_path)
+
+
+def test_lengthened_run(tmp_path, monkeypatch):
+    """8 steps and then 12 give the weights of 12, also if the extension is killed."""
+    config = changed(CONFIG, "optim.schedule=constant", "train.save_steps=1")
+    train.run(config, tmp_path / "whole", tmp_path)
+    workdir = tmp_path / "run"
+    train.run(changed(config, "train.steps=8"), workdir, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
+        runs.interrupt(patch, signal.SIGTERM, 10)
+        train.run(config, workdir, tmp_path)
+    assert not (workdir / "report.md").exists()
+    with pytest.raises(ValueError, match=r"step 10.*step 8.*train.steps=10"):
+        train.run(changed(config, "train.steps=8"), workdir, tmp_path)
+    shutil.rmtree(workdir / "checkpoints/last/10")  # as if killed before this checkpoint
+    train.run(config, workdir, tmp_path)
+    rows = metrics_log.read(workdir / "metrics.jsonl")
+    assert [(row["step"], row["steps"]) for row in rows if "steps" in row] == [(0, 8), (8, 12)]
+    states = [runs.last_state(folder) for folder in (tmp_path / "whole", workdir)]
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(states[1][name], array, err_msg=name)
+    assert overrides.from_json((workdir / "config.json").read_text()) == config
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["facts"]["steps"] == 12 and "from 8 to 12 steps at step 8" in report["warnings"][0]
 
 
 def test_mistakes_before_training(tmp_path):
