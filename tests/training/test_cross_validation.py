@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 
 
 def changed(*assignments):
-    return runs.changed(CONFIG, "data.dataset=folder/few", *assignments)
+    return runs.changed(CONFIG, "data.dataset=folder/few", "auto=model.momentum", *assignments)
 
 
 def predict(data, at, offset):
