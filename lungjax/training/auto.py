@@ -1,13 +1,13 @@
 """Values of the fields in `Config.auto`, chosen from the number of training images.
 
-The rule aims at ten minutes on two cores of a CPU for up to 3,000 images and EfficientNet-Lite0.
+With EfficientNet-Lite0, training on up to MAX_SMALL images takes less than 15 minutes on two cores of a CPU.
 
 - model.weights: imagenet if the network's file is on this machine, none otherwise
 - optim.lr: 3e-4, or 1e-3 for random weights and for optim.tune=head
 - train.batch_size: a power of two from 8 to 32 that gives at least 10 steps per epoch, if possible
 - train.epochs: 4,000 images in total, but 5 to 20 epochs
-- input.size: 160
-- augment: the preset "light" below 5,000 images, otherwise none
+- input.size: 160 pixels up to MAX_SMALL images; 224 for larger sets, which need an accelerator or hours
+- augment: the preset "light" up to MAX_SMALL images, otherwise none
 - model.momentum: 1 - 3 / (steps between validations), but 0.5 to 0.9. At each validation, the running statistics of
   BatchNorm have at most 5 % of their weight on the initial ones (12 % with three steps).
 """
@@ -25,6 +25,8 @@ from lungjax.runtime.checkpoint import is_begun
 from lungjax.runtime.distributed import print_once
 from lungjax.training import program, workdir
 from lungjax.weights import download, load
+
+MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
 
 
 def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | None) -> Config:
@@ -67,8 +69,8 @@ def choose(path: str, config: Config, images: int, weights_dir: Path | None = No
     if path == "train.epochs":
         return int(np.clip(4000 / images, 5, 20))
     if path == "input.size":
-        return 160
+        return 160 if images <= MAX_SMALL else 224
     if path == "augment":
-        return "light" if images < 5000 else "none"
+        return "light" if images <= MAX_SMALL else "none"
     assert path == "model.momentum", path
     return round(float(np.clip(1 - 3 / program.step_counts(config, images)[1], 0.5, 0.9)), 3)

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-RECIPE = "--set=auto= --set=model.momentum=None --set=train.epochs=8 --set=optim.name=adam --set=optim.weight_decay=0"
+CBR = "--set=auto= --set=model.momentum=None --set=train.epochs=8 --set=optim.name=adam --set=optim.weight_decay=0"
 SETTINGS = {
-    "cbr_small": ["finetune:model=cbr_small,weights=none,size=128", *RECIPE.split()],
+    "cbr_small": ["finetune:model=cbr_small,weights=none,size=128", *CBR.split()],
     "fixed": ["finetune:weights=imagenet", "--set=auto="],
     "auto": ["finetune"],
 }
@@ -47,13 +47,12 @@ def write_subset(source: Path, target: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Prepares the subsets and trains the runs that are not finished, until the time is over."""
+    """Prepares the subsets and trains the runs that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/small_sets"))
-    parser.add_argument("--minutes", type=float, default=1e9)
     arguments = parser.parse_args()
-    work, end = arguments.work, time.time() + 60 * arguments.minutes
+    work = arguments.work
     for name, count, seeds in CELLS:
         subset = f"{name}{count or ''}"
         if not (work / "sets" / subset).exists():
@@ -63,7 +62,7 @@ def main() -> None:
         for seed in range(seeds):
             for setting, (experiment, *overrides) in SETTINGS.items():
                 workdir = work / "runs" / subset / f"{setting}-{seed}"
-                if (workdir / "report.json").exists() or time.time() > end:
+                if (workdir / "report.json").exists():
                     continue
                 dataset = f"{',' if ':' in experiment else ':'}dataset=folder/{subset}"
                 options = [*overrides, f"--set=train.seed={seed}", f"--data_dir={work / 'data'}"]

@@ -320,7 +320,8 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
     text, pool = capsys.readouterr().out, [predict("test", 1.0, seed) for seed in (0, 1)]
     rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
     assert len(rows) == 2 and "trial_simple_64_phantom_ct_tiny/seed0" in rows[1]
-    for unit, name in (("slice", "auc_macro"), ("patient", "auc_macro"), ("slice", "accuracy")):
+    for score in ("slice.auc_macro", "patient.auc_macro", "slice.accuracy", "slice.balanced_accuracy"):
+        unit, name = score.split(".")
         mean, low, high = bootstrap.over_runs(pool, [name], 100, unit=unit)[name]
         assert all(f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in row for row in rows)
     assert "| AUC; accuracy per slice | north, 16 images | south, 8 images |" in text

@@ -26,19 +26,19 @@ def resolve(data, tmp_path, images, *assignments, experiment="finetune"):
 
 
 @pytest.mark.parametrize(
-    "images, batch_size, epochs, momentum, augment",
+    "images, batch_size, epochs, momentum, augment, side",
     [
-        (12, 8, 20, 0.5, "light"),  # 2 steps per epoch
-        (70, 8, 20, 0.667, "light"),  # 9 steps
-        (225, 16, 17, 0.786, "light"),  # 14 steps
-        (861, 32, 5, 0.889, "light"),  # 27 steps
-        (6000, 32, 5, 0.9, "none"),
+        (12, 8, 20, 0.5, "light", 160),  # 2 steps per epoch
+        (70, 8, 20, 0.667, "light", 160),  # 9 steps
+        (225, 16, 17, 0.786, "light", 160),  # 14 steps
+        (861, 32, 5, 0.889, "light", 160),  # 27 steps
+        (4001, 32, 5, 0.9, "none", 224),
     ],
 )
-def test_values_by_number_of_images(small_data, tmp_path, capsys, images, batch_size, epochs, momentum, augment):
+def test_values_by_number_of_images(small_data, tmp_path, capsys, images, batch_size, epochs, momentum, augment, side):
     config = resolve(small_data, tmp_path, images)
     values = (config.train.batch_size, config.train.epochs, config.model.momentum, config.augment, config.auto)
-    assert values == (batch_size, epochs, momentum, PRESETS[augment], ())
+    assert values == (batch_size, epochs, momentum, PRESETS[augment], ()) and config.input.size == (side, side)
     assert (config.model.weights, config.optim.lr) == ("imagenet", 3e-4)
     line = capsys.readouterr().out
     for text in (f"{images:,} training images", f"train.batch_size={batch_size} ", f"augment={augment} ", "--set"):
