@@ -1,10 +1,10 @@
 """Trains networks on small subsets of real data sets; finished runs are skipped.
 
-    python -m tests.benchmarks.small_sets --source=DIR [--work=FOLDER] [--minutes=60]
-    python -m lungjax.tables --pool --workdir=FOLDER/runs/ct100
+    python -m tests.benchmarks.small_sets --source=DIR [--work=FOLDER]
+    python -m lungjax.tables --pool --workdir=FOLDER/runs
 
 DIR contains folders `ct` and `xray` with a labels.csv (path, label, split, group). A subset has 100 or 500 random
-groups of the train split, as large a part of the val split, and the complete test split.
+groups of the train split, the same fraction of those of val, and the complete test split.
 """
 
 import argparse
