@@ -23,7 +23,7 @@ SETTINGS = {
     "auto": ["finetune"],
 }
 # Data set, number of train groups (0: all) and seeds, the most important ones first.
-CELLS = [("ct", 100, 3), ("xray", 100, 3), ("xray", 0, 1), ("ct", 500, 1), ("ct", 0, 1)]
+CELLS = [("xray", 100, 3), ("ct", 100, 3), ("xray", 0, 1), ("ct", 500, 1), ("ct", 0, 1)]
 
 
 def write_subset(source: Path, target: Path, count: int) -> None:
