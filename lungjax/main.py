@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
-        print("Test scores, 95 % intervals in parentheses:")
+        print(f"Test scores{', 95 % intervals in parentheses' if config.eval.draws else ''}:")
         for where, scores in context.headline(json.loads(report.with_suffix(".json").read_text("utf-8"))).items():
             print(f"  {where}: " + "; ".join(f"{name} {score}" for name, score in scores.items()))
         print(f"Report: {report.with_suffix('.html')}")

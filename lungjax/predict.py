@@ -9,7 +9,6 @@ interrupted command leaves files that end in .partial; rerun it to resume.
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,11 +23,11 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from lungjax import __version__, cli
+from lungjax import cli
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.inference import records
-from lungjax.runtime import environment
+from lungjax.runtime import environment, files
 from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
@@ -58,8 +57,7 @@ def main(argv: list[str]) -> None:
     if not FLAGS.model:
         raise app.UsageError("--model=RUN is missing: the folder of a finished run, or an exported model")
     out = Path(FLAGS.out).expanduser()
-    if not FLAGS.overwrite and any((out / name).exists() for name in FILES):
-        raise ValueError(f"{out} has predictions already; choose another --out, or replace them with --overwrite")
+    check_out(out)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
@@ -77,9 +75,12 @@ def main(argv: list[str]) -> None:
     model = replace(model, metadata=replace(model.metadata, **cli.windows()))
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)  # so that no file of an earlier call remains next to the new ones
-    failures = predict(model, sources, out, gate, run_key(model, sources, gate))
+    with (out / "lock").open("a") as file:
+        files.lock(file, f"{out}: another process is writing predictions here; wait, or choose another --out")
+        check_out(out)  # again, since another process may have finished before the lock
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)  # so that no file of an earlier call remains next to the new ones
+        failures = predict(model, sources, out, gate, run_key(model, sources, gate))
     print(f"Written to {out}. {NOTICE}")
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
@@ -90,11 +91,19 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError if the folder has predictions, unless --overwrite is given."""
+    if not FLAGS.overwrite and any((out / name).exists() for name in FILES):
+        raise ValueError(f"{out} has predictions already; choose another --out, or replace them with --overwrite")
+
+
 def run_key(model: Any, sources: Any, gate: Any) -> str:
-    """Returns a digest of model, flags and input files; a call can resume an interrupted one with the same key."""
+    """Returns a digest of code, model, flags and inputs; a call can resume an interrupted one with the same key."""
+    from lungjax.runtime import provenance  # here, since it imports jax
+
     described = [each.metadata.to_json() for each in (model, gate) if each]
     inputs = [[(item.name, item.series) for item in sources.items], sources.failures, sources.stamps]
-    text = repr([__version__, described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
+    text = repr([provenance.code(), described, [FLAGS[name].value for name in KEY_FLAGS], inputs])
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=6).hexdigest()
 
 
@@ -128,31 +137,34 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
                 continue
             counts[record["predicted"]] += 1
             if series:
-                probabilities[series].append(np.asarray(list(record["probabilities"].values())))
+                probabilities[series].append(np.asarray(list(record["probabilities"].values()), np.float32))
                 warned[series] += bool(record["warnings"])
             if sum(counts.values()) <= MAX_LINES:
                 print(line(name, record))
-    total = sum(counts.values())
-    if total > MAX_LINES:
-        print(f"... and {total - MAX_LINES:,} more")
-    if counts:
-        print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
-    if sources.documents:
-        print(f"Skipped {sources.documents:,} files that are not images")
-    if sources.skipped:
-        print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
-    if sources.series:
-        columns = ["series", "files", *records.columns(metadata), "gate", "warnings", "error"]
-        with tables(out / "series", columns, key) as (write, done):
-            for series in list(sources.series)[len(done) :]:
-                if series not in probabilities:
-                    write({"series": series, "error": "none of its images could be read"} | verdicts.get(series, {}))
-                    continue
-                rows, missing = np.stack(probabilities[series]), unreadable[series]
-                notes = [*sources.notes.get(series, []), *([f"{missing} images could not be read"] if missing else [])]
-                record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
-                write({**verdicts.get(series, {}), **record})
-                print(line(f"{series} ({len(rows)} images)", record))
+        total = sum(counts.values())
+        if total > MAX_LINES:
+            print(f"... and {total - MAX_LINES:,} more")
+        if counts:
+            print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+        if sources.documents:
+            print(f"Skipped {sources.documents:,} files that are not images")
+        if sources.skipped:
+            print(f"Skipped {sources.skipped} DICOM objects without an image of the patient")
+        if sources.series:
+            columns = ["series", "files", *records.columns(metadata), "gate", "warnings", "error"]
+            with tables(out / "series", columns, key) as (write, done):
+                for series in list(sources.series)[len(done) :]:
+                    verdict = verdicts.get(series, {})
+                    if series not in probabilities:
+                        write({"series": series, "error": "none of its images could be read"} | verdict)
+                        continue
+                    rows, missing = np.stack(probabilities[series]), unreadable[series]
+                    notes = list(sources.notes.get(series, []))
+                    if missing:
+                        notes.append(f"{missing} images could not be read")
+                    record = records.summary(metadata, series, rows, warned[series], notes, FLAGS.rule)
+                    write(verdict | record)
+                    print(line(f"{series} ({len(rows)} images)", record))
     return failures
 
 
@@ -175,16 +187,18 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
             return f"can't be read ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(environment.cores()) as pool:
-        for at in range(start, len(items), CHUNK):
+        for at in range(start - start % CHUNK, len(items), CHUNK):  # in equal batches, since results depend on them
             chunk = items[at : at + CHUNK]
             results = list(pool.map(read, chunk))
             pixels = [result.pixels for result in results if not isinstance(result, str)]
             rows = iter(model.outputs(np.stack(pixels))["probabilities"] if pixels else ())
             for number, (item, result) in enumerate(zip(chunk, results, strict=True), at):
-                if isinstance(result, str):
+                p = None if isinstance(result, str) else next(rows)
+                if number < start:
+                    continue
+                if p is None:
                     record = records.failure(item.name, result)
                 else:
-                    p = next(rows)
                     record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
                     if FLAGS.explain:
                         best = int(p.argmax())
@@ -212,9 +226,9 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
             continue
         p = gate.outputs(result.pixels[None])["probabilities"][0]
         record = records.record(metadata, series, p)
-        point, probability = record["decisions"].get(name), float(p[metadata.classes.index(name)])
+        point, probability = record["decisions"].get(name), record["probabilities"][name]
         passed = point["called"] if point else record["predicted"] == name
-        decision = {"class": name, "probability": round(probability, 6), "passed": passed}
+        decision = {"class": name, "probability": probability, "passed": passed}
         rejection = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
         verdicts[series] = {"series": series, "gate": decision, **rejection}
     single = sum(sources.series.get(item.series) is None for item in sources.items)
@@ -227,7 +241,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
 def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
     """Yields a function that writes a record to STEM.csv and STEM.jsonl, and the records of an interrupted call.
 
-    The files are renamed when complete. Raises ValueError if another process is writing files with the same `key`.
+    The files are renamed when complete.
     """
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
@@ -237,10 +251,6 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
             stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
             for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
         )
-        try:
-            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process writes {partials[1]}; choose another --out") from None
         complete = partials[1].read_bytes().rpartition(b"\n")[0] + b"\n"
         lines.truncate(len(complete) if len(complete) > 1 else 0)
         table.truncate(0)

@@ -1,7 +1,6 @@
 """Shared fixtures: a small data set in memory, a trained run, the folder of real images, and a compilation cache."""
 
 import atexit
-import io
 import os
 import shutil
 import tempfile
@@ -12,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
 
-# Subprocesses of the tests compile the same programs, so all share one temporary cache.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Workers of pytest-xdist and subprocesses of the tests compile the same programs, so all share one temporary cache.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lungjax-test-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = Path(__file__).parent.parent
@@ -51,16 +50,6 @@ def small_bn():
     return partial(Transfusion, 3, (4, 8))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles quickly and without optimizations, for programs that run only a few times."""
-    from lungjax.models.ops import conv
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
-        yield
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images for development; only tests that need it may be skipped."""
@@ -70,14 +59,10 @@ def shared() -> Path:
     return path
 
 
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def make_small_data():
     """Returns 60 images of 40 x 40 in three classes that differ in the position of a bright square."""
+    from folders import encoded
+
     from lungjax.data.prepared import Prepared
 
     rng = np.random.default_rng(0)
@@ -87,7 +72,7 @@ def make_small_data():
     for i, label in enumerate(labels):
         image = rng.integers(0, 60, (40, 40), dtype=np.uint8)
         image[10:25, 2 + 12 * label : 12 + 12 * label] += 150
-        records.append({"image": png(image), "label": label, "file": f"{i}.png"})
+        records.append({"image": encoded(image), "label": label, "file": f"{i}.png"})
     split = np.asarray(["train"] * 36 + ["val"] * 11 + ["test"] * 13)
     return Prepared(
         name="folder/small",

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import scans
-from conftest import png
+from folders import encoded
 from test_uploads import written
 
 from lungjax.config import InputSpec
@@ -132,7 +132,7 @@ def running(model=None, warm=True, **settings):
 
 
 def flat(value, shape=(20, 30)):
-    return png(np.full(shape, value, np.uint8))
+    return encoded(np.full(shape, value, np.uint8))
 
 
 def slices(level, uid, count=3):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scans
 from brightness import brightness
-from conftest import png
+from folders import encoded
 from scipy import special
 
 from lungjax import datasets, predict
@@ -22,7 +22,8 @@ from lungjax.config.metadata import Metadata
 from lungjax.data import pipeline, preprocess
 from lungjax.data.imaging import images
 from lungjax.evaluation import predictions
-from lungjax.inference import inputs, model
+from lungjax.inference import inputs, model, records
+from lungjax.runtime import files
 
 CLASSES = ("left", "middle", "right")
 WINDOW = ((-500.0, 1000.0),)
@@ -82,6 +83,9 @@ def test_overwrite(trained_run, command, tmp_path, capsys):
     image = trained_run.images / "p000.png"
     assert command(image) == 2 and "--overwrite" in capsys.readouterr().err
     assert (out / "predictions.csv").read_text() == "mine"
+    with (out / "lock").open("a") as file:
+        files.lock(file, "")
+        assert command(image, overwrite=True) == 2 and "another process" in capsys.readouterr().err
     assert command(image, overwrite=True) == 0 and list(table(out / "predictions.csv")) == ["p000.png"]
 
 
@@ -93,8 +97,8 @@ def test_patients_of_a_list_and_saliency_maps(trained_run, command, tmp_path):
     slices, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
     assert {name: row["series"] for name, row in slices.items()} == groups and list(series) == ["anna"]
     for name in CLASSES:
-        mean = np.mean([float(slices[image][f"p_{name}"]) for image in ("p000.png", "p001.png")])
-        assert float(series["anna"][f"p_{name}"]) == pytest.approx(mean, abs=1e-6)
+        p = np.float32([slices[image][f"p_{name}"] for image in ("p000.png", "p001.png")])
+        assert series["anna"][f"p_{name}"] == str(float(f"{p.mean(dtype=np.float64):.9g}"))
     points = metadata.read(trained_run.workdir / "model.json").points["patient"]
     decision = lines(tmp_path / "out/series.jsonl")[0]["decisions"]["left"]
     assert decision == decision | {"rule": "youden", "threshold": points["left"]["youden"]["threshold"]}
@@ -104,7 +108,7 @@ def test_patients_of_a_list_and_saliency_maps(trained_run, command, tmp_path):
 def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):
     good = trained_run.images / "p000.png"
     (tmp_path / "cut.png").write_bytes((trained_run.images / "p001.png").read_bytes()[:200])
-    (tmp_path / "deep.png").write_bytes(png(np.full((40, 40), 900, np.uint16)))
+    (tmp_path / "deep.png").write_bytes(encoded(np.full((40, 40), 900, np.uint16)))
     assert command(good, *(tmp_path / name for name in ("cut.png", "deep.png", "gone.png"))) == 1
     rows = table(tmp_path / "out/predictions.csv")
     assert rows["p000.png"]["error"] == "" and rows["p000.png"]["predicted"] in CLASSES
@@ -118,7 +122,7 @@ def test_list_of_failed_inputs(trained_run, command, tmp_path, capsys):
 def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     for i, name in enumerate(("P1/a.png", "P1/b.png", "P2/c.png", "P2/d.png")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(png(np.full((3, 4) if i == 3 else (9, 9), 50 * i, np.uint8)))
+        (tmp_path / "in" / name).write_bytes(encoded(np.full((3, 4) if i == 3 else (9, 9), 50 * i, np.uint8)))
     (tmp_path / "in/P2/photo.HEIC").write_bytes(b"a photo")
     (tmp_path / "in/notes.txt").write_text("words")
     assert by_brightness(tmp_path / "in", group_pattern="^([^/]+)/") == 1  # below the folder, as in prepare
@@ -131,32 +135,50 @@ def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     assert "1 of 2 images" in series["P2"]["warnings"]
 
 
-def test_resume_after_an_interruption(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
+def test_resume_after_interruptions(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(predict, "CHUNK", 4)
-    bright, calls = model.load("model"), []
+    bright = model.load("model")
 
-    def interrupted(pixels):
-        calls.append(len(pixels))
-        if len(calls) == 3:
+    def forward(pixels):
+        outputs = bright.forward(pixels)
+        return outputs | {"probabilities": outputs["probabilities"] - np.float32(1e-7 * pixels.mean())}  # of the batch
+
+    def interrupt(name, count):
+        function, calls = getattr(records, name), itertools.count(1)
+
+        def call(*args):
+            if next(calls) < count:
+                return function(*args)
+            monkeypatch.setattr(records, name, function)
             raise KeyboardInterrupt
-        return bright.forward(pixels)
 
-    monkeypatch.setitem(model.load.__self__, "broken", replace(bright, forward=interrupted))
-    given = [trained_run.images, tmp_path / "gone.png"]
-    flags = {"group_pattern": r"p0*(\d+)"}
-    assert command(*given, model="model", out=tmp_path / "whole", **flags) == 1
-    assert command(*given, model="broken", **flags) == 130
+        monkeypatch.setattr(records, name, call)
+
+    monkeypatch.setitem(model.load.__self__, "model", replace(bright, forward=forward))
+    run = partial(by_brightness, trained_run.images, tmp_path / "gone.png", group_pattern=r"p0*(\d+)")
+    assert run(out=tmp_path / "whole") == 1
+    interrupt("record", 7)
+    assert run() == 130
     (lines_file,) = (tmp_path / "out").glob("predictions.jsonl.*.partial")
     with lines_file.open("a") as file:
         file.write('{"file": "a line that is cut o')
     assert not (tmp_path / "out/predictions.csv").exists()
-    assert command(*given, model="model", rule="another", overwrite=True, **flags) == 1
+    assert run(rule="another") == 1
     assert "Resumed" not in capsys.readouterr().out
-    assert command(*given, model="model", overwrite=True, **flags) == 1
-    assert "Resumed after 8 of 36 images" in capsys.readouterr().out
+    interrupt("summary", 3)
+    assert run(overwrite=True) == 130
+    assert "Resumed after 6 of 36 images" in capsys.readouterr().out
+    assert run() == 1
+    assert "Resumed after 36 of 36 images" in capsys.readouterr().out
     for name in predict.FILES:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_records_keep_float32():
+    for p in np.random.default_rng(0).dirichlet([1, 1], 20).astype(np.float32):
+        record = json.loads(json.dumps(records.record(METADATA, "a.png", p)))
+        assert [np.float32(str(records.cell(record, f"p_{name}"))) for name in METADATA.classes] == p.tolist()
 
 
 def test_usage_errors(trained_run, command, tmp_path, capsys):
@@ -228,7 +250,7 @@ def test_gate(by_brightness, tmp_path, capsys):
     for name, hu in (("bright", whole), ("dark", whole - 850)):
         volume = np.concatenate([hu, np.full((1, 8, 8), 40), np.full((1, 8, 8), -1000)])
         scans.nifti(tmp_path / f"{name}.nii", volume)
-    (tmp_path / "plain.png").write_bytes(png(np.full((8, 8), 200, np.uint8)))
+    (tmp_path / "plain.png").write_bytes(encoded(np.full((8, 8), 200, np.uint8)))
     given = [tmp_path / name for name in ("bright.nii", "dark.nii", "plain.png")]
     assert by_brightness(*given, gate="gate", gate_class="bright") == 1
     output = capsys.readouterr()
@@ -261,7 +283,7 @@ def test_patients_of_volumes_in_lists(tmp_path):
     paths = scans.series(tmp_path / "scan", hu)
     scans.nifti(tmp_path / "v.nii", hu)
     for name in ("one", "two"):
-        (tmp_path / f"{name}.png").write_bytes(png(np.full((9, 9), 50, np.uint8)))
+        (tmp_path / f"{name}.png").write_bytes(encoded(np.full((9, 9), 50, np.uint8)))
     rows = [f"{path},anna" for path in paths] + [f"{tmp_path / 'v.nii'},bert", f"{tmp_path / 'one.png'},1"]
     (tmp_path / "a.csv").write_text("\n".join(["path,group", *rows]))
     sources = inputs.gather([str(tmp_path / "a.csv")], METADATA)
@@ -269,7 +291,7 @@ def test_patients_of_volumes_in_lists(tmp_path):
     (tmp_path / "b.csv").write_text("path,group\none.png,2\ntwo.png,1\n")
     both = inputs.gather([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], METADATA)
     assert len([series for series in both.series if series.endswith(": 1")]) == 2  # two patients with that name
-    assert len(both.failures) == 1 and "duplicate" in both.failures[0][1]  # one.png is assigned to another patient
+    assert len(both.failures) == 1 and "with the patient '" in both.failures[0][1]  # one.png
 
 
 def test_count_of_unreadable_slices(by_brightness, tmp_path):
@@ -320,7 +342,7 @@ def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):
     for i, (split, label) in enumerate(itertools.product(("train", "val", "test"), "ab")):
         path = tmp_path / "in" / split / label / f"{i}.png"
         path.parent.mkdir(parents=True)
-        path.write_bytes(png(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
+        path.write_bytes(encoded(np.random.default_rng(i).integers(0, 4000, (40, 40), dtype=np.uint16)))
     window, spec = (500.0, 1500.0), InputSpec(size=(16, 16))
     options = datasets.PrepareOptions()
     datasets.write("folder/deep-16", tmp_path / "in", tmp_path / "data", options, quiet=True, window=window)

@@ -158,6 +158,7 @@ def test_overwrite(folder, tmp_path):
     first = open_folder(tmp_path).fingerprint
     with pytest.raises(ValueError, match="--overwrite"):
         write(tmp_path)
+    assert [path.name for path in (tmp_path / "data/.staging").iterdir()] == ["folder-default.lock"]
     image = folder / "test/a/003.png"
     pixels, original = np.array(Image.open(image)), image.read_bytes()
     image.write_bytes(original[:99])
@@ -238,9 +239,14 @@ def test_incomplete_index(folder, tmp_path):
 
 
 def test_insufficient_disk_space(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
+    free = staging.SPARE_BYTES + 24 * writer.GENERATED_BYTES
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    write(tmp_path)
+    for path in folder.rglob("*.png"):  # stored as PNG, so the shards of an interrupted run have another copy
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
     with pytest.raises(ValueError, match="--data_dir"):
-        write(tmp_path)
+        write(tmp_path, overwrite=True)
 
 
 def test_shuffled_records(folder, tmp_path, monkeypatch):

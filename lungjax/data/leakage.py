@@ -194,9 +194,11 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
     for name, other, total, i in ((a.name, b.name, size, 0), (b.name, a.name, len(b_files), 1)):
         counts = f"{exact[i]:,} have an exact copy and {near[i]:,} a near duplicate in {other}"
         lines.append(f"of the {total:,} images in {name}, {counts}")
-    lines += [search.note] if search.note else []
+    turned = ["only one data set stores images rotated by 180 degrees, so copies in the other are missed"]
+    note = "; ".join((turned if a.orientation != b.orientation else []) + ([search.note] if search.note else []))
+    lines += [note] if note else []
     seen = np.asarray([pixels in both or pixels in similar[1] for pixels in b_pixels], bool)
-    result = {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": search.note, "lines": lines}
+    result = {"exact": exact, "near": near, "examples": examples[:MAX_PAIRS], "note": note, "lines": lines}
     return result | {"b_rows": seen}
 
 

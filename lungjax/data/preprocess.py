@@ -1,6 +1,7 @@
 """Turns an image into network input: orientation, stage, stored size and window of the data set, then crop and resize.
 
-Preparation and prediction share these steps. A 16-bit window is applied before a stage; without one, after resizing.
+Preparation and prediction share these steps. A 16-bit window is applied before a stage; without a stage, after resizing
+to the stored size. Images are upright already: `images.read` applies the EXIF orientation.
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ def apply_stage(
     """Returns an image after a stage, resized to `size` (height, width); stage "" or size None skips that step.
 
     Also returns the box in pixels of the result, the region of the original that it shows, and whether the stage
-    detected a body or lung. `array` is uint8, uint16, or float32 in 0..255; a stage requires gray uint8 [H, W].
+    detected a body or lung. `array` is uint8 [H, W] or [H, W, 3], or uint16 [H, W]; a stage requires uint8 [H, W].
     """
     region, found = images.full_region(array), True
     if stage:
@@ -43,11 +44,12 @@ def check_window(array: np.ndarray, window: tuple[float, float] | None) -> None:
 def picture(
     array: np.ndarray, metadata: Metadata, box: Box | None = None, prepared: bool = False
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns the network input, uint8 [H, W, C], the image as the data set would store it, and warnings.
+    """Returns the network input, uint8 [H, W, C], the image before its crop, and warnings.
 
-    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. `box` is the box of the body in pixels; if it
-    is None, a network trained on boxes gets a detected one. `prepared` images have been through the stage already.
-    Raises ValueError for a 16-bit image if the model has no window.
+    `array` is [H, W] or [H, W, 3], uint8, uint16, or float32 in 0..255. The second image is as the data set would store
+    it, except that the window maps uint16 to float32 in 0..255. `box` is in pixels of `array`; if it is None, a network
+    trained on body boxes gets a detected one. `prepared` images already have the stage and the stored size. Raises
+    ValueError for a 16-bit image if the model has no window.
     """
     window, warnings, found = metadata.window, list[str](), True
     check_window(array, window)

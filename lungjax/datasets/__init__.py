@@ -203,7 +203,7 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
     if dark.classes != data.classes or not rows.any():
         print(f"No control without lungs: {name} and {data.name} differ in classes or files, or no lung was detected")
         return None
-    return replace(dark, columns=dark.columns | {"split": np.where(rows, "test", "")})
+    return replace(dark, columns=dark.columns | {"split": np.where(rows, "test", "")}, rotate=data.rotate)
 
 
 def write(name: str, source: Path | None, data_dir: Path, options: PrepareOptions, **settings: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +28,10 @@ ABOUT = About(
     citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
     study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
     clean="The original test split. Patients are not published. A folder of FILE001*.jpg (COV only) looks like one "
-    "scan and is a group. Every other folder contains several scans, even a numbered one such as Test/COV/30, which is "
-    f"not the patient of Val/COV/30. There, a group is a run of file numbers, which ends at a gap of {GAP} or after "
-    f"{LONGEST} numbers. The original val images of OtherPneumonia were taken from the train folder, so "
-    "a new val split of this class is made, by group.",
+    "scan and is a group. Every other folder contains several scans, even a numbered one such as Test/COV/30. There, a "
+    f"group is a run of file numbers, which ends at a gap of {GAP} or after {LONGEST} numbers. COV folders of the same "
+    "name in different splits are different scans. The original val images of OtherPneumonia were taken from the train "
+    "folder, so a new val split of this class is made, by group.",
     expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
 )
 
@@ -52,7 +52,8 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     series: dict[str, list[Path]] = defaultdict(list)
     for split, label, path, inner in images:
         moved = label in flat and split != "test"
-        series[str(Path(CLASSES[label], "" if moved else Path(inner).parent))].append(path)
+        folder = Path(inner if label else f"{split}/{inner}").parent  # two COV folders of one number are two scans
+        series[str(Path(CLASSES[label], "" if moved else folder))].append(path)
     group = {path: f"{name}/{run}" for name, paths in series.items() for path, run in runs(paths).items()}
     examples = [
         Example(path.relative_to(source).as_posix(), str(path), label, split, group[path], study=split)
@@ -69,8 +70,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     return Listing(CLASSES, examples, (), tuple(notes), "scans or runs of slices", ABOUT.study, body=True)
 
 
-def runs(paths: Iterable[Path]) -> dict[Path, str]:
+def runs(paths: Sequence[Path]) -> dict[Path, str]:
     """Returns the group of each file of a series: SCAN for files of that name, or else the run of file numbers."""
-    prefixes = {path: SCAN if path.stem.startswith(SCAN) else path.stem.rstrip(string.digits) for path in paths}
+    scan = {path: SCAN for path in paths if path.stem.startswith(SCAN)}
+    prefixes = {path: path.stem.rstrip(string.digits) for path in paths if path not in scan}
     numbers = {path: (prefix, int(path.stem.removeprefix(prefix) or 0)) for path, prefix in prefixes.items()}
-    return files.runs(numbers, GAP, LONGEST) | {path: SCAN for path, prefix in prefixes.items() if prefix == SCAN}
+    return files.runs(numbers, GAP, LONGEST) | scan

@@ -114,7 +114,7 @@ def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:
     files: dict[str, None] = {}
     for example in examples:
         if name in (example.file, example.file.rpartition("/")[0], example.group):
-            files |= dict.fromkeys(folder_volumes.files(example.image))
+            files |= {getattr(one, "name", one): None for one in folder_volumes.sources(example.image)}
     if not files:
         raise ValueError(f"{source}: nothing is named {name}; give the folder, the --data_dir and the flags of prepare")
     return list(files)
@@ -229,9 +229,9 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     without = next((row.where for row in rows if not row.split), None)
     if without and any(row.split for row in rows):
         raise ValueError(f"{without}: no split, but other lines have one; give all lines a split, or none")
-    listed = {os.path.normpath(row.image) for row in rows}
+    listed = {os.path.abspath(row.image) for row in rows}
     every = [str(table.parent / path) for path in list_files(table.parent, lambda path, reason: None)]
-    kinds = {path: folder_volumes.kind(path) for path in every if path not in listed}
+    kinds = {path: folder_volumes.kind(path) for path in every if os.path.abspath(path) not in listed}
     _, warnings = folder_volumes.unread_notes([path for path, kind in kinds.items() if not kind])
     if unlisted := [path for path, kind in kinds.items() if kind]:
         example = os.path.basename(unlisted[0])

@@ -67,14 +67,14 @@ def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     )
 
 
-def files(image: Any) -> list[str]:
-    """Returns the files that the image of a `Row` is read from, with frame numbers; [] for an unusable file."""
+def sources(image: Any) -> tuple[Any, ...]:
+    """Returns the paths or DICOM headers that an image is read from; () if it is generated or unusable."""
     if isinstance(image, str):
-        return [image]
-    if image.func is volumes.raise_error:
-        return []
-    first = image.args[0]  # a path, a header, or the headers of a series
-    return [str(getattr(one, "name", one)) for one in (first if isinstance(first, tuple) else (first,))]
+        return (image,)
+    if getattr(image, "func", None) not in (dicom.xray, dicom.picture, dicom.cut, nifti.picture):
+        return ()
+    first = image.args[0]
+    return first if isinstance(first, tuple) else (first,)
 
 
 def unfold(row: Row) -> list[Row]:
@@ -179,6 +179,7 @@ def _from_series(
     for row in rows:
         if row.box is not None:
             raise ValueError(f"{row.file} is a slice of a CT series, which can't have a box")
+    headers = tuple(replace(header, series="", image="", patient="") for header in series.headers)
     for note in series.notes:
         notes.setdefault(f"CT series {note}", []).append(name)
     if options.plane == series.plane:  # each slice may have its own label
@@ -188,17 +189,16 @@ def _from_series(
         alone = f"image-{volumes.pseudonym(series.headers[0].image, options.salt)}" if len(rows) == 1 else ""
         result = []
         for i in (unit[volumes.middle_slice(len(unit))] for unit in units.values()):
-            image = partial(dicom.picture, series.headers[i], options.hu_windows)
+            image = partial(dicom.picture, headers[i], options.hu_windows)
             result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
         return result
-    if series.flaw:
-        raise ValueError(f"{rows[0].file}: no {options.plane} plane can be cut: {series.flaw}")
+    series.check(options.plane)
     for key in ("label", "split"):
         values = sorted({getattr(row, key) for row in rows})
         if len(values) > 1:
             what = f"slices with several {key}s ({', '.join(values)})"
             raise ValueError(f"{rows[0].file}: {what}; a {options.plane} plane needs one {key} per series")
-    cut = partial(dicom.cut, series.headers, series.step, options.plane)
+    cut = partial(dicom.cut, headers, series.step, options.plane)
     return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
 
 

@@ -67,7 +67,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
         splits[np.unique(view.rows("test"))[removed]] = ""
         view = replace(view, columns=view.columns | {"split": splits})
     if shared["note"]:
-        doubts.append(f"The search for near duplicates was incomplete: {shared['note']}.")
+        doubts.append(f"The search for duplicates was incomplete: {shared['note']}.")
     return view, doubts
 
 

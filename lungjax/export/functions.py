@@ -32,7 +32,7 @@ from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
 
-TOLERANCE = 1e-5  # largest difference of an export from the network, relative to the range of the logits
+TOLERANCE = 1e-5  # largest difference of an export from the network, as `worst_difference` measures it
 ROUNDING_FACTOR = 4  # an export may have this multiple of the network's own rounding error, if that is larger
 MAX_TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)  # batch sizes of the comparison
@@ -81,7 +81,7 @@ class Functions:
         return {name: np.concatenate([each[name] for each in outputs]) for name in artifacts.OUTPUTS}
 
     def check(self, run: Any, name: str) -> float:
-        """Compares an export with the network; returns the largest difference, relative to the range of the logits.
+        """Compares an export with the network; returns the result of `worst_difference`.
 
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
 
@@ -96,7 +96,7 @@ class Functions:
             rounding = worst_difference([folded(self.weights, images) for images in pixels], expected)
             allowed = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MAX_TOLERANCE)
             if not difference <= allowed:
-                error = f"logits differ from the network's by {difference:.1e} of their range, above {allowed:.0e}"
+                error = f"outputs differ from the network's by {difference:.1e} of their range, above {allowed:.0e}"
                 raise ValueError(f"{name}: {error}; use another --format, and please report the network")
         return difference
 
@@ -120,7 +120,11 @@ class Functions:
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
-    """Returns the largest difference between outputs, relative to their range; infinite if shapes differ or for NaN."""
+    """Returns the largest difference of the outputs: absolute for probabilities, else relative to the expected range.
+
+    `results` and `expected` have one dict with `artifacts.OUTPUTS` per batch; the range of an output spans all batches.
+    The difference is infinite if shapes differ or a result is not finite.
+    """
     worst = 0.0
     for name in artifacts.OUTPUTS:
         arrays = [np.asarray(outputs[name], np.float64) for outputs in expected]

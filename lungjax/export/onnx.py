@@ -2,8 +2,10 @@
 
     pixels uint8 [B, H, W, C] -> probabilities, logits float32 [B, classes], features float32 [B, F]
 
-`metadata_props` contains model.json under the key "lungjax". The graph is corrected where jax2onnx 0.13 treats all four
-axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute wrong values.
+`metadata_props` contains model.json under the key "lungjax". Clients crop and resize images as its `input` specifies,
+after rotating them by 180 degrees if its `orientation` is "rotated". The graph is corrected where jax2onnx 0.13 treats
+all four axes of a max pool as spatial, which no runtime supports, and where onnxruntime 1.31 would compute wrong
+values.
 """
 
 import logging

@@ -3,7 +3,8 @@
     signature serving_default: pixels uint8 [B, H, W, C] -> probabilities, logits [B, classes], features [B, F], float32
 
 With jax2tf's native serialization, TensorFlow runs the same program as `model.pyz`, through XLA, on CPU, CUDA and TPU.
-model.json is in assets.extra, which TensorFlow ignores.
+model.json is in assets.extra, which TensorFlow ignores. Clients crop and resize images as its `input` specifies,
+after rotating them by 180 degrees if its `orientation` is "rotated".
 """
 
 import os

@@ -161,10 +161,11 @@ def read_parts(path: Path) -> tuple[Metadata, dict[str, np.ndarray], dict[str, A
 
 def read_about(path: Path) -> dict[str, Any]:
     """Returns artifact.json of a `model.pyz`. Raises the same errors as `read_parts`."""
+    data = _members(path, (ABOUT,))[ABOUT]
     try:
-        about = json.loads(_members(path, (ABOUT,))[ABOUT])
+        about = json.loads(data)
         return about | {"jax": str(about["jax"]), "compiler_options": dict(about["compiler_options"])}
-    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: {ABOUT} is not from lungjax.export") from None
 
 

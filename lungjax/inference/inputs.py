@@ -104,9 +104,10 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
         series = group or (match.group(1) or "" if match else "")
         place = os.path.realpath(path)
         if place in series_by_path:
-            if series_by_path[place] != series:
-                before = f"of {series_by_path[place]!r}" if series_by_path[place] else "without a patient"
-                inputs.failures.append((str(path), f"duplicate, predicted only once, as {before}"))
+            before = series_by_path[place]
+            if before != series:
+                patient = f"with the patient {before!r}" if before else "without a patient"
+                inputs.failures.append((str(path), f"duplicate, predicted only once, {patient}"))
             continue
         series_by_path[place] = series
         try:

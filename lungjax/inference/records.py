@@ -101,6 +101,6 @@ def _prediction(metadata: Metadata, probabilities: np.ndarray, rule: str, level:
             decisions[name] = {"called": value >= point["threshold"], "rule": rule, "level": level, **rates}
     return {
         "predicted": metadata.classes[int(np.argmax(probabilities))],
-        "probabilities": {name: round(value, 6) for name, value in p.items()},
+        "probabilities": {name: float(f"{value:.9g}") for name, value in p.items()},  # identifies every float32
         "decisions": decisions,
     }

@@ -40,11 +40,13 @@ def with_defaults(head: HeadConfig, published: HeadConfig = PLAIN) -> HeadConfig
 
 
 def output_count(head: HeadConfig, classes: int) -> int:
-    """Returns the number of logits. Raises ValueError for fewer than two classes, or more than two with a sigmoid."""
+    """Returns the number of logits. Raises ValueError below two classes, and if a sigmoid output is impossible."""
     if classes < 2:
         raise ValueError(f"{classes} class(es): a classifier needs at least 2")
     if head.output == "sigmoid" and classes != 2:
         raise ValueError(f"model.head.output=sigmoid requires two classes, but the data set has {classes}; use softmax")
+    if head.output == "sigmoid" and head.pool == "class_map":
+        raise ValueError("model.head.output=sigmoid: the logits of pool=class_map are never negative; use softmax")
     return 1 if head.output == "sigmoid" else classes
 
 

@@ -1,13 +1,27 @@
 """Writes files and folders atomically and durably: under a temporary name in the same folder, then renamed."""
 
+import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 PARTIAL = ".partial-"  # prefix of unfinished files
+
+
+def lock(file: IO[str], message: str) -> None:
+    """Locks an open file until it is closed. Raises ValueError with `message` if another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(message) from None
+    except OSError as error:  # a file system without locks, such as a mounted bucket
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Progress on stderr: a bar in a terminal, plain lines in a log file."""
 
+import re
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         line = " ".join(text.split())
-        if line and " 0 of " not in f" {line}":  # not the empty bar at the start
+        if line and not re.search(r"(^|: )0(\.0+)? of ", line):  # not the empty bar at the start
             print(line, file=sys.stderr, flush=True)
 
 

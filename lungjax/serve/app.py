@@ -13,7 +13,7 @@ import io
 import itertools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,9 +111,6 @@ class Service:
         method = method or methods[0]
         target = None if name is None else classes.index(name)
         async with self._decoded(request, "explain") as files:
-            for file in files:
-                if len(file.inputs) > 1:
-                    file.error = UploadError(422, "frames", "several frames in one file; maps need single slices")
             good = [file for file in files if file.error is None]
             futures = self.device.explain([file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
@@ -155,10 +152,11 @@ class Service:
         """Decodes the files of a request; the body of the context shares its time limit."""
         self.device.check(kind)
         files, count = await receive(request, self.settings, self.budget)
+        limits = replace(self.settings.file, frames=1) if kind == "explain" else self.settings.file
         decoded: list[_Decoded] = []
         try:
             async with asyncio.timeout(self.settings.seconds):
-                decoded += await asyncio.gather(*(self._run(self._decode, file) for file in files))
+                decoded += await asyncio.gather(*(self._run(self._decode, file, limits) for file in files))
                 for file in decoded:
                     if file.error is not None:
                         self.metrics.refused.labels(file.error.reason).inc()
@@ -175,10 +173,10 @@ class Service:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    def _decode(self, file: File) -> _Decoded:
+    def _decode(self, file: File, limits: uploads.Limits) -> _Decoded:
         try:
             data, file.data = file.data, b""
-            upload = uploads.read(data, self.settings.file, self.metadata.hu_windows, self.metadata.plane)
+            upload = uploads.read(data, limits, self.metadata.hu_windows, self.metadata.plane)
             del data
             try:
                 size = sum(pixels.nbytes for pixels in upload.images)

@@ -57,11 +57,13 @@ class Device:
         self._change.set()
 
     def check(self, kind: str, count: int = 1) -> None:
-        """Raises UploadError if the model is not ready, or the queue `kind` has no room for `count` images."""
+        """Raises UploadError if the model is not ready, or `count` images do not fit in the queue `kind`."""
         if self.failure is not None:
             raise UploadError(503, "failed", "the service could not load its model; see its log")
         if not self.ready:
             raise UploadError(503, "starting", "the service is starting; try again in a few seconds")
+        if count > self.limits[kind]:  # would not fit in an empty queue either
+            raise UploadError(413, "images", f"{count} images in one request; at most {self.limits[kind]} are accepted")
         if len(self._queues[kind]) + count > self.limits[kind]:
             raise UploadError(503, "queue", "too many images are waiting; try again in a second")
 

@@ -124,11 +124,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "Missing or wrong token.",
         403: "A request from a page of another site.",
         408: "The body arrived too slowly.",
-        413: "More bytes, files or pixels than /model allows, or a file that decompresses to more.",
+        413: "More bytes, files, pixels or images than allowed, or a file that decompresses to more.",
         415: "Unsupported kind of file or body.",
         421: "Unknown Host header.",
         422: "A damaged or unsuitable file, or an unknown class, method or rule. The first file decides if all fail.",
-        500: "An error in the service, whose log describes it under the number in the message.",
+        500: "An error in the service, whose log describes it under the ID in the message.",
         503: "Starting, or overloaded: try again after Retry-After seconds.",
         504: "The computation took too long.",
     }.items()

@@ -181,7 +181,7 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
         # Files without a series UID are single, and equal UIDs of two patients are two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
-        slices = [dicom.picture(one, hu_windows) for one in headers]
+        slices = dicom.frames(file, headers, hu_windows)
         return Upload([images.decode(data, None, ("PNG",)) for data in slices], series)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None

@@ -32,7 +32,7 @@ def markdown(folder: Path, draws: int) -> str:
 
     tables: dict[str, list[Table]] = {}
     for dataset, configs in pools.items():
-        rows, by_source, sources = [], [], dict[str, int]()
+        rows, by_source = [], dict[tuple[tuple[str, int], ...], list[list[str]]]()  # by sources and their sizes
         for key, folders in configs.items():
             model, first = overrides.from_json(key).model, str(folders[0].relative_to(folder))
             runs, no_lungs = (_read(folders, split) for split in ("test", "no_lungs"))
@@ -40,14 +40,16 @@ def markdown(folder: Path, draws: int) -> str:
             scores.append(_score(no_lungs, "slice.auc_macro", draws))
             rows.append([first, model.name, model.weights, len(folders), *scores])
             parts = [metrics.by_source(p) for p in runs]
-            sources |= {name: len(part) for name, part in parts[0].items()}
-            pools_by_source = [[part[name] for part in parts] for name in sources]
+            sizes = {name: len(p) for part in parts for name, p in part.items()}
+            sources = tuple(sorted(sizes.items(), key=lambda item: item[1], reverse=True))
+            pools_by_source = [[part[name] for part in parts if name in part] for name, _ in sources]
             cells = ((_score(p, "slice.auc_macro", draws), _score(p, "slice.accuracy", draws)) for p in pools_by_source)
-            by_source.append([first, *(f"{auc}; {accuracy}" for auc, accuracy in cells)])
+            if sources:
+                by_source.setdefault(sources, []).append([first, *(f"{auc}; {accuracy}" for auc, accuracy in cells)])
         tables[dataset] = [Table(["first run", "network", "weights", "seeds", *SCORES, "AUC, no lungs"], rows)]
-        if sources:
-            head = ["AUC; accuracy per slice", *(f"{name}, {n:,} images" for name, n in sources.items())]
-            tables[dataset].append(Table(head, by_source))
+        for sources, cells_by_source in by_source.items():
+            head = ["AUC; accuracy per slice", *(f"{name}, {n:,} images" for name, n in sources)]
+            tables[dataset].append(Table(head, cells_by_source))
     return render("pooled.md.j2", tables=tables, draws=draws)
 
 

@@ -199,12 +199,11 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
 
 
 def logged(runs: Sequence[Run], cell: Cell) -> float | None:
-    """Returns the mean of a validation metric logged during training; None if a run lacks that validation."""
+    """Returns the mean of a validation metric logged during training; None if a run lacks it or it is undefined."""
     name = cell.metric.partition("@")[0]
     rows = [metrics_log.read(run.folder / "metrics.jsonl") for run in runs]
-    logs = [[row[name] for row in own if row.get(name) is not None] for own in rows]
-    enough = all(len(values) >= cell.validation for values in logs)
-    return float(np.mean([values[cell.validation - 1] for values in logs])) if enough else None
+    logs = [[row[name] for row in own if name in row][cell.validation - 1 :] for own in rows]
+    return float(np.mean([log[0] for log in logs])) if all(log and log[0] is not None for log in logs) else None
 
 
 def execute(run: Run) -> tuple[int, str]:

@@ -92,7 +92,8 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
         raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
     classes, labels = _classes_and_labels(config, data_dir)
-    if len(labels) == len(classes):  # not prepared
+    if labels is None:
+        labels = np.arange(len(classes))  # one per class
         steps = config.train.steps or DEFAULT_STEPS
         config = replace(config, train=replace(config.train, steps=steps))
     built = program.build(config, classes, labels, mesh)
@@ -222,8 +223,8 @@ def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
     return "; ".join(tips) or "a smaller network"
 
 
-def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Returns classes and training labels of the data set; if it is not prepared, one label per class."""
+def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Returns classes and training labels of the data set; labels are None if it is not prepared."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         data = datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
@@ -232,7 +233,7 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
     if not classes:
         advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
         raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
-    return classes, np.arange(len(classes))
+    return classes, None
 
 
 def _bytes_per_chip(shapes: Any) -> int:

@@ -4,15 +4,13 @@ If a power loss leaves config.json or data.json empty or missing while the check
 from the command, provided that the checkpoint has the parameters of the configured network.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -115,7 +113,8 @@ def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: 
 def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainState, stack: ExitStack) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _lock(stack.enter_context((workdir / "lock").open("a")), workdir)
+        message = f"{workdir}: another run is training here; wait, or choose another --workdir"
+        files.lock(stack.enter_context((workdir / "lock").open("a")), message)
         check(workdir, config, "train")  # again, since another run may have been here before the lock
         check_same_data(workdir, data)
         names = unreadable(workdir)
@@ -135,16 +134,6 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
     if newest(workdir, "last") is None and free < needed:
         sizes = f"the checkpoints take up to {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free"
         raise ValueError(f"{workdir}: {sizes}; choose another --workdir")
-
-
-def _lock(file: IO[str], workdir: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{workdir}: another run is training here; wait, or choose another --workdir") from None
-    except OSError as error:  # a file system without locks, such as a mounted bucket
-        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-            raise
 
 
 def _check_shared(workdir: Path) -> None:

@@ -10,18 +10,13 @@ import time
 from pathlib import Path
 
 from lungjax.runtime.checkpoint import newest
-from lungjax.training import metrics_log
+from lungjax.training.progress import last_step
 from tests.benchmarks import harness
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
 import small_runs as runs
 
 FIELDS = ("--pause=0.08", "model.head.dropout=0.3", "train.steps=150", "train.eval_steps=6", "train.save_steps=2")
-
-
-def last_step(workdir: Path) -> int:
-    rows = metrics_log.read(workdir / "metrics.jsonl")
-    return rows[-1]["step"] if rows else 0
 
 
 def main() -> None:

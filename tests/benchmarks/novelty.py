@@ -112,7 +112,7 @@ def outliers(
     changes: dict[str, Callable[[Picture], Picture]] = {
         "color heat map over the image": heat_map,
         "inverted": lambda p: 255 - p,
-        "turned by 90 degrees": np.rot90,
+        "rotated by 90 degrees": np.rot90,
         "upside down": lambda p: p[::-1],
         "mirrored": lambda p: p[:, ::-1],
         "soft-tissue window": lambda p: window(p, 110, 190),

@@ -19,8 +19,7 @@ from lungjax.data.augment import affine, augment, mix, warp
 
 KEY = jax.random.key(3)
 MANY = 1000
-FAST = {"xla_backend_optimization_level": 0}  # to compile, not to run
-run = jax.jit(augment, static_argnames=("config", "size"), compiler_options=FAST)
+run = jax.jit(augment, static_argnames=("config", "size"))
 
 
 def places(n, start=0):
@@ -81,8 +80,8 @@ def test_tiny_rotation():
 
 
 NEUTRAL = {"flip": (False, False), "angle": 0.0, "zoom": (1.0, 1.0), "shear": (0.0, 0.0), "shift": (0.0, 0.0)}
-compiled_affine = jax.jit(affine, static_argnums=(0, 1), compiler_options=FAST)
-compiled_warp = jax.jit(warp, static_argnums=(2, 3, 4), compiler_options=FAST)
+compiled_affine = jax.jit(affine, static_argnums=(0, 1))
+compiled_warp = jax.jit(warp, static_argnums=(2, 3, 4))
 
 
 def map_of(size, **parameters):
@@ -272,7 +271,7 @@ def test_mixup_and_cutmix():
     n = 256
     images = jnp.asarray(np.tile([[0.0], [200.0]], (n // 2, 1)).reshape(n, 1, 1, 1)) * jnp.ones((1, 10, 14, 1))
     labels = jnp.arange(n, dtype=jnp.int32) % 7
-    blend = jax.jit(mix, static_argnames="config", compiler_options=FAST)
+    blend = jax.jit(mix, static_argnames="config")
     mixups = 0
     for start in range(0, 24 * n, n):  # one of the two is drawn per batch
         out, partners, share = blend(images, labels, places(n, start), KEY, AugmentConfig(mixup=1.0, cutmix=1.0))

@@ -1,6 +1,7 @@
 """The clean protocol, leak counts, and the comparison of two data sets, on synthetic columns."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 from folders import chest
@@ -139,6 +140,8 @@ def test_cross():
     assert lines[0].endswith("1 (p3)") and lines[1].startswith("of the 4 images in one, 1 have")
     other = leakage.cross(one, two, np.array([1, 3]), np.array([0, 2, 3]))
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
+    turned = leakage.cross(one, replace(two, volumes={"orientation": "rotated"}))
+    assert "180" in turned["note"] and turned["lines"][-1] == turned["note"]
 
 
 def test_cross_with_both_kinds_of_pairs():

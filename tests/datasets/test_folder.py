@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_patient_folders(tmp_path):
     assert len(set(data.columns["group"])) == 24 and "24 of 24 images have no group" in result["warnings"][0]
 
 
-def test_questionable_images(tmp_path):
+def test_questionable_images(tmp_path, monkeypatch):
     """A European Excel table with two spellings of a class, a rare class, one test image, and unlisted images."""
     rows = ['"path";"label";"split";"note, in words"']
     for i in range(106):
@@ -105,7 +106,8 @@ def test_questionable_images(tmp_path):
     for name in ("extra.png", "more.tif"):
         save(tmp_path / "in" / name, 500)
     write_table(tmp_path, "sep=;\r\n" + "\r\n".join(rows))
-    result, data = prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result, data = prepare(Path("in/.."))
     assert len(data.records) == 106 and set(data.columns["note, in words"]) == {"a; b"}
     for word in ("2 images that are not in labels.csv, such as extra.png", "case: Sick, sick",
                  "test split has a single image labeled Sick, sick", "imbalanced: 1 images of Sick, 79 of well",

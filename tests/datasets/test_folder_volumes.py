@@ -3,6 +3,7 @@
 import pickle
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
 
 import commands
+import pydicom
 import scans
 from scans import windowed
 
 from lungjax import datasets, prepare
 from lungjax.data.imaging import dicom, volumes
 from lungjax.datasets import PrepareOptions, folder
+from lungjax.datasets.build import near_duplicates, writer
 
 WIDE = ((-350.0, 1300.0),)
 
@@ -68,6 +71,8 @@ def test_series_in_class_folders(tmp_path):
     assert {e.group for e in listing(tmp_path, salt="other").examples}.isdisjoint(e.group for e in result.examples)
     index = [(e.file, e.group, e.source, e.extra, e.where) for e in result.examples]
     assert not re.search(r"Doe|Jane|ID-|1970|1\.2\.|IM0", f"{index} {result.notes}")  # no personal data
+    for example in (*result.examples, *listing(tmp_path, plane="coronal").examples):
+        assert not re.search(rb"ID-|1\.2\.", pickle.dumps(example.image))
     notes = ("8 CT series", "2 files that are not images", "48 axial images from CT volumes, window -350 +/- 650")
     for note in (*notes, "1 DICOM files skipped: localizers", "1 DICOM files skipped: SR objects"):
         assert any(line.startswith(note) for line in result.notes)
@@ -227,3 +232,30 @@ def test_prepared_volumes(tmp_path):
         np.testing.assert_allclose(image[..., 0].astype(int), np.asarray(resized).astype(int), atol=1)
     files = [path for path in (tmp_path / "data/folder").rglob("*") if path.is_file()]
     assert files and not [path for path in files if re.search(b"Doe|ID-", path.read_bytes())]
+
+
+def test_changed_scan_after_an_interruption(tmp_path, monkeypatch):
+    rng, expected, paths, processed = np.random.default_rng(0), {}, [], []
+    for i in range(6):
+        hu = rng.integers(-1000, 300, (1, 10, 8), dtype=np.int16)
+        where = tmp_path / "in" / ("train", "val", "test")[i // 2] / "ab"[i % 2]
+        paths += scans.series(where, hu, change={0: {"SOPInstanceUID": f"1.9.{i}"}}, **uids(i, f"ID-{i}"))
+        expected[f"image-{pseudonym(f'1.9.{i}')}"] = windowed(hu[0])
+    settings = {"source": tmp_path / "in", "data_dir": tmp_path / "data", "quiet": True}
+    settings["options"] = PrepareOptions(salt="secret", hu_windows=WIDE)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(near_duplicates, "search", mock.Mock(side_effect=KeyboardInterrupt))
+        datasets.write("folder", **settings)
+    data = pydicom.dcmread(paths[0])
+    data.PixelData = data.pixel_array[::-1].tobytes()
+    data.save_as(paths[0])
+    changed = f"image-{pseudonym('1.9.0')}"
+    expected[changed] = expected[changed][::-1]
+    process = writer.process_image
+    monkeypatch.setattr(writer, "process_image", lambda e, options: processed.append(e.file) or process(e, options))
+    datasets.write("folder", **settings)
+    assert processed == [changed]
+    data = datasets.open_dataset("folder", tmp_path / "data")
+    for file, record in zip(data.columns["file"].tolist(), data.records, strict=True):
+        np.testing.assert_array_equal(scans.pixels_of(record["image"]), expected[file])

@@ -73,7 +73,8 @@ RUNS = (range(266, 270), range(289, 322), range(344, 373), range(404, 422))  # i
 def test_ct_cov19(tmp_path):
     tree(
         tmp_path,
-        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70, 170)),
+        *(f"Train/COV/01/FILE001{k}.jpg" for k in (1, 70, 170, "2 (2)")),
+        "Val/COV/01/FILE0015.jpg",
         *(f"Train/COV/malek_2/pos_{k}.png" for k in range(40) if k % 11),  # some slice numbers are missing in a scan
         "Train/COV/malek_2/pos_0.png",
         *(f"Train/Normal/1/neg_{k}.png" for k in (*range(0, 200, 5), 2173)),
@@ -87,7 +88,8 @@ def test_ct_cov19(tmp_path):
     listing, by_file = listed(ct_cov19, tmp_path, "original")
     assert listing.classes == ("COV", "Normal", "OtherPneumonia") and listing.body and listing.study
     group = {file: example.group for file, example in by_file.items()}
-    assert group["Train/COV/01/FILE0011.jpg"] == group["Train/COV/01/FILE001170.jpg"]
+    (scan,) = {name for file, name in group.items() if file.startswith("Train/COV/01/")}
+    assert group["Val/COV/01/FILE0015.jpg"] != scan
     assert group["Train/COV/malek_2/pos_0.png"] == group["Train/COV/malek_2/pos_39.png"]
     assert group["Train/Normal/1/neg_2173.png"] == group["Test/Normal/1/neg_2174.png"]  # divided by the original split
     # The real files of Test/COV/30 are four runs of numbers, and none is the patient of Val/COV/30.
@@ -102,7 +104,7 @@ def test_ct_cov19(tmp_path):
     assert all(len(splits) == 1 for splits in splits_of_groups(new).values())
     assert {e.split for e in new} == {"train", "val"}
     assert all(e.split == e.study == e.file.split("/")[0].lower() for e in listing.examples if e not in new)
-    assert any("val has 21 / 1 / 2" in note for note in listing.notes)
+    assert any("val has 22 / 1 / 2" in note for note in listing.notes)
     assert Path(listing.examples[0].image).is_file()
     (tmp_path / "Val/Normal/1/neg_2600.png").unlink()
     with pytest.raises(ValueError, match="Normal has no image"):

@@ -9,7 +9,8 @@ from dataclasses import replace
 import commands
 import numpy as np
 import pytest
-from conftest import png, small_bn
+from conftest import small_bn
+from folders import encoded
 from PIL import Image
 from random_weights import random_variables
 
@@ -21,7 +22,6 @@ from lungjax.explain.saliency import Explainer
 from lungjax.inference import model
 from lungjax.inference.model import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLASSES = ("left", "middle", "right")
 SPEC = InputSpec(size=(24, 32), channels=1)
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
@@ -37,8 +37,8 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, capsys):
     (tmp_path / "in/deep").mkdir(parents=True)
     for name in ("in/a.png", "in/a.tiff", "in/deep/a.png", "odd name?.jpg"):
         Image.fromarray(PICTURE).save(tmp_path / name)
-    (tmp_path / "in/cut.png").write_bytes(png(PICTURE)[:200])
-    (tmp_path / "deep.png").write_bytes(png((PICTURE * np.uint16(200)).astype(np.uint16)))
+    (tmp_path / "in/cut.png").write_bytes(encoded(PICTURE)[:200])
+    (tmp_path / "deep.png").write_bytes(encoded((PICTURE * np.uint16(200)).astype(np.uint16)))
     flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
     files = ",".join(str(tmp_path / name) for name in ("in", "odd name?.jpg", "gone.png", "deep.png"))
     assert commands.run(command, *flags, f"--images={files}", "--save_maps") == 1

@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 from conftest import small_bn
 from random_weights import random_variables
 from scipy import stats
@@ -13,7 +12,6 @@ from lungjax.datasets.phantom import slices
 from lungjax.explain import quality
 from lungjax.explain.saliency import Explainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE = 16
 SPEC = InputSpec(size=(SIDE, SIDE), channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.4, 0.3))
 

@@ -20,7 +20,6 @@ from lungjax.explain.saliency import Explainer
 from lungjax.models import receptive_field
 from lungjax.models.network import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIDE, CELL, CHANNELS = 16, 4, 5
 SPEC = InputSpec(size=(SIDE, SIDE), channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.4, 0.3))
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)

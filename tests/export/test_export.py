@@ -30,7 +30,6 @@ from lungjax.export import __main__ as export
 from lungjax.export import stablehlo, triton
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
-from lungjax.models.ops import conv
 from lungjax.runtime import files
 
 SPEC = InputSpec(
@@ -45,12 +44,9 @@ METADATA = Metadata(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Compiles quickly, since programs run only a few times here."""
+def small_network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "compiler_options", lambda *_, **__: {"xla_backend_optimization_level": 0})
         patch.setitem(models.MODELS, "small_bn", small_bn())
-        patch.setattr(artifacts, "OPTIONS", (*artifacts.OPTIONS, "xla_backend_optimization_level"))
         yield
 
 
@@ -224,6 +220,7 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         (lambda: path.write_bytes(flipped), "weights.npz is missing or damaged"),
         (lambda: make({"artifact.json": None}), "not from lungjax.export"),
         (lambda: make({"artifact.json": b"[1]"}), "not from lungjax.export"),
+        (lambda: make({"artifact.json": b'{"jax": "1", "compiler_options": "no"}'}), "artifact.json is not from"),
         (lambda: make({"weights.npz": None}), "weights.npz is missing or"),
         (lambda: make({}, zipfile.ZIP_DEFLATED), "compressed"),
         (lambda: make({"model.json": b"{}"}), "model.json"),
@@ -312,7 +309,7 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
     for flags, code, word in (
         ([], 1, "give --workdir=RUN"), ([given, "--format="], 1, "--format is empty"),
         ([given, "--format=onx"], 2, "did you mean onnx"), ([given], 2, "no trained run"),
-        ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
+        (["--refresh=old.pyz"], 1, "--out=DIR"), ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),
     ):  # fmt: skip

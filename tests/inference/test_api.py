@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import png
+from folders import encoded
 from weight_writers import CLASSES, KERAS, SIDE, flat, install, leaves, write
 
 import lungjax
@@ -134,7 +134,7 @@ def test_preprocess_files_and_boxes(tmp_path):
     image = np.zeros((40, 60), np.uint8)
     image[10:20, 30:50] = 200
     path = tmp_path / "a.png"
-    path.write_bytes(png(image))
+    path.write_bytes(encoded(image))
     spec = InputSpec(size=(4, 4), channels=1, crop="box", mean=(0.0,), std=(1.0,))
     inside, outside = lungjax.preprocess([path, str(path)], spec, [(30, 10, 50, 20), (0, 20, 30, 40)])
     assert inside == pytest.approx(200 / 255) and outside == pytest.approx(0)

@@ -1,13 +1,8 @@
-"""Comparison of functions and their gradients with a reference; a jit with few optimizations."""
-
-from functools import partial
+"""Comparison of functions and their gradients with a reference."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def draw(seed, *shape, dtype="float32"):
@@ -21,7 +16,7 @@ def with_gradients(function, *args):
         y, pull = jax.vjp(function, *args)
         return (y, *pull(draw(9, *y.shape, dtype=y.dtype)))
 
-    return [np.asarray(r, np.float64) for r in quick_jit(run)(*args)]
+    return [np.asarray(r, np.float64) for r in jax.jit(run)(*args)]
 
 
 def close(results, references, tolerance):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from kernels import close, draw, quick_jit
+from kernels import close, draw
 
 from lungjax.models import layers
 
@@ -45,7 +45,7 @@ def test_batch_norm_and_activation_against_linen(name, dtype):
             dx, dparams = pull((draw(9, *y.shape, dtype=y.dtype), jnp.ones(6), jnp.ones(6)))
             return y, *stats, dx, dparams["scale"], dparams["bias"]
 
-        got, expected = (quick_jit(partial(all_of, f))(x, params) for f in (fused, reference))
+        got, expected = (jax.jit(partial(all_of, f))(x, params) for f in (fused, reference))
         got += run(layer, x, params, train=False, activation=activation)
         y, *stats = run(linen.clone(use_running_average=True), x, params)
         expected += (y if activation is None else activation(y), *stats)

@@ -7,7 +7,6 @@ import pytest
 from conftest import small_bn
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from kernels import quick_jit
 from random_weights import random_images, random_variables
 from shallow import SHALLOW
 
@@ -26,7 +25,7 @@ def both(module, variables, shape=SHAPE):
     network = batch_norm_folding.FoldedModel(module, variables, shape)
     with conv.plain_forms():
         folded = network.fold(variables)
-        run = quick_jit(lambda v, f, x: (module.apply(v, x, train=False), network(f, x)))
+        run = jax.jit(lambda v, f, x: (module.apply(v, x, train=False), network(f, x)))
         return network, folded, *run(variables, folded, random_images(shape))
 
 

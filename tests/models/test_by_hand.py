@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernels import draw, quick_jit
+from kernels import draw
 from random_weights import random_images, random_variables
 
 from lungjax import models
@@ -28,7 +28,7 @@ def test_xray_cnn_dropout():
                 for p, train in ((None, False), (None, True), (0.5, False), (0.5, True))]  # fmt: skip
 
     with plain_forms():
-        expected, *same, dropped = map(np.asarray, quick_jit(run)(jax.random.key(0)))
+        expected, *same, dropped = map(np.asarray, jax.jit(run)(jax.random.key(0)))
     for features in same:
         np.testing.assert_array_equal(features, expected)
     assert (dropped[expected > 0] == 0).mean() > 0.25
@@ -40,7 +40,7 @@ def test_stride_convolution_of_resnet():
     v1, variables, images = v15.clone(stride_conv=1), random_variables(v15, SHAPE), random_images(SHAPE)
     assert models.leaf_shapes(v1, SHAPE) == models.leaf_shapes(v15, SHAPE)
     with plain_forms():
-        one, other = quick_jit(lambda v: [m.apply(v, images, train=False)[1]["last"] for m in (v1, v15)])(variables)
+        one, other = jax.jit(lambda v: [m.apply(v, images, train=False)[1]["last"] for m in (v1, v15)])(variables)
     assert one.shape == other.shape
     assert np.abs(one - other).max() > 0.1 * np.ptp(one)
 
@@ -55,7 +55,7 @@ def test_layer_scale_of_convnext():
         return module.apply({"params": variables["params"] | {"stage1_block1": block}}, images, train=False)[1]["last"]
 
     with plain_forms():
-        zero, one, two = map(np.asarray, quick_jit(lambda: [run(scale) for scale in (0.0, 1.0, 2.0)])())
+        zero, one, two = map(np.asarray, jax.jit(lambda: [run(scale) for scale in (0.0, 1.0, 2.0)])())
     assert np.abs(one - zero).max() > 0.1
     np.testing.assert_allclose(two - zero, 2 * (one - zero), atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_global_response_norm_of_a_zero_channel():
     x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
     module = GlobalResponseNorm(jnp.float32)
     values = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
-    gradient = quick_jit(jax.grad(lambda x: (module.apply(values, x) ** 2).sum()))(x)
+    gradient = jax.jit(jax.grad(lambda x: (module.apply(values, x) ** 2).sum()))(x)
     assert np.isfinite(gradient).all() and np.any(gradient[..., 0])
     np.testing.assert_array_equal(module.init_with_output(jax.random.key(0), x)[0], x)
 

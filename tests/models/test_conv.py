@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from kernels import close, draw, lowered, quick_jit, with_gradients
+from kernels import close, draw, lowered, with_gradients
 
 from lungjax.models import layers
 from lungjax.models.ops import batch_norm, conv, pooling
@@ -38,7 +38,7 @@ def test_convolution_against_lax(kind):
             y, pull = jax.vjp(lambda x, k: function(x, k, strides, pads), x, kernel)
             return y, *pull(draw(9, *y.shape))
 
-        return quick_jit(lambda arrays: [one(*a, window) for a, window in zip(arrays, windows, strict=True)])(arrays)
+        return jax.jit(lambda arrays: [one(*a, window) for a, window in zip(arrays, windows, strict=True)])(arrays)
 
     for result, expected in zip(run(conv.convolve), run(conv.plain_conv), strict=True):
         close(result, expected, 2e-6)
@@ -54,7 +54,7 @@ def test_convolution_dtypes(kind):
         close(with_gradients(lambda x, k: conv.convolve(x, k, (2, 2), pads), x, kernel), expected, 1e-13)
     # bfloat16 is accumulated in float32: only the operands and the result are rounded, to 8 bits.
     x, kernel = draw(0, 2, 33, 31, channels, dtype="bfloat16"), draw(1, 5, 5, *depth, dtype="bfloat16")
-    y = quick_jit(lambda x, k: conv.convolve(x, k, (1, 1), pads))(x, kernel)
+    y = jax.jit(lambda x, k: conv.convolve(x, k, (1, 1), pads))(x, kernel)
     wide = conv.plain_conv(x.astype("float32"), kernel.astype("float32"), (1, 1), pads)
     close([np.asarray(y, np.float64)], [np.asarray(wide, np.float64)], 2**-8)
 
@@ -134,7 +134,7 @@ def test_conv_layer_against_linen():
             results.append((first, second, layer.apply(variables, x), linen.apply(variables, x)))
         return results
 
-    for first, second, output, expected in quick_jit(run)(x):
+    for first, second, output, expected in jax.jit(run)(x):
         jax.tree.map(np.testing.assert_array_equal, first, second)
         np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-6)
     for layer, _ in pairs:  # in bfloat16 too the parameters are float32
@@ -156,6 +156,6 @@ def test_standardized_kernel():
     kernel = np.random.default_rng(0).normal(2.0, 3.0, (3, 3, 4, 6)).astype(np.float32)
     cells = np.eye(36, dtype=np.float32).reshape(36, 3, 3, 4)  # one input cell at a time gives the kernel back
     module = layers.Conv(6, 3, padding="VALID", standardize=1e-10)
-    used = np.reshape(quick_jit(module.apply)({"params": {"kernel": kernel}}, cells), (36, 6))
+    used = np.reshape(jax.jit(module.apply)({"params": {"kernel": kernel}}, cells), (36, 6))
     np.testing.assert_allclose(used.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(used.var(0), 1, rtol=1e-5)

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from kernels import quick_jit
 from random_weights import draw
 
 from lungjax import models
@@ -61,7 +60,7 @@ def check(path: Path, jit):
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
 def test_logits_against_the_reference(path):
     with conv.plain_forms():
-        check(path, quick_jit)
+        check(path, jax.jit)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from kernels import quick_jit
 from random_weights import random_images, random_variables
 from shallow import SHALLOW
 
@@ -174,7 +173,7 @@ def test_training_step_of_a_shallow_network(name):
         return gradients(False)[0], gradients(True), gradients(True, remat=True), logits, half
 
     with conv.plain_forms():
-        evaluation, plain, remat, logits, half = quick_jit(run)()
+        evaluation, plain, remat, logits, half = jax.jit(run)()
     # In training a bias before batch norm has no gradient and a drop path may be closed.
     assert [path for path, g in flatten(evaluation).items() if not np.any(g) or not np.isfinite(g).all()] == []
     # Batch norm cancels most of a gradient below it; the remainder has fewer exact digits.
@@ -205,6 +204,8 @@ def test_class_counts():
         assert shapes(models.build(ModelConfig(name="simple"), classes), (40, 40, 1))[1].shape == (2, classes)
     config = ModelConfig(name="simple", head=HeadConfig(output="sigmoid", positive_class="covid"))
     assert shapes(models.build(config, 2), (40, 40, 1))[1].shape == (2, 1)
+    with pytest.raises(ValueError, match="class_map"):
+        models.build(ModelConfig(head=HeadConfig(output="sigmoid", pool="class_map")), 2)
     with pytest.raises(ValueError, match="sigmoid"):
         models.build(config, 3)
     with pytest.raises(ValueError, match="at least 2"):
@@ -259,7 +260,7 @@ def test_initial_values_of_the_authors():
         return [m.init(key, jnp.zeros((1, 16, 16, 3)), train=False)["params"] for m in (efficientnet, convnext)]
 
     with conv.plain_forms():
-        efficient, convnext = map(flatten, quick_jit(run)(jax.random.key(0)))
+        efficient, convnext = map(flatten, jax.jit(run)(jax.random.key(0)))
     for path, fan_out in (
         ("top_conv", 512),
         ("stage1_block1/expand_conv", 9 * 256),

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scans
-from conftest import png
 from folders import encoded
 from services import HEAD, METADATA, Brightness, flat, post_all, running, slices, wait_for
 from test_uploads import SECRETS
@@ -47,7 +46,7 @@ def test_raw_bodies(service):
     gray = np.full((20, 30), 102, np.uint8)
     for kind, body, bright in (
         ("image/jpeg", encoded(gray, "JPEG"), 0.4),
-        ("image/png", png(np.full((20, 30), 13107, np.uint16)), 0.2),
+        ("image/png", encoded(np.full((20, 30), 13107, np.uint16)), 0.2),
         ("application/dicom", slices(1099, "1.2.3")[0], 0.95),
     ):
         status, answer, _ = service.ask("POST", "/predict", body, content_type=kind)
@@ -89,12 +88,12 @@ def test_enhanced_ct(service, tmp_path):
     assert series["files"] == 3 and series["probabilities"] == answer["results"][0]["probabilities"]
     assert series["probabilities"]["bright"] == pytest.approx((2 * 0.95 + 0.5) / 3, abs=0.003)
     answer = service.post("/explain", ("e.dcm", data), ("x.png", flat(255)))[1]
-    assert "several frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
+    assert "3 frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
 
 
 def test_explain(service):
     pixels = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
-    status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", png(pixels)), ("b", b"\0"))
+    status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", encoded(pixels)), ("b", b"\0"))
     assert status == 200 and "error" in answer["results"][1] and service.model.targets.tolist() == [0]
     result = answer["results"][0]
     assert (result["explained"], result["method"], result["predicted"]) == ("dark", "occlusion", "dark")
@@ -172,6 +171,7 @@ def test_full_queue_and_too_many_requests():
         assert status == 503 and headers["retry-after"] == "1" and "waiting" in answer["error"]
         model.gate.set()
         assert {future.result()[0] for future in futures} == {200}
+        assert service.post("/predict", *[("a", flat(1))] * 4)[0] == 413  # more than the queue can hold
         sockets = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(7)]
         for one in sockets:
             one.sendall(HEAD + b"Content-Length: 9\r\n\r\n")

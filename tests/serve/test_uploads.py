@@ -9,8 +9,10 @@ import time
 import tracemalloc
 import zlib
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
+import pydicom
 import pytest
 import scans
 from folders import encoded
@@ -280,10 +282,16 @@ def test_million_frames():
     assert time.process_time() - started < 2
 
 
-def test_frame_limits(tmp_path):
-    scans.enhanced(tmp_path / "e.dcm", scans.body((5, 24, 32)))
+def test_frames(tmp_path, monkeypatch):
+    path = scans.enhanced(tmp_path / "e.dcm", scans.body((5, 24, 32)))
     data = (tmp_path / "e.dcm").read_bytes()
-    assert len(read(data).images) == 5
+    with monkeypatch.context() as patch:
+        dcmread = mock.Mock(wraps=pydicom.dcmread)
+        patch.setattr(pydicom, "dcmread", dcmread)
+        decoded = read(data).images
+    assert dcmread.call_count == 2  # the header and the pixels
+    for image, header in zip(decoded, dicom.headers(path), strict=True):
+        np.testing.assert_array_equal(image, scans.pixels_of(dicom.picture(header, ((-600.0, 1500.0),))))
     for limits in ({"frames": 4}, {"pixels": 4 * 24 * 32}):
         assert refused(data, **limits)[:2] == (413, "frames")
     sr = scan()

@@ -201,10 +201,12 @@ def test_overrides_without_verdict(trial, options):
 def test_validations_during_training(trial, options):
     for run in runs.plan(trial, options):
         fabricate(run)
-    log = runs.plan(trial, options)[1].folder / "metrics.jsonl"
+        with (log := run.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "val.slice.accuracy": null}\n{"step": 4, "val.slice.accuracy": 0.9}\n')
     log.write_text(log.read_text().replace("0.5", "0.7"))
-    sample = table(*(cell(trial, column=f"{n}", metric=f"val.slice.accuracy@{n}", published=0.61) for n in (1, 2)))
-    first, second = evaluate(sample, options)
+    sample = table(*(cell(trial, column=f"{n}", metric=f"val.slice.accuracy@{n}", published=0.61) for n in (1, 2, 3)))
+    first, second, third = evaluate(sample, options)
+    assert third.ours == pytest.approx(0.9)
     assert first.ours == pytest.approx(0.6) and first.low is None and not first.verdict
     assert second.ours is None and second.state == "undefined"
     assert not charts.draw(replace(sample, charts=("confusions",)), [first, second], options.workdir)
@@ -315,7 +317,8 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
     for run in (*runs.plan(trial, options), *runs.plan(f"{trial}:size=64", options)):
         fabricate(run)
         p = predictions.read(path := run.folder / "predictions_test.csv")
-        predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "north", "south")), path)
+        second = "rest" if run.config.input.size[0] == 64 else "south"  # another source in one configuration
+        predictions.write(replace(p, sources=np.where(np.arange(len(p)) % 3, "west", second)), path)
     assert commands.run(command, "--pool", "--draws=100", f"--workdir={options.workdir}") == 0
     text, pool = capsys.readouterr().out, [predict("test", 1.0, seed) for seed in (0, 1)]
     rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
@@ -324,7 +327,8 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
         unit, name = score.split(".")
         mean, low, high = bootstrap.over_runs(pool, [name], 100, unit=unit)[name]
         assert all(f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in row for row in rows)
-    assert "| AUC; accuracy per slice | north, 16 images | south, 8 images |" in text
+    for second in ("south", "rest"):
+        assert f"| AUC; accuracy per slice | west, 16 images | {second}, 8 images |" in text
     assert commands.run(command, "--pool", f"--workdir={options.data_dir}") == 2
     assert "no finished" in capsys.readouterr().err
 

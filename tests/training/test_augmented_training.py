@@ -109,6 +109,7 @@ def test_images_of_the_control_without_lungs(phantoms):
     control = datasets.without_lungs(data, phantoms)
     assert set(control.columns["file"][control.rows("test")]) == set(files[data.rows("test")])
     assert not len(control.rows("train"))
+    assert not control.rotate and datasets.without_lungs(replace(data, rotate=True), phantoms).rotate
     for column in ("file", "pixels", "phash", "box"):  # those of the image before its stage
         np.testing.assert_array_equal(control.columns[column], data.columns[column])
     assert (control.columns["mean"] < data.columns["mean"]).mean() > 0.9

@@ -94,6 +94,8 @@ def test_orientation_of_another_data_set(root, monkeypatch):
     images = [np.asarray(Image.open(root / "in_other" / name))[::-1, ::-1] for name in result.ids]
     logits = load(root / "run").logits(images).astype(np.float64)
     np.testing.assert_allclose(result.probabilities, special.softmax(logits, axis=1), rtol=1e-4)
+    report = json.loads((root / "run/external/folder_other/report.json").read_text())
+    assert any("duplicates" in text and "rotated by 180" in text for text in report["warnings"])
 
 
 def test_own_test_split(root):

@@ -75,7 +75,7 @@ class Series:
     def check(self, plane: str) -> None:
         """Raises ValueError if the plane can't be cut from these slices."""
         if self.flaw and plane != self.plane:
-            raise ValueError(f"no {plane} plane can be cut: {self.flaw}")
+            raise ValueError(f"{self.headers[0].name}: no {plane} plane can be cut: {self.flaw}")
 
 
 def is_dicom(path: str) -> bool:
@@ -184,10 +184,20 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
-def picture(header: Header, windows: Windows) -> bytes:
-    """Returns one CT slice as a PNG file, oriented as described in `volumes`. Raises ValueError for damaged pixels."""
+def picture(header: Header, windows: Windows, data: Any = None) -> bytes:
+    """Returns one CT slice as a PNG file, oriented as described in `volumes`. Raises ValueError for damaged pixels.
+
+    `data` is the pydicom data set of a `MemoryFile` that has been read already.
+    """
     one = series([header])
-    return volumes.picture(_volume(one.headers, one.step), one.plane, 0, windows)
+    return volumes.picture(_volume(one.headers, one.step, data), one.plane, 0, windows)
+
+
+@named_errors
+def frames(file: MemoryFile, headers: Sequence[Header], windows: Windows) -> list[bytes]:
+    """Returns the slices `headers` of one file as `picture` does, but reads the file only once."""
+    data = _read(file)
+    return [picture(header, windows, data) for header in headers]
 
 
 def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
@@ -270,11 +280,13 @@ def _can_decode(syntax: Any) -> bool:
         return False
 
 
-def _pixels(path: File, frame: int | None = None) -> tuple[Any, np.ndarray]:
+def _pixels(path: File, frame: int | None = None, data: Any = None) -> tuple[Any, np.ndarray]:
     """Returns a data set that describes the pixels, and the stored values, [rows, columns] or [rows, columns, 3]."""
     pydicom = volumes.need("pydicom", "DICOM files")
-    frame_only = frame is not None and not isinstance(path, MemoryFile)  # does not read the other frames from disk
-    data = pydicom.Dataset() if frame_only else _read(path)
+    # Does not read the other frames from disk.
+    frame_only = data is None and frame is not None and not isinstance(path, MemoryFile)
+    if data is None:
+        data = pydicom.Dataset() if frame_only else _read(path)
     if not frame_only and "PixelData" not in data:
         raise Unreadable(f"{path}: a DICOM file without pixels")
     try:
@@ -303,19 +315,19 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 @named_errors
-def _hu(path: File, frame: int | None, rescale: tuple[float, float]) -> np.ndarray:
+def _hu(path: File, frame: int | None, rescale: tuple[float, float], data: Any) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
-    data, pixels = _pixels(path, frame)
+    data, pixels = _pixels(path, frame, data)
     hu = pixels * np.float32(rescale[0]) + np.float32(rescale[1])
     hu[_padding(data, pixels)] = volumes.AIR
     return np.rint(np.clip(hu, -32768, 32767)).astype(np.int16)
 
 
-def _volume(headers: Sequence[Header], step: float) -> Volume:
+def _volume(headers: Sequence[Header], step: float, data: Any = None) -> Volume:
     first = headers[0]
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
-        stack[i] = _hu(one.path, one.frame, one.rescale)
+        stack[i] = _hu(one.path, one.frame, one.rescale, data)
     directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
     if len(headers) > 1:  # slices are sorted along the body, but their normal may point in the opposite direction
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)

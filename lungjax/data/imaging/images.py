@@ -1,8 +1,8 @@
 """Turns image files into network input: decode, window, crop, resize.
 
-8-bit images become uint8. 16-bit gray images require a window, which maps them to float32 in 0..255; values are rounded
-only after resizing. Other modes become gray or RGB as with Pillow's `convert`, which Keras and torchvision use, so
-transparency is ignored, and 16-bit color loses its low byte.
+8-bit images become uint8. Gray images with more bits become uint16 and require a window, which maps them to float32 in
+0..255; values are rounded only after resizing. Other modes become gray or RGB as with Pillow's `convert`, which Keras
+and torchvision use, so transparency is ignored, and 16-bit color loses its low byte; a gray palette becomes gray.
 Images are turned upright according to their EXIF orientation; boxes refer to the upright image.
 """
 
@@ -263,8 +263,10 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
 def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    The format is "" if the image was turned upright, since the file has other pixels. Raises ValueError if the file is
-    unreadable, truncated or multi-page, or if its pixels have another mode or range.
+    Images are turned upright according to their EXIF orientation. The format of a turned image is "" (except for TIFF),
+    since the file has other pixels. The top of this module describes the conversion of modes; `formats` is as in
+    `decode`. Raises ValueError if the file is unreadable, truncated, or multi-page (of FIRST_FRAME, the first frame is
+    read), if its mode is not in MODES, or if pixels of INTEGERS are not integers from 0 to 65535.
     """
     image, form = _open(data, formats)
     return np.asarray(image), form

@@ -4,6 +4,7 @@ The staging directory is renamed at the end, so an interrupted run leaves no inc
 data set remains until the new one is complete. The next run resumes from the processed images of complete shards.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ import numpy as np
 
 from lungjax import __version__
 from lungjax.data import duplicates, prepared, summary
+from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import near_duplicates, staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
@@ -197,16 +199,16 @@ def prepare(
     final = prepared.directory(data_dir, name)
     options = ImageOptions(stage, size, listing.body, window)
     with staging.locked(data_dir, name) as root:
-        shard_folder = root.with_name(f"{root.name}.shards")
-        shard_folder.mkdir(exist_ok=True)
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
         # Until the data set is complete, images that differ from their files also exist in `shard_folder`.
-        twice = [n for e, n in zip(listing.examples, sizes, strict=True) if stage or size or callable(e.image)]
+        twice = [n for e, n in zip(listing.examples, sizes, strict=True) if not _stored_unmodified(e, options)]
         staging.check_disk(sum(sizes) + sum(twice), data_dir, len(listing.examples), say)
+        shard_folder = root.with_name(f"{root.name}.shards")
+        shard_folder.mkdir(exist_ok=True)
         if any(shard_folder.iterdir()):
             say("Resuming an interrupted run")
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
@@ -248,7 +250,8 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
         size = GENERATED_BYTES
         if isinstance(example.image, str):
             try:
-                size = max(os.stat(example.image).st_size, GENERATED_BYTES if options.stage or example.transform else 1)
+                least = 1 if _stored_unmodified(example, options) else GENERATED_BYTES
+                size = max(os.stat(example.image).st_size, least)
             except OSError as error:
                 line = f"{_place(example)}{example.image}: {(error.strerror or str(error)).lower()}"
                 if on_bad_image == "fail":
@@ -257,6 +260,12 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
                 size = 0
         sizes.append(height * width if height and size else size)
     return sizes, missing
+
+
+def _stored_unmodified(example: Example, options: ImageOptions) -> bool:
+    """Returns whether a file is probably stored as it is; its content, such as a rotation, may require a PNG."""
+    is_file = isinstance(example.image, str) and example.image.lower().endswith((".png", ".jpg", ".jpeg"))
+    return is_file and not (options.stage or options.size or example.transform)
 
 
 def _place(example: Example) -> str:
@@ -288,15 +297,23 @@ def process_shard(
 def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
     """Returns a digest of everything that the processed images of a shard depend on."""
 
-    def describe(function: Any) -> str:  # repr would contain the address of the function
+    @functools.cache  # each plane of a volume has the files of all its slices
+    def stamp(path: str) -> str:
+        with contextlib.suppress(OSError):  # `process_image` reports missing files
+            stat = os.stat(path)
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+        return ""
+
+    def describe(function: Any, skip: int = 0) -> str:  # repr would contain the address of the function
         target = getattr(function, "func", function)
-        return f"{getattr(target, '__qualname__', target)} {[getattr(function, k, '') for k in ('args', 'keywords')]}"
+        name = getattr(target, "__qualname__", type(target).__qualname__)
+        return f"{name} {getattr(function, 'args', ())[skip:]} {getattr(function, 'keywords', '')}"
 
     digest = hashlib.blake2b(f"{__version__} {options}".encode(), digest_size=12)
     for e in examples:
-        stat = os.stat(e.image) if isinstance(e.image, str) else None
-        source = describe(e.image) if stat is None else f"{e.image} {stat.st_size} {stat.st_mtime_ns}"
-        text = f"{e.file} {source} {e.box} {describe(e.transform)}\n"
+        sources = folder_volumes.sources(e.image)  # if any, they are the first argument
+        files = [f"{getattr(one, 'name', one)} {stamp(getattr(one, 'path', one))}" for one in sources]
+        text = f"{e.file} {files} {describe(e.image, bool(files))} {e.box} {describe(e.transform)}\n"
         digest.update(text.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
