@@ -66,7 +66,7 @@ def test_random_weights_without_a_file(small_data, tmp_path, monkeypatch, capsys
     assert advice in capsys.readouterr().out.splitlines()[0]
 
 
-@pytest.mark.usefixtures("small_network", "no_pictures", "quick_compilation")
+@pytest.mark.usefixtures("small_network", "no_pictures")
 def test_statistics_after_few_steps(small_data, tmp_path, monkeypatch):
     """Running statistics of BatchNorm against those of all training images; a resumed run keeps its values."""
     settings = ("model.head.dropout=0", "optim.lr=1e-12", "train.steps=12", "train.keep=last")
