@@ -2,7 +2,7 @@
 
     python -m lungjax.prepare --dataset=folder/imagenet --source=ILSVRC2012    # train/, val/ with one folder per class
     python -m lungjax.main --experiment=imagenet_pretrain:model=cbr_small
-    python -m lungjax.main --experiment=cbr_folder --set=model.weights=run:runs/imagenet_pretrain_cbr_small
+    python -m lungjax.main --experiment=finetune:model=cbr_small,weights=run:runs/imagenet_pretrain_cbr_small
 
 This is for networks without published ImageNet weights, such as the CBR family of "Transfusion" (arXiv 1902.07208),
 whose authors did not publish the pretrained weights. `dataset=` selects another prepared data set. 90 epochs of 1.28

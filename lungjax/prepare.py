@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))
-        purpose, command = "train on it", f"--experiment=cbr_folder:dataset={result['name']}"
+        purpose, command = "train on it", f"--experiment=finetune:dataset={result['name']}"
         if "train" not in result["protocols"]["clean"]:
             purpose, command = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
         command += f" --data_dir={shlex.quote(str(data_dir))}"

@@ -29,7 +29,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         (["--experiment=phantom_demo", "--set=optim.lrr=1"], "did you mean optim.lr"),
         (["--experiment=phantom_demo", "--set=model.weights=imagenet"], "no ImageNet weights"),
         (["--experiment=phantom_demo", "--mode=tset"], "train"),
-        (["--experiment=cbr_folder"], "python -m lungjax.prepare --dataset=folder"),
+        (["--experiment=finetune"], "python -m lungjax.prepare --dataset=folder"),
         (["phantom_demo"], "unexpected argument"),
         (["--experiment=phantom_demo", "--profile=10-20"], "START:STOP"),
         (["--experiment=phantom_demo", "--profile=20:10"], "START:STOP"),

@@ -66,7 +66,7 @@ def test_command_without_tensorflow_and_jax(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
     assert "| train |" in result.stdout
-    assert "--experiment=cbr_folder:dataset=folder/mine --data_dir=out" in result.stdout
+    assert "--experiment=finetune:dataset=folder/mine --data_dir=out" in result.stdout
     assert "24 of 24" in result.stderr and "images/s" in result.stderr
 
 

@@ -30,7 +30,7 @@ def test_printed_commands(run):
     assert "[cpu,dicom]" in text.splitlines()[1]  # DICOM files can be prepared at once
     assert text.endswith("./run.sh prepare --dataset=folder/default --source=FOLDER\n")
     assert "./.venv/bin/python -m pip install -e .'[dicom]'" in text and "python -m lungjax" not in text
-    text = run(".venv", "../run.sh", "--experiment=cbr_folder")
+    text = run(".venv", "../run.sh", "--experiment=finetune")
     assert "Then: ../run.sh prepare --dataset=folder/default --source=FOLDER --data_dir=data" in text
     assert "./run.sh predict --model=runs/my_run" in run("", "bash", "run.sh", "predict", "--help")
 

@@ -1,6 +1,7 @@
 """Frozen dataclasses for the configuration of a run and the metadata of a trained model. Nothing here imports jax."""
 
 from lungjax.config.schema import (
+    AUTO,
     CROPS,
     DTYPES,
     EXPLANATIONS,

@@ -20,7 +20,8 @@ def override(config: Config, assignment: str) -> Config:
     path = path.strip()
     if not equals or not path:
         raise ValueError(f"--set={assignment}: expected path=value, such as --set=optim.lr=3e-4")
-    return typing.cast(Config, _set(config, path.split("."), text.strip(), path))
+    config = typing.cast(Config, _set(config, path.split("."), text.strip(), path))
+    return dataclasses.replace(config, auto=tuple(n for n in config.auto if n not in (path, path.partition(".")[0])))
 
 
 def _set(node: Any, parts: list[str], text: str, path: str) -> Any:

@@ -33,6 +33,10 @@ def _covidnet_ct(degrees: float, shear: float, jitter: float, shift: float, scal
 SHEAR_02 = math.tan(math.radians(0.2))
 PRESETS: dict[str, AugmentConfig] = {
     "none": AugmentConfig(),
+    # For small sets of any images; no flips, since classes may depend on the side.
+    "light": AugmentConfig(
+        rotation=10 / 360, zoom=(-0.1, 0.1), shift=(0.05, 0.05), fill="edge", brightness=(0.9, 1.1), contrast=(0.9, 1.1)
+    ),
     # Whole-lung NCCID study: imgaug's CoarseDropout and Invert, then Keras layers. The original inverts and rotates the
     # dropped patches with the image; here they are black and not rotated, and the fill of a rotation is inverted.
     "nccid": AugmentConfig(

@@ -32,6 +32,10 @@ GRAYS = ("repeat", "fold", "slice")
 FROZEN_BATCH_NORMS = ("with_layer", "update", "frozen")
 ON_NAN = ("stop", "skip", "rewind")
 KEEPS = ("best", "last")
+# Fields that lungjax/training/auto.py can choose, in this order: later ones depend on earlier ones.
+AUTO = (
+    "model.weights", "optim.lr", "train.batch_size", "train.epochs", "input.size", "augment", "model.momentum",
+)  # fmt: skip
 EXPLANATIONS = ("gradcam", "gradcam_positive", "gradcam++", "integrated_gradients", "occlusion")
 
 
@@ -252,6 +256,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # Fields from AUTO that the run chooses from the number of training images; `--set` of a field removes it from here.
+    # --compile_for uses their values in this configuration.
+    auto: tuple[str, ...] = ()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

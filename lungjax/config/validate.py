@@ -86,6 +86,9 @@ def check(config: Config) -> None:
     for path in ("input.mean", "input.std"):
         if leaves[path] is not None and len(leaves[path]) not in (1, 3):
             raise ValueError(f"{path}={leaves[path]}: expected one number or three")
+    for name in config.auto:
+        if name not in schema.AUTO:
+            raise ValueError(f"auto={name}: expected some of {', '.join(schema.AUTO)}")
     inputs, train, head = config.input, config.train, config.model.head
     if (inputs.crop == "center") != (min(inputs.crop_size) > 0):
         given = f"input.crop={inputs.crop} and input.crop_size={inputs.crop_size}"

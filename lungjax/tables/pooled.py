@@ -9,7 +9,10 @@ from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report.templating import Number, Table, render
 
-SCORES = {"AUC, slice": "slice.auc_macro", "AUC, patient": "patient.auc_macro", "accuracy, slice": "slice.accuracy"}
+SCORES = {
+    "AUC, slice": "slice.auc_macro", "AUC, patient": "patient.auc_macro", "accuracy, slice": "slice.accuracy",
+    "balanced accuracy, slice": "slice.balanced_accuracy",
+}  # fmt: skip
 
 
 def markdown(folder: Path, draws: int) -> str:

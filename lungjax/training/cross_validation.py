@@ -20,7 +20,7 @@ from lungjax.evaluation import metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed, provenance
-from lungjax.training import progress, setup, train
+from lungjax.training import auto, progress, setup, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -51,6 +51,9 @@ def run(
     distributed.run_on_all_hosts(lambda: _check_folder(workdir, count))
     data = distributed.run_on_all_hosts(lambda: setup.open_data(parts[0], data_dir))
     folders = [workdir / f"fold{i}" for i in range(count)]
+    # The first fold determines the values of all.
+    config = distributed.run_on_all_hosts(lambda: auto.resolve(parts[0], data, folders[0], weights_dir))
+    parts = [replace(config, data=part.data) for part in parts]
     for i, (part, folder) in enumerate(zip(parts, folders, strict=True)):
         if mode == "train" and distributed.run_on_all_hosts(partial(is_finished, folder, part, data)):
             distributed.print_once(f"fold {i} is finished: {folder}")

@@ -26,7 +26,6 @@ from lungjax.report import write as reporting
 from lungjax.runtime import distributed
 from lungjax.runtime.checkpoint import restore_best
 from lungjax.training import final_report, program, setup
-from lungjax.weights import load
 
 TESTABLE_SPLITS = (*SPLITS, "all")
 IGNORED = "-"  # right-hand side of a label map for a class that is not tested
@@ -70,9 +69,7 @@ def evaluate(
     started = time.time()
     if split not in TESTABLE_SPLITS:
         raise ValueError(f"--split={split}: {nearest(split, TESTABLE_SPLITS)}")
-    run = distributed.run_on_all_hosts(
-        lambda: setup.set_up(load.resolve(config), workdir, data_dir, "evaluate", started)
-    )
+    run = distributed.run_on_all_hosts(lambda: setup.set_up(config, workdir, data_dir, "evaluate", started))
     other = distributed.run_on_all_hosts(lambda: datasets.open_dataset(dataset, data_dir))
     distributed.check_same(
         {

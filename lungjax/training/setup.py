@@ -21,7 +21,7 @@ from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
-from lungjax.training import optim, program
+from lungjax.training import auto, optim, program
 from lungjax.training import workdir as workdirs
 from lungjax.training.program import Program
 from lungjax.weights import load
@@ -63,8 +63,16 @@ class Run:
         return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
 
 
-def set_up(config: Config, workdir: Path, data_dir: Path, mode: str, started: float) -> Run:
-    """Opens the data and builds the program. Raises ValueError if workdir, configuration and data do not match."""
+def set_up(
+    config: Config, workdir: Path, data_dir: Path, mode: str, started: float, weights_dir: Path | None = None
+) -> Run:
+    """Opens the data, resolves `config` and builds the program.
+
+    Raises ValueError if workdir, configuration and data do not match.
+    """
+    if config.auto:
+        config = auto.resolve(config, open_data(config, data_dir), workdir, weights_dir)
+    config = load.resolve(config)
     workdirs.check(workdir, config, mode)
     data = open_data(config, data_dir)
     workdirs.check_same_data(workdir, data)

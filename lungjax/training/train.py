@@ -26,7 +26,6 @@ from lungjax.training.non_finite import NonFiniteError
 from lungjax.training.progress import Progress
 from lungjax.training.setup import Run
 from lungjax.training.state import TrainState
-from lungjax.weights import load
 
 
 def run(
@@ -49,7 +48,7 @@ def run(
     configs.check(config)
 
     # ---- Data and program; user errors are raised before anything is written
-    run = distributed.run_on_all_hosts(lambda: setup.set_up(load.resolve(config), workdir, data_dir, mode, started))
+    run = distributed.run_on_all_hosts(lambda: setup.set_up(config, workdir, data_dir, mode, started, weights_dir))
     distributed.check_same(
         {
             "the configuration": overrides.to_json(run.config),

@@ -31,9 +31,9 @@ def test_experiment_errors(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_config(epochs: float = 1.0): return epochs\n")
     for choice, hint in (
-        ("cbr_foldr", "did you mean cbr_folder"),
-        ("cbr_folder:modl=x", "did you mean model"),
-        ("cbr_folder:model", "not key=value"),
+        ("fintune", "did you mean finetune"),
+        ("finetune:modl=x", "did you mean model"),
+        ("finetune:model", "not key=value"),
         ("missing.py", "no such file"),
         ("missing.json", "no such file"),
         (f"{path}:epochs=many", "expected float"),

@@ -330,7 +330,8 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
     )
     rows = [line for line in text.splitlines() if "| simple | none | 2 |" in line]
     assert len(rows) == 2 and "trial_simple_64_phantom_ct_tiny/seed0" in rows[1]
-    for unit, name in (("slice", "auc_macro"), ("patient", "auc_macro"), ("slice", "accuracy")):
+    for score in ("slice.auc_macro", "patient.auc_macro", "slice.accuracy", "slice.balanced_accuracy"):
+        unit, name = score.split(".")
         number = templating.Number(*bootstrap.over_runs(pool, [name], 100, unit=unit)[name])
         assert all(f"| {number} |" in row for row in rows)
     for second in ("south", "rest"):

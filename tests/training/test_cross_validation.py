@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 
 
 def changed(*assignments):
-    return runs.changed(CONFIG, "data.dataset=folder/few", *assignments)
+    return runs.changed(CONFIG, "data.dataset=folder/few", "auto=model.momentum", *assignments)
 
 
 def predict(data, at, offset):
@@ -83,7 +83,8 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
         np.testing.assert_array_equal(pooled.probabilities[mine][order], part.probabilities)
         np.testing.assert_array_equal(pooled.logits[mine][order], part.logits)
         assert not set(part.groups) & set(predictions.read(workdir / f"fold{i}/predictions_val.csv").groups)
-        assert json.loads((workdir / f"fold{i}/config.json").read_text())["data"]["fold"] == i
+        saved = json.loads((workdir / f"fold{i}/config.json").read_text())
+        assert (saved["data"]["fold"], saved["model"]["momentum"], saved["auto"]) == (i, 0.5, [])
 
     report = json.loads((workdir / "report.json").read_text())
     assert report["test"]["slice"]["n"] == 30 and report["facts"]["counts"]["test"] == dict.fromkeys(CLASSES, 10)

@@ -1,0 +1,76 @@
+"""Values of the fields in `Config.auto`, chosen from the number of training images.
+
+It aims at 15 minutes for up to MAX_SMALL images: two cores train EfficientNet-Lite0 on about 25 images/s at 160 px.
+
+- model.weights: imagenet if the network's file is on this machine, none otherwise
+- optim.lr: 3e-4, or 1e-3 for random weights and for optim.tune=head
+- train.batch_size: a power of two from 8 to 32 that gives at least 10 steps per epoch, if possible
+- train.epochs: 4,000 images in total, but 5 to 20 epochs
+- input.size: 160 pixels up to MAX_SMALL images; 224 for larger sets, which need an accelerator or hours
+- augment: the preset "light" up to MAX_SMALL images, otherwise none
+- model.momentum: 1 - 3 / (steps between validations), but 0.5 to 0.9. With five steps or more, at most 5 % of the
+  running statistics of BatchNorm at a validation are older than the previous one.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lungjax.config import Config, overrides
+from lungjax.config.schema import fields_of
+from lungjax.data import pipeline
+from lungjax.data.prepared import Prepared
+from lungjax.runtime.checkpoint import is_begun
+from lungjax.runtime.distributed import print_once
+from lungjax.training import program, workdir
+from lungjax.weights import download, load
+
+MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
+
+
+def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | None) -> Config:
+    """Returns `config` with values for the fields in `auto`, which it prints, and an empty `auto`.
+
+    A run that has begun in `folder` keeps the values of its config.json.
+    """
+    if not config.auto:
+        return config
+    if is_begun(folder) and "config.json" not in workdir.unreadable(folder):
+        saved = overrides.from_json((folder / "config.json").read_text())
+        fields = [path for path in fields_of(saved) if {path, path.partition(".")[0]} & {*config.auto}]
+        for path in fields:
+            config = overrides.override(config, f"{path}={fields_of(saved)[path]}")
+        return config
+    images = len(pipeline.train_rows(data))
+    chosen = []
+    for path in config.auto:
+        chosen.append(f"{path}={choose(path, config, images, weights_dir)}")
+        config = overrides.override(config, chosen[-1])
+    print_once(f"Chosen for {images:,} training images: {' '.join(chosen)} (--set=FIELD=VALUE overrides each)")
+    return config
+
+
+def choose(path: str, config: Config, images: int, weights_dir: Path | None = None) -> str | float:
+    """Returns the value of a field; those before it in `schema.AUTO` have their final values in `config`."""
+    if path == "model.weights":
+        try:
+            record = load.parse(replace(config.model, weights="imagenet")).record
+            assert record is not None
+            download.locate(record, weights_dir)
+        except ValueError as error:
+            print_once(f"Starting from random weights. {error}")
+            return "none"
+        return "imagenet"
+    if path == "optim.lr":
+        return 1e-3 if config.model.weights == "none" or config.optim.tune == "head" else 3e-4
+    if path == "train.batch_size":
+        return 2 ** int(np.clip(np.log2(images / 10), 3, 5))
+    if path == "train.epochs":
+        return int(np.clip(4000 / images, 5, 20))
+    if path == "input.size":
+        return 160 if images <= MAX_SMALL else 224
+    if path == "augment":
+        return "light" if images <= MAX_SMALL else "none"
+    assert path == "model.momentum", path
+    return round(float(np.clip(1 - 3 / program.step_counts(config, images)[1], 0.5, 0.9)), 3)

@@ -1,0 +1,81 @@
+"""Trains networks on small subsets of real data sets; finished runs are skipped.
+
+    python -m tests.benchmarks.small_sets --source=DIR [--work=FOLDER]
+    python -m lungjax.tables --pool --workdir=FOLDER/runs
+
+DIR contains folders `ct` and `xray` with a labels.csv (path, label, split, group). A subset has 100 or 500 random
+groups of the train split, the same fraction of those of val, and the complete test split.
+"""
+
+import argparse
+import csv
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CBR = "--set=auto= --set=model.momentum=None --set=train.epochs=8 --set=optim.name=adam --set=optim.weight_decay=0"
+SETTINGS = {
+    "cbr_small": ["finetune:model=cbr_small,weights=none,size=128", *CBR.split()],
+    "fixed": ["finetune:weights=imagenet", "--set=auto="],
+    "auto": ["finetune"],
+}
+# Data set, number of train groups (0: all) and seeds, the most important ones first.
+CELLS = [("xray", 100, 3), ("ct", 100, 3), ("xray", 0, 1), ("ct", 500, 1), ("ct", 0, 1)]
+
+
+def write_subset(source: Path, target: Path, count: int) -> None:
+    """Writes a labels.csv with `count` groups of train (0: all), the same fraction of val, and all of test."""
+    with (source / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    members = {s: sorted({row["group"] for row in rows if row["split"] == s}) for s in ("train", "val", "test")}
+    fraction = min(count / len(members["train"]), 1) if count else 1
+    selected = set(members["test"])
+    for split in ("train", "val"):
+        groups = members[split]
+        selected |= set(random.Random(0).sample(groups, round(fraction * len(groups))))
+    target.mkdir(parents=True)
+    for folder in source.iterdir():
+        if folder.is_dir():
+            (target / folder.name).symlink_to(folder.resolve())
+    with (target / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["group"] in selected)
+
+
+def main() -> None:
+    """Prepares the subsets and trains the runs that are not finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/small_sets"))
+    arguments = parser.parse_args()
+    work = arguments.work
+    for name, count, seeds in CELLS:
+        subset = f"{name}{count or ''}"
+        if not (work / "sets" / subset).exists():
+            write_subset(arguments.source / name, work / "sets" / subset, count)
+            options = [f"--source={work / 'sets' / subset}", f"--modality={name}", f"--data_dir={work / 'data'}"]
+            run("lungjax.prepare", f"--dataset=folder/{subset}", *options)
+        for seed in range(seeds):
+            for setting, (experiment, *overrides) in SETTINGS.items():
+                workdir = work / "runs" / subset / f"{setting}-{seed}"
+                if (workdir / "report.json").exists():
+                    continue
+                dataset = f"{',' if ':' in experiment else ':'}dataset=folder/{subset}"
+                options = [*overrides, f"--set=train.seed={seed}", f"--data_dir={work / 'data'}"]
+                run("lungjax.main", f"--experiment={experiment}{dataset}", f"--workdir={workdir}", *options)
+
+
+def run(module: str, *arguments: str) -> None:
+    """Runs a command and prints its time and peak memory."""
+    start = time.time()
+    _, status, usage = os.wait4(subprocess.Popen([sys.executable, "-m", module, *arguments]).pid, 0)
+    seconds = f"{time.time() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of CPU time"
+    print(f"{seconds}, {usage.ru_maxrss / 2**20:.2f} GiB, exit code {status >> 8}: {' '.join(arguments)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
