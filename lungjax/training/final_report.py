@@ -36,9 +36,9 @@ def write(
         reader, rows = pipeline.Reader(run.data, run.config.input), run.data.rows("test")
         history = metrics_log.read(run.workdir / "metrics.jsonl")
         detector = model_json.fit_novelty(run.data)
-        alarms = {} if detector is None else {"novelty": detector.false_alarms}
+        rates = {} if detector is None else {"novelty": detector.rates}
         report = reporting.write_report(
-            run.workdir, run.config, results, history, facts | alarms, lambda i: reader(rows[i]), explain, **description
+            run.workdir, run.config, results, history, facts | rates, lambda i: reader(rows[i]), explain, **description
         )
         model = model_json.describe(run.config, run.data, results, report, detector, description)
         files.atomic_write(run.workdir / metadata.FILE, model.to_json())
