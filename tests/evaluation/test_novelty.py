@@ -63,7 +63,7 @@ def test_count_and_rarity_of_false_alarms(fitted):
 def test_detection_rates_and_clusters():
     # Two kinds of training images, dark and bright; a Gaussian of both would contain the gray ones between them.
     kinds = [[np.clip(chest(seed) / 4 + add, 0, 255) for seed in range(first, first + 60)]
-             for first, add in ((0, 0), (100, 180), (200, 90))]  # fmt: skip
+             for first, add in ((0, 20), (100, 180), (200, 100))]  # fmt: skip
     mixed, (dark, bright, between) = kinds[0][:40] + kinds[1][:40], (kind[40:] for kind in kinds)
     rates = novelty.fit(mixed, dark + bright, [], [("between", between), ("none", [])]).rates["detection"]
     assert rates["between"] == rates["between"] | {"n": 20, "warnings": 20, "rate": 1.0}
