@@ -181,7 +181,7 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
 
     def read(item: Any) -> Any:
         try:
-            return model.prepare(item.read())
+            return model.prepare(item.read(), modality=item.modality)
         except (ValueError, OSError) as error:
             return reason(error, item.name)
         except Exception as error:  # decoders may raise any exception, and one file must not stop the others
@@ -229,6 +229,8 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         record = records.record(metadata, series, p)
         point, probability = record["decisions"].get(name), record["probabilities"][name]
         passed = point["called"] if point else record["predicted"] == name
+        warnings = [f"gate: {text}" for text in metadata.modality_warnings("CT")]
+        sources.notes.setdefault(series, []).extend(warnings)
         decision = {"class": name, "probability": probability, "passed": passed}
         rejection = {} if passed else {"error": f"rejected by the gate: the probability of {name} is {probability:.3f}"}
         verdicts[series] = {"series": series, "gate": decision, **rejection}

@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("group_pattern", "", "folder: regex whose group is the patient; 'none': each image is one.")
     flags.DEFINE_string("source_pattern", "", "folder: regex whose first group is the source in a file name.")
     flags.DEFINE_list("classes", [], "folder: class names in label order; sorted by default.")
-    flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: ct stores body masks for augment.exterior.")
+    flags.DEFINE_enum("modality", "", ["", "ct", "xray"], "folder: of the images; ct also stores body masks.")
     window = "DICOM, NIfTI: window as center/width in HU; three windows give three channels."
     flags.DEFINE_list("hu_window", ["-600/1500"], window)
     flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: orientation of the images.")

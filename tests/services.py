@@ -58,10 +58,10 @@ class Brightness:
     def warm(self):
         self.gate.wait(10)
 
-    def prepare(self, decoded, box=None):
+    def prepare(self, decoded, box=None, modality=""):
         dark = decoded.mean() < 1
         pixels, *_ = preprocess.picture(decoded, self.metadata, box)
-        return Input(pixels, 2.5 if dark else 0.5, ("blank",) if dark else ())
+        return Input(pixels, 2.5 if dark else 0.5, (*["blank"] * int(dark), *self.metadata.modality_warnings(modality)))
 
     def outputs(self, pixels):
         self.entered.set()

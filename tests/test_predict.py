@@ -309,6 +309,25 @@ def test_gate(by_brightness, tmp_path, capsys):
     assert sources == {"bright.nii", ""}
 
 
+def test_modality_of_scans(by_brightness, monkeypatch, tmp_path):
+    volume = np.repeat(np.int16([-100, -100, -100, -100, -1000, 40]), 64).reshape(6, 8, 8)
+    scans.series(tmp_path / "ct", volume)
+    scans.nifti(tmp_path / "v.nii", volume)
+    (tmp_path / "plain.png").write_bytes(encoded(np.full((8, 8), 200, np.uint8)))
+    scans.save(scans.dataset(np.arange(64, dtype=np.uint16).reshape(8, 8), "DX"), tmp_path / "x.dcm")
+    names = [tmp_path / name for name in ("ct", "v.nii", "plain.png", "x.dcm")]
+    for modality, expected in (("ct", {"x.dcm"}), ("xray", {"IM", "v.nii"}), ("", set())):
+        models = {"model": brightness(modality=modality), "gate": brightness(plane="coronal", modality=modality)}
+        monkeypatch.setattr(model, "load", models.__getitem__)
+        assert by_brightness(*names, gate="gate", gate_class="bright", overwrite=True) == 0
+        rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
+        warnings = {name.partition("#")[0]: row["warnings"] for name, row in rows.items() if row["warnings"]}
+        assert {name[:2] if name.startswith("IM") else name for name in warnings} == expected
+        words = {"ct": "modality DX; the model was trained on CT", "xray": "CT; the model was trained on X-rays"}
+        assert all(words[modality] in text for text in warnings.values())
+        assert all(("gate: modality CT" in row["warnings"]) == (modality == "xray") for row in series.values())
+
+
 def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness):
     array, box = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8), (3.0, 5.0, 43.0, 35.0)
     for spec in (InputSpec(size=(8, 12)), InputSpec(size=(8, 12), crop="box")):

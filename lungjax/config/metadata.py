@@ -15,6 +15,7 @@ All code that predicts reads input, classes, calibration and operating points fr
     plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
     orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; images to predict,
                         which should be in standard orientation (head or chest up), are then rotated first
+    modality            of the training images: ct, xray, or "" if unknown or mixed
     positive            positive class of the sigmoid output; null for softmax
     temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
     points              LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability,
@@ -59,6 +60,7 @@ class Metadata:
     plane: str = "axial"
     position: str = "all"
     orientation: str = "standard"
+    modality: str = ""
     positive: int | None = None
     temperature: float = 1.0
     points: Mapping[str, Any] = field(default_factory=dict)
@@ -77,8 +79,14 @@ class Metadata:
         """Returns the fields of interest to readers, ready for JSON: all but the parameters of `novelty`."""
         tree = dataclasses.asdict(self)
         if self.novelty is not None:
-            tree["novelty"] = {"false_alarms": self.novelty.get("false_alarms")}
+            tree["novelty"] = {key: self.novelty.get(key) for key in ("false_alarms", "detection")}
         return tree | {"notice": NOTICE}
+
+    def modality_warnings(self, modality: str) -> list[str]:
+        """Returns a warning if the DICOM modality of an image is not that of the training images, else []."""
+        differs = modality and self.modality and (modality == "CT") != (self.modality == "ct")
+        trained = "CT" if self.modality == "ct" else "X-rays"
+        return [f"modality {modality}; the model was trained on {trained}"] if differs else []
 
     def rules(self, level: str = "slice") -> list[str]:
         """Returns the names of the operating-point rules, such as youden and sensitivity_0.95."""
@@ -150,6 +158,7 @@ def _problem(metadata: Metadata) -> str:
         ("plane", metadata.plane, ("axial", "coronal", "sagittal")),
         ("position", metadata.position, ("all", "mid")),
         ("orientation", metadata.orientation, ("standard", "rotated")),
+        ("modality", metadata.modality, ("", "ct", "xray")),
         ("box", metadata.box, ("", "body", "given")),
         ("stage", metadata.stage, ("", *STAGES)),
         ("positive", metadata.positive, (None, *range(len(names)))),

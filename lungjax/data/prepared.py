@@ -49,6 +49,7 @@ class Prepared:
     protocol: str = "clean"  # of the splits that `rows` returns
     body: bool = False  # whether records have a body mask
     volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position, orientation
+    modality: str = ""  # "ct", "xray", or "" if unknown or mixed
     rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, as the network expects
 
     @property
@@ -94,7 +95,8 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     if len(records) != (count := len(columns["label"])):
         raise ValueError(f"{directory}: {count} rows but {len(records)} records; prepare it again with --overwrite")
     window, digest = tuple(info["window"]) if info["window"] else None, fingerprint(directory)
-    return Prepared(name, classes, columns, records, window, digest, protocol, info["body"], info.get("volumes"))
+    optional = info.get("volumes"), info["modality"]
+    return Prepared(name, classes, columns, records, window, digest, protocol, info["body"], *optional)
 
 
 def fingerprint(directory: Path) -> str:
@@ -199,8 +201,8 @@ def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.n
 def write_index(directory: Path, info: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Writes lungjax.json from `info` and then, atomically, index.csv, with class names in `label`.
 
-    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, and volumes if images
-    were cut from CT volumes (hu_windows, plane, position, orientation).
+    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes
+    if images were cut from CT volumes (hu_windows, plane, position, orientation).
     """
     (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:

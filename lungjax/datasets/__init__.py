@@ -35,6 +35,7 @@ class Dataset:
     configs: tuple[str, ...]  # allowed configurations; () allows any plain name
     synthetic: bool = False  # drawn by lungjax on first use
     axial: bool = True  # may contain axial CT slices, which have stages
+    modality: str = "ct"  # "xray", or "" if each prepared copy records its own
     collection: str = ""  # name as a source in other data sets
 
 
@@ -42,14 +43,14 @@ DATASETS: dict[str, Dataset] = {
     "ct_cov19": Dataset("original", ("original",)),
     "nccid_whole_lung": Dataset("default", ("default",), axial=False),
     "ictcf": Dataset("default", ("default", "oversampled")),
-    "covid_xray_5k": Dataset("default", ("default", "oversampled"), axial=False),
+    "covid_xray_5k": Dataset("default", ("default", "oversampled"), axial=False, modality="xray"),
     "covid_chestxray": Dataset(
-        "covid", ("covid", "findings"), axial=False, collection="COVID-19 image data collection"
+        "covid", ("covid", "findings"), axial=False, modality="xray", collection="COVID-19 image data collection"
     ),
-    "coronahack": Dataset("default", ("default",), axial=False),
+    "coronahack": Dataset("default", ("default",), axial=False, modality="xray"),
     "covid_ct": Dataset("default", ("default",)),
     "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
-    "folder": Dataset("default", ()),
+    "folder": Dataset("default", (), modality=""),
     "phantom_ct": Dataset("default", ("default", "tiny"), synthetic=True),
 }
 
@@ -62,7 +63,7 @@ class PrepareOptions:
     source_pattern: str = ""  # regex, searched in the file name; its first group is the source
     group_pattern: str = ""  # the same for the group (patient), searched in the path; "none" for no groups
     classes: tuple[str, ...] = ()  # label order; () sorts the names
-    modality: str = ""  # "ct" (body masks are stored), "xray", or "" to infer it from the files
+    modality: str = ""  # "ct" (body masks of axial slices are stored), "xray", or "" to infer it from DICOM and NIfTI
     # DICOM and NIfTI volumes:
     hu_windows: tuple[tuple[float, float], ...] = ((-600.0, 1500.0),)  # center and width in HU; three make RGB
     plane: str = "axial"  # or coronal, sagittal
@@ -226,6 +227,7 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
     if parts.base == "folder" and not options.salt:
         options = replace(options, salt=_salt(data_dir))
     listing = _module(parts.base).listing(source, parts.config, options)
+    listing = replace(listing, modality=entry.modality or listing.modality)
     return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **settings)
 
 

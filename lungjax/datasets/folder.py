@@ -74,7 +74,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         raise ValueError(f"{source}: no image found{''.join(f' ({text})' for text in warnings)}; expected {LAYOUTS}")
     rows = _search(rows, "group", options.group_pattern)
     rows = _search(rows, "source", options.source_pattern)
-    rows, volume_notes, axial = folder_volumes.expand(rows, options)
+    rows, volume_notes, modality = folder_volumes.expand(rows, options)
     if ungrouped := sum(not row.group for row in rows):
         warnings.append(
             f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If some show one "
@@ -95,11 +95,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         examples, split_notes = complete_splits(listed, options.seed)
     group_name = "patients" if ungrouped < len(rows) else "images without a group"
     study = "the given splits" if any(row.split for row in rows) else ""
-    body = options.modality == "ct" if options.modality else axial
+    modality = options.modality or modality
+    body = modality == "ct" and options.plane == "axial"
     cut = {name: getattr(options, name) for name in ("hu_windows", "plane", "position")} if volume_notes else None
-    return Listing(
-        classes, examples, extra, (*notes, *volume_notes, *split_notes), group_name, study, body, cut, tuple(warnings)
-    )
+    all_notes = (*notes, *volume_notes, *split_notes)
+    return Listing(classes, examples, extra, all_notes, group_name, study, body, cut, tuple(warnings), modality)
 
 
 def lookup(source: Path, name: str, options: PrepareOptions) -> list[str]:

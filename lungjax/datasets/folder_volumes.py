@@ -87,7 +87,7 @@ def unfold(row: Row) -> list[Row]:
     return rows
 
 
-def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], bool]:
+def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], list[str], str]:
     """Replaces each row of a DICOM or NIfTI file with the images that `options` select.
 
     DICOM images are named "series-HASH/0007", "series-HASH/coronal-0031", or "image-HASH" (X-rays and single slices),
@@ -97,13 +97,13 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
     come first, so that without that flag, preparation fails before anything is written.
 
-    Returns the rows, notes, and whether all images are axial CT slices. Raises ValueError for invalid options, a
-    missing package, and a NIfTI file that is listed twice.
+    Returns the rows, notes, and the modality: "ct" or "xray" if all images are from such scans, else "". Raises
+    ValueError for invalid options, a missing package, and a NIfTI file that is listed twice.
     """
     kinds = {row.image: kind(row.image) for row in rows}
     by_kind = {name: [row for row in rows if kinds[row.image] == name] for name in ("dicom", "nifti")}
     if not any(by_kind.values()):
-        return list(rows), [], False
+        return list(rows), [], ""
     volumes.check_options(options.plane, options.position, options.hu_windows)
     for name, package, what in (("dicom", "pydicom", "DICOM files"), ("nifti", "nibabel", "NIfTI volumes")):
         if by_kind[name]:
@@ -123,7 +123,8 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     if len(good) > xrays:
         windows = " and ".join(f"{center:g} +/- {width / 2:g}" for center, width in options.hu_windows)
         lines.append(f"{len(good) - xrays} {options.plane} images from CT volumes, window {windows} Hounsfield units")
-    return [*bad, *plain, *good], lines, not plain and not xrays and options.plane == "axial"
+    modality = "" if plain else "ct" if not xrays else "xray" if len(good) == xrays else ""
+    return [*bad, *plain, *good], lines, modality
 
 
 def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> tuple[list[Row], int]:

@@ -44,6 +44,7 @@ class Listing:
     body: bool = False  # whether to store body masks of CT slices, see `lung_masks.body_mask`
     volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position, orientation
     warnings: tuple[str, ...] = ()  # for the summary
+    modality: str = ""  # "ct", "xray", or "" if unknown or mixed
 
     def __post_init__(self) -> None:
         """Checks that no file is listed twice."""

@@ -4,17 +4,19 @@ A classifier returns a class even for a photograph, another organ or a blank pag
 64 x 64 pixels and computes three feature vectors: "intensity" (gray-level quantiles, black, white, the four borders),
 "detail" (local differences, aspect ratio, color), and "layout" (an 8 x 8 thumbnail normalized for brightness and
 contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each vector it takes the
-Mahalanobis distance to the training images, with a regularized covariance, in units of the 99th percentile of the
-validation images. The score is the power mean of the three distances; 1 % of the validation images score above 1.
+Mahalanobis distance to the nearest cluster of training images, as SSD does (Sehwag et al., arXiv 2103.12051), with one
+regularized covariance for all clusters, in units of the 99th percentile of the validation images. The score is the
+power mean of the three distances; 1 % of the validation images score above 1.
 
 No network is involved, so the score is the same for every network of a data set and for every export. The Mahalanobis
-distance of network features (Lee et al., arXiv 1807.03888) detected fewer outliers. tests/benchmarks/README.md has the
-comparison and the limits: mirrored images and unseen findings are not novel.
+distance of network features (Lee et al., arXiv 1807.03888) detected fewer outliers of most kinds.
+tests/benchmarks/README.md has the comparison and the limits: images of another modality, mirrored images and unseen
+findings may score below 1.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +29,8 @@ SIDE = 64  # pixels
 FALSE_ALARMS = 0.01  # share of in-distribution images that may score above 1
 MIN_IMAGES = (20, 5)  # of the train and val splits
 RIDGE = 0.2  # added to each standard deviation, as a fraction of it
+CLUSTERS, CLUSTER_SIZE = 20, 25  # largest number of clusters, and smallest mean number of images in them
+ITERATIONS = 20  # of k-means
 POWER = 8  # exponent of the power mean of the three distances: nearly their maximum
 # Smallest standard deviation of each feature, in its unit: gray levels of 0..255; 20 times a logarithm, so 1 is 5
 # percent; 50 times a contrast or correlation. It applies to features that never vary, such as the color of gray images.
@@ -38,6 +42,7 @@ TOLERANCES = {
 MIN_THRESHOLD = 0.5  # half a tolerance in every feature is not novel, even if all training images are equal
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
+RATES = ("false_alarms", "detection")  # keys of `Novelty.rates`
 COLOR = 6  # index in "detail"
 # Descriptions of values below and above those of the training images, for the features of "intensity" and "detail".
 MEANINGS = {
@@ -58,10 +63,10 @@ MEANINGS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian:
-    """The distribution of one feature vector over the training images."""
+class Clusters:
+    """The distribution of one feature vector over the training images: Gaussians with one covariance."""
 
-    mean: np.ndarray  # [D]
+    means: np.ndarray  # [K, D]
     covariance: np.ndarray  # [D, D], regularized
     unit: float = 1.0
 
@@ -69,22 +74,27 @@ class Gaussian:
     def _whitening(self) -> np.ndarray:
         return np.linalg.inv(np.linalg.cholesky(self.covariance))
 
+    def whiten(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns features [..., D] and means, transformed so that Mahalanobis distances are Euclidean."""
+        return features @ self._whitening.T, self.means @ self._whitening.T
+
     def score(self, features: np.ndarray) -> Any:
-        """Returns the Mahalanobis distance of features [..., D] divided by `unit`, [...]."""
-        return np.linalg.norm((features - self.mean) @ self._whitening.T, axis=-1) / self.unit
+        """Returns the Mahalanobis distance of features [..., D] to the nearest mean, divided by `unit`, [...]."""
+        return _distances(*self.whiten(features)).min(axis=-1) / self.unit
 
     def deviations(self, features: np.ndarray) -> np.ndarray:
-        """Returns how many standard deviations each feature [D] is from the mean, [D]."""
-        return (features - self.mean) / np.sqrt(np.diag(self.covariance))
+        """Returns how many standard deviations each feature [D] is from the nearest mean, [D]."""
+        nearest = self.means[_distances(*self.whiten(features)).argmin()]
+        return np.asarray((features - nearest) / np.sqrt(np.diag(self.covariance)))
 
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
     """A score from `fit` or `from_dict`. Its methods raise the errors of `measure` for invalid pictures."""
 
-    parts: dict[str, Gaussian]
+    parts: dict[str, Clusters]
     threshold: float
-    false_alarms: dict[str, dict[str, Any]]  # {"val": {"n", "alarms"}, "test": {"n", "alarms", "rate", "interval"}}
+    rates: dict[str, dict[str, Any]]  # see `fit`
 
     def score(self, picture: Picture) -> float:
         """Returns the novelty of a picture, finite and at least 0; values above 1 deserve a warning."""
@@ -97,7 +107,7 @@ class Novelty:
             return "almost uniform image"
         detail = self.parts["detail"]
         # Gray images saved as color JPEG differ by up to two gray levels between channels; six deviations are visible.
-        if detail.mean[COLOR] < 2 and detail.deviations(features["detail"])[COLOR] > 6:
+        if detail.means[:, COLOR].max() < 2 and detail.deviations(features["detail"])[COLOR] > 6:
             return "color image; the training images are grayscale"
         name = max(self.parts, key=lambda name: self.parts[name].score(features[name]))
         if name == "layout":
@@ -109,21 +119,27 @@ class Novelty:
         return MEANINGS[name][largest][int(deviations[largest] > 0)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready content for `from_dict`, about 90 kB as text."""
+        """Returns JSON-ready content for `from_dict`, about 120 kB as text."""
         parts = {}
         for name, part in self.parts.items():
-            lower = part.covariance[np.tril_indices(len(part.mean))]
-            parts[name] = {"mean": part.mean.tolist(), "covariance": lower.tolist(), "unit": part.unit}
-        return {"threshold": self.threshold, "false_alarms": self.false_alarms, "parts": parts}
+            lower = part.covariance[np.tril_indices(len(part.covariance))]
+            parts[name] = {"means": part.means.tolist(), "covariance": lower.tolist(), "unit": part.unit}
+        return {"threshold": self.threshold, **self.rates, "parts": parts}
 
 
-def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture]) -> Novelty:
-    """Fits the score to train images, chooses the threshold on val images, and counts false alarms on test images.
+def fit(
+    train: Iterable[Picture],
+    val: Iterable[Picture],
+    test: Iterable[Picture],
+    outliers: Iterable[tuple[str, Iterable[Picture]]] = (),
+) -> Novelty:
+    """Fits the score to train images, chooses the threshold on val images, and measures how often it warns.
 
-    2,000 train and 1,000 val images are enough. Raises ValueError for fewer than MIN_IMAGES images or invalid pictures.
+    The result has `rates` {"false_alarms": {"val": r, "test": r}, "detection": {KIND: r}} for the pairs of kind and
+    images in `outliers`, where r = {"n", "warnings", "rate", "interval"}: the number of images, those above the
+    threshold, their share (None without images), and its 95 % interval. 2,000 train and 1,000 val images are enough.
+    Raises ValueError for fewer than MIN_IMAGES images or invalid pictures.
     """
-    from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
-
     reference, held_out = _measure_all(train), _measure_all(val)
     counts = len(reference["detail"]), len(held_out["detail"])
     if counts[0] < MIN_IMAGES[0] or counts[1] < MIN_IMAGES[1]:
@@ -131,17 +147,22 @@ def fit(train: Iterable[Picture], val: Iterable[Picture], test: Iterable[Picture
         raise ValueError(f"{counts[0]} training and {counts[1]} validation images: {needed}")
     parts = {}
     for name, tolerances in TOLERANCES.items():
-        ridge = np.diag(tolerances**2 + (RIDGE * reference[name].std(axis=0)) ** 2)
-        part = Gaussian(_rounded(reference[name].mean(axis=0)), _rounded(np.cov(reference[name].T, bias=True) + ridge))
+        part = _fit_clusters(reference[name], tolerances)
         unit = max(_conformal(part.score(held_out[name])), math.sqrt(len(tolerances)))
-        parts[name] = Gaussian(part.mean, part.covariance, unit)
-    val_scores, test_scores = _score(parts, held_out), _score(parts, _measure_all(test))
-    threshold = _threshold(val_scores)
-    val_alarms, alarms = (int((scores > threshold).sum()) for scores in (val_scores, test_scores))
-    n = len(test_scores)
-    rate: dict[str, Any] = {"rate": alarms / n if n else None, "interval": bootstrap.wilson(alarms, n)}
-    false_alarms = {"val": {"n": len(val_scores), "alarms": val_alarms}, "test": {"n": n, "alarms": alarms} | rate}
-    return Novelty(parts, threshold, false_alarms)
+        parts[name] = replace(part, unit=unit)
+    threshold = _threshold(_score(parts, held_out))
+
+    def rate(features: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
+
+        scores = _score(parts, features)
+        n, warnings = len(scores), int((scores > threshold).sum())
+        share = warnings / n if n else None
+        return {"n": n, "warnings": warnings, "rate": share, "interval": bootstrap.wilson(warnings, n)}
+
+    false_alarms = {"val": rate(held_out), "test": rate(_measure_all(test))}
+    detection = {kind: rate(_measure_all(pictures)) for kind, pictures in outliers}
+    return Novelty(parts, threshold, {"false_alarms": false_alarms, "detection": detection})
 
 
 def from_dict(content: Mapping[str, Any]) -> Novelty:
@@ -152,15 +173,15 @@ def from_dict(content: Mapping[str, Any]) -> Novelty:
             part, size = content["parts"][name], len(tolerances)
             lower = np.zeros((size, size))
             lower[np.tril_indices(size)] = np.asarray(part["covariance"], np.float64).reshape(size * (size + 1) // 2)
-            mean = np.asarray(part["mean"], np.float64).reshape(size)
-            parts[name] = Gaussian(mean, lower + np.tril(lower, -1).T, float(part["unit"]))
+            means = np.asarray(part["means"], np.float64).reshape(-1, size)
+            parts[name] = Clusters(means, lower + np.tril(lower, -1).T, float(part["unit"]))
             # `score` fails for a covariance that is not positive definite.
-            if not (np.isfinite(mean).all() and 0 < parts[name].score(mean + 1) < math.inf):
+            if not (np.isfinite(means).all() and 0 < parts[name].score(means.max(axis=0) + 1) < math.inf):
                 raise ValueError(f"{name} is out of range")
         threshold = float(content["threshold"])
         if not 0 < threshold < math.inf:
             raise ValueError("threshold out of range")
-        return Novelty(parts, threshold, {split: dict(counts) for split, counts in content["false_alarms"].items()})
+        return Novelty(parts, threshold, {name: dict(content[name]) for name in RATES})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the novelty score of the model is damaged ({error!r}); export the model again") from None
 
@@ -227,7 +248,32 @@ def _measure_all(pictures: Iterable[Picture]) -> dict[str, np.ndarray]:
     return {name: np.asarray([row[name] for row in rows]).reshape(-1, len(TOLERANCES[name])) for name in TOLERANCES}
 
 
-def _score(parts: Mapping[str, Gaussian], features: Mapping[str, np.ndarray]) -> np.ndarray:
+def _fit_clusters(x: np.ndarray, tolerances: np.ndarray) -> Clusters:
+    """Fits clusters to features [N, D] by k-means in the Mahalanobis distance of all images."""
+
+    def covariance(differences: np.ndarray) -> np.ndarray:
+        ridge = np.diag(tolerances**2 + (RIDGE * differences.std(axis=0)) ** 2)
+        return np.asarray(np.cov(differences.T, bias=True) + ridge)
+
+    count = max(1, min(CLUSTERS, len(x) // CLUSTER_SIZE))
+    start = x[np.linspace(0, len(x) - 1, count).astype(int)]
+    white, means = Clusters(start, covariance(x)).whiten(x)
+    for _ in range(ITERATIONS):
+        nearest = np.unique(_distances(white, means).argmin(axis=1), return_inverse=True)[1]  # without empty clusters
+        means = _means(white, nearest)
+    means = _means(x, nearest)
+    return Clusters(_rounded(means), _rounded(covariance(x - means[nearest])))
+
+
+def _means(x: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    return np.stack([x[cluster == k].mean(axis=0) for k in range(cluster.max() + 1)])
+
+
+def _distances(x: np.ndarray, means: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.norm(x[..., None, :] - means, axis=-1))
+
+
+def _score(parts: Mapping[str, Clusters], features: Mapping[str, np.ndarray]) -> np.ndarray:
     scores = np.stack([part.score(features[name]) for name, part in parts.items()])
     return np.asarray(np.mean(scores**POWER, axis=0) ** (1 / POWER))
 

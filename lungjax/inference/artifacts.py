@@ -90,16 +90,20 @@ class Preprocessor:
         self.metadata = metadata
         self.novelty = None if metadata.novelty is None else novelty.from_dict(metadata.novelty)
 
-    def __call__(self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False) -> Input:
+    def __call__(
+        self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False, modality: str = ""
+    ) -> Input:
         """Returns a decoded image [H, W] or [H, W, 3], uint8 or uint16, as network input.
 
         `box` is xmin, ymin, xmax, ymax of the body in pixels; None locates it if the model was trained on body crops.
-        `segmented` images are already in the stage of the model. Raises ValueError for 16-bit images without a window.
+        `segmented` images are already in the stage of the model. `modality` is that of a DICOM file, if any. Raises
+        ValueError for 16-bit images without a window.
         """
         pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
         sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
         if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
             warnings.append(f"small image: {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
+        warnings += self.metadata.modality_warnings(modality)
         score = None if self.novelty is None else self.novelty.score(stored)
         if self.novelty is not None and score is not None and score > 1:
             warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")

@@ -35,6 +35,7 @@ class Item:
     data: Callable[[], bytes]  # an image file; raises the errors of its decoder
     series: str = ""  # a key of Inputs.series, or "" for a single image
     short: str = ""  # name below the given folder
+    modality: str = ""  # as in DICOM; "CT" for NIfTI volumes
 
     def read(self) -> np.ndarray:
         """Returns the decoded image, uint8 or uint16, [H, W] or [H, W, 3]."""
@@ -79,7 +80,7 @@ class Inputs:
         for i in _numbers(shape[volumes.PLANES[data.plane]], data):
             suffix = f"#{data.plane}-{i:04d}"
             slice_data = partial(cut, data.plane, i, data.hu_windows)
-            self.items.append(Item(name + suffix, slice_data, series, short + suffix))
+            self.items.append(Item(name + suffix, slice_data, series, short + suffix, "CT"))
 
 
 def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
@@ -191,7 +192,7 @@ def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Meta
         if headers and headers[0].modality not in dicom.XRAYS:
             return headers
         if headers:
-            inputs.add(Item(path, partial(dicom.xray, path), series, short))
+            inputs.add(Item(path, partial(dicom.xray, path), series, short, headers[0].modality))
         inputs.skipped += not headers
     else:
         raise ValueError(f"unsupported file type; expected {KINDS}")
@@ -208,7 +209,7 @@ def _add_dicom(
 
     def item(header: dicom.Header, series: str) -> Item:
         short = names[str(header.path)][1] + header.name.removeprefix(str(header.path))
-        return Item(header.name, partial(dicom.picture, header, metadata.hu_windows), series, short)
+        return Item(header.name, partial(dicom.picture, header, metadata.hu_windows), series, short, "CT")
 
     def cut(plane: str, number: int, windows: Windows) -> bytes:
         series.check(plane)

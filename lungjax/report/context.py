@@ -167,6 +167,8 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
+    if "novelty" in report["facts"]:
+        tables.append(_novelty(report["facts"]["novelty"]))
     studies = [
         [words, *(number(level, f"study.{name}", level["study"][name]) for level in columns.values())]
         for name, words in STUDY_METRICS.items()
@@ -254,6 +256,16 @@ def _controls(report: Mapping[str, Any], unit: str) -> Table:
         note += " Blacked out: the lungs of all test slices in which lungs were detected."
         note += " Their outline, and lesions outside the mask, remain visible."
     return Table(["", "n", *(SHORT_METRICS[name] for name in COMPARED)], rows, f"Controls (test, per {unit})", note)
+
+
+def _novelty(rates: Mapping[str, Any]) -> Table:
+    kinds = {f"{split} images (false alarms)": r for split, r in rates["false_alarms"].items()} | rates["detection"]
+    rows = [[kind, r["n"], Number(r["rate"], *r["interval"])] for kind, r in kinds.items()]
+    note = (
+        "Share of images for which prediction warns that they are unlike the training images. The other rows are "
+        "generated images and photographs, which are easier to recognize than scans of another organ or modality."
+    )
+    return Table(["images", "n", "with a warning"], rows, "Unfamiliar images", note)
 
 
 def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:

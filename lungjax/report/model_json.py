@@ -6,29 +6,46 @@ from typing import Any
 import numpy as np
 
 from lungjax import datasets
-from lungjax.config import Config
+from lungjax.config import Config, InputSpec
 from lungjax.config.metadata import HU_WINDOWS, NOTICE, Metadata
+from lungjax.data import preprocess
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import novelty
+from lungjax.evaluation import novelty, outliers
 from lungjax.models.outputs import positive_class
 
 MAX_IMAGES = 1000  # of a split, for the novelty score
+MODIFIED = 50  # test images that are modified to measure its detection rate
 BODY_BOX = "Tested with the body boxes of the data set; prediction detects the body, and its box may differ slightly."
 SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES readable images per split; returns None for too few images."""
+    """Fits the novelty score to at most MAX_IMAGES readable images per split, and measures what it detects.
+
+    Returns None for too few images.
+    """
     try:
-        return novelty.fit(*(_pictures(data, split) for split in ("train", "val", "test")))
+        train, val, test = (_pictures(data, split) for split in ("train", "val", "test"))
+        return novelty.fit(train, val, test, _outliers(data))
     except ValueError:
         return None
 
 
-def _pictures(data: Prepared, split: str) -> Iterator[Any]:
+def _outliers(data: Prepared) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Yields the kinds of `outliers.builtin`, preprocessed as for prediction, and modified test images."""
+    name, _ = datasets.resolve(data.name)
+    spec = InputSpec((novelty.SIDE, novelty.SIDE))
+    plain = Metadata("", data.classes, spec, data.name, name.stage, name.size, orientation=data.orientation)
+    for kind, pictures in outliers.builtin(data.modality).items():
+        yield kind, (preprocess.picture(picture, plain)[1] for picture in pictures)
+    yield "test images, inverted", (255 - np.asarray(picture) for picture in _pictures(data, "test", MODIFIED))
+    yield "test images, upside down", (np.asarray(picture)[::-1] for picture in _pictures(data, "test", MODIFIED))
+
+
+def _pictures(data: Prepared, split: str, limit: int = MAX_IMAGES) -> Iterator[Any]:
     rows = np.unique(data.rows(split))
-    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().astype(int)]:
+    for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(int)]:
         try:
             yield images.load(data.records[int(row)]["image"], data.window)
         except ValueError:
@@ -64,6 +81,7 @@ def describe(
         plane=volumes.get("plane", "axial"),
         position=volumes.get("position", "all"),
         orientation=data.orientation,
+        modality=data.modality,
         positive=positive_class(config, data.classes),
         temperature=report.get("calibration", {}).get("temperature", 1.0),
         points=report.get("operating_points", {}),

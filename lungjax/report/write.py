@@ -11,10 +11,10 @@
     warnings            [sentences], caveats about the numbers
     facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
                         seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
-                        unknown), code (digest of lungjax's files); novelty, the false alarms on val and test images
-                        (`lungjax.evaluation.novelty`); heat_maps, method and feature map of mistakes.png; notes, which
-                        come first in `warnings`; folds (`lungjax.training.cross_validation`); external
-                        (`lungjax.training.external_test`)
+                        unknown), code (digest of lungjax's files); novelty, the rates of false alarms and
+                        detections (`lungjax.evaluation.novelty.fit`); heat_maps, method and feature map of
+                        mistakes.png; notes, which come first in `warnings`; folds
+                        (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
     test, val           the splits, each:
       .slice            level over all examples
       .patient          level over patients (mean probability over a patient's slices), and

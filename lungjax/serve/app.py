@@ -180,7 +180,8 @@ class Service:
             del data
             try:
                 size = sum(pixels.nbytes for pixels in upload.images)
-                return _Decoded(file.name, list(map(self.model.prepare, upload.images)), upload.series, size)
+                inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
+                return _Decoded(file.name, inputs, upload.series, size)
             except ValueError as error:
                 raise UploadError(422, "content", str(error)) from None
         except UploadError as error:
@@ -191,7 +192,9 @@ class Service:
         first = file.inputs[0]
         if len(p) == 1:
             return records.record(self.metadata, file.name, p[0], first.novelty, first.warnings, rule)
-        summary = records.summary(self.metadata, "", p, sum(bool(image.warnings) for image in file.inputs), rule=rule)
+        shared = [text for text in first.warnings if all(text in image.warnings for image in file.inputs)]
+        warned = sum(bool(image.warnings) for image in file.inputs)
+        summary = records.summary(self.metadata, "", p, warned, shared, rule)
         return {"file": file.name, "novelty": None} | {k: v for k, v in summary.items() if k not in ("series", "files")}
 
     def _response(

@@ -39,7 +39,7 @@ class Record(Prediction):
 
     file: str = Field(description="name in the request")
     novelty: float | None = Field(
-        description="above 1 if unlike the training images; null for several slices or if the model has no score"
+        description="above 1 for a warning; null for several slices or if the model has no score"
     )
 
 

@@ -56,6 +56,7 @@ class Upload:
 
     images: list[np.ndarray]  # uint8 or uint16, [H, W] or [H, W, 3]; several for the frames of an enhanced CT
     series: str = ""  # SeriesInstanceUID and PatientID of a CT slice, only for grouping
+    modality: str = ""  # of a DICOM file: CT or one of `dicom.XRAYS`
 
 
 def quiet() -> None:
@@ -175,14 +176,14 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
             allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
             raise UploadError(413, "frames", f"{len(frames)} frames of {width} x {height} pixels; {allowed}")
         if header.modality in dicom.XRAYS:
-            return Upload([images.decode(dicom.xray(file), None, ("PNG",))])
+            return Upload([images.decode(dicom.xray(file), None, ("PNG",))], modality=header.modality)
         own = dicom.series(headers).plane
         if header.orientation is not None and own != plane:
             raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
         # Files without a series UID are single, and equal UIDs of two patients are two series.
         series = "" if header.series == str(file) else f"{header.series} {header.patient}"
         slices = dicom.frames(file, headers, hu_windows)
-        return Upload([images.decode(data, None, ("PNG",)) for data in slices], series)
+        return Upload([images.decode(data, None, ("PNG",)) for data in slices], series, header.modality)
     except dicom.Unreadable as error:
         raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
     except UploadError:

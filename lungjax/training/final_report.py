@@ -50,7 +50,7 @@ def write(
             for before, row in itertools.pairwise(lengths)
         ]
         detector = model_json.fit_novelty(run.data)
-        more = {"notes": notes} | ({} if detector is None else {"novelty": detector.false_alarms})
+        more = {"notes": notes} | ({} if detector is None else {"novelty": detector.rates})
         report = reporting.write_report(
             run.workdir, run.config, calibrated, history, facts | more, lambda i: reader(rows[i]), explain,
             **description, temperature=temperature,

@@ -1,7 +1,7 @@
 """Measures which out-of-distribution images `lungjax.evaluation.novelty` and a score from network features detect.
 
     python -m tests.benchmarks.novelty --shared=FOLDER [--sets=ct,xray,phantom] [--parts=outliers,sources,few]
-        [--network] [--images=2000] [--outliers=150]
+        [--network] [--images=1000] [--outliers=150]
 
 FOLDER/data has `covidx_ct_volume`, and `ct` and `xray`, each with a `labels.csv` (columns path, split and group; no
 group is in two splits). Most outliers are modified test images; --outliers limits their number per kind.
@@ -198,7 +198,8 @@ def sources(name: str, data: dict[str, list[Any]]) -> None:
         unseen = [p for split in SPLITS for p, source in data[split] if source == left]
         fitted = novelty.fit(*parts)
         detected = percent(np.asarray([fitted.score(p) for p in unseen]))
-        rows.append([f"{name}: {left}", len(unseen), detected, f"{100 * fitted.false_alarms['test']['rate']:.1f}"])
+        alarms = 100 * fitted.rates["false_alarms"]["test"]["rate"]
+        rows.append([f"{name}: {left}", len(unseen), detected, f"{alarms:.1f}"])
     heads = ("source left out", "images", "above the threshold, %", "test images of the others, %")
     print(harness.table(heads, rows) + "\n", flush=True)
 
@@ -214,7 +215,7 @@ def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
             splits = zip((data["train"], data["val"]), counts, strict=True)
             drawn = [[pairs[i][0] for i in rng.permutation(len(pairs))[:n]] for pairs, n in splits]
             fitted = novelty.fit(*drawn, test)
-            alarms.append(100 * fitted.false_alarms["test"]["rate"])
+            alarms.append(100 * fitted.rates["false_alarms"]["test"]["rate"])
             detected.append(np.mean([100 * (fitted.score(p) > 1) for p in other[:100]]))
         cells = [f"{np.mean(alarms):.1f} ({max(alarms):.1f})", f"{np.mean(detected):.0f}"]
         rows.append([f"{name}: {counts[0]} + {counts[1]}", *cells])
@@ -225,14 +226,14 @@ def few(name: str, data: dict[str, list[Any]], other: list[Picture]) -> None:
 def main() -> None:
     args = harness.parse(
         __doc__, ["shared"], shared=Path, sets=["ct", "xray", "phantom"], parts=["outliers", "sources", "few"],
-        network=False, images=2000, outliers=150,
+        network=False, images=1000, outliers=150,
     )  # fmt: skip
     files = sorted((args.shared / "data/covidx_ct_volume").glob("*.jpg"))
     volume = np.stack([np.asarray(Image.open(file)) for file in files])
     fits = {"network": fit_network, "ours": fit_ours} if args.network else {"ours": fit_ours}
     for name in args.sets:
         data = load(name, args.shared)
-        order = np.random.default_rng(0).permutation(len(data["train"]))[: args.images]
+        order = np.sort(np.random.default_rng(0).permutation(len(data["train"]))[: args.images])
         data["train"] = [data["train"][i] for i in order]
         other = [images.gray(p) for p, _ in load(OTHER[name], args.shared)["test"]]
         if "outliers" in args.parts:

@@ -143,6 +143,9 @@ def test_model_description(opened, service, trained):
     assert [words for words in (*facts, *model["about"]["warnings"]) if words not in shown] == []
     low, high = model["scores"]["slice"]["intervals"]["accuracy"]
     assert f"{100 * model['scores']['slice']['accuracy']:.1f} %{100 * low:.1f} to {100 * high:.1f}" in shown
+    rates = json.loads((trained / "report.json").read_text("utf-8"))["facts"]["novelty"]
+    for kind, rate in {"val images (false alarms)": rates["false_alarms"]["val"], **rates["detection"]}.items():
+        assert f"{kind}{rate['n']}{100 * rate['rate']:.1f} %{100 * rate['interval'][0]:.1f} to" in shown
     rows = page.evaluate("""[...document.querySelector("aside table").rows].map((row) =>
       [...row.cells].map((cell) => cell.firstChild?.textContent ?? ""))""")
     expected = [[name, *(str(model["counts"][split][name]) for split in ("train", "val", "test"))] for name in CLASSES]

@@ -80,7 +80,8 @@ def test_series_in_class_folders(tmp_path):
 
 def test_planes_and_positions(tmp_path):
     hu = class_folders(tmp_path)
-    assert not listing(tmp_path, plane="coronal").body
+    coronal = listing(tmp_path, plane="coronal")
+    assert not coronal.body and coronal.modality == "ct"
     assert len(listing(tmp_path, plane="sagittal").examples) == 2 * 8
     (first, _) = listing(tmp_path, position="mid").examples
     assert first.file.endswith("/0003")
@@ -121,7 +122,8 @@ def test_table_of_folders_volumes_and_slices(tmp_path):
     lines += [f"slices/{path.rpartition('/')[2]},{'ab'[i % 2]},train,,s" for i, path in enumerate(slices)]
     (tmp_path / "labels.csv").write_text("path,label,split,group,source\n" + "\n".join(lines))
     result = listing(tmp_path)
-    assert result.study and not result.body and len(result.examples) == 6 + 2 * 6 + 6 + 1 + 1 + 6
+    assert result.study and result.modality == "" and not result.body
+    assert len(result.examples) == 6 + 2 * 6 + 6 + 1 + 1 + 6
     by_line = {}
     for example in result.examples:
         by_line.setdefault(example.where, []).append(example)
@@ -168,7 +170,9 @@ def test_lookup(tmp_path, monkeypatch, capsys):
     scans.save(scans.dataset(hu[0].astype(np.uint16), "DX", PatientID="ID-8"), tmp_path / "in/b/x.dcm")
     command = [f"--source={tmp_path / 'in'}", f"--data_dir={tmp_path / 'data'}"]
     assert commands.run(prepare, *command, "--lookup=series-1/0000") == 2 and ".patient_salt" in capsys.readouterr().err
-    datasets.write("folder", tmp_path / "in", tmp_path / "data", PrepareOptions(position="mid"), quiet=True)
+    options = PrepareOptions(position="mid", modality="xray")  # overrides the mixture of CT and X-ray
+    datasets.write("folder", tmp_path / "in", tmp_path / "data", options, quiet=True)
+    assert datasets.open_dataset("folder", tmp_path / "data").modality == "xray"
     data = datasets.open_dataset("folder", tmp_path / "data")
     for i, name in enumerate(data.columns["file"].tolist()):
         assert commands.run(prepare, *command, f"--lookup={name}") == 0

@@ -53,11 +53,21 @@ def test_outliers_and_reasons(fitted):
 
 
 def test_count_and_rarity_of_false_alarms(fitted):
-    counts = fitted.false_alarms["test"]
+    val, counts = fitted.rates["false_alarms"].values()
     alarms = sum(fitted.score(picture) > 1 for picture in chests(400, 150))
-    assert (counts["n"], counts["alarms"], counts["rate"]) == (150, alarms, alarms / 150)
-    assert fitted.false_alarms["val"]["n"] == 200 and fitted.false_alarms["val"]["alarms"] <= 2
+    assert (counts["n"], counts["warnings"], counts["rate"]) == (150, alarms, alarms / 150)
+    assert val["n"] == 200 and val["warnings"] <= 2
     assert alarms + sum(fitted.score(picture) > 1 for picture in chests(550, 150)) <= 9  # 3 %
+
+
+def test_detection_rates_and_clusters():
+    # Two kinds of training images, dark and bright; a Gaussian of both would contain the gray ones between them.
+    kinds = [[np.clip(chest(seed) / 4 + add, 0, 255) for seed in range(first, first + 60)]
+             for first, add in ((0, 20), (100, 180), (200, 100))]  # fmt: skip
+    mixed, (dark, bright, between) = kinds[0][:40] + kinds[1][:40], (kind[40:] for kind in kinds)
+    rates = novelty.fit(mixed, dark + bright, [], [("between", between), ("none", [])]).rates["detection"]
+    assert rates["between"] == rates["between"] | {"n": 20, "warnings": 20, "rate": 1.0}
+    assert rates["none"]["rate"] is None
 
 
 def test_score_by_noise_and_tint(fitted):
@@ -83,7 +93,7 @@ def test_score_independence_of_size_and_dtype(fitted):
 
 def test_few_images(fitted):
     few = novelty.fit(chests(0, 20), chests(200, 5), [])
-    assert few.false_alarms["test"] == {"n": 0, "alarms": 0, "rate": None, "interval": [0.0, 1.0]}
+    assert few.rates["false_alarms"]["test"] == {"n": 0, "warnings": 0, "rate": None, "interval": [0.0, 1.0]}
     assert all(few.score(picture) > 1 for picture in (photographs.astronaut(), NOISE, np.zeros((9, 9), np.uint8)))
     # The largest of five validation scores would be exceeded by one new image in six.
     assert np.mean([few.score(picture) > 1 for picture in chests(400, 100)]) < 0.1
@@ -113,7 +123,8 @@ def test_damaged_json(fitted):
     for damage in (
         lambda d: d.update(threshold=0),
         lambda d: d["parts"].pop("detail"),
-        lambda d: d["parts"]["detail"]["mean"].pop(),
+        lambda d: d["parts"]["detail"]["means"][0].pop(),
+        lambda d: d.pop("detection"),
         lambda d: d["parts"]["intensity"]["covariance"].__setitem__(0, -1.0),
         lambda d: d["parts"]["layout"].update(unit=float("nan")),
         lambda d: d.update(parts=[]),

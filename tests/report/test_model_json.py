@@ -1,4 +1,4 @@
-"""model.json of a run: where boxes come from, and the novelty score."""
+"""model.json of a run: where boxes come from, and the novelty score with its rates."""
 
 from dataclasses import replace
 
@@ -9,11 +9,11 @@ from lungjax.evaluation import novelty
 from lungjax.report import model_json
 
 
-def describe(data, crop="box"):
+def describe(data, crop="box", detector=None):
     level = {"per_class": {name: {} for name in data.classes}}
     report = {"facts": {}, "warnings": [], "classes": data.classes, "test": {"slice": level, "patient": level}}
     config = Config(input=InputSpec(size=(32, 32), crop=crop))
-    return model_json.describe(config, data, report, model_json.fit_novelty(data), {})
+    return model_json.describe(config, data, report, detector, {})
 
 
 def test_where_boxes_come_from(small_data):
@@ -26,8 +26,18 @@ def test_where_boxes_come_from(small_data):
 
 
 def test_novelty_score_of_a_data_set(small_data):
-    score = novelty.from_dict(describe(small_data).novelty)
+    fitted = model_json.fit_novelty(small_data)
+    description = describe(small_data, detector=fitted)
+    score = novelty.from_dict(description.novelty)
+    assert description.public()["novelty"] == fitted.rates
     assert score.score(np.zeros((40, 40), np.uint8)) > 1
-    assert score.false_alarms["val"]["n"] == 11 and score.false_alarms["test"]["n"] == 13
+    assert {split: rate["n"] for split, rate in score.rates["false_alarms"].items()} == {"val": 11, "test": 13}
+    detection = score.rates["detection"]
+    assert {kind: n for kind in detection if (n := detection[kind]["n"]) < 12} == {}
+    for kind in ("blank images, black to white", "noise", "photographs, grayscale"):
+        assert detection[kind]["rate"] == 1 and detection[kind]["interval"][0] < 1
+    fitted = model_json.fit_novelty(replace(small_data, modality="xray"))
+    del detection["synthetic chest X-rays"]
+    assert fitted.rates["detection"] == detection and "synthetic CT slices" in detection
     broken = [dict(record, image=b"") if i < 20 else record for i, record in enumerate(small_data.records)]
-    assert describe(replace(small_data, records=broken)).novelty is None  # 16 training images are too few
+    assert model_json.fit_novelty(replace(small_data, records=broken)) is None  # 16 training images are too few

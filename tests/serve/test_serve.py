@@ -91,6 +91,16 @@ def test_enhanced_ct(service, tmp_path):
     assert "3 frames" in answer["results"][0]["error"] and "heat" in answer["results"][1]
 
 
+def test_modality_of_scans(tmp_path):
+    xray = Path(scans.save(scans.dataset(np.arange(64, dtype=np.uint16).reshape(8, 8), "CR"), tmp_path / "x.dcm"))
+    frames = Path(scans.enhanced(tmp_path / "e.dcm", np.full((3, 8, 8), 75, np.int16)))
+    files = [(path.name, path.read_bytes()) for path in (xray, frames)]
+    for modality, expected in (("ct", [True, False]), ("xray", [False, True])):
+        with running(Brightness(modality=modality)) as service:
+            results = service.post("/predict", *files)[1]["results"]
+        assert [any(w.startswith("modality ") for w in result["warnings"]) for result in results] == expected
+
+
 def test_explain(service):
     pixels = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
     status, answer, _ = service.post("/explain?class=dark&method=occlusion", ("a.png", encoded(pixels)), ("b", b"\0"))

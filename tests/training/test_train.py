@@ -13,8 +13,9 @@ import small_runs as runs
 from small_runs import PLAIN, changed
 
 from lungjax import models
-from lungjax.config import OptimConfig, overrides
-from lungjax.evaluation import metrics, predictions
+from lungjax.config import OptimConfig, metadata, overrides
+from lungjax.evaluation import metrics, outliers, predictions
+from lungjax.inference.artifacts import Preprocessor
 from lungjax.models import trees
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest, restore_best
@@ -50,6 +51,17 @@ def test_files_of_a_run(tmp_path, complete):
     assert [r["step"] for r in rows if "train.loss" in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "val.slice.loss" in r] == [4, 8, 12]
     assert progress.is_complete(workdir, CONFIG, 12) and not progress.is_complete(workdir, CONFIG, 13)
+
+    # The report, the service and prediction agree on how many of the built-in images have a warning.
+    description, rates = metadata.read(workdir / "model.json"), report["facts"]["novelty"]
+    assert description.public()["novelty"] == rates
+    for kind, pictures in outliers.builtin("").items():
+        warned = sum("unlike" in str(Preprocessor(description)(picture).warnings) for picture in pictures)
+        assert rates["detection"][kind] == rates["detection"][kind] | {"n": len(pictures), "warnings": warned}
+    shown = {"test images (false alarms)": rates["false_alarms"]["test"], **rates["detection"]}
+    for kind, r in shown.items():
+        cells = f"| {kind} | {r['n']} | {r['rate']:.3f} ({r['interval'][0]:.3f} to "
+        assert cells in (workdir / "report.md").read_text()
 
     # The best step is the first with the best validation score, and its weights are tested.
     scores = {r["step"]: r["val.slice.accuracy"] for r in rows if "val.slice.loss" in r}

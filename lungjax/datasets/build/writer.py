@@ -222,7 +222,8 @@ def prepare(
         near, leaks, twins = images.find_duplicates()
         window, notes = images.window()
         info: dict[str, Any] = {"name": name, "classes": list(listing.classes), "window": window}
-        info |= {"study": listing.study, "stage": stage, "size": size, "body": listing.body}
+        info |= {"study": listing.study, "stage": stage, "size": size}
+        info |= {"body": listing.body, "modality": listing.modality}
         info |= {"volumes": dict(listing.volumes)} if listing.volumes else {}
         near_duplicates.write(near, images.columns["file"], written)
         header = [*prepared.COLUMNS, *listing.extra]

@@ -6,9 +6,10 @@ Results on these images do not transfer to patients.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from lungjax.datasets.phantom import anatomy, canvas, findings, vessels
@@ -154,6 +155,22 @@ def draw_slice(patient: Patient, level: float) -> Phantom:
     is_lung = lung.cover > 0.5
     lesion = is_lung & (field > findings.MIN_VISIBLE)
     return Phantom(_scan(hu, patient, scan), is_lung, lesion, body_box(patient, level))
+
+
+def draw_radiograph(patient: Patient) -> np.ndarray:
+    """Returns a chest X-ray of a patient, uint8 [H, 192]: the sum of slices from front to back, bones are white.
+
+    It is blurred, since it has only 16 slices of 64 x 64 pixels.
+    """
+    side, levels = 64, np.linspace(0, 1.2, 16)
+    scanner = replace(patient.scanner, view="square", table=False)
+    pixel = patient.pixel * patient.size[1] / side
+    small = replace(patient, scanner=scanner, size=(side, side), pixel=pixel)
+    density = np.stack([np.maximum(draw_slice(small, level).hu - anatomy.AIR, 0).sum(axis=0) for level in levels])
+    low, high = np.quantile(density, (0.02, 0.98))
+    height = round(192 * levels[-1] * anatomy.LUNG_HEIGHT / (side * pixel))
+    image = Image.fromarray(gray(density, (low, high)))
+    return np.asarray(image.resize((192, height), Image.Resampling.BICUBIC))
 
 
 def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:

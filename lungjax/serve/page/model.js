@@ -119,25 +119,33 @@ function plain(value) {
   return Object.entries(value).map(([name, inner]) => `${name} ${plain(inner)}`).join(", ");
 }
 
+function noveltyTable({ false_alarms, detection }) {
+  const alarms = Object.entries(false_alarms).map(([split, rate]) => [`${split} images (false alarms)`, rate]);
+  const rows = [...alarms, ...Object.entries(detection)].map(([kind, { n, rate, interval }]) => {
+    return [kind, count(n), isNumber(rate) ? measured(rate, interval) : ""];
+  });
+  const words = "Images that are unlike the training images have a warning if they are recognized as such.";
+  return [unfold("Unfamiliar images", false, table(["", "images", "with a warning"], rows), quiet(words))];
+}
+
 export function describe(model) {
   const { warnings = [], notice, data_title, data_licence, ...rest } = model.about ?? {};
   const about = Object.entries(rest).map(([name, value]) => [name.replaceAll("_", " "), plain(value)]);
   const caveats = make("ul", { className: "caveats" }, ...warnings.map((line) => make("li", {}, line)));
-  const alarms = model.novelty?.false_alarms?.test?.rate;
-  const alarm = isNumber(alarms) ? ` This includes ${percent(alarms)} of the test images.` : "";
   at("model").replaceChildren(
     facts([
       ["Name", model.name],
       ["Classes", model.classes.join(", ")],
       ["Trained on", data_title ? `${model.dataset}: ${data_title}` : model.dataset],
       ["Data license", data_licence],
+      ["Modality", { ct: "CT", xray: "X-ray" }[model.modality]],
       ...intended(model),
     ]),
     ...countTable(model),
     ...scoreTable(model),
     ...(warnings.length ? [unfold("Caveats", warnings.length < MAX_OPEN, caveats)] : []),
     ...pointTables(model),
-    ...(model.novelty ? [quiet(`Images that are unlike the training images have a warning.${alarm}`)] : []),
+    ...(model.novelty ? noveltyTable(model.novelty) : []),
     ...(about.length ? [unfold("Details", false, facts(about))] : []),
   );
 }
