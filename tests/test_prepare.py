@@ -98,7 +98,7 @@ def test_order_of_records(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_BYTES", 1000)
     write(tmp_path)
     data = open_folder(tmp_path)
-    assert len(list((tmp_path / "data/folder/default/2.0.0").glob("*.array_record*"))) > 5
+    assert len(list((tmp_path / "data/folder/default/2.1.0").glob("*.array_record*"))) > 5
     files = data.columns["file"].tolist()
     assert files == sorted(files) and len(files) == len(data.records) == 24
     for i, file in enumerate(files):
@@ -230,7 +230,7 @@ def test_killed_run(tmp_path):
 
 def test_incomplete_index(folder, tmp_path):
     write(tmp_path)
-    index = tmp_path / "data/folder/default/2.0.0/index.csv"
+    index = tmp_path / "data/folder/default/2.1.0/index.csv"
     index.write_text("\n".join(index.read_text().splitlines()[:-3]) + "\n")
     with pytest.raises(ValueError, match="21 rows"):
         open_folder(tmp_path)

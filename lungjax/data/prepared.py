@@ -31,7 +31,7 @@ COLUMNS = (
 )  # fmt: skip
 RESERVED = (*COLUMNS, "box")
 SLICES = "slices"  # the only TFDS split; train, val and test are in the index
-VERSION = "2.0.0"  # of the format of a prepared directory
+VERSION = "2.1.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
 CHUNK = 20_000  # rows of the index that are read at a time, to limit memory
 

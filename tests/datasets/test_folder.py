@@ -179,7 +179,7 @@ def test_duplicates_and_divided_groups(tmp_path):
     assert result["twins"]["leaks"]["clean"]["test"]["any"] == 0
     # Left out: two images of a patient in test, and a copy with another label.
     assert data.columns["file"][data.columns["split"] == ""].tolist() == ["00.png", "01.png", "07.png"]
-    text = (tmp_path / "data/folder/default/2.0.0/summary.md").read_text()
+    text = (tmp_path / "data/folder/default/2.1.0/summary.md").read_text()
     assert "00.png (train, a) = 07.png (test, b)" in text and "images of a only (1), see scores per source: x0" in text
     study = datasets.open_dataset("folder", tmp_path / "data", "study")
     assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]

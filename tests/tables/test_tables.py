@@ -127,7 +127,7 @@ def test_state_of_a_run(trial, options, name, old, new, kind, word):
         fabricate(run)
     path = planned[1].folder / name
     if not name:  # the data set was prepared again
-        prepared = options.data_dir / "phantom_ct/tiny/2.0.0"
+        prepared = options.data_dir / "phantom_ct/tiny/2.1.0"
         prepared.mkdir(parents=True)
         (prepared / "index.csv").write_text("x")
         (prepared / "lungjax.json").write_text("{}")

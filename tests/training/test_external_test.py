@@ -153,7 +153,7 @@ def test_data_set_with_test_images_only(root):
     prepare(root, "external", images)
     data = datasets.open_dataset("folder/external", root / "data")
     assert set(data.columns["split"]) == {"test"}
-    summary = json.loads((root / "data/folder/external/2.0.0/summary.json").read_text())
+    summary = json.loads((root / "data/folder/external/2.1.0/summary.json").read_text())
     assert not any("train" in text or "val" in text for text in summary["warnings"])
     assert any("external test set" in note for note in summary["notes"])
     config = overrides.from_json((root / "run/config.json").read_text())
