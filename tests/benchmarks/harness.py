@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import resource
-import select
 import statistics
 import subprocess
 import sys
@@ -170,7 +169,8 @@ class Process:
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **env,
         }
-        command = [python or sys.executable, "-m", "tests.benchmarks.harness", module, function]
+        self.python = python or sys.executable
+        command = [self.python, "-m", "tests.benchmarks.harness", module, function]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, text=True, env=env, **pipes)
@@ -180,24 +180,22 @@ class Process:
         with contextlib.suppress(BrokenPipeError):  # the process has ended; `answer` raises its error
             print(json.dumps(request), file=self.process.stdin, flush=True)
 
-    def answer(self, seconds: float | None = None) -> Any:
-        """Returns the next answer. Raises RuntimeError if the process failed, or TimeoutError after `seconds`."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
+    def answer(self) -> Any:
+        """Returns the next answer; exits with the error of the process if it failed."""
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
             end = " | ".join(self.log.read().splitlines()[-4:])
-            raise RuntimeError(f"ended with code {self.process.wait()}: {end[-600:]}")
+            sys.exit(f"{self.python} ended with code {self.process.wait()}: {end[-600:]}")
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
-            raise RuntimeError(answer["error"])
+            sys.exit(f"{self.python}: {answer['error']}")
         return answer
 
-    def ask(self, seconds: float | None = None, **request: Any) -> Any:
-        """Sends a request and returns its answer; raises the same errors as `answer`."""
+    def ask(self, **request: Any) -> Any:
+        """Sends a request and returns its answer."""
         self._send(request)
-        return self.answer(seconds)
+        return self.answer()
 
     def close(self) -> None:
         """Kills the process."""

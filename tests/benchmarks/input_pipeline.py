@@ -4,7 +4,7 @@
         [--work=FOLDER] [--drawn=1000] [--rounds=5]
 
 FOLDER contains one folder of JPEG or PNG files per class (default: synthetic slices). The interpreter of --torch_python
-needs torch and Pillow; that of --tf_python needs tensorflow.
+needs torch, numpy and Pillow; that of --tf_python needs tensorflow.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.latency [--models=efficientnet_b0,...] [--rounds=9] [--peer_python=PYTHON]
 
 The models can be any that tests.parity compares with timm. The interpreter `--peer_python` (default: this one) needs
-the `parity` extra, torch, onnxscript and onnxruntime.
+torch, timm, onnx, onnxscript and onnxruntime.
 """
 
 import statistics

@@ -108,7 +108,7 @@ def outliers(
     yield "screenshot of a viewer", [screenshot(p) for p in some[:60]]
     small = [resized(p, 256, 256) for p in some]
     fours = zip(small[::4], small[1::4], small[2::4], small[3::4], strict=False)
-    yield "four in one image", [np.block([[a, b], [c, d]]) for a, b, c, d in fours]
+    yield "four images in one", [np.block([[a, b], [c, d]]) for a, b, c, d in fours]
     changes: dict[str, Callable[[Picture], Picture]] = {
         "color heat map over the image": heat_map,
         "inverted": lambda p: 255 - p,

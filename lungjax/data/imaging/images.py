@@ -55,7 +55,7 @@ def digest(array: np.ndarray) -> str:
 def encode(array: np.ndarray) -> bytes:
     """Returns uint8 [H, W] or [H, W, 3], or uint16 [H, W], as a PNG without filters or compression.
 
-    array_record compresses records anyway, and `read` takes only a tenth of the time (tests/benchmarks/README.md).
+    array_record compresses records anyway, and `read` takes only a tenth of the time.
     """
     samples = np.ascontiguousarray(array, ">u2" if array.dtype == np.uint16 else np.uint8)
     height, width = array.shape[:2]
