@@ -6,6 +6,7 @@
 A model is a run folder, or the name of a network that gets random weights. Images come from FOLDER, or are phantoms.
 """
 
+import atexit
 import contextlib
 import http.client
 import itertools
@@ -42,6 +43,7 @@ class Server:
         command = [sys.executable, "-m", "lungjax.serve", f"--model={model}", "--port=0"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        atexit.register(self.process.kill)  # also after an error
         for line in self.process.stdout:
             if url := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
                 self.port = int(url[1])
