@@ -193,6 +193,8 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
         for what, label in (("predicted", p.predicted[row]), ("true", p.labels[row])):
             probability = float(p.probabilities[row, label])
             lines.append(f"{what}: {style.short(p.classes[label], 36)} {style.percent(probability)}")
+        if not heat.any():
+            lines.append("heat map: no evidence")
         tiles += [Tile(image, lines, frame=style.WRONG, wide=True), Tile(image, heat=heat, frame=style.WRONG)]
     contact_sheet.draw([Section(tiles)], path, 2 * min(len(rows), 2), paired=True, aspect=2.0)
 

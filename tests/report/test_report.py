@@ -302,6 +302,7 @@ def test_long_names_without_overlap(figures, tmp_path):
     plots.example_sheet(p, image, 2, tmp_path / "e.png")
     rows = plots.choose_examples(p, 2)[1]
     plots.mistakes(p, rows, np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 8, 8)), tmp_path / "m.png")
+    assert sum("no evidence" in text for text, _ in texts_of(figures[-1])) == 2
     for figure in figures:
         check_overlaps(figure)
     assert max(box.x1 for _, box in texts_of(figures[1])) < 10 * figures[1].dpi, "wide legend"
