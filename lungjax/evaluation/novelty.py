@@ -15,6 +15,7 @@ findings may score below 1.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,9 +157,9 @@ def fit(
         from lungjax.evaluation import bootstrap  # here: model.pyz packs this file without it
 
         scores = _score(parts, features)
-        n, warnings = len(scores), int((scores > threshold).sum())
-        share = warnings / n if n else None
-        return {"n": n, "warnings": warnings, "rate": share, "interval": bootstrap.wilson(warnings, n)}
+        n, count = len(scores), int((scores > threshold).sum())
+        share = count / n if n else None
+        return {"n": n, "warnings": count, "rate": share, "interval": bootstrap.wilson(count, n)}
 
     false_alarms = {"val": rate(held_out), "test": rate(_measure_all(test))}
     detection = {kind: rate(_measure_all(pictures)) for kind, pictures in outliers}
@@ -250,6 +251,7 @@ def _measure_all(pictures: Iterable[Picture]) -> dict[str, np.ndarray]:
 
 def _fit_clusters(x: np.ndarray, tolerances: np.ndarray) -> Clusters:
     """Fits clusters to features [N, D] by k-means in the Mahalanobis distance of all images."""
+    from scipy.cluster import vq  # here: prediction does not need it
 
     def covariance(differences: np.ndarray) -> np.ndarray:
         ridge = np.diag(tolerances**2 + (RIDGE * differences.std(axis=0)) ** 2)
@@ -257,16 +259,12 @@ def _fit_clusters(x: np.ndarray, tolerances: np.ndarray) -> Clusters:
 
     count = max(1, min(CLUSTERS, len(x) // CLUSTER_SIZE))
     start = x[np.linspace(0, len(x) - 1, count).astype(int)]
-    white, means = Clusters(start, covariance(x)).whiten(x)
-    for _ in range(ITERATIONS):
-        nearest = np.unique(_distances(white, means).argmin(axis=1), return_inverse=True)[1]  # without empty clusters
-        means = _means(white, nearest)
-    means = _means(x, nearest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster, which is dropped
+        nearest = vq.kmeans2(*Clusters(start, covariance(x)).whiten(x), ITERATIONS, minit="matrix")[1]
+    nearest = np.unique(nearest, return_inverse=True)[1]
+    means = np.stack([x[nearest == k].mean(axis=0) for k in range(nearest.max() + 1)])
     return Clusters(_rounded(means), _rounded(covariance(x - means[nearest])))
-
-
-def _means(x: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    return np.stack([x[cluster == k].mean(axis=0) for k in range(cluster.max() + 1)])
 
 
 def _distances(x: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -70,11 +70,9 @@ def set_up(
 
     Raises ValueError if workdir, configuration and data do not match.
     """
-    if config.auto:
-        config = auto.resolve(config, open_data(config, data_dir), workdir, weights_dir)
-    config = load.resolve(config)
-    workdirs.check(workdir, config, mode)
     data = open_data(config, data_dir)
+    config = load.resolve(auto.resolve(config, data, workdir, weights_dir))
+    workdirs.check(workdir, config, mode)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
     for name in config.eval.prevalences():
