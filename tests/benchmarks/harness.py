@@ -24,7 +24,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 
 CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # environment of processes that compute on the CPU
-Times = tuple[float, float]  # wall seconds, processor seconds of all threads
 
 
 def parse(doc: str | None, required: Iterable[str] = (), **defaults: Any) -> argparse.Namespace:
@@ -61,27 +60,16 @@ def folder(path: Path | None) -> Iterator[Path]:
         yield path or Path(temporary)
 
 
-def phantom(finding: str, seed: int) -> tuple[Any, Any]:
-    """Returns a synthetic CT slice, uint8 [H, W], and its `Phantom`."""
+def phantom(seed: int) -> tuple[str, Any]:
+    """Returns the class of a synthetic CT slice and its image of 512 x 512 pixels."""
+    from PIL import Image
+
     from lungjax.datasets.phantom import slices
 
-    patient = slices.new_patient(seed, finding)
+    patient = slices.new_patient(seed, slices.CLASSES[seed % len(slices.CLASSES)])
     drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
-    return slices.gray(drawn.hu, patient.window), drawn
-
-
-def sgd_step(module: Any, variables: Any, images: Any, labels: Any) -> Any:
-    """Returns the loss of a training step and the updated variables."""
-    import jax
-    import optax
-
-    def loss(params: Any) -> Any:
-        options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
-        (logits, _), updates = module.apply({**variables, "params": params}, images, **options)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
-
-    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-    return value, {"params": jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads), **updates}
+    image = Image.fromarray(slices.gray(drawn.hu, patient.window))
+    return patient.finding, image.resize((512, 512), Image.Resampling.BICUBIC)
 
 
 def cores() -> int:
@@ -89,20 +77,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def machine() -> str:
-    """Returns a description of the jax version, the device and the number of cores."""
-    import jax
-
-    return f"jax {jax.__version__}, {jax.default_backend()}, {cores()} cores"
-
-
-def timed(call: Callable[[], Any]) -> Times:
-    """Returns the wall and CPU time of a call, including the jax computations that it starts."""
-    start, used = time.perf_counter(), time.process_time()
-    result = call()
-    if "jax" in sys.modules:
-        sys.modules["jax"].block_until_ready(result)
-    return time.perf_counter() - start, time.process_time() - used
+def timed(call: Callable[[], Any]) -> float:
+    """Returns the seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[Any]]:
@@ -114,12 +93,6 @@ def take_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any,
             if number:
                 results[key].append(result)
     return results
-
-
-def median_ms(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Runs the calls in turns; returns the median time of each call in milliseconds."""
-    times = take_turns({key: lambda call=call: timed(call) for key, call in calls.items()}, rounds)
-    return {key: 1e3 * statistics.median(wall for wall, _ in values) for key, values in times.items()}
 
 
 def busy_seconds() -> float:
@@ -227,19 +200,10 @@ def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> s
     return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
 
 
-def row(*cells: Any) -> str:
-    """Returns a row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def header(*heads: str) -> str:
-    """Returns the header of a table whose first column is left-aligned and whose others are right-aligned."""
-    return f"{row(*heads)}\n{row('---', *['---:'] * (len(heads) - 1))}"
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a complete Markdown table."""
-    return "\n".join([header(*heads), *(row(*cells) for cells in rows)])
+    """Returns a Markdown table whose first column is left-aligned and whose others are right-aligned."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 if __name__ == "__main__":

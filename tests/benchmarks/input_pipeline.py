@@ -114,15 +114,10 @@ def contender(name: str, work: str, files: list[str]) -> tuple[dict[str, Any], C
 
 def draw(folder: Path, count: int) -> None:
     """Writes `count` synthetic slices as grayscale PNG files of 512 x 512 pixels in one folder per class."""
-    from PIL import Image
-
-    from lungjax.datasets.phantom.slices import CLASSES
-
     for seed in range(count):
-        finding = CLASSES[seed % len(CLASSES)]
-        picture = Image.fromarray(harness.phantom(finding, seed)[0])
+        finding, picture = harness.phantom(seed)
         (folder / finding).mkdir(parents=True, exist_ok=True)
-        picture.resize((512, 512), Image.Resampling.BICUBIC).save(folder / finding / f"p{seed:05}.png")
+        picture.save(folder / finding / f"p{seed:05}.png")
 
 
 def prepare(source: Path, work: Path) -> list[str]:

@@ -32,10 +32,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):
         train.run(config, Path(folder) / "run", Path(folder) / "data")
 
-    print("\n" + harness.header("step", "resident, MiB"))
-    for tenth in range(1, 11):
-        step = max(logged for logged in memory if logged <= max(steps * tenth // 10, min(memory)))
-        print(harness.row(step, f"{memory[step]:.1f}"))
+    tenths = [max(steps * tenth // 10, min(memory)) for tenth in range(1, 11)]
+    shown = [max(step for step in memory if step <= end) for end in tenths]
+    print("\n" + harness.table(("step", "resident, MiB"), [(step, f"{memory[step]:.1f}") for step in shown]))
 
 
 if __name__ == "__main__":

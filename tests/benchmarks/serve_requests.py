@@ -1,7 +1,6 @@
-"""Valid and malformed requests for `serve_load`, and runs with random weights."""
+"""Valid and malformed requests for `serve_load`."""
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lungjax.datasets.phantom.slices import CLASSES
 from tests.benchmarks import harness
 
 sys.path += [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/serve")]
@@ -41,8 +39,7 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).astype(int)]
         return [Image.open(path).convert("L").resize((SIDE, SIDE)) for path in chosen]
-    drawn = (harness.phantom(CLASSES[seed % len(CLASSES)], seed)[0] for seed in range(count))
-    return [Image.fromarray(image).resize((SIDE, SIDE)) for image in drawn]
+    return [harness.phantom(seed)[1] for seed in range(count)]
 
 
 def scan(picture: Image.Image, **tags: Any) -> bytes:
@@ -98,27 +95,3 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
         ],
         "slow body": [request(slowly, "image/png", Content_Length="900")],
     }  # fmt: skip
-
-
-def random_run(name: str, folder: Path, images: list[Image.Image]) -> str:
-    """Writes a run with random weights, which is as fast as a trained run; returns its folder."""
-    from lungjax import models
-    from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, overrides
-    from lungjax.config.metadata import Metadata
-    from lungjax.evaluation import novelty
-    from lungjax.runtime import checkpoint
-    from lungjax.training import state
-
-    workdir, classes = folder / name, ("Normal", "Pneumonia", "COVID-19")
-    size = InputSpec(size=(224, 224), channels=1, mean=(0.4,) * 3, std=(0.3,) * 3)
-    config = Config(name=name, data=DataConfig(dataset="phantom_ct"), input=size, model=ModelConfig(name=name))
-    variables = state.init(models.build(config.model, len(classes)), (224, 224, 3), 0)
-    best = state.TrainState(np.asarray(1), np.asarray(0), variables["params"], variables["batch_stats"], {})
-    workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text(overrides.to_json(config))
-    (workdir / "data.json").write_text(json.dumps({"classes": classes, "fingerprint": ""}))
-    extra = {"novelty": novelty.fit(images, images[:8], []).to_dict(), "about": {"best_step": 1, "fingerprint": ""}}
-    (workdir / "model.json").write_text(Metadata(name, classes, size, "phantom_ct", **extra).to_json())
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(best, {"step": 1, "best_step": 1}, best=True)
-    return str(workdir)

@@ -165,7 +165,7 @@ def torch(network: str) -> Framework:
         optimizer.step()
         return loss
 
-    seconds, _ = harness.timed(lambda: advance().item())
+    seconds = harness.timed(lambda: advance().item())
     versions = f"torch {torch.__version__}"
     if network in TIMM:
         versions += f", timm {sys.modules['timm'].__version__}"
@@ -183,7 +183,7 @@ def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dic
         float(loss)  # waits for the step
 
     run(1)
-    steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))[0]))
+    steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))))
 
     def turn() -> dict[str, float]:
         watch = harness.Watch()
