@@ -27,3 +27,15 @@ def run(command, *arguments, positional=()) -> int:
             delattr(flags.FLAGS, name)
         flags.FLAGS.mark_as_parsed()
     return 0
+
+
+def assert_errors(capsys, command, cases, positional=()) -> None:
+    """Asserts that each (arguments, exit code, words) prints the words, without a traceback.
+
+    A wrong value (code 2) is reported in one line, the last one; wrong usage (code 1) after the help of the command.
+    """
+    for arguments, code, words in cases:
+        assert run(command, *arguments, positional=positional) == code, arguments
+        output = capsys.readouterr()
+        assert words in output.out + output.err and "Traceback" not in output.err, (arguments, output)
+        assert code == 1 or output.err.splitlines()[-1].startswith("lungjax: "), arguments

@@ -73,7 +73,7 @@ def test_command_without_tensorflow_and_jax(folder, tmp_path):
 def test_invalid_commands(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (folder / "train/a/b.png").write_bytes((folder / "train/a/000.png").read_bytes()[:150])
-    for arguments, code, word in (
+    cases = (
         (["--source=in"], 1, "--dataset=NAME"),
         (["--dataset=foldr", "--source=in"], 2, "did you mean folder"),
         (["--dataset=folder", "--source=none"], 2, "--source=none"),
@@ -82,11 +82,8 @@ def test_invalid_commands(folder, tmp_path, monkeypatch, capsys):
         (["folder"], 1, "'folder'"),
         (["--dataset=folder", "--source=in"], 2, "b.png: damaged"),
         (["--dataset=folder", "--source=in", "--data_dir=in/train/a/000.png"], 2, "in/train/a/000.png"),
-    ):
-        assert commands.run(prepare, *arguments) == code, arguments
-        output = capsys.readouterr()
-        assert word in output.out + output.err
-        assert code == 1 or output.err.splitlines()[-1].startswith("lungjax: ")
+    )
+    commands.assert_errors(capsys, prepare, cases)
     assert_nothing_opens(tmp_path)
     assert cli.read_window("-160, 240.5") == (-160, 240.5)
     for text in ("9,5", "5,5", "1,2,3", "a,b", "nan,3"):

@@ -10,10 +10,6 @@ from lungjax import runs
 from lungjax.evaluation import metrics, predictions
 
 
-def run(*arguments):
-    return commands.run(runs, *arguments, positional=("[DIR]",))
-
-
 def test_list(tmp_path, trained_run, capsys):
     """A finished run, one that was interrupted before its report, one with a damaged configuration, and others."""
     for name in ("finished", "group/interrupted", "damaged"):
@@ -25,7 +21,7 @@ def test_list(tmp_path, trained_run, capsys):
     (interrupted / "report.json").unlink()
     first = json.dumps({"step": 1, "epoch": 0.5, "val.slice.auc_macro": 0.75})
     (interrupted / "metrics.jsonl").write_text(first + "\n")
-    assert run(tmp_path, f"--plot={tmp_path / 'curves.png'}") == 0
+    assert commands.run(runs, tmp_path, f"--plot={tmp_path / 'curves.png'}", positional=("[DIR]",)) == 0
     lines = capsys.readouterr().out.splitlines()
     finished, stopped = (next(line for line in lines if line.startswith(n)) for n in ("finished", "group"))
     test = predictions.read(trained_run.workdir / "predictions_test.csv")
@@ -41,6 +37,5 @@ def test_list(tmp_path, trained_run, capsys):
 
 
 def test_mistakes(tmp_path, capsys):
-    for argument, hint in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no runs")):
-        assert run(argument) == 2
-        assert hint in capsys.readouterr().err
+    cases = ([tmp_path / "nowhere"], 2, "no such folder"), ([tmp_path], 2, "no runs")
+    commands.assert_errors(capsys, runs, cases, positional=("[DIR]",))

@@ -28,12 +28,10 @@ def test_taken_port_and_foreign_address():
 
 
 def test_usage_errors(monkeypatch, capsys, tmp_path):
-    assert commands.run(serve) == 1 and "--model" in "".join(capsys.readouterr())
-    assert commands.run(serve, f"--model={tmp_path}", "--port=0") == 2
-    assert "no trained run" in capsys.readouterr().err
+    cases = ([], 1, "--model"), ([f"--model={tmp_path}", "--port=0"], 2, "no trained run")
+    commands.assert_errors(capsys, serve, cases)
     monkeypatch.setattr(serve, "PACKAGES", ("json", "no_such_package"))
-    assert commands.run(serve, "--model=runs/mine") == 2
-    assert "no_such_package" in capsys.readouterr().err
+    commands.assert_errors(capsys, serve, [(["--model=runs/mine"], 2, "no_such_package")])
 
 
 def test_tokens(tmp_path, monkeypatch):

@@ -343,13 +343,13 @@ def test_runs_pooled_over_seeds(trial, options, capsys):
 def test_command(tmp_path, capsys):
     assert commands.run(command, "--list") == 0
     assert "ct_cov19_val\n" in capsys.readouterr().out
-    for arguments, word in (
-        (["--table=ct_cov19_vl"], "ct_cov19_val"),
-        (["--table=ct_cov19_val"], "--workdir"),
-        (["--table=nccid_val", f"--workdir={tmp_path / 'w'}", "--set=optim.lrr=1"], "optim.lr"),
-    ):
-        assert commands.run(command, *arguments) in (1, 2)
-        output = capsys.readouterr()
-        assert word in output.out + output.err and not (tmp_path / "w").exists()
-    assert commands.run(command, "--table=nccid_val", f"--workdir={tmp_path / 'w'}", "--seeds=1") == 0
+    workdir = f"--workdir={tmp_path / 'w'}"
+    cases = (
+        (["--table=ct_cov19_vl"], 2, "ct_cov19_val"),
+        (["--table=ct_cov19_val"], 1, "--workdir"),
+        (["--table=nccid_val", workdir, "--set=optim.lrr=1"], 2, "optim.lr"),
+    )
+    commands.assert_errors(capsys, command, cases)
+    assert not (tmp_path / "w").exists()
+    assert commands.run(command, "--table=nccid_val", workdir, "--seeds=1") == 0
     assert "0.9804" in capsys.readouterr().out and (tmp_path / "w/tables/nccid_val.md").is_file()
