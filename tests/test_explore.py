@@ -123,16 +123,15 @@ def test_command_errors(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    for arguments, word in (
-        (["--dataset=foldr"], "did you mean folder"),
-        (["--dataset=folder/other"], "not prepared"),
-        (["--dataset=folder/mine", "--augment=none,nccd"], "did you mean nccid"),
-        (["--dataset=folder/mine", "--augment=covidnet_ct"], "masks"),
-        (["--dataset=folder/mine", "--out=full"], "not empty"),
-    ):
-        assert commands.run(explore, f"--data_dir={prepared}", *arguments) == 2
-        output = capsys.readouterr().err
-        assert len(output.splitlines()) == 1 and output.startswith("lungjax: ") and word in output
+    data, mine = f"--data_dir={prepared}", "--dataset=folder/mine"
+    cases = (
+        ([data, "--dataset=foldr"], 2, "did you mean folder"),
+        ([data, "--dataset=folder/other"], 2, "not prepared"),
+        ([data, mine, "--augment=none,nccd"], 2, "did you mean nccid"),
+        ([data, mine, "--augment=covidnet_ct"], 2, "masks"),
+        ([data, mine, "--out=full"], 2, "not empty"),
+    )
+    commands.assert_errors(capsys, explore, cases)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
 
 
@@ -147,31 +146,6 @@ def test_shortcut_baseline():
     alone = np.array([6, 8, 10])  # a key that train lacks is at chance
     assert statistics.guess(keys, labels, train, alone, 2) == pytest.approx(((1 + 0.5) / 2 + 1) / 2)
     assert statistics.guess(keys, labels, train, np.array([6]), 2) is None
-
-
-def test_spread_over_sources_and_groups(small_data):
-    sources = np.asarray(["big"] * 50 + ["small"] * 4 + ["tiny"] * 6)
-    data = replace(small_data, columns=small_data.columns | {"source": sources})
-    rows = statistics.spread(np.arange(60), data, 12, np.random.default_rng(1))
-    assert len(set(rows)) == 12
-    assert sorted(sources[rows[:3]]) == ["big", "small", "tiny"]
-    assert [int((sources[rows] == s).sum()) for s in ("big", "small", "tiny")] == [4, 4, 4]
-    assert len(set(data.columns["group"][[r for r in rows if sources[r] == "big"]])) == 4
-    assert rows == statistics.spread(np.arange(60), data, 12, np.random.default_rng(1))
-    assert sorted(statistics.spread(np.arange(5), data, 12, np.random.default_rng(1))) == [0, 1, 2, 3, 4]
-
-
-def test_copies(small_data):
-    n = len(small_data.columns["label"])
-    pixels, split = np.arange(n).astype(str), small_data.columns["split"].copy()
-    pixels[[3, 20, 50]], split[3] = "same", ""
-    columns = small_data.columns | {"split": split, "split_study": np.full(n, ""), "pixels": pixels}
-    data = replace(small_data, columns=columns)
-    pairs = statistics.copies(data)
-    assert pairs.tolist() == [[20, 50], [20, 3]]
-    worst, across, labels = statistics.worst_first(pairs[::-1], data)
-    assert across == 1 and labels == 1  # rows 3, 20 and 50 have the labels 0, 2 and 2
-    assert worst.tolist() == [[20, 3], [20, 50]]
 
 
 def test_tiles(tmp_path):

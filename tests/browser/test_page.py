@@ -342,26 +342,6 @@ def test_token_and_synthetic_data_warning(opened, trained, files, tmp_path):
         assert TOKEN not in page.evaluate("document.documentElement.outerHTML + location.href")
 
 
-def test_layout_stability(opened, service, files):
-    page = opened(
-        service,
-        """const real = window.fetch;
-        window.fetch = async (path, options) => {
-          while (path.startsWith("explain") && !window.go) await new Promise((done) => setTimeout(done, 20));
-          return real(path, options);
-        };""",
-    )
-    drop(page, files["slice"])
-    for size in (PHONE, DESK):
-        page.set_viewport_size(size)
-        before = page.locator(".card").bounding_box()["height"]
-        expect(page.locator(".controls input").first).to_be_disabled()
-    page.evaluate("go = true")
-    wait_for_map(page)
-    assert page.locator(".card").bounding_box()["height"] == before
-    expect(page.locator(".controls input").first).to_be_enabled()
-
-
 def test_screen_sizes(opened, service, files):
     page = opened(service)
     ready(page)

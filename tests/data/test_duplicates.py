@@ -96,27 +96,6 @@ def test_bound_on_equal_hashes():
     assert duplicates.near_pairs(hashes, np.zeros(n, int)).note == ""  # one group: nothing is lost
 
 
-def test_alternating_groups_of_equal_hashes(monkeypatch):
-    monkeypatch.setattr(duplicates, "MAX_COPIES", 3)
-    hashes = np.array([9] * 50 + [9, 8], np.uint64)
-    pairs = duplicates.near_pairs(hashes, np.array([1] * 50 + [2, 3])).pairs.tolist()
-    assert [50, 51] in pairs  # not crowded out by the fifty of group 1
-
-
-def test_notes_on_search_limits(monkeypatch):
-    band = np.uint64(sum(1 << bit for bit in range(0, 64, 5)))
-    hashes = np.random.default_rng(0).integers(1, 2**64 - 1, 2000, dtype=np.uint64) & ~band
-    assert duplicates.near_pairs(hashes, np.arange(2000), 4).note == ""
-    monkeypatch.setattr(duplicates, "MAX_PARTNERS", 500)
-    near = duplicates.near_pairs(hashes, np.arange(2000), 4)
-    assert f"{sum(max(2000 - 1 - i - 500, 0) for i in range(2000)):,} comparisons" in near.note
-    close = np.uint64(1) << np.arange(64, dtype=np.uint64)  # each 2 bits from each other
-    assert len(duplicates.near_pairs(close, np.arange(64), 2).pairs) == 64 * 63 // 2
-    monkeypatch.setattr(duplicates, "MAX_PAIRS", 1000)
-    near = duplicates.near_pairs(close, np.arange(64), 4)
-    assert len(near.pairs) <= 1000 and "stopped" in near.note
-
-
 def test_likeness():
     pictures = [chest(seed) for seed in range(6)]
     changes = [*COPIES, lambda a: a[6:-6, 6:-6], lambda a: a[8:-8, 14:-8]]

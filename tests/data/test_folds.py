@@ -68,16 +68,6 @@ def test_complete_and_disjoint_folds():
     assert max(sizes) - min(sizes) <= 9, "the largest group"
 
 
-def test_linked_groups():
-    rows = [(0, "a", "train", "1"), (0, "b", "val", "2"), (0, "b", "test", "3"), (0, "c", "test", "4"),
-            (0, "d", "train", "5"), (0, "e", "", "6"), (0, "f", "train", "7"), (0, "e", "", "4")]  # fmt: skip
-    used = np.array([0, 1, 2, 3, 4, 6])
-    # Pairs link a with b, and b with c through a copy of 3 in no split; d and f are linked only by e, in no split.
-    near = np.array([(0, 1), (2, 7), (4, 5), (5, 6)])
-    assert folds.linked_groups(table(rows), used, near).tolist() == ["a", "a", "a", "a", "d", "f"]
-    assert folds.linked_groups(table(rows), used, NONE).tolist() == ["a", "b", "b", "c", "d", "f"]
-
-
 def test_folds_independent_of_seed_and_order():
     data = random_table()
     before = data.columns["split"].copy()

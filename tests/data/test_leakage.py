@@ -102,23 +102,6 @@ def test_leaks():
     assert test.endswith("exact copies in val: 1")
 
 
-def test_worst_pairs_first():
-    files = ["f.png", "e.png", "d.png", "c.png", "b.png", "a.png", "out.png", "g.png"]
-    labels = ["ill", "ill", "well", "ill", "ill", "ill", "well", "ill"]
-    pixels = ["1", "1", "2", "3", "3", "3", "3", "4"]
-    members = {"train": [0, 1, 2, 3, 4, 4], "val": [5], "test": [5, 7]}
-    near = np.array([(0, 2), (1, 7), (0, 4), (5, 6)])
-    pairs = [
-        "d.png (train, well) ~ f.png (train, ill)",
-        "a.png (val+test, ill) = b.png (train, ill)",
-        "e.png (train, ill) ~ g.png (test, ill)",
-        "e.png (train, ill) = f.png (train, ill)",
-        "b.png (train, ill) ~ f.png (train, ill)",
-    ]
-    assert leakage.pairs_named(members, files, labels, pixels, near) == pairs
-    assert leakage.pairs_named({}, files, labels, pixels, near) == []
-
-
 picture = functools.partial(chest, size=120, vessels=60)
 
 
@@ -142,11 +125,3 @@ def test_cross():
     assert (other["exact"], other["near"], other["examples"]) == ([0, 0], [0, 0], [])
     turned = leakage.cross(one, replace(two, volumes={"orientation": "rotated"}))
     assert "180" in turned["note"] and turned["lines"][-1] == turned["note"]
-
-
-def test_cross_with_both_kinds_of_pairs():
-    pictures, names = [picture(s) for s in range(30)], [f"{s:02}" for s in range(30)]
-    one = data_set("one", names, names, names, pictures)
-    cropped = pictures[:27] + [image[2:-2] for image in pictures[27:]]
-    examples = leakage.cross(one, data_set("two", names, names, [*names[:27], *"xyz"], cropped))["examples"]
-    assert len(examples) == 20 and examples[-3:] == ["27 ~ 27", "28 ~ 28", "29 ~ 29"]

@@ -160,16 +160,6 @@ def test_single_compressed_slice_without_position(tmp_path):
     assert "single slice" in sort([path]).flaw
 
 
-def test_cached_volume(tmp_path):
-    paths = scans.series(tmp_path, scans.body())
-    series = sort(paths)
-    first = dicom.cut(series.headers, series.step, "coronal", 1, WIDE)
-    for path in paths[1:]:
-        (tmp_path / path).unlink()
-    assert dicom.cut(series.headers, series.step, "coronal", 1, WIDE) == first
-    picture(paths[0])  # a slice requires only its own file
-
-
 def test_inconsistent_series(tmp_path):
     for change, word in (
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, r"IM0\d+.dcm and .*IM0\d+.dcm .*orientations"),
@@ -282,13 +272,6 @@ def test_invalid_options():
     ):
         with pytest.raises(ValueError, match=word):
             volumes.check_options(*options)
-
-
-def test_salted_pseudonyms():
-    name = volumes.pseudonym("ID-4711", "secret")
-    assert len(name) == 12 and set(name) <= set("0123456789abcdef") and name == volumes.pseudonym("ID-4711", "secret")
-    others = {volumes.pseudonym("ID-4711", salt) for salt in ("", "secret", "x" * 100, "x" * 101)}
-    assert len(others | {volumes.pseudonym("ID-4712", "secret")}) == 5
 
 
 def test_missing_package(tmp_path, monkeypatch):

@@ -172,8 +172,9 @@ def test_lookup(tmp_path, monkeypatch, capsys):
     assert commands.run(prepare, *command, "--lookup=series-1/0000") == 2 and ".patient_salt" in capsys.readouterr().err
     options = PrepareOptions(position="mid", modality="xray")  # overrides the mixture of CT and X-ray
     datasets.write("folder", tmp_path / "in", tmp_path / "data", options, quiet=True)
-    assert datasets.open_dataset("folder", tmp_path / "data").modality == "xray"
+    assert (tmp_path / "data/.patient_salt").stat().st_mode & 0o777 == 0o600  # a secret
     data = datasets.open_dataset("folder", tmp_path / "data")
+    assert data.modality == "xray"
     for i, name in enumerate(data.columns["file"].tolist()):
         assert commands.run(prepare, *command, f"--lookup={name}") == 0
         path, _, frame = capsys.readouterr().out.strip().partition("#frame-")

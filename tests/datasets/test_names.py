@@ -54,16 +54,6 @@ def test_missing_data_set(tmp_path):
         datasets.write("phantom_ct/tiny", tmp_path, tmp_path / "data", PrepareOptions())
 
 
-def test_salt_of_patient_ids(tmp_path):
-    salts = {datasets._salt(tmp_path) for _ in range(3)}
-    assert len(salts) == 1 and len(salts.pop()) == 32
-    assert [p.name for p in tmp_path.iterdir()] == [".patient_salt"]
-    assert (tmp_path / ".patient_salt").stat().st_mode & 0o777 == 0o600
-    (tmp_path / ".patient_salt").write_text("")
-    with pytest.raises(ValueError, match="salt"):
-        datasets._salt(tmp_path)
-
-
 def test_help_pages(capsys, monkeypatch):
     for name, entry in datasets.DATASETS.items():
         page = datasets.help_text(name)

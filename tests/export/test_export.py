@@ -30,7 +30,6 @@ from lungjax.export import __main__ as export
 from lungjax.export import stablehlo, triton
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
-from lungjax.runtime import files
 
 SPEC = InputSpec(
     size=(24, 32), channels=1, crop="center", crop_size=(60, 80), interpolation="lanczos",
@@ -275,19 +274,6 @@ def test_removal_of_a_wrong_export(small, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pyz"] and (tmp_path / "model.pyz").read_bytes() == b"old"
 
 
-def test_atomic_folder(tmp_path):
-    place = tmp_path / "out"
-    for name in ("one", "two"):
-        with files.atomic_folder(place, "mark") as new:
-            (new / name).write_text("")
-            (new / "mark").write_text("")
-    with pytest.raises(KeyError), files.atomic_folder(place, "mark"):
-        raise KeyError
-    with pytest.raises(ValueError, match="another"), files.atomic_folder(place, "another"):
-        pass
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/mark", "out/two"]
-
-
 def test_command(trained_run, tmp_path, capsys):
     assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
     assert re.search(r"model\.pyz: \d\.\d MiB in \d+ s; relative .* \de[-+]0\d; \d+\.\d ms", capsys.readouterr().out)
@@ -305,15 +291,14 @@ def test_command_errors(monkeypatch, tmp_path, capsys):
     for module in ("onnx", "jax2onnx", "tensorflow"):
         monkeypatch.setitem(sys.modules, module, None)
     given = f"--workdir={tmp_path}"
-    for flags, code, word in (
+    cases = (
         ([], 1, "give --workdir=RUN"), ([given, "--format="], 1, "--format is empty"),
         ([given, "--format=onx"], 2, "did you mean onnx"), ([given], 2, "no trained run"),
         (["--refresh=old.pyz"], 1, "--out=DIR"), ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),
         ([given, "--format=savedmodel"], 2, "needs the package tensorflow"),
-    ):  # fmt: skip
-        assert commands.run(export, *flags) == code
-        assert word in "".join(capsys.readouterr())
+    )  # fmt: skip
+    commands.assert_errors(capsys, export, cases)
     assert not list(tmp_path.iterdir())
 
 

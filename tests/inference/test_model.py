@@ -1,4 +1,4 @@
-"""`lungjax.load`: the numbers in the report, batches of any size, and errors. tests/export tests exports."""
+"""`lungjax.load`: features, maps, batches of any size, and errors; tests/test_predict.py has the predictions."""
 
 import json
 import shutil
@@ -9,29 +9,15 @@ import jax
 import numpy as np
 import pytest
 from brightness import brightness
-from scipy import special
 
 import lungjax
 from lungjax.config import InputSpec, metadata
-from lungjax.evaluation import predictions
 from lungjax.explain.saliency import Explainer
 
 
 @pytest.fixture(scope="module")
 def model(trained_run):
     return lungjax.load(trained_run.workdir)
-
-
-def test_predictions_of_the_report(model, trained_run):
-    assert model.metadata.classes == trained_run.classes and model.format == "run"
-    saved = predictions.read(trained_run.workdir / "predictions_test.csv")
-    paths = [trained_run.images / name for name in saved.ids]
-    np.testing.assert_allclose(model.logits(paths), saved.logits, atol=1e-5)
-    expected = special.softmax(saved.logits / model.metadata.temperature, axis=1)
-    probabilities = model.predict(paths)
-    assert probabilities.dtype == np.float32
-    np.testing.assert_allclose(probabilities, expected, atol=2e-6)
-    np.testing.assert_allclose(model.predict(str(paths[0])), probabilities[:1], atol=2e-6)
 
 
 def test_features_and_explain(model):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import small_bn
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 from random_weights import random_images, random_variables
 from shallow import SHALLOW
 
@@ -14,7 +13,6 @@ from lungjax.config import HeadConfig
 from lungjax.models import batch_norm_folding, trees
 from lungjax.models.layers import BatchNorm, Conv
 from lungjax.models.ops import conv
-from lungjax.runtime import mesh as meshes
 
 SHAPE = (36, 36, 3)
 BN_HEAD = HeadConfig(norm_before_pool="batch", norm_after_pool="batch", hidden=(8,))
@@ -114,19 +112,3 @@ def test_float32_folding_of_bfloat16_networks():
     # As close to the float32 network as the plain one is.
     errors = [rms(np.float32(result[1]["last"]) - expected[1]["last"]) for result in (plain, folded)]
     assert errors[0] > 1e-3 * rms(expected[1]["last"]) and errors[1] < 1.1 * errors[0]
-
-
-def test_sharding_of_folded_variables():
-    mesh = meshes.make_mesh()
-    module = small_bn()(outputs=3)
-    sharded = NamedSharding(mesh, PartitionSpec(None, None, None, "data"))
-    replicated = meshes.replicated(mesh)
-    variables = random_variables(module, SHAPE)
-    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded if leaf.ndim == 4 else replicated), variables)
-    network = batch_norm_folding.FoldedModel(module, variables, SHAPE)
-    folded = network.fold(placed)
-    for leaf in trees.flatten(folded).values():
-        assert leaf.sharding == (sharded if leaf.ndim == 4 else replicated)
-    assert jax.tree.structure(network.layout(placed)) == jax.tree.structure(folded)
-    for path, leaf in trees.flatten(network.fold(variables)).items():  # numpy arrays, as from a checkpoint
-        np.testing.assert_allclose(leaf, trees.flatten(folded)[path], rtol=1e-6, err_msg=path)

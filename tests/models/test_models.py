@@ -226,11 +226,6 @@ def test_names_of_unavailable_options():
             models.minimum_size(config)
 
 
-def test_one_compiled_program_of_equal_builds():
-    one, equal, other = (models.build(ModelConfig(name="efficientnetv2_s"), classes) for classes in (3, 3, 4))
-    assert one == equal != other and hash(one) == hash(equal)  # keys of jit's cache
-
-
 def test_linear_rise_of_drop_path():
     """The rates rise from 0 to the given rate in ConvNeXt, and to (n - 1) / n of it over n blocks in EfficientNet."""
     efficientnet = models.build(ModelConfig(name="efficientnetv2_b1", drop_path=0.27), 3)

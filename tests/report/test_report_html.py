@@ -166,19 +166,6 @@ def test_mistakes(run, page, saved):
     assert [row[1:] for row in page.table("image (test)")[1:]] == cells
 
 
-def test_heat_map_overlay(tmp_path):
-    row, dark, heat = plots.choose_examples(make(), 1)[1], np.zeros((1, 64, 64, 1), np.uint8), np.zeros((1, 64, 64))
-    heat[:, :, 32:] = 1
-    plots.mistakes(make(), row, dark, heat, tmp_path / "m.png")
-    with Image.open(tmp_path / "m.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    middle = pixels[pixels.shape[0] // 3]
-    assert (middle[len(middle) // 4] == 0).all()  # the image without the map
-    # Half of the ends of viridis, (68, 1, 84) and (253, 231, 37).
-    np.testing.assert_allclose(middle[int(len(middle) * 0.6)], (34, 0, 42), atol=3)
-    np.testing.assert_allclose(middle[int(len(middle) * 0.9)], (126, 115, 18), atol=3)
-
-
 def test_ct_slices_and_other_images(run, page, saved):
     slices = render_page(run, saved | {"unit": "slice"}, CONFIG, summary())
     for noun, here, other in (("image", page, "per slice"), ("slice", slices, "per image")):
@@ -226,9 +213,3 @@ def test_other_splits(run, saved):
     folds = render_page(run, saved, config, summary(), ABOUT)
     assert "fold 2 (counted from 0) is the test split" in folds.text and "One fold of a cross-validation" in folds.text
     assert "have a counterpart in train" not in page.text + folds.text
-
-
-def test_figure_in_another_format(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"<svg>" * 9)
-    with pytest.raises(OSError, match="a.png"):
-        templating.embed(tmp_path / "a.png", "caption")

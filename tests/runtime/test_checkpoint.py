@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import tempfile
-import threading
 from unittest.mock import Mock
 
 import jax
@@ -89,34 +88,6 @@ def test_save_of_donated_buffers(tmp_path):
         jax.block_until_ready(current)
         restored, _ = checkpoints.restore(abstract(shape=(1024, 1024)))
     assert int(restored.step) == 1 and kernel(restored) == 1 and kernel(restore_best(tmp_path)[0]) == 1
-
-
-def test_asynchronous_save_with_best_first(tmp_path, monkeypatch):
-    commit, gate, order = checkpoint._commit, threading.Event(), []
-
-    def slow_commit(folder, step):
-        assert gate.wait(60)
-        order.append((folder.name, step))
-        commit(folder, step)
-
-    monkeypatch.setattr(checkpoint, "_commit", slow_commit)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(1), {}, best=True)
-        assert newest(tmp_path, "last") is None
-        second = threading.Thread(target=lambda: checkpoints.save(make(2), {}))
-        second.start()
-        second.join(0.2)
-        assert second.is_alive() and not order
-        gate.set()
-        second.join(60)
-    assert order == [("best", 1), ("last", 1), ("last", 2)]
-
-
-def test_second_save_of_a_step(workdir):
-    with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(make(8, value=0.0), {}, best=True)
-        restored, _ = checkpoints.restore(abstract())
-    assert kernel(restored) == kernel(restore_best(workdir)[0]) == 0 and folders(workdir, "last") == ["4", "8"]
 
 
 def damage(path, kind: str) -> None:

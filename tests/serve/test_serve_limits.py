@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import socket
-import threading
 import time
 
 import numpy as np
@@ -13,7 +12,6 @@ from folders import encoded
 from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
 from test_uploads import SECRETS, picture, scan, secret, written
 
-from lungjax.serve import app as serve_app
 from lungjax.serve import protocol, uploads
 from lungjax.serve.settings import Settings
 
@@ -150,19 +148,6 @@ def test_host_names_of_a_public_service():
     with running(host="0.0.0.0", names=("scanner.example",)) as service:
         hosts = ("10.0.0.7:8000", "scanner.example", "evil.example")
         assert [service.ask("GET", "/model", host=host)[0] for host in hosts] == [200, 200, 421]
-
-
-def test_memory_after_uploads(monkeypatch):
-    """The uploads are large files and a small file that decodes to a large image."""
-    for limit, requests in ((2000, [np.random.default_rng(0).bytes(600)] * 4), (2**22, [flat(100, (2100, 2100))])):
-        trimmed = threading.Event()
-        monkeypatch.setattr(serve_app, "trim_memory", trimmed.set)
-        monkeypatch.setattr(serve_app, "TRIM_BYTES", limit)
-        with running() as service:
-            for data in requests:
-                assert not trimmed.is_set()
-                service.post("/predict", ("a", data))
-            assert trimmed.wait(5)
 
 
 def test_no_trace_of_uploads(caplog, capfd):

@@ -14,15 +14,6 @@ from lungjax.data.prepared import BODY_SIDE
 from lungjax.runtime import mesh as meshes
 from lungjax.training import aot_compile
 
-# Parts of TPU programs: one all-gather in two fusions, an asynchronous one, and a tuple of two types.
-HLO = """
-  ROOT %gather.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, dimensions={1}
-  ROOT %gather.2 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, dimensions={1}
-  %both = (f32[250000]{0:S(1)}, bf16[500,1000]{1,0:T(8,128)(2,1)}) all-reduce(%cut, %a), channel_id=2
-  %reduce = f32[250000]{0} all-reduce-start(%c), channel_id=3, to_apply=%s
-  %done = f32[250000]{0} all-reduce-done(%reduce)
-"""
-
 
 def test_choices_for_an_unknown_topology():
     generations = "v4, v5e, v5p, v6e"
@@ -39,14 +30,6 @@ def test_missing_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
         aot_compile.compile_for(Config(), "v5e:4x4", tmp_path)
-
-
-def test_collectives_of_a_program():
-    assert dict(aot_compile.count_collectives(HLO)) == {
-        "all-reduce": "2 in the program of each chip: 1.0 MB of bf16, 2.0 MB of f32",
-        "all-gather": "1 in the program of each chip: 0.0 MB of bf16",
-    }
-    assert dict(aot_compile.count_collectives("")) == {"collectives": "none"}
 
 
 def test_memory_advice():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import commands
 import numpy as np
 import pytest
-from folders import CONFIG, encoded, prepare, rows
+from folders import encoded, prepare, rows
 from PIL import Image
 
 from lungjax import datasets, main
@@ -256,25 +256,12 @@ def test_mapped_probabilities():
 
 
 def test_incompatible_flags(tmp_path, capsys):
-    for arguments, code, hint in (
+    cases = (
         (["--dataset=x"], 1, "--mode=evaluate"),
         (["--dataset=x", "--mode=evaluate", "--folds=3"], 1, "--folds"),
         (["--label_map=a=b"], 1, "--label_map"),
         (["--split=all", "--experiment=phantom_demo"], 1, "--split"),
         (["--dataset=x", "--mode=evaluate", f"--workdir={tmp_path / 'nowhere'}"], 2, "no config.json"),
         (["--dataset=x", "--mode=evaluate"], 1, "--experiment=NAME"),
-    ):
-        assert commands.run(main, *arguments) == code, arguments
-        output = capsys.readouterr()
-        assert hint in output.out + output.err, arguments
-
-
-def test_notes_about_input_images(root):
-    data = datasets.open_dataset("folder/other", root / "data")
-    view = named(data, "test")
-    view.columns["box"] = data.columns["box"].copy()
-    view.columns["box"][view.rows("test")[0]] = (1, 1, 20, 20)
-    config, own = overrides.override(CONFIG, "input.crop=box"), replace(data, name="folder/mine-nobackg")
-    stage, boxes = external_test._notes(config, own, view)
-    assert "stage nobackg" in stage and "7 of 8 images have no box" in boxes
-    assert external_test._notes(CONFIG, data, view) == []
+    )
+    commands.assert_errors(capsys, main, cases)

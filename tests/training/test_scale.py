@@ -147,14 +147,6 @@ def test_out_of_memory_advice():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
-def test_sharding_of_large_arrays():
-    shapes = {"wide": (3, 3, 64, 4096), "odd": (3, 3, 1001, 257), "small": (8, 8), "scalar": ()}
-    abstract = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    shardings = meshes.state_sharding(abstract, MESH, shard=True)
-    specs = {name: tuple(sharding.spec) for name, sharding in shardings.items()}
-    assert specs == {"wide": (None, None, None, "data"), "odd": (), "small": (), "scalar": ()}
-
-
 def test_unreachable_hosts():
     for arguments, hint in (
         (("localhost:1", 2, None), "give all three"),

@@ -1,12 +1,11 @@
-"""Conversion accounts for every name on both sides and puts arrays into our layout."""
+"""Conversion accounts for every name on both sides."""
 
 import numpy as np
 import pytest
 
-from lungjax.weights.convert import SAME_NAMES, Rules, blocks, convert, numbered_blocks, target
+from lungjax.weights.convert import Rules, convert
 
 KERAS = Rules(layers=((r"(conv\d|bn|dense)", r"\1"), (r"odd(\d)", lambda match: f"conv{int(match[1]) + 1}")))
-TORCH = Rules(layers=((r"net\.(conv\d|bn|dense)", r"\1"),), torch=True)
 
 
 def numbers(*shape):
@@ -44,39 +43,3 @@ def test_fresh_and_optional_parameters():
     # A layer of the head in the file that our network lacks is no error either.
     body_shapes = {"conv1/kernel": (1, 1, 2, 3)}
     assert list(convert(tensors, KERAS, body_shapes, optional="^dense/")) == ["conv1/kernel"]
-
-
-def test_layout_of_kernels():
-    """A 1x1 convolution can become a dense layer; batch counters are skipped."""
-    conv, pointwise, counter = numbers(6, 2, 3, 5), numbers(5, 3, 1, 1), np.asarray(9)
-    tensors = {"net.conv1.weight": conv, "net.conv2.weight": pointwise, "net.bn.num_batches_tracked": counter}
-    result = convert(tensors, TORCH, {"conv1/kernel": (3, 5, 2, 6), "conv2/kernel": (3, 5)})
-    assert result["conv1/kernel"][2, 4, 1, 5] == conv[5, 1, 2, 4]
-    np.testing.assert_array_equal(result["conv2/kernel"], pointwise[:, :, 0, 0].T)
-    assert np.shares_memory(result["conv1/kernel"], conv)  # large files are not copied
-
-
-def test_rules():
-    rules = Rules(
-        layers=(
-            (r"conv1", "first"),
-            (r"conv\d", "other"),
-            blocks(r"stage(\d)_(\d)\.", {"0": "conv", "a.b": "bn"}, stage=1, block=-1, suffix="x?"),
-            numbered_blocks(r"block(?:_(\d+))?", {"": "conv", "_bn": "bn"}, (1, 2)),
-            numbered_blocks(r"from1_(\d)", {"": "conv"}, (1, 2), first=1),
-        ),
-        leaves=((r"conv1/odd", "first/kernel"),),
-        ignore=(r"mean/.*",),
-        special=((r"^first/kernel$", lambda array, shape: array[::-1].reshape(shape)),),
-    )
-    expected = {
-        "conv1/odd": "first/kernel", "conv1/bias": "first/bias", "conv2/bias": "other/bias", "mean/x": "",
-        "mean": None, "conv1/x": None, "stage1_2.a.b/gamma": "stage2_block1/bn/scale", "stage1_2.aab/gamma": None,
-        "stage0_3.0x/bias": "stage1_block2/conv/bias", "block/bias": "stage1_block1/conv/bias",
-        "block_2_bn/beta": "stage2_block2/bn/bias", "block_3/bias": None, "from1_0/bias": None,
-        "conv2/conv2_W_1": "other/kernel", "conv2/conv2_b_1": "other/bias",
-    }  # fmt: skip
-    assert {name: target(name, rules, 1) for name in expected} == expected
-    result = convert({"conv1/odd": numbers(4), "mean/x": numbers(9)}, rules, {"first/kernel": (2, 2)})
-    np.testing.assert_array_equal(result["first/kernel"], [[3, 2], [1, 0]])
-    assert target("a/b/kernel", SAME_NAMES, 4) == "a/b/kernel"
