@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,6 @@ def keep_freed_memory() -> None:
     from lungjax.runtime import environment
 
     environment.keep_freed_memory()
-
-
-@contextlib.contextmanager
-def folder(path: Path | None) -> Iterator[Path]:
-    """Yields `path`, or a temporary folder if it is None."""
-    with tempfile.TemporaryDirectory() as temporary:
-        yield path or Path(temporary)
 
 
 def phantom(seed: int) -> tuple[str, Any]:
@@ -193,11 +186,10 @@ def main() -> None:
     os._exit(0)  # exits without waiting for threads of libraries
 
 
-def ratio(values: Sequence[float], units: Sequence[float], digits: int = 2) -> str:
+def ratio(values: Sequence[float], units: Sequence[float]) -> str:
     """Returns the "median (lowest..highest)" of the ratios of each round."""
     ratios = [a / b for a, b in zip(values, units, strict=True)]
-    low, high = min(ratios), max(ratios)
-    return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -10,6 +10,7 @@ needs torch, numpy and Pillow; that of --tf_python needs tensorflow.
 import contextlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,7 +162,8 @@ def rate_table(turns: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     args = harness.parse(__doc__, source=Path, work=Path, torch_python="", tf_python="", drawn=1000, rounds=5)
-    with harness.folder(args.work) as work:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
         source = args.source or work / "drawn"
         if not source.exists():
             draw(source, args.drawn)
