@@ -16,6 +16,7 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.data import summary
+from lungjax.datasets import overlap
 from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
@@ -75,9 +76,7 @@ def main(_: list[str]) -> None:
         command += f" --data_dir={shlex.quote(str(data_dir))}"
         print(in_user_form(f"To {purpose}: python -m lungjax.main {command}"))
     if FLAGS.cross:
-        from lungjax.datasets.build import near_duplicates  # here: it imports TFDS
-
-        print(near_duplicates.cross(*(datasets.open_dataset(name, data_dir) for name in (FLAGS.dataset, FLAGS.cross))))
+        print(overlap.report(*(datasets.open_dataset(name, data_dir) for name in (FLAGS.dataset, FLAGS.cross))))
 
 
 def run() -> None:

@@ -17,7 +17,8 @@ from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing, complete_splits
 
-COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept unmodified
+BOX = ("xmin", "ymin", "xmax", "ymax")
+COLUMNS = ("path", "label", "split", "group", "source", *BOX)  # of labels.csv; others are kept unmodified
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
@@ -220,7 +221,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
             split=SPLIT_NAMES.get(split.lower(), ""),
             group=values.get("group", ""),
             source=values.get("source", ""),
-            box=_box([values.get(name, "") for name in prepared.BOX], where),
+            box=_box([values.get(name, "") for name in BOX], where),
             extra=tuple(values[name] for name in extra),
             where=where,
         )
@@ -245,12 +246,12 @@ def _check_columns(columns: Sequence[str], extra: Sequence[str], where: str) -> 
         raise ValueError(f"{where}: column {', '.join(repeated)} appears twice")
     if "" in columns:
         raise ValueError(f"{where}: a column has no name")
-    reserved = [name for name in extra if name in prepared.RESERVED]
+    reserved = [name for name in extra if name in prepared.COLUMNS]
     if reserved:
         raise ValueError(f"{where}: the column name {', '.join(reserved)} is reserved; rename it")
-    box = [name for name in prepared.BOX if name in columns]
+    box = [name for name in BOX if name in columns]
     if box and len(box) < 4:
-        raise ValueError(f"{where}: a box needs all of {', '.join(prepared.BOX)}, not only {', '.join(box)}")
+        raise ValueError(f"{where}: a box needs all of {', '.join(BOX)}, not only {', '.join(box)}")
 
 
 def _box(texts: Sequence[str], where: str) -> tuple[float, float, float, float] | None:

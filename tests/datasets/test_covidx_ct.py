@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lungjax import datasets
+from lungjax.data import prepared
 from lungjax.datasets import covidx_ct
 from lungjax.datasets.covidx_ct import patient
 
@@ -107,7 +108,7 @@ def test_bad_lines(tmp_path):
         table.write_text(original + line)
         with pytest.raises(ValueError, match=word):
             prepare(tmp_path, on_bad_image="skip")
-        assert not list((tmp_path / "data").rglob("index.csv"))
+        assert not list((tmp_path / "data").rglob(prepared.INDEX))
 
 
 def test_missing_files(tmp_path):

@@ -33,9 +33,9 @@ class ProcessedImage:
     pixels: str  # digest of the decoded original, or of its copy by Example.transform
     phash: int  # of the same image as the thumbnail; see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
-    mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
+    mean: float  # of the stored image, gray, 0..1; of its values, if it has 16 bits and no window
     std: float
-    raw: bool
+    deep: bool  # whether the image has 16 bits
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
@@ -79,11 +79,10 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         gray = images.gray(array)
         stored, box, *_ = preprocess.apply_stage(move(stored), box, "", options.size)
     original = stored is array and not deep and form in ("JPEG", "PNG")
-    raw = stored.dtype == np.uint16 and options.window is None
-    if stored.dtype == np.uint16 and options.window:
-        values = images.show(stored, options.window) / 255.0
+    if stored.dtype == np.uint16:
+        values = images.show(stored, options.window) / 255.0 if options.window else stored.astype(np.float64)
     else:
-        values = stored.astype(np.float64) if raw else images.gray(stored) / 255.0
+        values = images.gray(stored) / 255.0
     return ProcessedImage(
         data=data if original else images.encode(stored),
         width=stored.shape[1],
@@ -94,7 +93,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         thumbnail=duplicates.thumbnail(gray).tobytes(),
         mean=float(values.mean()),
         std=float(values.std()),
-        raw=raw,
+        deep=deep,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=np.packbits(body > 127).tobytes(),
         found=found,

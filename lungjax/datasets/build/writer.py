@@ -1,4 +1,4 @@
-"""Writes a data set: reads and checks every image once, and writes TFDS records, index.csv and the summary.
+"""Writes a data set: reads and checks every image once, and writes TFDS records, index and summary.
 
 The staging directory is renamed at the end, so an interrupted run leaves no incomplete data set, and an overwritten
 data set remains until the new one is complete. The next run resumes from the processed images of complete shards.
@@ -12,9 +12,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import sys
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from lungjax import __version__
-from lungjax.data import duplicates, prepared, summary
+from lungjax.data import duplicates, leakage, prepared, summary
+from lungjax.data.prepared import Prepared
 from lungjax.datasets import folder_volumes
-from lungjax.datasets.build import near_duplicates, staging, tfds_builder
+from lungjax.datasets.build import staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
@@ -50,13 +50,9 @@ class _Images:
     shard_folder: Path  # the processed images of complete shards, see `process_shard`
     bar: Any
     skipped: list[str]
-    examples: list[Example] = field(default_factory=list)  # stored ones, in order
-    columns: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the index
+    stored: list[tuple[Example, ProcessedImage]] = field(default_factory=list)  # in order, without image data
     unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
-    converted: Counter[str] = field(default_factory=Counter)  # images of modes that lose part of their content
-    deep: int = 0  # images with 16 bits
-    raw: list[int] = field(default_factory=list)  # rows whose mean and std are of 16-bit values
 
     def shards(self, examples: Sequence[Example], sizes: Sequence[int]) -> tfds_builder.Shards:
         """Returns one generator function per shard; TFDS calls them in order, one after the other."""
@@ -71,85 +67,55 @@ class _Images:
 
     def _shard(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
         with self.thumbnails.open("ab") as thumbnails:
-            for example, image in process_shard(examples, self.options, self.shard_folder):
+            for example, result in process_shard(examples, self.options, self.shard_folder):
                 self.bar.update()
-                if self._is_stored(example, image) and isinstance(image, ProcessedImage):
+                if image := self._accept(example, result):
                     thumbnails.write(image.thumbnail)
-                    self._add(example, image)
-                    yield len(self.examples) - 1, tfds_builder.record(example, image)
+                    if image.histogram is not None and example.split == "train":
+                        self.histogram += image.histogram
+                    self.stored.append((example, replace(image, data=b"", body=b"", thumbnail=b"", histogram=None)))
+                    yield len(self.stored) - 1, tfds_builder.record(example, image)
 
-    def _is_stored(self, example: Example, image: ProcessedImage | Problem) -> bool:
-        """Returns whether to store an image, and records bad ones. Raises ValueError if it can't be skipped."""
+    def _accept(self, example: Example, result: ProcessedImage | Problem) -> ProcessedImage | None:
+        """Returns an image to store; lists it if it is skipped. Raises ValueError if it can't be skipped."""
         line = f"{_place(example)}{example.file}"
-        if isinstance(image, Problem):
-            line += f": {image.text}"
-            if self.on_bad_image == "fail" or not image.skippable:
-                raise ValueError(line + (SKIP if image.skippable else ""))
+        if isinstance(result, Problem):
+            line += f": {result.text}"
+            if self.on_bad_image == "fail" or not result.skippable:
+                raise ValueError(line + (SKIP if result.skippable else ""))
             self.skipped.append(line)
-            return False
-        if not image.found:
+            return None
+        if not result.found:
             self.unstaged.append(example.file)
             if self.on_no_lung == "fail":
                 raise ValueError(f"{line}: no body or lung was detected; use --on_no_lung=keep or skip")
-        return image.found or self.on_no_lung == "keep"
+        return result if result.found or self.on_no_lung == "keep" else None
 
-    def _add(self, example: Example, image: ProcessedImage) -> None:
-        row = {
-            "file": example.file,
-            "label": self.listing.classes[example.label],
-            "split": example.split,
-            "split_study": example.study if self.listing.study else "",
-            "group": example.group,
-            "source": example.source,
-            "width": str(image.width),
-            "height": str(image.height),
-            **dict(zip(prepared.BOX, (f"{v:.9g}" for v in image.box), strict=True)),
-            "pixels": image.pixels,
-            "phash": f"{image.phash:016x}",
-            "mean": f"{image.mean:.5f}",
-            "std": f"{image.std:.5f}",
-            "found": str(int(image.found)),
-            **dict(zip(self.listing.extra, example.extra, strict=True)),
-        }
-        for name, text in row.items():
-            self.columns[name].append(sys.intern(text))  # few values differ in a set of 400,000 images
-        self.converted.update([image.conversion] if image.conversion else [])
-        if image.histogram is not None:
-            self.deep += 1
-            self.raw += [len(self.examples)] if image.raw else []
-            if example.split == "train":
-                self.histogram += image.histogram
-        self.examples.append(example)
-
-    def find_duplicates(self) -> tuple[np.ndarray, list[str], dict[str, Any]]:
-        """Sets the clean splits; returns near duplicates, notes, summary. Raises ValueError if train lacks a class."""
-        if not self.examples:
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns the columns of the index, with the initial splits. Raises ValueError if no image was stored."""
+        if not self.stored:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"no readable image{first}")
-        shape = (len(self.examples), duplicates.SIDE, duplicates.SIDE)
-        thumbnails = np.memmap(self.thumbnails, np.uint8, "r", shape=shape)
-        near, clean, notes, twins = near_duplicates.search(self.examples, self.columns, self.listing, thumbnails)
-        self.columns["split"] = clean
-        classes = self.listing.classes
-        rows = zip(self.columns["label"], clean, strict=True)
-        empty = set(classes) - {label for label, split in rows if split == "train"}
-        listed = {classes[example.label] for example in self.examples if example.split == "train"}
-        # With study splits, a warning suffices; a set without any training images is for tests.
-        if empty and listed and not (empty <= listed and self.listing.study):
-            lost = " once patients and images of later splits are removed" if empty & listed else ""
-            names = ", ".join(c for c in classes if c in empty)
-            raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
-        return near, notes, twins
+        examples, images = zip(*self.stored, strict=True)
+        study = [example.study if self.listing.study else "" for example in examples]
+        columns: dict[str, np.ndarray] = {}
+        for name, kind in prepared.COLUMNS.items():
+            source = images if hasattr(images[0], name) else examples
+            values = study if name == "split_study" else [getattr(one, name) for one in source]
+            columns[name] = np.asarray(values, kind)
+        extra = zip(*(example.extra for example in examples), strict=True)
+        return columns | {name: np.asarray(v, np.str_) for name, v in zip(self.listing.extra, extra, strict=True)}
 
-    def window(self) -> tuple[tuple[float, float] | None, list[str]]:
+    def window(self, columns: dict[str, np.ndarray]) -> tuple[tuple[float, float] | None, list[str]]:
         """Returns the window of the data set, and notes on it; scales mean and std of 16-bit images to it.
 
         Raises ValueError if a window is needed and can't be derived from the train split.
         """
         window = self.options.window
-        if not self.deep:
+        deep = np.array([image.deep for _, image in self.stored])
+        if not deep.any():
             return None, ["--window has no effect: no image has 16 bits"] if window else []
-        count = f"{self.deep} of {len(self.examples)} images have 16 bits"
+        count = f"{deep.sum()} of {len(deep)} images have 16 bits"
         if window:
             return window, [f"{count}; --window is {window[0]:g} to {window[1]:g}"]
         total = np.cumsum(self.histogram)
@@ -158,9 +124,8 @@ class _Images:
         low, high = (float(np.searchsorted(total, part * total[-1])) for part in (0.005, 0.995))
         if high <= low:
             raise ValueError(f"{count}, and nearly all their training pixels are {low:g}: give --window=low,high")
-        for row in self.raw:
-            for key, offset in (("mean", low), ("std", 0.0)):
-                self.columns[key][row] = f"{(float(self.columns[key][row]) - offset) / (high - low):.5f}"
+        columns["mean"][deep] = (columns["mean"][deep] - low) / (high - low)
+        columns["std"][deep] /= high - low
         text = f"{count}; their window, percentiles 0.5 to 99.5 of train, is {low:g} to {high:g}; --window sets another"
         return (low, high), [text]
 
@@ -219,26 +184,43 @@ def prepare(
             tfds_builder.write(name, root, name, listing.classes, shards)
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
-        near, leaks, twins = images.find_duplicates()
-        window, notes = images.window()
+        columns = images.columns()
+        window, notes = images.window(columns)
+        shape = (len(images.stored), duplicates.SIDE, duplicates.SIDE)
+        thumbnails = np.memmap(images.thumbnails, np.uint8, "r", shape=shape)
+        split, label, group, pixels = (columns[key] for key in ("split", "label", "group", "pixels"))
+        twins = duplicates.near_twins(columns["phash"], group, pixels, thumbnails.__getitem__)
+        clean, removed = leakage.clean(split, label, group, pixels, twins.pairs, listing.group_name)
+        columns["split"] = np.asarray(clean)
+        _check_classes(listing, label, split, columns["split"])
         info: dict[str, Any] = {"name": name, "classes": list(listing.classes), "window": window}
         info |= {"study": listing.study, "stage": stage, "size": size}
         info |= {"body": listing.body, "modality": listing.modality}
         info |= {"volumes": dict(listing.volumes)} if listing.volumes else {}
-        near_duplicates.write(near, images.columns["file"], written)
-        header = [*prepared.COLUMNS, *listing.extra]
-        rows = zip(*(images.columns[key] for key in header), strict=True)
-        prepared.write_index(written, info, header, rows)
-        _check_order(written, name, images.columns["file"])
-        notes, columns = [*listing.notes, *notes, *leaks], images.columns
-        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(images.converted.items())):
+        prepared.write_index(written, info, columns, twins.pairs)
+        data = prepared.load(written, name)
+        _check_order(data)
+        notes = [*listing.notes, *notes, *([twins.note] if twins.note else []), *removed]
+        converted = Counter(image.conversion for _, image in images.stored if image.conversion)
+        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(converted.items())):
             notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         lines = (images.skipped, images.unstaged, notes)
-        result = summary.summarize(info, columns, twins, *lines, listing.group_name, listing.warnings)
+        result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
         staging.publish(written, final)
         shutil.rmtree(shard_folder)
     return result
+
+
+def _check_classes(listing: Listing, labels: np.ndarray, given: np.ndarray, clean: np.ndarray) -> None:
+    """Raises ValueError if a class has no image in the train split of the clean protocol."""
+    classes = set(range(len(listing.classes)))
+    empty, listed = classes - set(labels[clean == "train"].tolist()), set(labels[given == "train"].tolist())
+    # With study splits, a warning suffices; a set without any training images is for tests.
+    if empty and listed and not (empty <= listed and listing.study):
+        lost = " once patients and images of later splits are removed" if empty & listed else ""
+        names = ", ".join(listing.classes[label] for label in sorted(empty))
+        raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
 
 
 def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str) -> tuple[list[int], list[str]]:
@@ -297,26 +279,15 @@ def process_shard(
 
 def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
     """Returns a digest of everything that the processed images of a shard depend on."""
-
-    @functools.cache  # each plane of a volume has the files of all its slices
-    def stamp(path: str) -> str:
+    versions = {}  # of the files; each plane of a volume has the files of all its slices
+    sources = (source for example in examples for source in folder_volumes.sources(example.image))
+    for path in {str(getattr(source, "path", source)) for source in sources}:
         with contextlib.suppress(OSError):  # `process_image` reports missing files
             stat = os.stat(path)
-            return f"{stat.st_size} {stat.st_mtime_ns}"
-        return ""
-
-    def describe(function: Any, skip: int = 0) -> str:  # repr would contain the address of the function
-        target = getattr(function, "func", function)
-        name = getattr(target, "__qualname__", type(target).__qualname__)
-        return f"{name} {getattr(function, 'args', ())[skip:]} {getattr(function, 'keywords', '')}"
-
-    digest = hashlib.blake2b(f"{__version__} {options}".encode(), digest_size=12)
-    for e in examples:
-        sources = folder_volumes.sources(e.image)  # if any, they are the first argument
-        files = [f"{getattr(one, 'name', one)} {stamp(getattr(one, 'path', one))}" for one in sources]
-        text = f"{e.file} {files} {describe(e.image, bool(files))} {e.box} {describe(e.transform)}\n"
-        digest.update(text.encode(errors="surrogateescape"))
-    return digest.hexdigest()
+            versions[path] = stat.st_size, stat.st_mtime_ns
+    inputs = [(example.file, example.image, example.box, example.transform) for example in examples]
+    content = pickle.dumps((__version__, options, inputs, sorted(versions.items())))
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def process_images(
@@ -350,11 +321,10 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
 
 
-def _check_order(written: Path, name: str, files: Sequence[str]) -> None:
+def _check_order(data: Prepared) -> None:
     # Training assumes that record i is row i of the index; if TFDS shuffled, every label would be wrong.
-    source = prepared.open_records(written)
-    count = len(files)
-    sample = {0, count - 1, *np.random.default_rng(0).integers(0, count, 30).tolist()}
-    wrong = [i for i in sorted(sample) if source[i]["file"].decode() != files[i]]
-    if len(source) != count or wrong:
-        raise RuntimeError(f"{name}: the records are not in the order of the index, first at row {wrong[:1]}")
+    files = data.columns["file"]
+    sample = {0, len(files) - 1, *np.random.default_rng(0).integers(0, len(files), 30).tolist()}
+    wrong = [i for i in sorted(sample) if data.records[i]["file"].decode() != files[i]]
+    if wrong:
+        raise RuntimeError(f"{data.name}: the records are not in the order of the index, first at row {wrong[0]}")
