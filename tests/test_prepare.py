@@ -146,11 +146,10 @@ def test_bad_images(folder, tmp_path, monkeypatch):
     assert any("skipped" in line for line in result["warnings"])
     data = open_folder(tmp_path)
     assert len(data.records) == 21 and not set(bad) & set(data.columns["file"])
-    for pattern, word in (("train/a/*", "no training example of a"), ("*/*/*", "no readable image")):
-        for path in folder.glob(pattern):
-            path.write_bytes(b"")
-        with pytest.raises(ValueError, match=word):
-            write(tmp_path, on_bad_image="skip", overwrite=True)
+    for path in folder.glob("*/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no readable image"):
+        write(tmp_path, on_bad_image="skip", overwrite=True)
 
 
 def test_overwrite(folder, tmp_path):

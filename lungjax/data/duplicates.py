@@ -156,15 +156,11 @@ def _rank_in_group(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (first, second) positions that pair each p with p + 1 ... p + partners[p], `BLOCK` pairs at a time."""
-    ends = np.cumsum(partners)
-    total = int(ends[-1]) if len(ends) else 0
-    for at in range(0, total, BLOCK):
-        pair = np.arange(at, min(at + BLOCK, total))
-        low, high = np.searchsorted(ends, (pair[0], pair[-1]), side="right")
-        inside = np.minimum(ends[low : high + 1], pair[-1] + 1)
-        first = np.arange(low, high + 1).repeat(np.diff(inside, prepend=pair[0]))
-        yield first, first + 1 + pair - (ends[first] - partners[first])
+    """Yields (first, second) positions that pair each p with p + 1 ... p + partners[p], about `BLOCK` at a time."""
+    starts = np.cumsum(partners) - partners
+    for rows in np.split(np.arange(len(partners)), np.flatnonzero(np.diff(starts // BLOCK)) + 1):
+        first = rows.repeat(partners[rows])
+        yield first, first + 1 + starts[rows[:1]].sum() + np.arange(len(first)) - starts[first]
 
 
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:

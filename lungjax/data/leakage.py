@@ -57,9 +57,6 @@ def clean(
     for place in (1, 0):  # val first: an image that val loses to test no longer conflicts with train
         rank[earlier[(rank[earlier] == place) & (rank[later] > place)]] = -1
     remove((before >= 0) & (rank < 0), "near duplicates of an image in a later split")
-    remain = both[(rank[both] >= 0).all(axis=1) & (label[earlier] != label[later])]
-    if len(remain):
-        notes.append(f"pairs of near duplicates in one split with different labels (check them): {len(remain) // 2:,}")
     return [SPLITS[r] if r >= 0 else "" for r in rank], notes
 
 
@@ -112,7 +109,7 @@ def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = s
 
     Returns `exact` and `near`, the numbers of images in each data set with an exact copy, or else a near duplicate, in
     the other; `examples`, at most MAX_PAIRS pairs; `b_rows`, bool [N], True for such images of `b`; `note`,
-    the limits of the search, or ""; and `lines`, all of this and the names of the common groups as text.
+    the limits of the search, or ""; and `lines`, all of this and the common groups as text.
     """
     sides = ((a, a_rows), (b, b_rows))
     files, pixels, groups, hashes = (

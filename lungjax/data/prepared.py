@@ -100,19 +100,9 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     near, records = columns.pop("near"), open_records(directory)
     if len(records) != (count := len(columns["label"])):
         raise ValueError(f"{directory}: {count} rows but {len(records)} records; prepare it again with --overwrite")
-    return Prepared(
-        name,
-        tuple(info["classes"]),
-        columns,
-        records,
-        tuple(info["window"]) if info["window"] else None,
-        fingerprint(directory),
-        protocol,
-        body=info["body"],
-        volumes=info.get("volumes"),
-        modality=info["modality"],
-        near=near,
-    )
+    window = tuple(info["window"]) if info["window"] else None
+    common = name, tuple(info["classes"]), columns, records, window, fingerprint(directory), protocol
+    return Prepared(*common, info["body"], info["volumes"], info["modality"], near=near)
 
 
 def fingerprint(directory: Path) -> str:
@@ -177,8 +167,7 @@ def quiet_tfds() -> Iterator[None]:
 def write_index(directory: Path, info: Mapping[str, Any], columns: Mapping[str, np.ndarray], near: np.ndarray) -> None:
     """Writes lungjax.json from `info` and then, atomically, the index; see `Prepared` for `columns` and `near`.
 
-    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes
-    if images were cut from CT volumes (hu_windows, plane, position, orientation).
+    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes.
     """
     (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     arrays: Any = {"near": near} | {COLUMN + name: values for name, values in columns.items()}

@@ -38,18 +38,16 @@ ABOUT = About(
   {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000 files, either 8-bit gray or color, or unsigned
-16-bit gray (see --window). They are turned upright according to their EXIF orientation. Patients are given by the
-column group, by folders below the class folders ({class}/{patient}/...), or by the first group of the regex
---group_pattern in the path below the source. Otherwise, and with --group_pattern=none, each image is its own patient.
+16-bit gray (see --window). Patients are given by the column group, by folders below the class folders
+({class}/{patient}/...), or by the first group of the regex --group_pattern in the path below the source. Otherwise, and
+with --group_pattern=none, each image is its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
 such a file, or a folder with one or more series. This requires pip install -e '.[dicom]'.
-  CT: the slices with one SeriesInstanceUID (except localizers), or the frames of an enhanced CT, form a volume, sorted
-    by position. --plane is axial, coronal or sagittal, --position is mid (one image) or all. Pixels are made square.
-    --hu_window=-600/1500 (center/width in HU) is the default; three windows, separated by commas, become red, green and
-    blue. Axial and coronal images show the patient's right on the left; the head is up.
+  CT: the slices with one SeriesInstanceUID (except localizers), or the frames of an enhanced CT, form a volume. --plane
+    is axial, coronal or sagittal, --position is mid (one image) or all, and --hu_window=-600/1500 (center/width in HU)
+    is the default; three windows, separated by commas, become red, green and blue.
   X-rays (CR, DX): rendered in the window of the file, with white bones.
-  NIfTI: three-dimensional, in Hounsfield units.
   Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007, which --lookup resolves. Groups in
     labels.csv and paths of other files are kept. --on_bad_image=skip lists skipped files by path.
 With --plane=coronal --position=mid --hu_window=-300/1400, the images of folder/NAME-64x128 resemble those of the NCCID
@@ -149,12 +147,14 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
         raise ValueError(f"{flag} is not a regular expression: {error}") from None
     if not regex.groups:
         raise ValueError(f"{flag} needs a group in parentheses, such as '([a-z]+)_'")
-    matches = [regex.search(row.file if column == "group" else os.path.basename(row.file)) for row in rows]
-    for row, match in zip(rows, matches, strict=True):
+    result = []
+    for row in rows:
+        match = regex.search(row.file if column == "group" else os.path.basename(row.file))
         if not match or not match[1]:
             raise ValueError(f"{flag} matches nothing in {row.file}")
-    values: Any = [{column: match[1]} for match in matches if match]
-    return [replace(row, **value) for row, value in zip(rows, values, strict=True)]
+        value: Any = {column: match[1]}
+        result.append(replace(row, **value))
+    return result
 
 
 def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
@@ -202,15 +202,11 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")
     rows: list[Row] = []
-    first: dict[str, str] = {}
     for where, values in lines:
         path, split = values["path"].replace("\\", "/"), values.get("split", "")
         for name in ("path", "label"):
             if not values[name]:
                 raise ValueError(f"{where}: {name} is empty")
-        if path in first:
-            raise ValueError(f"{where}: {path} is already in {first[path]}")
-        first[path] = where
         if split and split.lower() not in SPLIT_NAMES:
             allowed = ", ".join(prepared.SPLITS)
             raise ValueError(f"{where}: unknown split {split!r}; expected {allowed}, or an empty column")

@@ -273,17 +273,6 @@ def test_nifti_nan_and_missing_orientation(tmp_path):
     assert any("orientation" in note for note in nifti.header(path).notes)
 
 
-def test_invalid_options():
-    for options, word in (
-        (("axail", "all", WIDE), "axial"),
-        (("axial", "middle", WIDE), "mid"),
-        (("axial", "all", WIDE * 2), "three"),
-        (("axial", "all", ((40.0, 0.0),)), "width"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            volumes.check_options(*options)
-
-
 def test_salted_pseudonyms():
     name = volumes.pseudonym("ID-4711", "secret")
     assert len(name) == 12 and set(name) <= set("0123456789abcdef") and name == volumes.pseudonym("ID-4711", "secret")

@@ -1,22 +1,18 @@
-"""Rows and lines with their positions in a file, and groups from file names."""
+"""Lines with their positions in a file, and groups from file names."""
 
 import pytest
 
 from lungjax.datasets import source_files as files
 
 
-def test_rows_and_lines(tmp_path):
+def test_lines(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("file\n\nb\n")
-    assert files.read_rows(path, ("file",)) == [("t.csv line 3", {"file": "b"})]
     assert files.read_lines(path) == [("t.csv line 1", "file"), ("t.csv line 3", "b")]
     for text, word in ((b"\n \n", "empty"), (b"file\n\xff\xfe\n", "UTF-8")):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=word):
             files.read_lines(path)
-    path.write_bytes(b"file\n\n")
-    with pytest.raises(ValueError, match="no rows"):
-        files.read_rows(path, ("file",))
 
 
 def test_blocks():

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from lungjax.data import duplicates, leakage, prepared, summary
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import staging, tfds_builder
-from lungjax.datasets.build.process_image import ImageOptions, Problem, ProcessedImage, process_image
+from lungjax.datasets.build.process_image import ImageOptions, ProcessedImage, process_image
 from lungjax.datasets.listing import Example, Listing
 from lungjax.runtime import environment
 from lungjax.runtime.files import atomic_file
@@ -45,13 +45,12 @@ class _Images:
     listing: Listing
     options: ImageOptions
     on_bad_image: str
-    on_no_lung: str
     thumbnails: Path  # a file with one thumbnail per row, because memory may not hold them
     shard_folder: Path  # the processed images of complete shards, see `process_shard`
     bar: Any
     skipped: list[str]
     stored: list[tuple[Example, ProcessedImage]] = field(default_factory=list)  # in order, without image data
-    unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no lung
+    unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no body or lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
 
     def shards(self, examples: Sequence[Example], sizes: Sequence[int]) -> tfds_builder.Shards:
@@ -76,20 +75,16 @@ class _Images:
                     self.stored.append((example, replace(image, data=b"", body=b"", thumbnail=b"", histogram=None)))
                     yield len(self.stored) - 1, tfds_builder.record(example, image)
 
-    def _accept(self, example: Example, result: ProcessedImage | Problem) -> ProcessedImage | None:
-        """Returns an image to store; lists it if it is skipped. Raises ValueError if it can't be skipped."""
-        line = f"{_place(example)}{example.file}"
-        if isinstance(result, Problem):
-            line += f": {result.text}"
-            if self.on_bad_image == "fail" or not result.skippable:
-                raise ValueError(line + (SKIP if result.skippable else ""))
+    def _accept(self, example: Example, result: ProcessedImage | str) -> ProcessedImage | None:
+        """Returns an image to store, or lists the problem of a skipped one. Raises ValueError if bad images fail."""
+        if isinstance(result, str):
+            line = f"{_place(example)}{example.file}: {result}"
+            if self.on_bad_image == "fail":
+                raise ValueError(line + SKIP)
             self.skipped.append(line)
             return None
-        if not result.found:
-            self.unstaged.append(example.file)
-            if self.on_no_lung == "fail":
-                raise ValueError(f"{line}: no body or lung was detected; use --on_no_lung=keep or skip")
-        return result if result.found or self.on_no_lung == "keep" else None
+        self.unstaged += [] if result.found else [example.file]
+        return result
 
     def columns(self) -> dict[str, np.ndarray]:
         """Returns the columns of the index, with the initial splits. Raises ValueError if no image was stored."""
@@ -139,26 +134,17 @@ def prepare(
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
     on_bad_image: str = "fail",
-    on_no_lung: str = "keep",
     overwrite: bool = False,
     keep: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
-    Args:
-        name: data set and configuration, such as "folder/my_hospital".
-        listing: the examples in storage order.
-        data_dir: the root of all prepared data sets.
-        stage, size, window: as in `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are used.
-        on_bad_image: "fail", or "skip" to list and skip unreadable and missing images.
-        on_no_lung: "keep" the previous stage of an image without a detected body or lung, "skip" it, or "fail".
-        overwrite: replace an existing data set.
-        keep: return {} for an existing data set, which another process may have written.
-        quiet: no output, for data sets that are generated on first use.
+    `stage`, `size` and `window` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are
+    used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns {} for an
+    existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses the output.
 
-    Raises ValueError for a bad image, a box outside its image, a class without a training example, too little disk
-    space, or a data set that already exists.
+    Raises ValueError for a bad image, a box outside its image, too little disk space, or an existing data set.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     final = prepared.directory(data_dir, name)
@@ -171,7 +157,7 @@ def prepare(
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
         # Until the data set is complete, images that differ from their files also exist in `shard_folder`.
         twice = [n for e, n in zip(listing.examples, sizes, strict=True) if not _stored_unmodified(e, options)]
-        staging.check_disk(sum(sizes) + sum(twice), data_dir, len(listing.examples), say)
+        say(f"{len(sizes):,} images, {staging.check_disk(sum(sizes) + sum(twice), data_dir)}")
         shard_folder = root.with_name(f"{root.name}.shards")
         shard_folder.mkdir(exist_ok=True)
         if any(shard_folder.iterdir()):
@@ -179,48 +165,39 @@ def prepare(
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
         with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
-            images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
+            images = _Images(listing, options, on_bad_image, *paths, bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
-            tfds_builder.write(name, root, name, listing.classes, shards)
+            tfds_builder.write(name, root, listing.classes, shards)
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
         columns = images.columns()
         window, notes = images.window(columns)
         shape = (len(images.stored), duplicates.SIDE, duplicates.SIDE)
         thumbnails = np.memmap(images.thumbnails, np.uint8, "r", shape=shape)
-        split, label, group, pixels = (columns[key] for key in ("split", "label", "group", "pixels"))
+        group, pixels = columns["group"], columns["pixels"]
         twins = duplicates.near_twins(columns["phash"], group, pixels, thumbnails.__getitem__)
-        clean, removed = leakage.clean(split, label, group, pixels, twins.pairs, listing.group_name)
+        clean, removed = leakage.clean(
+            columns["split"], columns["label"], group, pixels, twins.pairs, listing.group_name
+        )
         columns["split"] = np.asarray(clean)
-        _check_classes(listing, label, split, columns["split"])
-        info: dict[str, Any] = {"name": name, "classes": list(listing.classes), "window": window}
-        info |= {"study": listing.study, "stage": stage, "size": size}
-        info |= {"body": listing.body, "modality": listing.modality}
-        info |= {"volumes": dict(listing.volumes)} if listing.volumes else {}
+        info: dict[str, Any] = {
+            "name": name,
+            "classes": listing.classes,
+            "window": window,
+            "study": listing.study,
+            "stage": stage,
+        }
+        info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
         _check_order(data)
-        notes = [*listing.notes, *notes, *([twins.note] if twins.note else []), *removed]
-        converted = Counter(image.conversion for _, image in images.stored if image.conversion)
-        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(converted.items())):
-            notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
+        notes = [note for note in (*listing.notes, *notes, twins.note, *removed) if note]
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
         summary.write(result, written)
         staging.publish(written, final)
         shutil.rmtree(shard_folder)
     return result
-
-
-def _check_classes(listing: Listing, labels: np.ndarray, given: np.ndarray, clean: np.ndarray) -> None:
-    """Raises ValueError if a class has no image in the train split of the clean protocol."""
-    classes = set(range(len(listing.classes)))
-    empty, listed = classes - set(labels[clean == "train"].tolist()), set(labels[given == "train"].tolist())
-    # With study splits, a warning suffices; a set without any training images is for tests.
-    if empty and listed and not (empty <= listed and listing.study):
-        lost = " once patients and images of later splits are removed" if empty & listed else ""
-        names = ", ".join(listing.classes[label] for label in sorted(empty))
-        raise ValueError(f"no training example of {names}{lost}; every class needs an image in the train split")
 
 
 def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str) -> tuple[list[int], list[str]]:
@@ -257,24 +234,21 @@ def _place(example: Example) -> str:
 
 def process_shard(
     examples: Sequence[Example], options: ImageOptions, folder: Path
-) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
-    """Yields the results of `process_images`, and saves those of good images in `folder` for the next run."""
-    path, saved = folder / _shard_key(examples, options), []
+) -> Iterator[tuple[Example, ProcessedImage | str]]:
+    """Yields the results of `process_images`, and saves them in `folder` for the next run unless an image is bad."""
+    path = folder / _shard_key(examples, options)
     if path.exists():
-        saved = pickle.loads(zlib.decompress(path.read_bytes()))
-        missing = process_images([e for e, image in zip(examples, saved, strict=True) if image is None], options)
-        for example, image in zip(examples, saved, strict=True):
-            if image is None:
-                yield next(missing)
-            else:
-                yield example, replace(image, data=Path(str(example.image)).read_bytes()) if image.original else image
+        for example, image in zip(examples, pickle.loads(zlib.decompress(path.read_bytes())), strict=True):
+            yield example, replace(image, data=Path(str(example.image)).read_bytes()) if image.original else image
         return
+    saved = []
     for example, result in process_images(examples, options):
-        good = None if isinstance(result, Problem) else result
-        saved.append(replace(good, data=b"") if good and good.original else good)
+        if isinstance(result, ProcessedImage):
+            saved.append(replace(result, data=b"") if result.original else result)
         yield example, result
-    with atomic_file(path) as partial:
-        partial.write_bytes(zlib.compress(pickle.dumps(saved), 1))
+    if len(saved) == len(examples):
+        with atomic_file(path) as partial:
+            partial.write_bytes(zlib.compress(pickle.dumps(saved), 1))
 
 
 def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
@@ -292,7 +266,7 @@ def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
 
 def process_images(
     examples: Sequence[Example], options: ImageOptions
-) -> Iterator[tuple[Example, ProcessedImage | Problem]]:
+) -> Iterator[tuple[Example, ProcessedImage | str]]:
     """Yields each example with its processed image, in order; few images are in memory at a time."""
     workers = environment.cores()
     remaining = iter(examples)
