@@ -5,6 +5,7 @@ Source: https://github.com/nhsx/nccid-ct-slice-lung-classification (src/model_ut
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lungjax.data import splits
@@ -36,17 +37,11 @@ ABOUT = About(
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images in the label file of `source`. Raises ValueError if the file is missing or a line is invalid."""
-    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
-
     table = files.find(source, (TABLE,), "label file")
     rows = read_table(table, ("image_name", "whole_lung")).rows
     # The study drops rows without a file before it draws.
     existing = [i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()]
-    cells = [""] * len(rows)
-    if len(existing) > 3:  # enough for three parts
-        train, rest = train_test_split(existing, test_size=1.0 - 0.70, random_state=SEED)
-        val, test = train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=SEED)
-        cells = splits.study_cells(len(rows), train=train, val=val, test=test)
+    cells = _study(len(rows), existing)
     listed = []
     for (where, row), cell in zip(rows, cells, strict=True):
         name, label = row["image_name"], files.lookup(row["whole_lung"], {"0": "0", "1": "1"}, "whole_lung", where)
@@ -60,3 +55,13 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def series(file: str) -> str:
     """Returns a file name such as "1.2.826.0.1.3680043.9.3218.1.1.7.1069.16.3.0.jpg" without its last two numbers."""
     return re.sub(r"(?<=\d)\.\d+\.\d+$", "", Path(file).stem)
+
+
+def _study(count: int, existing: Sequence[int]) -> list[str]:
+    from sklearn.model_selection import train_test_split  # here: it takes two seconds to import
+
+    if len(existing) < 4:  # too few for three parts: no study split
+        return [""] * count
+    train, rest = train_test_split(existing, test_size=1.0 - 0.70, random_state=SEED)
+    val, test = train_test_split(rest, test_size=0.15 / (0.15 + 0.15), random_state=SEED)
+    return splits.study_cells(count, train=train, val=val, test=test)

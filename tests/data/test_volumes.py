@@ -173,7 +173,7 @@ def test_cached_volume(tmp_path):
 def test_inconsistent_series(tmp_path):
     for change, word in (
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, r"IM0\d+.dcm and .*IM0\d+.dcm .*orientations"),
-        ({"PixelSpacing": [1.0, 0.9]}, "spacings, 1 x 1 and 1 x 0.9"),
+        ({"PixelSpacing": [1.0, 0.9]}, r"spacings, \(1.0, 1.0\) and \(1.0, 0.9\)"),
         ({"Rows": 5, "PixelData": bytes(80)}, "sizes"),
         ({"ImagePositionPatient": [-100, 50, 7]}, "position"),
         ({"ImagePositionPatient": None}, "no ImagePositionPatient"),

@@ -348,14 +348,16 @@ def _check_alike(first: Header, other: Header) -> None:
             name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
             raise Unreadable(f"{header.name}: no {name}, so the series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
-    differences = {
-        "orientations": np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE,
-        "sizes": first.size != other.size,
-        "pixel spacings": not np.allclose(first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0), rtol=1e-3),
-    }
-    for name, differ in differences.items():
-        if differ:
-            raise Unreadable(f"{pair}, but have different {name}; give each its own folder and series")
+    turn = np.abs(np.subtract(first.orientation, other.orientation)).max()
+    spacings = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
+    for field, name, alike in (
+        ("orientation", "orientations", turn <= ORIENTATION_TOLERANCE),
+        ("size", "sizes (rows, columns)", first.size == other.size),
+        ("spacing", "pixel spacings", np.allclose(*spacings, rtol=1e-3)),
+    ):
+        if not alike:
+            values = f"{getattr(first, field)} and {getattr(other, field)}"
+            raise Unreadable(f"{pair}, but have different {name}, {values}; give each its own folder and series")
 
 
 def _flaws(
