@@ -4,8 +4,5 @@ import numpy as np
 
 
 def pad_batch(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
-    """Returns `array` [n, ...], n <= size, extended to [size, ...] by rows of `value`; unchanged if n is size."""
-    missing = size - len(array)
-    if not missing:
-        return array
-    return np.concatenate([array, np.full((missing, *array.shape[1:]), value, array.dtype)])
+    """Returns `array` [n, ...], n <= size, extended to [size, ...] by rows of `value`."""
+    return np.pad(array, [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)], constant_values=value)

@@ -23,7 +23,7 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Table:
 
     The delimiter is the most frequent one outside quotes in the first line, which may also be Excel's "sep=;". Raises
     ValueError with the line number for a column of `required` that is missing or repeated, a row that does not match
-    the header, malformed CSV, and text that is not UTF-8; OSError for an unreadable file.
+    the header, malformed CSV, text that is not UTF-8, and a file without rows; OSError for an unreadable file.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
@@ -51,4 +51,6 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Table:
             raise ValueError(f"{path.name} is not UTF-8 text ({error}): save it as CSV UTF-8") from None
         except csv.Error as error:
             raise ValueError(f"{path.name} line {reader.line_num + excel}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows")
     return Table(columns, rows)

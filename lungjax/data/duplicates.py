@@ -5,10 +5,11 @@ hashes within 4 bits. `near_pairs` therefore proposes candidates, and `likeness`
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter1d
@@ -23,7 +24,7 @@ DISTANCES = ((20_000, 8), (100_000, 6))  # maximum number of images, bits
 MIN_CORRELATION = 0.9  # of the details of two copies
 BLOCK = 1 << 20  # hash pairs compared at a time
 MAX_PARTNERS = 20_000  # comparisons per hash and band
-MAX_COPIES = 100  # pairs per image with the same hash
+MAX_COPIES = 100  # later images with the same hash that an image is compared with
 MAX_PAIRS = 10_000_000
 BATCH = 256  # pictures aligned at a time
 CACHE_SIZE = 50_000  # thumbnails in memory while pairs are confirmed
@@ -72,35 +73,35 @@ def near_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int = DISTANCE)
     values, owner = hashes[images], groups[images]
     _, start, run, count = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
     rank = np.arange(len(images)) - start[run]  # among images with the same hash, alternating between groups
-    parts, notes = [_late_copies(rank, owner != owner[start[run]], run)], []
-    total, skipped, full = len(parts[0]), 0, False
-    early = np.flatnonzero(rank < MAX_COPIES)
-    masks = [np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1))) for band in range(distance + 1)]
-    for band, mask in enumerate(masks):
-        order = early[np.lexsort((values[early], values[early] & mask))]
+    everything, early = np.arange(len(images)), np.flatnonzero(rank < MAX_COPIES)
+    # Equal hashes first, then those that are equal in a band.
+    masks = [np.uint64(2**64 - 1)]
+    masks += [np.uint64(sum(1 << bit for bit in range(band, 64, distance + 1))) for band in range(distance + 1)]
+    parts, notes, total, skipped = [np.zeros((0, 2), np.int64)], [], 0, 0
+    for number, mask in enumerate(masks):
+        members, limit = (early, MAX_PARTNERS) if number else (everything, MAX_COPIES)
+        order = members[np.lexsort((members, values[members] & mask))]
         ordered = values[order]
         partners = np.searchsorted(ordered & mask, ordered & mask, side="right") - np.arange(len(order)) - 1
-        skipped += int(np.maximum(partners - MAX_PARTNERS, 0).sum())
-        for first, second in _blocks(np.minimum(partners, MAX_PARTNERS)):
-            differ = ordered[first] ^ ordered[second]
-            near = np.bitwise_count(differ) <= distance
-            a, b, differ = order[first[near]], order[second[near]], differ[near]
-            new = owner[a] != owner[b]
-            for earlier in masks[:band]:
+        skipped += int(np.maximum(partners - limit, 0).sum()) if number else 0
+        for first, second in _blocks(np.minimum(partners, limit)):
+            a, b, differ = order[first], order[second], ordered[first] ^ ordered[second]
+            new = (np.bitwise_count(differ) <= distance) & (owner[a] != owner[b])
+            for earlier in masks[:number]:
                 new &= differ & earlier != 0
             parts.append(np.column_stack([a[new], b[new]])[: MAX_PAIRS - total])
             total += len(parts[-1])
-            if full := total >= MAX_PAIRS:
+            if total >= MAX_PAIRS:
                 break
-        if full:
+        if total >= MAX_PAIRS:
             notes.append(f"the search for near duplicates stopped at {MAX_PAIRS:,} candidate pairs")
             break
     if skipped:
         notes.append(f"{skipped:,} comparisons were skipped: over {MAX_PARTNERS:,} hashes share a band")
     places = np.concatenate(parts)
-    if len(parts[0]) or count[run[places]].max(initial=0) > MAX_COPIES:
+    if count[run[places]].max(initial=0) > MAX_COPIES:
         notes.insert(0, f"up to {count.max():,} images share a hash; at most {MAX_COPIES} pairs per image were tried")
-    pairs = np.sort(images[places[owner[places[:, 0]] != owner[places[:, 1]]]], axis=1)
+    pairs = np.sort(images[places], axis=1)
     return Near(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], "; ".join(notes))
 
 
@@ -123,9 +124,7 @@ def likeness(pairs: np.ndarray, read: Callable[[int], np.ndarray]) -> np.ndarray
     return result
 
 
-def near_twins(
-    hashes: np.ndarray, groups: Sequence[str], pixels: Sequence[str], read: Callable[[int], np.ndarray]
-) -> Near:
+def near_twins(hashes: np.ndarray, groups: ArrayLike, pixels: ArrayLike, read: Callable[[int], np.ndarray]) -> Near:
     """Returns the confirmed near duplicates in different groups; arguments as in `near_pairs` and `likeness`.
 
     `groups` are names. Among exact copies (equal `pixels`) in a group, only the first is compared.
@@ -149,36 +148,19 @@ def _shrink(gray: np.ndarray) -> np.ndarray:
 
 def _rank_in_group(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Returns the number of earlier images with the same hash and group, int64 [n]; sorting by it alternates groups."""
-    order = np.lexsort((groups, hashes))
-    new = np.ones(len(order), bool)
-    new[1:] = (np.diff(hashes[order]) != 0) | (np.diff(groups[order]) != 0)
-    place = np.arange(len(order))
-    rank = np.empty(len(order), np.int64)
-    rank[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    run = np.unique(np.column_stack([hashes, groups.astype(np.uint64)]), axis=0, return_inverse=True)[1].ravel()
+    order = np.argsort(run, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order)) - np.searchsorted(run[order], run[order])
     return rank
 
 
 def _blocks(partners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (first, second) positions that pair each p with p + 1 ... p + partners[p], `BLOCK` pairs at a time."""
-    ends = np.cumsum(partners)
-    total = int(ends[-1]) if len(ends) else 0
-    for at in range(0, total, BLOCK):
-        pair = np.arange(at, min(at + BLOCK, total))
-        low, high = np.searchsorted(ends, (pair[0], pair[-1]), side="right")
-        inside = np.minimum(ends[low : high + 1], pair[-1] + 1)
-        first = np.arange(low, high + 1).repeat(np.diff(inside, prepend=pair[0]))
-        yield first, first + 1 + pair - (ends[first] - partners[first])
-
-
-def _late_copies(rank: np.ndarray, other_group: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Returns pairs, int64 [n, 2]: each image after the first MAX_COPIES with its hash, and the images just before it.
-
-    `other_group` is True for images whose group is not that of the first image with their hash.
-    """
-    mixed = np.bincount(run, other_group, minlength=1) > 0
-    late = np.flatnonzero((rank >= MAX_COPIES) & mixed[run])
-    before = np.arange(1, 1 + min(MAX_COPIES, MAX_PAIRS // 2 // max(len(late), 1)))
-    return np.column_stack([late.repeat(len(before)), (late[:, None] - before).ravel()])
+    """Yields (first, second) positions that pair each p with p + 1 ... p + partners[p], about `BLOCK` at a time."""
+    starts = np.cumsum(partners) - partners
+    for rows in np.split(np.arange(len(partners)), np.flatnonzero(np.diff(starts // BLOCK)) + 1):
+        first = rows.repeat(partners[rows])
+        yield first, first + 1 + starts[rows[:1]].sum() + np.arange(len(first)) - starts[first]
 
 
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:

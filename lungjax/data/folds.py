@@ -16,34 +16,33 @@ from lungjax.data.prepared import Prepared
 MIN_FOLDS = 3  # one for test, one for val, one for train
 
 
-def apply(data: Prepared, config: Config, near: np.ndarray) -> Prepared:
+def apply(data: Prepared, config: Config) -> Prepared:
     """Returns `data` with the splits that `data.folds`, `data.fold` and `train.fraction` define.
 
-    Folds divide the images of the clean protocol by patient; patients linked by near duplicates (the rows of `near`,
-    int64 [P, 2], see `near_duplicates.read`) count as one. Fold `data.fold` is test, the next one val, the rest train.
-    With `train.fraction`, only that fraction of the train patients of each class remains; smaller fractions are subsets
-    of larger ones. Name and fingerprint are unchanged.
+    Folds divide the images of the clean protocol by patient; patients linked by near duplicates count as one. Fold
+    `data.fold` is test, the next one val, the rest train. With `train.fraction`, only that fraction of the train
+    patients of each class remains; smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
 
     Raises ValueError for folds with the study protocol, and if a fold would lack a class.
     """
     if config.data.folds:
         if data.protocol != "clean":
             raise ValueError(f"data.folds={config.data.folds}: {data.protocol} splits can't be divided into folds")
-        part = deal(data, config.data.folds, near)
+        part = deal(data, config.data.folds)
         test, val = config.data.fold, (config.data.fold + 1) % config.data.folds
         split = np.select([part == -1, part == test, part == val], ["", "test", "val"], "train")
         data = replace(data, columns=data.columns | {"split": split})
     return data if config.train.fraction == 1 else _take_fraction(data, config.train.fraction)
 
 
-def deal(data: Prepared, count: int, near: np.ndarray) -> np.ndarray:
+def deal(data: Prepared, count: int) -> np.ndarray:
     """Returns the fold of each image, int64 [N] from 0 to `count` - 1, or -1 if it has no split in the clean protocol.
 
     Groups, exact copies and near duplicates are never split up; every fold has every class, and the classes are as
     balanced as the groups allow. Raises ValueError if a class has too few groups or no such assignment is found.
     """
     rows = np.flatnonzero(data.columns["split"] != "")
-    labels, groups = data.columns["label"][rows], linked_groups(data, rows, near)
+    labels, groups = data.columns["label"][rows], linked_groups(data, rows)
     patients, name = min((len(np.unique(groups[labels == i])), name) for i, name in enumerate(data.classes))
     if patients < count:
         limit = f"at most {patients} folds" if patients >= MIN_FOLDS else "more patients"
@@ -80,7 +79,7 @@ def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray
     return place
 
 
-def linked_groups(data: Prepared, rows: np.ndarray, near: np.ndarray) -> np.ndarray:
+def linked_groups(data: Prepared, rows: np.ndarray) -> np.ndarray:
     """Returns the group of each of `rows`, str [n]; groups linked by duplicates get the first of their names.
 
     Exact copies (`pixels`) link groups; near duplicates link them if both images, or copies of them, are in `rows`.
@@ -88,7 +87,7 @@ def linked_groups(data: Prepared, rows: np.ndarray, near: np.ndarray) -> np.ndar
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     pixels = data.columns.get("pixels", data.columns["file"])
     pictures, picture = np.unique(pixels[rows], return_inverse=True)
-    pairs = pixels[np.asarray(near, np.int64).reshape(-1, 2)]
+    pairs = pixels[data.near]
     pairs = pairs[np.isin(pairs, pictures).all(axis=1)]
     twins = len(names) + np.searchsorted(pictures, pairs)  # nodes: the groups, then the pictures
     ends = np.concatenate([np.column_stack([group, len(names) + picture]), twins])

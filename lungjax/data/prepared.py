@@ -1,19 +1,17 @@
-"""A prepared data set: columns from `index.csv` and encoded images from TFDS records, in the same order.
+"""A prepared data set: columns from `index.npz` and encoded images from TFDS records, in the same order.
 
-The index is a CSV file next to the records, so that 425,000 images open in about a second. It is written last; a
-directory without it is not prepared.
+The index is separate from the records, so that 425,000 images open in about a second. It is written last; a directory
+without it is not prepared.
 """
 
 import contextlib
-import csv
-import gc
 import hashlib
 import io
-import itertools
 import json
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,16 @@ from lungjax.data import splits
 from lungjax.runtime.files import atomic_file
 
 SPLITS = splits.SPLITS
-BOX = ("xmin", "ymin", "xmax", "ymax")
-COLUMNS = (
-    "file", "label", "split", "split_study", "group", "source", "width", "height", *BOX,
-    "pixels", "phash", "mean", "std", "found",
-)  # fmt: skip
-RESERVED = (*COLUMNS, "box")
+COLUMNS = {  # of the index, with their types; a data set may add columns of type str
+    "file": np.str_, "label": np.int64, "split": np.str_, "split_study": np.str_, "group": np.str_, "source": np.str_,
+    "width": np.int32, "height": np.int32, "box": np.float32, "pixels": np.str_, "phash": np.uint64,
+    "mean": np.float32, "std": np.float32, "found": np.bool_,
+}  # fmt: skip
 SLICES = "slices"  # the only TFDS split; train, val and test are in the index
-VERSION = "2.1.0"  # of the format of a prepared directory
+VERSION = "3.0.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
-CHUNK = 20_000  # rows of the index that are read at a time, to limit memory
+INDEX = "index.npz"
+COLUMN = "column/"  # prefix of their names in the index
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,10 @@ class Prepared:
 
     name: str  # such as "covidx_ct/3a"
     classes: tuple[str, ...]  # display names in label order
-    columns: dict[str, np.ndarray]  # each of length N, in record order; see `read_index`
+    # Arrays of length N in record order. `label` is an index of `classes`; `width` and `height` are in pixels, as is
+    # `box` [N, 4]: xmin, ymin, xmax, ymax, max exclusive; `mean` and `std` are of pixel / 255; `found` is False if a
+    # stage found no body or lung.
+    columns: dict[str, np.ndarray]
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
     fingerprint: str  # hex digest of names, labels, splits, boxes and pixels
@@ -51,6 +52,8 @@ class Prepared:
     volumes: Mapping[str, Any] | None = None  # how CT volumes became images: hu_windows, plane, position, orientation
     modality: str = ""  # "ct", "xray", or "" if unknown or mixed
     rotate: bool = False  # whether `pipeline.Reader` rotates the images by 180 degrees, as the network expects
+    # Rows of near duplicates in different groups, int64 [P, 2]; see `duplicates.near_twins`.
+    near: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     @property
     def orientation(self) -> str:
@@ -78,31 +81,34 @@ def directory(data_dir: Path, name: str) -> Path:
 
 def is_prepared(directory: Path) -> bool:
     """Returns whether `directory` contains a complete data set."""
-    return (directory / "index.csv").is_file()
+    return (directory / INDEX).is_file()
 
 
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the data set lacks requested study splits, or if index and records differ in length.
+    Raises ValueError if the data set lacks requested study splits, or has a damaged or incomplete index.
     """
     info = json.loads((directory / "lungjax.json").read_text("utf-8"))
     if protocol == "study" and not info["study"]:
         raise ValueError(f"data.protocol=study: {name} has no original splits; use clean")
-    classes = tuple(info["classes"])
-    columns = read_index(directory / "index.csv", classes)
-    records = open_records(directory)
+    try:
+        with np.load(directory / INDEX) as file:
+            columns = {key.removeprefix(COLUMN): file[key] for key in file}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{directory / INDEX} is damaged ({error}); copy or prepare the data set again") from None
+    near, records = columns.pop("near"), open_records(directory)
     if len(records) != (count := len(columns["label"])):
         raise ValueError(f"{directory}: {count} rows but {len(records)} records; prepare it again with --overwrite")
-    window, digest = tuple(info["window"]) if info["window"] else None, fingerprint(directory)
-    optional = info.get("volumes"), info["modality"]
-    return Prepared(name, classes, columns, records, window, digest, protocol, info["body"], *optional)
+    window = tuple(info["window"]) if info["window"] else None
+    common = name, tuple(info["classes"]), columns, records, window, fingerprint(directory), protocol
+    return Prepared(*common, info["body"], info["volumes"], info["modality"], near=near)
 
 
 def fingerprint(directory: Path) -> str:
     """Returns a hex digest of a prepared data set, without opening its records."""
     digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
-    digest.update((directory / "index.csv").read_bytes())
+    digest.update((directory / INDEX).read_bytes())
     return digest.hexdigest()
 
 
@@ -158,54 +164,12 @@ def quiet_tfds() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def read_index(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns the columns of an index.csv, each of length N.
+def write_index(directory: Path, info: Mapping[str, Any], columns: Mapping[str, np.ndarray], near: np.ndarray) -> None:
+    """Writes lungjax.json from `info` and then, atomically, the index; see `Prepared` for `columns` and `near`.
 
-    `label` is an int64 index of `classes`, `width` and `height` are int32 in pixels, `box` is float32 [N, 4] with xmin,
-    ymin, xmax, ymax in pixels (max exclusive), `phash` is uint64, `mean` and `std` are float32 of pixel / 255, and
-    `found` is bool, False if a stage found no body or lung. Other columns are str.
-    """
-    number = {name: i for i, name in enumerate(classes)}
-    parts: dict[str, list[np.ndarray]] = {}
-    # Garbage collection would traverse the new strings again and again, which doubles the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader)
-            while rows := list(itertools.islice(reader, CHUNK)):
-                for name, values in zip(header, zip(*rows, strict=True), strict=True):
-                    parts.setdefault(name, []).append(_column(name, values, number))
-    finally:
-        if enabled:
-            gc.enable()
-    columns = {name: np.concatenate(part) for name, part in parts.items()}
-    return columns | {"box": np.stack([columns.pop(name) for name in BOX], axis=1)}
-
-
-def _column(name: str, values: Sequence[str], number: Mapping[str, int]) -> np.ndarray:
-    if name == "label":
-        return np.fromiter(map(number.__getitem__, values), np.int64)
-    if name in ("width", "height"):
-        return np.fromiter(map(int, values), np.int32)
-    if name in (*BOX, "mean", "std"):
-        return np.fromiter(map(float, values), np.float32)
-    if name == "found":
-        return np.array(values) == "1"
-    if name == "phash":
-        return np.fromiter((int(value, 16) for value in values), np.uint64)
-    return np.array(values, dtype=np.str_)
-
-
-def write_index(directory: Path, info: Mapping[str, Any], header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Writes lungjax.json from `info` and then, atomically, index.csv, with class names in `label`.
-
-    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes
-    if images were cut from CT volumes (hu_windows, plane, position, orientation).
+    `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes.
     """
     (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    with atomic_file(directory / "index.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    arrays: Any = {"near": near} | {COLUMN + name: values for name, values in columns.items()}
+    with atomic_file(directory / INDEX) as partial:
+        np.savez_compressed(partial, **arrays)

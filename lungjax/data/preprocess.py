@@ -81,7 +81,7 @@ def body_box(array: np.ndarray) -> Box | None:
     mask = lung_masks.body_mask(images.gray(array))
     if not mask.any():
         return None
-    left, top, right, bottom = map(float, lung_masks.bounding_box(mask))
+    left, top, right, bottom = map(float, images.bounding_box(mask))
     return left, top, right, bottom
 
 

@@ -22,11 +22,8 @@ def parse_study(cell: str) -> dict[str, int]:
 
 def study_cells(count: int, **parts: Iterable[int]) -> list[str]:
     """Returns the split of each of `count` rows, given the rows of each split; "" for rows in none."""
-    names = [""] * count
-    for split, rows in parts.items():
-        for row in rows:
-            names[row] = split
-    return names
+    names = {row: split for split, rows in parts.items() for row in rows}
+    return [names.get(row, "") for row in range(count)]
 
 
 def hash_order(text: str) -> bytes:
@@ -57,30 +54,3 @@ def make_splits(
         remaining[choice[i]] -= counts[i]
     splits = list(shares)
     return [splits[choice[m]] for m in member]
-
-
-def complete(
-    splits: Sequence[str], labels: Sequence[int], groups: Sequence[str], seed: int = 0
-) -> tuple[list[str], list[str]]:
-    """Returns the split of each example with missing splits added, and notes on them.
-
-    If `splits` are all "", three splits are made; a missing val or test split is taken from train, by group. Raises
-    ValueError for a missing train split.
-    """
-    names = set(splits)
-    if names == {""}:
-        note = f"splits made by group, stratified by class, 70/15/15, seed {seed}"
-        return make_splits(labels, groups, SHARES, seed), [note]
-    missing = [split for split in SPLITS if split not in names]
-    if "train" in missing:
-        raise ValueError(f"no train split, only {', '.join(sorted(names))}; assign the training images to train")
-    if not missing:
-        return list(splits), []
-    total = sum(SHARES[split] for split in ("train", *missing))
-    shares = {split: SHARES[split] / total for split in ("train", *missing)}
-    rows = [i for i, split in enumerate(splits) if split == "train"]
-    parts = make_splits([labels[i] for i in rows], [groups[i] for i in rows], shares, seed)
-    result = list(splits)
-    for i, split in zip(rows, parts, strict=True):
-        result[i] = split
-    return result, [f"no {' and no '.join(missing)} split given: taken from train by group, seed {seed}"]

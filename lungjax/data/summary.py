@@ -1,111 +1,132 @@
 """The summary of a prepared data set: counts and checks, as Markdown and JSON."""
 
+import itertools
 import json
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lungjax.data.splits import SPLITS, parse_study
+from lungjax.data import leakage, statistics
+from lungjax.data.prepared import Prepared
+from lungjax.data.splits import SPLITS
 
 MAX_IMBALANCE = 50  # train images of the most frequent class per image of the rarest
 MIN_SIDE = 112  # pixels, half of a usual network input
-MAX_NAMES = 20  # listed images; the counts are complete
+MAX_NAMES = 20  # listed images and pairs; the counts are complete
 
 
 def summarize(
+    data: Prepared,
     info: Mapping[str, Any],
-    columns: Mapping[str, Sequence[str]],
-    twins: Mapping[str, Any],
     skipped: Sequence[str],
     unstaged: Sequence[str],
     notes: Sequence[str],
     group_name: str,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the summary of an index: counts, sizes, warnings, and copies with their effect on each protocol.
+    """Returns the summary of a data set: counts, sizes, warnings, and copies with their effect on each protocol.
 
-    `info` is the content of lungjax.json, `twins` the summary of `datasets.build.near_duplicates.search`; `warnings`
-    are added to those of this function.
+    `info` is the content of lungjax.json; `warnings` are added to those of this function.
     """
-    classes = info["classes"]
-    labels, groups, sources = (columns[k] for k in ("label", "group", "source"))
-    width, height = (np.array(columns[k], dtype=np.str_).astype(int) for k in ("width", "height"))
-    common = Counter(zip(width.tolist(), height.tolist(), strict=True)).most_common(3)
-    by_source: dict[str, Counter[str]] = {source: Counter() for source in sorted(set(sources))}
-    for source, label in zip(sources, labels, strict=True):
-        by_source[source][label] += 1
-    cells = {"clean": columns["split"]} | ({"study": columns["split_study"]} if info["study"] else {})
-    labels_per_group = Counter(group for group, _ in set(zip(groups, labels, strict=True)))
+    columns, classes = data.columns, data.classes
+    width, height = columns["width"], columns["height"]
+    sizes, of_size = _count(data, np.column_stack([width, height]))
+    sources, of_source = _count(data, columns["source"])
+    of_group, of_picture = (_count(data, columns[key])[1] for key in ("group", "pixels"))
+    copies = of_picture[of_picture.sum(axis=1) > 1]
+    protocols = {name: replace(data, protocol=name) for name in ("clean", *(["study"] if info["study"] else []))}
+    leaks = {name: leakage.leaks(view) for name, view in protocols.items()}
+    leak_notes = [leakage.leak_notes(counts, f"protocol={name}", group_name) for name, counts in leaks.items()]
     result = {
-        "name": info["name"],
-        "unit": "slice" if info["body"] or info.get("volumes") else "image",  # in reports
-        "images": len(labels),
+        "name": data.name,
+        "unit": "slice" if data.body or data.volumes else "image",  # in reports
+        "images": len(width),
         "classes": list(classes),
         "group_name": group_name,
-        "groups": len(set(groups)),
+        "groups": len(of_group),
         "study": info["study"],
         "stage": info["stage"],
         "size": info["size"],
-        "protocols": {name: _counts(cells[name], labels, groups, classes) for name in cells},
-        "sources": {source: dict(sorted(counts.items())) for source, counts in by_source.items()},
+        "protocols": {name: _split_counts(view) for name, view in protocols.items()},
+        "sources": {
+            source: {name: n for name, n in zip(classes, counts, strict=True) if n}
+            for source, counts in sorted(zip(sources.tolist(), of_source.tolist(), strict=True))
+        },
         "sizes": {
             "width": [int(v) for v in (width.min(), np.median(width), width.max())],
             "height": [int(v) for v in (height.min(), np.median(height), height.max())],
-            "common": [[f"{w} x {h}", n] for (w, h), n in common],
+            "common": [[f"{w} x {h}", int(n.sum())] for (w, h), n in zip(sizes[:3], of_size[:3], strict=True)],
         },
-        "pixels": _statistics(columns),
+        "pixels": _pixel_statistics(data),
         "window": info["window"],
-        "duplicates": _duplicates(labels, columns["pixels"]),
-        "twins": dict(twins),
-        "groups_with_several_labels": sum(count > 1 for count in labels_per_group.values()),
+        "duplicates": {
+            "sets": len(copies),
+            "images": int(copies.sum()),
+            "sets_with_several_labels": int((np.count_nonzero(copies, axis=1) > 1).sum()),
+        },
+        "twins": {
+            "near_pairs": len(data.near),
+            "left_out": int((columns["split"] == "").sum()),
+            "leaks": leaks,
+            "pairs": _worst_pairs(list(protocols.values())[-1]),
+        },
+        "groups_with_several_labels": int((np.count_nonzero(of_group, axis=1) > 1).sum()),
         "skipped": list(skipped),
         "unstaged": list(unstaged),
-        "notes": list(notes),
+        "notes": [*notes, *itertools.chain(*leak_notes)],
     }
     result["warnings"] = [*warnings, *_warnings(result)]
     return result
 
 
-def _counts(
-    cells: Sequence[str], labels: Sequence[str], groups: Sequence[str], classes: Sequence[str]
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Returns {split: {"images": {class: count}, "groups": {class: count}}} from a protocol's column."""
-    images: Counter[tuple[str, str]] = Counter()
-    members = defaultdict(set)
-    parsed = {cell: parse_study(cell) for cell in set(cells)}
-    for cell, label, group in zip(cells, labels, groups, strict=True):
-        for split, times in parsed[cell].items():
-            images[split, label] += times
-            members[split, label].add(group)
-    used = {split for split, _ in images}
-    return {
-        split: {
-            "images": {c: images[split, c] for c in classes},
-            "groups": {c: len(members[split, c]) for c in classes},
-        }
-        for split in SPLITS
-        if split in used
-    }
+def _count(data: Prepared, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return statistics.count_values(values, data.columns["label"], len(data.classes))
 
 
-def _statistics(columns: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns {split: {"images": {class: count}, "groups": {class: count}}} of the splits that are not empty."""
+    result = {}
+    for split in SPLITS:
+        rows = data.rows(split)
+        labels, groups = data.columns["label"][rows], data.columns["group"][rows]
+        if len(rows):
+            counts = statistics.count_values(groups, labels, len(data.classes))[1]
+            parts = {"images": counts.sum(axis=0), "groups": np.count_nonzero(counts, axis=0)}
+            result[split] = {key: dict(zip(data.classes, part.tolist(), strict=True)) for key, part in parts.items()}
+    return result
+
+
+def _pixel_statistics(data: Prepared) -> dict[str, float]:
     """Returns the mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
-    train = np.array(columns["split"], dtype=np.str_) == "train"
+    train = data.columns["split"] == "train"
     if not train.any():
         return {}
-    mean, std = (np.array(columns[key], dtype=np.str_).astype(float)[train] for key in ("mean", "std"))
+    mean, std = (data.columns[key][train].astype(float) for key in ("mean", "std"))
     total = float(mean.mean())
     return {"mean": round(total, 4), "std": round(float(np.sqrt((std**2 + mean**2).mean() - total**2)), 4)}
 
 
-def _duplicates(labels: Sequence[str], pixels: Sequence[str]) -> dict[str, int]:
-    sets = [count for count in Counter(pixels).values() if count > 1]
-    labels_per_set = Counter(digest for digest, _ in set(zip(pixels, labels, strict=True)))
-    conflicting = sum(count > 1 for count in labels_per_set.values())
-    return {"sets": len(sets), "images": sum(sets), "sets_with_several_labels": conflicting}
+def _worst_pairs(data: Prepared) -> list[str]:
+    """Returns at most MAX_NAMES pairs such as "a.png (test, COVID) = b.png (train, Normal)", worst first.
+
+    "=" joins exact copies (one pair per set of copies), "~" near duplicates. Images in no split are omitted.
+    """
+    cells, columns = statistics.cells(data), data.columns
+    pairs = np.concatenate([statistics.copies(data), data.near])
+    pairs = statistics.worst_first(pairs[(cells[pairs] != "").all(axis=1)], data)[0]
+    exact = columns["pixels"][pairs[:, 0]] == columns["pixels"][pairs[:, 1]]
+    # All pairs of a set of copies have the same first image.
+    first = np.unique(np.where(exact, pairs[:, 0], -1 - np.arange(len(pairs))), return_index=True)[1]
+    lines = []
+    for at in np.sort(first)[:MAX_NAMES]:
+        one, other = (
+            f"{columns['file'][row]} ({cells[row]}, {data.classes[columns['label'][row]]})" for row in pairs[at]
+        )
+        lines.append(f"{one} {'=' if exact[at] else '~'} {other}")
+    return lines
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -210,8 +211,8 @@ def without_lungs(data: Prepared, data_dir: Path) -> Prepared | None:
 def write(name: str, source: Path | None, data_dir: Path, options: PrepareOptions, **settings: Any) -> dict[str, Any]:
     """Prepares the data set `name` from the folder `source` (None for a synthetic one).
 
-    `settings` are those of `writer.prepare`: window, on_bad_image, on_no_lung, overwrite, keep, quiet. Returns the
-    summary. Raises ValueError for problems with the name, the options, the folder or an image.
+    `settings` are those of `writer.prepare`: window, on_bad_image, overwrite, keep, quiet. Returns the summary.
+    Raises ValueError for problems with the name, the options, the folder or an image.
     """
     parts, entry = resolve(name)
     flags = options.folder_flags() if parts.base != "folder" else []
@@ -253,12 +254,11 @@ def _salt(data_dir: Path) -> str:
     file = data_dir / SALT_FILE
     if not file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f"{file.name}.{os.getpid()}")
-        draft.touch(mode=0o600)
-        draft.write_text(secrets.token_hex(16))
-        with contextlib.suppress(FileExistsError):  # another process has created the file; its salt is used
-            os.link(draft, file)
-        draft.unlink()
+        with tempfile.NamedTemporaryFile("w", dir=data_dir) as draft:  # only its owner may read it
+            draft.write(secrets.token_hex(16))
+            draft.flush()
+            with contextlib.suppress(FileExistsError):  # another process has created the file; its salt is used
+                os.link(draft.name, file)
     salt = file.read_text().strip()
     if not salt:
         raise ValueError(f"{file} is empty, and without a salt patient ids can be guessed; delete the file")

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
@@ -34,7 +35,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     names = (f"{FOLDER}/{FOLDER}/train/", f"{FOLDER}/train/", "train/")
     root = files.find(source, names, "folder of training images").parent
     listed = []
-    for where, row in files.read_rows(table, COLUMNS):
+    for where, row in read_table(table, COLUMNS).rows:
         name, split = row["X_ray_image_name"], files.lookup(row["Dataset_type"], SPLITS, "Dataset_type", where)
         label, image = int(files.lookup(row["Label"], LABELS, "Label", where)), str(root / split / name)
         collection = "Kermany" if kermany(name) else "COVID-19 image data collection"

@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from lungjax.config import nearest
+from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
@@ -39,7 +40,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
     listed, skipped = [], Counter[str]()
-    for where, row in files.read_rows(table, COLUMNS + EXTRA):
+    for where, row in read_table(table, COLUMNS + EXTRA).rows:
         label = label_of(row["finding"], config, where)
         if row["modality"] != "X-ray" or row["view"] not in FRONTAL:
             skipped[f"{row['modality'] or 'no modality'} {row['view'] or 'no view'}"] += 1

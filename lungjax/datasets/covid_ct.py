@@ -1,10 +1,10 @@
 """COVID-CT (UCSD): CT slices from papers on COVID-19, and others from MedPix, LUNA, Radiopaedia and papers."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from lungjax.data import splits
+from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts
@@ -37,17 +37,19 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             lines = files.read_lines(files.find(source, names, f"{split} list of {name}"))
             rows += [(where, split, label, file) for where, file in lines]
     hint = "unpack the zip files of Images-processed"
-    roots = {name: ("Images-processed/", f"Images-processed/CT_{name}/", "") for name in CLASSES}
-    folders = [
-        files.find(source, [f"{root}CT_{name}/" for root in roots[name]], f"image folder of {name}", hint)
-        for name in CLASSES
-    ]
+    folders = []
+    for name in CLASSES:
+        roots = ("Images-processed/", f"Images-processed/CT_{name}/", "")
+        folders.append(files.find(source, [f"{root}CT_{name}/" for root in roots], f"image folder of {name}", hint))
     table = source / TABLE
-    columns = ("image name", "patient id")
-    named = files.read_rows(table, columns) if table.is_file() else []
+    named = read_table(table, ("image name", "patient id")).rows if table.is_file() else []
     patients = {row["image name"]: row["patient id"] for _, row in named}
     negatives = [file for _, _, label, file in rows if label == 0]
-    runs = _runs(negatives)
+    # MedPix numbers slices by patient.
+    numbers = {
+        file: ("medpix_run_", int(Path(file).stem)) for file in negatives if re.fullmatch(r"\d+\.png", file, re.I)
+    }
+    runs = files.runs(numbers, MAX_GAP)
     examples = []
     for where, split, label, file in rows:
         name, image, place = f"CT_{CLASSES[label]}/{file}", str(folders[label] / file), origin(file, label)
@@ -85,9 +87,3 @@ def origin(file: str, label: int) -> str:
     if label:
         return "preprint" if re.match(r"\d{4}\.\d\d\.\d\d\.", file) else "paper"
     return "web" if web_patient(file) else "MedPix"
-
-
-def _runs(names: Sequence[str]) -> dict[str, str]:
-    """Returns the run of nearby numbers that each numbered PNG file belongs to; MedPix numbers slices by patient."""
-    numbered = [file for file in names if re.fullmatch(r"\d+\.png", file, re.IGNORECASE)]
-    return files.runs({file: ("medpix_run_", int(Path(file).stem)) for file in numbered}, MAX_GAP)

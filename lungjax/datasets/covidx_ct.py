@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lungjax.data import splits
+from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts
@@ -97,7 +98,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         examples = resampled(examples)
     table = source / "metadata.csv"
     if table.is_file():
-        rows = [row for _, row in files.read_rows(table, ("patient id", *EXTRA))]
+        rows = [row for _, row in read_table(table, ("patient id", *EXTRA)).rows]
         # As in file names: a few ids of TCIA end in a scan number.
         patients = {patient(f"{row['patient id']}-0.png")[0]: tuple(row[name] for name in EXTRA) for row in rows}
         examples = [replace(e, extra=patients.get(e.group, ("",) * len(EXTRA))) for e in examples]

@@ -17,7 +17,8 @@ from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing, complete_splits
 
-COLUMNS = ("path", "label", "split", "group", "source", *prepared.BOX)  # of labels.csv; others are kept unmodified
+BOX = ("xmin", "ymin", "xmax", "ymax")
+COLUMNS = ("path", "label", "split", "group", "source", *BOX)  # of labels.csv; others are kept unmodified
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
@@ -37,18 +38,16 @@ ABOUT = About(
   {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000 files, either 8-bit gray or color, or unsigned
-16-bit gray (see --window). They are turned upright according to their EXIF orientation. Patients are given by the
-column group, by folders below the class folders ({class}/{patient}/...), or by the first group of the regex
---group_pattern in the path below the source. Otherwise, and with --group_pattern=none, each image is its own patient.
+16-bit gray (see --window). Patients are given by the column group, by folders below the class folders
+({class}/{patient}/...), or by the first group of the regex --group_pattern in the path below the source. Otherwise, and
+with --group_pattern=none, each image is its own patient.
 
 DICOM (.dcm, .dicom, or no suffix) and NIfTI (.nii, .nii.gz) files may replace images, and a path in labels.csv may be
 such a file, or a folder with one or more series. This requires pip install -e '.[dicom]'.
-  CT: the slices with one SeriesInstanceUID (except localizers), or the frames of an enhanced CT, form a volume, sorted
-    by position. --plane is axial, coronal or sagittal, --position is mid (one image) or all. Pixels are made square.
-    --hu_window=-600/1500 (center/width in HU) is the default; three windows, separated by commas, become red, green and
-    blue. Axial and coronal images show the patient's right on the left; the head is up.
+  CT: the slices with one SeriesInstanceUID (except localizers), or the frames of an enhanced CT, form a volume. --plane
+    is axial, coronal or sagittal, --position is mid (one image) or all, and --hu_window=-600/1500 (center/width in HU)
+    is the default; three windows, separated by commas, become red, green and blue.
   X-rays (CR, DX): rendered in the window of the file, with white bones.
-  NIfTI: three-dimensional, in Hounsfield units.
   Patient ids and DICOM paths are replaced by hashes, such as series-HASH/0007, which --lookup resolves. Groups in
     labels.csv and paths of other files are kept. --on_bad_image=skip lists skipped files by path.
 With --plane=coronal --position=mid --hu_window=-300/1400, the images of folder/NAME-64x128 resemble those of the NCCID
@@ -148,12 +147,14 @@ def _search(rows: Sequence[Row], column: str, pattern: str) -> list[Row]:
         raise ValueError(f"{flag} is not a regular expression: {error}") from None
     if not regex.groups:
         raise ValueError(f"{flag} needs a group in parentheses, such as '([a-z]+)_'")
-    matches = [regex.search(row.file if column == "group" else os.path.basename(row.file)) for row in rows]
-    for row, match in zip(rows, matches, strict=True):
+    result = []
+    for row in rows:
+        match = regex.search(row.file if column == "group" else os.path.basename(row.file))
         if not match or not match[1]:
             raise ValueError(f"{flag} matches nothing in {row.file}")
-    values: Any = [{column: match[1]} for match in matches if match]
-    return [replace(row, **value) for row, value in zip(rows, values, strict=True)]
+        value: Any = {column: match[1]}
+        result.append(replace(row, **value))
+    return result
 
 
 def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
@@ -201,15 +202,11 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     extra = tuple(name for name in columns if name not in COLUMNS)
     _check_columns(columns, extra, f"{table.name} line 1")
     rows: list[Row] = []
-    first: dict[str, str] = {}
     for where, values in lines:
         path, split = values["path"].replace("\\", "/"), values.get("split", "")
         for name in ("path", "label"):
             if not values[name]:
                 raise ValueError(f"{where}: {name} is empty")
-        if path in first:
-            raise ValueError(f"{where}: {path} is already in {first[path]}")
-        first[path] = where
         if split and split.lower() not in SPLIT_NAMES:
             allowed = ", ".join(prepared.SPLITS)
             raise ValueError(f"{where}: unknown split {split!r}; expected {allowed}, or an empty column")
@@ -220,7 +217,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
             split=SPLIT_NAMES.get(split.lower(), ""),
             group=values.get("group", ""),
             source=values.get("source", ""),
-            box=_box([values.get(name, "") for name in prepared.BOX], where),
+            box=_box([values.get(name, "") for name in BOX], where),
             extra=tuple(values[name] for name in extra),
             where=where,
         )
@@ -245,12 +242,12 @@ def _check_columns(columns: Sequence[str], extra: Sequence[str], where: str) -> 
         raise ValueError(f"{where}: column {', '.join(repeated)} appears twice")
     if "" in columns:
         raise ValueError(f"{where}: a column has no name")
-    reserved = [name for name in extra if name in prepared.RESERVED]
+    reserved = [name for name in extra if name in prepared.COLUMNS]
     if reserved:
         raise ValueError(f"{where}: the column name {', '.join(reserved)} is reserved; rename it")
-    box = [name for name in prepared.BOX if name in columns]
+    box = [name for name in BOX if name in columns]
     if box and len(box) < 4:
-        raise ValueError(f"{where}: a box needs all of {', '.join(prepared.BOX)}, not only {', '.join(box)}")
+        raise ValueError(f"{where}: a box needs all of {', '.join(BOX)}, not only {', '.join(box)}")
 
 
 def _box(texts: Sequence[str], where: str) -> tuple[float, float, float, float] | None:

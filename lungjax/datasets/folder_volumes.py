@@ -94,28 +94,23 @@ def expand(rows: Sequence[Row], options: PrepareOptions) -> tuple[list[Row], lis
     where HASH is the `volumes.pseudonym` of the UID; rows without a group get the pseudonym of the patient id. A NIfTI
     file keeps its path and is its own group.
 
-    Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies. These examples
-    come first, so that without that flag, preparation fails before anything is written.
-
-    Returns the rows, notes, and the modality: "ct" or "xray" if all images are from such scans, else "". Raises
-    ValueError for invalid options, a missing package, and a NIfTI file that is listed twice.
+    Errors of a file or series are raised when its example is read, so that --on_bad_image=skip applies; these examples
+    come first. Returns the rows, notes, and the modality: "ct" or "xray" if all images are from such scans, else "".
+    Raises ValueError for a missing package, and unless there are one or three windows.
     """
     kinds = {row.image: kind(row.image) for row in rows}
     by_kind = {name: [row for row in rows if kinds[row.image] == name] for name in ("dicom", "nifti")}
     if not any(by_kind.values()):
         return list(rows), [], ""
-    volumes.check_options(options.plane, options.position, options.hu_windows)
+    if len(options.hu_windows) not in (1, 3):
+        raise ValueError(f"--hu_window: {len(options.hu_windows)} windows; expected one (gray) or three (RGB)")
     for name, package, what in (("dicom", "pydicom", "DICOM files"), ("nifti", "nibabel", "NIfTI volumes")):
         if by_kind[name]:
             volumes.need(package, what)
     plain = [row for row in rows if kinds[row.image] not in by_kind]
     notes: Notes = {}
     cut, xrays = _from_dicom(by_kind["dicom"], options, notes)
-    first: dict[Any, Row] = {}
     for row in by_kind["nifti"]:
-        if row.image in first:
-            raise ValueError(f"{row.where}: {row.file} is also in {first[row.image].where}")
-        first[row.image] = row
         cut += _from_nifti(row, options, notes)
     bad = [row for row in cut if row.image.func is volumes.raise_error]
     good = [row for row in cut if row.image.func is not volumes.raise_error]
@@ -184,12 +179,10 @@ def _from_series(
     for note in series.notes:
         notes.setdefault(f"CT series {note}", []).append(name)
     if options.plane == series.plane:  # each slice may have its own label
-        units: dict[Any, list[int]] = {}
-        for i, row in enumerate(rows):
-            units.setdefault((row.label, row.split, row.where) if options.position == "mid" else i, []).append(i)
         alone = f"image-{volumes.pseudonym(series.headers[0].image, options.salt)}" if len(rows) == 1 else ""
+        places = [len(rows) // 2] if options.position == "mid" else range(len(rows))
         result = []
-        for i in (unit[volumes.middle_slice(len(unit))] for unit in units.values()):
+        for i in places:
             image = partial(dicom.picture, headers[i], options.hu_windows)
             result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
         return result
@@ -223,7 +216,7 @@ def _planes(
 ) -> list[Row]:
     """Returns one row per plane of a volume, or the row of the middle plane."""
     count = shape[volumes.PLANES[options.plane]]
-    places = [volumes.middle_slice(count)] if options.position == "mid" else range(count)
+    places = [count // 2] if options.position == "mid" else range(count)
     return [replace(row, file=_name(name, options.plane, i), image=image(i)) for i in places]
 
 

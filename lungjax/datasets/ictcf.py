@@ -55,7 +55,12 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         sorted((path for path, _ in files.class_images(root, name)), key=lambda path: (_number(path), path))
         for name in CLASSES
     ]
-    examples = _originals(source, paths, options.seed) + _generated(paths, options.seed)
+    originals = [
+        Example(path.relative_to(source).as_posix(), str(path), label, "", _group(label, path), "iCTCF")
+        for label, class_paths in enumerate(paths)
+        for path in class_paths
+    ]
+    examples = complete_splits(originals, options.seed)[0] + _generated(paths, options.seed)
     cells = _study([example.label for example in examples])
     examples = [replace(example, study=cell) for example, cell in zip(examples, cells, strict=True)]
     chosen = [example for example in examples if config == "oversampled" or example.source == "iCTCF"]
@@ -66,15 +71,6 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def generate(array: np.ndarray, angle: float, down: float, right: float) -> np.ndarray:
     """Returns a copy of a slice as the study generated it: gray uint8 [H, W] (see `keras_generator.transform`)."""
     return keras_generator.transform(images.gray(array), angle, (down, right)).astype(np.uint8)
-
-
-def _originals(source: Path, paths: list[list[Path]], seed: int) -> list[Example]:
-    examples = [
-        Example(path.relative_to(source).as_posix(), str(path), label, "", _group(label, path), "iCTCF")
-        for label, class_paths in enumerate(paths)
-        for path in class_paths
-    ]
-    return complete_splits(examples, seed)[0]
 
 
 def _generated(paths: list[list[Path]], seed: int) -> list[Example]:

@@ -71,10 +71,28 @@ class About:
 
 
 def complete_splits(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[str]]:
-    """Returns the examples with missing splits filled in by `splits.complete`, and the notes from that function."""
-    given, labels, groups = ([getattr(e, name) for e in examples] for name in ("split", "label", "group"))
-    completed, notes = splits.complete(given, labels, groups, seed)
-    return [replace(e, split=split) for e, split in zip(examples, completed, strict=True)], notes
+    """Returns the examples with missing splits filled in, by group and stratified by class, and notes on them.
+
+    Three splits are made if none is given; a missing val or test split is taken from train. Raises ValueError for a
+    missing train split.
+    """
+    given = {example.split for example in examples}
+    missing = [split for split in splits.SPLITS if split not in given]
+    if given == {""}:
+        origin, parts = "", list(splits.SPLITS)
+        note = f"splits made by group, stratified by class, 70/15/15, seed {seed}"
+    elif "train" in missing:
+        raise ValueError(f"no train split, only {', '.join(sorted(given))}; assign the training images to train")
+    else:
+        origin, parts = "train", ["train", *missing]
+        note = f"no {' and no '.join(missing)} split given: taken from train by group, seed {seed}"
+    if not missing:
+        return list(examples), []
+    total = sum(splits.SHARES[split] for split in parts)
+    shares = {split: splits.SHARES[split] / total for split in parts}
+    chosen = [example for example in examples if example.split == origin]
+    new = iter(splits.make_splits([e.label for e in chosen], [e.group for e in chosen], shares, seed))
+    return [replace(e, split=next(new)) if e.split == origin else e for e in examples], [note]
 
 
 def compare_counts(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lungjax.data import splits
+from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
 from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
@@ -37,7 +38,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images in the label file of `source`. Raises ValueError if the file is missing or a line is invalid."""
     table = files.find(source, (TABLE,), "label file")
-    rows = files.read_rows(table, ("image_name", "whole_lung"))
+    rows = read_table(table, ("image_name", "whole_lung")).rows
     # The study drops rows without a file before it draws.
     existing = [i for i, (_, row) in enumerate(rows) if (table.parent / row["image_name"]).is_file()]
     cells = _study(len(rows), existing)

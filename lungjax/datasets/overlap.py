@@ -1,4 +1,4 @@
-"""Checks whether test images show patients that a network was trained on, by comparing two prepared data sets."""
+"""Compares two prepared data sets: do the test images of one show patients that a network was trained on?"""
 
 import re
 from dataclasses import replace
@@ -15,14 +15,22 @@ MAX_NAMES = 5  # patients, sources or pairs in an error message
 PSEUDONYM = re.compile("[0-9a-f]{12}")  # of a DICOM patient; the same in all folders prepared in one data_dir
 
 
+def report(one: Prepared, other: Prepared) -> str:
+    """Returns, as Markdown, the patients and images in both data sets. Raises ValueError if either is a stage."""
+    for data in (one, other):
+        if resolve(data.name)[0].stage:
+            raise ValueError(f"--cross compares complete images, but {data.name} is a stage; omit the stage")
+    shared = leakage.cross(one, other)
+    lines = [f"# {one.name} and {other.name}", "", *(f"- {line}" for line in shared["lines"])]
+    return "\n".join([*lines, *(f"  - {pair}" for pair in shared["examples"])]) + "\n"
+
+
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
     """Checks whether test images of `other` show patients in train or val of `own`; returns `other` and notes.
 
-    The checks are, in this order: patient names (in versions of one data set), sources (see `shared_sources`), equal
-    pixels, and near duplicates. For stages, the last two compare the complete images if these are prepared in
-    `data_dir`. `what` names the test images, such as "the test split of folder/b".
-
-    Raises ValueError for shared patients. With `drop`, all images of these patients are removed from the test split
+    The checks are, in this order: patient names, sources, equal pixels, and near duplicates. For stages, the last two
+    compare the complete images if these are prepared in `data_dir`. `what` names the test images, such as "the test
+    split of folder/b". Raises ValueError for shared patients; with `drop`, their images are removed from the test split
     instead; a shared source, whose patients are unknown, and a test split without other patients remain errors.
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))

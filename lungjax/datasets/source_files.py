@@ -1,13 +1,12 @@
-"""Reads downloaded data sets: paths regardless of case, tables, lists, and groups from file names."""
+"""Reads downloaded data sets: paths regardless of case, lists, and groups from file names."""
 
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 
@@ -41,14 +40,6 @@ def class_images(folder: Path, name: str) -> list[tuple[Path, str]]:
     if not paths:
         raise ValueError(f"{inner} has no image")
     return paths
-
-
-def read_rows(path: Path, columns: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a CSV file with their locations. Raises ValueError as in `read_table`, or if empty."""
-    rows = read_table(path, columns).rows
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:

@@ -55,6 +55,6 @@ def predict(
     keep(running.pop())
     probabilities, logits = (np.stack(values) for values in zip(*(scores[int(row)] for row in rows), strict=True))
     columns = {name: values[rows] for name, values in data.columns.items()}
-    extra = {name: values for name, values in columns.items() if name not in prepared.RESERVED}
+    extra = {name: values for name, values in columns.items() if name not in prepared.COLUMNS}
     ids, groups, sources, labels = (columns[name] for name in ("file", "group", "source", "label"))
     return Predictions(ids, groups, sources, labels, probabilities, data.classes, extra, logits)

@@ -64,7 +64,7 @@ class Inputs:
         """Adds a volume of `shape` to its group, or as a series of its own; returns the name of the series."""
 
         def middle(plane: str, windows: Windows) -> bytes:
-            return cut(plane, volumes.middle_slice(shape[volumes.PLANES[plane]]), windows)
+            return cut(plane, shape[volumes.PLANES[plane]] // 2, windows)
 
         series, number = group or name, 1
         while not group and series in self.series:  # several series in one folder
@@ -230,4 +230,4 @@ def _add_dicom(
 
 
 def _numbers(count: int, metadata: Metadata) -> Sequence[int]:
-    return [volumes.middle_slice(count)] if metadata.position == "mid" else range(count)
+    return [count // 2] if metadata.position == "mid" else range(count)

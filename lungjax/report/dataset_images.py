@@ -17,7 +17,6 @@ from lungjax.data import augment, prepared, statistics
 from lungjax.data.imaging import images, lung_masks, study_masks
 from lungjax.data.pipeline import Reader
 from lungjax.data.prepared import Prepared
-from lungjax.datasets.build import near_duplicates
 from lungjax.report import contact_sheet, context
 from lungjax.report.contact_sheet import Section, Tile
 from lungjax.report.templating import Figure
@@ -171,7 +170,7 @@ def duplicates(view: View) -> list[dict[str, Any]]:
     near = f"nearly identical but from different {view.summary['group_name']}"
     return [
         _pairs(view, "Exact copies", "identical in every pixel", statistics.copies(view.data)),
-        _pairs(view, "Near duplicates", near, near_duplicates.read(view.data, view.data_dir)),
+        _pairs(view, "Near duplicates", near, view.data.near),
     ]
 
 

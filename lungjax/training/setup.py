@@ -15,7 +15,6 @@ from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
-from lungjax.datasets.build import near_duplicates
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
@@ -91,8 +90,7 @@ def set_up(
 def open_data(config: Config, data_dir: Path) -> Prepared:
     """Returns the data set with its splits or folds. Raises ValueError if it is missing or unsuitable."""
     data = open_dataset(config.data.dataset, str(data_dir), config.data.protocol)
-    near = near_duplicates.read(data, data_dir) if config.data.folds else np.zeros((0, 2), np.int64)
-    return folds.apply(data, config, near)
+    return folds.apply(data, config)
 
 
 def check_monitor(config: Config, data: Prepared) -> None:

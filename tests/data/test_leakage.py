@@ -52,8 +52,6 @@ def test_clean_near_duplicates():
     assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
     rows = "train 0 a 1, train 0 b 2, train 1 c 3"  # in one split
     assert clean(rows, [(0, 1)]) == (["train"] * 3, [])
-    splits, (note,) = clean(rows, [(0, 1), (1, 2)])
-    assert splits == ["train"] * 3 and "labels" in note and note.endswith(": 1")
 
 
 def random_columns(rng, n=400):
@@ -65,8 +63,11 @@ def random_columns(rng, n=400):
     return splits, labels, groups, pixels, near[[groups[i] != groups[j] for i, j in near]]
 
 
-def members(column):
-    return {split: [i for i, s in enumerate(column) if s == split] for split in SPLITS}
+def split_up(cells, groups, pixels, near):
+    """Returns a data set with the splits `cells`, such as "val+test", in both protocols."""
+    columns = {"group": np.array(groups), "pixels": np.array(pixels)}
+    columns |= dict.fromkeys(("split", "split_study"), np.array(cells))
+    return Prepared("made", ("a", "b"), columns, None, None, "0", near=np.asarray(near))
 
 
 def test_clean_without_leaks_in_any_order():
@@ -75,9 +76,9 @@ def test_clean_without_leaks_in_any_order():
         *columns, near = random_columns(rng)
         splits, _, groups, pixels = columns
         result, _ = leakage.clean(*columns, near, "patients")
-        after = leakage.leaks(members(result), groups, pixels, near)
+        after = leakage.leaks(split_up(result, groups, pixels, near))
         assert all(counts["images"] > 10 and counts["any"] == 0 for counts in after.values())
-        assert leakage.leaks(members(splits), groups, pixels, near)["test"]["any"] > 20
+        assert leakage.leaks(split_up(splits, groups, pixels, near))["test"]["any"] > 20
         assert all(d in ("", s) for d, s in zip(result, splits, strict=True))
         order = rng.permutation(len(splits))
         shuffled, _ = leakage.clean(*([c[i] for i in order] for c in columns), np.argsort(order)[near], "patients")
@@ -89,14 +90,15 @@ def test_clean_without_leaks_in_any_order():
 def test_leaks():
     groups = ["a", "b", "c", "d", "a", "e", "f", "g"]
     pixels = ["1", "2", "3", "1", "4", "5", "6", "2"]
-    members = {"train": [0, 0, 0, 1, 2], "val": [3, 4, 7], "test": [3, 3, 5, 6, 2]}
+    cells = ["train*3", "train", "train+test", "val+test*2", "val", "test", "test", "val"]
     near = np.array([(1, 5), (3, 6), (2, 3)])  # 3 also has an exact copy in train, which has precedence
-    leaks = leakage.leaks(members, groups, pixels, near)
+    data = replace(split_up(cells, groups, pixels, near), protocol="study")
+    leaks = leakage.leaks(data)
     names = ("images", "exact_twin_in_train", "near_twin_in_train", "group_in_train", "any")
     # Val: 3 copies 0, 7 copies 1, 4 is of group a. Test: 3, 2 (also in train), 5 (like 1), and 6 (like a copy of 0).
     assert leaks["val"] == dict(zip(names, (3, 2, 0, 1, 3), strict=True))
     assert leaks["test"] == dict(zip(names, (4, 2, 2, 1, 4), strict=True)) | {"exact_twin_in_val": 1}
-    assert leakage.leaks({"train": [0], "test": []}, groups, pixels, near) == {}
+    assert leakage.leaks(split_up(["train"] * 8, groups, pixels, near)) == {}
     val, test = leakage.leak_notes(leaks, "protocol=study", "patients")
     assert val.startswith("protocol=study: 3 of 3 val images") and "in val" not in val
     assert test.endswith("exact copies in val: 1")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lungjax.data import splits
+from lungjax.datasets.listing import Example, complete_splits
 
 
 def patients(seed=0, count=300):
@@ -42,17 +43,24 @@ def test_few_groups():
     assert Counter(zip([0] * 20 + [1] * 20, result, strict=True)) == expected
 
 
+def complete(given, labels, groups):
+    examples = zip(given, labels, groups, strict=True)
+    listed = [Example(str(i), "", label, split, group) for i, (split, label, group) in enumerate(examples)]
+    completed, notes = complete_splits(listed, 0)
+    return [example.split for example in completed], notes
+
+
 def test_missing_splits_from_train():
     labels, groups = patients()
     given = ["test" if int(g.split()[1]) % 5 == 0 else "train" for g in groups]
-    result, notes = splits.complete(given, labels, groups)
+    result, notes = complete(given, labels, groups)
     assert all(r == "test" for r, g in zip(result, given, strict=True) if g == "test")
     assert result.count("test") == given.count("test") and "val" in notes[0]
     assert result.count("val") / given.count("train") == pytest.approx(0.15 / 0.85, abs=0.02)
     assert len(set(zip(groups, result, strict=True))) == len(set(groups))
-    assert splits.complete(["train", "val", "test"], [0] * 3, list("abc")) == (["train", "val", "test"], [])
+    assert complete(["train", "val", "test"], [0] * 3, "abc") == (["train", "val", "test"], [])
     with pytest.raises(ValueError, match="train"):
-        splits.complete(["val", "test"], [0, 1], ["a", "b"])
+        complete(["val", "test"], [0, 1], "ab")
 
 
 def test_study_cells():

@@ -67,6 +67,7 @@ def test_read_table_errors(tmp_path):
         (b'path\n"' + b"x" * 200_000, "line 2"),
         (b"path\n\xff\xfe\n", "UTF-8"),
         (b"", "path is missing"),
+        (b"path\n\n", "no rows"),
     ):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=word):

@@ -163,7 +163,7 @@ def test_single_compressed_slice_without_position(tmp_path):
 def test_inconsistent_series(tmp_path):
     for change, word in (
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, r"IM0\d+.dcm and .*IM0\d+.dcm .*orientations"),
-        ({"PixelSpacing": [1.0, 0.9]}, "spacings, 1 x 1 and 1 x 0.9"),
+        ({"PixelSpacing": [1.0, 0.9]}, r"spacings, \(1.0, 1.0\) and \(1.0, 0.9\)"),
         ({"Rows": 5, "PixelData": bytes(80)}, "sizes"),
         ({"ImagePositionPatient": [-100, 50, 7]}, "position"),
         ({"ImagePositionPatient": None}, "no ImagePositionPatient"),
@@ -261,17 +261,6 @@ def test_nifti_nan_and_missing_orientation(tmp_path):
     values = nifti.volume(path).hu
     assert values.min() == -1000 and (values == -1000).sum() == 2
     assert any("orientation" in note for note in nifti.header(path).notes)
-
-
-def test_invalid_options():
-    for options, word in (
-        (("axail", "all", WIDE), "axial"),
-        (("axial", "middle", WIDE), "mid"),
-        (("axial", "all", WIDE * 2), "three"),
-        (("axial", "all", ((40.0, 0.0),)), "width"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            volumes.check_options(*options)
 
 
 def test_missing_package(tmp_path, monkeypatch):

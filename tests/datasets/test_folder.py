@@ -47,7 +47,7 @@ def test_csv(tmp_path):
     assert data.name == "folder/my_hospital" and data.classes == ("sick", "well") and data.window is None
     columns = {k: v.tolist() for k, v in data.columns.items()}
     assert columns["file"] == names
-    assert set(columns) == {*prepared.COLUMNS, "box", "age"} - {*prepared.BOX}
+    assert set(columns) == {*prepared.COLUMNS, "age"}
     assert columns["label"] == [0, 1, 0, 1]
     assert columns["split"] == ["train", "train", "val", "test"]
     assert columns["group"] == ["p1", "p2", "p3", "p4"] and columns["source"] == ["x", "y", "x", "y"]
@@ -179,7 +179,7 @@ def test_duplicates_and_divided_groups(tmp_path):
     assert result["twins"]["leaks"]["clean"]["test"]["any"] == 0
     # Left out: two images of a patient in test, and a copy with another label.
     assert data.columns["file"][data.columns["split"] == ""].tolist() == ["00.png", "01.png", "07.png"]
-    text = (tmp_path / "data/folder/default/2.1.0/summary.md").read_text()
+    text = (tmp_path / f"data/folder/default/{prepared.VERSION}/summary.md").read_text()
     assert "00.png (train, a) = 07.png (test, b)" in text and "images of a only (1), see scores per source: x0" in text
     study = datasets.open_dataset("folder", tmp_path / "data", "study")
     assert study.rows("train").tolist() == [0, 1, 2, 3, 4, 5] and data.rows("train").tolist() == [2, 3, 4, 5]
@@ -214,13 +214,12 @@ def test_table_errors(tmp_path):
         ("path,label,xmin,ymin,xmax,ymax\nx.png,a,1,2,11,5\ny.png,b,,,,\n", "line 2: x.png: box .* exceeds"),
         ("path,label\nx.png,a\ny.png,a\n", "only one class, 'a'"),
         ("path,label,split\nx.png,a,val\ny.png,b,test\n", "no train split"),
-        ("path,label,split\nx.png,a,train\ny.png,b,test\n", "no training example of b"),
-        ("path,label\n", "no image found"),
+        ("path,label\n", "no rows"),
     ):
         write_table(tmp_path, text)
         with pytest.raises(ValueError, match=word):
             prepare(tmp_path)
-        assert not list((tmp_path / "data").rglob("index.csv"))
+        assert not list((tmp_path / "data").rglob(prepared.INDEX))
         assert not list((tmp_path / "data").rglob("*.array_record*")), "nothing incomplete is left"
 
 

@@ -18,9 +18,10 @@ import scans
 from scans import windowed
 
 from lungjax import datasets, prepare
+from lungjax.data import duplicates
 from lungjax.data.imaging import dicom, volumes
 from lungjax.datasets import PrepareOptions, folder
-from lungjax.datasets.build import near_duplicates, writer
+from lungjax.datasets.build import writer
 
 WIDE = ((-350.0, 1300.0),)
 
@@ -250,7 +251,7 @@ def test_changed_scan_after_an_interruption(tmp_path, monkeypatch):
     settings["options"] = PrepareOptions(salt="secret", hu_windows=WIDE)
     monkeypatch.setattr(writer, "SHARD_BYTES", 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(near_duplicates, "search", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(duplicates, "near_twins", mock.Mock(side_effect=KeyboardInterrupt))
         datasets.write("folder", **settings)
     data = pydicom.dcmread(paths[0])
     data.PixelData = data.pixel_array[::-1].tobytes()

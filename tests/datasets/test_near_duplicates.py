@@ -14,7 +14,6 @@ from lungjax import datasets, prepare
 from lungjax.config import Config
 from lungjax.data import pipeline
 from lungjax.datasets import PrepareOptions
-from lungjax.datasets.build import near_duplicates
 
 
 def test_study_repetitions(small_data):
@@ -63,11 +62,11 @@ def test_duplicates_across_splits(xray_5k):
     assert sorted(files[clean.columns["split"] == ""]) == ["train/covid/copied.png", "train/non/smaller.jpg"]
     assert set(files[study.rows("train")]) > {"train/covid/copied.png", "train/non/smaller.jpg"}
     assert set(study.rows("val")) == set(study.rows("test")) and not set(clean.rows("val")) & set(clean.rows("test"))
-    (pair,) = files[near_duplicates.read(clean, root / "data")].tolist()
+    (pair,) = files[clean.near].tolist()
     assert sorted(pair) == ["test/non/testnon1.png", "train/non/smaller.jpg"]
     assert result["twins"]["pairs"] == [
-        "test/covid/testcovid0.png (val+test, covid) = train/covid/copied.png (train, covid)",
-        "test/non/testnon1.png (val+test, non) ~ train/non/smaller.jpg (train, non)",
+        "train/covid/copied.png (train, covid) = test/covid/testcovid0.png (val+test, covid)",
+        "train/non/smaller.jpg (train, non) ~ test/non/testnon1.png (val+test, non)",
     ]
 
 

@@ -16,6 +16,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from lungjax.config import overrides
+from lungjax.data import prepared
 from lungjax.evaluation import bootstrap, calibration, predictions
 from lungjax.report import templating
 from lungjax.runtime import signals
@@ -127,10 +128,10 @@ def test_state_of_a_run(trial, options, name, old, new, kind, word):
         fabricate(run)
     path = planned[1].folder / name
     if not name:  # the data set was prepared again
-        prepared = options.data_dir / "phantom_ct/tiny/2.1.0"
-        prepared.mkdir(parents=True)
-        (prepared / "index.csv").write_text("x")
-        (prepared / "lungjax.json").write_text("{}")
+        folder = prepared.directory(options.data_dir, "phantom_ct/tiny")
+        folder.mkdir(parents=True)
+        for file in (prepared.INDEX, "lungjax.json"):
+            (folder / file).write_text("x")
     elif old is None:
         path.unlink()
     else:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lungjax import datasets, main
 from lungjax.config import overrides
+from lungjax.data import prepared
 from lungjax.datasets import overlap
 from lungjax.evaluation import predictions
 from lungjax.evaluation.predictions import Predictions
@@ -153,7 +154,7 @@ def test_data_set_with_test_images_only(root):
     prepare(root, "external", images)
     data = datasets.open_dataset("folder/external", root / "data")
     assert set(data.columns["split"]) == {"test"}
-    summary = json.loads((root / "data/folder/external/2.1.0/summary.json").read_text())
+    summary = json.loads((prepared.directory(root / "data", "folder/external") / "summary.json").read_text())
     assert not any("train" in text or "val" in text for text in summary["warnings"])
     assert any("external test set" in note for note in summary["notes"])
     config = overrides.from_json((root / "run/config.json").read_text())

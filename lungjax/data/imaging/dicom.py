@@ -348,15 +348,16 @@ def _check_alike(first: Header, other: Header) -> None:
             name = "ImageOrientationPatient" if header.orientation is None else "ImagePositionPatient"
             raise Unreadable(f"{header.name}: no {name}, so the series can't be sorted")
     assert first.orientation is not None and other.orientation is not None
-    if np.abs(np.subtract(first.orientation, other.orientation)).max() > ORIENTATION_TOLERANCE:
-        raise Unreadable(f"{pair}, but have different orientations; give each orientation its own folder and series")
-    if first.size != other.size:
-        sizes = " and ".join(f"{rows} x {columns}" for rows, columns in (first.size, other.size))
-        raise Unreadable(f"{pair}, but have different sizes, {sizes} (rows x columns)")
-    mm = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
-    if not np.allclose(*mm, rtol=1e-3):
-        spacings = " and ".join(f"{down:g} x {across:g}" for down, across in mm)
-        raise Unreadable(f"{pair}, but have different pixel spacings, {spacings} mm")
+    turn = np.abs(np.subtract(first.orientation, other.orientation)).max()
+    spacings = first.spacing or (0.0, 0.0), other.spacing or (0.0, 0.0)
+    for field, name, alike in (
+        ("orientation", "orientations", turn <= ORIENTATION_TOLERANCE),
+        ("size", "sizes (rows, columns)", first.size == other.size),
+        ("spacing", "pixel spacings", np.allclose(*spacings, rtol=1e-3)),
+    ):
+        if not alike:
+            values = f"{getattr(first, field)} and {getattr(other, field)}"
+            raise Unreadable(f"{pair}, but have different {name}, {values}; give each its own folder and series")
 
 
 def _flaws(

@@ -11,9 +11,8 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,8 +32,7 @@ SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
-LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
-MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
+MODES = ("1", "L", "P", "RGB", "RGBX", *INTEGERS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
 ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -136,6 +134,12 @@ def full_region(image: np.ndarray | Image.Image) -> Region:
     return 0.0, 0.0, float(width), float(height)
 
 
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Returns the box of a nonempty mask: xmin, ymin, xmax, ymax in pixels, max exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def rotate(image: np.ndarray | Image.Image, box: Region | np.ndarray) -> tuple[np.ndarray, Region]:
     """Returns an image and its box (xmin, ymin, xmax, ymax in pixels) rotated by 180 degrees."""
     width, height = extent(image)
@@ -174,29 +178,21 @@ def to_input(image: np.ndarray | Image.Image, box: np.ndarray, spec: InputSpec, 
     return resized
 
 
-def view(box: np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> Region:
-    """Returns the region of a width x height image that `to_input` shows."""
+def view(box: Sequence[float] | np.ndarray, spec: InputSpec, margin: float, width: int, height: int) -> Region:
+    """Returns the region of a width x height image that `to_input` shows.
+
+    Odd remainders of a center crop are halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for an
+    empty box or window.
+    """
     if spec.crop == "none":
         return 0.0, 0.0, float(width), float(height)
-    region = center(spec.crop_size, width, height) if spec.crop == "center" else box
-    return grow(region, margin, width, height)
-
-
-def center(size: tuple[int, int], width: int, height: int) -> Region:
-    """Returns the window of `size` (height, width) pixels in the middle of an image, clipped to it.
-
-    Odd remainders are halved as in torchvision's CenterCrop, rounded to even. Raises ValueError for an empty window.
-    """
-    if min(size) < 1:
-        raise ValueError(f"input.crop_size={size}: input.crop=center needs a positive height and width in pixels")
-    rows, columns = min(size[0], height), min(size[1], width)
-    top, left = round((height - rows) / 2), round((width - columns) / 2)
-    return float(left), float(top), float(left + columns), float(top + rows)
-
-
-def grow(box: Sequence[float] | np.ndarray, margin: float, width: int, height: int) -> Region:
-    """Returns `box` grown at each edge by `margin` times its side, clipped to the image. Raises ValueError if empty."""
     left, top, right, bottom = (float(v) for v in box)
+    if spec.crop == "center":
+        if min(spec.crop_size) < 1:
+            raise ValueError(f"input.crop_size={spec.crop_size}: input.crop=center needs a positive height and width")
+        rows, columns = min(spec.crop_size[0], height), min(spec.crop_size[1], width)
+        top, left = float(round((height - rows) / 2)), float(round((width - columns) / 2))
+        right, bottom = left + columns, top + rows
     dx, dy = margin * (right - left), margin * (bottom - top)
     x0, y0, x1, y1 = max(left - dx, 0.0), max(top - dy, 0.0), min(right + dx, width), min(bottom + dy, height)
     if x1 - x0 < 1 or y1 - y0 < 1:
@@ -290,16 +286,6 @@ def orientation(exif: bytes) -> int:
     return 1
 
 
-def conversion(data: bytes) -> str:
-    """Returns the mode of a readable image file, such as "RGBA, 16 bits", if `read` loses part of it; "" otherwise."""
-    with Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())) as picture:
-        mode = picture.mode + (" with transparency" if "transparency" in picture.info else "")
-        # From the header, because Pillow reduces 16-bit color to 8 bits.
-        bits = data[24] if picture.format == "PNG" else max(_tiff_tags(picture).get(258, (8,)))
-        mode += f", {bits} bits" if bits > 8 and picture.mode not in INTEGERS else ""
-    return "" if mode in LOSSLESS else mode
-
-
 def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
     own = _decode_own(data)
     if own is not None:
@@ -324,15 +310,12 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     )
 
 
-def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
-    return picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
-
-
 def _unsupported(picture: Image.Image) -> str | None:
     pages = 1 if picture.format in FIRST_FRAME else getattr(picture, "n_frames", 1)
     if pages > 1:
         return f"{pages} pages in one file: save one image per file"
-    if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
+    tags = picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if picture.mode in INTEGERS and tags.get(262) == 0:
         return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
     return None if picture.mode in MODES else f"pixels of mode {picture.mode}; expected gray or color"
 

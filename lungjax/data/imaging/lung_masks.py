@@ -13,8 +13,7 @@ from skimage import filters
 
 from lungjax.config import nearest
 from lungjax.data.imaging import lung_outline, study_masks
-from lungjax.data.imaging.images import Region, full_region
-from lungjax.data.imaging.study_masks import bounding_box
+from lungjax.data.imaging.images import Region, bounding_box, full_region
 
 ROBUST = ("nobackg", "crop", "lungs_nocrop", "lungs", "no_lungs")
 STAGES = (*ROBUST, *study_masks.STAGES)

@@ -38,10 +38,7 @@ def header(path: str) -> Header:
     if len(shape) != 3 or min(shape) < 1:
         sides = " x ".join(str(side) for side in image.shape)
         raise Unreadable(f"{path}: {sides} voxels, expected one three-dimensional volume; split the file")
-    try:
-        unit = image.header.get_xyzt_units()[0]
-    except KeyError:
-        unit = f"code {int(image.header['xyzt_units'])}"
+    unit = nibabel.nifti1.unit_codes.label.get(int(image.header["xyzt_units"]) % 8, "of an undefined code")
     if unit not in MILLIMETERS:
         raise Unreadable(f"{path}: unit of length {unit}; expected mm, meter, micron or unknown (mm)")
     # Stored as float32; rounding makes 0.8 mm equal to 0.8 mm in DICOM.

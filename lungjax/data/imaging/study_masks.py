@@ -12,7 +12,7 @@ from scipy import ndimage, spatial
 from skimage import draw, filters, measure, segmentation, transform
 from skimage.morphology import closing, disk, erosion
 
-from lungjax.data.imaging.images import Region, full_region
+from lungjax.data.imaging.images import Region, bounding_box, full_region
 
 STAGES = ("study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features")
 
@@ -49,12 +49,6 @@ def apply(image: np.ndarray, stage: str) -> tuple[np.ndarray, Region, bool]:
     x0, y0, x1, y1 = box
     across, down = image.shape[1] / SIDE, image.shape[0] / SIDE
     return picture[y0:y1, x0:x1], (x0 * across, y0 * down, x1 * across, y1 * down), found
-
-
-def bounding_box(mask: np.ndarray) -> Box:
-    """Returns the box of a nonempty mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def without_arms(picture: np.ndarray, box: Box) -> Box:

@@ -15,13 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lungjax.config import nearest
 from lungjax.data.imaging import images
 from lungjax.data.imaging.memory_file import MissingPackage
 
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` normal to the plane
-POSITIONS = ("mid", "all")
 CACHE_SIZE = 2  # volumes, because threads may read the end of one and the start of the next
 
 Windows = tuple[tuple[float, float], ...]
@@ -34,16 +32,6 @@ class Volume:
 
     hu: np.ndarray  # int16 [z, y, x], Hounsfield units
     spacing: tuple[float, float, float]  # mm between voxel centers along z, y, x
-
-
-def check_options(plane: str, position: str, windows: Windows) -> None:
-    """Raises ValueError for an unknown plane or position, or unless `windows` has one or three, of positive width."""
-    for flag, value, allowed in (("plane", plane, PLANES), ("position", position, POSITIONS)):
-        if value not in allowed:
-            raise ValueError(f"--{flag}={value}: {nearest(value, allowed)}")
-    if len(windows) not in (1, 3) or any(len(window) != 2 or not window[1] > 0 for window in windows):
-        expected = "one window (gray) or three (RGB), center/width with a positive width, such as -600/1500"
-        raise ValueError(f"--hu_window: {windows}; expected {expected}")
 
 
 def need(package: str, what: str) -> Any:
@@ -95,11 +83,6 @@ def cut(volume: Volume, plane: str, index: int) -> np.ndarray:
     mm = [volume.spacing[i] for i in range(3) if i != axis]
     size = (max(1, round(flat.shape[0] * mm[0] / min(mm))), max(1, round(flat.shape[1] * mm[1] / min(mm))))
     return flat if size == flat.shape else images.resize(flat, images.full_region(flat), size, "bilinear", True)
-
-
-def middle_slice(count: int) -> int:
-    """Returns the index of the middle of `count` planes, the later one if there are two."""
-    return count // 2
 
 
 def render(hu: np.ndarray, windows: Windows) -> np.ndarray:

@@ -33,40 +33,34 @@ class ProcessedImage:
     pixels: str  # digest of the decoded original, or of its copy by Example.transform
     phash: int  # of the same image as the thumbnail; see data.duplicates
     thumbnail: bytes  # of duplicates.SIDE rows and columns
-    mean: float  # of the stored image, gray, 0..1; if `raw`, of its 16-bit values
+    mean: float  # of the stored image, gray, 0..1; of its values, if it has 16 bits and no window
     std: float
-    raw: bool
+    deep: bool  # whether the image has 16 bits
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
-    conversion: str  # the file's mode if reading it lost part of it, see images.conversion
     original: bool  # whether `data` is the file itself
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Reason why an image can't be stored."""
+def process_image(example: Example, options: ImageOptions) -> ProcessedImage | str:
+    """Reads and processes one image; returns the reason if it can't be stored, since it runs in a worker process.
 
-    text: str
-    skippable: bool  # by --on_bad_image=skip
-
-
-def process_image(example: Example, options: ImageOptions) -> ProcessedImage | Problem:
-    """Reads and processes one image. Runs in a worker process, so it returns a Problem instead of raising an error."""
+    Raises ValueError for a box outside the image, which is an error in a table.
+    """
     try:
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
-        conversion = images.conversion(data)
     except (ValueError, OSError) as error:
-        return Problem(str(error), skippable=True)
+        return str(error)
     height, width = array.shape[:2]
     box = example.box or (0.0, 0.0, float(width), float(height))
     if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         text = " ".join(f"{v:g}" for v in box)
-        return Problem(f"box {text} exceeds the image of {width} x {height} (width x height)", skippable=False)
+        problem = f"box {text} exceeds the image of {width} x {height} (width x height)"
+        raise ValueError(f"{example.where}: {example.file}: {problem}")
     deep = array.dtype == np.uint16
     if deep and options.stage and options.window is None:
-        return Problem(f"a 16-bit image: the stage {options.stage} needs --window=low,high", skippable=False)
+        return f"a 16-bit image: the stage {options.stage} needs --window=low,high"
     shown = np.rint(images.show(array, options.window)).astype(np.uint8) if deep and options.window else array
     gray = images.gray(shown)
     source = gray if options.stage else array
@@ -79,11 +73,10 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         gray = images.gray(array)
         stored, box, *_ = preprocess.apply_stage(move(stored), box, "", options.size)
     original = stored is array and not deep and form in ("JPEG", "PNG")
-    raw = stored.dtype == np.uint16 and options.window is None
-    if stored.dtype == np.uint16 and options.window:
-        values = images.show(stored, options.window) / 255.0
+    if stored.dtype == np.uint16:
+        values = images.show(stored, options.window) / 255.0 if options.window else stored.astype(np.float64)
     else:
-        values = stored.astype(np.float64) if raw else images.gray(stored) / 255.0
+        values = images.gray(stored) / 255.0
     return ProcessedImage(
         data=data if original else images.encode(stored),
         width=stored.shape[1],
@@ -94,11 +87,10 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | P
         thumbnail=duplicates.thumbnail(gray).tobytes(),
         mean=float(values.mean()),
         std=float(values.std()),
-        raw=raw,
+        deep=deep,
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=np.packbits(body > 127).tobytes(),
         found=found,
-        conversion=conversion,
         original=original and isinstance(example.image, str),
     )
 

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,10 +41,10 @@ def publish(written: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_disk(needed: int, data_dir: Path, count: int, say: Callable[[str], None]) -> None:
-    """Prints the size of the data to write. Raises ValueError if it plus SPARE_BYTES exceeds the free space."""
+def check_disk(needed: int, data_dir: Path) -> str:
+    """Returns the size of the data to write as text. Raises ValueError unless SPARE_BYTES more than it are free."""
     disk = shutil.disk_usage(data_dir).free
     free, size, total = (tqdm.format_sizeof(n, "B") for n in (disk, needed, needed + SPARE_BYTES))
-    say(f"{count:,} images, about {size} to write to {data_dir} ({free} free)")
     if needed + SPARE_BYTES > disk:
         raise ValueError(f"{data_dir}: the records need about {total}, but {free} are free; choose another --data_dir")
+    return f"about {size} to write to {data_dir} ({free} free)"

@@ -26,9 +26,9 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
     name = "lungjax"
     VERSION = tfds.core.Version(prepared.VERSION)
 
-    def __init__(self, *, config: str, description: str, classes: Sequence[str], shards: Shards, **kwargs: Any):
-        self._description, self._classes, self._shards = description, list(classes), shards
-        super().__init__(config=tfds.core.BuilderConfig(name=config, description=description), **kwargs)
+    def __init__(self, *, config: str, classes: Sequence[str], shards: Shards, **kwargs: Any):
+        self._classes, self._shards = list(classes), shards
+        super().__init__(config=tfds.core.BuilderConfig(name=config), **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -40,20 +40,20 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
             "box": tfds.features.BBoxFeature(),
             "body": tfds.features.Tensor(shape=(BODY_BYTES,), dtype=np.uint8, encoding="zlib"),
         }
-        options: Any = {"description": self._description, "disable_shuffling": True}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), **options)
+        options: Any = {"features": tfds.features.FeaturesDict(features), "disable_shuffling": True}
+        return tfds.core.DatasetInfo(builder=self, description=f"{self.name}/{self.builder_config.name}", **options)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
         return {prepared.SLICES: self._shards}
 
 
-def write(name: str, root: Path, description: str, classes: Sequence[str], shards: Shards) -> None:
+def write(name: str, root: Path, classes: Sequence[str], shards: Shards) -> None:
     """Writes the shards in order below `root` as the data set `name`. Raises ValueError if the disk is full."""
     tfds.disable_progress_bar()  # replaced by one for the complete data set
     base, _, config = name.partition("/")
     kind: Any = type(base, (Builder,), {"name": base}, skip_registration=True)
     with prepared.quiet_tfds():
-        writer = kind(data_dir=root, config=config, description=description, classes=classes, shards=shards)
+        writer = kind(data_dir=root, config=config, classes=classes, shards=shards)
         try:
             writer.download_and_prepare(file_format="array_record")
         except RuntimeError as error:  # of array_record, without an errno

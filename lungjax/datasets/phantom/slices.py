@@ -5,13 +5,13 @@ everything. Scanner and body are independent of the finding, so window, size, no
 Results on these images do not transfer to patients.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from lungjax.data.imaging import images
 from lungjax.datasets.phantom import anatomy, canvas, findings, vessels
 
 CLASSES = findings.CLASSES
@@ -169,15 +169,13 @@ def draw_radiograph(patient: Patient) -> np.ndarray:
     density = np.stack([np.maximum(draw_slice(small, level).hu - anatomy.AIR, 0).sum(axis=0) for level in levels])
     low, high = np.quantile(density, (0.02, 0.98))
     height = round(192 * levels[-1] * anatomy.LUNG_HEIGHT / (side * pixel))
-    image = Image.fromarray(gray(density, (low, high)))
+    image = Image.fromarray(gray(density, (float(low), float(high))))
     return np.asarray(image.resize((192, height), Image.Resampling.BICUBIC))
 
 
 def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
     """Returns `Phantom.box` without drawing the slice."""
-    inside = anatomy.skin(*_chest(patient, level)) < 0
-    columns, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return images.bounding_box(anatomy.skin(*_chest(patient, level)) < 0)
 
 
 def _chest(patient: Patient, level: float) -> tuple[anatomy.Chest, canvas.Grid]:
@@ -200,7 +198,6 @@ def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndar
     return hu
 
 
-def gray(hu: np.ndarray, window: Sequence[float]) -> np.ndarray:
+def gray(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Returns Hounsfield units as uint8; `window` = (low, high), the values of black and white."""
-    low, high = window
-    return np.clip(np.rint((hu - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
+    return np.rint(images.show(hu, window)).astype(np.uint8)
