@@ -130,7 +130,6 @@ class Model:
 
         Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """
-        artifacts.check_pixels(pixels, self.metadata)
         method = self.check_method(method)
         classes = len(self.metadata.classes)
         if targets.shape != (len(pixels),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):
