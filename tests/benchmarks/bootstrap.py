@@ -29,7 +29,7 @@ def make(examples: int, patients: int) -> Predictions:
 def loop(p: Predictions) -> None:
     """Computes all metrics for PEER_DRAWS draws of patients."""
     names, patient = np.unique(p.groups, return_inverse=True)
-    for counts in np.concatenate(list(bootstrap.resample_patients(len(names), PEER_DRAWS, 0, 64)), axis=1).T:
+    for counts in np.concatenate(list(bootstrap.resample_patients(len(names), PEER_DRAWS, 64)), axis=1).T:
         by_scikit_learn(p, np.repeat(np.arange(len(p)), counts.astype(int)[patient]))
 
 
