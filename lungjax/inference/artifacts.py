@@ -66,14 +66,6 @@ def image_shape(metadata: Metadata) -> tuple[int, int, int]:
     return (*metadata.input.size, metadata.input.channels)
 
 
-def check_pixels(pixels: np.ndarray, metadata: Metadata) -> None:
-    """Raises ValueError unless `pixels` are uint8 [B, H, W, C]."""
-    shape = image_shape(metadata)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, {expected}]")
-
-
 @dataclass(frozen=True, eq=False)
 class Input:
     """One preprocessed image."""
