@@ -106,9 +106,13 @@ def test_equal_numbers_everywhere(trained_run, command, tmp_path, monkeypatch, c
 
     data = f"--data_dir={trained_run.data_dir}"
     drawn = {}
-    monkeypatch.setattr(figures, "draw", lambda path, name, image, heat, p, *_: drawn.update({name.split("/")[1]: p}))
+    monkeypatch.setattr(figures, "draw", lambda path, name, image, heat, p, *_: drawn.update({name: p}))
     assert commands.run(explain, f"--workdir={workdir}", "--split=test", data, f"--out={out}") == 0
-    np.testing.assert_allclose([drawn[name] for name in saved.ids], saved.probabilities, atol=1e-4)
+    np.testing.assert_allclose(
+        [drawn[f"{CLASSES[k]}_{name[:-4]}"] for name, k in zip(saved.ids, saved.labels, strict=True)],
+        saved.probabilities,
+        atol=1e-4,
+    )
 
 
 def test_overwrite(trained_run, command, tmp_path, capsys):
