@@ -35,32 +35,27 @@ def define_flags() -> None:
     flags.DEFINE_string("split", "test", "Split to compare; both runs need a predictions_SPLIT.csv.")
     flags.DEFINE_list("metrics", None, "Metrics to compare, such as slice.auc_macro,patient.per_class.COVID.recall.")
     flags.DEFINE_integer("draws", 2000, "Bootstrap draws.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Random seed of the draws.")
-    flags.DEFINE_string("out", None, "Also write the table to this file.")
 
 
 def main(argv: list[str]) -> None:
     """Compares two runs and prints the table."""
-    text = compare(Path(argv[1]), Path(argv[2]), FLAGS.split, FLAGS.metrics, FLAGS.draws, FLAGS.seed)
-    print(text, end="")
-    if FLAGS.out:
-        Path(FLAGS.out).write_text(text, encoding="utf-8")
+    print(compare(Path(argv[1]), Path(argv[2]), FLAGS.split, FLAGS.metrics, FLAGS.draws), end="")
 
 
 def compare(
-    run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000, seed: int = 0
+    run_a: Path, run_b: Path, split: str = "test", names: Sequence[str] | None = None, draws: int = 2000
 ) -> str:
     """Returns a Markdown comparison of two finished runs, given their folders.
 
     `names` are metrics UNIT.NAME, where UNIT is "slice" or "patient"; None compares DEFAULT_METRICS and the recall of
-    each class, per slice and, if patients have several slices, per patient. `draws` and `seed` are those of the
-    bootstrap. Raises ValueError for a missing file, an unknown metric, or runs that can't be compared.
+    each class, per slice and, if patients have several slices, per patient. Raises ValueError for a missing file, an
+    unknown metric, or runs that can't be compared.
     """
     reports = [_report(run) for run in (run_a, run_b)]
-    splits = [_predictions(run, split) for run in (run_a, run_b)]
+    a, b = (_predictions(run, split) for run in (run_a, run_b))
     try:
         note = _check_same_data(reports[0]["facts"], reports[1]["facts"])
-        a, b = splits[0], bootstrap.align(*splits)
+        b = bootstrap.align(a, b)
     except ValueError as error:
         raise ValueError(f"{run_a} and {run_b} can't be compared: {error}") from error
     available = metrics.numbers(metrics.unit_levels(a))
@@ -76,12 +71,8 @@ def compare(
     differences: dict[str, Difference] = {}
     for unit in bootstrap.UNITS:
         own = [name.removeprefix(f"{unit}.") for name in names if name.startswith(f"{unit}.")]
-        results = bootstrap.paired_difference(a, b, own, draws, seed, unit) if own else {}
+        results = bootstrap.paired_difference(a, b, own, draws, unit) if own else {}
         differences |= {f"{unit}.{name}": difference for name, difference in results.items()}
-    if any(".study." in name for name in names):
-        without = [str(run) for run, p in zip((run_a, run_b), splits, strict=True) if p.logits is None]
-        if without:
-            note = f"{note} No logits in {' and '.join(without)}: test again (--mode=evaluate).".strip()
     head = ["metric", "A", "B", "B - A", "95 % interval", "p"]
     return templating.render(
         "compare.md.j2",
@@ -93,7 +84,6 @@ def compare(
         patients=patients,
         split=split,
         draws=draws,
-        seed=str(seed),
         note=note,
         comparison=templating.Table(head, [_row(name, differences[name]) for name in names]),
     )

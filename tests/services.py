@@ -20,6 +20,7 @@ from lungjax.config import InputSpec
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
 from lungjax.inference.artifacts import Input
+from lungjax.inference.model import Model
 from lungjax.serve import __main__ as command
 from lungjax.serve.app import build
 from lungjax.serve.settings import Settings
@@ -47,7 +48,7 @@ sys.addaudithook(watch)
 class Brightness:
     """A model whose probability of "bright" is the mean gray level; clearing `gate` blocks the device."""
 
-    batch_sizes, methods = (1, 2, 4), ("gradcam", "occlusion")
+    batch_sizes, methods, check_method = (1, 2, 4), ("gradcam", "occlusion"), Model.check_method
 
     def __init__(self, **fields):
         self.metadata = replace(METADATA, **fields)

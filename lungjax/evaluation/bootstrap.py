@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from scipy import sparse, special
 
-from lungjax.config import nearest
 from lungjax.evaluation import metrics
 from lungjax.evaluation.predictions import Predictions, take
 
@@ -47,16 +46,13 @@ class Difference:
     p: float | None  # two-sided, see `paired_difference`
 
 
-def intervals(
-    predictions: Predictions, draws: int = 2000, seed: int = 0, unit: str = "slice"
-) -> dict[str, tuple[float, float]]:
+def intervals(predictions: Predictions, draws: int = 2000, unit: str = "slice") -> dict[str, tuple[float, float]]:
     """Returns the 95 % interval (low, high) of each metric, by dotted name (`metrics.numbers`).
 
-    Metrics without an interval (see the module's docstring) are omitted; draws=0 omits all. The same `seed` draws the
-    same patients. `unit` selects metrics over examples ("slice") or over patients ("patient", `metrics.by_patient`).
-    Raises ValueError for an unknown unit, a negative number of draws, or invalid probabilities.
+    Metrics without an interval (see the module's docstring) are omitted; draws=0 omits all. `unit` selects metrics over
+    examples ("slice") or over patients ("patient", `metrics.by_patient`). Raises ValueError for invalid probabilities.
     """
-    (point,), (samples,), patients = _evaluate([predictions], None, draws, seed, unit)
+    (point,), (samples,), patients = _evaluate([predictions], draws, unit)
     ends = {name: interval(values, point[name], patients.get(name, 0)) for name, values in samples.items()}
     return {name: pair for name, pair in ends.items() if pair is not None}
 
@@ -69,11 +65,9 @@ def over_runs(
     Each draw resamples patients and runs and averages over the runs, so the interval covers the variation between
     patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
     predictions for the same examples, in any order; `names` are dotted, and None selects all metrics. Raises ValueError
-    for empty `runs`, different examples, an unknown name or unit, a negative number of draws, or invalid probabilities.
+    for different examples or invalid probabilities.
     """
-    if not runs:
-        raise ValueError("no runs to average over")
-    points, samples, patients = _evaluate(runs, names, draws, 0, unit)
+    points, samples, patients = _evaluate(runs, draws, unit)
     k = len(runs)
     # A separate random stream, so that the patients are those of `intervals` for any number of runs.
     weights = np.random.default_rng([0, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
@@ -88,12 +82,7 @@ def over_runs(
 
 
 def paired_difference(
-    a: Predictions,
-    b: Predictions,
-    names: Sequence[str] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    unit: str = "slice",
+    a: Predictions, b: Predictions, names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice"
 ) -> dict[str, Difference]:
     """Returns the difference between two networks by metric name; each draw uses the same patients for both.
 
@@ -101,7 +90,7 @@ def paired_difference(
     1. It is the level at which the percentile interval touches zero (Efron and Tibshirani 1993, ch. 15.4), at least
     0.001 with 2,000 draws and not corrected for multiple comparisons. Other arguments are as in `over_runs`.
     """
-    points, samples, _ = _evaluate([a, b], names, draws, seed, unit)
+    points, samples, _ = _evaluate([a, b], draws, unit)
     result = {}
     for name in points[0] if names is None else names:
         first, second = points[0][name], points[1][name]
@@ -140,9 +129,9 @@ def align(a: Predictions, b: Predictions) -> Predictions:
     return b
 
 
-def resample_patients(patients: int, draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
+def resample_patients(patients: int, draws: int, block: int) -> Iterator[np.ndarray]:
     """Yields how often each patient was drawn, float64 [patients, up to `block`]; draws do not depend on `block`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for start in range(0, draws, block):
         counts = [
             np.bincount(rng.integers(0, patients, patients, dtype=np.int32), minlength=patients)
@@ -182,23 +171,16 @@ def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _evaluate(
-    runs: Sequence[Predictions], names: Sequence[str] | None, draws: int, seed: int, unit: str
+    runs: Sequence[Predictions], draws: int, unit: str
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]], dict[str, int]]:
     """Returns the metrics of each run, their draws, {metric: [draws]}, and the patients behind each proportion.
 
     Draws are NaN for undefined values and for metrics without an interval; the last is the smallest number of all runs
     (`_denominators`). Runs are aligned with the first.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit={unit!r}: expected {', '.join(UNITS)}")
-    if draws < 0:
-        raise ValueError(f"draws={draws}: must not be negative")
     levels = [runs[0], *(align(runs[0], run) for run in runs[1:])]
     levels = [metrics.by_patient(p)[0] for p in levels] if unit == "patient" else levels
     points = [metrics.numbers(metrics.summarize(p)) for p in levels]
-    for name in names or ():
-        if name not in points[0]:
-            raise ValueError(f"unknown metric {name!r}; {nearest(name, points[0])}")
     keys, member = np.unique(metrics.patient_keys(levels[0]), return_inverse=True)
     if len(keys) < 2 or not draws:
         return points, [dict.fromkeys(point, np.full(draws, np.nan)) for point in points], {}
@@ -206,7 +188,7 @@ def _evaluate(
     block = max(8, min(512, BLOCK // len(levels[0])))
     blocks = [
         [metrics.numbers(sampler(counts)) for sampler in samplers]
-        for counts in resample_patients(len(keys), draws, seed, block)
+        for counts in resample_patients(len(keys), draws, block)
     ]
     each = zip(*blocks, strict=True)
     samples = [{name: np.concatenate([own[name] for own in run]) for name in run[0]} for run in each]

@@ -42,10 +42,8 @@ def fit_temperature(predictions: Predictions) -> float:
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
     """Returns predictions with softmax(logits / temperature), float32 as in `inference`; 1 is uncalibrated.
 
-    The logits remain unscaled. Raises ValueError for invalid temperatures or probabilities.
+    The logits remain unscaled. Raises ValueError for invalid probabilities.
     """
-    if not (temperature > 0 and np.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}: must be above zero")
     logits = _logits(predictions) / temperature
     probabilities = special.softmax(logits, axis=1) if len(logits) else logits
     return replace(predictions, probabilities=probabilities.astype(np.float32))

@@ -55,10 +55,8 @@ class Addends(NamedTuple):
 def summarize(predictions: Predictions) -> Level:
     """Returns all metrics of the N examples, JSON-ready: one "level" of the report. N may be 0.
 
-    Keys: `n`, `loss`, `ece`, `brier`, `accuracy`, `balanced_accuracy`, each of PER_CLASS with `_macro`, each of
-    WEIGHTED with `_weighted`, `auc_micro`, `average_precision_micro`, `confusion` (C lists of C counts, one row per
-    true class), `per_class`: {class name: {`n`, ...PER_CLASS}}, `study` (`study_metrics`). Rates are 0..1, or None if
-    undefined. Raises ValueError, naming the examples, if probabilities are NaN, outside 0..1 or don't sum to 1.
+    `lungjax.report.write` lists the keys. Rates are 0..1, or None if undefined. Raises ValueError, naming the examples,
+    if probabilities are NaN, outside 0..1 or don't sum to 1.
     """
     p = predictions
     check_probabilities(p)

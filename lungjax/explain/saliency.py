@@ -37,6 +37,7 @@ TITLES = dict(zip(METHODS, NAMES, strict=True))
 MIN_CELLS = 7  # as ImageNet networks have at 224 pixels; coarser maps are nearly uniform squares
 LAST = "last"  # name of the network's last feature map
 ROUNDING = 1e-5  # range of values, relative to the size of the summands, below which a map is constant
+STEPS = 32  # of integrated gradients
 EPSILON = 1e-8  # in the min-max scaling of the CT-COV19 study
 
 Maps = tuple[jax.Array, jax.Array]  # a raw map [B, h, w], and the size of its summands [B]
@@ -89,12 +90,13 @@ CAMS: dict[str, Callable[[jax.Array, jax.Array], Maps]] = {
 
 
 def check_method(method: str, methods: Sequence[str]) -> None:
-    """Raises ValueError unless `method` is one of the `methods` of a network."""
-    if method in CAMS and methods and not CAMS.keys() & set(methods):
-        need = f"needs a feature map of at least {MIN_CELLS} x {MIN_CELLS} cells, which no block of this network has"
-        raise ValueError(f"method={method!r} {need} at this input.size; use {' or '.join(methods)}")
+    """Raises ValueError unless `method` is one of the `methods` that are possible for a network."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: unknown; {nearest(method, METHODS)}")
     if method not in methods:
-        raise ValueError(f"method={method!r}: {nearest(method, methods)}")
+        no_map = method in CAMS and not CAMS.keys() & set(methods)
+        reason = f"no feature map has {MIN_CELLS} x {MIN_CELLS} cells" if no_map else "the exported file lacks it"
+        raise ValueError(f"method={method!r} is impossible for this model ({reason}); possible: {', '.join(methods)}")
 
 
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
@@ -106,27 +108,21 @@ def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) ->
 
 @dataclass(eq=False)
 class Explainer:
-    """Computes the maps of a network and caches its compiled programs. Raises ValueError for an invalid patch."""
+    """Computes the maps of a network and caches its compiled programs."""
 
     module: Network  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
     spec: InputSpec  # with the mean and std of the weights
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
     batch_size: int = 0  # images or occluded copies; 0 means the batch size of prediction
-    steps: int = 32  # of integrated_gradients
-    patch: int = 0  # side of the occluded square in pixels; 0 means a seventh of the shorter side
-    stride: int = 0  # of the square in pixels; 0 means half a patch
-    align: bool = True  # place gradcam and gradcam++ by receptive field; False stretches them, as published
     temperature: float = 1.0  # of the probabilities, for calibration
 
     def __post_init__(self) -> None:
-        """Fills in the defaults."""
+        """Fills in the batch size and the size of the occluded square."""
         self.batch_size = self.batch_size or prediction_batch_size(Config(input=self.spec), 1, jax.default_backend())
-        self.patch = self.patch or max(min(self.spec.size) // 7, 1)
-        self.stride = self.stride or max(self.patch // 2, 1)
+        self.patch = max(min(self.spec.size) // 7, 1)  # side of the occluded square in pixels
+        self.stride = max(self.patch // 2, 1)
         self._programs: dict[str, Any] = {}
-        if not 1 <= self.stride <= self.patch <= min(self.spec.size):
-            raise ValueError(f"patch={self.patch}, stride={self.stride}: expected 1 <= stride <= patch <= image side")
 
     def maps(
         self, images: np.ndarray, targets: np.ndarray | int | None = None, method: str | None = None
@@ -136,13 +132,11 @@ class Explainer:
         `images` are uint8 [B, H, W, C], network inputs before normalization. `targets` are the classes to explain, int
         [B], one class for all images, or None for the most probable class. `method` is one of `methods`, by default the
         first. CAMs are interpolated linearly to the input size. Maps are divided by their maximum (0: no evidence);
-        gradcam_positive is min-max scaled, as in the study.
-
-        Raises ValueError for a method not in `methods`, images of the wrong shape or dtype, and invalid targets.
+        gradcam_positive is min-max scaled, as in the study. Raises ValueError for a method not in `methods`.
         """
         method = method or self.methods[0]
         check_method(method, self.methods)
-        images, targets = self._checked(images, targets)
+        targets = np.full(len(images), -1 if targets is None else targets, np.int32)
         if method in CAMS:
             program = self._program(method)
             return self._batched(images, targets, lambda x, target: program(self._folded, self._head, x, target))
@@ -151,36 +145,33 @@ class Explainer:
         if method == "occlusion":
             maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
             return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
-        attributions, _ = self.attributions(images, targets)
+        attributions = self.attributions(images, targets)
         # Only evidence for the class, like the ReLU of the other methods.
         raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
         return np.asarray(_scaled(raw, size)), probabilities
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns class probabilities float32 [B, C] of uint8 images [B, H, W, C]."""
-        images, targets = self._checked(images, None)
-        program = self._program("predict")
+        program, targets = self._program("predict"), np.zeros(len(images), np.int32)
         (result,) = self._batched(images, targets, lambda x, _: (program(self._folded, x),))
         return result
 
-    def attributions(self, images: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def attributions(self, images: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Integrated gradients (Sundararajan et al., ICML 2017, arXiv 1703.01365) from a black image.
 
-        Returns float32 [B, H, W, C], the pixel values times the mean gradient of the score along the path from black to
-        the image (midpoints of `steps` equal parts), and [B], the score of the image minus that of black. By the
-        completeness axiom, the attributions of an image add up to this difference, up to the discretization error.
+        Returns float32 [B, H, W, C]: the pixel values times the mean gradient of the score along the path from black to
+        the image (midpoints of STEPS equal parts). They add up to the score of the image minus that of black, up to the
+        discretization error.
         """
-        images, targets = self._checked(images, targets)
         program = self._program("slope")
 
-        def integrate(pixels: np.ndarray, target: np.ndarray) -> tuple[Any, Any]:
+        def integrate(pixels: np.ndarray, target: np.ndarray) -> tuple[Any]:
             x = jnp.asarray(pixels, jnp.float32)
-            parts = ((np.arange(self.steps) + 0.5) / self.steps).astype(np.float32)
-            total = sum(program(self._folded, x, part, target)[0] for part in parts)
-            image, black = (program(self._folded, x, np.float32(part), target)[1] for part in (1.0, 0.0))
-            return total / self.steps, image - black
+            parts = ((np.arange(STEPS) + 0.5) / STEPS).astype(np.float32)
+            return (sum(program(self._folded, x, part, target) for part in parts) / STEPS,)
 
-        return self._batched(images, targets, integrate)
+        (result,) = self._batched(images, targets, integrate)
+        return result
 
     def with_variables(self, variables: dict[str, Any]) -> "Explainer":
         """Returns an explainer of the same network with other variables; it shares the compiled programs."""
@@ -224,11 +215,6 @@ class Explainer:
         height, width = self.spec.size
         return (-(-height // self.stride), -(-width // self.stride)) if method == "occlusion" else (height, width)
 
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return 2 if self.positive is not None else int(self.module.outputs)
-
     def cam(self, method: str) -> Any:
         """Returns a CAM method: a function of folded variables, head variables, pixels and targets (-1: predicted).
 
@@ -238,8 +224,8 @@ class Explainer:
         assert self.layer
         (layer, cells), head = self.layer, Head(self.module.head, self.module.outputs)
         network = self.module if layer == LAST else self.module.up_to(layer)
-        stretched = method == "gradcam_positive" or not self.align
-        axes = receptive_field.cell_positions(None if stretched else network, self.spec.size, cells)
+        placed = None if method == "gradcam_positive" else network
+        axes = receptive_field.cell_positions(placed, self.spec.size, cells)
         rows, columns = map(receptive_field.interpolation_weights, axes, self.spec.size, cells)
 
         def run(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -303,13 +289,11 @@ class Explainer:
     def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return outputs.probabilities(self._logits(folded, pixels), self.positive, self.temperature)
 
-    def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> tuple[Any, Any]:
-        def score(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-            each = class_scores(self._logits(folded, at), target, self.positive)
-            return each.sum(), each
+    def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> jax.Array:
+        def score(at: jax.Array) -> jax.Array:
+            return class_scores(self._logits(folded, at), target, self.positive).sum()
 
-        gradient, each = jax.grad(score, has_aux=True)(part * x)
-        return x * gradient, each
+        return x * jax.grad(score)(part * x)
 
     def _occlude(
         self, folded: dict[str, Any], image: jax.Array, fill: jax.Array, corners: jax.Array, targets: jax.Array
@@ -323,18 +307,6 @@ class Explainer:
 
     def _logits(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
         return self._network(folded, normalize(pixels, self.spec))[0].astype(jnp.float32)
-
-    def _checked(self, images: np.ndarray, targets: np.ndarray | int | None) -> tuple[np.ndarray, np.ndarray]:
-        images, shape = np.asarray(images), (*self.spec.size, self.spec.channels)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
-            expected = ", ".join(map(str, shape))
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, {expected}]")
-        if targets is None:
-            return images, np.full(len(images), -1, np.int32)
-        indices = np.full(len(images), targets) if np.ndim(targets) == 0 else np.asarray(targets)
-        if indices.shape != (len(images),) or ((indices < 0) | (indices >= self.classes)).any():
-            raise ValueError(f"targets={indices.tolist()}: expected {len(images)} numbers from 0 to {self.classes - 1}")
-        return images, indices.astype(np.int32)
 
     def _batched(self, rows: np.ndarray, targets: np.ndarray, run: Callable[..., Any]) -> Any:
         """Returns the outputs of `run(rows, targets)`, computed in batches of a fixed size."""

@@ -26,16 +26,15 @@ BATCH = 8
 
 def main() -> int:
     """Parses the command line, predicts, and returns the exit code (1 if an image could not be read)."""
-    about = artifacts.read_about(Path(__file__).parent)  # of the zip itself
-    needs = f"Guaranteed to run with {artifacts.compatibility(about['jax'])}."
-    parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1], epilog=needs)
+    parser = argparse.ArgumentParser(prog="python model.pyz", description=__doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders of them")
     parser.add_argument("--rule", default=records.RULE, help="operating point of the decisions (default %(default)s)")
     parser.add_argument("--maps", metavar="FOLDER", help="also write Grad-CAM maps, 8-bit grayscale PNG")
     parser.add_argument("--prepared", action="store_true", help="the images are segmented like the training images")
-    flags = parser.parse_args()
     try:
-        return predict(flags)
+        about = artifacts.read_about(Path(__file__).parent)  # of the zip itself
+        parser.epilog = f"Guaranteed to run with {artifacts.compatibility(about['jax'])}."
+        return predict(parser.parse_args())
     except ImportError as error:
         needs = f"the model was trained on segmented bodies or lungs, which needs the package {error.name}"
         print(

@@ -19,13 +19,10 @@ from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
 FOLDER = "triton"
-MAX_BATCH = 64
-PREFERRED = (4, 8, 16)
-DELAY = 2000  # microseconds that a request may wait for others
 
 CONFIG = """name: "{name}"
 backend: "onnxruntime"
-max_batch_size: {batch}
+max_batch_size: 64
 input [
   {{ name: "pixels" data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }}
 ]
@@ -35,8 +32,8 @@ output [
   {{ name: "features" data_type: TYPE_FP32 dims: [ {features} ] }}
 ]
 dynamic_batching {{
-  preferred_batch_size: [ {preferred} ]
-  max_queue_delay_microseconds: {delay}
+  preferred_batch_size: [ 4, 8, 16 ]
+  max_queue_delay_microseconds: 2000
 }}
 """
 
@@ -88,8 +85,8 @@ def config(metadata: Metadata, features: int) -> str:
     """Returns config.pbtxt. Dimensions omit the batch, as Triton requires if max_batch_size is above zero."""
     height, width = metadata.input.size
     return CONFIG.format(
-        name=model_name(metadata), batch=MAX_BATCH, height=height, width=width, channels=metadata.input.channels,
-        classes=len(metadata.classes), features=features, preferred=", ".join(map(str, PREFERRED)), delay=DELAY,
+        name=model_name(metadata), height=height, width=width, channels=metadata.input.channels,
+        classes=len(metadata.classes), features=features,
     )  # fmt: skip
 
 

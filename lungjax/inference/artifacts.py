@@ -66,14 +66,6 @@ def image_shape(metadata: Metadata) -> tuple[int, int, int]:
     return (*metadata.input.size, metadata.input.channels)
 
 
-def check_pixels(pixels: np.ndarray, metadata: Metadata) -> None:
-    """Raises ValueError unless `pixels` are uint8 [B, H, W, C]."""
-    shape = image_shape(metadata)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, {expected}]")
-
-
 @dataclass(frozen=True, eq=False)
 class Input:
     """One preprocessed image."""
@@ -121,18 +113,13 @@ class Program:
 
     def outputs(self, pixels: np.ndarray) -> dict[str, Any]:
         """Returns `probabilities`, `logits` [B, classes] and `features` [B, F] of uint8 [B, H, W, C], B above zero."""
-        outputs: dict[str, Any] = self._call("predict", pixels)
+        outputs: dict[str, Any] = self._compiled["predict"](self._device_weights, pixels)
         return outputs
 
     def gradcam(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Returns Grad-CAM maps float32 [B, H, W] in 0..1 of the classes `targets` int [B]; -1 is the predicted one."""
-        return np.asarray(self._call("gradcam", pixels, np.asarray(targets, np.int32))["maps"])
-
-    def _call(self, name: str, pixels: np.ndarray, *rest: np.ndarray) -> Any:
-        check_pixels(pixels, self.metadata)
-        if not len(pixels):
-            raise ValueError("no images given")
-        return self._compiled[name](self._device_weights, pixels, *rest)
+        maps = self._compiled["gradcam"](self._device_weights, pixels, np.asarray(targets, np.int32))["maps"]
+        return np.asarray(maps)
 
     @cached_property
     def _device_weights(self) -> dict[str, jax.Array]:

@@ -115,7 +115,10 @@ class Model:
 
         Raises ValueError for pixels other than uint8 [B, H, W, C] of the input size.
         """
-        artifacts.check_pixels(pixels, self.metadata)
+        shape = artifacts.image_shape(self.metadata)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, {expected}]")
         batches = []
         for at in range(0, max(len(pixels), 1), self.batch_size):
             batch = pixels[at : at + self.batch_size]
@@ -130,7 +133,6 @@ class Model:
 
         Raises ValueError for an unknown method or class, and for a format without saliency maps.
         """
-        artifacts.check_pixels(pixels, self.metadata)
         method = self.check_method(method)
         classes = len(self.metadata.classes)
         if targets.shape != (len(pixels),) or (len(targets) and not 0 <= targets.min() <= targets.max() < classes):

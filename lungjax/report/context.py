@@ -32,12 +32,6 @@ METRICS = {
     "ece": "expected calibration error",
     "brier": "Brier score",
 }
-STUDY_METRICS = {
-    "f1_weighted": "weighted F1 as in TensorFlow Addons (CT-COV19)",
-    "auc_micro_logits": "pooled AUC of the logits (CT-COV19)",
-    "f1_macro_harmonic": "harmonic mean of mean precision and mean recall (COVIDx CT)",
-    "accuracy_rounded": "accuracy after rounding the probabilities to 0 or 1 (ictcf)",
-}
 SHORT_METRICS = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auc_macro": "AUC", "auc": "AUC", "f1": "F1",
     "npv": "NPV", "ppv": "PPV", "average_precision": "average precision",
@@ -169,14 +163,6 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         tables.append(_controls(report, unit))
     if "novelty" in report["facts"]:
         tables.append(_novelty(report["facts"]["novelty"]))
-    studies = [
-        [words, *(number(level, f"study.{name}", level["study"][name]) for level in columns.values())]
-        for name, words in STUDY_METRICS.items()
-        if any(level["study"].get(name) is not None for level in columns.values())
-    ]
-    if studies:
-        note = "Metrics as defined in the published studies; only for comparison with their tables."
-        tables.append(Table(["definition", *columns], studies, "Metrics of the studies", note))
     return tables
 
 

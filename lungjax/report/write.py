@@ -108,6 +108,7 @@ def write_report(
     if "test" not in results or not len(results["test"]):
         raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
+    wrong = plots.choose_examples(test, config.eval.examples)[1]
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {
@@ -131,7 +132,7 @@ def write_report(
                 "predicted": test.classes[test.predicted[row]],
                 "probability": float(test.probabilities[row].max()),
             }
-            for row in plots.choose_examples(test, config.eval.examples)[1]
+            for row in wrong
         ],
     }
     if (source := results.get("source_only")) is not None:

@@ -135,10 +135,9 @@ def listen(host: str, port: int) -> socket.socket:
     """Returns a bound socket. Raises ValueError if the port is taken or not permitted, or the address is not local."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
-        raise ValueError(f"--host={host}: no such address") from None
-    try:
         listening = socket.create_server(address, family=family, backlog=256)
+    except socket.gaierror:
+        raise ValueError(f"--host={host}: no such address") from None
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
         raise ValueError(f"--port={port} at {host} is unavailable ({why}); give another one, or 0 for any") from None

@@ -73,7 +73,7 @@ class Service:
     def __init__(self, model: Model, settings: Settings, on_failure: Callable[[BaseException], None]) -> None:
         self.model, self.settings, self.metadata = model, settings, model.metadata
         self.metrics = Metrics()
-        self.device = Device(model, self.metrics, settings.queue, settings.explains, on_failure)
+        self.device = Device(model, self.metrics, settings, on_failure)
         self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
         self.budget = Budget(settings.upload_bytes)
         self.metrics.upload_bytes.set_function(lambda: self.budget.bytes)
@@ -93,7 +93,7 @@ class Service:
         rule = self._rule(rule)
         async with self._decoded(request, "predict") as files:
             good = [file for file in files if file.error is None]
-            futures = self.device.predict([image.pixels for file in good for image in file.inputs])
+            futures = self.device.submit("predict", [image.pixels for file in good for image in file.inputs])
             rows = iter(await asyncio.gather(*futures))
         p = [np.stack(list(itertools.islice(rows, len(file.inputs)))) for file in good]
         results = [self._record(file, rows, rule) for file, rows in zip(good, p, strict=True)]
@@ -101,18 +101,17 @@ class Service:
 
     async def explain(self, request: Request, name: Class = None, method: Method = None, rule: Rule = None) -> Response:
         """As /predict, with a saliency map of one class per image."""
-        rule, methods, classes = self._rule(rule), self.model.methods, self.metadata.classes
-        if not methods:
-            raise UploadError(422, "method", "this model has no saliency maps; serve the run folder or a model.pyz")
+        rule, classes = self._rule(rule), self.metadata.classes
+        try:
+            method = self.model.check_method(method)
+        except ValueError as error:
+            raise UploadError(422, "method", str(error)) from None
         if name is not None and name not in classes:
             raise UploadError(422, "class", f"unknown class: {nearest(name, classes)}")
-        if method is not None and method not in methods:
-            raise UploadError(422, "method", f"unknown method: {nearest(method, methods)}")
-        method = method or methods[0]
         target = None if name is None else classes.index(name)
         async with self._decoded(request, "explain") as files:
             good = [file for file in files if file.error is None]
-            futures = self.device.explain([file.inputs[0].pixels for file in good], target, method)
+            futures = self.device.submit("explain", [file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
             pairs = [(file.inputs[0].pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
             pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))

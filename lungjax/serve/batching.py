@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from lungjax.inference.artifacts import image_shape
+from lungjax.inference.model import Model
 from lungjax.serve.metrics import Metrics
+from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
 
 
@@ -35,15 +37,10 @@ class Device:
     """
 
     def __init__(
-        self,
-        model: Any,  # `inference.model.Model`
-        metrics: Metrics,
-        queue: int,
-        explains: int,
-        on_failure: Callable[[BaseException], None] = lambda _: None,
+        self, model: Model, metrics: Metrics, settings: Settings, on_failure: Callable[[BaseException], None]
     ) -> None:
         self.model, self.metrics, self.on_failure = model, metrics, on_failure
-        self.limits = {"predict": queue, "explain": explains}
+        self.limits = {"predict": settings.queue, "explain": settings.explains}
         self.ready = False
         self.failure: BaseException | None = None
         self._queues: dict[str, deque[_Entry]] = {"predict": deque(), "explain": deque()}
@@ -67,16 +64,15 @@ class Device:
         if len(self._queues[kind]) + count > self.limits[kind]:
             raise UploadError(503, "queue", "too many images are waiting; try again in a second")
 
-    def predict(self, pixels: Sequence[np.ndarray]) -> "list[asyncio.Future[np.ndarray]]":
-        """Queues images uint8 [H, W, C]; futures give probabilities [classes]. Raises UploadError as `check` does."""
-        return self._enqueue("predict", [_Entry(image) for image in pixels])
+    def submit(
+        self, kind: str, pixels: Sequence[np.ndarray], target: int | None = None, method: str = ""
+    ) -> "list[asyncio.Future[Any]]":
+        """Queues images uint8 [H, W, C]. Raises UploadError as `check` does.
 
-    def explain(self, pixels: Sequence[np.ndarray], target: int | None, method: str) -> "list[asyncio.Future[Any]]":
-        """Queues images; the futures give (map [H, W], probabilities [classes]). Raises UploadError as `check` does."""
-        return self._enqueue("explain", [_Entry(image, target, method) for image in pixels])
-
-    def _enqueue(self, kind: str, entries: list[_Entry]) -> "list[asyncio.Future[Any]]":
-        self.check(kind, len(entries))
+        The futures of "predict" give probabilities [classes], those of "explain" (map [H, W], probabilities).
+        """
+        self.check(kind, len(pixels))
+        entries = [_Entry(image, target, method) for image in pixels]
         self._queues[kind].extend(entries)
         self._change.set()
         return [entry.result for entry in entries]

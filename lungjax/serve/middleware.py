@@ -101,7 +101,11 @@ class Guard:
         except ClientDisconnect:
             state["status"] = state["status"] or CLIENT_CLOSED
         except Exception as error:
-            await self.fail(error, state, scope, receive, tracked_send)
+            number = secrets.token_hex(4)  # identifies the error in the log, with its location, but not its message
+            LOG.error("error %s: %s", number, describe(error))
+            if not state["status"]:  # otherwise, the response has started
+                message = f"internal error, ID {number} in the log of the service"
+                await JSONResponse({"error": message}, 500)(scope, receive, tracked_send)
         finally:
             self.running -= 1
             self.log(scope, state, time.perf_counter() - start)
@@ -136,15 +140,6 @@ class Guard:
         except ValueError:
             return False
         return self.settings.public
-
-    async def fail(self, error: Exception, state: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Responds with 500 and an ID that identifies the error in the log (with its location, not its message)."""
-        number = secrets.token_hex(4)
-        LOG.error("error %s: %s", number, describe(error))
-        if state["status"]:
-            return  # the response has started
-        message = f"internal error, ID {number} in the log of the service"
-        await JSONResponse({"error": message}, 500)(scope, receive, send)
 
     def log(self, scope: Any, state: Any, seconds: float) -> None:
         """Counts and logs a request: method, route, status, milliseconds and images, but no user input."""

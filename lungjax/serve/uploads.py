@@ -28,6 +28,7 @@ MAGIC = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"), (b"\xff\x4f\xff\x51", "JPEG2000"),
 )  # fmt: skip
 DEFLATED = b"1.2.840.10008.1.2.1.99"
+META_LENGTH = b"\x02\x00\x00\x00UL\x04\x00"  # start of the element
 EXPLICIT_LITTLE_ENDIAN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  # element
 
 
@@ -194,19 +195,13 @@ def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Uplo
 
 def _inflated_dicom(data: bytes, limits: Limits) -> bytes:
     """Returns a deflated DICOM file uncompressed, so that no parser inflates it without a limit."""
-    at, syntax = 132, b""
-    while data[at : at + 2] == b"\x02\x00" and at + 12 <= len(data):  # group 2: the file meta information
-        long = data[at + 4 : at + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL")
-        size = int.from_bytes(data[at + 8 : at + 12] if long else data[at + 6 : at + 8], "little")
-        start = at + (12 if long else 8)
-        if data[at + 2 : at + 4] == b"\x10\x00":
-            syntax = data[start : start + size].rstrip(b"\0 ")
-        at = start + size
-    if syntax != DEFLATED:
+    # The file meta information, with the transfer syntax, starts with its length in an element of 12 bytes.
+    end = 144 + int.from_bytes(data[140:144], "little")
+    if not data.startswith(META_LENGTH, 132) or DEFLATED not in data[144:end]:
         raise UploadError(422, "damaged", "a DICOM file with an unknown transfer syntax")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        content = unpacker.decompress(memoryview(data)[at:], limits.bytes + 1)
+        content = unpacker.decompress(memoryview(data)[end:], limits.bytes + 1)
     except zlib.error:
         raise UploadError(422, "damaged", "a damaged deflated DICOM file") from None
     if len(content) > limits.bytes:

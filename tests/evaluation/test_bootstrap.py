@@ -11,16 +11,16 @@ from scipy import stats
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions, take
 
-DRAWS = 12
+DRAWS = 20
 SCARCE = {"ece"} | {f"{area}_{mean}" for area in bootstrap.AREAS for mean in ("macro", "weighted")}
 SCARCE |= {f"per_class.c.{area}" for area in bootstrap.AREAS}  # class c has fewer than five patients
 
 
-def drawn_rows(p: Predictions, draws: int, seed: int) -> list[np.ndarray]:
+def drawn_rows(p: Predictions, draws: int) -> list[np.ndarray]:
     """The rows in each draw, with repeats; patients are numbered in the order of their names."""
     names = ["1" + i if not g else "0" + g for i, g in zip(p.ids.tolist(), p.groups.tolist(), strict=True)]
     order = sorted(set(names))
-    counts = np.concatenate(list(bootstrap.resample_patients(len(order), draws, seed, 7)), axis=1)
+    counts = np.concatenate(list(bootstrap.resample_patients(len(order), draws, 7)), axis=1)
     assert (counts.sum(axis=0) == len(order)).all()
     times = counts[[order.index(name) for name in names]].astype(int)
     return [np.repeat(np.arange(len(p)), of_draw) for of_draw in times.T]
@@ -34,10 +34,10 @@ def percentiles(values):
 
 def test_every_interval_against_scikit_learn():
     for p in (random_predictions(ties=True), random_predictions(ties=False)):
-        rows = drawn_rows(p, DRAWS, seed=3)
+        rows = drawn_rows(p, DRAWS)
         assert min((p.labels[r] == 2).sum() for r in rows) == 0, "some draw lacks the rare class"
         each = [by_scikit_learn(p, r) for r in rows]
-        intervals = bootstrap.intervals(p, DRAWS, seed=3)
+        intervals = bootstrap.intervals(p, DRAWS)
         assert len({p.groups[i] or p.ids[i] for i in np.flatnonzero(p.labels == 2)}) < 5
         assert intervals.keys() == metrics.numbers(metrics.summarize(p)).keys() - SCARCE == each[0].keys() - SCARCE
         for name, ends in intervals.items():
@@ -45,14 +45,14 @@ def test_every_interval_against_scikit_learn():
             assert low == high or ends == pytest.approx((low, high)), name
 
 
-def test_draws_by_seed_and_block(monkeypatch):
+def test_draws_by_block(monkeypatch):
     p = random_predictions()
-    intervals = bootstrap.intervals(p, 50, seed=1)
-    assert bootstrap.intervals(p, 50, seed=1) == intervals != bootstrap.intervals(p, 50, seed=2)
-    patients = bootstrap.intervals(p, 50, seed=1, unit="patient")
-    assert patients == bootstrap.intervals(metrics.by_patient(p)[0], 50, seed=1) != intervals
+    intervals = bootstrap.intervals(p, 50)
+    assert bootstrap.intervals(p, 50) == intervals
+    patients = bootstrap.intervals(p, 50, unit="patient")
+    assert patients == bootstrap.intervals(metrics.by_patient(p)[0], 50) != intervals
     monkeypatch.setattr(bootstrap, "BLOCK", 1)
-    small = bootstrap.intervals(p, 50, seed=1)
+    small = bootstrap.intervals(p, 50)
     assert small.keys() == intervals.keys()
     assert all(small[name] == pytest.approx(intervals[name], abs=1e-12) for name in intervals)
 
@@ -106,7 +106,7 @@ def test_average_and_resampling_of_runs():
     names = ["accuracy", "per_class.b.auc", "auc_macro", "study.auc_micro_logits", "average_precision_micro"]
     runs = [random_predictions(seed=s, spread=0.5 + s) for s in range(2)]
     result = bootstrap.over_runs([runs[0], shuffled(runs[1])], names, DRAWS)
-    rows = drawn_rows(runs[0], DRAWS, 0)
+    rows = drawn_rows(runs[0], DRAWS)
     each = [[by_scikit_learn(p, r) for r in rows] for p in runs]
     full = [by_scikit_learn(p, np.arange(len(p))) for p in runs]
     weights = np.random.default_rng([0, 2]).multinomial(2, [1 / 2] * 2, size=DRAWS)
@@ -120,8 +120,8 @@ def test_average_and_resampling_of_runs():
 
 def test_paired_difference_against_scikit_learn():
     a, b = random_predictions(seed=1, spread=0.8), random_predictions(seed=2, spread=1.6)
-    result = bootstrap.paired_difference(a, shuffled(b), draws=DRAWS, seed=6)
-    pairs = [(by_scikit_learn(a, r), by_scikit_learn(b, r)) for r in drawn_rows(a, DRAWS, 6)]
+    result = bootstrap.paired_difference(a, shuffled(b), draws=DRAWS)
+    pairs = [(by_scikit_learn(a, r), by_scikit_learn(b, r)) for r in drawn_rows(a, DRAWS)]
     assert result.keys() == pairs[0][0].keys()
     for name, difference in result.items():
         assert difference.difference == pytest.approx(difference.b - difference.a)
@@ -162,18 +162,10 @@ def test_runs_of_different_test_sets():
                 call(changed)
 
 
-def test_wrong_arguments():
+def test_invalid_probabilities():
     p = random_predictions()
-    for call, words in (
-        (lambda: bootstrap.over_runs([p], ["auc"]), "'auc'.*did you mean"),
-        (lambda: bootstrap.paired_difference(p, p, ["per_class.x.recall"]), "per_class.x.recall"),
-        (lambda: bootstrap.intervals(p, unit="image"), "unit='image'"),
-        (lambda: bootstrap.intervals(p, -1), "draws=-1"),
-        (lambda: bootstrap.over_runs([], ["accuracy"]), "no runs"),
-        (lambda: bootstrap.intervals(dataclasses.replace(p, probabilities=p.probabilities * np.nan)), "NaN"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            call()
+    with pytest.raises(ValueError, match="NaN"):
+        bootstrap.intervals(dataclasses.replace(p, probabilities=p.probabilities * np.nan))
 
 
 def test_binomial_interval_of_many():

@@ -1,6 +1,5 @@
 """The explain command: figures for files and splits, unreadable images, and the quality page."""
 
-import csv
 import json
 from dataclasses import replace
 
@@ -31,7 +30,9 @@ def explainer():
     return Explainer(module, random_variables(module, (24, 32, 1)), SPEC, None, 8)
 
 
-def test_command_with_good_and_bad_files(trained_run, tmp_path, capsys):
+def test_command_with_good_and_bad_files(trained_run, tmp_path, monkeypatch, capsys):
+    heats, draw = {}, figures.draw
+    monkeypatch.setattr(figures, "draw", lambda *given: heats.update({given[0].name: given[3]}) or draw(*given))
     (tmp_path / "in/deep").mkdir(parents=True)
     for name in ("in/a.png", "in/a.tiff", "in/deep/a.png", "odd name?.jpg"):
         Image.fromarray(PICTURE).save(tmp_path / name)
@@ -39,16 +40,16 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, capsys):
     (tmp_path / "deep.png").write_bytes(encoded((PICTURE * np.uint16(200)).astype(np.uint16)))
     flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
     files = ",".join(str(tmp_path / name) for name in ("in", "odd name?.jpg", "gone.png", "deep.png"))
-    assert commands.run(command, *flags, f"--images={files}", "--save_maps") == 1
+    assert commands.run(command, *flags, f"--images={files}") == 1
     errors = capsys.readouterr().err
     assert all(name in errors for name in ("cut.png", "gone.png", "deep.png")) and "odd name?.jpg" not in errors
-    figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    assert figures == ["a_2_gradcam.png", "a_gradcam.png", "deep_a_gradcam.png", "odd_name__gradcam.png"]
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert names == ["a_2_gradcam.png", "a_gradcam.png", "deep_a_gradcam.png", "odd_name__gradcam.png"]
     # The map of the network's input, preprocessed as for prediction.
     network, description = model.load_finished(trained_run.workdir)
     own = Explainer(network.module, network.variables, network.config.input)
     expected, _ = own.maps(preprocess.picture(PICTURE, description)[0][None])
-    np.testing.assert_allclose(np.load(tmp_path / "out/a_gradcam.npy"), expected[0], atol=1e-5)
+    np.testing.assert_allclose(heats["a_gradcam.png"], expected[0], atol=1e-5)
     with Image.open(tmp_path / "out/a_gradcam.png") as figure:
         assert (np.ptp(np.asarray(figure.convert("RGB")).astype(int), axis=-1) > 60).any()  # colors of the map
     assert commands.run(command, *flags, f"--images={tmp_path / 'deep.png'}", "--window=0,51000", "--class=middle") == 0
@@ -69,27 +70,22 @@ def test_usage_errors(trained_run, tmp_path, capsys):
     assert "bad.png" in capsys.readouterr().err
 
 
-def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "TILES", (2, 3))
-    records, bad_row = list(small_data.records), int(small_data.rows("test")[4])
-    records[bad_row] = records[bad_row] | {"image": records[bad_row]["image"][:100]}
-    data = replace(small_data, records=records)
-    (problem,) = figures.draw_split(explainer, pipeline.Reader(data, SPEC), "test", "gradcam", None, tmp_path)
-    assert data.columns["file"][bad_row] in problem
-    with (tmp_path / "index.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    rows, reader = [row for row in data.rows("test") if row != bad_row], pipeline.Reader(data, SPEC)
-    p = explainer.probabilities(np.stack([reader(row) for row in rows]))
-    top = {str(data.columns["file"][row]): (CLASSES[q.argmax()], q.max()) for row, q in zip(rows, p, strict=True)}
-    assert [line["file"] for line in lines] == sorted(top, key=lambda name: -top[name][1])
-    for line in lines:
-        assert line["predicted"] == top[line["file"]][0]
-        assert (line["wrong"] == "yes") == (line["predicted"] != line["label"])
-        assert float(line[f"p_{line['predicted']}"]) == pytest.approx(top[line["file"]][1], rel=1e-4)
-    assert [line["page"] for line in lines[5:7]] == ["page_001.png", "page_002.png"]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["page_001.png", "page_002.png"]
-    figures.draw_split(explainer, pipeline.Reader(small_data, SPEC), "test", "gradcam", 2, tmp_path / "few", count=3)
-    assert len((tmp_path / "few/index.csv").read_text().splitlines()) == 4
+def test_split_without_a_broken_image(explainer, small_data, tmp_path):
+    records, rows = list(small_data.records), np.unique(small_data.rows("test"))
+    records[rows[0]] = records[rows[0]] | {"image": records[rows[0]]["image"][:100]}
+    reader, bad = pipeline.Reader(replace(small_data, records=records), SPEC), []
+    pictures = list(figures.split_pictures(reader, "test", None, bad))
+    names = [f"{CLASSES[small_data.columns['label'][row]]}/{small_data.columns['file'][row]}" for row in rows]
+    assert [name for name, _ in pictures] == names[1:] and small_data.columns["file"][rows[0]] in bad[0]
+    np.testing.assert_array_equal(pictures[0][1], reader(int(rows[1])))
+    few = [name for name, _ in figures.split_pictures(reader, "test", 3, bad)]
+    assert few == [names[round((len(names) - 1) / 2)], names[-1]] and len(bad) == 2
+
+
+def test_command_with_a_split(trained_run, tmp_path, capsys):
+    flags = (f"--workdir={trained_run.workdir}", f"--data_dir={trained_run.data_dir}", f"--out={tmp_path}")
+    assert commands.run(command, *flags, "--split=test", "--count=2") == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "test").glob("*_gradcam.png"))) == 2
 
 
 def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, monkeypatch):
@@ -107,4 +103,4 @@ def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, 
     content, page = measure("phantom_ct/tiny", ("COVID-19", "Normal", "Pneumonia"), None, 4)
     game = content["methods"]["gradcam"]["pointing"]
     assert game["n"] == 4 and 0 < game["chance"] < game["chance_in_lungs"] < 1
-    assert game["chance"] < game["chance_tolerant"] and "lesion?" in page and "| gradcam |" in page
+    assert "lesion?" in page and "| gradcam |" in page

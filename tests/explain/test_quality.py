@@ -24,8 +24,6 @@ def test_pointing_game_by_hand():
     maps[1, 3, 6] = 1  # three pixels away
     maps[2, 2, 2] = maps[2, 9, 9] = 1  # a tie; the last map is empty
     np.testing.assert_array_equal(quality.hits(maps, masks), [1, 0, 0.5, 0])
-    np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 3)), [1, 1, 0.5, 0])
-    np.testing.assert_array_equal(quality.hits(maps, quality.near(masks, 2.9)), [1, 0, 0.5, 0])
     left = np.broadcast_to(np.arange(20) < 8, (400, 20, 20))
     random = quality.hits(quality.random_maps(400, (20, 20), (20, 20), 0), left)
     assert abs(random.mean() - 0.4) < 0.08
@@ -39,15 +37,16 @@ class FirstCell:
         return np.stack([p, 1 - p], axis=1)
 
 
-def test_deletion_curve_by_hand():
+def test_deletion_curve_by_hand(monkeypatch):
+    monkeypatch.setattr(quality, "DELETIONS", 16)  # a sixteenth at a time
     images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     images[:, :4, :4] = 255
     right = np.zeros((1, SIDE, SIDE))
     right[:, :4, :4] = 1
     fill = round(255 / 16) / 255
-    curve = quality.deletion(FirstCell(), images, right, np.zeros(1, int), steps=16)  # a sixteenth at a time
+    curve = quality.deletion(FirstCell(), images, right, np.zeros(1, int))
     np.testing.assert_allclose(curve[0, :3], [1, fill, fill])
-    wrong = quality.deletion(FirstCell(), images, 1 - right, np.zeros(1, int), steps=16)
+    wrong = quality.deletion(FirstCell(), images, 1 - right, np.zeros(1, int))
     np.testing.assert_allclose(wrong[0, [0, 15, 16]], [1, 1, fill])
     assert curve.mean() < wrong.mean()
 
@@ -74,13 +73,10 @@ def test_sanity_check_of_gradcam_and_of_brightness():
     variables = random_variables(module, (SIDE, SIDE, 3))
     images = np.random.default_rng(2).integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
     good = quality.sanity(Explainer(module, variables, SPEC), images, "gradcam")
-    bad = quality.sanity(Brightness(module, variables, SPEC), images, "gradcam", draws=1)
+    bad = quality.sanity(Brightness(module, variables, SPEC), images, "gradcam")
     assert good["passed"] and not bad["passed"]
     assert [stage["correlation"] for stage in bad["stages"]] == [1.0] * len(bad["stages"])
-    order = quality.module_order(module, (SIDE, SIDE, 3))
-    assert order == ["stem_conv", "stem_bn", "stage2_conv", "stage2_bn", "head"]
-    assert good["stages"][0]["shuffled"] == "the head" and good["stages"][-1]["shuffled"] == "all weights"
-    assert good["stages"][-1]["modules"] == len(order)
+    assert [stage["shuffled"] for stage in good["stages"]] == ["the head", "all weights"]
 
 
 def test_permutation_of_one_module():

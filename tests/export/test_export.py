@@ -185,6 +185,13 @@ def test_script_without_masks(pyz, tmp_path):
     assert "pip install scikit-image" in done.stderr and "--prepared" in done.stderr and not done.stdout
 
 
+def test_script_in_a_damaged_file(pyz, tmp_path):
+    path = altered(pyz, tmp_path / "model.pyz", {"artifact.json": b"{}"})
+    for arguments in ([], ["--help"], [tmp_path / "a.png"]):
+        done = subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and "artifact.json is not from" in done.stderr and done.stderr.count("\n") == 1
+
+
 def altered(pyz, path, members, compression=zipfile.ZIP_STORED):
     """Writes a copy of the file with replaced members; those that are None are left out."""
     with zipfile.ZipFile(pyz) as old, zipfile.ZipFile(path, "w", compression) as new:
@@ -231,7 +238,7 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
         with pytest.raises(ValueError, match=word):
             artifacts.read_pyz(path)
     with pytest.raises(ValueError, match=r"uint8 \[B, 24, 32, 1\]"):
-        artifacts.read_pyz(pyz).outputs(np.zeros((1, 24, 32, 3), np.uint8))
+        lungjax.load(pyz).outputs(np.zeros((1, 24, 32, 3), np.uint8))
 
 
 def test_refresh_of_another_jax_version(pyz, tmp_path, capsys):

@@ -192,6 +192,10 @@ def test_numbers_and_intervals(run, saved):
     assert "0.610 from the source alone" in card and "95 % intervals" in card
 
 
+def test_caveats_are_listed_once(page, saved):
+    assert saved["warnings"] and all(page.text.count(" ".join(text.split())) == 1 for text in saved["warnings"])
+
+
 def test_data_section(run, page, saved):
     assert page.table("protocol, split")[1] == ["clean, test", "20", "1", "2", "3", "5"]
     assert "In this run's protocol 5 test images have a counterpart in train" in page.text

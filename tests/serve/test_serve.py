@@ -113,7 +113,9 @@ def test_explain(service):
     schemas.Explanations.model_validate(answer)
     assert service.post("/explain", ("a.png", flat(250)))[1]["results"][0]["explained"] == "bright"
     for path, word in (
-        ("/explain?class=brigth", "bright"), ("/explain?method=gradcan", "gradcam"), ("/predict?rule=youdem", "youden")
+        ("/explain?class=brigth", "bright"), ("/explain?method=gradcan", "did you mean gradcam"),
+        ("/explain?method=gradcam%2B%2B", "impossible"), ("/explain?method=gradcam_positive", "gradcam, occlusion"),
+        ("/predict?rule=youdem", "youden"),
     ):  # fmt: skip
         status, answer, _ = service.post(path, ("a.png", flat(9)))
         assert status == 422 and word in answer["error"]
