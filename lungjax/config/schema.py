@@ -151,7 +151,7 @@ class ModelConfig:
     # slow for fine-tuning in some hundred steps.
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
-    dropout: float | None = None  # between the layers of `xray_cnn`, 0..1; that of all heads is head.dropout
+    dropout: float | None = None  # after each block of the small CNNs (cbr_*, simple, xray_cnn), 0..1; see head.dropout
     # Of the computation, one of DTYPES; parameters, statistics, pooling and logits remain float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None

@@ -89,11 +89,6 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     return network.clone(**fields)
 
 
-def minimum_size(config: ModelConfig) -> tuple[int, int]:
-    """Returns the smallest height and width in pixels that the network and its head accept."""
-    return build(config, classes=2).minimum_size()
-
-
 @cache  # tracing a deep network takes seconds
 def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
     """Returns the shapes of all parameters and statistics by path, for images of [height, width, channels]."""

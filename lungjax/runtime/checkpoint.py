@@ -32,11 +32,8 @@ PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
 MAX_TO_KEEP = 2  # of each kind: if the newest is damaged, the one before is used
 KINDS = ("last", "best")
-DISK_ERRORS = {  # error codes: (state of the disk, remedy)
-    (errno.ENOSPC, errno.EDQUOT): ("full", "free some space"),
-    (errno.EROFS, errno.EACCES, errno.EPERM): ("read-only", "make it writable"),
-}
-RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command again to resume"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ADVICE = "the earlier checkpoints are intact: make room or the folder writable, and rerun the command to resume"
 
 StateT = TypeVar("StateT")
 
@@ -173,13 +170,6 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
     return ocp.load_checkpointables(path.absolute(), {"variables": abstract_variables})["variables"], step
 
 
-def check_network(workdir: Path, abstract_state: Any) -> None:
-    """Raises ValueError if the newest intact state does not match `abstract_state`. Call on the first host only."""
-    folder = workdir / "checkpoints" / "last"
-    step, _ = _inspect(folder)
-    _check_same(folder / str(step), "state", abstract_state)
-
-
 def _steps(folder: Path) -> list[int]:
     """Returns the steps of the checkpoints in a folder in ascending order, intact or damaged."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -294,8 +284,7 @@ def _make_room(folder: Path, step: int, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
         sizes = f"it takes {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free"
-        hint = RESUME_HINT.format("free some space")
-        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {hint}")
+        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {DISK_ADVICE}")
 
 
 def _metadata(path: Path, name: str) -> Any:
@@ -311,12 +300,10 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
         return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}" for p, x in leaves}
 
     saved, here = describe(_metadata(path, name)), describe(abstract_tree)
-    different = [key for key in here | saved if here.get(key) != saved.get(key)]
-    if different:
-        lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
-        lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
-        lines += ["Nothing was changed: choose another --workdir, or configure the network that was saved"]
-        raise ValueError(f"{path} belongs to another network:\n  " + "\n  ".join(lines))
+    for key in here | saved:
+        if here.get(key) != saved.get(key):
+            change = f"{key} is {saved.get(key, 'missing')} there and {here.get(key, 'missing')} here"
+            raise ValueError(f"{path} belongs to another network: {change}. Choose another --workdir")
 
 
 @contextmanager
@@ -329,8 +316,8 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
         messages, inner = "", error
         while inner is not None:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]
-        for codes, (what, remedy) in DISK_ERRORS.items():
-            if any(os.strerror(code) in messages for code in codes):
-                reason = f"the disk is {what}; {RESUME_HINT.format(remedy)}"
-                raise ValueError(f"saving the checkpoint of step {step} to {folder}: {reason}") from error
+        for reason in map(os.strerror, DISK_ERRORS):
+            if reason in messages:
+                message = f"saving the checkpoint of step {step} to {folder}: {reason}; {DISK_ADVICE}"
+                raise ValueError(message) from error
         raise

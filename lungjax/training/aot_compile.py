@@ -27,7 +27,6 @@ from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
-MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not suggested for a smaller state
 DEFAULT_STEPS = 1000  # without the data set; only constants of the schedule depend on this number
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -132,7 +131,7 @@ def _describe_memory(
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
     available = GENERATIONS[topology.partition(":")[0]].memory
     fits = total <= available * GIB
-    verdict = "it fits" if fits else f"it does not fit. Try {_advice(config, topology, chips, sizes['state'])}"
+    verdict = "it fits" if fits else f"it does not fit. Try {_advice(config, topology, chips)}"
     placement = "sharded over the chips" if config.train.shard_params else "replicated on each chip"
     padding = max(memory.argument_size_in_bytes - sizes["state"] - sizes["batch"], 0)
     return [
@@ -204,22 +203,17 @@ def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes:
     return (
         f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}. TPU compiler "
         f"error: {reason}. State and batch take {_size(sizes['state'])} and {_size(sizes['batch'])} per chip. "
-        f"Try {_advice(config, topology, chips, sizes['state'])}"
+        f"Try {_advice(config, topology, chips)}"
     )
 
 
-def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
+def _advice(config: Config, topology: str, chips: int) -> str:
     """Returns settings that reduce the memory of a step, the cheapest first."""
+    tips = [f"--set={tip}" for tip in program.smaller(config, chips)]
     name, _, shape = topology.partition(":")
-    generation = GENERATIONS[name]
-    tips = program.smaller(config, chips)
-    shard = "train.shard_params=True"
-    if shard in tips:  # most effective for a large state, useless for a small one
-        tips.remove(shard)
-        tips = [shard, *tips] if state_bytes > MIN_SHARDED_STATE * generation.memory * GIB else tips
-    tips = [f"--set={tip}" for tip in tips]
-    if shape in generation.shapes[:-1]:
-        tips.append(f"more chips (--compile_for={name}:{generation.shapes[generation.shapes.index(shape) + 1]})")
+    shapes = GENERATIONS[name].shapes
+    if shape in shapes[:-1]:
+        tips.append(f"more chips (--compile_for={name}:{shapes[shapes.index(shape) + 1]})")
     return "; ".join(tips) or "a smaller network"
 
 

@@ -23,7 +23,7 @@ from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.runtime.checkpoint import is_begun
 from lungjax.runtime.distributed import print_once
-from lungjax.training import program, workdir
+from lungjax.training import program
 from lungjax.weights import download, load
 
 MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
@@ -36,7 +36,7 @@ def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | No
     """
     if not config.auto:
         return config
-    if is_begun(folder) and "config.json" not in workdir.unreadable(folder):
+    if is_begun(folder):
         saved = overrides.from_json((folder / "config.json").read_text())
         fields = [path for path in fields_of(saved) if {path, path.partition(".")[0]} & {*config.auto}]
         for path in fields:

@@ -50,10 +50,6 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         meshes.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     platform = meshes.platform(mesh)
     module = models.build(config.model, len(classes), remat=config.train.remat, platform=platform)
-    smallest = models.minimum_size(config.model)
-    if any(side < limit for side, limit in zip(config.input.size, smallest, strict=True)):
-        name = config.model.name
-        raise ValueError(f"input.size={config.input.size} is too small for {name}: use at least {smallest}")
 
     # ---- Schedule, optimizer and initial state
     positive = outputs.positive_class(config, classes)

@@ -71,16 +71,8 @@ def train_step(
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
-        losses = [
-            cross_entropy(
-                logits,
-                examples[name],
-                class_weights=class_weights,
-                label_smoothing=config.optim.label_smoothing,
-                positive=positive,
-            )
-            for name in ("label", "mixed_label")
-        ]
+        options = {"class_weights": class_weights, "label_smoothing": config.optim.label_smoothing}
+        losses = [cross_entropy(logits, examples[k], positive=positive, **options) for k in ("label", "mixed_label")]
         loss = (examples["share"] * losses[0] + (1 - examples["share"]) * losses[1]).mean()
         accuracy = (outputs.probabilities(logits, positive).argmax(-1) == examples["label"]).mean()
         return loss, (accuracy, mutated.get("batch_stats", batch_stats))

@@ -76,7 +76,7 @@ def test_shapes_parameters_and_layer_names(names):
         assert total == "-" or count(variables) == int(total), name
         assert (logits.shape, logits.dtype) == ((2, 1000), jnp.float32), name
         assert features["last"].shape == (2, 7, 7, int(channels)), name
-        assert models.minimum_size(ModelConfig(name=name)) == (32, 32), name
+        assert module.minimum_size() == (32, 32), name
         check_layer_names(name, variables["params"])
 
 
@@ -222,8 +222,6 @@ def test_names_of_unavailable_options():
     ):
         with pytest.raises(ValueError, match=message):
             models.build(config, 3)
-        with pytest.raises(ValueError, match=message):
-            models.minimum_size(config)
 
 
 def test_one_compiled_program_of_equal_builds():
