@@ -71,9 +71,7 @@ PRESETS: dict[str, AugmentConfig] = {
 
 def preset(name: str) -> AugmentConfig:
     """Returns the named augmentation. Raises ValueError, listing the nearest names, for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[one_of("augment", name, PRESETS)]
 
 
 def one_of(argument: str, value: str, known: Iterable[str]) -> str:

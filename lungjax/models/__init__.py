@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lungjax import config as configs
-from lungjax.config import ModelConfig
+from lungjax.config import ModelConfig, nearest
 from lungjax.models import trees
 from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
@@ -44,16 +43,12 @@ FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
 MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError with the nearest names for an unknown network."""
-    if name not in MODELS:
-        raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
-
-
 def family_of(name: str) -> str:
-    """Returns the family of a network. Raises ValueError for an unknown one."""
-    check_name(name)
-    return next(family for family, names in FAMILIES.items() if name in names)
+    """Returns the family of a network. Raises ValueError with the nearest names for an unknown one."""
+    for family, names in FAMILIES.items():
+        if name in names:
+            return family
+    raise ValueError(f"model.name={name!r}: unknown network; {nearest(name, MODELS)}")
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
@@ -65,14 +60,12 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
     `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
-    not support, for fewer than two classes, and for a sigmoid with more than two.
+    Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
+    support, for fewer than two classes, and for a sigmoid with more than two.
     """
-    check_name(config.name)
+    family_of(config.name)  # raises for an unknown name
     platform = platform or jax.default_backend()
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")  # accelerators support bfloat16
-    if dtype not in configs.DTYPES:
-        raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
     options = {name: getattr(config, name) for name in ("padding", "epsilon", "drop_path", "dropout")}
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}

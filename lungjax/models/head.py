@@ -50,11 +50,6 @@ def output_count(head: HeadConfig, classes: int) -> int:
     return 1 if head.output == "sigmoid" else classes
 
 
-def min_cells(head: HeadConfig) -> int:
-    """Returns the minimum number of cells per side of the map that the pool can handle."""
-    return 2 if head.pool == "avg2x2_flatten" else 1
-
-
 class Head(nn.Module):
     """Norm and ReLU, pool, norm, dropout, hidden layers and the logit layer, all in float32 or wider."""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, min_cells
+from lungjax.models.head import Head
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
@@ -40,7 +40,7 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the smallest height and width in pixels that the network and its head accept."""
-        side = self.min_side(min_cells(self.head))
+        side = self.min_side(2 if self.head.pool == "avg2x2_flatten" else 1)
         return side, side
 
     def min_side(self, cells: int) -> int:

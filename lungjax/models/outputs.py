@@ -32,8 +32,3 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
 def probabilities(logits: jax.Array, positive: int | None, temperature: float = 1.0) -> jax.Array:
     """Returns class probabilities [B, C] in label order, calibrated by `temperature`; [B, 2] for a sigmoid head."""
     return jax.nn.softmax(class_logits(logits, positive) / jnp.float32(temperature))
-
-
-def pooled_features(last: jax.Array) -> jax.Array:
-    """Returns the spatial mean of the last map [B, h, w, F] as float32 [B, F]."""
-    return last.astype(jnp.float32).mean((1, 2))

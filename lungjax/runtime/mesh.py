@@ -71,8 +71,7 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
 def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Runs `train_step(state, batch, axis_name=...)` on each device's part of the batch, as with `jax.pmap`.
 
-    The step averages gradients, metrics and BatchNorm statistics over that axis. Each device has a separate dropout
-    key and mixes (mixup, cutmix) only its own images.
+    The step averages gradients, metrics and BatchNorm statistics over that axis, and mixes (mixup, cutmix) per device.
     """
     copy, part = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma=False: differentiation would otherwise sum the gradients over the devices before the mean.

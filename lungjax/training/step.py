@@ -1,6 +1,6 @@
 """The training step and the prediction step, pure functions of state and batch that `program` jits.
 
-The module does not import grain, TFDS, orbax or matplotlib, so a step can be measured with jax, flax and optax alone.
+Needs only jax, flax and optax.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ def train_step(
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
-    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, the
-    paths of `frozen` parameters, and the mesh axis `axis_name` if called per device (`mesh.per_device`).
+    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, paths of
+    `frozen` parameters, and the mesh axis `axis_name` if called by `mesh.per_device`.
 
     If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
     equals that of the full batch if BatchNorm is frozen or absent and dropout is off.

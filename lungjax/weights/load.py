@@ -42,7 +42,7 @@ def parse(model: ModelConfig) -> Source:
     Raises ValueError for an unknown network or source (listing the nearest), a network without public weights, weights
     whose license was not accepted, a missing file, or a run without trained weights.
     """
-    models.check_name(model.name)
+    models.family_of(model.name)  # raises for an unknown name
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
         return Source()

@@ -218,7 +218,6 @@ def test_names_of_unavailable_options():
         (ModelConfig(name="efficientnetv2_b0", padding="valid"), "model.padding='valid'.*same"),
         (ModelConfig(name="vgg16", padding="same"), "model.padding='same'.*vgg16"),
         (ModelConfig(name="cbr_tiny", drop_path=0.1), "model.drop_path=0.1.*cbr_tiny"),
-        (ModelConfig(dtype="float16"), "model.dtype='float16'.*bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             models.build(config, 3)

@@ -34,8 +34,9 @@ def plain_forms() -> AbstractContextManager[None]:
     return _PLAIN(True)
 
 
-def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Returns cpu(*args) when lowered for a CPU, default(*args) on other platforms and inside `plain_forms`."""
+def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], **options: Any) -> Any:
+    """Returns cpu(*args, **options) when lowered for a CPU, else (and inside `plain_forms`) that of `default`."""
+    cpu, default = partial(cpu, **options), partial(default, **options)
     return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
@@ -130,7 +131,7 @@ product.defvjp(_product_save, _product_gradients)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    return _choose(_forward, plain_conv, strides, pads)(x, kernel)
+    return cpu_or_default(x, kernel, cpu=_forward, default=plain_conv, strides=strides, pads=pads)
 
 
 def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
@@ -139,18 +140,14 @@ def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[j
 
 def _gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dx = _choose(_dx, _plain_dx, strides, pads)(x, kernel, dy)
+    dx = cpu_or_default(x, kernel, dy, cpu=_dx, default=_plain_dx, strides=strides, pads=pads)
     if not _is_depthwise(x, kernel):
         return dx, _plain_dkernel(x, kernel, dy, strides, pads)
-    return dx, _choose(_depthwise_dkernel, _plain_dkernel, strides, pads)(x, kernel, dy)
+    forms = {"cpu": _depthwise_dkernel, "default": _plain_dkernel}
+    return dx, cpu_or_default(x, kernel, dy, strides=strides, pads=pads, **forms)
 
 
 _convolve.defvjp(_save, _gradients)
-
-
-def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
-    cpu, plain = (partial(form, strides=strides, pads=pads) for form in (cpu, plain))
-    return partial(cpu_or_default, cpu=cpu, default=plain)
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
