@@ -76,7 +76,7 @@ class Metadata:
         return sorted({rule for points in self.points.get(level, {}).values() for rule in points}, reverse=True)
 
 
-def from_json(text: str, where: str = FILE) -> Metadata:
+def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for invalid text or a newer format."""
     try:
         tree = json.loads(text)
@@ -101,10 +101,7 @@ def read(path: Path) -> Metadata:
     """Reads a model.json. Raises ValueError if it is missing or invalid (see `from_json`)."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        return from_json(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+    return from_json(path.read_bytes(), str(path))
 
 
 _FIELDS = {f.name for f in dataclasses.fields(Metadata)}

@@ -1,7 +1,4 @@
-"""Augmentation presets of the studies for `--set=augment=NAME`, and helpers for the arguments of experiments.
-
-The units are those of `AugmentConfig`; comments describe how a preset differs from its study.
-"""
+"""Augmentation presets of the studies for `--set=augment=NAME`, and helpers for the arguments of experiments."""
 
 import math
 import re

@@ -1,8 +1,4 @@
-"""The configuration of a run as frozen dataclasses.
-
-An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`) and reads and
-writes `config.json`. Nothing here imports jax, so a typo on the command line is reported immediately.
-"""
+"""The configuration of a run as frozen dataclasses. `lungjax.config.overrides` converts it from and to text."""
 
 import dataclasses
 import difflib

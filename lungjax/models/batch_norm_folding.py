@@ -40,11 +40,9 @@ def _path(module: nn.Module) -> str:
 def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[ConvNorm, ...]:
     """Finds the norms of a network that can be folded, by tracing it once with abstract arrays.
 
-    `shapes` are the variables of `module` or their shapes; `image_shape` is the [height, width, channels] of its input.
-
     A norm cannot be folded if its input is not the output of a layer (but a sum, an activation or a concatenation), if
     that output is read elsewhere or returned, if the norm or the layer is called more than once, or if the layer is a
-    weight-standardized convolution, whose kernel cannot be scaled.
+    weight-standardized convolution, whose kernel cannot be scaled. The arguments are the fields of `FoldedModel`.
     """
     if not shapes.get("batch_stats"):
         return ()

@@ -44,10 +44,7 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
         return side, side
 
     def min_side(self, cells: int) -> int:
-        """Returns the smallest side in pixels whose feature map has `cells` cells per side.
-
-        For padded networks this is `cells` strides, as in Keras; in smaller images a cell would see mostly padding.
-        """
+        """Returns the smallest side in pixels for `cells` cells per side; with padding, `cells` strides as in Keras."""
         return self._stride() * cells
 
     def _stride(self) -> int:
@@ -61,8 +58,8 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
     def run(self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any) -> jax.Array:
         """Returns the feature map function(block, x, **options), rematerialized if `remat` is set.
 
-        The rest of the network depends only on this map, which lets `explain.saliency` differentiate with respect to
-        it by intercepting this method. The map has the name of the block, or that in `options`.
+        `explain.saliency` intercepts this method, to differentiate with respect to the map with the name of the block
+        or that in `options`.
         """
         return self.run_part(block, x, function, **options)
 

@@ -1,12 +1,11 @@
 """Checkpoints of a run: the last states for resuming and the best weights for testing. Only this module imports orbax.
 
-    WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping; the last two
-    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations; the last two
+    WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping
+    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations
 
 Orbax writes STEP.partial in the background, one part per host. The first host then adds progress.json, syncs all files
-to the disk, adds checksums.json and renames the folder. A folder named STEP was thus complete once, and its checksums
-tell whether it still is. Older checkpoints are deleted only then. A damaged checkpoint is renamed to STEP.damaged when
-a run resumes from the one before it; it is then never read or deleted.
+to the disk, adds checksums.json and renames the folder; only then are older checkpoints deleted. A damaged checkpoint
+is renamed to STEP.damaged when a run resumes from the one before it; it is then never read or deleted.
 """
 
 import errno
@@ -63,10 +62,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
         """Starts writing the state and `progress` (numbers by name); `best` also saves the weights as the best.
 
-        `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
-        once the values are copied, so the next step may overwrite the state. First waits for the previous save and
-        raises ValueError if that failed on a full or read-only disk, or if this one does not fit; the earlier
-        checkpoints stay intact. Call on every host with the same arguments.
+        `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns once
+        the values are copied. First waits for the previous save and raises ValueError if that failed on a full or
+        read-only disk, or if this one does not fit. Call on every host with the same arguments.
         """
         self.wait()
         step = int(state.step)
@@ -113,9 +111,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def restore(self, abstract_state: StateT) -> tuple[StateT, dict[str, Any]] | None:
         """Returns the newest intact state, in the layout of `abstract_state` (shapes with shardings), and its progress.
 
-        Returns None if nothing was saved yet. Newer damaged states are reported and renamed to STEP.damaged, and best
-        weights newer than the state are deleted, since training will reach them again. Raises ValueError, and changes
-        nothing, if all states are damaged or the state belongs to another network.
+        Returns None if nothing was saved yet. Newer damaged states are renamed, and best weights newer than the state
+        are deleted, since training will reach them again. Raises ValueError, and changes nothing, if all states are
+        damaged or the state belongs to another network.
         """
         self.wait()
         folder = self.folder / "last"
@@ -150,11 +148,10 @@ def newest(workdir: Path, kind: str) -> int | None:
 
 
 def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
-    """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
+    """Returns a run's best variables and their step; reports and skips a damaged checkpoint. Call on all hosts.
 
-    Changes no files, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with
-    shardings; None restores numpy arrays on this host. Raises ValueError if no checkpoint exists or is intact, or if it
-    belongs to a network other than that of `abstract_variables`.
+    Changes no files, so the run may still be training. `abstract_variables` are shapes with shardings; None restores
+    numpy arrays on this host. Raises ValueError if no checkpoint is intact, or if it belongs to another network.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)

@@ -27,8 +27,7 @@ class CollectiveError(ValueError):
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Connects this process to the other processes of the run; call before jax initializes its devices.
 
-    `coordinator` is HOST:PORT of process 0, `processes` their number, `process` the index of this one from 0; all are
-    None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI. Raises ValueError if they can't be found or reached.
+    The arguments are those of the flags; all are None where jax detects them. Raises ValueError for a failure.
     """
     if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(

@@ -28,11 +28,6 @@ def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def platform(mesh: Mesh) -> str:
-    """Returns "cpu", "gpu" or "tpu", the kind of the mesh's devices, which may not be those of this machine."""
-    return mesh.devices.flat[0].platform
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of metrics and, by default, of parameters: a copy on each device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -80,9 +80,8 @@ def devices(topology: str) -> list[Any]:
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     """Compiles the training step of a run for a topology such as "v5e:4x4", and returns a report.
 
-    Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
-
-    Raises ValueError for an unknown topology, a missing compiler, a bad configuration, or a step that does not fit.
+    The data set need not be prepared in `data_dir` if its classes are known. Raises ValueError for an unknown topology,
+    a missing compiler, a bad configuration, or a step that does not fit.
     """
     chips = devices(topology)
     configs.check(config)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Writes the metrics of a training run on the first host.
 
-    First drops the rows that a resumed run will write again: those after `step` and `last_validation`. Then writes the
-    length of the run as a row with `steps`, at the start and at the step from which it has another length.
+    First drops the rows that a resumed run will write again. Then writes the length of the run as a row with `steps`,
+    at the start and at the step from which it has another length.
     """
 
     def __init__(self, run: "Run", step: int, last_validation: int):

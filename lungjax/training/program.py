@@ -48,7 +48,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
         meshes.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
-    platform = meshes.platform(mesh)
+    platform = mesh.devices.flat[0].platform  # not always that of this machine
     module = models.build(config.model, len(classes), remat=config.train.remat, platform=platform)
 
     # ---- Schedule, optimizer and initial state

@@ -1,7 +1,7 @@
 """Opens the data and builds the program of a run, and checks both before anything is written."""
 
 import importlib.util
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lungjax.datasets.build import near_duplicates
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
+from lungjax.report.templating import listed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import auto, optim, program
@@ -52,7 +53,7 @@ class Run:
 
     def batch_names(self, index: int) -> str:
         """Returns the names of the first files in training batch `index`."""
-        return shorten(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
+        return listed(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
 
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
@@ -140,9 +141,3 @@ def summary(run: Run) -> str:
             note = "  frozen" if path in frozen else ""
             lines.append(f"  {path:{width}}  {leaf.size:>11,}  {'x'.join(map(str, leaf.shape))}{note}")
     return "\n".join(lines)
-
-
-def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first `limit` names, separated by commas, and the number of the remaining ones."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

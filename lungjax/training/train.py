@@ -1,8 +1,7 @@
 """A run from configuration to report. Read this file first, then `step.py`.
 
-`run` opens the data, builds the program, restores the newest intact checkpoint, trains on all devices of all hosts,
-tests the best weights and writes the report. All randomness is a function of `train.seed`, the step and the position
-in the data, so a run that is killed and restarted ends with exactly the weights of an uninterrupted one.
+All randomness is a function of `train.seed`, the step and the position in the data, so a run that is killed and
+restarted ends with exactly the weights of an uninterrupted one.
 """
 
 import time
@@ -15,6 +14,7 @@ from lungjax import config as configs
 from lungjax.config import Config, overrides
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
+from lungjax.report.templating import listed
 from lungjax.runtime import distributed, provenance, signals
 from lungjax.runtime.checkpoint import Checkpoints, newest, restore_best
 from lungjax.runtime.distributed import print_once
@@ -38,9 +38,8 @@ def run(
 ) -> Path:
     """Trains or resumes, tests and reports; returns the path of `report.md`.
 
-    `data_dir` has the data sets that `lungjax.prepare` wrote; `weights_dir` is searched first for
-    `model.weights`. `mode` is "train", or "evaluate" to test the best weights of a finished or interrupted run again.
-    `profile` has the first and last step of a `jax.profiler` trace in WORKDIR/profile.
+    `data_dir` has the prepared data sets; `weights_dir` is searched first for `model.weights`. `mode` is "train", or
+    "evaluate" to test the best weights again. `profile` has the first and last step of a trace in WORKDIR/profile.
 
     Raises ValueError for user errors, and `signals.Interrupted` after SIGTERM or Ctrl-C, once the state is saved.
     """
@@ -88,7 +87,7 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
     if distributed.broadcast_int(newest(run.workdir, "last") is None):
         pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))
         if config.model.weights != "none":
-            print_once(f"Starting from {config.model.weights}; randomly initialized: {setup.shorten(random)}")
+            print_once(f"Starting from {config.model.weights}; randomly initialized: {listed(random)}")
     with (
         workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),
         Checkpoints(run.workdir) as checkpoints,

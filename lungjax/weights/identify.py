@@ -91,7 +91,6 @@ def suggestion(path: Path) -> str:
         return f"python -m lungjax.weights --check={path} shows the nearest network"
 
 
-@cache
 def shapes(model: str, classes: int) -> Mapping[str, Any]:
     """Returns the shapes of all parameters by path, for the input size of the public weights."""
     size = next((record.input.size for record in records(model)), (224, 224))
