@@ -87,8 +87,9 @@ def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:
-        result = Metadata(**{key: value for key, value in _tuples(tree).items() if key in _FIELDS})
-        result = dataclasses.replace(result, input=InputSpec(**_tuples(tree["input"])))
+        spec = InputSpec(**{key: _to_tuples(value) for key, value in tree["input"].items()})
+        known = {f.name for f in dataclasses.fields(Metadata)} & {*tree}
+        result = Metadata(**{key: _to_tuples(tree[key]) for key in known} | {"input": spec})
         for name, value, valid, expected in _requirements(result):
             if not valid:
                 raise ValueError(f"{where}: `{name}` {value!r:.200}: expected {expected}")
@@ -104,15 +105,8 @@ def read(path: Path) -> Metadata:
     return from_json(path.read_bytes(), str(path))
 
 
-_FIELDS = {f.name for f in dataclasses.fields(Metadata)}
-_LISTS = ("classes", "stored", "window", "hu_windows", "size", "crop_size", "mean", "std")
-
-
-def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def to_tuple(value: Any) -> Any:
-        return tuple(map(to_tuple, value)) if isinstance(value, list) else value
-
-    return {key: to_tuple(value) if key in _LISTS else value for key, value in tree.items()}
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
 def _requirements(model: Metadata) -> Iterator[tuple[str, Any, bool, str]]:

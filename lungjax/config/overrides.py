@@ -12,10 +12,7 @@ from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest
 
 
 def override(config: Config, assignment: str) -> Config:
-    """Returns `config` with one "path=value" set; the value is parsed as the type of the field.
-
-    Raises ValueError for a missing "=", an unknown path or a value of another type.
-    """
+    """Returns `config` with one "path=value" set. Raises ValueError for an unknown path or a value of another type."""
     path, equals, text = assignment.partition("=")
     path = path.strip()
     if not equals or not path:

@@ -52,13 +52,10 @@ def family_of(name: str) -> str:
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
-    """Returns the network of `config` with one logit per class, or a single logit for a sigmoid head.
+    """Returns the network of `config` (see `Network`) with one logit per class, or a single one for a sigmoid head.
 
     Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
     of each block in the backward pass. `platform` ("cpu", "gpu", "tpu", None: the default) sets the default dtype.
-
-    The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
-    `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
 
     Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
     support, for fewer than two classes, and for a sigmoid with more than two.

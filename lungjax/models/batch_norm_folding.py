@@ -113,10 +113,7 @@ def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
 
 
 def unfold(leaves: Mapping[str, np.ndarray], pairs: tuple[ConvNorm, ...]) -> dict[str, np.ndarray]:
-    """Returns unfolded leaves, by "params/PATH" and "batch_stats/PATH", that `fold` maps to the folded `leaves`.
-
-    The norms of `pairs` then only add their bias.
-    """
+    """Returns leaves by "params/PATH" and "batch_stats/PATH" that `fold` maps to `leaves`; norms add only a bias."""
     leaves = dict(leaves)
     for pair in pairs:
         shape = leaves[f"params/{pair.norm}/bias"].shape

@@ -1,7 +1,4 @@
-"""One configurable head for the networks of the five studies and the published architectures.
-
-Its only input is the last feature map, with respect to which Grad-CAM usually differentiates the logits.
-"""
+"""One configurable head for the networks of the five studies and the published architectures."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace

@@ -18,10 +18,7 @@ def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
 
 
 def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns float32 logits [B, C] in label order whose softmax gives the class probabilities.
-
-    `positive` is the result of `positive_class`; for a sigmoid head the logit of the other class is 0.
-    """
+    """Returns float32 logits [B, C] in label order; for a sigmoid head (`positive` is set), the other class has 0."""
     logits = to_float32(logits)
     if positive is None:
         return logits

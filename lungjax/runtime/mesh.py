@@ -1,7 +1,6 @@
-"""The device mesh: each batch is sharded over the devices, and parameters are replicated or sharded as well.
+"""The device mesh with one axis over all devices of all hosts: sharded batches, replicated or sharded parameters.
 
-The mesh's only axis, "data", spans all devices of all hosts. Under `jit`, XLA inserts the collectives, so BatchNorm
-sees the global batch, and a step on eight devices equals the step on one.
+Under `jit`, XLA inserts the collectives, so BatchNorm sees the global batch.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,14 +1,11 @@
-"""Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives.
-
-XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topology; no weights are read.
-"""
+"""Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives."""
 
 import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
-DEFAULT_STEPS = 1000  # without the data set; only constants of the schedule depend on this number
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
@@ -89,12 +85,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     if config.train.devices:
         raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
-    classes, labels = _classes_and_labels(config, data_dir)
-    if labels is None:
-        labels = np.arange(len(classes))  # one per class
-        steps = config.train.steps or DEFAULT_STEPS
-        config = replace(config, train=replace(config.train, steps=steps))
-    built = program.build(config, classes, labels, mesh)
+    built = program.build(config, *_classes_and_labels(config, data_dir), mesh)
     batch = batch_shapes(config, mesh)
     sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
     lowered = built.train_step.lower(built.abstract_state, batch)  # type: ignore[attr-defined]
@@ -216,8 +207,8 @@ def _advice(config: Config, topology: str, chips: int) -> str:
     return "; ".join(tips) or "a smaller network"
 
 
-def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Returns classes and training labels of the data set; labels are None if it is not prepared."""
+def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns classes and training labels, one of each class if not prepared; labels affect only constants."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         data = datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
@@ -226,7 +217,7 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
     if not classes:
         advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
         raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
-    return classes, None
+    return classes, np.arange(len(classes))
 
 
 def _bytes_per_chip(shapes: Any) -> int:

@@ -21,10 +21,7 @@ MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
 
 
 def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | None) -> Config:
-    """Returns `config` with values for the fields in `auto`, which it prints, and an empty `auto`.
-
-    A run that has begun in `folder` keeps the values of its config.json.
-    """
+    """Returns `config` with values for the fields in `auto`; a run that has begun keeps those of its config.json."""
     if not config.auto:
         return config
     if is_begun(folder):

@@ -58,12 +58,7 @@ def run(
             distributed.print_once(f"fold {i} is finished: {folder}")
             continue
         distributed.print_once(f"fold {i} of 0 to {count - 1}: {folder}")
-        try:
-            train.run(part, folder, data_dir, mode, weights_dir)
-        except (ValueError, OSError):
-            done = ", ".join(other.name for other in folders[:i] if (other / "report.md").exists())
-            distributed.print_once(f"fold {i} failed; finished folds: {done or 'none'}. Rerun the command to resume")
-            raise
+        train.run(part, folder, data_dir, mode, weights_dir)
     distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"
 

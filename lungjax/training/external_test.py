@@ -1,9 +1,6 @@
 """External validation: the best weights of a run on another prepared data set with new patients.
 
     python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
-
-It is an error if a tested patient or image is in the training or validation split of the run; --overlap=drop leaves
-these patients out. Only RUN/external is written.
 """
 
 import time

@@ -1,7 +1,4 @@
-"""The network, its initial state, and the jitted training and prediction steps of a configuration on a mesh.
-
-Everything is built from shapes, so the same program can train here or be compiled for another machine.
-"""
+"""The network, its initial state, and the jitted training and prediction steps of a configuration on a mesh."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -67,10 +67,7 @@ class Run:
 def set_up(
     config: Config, workdir: Path, data_dir: Path, mode: str, started: float, weights_dir: Path | None = None
 ) -> Run:
-    """Opens the data, resolves `config` and builds the program.
-
-    Raises ValueError if workdir, configuration and data do not match.
-    """
+    """Opens the data, resolves `config` and builds the program. Raises ValueError if they do not match the workdir."""
     data = open_data(config, data_dir)
     config = load.resolve(auto.resolve(config, data, workdir, weights_dir))
     workdirs.check(workdir, config, mode)

@@ -96,7 +96,7 @@ def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: 
     """Locks the folder against other runs, and writes config.json and data.json; must be entered on every host.
 
     Raises ValueError on every host if another run is training in the folder, if the folder is not writable or not
-    shared by all hosts, or if the checkpoints, up to four times the size of `abstract_state`, do not fit on the disk.
+    shared by all hosts, or if the checkpoints do not fit on the disk.
     """
     with ExitStack() as stack:
         distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))

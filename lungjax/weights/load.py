@@ -37,10 +37,7 @@ class Source:
 
 
 def parse(model: ModelConfig) -> Source:
-    """Parses `model.weights`.
-
-    Raises ValueError for an unknown network or source, a license that was not accepted, and missing weights.
-    """
+    """Parses `model.weights`. Raises ValueError for an unknown, missing or forbidden source."""
     models.family_of(model.name)  # raises for an unknown name
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
@@ -118,11 +115,8 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
 
 
 def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
-    """Returns the mean and std for gray images with weights trained on color images, according to `model.gray`.
-
-    "repeat" returns three numbers each, so that normalization repeats the channel.
-    """
-    if model.gray == "repeat":
+    """Returns the mean and std for gray images with weights trained on color images, according to `model.gray`."""
+    if model.gray == "repeat":  # three numbers each, so that normalization repeats the channel
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]

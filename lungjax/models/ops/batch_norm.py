@@ -1,9 +1,8 @@
 """Batch norm by batch statistics, fused with the activation that follows it, in few passes over the map.
 
-Maps are larger than the caches of a processor, so the number of passes determines the cost. On the CPU the result is
-written in one pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes:
-two sums and the result. By default XLA also saves x - mean and intermediate maps of the activation. As in
-`lungjax.models.ops.conv`, the form is chosen at lowering, and there is no forward-mode derivative.
+The number of passes determines the cost, since maps are larger than the caches. On the CPU the result is written in
+one pass after the statistics, only the input is saved for the gradient (XLA would also save x - mean and maps of the
+activation), and the gradient takes three passes. As in `ops.conv`, there is no forward-mode derivative.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,6 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
     """Returns ((top, bottom), (left, right)) for "SYMMETRIC" or a padding that lax accepts.
 
     "SYMMETRIC" is (kernel - 1) // 2 on every side as in torch; it differs from SAME on even maps at stride 2.
-    Raises ValueError for any other string.
     """
     if not isinstance(padding, int | str):
         rows, columns = padding
@@ -71,10 +70,9 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
     """Returns the `compiler_options` of `jax.jit` for complete steps on `platform`, by default that of this process.
 
-    They are empty except on CPUs, where XLA by default offloads float32 convolutions to YNNPACK. That runs them on one
-    core, while XLA's own convolution uses all cores. The options restrict YNNPACK to products and reductions in
-    training, and to reductions in prediction (`train=False`), where fusing a product with the bias, the gate and the
-    next product is slower than separate loops. They are also empty if jaxlib does not know them.
+    On CPUs, XLA by default offloads float32 convolutions to YNNPACK, which runs them on one core. The options restrict
+    YNNPACK to products and reductions in training, and to reductions in prediction (`train=False`), where fusing
+    products is slower. They are empty on other platforms and if jaxlib does not know them.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -249,10 +247,9 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the gradient of the kernel, computed in one loop over the map if 3x3, else in one loop per kernel row.
+    """Returns the gradient of the kernel, in one loop over the map if 3x3; that of a large kernel compiles slowly.
 
-    One loop for a large kernel would compile slowly. Each element of a loop's result sums several cells; with one
-    product per element, memory would be the bottleneck.
+    Each element of a loop's result sums several cells; with one product per element, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
