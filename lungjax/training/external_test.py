@@ -1,6 +1,6 @@
 """External validation: the best weights of a run on another prepared data set with new patients.
 
-    python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
+python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
 """
 
 import time
