@@ -43,12 +43,16 @@ FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
 MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError with the nearest names for an unknown network."""
+    if name not in MODELS:
+        raise ValueError(f"model.name={name!r}: unknown network; {nearest(name, MODELS)}")
+
+
 def family_of(name: str) -> str:
-    """Returns the family of a network. Raises ValueError with the nearest names for an unknown one."""
-    for family, names in FAMILIES.items():
-        if name in names:
-            return family
-    raise ValueError(f"model.name={name!r}: unknown network; {nearest(name, MODELS)}")
+    """Returns the family of a network. Raises ValueError for an unknown one."""
+    check_name(name)
+    return next(family for family, names in FAMILIES.items() if name in names)
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
@@ -60,7 +64,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
     support, for fewer than two classes, and for a sigmoid with more than two.
     """
-    family_of(config.name)  # raises for an unknown name
+    check_name(config.name)
     platform = platform or jax.default_backend()
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")  # accelerators support bfloat16
     network = MODELS[config.name]()

@@ -1,7 +1,4 @@
-"""The device mesh with one axis over all devices of all hosts: sharded batches, replicated or sharded parameters.
-
-Under `jit`, XLA inserts the collectives, so BatchNorm sees the global batch.
-"""
+"""The device mesh with one axis over all devices of all hosts: sharded batches, replicated or sharded parameters."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

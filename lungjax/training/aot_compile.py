@@ -24,6 +24,7 @@ from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
+MANY = 10_000  # assumed training images per class of a data set that is not prepared
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
@@ -208,7 +209,7 @@ def _advice(config: Config, topology: str, chips: int) -> str:
 
 
 def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Returns classes and training labels, one of each class if not prepared; labels affect only constants."""
+    """Returns classes and training labels, which affect only constants; if not prepared, MANY of each class."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         data = datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
@@ -217,7 +218,7 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
     if not classes:
         advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
         raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
-    return classes, np.arange(len(classes))
+    return classes, np.repeat(np.arange(len(classes)), MANY)
 
 
 def _bytes_per_chip(shapes: Any) -> int:

@@ -121,7 +121,7 @@ def train_loop(
 ) -> NonFiniteError | None:
     """Trains from `state` to the last step or early stopping; returns an error if a loss or gradient is not finite.
 
-    Only states with finite losses and gradients are saved. Raises Interrupted after a signal, once the state is saved.
+    Only finite states are saved. Raises Interrupted after a signal, once the state is saved.
     """
     config, built = run.config.train, run.program
     step = int(state.step)

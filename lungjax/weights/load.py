@@ -38,7 +38,7 @@ class Source:
 
 def parse(model: ModelConfig) -> Source:
     """Parses `model.weights`. Raises ValueError for an unknown, missing or forbidden source."""
-    models.family_of(model.name)  # raises for an unknown name
+    models.check_name(model.name)
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
         return Source()
