@@ -28,9 +28,9 @@ def run(
 ) -> None:
     """Defines and parses the flags, runs `main` and ends the process with its exit code.
 
-    `main` receives the program's name and the positional arguments. `arguments` are their names: a last name with "..."
-    stands for one or more, and a name in brackets is optional. `argv` replaces sys.argv; `resumable` means that a rerun
-    continues an interrupted command. A function defines the flags, so that importing a command's module defines none.
+    `arguments` are the names of positional arguments: a last name with "..." stands for one or more, and a name in
+    brackets is optional. `argv` replaces sys.argv; `resumable` means that a rerun continues an interrupted command. A
+    function defines the flags, so that importing a command's module defines none.
     """
     variadic = bool(arguments) and arguments[-1].endswith("...")
 

@@ -1,8 +1,4 @@
-"""Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo
-
-This module reads the flags; `lungjax.training.train.run` does the work. jax is imported only after the configuration is
-complete, so that typos are reported immediately.
-"""
+"""Trains and tests one experiment: python -m lungjax.main --experiment=phantom_demo"""
 
 import json
 from pathlib import Path

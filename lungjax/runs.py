@@ -1,7 +1,6 @@
 """Lists runs and their scores: python -m lungjax.runs [DIR] [--plot=FILE]
 
-Prints one line per run below DIR (default `runs`): name, data set, network, step, best validation score and test score
-of `train.monitor`, and whether the run is finished. Then prints the commands that resume unfinished runs.
+Prints one line per run below DIR (default `runs`), and the commands that resume unfinished runs.
 """
 
 import json

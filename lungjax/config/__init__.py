@@ -3,7 +3,6 @@
 from lungjax.config.schema import (
     AUTO,
     CROPS,
-    DTYPES,
     EXPLANATIONS,
     INTERPOLATIONS,
     PROTOCOLS,

@@ -1,7 +1,4 @@
-"""Experiments by name: each is a file with `get_config(**arguments) -> Config`, read without importing jax.
-
-The files are in `experiments/` next to the package in a checkout, and inside the package once installed.
-"""
+"""Experiments by name: each is a file with `get_config(**arguments) -> Config`, read without importing jax."""
 
 import ast
 import importlib.util
@@ -15,7 +12,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Returns the folder of the experiment files."""
+    """Returns the folder of the experiment files: next to the package in a checkout, inside it once installed."""
     installed = PACKAGE / "experiments"
     return installed if installed.is_dir() else PACKAGE.parent / "experiments"
 

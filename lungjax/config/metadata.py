@@ -1,36 +1,12 @@
 """The metadata of a trained network, stored as model.json in the folder of a run and in each of its exports.
 
 All code that predicts reads input, classes, calibration and operating points from this file.
-
-    format              1; incremented if a key is removed or changes meaning
-    name, dataset       names of the experiment and of the training data set
-    classes             [names] in label order, as in every list of probabilities
-    input               the fields of `config.InputSpec`: size, channels, crop, interpolation, mean, std ...
-    stage, stored       preprocessing by the data set (`datasets.build.process_image`): a stage such as "lungs", and
-                        [height, width] of the stored copy, or null
-    box                 for input.crop "box", the origin of an image's box: "body" if it is computed around the body in
-                        a CT slice, "given" if it is part of the data set; "" for other crops
-    window              [low, high] of 16-bit images, which become 0 and 255; null if all were 8-bit
-    hu_windows          [[center, width], ...] in Hounsfield units, one (gray) or three (channels), for CT volumes
-    plane, position     slices of volumes: axial, coronal or sagittal; all ("all") or the middle one ("mid")
-    orientation         "standard", or "rotated" if the training images were rotated by 180 degrees; images to predict,
-                        which should be in standard orientation (head or chest up), are then rotated first
-    modality            of the training images: ct, xray, or "" if unknown or mixed
-    positive            positive class of the sigmoid output; null for softmax
-    temperature         divisor of logits for calibration (`lungjax.evaluation.calibration`)
-    points              LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability,
-                        chosen on val, and sensitivity, specificity, ppv, npv and intervals of the test split
-    scores              LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals
-    counts              SPLIT.CLASS: number of images
-    patients            SPLIT.CLASS: number of patients; {} without patient IDs
-    novelty             `lungjax.evaluation.novelty.Novelty.to_dict`; null without such a score
-    about               network, weights, license, step, commit, versions
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +14,7 @@ from typing import Any
 from lungjax.config.schema import STAGES, InputSpec
 
 FILE = "model.json"
-FORMAT = 1
+FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
 HU_WINDOWS = ((-600.0, 1500.0),)  # center and width of the usual lung window
 NOTICE = "For research use only. Not a medical device, not for diagnosis."
 LEVELS = ("slice", "patient")
@@ -46,29 +22,36 @@ LEVELS = ("slice", "patient")
 
 @dataclass(frozen=True)
 class Metadata:
-    """The content of model.json; see the docstring of the module."""
+    """The content of model.json."""
 
-    name: str
-    classes: tuple[str, ...]
+    name: str  # of the experiment
+    classes: tuple[str, ...]  # in label order, as in every list of probabilities
     input: InputSpec
-    dataset: str
-    stage: str = ""
-    stored: tuple[int, int] | None = None
+    dataset: str  # the training data set
+    stage: str = ""  # preprocessing by the data set (`datasets.build.process_image`), such as "lungs"
+    stored: tuple[int, int] | None = None  # height and width of the copy stored by the data set
+    # For input.crop "box", the origin of an image's box: "body" if it is computed around the body in a CT slice,
+    # "given" if it is part of the data set; "" for other crops.
     box: str = ""
-    window: tuple[float, float] | None = None
-    hu_windows: tuple[tuple[float, float], ...] = HU_WINDOWS
-    plane: str = "axial"
-    position: str = "all"
+    window: tuple[float, float] | None = None  # of 16-bit images, becomes 0 and 255; None if all were 8-bit
+    hu_windows: tuple[tuple[float, float], ...] = HU_WINDOWS  # of CT volumes: one (gray) or three (channels)
+    plane: str = "axial"  # of the slices of volumes: axial, coronal or sagittal
+    position: str = "all"  # of the slices of volumes: all, or the middle one ("mid")
+    # "standard", or "rotated" if the training images were rotated by 180 degrees; images to predict, which should be in
+    # standard orientation (head or chest up), are then rotated first.
     orientation: str = "standard"
-    modality: str = ""
-    positive: int | None = None
-    temperature: float = 1.0
+    modality: str = ""  # of the training images: ct, xray, or "" if unknown or mixed
+    positive: int | None = None  # positive class of the sigmoid output; None for softmax
+    temperature: float = 1.0  # divisor of logits for calibration (`lungjax.evaluation.calibration`)
+    # LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability, chosen on val, and
+    # sensitivity, specificity, ppv, npv and intervals of the test split.
     points: Mapping[str, Any] = field(default_factory=dict)
+    # LEVEL of the test split: n, accuracy, balanced_accuracy, auc_macro, ece, intervals.
     scores: Mapping[str, Any] = field(default_factory=dict)
-    counts: Mapping[str, Any] = field(default_factory=dict)
-    patients: Mapping[str, Any] = field(default_factory=dict)
-    novelty: Mapping[str, Any] | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)  # SPLIT.CLASS: number of images
+    patients: Mapping[str, Any] = field(default_factory=dict)  # SPLIT.CLASS: number of patients; {} without patient IDs
+    novelty: Mapping[str, Any] | None = None  # `lungjax.evaluation.novelty.Novelty.to_dict`
+    about: Mapping[str, Any] = field(default_factory=dict)  # network, weights, license, step, commit, versions
 
     def to_json(self) -> str:
         """Returns the content of model.json."""
@@ -93,7 +76,7 @@ class Metadata:
         return sorted({rule for points in self.points.get(level, {}).values() for rule in points}, reverse=True)
 
 
-def from_json(text: str, where: str = FILE) -> Metadata:
+def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for invalid text or a newer format."""
     try:
         tree = json.loads(text)
@@ -104,13 +87,14 @@ def from_json(text: str, where: str = FILE) -> Metadata:
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:
-        result = Metadata(**{key: value for key, value in _tuples(tree).items() if key in _FIELDS})
-        result = dataclasses.replace(result, input=InputSpec(**_tuples(tree["input"])))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{where}: a field is missing or unknown ({error})") from None
-    problem = _problem(result)
-    if problem:
-        raise ValueError(f"{where}: {problem}")
+        spec = InputSpec(**{key: _to_tuples(value) for key, value in tree["input"].items()})
+        known = {f.name for f in dataclasses.fields(Metadata)} & {*tree}
+        result = Metadata(**{key: _to_tuples(tree[key]) for key in known} | {"input": spec})
+        for name, value, valid, expected in _requirements(result):
+            if not valid:
+                raise ValueError(f"{where}: `{name}` {value!r:.200}: expected {expected}")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: a field is missing, unknown or of the wrong type ({error})") from None
     return result
 
 
@@ -118,73 +102,57 @@ def read(path: Path) -> Metadata:
     """Reads a model.json. Raises ValueError if it is missing or invalid (see `from_json`)."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        return from_json(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+    return from_json(path.read_bytes(), str(path))
 
 
-_FIELDS = {f.name for f in dataclasses.fields(Metadata)}
-_LISTS = ("classes", "stored", "window", "hu_windows", "size", "crop_size", "mean", "std")
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def to_tuple(value: Any) -> Any:
-        return tuple(map(to_tuple, value)) if isinstance(value, list) else value
+def _requirements(model: Metadata) -> Iterator[tuple[str, Any, bool, str]]:
+    """Yields (name, value, whether it is valid, valid values) of fields from an untrusted file.
 
-    return {key: to_tuple(value) if key in _LISTS else value for key, value in tree.items()}
-
-
-def _problem(metadata: Metadata) -> str:
-    """Returns the first problem in metadata from an untrusted file; "" for valid metadata."""
-    names, windows = metadata.classes, metadata.hu_windows
-    if not (isinstance(names, tuple) and len(names) > 1 and all(isinstance(name, str) for name in names)):
-        return "`classes` should be two or more names"
-    if len(set(names)) < len(names):
-        return f"`classes` {', '.join(names)}: a name occurs twice"
-    for name, size in (("input.size", metadata.input.size), ("stored", metadata.stored)):
-        if not (_side_lengths(size) or (name == "stored" and size is None)):
-            return f"`{name}` {size}: expected height and width in pixels"
-    for name, statistic in (("mean", metadata.input.mean), ("std", metadata.input.std)):
-        if statistic is not None and not (_numbers(statistic) and len(statistic) in (1, 3)):
-            return f"`input.{name}` {statistic}: expected one number or three"
-    if metadata.window is not None and not (_numbers(metadata.window, 2) and metadata.window[0] < metadata.window[1]):
-        return f"`window` {metadata.window}: expected two increasing numbers, or null"
-    pairs = isinstance(windows, tuple) and all(_numbers(window, 2) and window[1] > 0 for window in windows)
-    if not (pairs and len(windows) in (1, 3)):
-        return f"`hu_windows` {windows}: expected one or three pairs of center and width"
-    choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("input.channels", metadata.input.channels, (1, 3)),
-        ("plane", metadata.plane, ("axial", "coronal", "sagittal")),
-        ("position", metadata.position, ("all", "mid")),
-        ("orientation", metadata.orientation, ("standard", "rotated")),
-        ("modality", metadata.modality, ("", "ct", "xray")),
-        ("box", metadata.box, ("", "body", "given")),
-        ("stage", metadata.stage, ("", *STAGES)),
-        ("positive", metadata.positive, (None, *range(len(names)))),
+    Raises AttributeError, KeyError or TypeError for some values of the wrong type.
+    """
+    distinct = isinstance(model.classes, tuple) and len(set(model.classes)) == len(model.classes) > 1
+    yield (
+        "classes",
+        model.classes,
+        distinct and all(isinstance(c, str) for c in model.classes),
+        "two or more different names",
     )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            return f"`{name}` {value!r}: expected {', '.join(map(repr, allowed))}"
-    if not (_numbers((metadata.temperature,)) and metadata.temperature > 0):
-        return f"`temperature` {metadata.temperature}: must be above zero"
+    yield "input.size", model.input.size, _is_size(model.input.size), "height and width in pixels"
+    yield "stored", model.stored, model.stored is None or _is_size(model.stored), "height and width in pixels, or null"
+    for name, numbers in (("input.mean", model.input.mean), ("input.std", model.input.std)):
+        yield name, numbers, numbers is None or _are_numbers(numbers, 1, 3), "one number or three"
+    window = model.window
+    increasing = window is None or (_are_numbers(window, 2) and window[0] < window[1])
+    yield "window", window, increasing, "two increasing numbers, or null"
+    pairs = model.hu_windows
+    valid = isinstance(pairs, tuple) and all(_are_numbers(pair, 2) and pair[1] > 0 for pair in pairs)
+    yield "hu_windows", pairs, valid and len(pairs) in (1, 3), "one or three pairs of center and width"
+    choices: dict[str, tuple[Any, ...]] = {
+        "plane": ("axial", "coronal", "sagittal"), "position": ("all", "mid"), "orientation": ("standard", "rotated"),
+        "modality": ("", "ct", "xray"), "box": ("", "body", "given"), "stage": ("", *STAGES),
+        "positive": (None, *range(len(model.classes))),
+    }  # fmt: skip
+    for name, allowed in choices.items():
+        yield name, getattr(model, name), getattr(model, name) in allowed, ", ".join(map(repr, allowed))
+    yield "input.channels", model.input.channels, model.input.channels in (1, 3), "1 or 3"
+    positive = _are_numbers((model.temperature,), 1) and model.temperature > 0
+    yield "temperature", model.temperature, positive, "a number above zero"
     for name in ("points", "scores", "counts", "patients", "about", "novelty"):
-        value = getattr(metadata, name)
-        if not isinstance(value, dict) and not (name == "novelty" and value is None):
-            return f"`{name}` should be an object"
-    try:
-        points = [p for level in metadata.points.values() for rules in level.values() for p in rules.values()]
-        valid = all(_numbers((point["threshold"],)) for point in points)
-    except (AttributeError, KeyError, TypeError):
-        valid = False
-    return "" if valid else "`points` should be LEVEL.CLASS.RULE, each with a threshold"
+        value = getattr(model, name)
+        yield name, value, isinstance(value, dict) or (name == "novelty" and value is None), "an object"
+    points = [point for level in model.points.values() for rules in level.values() for point in rules.values()]
+    valid = all(_are_numbers((point["threshold"],), 1) for point in points)
+    yield "points", model.points, valid, "LEVEL.CLASS.RULE, each with a numeric threshold"
 
 
-def _numbers(values: Any, count: int = 0) -> bool:
-    if not isinstance(values, tuple) or (count and len(values) != count):
-        return False
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+def _are_numbers(values: Any, *counts: int) -> bool:
+    numbers = isinstance(values, tuple) and len(values) in counts
+    return numbers and all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
-def _side_lengths(size: Any) -> bool:
+def _is_size(size: Any) -> bool:
     return isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)

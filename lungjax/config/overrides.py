@@ -12,10 +12,7 @@ from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest
 
 
 def override(config: Config, assignment: str) -> Config:
-    """Returns `config` with one "path=value" set; the value is parsed as the type of the field.
-
-    Raises ValueError for a missing "=", an unknown path (listing the nearest ones) or a value of another type.
-    """
+    """Returns `config` with one "path=value" set. Raises ValueError for an unknown path or a value of another type."""
     path, equals, text = assignment.partition("=")
     path = path.strip()
     if not equals or not path:
@@ -25,31 +22,20 @@ def override(config: Config, assignment: str) -> Config:
 
 
 def _set(node: Any, parts: list[str], text: str, path: str) -> Any:
-    hints = typing.get_type_hints(type(node))
     name, *rest = parts
-    unknown = f"--set={path}={text}: no field {path!r}; "
-    if name not in hints:
-        raise ValueError(unknown + nearest(path, _paths(Config)))
-    section = hints[name] if dataclasses.is_dataclass(hints[name]) else None
+    hint = typing.get_type_hints(type(node)).get(name)
+    if hint is None or (rest and not dataclasses.is_dataclass(hint)):
+        raise ValueError(f"--set={path}={text}: no field {path!r}; {nearest(path, fields_of(Config()))}")
     if rest:
-        if section is None:
-            raise ValueError(unknown + nearest(path, _paths(Config)))
         value = _set(getattr(node, name), rest, text, path)
-    elif section is AugmentConfig:
+    elif hint is AugmentConfig:
         value = presets.preset(text)
-    elif section is not None:
-        inside = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(section))
+    elif dataclasses.is_dataclass(hint):
+        inside = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(hint))
         raise ValueError(f"--set={path}={text}: {path} is a section; set one of its fields: {inside}")
     else:
-        value = parse(text, hints[name], path)
+        value = parse(text, hint, path)
     return dataclasses.replace(node, **{name: value})
-
-
-def _paths(section: Any, prefix: str = "") -> list[str]:
-    paths = []
-    for name, hint in typing.get_type_hints(section).items():
-        paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return paths
 
 
 def parse(text: str, hint: Any, what: str) -> Any:
@@ -121,7 +107,7 @@ def _build(section: Any, tree: Any, where: str, prefix: str) -> Any:
     values = {}
     for name, value in tree.items():
         if name not in hints:
-            raise ValueError(f"{where}: no field {prefix + name!r}; {nearest(prefix + name, _paths(Config))}")
+            raise ValueError(f"{where}: no field {prefix + name!r}; {nearest(prefix + name, fields_of(Config()))}")
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(hints[name], value, where, f"{prefix}{name}.")
         else:

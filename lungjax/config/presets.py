@@ -1,7 +1,4 @@
-"""Augmentation presets of the studies for `--set=augment=NAME`, and helpers for the arguments of experiments.
-
-The units are those of `AugmentConfig`; comments describe how a preset differs from its study.
-"""
+"""Augmentation presets of the studies for `--set=augment=NAME`, and helpers for the arguments of experiments."""
 
 import math
 import re
@@ -71,9 +68,7 @@ PRESETS: dict[str, AugmentConfig] = {
 
 def preset(name: str) -> AugmentConfig:
     """Returns the named augmentation. Raises ValueError, listing the nearest names, for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"augment={name!r}: no such preset; {nearest(name, PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[one_of("augment", name, PRESETS)]
 
 
 def one_of(argument: str, value: str, known: Iterable[str]) -> str:

@@ -1,8 +1,4 @@
-"""The configuration of a run as frozen dataclasses.
-
-An experiment returns a `Config`; `lungjax.config.overrides` changes a field (`--set=optim.lr=3e-4`) and reads and
-writes `config.json`. Nothing here imports jax, so a typo on the command line is reported immediately.
-"""
+"""The configuration of a run as frozen dataclasses. `lungjax.config.overrides` converts it from and to text."""
 
 import dataclasses
 import difflib
@@ -151,7 +147,7 @@ class ModelConfig:
     # slow for fine-tuning in some hundred steps.
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
-    dropout: float | None = None  # between the layers of `xray_cnn`, 0..1; that of all heads is head.dropout
+    dropout: float | None = None  # after each block of the small CNNs (cbr_*, simple, xray_cnn), 0..1; see head.dropout
     # Of the computation, one of DTYPES; parameters, statistics, pooling and logits remain float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None

@@ -35,7 +35,7 @@ def predict(
     rows = data.rows(split)
     if not len(rows):
         raise ValueError(f"{data.name}: the {split} split is empty; prepare the data set with a {split} part")
-    size = prediction_batch_size(config, mesh.size, meshes.platform(mesh))
+    size = prediction_batch_size(config, mesh.size, mesh.devices.flat[0].platform)
     batches = pipeline.eval_batches(data, rows, config, size, host=jax.process_index(), hosts=jax.process_count())
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -205,7 +205,7 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
     """Computes `artifacts.OUTPUTS` from the logits [B, outputs] and the last map [B, h, w, F] of a network."""
     probabilities = outputs.probabilities(logits, metadata.positive, metadata.temperature)
     scores = outputs.class_logits(logits, metadata.positive)
-    return {"probabilities": probabilities, "logits": scores, "features": outputs.pooled_features(last)}
+    return {"probabilities": probabilities, "logits": scores, "features": last.astype(jnp.float32).mean((1, 2))}
 
 
 def _load_run(workdir: Path) -> Model:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lungjax import config as configs
-from lungjax.config import ModelConfig
+from lungjax.config import ModelConfig, nearest
 from lungjax.models import trees
 from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
@@ -47,7 +46,7 @@ MODELS: dict[str, Callable[[], Any]] = {name: make for family in FAMILIES.values
 def check_name(name: str) -> None:
     """Raises ValueError with the nearest names for an unknown network."""
     if name not in MODELS:
-        raise ValueError(f"model.name={name!r}: unknown network; {configs.nearest(name, MODELS)}")
+        raise ValueError(f"model.name={name!r}: unknown network; {nearest(name, MODELS)}")
 
 
 def family_of(name: str) -> str:
@@ -57,22 +56,17 @@ def family_of(name: str) -> str:
 
 
 def build(config: ModelConfig, classes: int, remat: bool = False, platform: str | None = None) -> nn.Module:
-    """Returns the network of `config` with one logit per class, or a single logit for a sigmoid head.
+    """Returns the network of `config` (see `Network`) with one logit per class, or a single one for a sigmoid head.
 
     Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
     of each block in the backward pass. `platform` ("cpu", "gpu", "tpu", None: the default) sets the default dtype.
 
-    The network maps normalized float32 images [B, H, W, C] to float32 logits [B, outputs] and a dict of features;
-    `features["last"]` is the last map [B, h, w, c], which the submodule `head` maps to the logits.
-
-    Raises ValueError for an unknown name or dtype, for a padding, epsilon, drop_path or dropout that the network does
-    not support, for fewer than two classes, and for a sigmoid with more than two.
+    Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
+    support, for fewer than two classes, and for a sigmoid with more than two.
     """
     check_name(config.name)
     platform = platform or jax.default_backend()
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")  # accelerators support bfloat16
-    if dtype not in configs.DTYPES:
-        raise ValueError(f"model.dtype={config.dtype!r}: expected {', '.join(configs.DTYPES)}")
     network = MODELS[config.name]()
     options = {name: getattr(config, name) for name in ("padding", "epsilon", "drop_path", "dropout")}
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -87,11 +81,6 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     head = with_defaults(config.head, network.head)
     fields |= {"head": head, "outputs": output_count(head, classes), "remat": remat, "dtype": jnp.dtype(dtype)}
     return network.clone(**fields)
-
-
-def minimum_size(config: ModelConfig) -> tuple[int, int]:
-    """Returns the smallest height and width in pixels that the network and its head accept."""
-    return build(config, classes=2).minimum_size()
 
 
 @cache  # tracing a deep network takes seconds

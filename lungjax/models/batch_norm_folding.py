@@ -40,11 +40,9 @@ def _path(module: nn.Module) -> str:
 def find_pairs(module: nn.Module, shapes: Variables, image_shape: tuple[int, ...]) -> tuple[ConvNorm, ...]:
     """Finds the norms of a network that can be folded, by tracing it once with abstract arrays.
 
-    `shapes` are the variables of `module` or their shapes; `image_shape` is the [height, width, channels] of its input.
-
     A norm cannot be folded if its input is not the output of a layer (but a sum, an activation or a concatenation), if
     that output is read elsewhere or returned, if the norm or the layer is called more than once, or if the layer is a
-    weight-standardized convolution, whose kernel cannot be scaled.
+    weight-standardized convolution, whose kernel cannot be scaled. The arguments are the fields of `FoldedModel`.
     """
     if not shapes.get("batch_stats"):
         return ()
@@ -115,10 +113,7 @@ def fold(variables: Variables, pairs: tuple[ConvNorm, ...]) -> Variables:
 
 
 def unfold(leaves: Mapping[str, np.ndarray], pairs: tuple[ConvNorm, ...]) -> dict[str, np.ndarray]:
-    """Returns unfolded leaves, by "params/PATH" and "batch_stats/PATH", that `fold` maps to the folded `leaves`.
-
-    The norms of `pairs` then only add their bias.
-    """
+    """Returns leaves by "params/PATH" and "batch_stats/PATH" that `fold` maps to `leaves`; norms add only a bias."""
     leaves = dict(leaves)
     for pair in pairs:
         shape = leaves[f"params/{pair.norm}/bias"].shape

@@ -182,10 +182,6 @@ def v2(repeats: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Stage, ...]:
 
 
 V2_BASE = v2((1, 2, 2, 3, 5, 8), (16, 32, 48, 96, 112, 192))
-V2_S = v2((2, 4, 4, 6, 9, 15), (24, 48, 64, 128, 160, 256))
-V2_M = v2((3, 5, 5, 7, 14, 18, 5), (24, 48, 80, 160, 176, 304, 512))
-V2_L = v2((4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640))
-V2_XL = v2((4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640))
 
 # Width, depth and dropout of each variant.
 B = (
@@ -206,8 +202,8 @@ EFFICIENTNETV2 = {
     "efficientnetv2_b1": v2_scale(V2_BASE, 32, 1.0, 1.1),
     "efficientnetv2_b2": v2_scale(V2_BASE, 32, 1.1, 1.2),
     "efficientnetv2_b3": v2_scale(V2_BASE, 32, 1.2, 1.4),
-    "efficientnetv2_s": v2_scale(V2_S, 24, 1.0, 1.0),
-    "efficientnetv2_m": v2_scale(V2_M, 24, 1.0, 1.0),
-    "efficientnetv2_l": v2_scale(V2_L, 32, 1.0, 1.0),
-    "efficientnetv2_xl": v2_scale(V2_XL, 32, 1.0, 1.0),
+    "efficientnetv2_s": v2_scale(v2((2, 4, 4, 6, 9, 15), (24, 48, 64, 128, 160, 256)), 24, 1.0, 1.0),
+    "efficientnetv2_m": v2_scale(v2((3, 5, 5, 7, 14, 18, 5), (24, 48, 80, 160, 176, 304, 512)), 24, 1.0, 1.0),
+    "efficientnetv2_l": v2_scale(v2((4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640)), 32, 1.0, 1.0),
+    "efficientnetv2_xl": v2_scale(v2((4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640)), 32, 1.0, 1.0),
 }

@@ -1,7 +1,4 @@
-"""One configurable head for the networks of the five studies and the published architectures.
-
-Its only input is the last feature map, with respect to which Grad-CAM usually differentiates the logits.
-"""
+"""One configurable head for the networks of the five studies and the published architectures."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -48,11 +45,6 @@ def output_count(head: HeadConfig, classes: int) -> int:
     if head.output == "sigmoid" and head.pool == "class_map":
         raise ValueError("model.head.output=sigmoid: the logits of pool=class_map are never negative; use softmax")
     return 1 if head.output == "sigmoid" else classes
-
-
-def min_cells(head: HeadConfig) -> int:
-    """Returns the minimum number of cells per side of the map that the pool can handle."""
-    return 2 if head.pool == "avg2x2_flatten" else 1
 
 
 class Head(nn.Module):

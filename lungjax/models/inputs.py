@@ -24,10 +24,8 @@ def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
 def prediction_batch_size(config: Config, devices: int, platform: str) -> int:
     """Returns the prediction batch size over all devices: `eval.batch_size`, or a default if that is 0.
 
-    The default depends only on image size, `platform` ("cpu", "gpu" or "tpu") and number of devices, so batches are
-    reproducible. On a CPU it is 8 per device; at 224 px, throughput with 4 to 16 images is within 4 % of the best. On
-    accelerators each device gets as many pixels as 64 images of 224 x 224 have (not measured); the largest maps (VGG's
-    first, the stem of BiT R152x4) then take 0.4 GB in bfloat16.
+    `platform` is "cpu", "gpu" or "tpu". On a CPU, throughput with 4 to 16 images of 224 px is within 4 % of the best
+    (measured). On accelerators (not measured), the largest maps take 0.4 GB in bfloat16.
     """
     if config.eval.batch_size:
         return config.eval.batch_size

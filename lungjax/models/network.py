@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.head import Head, min_cells
+from lungjax.models.head import Head
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
@@ -40,14 +40,11 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
     def minimum_size(self) -> tuple[int, int]:
         """Returns the smallest height and width in pixels that the network and its head accept."""
-        side = self.min_side(min_cells(self.head))
+        side = self.min_side(2 if self.head.pool == "avg2x2_flatten" else 1)
         return side, side
 
     def min_side(self, cells: int) -> int:
-        """Returns the smallest side in pixels whose feature map has `cells` cells per side.
-
-        For padded networks this is `cells` strides, as in Keras; in smaller images a cell would see mostly padding.
-        """
+        """Returns the smallest side in pixels for `cells` cells per side; with padding, `cells` strides as in Keras."""
         return self._stride() * cells
 
     def _stride(self) -> int:
@@ -61,8 +58,8 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
     def run(self, block: nn.Module, x: Any, function: Callable[..., Any] = operator.call, **options: Any) -> jax.Array:
         """Returns the feature map function(block, x, **options), rematerialized if `remat` is set.
 
-        The rest of the network depends only on this map, which lets `explain.saliency` differentiate with respect to
-        it by intercepting this method. The map has the name of the block, or that in `options`.
+        `explain.saliency` intercepts this method, to differentiate with respect to the map with the name of the block
+        or that in `options`.
         """
         return self.run_part(block, x, function, **options)
 

@@ -18,10 +18,7 @@ def positive_class(config: Config, classes: tuple[str, ...]) -> int | None:
 
 
 def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
-    """Returns float32 logits [B, C] in label order whose softmax gives the class probabilities.
-
-    `positive` is the result of `positive_class`; for a sigmoid head the logit of the other class is 0.
-    """
+    """Returns float32 logits [B, C] in label order; for a sigmoid head (`positive` is set), the other class has 0."""
     logits = to_float32(logits)
     if positive is None:
         return logits
@@ -32,8 +29,3 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
 def probabilities(logits: jax.Array, positive: int | None, temperature: float = 1.0) -> jax.Array:
     """Returns class probabilities [B, C] in label order, calibrated by `temperature`; [B, 2] for a sigmoid head."""
     return jax.nn.softmax(class_logits(logits, positive) / jnp.float32(temperature))
-
-
-def pooled_features(last: jax.Array) -> jax.Array:
-    """Returns the spatial mean of the last map [B, h, w, F] as float32 [B, F]."""
-    return last.astype(jnp.float32).mean((1, 2))

@@ -18,11 +18,10 @@ def cell_positions(network: Network | None, size: tuple[int, int], cells: tuple[
     """Returns the positions of the rows and columns of the last feature map in an image.
 
     Without padding, a cell is at the center of its receptive field, which is as large as the smallest image with one
-    cell; each further cell needs one more stride. With padding, cells are spread evenly, as in image resizing. The
-    pixels that trained cells respond to are centered there (measured with the ImageNet weights of EfficientNet-Lite0),
-    although padding shifts the centers of the receptive fields.
+    cell. With padding or without a `network`, cells are spread evenly, as in image resizing: the pixels that trained
+    cells respond to are centered there (measured with the ImageNet weights of EfficientNet-Lite0).
 
-    `size` and `cells` are (height, width) of the image and of the map; without a `network`, cells are spread evenly.
+    `size` and `cells` are (height, width) of the image and of the map.
     """
     if network:
         field = network.min_side(1)

@@ -17,29 +17,32 @@ from lungjax.models.network import Network
 
 
 class Transfusion(Network):
-    """A block of convolution, norm, ReLU and pool for each of `widths`."""
+    """A block of convolution, norm, ReLU, pool and dropout for each of `widths`; also used for `xray_cnn`."""
 
     paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
 
     kernel: int  # side of every convolution
     widths: tuple[int, ...]
+    stride: int = 1  # of every convolution
     pool: int = 3  # side of the max pool; its stride is 2
     last_pool: bool = True  # False: no pool in the last block
     norm: bool = True
     momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1e-3  # of batch norm
     padding: str = "valid"  # of convolutions and pools; pools ignore padded cells
+    dropout: float = 0.0  # after each block
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, h, w, widths[-1]]; each block halves the side."""
+        """Maps images [B, H, W, C] to [B, h, w, widths[-1]]; each pool halves the side."""
         pads = self.padding.upper()
         conv = partial(Conv, padding=pads, use_bias=True, kernel_init=nn.initializers.glorot_uniform())
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         def block(module: nn.Module, x: jax.Array, name: str, width: int, pool: bool) -> jax.Array:
-            x = conv(width, self.kernel, dtype=self.dtype, name=f"{name}_conv")(x)
+            x = conv(width, self.kernel, self.stride, dtype=self.dtype, name=f"{name}_conv")(x)
             x = norm(name=f"{name}_bn")(x, train=train, activation=nn.relu) if self.norm else nn.relu(x)
-            return max_pool(x, self.pool, 2, pads) if pool else x
+            x = max_pool(x, self.pool, 2, pads) if pool else x
+            return nn.Dropout(self.dropout, deterministic=not train, name=f"{name}_dropout")(x)
 
         for number, width in enumerate(self.widths, 1):
             name, pool = "stem" if number == 1 else f"stage{number}", number < len(self.widths) or self.last_pool
@@ -53,7 +56,7 @@ class Transfusion(Network):
 
     def min_side(self, cells: int) -> int:
         """Returns the smallest side in pixels whose feature map has `cells` cells per side."""
-        windows = [(self.kernel, 1), (self.pool, 2)] * len(self.widths)
+        windows = [(self.kernel, self.stride), (self.pool, 2)] * len(self.widths)
         for kernel, stride in reversed(windows if self.last_pool else windows[:-1]):
             cells = cells * stride if self.padding == "same" else (cells - 1) * stride + kernel
         return cells

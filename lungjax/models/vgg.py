@@ -50,7 +50,4 @@ class Vgg(Network):
         return 2 ** len(self.repeats)
 
 
-VGG = {
-    "vgg16": partial(Vgg, (2, 2, 3, 3, 3)),
-    "vgg19": partial(Vgg, (2, 2, 4, 4, 4)),
-}
+VGG = {"vgg16": partial(Vgg, (2, 2, 3, 3, 3)), "vgg19": partial(Vgg, (2, 2, 4, 4, 4))}

@@ -1,12 +1,11 @@
 """Checkpoints of a run: the last states for resuming and the best weights for testing. Only this module imports orbax.
 
-    WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping; the last two
-    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations; the last two
+    WORKDIR/checkpoints/last/STEP   complete training state and progress of early stopping
+    WORKDIR/checkpoints/best/STEP   parameters and statistics of the best validations
 
 Orbax writes STEP.partial in the background, one part per host. The first host then adds progress.json, syncs all files
-to the disk, adds checksums.json and renames the folder. A folder named STEP was thus complete once, and its checksums
-tell whether it still is. Older checkpoints are deleted only then. A damaged checkpoint is renamed to STEP.damaged when
-a run resumes from the one before it; it is then never read or deleted.
+to the disk, adds checksums.json and renames the folder; only then are older checkpoints deleted. A damaged checkpoint
+is renamed to STEP.damaged when a run resumes from the one before it; it is then never read or deleted.
 """
 
 import errno
@@ -32,11 +31,8 @@ PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
 MAX_TO_KEEP = 2  # of each kind: if the newest is damaged, the one before is used
 KINDS = ("last", "best")
-DISK_ERRORS = {  # error codes: (state of the disk, remedy)
-    (errno.ENOSPC, errno.EDQUOT): ("full", "free some space"),
-    (errno.EROFS, errno.EACCES, errno.EPERM): ("read-only", "make it writable"),
-}
-RESUME_HINT = "the earlier checkpoints are intact: {} and run the same command again to resume"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ADVICE = "the earlier checkpoints are intact: make room or the folder writable, and rerun the command to resume"
 
 StateT = TypeVar("StateT")
 
@@ -66,10 +62,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def save(self, state: Any, progress: dict[str, Any], best: bool = False) -> None:
         """Starts writing the state and `progress` (numbers by name); `best` also saves the weights as the best.
 
-        `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns
-        once the values are copied, so the next step may overwrite the state. First waits for the previous save and
-        raises ValueError if that failed on a full or read-only disk, or if this one does not fit; the earlier
-        checkpoints stay intact. Call on every host with the same arguments.
+        `state` is a tree of arrays with the attributes `step`, a scalar, and `variables` for prediction. Returns once
+        the values are copied. First waits for the previous save and raises ValueError if that failed on a full or
+        read-only disk, or if this one does not fit. Call on every host with the same arguments.
         """
         self.wait()
         step = int(state.step)
@@ -116,9 +111,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def restore(self, abstract_state: StateT) -> tuple[StateT, dict[str, Any]] | None:
         """Returns the newest intact state, in the layout of `abstract_state` (shapes with shardings), and its progress.
 
-        Returns None if nothing was saved yet. Newer damaged states are reported and renamed to STEP.damaged, and best
-        weights newer than the state are deleted, since training will reach them again. Raises ValueError, and changes
-        nothing, if all states are damaged or the state belongs to another network.
+        Returns None if nothing was saved yet. Newer damaged states are renamed, and best weights newer than the state
+        are deleted, since training will reach them again. Raises ValueError, and changes nothing, if all states are
+        damaged or the state belongs to another network.
         """
         self.wait()
         folder = self.folder / "last"
@@ -153,11 +148,10 @@ def newest(workdir: Path, kind: str) -> int | None:
 
 
 def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
-    """Returns a run's best variables and their step; reports and skips a damaged checkpoint.
+    """Returns a run's best variables and their step; reports and skips a damaged checkpoint. Call on all hosts.
 
-    Changes no files, so the run may still be training. Call on all hosts. `abstract_variables` are shapes with
-    shardings; None restores numpy arrays on this host. Raises ValueError if no checkpoint exists or is intact, or if it
-    belongs to a network other than that of `abstract_variables`.
+    Changes no files, so the run may still be training. `abstract_variables` are shapes with shardings; None restores
+    numpy arrays on this host. Raises ValueError if no checkpoint is intact, or if it belongs to another network.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
@@ -171,13 +165,6 @@ def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None
     else:
         _check_same(path, "variables", abstract_variables)
     return ocp.load_checkpointables(path.absolute(), {"variables": abstract_variables})["variables"], step
-
-
-def check_network(workdir: Path, abstract_state: Any) -> None:
-    """Raises ValueError if the newest intact state does not match `abstract_state`. Call on the first host only."""
-    folder = workdir / "checkpoints" / "last"
-    step, _ = _inspect(folder)
-    _check_same(folder / str(step), "state", abstract_state)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -294,8 +281,7 @@ def _make_room(folder: Path, step: int, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.05 * size + 2**20:
         sizes = f"it takes {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free"
-        hint = RESUME_HINT.format("free some space")
-        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {hint}")
+        raise ValueError(f"saving the checkpoint of step {step} to {folder}: {sizes}; {DISK_ADVICE}")
 
 
 def _metadata(path: Path, name: str) -> Any:
@@ -311,12 +297,10 @@ def _check_same(path: Path, name: str, abstract_tree: Any) -> None:
         return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype} {list(x.shape)}" for p, x in leaves}
 
     saved, here = describe(_metadata(path, name)), describe(abstract_tree)
-    different = [key for key in here | saved if here.get(key) != saved.get(key)]
-    if different:
-        lines = [f"{key}: saved {saved.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in different[:5]]
-        lines += [f"and {len(different) - 5} more"] if len(different) > 5 else []
-        lines += ["Nothing was changed: choose another --workdir, or configure the network that was saved"]
-        raise ValueError(f"{path} belongs to another network:\n  " + "\n  ".join(lines))
+    for key in here | saved:
+        if here.get(key) != saved.get(key):
+            change = f"{key} is {saved.get(key, 'missing')} there and {here.get(key, 'missing')} here"
+            raise ValueError(f"{path} belongs to another network: {change}. Choose another --workdir")
 
 
 @contextmanager
@@ -329,8 +313,8 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
         messages, inner = "", error
         while inner is not None:
             messages, inner = f"{messages}{inner}\n", inner.__cause__ or inner.__context__  # type: ignore[assignment]
-        for codes, (what, remedy) in DISK_ERRORS.items():
-            if any(os.strerror(code) in messages for code in codes):
-                reason = f"the disk is {what}; {RESUME_HINT.format(remedy)}"
-                raise ValueError(f"saving the checkpoint of step {step} to {folder}: {reason}") from error
+        for reason in map(os.strerror, DISK_ERRORS):
+            if reason in messages:
+                message = f"saving the checkpoint of step {step} to {folder}: {reason}; {DISK_ADVICE}"
+                raise ValueError(message) from error
         raise

@@ -27,8 +27,7 @@ class CollectiveError(ValueError):
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Connects this process to the other processes of the run; call before jax initializes its devices.
 
-    `coordinator` is HOST:PORT of process 0, `processes` their number, `process` the index of this one from 0; all are
-    None where jax detects them: Cloud TPU, GKE, SLURM, Open MPI. Raises ValueError if they can't be found or reached.
+    The arguments are those of the flags; all are None where jax detects them. Raises ValueError for a failure.
     """
     if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(
@@ -60,8 +59,6 @@ def print_once(line: str) -> None:
 
 def broadcast_int(value: int) -> int:
     """Returns the first host's `value` on every host."""
-    if jax.process_count() == 1:
-        return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
@@ -122,8 +119,6 @@ def abort_all_on_error() -> Iterator[None]:
 
 def check_same(facts: Mapping[str, str]) -> None:
     """Raises CollectiveError on every host if `facts`, which must have the same keys on all hosts, differ."""
-    if jax.process_count() == 1:
-        return
     digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
     all_digests = np.asarray(multihost_utils.process_allgather(digests)).reshape(-1, *digests.shape)
     differ = (all_digests != all_digests[0]).any(2).T  # [facts, hosts]

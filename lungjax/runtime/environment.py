@@ -45,10 +45,7 @@ def exit_with_parent() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory; returns False for other C libraries. Call before jax is imported.
-
-    Peak memory does not grow, but the process never drops below its peak.
-    """
+    """Makes glibc keep freed memory; returns False for other C libraries. Call before jax is imported."""
     name = ctypes.util.find_library("c")
     mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
     if mallopt is None or not name or not name.endswith("libc.so.6"):

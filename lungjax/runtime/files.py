@@ -60,8 +60,8 @@ def sync_folder(folder: Path) -> None:
 def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
     """Yields an empty folder. If the body succeeds, the folder replaces `path`; if it fails, the folder is removed.
 
-    Raises ValueError for an existing folder without the file `mark`, so that no other files are lost. The old folder
-    keeps a hidden name until the new one is in place, so that one of them is always complete.
+    Raises ValueError for an existing folder without the file `mark`, so that no other files are lost. One of the two
+    folders is always complete.
     """
     if path.exists() and not (path / mark).exists():
         raise ValueError(f"{path} exists but does not contain {mark}, so it is not an export: choose another --out")

@@ -1,8 +1,4 @@
-"""The device mesh: each batch is sharded over the devices, and parameters are replicated or sharded as well.
-
-The mesh's only axis, "data", spans all devices of all hosts. Under `jit`, XLA inserts the collectives, so BatchNorm
-sees the global batch, and a step on eight devices equals the step on one.
-"""
+"""The device mesh with one axis over all devices of all hosts: sharded batches, replicated or sharded parameters."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,11 +22,6 @@ def make_mesh(count: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
     devices = devices[: count or None]
     # Auto axes: explicit ones would require output shardings, which linen layers lack.
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def platform(mesh: Mesh) -> str:
-    """Returns "cpu", "gpu" or "tpu", the kind of the mesh's devices, which may not be those of this machine."""
-    return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -71,8 +62,7 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
 def per_device(train_step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Runs `train_step(state, batch, axis_name=...)` on each device's part of the batch, as with `jax.pmap`.
 
-    The step averages gradients, metrics and BatchNorm statistics over that axis. Each device has a separate dropout
-    key and mixes (mixup, cutmix) only its own images.
+    The step averages gradients, metrics and BatchNorm statistics over that axis, and mixes (mixup, cutmix) per device.
     """
     copy, part = PartitionSpec(), PartitionSpec(AXIS)
     # check_vma=False: differentiation would otherwise sum the gradients over the devices before the mean.

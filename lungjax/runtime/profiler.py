@@ -11,10 +11,7 @@ from lungjax.runtime.distributed import is_first_host, print_once
 
 
 class Profiler(AbstractContextManager["Profiler"]):
-    """Traces the steps `first` to `last` (from 1, inclusive) on the first host, once; a context manager.
-
-    Open the folder with TensorBoard's profile plugin or `xprof`, or its perfetto_trace.json.gz in ui.perfetto.dev.
-    """
+    """Traces the steps `first` to `last` (from 1, inclusive) on the first host, once; a context manager."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self.folder, self.active = folder, False

@@ -43,8 +43,8 @@ class Watch:
 def watching(preempted: Callable[[int], bool] | None = None) -> Iterator[Watch]:
     """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C ends it.
 
-    With several hosts, `preempted` (`distributed.preempted`) reports a SIGTERM that any of them received, and Ctrl-C
-    becomes a SIGTERM. Outside the main thread, where Python allows no handlers, no signal is caught.
+    `preempted` is that of `distributed`; with several hosts, Ctrl-C becomes a SIGTERM. Outside the main thread, where
+    Python allows no handlers, no signal is caught.
     """
     watch, interrupted = Watch(preempted), False
 

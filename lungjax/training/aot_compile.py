@@ -1,14 +1,11 @@
-"""Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives.
-
-XLA's TPU compiler (libtpu) needs only shapes, shardings and the name of a topology; no weights are read.
-"""
+"""Compiles the training step for a TPU topology without a TPU, and reports memory, cost and collectives."""
 
 import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,7 @@ from lungjax.training import program
 from lungjax.weights import load
 
 GIB = 2**30
-MIN_SHARDED_STATE = 0.02  # of a chip's memory; train.shard_params is not suggested for a smaller state
-DEFAULT_STEPS = 1000  # without the data set; only constants of the schedule depend on this number
+MANY = 10_000  # assumed training images per class of a data set that is not prepared
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
@@ -81,9 +77,8 @@ def devices(topology: str) -> list[Any]:
 def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     """Compiles the training step of a run for a topology such as "v5e:4x4", and returns a report.
 
-    Takes minutes and several GB of memory. The data set need not be prepared in `data_dir` if its classes are known.
-
-    Raises ValueError for an unknown topology, a missing compiler, a bad configuration, or a step that does not fit.
+    The data set need not be prepared in `data_dir` if its classes are known. Raises ValueError for an unknown topology,
+    a missing compiler, a bad configuration, or a step that does not fit.
     """
     chips = devices(topology)
     configs.check(config)
@@ -91,12 +86,7 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     if config.train.devices:
         raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
-    classes, labels = _classes_and_labels(config, data_dir)
-    if labels is None:
-        labels = np.arange(len(classes))  # one per class
-        steps = config.train.steps or DEFAULT_STEPS
-        config = replace(config, train=replace(config.train, steps=steps))
-    built = program.build(config, classes, labels, mesh)
+    built = program.build(config, *_classes_and_labels(config, data_dir), mesh)
     batch = batch_shapes(config, mesh)
     sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
     lowered = built.train_step.lower(built.abstract_state, batch)  # type: ignore[attr-defined]
@@ -132,7 +122,7 @@ def _describe_memory(
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
     available = GENERATIONS[topology.partition(":")[0]].memory
     fits = total <= available * GIB
-    verdict = "it fits" if fits else f"it does not fit. Try {_advice(config, topology, chips, sizes['state'])}"
+    verdict = "it fits" if fits else f"it does not fit. Try {_advice(config, topology, chips)}"
     placement = "sharded over the chips" if config.train.shard_params else "replicated on each chip"
     padding = max(memory.argument_size_in_bytes - sizes["state"] - sizes["batch"], 0)
     return [
@@ -204,27 +194,22 @@ def does_not_fit(message: str, config: Config, topology: str, chips: int, sizes:
     return (
         f"{config.model.name} with train.batch_size={config.train.batch_size} does not fit on {topology}. TPU compiler "
         f"error: {reason}. State and batch take {_size(sizes['state'])} and {_size(sizes['batch'])} per chip. "
-        f"Try {_advice(config, topology, chips, sizes['state'])}"
+        f"Try {_advice(config, topology, chips)}"
     )
 
 
-def _advice(config: Config, topology: str, chips: int, state_bytes: int) -> str:
+def _advice(config: Config, topology: str, chips: int) -> str:
     """Returns settings that reduce the memory of a step, the cheapest first."""
+    tips = [f"--set={tip}" for tip in program.smaller(config, chips)]
     name, _, shape = topology.partition(":")
-    generation = GENERATIONS[name]
-    tips = program.smaller(config, chips)
-    shard = "train.shard_params=True"
-    if shard in tips:  # most effective for a large state, useless for a small one
-        tips.remove(shard)
-        tips = [shard, *tips] if state_bytes > MIN_SHARDED_STATE * generation.memory * GIB else tips
-    tips = [f"--set={tip}" for tip in tips]
-    if shape in generation.shapes[:-1]:
-        tips.append(f"more chips (--compile_for={name}:{generation.shapes[generation.shapes.index(shape) + 1]})")
+    shapes = GENERATIONS[name].shapes
+    if shape in shapes[:-1]:
+        tips.append(f"more chips (--compile_for={name}:{shapes[shapes.index(shape) + 1]})")
     return "; ".join(tips) or "a smaller network"
 
 
-def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Returns classes and training labels of the data set; labels are None if it is not prepared."""
+def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns classes and training labels, which affect only constants; if not prepared, MANY of each class."""
     name, _ = datasets.resolve(config.data.dataset)
     if prepared.is_prepared(prepared.directory(data_dir, name.full)):
         data = datasets.open_dataset(config.data.dataset, data_dir, config.data.protocol)
@@ -233,7 +218,7 @@ def _classes_and_labels(config: Config, data_dir: Path) -> tuple[tuple[str, ...]
     if not classes:
         advice = "prepare it, or use another one, such as --set=data.dataset=covidx_ct (three classes)"
         raise ValueError(f"{name.full} is not prepared in {data_dir}, and its classes are unknown: {advice}")
-    return classes, None
+    return classes, np.repeat(np.arange(len(classes)), MANY)
 
 
 def _bytes_per_chip(shapes: Any) -> int:

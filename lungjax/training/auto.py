@@ -1,15 +1,6 @@
 """Values of the fields in `Config.auto`, chosen from the number of training images.
 
 It aims at 15 minutes for up to MAX_SMALL images: two cores train EfficientNet-Lite0 on about 25 images/s at 160 px.
-
-- model.weights: imagenet if the network's file is on this machine, none otherwise
-- optim.lr: 3e-4, or 1e-3 for random weights and for optim.tune=head
-- train.batch_size: a power of two from 8 to 32 that gives at least 10 steps per epoch, if possible
-- train.epochs: 4,000 images in total, but 5 to 20 epochs
-- input.size: 160 pixels up to MAX_SMALL images; 224 for larger sets, which need an accelerator or hours
-- augment: the preset "light" up to MAX_SMALL images, otherwise none
-- model.momentum: 1 - 3 / (steps between validations), but 0.5 to 0.9. With five steps or more, at most 5 % of the
-  running statistics of BatchNorm at a validation are older than the previous one.
 """
 
 from dataclasses import replace
@@ -23,20 +14,17 @@ from lungjax.data import pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.runtime.checkpoint import is_begun
 from lungjax.runtime.distributed import print_once
-from lungjax.training import program, workdir
+from lungjax.training import program
 from lungjax.weights import download, load
 
 MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
 
 
 def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | None) -> Config:
-    """Returns `config` with values for the fields in `auto`, which it prints, and an empty `auto`.
-
-    A run that has begun in `folder` keeps the values of its config.json.
-    """
+    """Returns `config` with values for the fields in `auto`; a run that has begun keeps those of its config.json."""
     if not config.auto:
         return config
-    if is_begun(folder) and "config.json" not in workdir.unreadable(folder):
+    if is_begun(folder):
         saved = overrides.from_json((folder / "config.json").read_text())
         fields = [path for path in fields_of(saved) if {path, path.partition(".")[0]} & {*config.auto}]
         for path in fields:
@@ -64,13 +52,14 @@ def choose(path: str, config: Config, images: int, weights_dir: Path | None = No
         return "imagenet"
     if path == "optim.lr":
         return 1e-3 if config.model.weights == "none" or config.optim.tune == "head" else 3e-4
-    if path == "train.batch_size":
+    if path == "train.batch_size":  # a power of two that gives at least 10 steps per epoch, if possible
         return 2 ** int(np.clip(np.log2(images / 10), 3, 5))
-    if path == "train.epochs":
+    if path == "train.epochs":  # 4,000 images in total
         return int(np.clip(4000 / images, 5, 20))
-    if path == "input.size":
+    if path == "input.size":  # larger sets need an accelerator or hours
         return 160 if images <= MAX_SMALL else 224
     if path == "augment":
         return "light" if images <= MAX_SMALL else "none"
+    # At a validation, after five or more steps, at most 5 % of BatchNorm's statistics are older than the previous one.
     assert path == "model.momentum", path
     return round(float(np.clip(1 - 3 / program.step_counts(config, images)[1], 0.5, 0.9)), 3)

@@ -36,9 +36,8 @@ def run(
 ) -> Path:
     """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md on all folds.
 
-    Finished folds are skipped, unfinished ones resumed. WORKDIR must contain nothing else. It receives the pooled
-    predictions (with the column `extra_fold`), plots and reports. `facts.folds` of report.json has the mean, minimum
-    and maximum of the metrics over folds. The other arguments are those of `train.run`.
+    Finished folds are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column
+    `extra_fold`), plots and reports. The other arguments are those of `train.run`.
 
     Raises ValueError if the data does not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
     """
@@ -59,12 +58,7 @@ def run(
             distributed.print_once(f"fold {i} is finished: {folder}")
             continue
         distributed.print_once(f"fold {i} of 0 to {count - 1}: {folder}")
-        try:
-            train.run(part, folder, data_dir, mode, weights_dir)
-        except (ValueError, OSError):
-            done = ", ".join(other.name for other in folders[:i] if (other / "report.md").exists())
-            distributed.print_once(f"fold {i} failed; finished folds: {done or 'none'}. Rerun the command to resume")
-            raise
+        train.run(part, folder, data_dir, mode, weights_dir)
     distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
     return workdir / "report.md"
 

@@ -1,9 +1,6 @@
 """External validation: the best weights of a run on another prepared data set with new patients.
 
-    python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
-
-It is an error if a tested patient or image is in the training or validation split of the run; --overlap=drop leaves
-these patients out. Only RUN/external is written.
+python -m lungjax.main --mode=evaluate --workdir=RUN --dataset=OTHER --label_map=NCP=COVID-19,CP=Pneumonia,Normal=-
 """
 
 import time
@@ -51,24 +48,17 @@ def evaluate(
 ) -> Path:
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
-    Args:
-      config: configuration of the run, as in its config.json; fields that do not change weights may differ.
-      workdir: folder of a finished or interrupted run.
-      data_dir: folder of both prepared data sets; the run's own is needed to find shared patients.
-      dataset: name of the other data set, whose clean protocol is used.
-      label_map: "OTHERCLASS=RUNCLASS+RUNCLASS,OTHERCLASS=-,...", see `read_map`; "" if the class names are equal.
-      split: split of the other data set, one of TESTABLE_SPLITS; NAME ends with it unless it is test.
-      drop_overlap: leave out patients that the run has seen instead of raising an error.
+    `config` is that of the run; fields that do not change weights may differ. `data_dir` has both data sets, since the
+    run's own is needed to find shared patients. The other data set has the clean protocol; `split` is one of
+    TESTABLE_SPLITS, `label_map` as in `read_map`. `drop_overlap` leaves out patients that the run has seen.
 
-    NAME is the name of the data set with "_" for "/"; the folder has the same files as a run. Temperature and
-    thresholds are those in the run's model.json. If the label map joins or leaves out classes of the run, thresholds
-    are chosen on the run's val split with the label map applied.
+    NAME is `dataset` with "_" for "/", and ends with `split` unless it is test; the folder has the same files as a run.
+    Temperature and thresholds are those in the run's model.json. If the label map joins or leaves out classes of the
+    run, thresholds are chosen on the run's val split with the label map applied.
 
     Raises ValueError for a missing run, data set, class or split, or if the run has seen some of the images.
     """
     started = time.time()
-    if split not in TESTABLE_SPLITS:
-        raise ValueError(f"--split={split}: {nearest(split, TESTABLE_SPLITS)}")
     run = distributed.run_on_all_hosts(lambda: setup.set_up(config, workdir, data_dir, "evaluate", started))
     other = distributed.run_on_all_hosts(lambda: datasets.open_dataset(dataset, data_dir))
     distributed.check_same(
@@ -148,17 +138,11 @@ def evaluate(
 
 
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
-    """Parses "A=X,B=Y+Z,C=-", where A is the class X of the run, B is Y or Z, and C is ignored.
+    """Parses "A=X,B=Y+Z,C=-", where A is the class X of the run, B is Y or Z, and C is ignored; "" for equal classes.
 
     Classes of the other data set with the same right-hand side are tested as one class; probabilities of run classes
-    without an entry are dropped. The tested classes are named after those of the run, such as "Y+Z".
-
-    Args:
-      text: the label map; "" if both have the same classes.
-      other_classes: classes of the other data set in label order.
-      run_classes: classes of the run in label order.
-
-    Raises ValueError for unknown, missing, repeated or overlapping names, or for fewer than two tested classes.
+    without an entry are dropped. The tested classes are named after those of the run, such as "Y+Z". Raises ValueError
+    for unknown, missing, repeated or overlapping names, or for fewer than two tested classes.
     """
     if not text:
         if set(other_classes) != set(run_classes):
@@ -167,24 +151,23 @@ def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]
             raise ValueError(f"the classes of the data set are {names}: map them with {hint}")
         indices = [list(run_classes).index(name) for name in other_classes]
         return LabelMap(tuple(run_classes), tuple((i,) for i in range(len(run_classes))), tuple(indices))
-    targets: dict[str, tuple[int, ...]] = {}
+    entries: list[tuple[str, tuple[int, ...]]] = []
     for item in text.split(","):
         name, equals, right = (part.strip() for part in item.partition("="))
         if not equals or not right:
             raise ValueError(f"--label_map={text}: {item!r} is not CLASS=CLASS, CLASS=CLASS+CLASS or CLASS={IGNORED}")
         if name not in other_classes:
             raise ValueError(f"--label_map={text}: the data set has no class {name!r}; {nearest(name, other_classes)}")
-        if name in targets:
-            raise ValueError(f"--label_map={text}: {name} has two entries; only one is allowed")
         members = [] if right == IGNORED else [member.strip() for member in right.split("+")]
         for member in members:
             if member not in run_classes:
                 raise ValueError(f"--label_map={text}: the run has no class {member!r}; {nearest(member, run_classes)}")
-        targets[name] = tuple(sorted({list(run_classes).index(member) for member in members}))
-    missing = [name for name in other_classes if name not in targets]
-    if missing:
-        hint = f"add {missing[0]}={IGNORED} to ignore it"
-        raise ValueError(f"--label_map={text}: {', '.join(missing)} not mapped; {hint}")
+        entries.append((name, tuple(sorted({list(run_classes).index(member) for member in members}))))
+    counts = Counter(name for name, _ in entries)
+    for name in other_classes:
+        if counts[name] != 1:
+            raise ValueError(f"--label_map={text}: {name} needs exactly one entry; {name}={IGNORED} ignores it")
+    targets = dict(entries)
     groups = sorted({target for target in targets.values() if target})
     for i, count in Counter(i for target in groups for i in target).items():
         if count > 1:

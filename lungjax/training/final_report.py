@@ -28,8 +28,7 @@ def write(
 ) -> Path:
     """Writes predictions, reports, plots and model.json on the first host; returns the path of report.md.
 
-    `results` are uncalibrated predictions by split, `variables` the tested weights; `facts` are added to those of
-    `describe`.
+    `results` are uncalibrated predictions, `variables` the tested weights; `facts` are added to those of `describe`.
     """
     explain, heat_maps = explainer(run, variables)
     facts = describe(run) | heat_maps | facts

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # `setup` imports this module
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Writes the metrics of a training run on the first host.
 
-    First drops the rows that a resumed run will write again: those after `step` and `last_validation`. Then writes the
-    length of the run as a row with `steps`, at the start and at the step from which it has another length.
+    First drops the rows that a resumed run will write again. Then writes the length of the run as a row with `steps`,
+    at the start and at the step from which it has another length.
     """
 
     def __init__(self, run: "Run", step: int, last_validation: int):
@@ -78,19 +78,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Writes a row after adding step, epoch and time."""
         row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
-            append(self.path, row)
+            with self.path.open("a") as file:  # closed after each row, which then survives a kill
+                file.write(json.dumps(row) + "\n")
         if self.events:
             self.events.add_row(row)
 
     def reset_clock(self) -> None:
         """Restarts the clock of images_per_s; call it after work other than training."""
         self.clock = time.perf_counter()
-
-
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends one row and closes the file, so that the row survives if the process is killed."""
-    with path.open("a") as file:
-        file.write(json.dumps(dict(row)) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""The policies of `train.on_nan` for a step with a non-finite loss or gradient:
-
-    stop    saves the state before that step and raises an error that names the examples of the batch
-    skip    continues with the next batch, up to MAX_CONSECUTIVE bad steps in a row
-    rewind  returns to the last checkpoint and continues with the examples after the bad batch, up to MAX_REWINDS times
+"""The policies of `train.on_nan` for a step with a non-finite loss or gradient: stop, skip and rewind.
 
 The host sees the metrics of a step only at the next log line. So the step itself keeps the last good state (`select`),
 and `check_steps` finds the bad step later.
@@ -21,7 +17,7 @@ if TYPE_CHECKING:  # the training step imports this module, and runs without orb
     from lungjax.runtime.checkpoint import Checkpoints
     from lungjax.training.progress import Progress
 
-MAX_CONSECUTIVE = 50  # more point to a real problem rather than a few bad batches
+MAX_CONSECUTIVE = 50  # skipped steps; more point to a real problem rather than a few bad batches
 MAX_REWINDS = 5
 
 
@@ -38,7 +34,7 @@ class NonFiniteError(ValueError):
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
     """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
 
-    Unless the policy is "skip", a bad step also disables all later ones, so that the host finds the last good state.
+    Unless the policy is "skip", a bad step also disables all later ones.
     """
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)

@@ -45,9 +45,6 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     """Returns the paths of the parameters that `optim.tune` and `optim.freeze` freeze.
 
-    Blocks and stages are counted by the layer names that all networks share: stage2_downsample before stage2_block1,
-    stage2_transition after the blocks, top_conv after all stages, then the head.
-
     Raises ValueError for an unknown `tune`, for more blocks or stages than the network has, for a `freeze` that matches
     nothing, or if no parameter remains trainable.
     """
@@ -88,6 +85,7 @@ def _match(pattern: str, paths: Collection[str], setting: str, what: str = "para
 
 
 def _position(path: str) -> tuple[int, int]:
+    """Returns the position of a layer, which follows from the names that all networks share."""
     stage = re.match(r"stage(\d+)_([a-z]+)(\d*)", path)
     if stage:
         unnumbered = {"downsample": 0, "transition": LAST}.get(stage[2], 1)

@@ -1,7 +1,4 @@
-"""The network, its initial state, and the jitted training and prediction steps of a configuration on a mesh.
-
-Everything is built from shapes, so the same program can train here or be compiled for another machine.
-"""
+"""The network, its initial state, and the jitted training and prediction steps of a configuration on a mesh."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,12 +45,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     meshes.check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if config.eval.batch_size:
         meshes.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
-    platform = meshes.platform(mesh)
+    platform = mesh.devices.flat[0].platform  # not always that of this machine
     module = models.build(config.model, len(classes), remat=config.train.remat, platform=platform)
-    smallest = models.minimum_size(config.model)
-    if any(side < limit for side, limit in zip(config.input.size, smallest, strict=True)):
-        name = config.model.name
-        raise ValueError(f"input.size={config.input.size} is too small for {name}: use at least {smallest}")
 
     # ---- Schedule, optimizer and initial state
     positive = outputs.positive_class(config, classes)

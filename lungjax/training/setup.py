@@ -1,7 +1,7 @@
 """Opens the data and builds the program of a run, and checks both before anything is written."""
 
 import importlib.util
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lungjax.datasets import open_dataset
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
+from lungjax.report.templating import listed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import auto, optim, program
@@ -51,7 +52,7 @@ class Run:
 
     def batch_names(self, index: int) -> str:
         """Returns the names of the first files in training batch `index`."""
-        return shorten(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
+        return listed(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
 
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
@@ -65,10 +66,7 @@ class Run:
 def set_up(
     config: Config, workdir: Path, data_dir: Path, mode: str, started: float, weights_dir: Path | None = None
 ) -> Run:
-    """Opens the data, resolves `config` and builds the program.
-
-    Raises ValueError if workdir, configuration and data do not match.
-    """
+    """Opens the data, resolves `config` and builds the program. Raises ValueError if they do not match the workdir."""
     data = open_data(config, data_dir)
     config = load.resolve(auto.resolve(config, data, workdir, weights_dir))
     workdirs.check(workdir, config, mode)
@@ -138,9 +136,3 @@ def summary(run: Run) -> str:
             note = "  frozen" if path in frozen else ""
             lines.append(f"  {path:{width}}  {leaf.size:>11,}  {'x'.join(map(str, leaf.shape))}{note}")
     return "\n".join(lines)
-
-
-def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """Returns the first `limit` names, separated by commas, and the number of the remaining ones."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

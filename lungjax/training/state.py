@@ -35,11 +35,7 @@ def create(
     frozen: frozenset[str] = frozenset(),
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initializes a state; under jit, no random numbers are drawn for leaves that `start` replaces.
-
-    `image_shape` is [height, width, channels] of the input. `frozen` are paths of parameters without optimizer state.
-    `start` has leaves by path, such as "stem_conv/kernel", that replace random ones.
-    """
+    """Initializes a state with the variables of `init`; `frozen` are paths of parameters without optimizer state."""
     variables = init(module, image_shape, seed, start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

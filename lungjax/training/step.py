@@ -1,7 +1,4 @@
-"""The training step and the prediction step, pure functions of state and batch that `program` jits.
-
-The module does not import grain, TFDS, orbax or matplotlib, so a step can be measured with jax, flax and optax alone.
-"""
+"""The training step and the prediction step, pure functions of state and batch; needs only jax, flax and optax."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,7 +15,6 @@ from lungjax.models import outputs, trees
 from lungjax.models.inputs import normalize
 from lungjax.models.layers import BatchNorm
 from lungjax.training import non_finite
-from lungjax.training.losses import cross_entropy
 from lungjax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -40,8 +36,8 @@ def train_step(
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
-    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, the
-    paths of `frozen` parameters, and the mesh axis `axis_name` if called per device (`mesh.per_device`).
+    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, paths of
+    `frozen` parameters, and the mesh axis `axis_name` if called by `mesh.per_device`.
 
     If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
     equals that of the full batch if BatchNorm is frozen or absent and dropout is off.
@@ -71,16 +67,8 @@ def train_step(
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
-        losses = [
-            cross_entropy(
-                logits,
-                examples[name],
-                class_weights=class_weights,
-                label_smoothing=config.optim.label_smoothing,
-                positive=positive,
-            )
-            for name in ("label", "mixed_label")
-        ]
+        options = {"class_weights": class_weights, "label_smoothing": config.optim.label_smoothing}
+        losses = [cross_entropy(logits, examples[k], positive=positive, **options) for k in ("label", "mixed_label")]
         loss = (examples["share"] * losses[0] + (1 - examples["share"]) * losses[1]).mean()
         accuracy = (outputs.probabilities(logits, positive).argmax(-1) == examples["label"]).mean()
         return loss, (accuracy, mutated.get("batch_stats", batch_stats))
@@ -106,11 +94,23 @@ def train_step(
     return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 
 
-def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
-    """Returns `grad_fn` averaged over micro-batches, which are computed one after the other.
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array, label_smoothing: float, positive: int | None
+) -> jax.Array:
+    """Returns the weighted loss per example, float32 [B], of logits [B, C] ([B, 1] for a sigmoid output).
 
-    `grad_fn(params, batch_stats, examples, key)` returns ((loss, (accuracy, batch_stats)), gradients). Each micro-batch
-    gets the statistics of the previous one.
+    Losses are multiplied by the `class_weights` [C] of the `labels` [B], without division by the sum of weights, as
+    with `class_weight` in Keras (PyTorch divides by it). `label_smoothing` in 0..1 is the fraction of the target that
+    is spread evenly over the classes (arXiv 1512.00567); `positive` is the positive class of a sigmoid output.
+    """
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, class_weights.shape[0]), label_smoothing)
+    return optax.softmax_cross_entropy(outputs.class_logits(logits, positive), targets) * class_weights[labels]
+
+
+def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
+    """Returns `grad_fn` averaged over consecutive micro-batches, each with the statistics of the previous one.
+
+    `grad_fn(params, batch_stats, examples, key)` returns ((loss, (accuracy, batch_stats)), gradients).
     """
     if micro_batches == 1:
         return grad_fn
@@ -134,10 +134,7 @@ def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[...
 
 
 def frozen_batch_norm(choice: str, frozen: frozenset[str]) -> AbstractContextManager[None]:
-    """Returns a context for `module.apply` in which BatchNorm of frozen layers runs in evaluation mode.
-
-    `choice` is `optim.frozen_batch_norm`; `frozen` contains the paths of frozen parameters.
-    """
+    """Returns a context in which BatchNorm of `frozen` paths is in evaluation mode; see `optim.frozen_batch_norm`."""
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, BatchNorm) and context.method_name == "__call__":

@@ -1,8 +1,7 @@
 """A run from configuration to report. Read this file first, then `step.py`.
 
-`run` opens the data, builds the program, restores the newest intact checkpoint, trains on all devices of all hosts,
-tests the best weights and writes the report. All randomness is a function of `train.seed`, the step and the position
-in the data, so a run that is killed and restarted ends with exactly the weights of an uninterrupted one.
+All randomness is a function of `train.seed`, the step and the position in the data, so a run that is killed and
+restarted ends with exactly the weights of an uninterrupted one.
 """
 
 import time
@@ -15,6 +14,7 @@ from lungjax import config as configs
 from lungjax.config import Config, overrides
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
+from lungjax.report.templating import listed
 from lungjax.runtime import distributed, provenance, signals
 from lungjax.runtime.checkpoint import Checkpoints, newest, restore_best
 from lungjax.runtime.distributed import print_once
@@ -38,9 +38,8 @@ def run(
 ) -> Path:
     """Trains or resumes, tests and reports; returns the path of `report.md`.
 
-    `data_dir` has the data sets that `lungjax.prepare` wrote; `weights_dir` is searched first for
-    `model.weights`. `mode` is "train", or "evaluate" to test the best weights of a finished or interrupted run again.
-    `profile` has the first and last step of a `jax.profiler` trace in WORKDIR/profile.
+    `data_dir` has the prepared data sets; `weights_dir` is searched first for `model.weights`. `mode` is "train", or
+    "evaluate" to test the best weights again. `profile` has the first and last step of a trace in WORKDIR/profile.
 
     Raises ValueError for user errors, and `signals.Interrupted` after SIGTERM or Ctrl-C, once the state is saved.
     """
@@ -81,30 +80,21 @@ def run(
 def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = None) -> None:
     """Trains from the newest intact checkpoint, or from the start, to the last step or early stopping.
 
-    A resumed run proceeds in this order, and changes nothing before it has the lock:
-
-    1. Without a checkpoint, read the pretrained weights, since this may fail.
-    2. Lock the workdir; compare or write config.json and data.json.
-    3. Restore the newest intact state and its progress; set damaged checkpoints aside. With more steps or patience
-       than before, a finished run continues.
-    4. Without a checkpoint, initialize the state from the seed and the pretrained weights.
-    5. Delete reports of earlier weights, if training continues.
-    6. Drop the rows of metrics.jsonl after the restored step; note a new number of steps.
-    7. Continue with batch step + skipped_batches.
+    Changes nothing before it has the lock. With more steps or patience than before, a finished run continues.
     """
     config, abstract_state = run.config, run.program.abstract_state
     policy, pretrained = config.train.on_nan, dict[str, np.ndarray]()
     if distributed.broadcast_int(newest(run.workdir, "last") is None):
-        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))  # 1
+        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))
         if config.model.weights != "none":
-            print_once(f"Starting from {config.model.weights}; randomly initialized: {setup.shorten(random)}")
+            print_once(f"Starting from {config.model.weights}; randomly initialized: {listed(random)}")
     with (
-        workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),  # 2
+        workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),
         Checkpoints(run.workdir) as checkpoints,
         signals.watching(distributed.preempted()) as watch,
         Profiler(run.workdir / "profile", profile) as profiler,
     ):
-        checkpoint = checkpoints.restore(abstract_state)  # 3
+        checkpoint = checkpoints.restore(abstract_state)
         if checkpoint:
             state, progress = checkpoint[0], Progress(**checkpoint[1])
             progress.update_stop(config)
@@ -112,11 +102,11 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
             if progress.stopped:
                 print_once("The run has stopped early; raise train.patience to continue")
         else:
-            state, progress = run.program.new_state(pretrained), Progress()  # 4
+            state, progress = run.program.new_state(pretrained), Progress()
             if policy == "rewind":  # needs a checkpoint to return to
                 checkpoints.save(state, vars(progress))
         if progress.last_validation < run.program.steps and not progress.stopped and distributed.is_first_host():
-            workdirs.drop_reports(run.workdir)  # 5
+            workdirs.drop_reports(run.workdir)
         while True:
             error = train_loop(run, checkpoints, non_finite.enable_steps(policy, state), progress, watch, profiler)
             if error is None:
@@ -131,7 +121,7 @@ def train_loop(
 ) -> NonFiniteError | None:
     """Trains from `state` to the last step or early stopping; returns an error if a loss or gradient is not finite.
 
-    Only states with finite losses and gradients are saved. Raises Interrupted after a signal, once the state is saved.
+    Only finite states are saved. Raises Interrupted after a signal, once the state is saved.
     """
     config, built = run.config.train, run.program
     step = int(state.step)
@@ -140,8 +130,8 @@ def train_loop(
         return every > 0 and step > 0 and (step % every == 0 or step == built.steps)
 
     with (
-        MetricsLog(run, step, progress.last_validation) as log,  # 6
-        closing(run.batches(step + progress.skipped_batches)) as batches,  # 7
+        MetricsLog(run, step, progress.last_validation) as log,
+        closing(run.batches(step + progress.skipped_batches)) as batches,
     ):
         try:
             while True:

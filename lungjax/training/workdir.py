@@ -1,8 +1,4 @@
-"""The folder of a run: its lock, config.json and data.json.
-
-If a power loss leaves config.json or data.json empty or missing while the checkpoints are intact, they are rewritten
-from the command, provided that the checkpoint has the parameters of the configured network.
-"""
+"""The folder of a run: its lock, config.json and data.json."""
 
 import json
 import math
@@ -18,7 +14,7 @@ import jax
 from lungjax.config import Config, metadata, overrides
 from lungjax.data.prepared import Prepared
 from lungjax.runtime import distributed, files
-from lungjax.runtime.checkpoint import check_network, is_begun, newest
+from lungjax.runtime.checkpoint import is_begun, newest
 from lungjax.training.state import TrainState
 
 # Fields that change neither weights nor data order, so a run may resume with other values.
@@ -31,35 +27,18 @@ MUTABLE_FIELDS = (
 LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
 
 
-def unreadable(workdir: Path) -> list[str]:
-    """Returns which of config.json and data.json are missing or damaged in a workdir with checkpoints."""
-    if newest(workdir, "last") is None:
-        return []
-    return [name for name in ("config.json", "data.json") if _read_json(workdir / name) is None]
-
-
 def read_data(workdir: Path) -> dict[str, Any]:
     """Returns the data.json of a run: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
-    content = _read_json(workdir / "data.json")
-    if content is None:
-        raise ValueError(f"{workdir / 'data.json'} is missing or damaged; the command that trained the run rewrites it")
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, or None if the file is missing or contains anything else."""
+    path = workdir / "data.json"
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        return dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError, TypeError, ValueError):
+        raise ValueError(f"{path} is missing or damaged; restore a backup, or choose another --workdir") from None
 
 
 def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir contains a trained run with another configuration, or foreign files."""
     path = workdir / "config.json"
-    if "config.json" in unreadable(workdir):
-        return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json, so there is no run to evaluate; train first (--mode=train)")
@@ -92,7 +71,7 @@ def check_length(workdir: Path, steps: int) -> None:
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
     """Raises ValueError if the data set has changed since the run began."""
-    if newest(workdir, "last") is None or "data.json" in unreadable(workdir):
+    if newest(workdir, "last") is None:
         return
     before = read_data(workdir)
     if before != data_facts(data):
@@ -117,7 +96,7 @@ def lock_workdir(workdir: Path, config: Config, data: Prepared, abstract_state: 
     """Locks the folder against other runs, and writes config.json and data.json; must be entered on every host.
 
     Raises ValueError on every host if another run is training in the folder, if the folder is not writable or not
-    shared by all hosts, or if the checkpoints, up to four times the size of `abstract_state`, do not fit on the disk.
+    shared by all hosts, or if the checkpoints do not fit on the disk.
     """
     with ExitStack() as stack:
         distributed.on_first_host(lambda: _claim(workdir, config, data, abstract_state, stack))
@@ -132,14 +111,6 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
         files.lock(stack.enter_context((workdir / "lock").open("a")), message)
         check(workdir, config, "train")  # again, since another run may have been here before the lock
         check_same_data(workdir, data)
-        names = unreadable(workdir)
-        if names:
-            check_network(workdir, abstract_state)
-        for name in names:
-            print(
-                f"{workdir / name} was missing or damaged, perhaps by power loss, and was rewritten from this command. "
-                "The checkpoint has the parameters of this network; other settings and the data are unverified"
-            )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:

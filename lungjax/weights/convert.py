@@ -35,8 +35,8 @@ SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))  # for files with our o
 def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0, suffix: str = "") -> Rule:
     """Returns the rule that turns the layers of all blocks into "stageS_blockB/NAME".
 
-    Two groups in the regex `prefix` match the stage and block numbers, to which `stage` and `block` are added;
-    `names` maps the text between prefix and suffix to NAME.
+    Two groups in `prefix` match the stage and block numbers, to which `stage` and `block` are added; `names` maps the
+    text between prefix and suffix to NAME.
     """
 
     def path(match: re.Match[str]) -> str:
@@ -114,11 +114,9 @@ def convert(
 ) -> dict[str, np.ndarray]:
     """Returns our parameters by path, from the tensors of a file, which are read one by one.
 
-    `shapes` has the shapes of our parameters by path ("stem_conv/kernel"). Paths that match the regex `fresh` are never
-    read from the file; those that match `optional` are skipped if the file lacks them or has another shape. `label` is
-    the name of the file in errors.
-
-    Raises a ValueError that lists tensors without a rule, missing parameters, duplicate parameters and unequal shapes.
+    `shapes` has the shapes of our parameters by path. Paths that match the regex `fresh` are never read from the file;
+    those that match `optional` are skipped if the file lacks them or has another shape. Raises a ValueError, naming
+    `label`, that lists tensors without a rule, missing parameters, duplicate parameters and unequal shapes.
     """
     leaves: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}

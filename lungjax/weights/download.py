@@ -1,7 +1,4 @@
-"""Finds, downloads and verifies weight files.
-
-A file is verified at each use, against the published checksum or else that of the first download, stored next to it.
-"""
+"""Finds, downloads and verifies weight files."""
 
 import hashlib
 import importlib.util

@@ -23,10 +23,7 @@ MAX_LINES = 12  # of the listed differences
 
 
 def record_of(path: Path, model: str) -> PretrainedWeights:
-    """Returns the record of `model` that matches the name of a file, its checksum or the names of its tensors.
-
-    Raises ValueError if the names do not fit the network, or fit several records that need different settings.
-    """
+    """Returns the record of `model` that a file's name, checksum or tensors match; raises ValueError if unclear."""
     for record in records(model):
         if any(path.parts[-len(known.parts) :] == known.parts for known in record.paths):
             return record
@@ -55,10 +52,7 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 
 
 def identify(path: str | Path) -> str:
-    """Returns a sentence with the records of a file, found by checksum or by tensor names and shapes.
-
-    Raises ValueError if the file is unreadable, or fits no network; the error then lists differences from the nearest.
-    """
+    """Returns a sentence with the records of a file. Raises ValueError with differences if it fits no network."""
     path = Path(path).expanduser()
     with open_tensors(path) as tensors:
         if exact := by_checksum(path):
@@ -91,7 +85,6 @@ def suggestion(path: Path) -> str:
         return f"python -m lungjax.weights --check={path} shows the nearest network"
 
 
-@cache
 def shapes(model: str, classes: int) -> Mapping[str, Any]:
     """Returns the shapes of all parameters by path, for the input size of the public weights."""
     size = next((record.input.size for record in records(model)), (224, 224))

@@ -1,8 +1,8 @@
 """Initial weights of a network: the source, input normalization and parameters of `model.weights`."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,7 @@ class Source:
 
 
 def parse(model: ModelConfig) -> Source:
-    """Parses `model.weights`.
-
-    Raises ValueError for an unknown network or source (listing the nearest), a network without public weights, weights
-    whose license was not accepted, a missing file, or a run without trained weights.
-    """
+    """Parses `model.weights`. Raises ValueError for an unknown, missing or forbidden source."""
     models.check_name(model.name)
     text, meanvar = model.weights.removeprefix("meanvar:"), model.weights.startswith("meanvar:")
     if text == "none" and not meanvar:
@@ -77,10 +73,9 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
 
 
 def resolve(config: Config) -> Config:
-    """Returns the configuration with the mean, std, padding and epsilon that its weights require.
+    """Returns the configuration with the mean, std, padding and epsilon that its weights require, unless set already.
 
-    Values set by the user are kept. Raises ValueError as `parse` does, and for a padding or epsilon that does not match
-    the weights, or for `model.gray=fold` if folding would change the output.
+    Raises ValueError as `parse` does, and for a padding, epsilon or `model.gray` that does not match the weights.
     """
     model, spec = config.model, config.input
     try:
@@ -120,12 +115,8 @@ def _with_fields(model: ModelConfig, required: Mapping[str, Any], weights: str) 
 
 
 def _gray_normalization(mean: Floats, std: Floats, model: ModelConfig) -> tuple[Floats, Floats]:
-    """Returns the mean and std for gray images with weights trained on color images, according to `model.gray`.
-
-    "repeat" returns three numbers each, so that normalization repeats the channel. Raises ValueError for "fold" if the
-    network with the folded kernel would not be equivalent.
-    """
-    if model.gray == "repeat":
+    """Returns the mean and std for gray images with weights trained on color images, according to `model.gray`."""
+    if model.gray == "repeat":  # three numbers each, so that normalization repeats the channel
         return mean * (3 // len(mean)), std * (3 // len(std))
     if model.gray == "slice":
         return mean[len(mean) // 2 :][:1], std[len(std) // 2 :][:1]
@@ -145,14 +136,15 @@ def leaves(
 ) -> dict[str, np.ndarray]:
     """Returns initial parameters and statistics by path; all others must be initialized randomly.
 
-    `config` must be resolved; `module` is its network. `weights_dir` is searched first for files. The classifier is
-    loaded only if `keep_head` is set. Raises ValueError if the file is missing, damaged or for another network.
+    `config` must be resolved; `module` is its network. The classifier is loaded only if `keep_head` is set. Raises
+    ValueError if the file is missing, damaged or for another network.
     """
     source = parse(config.model)
     if not source.record and not source.run:
         return {}
     ours = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
-    with _opened(source, config.model.name, weights_dir) as (tensors, rules, channels, label):
+    opened, rules, channels, label = _open(source, config.model.name, weights_dir)
+    with opened as tensors:
         shapes = models.leaf_shapes(module, (*config.input.size, channels))  # with the channels of the weights
         fresh = {} if keep_head else {"fresh": CLASSIFIER, "optional": "^head/"}
         try:
@@ -171,21 +163,19 @@ def leaves(
     return mean_var(loaded, config.train.seed) if source.meanvar else loaded
 
 
-@contextmanager
-def _opened(
+def _open(
     source: Source, model: str, weights_dir: Path | None
-) -> Iterator[tuple[Mapping[str, np.ndarray], Rules, int, str]]:
-    """Yields the tensors of a source, their rules, their number of input channels, and a label for errors."""
+) -> tuple[AbstractContextManager[Mapping[str, np.ndarray]], Rules, int, str]:
+    """Returns the tensors of a source, their rules, their number of input channels, and a label for errors."""
     if source.record:
         path = source.file or download.locate(source.record, weights_dir)
-        with open_tensors(path) as tensors:
-            yield tensors, layouts(model)[source.record.layout], 3, f"{path} ({source.record.name})"
-    else:
-        assert source.run is not None
-        state, _ = checkpoint.restore_best(source.run)
-        old = overrides.from_json((source.run / "config.json").read_text())
-        arrays = {path: leaf for tree in state.values() for path, leaf in trees.flatten(tree or {}).items()}
-        yield arrays, SAME_NAMES, old.input.network_channels, f"model.weights=run:{source.run} ({old.model.name})"
+        return open_tensors(path), layouts(model)[source.record.layout], 3, f"{path} ({source.record.name})"
+    assert source.run is not None
+    state, _ = checkpoint.restore_best(source.run)
+    old = overrides.from_json((source.run / "config.json").read_text())
+    arrays = {path: leaf for tree in state.values() for path, leaf in trees.flatten(tree or {}).items()}
+    label = f"model.weights=run:{source.run} ({old.model.name})"
+    return nullcontext(arrays), SAME_NAMES, old.input.network_channels, label
 
 
 def _without_detached_hidden(loaded: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -151,8 +151,7 @@ def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[
     """Opens a file of the older format; returns the names of the tensors, a function that reads one, and the open file.
 
     The file has five pickles (magic number, protocol, system, tree, keys of the storages), then the size and
-    elements of each storage. A wrapper {"model": tensors} or {"state_dict": tensors} and the prefix "module." are
-    removed. Raises UnsafePickleError for pickles that ask for anything but tensors, and for damaged bytes.
+    elements of each storage. Raises UnsafePickleError for pickles that ask for anything but tensors, and for damage.
     """
     file = path.open("rb")
     magic, protocol, system = (_unpickle(file)[0] for _ in range(3))
@@ -212,6 +211,7 @@ def read_archive(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], zi
 
 
 def _reader(tree: Any, read: Callable[[_Storage], np.ndarray]) -> tuple[list[str], Callable[[str], np.ndarray]]:
+    """Returns names and a reader of tensors, without a wrapper {"model": ...} and the prefix "module."."""
     for wrapper in ("model", "state_dict"):
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
             tree = tree[wrapper]

@@ -12,7 +12,8 @@ def main() -> None:
     steps = harness.parse(__doc__, steps=2000).steps
     harness.keep_freed_memory()
     from lungjax.config import Config, DataConfig, InputSpec, ModelConfig, OptimConfig, TrainConfig
-    from lungjax.training import metrics_log, train
+    from lungjax.training import train
+    from lungjax.training.metrics_log import MetricsLog
 
     config = Config(
         name="memory",
@@ -23,13 +24,13 @@ def main() -> None:
         train=TrainConfig(batch_size=16, monitor="slice.accuracy", steps=steps, eval_steps=100, save_steps=50),
     )
     memory: dict[int, float] = {}  # resident MiB by step
-    append = metrics_log.append
+    write = MetricsLog.write
 
-    def record(path: Path, row: dict[str, Any]) -> None:
-        memory[row["step"]] = harness.resident()
-        append(path, row)
+    def record(log: MetricsLog, step: int, row: dict[str, Any]) -> None:
+        memory[step] = harness.resident()
+        write(log, step, row)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics_log, "append", record):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(MetricsLog, "write", record):
         train.run(config, Path(folder) / "run", Path(folder) / "data")
 
     tenths = [max(steps * tenth // 10, min(memory)) for tenth in range(1, 11)]

@@ -155,7 +155,7 @@ def test_unique_names():
     for choice in grid():
         config = experiments.load(choice)
         configs.check(config)
-        assert all(np.less_equal(models.minimum_size(config.model), config.input.size)), choice
+        assert all(np.less_equal(models.build(config.model, 2).minimum_size(), config.input.size)), choice
         assert config.name not in names, (choice, names[config.name])
         names[config.name] = choice
         assert re.fullmatch("[a-z0-9_-]+", config.name) and config.name.startswith(choice.partition(":")[0])

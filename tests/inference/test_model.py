@@ -95,7 +95,7 @@ def test_metadata_round_trip_and_errors():
     tree = json.loads(description.to_json())
     for change, word in (
         ({"format": 2}, "newer"), ({"format": None}, "format"), ({"classes": ["one"]}, "classes"),
-        ({"temperature": 0}, "temperature"), ({"classes": ["a", "a"]}, "twice"), ({"window": [5, 5]}, "window"),
+        ({"temperature": 0}, "temperature"), ({"classes": ["a", "a"]}, "different"), ({"window": [5, 5]}, "window"),
         ({"hu_windows": [[0, 0]]}, "hu_windows"), ({"box": "foo"}, "foo"), ({"stage": "lung"}, "lung"),
         ({"points": {"slice": {"bright": {"youden": {"threshold": "a"}}}}}, "points"), ({"positive": 2}, "positive"),
         ({"input": {"size": [8, 8], "colours": 3}}, "unknown"), ({"input": {"size": [8, 100000]}}, "size"),

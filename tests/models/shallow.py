@@ -16,7 +16,6 @@ from lungjax.models.resnet import ResNet, keras_v1, keras_v2
 from lungjax.models.squeezenet import SqueezeNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.models.vgg import Vgg
-from lungjax.models.xray_cnn import XrayCNN
 
 
 class Shallow(NamedTuple):
@@ -29,7 +28,7 @@ V3 = ((Row(3, 4, 4, 4, nn.relu, 2),), (Row(5, 8, 0, 6, nn.hard_swish, 2), Row(3,
 STAGES = expand((Stage(True, 1, 8, 1, 1), Stage(True, 1, 12, 4, 2), Stage(False, 2, 16, 4, 2, squeeze=0.25)), 8)
 SHALLOW = {
     "cbr": Shallow(partial(Transfusion, 5, (8, 12), padding="same", last_pool=False), 2, 2),
-    "xray_cnn": Shallow(partial(XrayCNN, (4, 8), head=HeadConfig()), 2, 0),
+    "xray_cnn": Shallow(partial(Transfusion, 3, (4, 8), stride=3, pool=2, norm=False), 2, 0),
     "efficientnet": Shallow(
         partial(EfficientNet, STAGES, stem=8, top=32, momentum=0.9, drop_path=0.5), 4, 1 + (1 + 2 + 2 * 3) + 1
     ),

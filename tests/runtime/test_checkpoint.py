@@ -185,12 +185,12 @@ def test_kill_while_saving(workdir, call, again, monkeypatch):
 def test_state_of_another_network(workdir):
     damage(workdir / "checkpoints/last/8", "flipped bit")
     for changes, words in (
-        ({"shape": (3, 5)}, r"params/dense/kernel: saved float32 \[3, 4\], here float32 \[3, 5\]"),
-        ({"name": "head"}, r"params/head/kernel: saved nothing"),
+        ({"shape": (3, 5)}, r"params/dense/kernel is float32 \[3, 4\] there and float32 \[3, 5\] here"),
+        ({"name": "head"}, r"params/head/kernel is missing there"),
     ):
-        with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=rf"another network(.|\n)*{words}"):
+        with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=rf"another network: {words}"):
             checkpoints.restore(abstract(**changes))
-        with pytest.raises(ValueError, match=rf"best/8 belongs to another network(.|\n)*{words}"):
+        with pytest.raises(ValueError, match=rf"best/8 belongs to another network: {words}"):
             restore_best(workdir, abstract(**changes).variables)
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
 
@@ -201,7 +201,7 @@ def fail_with(code):
 
 @pytest.mark.parametrize(
     ("at", "code", "words"),
-    [("save", errno.ENOSPC, "full"), ("wait", errno.EROFS, "read-only"), ("exit", errno.ENOSPC, "full")],
+    [("save", errno.ENOSPC, "space"), ("wait", errno.EROFS, "Read-only"), ("exit", errno.ENOSPC, "space")],
 )
 def test_report_of_a_failed_background_save(workdir, monkeypatch, at, code, words):
     with monkeypatch.context() as patch:

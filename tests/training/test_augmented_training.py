@@ -16,7 +16,7 @@ from lungjax.data import augment, pipeline, prepared
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.models.inputs import normalize
-from lungjax.training import losses, setup, train
+from lungjax.training import setup, step, train
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -46,7 +46,7 @@ def test_loss_of_mixed_labels(mixing):
     logits, other, share = mixed(before.variables, batch)
     assert 0 <= float(share.min()) < 0.9 and float(share.max()) <= 1
     a, b = (
-        losses.cross_entropy(logits, labels, class_weights=jnp.ones(3), label_smoothing=0.0, positive=None)
+        step.cross_entropy(logits, labels, class_weights=jnp.ones(3), label_smoothing=0.0, positive=None)
         for labels in (batch["label"], other)
     )
     np.testing.assert_allclose(metrics["loss"], (share * a + (1 - share) * b).mean(), rtol=1e-5)

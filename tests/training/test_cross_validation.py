@@ -67,7 +67,7 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", counted)
     with pytest.raises(ValueError, match="the disk is full"):
         cross_validation.run(changed(), 3, workdir, root / "data")
-    assert "fold 1 failed; finished folds: fold0" in capsys.readouterr().out
+    assert "fold 1 of 0 to 2" in capsys.readouterr().out
     assert (workdir / "fold0/report.md").exists() and not (workdir / "report.md").exists()
     assert cross_validation.run(changed(), 3, workdir, root / "data") == workdir / "report.md"
     assert trained == [0, 1, 1, 2], "the finished fold was trained again"

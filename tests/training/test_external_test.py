@@ -214,10 +214,10 @@ def test_label_map_errors():
     for text, hint in (
         ("", "classes of the data set are L, M, R, junk"),
         ("L=left,M", "'M' is not CLASS=CLASS"),
-        ("L=left,M=middle,R=right", "junk not mapped"),
+        ("L=left,M=middle,R=right", "junk needs exactly one entry"),
         ("L=left,M=middle,R=right,jnk=-", "did you mean junk"),
         ("L=left,M=middle,R=rigt,junk=-", "did you mean right"),
-        ("L=left,L=middle,R=right,M=-,junk=-", "two entries"),
+        ("L=left,L=middle,R=right,M=-,junk=-", "L needs exactly one entry"),
         ("L=left+middle,M=middle,R=right,junk=-", "middle is on two"),
         ("L=left,M=left,R=-,junk=-", "at least two"),
     ):

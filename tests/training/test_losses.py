@@ -3,14 +3,14 @@ import numpy as np
 from sklearn.metrics import log_loss
 
 from lungjax.models import outputs
-from lungjax.training import losses
+from lungjax.training import step
 
 
 def loss(logits, labels, weights=None, smoothing=0.0, positive=None, classes=3):
     settings = {"label_smoothing": smoothing, "positive": positive}
     weights = jnp.ones(classes) if weights is None else jnp.asarray(weights)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    return np.asarray(losses.cross_entropy(logits, labels, class_weights=weights, **settings))
+    return np.asarray(step.cross_entropy(logits, labels, class_weights=weights, **settings))
 
 
 def test_softmax_loss_against_scikit_learn():

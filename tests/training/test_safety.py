@@ -104,15 +104,13 @@ def test_resume_from_before_a_damaged_checkpoint(tmp_path, capsys, complete, sto
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_run_files_lost_in_a_power_failure(tmp_path, capsys, complete, stopped, name):
+def test_damaged_run_files(tmp_path, complete, stopped, name):
     content = (stopped / name).read_text()
-    (stopped / name).write_text("" if name == "config.json" else content[: len(content) // 2])
-    if name == "config.json":
-        with pytest.raises(ValueError, match="another network"):
-            train.run(changed(CONFIG, "model.head.hidden=8"), stopped, tmp_path)
-        assert not (stopped / name).read_text()
+    (stopped / name).write_text(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=str(stopped / name)):
+        train.run(CONFIG, stopped, tmp_path)
+    (stopped / name).write_text(content)
     train.run(CONFIG, stopped, tmp_path)
-    assert str(stopped / name) in capsys.readouterr().out and (stopped / name).read_text() == content
     runs.assert_same_end(complete, stopped)
 
 

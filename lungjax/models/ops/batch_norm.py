@@ -1,9 +1,8 @@
 """Batch norm by batch statistics, fused with the activation that follows it, in few passes over the map.
 
-Maps are larger than the caches of a processor, so the number of passes determines the cost. On the CPU the result is
-written in one pass after the statistics, only the input is saved for the gradient, and the gradient takes three passes:
-two sums and the result. By default XLA also saves x - mean and intermediate maps of the activation. As in
-`lungjax.models.ops.conv`, the form is chosen at lowering, and there is no forward-mode derivative.
+The number of passes determines the cost, since maps are larger than the caches. On the CPU the result is written in
+one pass after the statistics, only the input is saved for the gradient (XLA would also save x - mean and maps of the
+activation), and the gradient takes three passes. As in `ops.conv`, there is no forward-mode derivative.
 """
 
 from collections.abc import Callable
@@ -42,8 +41,8 @@ def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, activation: 
     `scale` and `bias` are float32 [C], `activation` is elementwise, and `dtype` is the dtype of the normalized map.
     Returns the activated map, and the mean and biased variance, float32 [C], which have no gradient.
     """
-    cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_forward, _plain))
-    return cpu_or_default(x, scale, bias, cpu=cpu, default=plain)
+    options = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
+    return cpu_or_default(x, scale, bias, cpu=_forward, default=_plain, **options)
 
 
 def _save(x: Array, scale: Array, bias: Array, *fields: Any) -> tuple[Output, Any]:
@@ -52,8 +51,8 @@ def _save(x: Array, scale: Array, bias: Array, *fields: Any) -> tuple[Output, An
 
 
 def _gradients(epsilon: float, activation: Activation, dtype: Any, saved: Any, dy: Output) -> Any:
-    cpu, plain = (partial(f, epsilon=epsilon, activation=activation, dtype=dtype) for f in (_backward, _plain_backward))
-    return cpu_or_default(*saved, dy[0], cpu=cpu, default=plain)
+    options = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
+    return cpu_or_default(*saved, dy[0], cpu=_backward, default=_plain_backward, **options)
 
 
 batch_norm.defvjp(_save, _gradients)

@@ -34,8 +34,9 @@ def plain_forms() -> AbstractContextManager[None]:
     return _PLAIN(True)
 
 
-def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Returns cpu(*args) when lowered for a CPU, default(*args) on other platforms and inside `plain_forms`."""
+def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], **options: Any) -> Any:
+    """Returns cpu(*args, **options) when lowered for a CPU, else (and inside `plain_forms`) that of `default`."""
+    cpu, default = partial(cpu, **options), partial(default, **options)
     return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
@@ -51,7 +52,6 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
     """Returns ((top, bottom), (left, right)) for "SYMMETRIC" or a padding that lax accepts.
 
     "SYMMETRIC" is (kernel - 1) // 2 on every side as in torch; it differs from SAME on even maps at stride 2.
-    Raises ValueError for any other string.
     """
     if not isinstance(padding, int | str):
         rows, columns = padding
@@ -70,10 +70,9 @@ def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> 
 def compiler_options(platform: str | None = None, train: bool = True) -> dict[str, Any]:
     """Returns the `compiler_options` of `jax.jit` for complete steps on `platform`, by default that of this process.
 
-    They are empty except on CPUs, where XLA by default offloads float32 convolutions to YNNPACK. That runs them on one
-    core, while XLA's own convolution uses all cores. The options restrict YNNPACK to products and reductions in
-    training, and to reductions in prediction (`train=False`), where fusing a product with the bias, the gate and the
-    next product is slower than separate loops. They are also empty if jaxlib does not know them.
+    On CPUs, XLA by default offloads float32 convolutions to YNNPACK, which runs them on one core. The options restrict
+    YNNPACK to products and reductions in training, and to reductions in prediction (`train=False`), where fusing
+    products is slower. They are empty on other platforms and if jaxlib does not know them.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -130,7 +129,7 @@ product.defvjp(_product_save, _product_gradients)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    return _choose(_forward, plain_conv, strides, pads)(x, kernel)
+    return cpu_or_default(x, kernel, cpu=_forward, default=plain_conv, strides=strides, pads=pads)
 
 
 def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
@@ -139,18 +138,14 @@ def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[j
 
 def _gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dx = _choose(_dx, _plain_dx, strides, pads)(x, kernel, dy)
+    dx = cpu_or_default(x, kernel, dy, cpu=_dx, default=_plain_dx, strides=strides, pads=pads)
     if not _is_depthwise(x, kernel):
         return dx, _plain_dkernel(x, kernel, dy, strides, pads)
-    return dx, _choose(_depthwise_dkernel, _plain_dkernel, strides, pads)(x, kernel, dy)
+    forms = {"cpu": _depthwise_dkernel, "default": _plain_dkernel}
+    return dx, cpu_or_default(x, kernel, dy, strides=strides, pads=pads, **forms)
 
 
 _convolve.defvjp(_save, _gradients)
-
-
-def _choose(cpu: Callable, plain: Callable, strides: Pair, pads: Pads) -> Callable[..., jax.Array]:
-    cpu, plain = (partial(form, strides=strides, pads=pads) for form in (cpu, plain))
-    return partial(cpu_or_default, cpu=cpu, default=plain)
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:
@@ -252,10 +247,9 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the gradient of the kernel, computed in one loop over the map if 3x3, else in one loop per kernel row.
+    """Returns the gradient of the kernel, in one loop over the map if 3x3; that of a large kernel compiles slowly.
 
-    One loop for a large kernel would compile slowly. Each element of a loop's result sums several cells; with one
-    product per element, memory would be the bottleneck.
+    Each element of a loop's result sums several cells; with one product per element, memory would be the bottleneck.
     """
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))

@@ -27,8 +27,8 @@ def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Arr
     The gradient goes to the first of equal maxima, row by row. On the CPU, the maximum is taken over shifted slices in
     one loop, fused with the bias and the activation before it.
     """
-    cpu, plain = (partial(f, window=window, strides=strides, pads=pads) for f in (_window_max, plain_window_max))
-    return cpu_or_default(x, cpu=cpu, default=plain)
+    options = {"window": window, "strides": strides, "pads": pads}
+    return cpu_or_default(x, cpu=_window_max, default=plain_window_max, **options)
 
 
 def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
@@ -40,14 +40,15 @@ def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> t
 
 
 def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: plain_window_max(x, window, strides, pads), x)[1](dy)[0]
-
-    cpu = partial(_window_max_dx, window=window, strides=strides, pads=pads)
-    return (cpu_or_default(x, dy, cpu=cpu, default=plain),)
+    options = {"window": window, "strides": strides, "pads": pads}
+    return (cpu_or_default(x, dy, cpu=_window_max_dx, default=_plain_window_max_dx, **options),)
 
 
 window_max.defvjp(_window_max_save, _window_max_gradient)
+
+
+def _plain_window_max_dx(x: jax.Array, dy: jax.Array, **options: Any) -> jax.Array:
+    return jax.vjp(partial(plain_window_max, **options), x)[1](dy)[0]
 
 
 def _window_max_dx(x: jax.Array, dy: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:

@@ -1,7 +1,4 @@
-"""MobileNetV3: files from Keras (released and new names), timm and torchvision.
-
-The files number blocks or stages consecutively, so each layout has one table per size.
-"""
+"""MobileNetV3: files from Keras (released and new names), timm and torchvision; one table per layout and size."""
 
 from lungjax.weights.convert import Rules, numbered_blocks
 from lungjax.weights.name_rules.efficientnet import (
