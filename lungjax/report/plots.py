@@ -117,18 +117,10 @@ def curves(kind: str, predictions: Predictions, path: Path) -> None:
 
     The legend lists the areas; a class without positives or negatives has no curve.
     """
-    from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
-
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
-    style.style(axis)
-    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
-    if kind == "roc":
-        axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-        axis.set(xlabel="False positive rate (1 - specificity)", ylabel="True positive rate (sensitivity)")
-    else:
-        axis.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
+    square(axis, kind)
     title = {"roc": "ROC", "pr": "Precision and recall"}[kind]
     axis.set_title(f"{title}: each class against the rest", loc="left", fontsize=12, color=style.INK)
     scores, is_class = p.probabilities.astype(np.float64), p.labels[:, None] == np.arange(len(classes))
@@ -137,18 +129,40 @@ def curves(kind: str, predictions: Predictions, path: Path) -> None:
     names = [*(style.short(name, 26) for name in classes), "all pooled (micro)"]
     pairs = [*zip(is_class.T, scores.T, strict=True), (is_class.ravel(), scores.ravel())]
     for name, (positive, values), look in zip(names, pairs, looks, strict=True):
-        area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, values)
-        x, y = np.zeros((2, 0))
-        if kind == "roc" and np.isfinite(area):
-            x, y, _ = roc_curve(positive, values, drop_intermediate=False)
-        elif np.isfinite(area):
-            y, x, _ = precision_recall_curve(positive, values)
-        # The average precision is the area under these steps, in the order of falling recall.
-        axis.plot(x, y, drawstyle="default" if kind == "roc" else "steps-post", **look)
+        area = curve(axis, kind, positive, values, look)
         score = {"roc": f"AUC {area:.3f}", "pr": f"AP {area:.3f}, chance {positive.mean():.3f}"}[kind]
         axis.lines[-1].set_label(f"{name}\n{score if area == area else 'undefined'}")
     style.legend_beside(axis, len(classes))
     style.save(figure, path)
+
+
+def square(axis: "Axes", kind: str) -> None:
+    """Prepares square axes from 0 to 1 for ROC ("roc") or precision-recall ("pr") curves."""
+    style.style(axis)
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
+    if kind == "roc":
+        axis.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
+        axis.set(xlabel="False positive rate (1 - specificity)", ylabel="True positive rate (sensitivity)")
+    else:
+        axis.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
+
+
+def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
+    """Draws a "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its AUC or average precision.
+
+    Without positives or negatives, the curve is empty and its area is NaN.
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
+
+    area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, scores)
+    x, y = np.zeros((2, 0))
+    if kind == "roc" and np.isfinite(area):
+        x, y, _ = roc_curve(positive, scores, drop_intermediate=False)
+    elif np.isfinite(area):
+        y, x, _ = precision_recall_curve(positive, scores)
+    # The average precision is the area under these steps, in the order of falling recall.
+    axis.plot(x, y, drawstyle="default" if kind == "roc" else "steps-post", **look)
+    return area
 
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:

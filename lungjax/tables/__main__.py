@@ -4,7 +4,7 @@
     python -m lungjax.tables --table=ct_cov19_val --workdir=runs/ct_cov19 --run       # also executes missing runs
     python -m lungjax.tables --pool --workdir=runs/mine                               # any runs, pooled over seeds
 
-Writes WORKDIR/tables/NAME.md, NAME.csv and a figure, and prints the page. Only finished runs of exactly the same
+Writes WORKDIR/tables/NAME.md, NAME.csv and figures, and prints the page. Only finished runs of exactly the same
 experiment on the same data set count. Cells without such runs are `not run`, and the page lists the missing commands.
 """
 

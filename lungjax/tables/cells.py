@@ -14,7 +14,7 @@ from uncalibrated probabilities, softmax(logits), as those of the studies.
 **Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,
 but the best one in our runs. Candidates are the cells of that table whose row or column is the row of this cell; the
 highest mean of the candidate's metric wins. Thus `ct_cov19_test` has the val and test scores of each network's best
-configuration on val.
+configuration on val. `correlate` lists pairs of columns whose Spearman correlation is reported.
 """
 
 import re
@@ -26,6 +26,7 @@ from lungjax import config as configs
 
 SPLITS = ("val", "test")
 METRIC = re.compile(r"(val|test)\.(slice|patient)\.[^@]+|val\.(slice|patient)\.\w+@[1-9]\d*")
+CHARTS = ("bars", "confusions", "curves")
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,20 @@ class Table:
     matrices: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     elsewhere: str = ""  # how the data of the published numbers differ; if set, there are no verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
-    confusions: bool = False  # draw confusion matrices
+    charts: tuple[str, ...] = ()  # of CHARTS
     chosen_from: str = ""  # the table whose best configuration is scored; see the module's docstring
+    correlate: tuple[tuple[str, str], ...] = ()  # pairs of columns; see the module's docstring
 
     def __post_init__(self) -> None:
-        """Raises ValueError for duplicate cells, or an unknown split or row."""
+        """Raises ValueError for duplicate cells, or an unknown chart, split, row or column."""
         for place, n in Counter((cell.row, cell.column) for cell in self.cells).items():
             if n > 1:
                 raise ValueError(f"table {self.name}: two cells in {place[0]}, {place[1]}")
         for what, given, known in (
+            ("charts", self.charts, CHARTS),
             ("counts", self.counts, SPLITS + ("train",)),
             ("matrices", self.matrices, self.rows),
+            ("correlate", [column for pair in self.correlate for column in pair], self.columns),
         ):
             for name in given:
                 if name not in known:

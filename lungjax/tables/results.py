@@ -6,7 +6,6 @@ A difference of half a unit in the last printed digit is tolerated.
 """
 
 import csv
-import functools
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -73,11 +72,16 @@ class Reader:
         """`failures` are the errors of `run_missing`, by command line."""
         self._table, self._options, self._draws = table, options, draws
         self._failures = failures or {}
-        self.group = functools.cache(self._group)
-        self._level = functools.cache(self._over_runs)
+        self._groups: dict[str, Group] = {}
+        self._levels: dict[tuple[str, str, str], dict[str, Value]] = {}
 
-    def _group(self, experiment: str) -> Group:
+    def group(self, experiment: str) -> Group:
         """Returns the runs of an experiment with their states and predictions."""
+        if experiment not in self._groups:
+            self._groups[experiment] = self._read(experiment)
+        return self._groups[experiment]
+
+    def _read(self, experiment: str) -> Group:
         try:
             planned = runs.plan(experiment, self._options)
         except (ValueError, ImportError, SyntaxError) as error:
@@ -93,8 +97,12 @@ class Reader:
                     states[i] = State("damaged", str(error))
         return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
 
-    def _over_runs(self, experiment: str, split: str, unit: str) -> dict[str, Value]:
-        return bootstrap.over_runs(self.group(experiment).predictions[split], draws=self._draws, unit=unit)
+    def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
+        """Returns `bootstrap.over_runs` of a finished group, computed once; raises the errors of `over_runs`."""
+        key = (group.experiment, split, unit)
+        if key not in self._levels:
+            self._levels[key] = bootstrap.over_runs(group.predictions[split], draws=self._draws, unit=unit)
+        return self._levels[key]
 
     def result(self, cell: Cell) -> Result:
         """Returns the result of a cell's own experiment."""
@@ -102,7 +110,7 @@ class Reader:
         if not group.finished:
             return self._unfinished(cell, group)
         try:
-            level = {} if cell.validation else self._level(cell.experiment, cell.split, cell.unit)
+            level = {} if cell.validation else self._level(group, cell.split, cell.unit)
             logged = runs.logged(group.runs, cell) if cell.validation else None
             ours, low, high = level.get(cell.name, (logged, None, None))
         except ValueError as error:
@@ -191,6 +199,27 @@ def run_missing(
     return failures
 
 
+def correlations(table: Table, results: Sequence[Result]) -> list[str]:
+    """Returns one sentence per pair of columns in `table.correlate`: Spearman's rho, published and ours."""
+    from scipy import stats
+
+    lines = []
+    for first, second in table.correlate:
+        columns = [{r.cell.row: r for r in results if r.cell.column == column} for column in (first, second)]
+        both = [(columns[0][row], columns[1][row]) for row in table.rows if row in columns[0] and row in columns[1]]
+        parts = []
+        for word, values in (
+            ("published", [(a.cell.published, b.cell.published) for a, b in both]),
+            ("ours", [(a.ours, b.ours) for a, b in both]),
+        ):
+            pairs = [(a, b) for a, b in values if a is not None and b is not None]
+            rho = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
+            rows = "" if len(pairs) == len(table.rows) else f" over {len(pairs)} of {len(table.rows)} rows"
+            parts.append(f"{word} {rho:+.2f}{rows}" if rho == rho else f"{word}: too few rows")
+        lines.append(f"Spearman rank correlation of {first} and {second}: {', '.join(parts)}.")
+    return lines
+
+
 def place(cell: Cell) -> str:
     """Returns "row, column" of a cell."""
     return f"{cell.row}, {cell.column}"
@@ -230,6 +259,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
         verdicts=verdicts,
         cells=templating.Table(head, rows),
         notes=[
+            *correlations(table, results),
             *table.notes,
             *(f"{place(r.cell)}: {r.cell.note}" for r in results if r.cell.note),
         ],

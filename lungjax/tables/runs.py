@@ -189,9 +189,15 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
     if not path.exists():
         raise ValueError(f"{path} is missing")
     table = predictions.read(path)
-    accuracy, expected = float((table.predicted == table.labels).mean()), report[split]["slice"]["accuracy"]
-    if abs(accuracy - expected) > 1e-6:
-        raise ValueError(f"{path}: accuracy {accuracy:.6f}, report.json has {expected:.6f}")
+    counts, level = report["facts"]["counts"][split], report[split]["slice"]
+    if list(table.classes) != list(report["classes"]):
+        raise ValueError(f"{path}: classes {', '.join(table.classes)}, report.json has {', '.join(report['classes'])}")
+    images = np.bincount(table.labels, minlength=len(table.classes)).tolist()
+    if images != [counts[name] for name in table.classes]:
+        raise ValueError(f"{path}: {listed(images)} images per class, report.json has {listed(list(counts.values()))}")
+    accuracy = float((table.predicted == table.labels).mean())
+    if abs(accuracy - level["accuracy"]) > 1e-6:
+        raise ValueError(f"{path}: accuracy {accuracy:.6f}, report.json has {level['accuracy']:.6f}")
     return calibration.apply_temperature(table, 1.0)
 
 

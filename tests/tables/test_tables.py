@@ -12,6 +12,7 @@ import commands
 import numpy as np
 import pytest
 from random_predictions import guesses
+from scipy import stats
 from sklearn import metrics as reference
 
 from lungjax.config import overrides
@@ -100,6 +101,8 @@ def test_invalid_cells_and_tables():
         cell("x", published=81.0)
     with pytest.raises(ValueError, match="two cells"):
         table(cell("x"), cell("y"))
+    with pytest.raises(ValueError, match="curves"):
+        table(cell("x"), charts=("curve",))
     with pytest.raises(ValueError, match="matrices"):
         table(cell("x"), matrices={"b": [[1]]})
 
@@ -165,13 +168,12 @@ def test_numbers_verdicts_and_files(trial, options):
     )
     other = evaluate(replace(sample, elsewhere="of other patients."), options, 300)
     assert other[0].ours == answers[0].ours and not any(r.verdict for r in other)
-    path = results.write(sample, answers, options, {"t_confusions.png": "caption"})
+    path = results.write(sample, answers, options, {"t_bars.png": "bars"})
     rows = list(csv.DictReader((path.parent / "t.csv").read_text().splitlines()))
     assert float(rows[0]["ours"]) == pytest.approx(expected, abs=1e-5) and rows[4]["ours"] == ""
     assert rows[4]["state"] == "not run" and rows[4]["command"].count("lungjax.main") == 2
     text = path.read_text()
-    assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text
-    assert "(t_confusions.png)" in text
+    assert f"| a | F1 | 0.050 | {expected:.3f} |" in text and r"A note \| of ours." in text and "(t_bars.png)" in text
     assert "not run" in text and answers[4].commands[0] in text
 
 
@@ -212,7 +214,7 @@ def test_validations_during_training(trial, options):
     assert third.ours == pytest.approx(0.9)
     assert first.ours == pytest.approx(0.6) and first.low is None and not first.verdict
     assert second.ours is None and second.state == "undefined"
-    assert not charts.draw(replace(sample, confusions=True), [first, second], options.workdir)
+    assert not charts.draw(replace(sample, charts=("confusions",)), [first, second], options.workdir)
 
 
 def test_table_that_chooses(trial, options):
@@ -224,13 +226,16 @@ def test_table_that_chooses(trial, options):
     columns = {"Val": "val.slice.f1_weighted", "Test": "test.slice.accuracy"}
     published = iter((0.5, 0.9, 0.6, 0.8, 0.7, 0.7))
     test = [cell(trial, row, name, ":size=48", columns[name], next(published)) for row in "abc" for name in columns]
-    chooser = table(*test, chosen_from="val")
+    chooser = table(*test, chosen_from="val", correlate=(("Val", "Test"),))
     tables = {"t": chooser, "val": replace(table(*val), name="val")}
     answers = evaluate(chooser, options, tables=tables)
     assert [r.chosen.experiment.partition("size=")[2] for r in answers] == ["64", "64", "72", "72", "88", "88"]
     tested = [predict("test", skill, 0) for skill in (2.5, 1.5, 0.9)]
     accuracies = [(p.predicted == p.labels).mean() for p in tested]
     assert [r.ours for r in answers[1::2]] == pytest.approx(accuracies)
+    rho = stats.spearmanr([r.ours for r in answers[::2]], accuracies).statistic
+    (line,) = results.correlations(chooser, answers)
+    assert f"published -1.00, ours {rho:+.2f}" in line
     (runs.plan(val[0].experiment, options)[0].folder / "report.json").unlink()
     part = evaluate(chooser, options, tables=tables)
     assert part[0].state == "best of 1 of 2" and part[0].ours is not None and not part[0].verdict
@@ -239,19 +244,40 @@ def test_table_that_chooses(trial, options):
         cells.candidates(chooser, replace(test[0], row="d"), tables)
 
 
+def test_charts_of_the_best_runs(trial, options):
+    sample = table(
+        *(cell(trial, row, column, f":size={size}") for row in "ab" for column, size in (("c", 48), ("d", 64))),
+        charts=("bars", "confusions", "curves"),
+    )
+    for name, skill in ((trial + ":size=48", 0.5), (trial + ":size=64", 2.0)):
+        for run in runs.plan(name, options):
+            fabricate(run, skill)
+    answers = evaluate(sample, options)
+    ((name, best, seed, _),) = charts.best_runs(answers)
+    scores = [
+        reference.f1_score(p.labels, p.predicted, average="weighted") for p in (predict("val", 2.0, s) for s in (0, 1))
+    ]
+    assert best.cell.column == "d" and seed == int(np.argmax(scores)) and name == "a, d"
+    files = ["t_bars.png", "t_confusions.png", "t_curves.png"]
+    assert list(charts.draw(sample, answers, options.workdir)) == files
+    assert all((options.workdir / file).stat().st_size > 5000 for file in files)
+    nothing = [replace(answer, ours=None, low=None, high=None) for answer in answers]
+    assert list(charts.draw(sample, nothing, options.workdir)) == files[:1]
+    assert not (options.workdir / files[2]).exists(), "chart of deleted runs"
+
+
 def test_published_confusion_matrices(trial, options, monkeypatch):
     drawn = []
     monkeypatch.setattr(charts.plots, "confusion_cells", lambda axis, counts, *_: drawn.append(counts))
     cells_of = [cell(trial, "a", split, metric=f"{split}.slice.accuracy") for split in ("test", "val")]
-    sample = table(*cells_of, confusions=True, counts={"val": COUNTS["val"]}, matrices={"a": np.diag((10, 6, 4))})
+    sample = table(
+        *cells_of, charts=("confusions",), counts={"val": COUNTS["val"]}, matrices={"a": np.diag((10, 6, 4))}
+    )
     for run in runs.plan(trial, options):
         fabricate(run)
-    answers = evaluate(sample, options)
-    assert list(charts.draw(sample, answers, options.workdir)) == ["t_confusions.png"]
+    charts.draw(sample, evaluate(sample, options), options.workdir)
     assert [counts.sum() for counts in drawn] == [24, 20, 20]  # the published one is of the val split
     assert [np.trace(counts) == 20 for counts in drawn] == [False, False, True]
-    assert not charts.draw(replace(sample, confusions=False), answers, options.workdir)
-    assert not (options.workdir / "t_confusions.png").exists(), "figure of deleted runs"
 
 
 def test_execute_missing_runs(trial, options, monkeypatch):

@@ -44,6 +44,7 @@ def read(cells_csv: str, tables_toml: str) -> dict[str, Table]:
         shared = entries["study"].get(entry.pop("study", ""), {"notes": []})
         fields: dict[str, Any] = dict(entry)
         fields["counts"] = {split: tuple(counts) for split, counts in entry.get("counts", {}).items()}
+        fields["correlate"] = tuple(map(tuple, entry.get("correlate", ())))
         fields["notes"] = (*entry.get("notes", ()), *shared["notes"])
         fields.setdefault("matrices", shared.get("matrices", {}))
         tables[name] = Table(name=name, cells=tuple(cells[name]), **fields)
