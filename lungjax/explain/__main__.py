@@ -1,7 +1,7 @@
 """Draws saliency maps of a trained network: python -m lungjax.explain --workdir=runs/my_run --images=scan.png,folder
 
-Writes each image with its map and their overlay to WORKDIR/explain/NAME_METHOD.png. `--split=test` draws the images of
-a split, to SPLIT/CLASS_NAME_METHOD.png. `--quality` tests the maps (`lungjax.explain.quality`).
+Writes each image with its map and their overlay to WORKDIR/explain/NAME_METHOD.png. `--split=test` draws contact sheets
+of a split, with the most confident predictions first. `--quality` tests the maps (`lungjax.explain.quality`).
 Unreadable images are reported and skipped, and the exit code is then 1.
 """
 
@@ -29,7 +29,7 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "Folder of a finished run.")
     flags.DEFINE_list("images", [], "Files, folders, CSV lists and scans, as for lungjax.predict.")
-    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set to explain.")
+    flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
     flags.DEFINE_bool("quality", False, "Test the maps by pointing game, deletion curve and sanity check.")
     flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; by default the first one possible.")
     flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")
@@ -75,21 +75,21 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     methods = FLAGS.method or explainer.methods[:1]
     bad: list[str] = []
-    pictures: dict[Path, Iterator[tuple[str, np.ndarray]]] = {}  # by output folder
     if FLAGS.images:
         description = replace(description, **windows)
         inputs = gather(FLAGS.images, description)
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
-        pictures[out] = read(inputs.items, description, bad)
+        pictures = read(inputs.items, description, bad)
+        if not figures.draw_images(explainer, pictures, run.classes, methods, target, out):
+            reasons = "\n  ".join(bad or ["the folders contain no images"])
+            raise ValueError(f"no image could be read:\n  {reasons}")
     synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"
     needs_data = FLAGS.split or (FLAGS.quality and not synthetic)
     reader = pipeline.Reader(setup.open_data(config, data_dir), config.input) if needs_data else None
     if FLAGS.split and reader:
-        pictures[out / FLAGS.split] = figures.split_pictures(reader, FLAGS.split, FLAGS.count, bad)
-    for folder, images in pictures.items():
-        if not figures.draw_images(explainer, images, run.classes, methods, target, folder):
-            reasons = "\n  ".join(bad or ["the folders contain no images"])
-            raise ValueError(f"no image could be read:\n  {reasons}")
+        for method in methods:
+            folder = out / f"{FLAGS.split}_{method}"
+            bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
         methods, count = FLAGS.method or explainer.methods, FLAGS.count or QUALITY_IMAGES
         bad += quality.write(explainer, run, None if synthetic else reader, methods, target, out, count)

@@ -1,7 +1,9 @@
-"""Figures of saliency maps: one image with its map and the overlay."""
+"""Figures of saliency maps: one image with its map and the overlay, and contact sheets of a split."""
 
+import csv
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -10,11 +12,13 @@ import numpy as np
 from lungjax.data.imaging import images
 from lungjax.explain import saliency
 from lungjax.explain.saliency import Explainer
-from lungjax.report import style
+from lungjax.report import contact_sheet, style
+from lungjax.report.contact_sheet import FRAME, Section, Tile
 
 if TYPE_CHECKING:  # the service imports this file, but not grain
     from lungjax.data.pipeline import Reader
 
+TILES = (4, 7)  # columns and rows of a contact sheet
 CHUNK = 64  # images in memory at a time
 
 
@@ -33,13 +37,12 @@ def draw(
     `image` is uint8 [H, W, 1 or 3], `heat` [H, W] in 0..1, `probabilities` [C], `method` one of `saliency.METHODS`.
     """
     clipped = visible(heat, method)
-    best = int(probabilities.argmax())
-    predicted = f"{style.short(classes[best], 24)} {style.percent(float(probabilities[best]))}"  # such as "COV 93%"
+    heading = f"{prediction(probabilities, classes)}  ·  {style.short(name, 60)}"
     empty = "" if heat.any() else ": no evidence"
     titles = ("Image", f"{saliency.TITLES[method]} for {style.short(classes[target], 22)}{empty}", "Overlay")
     tall = image.shape[0] / image.shape[1]
     figure = style.figure(10.2, 3.2 * tall + 0.9, layout="compressed")
-    figure.suptitle(f"{predicted}  ·  {style.short(name, 60)}", fontsize=11, color=style.INK)
+    figure.suptitle(heading, fontsize=11, color=style.INK)
     plain = image[..., 0] if image.shape[-1] == 1 else image
     pictures = (plain, saliency.heat_colors(clipped), saliency.overlay(image, clipped))
     for axis, picture, title in zip(figure.subplots(1, 3), pictures, titles, strict=True):
@@ -54,6 +57,12 @@ def visible(heat: np.ndarray, method: str) -> np.ndarray:
     if method != "integrated_gradients" or not heat.any():
         return heat
     return np.minimum(heat / np.percentile(heat[heat > 0], 98), 1)
+
+
+def prediction(probabilities: np.ndarray, classes: Sequence[str]) -> str:
+    """Returns the predicted class and its probability, such as "COV 93%"."""
+    best = int(probabilities.argmax())
+    return f"{style.short(classes[best], 24)} {style.percent(float(probabilities[best]))}"
 
 
 def file_name(name: str, used: set[str]) -> str:
@@ -94,15 +103,69 @@ def draw_images(
     return count
 
 
-def split_pictures(reader: "Reader", split: str, count: int | None, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields CLASS/FILE and pixels of `count` evenly spaced images of a split (None: all).
+def draw_split(
+    explainer: Explainer,
+    reader: "Reader",
+    split: str,
+    method: str,
+    target: int | None,
+    out: Path,
+    count: int | None = None,
+) -> list[str]:
+    """Writes index.csv and page_001.png, ... for a split, most confident first; returns errors of unreadable images.
 
-    Adds the errors of unreadable images to `bad`.
+    `count` limits the number of images, which are evenly spaced in this order. Wrong predictions have a colored frame.
+    Raises ValueError if no image of the split can be read.
     """
-    data, rows = reader.data, np.unique(reader.data.rows(split))
-    for i in np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int):
-        row = int(rows[i])
+    bad: list[str] = []
+    data = reader.data
+    scores: dict[int, np.ndarray] = {}
+    split_rows = np.unique(data.rows(split)).tolist()
+    for start in range(0, len(split_rows), CHUNK):
+        pixels, rows = read_rows(reader, split_rows[start : start + CHUNK], bad)
+        if rows:
+            scores.update(zip(rows, explainer.probabilities(np.stack(pixels)), strict=True))
+    if not scores:
+        raise ValueError("\n  ".join([f"{data.name}: no image of the {split} split could be read", *bad]))
+    order = evenly_spaced(sorted(scores, key=lambda row: -float(scores[row].max())), count or len(scores))
+    out.mkdir(parents=True, exist_ok=True)
+    columns, classes, size = data.columns, data.classes, TILES[0] * TILES[1]
+    names, pages = ("file", "group", "source"), math.ceil(len(order) / size)
+    with (out / "index.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["rank", "page", *names, "label", "predicted", "wrong", *(f"p_{name}" for name in classes)])
+        for page in range(pages):
+            rows = order[page * size : (page + 1) * size]
+            pixels = [reader(row) for row in rows]
+            maps, _ = explainer.maps(np.stack(pixels), target, method)
+            tiles = []
+            for rank, (row, image, heat) in enumerate(zip(rows, pixels, maps, strict=True), page * size + 1):
+                p, label, ids = scores[row], columns["label"][row], [str(columns[name][row]) for name in names]
+                wrong = int(p.argmax()) != label
+                verdict = [classes[label], classes[p.argmax()], "yes" if wrong else "no"]
+                writer.writerow([rank, f"page_{page + 1:03}.png", *ids, *verdict, *(f"{value:.6g}" for value in p)])
+                frame, truth = (style.WRONG, f"wrong, true: {classes[label]}") if wrong else (FRAME, "correct")
+                tiles += [Tile(image, (ids[0], prediction(p, classes), truth), frame=frame, wide=True)]
+                tiles += [Tile(image, heat=visible(heat, method), frame=frame)]
+            explained = "the predicted class" if target is None else classes[target]
+            title = f"{data.name}, {split}: {saliency.TITLES[method]} for {explained}, page {page + 1} of {pages}"
+            section = Section(tiles, f"{title}, most confident first")
+            contact_sheet.draw([section], out / f"page_{page + 1:03}.png", 2 * TILES[0], paired=True, aspect=2.0)
+    return bad
+
+
+def evenly_spaced(items: Sequence[int], count: int) -> list[int]:
+    """Returns at most `count` of the items, including the first and the last one."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
+def read_rows(reader: "Reader", rows: Sequence[int], bad: list[str]) -> tuple[list[np.ndarray], list[int]]:
+    """Returns the pixels and rows of the readable images; adds the errors of the others to `bad`."""
+    pixels, readable = [], []
+    for row in rows:
         try:
-            yield f"{data.classes[data.columns['label'][row]]}/{data.columns['file'][row]}", reader(row)
+            pixels.append(reader(row))
+            readable.append(row)
         except ValueError as error:
             bad.append(str(error))
+    return pixels, readable

@@ -1,5 +1,6 @@
 """The explain command: figures for files and splits, unreadable images, and the quality page."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -70,22 +71,27 @@ def test_usage_errors(trained_run, tmp_path, capsys):
     assert "bad.png" in capsys.readouterr().err
 
 
-def test_split_without_a_broken_image(explainer, small_data, tmp_path):
-    records, rows = list(small_data.records), np.unique(small_data.rows("test"))
-    records[rows[0]] = records[rows[0]] | {"image": records[rows[0]]["image"][:100]}
-    reader, bad = pipeline.Reader(replace(small_data, records=records), SPEC), []
-    pictures = list(figures.split_pictures(reader, "test", None, bad))
-    names = [f"{CLASSES[small_data.columns['label'][row]]}/{small_data.columns['file'][row]}" for row in rows]
-    assert [name for name, _ in pictures] == names[1:] and small_data.columns["file"][rows[0]] in bad[0]
-    np.testing.assert_array_equal(pictures[0][1], reader(int(rows[1])))
-    few = [name for name, _ in figures.split_pictures(reader, "test", 3, bad)]
-    assert few == [names[round((len(names) - 1) / 2)], names[-1]] and len(bad) == 2
-
-
-def test_command_with_a_split(trained_run, tmp_path, capsys):
-    flags = (f"--workdir={trained_run.workdir}", f"--data_dir={trained_run.data_dir}", f"--out={tmp_path}")
-    assert commands.run(command, *flags, "--split=test", "--count=2") == 0, capsys.readouterr().err
-    assert len(list((tmp_path / "test").glob("*_gradcam.png"))) == 2
+def test_split_by_confidence_without_a_broken_image(explainer, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "TILES", (2, 3))
+    records, bad_row = list(small_data.records), int(small_data.rows("test")[4])
+    records[bad_row] = records[bad_row] | {"image": records[bad_row]["image"][:100]}
+    data = replace(small_data, records=records)
+    (problem,) = figures.draw_split(explainer, pipeline.Reader(data, SPEC), "test", "gradcam", None, tmp_path)
+    assert data.columns["file"][bad_row] in problem
+    with (tmp_path / "index.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows, reader = [row for row in data.rows("test") if row != bad_row], pipeline.Reader(data, SPEC)
+    p = explainer.probabilities(np.stack([reader(row) for row in rows]))
+    top = {str(data.columns["file"][row]): (CLASSES[q.argmax()], q.max()) for row, q in zip(rows, p, strict=True)}
+    assert [line["file"] for line in lines] == sorted(top, key=lambda name: -top[name][1])
+    for line in lines:
+        assert line["predicted"] == top[line["file"]][0]
+        assert (line["wrong"] == "yes") == (line["predicted"] != line["label"])
+        assert float(line[f"p_{line['predicted']}"]) == pytest.approx(top[line["file"]][1], rel=1e-4)
+    assert [line["page"] for line in lines[5:7]] == ["page_001.png", "page_002.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["page_001.png", "page_002.png"]
+    figures.draw_split(explainer, pipeline.Reader(small_data, SPEC), "test", "gradcam", 2, tmp_path / "few", count=3)
+    assert len((tmp_path / "few/index.csv").read_text().splitlines()) == 4
 
 
 def test_quality_with_and_without_lesion_masks(explainer, small_data, tmp_path, monkeypatch):
