@@ -22,8 +22,8 @@ SETTINGS = {
     "fixed": ["finetune:weights=imagenet", "--set=auto="],
     "auto": ["finetune"],
 }
-# Data set, number of train groups (0: all) and seeds, the most important ones first.
-CELLS = [("xray", 100, 3), ("ct", 100, 3), ("xray", 0, 1), ("ct", 500, 1), ("ct", 0, 1)]
+SUBSETS = [("xray", 100), ("ct", 100), ("xray", 0), ("ct", 500), ("ct", 0)]  # data set and number of train groups
+SEEDS = 3
 
 
 def write_subset(source: Path, target: Path, count: int) -> None:
@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/small_sets"))
     arguments = parser.parse_args()
     work = arguments.work
-    for name, count, seeds in CELLS:
+    for name, count in SUBSETS:
         subset = f"{name}{count or ''}"
         if not (work / "sets" / subset).exists():
             write_subset(arguments.source / name, work / "sets" / subset, count)
             options = [f"--source={work / 'sets' / subset}", f"--modality={name}", f"--data_dir={work / 'data'}"]
             run("lungjax.prepare", f"--dataset=folder/{subset}", *options)
-        for seed in range(seeds):
+        for seed in range(SEEDS):
             for setting, (experiment, *overrides) in SETTINGS.items():
                 workdir = work / "runs" / subset / f"{setting}-{seed}"
                 if (workdir / "report.json").exists():
