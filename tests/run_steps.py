@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
@@ -15,7 +13,6 @@ import small_runs as runs
 from lungjax import models
 from lungjax.data import pipeline
 from lungjax.models import trees
-from lungjax.models.ops import batch_norm
 from lungjax.models.transfusion import Transfusion
 from lungjax.runtime import mesh as meshes
 from lungjax.training import program
@@ -29,8 +26,9 @@ MODES = {
     "frozen": [FROZEN],
 }
 CONFIG = runs.changed(
-    runs.PLAIN, "model.name=wide", "model.head.dropout=0", "optim.name=sgd", "optim.lr=0.1", "train.batch_size=16"
-)
+    runs.PLAIN, "model.name=wide", "model.head.dropout=0", "optim.name=sgd", "optim.lr=0.1", "train.batch_size=16",
+    "augment=ct_cov19_original",
+)  # fmt: skip
 
 
 def steps(mode: str) -> dict[str, np.ndarray]:
@@ -46,20 +44,6 @@ def steps(mode: str) -> dict[str, np.ndarray]:
     return arrays | {path: np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
 
 
-def norm_outputs() -> dict[str, np.ndarray]:
-    """Returns BatchNorm's outputs and input gradients with the batch on one device and sharded over all."""
-
-    def both(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, pull = jax.vjp(lambda x: batch_norm.batch_norm(x, jnp.ones(3), jnp.ones(3), 1e-3, nn.silu, x.dtype)[0], x)
-        return y, pull(dy)[0]
-
-    draw = np.random.default_rng(0).normal
-    x, dy = draw(size=(2, 8, 6, 5, 3)).astype(np.float32)
-    x *= np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)  # each device has different statistics
-    sharded = (jax.device_put(part, meshes.batch_sharding(meshes.make_mesh())) for part in (x, dy))
-    return {"one": np.stack(jax.jit(both)(x, dy)), "sharded": np.stack(jax.jit(both)(*sharded))}
-
-
 if __name__ == "__main__":
     arrays = {f"{mode}/{name}": array for mode in MODES if mode != "frozen" for name, array in steps(mode).items()}
-    np.savez(sys.argv[1], **arrays, **{f"norm/{name}": array for name, array in norm_outputs().items()})
+    np.savez(sys.argv[1], **arrays)

@@ -1,10 +1,6 @@
 """Augmentation: warp against scipy, geometry on ramp images, hand-computed intensities, and mixing by pixel values."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -248,23 +244,6 @@ def test_dependence_on_key_and_place():
     assert min(np.abs(out[i] - out[j]).mean() for i in range(6) for j in range(i)) > 1
     other = run(images, places(6), jax.random.key(4), ALL, (20, 20))
     assert (np.abs(other - out).mean((1, 2, 3)) > 1).all()
-
-
-def test_equality_on_two_devices():
-    code = """
-import jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from tests.data.test_augment import ALL, KEY, noise, places, run as f
-mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-over = NamedSharding(mesh, PartitionSpec("batch"))
-images, at = noise(8, 20, 20, 1), places(8)
-two = f.lower(*jax.device_put((images, at), over), KEY, ALL, (16, 16)).compile()
-text = two.as_text()
-assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute", "all-reduce")), text
-np.testing.assert_allclose(two(*jax.device_put((images, at), over), KEY), f(images, at, KEY, ALL, (16, 16)), atol=1e-3)
-"""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[2])
 
 
 def test_mixup_and_cutmix():

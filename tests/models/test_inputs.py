@@ -1,9 +1,5 @@
-import numpy as np
-
 from lungjax.config import Config, EvalConfig, InputSpec
-from lungjax.evaluation import predict_split
 from lungjax.models.inputs import CPU_BATCH, prediction_batch_size
-from lungjax.runtime import mesh as meshes
 
 
 def test_batch_size_by_pixels_platform_and_devices():
@@ -22,17 +18,3 @@ def test_batch_size_by_pixels_platform_and_devices():
         assert prediction_batch_size(config, devices, platform) == expected, (platform, devices, size)
         fixed = Config(input=InputSpec(size=size), eval=EvalConfig(batch_size=12))
         assert prediction_batch_size(fixed, devices, platform) == 12
-
-
-def test_batches_of_a_split(small_data):
-    batches = []
-
-    def predict_step(variables, batch):
-        batches.append(batch["image"].shape)
-        size = len(batch["row"])
-        return {"probabilities": np.full((size, 3), 1 / 3), "logits": np.zeros((size, 3)), "row": batch["row"]}
-
-    mesh = meshes.make_mesh()
-    predict_split.predict(predict_step, {}, small_data, "test", Config(input=InputSpec(size=(16, 16))), mesh)
-    size = CPU_BATCH * mesh.size
-    assert batches == [(size, 16, 16, 1)] * -(-13 // size)

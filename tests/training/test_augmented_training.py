@@ -21,15 +21,6 @@ from lungjax.training import setup, step, train
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_augmentation_by_position_in_the_sequence():
-    config = changed(PLAIN, "augment.brightness=0.5,1.5", "model.head.dropout=0", "input.size=16")
-    batch, result = runs.batch_of(config), []
-    for offset in (0, 0, 100):
-        moved = batch | {"place": batch["place"] + np.uint32(offset)}
-        result.append(float(runs.build(config).train_step(runs.first_state(config), moved)[1]["loss"]))
-    assert result[0] == result[1] != result[2]
-
-
 @pytest.mark.parametrize("mixing", ["augment.mixup=0.4", pytest.param("augment.cutmix=1.0", marks=pytest.mark.slow)])
 def test_loss_of_mixed_labels(mixing):
     config = changed(PLAIN, "model.head.dropout=0", "optim.frozen_batch_norm=frozen", mixing)

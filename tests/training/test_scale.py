@@ -111,8 +111,6 @@ def test_step_on_eight_devices_against_one(eight_devices, monkeypatch, mode, ref
 def test_global_and_per_device_batch_statistics(eight_devices):
     live, own = (eight_devices[mode]["stage2_conv/kernel"] for mode in ("global", "per_device"))
     assert np.abs(live - own).max() > 1e-4
-    norm = eight_devices["norm"]
-    np.testing.assert_allclose(norm["sharded"], norm["one"], rtol=2e-5, atol=2e-6)
 
 
 def test_mesh_errors(monkeypatch):

@@ -12,14 +12,12 @@ import pytest
 import small_runs as runs
 from small_runs import PLAIN, changed
 
-from lungjax import models
-from lungjax.config import OptimConfig, metadata, overrides
+from lungjax.config import metadata, overrides
 from lungjax.evaluation import metrics, outliers, predictions
 from lungjax.inference.artifacts import Preprocessor
-from lungjax.models import trees
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest, restore_best
-from lungjax.training import metrics_log, optim, progress, setup, state, train
+from lungjax.training import metrics_log, progress, setup, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -168,19 +166,6 @@ def test_dropout_by_seed_and_step():
         first = first.replace(step=jnp.full_like(first.step, number))
         losses.append(float(runs.build(config).train_step(first, batch)[1]["loss"]))
     assert losses[0] == losses[1] != losses[2]
-
-
-def test_names_of_a_warm_start(complete):
-    module = models.build(CONFIG.model, 5)
-    optimizer = optim.make_optimizer(OptimConfig(), lambda s: 0.1, {})
-    random = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9).params)
-    source = trees.flatten(restore_best(complete)[0]["params"])
-    config = load.resolve(changed(CONFIG, f"model.weights=run:{complete}"))
-    start = load.leaves(config, module)
-    params = trees.flatten(state.create(module, optimizer, (32, 32, 1), 9, start=start).params)
-    assert params.keys() == random.keys() and set(random) - set(start) == {"head/dense/kernel", "head/dense/bias"}
-    for name, value in params.items():
-        np.testing.assert_array_equal(value, random[name] if name.startswith("head/dense") else source[name])
 
 
 def test_tuning_a_head_on_another_run(tmp_path):
