@@ -14,7 +14,16 @@ from sklearn import model_selection, utils
 
 from lungjax import datasets
 from lungjax.data.splits import parse_study
-from lungjax.datasets import coronahack, covid_chestxray, covid_ct, covid_xray_5k, covidx_ct, ct_cov19, ictcf
+from lungjax.datasets import (
+    coronahack,
+    covid_chestxray,
+    covid_ct,
+    covid_xray_5k,
+    covidx_ct,
+    ct_cov19,
+    ictcf,
+    source_files,
+)
 from lungjax.datasets import nccid_whole_lung as nccid
 
 OPTIONS = datasets.PrepareOptions()
@@ -438,3 +447,25 @@ def test_covid_ct_real_names(shared, tmp_path):
         names[groups[file]].add(example.group)
     # MedPix's patient 3 has two runs of numbers.
     assert {group for group, by_name in names.items() if len(by_name) > 1} <= {"ucsd-medpix_patient_3"}
+
+
+def test_blocks():
+    blocks = {"neg_81": "neg_block2", "neg_119": "neg_block2", "neg_120": "neg_block3", "IM7x": "IMblock0", "x": "x"}
+    assert {stem: source_files.block(stem) for stem in blocks} == blocks
+
+
+def test_web_cases():
+    cases = {
+        "SARS-10.1148rg.242035193-g04mr34g09c-Fig9c-day27": "SARS-10.1148rg.242035193",
+        "1-s2.0-S1684118220300682-main.pdf-003-b2": "1-s2.0-S1684118220300682",
+        "kjr-21-e24-g003-l-a": "kjr-21-e24",
+        "41591_2020_819_Fig1_HTML.webp-day5": "41591_2020_819",
+        "nejmoa2001191_f1-PA": "nejmoa2001191",
+        "auntminnie-d-2020_01_28_23_51_6665": "auntminnie-2020_01_28_23_51_6665",
+        "covid-19-pneumonia-58-day-9": "covid-19-pneumonia-58",  # 58 is the number of a case, not of a figure
+        "covid-19-rapidly-progressive-acute-ards-day-1": "covid-19-rapidly-progressive-acute-ards",
+        "covid-19-pneumonia-rapidly-progressive-12-hours": "covid-19-pneumonia-rapidly-progressive",
+        "88de9d8c39e946abd495b37cd07d89e5-0666-0": "88de9d8c39e946abd495b37cd07d89e5",
+        "01E392EE-69F9-4E33-BFCE-E5C968654078": "01E392EE-69F9-4E33-BFCE-E5C968654078",
+    }
+    assert {stem: source_files.web_case(stem) for stem in cases} == cases

@@ -270,11 +270,6 @@ def test_zero_maps_without_evidence():
         assert not saliency.overlay(even[0], np.zeros((SIDE, SIDE)))[..., 0].std()
 
 
-def test_unknown_method():
-    with pytest.raises(ValueError, match=r"method='gradcm'.*gradcam"):
-        toy().maps(IMAGES, None, "gradcm")
-
-
 def test_overlay_as_mean_of_image_and_colors():
     image, heat = np.full((2, 3, 1), 100, np.uint8), np.asarray([[0, 0, 0], [1, 1, 1]])
     ends = np.asarray([[(68, 1, 84)] * 3, [(253, 231, 37)] * 3])  # of viridis
