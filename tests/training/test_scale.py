@@ -2,24 +2,27 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import run_steps
 import small_runs as runs
+from conftest import make_small_data
 
 from lungjax import config as configs
 from lungjax import models
 from lungjax.config import Config, ModelConfig, TrainConfig
+from lungjax.data import pipeline
 from lungjax.evaluation import predictions
+from lungjax.models import trees
+from lungjax.models.transfusion import Transfusion
 from lungjax.runtime import distributed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
@@ -28,6 +31,18 @@ from lungjax.training import metrics_log, program, train
 pytestmark = pytest.mark.usefixtures("small_network")
 HOSTS = "train.steps=8 train.shard_params=True train.keep=last optim.schedule=constant optim.name=sgd optim.lr=0.01"
 MESH = jax.sharding.AbstractMesh((8,), ("data",))
+FROZEN = "optim.frozen_batch_norm=frozen"
+MODES = {
+    "global": [],
+    "sharded": ["train.shard_params=True"],
+    "per_device": ["train.sync_batch_norm=False"],
+    "frozen_per_device": [FROZEN, "train.sync_batch_norm=False"],
+    "frozen": [FROZEN],
+}
+CONFIG = runs.changed(
+    runs.PLAIN, "model.name=wide", "model.head.dropout=0", "optim.name=sgd", "optim.lr=0.1", "train.batch_size=16",
+    "augment=ct_cov19_original",
+)  # fmt: skip
 
 
 def losses(workdir):
@@ -84,21 +99,36 @@ def test_failed_setup_on_one_host(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def steps(mode):
+    """Returns the parameters after two steps by path, and the bytes of the initial ones on the first device."""
+    models.MODELS["wide"] = lambda: Transfusion(3, (32, 64))
+    config = runs.changed(CONFIG, *MODES[mode])
+    data, mesh = make_small_data(), meshes.make_mesh()
+    built = program.build(config, data.classes, data.columns["label"][data.rows("train")], mesh)
+    state = built.new_state({})
+    arrays = {"bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))}
+    for _, batch in zip(range(2), pipeline.train_batches(data, config, start=0), strict=False):
+        state, _ = built.train_step(state, meshes.to_devices(batch, mesh))
+    return arrays | {path: np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
+
+
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
-    """The arrays that run_steps.py saves on eight devices, by mode."""
-    path = tmp_path_factory.mktemp("steps") / "steps.npz"
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, str(Path(run_steps.__file__)), str(path)], env=env, check=True)
-    arrays = np.load(path)
-    modes = {name.partition("/")[0] for name in arrays}
-    return {mode: {n.partition("/")[2]: arrays[n] for n in arrays if n.startswith(f"{mode}/")} for mode in modes}
+    """The arrays of `steps` on eight devices, by mode."""
+    path = tmp_path_factory.mktemp("steps") / "steps.pickle"
+    code = (
+        "import pickle, sys, test_scale as test; "
+        "pickle.dump({mode: test.steps(mode) for mode in test.MODES if mode != 'frozen'}, open(sys.argv[1], 'wb'))"
+    )
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, path], env=env, check=True)
+    return pickle.loads(path.read_bytes())
 
 
 @pytest.mark.parametrize(("mode", "reference"), [("sharded", "global"), ("frozen_per_device", "frozen")])
 def test_step_on_eight_devices_against_one(eight_devices, monkeypatch, mode, reference):
     monkeypatch.setitem(models.MODELS, "wide", None)
-    one, eight = run_steps.steps(reference), eight_devices[mode]
+    one, eight = steps(reference), eight_devices[mode]
     assert eight.keys() == one.keys() and len(one) > 5
     if mode == "sharded":
         assert eight["bytes"] < 0.3 * one["bytes"]
