@@ -1,12 +1,155 @@
-"""Splits by group, and their completion."""
+"""Splits, folds and fractions of synthetic data sets: they are complete, nested, and never divide a patient."""
 
+import functools
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_runs import changed
 
-from lungjax.data import splits
+from lungjax.config import Config
+from lungjax.data import folds, splits
+from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import Example, complete_splits
+
+config = functools.partial(changed, Config())
+
+
+def table(rows, protocol="clean"):
+    """Returns a data set of rows (label, group, split[, pixels]); without pixels, every image is unique."""
+    rows = [(*row, f"x{i}") if len(row) == 3 else row for i, row in enumerate(rows)]
+    label, group, split, pixels = (list(column) for column in zip(*rows, strict=True))
+    columns = {"label": np.asarray(label, np.int64), "file": np.asarray([f"{i:04}" for i in range(len(rows))])}
+    columns |= {"group": np.asarray(group), "pixels": np.asarray(pixels)}
+    columns |= dict.fromkeys(("split", "split_study"), np.asarray(split))
+    return Prepared("mine", tuple("abcd")[: max(label) + 1], columns, [None] * len(rows), None, "f" * 64, protocol)
+
+
+def random_table(patients=90):
+    """Patients with 1 to 9 images, a few of them with two classes; some images are in no split."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for p in range(patients):
+        labels = [p % 3, p % 3 if p % 7 else (p + 1) % 3]
+        for _ in range(rng.integers(1, 10)):
+            split = rng.choice(["train", "val", "test", ""], p=[0.6, 0.15, 0.15, 0.1])
+            rows.append((int(rng.choice(labels)), f"p{p}", split))
+    return table(rows)
+
+
+def members(data):
+    return {split: set(data.rows(split).tolist()) for split in splits.SPLITS}
+
+
+def test_complete_and_disjoint_folds():
+    data = random_table()
+    used = np.flatnonzero(data.columns["split"] != "")
+    rng = np.random.default_rng(1)
+    near = rng.choice(len(data.columns["label"]), (12, 2), replace=False)
+    copies = rng.choice(used, (3, 2), replace=False)
+    pixels = data.columns["pixels"].copy()
+    pixels[copies[:, 1]] = pixels[copies[:, 0]]
+    data = replace(data, columns=data.columns | {"pixels": pixels}, near=near)
+    results = [folds.apply(data, config("data.folds=5", f"data.fold={fold}")) for fold in range(5)]
+    for result in results:
+        inside = members(result)
+        where = {row: split for split, rows in inside.items() for row in rows}
+        assert sorted(where) == used.tolist() and sum(map(len, inside.values())) == len(used)
+        groups = {(data.columns["group"][row], where[row]) for row in used.tolist()}
+        assert len(groups) == len({group for group, _ in groups}), "no patient is in two splits"
+        assert all(where[i] == where[j] for i, j in [*near.tolist(), *copies.tolist()] if i in where and j in where)
+        assert all(set(data.columns["label"][list(rows)].tolist()) == {0, 1, 2} for rows in inside.values())
+        assert result.fingerprint == data.fingerprint
+    inside = [members(result) for result in results]
+    assert sorted(row for splits in inside for row in splits["test"]) == used.tolist()
+    assert all(inside[i]["val"] == inside[(i + 1) % 5]["test"] for i in range(5))
+    sizes = [len(splits["test"]) for splits in inside]
+    assert max(sizes) - min(sizes) <= 9, "the largest group"
+
+
+def test_folds_independent_of_seed_and_order():
+    data = random_table()
+    before = data.columns["split"].copy()
+    options = config("data.folds=4", "data.fold=1")
+    first = folds.apply(data, options)
+    other_seed = folds.apply(data, replace(options, train=replace(options.train, seed=9)))
+    assert members(first) == members(other_seed)
+    order = np.random.default_rng(3).permutation(len(before))
+    shuffled = folds.apply(replace(data, columns={k: v[order] for k, v in data.columns.items()}), options)
+    np.testing.assert_array_equal(shuffled.columns["split"], first.columns["split"][order])
+    np.testing.assert_array_equal(data.columns["split"], before)  # the data set itself keeps its splits
+    assert folds.apply(data, config()) is data
+
+
+def test_nested_fractions():
+    data = random_table(patients=200)
+    full, groups, labels = members(data), data.columns["group"], data.columns["label"]
+    fractions = (0.001, 0.1, 0.2, 0.5, 1.0)
+    parts = [members(folds.apply(data, config(f"train.fraction={f}"))) for f in fractions]
+    assert parts[-1] == full
+    assert all(a["train"] < b["train"] for a, b in itertools.pairwise(parts))
+    patients = len(set(groups[list(full["train"])]))
+    for fraction, part in zip(fractions, parts, strict=True):
+        assert part["val"] == full["val"] and part["test"] == full["test"]
+        names = set(groups[list(part["train"])].tolist())
+        assert {row for row in full["train"] if groups[row] in names} == part["train"], "complete patients"
+        assert set(labels[list(part["train"])].tolist()) == {0, 1, 2}
+        assert len(names) / patients == pytest.approx(fraction, abs=0.02)
+    shares = [np.bincount(labels[list(rows)]) / len(rows) for rows in (full["train"], parts[3]["train"])]
+    assert np.abs(shares[0] - shares[1]).max() < 0.08
+
+
+def test_rare_class_in_every_fraction():
+    rows = [(0, f"p{i}", "train") for i in range(40) for _ in range(3)]
+    data = table([*rows, (1, "p7", "train"), (1, "p8", "test"), (1, "p20", "train")])
+    parts = [members(folds.apply(data, config(f"train.fraction={f}")))["train"] for f in (0.01, 0.3, 0.9)]
+    assert all({120, 122} & rows for rows in parts) and parts[0] < parts[1] < parts[2]
+
+
+def test_fraction_of_folds_and_of_a_study():
+    data = random_table()
+    both = members(folds.apply(data, config("data.folds=3", "train.fraction=0.5")))
+    part = members(folds.apply(data, config("data.folds=3")))
+    assert both["train"] < part["train"] and both["test"] == part["test"] and both["val"] == part["val"]
+    cells = [(0, "p0", "train*3"), (0, "p1", "train+test"), (1, "p2", "train*2"), (1, "p3", "val+train*2")] * 5
+    study = table([(label, f"{group}{i // 4}", cell) for i, (label, group, cell) in enumerate(cells)], "study")
+    fewer = folds.apply(study, config("train.fraction=0.5"))
+    for split in ("val", "test"):
+        assert fewer.rows(split).tolist() == study.rows(split).tolist()
+    rows, times = np.unique(fewer.rows("train"), return_counts=True)
+    assert len(rows) == 10 and set(np.bincount(study.columns["label"][rows])) == {5}
+    assert times.tolist() == [(3, 1, 2, 2)[row % 4] for row in rows], "repeats stay"
+
+
+def test_too_few_patients():
+    data = table([(0, f"p{i}", "train") for i in range(20)] + [(1, f"q{i}", "test") for i in range(5)])
+    folds.apply(data, config("data.folds=5"))
+    for count, near, protocol, word in (
+        (6, data.near, "clean", "b has 5 patients"),
+        (5, np.array([(20, 24)]), "clean", "b has 4 patients"),
+        (3, data.near, "study", "study"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            folds.apply(replace(data, protocol=protocol, near=near), config(f"data.folds={count}"))
+
+
+def test_every_class_in_every_part():
+    for sizes, others in (((60, 30, 1, 1, 1, 1), 20), ((100, 80, 60, 1, 1, 1), 1)):  # dealing by size would fail
+        rows = [(0, f"p{i}", "train") for i in range(7) for _ in range(others)]
+        data = table(rows + [(1, f"q{i}", "train") for i, size in enumerate(sizes) for _ in range(size)])
+        part = folds.deal(data, 6)
+        assert all(set(data.columns["label"][part == i].tolist()) == {0, 1} for i in range(6))
+        assert len(set(zip(data.columns["group"], part, strict=True))) == len(set(data.columns["group"]))
+    rows = [(0, f"n{i}", "train") for i in range(9)] + [(1, "p", "val"), (1, "q", "val"), (1, "pq", "test")]
+    data = table([*rows, (2, "pq", "test"), (2, "r", "train"), (2, "s", "train")])
+    part = folds.deal(data, 3)
+    assert all(set(data.columns["label"][part == i].tolist()) == {0, 1, 2} for i in range(3))
+    # Each class has three of the four patients; no assignment gives every part a patient of every class.
+    data = table([(label, f"p{patient}", "train") for label in range(4) for patient in range(4) if patient != label])
+    with pytest.raises(ValueError, match="several classes"):
+        folds.deal(data, 3)
 
 
 def patients(seed=0, count=300):
