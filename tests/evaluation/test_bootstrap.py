@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from random_predictions import make_predictions, random_predictions
-from scikit_metrics import by_scikit_learn
+from random_predictions import by_scikit_learn, make_predictions, random_predictions
 from scipy import stats
 
 from lungjax.evaluation import bootstrap, metrics
@@ -160,12 +159,6 @@ def test_runs_of_different_test_sets():
         for call in (lambda c: bootstrap.paired_difference(p, c), lambda c: bootstrap.over_runs([p, c], ["accuracy"])):
             with pytest.raises(ValueError, match=words):
                 call(changed)
-
-
-def test_invalid_probabilities():
-    p = random_predictions()
-    with pytest.raises(ValueError, match="NaN"):
-        bootstrap.intervals(dataclasses.replace(p, probabilities=p.probabilities * np.nan))
 
 
 def test_binomial_interval_of_many():

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_predictions import make_predictions, random_predictions
-from scikit_metrics import by_scikit_learn
+from random_predictions import by_scikit_learn, make_predictions, random_predictions
 from sklearn import metrics as sk
 
 from lungjax.evaluation import calibration, metrics
