@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernels import draw
 from random_weights import random_images, random_variables
 
 from lungjax import models
@@ -71,7 +70,7 @@ def test_global_response_norm_of_a_zero_channel():
 
 
 def test_drop_path_per_example():
-    x = draw(0, 4000, 2, 2, 1) + 10
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 2, 2, 1)), jnp.float32) + 10
     module = DropPath(0.2)
     y = module.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     ratio = np.asarray(y / x).reshape(4000, -1)

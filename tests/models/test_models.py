@@ -13,9 +13,10 @@ from random_weights import random_images, random_variables
 from shallow import SHALLOW
 
 from lungjax import models
-from lungjax.config import HeadConfig, ModelConfig, OptimConfig
+from lungjax.config import Config, EvalConfig, HeadConfig, InputSpec, ModelConfig, OptimConfig
 from lungjax.models.convnext import ConvNeXt
 from lungjax.models.efficientnet import EfficientNet, Stage, expand
+from lungjax.models.inputs import CPU_BATCH, prediction_batch_size
 from lungjax.models.layers import BatchNorm, Conv
 from lungjax.models.ops import conv
 from lungjax.models.trees import flatten
@@ -262,3 +263,21 @@ def test_initial_values_of_the_authors():
         assert np.std(efficient[f"{path}/kernel"]) == pytest.approx(np.sqrt(2 / fan_out), rel=0.05), path
     assert np.std(convnext["stage1_block1/dense1/kernel"]) == pytest.approx(0.02, rel=0.1)
     np.testing.assert_array_equal(convnext["stage1_block1/layer_scale"], np.full(16, 1e-6, np.float32))
+
+
+def test_batch_size_by_pixels_platform_and_devices():
+    for platform, devices, size, expected in (
+        ("cpu", 1, (224, 224), CPU_BATCH),
+        ("cpu", 4, (600, 600), 4 * CPU_BATCH),
+        ("gpu", 1, (224, 224), 64),
+        ("tpu", 8, (224, 224), 8 * 64),
+        ("gpu", 1, (32, 32), 256),
+        ("gpu", 2, (448, 224), 2 * 32),
+        ("gpu", 1, (256, 256), 48),  # 49 fit: a multiple of eight
+        ("gpu", 3, (800, 800), 3 * 5),
+        ("gpu", 3, (4000, 4000), 3),
+    ):
+        config = Config(input=InputSpec(size=size))
+        assert prediction_batch_size(config, devices, platform) == expected, (platform, devices, size)
+        fixed = Config(input=InputSpec(size=size), eval=EvalConfig(batch_size=12))
+        assert prediction_batch_size(fixed, devices, platform) == 12

@@ -1,14 +1,47 @@
-"""The CPU forms of convolutions and their gradients against XLA and flax.linen, and the form for each platform."""
+"""The CPU forms of convolutions, pooling and batch norm, and their gradients, against XLA and flax.linen."""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from kernels import close, draw, lowered, with_gradients
 
 from lungjax.models import layers
 from lungjax.models.ops import batch_norm, conv, pooling
+
+
+def draw(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def with_gradients(function, *args):
+    """Returns the output and the gradients of all arguments, for one fixed cotangent, in float64."""
+
+    def run(*args):
+        y, pull = jax.vjp(function, *args)
+        return (y, *pull(draw(9, *y.shape, dtype=y.dtype)))
+
+    return [np.asarray(r, np.float64) for r in jax.jit(run)(*args)]
+
+
+def close(results, references, tolerance):
+    for a, b in zip(results, references, strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
+
+
+def lowered(function, platform, *args):
+    """Returns the StableHLO of a function and its gradients for a platform."""
+
+    def run(*args):
+        y, pull = jax.vjp(function, *args)
+        return y, pull(y)
+
+    return jax.jit(run).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
 
 # height, width, kernel, strides, padding
 WINDOWS = [
@@ -144,14 +177,6 @@ def test_conv_layer_against_linen():
         assert jax.eval_shape(half.apply, shapes, x).dtype == jnp.bfloat16
 
 
-def test_conv_layer_errors():
-    x = draw(0, 1, 8, 8, 6)
-    with pytest.raises(ValueError, match="groups=2"):
-        layers.Conv(7, 3, groups=2).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="'REFLECT'"):
-        layers.Conv(7, 3, padding="REFLECT").init(jax.random.key(0), x)
-
-
 def test_standardized_kernel():
     kernel = np.random.default_rng(0).normal(2.0, 3.0, (3, 3, 4, 6)).astype(np.float32)
     cells = np.eye(36, dtype=np.float32).reshape(36, 3, 3, 4)  # one input cell at a time gives the kernel back
@@ -159,3 +184,119 @@ def test_standardized_kernel():
     used = np.reshape(jax.jit(module.apply)({"params": {"kernel": kernel}}, cells), (36, 6))
     np.testing.assert_allclose(used.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(used.var(0), 1, rtol=1e-5)
+
+
+# height, width, window, strides, padding
+POOLS = [
+    (9, 10, (3, 3), (1, 1), "SAME"),
+    (9, 10, (3, 3), (2, 2), "SAME"),
+    (10, 9, (5, 5), (2, 2), "SAME"),
+    (13, 11, (7, 7), (1, 1), "VALID"),
+    (9, 7, (2, 3), (3, 2), ((0, 1), (2, 1))),
+]
+
+
+def test_max_pool_against_linen():
+    for height, width, *window in POOLS:
+        x = draw(0, 2, height, width, 5)
+        x = jnp.concatenate([x, jnp.maximum(jnp.round(x), 0)], -1)  # ties: many windows have several equal maxima
+        close(*(with_gradients(lambda x, f=f, w=window: f(x, *w), x) for f in (layers.max_pool, nn.max_pool)), 1e-6)
+
+
+def test_max_pool_of_negative_bfloat16():
+    x = draw(0, 2, 9, 9, 3, dtype="bfloat16") - 10
+    y, pull = jax.vjp(lambda x: layers.max_pool(x, 3, 2, "SAME"), x)
+    np.testing.assert_array_equal(y, nn.max_pool(x, (3, 3), (2, 2), "SAME"))
+    assert pull(y)[0].dtype == jnp.bfloat16
+
+
+def test_avg_pool_against_linen():
+    for shape in ((2, 8, 6, 5), (3, 9, 7, 4)):
+        x = draw(0, *shape)
+        plain = with_gradients(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), x)
+        close(with_gradients(pooling.avg_pool_2x2, x), plain, 1e-6)
+
+
+def test_max_pool_gradient_of_a_recomputed_input():
+    """Under jit, the norm before the pool is recomputed for the gradient, with different rounding."""
+
+    class Stem(nn.Module):
+        pool: Callable
+
+        @nn.compact
+        def __call__(self, x):
+            x = layers.Conv(16, 7, 2, "SYMMETRIC", name="conv")(x)
+            x = nn.relu(layers.BatchNorm(momentum=0.9, epsilon=1e-5, name="bn")(x, train=True))
+            x = self.pool(x)
+            return x + layers.Conv(16, 3, padding="SYMMETRIC", name="after")(x)
+
+    images = np.random.default_rng(0).normal(size=(4, 97, 85, 3)).astype(np.float32)
+    ours = Stem(lambda x: layers.max_pool(x, 3, 2, "SYMMETRIC"))
+    plain = Stem(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+    variables = jax.jit(plain.init)(jax.random.key(0), images)
+    weight = np.random.default_rng(1).normal(size=(4, 25, 22, 16)).astype(np.float32)
+
+    def gradients(module):
+        def loss(params, x):
+            return (module.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0] * weight).sum()
+
+        return jax.jit(jax.grad(loss))(variables["params"], images)
+
+    result, expected = gradients(ours), gradients(plain)
+    for layer in ("conv", "bn"):
+        for leaf, value in expected[layer].items():
+            assert np.abs(result[layer][leaf] - value).max() <= 1e-3 * np.abs(value).max(), (layer, leaf)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["silu", "relu6", ""])
+def test_batch_norm_and_activation_against_linen(name, dtype):
+    """Compares initial values, outputs, running statistics and gradients; 7, 9 and 11 rows are split differently."""
+    activation = getattr(nn, name) if name else None
+    with jax.enable_x64(dtype == "float64"):
+        fields = {"momentum": 0.75, "epsilon": 1e-2, "dtype": dtype}
+        layer, linen = layers.BatchNorm(**fields), nn.BatchNorm(use_running_average=False, **fields)
+        shape = (3, {"float32": 7, "float64": 9, "bfloat16": 11}[dtype], 5, 6)
+        x = draw(0, *shape, dtype=dtype) * 2 + 1
+        variables = layer.init(jax.random.key(0), x, train=False)
+        jax.tree.map(np.testing.assert_array_equal, variables, linen.init(jax.random.key(0), x))
+        variables["batch_stats"] = {"mean": draw(3, 6), "var": draw(4, 6) ** 2}
+        params = {"scale": draw(1, 6, dtype=dtype) + 1, "bias": draw(2, 6, dtype=dtype)}
+        params = jax.tree.map(lambda p: p.astype("float32"), params)
+
+        def run(module, x, params, **options):
+            y, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"], **options)
+            stats = jax.lax.stop_gradient(updates["batch_stats"])
+            return y, stats["mean"], stats["var"]
+
+        def reference(x, params):
+            y, mean, var = run(linen, x, params)
+            return (y if activation is None else activation(y)), mean, var
+
+        def fused(x, params):
+            return run(layer, x, params, train=True, activation=activation)
+
+        def all_of(function, x, params):
+            (y, *stats), pull = jax.vjp(function, x, params)
+            dx, dparams = pull((draw(9, *y.shape, dtype=y.dtype), jnp.ones(6), jnp.ones(6)))
+            return y, *stats, dx, dparams["scale"], dparams["bias"]
+
+        got, expected = (jax.jit(partial(all_of, f))(x, params) for f in (fused, reference))
+        got += run(layer, x, params, train=False, activation=activation)
+        y, *stats = run(linen.clone(use_running_average=True), x, params)
+        expected += (y if activation is None else activation(y), *stats)
+        got, expected = ([np.asarray(a, "float64") for a in results] for results in (got, expected))
+        if dtype == "bfloat16":  # two roundings may be on different sides of the activation's kink: compare norms
+            for a, b in zip(got, expected, strict=True):
+                assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
+        else:
+            close(got, expected, {"float32": 5e-6, "float64": 2e-7}[dtype])
+
+
+def test_float32_statistics_of_bfloat16_maps():
+    x = (draw(0, 8, 16, 16, 3) * 0.1 + 30).astype("bfloat16")
+    module = layers.BatchNorm(momentum=0.0, epsilon=1e-3, dtype=jnp.bfloat16)
+    variables = module.init(jax.random.key(0), x, train=False)
+    y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], np.mean(x.astype("float32"), (0, 1, 2)), rtol=1e-5)
