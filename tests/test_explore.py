@@ -1,7 +1,6 @@
 """The page of a data set shows the correct numbers, and its figures are not empty."""
 
 import re
-from dataclasses import replace
 from html import unescape
 
 import commands
@@ -16,8 +15,7 @@ from lungjax import datasets, explore
 from lungjax.data import statistics
 from lungjax.data.imaging import study_masks
 from lungjax.datasets.phantom import slices as phantom
-from lungjax.report import contact_sheet, dataset_page, style
-from lungjax.report.contact_sheet import Section, Tile
+from lungjax.report import dataset_page, style
 
 SECTIONS = [
     "Caveats", "Classes and patients", "Sources", "Image sizes", "Gray levels", "Samples", "Stages and masks",
@@ -146,19 +144,3 @@ def test_shortcut_baseline():
     alone = np.array([6, 8, 10])  # a key that train lacks is at chance
     assert statistics.guess(keys, labels, train, alone, 2) == pytest.approx(((1 + 0.5) / 2 + 1) / 2)
     assert statistics.guess(keys, labels, train, np.array([6]), 2) is None
-
-
-def test_tiles(tmp_path):
-    """Long names stay within their tile, and contours are visible up to the edge of the image."""
-    image, mask = np.full((40, 50), 90, np.uint8), np.zeros((40, 50), bool)
-    mask[10:30] = True
-    short = Tile(image, ("short",), "head", {"body": mask})
-    long = replace(short, lines=("WWWW_$100_a very long name of a file " * 3, "x" * 90), head="M" * 60)
-    figures = []
-    for tile in (short, long):
-        contact_sheet.draw([Section([tile] * 2)], tmp_path / "tiles.png", 2)
-        figures.append(np.asarray(Image.open(tmp_path / "tiles.png").convert("RGB")).astype(int))
-    assert abs(figures[0].shape[1] - figures[1].shape[1]) <= 2
-    orange = [int(contact_sheet.CONTOURS[0][0][i : i + 2], 16) for i in (1, 3, 5)]
-    contour = np.abs(figures[0] - orange).sum(axis=-1) < 30
-    assert all(half.sum() > 300 for half in np.array_split(contour, 2, axis=1))

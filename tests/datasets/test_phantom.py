@@ -68,26 +68,6 @@ def test_effect_of_finding_on_lesion_only(drawn):
             assert change[ill.lesion].mean() > 60, patient.seed
 
 
-def test_patterns_of_the_findings(drawn):
-    """Pneumonia is dense and one-sided; COVID-19 is faint, bilateral, peripheral and posterior."""
-    means = {}
-    for finding in phantom.CLASSES[1:]:
-        rows = []
-        for patient, image in drawn[finding]:
-            middle = round((image.lung.shape[1] - 1) / 2 + patient.shift[0] / patient.pixel)
-            areas = image.lesion[:, :middle].sum(), image.lesion[:, middle:].sum()
-            depth = ndimage.distance_transform_edt(image.lung) * patient.pixel
-            posterior = np.argwhere(image.lesion)[:, 0].mean() > np.argwhere(image.lung)[:, 0].mean()
-            hu = np.median(image.hu[image.lesion])
-            rows.append((max(areas) / sum(areas), min(areas) > 0, posterior, np.median(depth[image.lesion]), hu))
-        means[finding] = dict(zip(("share", "both", "posterior", "depth", "hu"), np.mean(rows, axis=0), strict=True))
-    pneumonia, covid = means["Pneumonia"], means["COVID-19"]
-    assert pneumonia["share"] > 0.85 > 0.75 > covid["share"]
-    assert pneumonia["both"] < 0.5 < 0.95 < covid["both"]
-    assert covid["posterior"] > 0.75 and covid["depth"] < 13
-    assert pneumonia["hu"] > covid["hu"] + 150 and -750 < covid["hu"] < -500
-
-
 def test_gray_and_unknown_finding():
     hu = np.array([[-2000, -1350, -600, 150, 3000]], np.float32)
     np.testing.assert_array_equal(phantom.gray(hu, (-1350, 150)), [[0, 0, 128, 255, 255]])

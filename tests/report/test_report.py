@@ -1,6 +1,5 @@
 """Numbers, warnings and figures of report.json and report.md."""
 
-import itertools
 import json
 import re
 import shutil
@@ -19,10 +18,6 @@ from lungjax.report import context, plots, style, write
 from lungjax.report.templating import Number
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")
-LONG = (
-    *("Normal", "Community acquired pneumonia (bacterial)" * 4, "COVID-19", "a $x^$ | _b_", "Tuberculosis"),
-    *("Viral pneumonia, other than COVID-19", "Emphysema", "Fibrosis", "Edema", "Lung cancer, adenocarcinoma"),
-)
 CONFIG = Config(
     name="small",
     train=TrainConfig(monitor="slice.auc_macro"),
@@ -248,15 +243,6 @@ def test_choice_of_examples():
     for label in range(3):
         missed = np.flatnonzero((p.labels == label) & (p.predicted != label))
         assert wrong[label] == missed[confidence[missed].argmax()]
-    # All patients come once before one repeats.
-    one = replace(p, groups=np.where(p.labels == 0, "same", p.groups), labels=np.zeros(300, int))
-    groups = one.groups[plots.choose_examples(one, 100)[1]].tolist()
-    repeated = next(i for i, g in enumerate(groups) if g in groups[:i])
-    assert set(groups[:repeated]) == set(groups)
-    # Correct predictions are spread over the rows.
-    right, wrong = plots.choose_examples(replace(p, probabilities=np.eye(3, dtype=np.float32)[p.labels]), 12)
-    rows = sorted(row for row in right if p.labels[row] == 0)
-    assert wrong == [] and len(rows) == 4 and rows[0] < 75 and rows[-1] > 200 and max(np.diff(rows)) < 150
 
 
 @pytest.fixture
@@ -265,45 +251,6 @@ def figures(monkeypatch):
     figures = []
     monkeypatch.setattr(style, "save", lambda figure, path: figures.append(figure))
     return figures
-
-
-def texts_of(figure):
-    """Returns the texts of a figure, except rotated ones and tick labels, with their boxes in pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
-
-    FigureCanvasAgg(figure).draw()
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-    texts = [t for t in texts if t.get_rotation() in (0, 90) and not re.fullmatch("[\u2212\\d.]+", t.get_text())]
-    return [(t.get_text(), t.get_window_extent()) for t in texts]
-
-
-def check_overlaps(figure):
-    assert figure.get_figwidth() < 20
-    texts = texts_of(figure)
-    assert len(texts) > 5
-    for (a, box_a), (b, box_b) in itertools.combinations(texts, 2):
-        width = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
-        height = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
-        assert width < 2 or height < 2, f"{a!r} on {b!r}"
-
-
-def test_long_names_without_overlap(figures, tmp_path):
-    p = make(n=400, classes=LONG)
-    matrix = metrics.summarize(p)["confusion"]
-    plots.confusion((np.asarray(matrix) * 1000).tolist(), p.classes, tmp_path / "c.png", "Confusion, test")
-    plots.curves("roc", p, tmp_path / "roc.png")
-    bins = calibration.bins(p)
-    plots.reliability({"uncalibrated": bins, "calibrated": bins}, tmp_path / "r.png")
-    plots.decision_curves(p, tmp_path / "d.png")
-    p = replace(p, ids=np.array([f"{'long-' * 12}{i}" for i in range(400)]))
-    plots.example_sheet(p, image, 2, tmp_path / "e.png")
-    rows = plots.choose_examples(p, 2)[1]
-    plots.mistakes(p, rows, np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 8, 8)), tmp_path / "m.png")
-    assert sum("no evidence" in text for text, _ in texts_of(figures[-1])) == 2
-    for figure in figures:
-        check_overlaps(figure)
-    assert max(box.x1 for _, box in texts_of(figures[1])) < 10 * figures[1].dpi, "wide legend"
 
 
 def test_curves(figures, tmp_path):
@@ -322,7 +269,7 @@ def test_curves(figures, tmp_path):
 
 
 def test_reliability_and_decision_curves(figures, tmp_path):
-    p = make(n=200, classes=LONG[:5])
+    p = make(n=200, classes=tuple("abcde"))
     bins, scaled = calibration.bins(p), calibration.bins(calibration.apply_temperature(p, 2.0))
     plots.reliability({"uncalibrated": bins, "calibrated": scaled}, tmp_path / "r.png")
     plots.decision_curves(p, tmp_path / "d.png")
