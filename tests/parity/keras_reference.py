@@ -18,8 +18,6 @@ from tests.parity.cases import Case
 from tests.parity.references import MEANS, VARIANCES, Reference
 from tests.parity.released import released
 
-STUDY_NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
-
 
 class KerasReference(Reference):
     def __init__(self, case: Case, side: int, double: bool = False) -> None:
@@ -106,8 +104,7 @@ class KerasReference(Reference):
 
     def write(self, path: Path) -> None:
         if self.case.layout == "ours":
-            split = [(*name.replace(".", "/").rsplit("/", 1), array) for name, array in self.tensors()]
-            np.savez(path, **{f"{layer}/{STUDY_NAMES.get(leaf, leaf)}": array for layer, leaf, array in split})
+            np.savez(path, **studies.arrays(self.model))
             return
         with h5py.File(path, "w") as file:
             layers = []

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+
+NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}  # of Keras, and ours
 CBR = {  # kernel, widths, max pool after the last block
     "cbr_larget": (7, (32, 64, 128, 256, 512), False),
     "cbr_largew": (7, (64, 128, 256, 512), True),
@@ -36,3 +39,10 @@ def build(name: str, side: int, channels: int = 3, outputs: int = 1000) -> Any:
                 stack.append(layers.MaxPooling2D(3, 2))
         stack.append(layers.GlobalAveragePooling2D())
     return Sequential([*stack, layers.Dense(outputs, name="head.dense")])
+
+
+def arrays(model: Any) -> dict[str, np.ndarray]:
+    """Returns copies of the arrays of such a model by our paths: head.dense/kernel becomes head/dense/kernel."""
+    paths = [variable.path.split("/")[-2:] for variable in model.weights]
+    names = [f"{layer.replace('.', '/')}/{NAMES.get(leaf, leaf)}" for layer, leaf in paths]
+    return {name: np.array(variable.value) for name, variable in zip(names, model.weights, strict=True)}
