@@ -7,7 +7,6 @@ DIR contains folders `ct` and `xray` with a labels.csv (path, label, split, grou
 groups of the train split, the same fraction of those of val, and the complete test split.
 """
 
-import argparse
 import csv
 import os
 import random
@@ -15,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.benchmarks import harness
 
 CBR = "--set=auto= --set=model.momentum=None --set=train.epochs=8 --set=optim.name=adam --set=optim.weight_decay=0"
 SETTINGS = {
@@ -48,10 +49,7 @@ def write_subset(source: Path, target: Path, count: int) -> None:
 
 def main() -> None:
     """Prepares the subsets and trains the runs that are not finished."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/small_sets"))
-    arguments = parser.parse_args()
+    arguments = harness.parse(__doc__, ["source"], source=Path, work=Path("runs/small_sets"))
     work = arguments.work
     for name, count in SUBSETS:
         subset = f"{name}{count or ''}"
