@@ -4,6 +4,7 @@
 names and shapes of its tensors. The other tensors are drawn again here, each from its name, and converted by the rules.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -35,38 +36,30 @@ def golden(path: Path):
     return facts, tensors, images, stored["logits"]
 
 
-def check(path: Path, jit):
+@pytest.mark.parametrize("plain", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["plain", "cpu"])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
+def test_logits_against_the_reference(path, plain):
     facts, tensors, images, expected = golden(path)
     module = models.build(ModelConfig(name=facts["model"], **facts["network"]), 1000)
     shapes = models.leaf_shapes(module, images.shape[1:])
     leaves = convert(tensors, layouts(facts["model"])[facts["layout"]], shapes)
     stats = {k: v for k, v in leaves.items() if k.endswith(("/mean", "/var"))}
     params = {k: v for k, v in leaves.items() if k not in stats}
-    apply = jit(lambda v, x: module.apply(v, x, train=False)[0])
+    options = None if plain else conv.compiler_options()
+    apply = jax.jit(lambda v, x: module.apply(v, x, train=False)[0], compiler_options=options)
 
-    def error(params, stats):
+    def error(params):
         variables = {"params": trees.unflatten(params), "batch_stats": trees.unflatten(stats)}
-        return np.abs(np.asarray(apply(variables, images)) - expected).max() / np.ptp(expected, axis=1).min()
+        with conv.plain_forms() if plain else contextlib.nullcontext():
+            return np.abs(np.asarray(apply(variables, images)) - expected).max() / np.ptp(expected, axis=1).min()
 
-    assert error(params, stats) <= 2e-5
+    assert error(params) <= 2e-5
     # Control: scale and offset of a norm exchanged, or a bias reversed if the network has no norm.
     scales = [k for k in sorted(params) if k.endswith("/scale") and not k.startswith("head/")]
-    path = (scales or [k for k in sorted(params) if k.endswith("/bias")])[0]
-    other = path.replace("/scale", "/bias")
-    wrong = {path: params[other], other: params[path]} if scales else {path: params[path][::-1]}
-    assert error({**params, **wrong}, stats) > 1e-3
-
-
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
-def test_logits_against_the_reference(path):
-    with conv.plain_forms():
-        check(path, jax.jit)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
-def test_logits_of_the_cpu_forms_against_the_reference(path):
-    check(path, lambda function: jax.jit(function, compiler_options=conv.compiler_options()))
+    one = (scales or [k for k in sorted(params) if k.endswith("/bias")])[0]
+    other = one.replace("/scale", "/bias")
+    wrong = {one: params[other], other: params[one]} if scales else {one: params[one][::-1]}
+    assert error(params | wrong) > 1e-3
 
 
 def test_families_of_the_goldens():

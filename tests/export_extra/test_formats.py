@@ -1,4 +1,4 @@
-"""ONNX files and Triton's folder, with onnxruntime: python -m pytest tests/export_extra/test_onnx.py (`export` extra)
+"""ONNX files, Triton's folder and SavedModels: python -m pytest tests/export_extra (`export` extra, tensorflow-cpu)
 
 One network from every family is converted, with random weights and running statistics. Triton itself is not run: its
 configuration is parsed and compared with the model.
@@ -20,10 +20,10 @@ from random_weights import random_variables
 
 import lungjax
 from lungjax import models
-from lungjax.config import InputSpec, ModelConfig
+from lungjax.config import InputSpec, ModelConfig, metadata
 from lungjax.config.metadata import Metadata
 from lungjax.export import onnx as onnx_export
-from lungjax.export import triton
+from lungjax.export import savedmodel, triton
 from lungjax.export.functions import Functions
 from lungjax.inference import artifacts
 
@@ -125,3 +125,21 @@ def test_triton_configuration_against_model(small, tmp_path):
     assert (folder / "labels.txt").read_text().splitlines() == list(functions.metadata.classes)
     batch = np.repeat(functions.sample(1), size, axis=0)
     assert artifacts.read_onnx(folder / "1/model.onnx").outputs(batch)["logits"].shape == (size, 3)
+
+
+@pytest.mark.parametrize("name", ["cbr_tiny", "xray_cnn", "mobilenetv3_small"])
+def test_savedmodel_against_network(name, tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="SavedModel needs TensorFlow: pip install tensorflow-cpu")
+    functions = make(name)
+    path, check = savedmodel.write(functions, tmp_path)
+    assert check.difference <= 1e-5
+    loaded = tf.saved_model.load(str(path))
+    for batch in (1, 3, 8):
+        pixels = functions.sample(batch)
+        expected = functions.reference(pixels)
+        for outputs in (loaded.signatures["serving_default"](pixels=tf.constant(pixels)), loaded.predict(pixels)):
+            for key in ("logits", "features"):
+                assert np.abs(outputs[key].numpy() - expected[key]).max() <= 1e-5 * np.ptp(expected[key])
+            np.testing.assert_allclose(outputs["probabilities"].numpy(), expected["probabilities"], atol=1e-5)
+    assert metadata.read(path / "assets.extra/model.json") == functions.metadata
+    assert str(Path(models.__file__).parent.parent).encode() not in (path / "saved_model.pb").read_bytes()
