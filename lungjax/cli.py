@@ -13,9 +13,10 @@ from absl import app, flags, logging
 
 from lungjax.runtime import signals
 from lungjax.runtime.advice import in_user_form
+from lungjax.runtime.files import DISK_FULL
 
 USER_ERRORS = (
-    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
+    *DISK_FULL, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR,
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def run(
 
     program = sys.modules["__main__"]
     program.__doc__ = program.__doc__ and in_user_form(program.__doc__)  # printed by --help
+    signals.repeat_ignored_interrupts()
     define_flags()
     flags.DEFINE_bool("traceback", False, "Show the traceback of an error.", module_name=main.__module__)
     try:

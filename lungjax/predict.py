@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     model = replace(model, metadata=replace(model.metadata, **cli.windows()))
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as file:
+    with files.name_disk_errors(out), (out / "lock").open("a") as file:
         files.lock(file, f"{out}: another process is writing predictions here; wait, or choose another --out")
         check_out(out)  # again, since another process may have finished before the lock
         for name in FILES:

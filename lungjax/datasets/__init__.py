@@ -6,7 +6,6 @@ Each data set has a module with `ABOUT` and `listing(source, config, options)`, 
 import contextlib
 import difflib
 import importlib
-import json
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import STAGES, nearest
-from lungjax.data import prepared
+from lungjax.data import prepared, summary
 from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
@@ -136,10 +135,9 @@ def about(base: str) -> About:
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
     """Returns the `summary` of a prepared data set (None if missing) and its `about` (None for a user's folder)."""
-    file = prepared.directory(Path(data_dir), data.name) / "summary.json"
-    base = resolve(data.name)[0].base
+    folder, base = prepared.directory(Path(data_dir), data.name), resolve(data.name)[0].base
     return {
-        "summary": json.loads(file.read_text("utf-8")) if file.exists() else None,
+        "summary": summary.read(folder) if (folder / summary.FILE).exists() else None,
         "about": None if base == "folder" else vars(about(base)),
     }
 

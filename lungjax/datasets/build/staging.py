@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lungjax.data import prepared
+from lungjax.runtime.files import name_disk_errors, sync_path
+
 SPARE_BYTES = 64 << 20  # disk space that must stay free
 
 
@@ -25,20 +28,34 @@ def locked(data_dir: Path, name: str) -> Iterator[Path]:
         try:
             shutil.rmtree(root, ignore_errors=True)  # of a killed run
             root.mkdir(parents=True)
-            yield root
+            with name_disk_errors(root):
+                yield root
         finally:
             shutil.rmtree(root, ignore_errors=True)
 
 
 def publish(written: Path, final: Path) -> None:
-    """Moves a complete data set to `final`; an existing one is removed last."""
+    """Syncs a complete data set to the disk and moves it to `final`; an existing one is removed last.
+
+    After a kill between the two renames, `prepared.directory` returns the old one, and `restore` renames it back.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(final.name + ".old")
+    for path in (*written.rglob("*"), written):
+        sync_path(path)
+    old = final.with_name(final.name + prepared.OLD)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     written.rename(final)
+    sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(directory: Path) -> Path:
+    """Returns the final place of a data set in `directory`, and moves it there if an overwrite was interrupted."""
+    if directory.suffix != prepared.OLD:
+        return directory
+    return directory.rename(directory.with_suffix(""))
 
 
 def check_disk(needed: int, data_dir: Path) -> str:

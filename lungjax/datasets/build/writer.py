@@ -24,7 +24,6 @@ import numpy as np
 
 from lungjax import __version__
 from lungjax.data import duplicates, leakage, prepared, summary
-from lungjax.data.prepared import Prepared
 from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, ProcessedImage, process_image
@@ -147,9 +146,9 @@ def prepare(
     Raises ValueError for a bad image, a box outside its image, too little disk space, or an existing data set.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
-    final = prepared.directory(data_dir, name)
     options = ImageOptions(stage, size, listing.body, window)
     with staging.locked(data_dir, name) as root:
+        final = staging.restore(prepared.directory(data_dir, name))
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
@@ -190,7 +189,6 @@ def prepare(
         info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
-        _check_order(data)
         notes = [note for note in (*listing.notes, *notes, twins.note, *removed) if note]
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
@@ -293,12 +291,3 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
-
-
-def _check_order(data: Prepared) -> None:
-    # Training assumes that record i is row i of the index; if TFDS shuffled, every label would be wrong.
-    files = data.columns["file"]
-    sample = {0, len(files) - 1, *np.random.default_rng(0).integers(0, len(files), 30).tolist()}
-    wrong = [i for i in sorted(sample) if data.records[i]["file"].decode() != files[i]]
-    if wrong:
-        raise RuntimeError(f"{data.name}: the records are not in the order of the index, first at row {wrong[0]}")
