@@ -18,6 +18,7 @@ from lungjax.config import EXPLANATIONS as METHODS
 from lungjax.config import nearest
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
+from lungjax.data.safe_text import printable
 from lungjax.inference.inputs import Item, gather
 from lungjax.runtime import environment
 
@@ -87,7 +88,7 @@ def main(_: list[str]) -> None:
     if FLAGS.split and reader:
         pictures[out / FLAGS.split] = figures.split_pictures(reader, FLAGS.split, FLAGS.count, bad)
     for folder, images in pictures.items():
-        if not figures.draw_images(explainer, images, run.classes, methods, target, folder):
+        if not figures.draw_images(explainer, images, run.classes, methods, target, folder, bad):
             reasons = "\n  ".join(bad or ["the folders contain no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     if FLAGS.quality:
@@ -97,7 +98,7 @@ def main(_: list[str]) -> None:
         print(f"{method}: {explainer.describe(method)}")
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
-        print(f"lungjax: skipped: {problem}", file=sys.stderr)
+        print(printable(f"lungjax: skipped: {problem}"), file=sys.stderr)
     if bad:
         sys.exit(1)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lungjax.data.imaging import images
+from lungjax.data.safe_text import cut
 from lungjax.explain import saliency
 from lungjax.explain.saliency import Explainer
 from lungjax.report import style
@@ -60,7 +61,7 @@ def file_name(name: str, used: set[str]) -> str:
     """Returns a file name, not yet in `used`, for an image, and adds it to `used`."""
     parts = [part for part in PurePath(name).parts if part not in ("/", "..")]
     stem = "_".join(parts).removesuffix(next((end for end in images.SUFFIXES if name.lower().endswith(end)), ""))
-    plain = "".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem) or "image"
+    plain = cut("".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem)) or "image"
     numbered = (f"{plain}_{number}" for number in itertools.count(2))
     unique = next(each for each in itertools.chain([plain], numbered) if each not in used)
     used.add(unique)
@@ -74,8 +75,11 @@ def draw_images(
     methods: Sequence[str],
     target: int | None,
     out: Path,
+    bad: list[str],
 ) -> int:
     """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
+
+    Adds the errors of figures that can't be written to `bad`.
 
     `pictures` yields the name and the network input, uint8 [H, W, C], of each image. `target` is the class to explain,
     or None for the predicted one.
@@ -89,7 +93,10 @@ def draw_images(
             maps, probabilities = explainer.maps(stack, target, method)
             for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
                 explained = int(p.argmax()) if target is None else target
-                draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
+                try:
+                    draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
+                except OSError as error:
+                    bad.append(str(error))
         count += len(chunk)
     return count
 
