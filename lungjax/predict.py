@@ -26,7 +26,7 @@ from absl import app, flags
 from lungjax import cli
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
-from lungjax.data.safe_text import csv_row, json_line, printable
+from lungjax.data.safe_text import csv_row, printable
 from lungjax.inference import records
 from lungjax.runtime import environment, files
 from lungjax.runtime.advice import in_user_form
@@ -253,10 +253,9 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
-        # File names that are not UTF-8 keep their bytes in the table and are escaped in JSON.
-        lines, table = (
-            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
-            for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
+        lines, table = (  # file names that are not UTF-8 keep their bytes in the table and are escaped in JSON
+            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors="surrogateescape"))
+            for path in partials[::-1]
         )
         complete = partials[1].read_bytes().rpartition(b"\n")[0] + b"\n"
         lines.truncate(len(complete) if len(complete) > 1 else 0)
@@ -272,7 +271,7 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
             write_row(record)
 
         def write(record: dict[str, Any]) -> None:
-            lines.write(json_line(record) + "\n")
+            lines.write(json.dumps(record, allow_nan=False) + "\n")  # ASCII, without control characters
             write_row(record)
 
         yield write, done

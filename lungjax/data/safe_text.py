@@ -3,7 +3,6 @@
 An exported model.pyz contains this module, so it imports only the standard library.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -23,12 +22,6 @@ def check_printable(text: str, where: str) -> None:
     """Raises ValueError for a name with control characters."""
     if CONTROL.search(text):
         raise ValueError(f"{where}: the name {printable(text)} contains control characters; rename it")
-
-
-def json_line(value: Any) -> str:
-    """Returns JSON in one line, in which control characters are escaped."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def csv_row(values: Iterable[Any]) -> list[Any]:

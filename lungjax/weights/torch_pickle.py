@@ -25,12 +25,12 @@ DTYPES = {
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-# Those of torch.save; others can create arbitrary objects (INST, OBJ, NEWOBJ, the extension registry).
+# Those of torch.save; others can create arbitrary objects (INST, OBJ, NEWOBJ, the extension registry) or plain dicts (DICT).
 INSTRUCTIONS = (
     "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
     "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
     "SHORT_BINSTRING STRING INT LONG BININT BININT1 BININT2 LONG1 BINFLOAT FLOAT NONE NEWTRUE NEWFALSE PUT BINPUT "
-    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET LIST DICT"
+    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET LIST"
 )
 OPCODES = frozenset(INSTRUCTIONS.split())
 
@@ -129,15 +129,6 @@ class _Unpickler(_PythonUnpickler):
 
     dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict
 
-    def load_dict(self) -> None:
-        """Pushes a dict of the items since the last mark."""
-        items, result = self.pop_mark(), _Dict()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            result[key] = value
-        self.append(result)
-
-    dispatch[pickle.DICT[0]] = load_dict
-
     def load_reduce(self) -> None:
         """Calls a function with few arguments, since a file could repeat a call with a long list of them."""
         if len(self.stack[-1]) > MAX_ITEMS:
@@ -168,13 +159,11 @@ class _Unpickler(_PythonUnpickler):
 def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     try:
         start = file.tell()
-        for number, (opcode, value, _) in enumerate(pickletools.genops(file), 1):
+        for number, (opcode, _, _) in enumerate(pickletools.genops(file), 1):
             if opcode.name not in OPCODES:
                 raise UnsafePickleError(f"its pickle has the instruction {opcode.name}; nothing was run")
             if number > MAX_INSTRUCTIONS:
                 raise UnsafePickleError(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions; nothing was run")
-            if opcode.name.endswith("PUT") and int(value or 0) > number:  # the unpickler would allocate that many
-                raise UnsafePickleError(f"its pickle stores value {number} at index {value}")
         file.seek(start)
         unpickler = _Unpickler(file)
         return unpickler.load(), unpickler.storages

@@ -138,7 +138,7 @@ def test_pickles_that_take_minutes(tmp_path, write):
     for extra, word in (
         (b"(" + b"N" * 1_000_000 + b"t", "1,000,000 instructions"),
         (b"}(" + b"".join(b"\x8a\x09" + (i * prime).to_bytes(9, "little") + b"N" for i in range(3)) + b"u", "key"),
-        (b"(" + row(number(1), number(2)) + b"Nd", "key"),
+        (b"}" + row(number(1), number(2)) + b"Ns", "key"), (b"(" + text("a") + b"Nd", "DICT"),
         (call(name("collections", "OrderedDict"), b"]"), "argument"),
         (call(name("torch", "Size"), *[b"N"] * 65), "arguments"),
         (tensor(shared, (1,) * 65, (1,) * 65), "shape"), (tensor(shared, (1 << 62, 4), (0, 0)), "storage"),
