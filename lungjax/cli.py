@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from lungjax.data.safe_text import printable
 from lungjax.runtime import signals
 from lungjax.runtime.advice import in_user_form
 from lungjax.runtime.files import DISK_FULL
@@ -64,7 +65,7 @@ def run(
     except (ValueError, OSError) as error:
         if flags.FLAGS.traceback or not _is_user_error(error):
             raise
-        print(in_user_form(f"lungjax: {error}"), file=sys.stderr)
+        print(printable(in_user_form(f"lungjax: {error}"), keep="\n"), file=sys.stderr)
         sys.exit(2)
 
 

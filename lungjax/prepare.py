@@ -16,6 +16,7 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.data import summary
+from lungjax.data.safe_text import printable
 from lungjax.datasets import overlap
 from lungjax.runtime.advice import in_user_form
 
@@ -54,7 +55,7 @@ def main(_: list[str]) -> None:
     hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
     options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
     if FLAGS.lookup:
-        print("\n".join(datasets.lookup(FLAGS.lookup, source, data_dir, options)))
+        print("\n".join(map(printable, datasets.lookup(FLAGS.lookup, source, data_dir, options))))
         return
     if source or not FLAGS.cross:
         result = datasets.write(

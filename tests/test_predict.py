@@ -404,6 +404,34 @@ def test_odd_paths(trained_run, by_brightness, tmp_path):
     assert lines(tmp_path / "out/predictions.jsonl")  # each line is JSON
 
 
+def test_special_files(trained_run, by_brightness, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "list.csv").write_text(f"path\n/dev/zero\n{trained_run.images / 'p000.png'}\n")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert by_brightness(tmp_path / "pipe.png", tmp_path / "list.csv", tmp_path / "pipe.csv") == 1
+    errors = {name: row["error"] for name, row in table(tmp_path / "out/predictions.csv").items()}
+    assert errors.pop("p000.png") == "" and set(errors) == {"pipe.png", "zero", "pipe.csv"}
+    assert all("device" in error for error in errors.values())
+
+
+def test_hostile_file_names(trained_run, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("=1+1.png", "a\x1b[2J\rb.png", f"{'n' * 246}.png")
+    for name in names:
+        (tmp_path / name).write_bytes((trained_run.images / "p000.png").read_bytes())
+    (tmp_path / "bad\x1b.png").touch()
+    (tmp_path / "out/explain/_1_1_gradcam.png").mkdir(parents=True)  # can't be replaced by a file
+    assert command(*names, "bad\x1b.png", explain=True) == 1
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and r"a\x1b[2J\rb.png" in output.out and r"bad\x1b" in output.err
+    rows = table(tmp_path / "out/predictions.csv")
+    assert set(rows) == {"'=1+1.png", r"a\x1b[2J\rb.png", names[2], r"bad\x1b.png"}
+    assert {record["file"] for record in lines(tmp_path / "out/predictions.jsonl")} == {*names, "bad\x1b.png"}
+    assert {name for name, row in rows.items() if "no saliency map" in row["warnings"]} == {"'=1+1.png"}
+    maps = {path.name for path in (tmp_path / "out/explain").iterdir()}
+    assert maps == {"_1_1_gradcam.png", "a__2J_b_gradcam.png", f"{'n' * 200}_gradcam.png"}
+
+
 def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):
     for i, (split, label) in enumerate(itertools.product(("train", "val", "test"), "ab")):
         path = tmp_path / "in" / split / label / f"{i}.png"

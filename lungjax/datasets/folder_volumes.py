@@ -8,6 +8,7 @@ from typing import Any
 
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
+from lungjax.data.safe_text import printable
 from lungjax.datasets import PrepareOptions
 
 # Suffixes of files that are only counted; other files that can't be read are listed by name.
@@ -61,6 +62,7 @@ def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
             others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
     documents = len(paths) - sum(map(len, others.values()))
     names = "; ".join(f"{len(p):,} with {suffix}, such as {os.path.basename(p[0])}" for suffix, p in others.items())
+    names = printable(names)
     return (
         [f"{documents:,} files that are not images were skipped"] if documents else [],
         [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],

@@ -19,6 +19,7 @@ from lungjax import config as configs
 from lungjax import models
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig, metadata, overrides
 from lungjax.data import preprocess as preprocessing
+from lungjax.data.folder_walk import check_regular
 from lungjax.data.imaging import images as image_files
 from lungjax.models import trees
 from lungjax.models.inputs import normalize
@@ -150,6 +151,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
 def _read(image: Any, name: str) -> np.ndarray:
     if isinstance(image, str | Path):
         try:
+            check_regular(image)
             return image_files.read(Path(image).read_bytes())[0]
         except (ValueError, OSError) as error:
             raise ValueError(f"{image}: {error}") from None

@@ -16,7 +16,7 @@ import numpy as np
 
 from lungjax.config.metadata import Metadata
 from lungjax.data.csv_table import read_table
-from lungjax.data.folder_walk import list_files
+from lungjax.data.folder_walk import check_regular, list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
 from lungjax.data.imaging.volumes import Windows
 from lungjax.datasets import folder_volumes
@@ -112,7 +112,7 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
             continue
         series_by_path[place] = series
         try:
-            stat = os.stat(path)
+            stat = check_regular(path)
             inputs.stamps.append((place, stat.st_size, stat.st_mtime_ns))
             slices = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:

@@ -157,6 +157,7 @@ def test_script_without_lungjax(pyz, tmp_path):
     }.items():
         Image.fromarray(array).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes((tmp_path / "color.png").read_bytes()[:500])
+    (tmp_path / f"{'n' * 246}.png").write_bytes((tmp_path / "color.png").read_bytes())
     names = sorted(str(p) for p in tmp_path.iterdir())
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(pyz), str(tmp_path / "maps"), *names], capture_output=True, text=True

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lungjax.data import duplicates, prepared, preprocess
+from lungjax.data.folder_walk import check_regular
 from lungjax.data.imaging import images
 from lungjax.data.preprocess import Box
 from lungjax.datasets.listing import Example
@@ -48,6 +49,8 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
     Raises ValueError for a box outside the image, which is an error in a table.
     """
     try:
+        if isinstance(example.image, str):
+            check_regular(example.image)
         data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
         array, form = images.read(data)
     except (ValueError, OSError) as error:
