@@ -4,6 +4,7 @@ The service has a web page at http://127.0.0.1:8000, and /predict and /explain f
 needs the `serve` extra. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,9 @@ def main(_: list[str]) -> None:
     # The decoding threads use all cores; numpy's threads would contend with them, which takes five times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would contain uploads
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse an unlimited number
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     from lungjax.runtime import environment
 
     environment.prepare_jax()
@@ -102,13 +107,16 @@ def make_server(application: Any, settings: Any) -> Any:
     """Returns a `uvicorn.Server` that logs nothing, since the middleware logs requests."""
     import uvicorn
 
-    from lungjax.serve.protocol import HeadTimeoutProtocol
+    from lungjax.serve.protocol import LimitedProtocol
 
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limited = descriptors != resource.RLIM_INFINITY
+    connections = min(settings.connections, descriptors // 2) if limited else settings.connections
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
-        application, http=HeadTimeoutProtocol, loop="asyncio", ws="none", lifespan="on", log_config=None,
+        application, http=partial(LimitedProtocol, max_connections=connections),  # type: ignore[arg-type]
+        loop="asyncio", ws="none", lifespan="on", log_config=None,
         access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=settings.requests + 1024,  # the middleware rejects requests with a message before that
         backlog=256, timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.seconds) + 5,
     )  # fmt: skip
     return uvicorn.Server(config)
