@@ -38,6 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     cli.define_window_flags()
+    cli.define_limit_flags()
 
 
 def main(_: list[str]) -> None:
@@ -78,7 +79,7 @@ def main(_: list[str]) -> None:
     pictures: dict[Path, Iterator[tuple[str, np.ndarray]]] = {}  # by output folder
     if FLAGS.images:
         description = replace(description, **windows)
-        inputs = gather(FLAGS.images, description)
+        inputs = gather(FLAGS.images, description, limits=cli.limits())
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures[out] = read(inputs.items, description, bad)
     synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"

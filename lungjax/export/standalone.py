@@ -72,7 +72,7 @@ def predict(flags: argparse.Namespace) -> int:
         inputs = []
         for name in files[at : at + size]:
             try:
-                decoded = images.read(Path(name).read_bytes())[0]
+                decoded = images.read(images.file_bytes(name))[0]
                 inputs.append((name, prepare(decoded, segmented=flags.prepared)))
             except (ValueError, OSError) as error:
                 failed += 1

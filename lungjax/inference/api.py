@@ -151,7 +151,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
 def _read(image: Any, name: str) -> np.ndarray:
     if isinstance(image, str | Path):
         try:
-            return image_files.read(Path(image).read_bytes())[0]
+            return image_files.read(image_files.file_bytes(image))[0]
         except (ValueError, OSError) as error:
             raise ValueError(f"{image}: {error}") from None
     array = np.asarray(image)

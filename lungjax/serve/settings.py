@@ -32,4 +32,5 @@ class Settings:
     def limits(self) -> dict[str, int | float]:
         """Returns the limits that /model reports to clients."""
         limits = {"files": self.files, "request_bytes": self.request_bytes, "seconds": self.seconds}
-        return limits | {"file_bytes": self.file.bytes} | {k: v for k, v in vars(self.file).items() if k != "bytes"}
+        limits |= {name: getattr(self.file, name) for name in ("pixels", "min_side", "frames")}
+        return limits | {"file_bytes": self.file.bytes}
