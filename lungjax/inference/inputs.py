@@ -106,7 +106,11 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "", li
     for path, group, short, text in _files(paths, inputs):
         match = pattern.search(text) if pattern and not group else None
         series = group or (match.group(1) or "" if match else "")
-        place = os.path.realpath(path)
+        try:
+            place = os.path.realpath(path)
+        except ValueError as error:  # a null byte in a list
+            inputs.failures.append((str(path), reason(error, str(path))))
+            continue
         if place in series_by_path:
             before = series_by_path[place]
             if before != series:

@@ -80,7 +80,7 @@ def cut(volume: Volume, plane: str, index: int, limits: Limits = DEFAULT) -> np.
     Raises LimitError if the plane then has too many pixels.
     """
     axis = PLANES[plane]
-    flat = np.take(volume.hu, index, axis=axis)
+    flat = np.moveaxis(volume.hu, axis, 0)[index]  # np.take would copy the volume, which is not contiguous
     if plane != "axial":
         flat = flat[::-1]  # head up
     mm = [volume.spacing[i] for i in range(3) if i != axis]
