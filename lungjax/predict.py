@@ -33,7 +33,8 @@ from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
-KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # affect the records, as do metadata and inputs
+# Flags that affect the records, as do metadata and inputs.
+KEY_FLAGS = ("rule", "explain", "method", "gate_class", "max_megapixels", "max_megavoxels")
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # printed per list
@@ -51,6 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must assign to a volume for it to be predicted.")
     flags.DEFINE_string("group_pattern", "", "Regex whose first group is the patient in a path below a folder.")
     cli.define_window_flags()
+    cli.define_limit_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> None:
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
     model = replace(model, metadata=replace(model.metadata, **cli.windows()))
-    sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
+    sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern, cli.limits())
     out.mkdir(parents=True, exist_ok=True)
     with files.name_disk_errors(out), (out / "lock").open("a") as file:
         files.lock(file, f"{out}: another process is writing predictions here; wait, or choose another --out")
@@ -225,7 +227,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         if middle is None:
             continue  # images of one patient, not a volume
         try:
-            result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
+            result = gate.prepare(images.decode(middle(metadata.plane, metadata.hu_windows), None))
         except (ValueError, OSError) as error:
             verdicts[series] = {"series": series, "error": f"the gate can't read it: {error}"}
             continue

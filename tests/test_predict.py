@@ -183,6 +183,19 @@ def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     assert "1 of 2 images" in series["P2"]["warnings"]
 
 
+def test_limit_flags(by_brightness, tmp_path):
+    large, small = tmp_path / "large.png", tmp_path / "small.png"
+    large.write_bytes(encoded(np.eye(40, dtype=np.uint8)))
+    small.write_bytes(encoded(np.eye(9, dtype=np.uint8)))
+    volume = scans.nifti(tmp_path / "a.nii.gz", scans.body((9, 9, 9)))
+    limits = {"max_megapixels": 0.001, "max_megavoxels": 0.0005}
+    assert by_brightness(large, small, volume, **limits) == 1
+    rows = table(tmp_path / "out/predictions.csv")
+    assert "--max_megapixels" in rows["large.png"]["error"] and "--max_megavoxels" in rows["a.nii.gz"]["error"]
+    assert rows["small.png"]["predicted"]
+    assert by_brightness(large, small, volume, out=tmp_path / "all") == 0
+
+
 def test_resume_after_interruptions(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(predict, "CHUNK", 4)
     bright = model.load("model")

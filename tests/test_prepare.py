@@ -150,6 +150,15 @@ def test_bad_images(folder, tmp_path, monkeypatch):
         write(tmp_path, on_bad_image="skip", overwrite=True)
 
 
+def test_image_above_the_limit(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.eye(30, dtype=np.uint8)).save(folder / "train/a/large.png")
+    arguments = ("--dataset=folder", "--source=in", "--max_megapixels=0.0005")
+    assert commands.run(prepare, *arguments) == 2 and "large.png: 30 x 30 pixels" in capsys.readouterr().err
+    assert commands.run(prepare, *arguments, "--on_bad_image=skip") == 0
+    assert "train/a/large.png" not in open_folder(tmp_path).columns["file"]
+
+
 def test_overwrite(folder, tmp_path):
     write(tmp_path)
     first = open_folder(tmp_path).fingerprint

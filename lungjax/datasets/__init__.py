@@ -19,6 +19,7 @@ import numpy as np
 
 from lungjax.config import STAGES, nearest
 from lungjax.data import prepared, summary
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
@@ -57,7 +58,7 @@ DATASETS: dict[str, Dataset] = {
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The user's options for listing a data set; all except `seed` apply only to `folder`."""
+    """The user's options for listing a data set; all except `seed` and `limits` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
     source_pattern: str = ""  # regex, searched in the file name; its first group is the source
@@ -69,11 +70,12 @@ class PrepareOptions:
     plane: str = "axial"  # or coronal, sagittal
     position: str = "all"  # every slice of a volume, or "mid": the middle one
     salt: str = ""  # of the hashes of patient ids
+    limits: Limits = DEFAULT  # of a file; for every data set
 
     def folder_flags(self) -> list[str]:
         """Returns the flags for `folder` whose values differ from the defaults."""
         default = PrepareOptions()
-        names = [f.name for f in fields(self) if f.name not in ("seed", "salt")]
+        names = [f.name for f in fields(self) if f.name not in ("seed", "salt", "limits")]
         changed = [name for name in names if getattr(self, name) != getattr(default, name)]
         return [f"--{'hu_window' if name == 'hu_windows' else name}" for name in changed]
 
@@ -227,7 +229,8 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
         options = replace(options, salt=_salt(data_dir))
     listing = _module(parts.base).listing(source, parts.config, options)
     listing = replace(listing, modality=entry.modality or listing.modality)
-    return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **settings)
+    settings |= {"stage": parts.stage, "size": parts.size, "limits": options.limits}
+    return writer.prepare(parts.full, listing, data_dir, **settings)
 
 
 def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:

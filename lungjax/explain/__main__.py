@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     cli.define_window_flags()
+    cli.define_limit_flags()
 
 
 def main(_: list[str]) -> None:
@@ -78,7 +79,7 @@ def main(_: list[str]) -> None:
     bad: list[str] = []
     if FLAGS.images:
         description = replace(description, **windows)
-        inputs = gather(FLAGS.images, description)
+        inputs = gather(FLAGS.images, description, limits=cli.limits())
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, description, bad)
         if not figures.draw_images(explainer, pictures, run.classes, methods, target, out, bad):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lungjax.config import metadata
 from lungjax.data.batching import pad_batch
-from lungjax.data.folder_walk import check_regular, list_files
+from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
 from lungjax.data.safe_text import csv_row, cut, printable
 from lungjax.inference import artifacts, records
@@ -73,8 +73,7 @@ def predict(flags: argparse.Namespace) -> int:
         inputs = []
         for name in files[at : at + size]:
             try:
-                check_regular(name)
-                decoded = images.read(Path(name).read_bytes())[0]
+                decoded = images.read(images.file_bytes(name))[0]
                 inputs.append((name, prepare(decoded, segmented=flags.prepared)))
             except (ValueError, OSError) as error:
                 failed += 1

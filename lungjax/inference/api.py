@@ -19,7 +19,6 @@ from lungjax import config as configs
 from lungjax import models
 from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig, metadata, overrides
 from lungjax.data import preprocess as preprocessing
-from lungjax.data.folder_walk import check_regular
 from lungjax.data.imaging import images as image_files
 from lungjax.models import trees
 from lungjax.models.inputs import normalize
@@ -151,8 +150,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
 def _read(image: Any, name: str) -> np.ndarray:
     if isinstance(image, str | Path):
         try:
-            check_regular(image)
-            return image_files.read(Path(image).read_bytes())[0]
+            return image_files.read(image_files.file_bytes(image))[0]
         except (ValueError, OSError) as error:
             raise ValueError(f"{image}: {error}") from None
     array = np.asarray(image)

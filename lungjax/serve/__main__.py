@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_request_mb", 256, "Maximum size of a request in MiB.", 0.001)
     flags.DEFINE_float("max_upload_mb", 512, "Maximum size of the uploads of all requests in memory, in MiB.", 0.001)
     flags.DEFINE_integer("max_files", 64, "Maximum number of files in a request.", 1)
-    flags.DEFINE_float("max_megapixels", 30, "Maximum number of pixels of an image, in millions.", 0.0001)
+    cli.define_limit_flags(volumes=False)
     flags.DEFINE_float("max_seconds", 60, "Maximum seconds for decoding a request and computing its response.", 0.01)
 
 
@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         host=FLAGS.host,
         names=tuple(name.lower() for name in FLAGS.allowed_hosts),
         token=read_token(FLAGS.token_file),
-        file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6)),
+        file=Limits(pixels=int(FLAGS.max_megapixels * 1e6), bytes=int(FLAGS.max_mb * MIB)),
         request_bytes=int(FLAGS.max_request_mb * MIB),
         upload_bytes=int(FLAGS.max_upload_mb * MIB),
         files=FLAGS.max_files,

@@ -39,4 +39,5 @@ class Settings:
         """Returns the limits that /model reports to clients."""
         limits: dict[str, int | float] = {"files": self.files, "request_bytes": self.request_bytes}
         limits |= {"request_pixels": self.request_pixels, "seconds": self.seconds}
-        return limits | {"file_bytes": self.file.bytes} | {k: v for k, v in vars(self.file).items() if k != "bytes"}
+        limits |= {name: getattr(self.file, name) for name in ("pixels", "min_side", "frames")}
+        return limits | {"file_bytes": self.file.bytes}

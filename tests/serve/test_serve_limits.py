@@ -29,7 +29,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def strict():
-    file = uploads.Limits(bytes=5000, pixels=10_000, side=500)
+    file = uploads.Limits(bytes=5000, pixels=5_000)
     with running(file=file, request_bytes=9000, upload_bytes=12_000, files=3, read_seconds=0.4) as made:
         yield made
 

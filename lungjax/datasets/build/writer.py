@@ -24,6 +24,7 @@ import numpy as np
 
 from lungjax import __version__
 from lungjax.data import duplicates, leakage, prepared, summary
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, ProcessedImage, process_image
@@ -136,17 +137,19 @@ def prepare(
     overwrite: bool = False,
     keep: bool = False,
     quiet: bool = False,
+    limits: Limits = DEFAULT,
 ) -> dict[str, Any]:
     """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
-    `stage`, `size` and `window` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are
-    used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns {} for an
-    existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses the output.
+    `stage`, `size`, `window` and `limits` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of
+    train are used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns
+    {} for an existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses
+    the output.
 
     Raises ValueError for a bad image, a box outside its image, too little disk space, or an existing data set.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
-    options = ImageOptions(stage, size, listing.body, window)
+    options = ImageOptions(stage, size, listing.body, window, limits)
     with staging.locked(data_dir, name) as root:
         final = staging.restore(prepared.directory(data_dir, name))
         if prepared.is_prepared(final) and keep:
@@ -258,6 +261,7 @@ def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
             stat = os.stat(path)
             versions[path] = stat.st_size, stat.st_mtime_ns
     inputs = [(example.file, example.image, example.box, example.transform) for example in examples]
+    options = replace(options, limits=DEFAULT)  # a run with higher limits resumes the one that failed
     content = pickle.dumps((__version__, options, inputs, sorted(versions.items())))
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
