@@ -39,7 +39,7 @@ HEADERS = {
 }
 DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
 TOKEN_DELAY, MAX_TOKEN_DELAY = 0.02, 2.0  # seconds; the first is added for each wrong token of an address
-MAX_ADDRESSES, MAX_DELAYED = 1024, 64  # of clients with wrong tokens, and their delayed responses at a time
+MAX_ADDRESSES = 1024  # of clients with wrong tokens
 LOG_SECONDS = 60.0  # between two reports of the same repeated event
 CLIENT_CLOSED = 499  # status in log and metrics if the client disconnected before the response, as in nginx
 
@@ -87,7 +87,6 @@ class Guard:
         self.pages = pages  # paths of the page's files
         self.running = 0
         metrics.running.set_function(lambda: self.running)
-        self.delayed = 0
         self.wrong_tokens: dict[str, int] = {}  # by client address, least recent first
         self.repeated_tokens = Repeated()
         self.token_digest = hashlib.sha256(settings.token.encode()).digest()
@@ -131,6 +130,7 @@ class Guard:
         self.running += 1
         try:
             problem = self.check(scope)
+            state["accepted"] = problem is None and scope["path"] in WORK  # keeps its connection open
             if problem is None:
                 await self.app(scope, tracked_receive, tracked_send)
             else:
@@ -183,14 +183,10 @@ class Guard:
         self.wrong_tokens[address] = failures = self.wrong_tokens.pop(address, 0) + 1
         if len(self.wrong_tokens) > MAX_ADDRESSES:
             del self.wrong_tokens[next(iter(self.wrong_tokens))]
-        if self.delayed >= MAX_DELAYED:  # delayed responses must not use up the connections
-            return
-        self.delayed += 1
         self.running -= 1
         try:
             await asyncio.sleep(min(failures * TOKEN_DELAY, MAX_TOKEN_DELAY))
         finally:
-            self.delayed -= 1
             self.running += 1
 
     def is_own_name(self, host: str) -> bool:

@@ -19,14 +19,14 @@ class LimitedProtocol(H11Protocol):
         self._max_connections = max_connections
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the timer; if there are too many connections, closes the one that has been idle for longest."""
+        """Starts the timer; above the maximum, closes the longest idle connection, but none with an accepted upload."""
         super().connection_made(transport)
         self._idle_since = self.loop.time()
         self._update_timer()
         if len(self.connections) > self._max_connections:
             connections: Any = self.connections
-            idle = (connection for connection in connections if connection._idle)
-            oldest = min(idle, key=lambda connection: connection._idle_since)  # this one if all others are busy
+            others = (connection for connection in connections if not connection._computes)  # with this one
+            oldest = min(others, key=lambda connection: connection._priority)
             self.connections.discard(oldest)
             oldest.transport.abort()
 
@@ -58,8 +58,13 @@ class LimitedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     @property
-    def _idle(self) -> bool:
-        return self._awaits_head or self.flow.write_paused  # the latter if the client does not read its response
+    def _computes(self) -> bool:
+        scope: Any = self.scope
+        return not self._awaits_head and scope.get("lungjax", {}).get("accepted", False)
+
+    @property
+    def _priority(self) -> tuple[bool, float]:
+        return self.transport.get_write_buffer_size() > 0, self._idle_since  # unread responses are lost last
 
     def _update_timer(self) -> None:
         if self._awaits_head and self._timer is None:

@@ -92,6 +92,10 @@ def test_many_idle_connections():
             idle = [connect() for _ in range(20)]
             assert service.ask("GET", "/health")[0] == 200
         assert idle[0].recv(1) == b""
+        for _ in range(20):  # clients that send many requests at once, and do not read the responses
+            connect().sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+            assert service.ask("GET", "/health")[0] == 200
+        idle = [connect() for _ in range(20)]
         idle[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200")
         busy.sendall(data[20:])
