@@ -34,7 +34,7 @@ FUNCTIONAL_GROUPS = {  # sequence with each attribute of a frame
     "RescaleIntercept": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
 }  # fmt: skip
 MAX_GROUPS_BYTES = 2**21  # of functional groups in an upload; millions of empty items would keep the parser busy
-MAX_DISK_GROUPS_BYTES = 2**23
+MAX_DISK_GROUPS_BYTES = 2**22  # the same on disk, where an enhanced CT may have 1500 slices
 PADDING = [0x00280120, 0x00280121]  # PixelPaddingValue and PixelPaddingRangeLimit
 ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices

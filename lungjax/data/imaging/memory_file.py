@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lungjax.data.imaging.limits import LimitError
 
 MAX_READS = 200_000  # per upload; an element of a DICOM file takes two, and a CT slice has a few hundred elements
-MAX_DISK_READS = 1_000_000  # per file on disk; an enhanced CT has some hundred thousand
+MAX_DISK_READS = 500_000  # per file on disk; an enhanced CT of 1500 slices needs some hundred thousand
 
 
 @dataclass(frozen=True, slots=True)
