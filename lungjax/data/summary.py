@@ -232,6 +232,4 @@ def write(result: dict[str, Any], directory: Path) -> None:
 def read(directory: Path) -> dict[str, Any]:
     """Returns the summary of a prepared data set. Raises ValueError if summary.json is missing or damaged."""
     with prepared.damage(directory / FILE):
-        result = parse_json((directory / FILE).read_bytes(), FILE)
-        markdown(result)  # reads every key
-    return result
+        return parse_json((directory / FILE).read_bytes(), FILE)

@@ -185,6 +185,8 @@ def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Pr
     if not prepared.is_prepared(folder) and entry.synthetic:
         write(parts.full, None, Path(data_dir), PrepareOptions(), keep=True, quiet=True)
     if prepared.is_prepared(folder):
+        if (folder / summary.FILE).exists():
+            summary.read(folder)  # raises ValueError for a damaged file now, not after the training
         return prepared.load(folder, parts.full, protocol)
     command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
     raise ValueError(f"data set {parts.full} is not prepared in {data_dir}. Get {_origin(parts.base)}. Then: {command}")

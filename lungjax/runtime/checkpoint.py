@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from lungjax.config.schema import parse_json
 from lungjax.runtime import distributed
 from lungjax.runtime.files import atomic_write, sync_path
 
@@ -208,7 +209,7 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 def _corruption(path: Path) -> str | None:
     """Returns how a checkpoint is damaged, or None if it is intact."""
     try:
-        checksums = json.loads((path / CHECKSUMS).read_text())
+        checksums = parse_json((path / CHECKSUMS).read_bytes(), CHECKSUMS)
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
         present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
         if unlisted := sorted(present - checksums.keys() - {CHECKSUMS}):
@@ -217,7 +218,7 @@ def _corruption(path: Path) -> str | None:
             return f"{CHECKSUMS} is empty or names files outside of the checkpoint"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # unexpected content
+    except (OSError, ValueError, TypeError):  # the last two come from unexpected content
         return f"{CHECKSUMS} can't be read"
     for name, size, checksum in files:
         try:

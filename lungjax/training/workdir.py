@@ -34,22 +34,21 @@ LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
 
 def lost_files(workdir: Path) -> list[str]:
     """Returns which of config.json and data.json are not JSON objects in a workdir with checkpoints."""
-    if newest(workdir, "last") is None:
-        return []
-    return [name for name in ("config.json", "data.json") if not _is_json(workdir / name)]
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return bool(parse_json(path.read_bytes(), str(path)))
-    except (FileNotFoundError, ValueError):
-        return False
+    lost = []
+    for name in ("config.json", "data.json") if newest(workdir, "last") is not None else ():
+        try:
+            parse_json((workdir / name).read_bytes(), name)
+        except (FileNotFoundError, ValueError):
+            lost.append(name)
+    return lost
 
 
 def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir contains a trained run with another configuration, or foreign files."""
     path = workdir / "config.json"
-    if mode == "train" and "config.json" in lost_files(workdir):
+    if "config.json" in lost_files(workdir):
+        if mode == "evaluate":
+            raise ValueError(f"{path} is missing or damaged; rerun the command that trained the run, which rewrites it")
         return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":

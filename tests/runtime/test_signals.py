@@ -1,13 +1,15 @@
 """Signals that stop a run, and Ctrl-C at unfavorable moments."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
-from lungjax.runtime import signals
+from lungjax.runtime import distributed, signals
 
 CODE = """
 import gc, os, signal, time
@@ -45,6 +47,11 @@ def test_hangup_ignored_by_nohup():
             assert not watch.should_stop(1)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_message_to_a_closed_terminal(monkeypatch):
+    monkeypatch.setattr(distributed.tqdm, "write", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    distributed.print_once("saved")
 
 
 def test_ctrl_c_during_garbage_collection():

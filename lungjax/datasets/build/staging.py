@@ -37,25 +37,18 @@ def locked(data_dir: Path, name: str) -> Iterator[Path]:
 def publish(written: Path, final: Path) -> None:
     """Syncs a complete data set to the disk and moves it to `final`; an existing one is removed last.
 
-    After a kill between the two renames, `prepared.directory` returns the old one, and `restore` renames it back.
+    After a kill between the two renames, `prepared.directory` returns the old one.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for path in (*written.rglob("*"), written):
         sync_path(path)
     old = final.with_name(final.name + prepared.OLD)
-    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     written.rename(final)
     sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def restore(directory: Path) -> Path:
-    """Returns the final place of a data set in `directory`, and moves it there if an overwrite was interrupted."""
-    if directory.suffix != prepared.OLD:
-        return directory
-    return directory.rename(directory.with_suffix(""))
 
 
 def check_disk(needed: int, data_dir: Path) -> str:

@@ -150,8 +150,8 @@ def prepare(
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     options = ImageOptions(stage, size, listing.body, window, limits)
+    final = data_dir / name / prepared.VERSION  # without the recovery of `prepared.directory`
     with staging.locked(data_dir, name) as root:
-        final = staging.restore(prepared.directory(data_dir, name))
         if prepared.is_prepared(final) and keep:
             return {}
         if prepared.is_prepared(final) and not overwrite:
