@@ -25,7 +25,7 @@ DTYPES = {
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-# Those of torch.save; others create arbitrary objects (INST, OBJ, NEWOBJ, the extension registry) or dicts (DICT).
+# Those of torch.save; others make arbitrary objects (INST, OBJ, NEWOBJ, the extension registry) or plain dicts (DICT).
 INSTRUCTIONS = (
     "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
     "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "

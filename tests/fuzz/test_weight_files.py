@@ -1,12 +1,12 @@
 """Mutated weight files of every format: only ValueError, in bounded time and memory.
 
-The files are read in child processes, since libhdf5 may crash for forged files; weights/README.md warns of that.
+The files are read in child processes, since forged files may crash or hang libhdf5; weights/README.md warns of that.
 """
 
 import resource
+import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ FORMATS = ("safetensors", "npz", "h5", "pth", "pth stream")
 ARRAYS = {f"block{i}/kernel": np.random.default_rng(i).normal(size=(3, 7)).astype(np.float32) for i in range(4)}
 SECONDS = 10  # per file
 PEAK = 2 << 20  # KiB
-CRASHES = 0.05  # of the HDF5 files may crash libhdf5
+CRASHES = 0.05  # of the HDF5 files may crash or hang libhdf5
 
 
 def mutated(content: bytes, seed: int) -> bytes:
@@ -45,7 +45,7 @@ def mutated(content: bytes, seed: int) -> bytes:
 
 def read(path) -> str:
     """Reads all arrays of a file; returns the problem, such as an error other than ValueError."""
-    start, problem = time.monotonic(), ""
+    problem = ""
     try:
         with open_tensors(path) as tensors:
             for name in tensors:
@@ -54,8 +54,8 @@ def read(path) -> str:
         pass
     except BaseException as error:
         problem = f"{type(error).__name__}: {error}"
-    slow, peak = time.monotonic() - start > SECONDS, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return problem + slow * " slow" + (peak > PEAK) * f" peak {peak} KiB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return problem + (peak > PEAK) * f" peak {peak} KiB"
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,15 @@ def test_mutated_files(form, seeds, tmp_path):
     paths, problems, crashes = sorted(tmp_path.iterdir()), {}, 0
     while paths:
         command = [sys.executable, __file__, *paths]
-        results = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120).stdout.splitlines()
+        results = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         problems |= {path.name: result for path, result in zip(paths, results, strict=False) if result}
         crashes += len(results) < len(paths)
         paths = paths[len(results) + 1 :]  # after the file that crashed, if any
-    print(f"{form}: {crashes} of {len(seeds)} files crash the reader")
+    print(f"{form}: {crashes} of {len(seeds)} files crash or hang the reader")
     assert not problems and crashes <= CRASHES * len(seeds) * (form == "h5")
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
+        signal.alarm(SECONDS)  # ends the process, like a crash
         print(read(argument).replace("\n", " "), flush=True)
