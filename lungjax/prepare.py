@@ -30,6 +30,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder for prepared data sets.")
     flags.DEFINE_string("window", None, "16-bit pixel values that become black and white, as low,high.")
     flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "Action for a damaged or missing image.")
+    keep = "Action for an image without a detected body or lung: keep stores the previous stage."
+    flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set; prints the patients and images that both share.")
     flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
@@ -67,6 +69,7 @@ def main(_: list[str]) -> None:
             options,
             window=cli.read_window(FLAGS.window) if FLAGS.window else None,
             on_bad_image=FLAGS.on_bad_image,
+            on_no_lung=FLAGS.on_no_lung,
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))

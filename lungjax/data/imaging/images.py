@@ -12,9 +12,10 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +38,8 @@ SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
-MODES = ("1", "L", "P", "RGB", "RGBX", *INTEGERS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
+LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
+MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
 ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -303,6 +305,16 @@ def orientation(exif: bytes) -> int:
     return 1
 
 
+def conversion(data: bytes) -> str:
+    """Returns the mode of a readable image file, such as "RGBA, 16 bits", if `read` loses part of it; "" otherwise."""
+    with Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())) as picture:
+        mode = picture.mode + (" with transparency" if "transparency" in picture.info else "")
+        # From the header, because Pillow reduces 16-bit color to 8 bits.
+        bits = data[24] if picture.format == "PNG" else max(_tiff_tags(picture).get(258, (8,)))
+        mode += f", {bits} bits" if bits > 8 and picture.mode not in INTEGERS else ""
+    return "" if mode in LOSSLESS else mode
+
+
 def _open(data: bytes, formats: tuple[str, ...] | None, limits: Limits | None) -> tuple[np.ndarray | Image.Image, str]:
     own = _decode_own(data)
     if own is not None:
@@ -337,12 +349,15 @@ def _open(data: bytes, formats: tuple[str, ...] | None, limits: Limits | None) -
     )
 
 
+def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
+    return picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
+
+
 def _check_limits(picture: Image.Image, data: bytes, limits: Limits) -> None:
     """Raises LimitError for an image, of which only the header has been read, that is too large."""
     limits.check_image(*picture.size)
-    if picture.format == "TIFF":  # complete tiles are decoded, even of a small image
-        tags = picture.tag_v2  # type: ignore[attr-defined]
-        limits.check_image(tags.get(322, 1), tags.get(323, 1))
+    tags = _tiff_tags(picture)
+    limits.check_image(tags.get(322, 1), tags.get(323, 1))  # of tiles, which are decoded even for a small image
     if picture.format == "JPEG2000":
         file_limits.check_jpeg2000(data, limits)
 
@@ -351,8 +366,7 @@ def _unsupported(picture: Image.Image) -> str | None:
     # The number of pages is unknown until all have been visited.
     if picture.format not in FIRST_FRAME and getattr(picture, "is_animated", False):
         return "several pages or frames in one file: save one image per file"
-    tags = picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
-    if picture.mode in INTEGERS and tags.get(262) == 0:
+    if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
         return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
     return None if picture.mode in MODES else f"pixels of mode {picture.mode}; expected gray or color"
 

@@ -40,6 +40,7 @@ class ProcessedImage:
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
+    conversion: str  # the file's mode if reading it lost part of it, see images.conversion
     original: bool  # whether `data` is the file itself
 
 
@@ -52,6 +53,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
         file = example.image
         data = images.file_bytes(file, options.limits) if isinstance(file, str) else file()
         array, form = images.read(data, limits=options.limits)
+        conversion = images.conversion(data)
     except (ValueError, OSError) as error:
         return str(error)
     height, width = array.shape[:2]
@@ -93,6 +95,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=np.packbits(body > 127).tobytes(),
         found=found,
+        conversion=conversion,
         original=original and isinstance(example.image, str),
     )
 
