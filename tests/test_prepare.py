@@ -159,6 +159,16 @@ def test_image_above_the_limit(folder, tmp_path, monkeypatch, capsys):
     assert "train/a/large.png" not in open_folder(tmp_path).columns["file"]
 
 
+def test_images_without_a_lung(folder, tmp_path):
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*/*"))
+    for value, file in enumerate(files, 100):
+        Image.fromarray(np.full((16, 20), value, np.uint8)).save(folder / file)
+    assert sorted(write(tmp_path, "folder/flat-lungs")["unstaged"]) == files
+    for action, word in (("fail", "no body or lung"), ("skip", "no readable image")):
+        with pytest.raises(ValueError, match=word):
+            write(tmp_path, "folder/flat-lungs", on_no_lung=action, overwrite=True)
+
+
 def test_overwrite(folder, tmp_path):
     write(tmp_path)
     first = open_folder(tmp_path).fingerprint
