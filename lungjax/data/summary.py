@@ -50,7 +50,7 @@ def summarize(
         "study": info["study"],
         "stage": info["stage"],
         "size": info["size"],
-        "protocols": {name: _split_counts(view) for name, view in protocols.items()},
+        "protocols": {name: split_counts(view) for name, view in protocols.items()},
         "sources": {
             source: {name: n for name, n in zip(classes, counts, strict=True) if n}
             for source, counts in sorted(zip(sources.tolist(), of_source.tolist(), strict=True))
@@ -86,7 +86,7 @@ def _count(data: Prepared, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return statistics.count_values(values, data.columns["label"], len(data.classes))
 
 
-def _split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
+def split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
     """Returns {split: {"images": {class: count}, "groups": {class: count}}} of the splits that are not empty."""
     result = {}
     for split in SPLITS:

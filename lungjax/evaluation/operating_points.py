@@ -107,12 +107,9 @@ def evaluate(points: Points, test: Predictions, options: EvalConfig) -> Points:
     levels = {"slice": test, "patient": metrics.by_patient(test)[0]}
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for level, classes in points.items():
-        keys = [(name, rule) for name, rules in classes.items() for rule in rules]
-        chosen = [(test.classes.index(name), classes[name][rule]["threshold"]) for name, rule in keys]
-        result[level] = {name: {} for name in classes}
-        metrics_of = metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws)
-        for (name, rule), point in zip(keys, metrics_of, strict=True):
-            result[level][name][rule] = point
+        chosen = [(test.classes.index(c), p["threshold"]) for c, rules in classes.items() for p in rules.values()]
+        points_of = iter(metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws))
+        result[level] = {name: {rule: next(points_of) for rule in rules} for name, rules in classes.items()}
     return result
 
 

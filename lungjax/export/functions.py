@@ -15,7 +15,7 @@ import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,10 @@ class Functions:
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         """Returns calibrated probabilities, logits and features of uint8 pixels [b, H, W, C]."""
-        logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
+        return self._outputs(self._network, _tree(weights), pixels)
+
+    def _outputs(self, network: Any, variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+        logits, features = network(variables, normalize(pixels, self.metadata.input))
         return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -122,10 +125,7 @@ class Functions:
 
     @cached_property
     def _reference(self) -> Any:
-        def run(variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-            logits, features = self.module.apply(variables, normalize(pixels, self.metadata.input), train=False)
-            return model.named_outputs(logits, features["last"], self.metadata)
-
+        run = partial(self._outputs, partial(self.module.apply, train=False))
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))
 
 

@@ -29,11 +29,10 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to the new channels, [B, H, W, growth]."""
-        conv, norm = self.conv, self.norm
-        x = norm(name="bn1")(x, train=train, activation=nn.relu)
-        x = conv(BOTTLENECK * self.growth, 1, name="conv1")(x)
-        x = norm(name="bn2")(x, train=train, activation=nn.relu)
-        return conv(self.growth, 3, padding=1, name="conv2")(x)
+        x = self.norm(name="bn1")(x, train=train, activation=nn.relu)
+        x = self.conv(BOTTLENECK * self.growth, 1, name="conv1")(x)
+        x = self.norm(name="bn2")(x, train=train, activation=nn.relu)
+        return self.conv(self.growth, 3, padding=1, name="conv2")(x)
 
 
 class Transition(nn.Module):

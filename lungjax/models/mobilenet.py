@@ -34,12 +34,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width]."""
-        conv, norm = self.conv, self.norm
         pads: Padding = ((0, 1), (0, 1)) if self.padding == "same" and self.stride == 2 else self.padding
-        x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
-        x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
-        x = conv(self.width, 1, name="conv")(x)
-        return norm(name="bn")(x, train=train, activation=nn.relu6)
+        x = self.conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
+        x = self.norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
+        x = self.conv(self.width, 1, name="conv")(x)
+        return self.norm(name="bn")(x, train=train, activation=nn.relu6)
 
 
 class MobileNet(Network):

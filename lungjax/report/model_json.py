@@ -11,6 +11,7 @@ from lungjax.config.metadata import HU_WINDOWS, NOTICE, Metadata
 from lungjax.data import preprocess
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
+from lungjax.data.summary import split_counts
 from lungjax.evaluation import novelty, outliers
 from lungjax.models.outputs import positive_class
 
@@ -69,6 +70,7 @@ def describe(
     volumes = data.volumes or {}
     facts, box = report["facts"], _box(config, data)
     about = dataset.get("about") or {}
+    several = len(np.unique(data.columns["group"])) < len(data.columns["group"])  # images of some patient
     return Metadata(
         name=config.name,
         classes=data.classes,
@@ -88,7 +90,7 @@ def describe(
         points=report.get("operating_points", {}),
         scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
-        patients=_patients(data),
+        patients={s: n["groups"] for s, n in split_counts(data).items()} if several else {},
         novelty=None if detector is None else detector.to_dict(),
         about={
             "notice": NOTICE,
@@ -102,19 +104,6 @@ def describe(
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
-
-
-def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    """Returns the number of patients of each split and class; {} if every patient has only one image."""
-    groups = data.columns["group"]
-    if len(np.unique(groups)) == len(groups):
-        return {}
-    counts = {}
-    for split in ("train", "val", "test"):
-        rows = np.unique(data.rows(split))
-        labels = data.columns["label"][rows]
-        counts[split] = {name: len(np.unique(groups[rows][labels == i])) for i, name in enumerate(data.classes)}
-    return counts
 
 
 def _box(config: Config, data: Prepared) -> str:
