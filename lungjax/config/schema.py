@@ -112,10 +112,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The layers after the last feature map: norm, pool, norm, dropout, hidden layers, dense.
-
-    None stands for the value in the network's original paper, which `models.build` fills in.
-    """
+    """Norm, pool, norm, dropout, hidden layers and dense layer after the last map; None: as in the network's paper."""
 
     pool: str | None = None  # one of POOLS
     # One of NORMS; ReLU follows batch and group (pre-activation networks), not layer (Keras's ConvNeXt without top).

@@ -59,10 +59,7 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws at most `count` of `rows`, alternating sources.
-
-    No group is drawn from twice until every other group of its source has been drawn from.
-    """
+    """Draws up to `count` of `rows` from alternating sources; a group repeats only after all groups of its source."""
     rows = rng.permutation(rows)
     sources, groups = data.columns["source"][rows], data.columns["group"][rows]
     repeated = np.ones(len(rows), bool)

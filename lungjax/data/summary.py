@@ -27,10 +27,7 @@ def summarize(
     group_name: str,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the summary of a data set: counts, sizes, warnings, and copies with their effect on each protocol.
-
-    `info` is the content of lungjax.json; `warnings` are added to those of this function.
-    """
+    """Returns the summary of a data set; `info` is the content of lungjax.json, `warnings` precede its own warnings."""
     columns, classes = data.columns, data.classes
     width, height = columns["width"], columns["height"]
     sizes, of_size = _count(data, np.column_stack([width, height]))

@@ -47,10 +47,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the X-rays of the archive or repository `source`; "oversampled" adds the study's generated images.
-
-    Raises ValueError if the folder of a split or class has no images or is missing; then lists the names tried.
-    """
+    """Lists the X-rays in `source`; "oversampled" adds generated ones. Raises ValueError for a class without images."""
     listed, generated = [], 0
     for split, study in (("train", "train"), ("test", "val+test")):
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")

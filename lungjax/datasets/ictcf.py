@@ -46,10 +46,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the original slices in `source` and, with `config` "oversampled", the generated copies.
-
-    Raises ValueError for a missing class folder, with the names tried, or one without images.
-    """
+    """Lists the slices in `source`; "oversampled" adds copies. Raises ValueError for a class without images."""
     root = files.find(source, [f"{folder}{CLASSES[0]}/" for folder in FOLDERS], "folder of class nCT").parent
     paths = [
         sorted((path for path, _ in files.class_images(root, name)), key=lambda path: (_number(path), path))

@@ -82,8 +82,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
     """Returns the names of patients in `rows` of one data set and in `others` of another, sorted.
 
-    A name identifies the same person only across versions of one data set; a DICOM pseudonym does so across all
-    folders.
+    A name identifies the same person only across versions of one data set, a DICOM pseudonym across all folders.
     """
     names = np.intersect1d(one.columns["group"][rows], other.columns["group"][others]).tolist()
     if _identity(one) == _identity(other):
@@ -115,10 +114,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set prepared without the stage, and the rows of the same images in it.
-
-    Returns None if no such data set is prepared or images are missing.
-    """
+    """Returns the data set without its stage, and the same rows in it; None if it is not prepared or lacks an image."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

@@ -15,10 +15,7 @@ BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of on
 
 
 def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:
-    """Returns the first existing path of `names`, relative to `source`; a trailing "/" means a folder.
-
-    Letter case is ignored. Raises ValueError with `names` if none exists.
-    """
+    """Returns the first of `names` in `source`, in any case; "/" ends a folder. Raises ValueError if none exists."""
     for name in names:
         path: Path | None = source
         for part in Path(name).parts:

@@ -235,10 +235,7 @@ def check_probabilities(predictions: Predictions) -> None:
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall, specificity, npv and f1 per class, [..., C], with NaN for undefined rates.
-
-    `confusion` [..., C, C]: entry i, j is the number of examples of class i predicted as class j.
-    """
+    """Returns precision, recall, specificity, npv and f1 [..., C] of counts [..., true class, predicted class]."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     true, predicted, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
     true_negative = n - true - predicted + hits
@@ -260,10 +257,7 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the sum of (recall step) x precision over the thresholds; NaN without positives or negatives.
-
-    Without negatives it would be 1 for any scores. `positive` [N] bool, `scores` [N].
-    """
+    """Returns the sum of (recall step) x precision of `scores` [N]; NaN if `positive`, bool [N], is constant."""
     from sklearn.metrics import average_precision_score  # here: it takes two seconds to import
 
     defined = positive.any() and not positive.all()

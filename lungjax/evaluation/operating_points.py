@@ -24,10 +24,7 @@ Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CL
 
 
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
-    """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
-
-    Some of the examples, but not all, must belong to the class.
-    """
+    """Returns the threshold that `rule` chooses on the val split; some but not all examples must be of the class."""
     from sklearn.metrics import roc_curve  # here: it takes two seconds to import
 
     positive, scores = predictions.labels == class_index, _scores(predictions, class_index)

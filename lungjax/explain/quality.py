@@ -106,8 +106,7 @@ def random_maps(count: int, grain: tuple[int, int], size: tuple[int, int], seed:
 def deletion(explainer: Explainer, images: np.ndarray, maps: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the deletion curve of each image (the probability of its class), float64 [N, DELETIONS + 1].
 
-    In column i, the mean replaces the fraction i / DELETIONS of the pixels, highest values first; ties are broken at
-    random.
+    In column i, the mean replaces the share i / DELETIONS of the pixels, highest first, ties broken at random.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)

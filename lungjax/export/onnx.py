@@ -106,10 +106,7 @@ def fix_pools(model: Any) -> None:
 
 
 def fix_borders(model: Any) -> None:
-    """Keeps onnxruntime 1.31 from merging a border of zeros into the following max pool, which ignores padding.
-
-    onnxruntime merges only zeros, so the border becomes the smallest positive number.
-    """
+    """Replaces zero borders by tiny numbers: onnxruntime 1.31 merges zeros into a max pool, which ignores padding."""
     from onnx import numpy_helper
 
     graph = model.graph

@@ -22,10 +22,7 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES readable images per split, and measures what it detects.
-
-    Returns None for too few images.
-    """
+    """Fits the novelty score to at most MAX_IMAGES readable images per split; returns None for too few images."""
     try:
         train, val, test = (_pictures(data, split) for split in ("train", "val", "test"))
         return novelty.fit(train, val, test, _outliers(data))
@@ -63,8 +60,7 @@ def describe(
 ) -> Metadata:
     """Returns the content of model.json for a run that was just tested; `config` is complete and `data` is its data.
 
-    `report` is the content of report.json, which has temperature and operating points; `detector` comes from
-    `fit_novelty` and `dataset` from `datasets.describe`.
+    `report` is the content of report.json, `detector` is from `fit_novelty`, `dataset` from `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}

@@ -113,10 +113,7 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 
 
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
-    """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
-
-    The legend lists the areas; a class without positives or negatives has no curve.
-    """
+    """Draws the "roc" or "pr" (precision-recall) `curve` of each class against the rest and the pooled (micro) one."""
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
@@ -148,10 +145,7 @@ def square(axis: "Axes", kind: str) -> None:
 
 
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
-    """Draws a "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its AUC or average precision.
-
-    Without positives or negatives, the curve is empty and its area is NaN.
-    """
+    """Draws the "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its area, NaN if it is empty."""
     from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
 
     area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, scores)
@@ -227,10 +221,7 @@ def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def reliability(kinds: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws accuracy by confidence (the highest probability), and the number of examples per bin.
-
-    `kinds` are the bins (`calibration.bins`) by label: "uncalibrated" and "calibrated" probabilities.
-    """
+    """Draws accuracy by confidence (the highest probability) and examples per bin of `calibration.bins`, by label."""
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1.2, zorder=1, label="perfect calibration")

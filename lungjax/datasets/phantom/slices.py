@@ -158,10 +158,7 @@ def draw_slice(patient: Patient, level: float) -> Phantom:
 
 
 def draw_radiograph(patient: Patient) -> np.ndarray:
-    """Returns a chest X-ray of a patient, uint8 [H, 192]: the sum of slices from front to back, bones are white.
-
-    It is blurred, since it has only 16 slices of 64 x 64 pixels.
-    """
+    """Returns a blurred chest X-ray, uint8 [H, 192], bones white: the sum of 16 slices of 64 x 64 pixels."""
     side, levels = 64, np.linspace(0, 1.2, 16)
     scanner = replace(patient.scanner, view="square", table=False)
     pixel = patient.pixel * patient.size[1] / side
