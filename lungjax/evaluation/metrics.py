@@ -143,10 +143,7 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
 
 
 def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
-
-    Omits counts (`n`, `confusion`, `mixed_groups`) and `intervals`.
-    """
+    """Returns a level's metrics by dotted name, such as "per_class.COV.recall", without counts and `intervals`."""
     flat: dict[str, Any] = {}
     for name, value in level.items():
         if isinstance(value, Mapping):

@@ -32,10 +32,7 @@ def argmax_of_rounded(probabilities: np.ndarray) -> np.ndarray:
 def values(
     sums: Mapping[str, np.ndarray], rates: Mapping[str, np.ndarray], auc_micro_logits: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Returns the metrics listed in the module's docstring, NaN where undefined, for any leading axes [...].
-
-    `sums` are those of `metrics.metrics_from_sums`; `rates` have "precision" and "recall" [..., C], NaN if undefined.
-    """
+    """Returns the metrics of the module's docstring, NaN if undefined; arguments as in `metrics.metrics_from_sums`."""
     counts, n = sums["confusion"].sum(axis=-1), sums["confusion"].sum(axis=(-2, -1))
     hits = np.diagonal(sums["highest"], axis1=-2, axis2=-1)
     precision, recall = _no_nan(hits, sums["highest"].sum(axis=-2)), _no_nan(hits, counts)

@@ -87,15 +87,15 @@ class Reader:
         except (ValueError, ImportError, SyntaxError) as error:
             return Group(experiment, (), (State("unusable", str(error)),), {})
         states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
-        predictions: list[tuple[Predictions, ...]] = [()] * len(cells.SPLITS)
+        predictions: list[list[Predictions]] = []  # of each finished run, by split
         for i, (run, state) in enumerate(zip(planned, states, strict=True)):
             if state.report is not None:
                 try:
-                    own = [runs.read_predictions(run, state.report, split) for split in cells.SPLITS]
-                    predictions = [(*others, p) for others, p in zip(predictions, own, strict=True)]
+                    predictions.append([runs.read_predictions(run, state.report, split) for split in cells.SPLITS])
                 except (ValueError, KeyError) as error:
                     states[i] = State("damaged", str(error))
-        return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
+        by_split = {split: tuple(own[i] for own in predictions) for i, split in enumerate(cells.SPLITS)}
+        return Group(experiment, planned, tuple(states), by_split)
 
     def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
         """Returns `bootstrap.over_runs` of a finished group, computed once; raises the errors of `over_runs`."""

@@ -32,10 +32,7 @@ class NonFiniteError(ValueError):
 
 
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
-
-    Unless the policy is "skip", a bad step also disables all later ones.
-    """
+    """Returns `updated` if the step is finite, else `state` with new counters; only "skip" recovers from a bad step."""
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, counted)

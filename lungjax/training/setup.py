@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from lungjax import config as configs
-from lungjax import models
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
@@ -104,14 +103,6 @@ def check_monitor(config: Config, data: Prepared) -> None:
         raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")
     if scores[name] is None:
         raise ValueError(f"train.monitor={name} is undefined on the val split (a class is missing); use slice.accuracy")
-
-
-def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns the leaves of `model.weights` by path, and the paths of the leaves that are initialized randomly."""
-    config, module = run.config, run.program.module
-    leaves = load.leaves(config, module, weights_dir)
-    paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
-    return leaves, [path for path in paths if path not in leaves]
 
 
 def summary(run: Run) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lungjax import config as configs
+from lungjax import models
 from lungjax.config import Config, overrides
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
@@ -26,6 +27,7 @@ from lungjax.training.non_finite import NonFiniteError
 from lungjax.training.progress import Progress
 from lungjax.training.setup import Run
 from lungjax.training.state import TrainState
+from lungjax.weights import load
 
 
 def run(
@@ -85,8 +87,10 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
     config, abstract_state = run.config, run.program.abstract_state
     policy, pretrained = config.train.on_nan, dict[str, np.ndarray]()
     if distributed.broadcast_int(newest(run.workdir, "last") is None):
-        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))
+        pretrained = distributed.run_on_all_hosts(lambda: load.leaves(config, run.program.module, weights_dir))
         if config.model.weights != "none":
+            paths = models.leaf_shapes(run.program.module, (*config.input.size, config.input.network_channels))
+            random = [path for path in paths if path not in pretrained]
             print_once(f"Starting from {config.model.weights}; randomly initialized: {listed(random)}")
     with (
         workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),

@@ -80,10 +80,7 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
 
 
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Returns OpenCV's Canny edges of a uint8 image, bool [h, w]: 3x3 Sobel, L1 norm, no smoothing.
-
-    scikit-image smooths first and uses the Euclidean norm, so the study's thresholds would not carry over.
-    """
+    """Returns OpenCV's Canny edges, bool [h, w]: 3x3 Sobel, L1 norm; scikit-image smooths, and uses the L2 norm."""
     values = image.astype(np.int32)
     dx = ndimage.sobel(values, axis=1, mode="nearest")
     dy = ndimage.sobel(values, axis=0, mode="nearest")

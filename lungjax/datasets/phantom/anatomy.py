@@ -97,11 +97,6 @@ def half_sizes(build: Build, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return width, build.depth * np.interp(level, levels, (0.42, 0.66, 0.85, 0.98, 1.0, 1.0))
 
 
-def chest(build: Build, level: float) -> Chest:
-    """Returns the cross-section of a patient at a level."""
-    return Chest(build, level, *map(float, half_sizes(build, np.asarray(level))))
-
-
 def wall(c: Chest, g: Grid) -> np.ndarray:
     """Returns the distance to the inner chest wall, negative in the cavity, float32 [H, W]."""
     middle, a, b = c.half

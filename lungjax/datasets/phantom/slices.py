@@ -177,7 +177,8 @@ def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
 
 def _chest(patient: Patient, level: float) -> tuple[anatomy.Chest, canvas.Grid]:
     g = canvas.grid(patient.size, patient.pixel, patient.shift, patient.rotation)
-    return anatomy.chest(patient.build, level), g
+    half_sizes = map(float, anatomy.half_sizes(patient.build, np.asarray(level)))
+    return anatomy.Chest(patient.build, level, *half_sizes), g
 
 
 def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndarray:
